@@ -1,0 +1,25 @@
+"""Federated learning for PyTorch Lightning: change one argument, ``Trainer(strategy=FederatedStrategy())``.
+
+Importing this package also makes ``Trainer(strategy="federated")`` known.
+"""
+
+from lightning.pytorch.strategies import StrategyRegistry
+
+from lightning_fedscale import aggregators, partitioners, samplers, server
+from lightning_fedscale.partitioners import Partition
+from lightning_fedscale.strategy import FederatedStrategy
+from lightning_fedscale.types import ClientUpdate, RoundRecord
+
+__version__ = "0.1.0"
+__all__ = [
+    "ClientUpdate",
+    "FederatedStrategy",
+    "Partition",
+    "RoundRecord",
+    "aggregators",
+    "partitioners",
+    "samplers",
+    "server",
+]
+
+FederatedStrategy.register_strategies(StrategyRegistry)

@@ -1,0 +1,53 @@
+"""The shape of an aggregation rule."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from difflib import get_close_matches
+from typing import NamedTuple
+
+from torch import Tensor
+
+from lightning_fedscale.types import ClientUpdate
+
+
+class Aggregator(NamedTuple):
+    """A rule in four pure functions over one float64 vector that ranks add up.
+
+    Every rank folds its own clients into an accumulator; the accumulators of all ranks are summed by the round's one
+    collective; ``finish`` reads the aggregate off the sum. So a rule is right on any number of ranks as soon as its
+    accumulator is additive.
+
+    Attributes:
+        weigh: weight of a client, before normalisation (also reported in ``RoundRecord.weights``).
+        init: a zero accumulator for deltas shaped like the given vector.
+        accumulate: add one client; may work in place and returns the accumulator.
+        finish: the aggregated delta.
+    """
+
+    weigh: Callable[[ClientUpdate], float]
+    init: Callable[[Tensor], Tensor]
+    accumulate: Callable[[Tensor, ClientUpdate], Tensor]
+    finish: Callable[[Tensor], Tensor]
+
+
+def by_name(name: str) -> Aggregator:
+    """The aggregator that a string argument stands for: ``"mean"`` or ``"uniform"``.
+
+    Raises:
+        ValueError: for another name, with the closest match.
+
+    Example:
+        >>> by_name("unifrom")
+        Traceback (most recent call last):
+        ...
+        ValueError: aggregator='unifrom' is not known. Did you mean 'uniform'? Known: 'mean', 'uniform'.
+    """
+    from lightning_fedscale.aggregators.mean import mean
+
+    known = {"mean": "samples", "uniform": "uniform"}
+    if name not in known:
+        close = get_close_matches(name, known, n=1)
+        hint = f" Did you mean {close[0]!r}?" if close else ""
+        raise ValueError(f"aggregator={name!r} is not known.{hint} Known: {', '.join(map(repr, known))}.")
+    return mean(known[name])

@@ -1,0 +1,60 @@
+"""The weighted mean of FedAvg."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from lightning_fedscale.aggregators.base import Aggregator
+from lightning_fedscale.types import ClientUpdate
+
+
+def mean(weighting: str = "samples") -> Aggregator:
+    r"""FedAvg's mean, :math:`\Delta = \sum_k w_k \Delta_k / \sum_k w_k` (arXiv 1602.05629).
+
+    Use it unless clients may be faulty or hostile. The sum is kept in float64 and its weights are whole numbers, so
+    for float32 models with up to about 10^7 samples a round it is exact in nearly every element, and then does not
+    depend on the order of clients or on the number of ranks.
+
+    Args:
+        weighting: ``"samples"``, a client weighs as many samples as it holds, or ``"uniform"``, all weigh the same.
+
+    Raises:
+        ValueError: for another weighting.
+
+    Example:
+        >>> rule = mean()
+        >>> total = rule.init(torch.zeros(1, dtype=torch.float64))
+        >>> for held, delta in [(1, 0.0), (3, 4.0)]:
+        ...     vector = torch.tensor([delta], dtype=torch.float64)
+        ...     total = rule.accumulate(total, ClientUpdate(0, vector, delta, held, held, 1, 0.0, 0.0))
+        >>> rule.finish(total).tolist()
+        [3.0]
+    """
+    if weighting not in ("samples", "uniform"):
+        raise ValueError(f"weighting={weighting!r}: choose 'samples' or 'uniform'.")
+    weigh = partial(_weigh, by_samples=weighting == "samples")
+    return Aggregator(weigh, _init, partial(_accumulate, weigh=weigh), _finish)
+
+
+def _weigh(update: ClientUpdate, *, by_samples: bool) -> float:
+    return float(update.held) if by_samples else 1.0
+
+
+def _init(like: Tensor) -> Tensor:
+    # The last element is the sum of weights: it crosses the ranks with the rest.
+    return torch.zeros(like.numel() + 1, dtype=like.dtype, device=like.device)
+
+
+def _accumulate(total: Tensor, update: ClientUpdate, *, weigh: partial[float]) -> Tensor:
+    weight = weigh(update)
+    # Not add_(alpha=...): whether that rounds once or twice depends on the machine and on the element's position.
+    total[:-1] += weight * update.delta
+    total[-1] += weight
+    return total
+
+
+def _finish(total: Tensor) -> Tensor:
+    return total[:-1] / total[-1]

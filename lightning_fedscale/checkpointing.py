@@ -1,0 +1,89 @@
+"""Checkpoints that are either the old file or the new one, never half of either."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.fabric.plugins import TorchCheckpointIO
+
+_FORMAT = 1
+
+
+class AtomicCheckpointIO(TorchCheckpointIO):
+    """Writes beside the target, flushes to disk, then renames over it.
+
+    Lightning's own writer goes through the temporary folder, which may lie on another file system; moving from there
+    is a copy, and a process killed in the middle of it leaves a broken checkpoint in place of the last good one.
+    Remote targets (with a ``://``) are left to Lightning.
+    """
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any | None = None) -> None:
+        """Write ``checkpoint`` to ``path``, in one step as far as any reader can see."""
+        if "://" in str(path):
+            super().save_checkpoint(checkpoint, path, storage_options)
+            return
+        if storage_options is not None:
+            raise TypeError(f"storage_options={storage_options!r} is not supported by AtomicCheckpointIO; leave it out.")
+        target = Path(path)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        # Always the same name, so that what a killed process left is overwritten and not collected.
+        part = target.with_name(target.name + ".part")
+        with part.open("wb") as file:
+            torch.save(checkpoint, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, target)
+        _sync_folder(target.parent)
+
+
+def _sync_folder(folder: Path) -> None:
+    if os.name == "nt":
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def federated_state(
+    *, round: int, seed: int, num_clients: int, partition: str, server: Any, clients: dict[str, Any]
+) -> dict[str, Any]:
+    """What ``checkpoint["federated"]`` holds: tensors and primitives, loadable with ``weights_only=True``."""
+    return {
+        "format": _FORMAT,
+        "round": round,
+        "seed": seed,
+        "num_clients": num_clients,
+        "partition": partition,
+        "server": server,
+        "clients": clients,
+    }
+
+
+def check_resume(state: dict[str, Any], *, seed: int, num_clients: int, partition: str) -> None:
+    """Refuse to go on with a run that would not be the one that was saved.
+
+    Raises:
+        ValueError: naming the argument that differs, the saved and the present value.
+    """
+    if state["format"] > _FORMAT:
+        raise ValueError(
+            f"ckpt_path: the checkpoint has format {state['format']} and this version reads up to {_FORMAT}:"
+            " upgrade lightning-fedscale."
+        )
+    for name, now in (("seed", seed), ("num_clients", num_clients)):
+        if state[name] != now:
+            raise ValueError(
+                f"{name}={now} differs from {name}={state[name]} in the checkpoint: resume with"
+                f" FederatedStrategy({name}={state[name]}), or start a new run without ckpt_path."
+            )
+    if state["partition"] != partition:
+        raise ValueError(
+            f"partitioner: the data is divided among clients differently (hash {partition[:12]}) than in the"
+            f" checkpoint (hash {state['partition'][:12]}): use the same dataset and the same partitioner with the same"
+            " arguments, or start a new run without ckpt_path."
+        )

@@ -1,0 +1,19 @@
+"""How the clients of a rank train inside Lightning."""
+
+from lightning_fedscale.executors.exchange import Exchange, exchange_of
+from lightning_fedscale.executors.hooks import LocalBatchHooks
+from lightning_fedscale.executors.loader import ClientLoader, RoundLoader
+from lightning_fedscale.executors.loops import RoundLoops
+from lightning_fedscale.executors.sequential import RoundContext, SequentialExecutor, client_seed
+
+__all__ = [
+    "ClientLoader",
+    "Exchange",
+    "LocalBatchHooks",
+    "RoundContext",
+    "RoundLoader",
+    "RoundLoops",
+    "SequentialExecutor",
+    "client_seed",
+    "exchange_of",
+]

@@ -1,0 +1,210 @@
+"""The user's DataLoader, taken apart and put together again so that one of it streams all clients of a round."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from lightning.fabric.utilities.data import _reinstantiate_wrapped_cls
+from lightning.pytorch.utilities.data import (
+    _dataloader_init_kwargs_resolve_sampler,
+    _get_dataloader_init_args_and_kwargs,
+)
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    DistributedSampler,
+    IterableDataset,
+    RandomSampler,
+    Sampler,
+    SequentialSampler,
+    get_worker_info,
+)
+
+from lightning_fedscale import randomness
+from lightning_fedscale.types import IntArray
+
+
+class SeededBatch(list[int]):
+    """The sample indices of one batch, which seed the worker process that unpickles them.
+
+    A worker's random augmentations then depend on the batch alone, not on which worker got it or what that worker
+    did before.
+    """
+
+    def __init__(self, indices: list[int], seed: int) -> None:
+        super().__init__(indices)
+        self.seed = seed
+
+    def __reduce__(self) -> tuple[Callable[[list[int], int], list[int]], tuple[list[int], int]]:
+        return _seed_worker, (list(self), self.seed)
+
+
+def _seed_worker(indices: list[int], seed: int) -> list[int]:
+    if get_worker_info() is not None:
+        randomness.seed_globals(seed)
+    return indices
+
+
+class _Relay(Sampler[Any]):
+    """A (batch) sampler that hands on whatever it was last given, so that one worker pool serves every round."""
+
+    def __init__(self) -> None:
+        self.items: list[Any] = []
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self.items)
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+
+class ClientLoader:
+    """Batches of single clients, made by the user's own loader: its dataset, batch size, collate function, workers.
+
+    Args:
+        loader: the user's train loader.
+        share: share or number of each pass's batches to use (``limit_train_batches`` as a float, or
+            ``overfit_batches``); 1.0 for all.
+        merge_single: join a last batch of one sample to the batch before it, for models with BatchNorm.
+
+    Raises:
+        TypeError: if the loader is not a map-style ``DataLoader``.
+        ValueError: if its dataset is empty or its sampler cannot be applied to single clients.
+    """
+
+    def __init__(self, loader: object, *, share: float | int = 1.0, merge_single: bool = False) -> None:
+        if not isinstance(loader, DataLoader):
+            raise TypeError(
+                f"train_dataloader={type(loader).__name__}: FederatedStrategy divides a dataset among clients by"
+                " index, which needs a torch.utils.data.DataLoader."
+            )
+        self.dataset = loader.dataset
+        if isinstance(self.dataset, IterableDataset):
+            raise TypeError(
+                f"train_dataloader: {type(self.dataset).__name__} is an IterableDataset, which cannot be divided among"
+                " clients by index. Use a map-style dataset with __getitem__ and __len__."
+            )
+        if len(self.dataset) == 0:  # type: ignore[arg-type]
+            raise ValueError("train_dataloader: the dataset is empty. Give it at least one sample per client.")
+        self.shuffle = _shuffles(loader)
+        self.drop_last = bool(getattr(loader.batch_sampler, "drop_last", loader.drop_last))
+        self.batch_size = getattr(loader.batch_sampler, "batch_size", None) or 1
+        # A user who seeds the loader's own generator expects another seed to give another order.
+        self.salt = loader.generator.initial_seed() if loader.generator is not None else None
+        self._share = share
+        self._merge_single = merge_single
+        self._template = loader
+        self._batches_directly = loader.batch_sampler is None
+        self._custom = loader.batch_sampler is not None and type(loader.batch_sampler) is not BatchSampler
+        self._relay = _Relay()
+        self._pool_generator = torch.Generator()
+        self._loader: DataLoader[Any] | None = None
+
+    def batches(self, order: IntArray) -> list[list[int]]:
+        """One pass over a client's samples, cut into batches as the user's loader would.
+
+        Args:
+            order: dataset positions, in the order of the pass.
+        """
+        indices = order.tolist()
+        if self._custom:
+            again = _dataloader_init_kwargs_resolve_sampler(self._template, indices)["batch_sampler"]
+            batches = [list(batch) for batch in again]
+        else:
+            size = self.batch_size
+            batches = [indices[start : start + size] for start in range(0, len(indices), size)]
+            if self.drop_last and batches and len(batches[-1]) < size:
+                del batches[-1]
+        if self._merge_single and len(batches) > 1 and len(batches[-1]) == 1 < self.batch_size:
+            batches[-2] += batches.pop()
+        if isinstance(self._share, int):
+            return batches[: self._share]
+        return batches if self._share == 1.0 else batches[: max(1, math.floor(len(batches) * self._share))]
+
+    def too_small(self, sizes: IntArray) -> IntArray:
+        """The clients whose samples would not fill a single batch under ``drop_last``."""
+        short = sizes < (self.batch_size if self.drop_last and not self._custom else 1)
+        found: IntArray = short.nonzero()[0]
+        return found
+
+    def stream(self, clients: list[tuple[int, list[list[int]]]], seed: int) -> Iterator[Any]:
+        """The collated batches of several clients in order, through one worker pool, fetched ahead across clients.
+
+        Args:
+            clients: for each its seed, from which workers draw, and the sample indices of its batches.
+            seed: for the pool itself, so that no global generator is drawn from.
+        """
+        if self._loader is None:
+            self._loader = self._rebuild()
+        self._pool_generator.manual_seed(seed)
+        if self._batches_directly:
+            self._relay.items = [batch[0] for _, batches in clients for batch in batches]
+        elif self._template.num_workers == 0:
+            self._relay.items = [batch for _, batches in clients for batch in batches]
+        else:
+            self._relay.items = [
+                SeededBatch(batch, randomness.derive(seed, randomness.BATCH, number))
+                for seed, batches in clients
+                for number, batch in enumerate(batches)
+            ]
+        return iter(self._loader)
+
+    def _rebuild(self) -> DataLoader[Any]:
+        args, kwargs = _get_dataloader_init_args_and_kwargs(self._template, SequentialSampler(self.dataset))  # type: ignore[arg-type]
+        if self._batches_directly:
+            kwargs.update(sampler=self._relay, batch_sampler=None, shuffle=False)
+        else:
+            kwargs.update(sampler=None, batch_sampler=self._relay, batch_size=1, shuffle=False, drop_last=False)
+        rebuilt: DataLoader[Any] = _reinstantiate_wrapped_cls(self._template, *args, **kwargs)
+        rebuilt.generator = self._pool_generator
+        return rebuilt
+
+
+class RoundLoader:
+    """What the Trainer iterates over: ``rounds_per_epoch`` items, each the first batch of the rank's round.
+
+    Args:
+        client_loader: where the batches come from; its dataset is shown as this loader's.
+        rounds_per_epoch: the length.
+        open_round: plans the next round and returns its first batch; called when the Trainer asks for it.
+    """
+
+    def __init__(self, client_loader: ClientLoader, rounds_per_epoch: int, open_round: Callable[[], Any]) -> None:
+        self.dataset = client_loader.dataset
+        self._rounds_per_epoch = rounds_per_epoch
+        self._open_round = open_round
+
+    def __len__(self) -> int:
+        return self._rounds_per_epoch
+
+    def __iter__(self) -> Iterator[Any]:
+        for _ in range(self._rounds_per_epoch):
+            yield self._open_round()
+
+    # Every round is a function of its number, so there is nothing to save; Lightning takes a loader without these
+    # for one that cannot be resumed within an epoch.
+    def state_dict(self) -> dict[str, Any]:
+        """Nothing: the round's number, which the Trainer saves, says all."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Nothing to do."""
+
+
+def _shuffles(loader: DataLoader[Any]) -> bool:
+    """Whether the user's loader shuffles; refuses samplers that cannot be applied to single clients."""
+    sampler = loader.sampler if loader.batch_sampler is None else getattr(loader.batch_sampler, "sampler", None)
+    if isinstance(sampler, DistributedSampler):
+        return bool(sampler.shuffle)
+    if type(sampler) is SequentialSampler:
+        return False
+    if type(sampler) is RandomSampler and not sampler.replacement and sampler.num_samples == len(loader.dataset):  # type: ignore[arg-type]
+        return True
+    name = type(sampler if sampler is not None else loader.batch_sampler).__name__
+    raise ValueError(
+        f"train_dataloader: sampler={name} cannot be applied to each client's own samples. Use shuffle=True or"
+        " shuffle=False; to favour some samples, repeat them in the dataset or weight the loss."
+    )

@@ -1,0 +1,130 @@
+"""Lightning's optimization loops, once for the server, where a step is a round, and once for the client.
+
+Lightning's Trainer calls ``epoch_loop.automatic_optimization.run`` (or ``manual_optimization.run``) for every item of
+its train loader. `RoundLoops` puts loops there that run a whole round instead, and count it as one optimizer step.
+`ClientLoops` are Lightning's own, for the local batches inside.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import lightning.pytorch as pl
+from lightning.pytorch.loops.optimization.automatic import ClosureResult, _AutomaticOptimization
+from lightning.pytorch.loops.optimization.manual import _ManualOptimization
+from lightning.pytorch.trainer import call
+from torch.optim import Optimizer
+
+
+class RunRound(Protocol):
+    """Runs a round; ``training`` is False when nothing may learn (an epoch that only feeds BatchNorm)."""
+
+    def __call__(self, batch: Any, *, training: bool) -> dict[str, Any]: ...
+
+
+class RoundLoops:
+    """Replaces the Trainer's two optimization loops and puts them back.
+
+    Args:
+        trainer: the Trainer.
+        run_round: what a step does.
+    """
+
+    def __init__(self, trainer: pl.Trainer, run_round: RunRound) -> None:
+        self._epoch_loop = trainer.fit_loop.epoch_loop
+        self._originals = self._epoch_loop.automatic_optimization, self._epoch_loop.manual_optimization
+        automatic, manual = self._originals
+        self._epoch_loop.automatic_optimization = _RoundAutomatic(automatic, run_round)
+        self._epoch_loop.manual_optimization = _RoundManual(manual, run_round)
+
+    def remove(self) -> None:
+        """The Trainer's own loops are back; they share the counters, so nothing is lost."""
+        self._epoch_loop.automatic_optimization, self._epoch_loop.manual_optimization = self._originals
+
+
+class _RoundAutomatic(_AutomaticOptimization):
+    def __init__(self, original: _AutomaticOptimization, run_round: RunRound) -> None:
+        super().__init__(original.trainer)
+        self.optim_progress = original.optim_progress
+        self._run_round = run_round
+
+    def run(self, optimizer: Optimizer, batch_idx: int, kwargs: OrderedDict[str, Any]) -> dict[str, Any]:
+        if self._skip_backward:
+            return self._run_round(kwargs["batch"], training=False)
+        step = self.optim_progress.optimizer.step
+        step.increment_ready()
+        outputs = self._run_round(kwargs["batch"], training=True)
+        step.increment_completed()
+        return outputs
+
+
+class _RoundManual(_ManualOptimization):
+    def __init__(self, original: _ManualOptimization, run_round: RunRound) -> None:
+        super().__init__(original.trainer)
+        self.optim_step_progress = original.optim_step_progress
+        self._run_round = run_round
+
+    def run(self, kwargs: OrderedDict[str, Any]) -> dict[str, Any]:
+        self.optim_step_progress.increment_ready()
+        outputs = self._run_round(kwargs["batch"], training=True)
+        self.optim_step_progress.increment_completed()
+        return outputs
+
+
+class ClientLoops:
+    """Runs one local batch exactly as Lightning would, hooks, precision, clipping and all.
+
+    Args:
+        trainer: the Trainer.
+    """
+
+    def __init__(self, trainer: pl.Trainer) -> None:
+        self._trainer = trainer
+        self._automatic = _ClientAutomatic(trainer)
+        self._manual = _ManualOptimization(trainer)
+
+    def step(self, batch: Any, batch_idx: int, *, last: bool, training: bool) -> dict[str, Any]:
+        """One local batch; returns what ``training_step`` gave, with ``loss`` as a detached tensor if there is one.
+
+        Args:
+            batch: on the device.
+            batch_idx: number of the batch within the client's round.
+            last: whether it is the client's last, where accumulated gradients are used up.
+            training: False runs the forward pass only.
+        """
+        trainer = self._trainer
+        kwargs = trainer.fit_loop.epoch_loop._build_kwargs(OrderedDict(), batch, batch_idx)
+        if not trainer.lightning_module.automatic_optimization:
+            return self._manual.run(kwargs)
+        self._automatic._skip_backward = not training
+        self._automatic.accumulates = not training or not (
+            last or (batch_idx + 1) % trainer.accumulate_grad_batches == 0
+        )
+        outputs = self._automatic.run(trainer.optimizers[0], batch_idx, kwargs)
+        if "loss" in outputs and trainer.accumulate_grad_batches > 1:
+            # Lightning divides the loss by the number of accumulated batches.
+            outputs["loss"] = outputs["loss"] * trainer.accumulate_grad_batches
+        return outputs
+
+
+class _ClientAutomatic(_AutomaticOptimization):
+    """Decides by the client's own batches when to accumulate, and lets a client skip a step on any number of ranks."""
+
+    accumulates = False
+
+    def run(self, optimizer: Optimizer, batch_idx: int, kwargs: OrderedDict[str, Any]) -> dict[str, Any]:
+        closure: Callable[[], Any] = self._make_closure(kwargs, optimizer, batch_idx)
+        if self.accumulates:
+            closure()
+        else:
+            self._optimizer_step(batch_idx, closure)
+        result = closure.consume_result()  # type: ignore[attr-defined]
+        outputs: dict[str, Any] = {} if result.loss is None else result.asdict()
+        return outputs
+
+    def _training_step(self, kwargs: OrderedDict[str, Any]) -> ClosureResult:
+        trainer = self.trainer
+        output = call._call_strategy_hook(trainer, "training_step", *kwargs.values())
+        return self.output_result_cls.from_training_step_output(output, trainer.accumulate_grad_batches)

@@ -1,0 +1,220 @@
+"""One client after the other, each as Lightning itself would train it."""
+
+from __future__ import annotations
+
+import copy
+import math
+import time
+from collections.abc import Iterator
+from typing import Any, NamedTuple, Protocol
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.trainer import call
+from torch import Tensor
+
+from lightning_fedscale import randomness
+from lightning_fedscale.clients import ClientStore, OptimizerKeeper
+from lightning_fedscale.executors.loops import ClientLoops
+from lightning_fedscale.rounds import LocalWork
+from lightning_fedscale.tree import FlatView
+from lightning_fedscale.types import ClientUpdate
+
+
+class RoundContext(NamedTuple):
+    """What an executor needs for the clients of one rank in one round.
+
+    Attributes:
+        round: index of the round.
+        work: the rank's clients and their batches.
+        batches: the collated batches of all of them in order, on the CPU but for the first.
+        randomness: state of the global generators for the first client, whose first batch is already there.
+        view: the model's exchanged tensors, which hold the global model.
+        server: the global model as a vector.
+        training: False runs forward passes only.
+    """
+
+    round: int
+    work: list[LocalWork]
+    batches: Iterator[Any]
+    randomness: randomness.GlobalState
+    view: FlatView
+    server: Tensor
+    training: bool
+
+
+class Watcher(Protocol):
+    """Told about clients as they train."""
+
+    def client_started(self, client: int) -> None:
+        """The model holds the global weights and ``client`` is about to train."""
+
+    def client_stepped(self, done: int, loss: Tensor | None) -> None:
+        """A local batch is over; ``done`` clients of this rank are complete."""
+
+    def client_ended(self, update: ClientUpdate) -> None:
+        """The model holds the client's weights."""
+
+
+class SequentialExecutor:
+    """Trains the clients of a rank one after the other in the user's module, in place.
+
+    Every client starts from the global weights, the round's optimizer options, its own random numbers and its own
+    (kept or fresh) optimizer state; what it does in between are Lightning's own loops, so precision plugins, clipping,
+    accumulation, manual optimization and hooks work as they always do.
+
+    Args:
+        trainer: the Trainer.
+        seed: the strategy's seed.
+        store: client state between rounds.
+        keepers: one for each optimizer.
+        keep: whether optimizer state lives on with the client.
+        watcher: told about clients as they train.
+    """
+
+    def __init__(
+        self,
+        trainer: pl.Trainer,
+        *,
+        seed: int,
+        store: ClientStore,
+        keepers: list[OptimizerKeeper],
+        keep: bool,
+        watcher: Watcher,
+    ) -> None:
+        self._trainer = trainer
+        self._module = trainer.lightning_module
+        self._device = trainer.strategy.root_device
+        self._seed = seed
+        self._store = store
+        self._keepers = keepers
+        self._keep = keep
+        self._watcher = watcher
+        self._loops = ClientLoops(trainer)
+        self._scaler: Any = getattr(trainer.precision_plugin, "scaler", None)
+        # In manual optimization the user steps the schedulers inside the client; they are the server's all the same.
+        self._schedulers: list[Any] = (
+            []
+            if self._module.automatic_optimization
+            else [config.scheduler for config in trainer.lr_scheduler_configs]
+        )
+
+    def scaler_state(self) -> tuple[float, float]:
+        """Scale and growth counter of the gradient scaler, which the client just trained left; zeros without one."""
+        if self._scaler is None:
+            return 0.0, 0.0
+        state = self._scaler.state_dict()
+        return float(state["scale"]), float(state["_growth_tracker"])
+
+    def set_scaler_state(self, scale: float, growth: float) -> None:
+        """Start the next round from this scale and growth counter."""
+        if self._scaler is not None and scale > 0:
+            self._scaler.load_state_dict(
+                {**self._scaler.state_dict(), "scale": scale, "_growth_tracker": int(growth)}
+            )
+
+    def run(self, context: RoundContext) -> Iterator[ClientUpdate]:
+        """Train the clients and yield each one's update while the model still holds its weights.
+
+        On return the model holds the global weights again; if it is left by an exception it need not.
+        """
+        delta = context.view.empty()
+        for keeper in self._keepers:
+            keeper.open_round()
+        scaler = None if self._scaler is None else self._scaler.state_dict()
+        schedulers = [copy.deepcopy(scheduler.state_dict()) for scheduler in self._schedulers]
+        for number, work in enumerate(context.work):
+            if number == 0:
+                randomness.restore(context.randomness, self._device)
+            else:
+                randomness.seed_globals(client_seed(self._seed, context.round, work.client))
+            self._prepare(work.client, scaler, schedulers)
+            self._watcher.client_started(work.client)
+            started = time.perf_counter()
+            losses, weights, steps = self._train(context, number)
+            context.view.subtract_from(context.server, out=delta)
+            update = ClientUpdate(
+                client=work.client,
+                delta=delta,
+                norm=_norm(delta, context.view.trainable),
+                held=work.held,
+                samples=sum(map(len, work.batches[:steps])),
+                steps=steps,
+                loss=_mean_loss(losses, weights),
+                seconds=time.perf_counter() - started,
+            )
+            if self._keep and context.training:
+                # An update that is not finite has spoilt the optimizer's state too: that client starts afresh.
+                states = [keeper.unload() for keeper in self._keepers] if update.finite else None
+                self._store.stage_optimizers(work.client, states)
+            self._watcher.client_ended(update)
+            yield update
+            context.view.write(context.server)
+        self.close_round()
+        for scheduler, state in zip(self._schedulers, schedulers, strict=True):
+            scheduler.load_state_dict(state)
+
+    def close_round(self) -> None:
+        """The optimizers hold the server's options and no client's state; also after a round that failed."""
+        for keeper in self._keepers:
+            keeper.close_round()
+
+    def _prepare(self, client: int, scaler: dict[str, Any] | None, schedulers: list[dict[str, Any]]) -> None:
+        kept = self._store.optimizers(client) if self._keep else None
+        for i, keeper in enumerate(self._keepers):
+            keeper.load(kept[i] if kept else None)
+        if scaler is not None:
+            self._scaler.load_state_dict(scaler)
+        for scheduler, state in zip(self._schedulers, schedulers, strict=True):
+            scheduler.load_state_dict(copy.deepcopy(state))
+        for parameter in self._module.parameters():
+            parameter.grad = None
+
+    def _train(self, context: RoundContext, number: int) -> tuple[list[Tensor], list[int], int]:
+        """The local batches of a client; returns their losses, their sizes and how many there were."""
+        trainer = self._trainer
+        batches = context.work[number].batches
+        losses: list[Tensor] = []
+        weights: list[int] = []
+        for batch_idx, indices in enumerate(batches):
+            batch = next(context.batches)
+            if number or batch_idx:
+                # The very first batch of a round has come this way already, through the Trainer's own loop.
+                batch = trainer.precision_plugin.convert_input(batch)
+                batch = self._module._on_before_batch_transfer(batch, dataloader_idx=0)
+                batch = call._call_strategy_hook(trainer, "batch_to_device", batch, dataloader_idx=0)
+                trainer._logger_connector.on_batch_start(batch)
+            if call._call_lightning_module_hook(trainer, "on_train_batch_start", batch, batch_idx) == -1:
+                # The user's way to say that this epoch is over: here, the client's.
+                for _ in batches[batch_idx + 1 :]:
+                    next(context.batches)
+                return losses, weights, batch_idx
+            last = batch_idx + 1 == len(batches)
+            outputs = self._loops.step(batch, batch_idx, last=last, training=context.training)
+            call._call_lightning_module_hook(trainer, "on_train_batch_end", outputs, batch, batch_idx)
+            loss = outputs.get("loss")
+            if loss is not None:
+                losses.append(loss.detach())
+                weights.append(len(indices))
+            self._watcher.client_stepped(number, loss)
+        return losses, weights, len(batches)
+
+
+def client_seed(seed: int, round: int, client: int) -> int:
+    """The seed of a client's random numbers in a round: dropout, augmentation, whatever its training draws."""
+    return randomness.derive(seed, randomness.CLIENT, round, client)
+
+
+def _norm(delta: Tensor, trainable: int) -> float:
+    moved, carried = delta[:trainable], delta[trainable:]
+    # Zero times the carried part: a buffer that is not finite shows, a finite one does not count.
+    return math.sqrt(value) if math.isfinite(value := float(moved.dot(moved) + 0.0 * carried.dot(carried))) else math.nan
+
+
+def _mean_loss(losses: list[Tensor], weights: list[int]) -> float:
+    if not losses:
+        return math.nan
+    stacked = torch.stack([loss.reshape(()).double() for loss in losses])
+    return float(stacked.dot(torch.tensor(weights, dtype=torch.float64, device=stacked.device)) / sum(weights))
+
+

@@ -1,0 +1,104 @@
+"""What all partitioners have in common: a dataset goes in, a partition comes out, once and lazily."""
+
+from __future__ import annotations
+
+import inspect
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from typing import Any
+
+from lightning_fedscale.partitioners import checks
+from lightning_fedscale.partitioners.labels import Labels, find_labels, num_samples
+from lightning_fedscale.partitioners.partition import IntArray, Partition
+
+
+class Partitioner(ABC):
+    """Base of all partitioners.
+
+    Assign :attr:`dataset`, then ask for :attr:`partition` or for :meth:`load_partition`. The dataset may be a 1-D
+    array of labels, any map-style torch dataset, or a Hugging Face dataset. Assigning another one starts afresh: the
+    next question splits the new dataset, as if the partitioner were new.
+
+    A subclass stores its arguments and says in :meth:`_split` which pure function to call. It needs no more.
+
+    Args:
+        num_partitions: number of clients, None if the data decide.
+        partition_by: column, key or attribute with the labels; None looks in the usual places, see
+            :func:`~lightning_fedscale.partitioners.find_labels`.
+
+    Example:
+        >>> from lightning_fedscale.partitioners import IidPartitioner
+        >>> partitioner = IidPartitioner(num_partitions=2)
+        >>> partitioner.dataset = [0, 0, 1, 1, 1]
+        >>> partitioner.partition.sizes.tolist()
+        [3, 2]
+    """
+
+    def __init__(self, num_partitions: int | None = None, partition_by: str | None = None) -> None:
+        checks.column(partition_by)
+        self.partition_by = partition_by
+        self._num_partitions = None if num_partitions is None else checks.integer("num_partitions", num_partitions)
+        self._dataset: Any = None
+        self._partition: Partition | None = None
+
+    @abstractmethod
+    def _split(self) -> Partition:
+        """Split the assigned dataset."""
+
+    @property
+    def dataset(self) -> Any:
+        """The dataset to split.
+
+        Raises:
+            AttributeError: none was assigned yet.
+        """
+        if self._dataset is None:
+            raise AttributeError(
+                f"{type(self).__name__} has no dataset yet: assign one first, partitioner.dataset = dataset_or_labels"
+            )
+        return self._dataset
+
+    @dataset.setter
+    def dataset(self, dataset: Any) -> None:
+        num_samples(dataset)  # Refuses streams and empty datasets here, not at the first question.
+        self._dataset = dataset
+        self._partition = None
+
+    @property
+    def partition(self) -> Partition:
+        """The whole partition, computed at the first request."""
+        if self._partition is None:
+            self._partition = self._split()
+        return self._partition
+
+    @property
+    def num_partitions(self) -> int:
+        """Number of clients; where the data decide it, a dataset must have been assigned."""
+        return self.partition.num_clients if self._num_partitions is None else self._num_partitions
+
+    def load_partition(self, partition_id: int) -> IntArray:
+        """Return the positions of the samples of one client.
+
+        Raises:
+            IndexError: there is no such client.
+        """
+        return self.partition.client(partition_id)
+
+    def __repr__(self) -> str:
+        values = {name: getattr(self, name) for name in self._arguments() if name != "num_partitions"}
+        values = {"num_partitions": self._num_partitions, **values}
+        shown = (
+            f"{name}={values[name]!r}"
+            for name, parameter in self._arguments().items()
+            if repr(values[name]) != repr(parameter.default)
+        )
+        return f"{type(self).__name__}({', '.join(shown)})"
+
+    def _arguments(self) -> Mapping[str, inspect.Parameter]:
+        return inspect.signature(type(self)).parameters
+
+    def _labels(self) -> Labels:
+        return find_labels(self.dataset, self.partition_by)
+
+    def _num_samples(self) -> int:
+        return num_samples(self.dataset)

@@ -1,0 +1,122 @@
+"""Checks of arguments: each error names the argument, its value and the remedy."""
+
+from __future__ import annotations
+
+import math
+import numbers
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+from lightning_fedscale.partitioners.partition import IntArray
+
+
+def integer(name: str, value: object, minimum: int = 1) -> int:
+    """Return ``value`` as an int of at least ``minimum``.
+
+    Raises:
+        TypeError: it is not an integer.
+        ValueError: it is too small.
+
+    Example:
+        >>> integer("num_partitions", 3)
+        3
+    """
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+        raise TypeError(f"{name}={value!r}: pass an integer of at least {minimum}, not {type(value).__name__}")
+    if value < minimum:
+        raise ValueError(f"{name}={value}: pass an integer of at least {minimum}")
+    return int(value)
+
+
+def in_interval(name: str, value: object, start: float, end: float, *, closed_end: bool = True) -> float:
+    """Return ``value`` as a float between ``start`` and ``end``."""
+    bracket = "]" if closed_end else ")"
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise TypeError(f"{name}={value!r}: pass a number in [{start:g}, {end:g}{bracket}")
+    number = float(value)
+    if not start <= number <= end or (number == end and not closed_end):
+        raise ValueError(f"{name}={value}: pass a number in [{start:g}, {end:g}{bracket}")
+    return number
+
+
+def one_of(name: str, value: object, allowed: Sequence[str]) -> None:
+    """Check that ``value`` is one of a few words."""
+    if value not in allowed:
+        raise ValueError(f"{name}={value!r}: pass one of {', '.join(map(repr, allowed))}")
+
+
+def seed_value(seed: object) -> None:
+    """Check a seed: a non-negative integer, or None for a fresh one at each computation."""
+    if seed is not None:
+        integer("seed", seed, minimum=0)
+
+
+def column(partition_by: object) -> None:
+    """Check ``partition_by``; a number there is most likely the argument that comes after it."""
+    if partition_by is not None and not isinstance(partition_by, str):
+        raise TypeError(
+            f"partition_by={partition_by!r}: pass the name of a column, or None; give the arguments after it by keyword"
+        )
+
+
+def concentration(alpha: object) -> float | npt.NDArray[np.float64]:
+    """Return a Dirichlet concentration as one float, or as one float per entry.
+
+    Raises:
+        TypeError: it is neither a number nor a list of numbers.
+        ValueError: an entry is not positive and finite.
+    """
+    try:
+        values = np.asarray(alpha, dtype=np.float64)
+    except (TypeError, ValueError):
+        raise TypeError(f"alpha={alpha!r}: pass a positive number or a list of them") from None
+    if alpha is None or not values.size or not (np.isfinite(values) & (values > 0)).all():
+        raise ValueError(f"alpha={alpha!r}: pass a positive, finite number (try alpha=0.5), or a list of them")
+    return float(values) if values.ndim == 0 else values.ravel()
+
+
+def sizes(name: str, value: object, minimum: int) -> IntArray:
+    """Return a list of sizes as an int64 array.
+
+    Raises:
+        TypeError: it is not a list of integers.
+        ValueError: it is empty, or a size is below ``minimum``.
+    """
+    array = np.asarray(value)
+    if array.ndim != 1 or (array.size and array.dtype.kind not in "iu"):
+        raise TypeError(f"{name}={value!r}: pass a list of integers, one size per client")
+    if not array.size:
+        raise ValueError(f"{name}={value!r}: pass the size of at least one client")
+    if (array < minimum).any():
+        i = int(np.argmax(array < minimum))
+        raise ValueError(f"{name}[{i}]={array[i]}: every size must be at least {minimum}")
+    return array.astype(np.int64)
+
+
+def enough_samples(num_samples: int, num_partitions: int, min_partition_size: int = 1) -> None:
+    """Check that every client can have its minimum of samples.
+
+    Example:
+        >>> enough_samples(num_samples=3, num_partitions=5)
+        Traceback (most recent call last):
+        ValueError: num_partitions=5: more clients than samples (3); lower num_partitions to at most 3
+    """
+    if num_partitions > num_samples:
+        raise ValueError(
+            f"num_partitions={num_partitions}: more clients than samples ({num_samples}); "
+            f"lower num_partitions to at most {num_samples}"
+        )
+    if num_partitions * min_partition_size > num_samples:
+        raise ValueError(
+            f"min_partition_size={min_partition_size} for num_partitions={num_partitions} clients needs "
+            f"{num_partitions * min_partition_size} samples, there are {num_samples}: lower min_partition_size to at "
+            f"most {math.floor(num_samples / num_partitions)}, or num_partitions"
+        )
+
+
+def given(name: str, value: object, example: str) -> None:
+    """Check that an argument was given which has no good default (it follows the optional ``partition_by``)."""
+    if value is None:
+        raise ValueError(f"{name} is missing: for example {example}")

@@ -1,0 +1,92 @@
+"""Skew of a real-valued property, from none to complete."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from lightning_fedscale.partitioners import checks
+from lightning_fedscale.partitioners.base import Partitioner
+from lightning_fedscale.partitioners.grouping import deal_order, even_sizes, group
+from lightning_fedscale.partitioners.labels import Labels
+from lightning_fedscale.partitioners.partition import Partition
+
+
+def continuous_partition(
+    values: Labels, num_partitions: int, strictness: float, shuffle: bool = True, seed: int | None = 42
+) -> Partition:
+    """Sort by a blend of the property and noise, then cut into parts of equal size.
+
+    The blend is ``strictness * z + (1 - strictness) * noise``, with ``z`` the property standardised to mean 0 and
+    deviation 1, and standard normal noise.
+
+    Args: as in :class:`ContinuousPartitioner`, the values first.
+
+    Example:
+        >>> continuous_partition(np.array([3.0, 1.0, 2.0, 0.0]), 2, strictness=1.0, shuffle=False).client(0)
+        array([1, 3])
+    """
+    checks.enough_samples(len(values), num_partitions)
+    if values.dtype.kind not in "iufb":
+        raise ValueError(
+            f"the property has dtype {values.dtype}: ContinuousPartitioner needs numbers; choose partition_by"
+        )
+    values = values.astype(np.float64)
+    if not np.isfinite(values).all():
+        i = int(np.argmin(np.isfinite(values)))
+        raise ValueError(f"the property of sample {i} is {values[i]}: drop such samples or give them a value")
+    rng = np.random.default_rng(seed)
+    scores = (1 - strictness) * rng.standard_normal(len(values))
+    if strictness > 0:
+        deviation = values.std()
+        if deviation <= 1e-12 * np.abs(values).max():
+            raise ValueError(
+                f"strictness={strictness}: all values of the property are equal, nothing can be sorted by it; choose "
+                "another partition_by, or strictness=0"
+            )
+        scores += strictness * (values - values.mean()) / deviation
+    owner = np.empty(len(values), dtype=np.int64)
+    owner[np.argsort(scores, kind="stable")] = np.repeat(
+        np.arange(num_partitions), even_sizes(len(values), num_partitions)
+    )
+    return Partition(*group(owner, num_partitions, deal_order(len(values), shuffle, rng)))
+
+
+class ContinuousPartitioner(Partitioner):
+    """Split by a real-valued property (age, brightness, a regression target) with adjustable strictness.
+
+    All samples are used; sizes differ by at most one; the order within a client is random.
+
+    Args:
+        num_partitions: number of clients.
+        partition_by: column with the property; None looks where labels usually are.
+        strictness: 0 is iid, 1 gives each client one stretch of the sorted property; required.
+        shuffle: False leaves each client's samples ascending by position.
+        seed: equal seeds give equal partitions.
+
+    Raises:
+        ValueError: strictness is missing or outside [0, 1], or a value of the property is not finite.
+
+    Example:
+        >>> partitioner = ContinuousPartitioner(num_partitions=2, strictness=1.0)
+        >>> partitioner.dataset = [0.3, 0.1, 0.9, 0.7]
+        >>> sorted(partitioner.load_partition(1).tolist())
+        [2, 3]
+    """
+
+    def __init__(
+        self,
+        num_partitions: int,
+        partition_by: str | None = None,
+        strictness: float | None = None,
+        shuffle: bool = True,
+        seed: int | None = 42,
+    ) -> None:
+        super().__init__(num_partitions, partition_by)
+        checks.given("strictness", strictness, "ContinuousPartitioner(num_partitions=10, strictness=0.5)")
+        self.strictness = checks.in_interval("strictness", strictness, 0.0, 1.0)
+        checks.seed_value(seed)
+        self.shuffle = shuffle
+        self.seed = seed
+
+    def _split(self) -> Partition:
+        return continuous_partition(self._labels(), self.num_partitions, self.strictness, self.shuffle, self.seed)

@@ -1,0 +1,184 @@
+"""Label skew by a Dirichlet distribution over clients, which always terminates."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+from lightning_fedscale.partitioners import checks
+from lightning_fedscale.partitioners.base import Partitioner
+from lightning_fedscale.partitioners.encoding import encode_classes
+from lightning_fedscale.partitioners.grouping import deal_order, group
+from lightning_fedscale.partitioners.labels import Labels
+from lightning_fedscale.partitioners.partition import IntArray, Partition
+
+FloatArray = npt.NDArray[np.float64]
+
+
+def dirichlet_partition(
+    labels: Labels,
+    num_partitions: int,
+    alpha: float | Sequence[float] | FloatArray,
+    min_partition_size: int = 10,
+    self_balancing: bool = False,
+    shuffle: bool = True,
+    seed: int | None = 42,
+) -> Partition:
+    """Divide each class among the clients by shares from a Dirichlet distribution.
+
+    For every class ``k``: ``p_k ~ Dirichlet(alpha, ..., alpha)`` over the clients, and client ``i`` gets the samples of
+    that class between ``n_k * (p_k1 + ... + p_k,i-1)`` and ``n_k * (p_k1 + ... + p_ki)`` (Yurochkin et al. 2019,
+    https://arxiv.org/abs/1905.12022), both rounded down after adding the same random number in [0, 1): on average each
+    client gets exactly its share. Clients left with fewer than ``min_partition_size``
+    samples are then filled from the largest clients, so one draw is always enough.
+
+    Shares are drawn as logarithms: no alpha is too small, the limit is one client per class.
+
+    Args: as in :class:`DirichletPartitioner`, the labels first.
+
+    Example:
+        >>> labels = np.repeat([0, 1], 50)
+        >>> partition = dirichlet_partition(labels, num_partitions=4, alpha=1e-9, min_partition_size=5)
+        >>> int(partition.sizes.min())
+        5
+    """
+    checks.enough_samples(len(labels), num_partitions, min_partition_size)
+    alpha = np.broadcast_to(np.asarray(alpha, dtype=np.float64), num_partitions)
+    rng = np.random.default_rng(seed)
+    order = deal_order(len(labels), shuffle, rng)
+    classes, codes = encode_classes(labels)
+    members, starts = group(codes, len(classes), order)
+    owner = np.empty(len(labels), dtype=np.int64)
+    sizes = np.zeros(num_partitions, dtype=np.int64)
+    clients = np.arange(num_partitions)
+    for samples in np.split(members, starts[1:-1]):
+        log_shares = log_gamma(alpha, rng)
+        if self_balancing:
+            # Not all clients can exceed the average, so some share always stays above zero.
+            log_shares[sizes > len(labels) / num_partitions] = -np.inf
+        counts = _cut(log_shares, len(samples), rng)
+        owner[samples] = np.repeat(clients, counts)
+        sizes += counts
+    if sizes.min() < min_partition_size:
+        _fill_poor(owner, sizes, min_partition_size, order)
+    return Partition(*group(owner, num_partitions, order))
+
+
+def log_gamma(alpha: FloatArray, rng: np.random.Generator) -> FloatArray:
+    """Draw logarithms of Gamma(alpha) variables, also where the variables themselves underflow to zero.
+
+    ``log G(a) = log G(a + 1) + log(U) / a`` with ``U`` uniform (Marsaglia and Tsang 2000). Normalised exponentials of
+    such draws are Dirichlet.
+
+    Example:
+        >>> bool(np.isfinite(log_gamma(np.full(3, 1e-300), np.random.default_rng(0))).all())
+        True
+    """
+    # Below 1e-300 the quotient would overflow; what is drawn is one-hot long before.
+    return np.log(rng.standard_gamma(alpha + 1)) - rng.standard_exponential(alpha.shape) / np.maximum(alpha, 1e-300)
+
+
+def _cut(log_shares: FloatArray, num_samples: int, rng: np.random.Generator) -> IntArray:
+    """Numbers of samples in proportion to shares given as logarithms; they add up to ``num_samples``."""
+    shares = np.exp(log_shares - log_shares.max())
+    ends = np.cumsum(shares)
+    # Without the random offset the last client would get what rounding leaves over of every class: one sample too many
+    # of each, which is most of its data if there are many clients.
+    cuts = np.minimum(ends * (num_samples / ends[-1]) + rng.random(), num_samples).astype(np.int64)
+    cuts[-1] = num_samples
+    counts: IntArray = np.diff(cuts, prepend=0)
+    return counts
+
+
+def _fill_poor(owner: IntArray, sizes: IntArray, minimum: int, order: IntArray) -> None:
+    """Move samples from the largest clients to those below the minimum, in place.
+
+    The largest are cut down to a common level, just low enough. With a random order the samples that they give are a
+    random part of theirs.
+    """
+    need = np.maximum(minimum - sizes, 0)
+    keep = sizes - _gifts(sizes, int(need.sum()))
+    samples, offsets = group(owner, len(sizes), order)
+    rank = np.arange(len(samples)) - np.repeat(offsets[:-1], sizes)
+    given = samples[rank >= np.repeat(keep, sizes)]
+    owner[given] = np.repeat(np.arange(len(sizes)), need)
+
+
+def _gifts(sizes: IntArray, total: int) -> IntArray:
+    """How many samples each client gives so that they add up to ``total`` and the largest remaining size is least."""
+    descending = np.sort(sizes)[::-1]
+    # If the r largest come down to the size of the next one, they give surplus[r - 1] together.
+    ranks = np.arange(1, len(sizes) + 1)
+    following = np.append(descending[1:], 0)
+    surplus = np.cumsum(descending) - ranks * following
+    r = int(np.argmax(surplus >= total)) + 1
+    level = (int(descending[:r].sum()) - total) // r
+    gifts = np.maximum(sizes - level, 0)
+    # The level is rounded down, so up to r - 1 samples too many were counted: the first givers keep one more.
+    givers = np.flatnonzero(gifts)[: int(gifts.sum()) - total]
+    gifts[givers] -= 1
+    return gifts
+
+
+class DirichletPartitioner(Partitioner):
+    """Divide each class among the clients by a Dirichlet distribution: the usual model of label skew.
+
+    ``alpha`` sets the skew: 100 is nearly iid, 0.5 a common choice, 0.01 leaves most clients one class. Any alpha works
+    with any number of clients: where the draw leaves a client below ``min_partition_size``, samples move there
+    from the largest clients. All samples are used; the order within a client is random.
+
+    Args:
+        num_partitions: number of clients.
+        partition_by: column with the labels; None looks in the usual places.
+        alpha: concentration, one for all clients or one per client; required.
+        min_partition_size: every client has at least so many samples.
+        self_balancing: a client that has more than the average gets nothing of the classes that follow.
+        shuffle: False deals the samples of a class in the order of the dataset, and leaves each client's ascending.
+        seed: equal seeds give equal partitions.
+
+    Raises:
+        ValueError: alpha is missing or not positive, or the samples do not suffice for ``min_partition_size``.
+
+    Example:
+        >>> partitioner = DirichletPartitioner(num_partitions=5, alpha=0.3, min_partition_size=2)
+        >>> partitioner.dataset = [0, 1, 2, 3] * 25
+        >>> partitioner.partition.num_samples
+        100
+    """
+
+    def __init__(
+        self,
+        num_partitions: int,
+        partition_by: str | None = None,
+        alpha: float | Sequence[float] | FloatArray | None = None,
+        min_partition_size: int = 10,
+        self_balancing: bool = False,
+        shuffle: bool = True,
+        seed: int | None = 42,
+    ) -> None:
+        super().__init__(num_partitions, partition_by)
+        checks.given("alpha", alpha, "DirichletPartitioner(num_partitions=10, alpha=0.5)")
+        self.alpha = checks.concentration(alpha)
+        if np.ndim(self.alpha) and np.size(self.alpha) != num_partitions:
+            raise ValueError(
+                f"alpha has {np.size(self.alpha)} entries for num_partitions={num_partitions}: give one per client, or "
+                "a single number"
+            )
+        self.min_partition_size = checks.integer("min_partition_size", min_partition_size, minimum=0)
+        checks.seed_value(seed)
+        self.self_balancing = self_balancing
+        self.shuffle = shuffle
+        self.seed = seed
+
+    def _split(self) -> Partition:
+        return dirichlet_partition(
+            self._labels(),
+            self.num_partitions,
+            self.alpha,
+            self.min_partition_size,
+            self.self_balancing,
+            self.shuffle,
+            self.seed,
+        )

@@ -1,0 +1,212 @@
+"""Find the label of every sample of a dataset, reading the samples themselves only as the last resort."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+from lightning_fedscale.partitioners import checks
+
+Labels: TypeAlias = npt.NDArray[Any]
+
+_ATTRIBUTES = ("targets", "labels")
+_KEYS = ("label", "labels", "target", "targets", "y")
+
+
+def find_labels(dataset: Any, partition_by: str | None = None) -> Labels:
+    """Return the labels of a dataset, one per sample, in the order of the samples.
+
+    The first of these that applies:
+
+    1. the dataset is itself a 1-D array, tensor or list of labels (then ``partition_by`` has no meaning);
+    2. it has columns (Hugging Face ``datasets.Dataset``, a pandas DataFrame): the column ``partition_by``;
+    3. it is a torch ``Subset`` or ``ConcatDataset``: the labels of what is inside, at any depth;
+    4. it has an attribute ``partition_by``, or ``targets``, ``labels``, or it is a ``TensorDataset``: the last tensor;
+    5. every sample is read once, with a progress bar: the last entry of a tuple, the key ``partition_by`` of a dict.
+
+    Without ``partition_by``, a column or key is looked for under "label", "labels", "target", "targets", "y".
+
+    Args:
+        dataset: labels, or a map-style dataset.
+        partition_by: name of the column, key or attribute.
+
+    Raises:
+        TypeError: the dataset is a stream (no length), or no dataset at all.
+        ValueError: it is empty, it has no such labels, or a label is not a single value.
+
+    Example:
+        >>> find_labels([("image a", 7), ("image b", 3)])
+        array([7, 3])
+        >>> find_labels(["cat", "dog"]).tolist()
+        ['cat', 'dog']
+    """
+    checks.column(partition_by)
+    size = num_samples(dataset)
+    labels = _look_up(dataset, partition_by)
+    if labels is None:
+        labels = _read(dataset, partition_by)
+    if labels.ndim == 2 and labels.shape[1] > 1:
+        remedy = "pass one label per sample, for one-hot rows labels.argmax(axis=1)"
+    else:
+        remedy = "pass one label per sample, a 1-D array"
+    if labels.shape != (size,):
+        raise ValueError(f"labels have shape {labels.shape} for {size} samples: {remedy}")
+    return labels
+
+
+def num_samples(dataset: Any) -> int:
+    """Return the length of a dataset.
+
+    Raises:
+        TypeError: it has no length, or its length does not count samples.
+        ValueError: it is empty.
+
+    Example:
+        >>> num_samples([("image a", 7), ("image b", 3)])
+        2
+    """
+    name = type(dataset).__name__
+    if isinstance(dataset, (str, bytes, Mapping)):
+        raise TypeError(f"dataset is a {name}: pass a map-style dataset or a 1-D array of labels")
+    if _is_torch(dataset, "IterableDataset") or not (hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")):
+        raise TypeError(
+            f"dataset is a {name}, without a length or without positions: pass a map-style dataset (with __len__ and "
+            "__getitem__) or a 1-D array of labels; load a stream into one first"
+        )
+    size = len(dataset)
+    if size == 0:
+        raise ValueError(f"dataset ({name}) is empty: there is nothing to split")
+    return size
+
+
+def class_names(dataset: Any, partition_by: str | None = None) -> list[str] | None:
+    """Return the names of the classes ``0, 1, 2, ...`` if the dataset knows them.
+
+    They come from a Hugging Face ``ClassLabel`` or from the attribute ``classes`` of torchvision's datasets.
+
+    Example:
+        >>> class_names([0, 1]) is None
+        True
+    """
+    while _is_torch(dataset, "Subset"):
+        dataset = dataset.dataset
+    if _is_torch(dataset, "ConcatDataset"):
+        return class_names(dataset.datasets[0], partition_by)
+    features = getattr(dataset, "features", None)
+    if isinstance(features, Mapping):
+        key = partition_by or next((key for key in _KEYS if key in features), None)
+        names = getattr(features.get(key), "names", None)
+    else:
+        names = getattr(dataset, "classes", None) if partition_by in (None, *_ATTRIBUTES) else None
+    return [str(name) for name in names] if isinstance(names, (list, tuple)) else None
+
+
+def _is_torch(dataset: Any, name: str) -> bool:
+    # Nothing can be a torch dataset before torch was imported, so this room need not import it.
+    data = sys.modules.get("torch.utils.data")
+    return data is not None and isinstance(dataset, getattr(data, name))
+
+
+def _look_up(dataset: Any, key: str | None) -> Labels | None:
+    """Find labels without reading samples; None if there is no way."""
+    if isinstance(dataset, np.ndarray) or type(dataset).__module__ == "torch":
+        return _as_array(dataset)
+    if isinstance(dataset, (list, tuple, range)):
+        # A list of tuples or dicts is a dataset; a list of anything else is labels.
+        is_samples = isinstance(dataset[0], (tuple, list, Mapping)) or key is not None
+        return None if is_samples and not _is_scalar(dataset[0]) else _as_array(dataset)
+    names = _columns(dataset)
+    if names is not None:
+        return _column(dataset, _choose(key, names))
+    if _is_torch(dataset, "Subset"):
+        inner = _look_up(dataset.dataset, key)
+        return None if inner is None else inner[np.asarray(dataset.indices, dtype=np.int64)]
+    if _is_torch(dataset, "ConcatDataset"):
+        parts = [_look_up(part, key) for part in dataset.datasets]
+        found = [part for part in parts if part is not None]
+        return np.concatenate(found) if len(found) == len(parts) else None
+    return _attribute(dataset, key)
+
+
+def _attribute(dataset: Any, key: str | None) -> Labels | None:
+    for name in _ATTRIBUTES if key is None else (key,):
+        value = getattr(dataset, name, None)
+        # Another length means another thing: all labels of a dataset of which this one is a part, say.
+        if value is not None and hasattr(value, "__len__") and len(value) == len(dataset):
+            return _as_array(value)
+    if key is None and _is_torch(dataset, "TensorDataset") and len(dataset.tensors) > 1:
+        return _as_array(dataset.tensors[-1])
+    return None
+
+
+def _columns(dataset: Any) -> list[str] | None:
+    names = getattr(dataset, "column_names", None)
+    if names is None and hasattr(dataset, "iloc"):
+        names = list(dataset.columns)
+    return list(names) if isinstance(names, Sequence) else None
+
+
+def _column(dataset: Any, name: str) -> Labels:
+    if hasattr(dataset, "with_format"):
+        # Whatever format (torch, images, ...) the user set, one column as NumPy decodes nothing else.
+        dataset = dataset.select_columns([name]).with_format("numpy")
+        return np.asarray(dataset[name][:])
+    return np.asarray(dataset[name])
+
+
+def _choose(key: str | None, names: Sequence[Any]) -> str:
+    candidates = _KEYS if key is None else (key,)
+    for candidate in candidates:
+        if candidate in names:
+            return candidate
+    wanted = f"partition_by={key!r} is not among them" if key else f"none of them is one of {', '.join(_KEYS)}"
+    raise ValueError(f"the dataset has the columns {list(names)}, and {wanted}: pass partition_by=<one of them>")
+
+
+def _read(dataset: Any, key: str | None) -> Labels:
+    """Read every sample once for its label."""
+    from tqdm import tqdm
+
+    indices = tqdm(range(len(dataset)), desc="Reading labels", unit="sample", delay=1.0, leave=False)
+    return _as_array([_label_of(dataset[i], i, key) for i in indices])
+
+
+def _label_of(sample: Any, i: int, key: str | None) -> Any:
+    if isinstance(sample, Mapping):
+        label = sample[_choose(key, list(sample))]
+    elif key is not None:
+        raise ValueError(
+            f"partition_by={key!r}: samples of type {type(sample).__name__} have no columns, and the dataset has no "
+            "such attribute; pass partition_by=None for the last entry of each sample, or an array of labels"
+        )
+    elif isinstance(sample, (tuple, list)) and len(sample) > 1:
+        label = sample[-1]
+    else:
+        raise ValueError(
+            f"partition_by=None: sample {i} is a {type(sample).__name__} without a label; let samples be (input, "
+            "label) or a dict and pass partition_by=<key>, or pass an array of labels instead of the dataset"
+        )
+    if hasattr(label, "item") and getattr(label, "ndim", 0) == 0:
+        label = label.item()
+    if not _is_scalar(label):
+        shape = getattr(label, "shape", None)
+        what = type(label).__name__ + ("" if shape is None else f" of shape {tuple(shape)}")
+        raise ValueError(f"the label of sample {i} is a {what}, not a single value: pass an array of labels instead")
+    return label
+
+
+def _is_scalar(value: Any) -> bool:
+    return isinstance(value, (str, bytes)) or not hasattr(value, "__len__") or getattr(value, "ndim", None) == 0
+
+
+def _as_array(values: Any) -> Labels:
+    if hasattr(values, "detach"):
+        values = values.detach().cpu()
+    try:
+        return np.asarray(values)
+    except ValueError as error:
+        raise ValueError(f"labels are not one value per sample ({error}): pass a 1-D array of labels") from None

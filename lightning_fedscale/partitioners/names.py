@@ -1,0 +1,93 @@
+"""From a partitioner's short name, as in ``FederatedStrategy(partitioner="dirichlet")``, to the partitioner."""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+from typing import Any
+
+from lightning_fedscale.partitioners.base import Partitioner
+from lightning_fedscale.partitioners.continuous import ContinuousPartitioner
+from lightning_fedscale.partitioners.dirichlet import DirichletPartitioner
+from lightning_fedscale.partitioners.distribution import DistributionPartitioner
+from lightning_fedscale.partitioners.iid import IidPartitioner
+from lightning_fedscale.partitioners.inner_dirichlet import InnerDirichletPartitioner
+from lightning_fedscale.partitioners.natural_id import GroupedNaturalIdPartitioner, NaturalIdPartitioner
+from lightning_fedscale.partitioners.pathological import PathologicalPartitioner
+from lightning_fedscale.partitioners.shard import ShardPartitioner
+from lightning_fedscale.partitioners.sizes import (
+    ExponentialPartitioner,
+    IdToSizeFncPartitioner,
+    LinearPartitioner,
+    SizePartitioner,
+    SquarePartitioner,
+)
+
+_PARTITIONERS: dict[str, type[Partitioner]] = {
+    "iid": IidPartitioner,
+    "dirichlet": DirichletPartitioner,
+    "inner_dirichlet": InnerDirichletPartitioner,
+    "pathological": PathologicalPartitioner,
+    "shard": ShardPartitioner,
+    "distribution": DistributionPartitioner,
+    "continuous": ContinuousPartitioner,
+    "size": SizePartitioner,
+    "id_to_size_fnc": IdToSizeFncPartitioner,
+    "linear": LinearPartitioner,
+    "square": SquarePartitioner,
+    "exponential": ExponentialPartitioner,
+    "natural_id": NaturalIdPartitioner,
+    "grouped_natural_id": GroupedNaturalIdPartitioner,
+}
+
+
+def by_name(name: str, num_partitions: int, **kwargs: Any) -> Partitioner:
+    """Build a partitioner from its short name or its class name; case does not matter.
+
+    "dirichlet" has defaults here that suit any dataset: ``alpha=0.5, min_partition_size=1``. "natural_id" and
+    "grouped_natural_id" take the number of clients from the data and do not use ``num_partitions``: compare
+    ``partitioner.num_partitions`` once a dataset is assigned.
+
+    Args:
+        name: "iid", "dirichlet", "inner_dirichlet", "pathological", "shard", "distribution", "continuous", "size",
+            "id_to_size_fnc", "linear", "square", "exponential", "natural_id" or "grouped_natural_id".
+        num_partitions: number of clients.
+        **kwargs: the other arguments of the class.
+
+    Raises:
+        ValueError: the name is unknown, an argument that the class needs is missing, or one is unknown to it.
+
+    Example:
+        >>> by_name("dirichlet", num_partitions=10, alpha=0.1)
+        DirichletPartitioner(num_partitions=10, alpha=0.1, min_partition_size=1)
+    """
+    cls = _find(name)
+    parameters = inspect.signature(cls).parameters
+    if cls is DirichletPartitioner:
+        kwargs = {"alpha": 0.5, "min_partition_size": 1, **kwargs}
+    if "num_partitions" in parameters:
+        kwargs = {"num_partitions": num_partitions, **kwargs}
+    unknown = sorted(set(kwargs) - set(parameters))
+    if unknown:
+        raise ValueError(f"{cls.__name__} has no argument {unknown[0]!r}: its arguments are {', '.join(parameters)}")
+    missing = [p.name for p in parameters.values() if p.default is p.empty and p.name not in kwargs]
+    if missing:
+        call = ", ".join(f"{p}=..." for p in ("num_partitions", *missing) if p in parameters)
+        raise ValueError(f'"{name}" needs {", ".join(missing)}: pass an object, {cls.__name__}({call})')
+    partitioner = cls(**kwargs)
+    if "partition_sizes" in parameters and partitioner.num_partitions != num_partitions:
+        raise ValueError(
+            f"partition_sizes has {partitioner.num_partitions} entries for num_partitions={num_partitions}: give one "
+            "size per client"
+        )
+    return partitioner
+
+
+def _find(name: str) -> type[Partitioner]:
+    known = {cls.__name__.lower(): cls for cls in _PARTITIONERS.values()} | _PARTITIONERS
+    key = str(name).lower()
+    if key in known:
+        return known[key]
+    close = difflib.get_close_matches(key.replace("-", "_"), known, n=1, cutoff=0.5)
+    guess = f"did you mean {close[0]!r}? " if close else ""
+    raise ValueError(f"partitioner={name!r} is unknown: {guess}The names are {', '.join(_PARTITIONERS)}")

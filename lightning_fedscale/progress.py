@@ -1,0 +1,46 @@
+"""What the Trainer's progress bar shows while a round runs."""
+
+from __future__ import annotations
+
+import time
+
+import lightning.pytorch as pl
+from lightning.pytorch.callbacks import RichProgressBar, TQDMProgressBar
+from torch import Tensor
+
+_SECONDS_BETWEEN_UPDATES = 0.2
+
+
+class ClientProgress:
+    """Adds ``clients`` (done/due on this rank) and ``client_loss`` to the bar between two rounds.
+
+    Reading a loss waits for the device, so it is read only when the bar is drawn.
+
+    Args:
+        trainer: the Trainer, with a rich or tqdm bar; any other is left alone.
+        due: number of clients that this rank trains in the round.
+    """
+
+    def __init__(self, trainer: pl.Trainer, due: int) -> None:
+        self._trainer = trainer
+        self._due = due
+        self._bar = trainer.progress_bar_callback if trainer.is_global_zero else None
+        self._next = time.monotonic() + _SECONDS_BETWEEN_UPDATES
+
+    def show(self, done: int, loss: Tensor | None) -> None:
+        """Draw the bar anew if the last time is long enough ago."""
+        if self._bar is None or time.monotonic() < self._next:
+            return
+        values: dict[str, int | str | float | dict[str, float]] = {"clients": f"{done}/{self._due}"}
+        if loss is not None:
+            values["client_loss"] = f"{float(loss):.3g}"
+        self._draw(values)
+        self._next = time.monotonic() + _SECONDS_BETWEEN_UPDATES
+
+    def _draw(self, values: dict[str, int | str | float | dict[str, float]]) -> None:
+        bar, trainer = self._bar, self._trainer
+        if isinstance(bar, TQDMProgressBar) and not bar.is_disabled:
+            bar.train_progress_bar.set_postfix({**bar.get_metrics(trainer, trainer.lightning_module), **values})
+        elif isinstance(bar, RichProgressBar) and bar.is_enabled and bar._metric_component is not None:
+            bar._metric_component.update({**bar.get_metrics(trainer, trainer.lightning_module), **values})
+            bar.refresh()

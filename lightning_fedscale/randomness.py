@@ -1,0 +1,78 @@
+"""Random numbers as a function of their keys: same keys, same numbers, on any rank, in any order."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+# The first key of every stream, so that no two purposes ever share one.
+COHORT, ORDER, CLIENT, BATCH, LOADER, SPLIT = range(6)
+
+
+def derive(seed: int, purpose: int, *keys: int) -> int:
+    """A 63-bit seed that depends on every key and on their order.
+
+    Args:
+        seed: the user's seed, any integer >= 0.
+        purpose: one of this module's constants.
+        keys: non-negative integers, such as the round and the client.
+
+    Example:
+        >>> derive(0, CLIENT, 3, 7) == derive(0, CLIENT, 3, 7)
+        True
+        >>> derive(0, CLIENT, 3, 7) == derive(0, CLIENT, 7, 3)
+        False
+    """
+    return int(np.random.SeedSequence([seed, purpose, *keys]).generate_state(1, np.uint64)[0] >> 1)
+
+
+def generator(seed: int, purpose: int, *keys: int) -> np.random.Generator:
+    """A numpy generator for these keys; see `derive`."""
+    return np.random.default_rng([seed, purpose, *keys])
+
+
+class GlobalState(NamedTuple):
+    """The state of the process-wide generators that user code may draw from."""
+
+    python: Any
+    numpy: Any
+    cpu: Tensor
+    device: Tensor | None
+
+
+def capture(device: torch.device) -> GlobalState:
+    """The present state of Python's, numpy's and torch's global generators (CPU and ``device``)."""
+    cuda = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+    return GlobalState(random.getstate(), np.random.get_state(), torch.get_rng_state(), cuda)
+
+
+def restore(state: GlobalState, device: torch.device) -> None:
+    """Put the global generators back to ``state``."""
+    random.setstate(state.python)
+    np.random.set_state(state.numpy)
+    torch.set_rng_state(state.cpu)
+    if state.device is not None:
+        torch.cuda.set_rng_state(state.device, device)
+
+
+def seed_globals(seed: int) -> None:
+    """Seed Python's, numpy's and torch's global generators."""
+    random.seed(seed)
+    np.random.seed(seed & 0xFFFFFFFF)
+    torch.manual_seed(seed)
+
+
+@contextmanager
+def preserved(device: torch.device) -> Iterator[None]:
+    """Whatever is drawn or seeded inside leaves the global generators as they were."""
+    before = capture(device)
+    try:
+        yield
+    finally:
+        restore(before, device)

@@ -1,0 +1,129 @@
+"""The numbers of a round: one row per client, filled by the rank that trained it, summed over ranks."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from lightning_fedscale.rounds import RoundPlan
+from lightning_fedscale.types import ClientUpdate, Cursor, RoundRecord
+
+_COLUMNS = (
+    "weight", "samples", "steps", "loss", "norm", "seconds", "rejected", "pass", "batch", "scale", "growth",
+)  # fmt: skip
+
+
+class RoundTable:
+    """Rows for the whole cohort, of which a rank fills its own; the sum over ranks is the complete table.
+
+    It crosses the ranks as part of the round's one collective, so every rank computes the same record from it.
+
+    Args:
+        plan: the round's plan.
+        world_size: number of ranks.
+    """
+
+    def __init__(self, plan: RoundPlan, world_size: int) -> None:
+        self._plan = plan
+        self._row = {client: row for row, client in enumerate(plan.cohort.tolist())}
+        self._rows = torch.zeros(len(plan.cohort), len(_COLUMNS), dtype=torch.float64)
+        self._busy = torch.zeros(world_size, dtype=torch.float64)
+
+    def add(self, update: ClientUpdate, weight: float, cursor: Cursor, scaler: tuple[float, float]) -> None:
+        """Fill a client's row.
+
+        Args:
+            update: what the client sent.
+            weight: its weight in the aggregate.
+            cursor: where its data goes on.
+            scaler: scale and growth counter that its training left in the gradient scaler.
+        """
+        accepted = update.finite
+        values = (
+            weight if accepted else 0.0,
+            update.samples,
+            update.steps,
+            update.loss,
+            update.norm if accepted else math.nan,
+            update.seconds,
+            0.0 if accepted else 1.0,
+            *cursor,
+            *scaler,
+        )
+        self._rows[self._row[update.client]] = torch.tensor(values, dtype=torch.float64)
+
+    def finish_rank(self, rank: int, seconds: float) -> None:
+        """Note how long this rank worked."""
+        self._busy[rank] = seconds
+
+    def pack(self) -> Tensor:
+        """Everything as one float64 vector on the CPU, to be summed over ranks."""
+        return torch.cat([self._rows.flatten(), self._busy])
+
+    def unpack(self, packed: Tensor) -> None:
+        """Take over the sum."""
+        self._rows = packed[: self._rows.numel()].cpu().view_as(self._rows)
+        self._busy = packed[self._rows.numel() :].cpu()
+
+    @property
+    def cohort_size(self) -> int:
+        """Number of clients in the round, accepted or not."""
+        return len(self._row)
+
+    def cursors(self) -> dict[int, Cursor]:
+        """Where every client of the cohort goes on."""
+        pairs = zip(self._column("pass").tolist(), self._column("batch").tolist(), strict=True)
+        return {client: (int(p), int(b)) for client, (p, b) in zip(self._row, pairs, strict=True)}
+
+    def rejected(self) -> tuple[int, ...]:
+        """The clients whose update was not finite."""
+        return tuple(self._plan.cohort[self._column("rejected").numpy() > 0].tolist())
+
+    def smallest_scale(self) -> tuple[float, float]:
+        """Scale and growth counter that no client would find too large: the smallest ones left by any."""
+        scale = self._column("scale")
+        return float(scale.min()), float(self._column("growth")[scale == scale.min()].min())
+
+    def record(self, delta_norm: float, message_bytes: int) -> RoundRecord:
+        """The round in numbers.
+
+        Args:
+            delta_norm: L2 norm of the aggregated pseudo-gradient.
+            message_bytes: what one client sends and receives.
+        """
+        weights = self._column("weight") / self._column("weight").sum()
+        norms, losses, samples = self._column("norm"), self._column("loss"), self._column("samples")
+        accepted = self._column("rejected") == 0
+        known = accepted & ~losses.isnan()
+        square = float((weights[accepted] * norms[accepted] ** 2).sum()) - delta_norm**2
+        slowest = float(self._busy.max())
+        return RoundRecord(
+            round=self._plan.round,
+            clients=self._plan.cohort,
+            ranks=self._plan.ranks,
+            weights=weights.numpy(),
+            samples=samples.long().numpy(),
+            local_steps=self._column("steps").long().numpy(),
+            losses=losses.numpy(),
+            delta_norms=norms.numpy(),
+            client_seconds=self._column("seconds").numpy(),
+            rejected=self.rejected(),
+            loss=float((losses[known] * samples[known]).sum() / samples[known].sum()) if known.any() else math.nan,
+            delta_norm=delta_norm,
+            drift=_ratio(math.sqrt(max(0.0, square)), delta_norm),
+            upload_bytes=message_bytes * len(self._row),
+            download_bytes=message_bytes * len(self._row),
+            seconds=slowest,
+            idle=1.0 - float(self._busy.mean()) / slowest if slowest > 0 else 0.0,
+        )
+
+    def _column(self, name: str) -> Tensor:
+        return self._rows[:, _COLUMNS.index(name)].clone()
+
+
+def _ratio(part: float, whole: float) -> float:
+    if whole > 0:
+        return part / whole
+    return math.inf if part > 0 else 0.0

@@ -1,0 +1,396 @@
+"""`FederatedStrategy`: one Trainer step is one federated round."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import ExitStack
+from datetime import timedelta
+from typing import Any, Literal
+
+import lightning.pytorch as pl
+import torch
+from lightning.fabric.plugins import CheckpointIO, ClusterEnvironment
+from lightning.fabric.utilities.seed import reset_seed
+from lightning.pytorch.callbacks import GradientAccumulationScheduler, ThroughputMonitor
+from lightning.pytorch.core.optimizer import _MockOptimizer
+from lightning.pytorch.overrides.distributed import _sync_module_states
+from lightning.pytorch.plugins.io.wrapper import _WrappingCheckpointIO
+from lightning.pytorch.plugins.precision import Precision
+from lightning.pytorch.strategies import DDPStrategy
+from lightning.pytorch.strategies.strategy import _StrategyRegistry
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
+from torch import Tensor, nn
+from torchmetrics import Metric
+
+from lightning_fedscale import arguments, samplers, server
+from lightning_fedscale.aggregators import Aggregator
+from lightning_fedscale.checkpointing import AtomicCheckpointIO
+from lightning_fedscale.executors import LocalBatchHooks, RoundLoops
+from lightning_fedscale.federation import Federation
+from lightning_fedscale.partitioners import Partition, Partitioner
+from lightning_fedscale.samplers import Sampler
+from lightning_fedscale.server import ServerOptimizer
+from lightning_fedscale.types import RoundRecord
+
+_THIRTY_MINUTES = timedelta(minutes=30)
+
+
+class FederatedStrategy(DDPStrategy):
+    """Trains an unchanged LightningModule and its data by federated learning, simulated on one or many devices.
+
+    The module lives on the clients; the Trainer, its callbacks and its loggers live on the server. **One Trainer step
+    is one round**: a cohort of clients is drawn, each starts from the global model and trains on its own data, and the
+    server moves the global model by the aggregate of their updates. So ``max_steps``, ``every_n_train_steps``,
+    ``val_check_interval``, learning-rate schedules, checkpoints and early stopping count rounds and see the global
+    model, and an epoch is ``rounds_per_epoch`` rounds.
+
+    Module hooks (``on_train_batch_start``, ``configure_gradient_clipping``, transfer hooks, ...) run per local batch
+    as always. Callback hooks run per round, except those inside the optimizer closure (``on_before_backward``,
+    ``on_before_optimizer_step``, ...), which run on the client. A callback may also define ``on_round_start``,
+    ``on_client_start``, ``on_client_end`` and ``on_round_end``; see `lightning_fedscale.callbacks.RoundEvents`.
+
+    ``last_round`` holds the `RoundRecord` of the finished round; its scalars are logged every round as ``round/...``.
+
+    Args:
+        num_clients: number of clients. None takes the partitioner's own number, and 10 for a partitioner given by
+            name; partitioners by natural id count the clients themselves.
+        clients_per_round: how many take part in a round: None for all, an int, or a fraction in (0, 1].
+        partitioner: how the training data is divided: a name ("iid", "dirichlet", ...), an object from
+            `lightning_fedscale.partitioners`, or a finished `Partition`.
+        local_epochs: passes over its own data that a client makes in a round.
+        local_steps: instead of ``local_epochs``, the number of batches; a client goes on in its data where it stopped
+            the last time.
+        rounds_per_epoch: rounds in a Trainer epoch.
+        sampler: who takes part, see `lightning_fedscale.samplers`.
+        aggregator: "mean" (weighted by samples), "uniform", or an object from `lightning_fedscale.aggregators`.
+        server_optimizer: how the global model moves, see `lightning_fedscale.server`; None is plain FedAvg.
+        client_optimizer: "reset" gives every client a fresh optimizer each round; "keep" lets its state live on with
+            the client (DiLoCo, local SGD).
+        seed: everything random about the federation follows from it: cohorts, batch order, clients' own randomness.
+        accelerator: as for DDP; set by the Trainer.
+        parallel_devices: as for DDP; set by the Trainer.
+        cluster_environment: as for DDP; detected by the Trainer.
+        checkpoint_io: writes checkpoints; None is an atomic writer.
+        precision_plugin: as for DDP; set by the Trainer.
+        process_group_backend: "gloo", "nccl", ...; None chooses by device.
+        timeout: how long ranks wait for each other; a round must not take longer on one rank than on another by this.
+        start_method: how Lightning starts the other processes: "popen", "fork", "spawn" or "forkserver".
+
+    Raises:
+        TypeError: for an argument of the wrong kind.
+        ValueError: for a wrong value; names the argument, the value and the remedy.
+
+    Example:
+        >>> from lightning.pytorch import Trainer
+        >>> from lightning.pytorch.demos.boring_classes import BoringModel
+        >>> trainer = Trainer(strategy=FederatedStrategy(num_clients=4, clients_per_round=2), max_epochs=3,
+        ...                   accelerator="cpu", logger=False, enable_checkpointing=False,
+        ...                   enable_progress_bar=False, enable_model_summary=False)
+        >>> trainer.fit(BoringModel())
+        >>> trainer.global_step, len(trainer.strategy.last_round.clients)
+        (3, 2)
+    """
+
+    def __init__(
+        self,
+        num_clients: int | None = None,
+        clients_per_round: int | float | None = None,
+        partitioner: str | Partitioner | Partition = "iid",
+        local_epochs: int | None = arguments.ONE_EPOCH,
+        local_steps: int | None = None,
+        rounds_per_epoch: int = 1,
+        sampler: Sampler = samplers.uniform,
+        aggregator: str | Aggregator = "mean",
+        server_optimizer: ServerOptimizer | None = None,
+        client_optimizer: Literal["reset", "keep"] = "reset",
+        seed: int = 0,
+        accelerator: pl.accelerators.Accelerator | None = None,
+        parallel_devices: list[torch.device] | None = None,
+        cluster_environment: ClusterEnvironment | None = None,
+        checkpoint_io: CheckpointIO | None = None,
+        precision_plugin: Precision | None = None,
+        process_group_backend: str | None = None,
+        timeout: timedelta = _THIRTY_MINUTES,
+        start_method: Literal["popen", "spawn", "fork", "forkserver"] = "popen",
+    ) -> None:
+        super().__init__(
+            accelerator=accelerator,
+            parallel_devices=parallel_devices,
+            cluster_environment=cluster_environment,
+            checkpoint_io=checkpoint_io,
+            precision_plugin=precision_plugin,
+            process_group_backend=process_group_backend,
+            timeout=timeout,
+            start_method=start_method,
+        )
+        self._options = arguments.check(
+            num_clients=num_clients,
+            clients_per_round=clients_per_round,
+            partitioner=partitioner,
+            local_epochs=local_epochs,
+            local_steps=local_steps,
+            rounds_per_epoch=rounds_per_epoch,
+            sampler=sampler,
+            aggregator=aggregator,
+            server_optimizer=server.fed_avg() if server_optimizer is None else server_optimizer,
+            client_optimizer=client_optimizer,
+            seed=seed,
+        )
+        self._federation: Federation | None = None
+        self._share: float | int = 1.0
+        self._undo: ExitStack | None = None
+
+    @property
+    def last_round(self) -> RoundRecord | None:
+        """The record of the last finished round, the same on every rank; None before the first."""
+        return None if self._federation is None else self._federation.last_round
+
+    @property
+    def partition(self) -> Partition | None:
+        """Which samples each client holds; None before ``fit`` has seen the data."""
+        return None if self._federation is None else self._federation.partition
+
+    # ---- processes
+
+    @property
+    def _processes(self) -> int:
+        return self.num_nodes * self.num_processes
+
+    def _configure_launcher(self) -> None:
+        # A single process needs no launcher and no sockets; so it also runs in notebooks.
+        if self._processes > 1:
+            super()._configure_launcher()
+
+    def setup_distributed(self) -> None:
+        """Join the other ranks, if there are any."""
+        if self._processes > 1:
+            super().setup_distributed()
+        else:
+            reset_seed()
+            self.set_world_ranks()
+
+    def _setup_model(self, model: nn.Module) -> nn.Module:  # type: ignore[override]
+        # No DistributedDataParallel: clients must not exchange gradients. Same start on all ranks, that is all.
+        if self._processes > 1:
+            _sync_module_states(model)
+        return model
+
+    # ---- from fit to the first round
+
+    def setup(self, trainer: pl.Trainer) -> None:
+        """Put the Trainer's steps on rounds, then set up model and optimizers as for a single device."""
+        if trainer.state.fn == TrainerFn.FITTING:
+            self._close_fit()
+            self._check(trainer)
+            self._open_fit(trainer)
+        # Not DDPStrategy's: it wraps the model.
+        super(DDPStrategy, self).setup(trainer)
+
+    def setup_optimizers(self, trainer: pl.Trainer) -> None:
+        """Build the optimizers and note the state in which every new client finds them."""
+        super().setup_optimizers(trainer)
+        if not self.optimizers or any(isinstance(optimizer, _MockOptimizer) for optimizer in self.optimizers):
+            raise ValueError(
+                "configure_optimizers returned no optimizer, so clients could not train: return at least one, such as"
+                " torch.optim.SGD(self.parameters(), lr=0.1)."
+            )
+        assert self._federation is not None
+        self._federation.attach_optimizers(self.optimizers)
+
+    def process_dataloader(self, dataloader: object) -> object:
+        """Replace the train loader by one whose items are rounds; others stay as they are."""
+        if self._federation is None or not self._trainer_of_fit.training:
+            return dataloader
+        return self._federation.attach_data(dataloader, self._share)
+
+    def on_train_start(self) -> None:
+        """Refuse several train loaders: a client's batch comes from one dataset."""
+        loader = self._trainer_of_fit.fit_loop._combined_loader
+        if loader is not None and len(loader.flattened) != 1:
+            raise ValueError(
+                f"train_dataloader: got {len(loader.flattened)} loaders, FederatedStrategy divides one dataset among"
+                " clients: return a single DataLoader, for example over torch.utils.data.ConcatDataset."
+            )
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        """Gradient accumulation happens inside clients; a round is never accumulated."""
+        trainer, federation = self._trainer_of_fit, self._federation
+        assert federation is not None
+        for callback in trainer.callbacks:  # type: ignore[attr-defined]
+            if isinstance(callback, GradientAccumulationScheduler):
+                federation.local_accumulation = callback.get_accumulate_grad_batches(trainer.current_epoch)
+        if not trainer.fit_loop._skip_backward:
+            trainer.accumulate_grad_batches = 1
+
+    def batch_to_device(self, batch: Any, device: torch.device | None = None, dataloader_idx: int = 0) -> Any:
+        """Move a batch; for the first of a round this is where the Trainer's loop ends and the client's begins."""
+        batch = super().batch_to_device(batch, device, dataloader_idx)
+        if self._federation is not None:
+            self._federation.first_batch_arrived()
+        return batch
+
+    @property
+    def _trainer_of_fit(self) -> pl.Trainer:
+        assert self.lightning_module is not None
+        return self.lightning_module.trainer
+
+    def _check(self, trainer: pl.Trainer) -> None:
+        """Refuse what cannot work before anything is built.
+
+        Raises:
+            ValueError: with the reason and the remedy.
+        """
+        module = trainer.lightning_module
+        if self._layer_sync is not None:
+            raise ValueError(
+                "Trainer(sync_batchnorm=True): clients are independent, their batch statistics must not be shared while"
+                " they train. Remove it; FederatedStrategy averages BatchNorm buffers after every round."
+            )
+        if self.root_device.type not in ("cpu", "cuda"):
+            raise ValueError(
+                f"accelerator: FederatedStrategy runs on CPU and CUDA, not on {self.root_device.type!r}: use"
+                " Trainer(accelerator='cpu')."
+            )
+        if any(isinstance(p, nn.parameter.UninitializedParameter) for p in module.parameters()):
+            raise ValueError(
+                "the model has lazy layers whose parameters have no shape yet: run a forward pass on one batch in"
+                " LightningModule.configure_model, so that all clients start from the same weights."
+            )
+        if not any(p.requires_grad for p in module.parameters()):
+            total = sum(1 for _ in module.parameters())
+            raise ValueError(
+                f"the model has {total} parameter tensors and none is trainable: clients have nothing to learn."
+                " Set requires_grad=True for those that should train."
+            )
+        if is_param_in_hook_signature(module.training_step, "dataloader_iter", explicit=True):
+            raise ValueError(
+                "training_step(self, dataloader_iter) is not supported: clients are fed batch by batch. Use"
+                " training_step(self, batch, batch_idx)."
+            )
+        if any(isinstance(callback, ThroughputMonitor) for callback in trainer.callbacks):  # type: ignore[attr-defined]
+            raise ValueError(
+                "callbacks: ThroughputMonitor counts one batch per step, but a step is a round here. Remove it;"
+                " round/samples, round/local_steps and round/seconds are logged every round."
+            )
+        synced = [name for name, m in module.named_modules() if isinstance(m, Metric) and m.dist_sync_on_step]
+        if synced and self._processes > 1:
+            raise ValueError(
+                f"metric {synced[0]!r} has dist_sync_on_step=True, but clients train independently and may take"
+                " different numbers of steps: set it to False; it is still reduced over ranks at the epoch's end."
+            )
+
+    def _open_fit(self, trainer: pl.Trainer) -> None:
+        """Prepare the Trainer for rounds, and note how to put everything back."""
+        federation = Federation(trainer, self._options, self.global_rank, self._processes)
+        self._federation, self._undo = federation, ExitStack()
+        loops = RoundLoops(trainer, federation.run_round)
+        self._undo.callback(loops.remove)
+        hooks = LocalBatchHooks(trainer.lightning_module, lambda: federation.in_client)
+        self._undo.callback(hooks.remove)
+        federation.local_accumulation = trainer.accumulate_grad_batches
+        self._set(trainer, "accumulate_grad_batches", 1)
+        self._set(trainer, "log_every_n_steps", min(trainer.log_every_n_steps, self._options.rounds_per_epoch))
+        # As a float it is a share of every client's batches; as an int it counts steps, that is rounds.
+        self._share = 1.0
+        if trainer.overfit_batches:
+            self._share = trainer.overfit_batches
+            self._set(trainer, "limit_train_batches", 1.0)
+        elif isinstance(trainer.limit_train_batches, float) and trainer.limit_train_batches > 0:
+            self._share = trainer.limit_train_batches
+            self._set(trainer, "limit_train_batches", 1.0)
+        # Lightning would put a DistributedSampler into the train loader and lose whether the user's one shuffles.
+        connector = trainer._data_connector
+        requires = connector._requires_distributed_sampler
+        self._set(connector, "_requires_distributed_sampler", lambda dl: not trainer.training and requires(dl))
+
+    def _set(self, owner: Any, name: str, value: object) -> None:
+        assert self._undo is not None
+        if name in vars(owner):
+            self._undo.callback(setattr, owner, name, getattr(owner, name))
+        else:
+            self._undo.callback(delattr, owner, name)
+        setattr(owner, name, value)
+
+    def _close_fit(self) -> None:
+        if self._undo is not None:
+            self._undo.close()
+            self._undo = None
+
+    def teardown(self) -> None:
+        """Put the Trainer back as it was; ``last_round`` and what checkpoints need stay readable."""
+        self._close_fit()
+        super().teardown()
+
+    # ---- a client is alone: inside it, collectives concern nobody else
+
+    @property
+    def _alone(self) -> bool:
+        return self._federation is not None and self._federation.in_client
+
+    def reduce(self, tensor: Tensor, group: Any = None, reduce_op: Any = "mean") -> Tensor:
+        """Reduce over ranks; inside a client, the client's own value."""
+        return tensor if self._alone else super().reduce(tensor, group, reduce_op)
+
+    def all_gather(self, tensor: Tensor, group: Any = None, sync_grads: bool = False) -> Tensor:
+        """Gather over ranks; inside a client, the client's own value."""
+        return tensor if self._alone else super().all_gather(tensor, group, sync_grads)
+
+    def barrier(self, *args: Any, **kwargs: Any) -> None:
+        """Wait for all ranks; inside a client, for nobody."""
+        if not self._alone:
+            super().barrier(*args, **kwargs)
+
+    def broadcast(self, obj: Any, src: int = 0) -> Any:
+        """Broadcast over ranks; inside a client, the client's own value."""
+        return obj if self._alone else super().broadcast(obj, src)
+
+    def reduce_boolean_decision(self, decision: bool, all: bool = True) -> bool:
+        """Decide over ranks; inside a client, the client decides."""
+        return decision if self._alone else super().reduce_boolean_decision(decision, all)
+
+    # ---- checkpoints
+
+    @property
+    def checkpoint_io(self) -> CheckpointIO:
+        """The user's, or an atomic one."""
+        if self._checkpoint_io is None:
+            self._checkpoint_io = AtomicCheckpointIO()
+        elif isinstance(self._checkpoint_io, _WrappingCheckpointIO) and self._checkpoint_io.checkpoint_io is None:
+            self._checkpoint_io.checkpoint_io = AtomicCheckpointIO()
+        return self._checkpoint_io
+
+    @checkpoint_io.setter
+    def checkpoint_io(self, io: CheckpointIO | None) -> None:
+        self._checkpoint_io = io
+
+    def lightning_module_state_dict(self) -> dict[str, Any]:
+        """The global model's state, also while a client trains."""
+        state = super().lightning_module_state_dict()
+        return state if self._federation is None else self._federation.global_state_dict(state)
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
+        """Save with ``checkpoint["federated"]``; to be called on all ranks."""
+        if self._federation is not None and "optimizer_states" in checkpoint:
+            state = self._federation.state_dict()
+            if state is not None:
+                checkpoint["federated"] = state
+        super().save_checkpoint(checkpoint, filepath, storage_options)
+
+    def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
+        """Restore optimizers and the federation's own state."""
+        super().load_optimizer_state_dict(checkpoint)
+        assert self._federation is not None
+        if (state := checkpoint.get("federated")) is not None:
+            self._federation.load_state_dict(state)
+        else:
+            rank_zero_warn(
+                "ckpt_path: the checkpoint was not written by FederatedStrategy. Model and counters are restored; server"
+                " and clients start afresh."
+            )
+
+    @classmethod
+    def register_strategies(cls, strategy_registry: _StrategyRegistry) -> None:
+        """Make ``Trainer(strategy="federated")`` known."""
+        strategy_registry.register("federated", cls, description="One Trainer step is one federated round")

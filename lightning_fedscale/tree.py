@@ -1,0 +1,94 @@
+"""Many tensors seen as one float64 vector: how a model is copied, subtracted and averaged."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class FlatView:
+    """The tensors that server and clients exchange, and the one float64 vector that stands for them.
+
+    Trainable tensors come first, so that ``vector[:trainable]`` is the pseudo-gradient's own part. float64 holds
+    every float32, bfloat16, float16 and (up to 2**53) integer exactly, so copying to the vector and back changes no
+    bit. Complex tensors take two elements each.
+
+    Args:
+        trainable: parameters that local training moves.
+        carried: everything else that is exchanged: float and integer buffers, frozen parameters. Written back
+            rounded where the tensor holds integers.
+
+    Example:
+        >>> weight, counter = torch.ones(2), torch.tensor(3)
+        >>> view = FlatView([weight], [counter])
+        >>> vector = view.read()
+        >>> vector.tolist(), view.trainable
+        ([1.0, 1.0, 3.0], 2)
+        >>> view.write(vector * 1.5)
+        >>> weight.tolist(), counter.item()
+        ([1.5, 1.5], 4)
+    """
+
+    def __init__(self, trainable: Sequence[Tensor], carried: Sequence[Tensor]) -> None:
+        self.trainable = sum(_width(tensor) for tensor in trainable)
+        self.size = self.trainable + sum(_width(tensor) for tensor in carried)
+        self._tensors = [_real(tensor) for tensor in (*trainable, *carried)]
+        self._device = self._tensors[0].device
+
+    def empty(self) -> Tensor:
+        """A float64 vector of the right length, not initialised."""
+        return torch.empty(self.size, dtype=torch.float64, device=self._device)
+
+    def views(self, vector: Tensor) -> list[Tensor]:
+        """``vector`` cut into the tensors' shapes, without a copy."""
+        parts = vector.split([tensor.numel() for tensor in self._tensors])
+        return [part.view(tensor.shape) for part, tensor in zip(parts, self._tensors, strict=True)]
+
+    def read(self) -> Tensor:
+        """A new vector with the tensors' values."""
+        vector = self.empty()
+        for view, tensor in zip(self.views(vector), self._tensors, strict=True):
+            view.copy_(tensor)
+        return vector
+
+    def write(self, vector: Tensor) -> None:
+        """Copy ``vector`` into the tensors, in place, so that every reference to them stays valid."""
+        for view, tensor in zip(self.views(vector), self._tensors, strict=True):
+            exact = tensor.is_floating_point()
+            tensor.copy_(view if exact else view.round())
+
+    def substituted(self, state: Mapping[str, Any], vector: Tensor) -> dict[str, Any]:
+        """``state`` with every entry that shares memory with one of the tensors replaced by its value in ``vector``."""
+        values = {
+            (tensor.data_ptr(), tensor.shape): view
+            for view, tensor in zip(self.views(vector), self._tensors, strict=True)
+        }
+
+        def substitute(entry: Any) -> Any:
+            if not isinstance(entry, Tensor):
+                return entry
+            real = _real(entry)
+            if (view := values.get((real.data_ptr(), real.shape))) is None:
+                return entry
+            value = (view if real.is_floating_point() else view.round()).to(real.dtype)
+            return torch.view_as_complex(value) if entry.is_complex() else value
+
+        return {name: substitute(entry) for name, entry in state.items()}
+
+    def subtract_from(self, vector: Tensor, out: Tensor) -> Tensor:
+        """``out = vector - tensors``, the delta of a client whose model the tensors hold."""
+        for minuend, result, tensor in zip(self.views(vector), self.views(out), self._tensors, strict=True):
+            torch.sub(minuend, tensor, out=result)
+        return out
+
+
+def _real(tensor: Tensor) -> Tensor:
+    tensor = tensor.detach()
+    return torch.view_as_real(tensor) if tensor.is_complex() else tensor
+
+
+def _width(tensor: Tensor) -> int:
+    return tensor.numel() * (2 if tensor.is_complex() else 1)

@@ -1,0 +1,117 @@
+"""The values that rooms hand to each other. No behaviour beyond reading them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import NamedTuple, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+from torch import Tensor
+
+Params: TypeAlias = Mapping[str, Tensor]
+"""Trainable parameters by name, as float64 tensors of the parameters' own shapes."""
+
+IntArray: TypeAlias = npt.NDArray[np.int64]
+FloatArray: TypeAlias = npt.NDArray[np.float64]
+
+Cursor: TypeAlias = tuple[int, int]
+"""Where a client's data goes on: (pass over its data, batch within that pass)."""
+
+
+class ClientUpdate(NamedTuple):
+    """What a client sends to the server at the end of its local training.
+
+    Attributes:
+        client: index of the client, 0 to ``num_clients - 1``.
+        delta: pseudo-gradient ``server - client`` as one float64 vector over everything that is exchanged; the
+            first ``trainable`` elements belong to trainable parameters, the rest to buffers and frozen parameters.
+            It is a scratch buffer: copy it to keep it.
+        norm: L2 norm of the trainable part; not finite when any element of ``delta`` is not.
+        held: number of samples that the client holds (FedAvg's weight).
+        samples: number of samples that it trained on in this round, every pass counted.
+        steps: number of local batches.
+        loss: mean training loss per sample over the round, NaN when ``training_step`` returned none.
+        seconds: time the client took on its rank.
+    """
+
+    client: int
+    delta: Tensor
+    norm: float
+    held: int
+    samples: int
+    steps: int
+    loss: float
+    seconds: float
+
+    @property
+    def finite(self) -> bool:
+        """Whether the server may use the update; one that is not finite is left out of the round."""
+        return math.isfinite(self.norm)
+
+
+@dataclass(frozen=True)
+class RoundRecord:
+    """What happened in a finished round; the same on every rank, as ``trainer.strategy.last_round``.
+
+    Arrays have one entry per client of the cohort, in the order of ``clients``.
+
+    Attributes:
+        round: index of the round, from 0.
+        clients: the cohort, ascending.
+        ranks: rank that trained each client.
+        weights: share of each client in the aggregate; sums to 1, zero for rejected clients.
+        samples: samples trained on, every pass counted.
+        local_steps: local batches.
+        losses: mean training loss of each client, NaN when unknown.
+        delta_norms: L2 norm of each client's pseudo-gradient over trainable parameters; NaN when rejected.
+        client_seconds: time each client took.
+        rejected: clients left out because their update was not finite.
+        loss: mean training loss per sample over accepted clients, NaN when unknown.
+        delta_norm: L2 norm of the aggregated pseudo-gradient.
+        drift: root-mean-square distance of client deltas from their mean, relative to the mean's norm:
+            ``sqrt(sum_k p_k |delta_k|^2 - |mean|^2) / |mean|``.
+        upload_bytes: bytes that all clients would send, in the model's own precision.
+        download_bytes: bytes that the server would send to them.
+        seconds: from the first batch to the collective, on the slowest rank.
+        idle: share of the ranks' time spent waiting for the slowest one, 0 to 1.
+    """
+
+    round: int
+    clients: IntArray
+    ranks: IntArray
+    weights: FloatArray
+    samples: IntArray
+    local_steps: IntArray
+    losses: FloatArray
+    delta_norms: FloatArray
+    client_seconds: FloatArray
+    rejected: tuple[int, ...]
+    loss: float
+    delta_norm: float
+    drift: float
+    upload_bytes: int
+    download_bytes: int
+    seconds: float
+    idle: float
+
+    def metrics(self) -> dict[str, float]:
+        """The scalars that are logged every round, by their logged names; an unknown loss is left out."""
+        values = {
+            "round/loss": self.loss,
+            "round/clients": float(len(self.clients) - len(self.rejected)),
+            "round/rejected": float(len(self.rejected)),
+            "round/samples": float(self.samples.sum()),
+            "round/local_steps": float(self.local_steps.sum()),
+            "round/delta_norm": self.delta_norm,
+            "round/drift": self.drift,
+            "round/upload_bytes": float(self.upload_bytes),
+            "round/download_bytes": float(self.download_bytes),
+            "round/seconds": self.seconds,
+            "round/idle": self.idle,
+        }
+        if np.isnan(self.loss):
+            del values["round/loss"]
+        return values
