@@ -26,7 +26,9 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             super().save_checkpoint(checkpoint, path, storage_options)
             return
         if storage_options is not None:
-            raise TypeError(f"storage_options={storage_options!r} is not supported by AtomicCheckpointIO; leave it out.")
+            raise TypeError(
+                f"storage_options={storage_options!r} is not supported by AtomicCheckpointIO; leave it out."
+            )
         target = Path(path)
         target.parent.mkdir(parents=True, exist_ok=True)
         # Always the same name, so that what a killed process left is overwritten and not collected.
@@ -50,7 +52,7 @@ def _sync_folder(folder: Path) -> None:
 
 
 def federated_state(
-    *, round: int, seed: int, num_clients: int, partition: str, server: Any, clients: dict[str, Any]
+    *, round: int, seed: int, num_clients: int | None, partition: str | None, server: Any, clients: dict[str, Any]
 ) -> dict[str, Any]:
     """What ``checkpoint["federated"]`` holds: tensors and primitives, loadable with ``weights_only=True``."""
     return {

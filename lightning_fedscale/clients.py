@@ -81,7 +81,7 @@ class ClientStore:
         rows = [(client, *cursor) for client, cursor in sorted(self._cursors.items())]
         return {
             "cursors": torch.tensor(rows, dtype=torch.int64).reshape(-1, 3),
-            "optimizers": {client: states for client, states in sorted(self._optimizers.items())},
+            "optimizers": dict(sorted(self._optimizers.items())),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

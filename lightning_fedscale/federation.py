@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils._pytree import tree_map
@@ -139,6 +139,7 @@ class Federation:
         seed = self._options.seed
         if clients.salt is not None:
             seed = randomness.derive(seed, randomness.ORDER, clients.salt)
+        self.close()
         self._data = _Data(clients, partition, cohort_size, order_seed=seed)
         self._check_resumed()
         return RoundLoader(clients, self._options.rounds_per_epoch, self.open_round)
@@ -152,11 +153,19 @@ class Federation:
         assert self._data is not None, "rounds need data"
         return self._data
 
+    def close(self) -> None:
+        """Stop the loader's worker processes; give up a round whose first batch never arrived."""
+        if self._open is not None and self._open.inside is None:
+            randomness.restore(self._open.outside, self._device)
+            self._open = None
+        if self._data is not None:
+            self._data.loader.close()
+
     # ---- a round
 
     def open_round(self) -> Any:
         """Plan the next round and fetch the first batch of this rank's first client, under that client's randomness."""
-        round = self._trainer.global_step
+        round = self._next_round()
         started = time.perf_counter()
         plan = self._plan(round)
         work = [self._work_of(client, round) for client in plan.clients_of(self._rank)]
@@ -167,7 +176,7 @@ class Federation:
                 [(client_seed(seed, round, item.client), item.batches) for item in work],
                 randomness.derive(seed, randomness.LOADER, round, self._rank),
             )
-            randomness.seed_globals(client_seed(seed, round, work[0].client))
+            randomness.seed_globals(client_seed(seed, round, work[0].client), device)
             first = next(batches)
         except BaseException:
             randomness.restore(outside, device)
@@ -205,7 +214,7 @@ class Federation:
             opened.work,
             chain([batch], opened.batches),
             opened.inside,
-            exchange.view,
+            exchange,
             server,
             training,
         )
@@ -218,6 +227,7 @@ class Federation:
             aggregate = self._aggregate(total, table)
             self._step(exchange, server, aggregate, training=training)
         except BaseException:
+            exchange.settle()
             exchange.view.write(server)
             self._executor.close_round()
             self._store.rollback()
@@ -229,6 +239,11 @@ class Federation:
         self._log(record)
         self._tell("on_round_end", record)
         return {} if record.loss != record.loss else {"loss": torch.tensor(record.loss, device=self._device)}
+
+    def _next_round(self) -> int:
+        loop = self._trainer.fit_loop
+        # Steps stand still in an epoch that only feeds BatchNorm; its rounds differ all the same.
+        return self._trainer.global_step + (loop.epoch_loop.batch_progress.current.ready if loop._skip_backward else 0)
 
     def _plan(self, round: int) -> RoundPlan:
         return plan_round(
@@ -269,7 +284,7 @@ class Federation:
         total = aggregator.init(context.server)
         table = RoundTable(opened.plan, self._world_size)
         cursors = {item.client: item.cursor for item in opened.work}
-        with self._inside_clients(exchange, context.server, opened.outside):
+        with self._inside_clients(exchange, context.server):
             for update in self._executor.run(context):
                 weight = aggregator.weigh(update)
                 table.add(update, weight, cursors[update.client], self._executor.scaler_state())
@@ -296,14 +311,14 @@ class Federation:
             )
         if rejected:
             rank_zero_warn(
-                f"round {self._trainer.global_step}: left out {len(rejected)} client(s) whose update has NaN or infinite"
-                f" values: {', '.join(map(str, rejected[:10]))}{', ...' if len(rejected) > 10 else ''}."
+                f"round {self._trainer.global_step}: left out {len(rejected)} client(s) whose update has NaN or"
+                f" infinite values: {', '.join(map(str, rejected[:10]))}{', ...' if len(rejected) > 10 else ''}."
             )
         return self._options.aggregator.finish(total)
 
     def _step(self, exchange: Exchange, server: Tensor, aggregate: Tensor, *, training: bool) -> None:
         """Move the global model; buffers and frozen parameters take the clients' mean."""
-        moved = server - aggregate
+        moved = exchange.origin(server) - aggregate
         if training:
             rule, params = self._options.server_optimizer, exchange.named(server)
             if self._server_state is None:
@@ -314,7 +329,7 @@ class Federation:
         else:
             state = self._server_state
             moved[: exchange.view.trainable] = server[: exchange.view.trainable]
-        if not torch.isfinite(moved).all():
+        if not (torch.isfinite(moved) | ~torch.isfinite(server)).all():
             raise RuntimeError(
                 f"server_optimizer: its step in round {self._trainer.global_step} has NaN or infinite values, so the"
                 " global model stays as it was before this round. Lower the server learning rate."
@@ -355,8 +370,8 @@ class Federation:
         return self._live is not None
 
     @contextmanager
-    def _inside_clients(self, exchange: Exchange, server: Tensor, outside: randomness.GlobalState) -> Iterator[None]:
-        trainer = self._trainer
+    def _inside_clients(self, exchange: Exchange, server: Tensor) -> Iterator[None]:
+        trainer, outside = self._trainer, randomness.capture(self._device)
         self._live = exchange, server
         around, trainer.accumulate_grad_batches = trainer.accumulate_grad_batches, self.local_accumulation
         try:
@@ -403,8 +418,6 @@ class Federation:
 
     def state_dict(self) -> dict[str, Any] | None:
         """What a checkpoint needs to go on exactly; on rank 0, None elsewhere. To be called on all ranks."""
-        if self._data is None:
-            return None
         clients = self._store.state_dict()
         if self._options.keep_optimizers and self._world_size > 1:
             if self.in_client:
@@ -419,8 +432,8 @@ class Federation:
         return federated_state(
             round=self._trainer.global_step,
             seed=self._options.seed,
-            num_clients=self._data.partition.num_clients,
-            partition=self._data.partition.fingerprint,
+            num_clients=None if self.partition is None else self.partition.num_clients,
+            partition=None if self.partition is None else self.partition.fingerprint,
             server=self._server_state,
             clients=clients,
         )
@@ -440,10 +453,11 @@ class Federation:
         )
 
     def _check_resumed(self) -> None:
-        if self._resumed is not None and self._data is not None:
+        # A checkpoint from before the data was seen (a learning-rate search writes one) has nothing to compare.
+        if self._resumed is not None and self._resumed["partition"] is not None and self.partition is not None:
             check_resume(
                 self._resumed,
                 seed=self._options.seed,
-                num_clients=self._data.partition.num_clients,
-                partition=self._data.partition.fingerprint,
+                num_clients=self.partition.num_clients,
+                partition=self.partition.fingerprint,
             )

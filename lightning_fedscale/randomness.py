@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -12,7 +10,7 @@ import torch
 from torch import Tensor
 
 # The first key of every stream, so that no two purposes ever share one.
-COHORT, ORDER, CLIENT, BATCH, LOADER, SPLIT = range(6)
+COHORT, ORDER, CLIENT, BATCH, LOADER = range(5)
 
 
 def derive(seed: int, purpose: int, *keys: int) -> int:
@@ -61,18 +59,12 @@ def restore(state: GlobalState, device: torch.device) -> None:
         torch.cuda.set_rng_state(state.device, device)
 
 
-def seed_globals(seed: int) -> None:
-    """Seed Python's, numpy's and torch's global generators."""
+def seed_globals(seed: int, device: torch.device) -> None:
+    """Seed Python's, numpy's and torch's global generators (CPU and ``device``)."""
     random.seed(seed)
     np.random.seed(seed & 0xFFFFFFFF)
-    torch.manual_seed(seed)
-
-
-@contextmanager
-def preserved(device: torch.device) -> Iterator[None]:
-    """Whatever is drawn or seeded inside leaves the global generators as they were."""
-    before = capture(device)
-    try:
-        yield
-    finally:
-        restore(before, device)
+    # Not torch.manual_seed: it seeds every kind of accelerator there might be, ten times slower.
+    torch.default_generator.manual_seed(seed)
+    if device.type == "cuda":
+        with torch.cuda.device(device):
+            torch.cuda.manual_seed(seed)

@@ -12,6 +12,7 @@ from lightning_fedscale import randomness
 from lightning_fedscale.samplers import Sampler
 from lightning_fedscale.types import Cursor, IntArray
 
+
 class RoundPlan(NamedTuple):
     """The cohort of a round and the rank that trains each client."""
 
@@ -61,7 +62,8 @@ def plan_round(
         world_size: number of ranks.
 
     Raises:
-        ValueError: if the sampler's answer is not an ascending set of clients with at least one for every rank.
+        TypeError: if the sampler's answer is not a one-dimensional array of integers.
+        ValueError: if it is not an ascending set of clients with at least one for every rank.
 
     Example:
         >>> from lightning_fedscale.samplers import uniform
@@ -70,9 +72,14 @@ def plan_round(
         >>> plan.clients_of(0), plan.clients_of(1)
         ([0, 3], [1, 2])
     """
-    cohort = np.asarray(
-        sampler(seed=seed, round=round, num_clients=num_clients, clients_per_round=clients_per_round), dtype=np.int64
-    )
+    chosen = sampler(seed=seed, round=round, num_clients=num_clients, clients_per_round=clients_per_round)
+    cohort = np.asarray(chosen)
+    if cohort.ndim != 1 or (len(cohort) and cohort.dtype.kind not in "iu"):
+        raise TypeError(
+            f"sampler={sampler!r} must return a one-dimensional array of client numbers, got {chosen!r} for round"
+            f" {round}."
+        )
+    cohort = cohort.astype(np.int64)
     if len(cohort) < world_size:
         raise ValueError(
             f"sampler={sampler!r} chose {len(cohort)} clients for round {round}, fewer than the {world_size} ranks:"

@@ -10,6 +10,7 @@ from typing import Any, Literal
 import lightning.pytorch as pl
 import torch
 from lightning.fabric.plugins import CheckpointIO, ClusterEnvironment
+from lightning.fabric.strategies.registry import _StrategyRegistry
 from lightning.fabric.utilities.seed import reset_seed
 from lightning.pytorch.callbacks import GradientAccumulationScheduler, ThroughputMonitor
 from lightning.pytorch.core.optimizer import _MockOptimizer
@@ -17,9 +18,8 @@ from lightning.pytorch.overrides.distributed import _sync_module_states
 from lightning.pytorch.plugins.io.wrapper import _WrappingCheckpointIO
 from lightning.pytorch.plugins.precision import Precision
 from lightning.pytorch.strategies import DDPStrategy
-from lightning.pytorch.strategies.strategy import _StrategyRegistry
 from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from torch import Tensor, nn
 from torchmetrics import Metric
@@ -59,7 +59,8 @@ class FederatedStrategy(DDPStrategy):
         clients_per_round: how many take part in a round: None for all, an int, or a fraction in (0, 1].
         partitioner: how the training data is divided: a name ("iid", "dirichlet", ...), an object from
             `lightning_fedscale.partitioners`, or a finished `Partition`.
-        local_epochs: passes over its own data that a client makes in a round.
+        local_epochs: passes over its own data that a client makes in a round; "auto" is 1 unless ``local_steps`` is
+            given.
         local_steps: instead of ``local_epochs``, the number of batches; a client goes on in its data where it stopped
             the last time.
         rounds_per_epoch: rounds in a Trainer epoch.
@@ -98,7 +99,7 @@ class FederatedStrategy(DDPStrategy):
         num_clients: int | None = None,
         clients_per_round: int | float | None = None,
         partitioner: str | Partitioner | Partition = "iid",
-        local_epochs: int | None = arguments.ONE_EPOCH,
+        local_epochs: int | Literal["auto"] | None = "auto",
         local_steps: int | None = None,
         rounds_per_epoch: int = 1,
         sampler: Sampler = samplers.uniform,
@@ -152,6 +153,11 @@ class FederatedStrategy(DDPStrategy):
         """Which samples each client holds; None before ``fit`` has seen the data."""
         return None if self._federation is None else self._federation.partition
 
+    @property
+    def num_clients(self) -> int | None:
+        """Number of registered clients; None before ``fit`` has seen the data if these decide."""
+        return self._options.num_clients if self.partition is None else self.partition.num_clients
+
     # ---- processes
 
     @property
@@ -196,8 +202,17 @@ class FederatedStrategy(DDPStrategy):
                 "configure_optimizers returned no optimizer, so clients could not train: return at least one, such as"
                 " torch.optim.SGD(self.parameters(), lr=0.1)."
             )
-        assert self._federation is not None
-        self._federation.attach_optimizers(self.optimizers)
+        module, federation = self.lightning_module, self._federation
+        assert module is not None and federation is not None  # noqa: PT018
+        own = {id(parameter) for parameter in module.parameters()}
+        held = (p for optimizer in self.optimizers for group in optimizer.param_groups for p in group["params"])
+        if (foreign := next((p for p in held if id(p) not in own), None)) is not None:
+            raise ValueError(
+                f"configure_optimizers: an optimizer holds a parameter of shape {tuple(foreign.shape)} that is not one"
+                " of the model's, so it would pass from client to client: assign its layer as an attribute of the"
+                " LightningModule, or keep it out of the optimizer."
+            )
+        federation.attach_optimizers(self.optimizers)
 
     def process_dataloader(self, dataloader: object) -> object:
         """Replace the train loader by one whose items are rounds; others stay as they are."""
@@ -208,10 +223,11 @@ class FederatedStrategy(DDPStrategy):
     def on_train_start(self) -> None:
         """Refuse several train loaders: a client's batch comes from one dataset."""
         loader = self._trainer_of_fit.fit_loop._combined_loader
-        if loader is not None and len(loader.flattened) != 1:
+        if loader is not None and loader.iterables is not loader.flattened[0]:
             raise ValueError(
-                f"train_dataloader: got {len(loader.flattened)} loaders, FederatedStrategy divides one dataset among"
-                " clients: return a single DataLoader, for example over torch.utils.data.ConcatDataset."
+                f"train_dataloader: got a {type(loader.iterables).__name__} of {len(loader.flattened)} loaders,"
+                " FederatedStrategy divides one dataset among clients: return a single DataLoader, for example over"
+                " torch.utils.data.ConcatDataset."
             )
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
@@ -253,16 +269,16 @@ class FederatedStrategy(DDPStrategy):
                 f"accelerator: FederatedStrategy runs on CPU and CUDA, not on {self.root_device.type!r}: use"
                 " Trainer(accelerator='cpu')."
             )
-        if any(isinstance(p, nn.parameter.UninitializedParameter) for p in module.parameters()):
+        if any(nn.parameter.is_lazy(tensor) for tensor in (*module.parameters(), *module.buffers())):
             raise ValueError(
                 "the model has lazy layers whose parameters have no shape yet: run a forward pass on one batch in"
                 " LightningModule.configure_model, so that all clients start from the same weights."
             )
         if not any(p.requires_grad for p in module.parameters()):
-            total = sum(1 for _ in module.parameters())
+            total = len(list(module.parameters()))
             raise ValueError(
-                f"the model has {total} parameter tensors and none is trainable: clients have nothing to learn."
-                " Set requires_grad=True for those that should train."
+                f"the model has {total} parameter tensors and none is trainable, so clients have nothing to learn: "
+                + ("set requires_grad=True for those that should train." if total else "give it layers as attributes.")
             )
         if is_param_in_hook_signature(module.training_step, "dataloader_iter", explicit=True):
             raise ValueError(
@@ -285,20 +301,22 @@ class FederatedStrategy(DDPStrategy):
         """Prepare the Trainer for rounds, and note how to put everything back."""
         federation = Federation(trainer, self._options, self.global_rank, self._processes)
         self._federation, self._undo = federation, ExitStack()
+        self._undo.callback(federation.close)
         loops = RoundLoops(trainer, federation.run_round)
         self._undo.callback(loops.remove)
         hooks = LocalBatchHooks(trainer.lightning_module, lambda: federation.in_client)
         self._undo.callback(hooks.remove)
         federation.local_accumulation = trainer.accumulate_grad_batches
         self._set(trainer, "accumulate_grad_batches", 1)
-        self._set(trainer, "log_every_n_steps", min(trainer.log_every_n_steps, self._options.rounds_per_epoch))
+        settings: Any = trainer  # these are set from outside the class, where mypy does not see them
+        self._set(trainer, "log_every_n_steps", min(settings.log_every_n_steps, self._options.rounds_per_epoch))
         # As a float it is a share of every client's batches; as an int it counts steps, that is rounds.
         self._share = 1.0
-        if trainer.overfit_batches:
-            self._share = trainer.overfit_batches
-            self._set(trainer, "limit_train_batches", 1.0)
+        if settings.overfit_batches:
+            self._share = settings.overfit_batches
         elif isinstance(trainer.limit_train_batches, float) and trainer.limit_train_batches > 0:
             self._share = trainer.limit_train_batches
+        if self._share != 1.0 or isinstance(self._share, int):
             self._set(trainer, "limit_train_batches", 1.0)
         # Lightning would put a DistributedSampler into the train loader and lose whether the user's one shuffles.
         connector = trainer._data_connector
@@ -331,7 +349,13 @@ class FederatedStrategy(DDPStrategy):
 
     def reduce(self, tensor: Tensor, group: Any = None, reduce_op: Any = "mean") -> Tensor:
         """Reduce over ranks; inside a client, the client's own value."""
-        return tensor if self._alone else super().reduce(tensor, group, reduce_op)
+        if self._alone:
+            return tensor
+        if reduce_op in ("mean", "avg") and isinstance(tensor, Tensor) and not tensor.dtype.is_floating_point:
+            # Lightning rounds the mean of integers down, also that of the batch sizes by which it divides what was
+            # logged in an epoch; ranks hold any number of samples here, so the mean is rarely whole.
+            tensor = tensor.to(torch.get_default_dtype())
+        return super().reduce(tensor, group, reduce_op)
 
     def all_gather(self, tensor: Tensor, group: Any = None, sync_grads: bool = False) -> Tensor:
         """Gather over ranks; inside a client, the client's own value."""
@@ -376,6 +400,8 @@ class FederatedStrategy(DDPStrategy):
             state = self._federation.state_dict()
             if state is not None:
                 checkpoint["federated"] = state
+            # The loader of rounds has no state; with this entry a plain Trainer would refuse to go on from here.
+            checkpoint["loops"]["fit_loop"]["state_dict"].pop("combined_loader", None)
         super().save_checkpoint(checkpoint, filepath, storage_options)
 
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
@@ -386,8 +412,8 @@ class FederatedStrategy(DDPStrategy):
             self._federation.load_state_dict(state)
         else:
             rank_zero_warn(
-                "ckpt_path: the checkpoint was not written by FederatedStrategy. Model and counters are restored; server"
-                " and clients start afresh."
+                "ckpt_path: the checkpoint was not written by FederatedStrategy. Model and counters are restored;"
+                " server and clients start afresh."
             )
 
     @classmethod

@@ -36,16 +36,22 @@ class FlatView:
         self.trainable = sum(_width(tensor) for tensor in trainable)
         self.size = self.trainable + sum(_width(tensor) for tensor in carried)
         self._tensors = [_real(tensor) for tensor in (*trainable, *carried)]
-        self._device = self._tensors[0].device
+        self._sizes = [tensor.numel() for tensor in self._tensors]
+        self._cut: dict[int, list[Tensor]] = {}
 
     def empty(self) -> Tensor:
         """A float64 vector of the right length, not initialised."""
-        return torch.empty(self.size, dtype=torch.float64, device=self._device)
+        return torch.empty(self.size, dtype=torch.float64, device=self._tensors[0].device)
 
     def views(self, vector: Tensor) -> list[Tensor]:
         """``vector`` cut into the tensors' shapes, without a copy."""
-        parts = vector.split([tensor.numel() for tensor in self._tensors])
-        return [part.view(tensor.shape) for part, tensor in zip(parts, self._tensors, strict=True)]
+        # Remembered, since a round cuts the same few vectors for every client. The views keep the vector's memory
+        # alive, so no other vector can come to lie at its address.
+        views = self._cut.get(vector.data_ptr())
+        if views is None:
+            parts = zip(torch.split(vector, self._sizes), self._tensors, strict=True)
+            views = self._cut[vector.data_ptr()] = [part.view(tensor.shape) for part, tensor in parts]
+        return views
 
     def read(self) -> Tensor:
         """A new vector with the tensors' values."""
@@ -57,8 +63,11 @@ class FlatView:
     def write(self, vector: Tensor) -> None:
         """Copy ``vector`` into the tensors, in place, so that every reference to them stays valid."""
         for view, tensor in zip(self.views(vector), self._tensors, strict=True):
-            exact = tensor.is_floating_point()
-            tensor.copy_(view if exact else view.round())
+            if tensor.is_floating_point():
+                tensor.copy_(view)
+            else:
+                # What did not change keeps its bits, also where float64 cannot hold them.
+                tensor.copy_(torch.where(view == tensor.double(), tensor, view.round().to(tensor.dtype)))
 
     def substituted(self, state: Mapping[str, Any], vector: Tensor) -> dict[str, Any]:
         """``state`` with every entry that shares memory with one of the tensors replaced by its value in ``vector``."""
@@ -73,8 +82,9 @@ class FlatView:
             real = _real(entry)
             if (view := values.get((real.data_ptr(), real.shape))) is None:
                 return entry
-            value = (view if real.is_floating_point() else view.round()).to(real.dtype)
-            return torch.view_as_complex(value) if entry.is_complex() else value
+            # A copy, also since a complex number may not start at an odd position of the vector.
+            value = (view if real.is_floating_point() else view.round()).to(real.dtype, copy=True)
+            return torch.view_as_complex(value) if entry.is_complex() else value.to(entry.dtype)
 
         return {name: substitute(entry) for name, entry in state.items()}
 
@@ -87,6 +97,8 @@ class FlatView:
 
 def _real(tensor: Tensor) -> Tensor:
     tensor = tensor.detach()
+    if tensor.dtype == torch.bool:
+        return tensor.view(torch.uint8)
     return torch.view_as_real(tensor) if tensor.is_complex() else tensor
 
 

@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import MutableMapping
+from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 from torchmetrics import Metric
 
 from lightning_fedscale.tree import FlatView
 from lightning_fedscale.types import Params
+
+
+class _Place(NamedTuple):
+    """Where a module holds a tensor, the tensor, and its memory."""
+
+    owner: MutableMapping[str, Any]
+    name: str
+    tensor: Tensor
+    memory: Tensor
 
 
 class Exchange(NamedTuple):
@@ -19,16 +30,42 @@ class Exchange(NamedTuple):
         names: names of the trainable parameters, in the vector's order.
         message_bytes: size of what a client sends: trainable parameters and buffers, in their own precision. Frozen
             parameters are carried along (some modules write to them) but do not travel.
+        places: where the module holds them.
     """
 
     view: FlatView
     names: list[str]
     message_bytes: int
+    places: list[_Place]
 
     def named(self, vector: Tensor) -> Params:
         """The trainable part of ``vector`` by parameter name, without a copy."""
         views = self.view.views(vector)[: len(self.names)]
         return dict(zip(self.names, views, strict=True))
+
+    def settle(self) -> None:
+        """Bring back what training put in a tensor's place: ``self.average = ...``, ``parameter.data = ...``.
+
+        The value goes into the exchanged tensor and that back into the module. A buffer of another shape stays; it is
+        exchanged from the next round on.
+        """
+        for owner, name, tensor, memory in self.places:
+            now = owner.get(name)
+            if now is None or (now is tensor and now.data_ptr() == memory.data_ptr()) or now.shape != memory.shape:
+                continue
+            memory.copy_(now.detach())
+            tensor.data = memory
+            owner[name] = tensor
+
+    def origin(self, server: Tensor) -> Tensor:
+        """What deltas are counted from: the global model, and zero where a carried tensor is not finite.
+
+        There a difference would mean nothing: a mask of -inf minus itself is NaN, and a running minimum that starts
+        at inf would be infinitely far from any other value.
+        """
+        finite = torch.isfinite(server)
+        finite[: self.view.trainable] = True
+        return server if finite.all() else torch.where(finite, server, 0.0)
 
 
 def exchange_of(module: nn.Module) -> Exchange:
@@ -42,6 +79,13 @@ def exchange_of(module: nn.Module) -> Exchange:
         if isinstance(part, Metric)
         for tensor in (*part.parameters(), *part.buffers())
     }
+    places = [
+        _Place(owner, name, tensor, tensor.detach())
+        for part in module.modules()
+        for owner in (part._parameters, part._buffers)
+        for name, tensor in owner.items()
+        if tensor is not None and id(tensor) not in metrics
+    ]
     parameters = {name: p for name, p in module.named_parameters() if id(p) not in metrics}
     trainable = {name: p for name, p in parameters.items() if p.requires_grad}
     frozen = [p for p in parameters.values() if not p.requires_grad]
@@ -50,4 +94,5 @@ def exchange_of(module: nn.Module) -> Exchange:
         FlatView(list(trainable.values()), [*buffers, *frozen]),
         list(trainable),
         sum(t.numel() * t.element_size() for t in (*trainable.values(), *buffers)),
+        places,
     )

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from lightning.fabric.utilities.data import _reinstantiate_wrapped_cls
-from lightning.pytorch.utilities.data import (
-    _dataloader_init_kwargs_resolve_sampler,
-    _get_dataloader_init_args_and_kwargs,
-)
+from lightning.pytorch.utilities.combined_loader import _shutdown_workers_and_reset_iterator
+from lightning.pytorch.utilities.data import _dataloader_init_kwargs_resolve_sampler
 from torch.utils.data import (
     BatchSampler,
     DataLoader,
@@ -27,25 +25,24 @@ from lightning_fedscale import randomness
 from lightning_fedscale.types import IntArray
 
 
-class SeededBatch(list[int]):
-    """The sample indices of one batch, which seed the worker process that unpickles them.
+class Seeded(NamedTuple):
+    """What to fetch, a batch's sample indices or one index; unpickled in a worker process, it seeds that process.
 
     A worker's random augmentations then depend on the batch alone, not on which worker got it or what that worker
     did before.
     """
 
-    def __init__(self, indices: list[int], seed: int) -> None:
-        super().__init__(indices)
-        self.seed = seed
+    item: list[int] | int
+    seed: int
 
-    def __reduce__(self) -> tuple[Callable[[list[int], int], list[int]], tuple[list[int], int]]:
-        return _seed_worker, (list(self), self.seed)
+    def __reduce__(self) -> tuple[Callable[[Any, int], Any], tuple[Any, int]]:
+        return _seed_worker, (self.item, self.seed)
 
 
-def _seed_worker(indices: list[int], seed: int) -> list[int]:
+def _seed_worker(item: Any, seed: int) -> Any:
     if get_worker_info() is not None:
-        randomness.seed_globals(seed)
-    return indices
+        randomness.seed_globals(seed, torch.device("cpu"))
+    return item
 
 
 class _Relay(Sampler[Any]):
@@ -79,16 +76,17 @@ class ClientLoader:
         if not isinstance(loader, DataLoader):
             raise TypeError(
                 f"train_dataloader={type(loader).__name__}: FederatedStrategy divides a dataset among clients by"
-                " index, which needs a torch.utils.data.DataLoader."
+                " index: pass a torch.utils.data.DataLoader over it."
             )
         self.dataset = loader.dataset
-        if isinstance(self.dataset, IterableDataset):
+        name = type(self.dataset).__name__
+        if isinstance(self.dataset, IterableDataset) or not hasattr(self.dataset, "__len__"):
             raise TypeError(
-                f"train_dataloader: {type(self.dataset).__name__} is an IterableDataset, which cannot be divided among"
-                " clients by index. Use a map-style dataset with __getitem__ and __len__."
+                f"train_dataloader: dataset={name} is an IterableDataset or has no length, so it cannot be divided"
+                " among clients by index: use a map-style dataset with __getitem__ and __len__."
             )
-        if len(self.dataset) == 0:  # type: ignore[arg-type]
-            raise ValueError("train_dataloader: the dataset is empty. Give it at least one sample per client.")
+        if len(self.dataset) == 0:
+            raise ValueError(f"train_dataloader: dataset={name} is empty: give it at least one sample per client.")
         self.shuffle = _shuffles(loader)
         self.drop_last = bool(getattr(loader.batch_sampler, "drop_last", loader.drop_last))
         self.batch_size = getattr(loader.batch_sampler, "batch_size", None) or 1
@@ -102,27 +100,49 @@ class ClientLoader:
         self._relay = _Relay()
         self._pool_generator = torch.Generator()
         self._loader: DataLoader[Any] | None = None
+        if self._custom:
+            try:
+                self._cut_anew([0])
+            except Exception as error:
+                raise ValueError(
+                    f"train_dataloader: batch_sampler={type(loader.batch_sampler).__name__} cannot be built anew for"
+                    f" the samples of each client ({error}): give it the arguments of torch.utils.data.BatchSampler, or"
+                    " build it inside train_dataloader()."
+                ) from error
 
     def batches(self, order: IntArray) -> list[list[int]]:
         """One pass over a client's samples, cut into batches as the user's loader would.
 
         Args:
             order: dataset positions, in the order of the pass.
+
+        Raises:
+            ValueError: if the user's batch sampler makes no batch of them.
         """
         indices = order.tolist()
         if self._custom:
-            again = _dataloader_init_kwargs_resolve_sampler(self._template, indices)["batch_sampler"]
-            batches = [list(batch) for batch in again]
+            batches = self._cut_anew(indices)
+            if not batches:
+                raise ValueError(
+                    f"train_dataloader: batch_sampler={type(self._template.batch_sampler).__name__} makes no batch of a"
+                    f" client with {len(indices)} samples: set drop_last=False, use a smaller batch_size, or a"
+                    " partitioner with a larger min_partition_size."
+                )
         else:
             size = self.batch_size
             batches = [indices[start : start + size] for start in range(0, len(indices), size)]
             if self.drop_last and batches and len(batches[-1]) < size:
                 del batches[-1]
         if self._merge_single and len(batches) > 1 and len(batches[-1]) == 1 < self.batch_size:
-            batches[-2] += batches.pop()
+            tail = batches.pop()
+            batches[-1] = batches[-1] + tail
         if isinstance(self._share, int):
             return batches[: self._share]
         return batches if self._share == 1.0 else batches[: max(1, math.floor(len(batches) * self._share))]
+
+    def _cut_anew(self, indices: list[int]) -> list[list[int]]:
+        again = _dataloader_init_kwargs_resolve_sampler(self._template, indices)["batch_sampler"]
+        return [list(batch) for batch in again]
 
     def too_small(self, sizes: IntArray) -> IntArray:
         """The clients whose samples would not fill a single batch under ``drop_last``."""
@@ -138,29 +158,36 @@ class ClientLoader:
             seed: for the pool itself, so that no global generator is drawn from.
         """
         if self._loader is None:
-            self._loader = self._rebuild()
+            self._loader = self._copy()
         self._pool_generator.manual_seed(seed)
+        items: list[Any] = [batch for _, batches in clients for batch in batches]
         if self._batches_directly:
-            self._relay.items = [batch[0] for _, batches in clients for batch in batches]
-        elif self._template.num_workers == 0:
-            self._relay.items = [batch for _, batches in clients for batch in batches]
-        else:
-            self._relay.items = [
-                SeededBatch(batch, randomness.derive(seed, randomness.BATCH, number))
+            items = [single for (single,) in items]
+        if self._template.num_workers > 0:
+            seeds = [
+                randomness.derive(seed, randomness.BATCH, number)
                 for seed, batches in clients
-                for number, batch in enumerate(batches)
+                for number in range(len(batches))
             ]
+            items = list(map(Seeded, items, seeds))
+        self._relay.items = items
         return iter(self._loader)
 
-    def _rebuild(self) -> DataLoader[Any]:
-        args, kwargs = _get_dataloader_init_args_and_kwargs(self._template, SequentialSampler(self.dataset))  # type: ignore[arg-type]
-        if self._batches_directly:
-            kwargs.update(sampler=self._relay, batch_sampler=None, shuffle=False)
-        else:
-            kwargs.update(sampler=None, batch_sampler=self._relay, batch_size=1, shuffle=False, drop_last=False)
-        rebuilt: DataLoader[Any] = _reinstantiate_wrapped_cls(self._template, *args, **kwargs)
-        rebuilt.generator = self._pool_generator
-        return rebuilt
+    def close(self) -> None:
+        """Stop the worker processes; the next stream starts new ones."""
+        if self._loader is not None:
+            _shutdown_workers_and_reset_iterator(self._loader)
+            self._loader = None
+
+    def _copy(self) -> DataLoader[Any]:
+        """The user's loader but for its indices; a copy asks nothing of how a subclass is constructed."""
+        mine = copy.copy(self._template)
+        # The next batch is the next in the client's order, whichever worker is quicker.
+        own: dict[str, Any] = {"generator": self._pool_generator, "in_order": True, "_iterator": None}
+        own["sampler" if self._batches_directly else "batch_sampler"] = self._relay
+        for name, value in own.items():
+            object.__setattr__(mine, name, value)  # DataLoader's own setter forbids it once it is built
+        return mine
 
 
 class RoundLoader:
@@ -205,6 +232,6 @@ def _shuffles(loader: DataLoader[Any]) -> bool:
         return True
     name = type(sampler if sampler is not None else loader.batch_sampler).__name__
     raise ValueError(
-        f"train_dataloader: sampler={name} cannot be applied to each client's own samples. Use shuffle=True or"
+        f"train_dataloader: sampler={name} cannot be applied to each client's own samples: use shuffle=True or"
         " shuffle=False; to favour some samples, repeat them in the dataset or weight the loss."
     )

@@ -15,9 +15,9 @@ from torch import Tensor
 
 from lightning_fedscale import randomness
 from lightning_fedscale.clients import ClientStore, OptimizerKeeper
+from lightning_fedscale.executors.exchange import Exchange
 from lightning_fedscale.executors.loops import ClientLoops
 from lightning_fedscale.rounds import LocalWork
-from lightning_fedscale.tree import FlatView
 from lightning_fedscale.types import ClientUpdate
 
 
@@ -29,7 +29,7 @@ class RoundContext(NamedTuple):
         work: the rank's clients and their batches.
         batches: the collated batches of all of them in order, on the CPU but for the first.
         randomness: state of the global generators for the first client, whose first batch is already there.
-        view: the model's exchanged tensors, which hold the global model.
+        exchange: the model's exchanged tensors, which hold the global model.
         server: the global model as a vector.
         training: False runs forward passes only.
     """
@@ -38,7 +38,7 @@ class RoundContext(NamedTuple):
     work: list[LocalWork]
     batches: Iterator[Any]
     randomness: randomness.GlobalState
-    view: FlatView
+    exchange: Exchange
     server: Tensor
     training: bool
 
@@ -91,12 +91,11 @@ class SequentialExecutor:
         self._keep = keep
         self._watcher = watcher
         self._loops = ClientLoops(trainer)
+        self._round_start: tuple[Any, list[dict[str, Any]]] | None = None
         self._scaler: Any = getattr(trainer.precision_plugin, "scaler", None)
         # In manual optimization the user steps the schedulers inside the client; they are the server's all the same.
         self._schedulers: list[Any] = (
-            []
-            if self._module.automatic_optimization
-            else [config.scheduler for config in trainer.lr_scheduler_configs]
+            [] if self._module.automatic_optimization else [config.scheduler for config in trainer.lr_scheduler_configs]
         )
 
     def scaler_state(self) -> tuple[float, float]:
@@ -109,34 +108,34 @@ class SequentialExecutor:
     def set_scaler_state(self, scale: float, growth: float) -> None:
         """Start the next round from this scale and growth counter."""
         if self._scaler is not None and scale > 0:
-            self._scaler.load_state_dict(
-                {**self._scaler.state_dict(), "scale": scale, "_growth_tracker": int(growth)}
-            )
+            self._scaler.load_state_dict({**self._scaler.state_dict(), "scale": scale, "_growth_tracker": int(growth)})
 
     def run(self, context: RoundContext) -> Iterator[ClientUpdate]:
         """Train the clients and yield each one's update while the model still holds its weights.
 
         On return the model holds the global weights again; if it is left by an exception it need not.
         """
-        delta = context.view.empty()
+        view, origin = context.exchange.view, context.exchange.origin(context.server)
+        delta = view.empty()
         for keeper in self._keepers:
             keeper.open_round()
         scaler = None if self._scaler is None else self._scaler.state_dict()
-        schedulers = [copy.deepcopy(scheduler.state_dict()) for scheduler in self._schedulers]
+        self._round_start = scaler, [copy.deepcopy(scheduler.state_dict()) for scheduler in self._schedulers]
         for number, work in enumerate(context.work):
             if number == 0:
                 randomness.restore(context.randomness, self._device)
             else:
-                randomness.seed_globals(client_seed(self._seed, context.round, work.client))
-            self._prepare(work.client, scaler, schedulers)
+                randomness.seed_globals(client_seed(self._seed, context.round, work.client), self._device)
+            self._prepare(work.client)
             self._watcher.client_started(work.client)
             started = time.perf_counter()
             losses, weights, steps = self._train(context, number)
-            context.view.subtract_from(context.server, out=delta)
+            context.exchange.settle()
+            view.subtract_from(origin, out=delta)
             update = ClientUpdate(
                 client=work.client,
                 delta=delta,
-                norm=_norm(delta, context.view.trainable),
+                norm=_norm(delta, context.server, view.trainable),
                 held=work.held,
                 samples=sum(map(len, work.batches[:steps])),
                 steps=steps,
@@ -149,24 +148,30 @@ class SequentialExecutor:
                 self._store.stage_optimizers(work.client, states)
             self._watcher.client_ended(update)
             yield update
-            context.view.write(context.server)
+            view.write(context.server)
         self.close_round()
-        for scheduler, state in zip(self._schedulers, schedulers, strict=True):
-            scheduler.load_state_dict(state)
 
     def close_round(self) -> None:
-        """The optimizers hold the server's options and no client's state; also after a round that failed."""
+        """Optimizers, schedulers and scaler are the server's and no client's; also after a round that failed."""
         for keeper in self._keepers:
             keeper.close_round()
+        self._rewind()
+        self._round_start = None
 
-    def _prepare(self, client: int, scaler: dict[str, Any] | None, schedulers: list[dict[str, Any]]) -> None:
-        kept = self._store.optimizers(client) if self._keep else None
-        for i, keeper in enumerate(self._keepers):
-            keeper.load(kept[i] if kept else None)
+    def _rewind(self) -> None:
+        if self._round_start is None:
+            return
+        scaler, schedulers = self._round_start
         if scaler is not None:
             self._scaler.load_state_dict(scaler)
         for scheduler, state in zip(self._schedulers, schedulers, strict=True):
             scheduler.load_state_dict(copy.deepcopy(state))
+
+    def _prepare(self, client: int) -> None:
+        kept = self._store.optimizers(client) if self._keep else None
+        for i, keeper in enumerate(self._keepers):
+            keeper.load(kept[i] if kept else None)
+        self._rewind()
         for parameter in self._module.parameters():
             parameter.grad = None
 
@@ -205,10 +210,12 @@ def client_seed(seed: int, round: int, client: int) -> int:
     return randomness.derive(seed, randomness.CLIENT, round, client)
 
 
-def _norm(delta: Tensor, trainable: int) -> float:
+def _norm(delta: Tensor, server: Tensor, trainable: int) -> float:
     moved, carried = delta[:trainable], delta[trainable:]
-    # Zero times the carried part: a buffer that is not finite shows, a finite one does not count.
-    return math.sqrt(value) if math.isfinite(value := float(moved.dot(moved) + 0.0 * carried.dot(carried))) else math.nan
+    # The carried part does not count, but must not be spoilt where the server's is not (see `Exchange.origin`).
+    spoilt = (~torch.isfinite(carried) & torch.isfinite(server[trainable:])).any()
+    value = float(torch.where(spoilt, math.nan, moved.dot(moved)))
+    return math.sqrt(value) if math.isfinite(value) else math.nan
 
 
 def _mean_loss(losses: list[Tensor], weights: list[int]) -> float:
@@ -216,5 +223,3 @@ def _mean_loss(losses: list[Tensor], weights: list[int]) -> float:
         return math.nan
     stacked = torch.stack([loss.reshape(()).double() for loss in losses])
     return float(stacked.dot(torch.tensor(weights, dtype=torch.float64, device=stacked.device)) / sum(weights))
-
-

@@ -89,4 +89,5 @@ def _hash(samples: IntArray, seed: int | None) -> npt.NDArray[np.uint64]:
     x += np.random.SeedSequence(seed).generate_state(1, np.uint64)
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return x ^ (x >> np.uint64(31))
+    mixed: npt.NDArray[np.uint64] = x ^ (x >> np.uint64(31))
+    return mixed

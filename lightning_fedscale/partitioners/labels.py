@@ -105,6 +105,16 @@ def class_names(dataset: Any, partition_by: str | None = None) -> list[str] | No
     return [str(name) for name in names] if isinstance(names, (list, tuple)) else None
 
 
+def is_array(dataset: Any) -> bool:
+    """Whether this is no dataset but an array, tensor or list, of labels or of samples.
+
+    Example:
+        >>> is_array(["eve", "bob"])
+        True
+    """
+    return isinstance(dataset, (np.ndarray, list, tuple, range)) or type(dataset).__module__ == "torch"
+
+
 def _is_torch(dataset: Any, name: str) -> bool:
     # Nothing can be a torch dataset before torch was imported, so this room need not import it.
     data = sys.modules.get("torch.utils.data")

@@ -73,7 +73,7 @@ def by_name(name: str, num_partitions: int, **kwargs: Any) -> Partitioner:
     missing = [p.name for p in parameters.values() if p.default is p.empty and p.name not in kwargs]
     if missing:
         call = ", ".join(f"{p}=..." for p in ("num_partitions", *missing) if p in parameters)
-        raise ValueError(f'"{name}" needs {", ".join(missing)}: pass an object, {cls.__name__}({call})')
+        raise ValueError(f"partitioner={name!r} needs {', '.join(missing)}: pass an object, {cls.__name__}({call})")
     partitioner = cls(**kwargs)
     if "partition_sizes" in parameters and partitioner.num_partitions != num_partitions:
         raise ValueError(
@@ -89,5 +89,5 @@ def _find(name: str) -> type[Partitioner]:
     if key in known:
         return known[key]
     close = difflib.get_close_matches(key.replace("-", "_"), known, n=1, cutoff=0.5)
-    guess = f"did you mean {close[0]!r}? " if close else ""
-    raise ValueError(f"partitioner={name!r} is unknown: {guess}The names are {', '.join(_PARTITIONERS)}")
+    guess = f"did you mean {close[0]!r}? The names are" if close else "the names are"
+    raise ValueError(f"partitioner={name!r} is unknown: {guess} {', '.join(_PARTITIONERS)}")

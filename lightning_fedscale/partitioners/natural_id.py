@@ -11,7 +11,7 @@ from lightning_fedscale.partitioners import checks
 from lightning_fedscale.partitioners.base import Partitioner
 from lightning_fedscale.partitioners.encoding import encode
 from lightning_fedscale.partitioners.grouping import even_sizes, group
-from lightning_fedscale.partitioners.labels import Labels, find_labels
+from lightning_fedscale.partitioners.labels import Labels, find_labels, is_array
 from lightning_fedscale.partitioners.partition import IntArray, Partition
 
 GroupMode: TypeAlias = Literal["allow-smaller", "allow-bigger", "drop-reminder", "strict"]
@@ -80,6 +80,12 @@ def _find_ids(dataset: Any, partition_by: str | None) -> Labels:
     # A list of tuples is a list of compound ids here, where elsewhere it is a list of samples.
     if partition_by is None and isinstance(dataset, list) and isinstance(dataset[0], tuple):
         return np.fromiter(dataset, dtype=object, count=len(dataset))
+    if partition_by is None and not is_array(dataset):
+        # Not the labels: one client per class would be a poor guess at who wrote what.
+        raise ValueError(
+            f"partition_by is missing: name the column of {type(dataset).__name__} that holds the ids, for example"
+            ' NaturalIdPartitioner(partition_by="user")'
+        )
     return find_labels(dataset, partition_by)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import numbers
 from functools import partial
 
 from lightning_fedscale.server.base import ServerOptimizer
@@ -17,7 +19,8 @@ def fed_avg(lr: float = 1.0) -> ServerOptimizer:
         lr: server learning rate, > 0.
 
     Raises:
-        ValueError: if ``lr`` is not positive.
+        TypeError: if ``lr`` is not a number.
+        ValueError: if ``lr`` is not positive and finite.
 
     Example:
         >>> import torch
@@ -27,8 +30,10 @@ def fed_avg(lr: float = 1.0) -> ServerOptimizer:
         >>> step["w"].tolist()
         [1.0]
     """
-    if not lr > 0:
-        raise ValueError(f"lr={lr!r} must be positive: 1.0 is plain FedAvg.")
+    if isinstance(lr, bool) or not isinstance(lr, numbers.Real):
+        raise TypeError(f"lr={lr!r}: pass a positive number, 1.0 is plain FedAvg.")
+    if not 0 < lr < math.inf:
+        raise ValueError(f"lr={lr!r} must be positive and finite: 1.0 is plain FedAvg.")
     return ServerOptimizer(_init, partial(_update, lr=lr))
 
 
@@ -36,7 +41,5 @@ def _init(params: Params) -> dict[str, object]:
     return {}
 
 
-def _update(
-    delta: Params, state: dict[str, object], params: Params, *, lr: float
-) -> tuple[Params, dict[str, object]]:
+def _update(delta: Params, state: dict[str, object], params: Params, *, lr: float) -> tuple[Params, dict[str, object]]:
     return ({name: lr * value for name, value in delta.items()} if lr != 1 else delta), state

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -26,7 +27,8 @@ def from_torch(optimizer: Callable[..., Optimizer], **options: Any) -> ServerOpt
         options: its arguments.
 
     Raises:
-        TypeError: if ``optimizer`` cannot be called with parameters and these options (by the optimizer itself).
+        TypeError: if ``optimizer`` cannot be called with parameters and these options, or ``step`` without a closure.
+        ValueError: if it refuses the options' values.
 
     Example:
         >>> import torch
@@ -37,9 +39,20 @@ def from_torch(optimizer: Callable[..., Optimizer], **options: Any) -> ServerOpt
         >>> step["w"].tolist()
         [0.375]
     """
-    return ServerOptimizer(
+    rule = ServerOptimizer(
         partial(_init, optimizer=optimizer, options=options), partial(_update, optimizer=optimizer, options=options)
     )
+    probe = {"probe": torch.zeros(1, 1, dtype=torch.float64)}
+    try:
+        rule.update(probe, rule.init(probe), probe)
+    except Exception as error:
+        given = ", ".join([_name(optimizer), *(f"{k}={v!r}" for k, v in options.items())])
+        kind = TypeError if isinstance(error, TypeError) else ValueError
+        raise kind(
+            f"from_torch({given}): {error}; pass a class such as torch.optim.SGD, whose step needs no closure, and its"
+            " own arguments."
+        ) from error
+    return rule
 
 
 def _build(params: Params, optimizer: Callable[..., Optimizer], options: dict[str, Any]) -> tuple[list[Tensor], Any]:
@@ -48,12 +61,17 @@ def _build(params: Params, optimizer: Callable[..., Optimizer], options: dict[st
 
 
 def _init(params: Params, *, optimizer: Callable[..., Optimizer], options: dict[str, Any]) -> Any:
-    return _build(params, optimizer, options)[1].state_dict()
+    return {"optimizer": _name(optimizer), **_build(params, optimizer, options)[1].state_dict()}
 
 
 def _update(
     delta: Params, state: Any, params: Params, *, optimizer: Callable[..., Optimizer], options: dict[str, Any]
 ) -> tuple[Params, Any]:
+    if (saved := state.get("optimizer")) != _name(optimizer):
+        raise ValueError(
+            f"server_optimizer: its state is that of {saved or 'another rule'}, not of {_name(optimizer)}: resume with"
+            " the server optimizer of the checkpoint, or start a new run without ckpt_path."
+        )
     copies, server = _build(params, optimizer, options)
     # `load_state_dict` keeps references and `step` works in place: without the copy the old state would change.
     server.load_state_dict(copy.deepcopy(state))
@@ -61,4 +79,10 @@ def _update(
         value.grad = delta[name].detach()
     server.step()
     moved = zip(params.items(), copies, strict=True)
-    return {name: before - after.detach() for (name, before), after in moved}, server.state_dict()
+    step = {name: before - after.detach() for (name, before), after in moved}
+    return step, {"optimizer": _name(optimizer), **server.state_dict()}
+
+
+def _name(optimizer: Callable[..., Optimizer]) -> str:
+    name: str = getattr(optimizer, "__name__", type(optimizer).__name__)
+    return name

@@ -5,6 +5,7 @@ Only the definitions of randomness (who is sampled, in which order a client read
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 
 import lightning.pytorch as pl
@@ -32,7 +33,7 @@ def unequal_clients(samples: int = 203, clients: int = 7) -> Partition:
     cuts = np.cumsum(np.array([2.0**k for k in range(clients)]))
     bounds = np.concatenate([[0], (cuts / cuts[-1] * samples).astype(int)])
     order = np.random.default_rng(1).permutation(samples)
-    return Partition.from_lists([order[a:b] for a, b in zip(bounds[:-1], bounds[1:], strict=True)])
+    return Partition.from_lists([order[a:b] for a, b in itertools.pairwise(bounds)])
 
 
 class Classifier(pl.LightningModule):
@@ -85,9 +86,7 @@ def fed_avg(
             torch.manual_seed(client_seed(seed, round, client))
             optimizer = module.configure_optimizers()
             for number in range(round * local_epochs, (round + 1) * local_epochs):
-                order = pass_order(
-                    partition.client(client), shuffle=shuffle, seed=seed, client=client, number=number
-                )
+                order = pass_order(partition.client(client), shuffle=shuffle, seed=seed, client=client, number=number)
                 batches = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
                 for index, positions in enumerate(batches):
                     inputs, labels = (tensor[positions] for tensor in data.tensors)

@@ -449,6 +449,16 @@ def test_continuous_strictness() -> None:
     assert spreads[0] < 0.5 < spreads[1] < spreads[2]
 
 
+@pytest.mark.parametrize("strictness", [0.2, 0.5, 0.8])
+def test_continuous_blend(strictness: float) -> None:
+    """Property and blend have the correlation s / sqrt(s^2 + (1 - s)^2), whatever the scale of the property."""
+    z = np.random.default_rng(0).standard_normal(20_000)
+    partition = run(ContinuousPartitioner(4, strictness=strictness), 1000 * z - 5)
+    correlation = strictness / np.hypot(strictness, 1 - strictness)
+    # The mean of the top quarter of a normal variable is 1.271.
+    assert z[partition.client(3)].mean() == pytest.approx(1.271 * correlation, abs=0.04)
+
+
 def test_continuous_errors() -> None:
     with pytest.raises(ValueError, match=r"property of sample 1 is nan"):
         run(ContinuousPartitioner(2, strictness=0.5), [0.0, np.nan, 1.0])
@@ -684,8 +694,12 @@ def test_by_name_dirichlet_defaults() -> None:
             "partitioner='dirichet' is unknown: did you mean 'dirichlet'.*iid, dirichlet, inner_dirichlet",
         ),
         ("natural-id", {}, "did you mean 'natural_id'"),
-        ("zzz", {}, "partitioner='zzz' is unknown: The names are iid"),
-        ("size", {}, r'"size" needs partition_sizes: pass an object, SizePartitioner\(partition_sizes=...\)'),
+        ("zzz", {}, "partitioner='zzz' is unknown: the names are iid"),
+        (
+            "size",
+            {},
+            r"partitioner='size' needs partition_sizes: pass an object, SizePartitioner\(partition_sizes=...\)",
+        ),
         ("distribution", {}, r"needs distribution_array, num_unique.*DistributionPartitioner\(num_partitions=..., "),
         ("pathological", {}, r"PathologicalPartitioner\(num_partitions=10, num_classes_per_partition=2\)"),
         ("inner_dirichlet", {"partition_sizes": [1]}, r"InnerDirichletPartitioner\(partition_sizes=.*alpha=0.5\)"),

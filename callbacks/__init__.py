@@ -1,0 +1,10 @@
+"""Callbacks for federated training, imported as ``lightning_fedscale.callbacks``."""
+
+from __future__ import annotations
+
+if __name__ == "callbacks":
+    raise ImportError("'callbacks' is a part of lightning_fedscale: import lightning_fedscale.callbacks instead")
+
+from lightning_fedscale.callbacks.round_events import RoundEvents
+
+__all__ = ["RoundEvents"]

@@ -1,0 +1,43 @@
+"""The events of a federated round that callbacks can listen to."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import lightning.pytorch as pl
+from lightning.pytorch.callbacks import Callback
+
+if TYPE_CHECKING:
+    from lightning_fedscale.types import ClientUpdate, IntArray, RoundRecord
+
+
+class RoundEvents(Callback):
+    """A callback with the four hooks that `FederatedStrategy` adds to Lightning's own; here they do nothing.
+
+    Any callback may define any of them and is told. This base only gives their names and types, for reading and for
+    completion in editors. ``on_round_start`` and ``on_round_end`` run on every rank, ``on_client_start`` and
+    ``on_client_end`` only on the rank that trains the client:
+
+        on_round_start
+            on_client_start     the module holds the global weights
+            on_client_end       the module holds this client's weights
+            ...                 once for each client of the cohort that this rank trains
+        on_round_end            the module holds the new global weights
+
+    Example:
+        >>> class Diary(RoundEvents):
+        ...     def on_client_end(self, trainer, pl_module, update):
+        ...         print(f"client {update.client}: {update.steps} batches, mean loss {update.loss:.3f}")
+    """
+
+    def on_round_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, round: int, clients: IntArray) -> None:
+        """Round ``round``, counted from 0, begins with this cohort, ascending; the same on every rank."""
+
+    def on_client_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, client: int) -> None:
+        """Client ``client`` begins its local training on this rank."""
+
+    def on_client_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, update: ClientUpdate) -> None:
+        """A client has trained on this rank; ``update.delta`` is a scratch buffer, copy it to keep it."""
+
+    def on_round_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, record: RoundRecord) -> None:
+        """The server has moved the global model; the record is the same on every rank."""

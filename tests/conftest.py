@@ -1,0 +1,33 @@
+"""Every test runs in its own empty folder and leaves the process as it found it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from unittest import mock
+
+import pytest
+import torch
+import torch.distributed as dist
+from hypothesis import settings
+
+# No test may fail by the clock, and the same commit must always give the same verdict.
+settings.register_profile("lightning_fedscale", deadline=None, derandomize=True)
+settings.load_profile("lightning_fedscale")
+
+
+@pytest.fixture(autouse=True)
+def own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Logs and checkpoints never land in the source tree."""
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture(autouse=True)
+def clean_process() -> Iterator[None]:
+    """One thread, no screen; afterwards no process group and none of the variables that Lightning sets."""
+    torch.set_num_threads(1)
+    with mock.patch.dict(os.environ, MPLBACKEND="Agg"):
+        yield
+        if dist.is_available() and dist.is_initialized():
+            dist.destroy_process_group()

@@ -1,0 +1,563 @@
+"""The user's loader is honoured: its batches, order, workers and whatever they draw."""
+
+from __future__ import annotations
+
+import os
+import random
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import lightning.pytorch as pl
+import numpy as np
+import pytest
+import torch
+from datasets import Dataset as HFDataset
+from torch import Tensor
+from torch.utils.data import (
+    BatchSampler,
+    ConcatDataset,
+    DataLoader,
+    Dataset,
+    DistributedSampler,
+    RandomSampler,
+    Sampler,
+    SequentialSampler,
+    Subset,
+    TensorDataset,
+    get_worker_info,
+)
+
+from lightning_fedscale import FederatedStrategy, Partition, randomness
+from tests.features import by_hand
+from tests.laws import reference
+
+Batches = list[list[int]]
+
+
+def indexed() -> by_hand.Indexed:
+    return by_hand.Indexed(by_hand.data())
+
+
+def recorder(**options: object) -> by_hand.Recorder:
+    torch.manual_seed(0)
+    return by_hand.Recorder(**options)
+
+
+def flat(batches: Batches) -> list[int]:
+    return [position for batch in batches for position in batch]
+
+
+def seen(loader: object, rounds: int = 2, **options: Any) -> Batches:
+    """The positions of the local batches that this loader gives, in order."""
+    module = recorder()
+    by_hand.fit(module, loader, max_epochs=rounds, **options)
+    return module.seen
+
+
+def expected(rounds: int = 2, **options: Any) -> Batches:
+    clients = by_hand.partition()
+    return by_hand.seen(range(rounds), clients, by_hand.passes(clients, **options))
+
+
+# ---- batches
+
+
+def test_shuffled_anew_in_every_pass_or_in_the_datasets_own_order() -> None:
+    clients = by_hand.partition()
+    shuffled = seen(DataLoader(indexed(), batch_size=8, shuffle=True))
+    in_order = seen(DataLoader(indexed(), batch_size=8))
+    assert shuffled == expected()
+    held = [sorted(clients.client(client).tolist()) for client in range(4)]
+    assert in_order == [part[i : i + 8] for part in held * 2 for i in range(0, len(part), 8)]
+    half = len(in_order) // 2
+    assert shuffled[:half] != shuffled[half:]
+    assert sorted(flat(shuffled[:half])) == sorted(flat(shuffled[half:])) == list(range(45))
+
+
+def test_drop_last_drops_each_clients_tail() -> None:
+    got = seen(DataLoader(indexed(), batch_size=3, shuffle=True, drop_last=True))
+    assert got == [batch for batch in expected(batch_size=3) if len(batch) == 3]
+    assert len(got) < len(expected(batch_size=3))
+
+
+@pytest.mark.parametrize("kind", [RandomSampler, SequentialSampler])
+@pytest.mark.parametrize("drop_last", [False, True])
+def test_a_batch_sampler_of_torch(kind: type[Sampler[int]], drop_last: bool) -> None:
+    data = indexed()
+    loader = DataLoader(data, batch_sampler=BatchSampler(kind(data), 3, drop_last))  # type: ignore[call-arg]
+    whole = expected(batch_size=3, shuffle=kind is RandomSampler)
+    assert seen(loader) == [batch for batch in whole if not drop_last or len(batch) == 3]
+
+
+class Buckets(BatchSampler):
+    """Batches of samples of similar length, here: of similar position."""
+
+    def __iter__(self) -> Iterator[list[int]]:
+        ordered = sorted(self.sampler)
+        groups = [ordered[i : i + self.batch_size] for i in range(0, len(ordered), self.batch_size)]
+        yield from reversed(groups)
+
+
+def test_a_batch_sampler_of_the_users_own() -> None:
+    data = indexed()
+    got = seen(DataLoader(data, batch_sampler=Buckets(RandomSampler(data), 4, False)))
+    clients = by_hand.partition()
+    held = [sorted(clients.client(client).tolist()) for client in range(4)]
+    one_pass = [batch for part in held for batch in [part[i : i + 4] for i in range(0, len(part), 4)][::-1]]
+    assert got == one_pass * 2
+
+
+def test_a_distributed_sampler_counts_as_the_shuffling_that_it_asks_for() -> None:
+    data = indexed()
+    for shuffle in (True, False):
+        sampler = DistributedSampler(data, num_replicas=2, rank=0, shuffle=shuffle)
+        assert seen(DataLoader(data, batch_size=8, sampler=sampler)) == expected(shuffle=shuffle)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_samples_without_batches(workers: int) -> None:
+    class Single(by_hand.Recorder):
+        def training_step(self, batch: tuple[Tensor, ...], batch_idx: int) -> Tensor:
+            assert batch[0].shape == (12,)
+            return super().training_step([part[None] for part in batch], batch_idx)
+
+    torch.manual_seed(0)
+    module = Single()
+    by_hand.fit(module, DataLoader(indexed(), batch_size=None, shuffle=True, num_workers=workers), max_epochs=2)
+    assert module.seen == expected(batch_size=1)
+    assert by_hand.same(
+        module.state_dict(), by_hand.models(2, batches=by_hand.passes(by_hand.partition(), batch_size=1))[-1]
+    )
+
+
+def test_the_loaders_own_generator_chooses_the_order() -> None:
+    def order(seed: int) -> Batches:
+        return seen(DataLoader(indexed(), batch_size=8, shuffle=True, generator=torch.Generator().manual_seed(seed)))
+
+    assert order(1) == order(1) != order(2)
+    assert sorted(flat(order(1))) == sorted(flat(order(2)))
+
+
+def test_a_tail_of_one_sample_joins_the_batch_before_it_where_there_is_batch_norm() -> None:
+    order = torch.randperm(45, generator=torch.Generator().manual_seed(0)).tolist()
+    clients = Partition.from_lists([order[:9], order[9:26], order[26:45]])
+    module = recorder(batch_norm=True, dropout=0.0)
+    start = by_hand.state_of(module)
+    by_hand.fit(
+        module, DataLoader(indexed(), batch_size=8, shuffle=True), strategy={"partitioner": clients}, max_epochs=2
+    )
+
+    def merged(client: int, number: int) -> Batches:
+        batches = by_hand.passes(clients)(client, number)
+        return batches if len(batches[-1]) > 1 else [*batches[:-2], batches[-2] + batches[-1]]
+
+    assert module.seen == by_hand.seen(range(2), clients, merged)
+    assert {len(batch) for batch in module.seen} == {9, 8, 3}
+    plain = reference.make_module(batch_norm=True, dropout=0.0)
+    plain.load_state_dict(start)
+    run = by_hand.fed_avg(plain, by_hand.data(), clients, merged)
+    next(run)
+    assert by_hand.same(module.state_dict(), next(run))
+    # Without BatchNorm a batch of one is a batch.
+    module = recorder()
+    by_hand.fit(
+        module, DataLoader(indexed(), batch_size=8, shuffle=True), strategy={"partitioner": clients}, max_epochs=1
+    )
+    assert {len(batch) for batch in module.seen} == {1, 8, 3}
+
+
+# ---- where the data comes from
+
+
+def split_in_two(whole: TensorDataset) -> ConcatDataset[tuple[Tensor, ...]]:
+    return ConcatDataset([TensorDataset(*whole[:20]), TensorDataset(*whole[20:])])
+
+
+def chosen(whole: TensorDataset) -> Subset[tuple[Tensor, ...]]:
+    more = TensorDataset(*(torch.cat([part, part]) for part in whole.tensors))
+    return Subset(more, [*range(10), *range(55, 90)])
+
+
+def hugging_face(whole: TensorDataset) -> Any:
+    inputs, labels = whole.tensors
+    return HFDataset.from_dict({"inputs": inputs.numpy(), "labels": labels.numpy()}).with_format("torch")
+
+
+class FromDict(reference.Classifier):
+    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:  # type: ignore[override]
+        return super().training_step([batch["inputs"], batch["labels"]], batch_idx)
+
+
+@pytest.mark.parametrize(
+    ("kind", "make"), [(reference.Classifier, split_in_two), (reference.Classifier, chosen), (FromDict, hugging_face)]
+)
+def test_other_datasets_give_the_same_model(kind: type[reference.Classifier], make: Callable[..., Any]) -> None:
+    torch.manual_seed(0)
+    module = kind()
+    by_hand.fit(module, DataLoader(make(by_hand.data()), batch_size=8, shuffle=True), max_epochs=2)
+    assert by_hand.same(module.state_dict(), by_hand.models(2)[-1])
+
+
+def test_a_datamodule_and_the_modules_own_loader_give_the_same_model() -> None:
+    calls: list[str] = []
+
+    class Data(pl.LightningDataModule):
+        def prepare_data(self) -> None:
+            calls.append("prepare")
+
+        def setup(self, stage: str) -> None:
+            calls.append(stage)
+            self.samples = by_hand.data()
+
+        def train_dataloader(self) -> DataLoader[Any]:
+            return reference.loader(self.samples)
+
+        def teardown(self, stage: str) -> None:
+            calls.append("teardown")
+
+    class WithData(by_hand.Validated):
+        def train_dataloader(self) -> DataLoader[Any]:
+            return reference.loader(by_hand.data())
+
+    strategy = {"partitioner": by_hand.partition()}
+    torch.manual_seed(0)
+    first, second = by_hand.Validated(), WithData()
+    second.load_state_dict(first.state_dict())
+    trainer = reference.quiet_trainer(strategy=FederatedStrategy(**strategy), max_epochs=2)  # type: ignore[arg-type]
+    trainer.fit(first, datamodule=Data())
+    assert calls == ["prepare", "fit", "teardown"]
+    trainer = reference.quiet_trainer(strategy=FederatedStrategy(**strategy), max_epochs=2)  # type: ignore[arg-type]
+    trainer.fit(second)
+    third = by_hand.models(2)[-1]
+    assert by_hand.same(first.state_dict(), third)
+    assert by_hand.same(second.state_dict(), third)
+
+
+class Odd(DataLoader[Any]):
+    """Its arguments are neither DataLoader's nor kept; it has an attribute that is set later."""
+
+    scale = 1.0
+
+    def __init__(self, samples: Dataset[Any], per_batch: int) -> None:
+        super().__init__(samples, batch_size=per_batch, shuffle=True)
+
+    def __iter__(self) -> Any:
+        return ([inputs * self.scale, labels] for inputs, labels in super().__iter__())
+
+
+@pytest.mark.parametrize("made", ["before", "in the hook"])
+def test_a_loader_class_may_be_constructed_as_it_likes(made: str) -> None:
+    def make() -> Odd:
+        loader = Odd(by_hand.data(), 8)
+        loader.scale = 0.5
+        return loader
+
+    class WithData(by_hand.Validated):
+        def train_dataloader(self) -> DataLoader[Any]:
+            return make()
+
+    torch.manual_seed(0)
+    module = WithData()
+    strategy = FederatedStrategy(partitioner=by_hand.partition())
+    reference.quiet_trainer(strategy=strategy, max_epochs=2).fit(module, make() if made == "before" else None)
+    assert by_hand.same(module.state_dict(), by_hand.models(2, fetch=halved)[-1])
+
+
+def halved(positions: list[int]) -> list[Tensor]:
+    inputs, labels = by_hand.data()[positions]
+    return [inputs * 0.5, labels]
+
+
+def test_the_users_own_loader_stays_as_it_was() -> None:
+    loader = DataLoader(indexed(), batch_size=8, num_workers=1, persistent_workers=True)
+    seen(loader)
+    assert loader._iterator is None
+    assert [batch[2].tolist() for batch in loader] == [list(range(i, min(i + 8, 45))) for i in range(0, 45, 8)]
+
+
+# ---- what a batch is
+
+
+class Parcel:
+    """A batch of the user's own making."""
+
+    def __init__(self, inputs: Tensor, labels: Tensor) -> None:
+        self.inputs, self.labels, self.moved = inputs, labels, 0
+
+    def to(self, device: torch.device, non_blocking: bool = False) -> Parcel:
+        parcel = Parcel(self.inputs.to(device), self.labels.to(device))
+        parcel.moved = self.moved + 1
+        return parcel
+
+
+def parcels(samples: list[tuple[Tensor, ...]]) -> Parcel:
+    return Parcel(*(torch.stack(parts) for parts in zip(*samples, strict=True)))
+
+
+def dicts(samples: list[tuple[Tensor, ...]]) -> dict[str, Any]:
+    inputs, labels = (torch.stack(parts) for parts in zip(*samples, strict=True))
+    return {"inputs": inputs, "deep": {"labels": labels, "names": ["a"] * len(samples)}}
+
+
+def tuples(samples: list[tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
+    return tuple(torch.stack(parts) for parts in zip(*samples, strict=True))
+
+
+class Unpacks(reference.Classifier):
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        if isinstance(batch, Parcel):
+            assert batch.moved == 1
+            batch = [batch.inputs, batch.labels]
+        elif isinstance(batch, dict):
+            batch = [batch["inputs"], batch["deep"]["labels"]]
+        else:
+            assert type(batch) is tuple
+        return super().training_step(batch, batch_idx)
+
+
+@pytest.mark.parametrize("collate", [parcels, dicts, tuples])
+@pytest.mark.parametrize("workers", [0, 2])
+def test_batches_of_any_kind_from_a_custom_collate_function(collate: Callable[..., Any], workers: int) -> None:
+    torch.manual_seed(0)
+    module = Unpacks()
+    loader = DataLoader(by_hand.data(), batch_size=8, shuffle=True, collate_fn=collate, num_workers=workers)
+    by_hand.fit(module, loader, max_epochs=1)
+    assert by_hand.same(module.state_dict(), by_hand.models(1)[-1])
+
+
+# ---- workers
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"num_workers": 2},
+        {"num_workers": 2, "persistent_workers": True, "pin_memory": True},
+        {"num_workers": 1, "prefetch_factor": 5},
+        {"pin_memory": True},
+    ],
+)
+def test_workers_give_the_same_model(options: dict[str, Any]) -> None:
+    loader = DataLoader(by_hand.data(), batch_size=8, shuffle=True, **options)
+    _, module = by_hand.fit(None, loader, max_epochs=3)
+    assert by_hand.same(module.state_dict(), by_hand.models(3)[-1])
+
+
+def start_worker(worker: int) -> None:
+    get_worker_info().dataset.bonus = 1000
+
+
+class Watched(DataLoader[Any]):
+    """Counts its iterations and shows with which settings they run; has arguments of its own."""
+
+    iterated: list[DataLoader[Any]]
+
+    def __init__(self, dataset: Dataset[Any], scale: float, *args: Any, **kwargs: Any) -> None:
+        super().__init__(dataset, *args, **kwargs)
+        self.scale = scale
+
+    def __iter__(self) -> Any:
+        Watched.iterated.append(self)
+        return map(self.scaled, super().__iter__())
+
+    def scaled(self, batch: Any) -> Any:
+        return [batch[0] * self.scale, *batch[1:]]
+
+
+class WithBonus(by_hand.Indexed):
+    bonus = 0
+
+    def __getitem__(self, index: int) -> tuple[Tensor, ...]:
+        inputs, labels, position = super().__getitem__(index)
+        return inputs, labels, position + self.bonus
+
+
+@pytest.mark.parametrize("persistent", [False, True])
+def test_one_loader_with_the_users_settings_streams_all_clients_of_a_round(persistent: bool) -> None:
+    Watched.iterated = []
+    settings: dict[str, Any] = {
+        "num_workers": 2,
+        "persistent_workers": persistent,
+        "worker_init_fn": start_worker,
+        "prefetch_factor": 3,
+        "timeout": 100,
+        "collate_fn": lambda samples: torch.utils.data.default_collate(samples),
+        "multiprocessing_context": "fork",
+    }
+    loader = Watched(WithBonus(by_hand.data()), 0.5, batch_size=8, shuffle=True, **settings)
+    module = recorder()
+    by_hand.fit(module, loader, max_epochs=3)
+    assert len(Watched.iterated) == 3
+    assert len(set(Watched.iterated)) == 1
+    used = Watched.iterated[0]
+    for name in ("num_workers", "persistent_workers", "worker_init_fn", "prefetch_factor", "timeout", "collate_fn"):
+        assert getattr(used, name) == settings[name], name
+    assert used.multiprocessing_context.get_start_method() == "fork"
+    assert module.seen == [[position + 1000 for position in batch] for batch in expected(3)]
+
+    assert by_hand.same(module.state_dict(), by_hand.models(3, fetch=halved)[-1])
+    if persistent:
+        assert used._iterator is None, "workers must not outlive fit"
+
+
+class WorkerNames(by_hand.Indexed):
+    def __getitem__(self, index: int) -> tuple[Tensor, ...]:
+        inputs, labels, _ = super().__getitem__(index)
+        return inputs, labels, torch.tensor(os.getpid())
+
+
+@pytest.mark.parametrize(("persistent", "processes"), [(True, 2), (False, 6)])
+def test_persistent_workers_serve_every_round(persistent: bool, processes: int) -> None:
+    loader = DataLoader(WorkerNames(by_hand.data()), batch_size=8, num_workers=2, persistent_workers=persistent)
+    assert len(set(flat(seen(loader, rounds=3)))) == processes
+
+
+def test_out_of_order_workers_are_put_in_order() -> None:
+    Watched.iterated = []
+    by_hand.fit(recorder(), Watched(indexed(), 1.0, batch_size=8, num_workers=2, in_order=False), max_epochs=1)
+    assert [loader.in_order for loader in Watched.iterated] == [True]
+
+
+# ---- random numbers
+
+
+class Noisy(Dataset[tuple[Tensor, Tensor]]):
+    """Adds noise from all three global generators."""
+
+    def __init__(self, samples: TensorDataset) -> None:
+        self.samples = samples
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        inputs, labels = self.samples[index]
+        return inputs + random.gauss() + np.random.normal() + torch.randn(12), labels
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+
+def test_augmentation_in_the_main_process_draws_from_the_client() -> None:
+    noisy = Noisy(by_hand.data())
+    _, module = by_hand.fit(None, DataLoader(noisy, batch_size=8, shuffle=True), max_epochs=2)
+
+    def fetch(positions: list[int]) -> list[Tensor]:
+        return torch.utils.data.default_collate([noisy[position] for position in positions])
+
+    assert by_hand.same(module.state_dict(), by_hand.models(2, fetch=fetch)[-1])
+
+
+@pytest.mark.parametrize("batch_size", [8, None])
+def test_augmentation_in_workers_does_not_depend_on_how_many_there_are(batch_size: int | None) -> None:
+    class Kept(reference.Classifier):
+        def __init__(self) -> None:
+            super().__init__(dropout=0.0)
+            self.inputs: list[Tensor] = []
+
+        def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+            inputs, labels = batch[0].reshape(-1, 12), batch[1].reshape(-1)
+            self.inputs.append(inputs.clone())
+            return super().training_step([inputs, labels], batch_idx)
+
+    runs = []
+    for workers in (1, 2, 3):
+        torch.manual_seed(0)
+        module = Kept()
+        # Whatever the main process drew before must not matter either.
+        torch.rand(workers)
+        loader = DataLoader(Noisy(by_hand.data()), batch_size=batch_size, shuffle=True, num_workers=workers)
+        by_hand.fit(module, loader, max_epochs=2)
+        runs.append(torch.cat(module.inputs))
+    assert torch.equal(runs[0], runs[1])
+    assert torch.equal(runs[0], runs[2])
+    order = flat(expected(batch_size=batch_size or 1))
+    noise = runs[0] - by_hand.data().tensors[0][order]
+    assert len(noise.unique(dim=0)) == len(order), "no two samples share their noise, also not in another round"
+
+
+class Transfers(reference.Classifier):
+    """Draws at every step of a batch's way to the model."""
+
+    def on_before_batch_transfer(self, batch: list[Tensor], dataloader_idx: int) -> list[Tensor]:
+        return [batch[0] + torch.randn(12), batch[1]]
+
+    def transfer_batch_to_device(self, batch: list[Tensor], device: torch.device, dataloader_idx: int) -> list[Tensor]:
+        return [batch[0] + random.gauss(), batch[1]]
+
+    def on_after_batch_transfer(self, batch: list[Tensor], dataloader_idx: int) -> list[Tensor]:
+        return [batch[0] * torch.rand(()) + np.random.normal(), batch[1]]
+
+
+@pytest.mark.parametrize("per_round", [1, 3, 4])
+def test_random_transfer_hooks_draw_from_the_client_whoever_is_first(per_round: int) -> None:
+    torch.manual_seed(0)
+    module = Transfers()
+    strategy = {"clients_per_round": per_round}
+    by_hand.fit(module, noisy_loader(), strategy=strategy, max_epochs=3)
+    noisy, plain = Noisy(by_hand.data()), Transfers()
+
+    def fetch(positions: list[int]) -> list[Tensor]:
+        batch = torch.utils.data.default_collate([noisy[position] for position in positions])
+        batch = plain.on_before_batch_transfer(batch, 0)
+        batch = plain.transfer_batch_to_device(batch, torch.device("cpu"), 0)
+        return plain.on_after_batch_transfer(batch, 0)
+
+    assert by_hand.same(module.state_dict(), by_hand.models(3, fetch=fetch, per_round=per_round)[-1])
+
+
+def noisy_loader() -> DataLoader[Any]:
+    return DataLoader(Noisy(by_hand.data()), batch_size=8, shuffle=True)
+
+
+def draw() -> tuple[float, float, float]:
+    return random.random(), float(np.random.random()), float(torch.rand(()))
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_the_users_generators_are_untouched(workers: int) -> None:
+    between: list[list[tuple[float, float, float]]] = []
+
+    class Draws(pl.Callback):
+        """Draws as the server does, around every round."""
+
+        def on_train_batch_start(self, *args: object) -> None:
+            between[-1].append(draw())
+
+        on_round_start = on_round_end = on_train_batch_end = on_train_batch_start
+
+    for per_round in (1, 3):
+        torch.manual_seed(0)
+        module = Transfers()
+        randomness.seed_globals(7, torch.device("cpu"))
+        between.append([])
+        loader = DataLoader(Noisy(by_hand.data()), batch_size=8, shuffle=True, num_workers=workers)
+        by_hand.fit(module, loader, strategy={"clients_per_round": per_round}, callbacks=[Draws()], max_epochs=2)
+        between[-1].append(draw())
+    randomness.seed_globals(7, torch.device("cpu"))
+    alone = [draw() for _ in range(2 * 4 + 1)]
+    assert between == [alone, alone]
+
+
+def test_a_failing_round_leaves_the_users_generators_as_well() -> None:
+    class Fails(Noisy):
+        def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+            super().__getitem__(index)
+            raise LookupError("on purpose")
+
+    for error_in in ("first batch", "transfer", "step"):
+        torch.manual_seed(0)
+        module = Transfers()
+        loader = noisy_loader()
+        if error_in == "first batch":
+            loader = DataLoader(Fails(by_hand.data()), batch_size=8)
+        else:
+
+            def fail(*args: object) -> None:
+                raise LookupError("on purpose")
+
+            name = {"transfer": "on_after_batch_transfer", "step": "training_step"}[error_in]
+            module = type("Broken", (Transfers,), {name: fail})()
+        randomness.seed_globals(7, torch.device("cpu"))
+        with pytest.raises(LookupError, match="on purpose"):
+            by_hand.fit(module, loader, max_epochs=2)
+        after = draw()
+        randomness.seed_globals(7, torch.device("cpu"))
+        assert after == draw(), error_in

@@ -1,0 +1,202 @@
+"""What `FederatedStrategy(...)` refuses or accepts before it has seen a Trainer, and that it pickles."""
+
+from __future__ import annotations
+
+import pickle
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from lightning_fedscale import FederatedStrategy, Partition, partitioners, samplers, server
+from lightning_fedscale.arguments import Arguments
+from tests.laws import reference
+
+WHOLE = "pass an integer of at least 1"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "kind", "message"),
+    [
+        ({"num_clients": 0}, ValueError, f"num_clients=0: {WHOLE}"),
+        ({"num_clients": -3}, ValueError, f"num_clients=-3: {WHOLE}"),
+        ({"num_clients": True}, TypeError, f"num_clients=True: {WHOLE}, not bool"),
+        ({"num_clients": 2.5}, TypeError, f"num_clients=2.5: {WHOLE}, not float"),
+        ({"num_clients": "4"}, TypeError, f"num_clients='4': {WHOLE}, not str"),
+        ({"clients_per_round": 0}, ValueError, f"clients_per_round=0: {WHOLE}"),
+        ({"clients_per_round": -1}, ValueError, f"clients_per_round=-1: {WHOLE}"),
+        ({"clients_per_round": True}, TypeError, "clients_per_round=True: pass a number of clients, a fraction"),
+        ({"clients_per_round": "half"}, TypeError, "clients_per_round='half': pass a number of clients, a fraction"),
+        ({"clients_per_round": 11}, ValueError, "clients_per_round=11 is more than num_clients=10: lower it"),
+        ({"clients_per_round": np.int64(11)}, ValueError, "clients_per_round=11 is more than num_clients=10"),
+        ({"num_clients": 4, "clients_per_round": 5}, ValueError, "clients_per_round=5 is more than num_clients=4"),
+        ({"clients_per_round": 0.0}, ValueError, r"clients_per_round=0.0: a fraction must lie in \(0, 1\]"),
+        ({"clients_per_round": -0.1}, ValueError, r"clients_per_round=-0.1: a fraction must lie in \(0, 1\]"),
+        ({"clients_per_round": 1.5}, ValueError, r"clients_per_round=1.5: a fraction .* number of clients pass an int"),
+        ({"clients_per_round": 2.0}, ValueError, r"clients_per_round=2.0: a fraction .* number of clients pass an int"),
+        ({"clients_per_round": float("nan")}, ValueError, "clients_per_round=nan: a fraction must lie in"),
+        ({"partitioner": "dirichlt"}, ValueError, "partitioner='dirichlt' is unknown: did you mean 'dirichlet'"),
+        ({"partitioner": "zzz"}, ValueError, "partitioner='zzz' is unknown: the names are iid, dirichlet"),
+        ({"partitioner": "size"}, ValueError, r"partitioner='size' needs partition_sizes: pass .*SizePartitioner\("),
+        ({"partitioner": None}, TypeError, "partitioner=None: pass a name such as 'iid'"),
+        ({"partitioner": partitioners.IidPartitioner}, TypeError, "partitioner=<class .*: pass a name such as"),
+        ({"partitioner": [[0, 1], [2]]}, TypeError, r"partitioner=\[\[0, 1\], \[2\]\]: pass a name .* or a Partition"),
+        (
+            {"partitioner": partitioners.DirichletPartitioner(4, alpha=1.0, seed=None)},
+            ValueError,
+            "partitioner: seed=None .* give it a number",
+        ),
+        (
+            {"num_clients": 5, "partitioner": partitioners.IidPartitioner(4)},
+            ValueError,
+            "num_clients=5 but the partitioner makes 4 clients: pass the same number to both, or leave num_clients out",
+        ),
+        (
+            {"num_clients": 5, "partitioner": reference.unequal_clients()},
+            ValueError,
+            "num_clients=5 but the partitioner makes 7 clients",
+        ),
+        (
+            {"clients_per_round": 8, "partitioner": reference.unequal_clients()},
+            ValueError,
+            "clients_per_round=8 is more than num_clients=7",
+        ),
+        ({"local_epochs": None}, ValueError, "local_epochs=None and local_steps=None: give exactly one of them"),
+        ({"local_epochs": 1, "local_steps": 5}, ValueError, "local_epochs=1 and local_steps=5: give exactly one"),
+        ({"local_epochs": 0}, ValueError, f"local_epochs=0: {WHOLE}"),
+        ({"local_epochs": True}, TypeError, f"local_epochs=True: {WHOLE}"),
+        ({"local_epochs": 1.5}, TypeError, f"local_epochs=1.5: {WHOLE}"),
+        ({"local_epochs": "all"}, TypeError, f"local_epochs='all': {WHOLE}"),
+        ({"local_steps": 0}, ValueError, f"local_steps=0: {WHOLE}"),
+        ({"local_steps": -5}, ValueError, f"local_steps=-5: {WHOLE}"),
+        ({"local_steps": 2.5}, TypeError, f"local_steps=2.5: {WHOLE}"),
+        ({"rounds_per_epoch": 0}, ValueError, f"rounds_per_epoch=0: {WHOLE}"),
+        ({"rounds_per_epoch": 1.5}, TypeError, f"rounds_per_epoch=1.5: {WHOLE}"),
+        ({"sampler": "uniform"}, TypeError, "sampler='uniform': pass a function sampler"),
+        ({"sampler": lambda seed, round: [1]}, TypeError, "unexpected keyword argument 'num_clients'; pass a function"),
+        ({"aggregator": "men"}, ValueError, "aggregator='men' is not known. Did you mean 'mean'"),
+        ({"aggregator": 3}, TypeError, "aggregator=3: pass 'mean', 'uniform' or"),
+        ({"server_optimizer": "sgd"}, TypeError, r"server_optimizer='sgd': pass .* server.from_torch\(torch.optim.SGD"),
+        ({"server_optimizer": torch.optim.SGD}, TypeError, r"server_optimizer=<class .*server.from_torch\("),
+        ({"server_optimizer": server.fed_avg}, TypeError, r"server_optimizer=<function .*such as server.fed_avg\(\)"),
+        ({"client_optimizer": "kept"}, ValueError, "client_optimizer='kept': choose 'reset', .*, or 'keep'"),
+        ({"client_optimizer": torch.optim.SGD}, ValueError, "client_optimizer=<class .*: choose 'reset'"),
+        ({"seed": -1}, ValueError, "seed=-1: pass an integer of at least 0"),
+        ({"seed": 1.5}, TypeError, "seed=1.5: pass an integer of at least 0"),
+        ({"seed": None}, TypeError, "seed=None: pass an integer of at least 0"),
+        ({"seed": True}, TypeError, "seed=True: pass an integer of at least 0"),
+        ({"num_client": 3}, TypeError, "unexpected keyword argument 'num_client'"),
+    ],
+    ids=str,
+)
+def test_refuses(arguments: dict[str, Any], kind: type[Exception], message: str) -> None:
+    with pytest.raises(kind, match=message):
+        FederatedStrategy(**arguments)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "epochs", "steps"),
+    [
+        ({}, 1, None),
+        ({"local_epochs": 2}, 2, None),
+        ({"local_steps": 5}, None, 5),
+        ({"local_epochs": None, "local_steps": 5}, None, 5),
+        ({"local_epochs": np.int64(3)}, 3, None),
+    ],
+    ids=str,
+)
+def test_local_work(arguments: dict[str, Any], epochs: int | None, steps: int | None) -> None:
+    options = FederatedStrategy(**arguments)._options
+    assert (options.local_epochs, options.local_steps) == (epochs, steps)
+
+
+@pytest.mark.parametrize(
+    ("wanted", "num_clients", "expected"),
+    [(None, 7, 7), (3, 7, 3), (np.int32(3), 7, 3), (0.5, 7, 4), (np.float32(0.5), 4, 2), (1.0, 7, 7), (0.01, 7, 1)],
+)
+def test_cohort_size(wanted: Any, num_clients: int, expected: int) -> None:
+    options = FederatedStrategy(num_clients, clients_per_round=wanted)._options
+    assert options.cohort_size(num_clients) == expected
+
+
+def test_num_clients_comes_from_the_partitioner() -> None:
+    assert FederatedStrategy().num_clients == 10
+    assert FederatedStrategy(partitioner=partitioners.IidPartitioner(4)).num_clients == 4
+    assert FederatedStrategy(partitioner=reference.unequal_clients()).num_clients == 7
+    assert FederatedStrategy(partitioner=partitioners.NaturalIdPartitioner("user")).num_clients is None
+
+
+def test_too_many_per_round_for_natural_clients_shows_once_they_are_counted() -> None:
+    options = FederatedStrategy(clients_per_round=4, partitioner=partitioners.NaturalIdPartitioner("who"))._options
+    partition = options.partition([{"who": name} for name in ("eve", "bob", "eve", "ann")])
+    with pytest.raises(ValueError, match="clients_per_round=4 is more than num_clients=3"):
+        options.cohort_size(partition.num_clients)
+
+
+@pytest.mark.parametrize(
+    ("partition", "message"),
+    [
+        (Partition(np.array([-1, 2]), np.array([0, 1, 2])), r"partitioner=Partition\(.*sample -1 is out of range"),
+        (Partition(np.array([2, 2]), np.array([0, 1, 2])), r"partitioner=Partition\(.*sample 2 appears more than once"),
+        (Partition.from_lists([[0], [20]]), r"partitioner=Partition\(.*sample 20 is out of range.*another dataset"),
+        (
+            Partition.from_lists([[0, 1], [], [2]]),
+            r"partitioner=Partition\(.*1 of 3 clients have no samples \(client 1\): use fewer clients",
+        ),
+        (Partition.from_lists([[0], [], []]), r"2 of 3 clients have no samples \(clients 1, 2\)"),
+    ],
+)
+def test_partition_that_does_not_fit_the_data(partition: Partition, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        FederatedStrategy(partitioner=partition)._options.partition(list(range(20)))
+
+
+def test_a_partition_may_leave_samples_out() -> None:
+    partition = Partition.from_lists([[0, 5], [7]])
+    assert FederatedStrategy(partitioner=partition)._options.partition(list(range(20))) is partition
+
+
+@pytest.mark.parametrize(
+    ("build", "kind", "message"),
+    [
+        (lambda: server.fed_avg(0), ValueError, "lr=0 must be positive"),
+        (lambda: server.fed_avg(float("inf")), ValueError, "lr=inf must be positive and finite"),
+        (lambda: server.fed_avg("1"), TypeError, "lr='1': pass a positive number"),
+        (lambda: server.from_torch("sgd"), TypeError, r"from_torch\(str\): .*pass a class such as torch.optim.SGD"),
+        (lambda: server.from_torch(torch.optim.Adam, rate=1.0), TypeError, r"from_torch\(Adam, rate=1.0\): .*'rate'"),
+        (lambda: server.from_torch(torch.optim.SGD, lr=-1), ValueError, r"from_torch\(SGD, lr=-1\): .*learning rate"),
+        (lambda: server.from_torch(torch.optim.LBFGS), TypeError, r"from_torch\(LBFGS\): .*closure"),
+    ],
+)
+def test_server_optimizers_refuse_before_training(build: Any, kind: type[Exception], message: str) -> None:
+    with pytest.raises(kind, match=message):
+        build()
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {},
+        {"num_clients": 3, "clients_per_round": 0.5, "partitioner": "dirichlet", "rounds_per_epoch": 2},
+        {"partitioner": partitioners.DirichletPartitioner(3, alpha=0.5), "aggregator": "uniform"},
+        {"partitioner": reference.unequal_clients(), "clients_per_round": 2, "sampler": samplers.uniform},
+        {"local_steps": 3, "server_optimizer": server.from_torch(torch.optim.Adam, lr=0.1), "seed": 2**70},
+        {"server_optimizer": server.fed_avg(0.5), "client_optimizer": "keep", "start_method": "spawn"},
+    ],
+    ids=str,
+)
+def test_pickles_as_spawn_needs(arguments: dict[str, Any]) -> None:
+    strategy = FederatedStrategy(**arguments)
+    again: FederatedStrategy = pickle.loads(pickle.dumps(strategy))
+    old, new = strategy._options, again._options
+    data = reference.dataset()
+    assert new.partition(data) == old.partition(data)
+    params = {"w": torch.tensor([1.0, 2.0], dtype=torch.float64)}
+    steps = [o.server_optimizer.update(params, o.server_optimizer.init(params), params)[0] for o in (old, new)]
+    assert torch.equal(steps[0]["w"], steps[1]["w"])
+
+    def plain(options: Arguments) -> Arguments:
+        return options._replace(partitioner=None, aggregator=None, server_optimizer=None)  # type: ignore[arg-type]
+
+    assert plain(new) == plain(old)

@@ -1,0 +1,626 @@
+"""What `trainer.fit` refuses before a client has trained, and what it does with updates that are not finite."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import numpy as np
+import pytest
+import torch
+from datasets import Dataset as HfDataset
+from lightning.pytorch.accelerators import CPUAccelerator
+from lightning.pytorch.callbacks import OnExceptionCheckpoint, ThroughputMonitor
+from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.utilities import CombinedLoader
+from torch import Tensor, nn
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    Dataset,
+    IterableDataset,
+    RandomSampler,
+    Sampler,
+    SequentialSampler,
+    SubsetRandomSampler,
+    TensorDataset,
+    WeightedRandomSampler,
+)
+from torchmetrics import Metric
+
+from lightning_fedscale import FederatedStrategy, Partition, partitioners, server
+from lightning_fedscale.federation import Federation
+from lightning_fedscale.samplers import uniform
+from lightning_fedscale.server import ServerOptimizer
+from tests.laws import reference
+
+
+class Counting(reference.Classifier):
+    """Counts its training steps."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self.calls = 0
+
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+        self.calls += 1
+        return super().training_step(batch, batch_idx)
+
+
+def refused(
+    kind: type[Exception],
+    message: str,
+    *,
+    strategy: dict[str, Any] | None = None,
+    data: Any = None,
+    module: Any = None,
+    trainer: dict[str, Any] | None = None,
+    **fit: Any,
+) -> None:
+    """``fit`` raises, no client has trained and the model is as it was."""
+    module = Counting() if module is None else module
+    before = {name: tensor.detach().clone() for name, tensor in module.named_parameters() if not _lazy(tensor)}
+    run = reference.quiet_trainer(
+        strategy=FederatedStrategy(**(strategy or {})), **{"max_epochs": 2, **(trainer or {})}
+    )
+    with pytest.raises(kind, match=message):
+        run.fit(module, reference.loader(reference.dataset()) if data is None else data, **fit)
+    assert module.calls == 0
+    assert all(torch.equal(before[name], p) for name, p in module.named_parameters() if name in before)
+
+
+def _lazy(tensor: Tensor) -> bool:
+    return bool(nn.parameter.is_lazy(tensor))
+
+
+# Data
+
+
+class Stream(IterableDataset[Tensor]):
+    def __iter__(self) -> Iterator[Tensor]:
+        yield torch.zeros(12)
+
+
+class Columns(Dataset[Any]):
+    """Samples without a label, as dicts or as tensors."""
+
+    def __init__(self, sample: Any) -> None:
+        self.sample = sample
+
+    def __len__(self) -> int:
+        return 20
+
+    def __getitem__(self, index: int) -> Any:
+        return self.sample
+
+
+class Endless(Dataset[int]):
+    def __getitem__(self, index: int) -> int:
+        return index
+
+
+def two_loaders() -> list[DataLoader[Any]]:
+    return [reference.loader(reference.dataset()), reference.loader(reference.dataset())]
+
+
+@pytest.mark.parametrize(
+    ("data", "kind", "message"),
+    [
+        (lambda: DataLoader(Stream()), TypeError, "dataset=Stream is an IterableDataset.*use a map-style dataset"),
+        (
+            lambda: DataLoader(Endless(), sampler=SequentialSampler(range(5))),
+            TypeError,
+            "dataset=Endless is .* has no length.*use a map-style dataset",
+        ),
+        (two_loaders, ValueError, "train_dataloader: got a list of 2 loaders.*return a single DataLoader"),
+        (lambda: two_loaders()[:1], ValueError, "train_dataloader: got a list of 1 loaders"),
+        (lambda: dict(enumerate(two_loaders())), ValueError, "train_dataloader: got a dict of 2 loaders"),
+        (lambda: CombinedLoader(two_loaders(), "max_size_cycle"), ValueError, "got a list of 2 loaders"),
+        (
+            lambda: reference.dataset(),
+            TypeError,
+            "train_dataloader=TensorDataset: .*pass a torch.utils.data.DataLoader",
+        ),
+        (
+            lambda: DataLoader(TensorDataset(torch.zeros(0, 12))),
+            ValueError,
+            "dataset=TensorDataset is empty: give it at least one sample per client",
+        ),
+        (lambda: reference.loader(reference.dataset(9)), ValueError, "num_clients=10 is more than the 9 samples"),
+    ],
+)
+def test_data(data: Callable[[], Any], kind: type[Exception], message: str) -> None:
+    refused(kind, message, data=data())
+
+
+@pytest.mark.parametrize(
+    ("partitioner", "dataset", "message"),
+    [
+        (
+            "dirichlet",
+            Columns(torch.zeros(12)),
+            r"sample 0 is a Tensor without a label; let samples be \(input, label\)",
+        ),
+        ("dirichlet", Columns({"x": 1, "user": 2}), r"the columns \['x', 'user'\].*pass partition_by=<one of them>"),
+        ("dirichlet", HfDataset.from_dict({"text": ["a"] * 20}), r"the columns \['text'\].*pass partition_by="),
+        (
+            partitioners.NaturalIdPartitioner("speaker"),
+            HfDataset.from_dict({"text": ["a"] * 20}),
+            "partition_by='speaker' is not among them: pass partition_by=<one of them>",
+        ),
+        (partitioners.NaturalIdPartitioner("speaker"), Columns({"x": 1}), "partition_by='speaker' is not among them"),
+        (partitioners.NaturalIdPartitioner("speaker"), Columns((1, 2)), "partition_by='speaker': .*have no columns"),
+        ("natural_id", reference.dataset(), "partition_by is missing: name the column of TensorDataset"),
+        (
+            partitioners.DirichletPartitioner(10, alpha=0.5, min_partition_size=100),
+            reference.dataset(),
+            "min_partition_size=100 for num_partitions=10 .*lower min_partition_size to at most 20",
+        ),
+        (Partition.from_lists([[0], [500]]), reference.dataset(), "sample 500 is out of range"),
+        (Partition.from_lists([[0], [], [1]]), reference.dataset(), r"have no samples \(client 1\)"),
+    ],
+)
+def test_data_that_cannot_be_divided_as_asked(partitioner: Any, dataset: Any, message: str) -> None:
+    refused(ValueError, message, strategy={"partitioner": partitioner}, data=DataLoader(dataset, batch_size=4))
+
+
+class OwnSampler(Sampler[int]):
+    def __iter__(self) -> Iterator[int]:
+        return iter(range(10))
+
+    def __len__(self) -> int:
+        return 10
+
+
+class OwnBatches(BatchSampler):
+    def __init__(self, sampler: Sampler[int], batch_size: int, drop_last: bool, extra: int) -> None:
+        super().__init__(sampler, batch_size, drop_last)
+
+
+class SameBatches(BatchSampler):
+    """Custom in type only."""
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            {"sampler": WeightedRandomSampler([1.0] * 203, 203)},
+            "sampler=WeightedRandomSampler cannot be applied to each",
+        ),
+        ({"sampler": OwnSampler()}, "sampler=OwnSampler cannot .*: use shuffle=True or shuffle=False"),
+        ({"sampler": SubsetRandomSampler(range(9))}, "sampler=SubsetRandomSampler cannot"),
+        ({"sampler": RandomSampler(range(203), replacement=True)}, "sampler=RandomSampler cannot"),
+        ({"sampler": [1, 2, 3]}, "sampler=list cannot"),
+        (
+            {"batch_sampler": OwnBatches(SequentialSampler(range(203)), 4, False, 0)},
+            "batch_sampler=OwnBatches cannot be built anew .*'extra'.*arguments of torch.utils.data.BatchSampler",
+        ),
+        (
+            {"batch_sampler": SameBatches(SequentialSampler(range(203)), 50, True)},
+            "batch_sampler=SameBatches makes no batch of a client with .* set drop_last=False",
+        ),
+        ({"batch_size": 50, "drop_last": True}, r"drop_last=True with batch_size=50 leaves 10 of 10 clients without a"),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("work", [{"local_epochs": 1}, {"local_steps": 2}], ids=str)
+def test_loader(options: dict[str, Any], message: str, work: dict[str, int]) -> None:
+    refused(ValueError, message, strategy=work, data=DataLoader(reference.dataset(), **options))
+
+
+def test_drop_last_names_the_clients_that_are_left_without_a_batch() -> None:
+    partition = reference.unequal_clients()
+    short = [client for client, size in enumerate(partition.sizes.tolist()) if size < 8]
+    message = rf"leaves {len(short)} of 7 clients without a batch \(clients {', '.join(map(str, short))}\)"
+    data = DataLoader(reference.dataset(), batch_size=8, drop_last=True)
+    refused(ValueError, message, strategy={"partitioner": partition}, data=data)
+
+
+# Model
+
+
+class NoParameters(Counting):
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Sequential(nn.ReLU())
+
+
+class Frozen(Counting):
+    def __init__(self) -> None:
+        super().__init__()
+        self.requires_grad_(False)
+
+
+class Returns(Counting):
+    """Whatever configure_optimizers is to return."""
+
+    def __init__(self, optimizers: Any, automatic: bool) -> None:
+        super().__init__()
+        self.optimizers_ = optimizers
+        self.automatic_optimization = automatic
+
+    def configure_optimizers(self) -> Any:
+        return self.optimizers_
+
+
+class Foreign(Counting):
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD([*self.parameters(), nn.Parameter(torch.zeros(3, 5))], lr=0.1)
+
+
+class Iter(Counting):
+    def training_step(self, dataloader_iter: Any) -> Tensor:  # type: ignore[override]
+        self.calls += 1
+        return torch.zeros(())
+
+
+class Lazy(Counting):
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net = net  # type: ignore[assignment]
+
+
+class Scripted(Metric):
+    def update(self) -> None: ...
+
+    def compute(self) -> None: ...
+
+
+class Synced(Counting):
+    def __init__(self) -> None:
+        super().__init__()
+        self.metric = Scripted(dist_sync_on_step=True)
+
+
+@pytest.mark.parametrize(
+    ("module", "message"),
+    [
+        (NoParameters, "the model has 0 parameter tensors .* give it layers as attributes"),
+        (Frozen, "the model has 4 parameter tensors and none is trainable.* set requires_grad=True"),
+        (lambda: Returns(None, True), "configure_optimizers returned no optimizer"),
+        (lambda: Returns(None, False), "configure_optimizers returned no optimizer"),
+        (lambda: Returns([], True), "configure_optimizers returned no optimizer.*return at least one"),
+        (lambda: Returns([], False), "configure_optimizers returned no optimizer"),
+        (Foreign, r"configure_optimizers: an optimizer holds a parameter of shape \(3, 5\) .*assign its layer as an"),
+        (Iter, r"training_step\(self, dataloader_iter\) is not supported.*training_step\(self, batch, batch_idx\)"),
+        (lambda: Lazy(nn.LazyLinear(4)), "lazy layers.*configure_model"),
+        (lambda: Lazy(nn.Sequential(nn.Linear(12, 4), nn.LazyBatchNorm1d(affine=False))), "lazy layers"),
+    ],
+)
+def test_model(module: Callable[[], Any], message: str) -> None:
+    refused(ValueError, message, module=module())
+
+
+def test_lazy_layers_work_after_the_remedy() -> None:
+    class Remedied(Lazy):
+        def configure_model(self) -> None:
+            self.net(torch.zeros(1, 12))
+
+    module = Remedied(nn.LazyLinear(4))
+    reference.quiet_trainer(strategy=FederatedStrategy(), max_epochs=1).fit(
+        module, reference.loader(reference.dataset())
+    )
+    assert module.calls == 30
+
+
+@pytest.mark.parametrize("sizes", [[9, 17, 4], [25, 8, 12]])
+def test_tail_batch_of_one_sample_is_merged_for_batch_norm(sizes: list[int]) -> None:
+    seen: list[int] = []
+
+    class Seeing(Counting):
+        def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+            seen.append(len(batch[1]))
+            return super().training_step(batch, batch_idx)
+
+    strategy = FederatedStrategy(partitioner=partitioners.SizePartitioner(sizes))
+    data = reference.loader(reference.dataset(sum(sizes)), batch_size=8)
+    reference.quiet_trainer(strategy=strategy, max_epochs=1).fit(Seeing(batch_norm=True), data)
+    assert seen == {9: [9, 8, 9, 4], 25: [8, 8, 9, 8, 8, 4]}[sizes[0]]
+    assert strategy.last_round is not None
+    assert strategy.last_round.samples.tolist() == sizes
+
+
+def test_clients_of_one_sample_with_batch_norm_are_announced() -> None:
+    strategy = FederatedStrategy(partitioner=Partition.from_lists([[0, 1], [2], [3]]))
+    trainer = reference.quiet_trainer(strategy=strategy, max_epochs=1)
+    message = r"2 clients hold a single sample \(clients 1, 2\).*min_partition_size=2"
+    with pytest.warns(UserWarning, match=message), pytest.raises(ValueError, match="more than 1 value per channel"):
+        trainer.fit(Counting(batch_norm=True), reference.loader(reference.dataset()))
+
+
+# Trainer
+
+
+def test_sync_batchnorm() -> None:
+    refused(ValueError, r"Trainer\(sync_batchnorm=True\): .*Remove it", trainer={"sync_batchnorm": True})
+
+
+def test_throughput_monitor(tmp_path: Path) -> None:
+    callbacks = [ThroughputMonitor(lambda batch: len(batch[1]))]
+    refused(
+        ValueError,
+        "callbacks: ThroughputMonitor counts one batch per step.* Remove it; round/samples",
+        trainer={"callbacks": callbacks, "logger": CSVLogger(tmp_path)},
+    )
+
+
+@pytest.mark.parametrize("device", ["mps", "xla"])
+def test_other_accelerators(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(CPUAccelerator, "setup_device", lambda self, device: None)
+    monkeypatch.setattr(FederatedStrategy, "root_device", property(lambda self: torch.device(device)))
+    refused(ValueError, f"accelerator: .* runs on CPU and CUDA, not on '{device}': use .*accelerator='cpu'")
+
+
+@pytest.fixture
+def two_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """This process believes to be the first of two, as far as planning goes."""
+    init = Federation.__init__
+
+    def of_two(self: Federation, trainer: Any, options: Any, rank: int, world_size: int) -> None:
+        init(self, trainer, options, rank, 2)
+
+    monkeypatch.setattr(Federation, "__init__", of_two)
+
+
+@pytest.mark.usefixtures("two_ranks")
+def test_fewer_clients_per_round_than_ranks() -> None:
+    refused(
+        ValueError,
+        r"clients_per_round=1 is fewer than the 2 ranks.*Use devices=1 or raise clients_per_round",
+        strategy={"clients_per_round": 1},
+    )
+
+
+@pytest.mark.usefixtures("two_ranks")
+def test_sampler_that_leaves_a_rank_without_clients() -> None:
+    def one(**_: int) -> Any:
+        return np.array([3])
+
+    refused(
+        ValueError, "sampler=.*one.* chose 1 clients for round 0, fewer than the 2 ranks", strategy={"sampler": one}
+    )
+
+
+def test_metric_that_syncs_on_every_step_of_several_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(FederatedStrategy, "_processes", property(lambda self: 2))
+    monkeypatch.setattr(FederatedStrategy, "_configure_launcher", lambda self: None)
+    monkeypatch.setattr(FederatedStrategy, "setup_distributed", lambda self: self.set_world_ranks())
+    refused(ValueError, "metric 'metric' has dist_sync_on_step=True.*set it to False", module=Synced())
+
+
+@pytest.mark.parametrize(
+    ("cohort", "kind", "message"),
+    [
+        ([1, 1], ValueError, r"must return distinct clients below 10 in ascending order, got \[1, 1\] for round 0"),
+        ([2, 1], ValueError, "in ascending order"),
+        ([9, 10], ValueError, "below 10"),
+        ([-1, 3], ValueError, "distinct clients below 10"),
+        ([], ValueError, "chose 0 clients for round 0"),
+        ([0.0, 1.9], TypeError, r"must return a one-dimensional array of client numbers, got \[0.0, 1.9\]"),
+        ([[0, 1]], TypeError, "one-dimensional"),
+        (None, TypeError, "one-dimensional array of client numbers, got None for round 0"),
+        (3, TypeError, "got 3 for round 0"),
+        ({1, 2}, TypeError, "one-dimensional"),
+    ],
+    ids=str,
+)
+def test_sampler_answers(cohort: Any, kind: type[Exception], message: str) -> None:
+    def sampler(**_: int) -> Any:
+        return cohort
+
+    refused(kind, message, strategy={"sampler": sampler})
+
+
+# Resume
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> Path:
+    strategy = FederatedStrategy(num_clients=4, server_optimizer=server.from_torch(torch.optim.Adam))
+    trainer = reference.quiet_trainer(strategy=strategy, max_epochs=1)
+    trainer.fit(Counting(), reference.loader(reference.dataset()))
+    trainer.save_checkpoint(tmp_path / "one.ckpt")
+    return tmp_path / "one.ckpt"
+
+
+@pytest.mark.parametrize(
+    ("strategy", "message"),
+    [
+        (
+            {"num_clients": 5},
+            r"num_clients=5 differs from num_clients=4 in the checkpoint.*\(num_clients=4\), or start",
+        ),
+        ({"num_clients": 4, "seed": 1}, r"seed=1 differs from seed=0 in the checkpoint: resume with .*\(seed=0\)"),
+        ({"num_clients": 4, "partitioner": "dirichlet"}, "partitioner: .* divided among clients differently"),
+    ],
+    ids=str,
+)
+def test_resume_of_another_run(saved: Path, strategy: dict[str, Any], message: str) -> None:
+    module = Counting()
+    trainer = reference.quiet_trainer(strategy=FederatedStrategy(**strategy), max_epochs=3)
+    with pytest.raises(ValueError, match=message):
+        trainer.fit(module, reference.loader(reference.dataset()), ckpt_path=saved)
+    assert module.calls == 0
+
+
+def test_resume_with_another_server_optimizer(saved: Path) -> None:
+    strategy = FederatedStrategy(num_clients=4, server_optimizer=server.from_torch(torch.optim.SGD, momentum=0.9))
+    module = Counting()
+    with pytest.raises(ValueError, match="server_optimizer: its state is that of Adam, not of SGD: resume with"):
+        reference.quiet_trainer(strategy=strategy, max_epochs=3).fit(
+            module, reference.loader(reference.dataset()), ckpt_path=saved
+        )
+    saved_weights = torch.load(saved, weights_only=True)["state_dict"]
+    assert reference.difference(module.state_dict(), saved_weights) == 0.0
+
+
+# While running: updates that are not finite
+
+
+class Poisoned(Counting):
+    """Clients that hold a poisoned sample, one with input 1e6 in every place, send an update that is not finite."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__(dropout=0.0)
+        self.how = how
+        self.register_buffer("seen", torch.zeros(2))
+
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+        loss = super().training_step(batch, batch_idx)
+        bad = bool((batch[0] == 1e6).any())
+        if bad and self.how == "buffer":
+            self.seen[1] = torch.inf
+        if bad and self.how == "weights":
+            with torch.no_grad():
+                self.net[0].weight[0, 0] = -torch.inf
+        if bad and self.how == "loss":
+            loss = loss * torch.nan
+        if bad and self.how == "lr":
+            self.optimizers(use_pl_optimizer=False).param_groups[0]["lr"] = 1e38  # type: ignore[union-attr]
+        if not bad and self.how in ("buffer", "weights"):
+            # Without training on it, what the poisoned sample does to the loss must not matter.
+            self.seen[0] += 1.0
+        return loss
+
+
+def poisoned(clients: set[int]) -> tuple[TensorDataset, Partition]:
+    data, partition = reference.dataset(), reference.unequal_clients()
+    inputs = data.tensors[0].clone()
+    for client in clients:
+        inputs[partition.client(client)[-1]] = 1e6
+    return TensorDataset(inputs, data.tensors[1]), partition
+
+
+@pytest.mark.parametrize("how", ["loss", "buffer", "weights", "lr"])
+def test_update_that_is_not_finite_is_left_out(how: str) -> None:
+    data, partition = poisoned({2, 5})
+    module = Poisoned(how)
+    weights = {name: value.clone() for name, value in module.state_dict().items()}
+    # Two passes, so that also the client whose only batch is the one that sets off its learning rate explodes.
+    strategy = FederatedStrategy(partitioner=partition, local_epochs=2)
+    trainer = reference.quiet_trainer(strategy=strategy, max_epochs=1, gradient_clip_val=1.0)
+    with pytest.warns(
+        UserWarning, match=r"round 0: left out 2 client\(s\) whose update has NaN or infinite values: 2, 5"
+    ):
+        trainer.fit(module, reference.loader(data))
+
+    # The same round with the poisoned clients never asked.
+    def healthy(**_: int) -> Any:
+        return np.array([0, 1, 3, 4, 6])
+
+    expected = Poisoned(how)
+    expected.load_state_dict(weights)
+    reference.quiet_trainer(
+        strategy=FederatedStrategy(partitioner=partition, local_epochs=2, sampler=healthy),
+        max_epochs=1,
+        gradient_clip_val=1.0,
+    ).fit(expected, reference.loader(data))
+    assert reference.difference(module.state_dict(), expected.state_dict()) == 0.0
+    assert reference.difference(module.state_dict(), weights) > 0.0
+
+    record = strategy.last_round
+    assert record is not None
+    assert record.rejected == (2, 5)
+    sizes = partition.sizes * np.array([1, 1, 0, 1, 1, 0, 1])
+    np.testing.assert_allclose(record.weights, sizes / sizes.sum(), rtol=1e-15)
+    assert np.isnan(record.delta_norms[[2, 5]]).all()
+    assert trainer.callback_metrics["round/rejected"] == 2
+    assert trainer.callback_metrics["round/clients"] == 5
+
+
+def test_rejected_client_with_kept_optimizer_starts_afresh() -> None:
+    data, partition = poisoned({2})
+    strategy = FederatedStrategy(partitioner=partition, client_optimizer="keep")
+    trainer = reference.quiet_trainer(strategy=strategy, max_epochs=2)
+    with pytest.warns(UserWarning, match="round 1: left out 1 client"):
+        trainer.fit(Poisoned("loss"), reference.loader(data))
+    assert strategy._federation is not None
+    assert sorted(strategy._federation._store.keepers()) == [0, 1, 3, 4, 5, 6]
+
+
+class FailsInRound2(Counting):
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+        loss = super().training_step(batch, batch_idx)
+        return loss * torch.nan if self.trainer.global_step == 2 else loss
+
+
+def exploding(round: int) -> ServerOptimizer:
+    """FedAvg whose step of one round is infinite in one element."""
+
+    def update(delta: Any, state: Any, params: Any) -> Any:
+        step = {name: value.clone() for name, value in delta.items()}
+        if state["round"] == round:
+            next(iter(step.values())).view(-1)[0] = torch.inf
+        return step, {"round": state["round"] + 1}
+
+    return ServerOptimizer(lambda params: {"round": 0}, update)
+
+
+@pytest.mark.parametrize(
+    ("module", "strategy", "message"),
+    [
+        (
+            FailsInRound2,
+            {},
+            r"round 2: the updates of all 3 clients have NaN .*Lower the learning rate, clip gradients",
+        ),
+        (Counting, {"server_optimizer": exploding(2)}, "server_optimizer: its step in round 2 has NaN or infinite"),
+    ],
+)
+def test_stops_with_the_last_good_model(
+    module: type[Counting], strategy: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    data, partition = reference.dataset(), reference.unequal_clients()
+
+    def run(model: pl.LightningModule, rounds: int, **options: Any) -> None:
+        reference.quiet_trainer(
+            strategy=FederatedStrategy(partitioner=partition, clients_per_round=3, **strategy),
+            max_epochs=rounds,
+            **options,
+        ).fit(model, reference.loader(data))
+
+    torch.manual_seed(0)
+    model = module()
+    expected = reference.fed_avg(
+        reference.make_module(), data, partition, rounds=2, clients_per_round=3
+    )  # what two good rounds make
+    with pytest.raises(RuntimeError, match=message):
+        run(model, 5, enable_checkpointing=True, callbacks=[OnExceptionCheckpoint(tmp_path)])
+    assert reference.difference(model.state_dict(), expected) == 0.0
+    checkpoint = torch.load(tmp_path / "on_exception.ckpt", weights_only=True)
+    assert reference.difference(checkpoint["state_dict"], expected) == 0.0
+    assert checkpoint["global_step"] == checkpoint["federated"]["round"] == 2
+
+
+def test_a_dataset_that_fails_leaves_the_model_of_the_last_round() -> None:
+    class Failing(TensorDataset):
+        reads = 0
+
+        def __getitem__(self, index: int) -> Any:
+            self.reads += 1
+            if self.reads > 250:  # a pass over all clients is 203 reads
+                raise OSError("disk gone")
+            return super().__getitem__(index)
+
+    data, partition = reference.dataset(), reference.unequal_clients()
+    torch.manual_seed(0)
+    model = Counting()
+    with pytest.raises(OSError, match="disk gone"):
+        reference.quiet_trainer(strategy=FederatedStrategy(partitioner=partition), max_epochs=5).fit(
+            model, reference.loader(Failing(*data.tensors))
+        )
+    expected = reference.fed_avg(reference.make_module(), data, partition, rounds=1, clients_per_round=7)
+    assert reference.difference(model.state_dict(), expected) == 0.0
+
+
+def test_nothing_is_rejected_in_a_healthy_run() -> None:
+    strategy = FederatedStrategy(sampler=uniform)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*left out.*")
+        reference.quiet_trainer(strategy=strategy, max_epochs=1).fit(Counting(), reference.loader(reference.dataset()))
+    assert strategy.last_round is not None
+    assert strategy.last_round.rejected == ()
