@@ -17,6 +17,7 @@ import statistics
 import time
 import warnings
 from collections.abc import Callable
+from functools import partial
 
 import lightning.pytorch as pl
 import torch
@@ -26,6 +27,13 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_fedscale import FederatedStrategy
+
+CLIENTS = (1, 10, 100)
+HAND, PLAIN = "hand-written loop", "Trainer(strategy='auto')"
+
+
+def federated(clients: int) -> str:
+    return f"FederatedStrategy, {clients} clients a round"
 
 
 class Net(pl.LightningModule):
@@ -101,6 +109,24 @@ def lightning(net: Callable[[], nn.Module], loader: DataLoader[list[Tensor]], ep
     return clock.seconds
 
 
+def turns_of(net: Callable[[], nn.Module], loader: DataLoader[list[Tensor]], turns: int) -> dict[str, list[float]]:
+    """Microseconds per local batch of every contender, one value a turn; they take turns within each."""
+    epochs = 3
+    contenders: dict[str, Callable[[], float]] = {
+        HAND: lambda: hand_written(net, loader, epochs),
+        PLAIN: lambda: lightning(net, loader, epochs, "auto"),
+        **{
+            federated(clients): partial(lightning, net, loader, epochs, FederatedStrategy(num_clients=clients))
+            for clients in CLIENTS
+        },
+    }
+    times: dict[str, list[float]] = {contender: [] for contender in contenders}
+    for _ in range(turns):
+        for contender, run in contenders.items():
+            times[contender].append(run() / (len(loader) * (epochs - 1)) * 1e6)
+    return times
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--fast", action="store_true", help="one turn of a few batches, to see that it runs")
@@ -108,38 +134,24 @@ def main() -> None:
     warnings.filterwarnings("ignore")
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     torch.set_num_threads(1)
-    turns, batches = (1, 100) if fast else (5, 1000)
-    console = Console()
-    console.print(f"torch {torch.__version__}, lightning {pl.__version__}, {platform.machine()}, 1 thread, {turns} turns")
+    turns, batches, size = (1, 100, 16) if fast else (5, 1000, 16)
+    console = Console(width=100)
+    versions = f"torch {torch.__version__}, lightning {pl.__version__}"
+    console.print(f"{versions}, {platform.machine()}, 1 thread, medians of {turns} turns")
     for name, net, width in (("MLP 64-64-10", mlp, 64), ("CNN 3x16x16", cnn, 768)):
-        size = 16
-        loader = DataLoader(data(width, batches * size), batch_size=size, shuffle=True)
-        epochs = 3
-        timed = batches * (epochs - 1)
-
-        contenders: dict[str, Callable[[], float]] = {
-            "hand-written loop": lambda: hand_written(net, loader, epochs),
-            "Trainer(strategy='auto')": lambda: lightning(net, loader, epochs, "auto"),
-        }
-        for clients in (1, 10, 100):
-            contenders[f"FederatedStrategy, {clients} clients a round"] = lambda clients=clients: lightning(
-                net, loader, epochs, FederatedStrategy(num_clients=clients)
-            )
-        times: dict[str, list[float]] = {contender: [] for contender in contenders}
-        for _ in range(turns):
-            for contender, run in contenders.items():
-                times[contender].append(run() / timed * 1e6)
+        times = turns_of(net, DataLoader(data(width, batches * size), batch_size=size, shuffle=True), turns)
         table = Table(title=f"{name}, batch {size}, {batches} local batches a round")
         for column in ("", "us per local batch", "to hand-written", "to plain Trainer"):
-            table.add_column(column, justify="left" if not column else "right")
-        plain, hand = times["Trainer(strategy='auto')"], times["hand-written loop"]
+            table.add_column(column, justify="right" if column else "left")
         for contender, values in times.items():
-            ratios = [statistics.median(v / b for v, b in zip(values, base, strict=True)) for base in (hand, plain)]
+            ratios = [
+                statistics.median(v / b for v, b in zip(values, times[base], strict=True)) for base in (HAND, PLAIN)
+            ]
             table.add_row(contender, f"{statistics.median(values):.0f}", *(f"{ratio:.2f}" for ratio in ratios))
         console.print(table)
-        one, hundred = (times[f"FederatedStrategy, {clients} clients a round"] for clients in (1, 100))
-        switch = statistics.median((b - a) * batches / 99 / 1000 for a, b in zip(one, hundred, strict=True))
-        console.print(f"one more client in a round: {switch:.2f} ms\n")
+        extra = zip(times[federated(CLIENTS[0])], times[federated(CLIENTS[-1])], strict=True)
+        switch = statistics.median((b - a) * batches / (CLIENTS[-1] - CLIENTS[0]) / 1000 for a, b in extra)
+        console.print(f"one more client in a round, the same batches: {switch:.2f} ms\n")
 
 
 if __name__ == "__main__":

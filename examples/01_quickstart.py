@@ -36,7 +36,7 @@ TARGET = 0.93
 # Colours that remain apart for colour-blind readers, by Paul Tol.
 MUTED = ["#332288", "#88CCEE", "#44AA99", "#117733", "#999933", "#DDCC77", "#CC6677", "#882255", "#AA4499", "#BBBBBB"]
 
-# ------------------------------------------------------------- An ordinary Lightning project, which knows of no clients.
+# ------------------------------------------------------------ An ordinary Lightning project, which knows of no clients.
 
 
 class Digits(pl.LightningDataModule):
@@ -73,7 +73,7 @@ class Classifier(pl.LightningModule):
         return torch.optim.SGD(self.parameters(), lr=0.15)
 
 
-# -------------------------------------------------------------------------------------------------- What we want to see.
+# ------------------------------------------------------------------------------------------------- What we want to see.
 
 
 class Watch(pl.Callback):

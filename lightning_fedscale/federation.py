@@ -60,11 +60,11 @@ class _Data(NamedTuple):
 class Federation:
     """Everything between ``trainer.fit`` and the last round.
 
-    A round goes so; only the lines marked with an arrow cross ranks:
+    A round goes so; only the line marked with stars crosses ranks:
 
         open_round    plan the cohort, start streaming its batches, hand the first one to the Trainer
         run_round     for each client of this rank: global weights -> local batches -> delta -> accumulate
-                      -> one sum over ranks of accumulator and table
+                      *** one sum over ranks of accumulator and table ***
                       server step, write the global weights, commit what clients keep
 
     Args:
@@ -411,8 +411,9 @@ class Federation:
         for logger in trainer.loggers:
             logger.log_metrics(metrics, step=trainer.fit_loop.epoch_loop._batches_that_stepped)
         values = {name: torch.tensor(value) for name, value in metrics.items()}
-        trainer._logger_connector._callback_metrics.update(values)
-        trainer._logger_connector._logged_metrics.update(values)
+        for known in (trainer._logger_connector._callback_metrics, trainer._logger_connector._logged_metrics):
+            known.pop("round/loss", None)  # else a round without a loss would show that of an earlier one
+            known.update(values)
 
     # ---- checkpoints
 
@@ -426,7 +427,8 @@ class Federation:
                     " optimizers can only be collected between rounds. Save from a callback's on_train_batch_end."
                 )
             mine = {c: s for c, s in clients["optimizers"].items() if self._holder.get(c, 0) == self._rank}
-            clients["optimizers"] = {c: s for part in collectives.gather_on_zero(mine) for c, s in part.items()}
+            parts = collectives.gather_on_zero(mine)
+            clients["optimizers"] = dict(sorted((c, s) for part in parts for c, s in part.items()))
         if self._rank != 0:
             return None
         return federated_state(

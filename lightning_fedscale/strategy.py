@@ -27,7 +27,7 @@ from torchmetrics import Metric
 from lightning_fedscale import arguments, samplers, server
 from lightning_fedscale.aggregators import Aggregator
 from lightning_fedscale.checkpointing import AtomicCheckpointIO
-from lightning_fedscale.executors import LocalBatchHooks, RoundLoops
+from lightning_fedscale.executors import LocalBatchHooks, RoundLoops, close_finished_epoch
 from lightning_fedscale.federation import Federation
 from lightning_fedscale.partitioners import Partition, Partitioner
 from lightning_fedscale.samplers import Sampler
@@ -221,8 +221,21 @@ class FederatedStrategy(DDPStrategy):
         return self._federation.attach_data(dataloader, self._share)
 
     def on_train_start(self) -> None:
-        """Refuse several train loaders: a client's batch comes from one dataset."""
-        loader = self._trainer_of_fit.fit_loop._combined_loader
+        """Refuse what only shows once loaders and schedulers are there.
+
+        Raises:
+            ValueError: with the reason and the remedy.
+        """
+        trainer = self._trainer_of_fit
+        for config in trainer.lr_scheduler_configs if trainer.lightning_module.automatic_optimization else ():
+            if config.interval == "step" and config.frequency > trainer.num_training_batches:
+                raise ValueError(
+                    f"configure_optimizers: a scheduler with interval='step' and frequency={config.frequency} would"
+                    f" never step, since Lightning counts from the epoch's start and an epoch has"
+                    f" {trainer.num_training_batches} round(s): use interval='epoch', or"
+                    f" FederatedStrategy(rounds_per_epoch={config.frequency})."
+                )
+        loader = trainer.fit_loop._combined_loader
         if loader is not None and loader.iterables is not loader.flattened[0]:
             raise ValueError(
                 f"train_dataloader: got a {type(loader.iterables).__name__} of {len(loader.flattened)} loaders,"
@@ -407,6 +420,7 @@ class FederatedStrategy(DDPStrategy):
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
         """Restore optimizers and the federation's own state."""
         super().load_optimizer_state_dict(checkpoint)
+        close_finished_epoch(self._trainer_of_fit)
         assert self._federation is not None
         if (state := checkpoint.get("federated")) is not None:
             self._federation.load_state_dict(state)

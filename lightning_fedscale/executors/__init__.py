@@ -3,7 +3,7 @@
 from lightning_fedscale.executors.exchange import Exchange, exchange_of
 from lightning_fedscale.executors.hooks import LocalBatchHooks
 from lightning_fedscale.executors.loader import ClientLoader, RoundLoader
-from lightning_fedscale.executors.loops import RoundLoops
+from lightning_fedscale.executors.loops import RoundLoops, close_finished_epoch
 from lightning_fedscale.executors.sequential import RoundContext, SequentialExecutor, client_seed
 
 __all__ = [
@@ -15,5 +15,6 @@ __all__ = [
     "RoundLoops",
     "SequentialExecutor",
     "client_seed",
+    "close_finished_epoch",
     "exchange_of",
 ]

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from typing import Any, Protocol
 
 import lightning.pytorch as pl
+from lightning.pytorch.loops.loop import _Loop
 from lightning.pytorch.loops.optimization.automatic import ClosureResult, _AutomaticOptimization
 from lightning.pytorch.loops.optimization.manual import _ManualOptimization
 from lightning.pytorch.trainer import call
@@ -21,7 +22,8 @@ from torch.optim import Optimizer
 class RunRound(Protocol):
     """Runs a round; ``training`` is False when nothing may learn (an epoch that only feeds BatchNorm)."""
 
-    def __call__(self, batch: Any, *, training: bool) -> dict[str, Any]: ...
+    def __call__(self, batch: Any, *, training: bool) -> dict[str, Any]:
+        """See `lightning_fedscale.federation.Federation.run_round`."""
 
 
 class RoundLoops:
@@ -71,6 +73,29 @@ class _RoundManual(_ManualOptimization):
         outputs = self._run_round(kwargs["batch"], training=True)
         self.optim_step_progress.increment_completed()
         return outputs
+
+
+def close_finished_epoch(trainer: pl.Trainer) -> None:
+    """After the Trainer's counters were loaded: an epoch whose last round was over is over.
+
+    A checkpoint written between the last batch of an epoch and its end leaves Lightning's counters half way, and from
+    such a state they go wrong: a run that is interrupted twice trains for too long. Epochs are short here, by default
+    one round, so checkpoints at such moments are the rule.
+    """
+    fit_loop = trainer.fit_loop
+    batches, epochs = fit_loop.epoch_loop.batch_progress, fit_loop.epoch_progress
+    if not batches.is_last_batch or epochs.current.completed == epochs.current.ready:
+        return
+    if batches.current.processed < batches.current.ready:  # written inside the round, which is to be repeated
+        return
+    if batches.current.completed < batches.current.ready:  # written in on_train_batch_end
+        batches.increment_completed()
+        fit_loop.epoch_loop._batches_that_stepped += 1
+        epochs.increment_processed()
+    elif epochs.current.processed < epochs.current.ready:  # written while validating: the epoch's end is yet to come
+        return
+    epochs.increment_completed()
+    _Loop.restarting.fset(fit_loop, False)  # type: ignore[attr-defined]
 
 
 class ClientLoops:

@@ -33,6 +33,25 @@ class Counting(Optimizer):
         return loss
 
 
+class Eager(Optimizer):
+    """Builds its state, which is not zero, before the first step."""
+
+    def __init__(self, params: Any, lr: float) -> None:
+        super().__init__(params, {"lr": lr})
+        for parameter in self.param_groups[0]["params"]:
+            self.state[parameter] = {"velocity": torch.full_like(parameter, 0.1), "step": torch.tensor(1.0)}
+
+    def step(self, closure: Callable[[], float]) -> float:  # type: ignore[override]
+        with torch.enable_grad():
+            loss = closure()
+        for parameter in self.param_groups[0]["params"]:
+            state = self.state[parameter]
+            state["velocity"].mul_(0.9).add_(parameter.grad)
+            state["step"] += 1
+            parameter.data.add_(state["velocity"] / state["step"], alpha=-self.param_groups[0]["lr"])
+        return loss
+
+
 BUILDERS: dict[str, Callable[[nn.Module], Optimizer]] = {
     "sgd": lambda m: torch.optim.SGD(m.parameters(), lr=0.1, momentum=0.9, nesterov=True),
     "adam": lambda m: torch.optim.Adam(m.parameters(), lr=0.01),
@@ -45,6 +64,7 @@ BUILDERS: dict[str, Callable[[nn.Module], Optimizer]] = {
     "radam": lambda m: torch.optim.RAdam(m.parameters(), lr=0.01),
     "rmsprop": lambda m: torch.optim.RMSprop(m.parameters(), lr=0.01, centered=True, momentum=0.5),
     "rprop": lambda m: torch.optim.Rprop(m.parameters(), lr=0.01),
+    "eager": lambda m: Eager(m.parameters(), lr=0.1),
     "counting": lambda m: Counting(m.parameters(), lr=0.1),
     "lbfgs": lambda m: torch.optim.LBFGS(m.parameters(), lr=0.5, max_iter=4),
     "lbfgs_line_search": lambda m: torch.optim.LBFGS(m.parameters(), max_iter=3, line_search_fn="strong_wolfe"),

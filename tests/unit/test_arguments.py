@@ -11,6 +11,7 @@ import torch
 
 from lightning_fedscale import FederatedStrategy, Partition, partitioners, samplers, server
 from lightning_fedscale.arguments import Arguments
+from tests.ids import stable
 from tests.laws import reference
 
 WHOLE = "pass an integer of at least 1"
@@ -88,7 +89,7 @@ WHOLE = "pass an integer of at least 1"
         ({"seed": True}, TypeError, "seed=True: pass an integer of at least 0"),
         ({"num_client": 3}, TypeError, "unexpected keyword argument 'num_client'"),
     ],
-    ids=str,
+    ids=stable,
 )
 def test_refuses(arguments: dict[str, Any], kind: type[Exception], message: str) -> None:
     with pytest.raises(kind, match=message):
@@ -104,7 +105,7 @@ def test_refuses(arguments: dict[str, Any], kind: type[Exception], message: str)
         ({"local_epochs": None, "local_steps": 5}, None, 5),
         ({"local_epochs": np.int64(3)}, 3, None),
     ],
-    ids=str,
+    ids=stable,
 )
 def test_local_work(arguments: dict[str, Any], epochs: int | None, steps: int | None) -> None:
     options = FederatedStrategy(**arguments)._options
@@ -184,7 +185,7 @@ def test_server_optimizers_refuse_before_training(build: Any, kind: type[Excepti
         {"local_steps": 3, "server_optimizer": server.from_torch(torch.optim.Adam, lr=0.1), "seed": 2**70},
         {"server_optimizer": server.fed_avg(0.5), "client_optimizer": "keep", "start_method": "spawn"},
     ],
-    ids=str,
+    ids=stable,
 )
 def test_pickles_as_spawn_needs(arguments: dict[str, Any]) -> None:
     strategy = FederatedStrategy(**arguments)

@@ -35,6 +35,7 @@ from lightning_fedscale.partitioners import (
     by_name,
     check_partition,
 )
+from tests.ids import stable
 
 property_test = settings(max_examples=40, deadline=None)
 
@@ -109,7 +110,7 @@ def seeded() -> list[Partitioner]:
     ]
 
 
-@pytest.mark.parametrize("partitioner", seeded(), ids=repr)
+@pytest.mark.parametrize("partitioner", seeded(), ids=stable)
 def test_seed_shuffle_and_the_global_generator(partitioner: Any) -> None:
     labels = np.repeat(np.arange(5), 40)
     before = np.random.get_state()[1].tolist()
@@ -126,7 +127,7 @@ def test_seed_shuffle_and_the_global_generator(partitioner: Any) -> None:
     assert all((np.diff(ordered.client(i)) > 0).all() for i in range(5))
 
 
-@pytest.mark.parametrize("partitioner", seeded(), ids=repr)
+@pytest.mark.parametrize("partitioner", seeded(), ids=stable)
 def test_arrays_and_datasets_give_the_same(partitioner: Partitioner) -> None:
     labels = torch.arange(5).repeat(40)
     dataset = Subset(TensorDataset(torch.zeros(400), torch.cat([labels, labels])), range(200))
@@ -617,7 +618,7 @@ def test_arguments_are_checked_at_construction(make: Callable[[], Any], error: t
         ContinuousPartitioner(7, strictness=0.0),
         LinearPartitioner(7),
     ],
-    ids=repr,
+    ids=stable,
 )
 def test_more_clients_than_samples(partitioner: Partitioner) -> None:
     with pytest.raises(ValueError, match=r"num_partitions=7: more clients than samples \(6\)"):
@@ -631,7 +632,7 @@ def test_more_clients_than_samples(partitioner: Partitioner) -> None:
         PathologicalPartitioner(2, None, 1),
         InnerDirichletPartitioner([40], alpha=1.0),
     ],
-    ids=repr,
+    ids=stable,
 )
 def test_float_labels_are_no_classes(partitioner: Partitioner) -> None:
     with pytest.raises(ValueError, match=r"dtype float64, but classes are needed.*ContinuousPartitioner"):
@@ -728,7 +729,7 @@ def test_by_name_errors(name: str, kwargs: dict[str, Any], message: str) -> None
         ShardPartitioner(100_000, num_shards_per_partition=2),
         PathologicalPartitioner(100_000, num_classes_per_partition=2),
     ],
-    ids=repr,
+    ids=stable,
 )
 def test_a_hundred_thousand_clients(partitioner: Partitioner) -> None:
     labels = np.arange(1_000_000) % 10

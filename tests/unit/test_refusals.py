@@ -35,6 +35,7 @@ from lightning_fedscale import FederatedStrategy, Partition, partitioners, serve
 from lightning_fedscale.federation import Federation
 from lightning_fedscale.samplers import uniform
 from lightning_fedscale.server import ServerOptimizer
+from tests.ids import stable
 from tests.laws import reference
 
 
@@ -205,9 +206,9 @@ class SameBatches(BatchSampler):
         ),
         ({"batch_size": 50, "drop_last": True}, r"drop_last=True with batch_size=50 leaves 10 of 10 clients without a"),
     ],
-    ids=str,
+    ids=stable,
 )
-@pytest.mark.parametrize("work", [{"local_epochs": 1}, {"local_steps": 2}], ids=str)
+@pytest.mark.parametrize("work", [{"local_epochs": 1}, {"local_steps": 2}], ids=stable)
 def test_loader(options: dict[str, Any], message: str, work: dict[str, int]) -> None:
     refused(ValueError, message, strategy=work, data=DataLoader(reference.dataset(), **options))
 
@@ -406,7 +407,7 @@ def test_metric_that_syncs_on_every_step_of_several_ranks(monkeypatch: pytest.Mo
         (3, TypeError, "got 3 for round 0"),
         ({1, 2}, TypeError, "one-dimensional"),
     ],
-    ids=str,
+    ids=stable,
 )
 def test_sampler_answers(cohort: Any, kind: type[Exception], message: str) -> None:
     def sampler(**_: int) -> Any:
@@ -437,7 +438,7 @@ def saved(tmp_path: Path) -> Path:
         ({"num_clients": 4, "seed": 1}, r"seed=1 differs from seed=0 in the checkpoint: resume with .*\(seed=0\)"),
         ({"num_clients": 4, "partitioner": "dirichlet"}, "partitioner: .* divided among clients differently"),
     ],
-    ids=str,
+    ids=stable,
 )
 def test_resume_of_another_run(saved: Path, strategy: dict[str, Any], message: str) -> None:
     module = Counting()
@@ -624,3 +625,21 @@ def test_nothing_is_rejected_in_a_healthy_run() -> None:
         reference.quiet_trainer(strategy=strategy, max_epochs=1).fit(Counting(), reference.loader(reference.dataset()))
     assert strategy.last_round is not None
     assert strategy.last_round.rejected == ()
+
+
+class StepsEveryThird(Counting):
+    def configure_optimizers(self) -> dict[str, Any]:  # type: ignore[override]
+        optimizer = torch.optim.SGD(self.parameters(), lr=0.1)
+        scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step", "frequency": 3}}
+
+
+def test_a_scheduler_that_would_never_step() -> None:
+    """Lightning counts batches from the epoch's start, and an epoch is one round by default."""
+    module, loader = StepsEveryThird(), reference.loader(reference.dataset())
+    with pytest.raises(ValueError, match=r"frequency=3 would never step.*rounds_per_epoch=3"):
+        reference.quiet_trainer(max_epochs=1, strategy=FederatedStrategy()).fit(module, loader)
+    assert module.calls == 0
+    trainer = reference.quiet_trainer(max_epochs=1, strategy=FederatedStrategy(rounds_per_epoch=3))
+    trainer.fit(module, loader)
+    assert trainer.optimizers[0].param_groups[0]["lr"] == 0.05
