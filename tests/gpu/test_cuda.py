@@ -1,0 +1,65 @@
+"""The same laws on a CUDA device. Skipped where there is none; nothing here was ever needed to pass on the CPU."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+from torch import Tensor
+
+from lightning_fedscale import FederatedStrategy
+from tests.laws import reference
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+
+
+def weights(rounds: int = 5, ckpt_path: Path | None = None, **options: object) -> dict[str, Tensor]:
+    trainer_options = {"accelerator": "gpu", "max_epochs": rounds, **options.pop("trainer", {})}  # type: ignore[dict-item]
+    strategy = FederatedStrategy(**{"partitioner": reference.unequal_clients(), "clients_per_round": 4, **options})  # type: ignore[arg-type]
+    module = reference.make_module()
+    reference.quiet_trainer(strategy=strategy, **trainer_options).fit(
+        module, reference.loader(reference.dataset()), ckpt_path=ckpt_path
+    )
+    return {name: value.cpu() for name, value in module.state_dict().items()}
+
+
+def test_agrees_with_the_cpu() -> None:
+    module = reference.make_module(dropout=0.0)
+    expected = reference.fed_avg(
+        module, reference.dataset(), reference.unequal_clients(), rounds=5, clients_per_round=4
+    )
+    on_device = reference.make_module(dropout=0.0)
+    strategy = FederatedStrategy(partitioner=reference.unequal_clients(), clients_per_round=4)
+    reference.quiet_trainer(accelerator="gpu", max_epochs=5, strategy=strategy).fit(
+        on_device, reference.loader(reference.dataset())
+    )
+    got = {name: value.cpu() for name, value in on_device.state_dict().items()}
+    assert reference.difference(got, expected) < 1e-4
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "16-mixed"])
+@pytest.mark.parametrize("client_optimizer", ["reset", "keep"])
+def test_same_seed_same_bits_with_dropout(precision: str, client_optimizer: str) -> None:
+    options = {"trainer": {"precision": precision}, "client_optimizer": client_optimizer, "local_steps": 5}
+    first, second = weights(**options), weights(**options)
+    assert reference.difference(first, second) == 0.0
+
+
+def test_resume_equals_never_stopped(tmp_path: Path) -> None:
+    options = {"client_optimizer": "keep", "local_steps": 5}
+    saver = ModelCheckpoint(tmp_path, save_last=True)
+    weights(3, trainer={"enable_checkpointing": True, "callbacks": [saver]}, **options)
+    resumed = weights(6, ckpt_path=tmp_path / "last.ckpt", **options)
+    assert reference.difference(resumed, weights(6, **options)) == 0.0
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+def test_two_devices_equal_one() -> None:
+    # fork cannot follow CUDA; spawn brings the weights back.
+    two = weights(trainer={"devices": 2}, start_method="spawn")
+    assert reference.difference(two, weights()) == 0.0
