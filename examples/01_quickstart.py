@@ -138,7 +138,7 @@ def draw(partitioner, watch, folder):
     axis.legend(frameon=False, loc="lower right")
 
     who.savefig(folder / "who_holds_what.png", dpi=200)
-    curve.savefig(folder / "accuracy_over_rounds.png", dpi=200)
+    curve.savefig(folder / "accuracy.png", dpi=200)
 
 
 def main():
@@ -177,7 +177,7 @@ def main():
 
     # The full path helps those who ran this without activating its environment.
     tensorboard = "tensorboard" if shutil.which("tensorboard") else Path(sys.executable).with_name("tensorboard")
-    console.print(f"Charts: {args.output}/who_holds_what.png, {args.output}/accuracy_over_rounds.png")
+    console.print(f"Charts: {args.output}/who_holds_what.png, {args.output}/accuracy.png")
     console.print(f"Curves: {tensorboard} --logdir {args.output}/tensorboard")
     if not args.fast and watch.test[-1] < TARGET:
         sys.exit(f"Test accuracy {watch.test[-1]:.3f} is below the target of {TARGET}.")

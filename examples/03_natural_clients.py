@@ -43,10 +43,10 @@ def speech_by_role():
         sys.exit(2)
     speech = defaultdict(list)
     for play in sorted(Path(found.submodule_search_locations[0], "plays").glob("*/*.md")):
-        role = None
+        role, title = None, play.stem.replace("-s-", "'s ").replace("-", " ")
         for line in play.read_text("utf8").splitlines():
             if name := re.fullmatch(r"\*\*(.+?)\*\*\s*", line):
-                role = f"{name[1].upper()}, {play.stem.replace('-s-', "'s ").replace('-', ' ')}"
+                role = f"{name[1].upper()}, {title}"
             elif role and line.strip() and not line.startswith(("#", "_")):  # Neither a heading nor a stage direction.
                 speech[role].append(line.strip())
     texts = {role: "\n".join(lines) for role, lines in speech.items()}

@@ -82,7 +82,7 @@ def close_finished_epoch(trainer: pl.Trainer) -> None:
     such a state they go wrong: a run that is interrupted twice trains for too long. Epochs are short here, by default
     one round, so checkpoints at such moments are the rule.
     """
-    fit_loop = trainer.fit_loop
+    fit_loop: Any = trainer.fit_loop
     batches, epochs = fit_loop.epoch_loop.batch_progress, fit_loop.epoch_progress
     if not batches.is_last_batch or epochs.current.completed == epochs.current.ready:
         return
@@ -95,7 +95,7 @@ def close_finished_epoch(trainer: pl.Trainer) -> None:
     elif epochs.current.processed < epochs.current.ready:  # written while validating: the epoch's end is yet to come
         return
     epochs.increment_completed()
-    _Loop.restarting.fset(fit_loop, False)  # type: ignore[attr-defined]
+    _Loop.restarting.fset(fit_loop, False)  # type: ignore[attr-defined]  # past the fit loop's own setter
 
 
 class ClientLoops:

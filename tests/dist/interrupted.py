@@ -1,0 +1,316 @@
+"""One run that is killed again and again, and one that is not: ``python interrupted.py FOLDER``.
+
+The process that runs this script imports everything once and trains nothing. Whatever trains is a child of it, a
+process of its own that ends by SIGKILL. Most deaths come at a named moment: the child says that it is there and waits
+for the end. The others come at a random time.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import random
+import select
+import signal
+import sys
+import time
+import traceback
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple, NoReturn
+
+import lightning.pytorch as pl
+import torch
+import torch.distributed as dist
+from lightning.pytorch.callbacks import ModelCheckpoint
+from torch.utils.data import DataLoader
+
+from lightning_fedscale import FederatedStrategy
+from lightning_fedscale.server import from_torch
+from lightning_fedscale.types import ClientUpdate
+from tests.dist import processes, scenarios
+from tests.laws import reference
+
+EPOCHS = 20
+ROUNDS_PER_EPOCH = 3
+PATIENCE = 60.0
+
+
+class Death(NamedTuple):
+    """When a stretch of the run ends.
+
+    Attributes:
+        moment: name of an event, or "any time".
+        count: the event's how manieth since the stretch began.
+        ranks: number of processes.
+        only: the one rank that is killed; None kills all.
+    """
+
+    moment: str
+    count: int = 0
+    ranks: int = 1
+    only: int | None = None
+
+
+# Every round writes two files, its own one and last.ckpt: an even count is a moment of last.ckpt. Each is flushed to
+# the disk before it is renamed, and its folder after that.
+DEATHS = (
+    Death("half written", 1),
+    Death("half written", 2),
+    Death("client end", 6),
+    Death("half written", 4),
+    Death("flush", 7),
+    Death("rename", 4),
+    Death("renamed", 4),
+    Death("batch", 25),
+    Death("any time"),
+    Death("any time"),
+    Death("half written", 4, ranks=2),
+    Death("client end", 5, ranks=2, only=1),
+    Death("any time", ranks=2),
+    Death("rename", 4, ranks=2),
+    Death("flush", 5, ranks=2),
+    Death("any time", ranks=2, only=0),
+    Death("round end", 2),
+    Death("epoch end", 2),
+    Death("renamed", 3),
+    Death("any time"),
+    Death("any time", ranks=2),
+)
+
+
+class Module(scenarios.Module):
+    def __init__(self) -> None:
+        super().__init__("adam")
+
+    def configure_optimizers(self) -> Any:
+        optimizer = torch.optim.Adam(self.parameters(), lr=2e-2)
+        return [optimizer], [
+            {"scheduler": torch.optim.lr_scheduler.StepLR(optimizer, 3, 0.8), "interval": "epoch"},
+            {"scheduler": torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.99), "interval": "step"},
+        ]
+
+
+class Moments(pl.Callback):
+    """Tells the parent where the run is, and stops for ever at the moment of death."""
+
+    def __init__(self, pipe: int, death: Death | None, rank: int) -> None:
+        self._pipe = pipe
+        self._death = death if death is not None and rank == (death.only or 0) else None
+        self._seen: Counter[str] = Counter()
+
+    def reach(self, moment: str) -> bool:
+        """Note the moment; whether it is the last one."""
+        self._seen[moment] += 1
+        if self._death is None:
+            return False
+        if self._death.moment == "any time":
+            # However fast the machine, the run must not end before its time comes.
+            return (moment, self._seen[moment]) == ("round end", 4)
+        return self._death[:2] == (moment, self._seen[moment])
+
+    def at(self, moment: str) -> None:
+        if self.reach(moment):
+            self.wait_for_death()
+
+    def wait_for_death(self) -> NoReturn:
+        os.write(self._pipe, b"ready\n")
+        while True:
+            signal.pause()
+
+    def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        os.write(self._pipe, b"training\n")
+
+    def on_client_end(self, trainer: pl.Trainer, module: pl.LightningModule, update: ClientUpdate) -> None:
+        self.at("client end")
+
+    def on_before_optimizer_step(self, trainer: pl.Trainer, module: pl.LightningModule, optimizer: Any) -> None:
+        self.at("batch")
+
+    def on_round_end(self, trainer: pl.Trainer, module: pl.LightningModule, record: Any) -> None:
+        self.at("round end")
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        self.at("epoch end")
+
+    def watch_files(self) -> None:
+        """Checkpoints are written by these three; the tests are about what stands on the disk between them."""
+        save, fsync, replace = torch.save, os.fsync, os.replace
+
+        def slow_save(value: Any, file: Any, *args: Any, **kwargs: Any) -> None:
+            # Not what ranks say to each other, which is packed in memory.
+            if not isinstance(file, io.BytesIO) and self.reach("half written"):
+                buffer = io.BytesIO()
+                save(value, buffer)
+                content = buffer.getvalue()
+                file.write(content[: len(content) // 2])
+                file.flush()
+                self.wait_for_death()
+            save(value, file, *args, **kwargs)
+
+        def slow_fsync(handle: int) -> None:
+            self.at("flush")
+            fsync(handle)
+
+        def slow_replace(source: Any, target: Any) -> None:
+            self.at("rename")
+            replace(source, target)
+            self.at("renamed")
+
+        torch.save, os.fsync, os.replace = slow_save, slow_fsync, slow_replace  # type: ignore[assignment]
+
+
+def train(folder: Path, ranks: int, moments: Moments) -> None:
+    checkpoint = ModelCheckpoint(folder, save_last=True, every_n_train_steps=1, save_top_k=1)
+    trainer = reference.quiet_trainer(
+        devices=ranks,
+        max_epochs=EPOCHS,
+        gradient_clip_val=1.0,
+        enable_checkpointing=True,
+        callbacks=[checkpoint, moments],
+        strategy=FederatedStrategy(
+            partitioner=scenarios.partitioner(),
+            clients_per_round=4,
+            local_steps=3,
+            rounds_per_epoch=ROUNDS_PER_EPOCH,
+            client_optimizer="keep",
+            server_optimizer=from_torch(torch.optim.SGD, lr=0.7, momentum=0.9, nesterov=True),
+        ),
+    )
+    moments.watch_files()
+    last = folder / "last.ckpt"
+    trainer.fit(
+        Module(),
+        DataLoader(scenarios.training_data(), scenarios.BATCH, shuffle=True),
+        ckpt_path=str(last) if last.exists() else None,
+    )
+
+
+def start(folder: Path, death: Death | None, ranks: int) -> list[tuple[int, int]]:
+    """Fork one process for each rank; returns their ids and the pipes they talk through."""
+    port = processes.free_port()
+    started = []
+    for rank in range(ranks):
+        here, there = os.pipe()
+        if (child := os.fork()) == 0:
+            os.close(here)
+            run_child(lambda there=there, rank=rank: rank_main(folder, death, ranks, rank, port, there))  # type: ignore[misc]
+        os.close(there)
+        started.append((child, here))
+    return started
+
+
+def rank_main(folder: Path, death: Death | None, ranks: int, rank: int, port: int, pipe: int) -> None:
+    if ranks > 1:
+        # As Lightning's own launcher tells its children.
+        os.environ.update(LOCAL_RANK=str(rank), NODE_RANK="0", WORLD_SIZE=str(ranks), MASTER_PORT=str(port))
+    train(folder, ranks, Moments(pipe, death, rank))
+    if dist.is_initialized():
+        dist.barrier()
+        dist.destroy_process_group()
+
+
+def run_child(main: Callable[[], None]) -> NoReturn:
+    code = 1
+    try:
+        main()
+        code = 0
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+
+def hear(pipe: int, word: str, deadline: float) -> None:
+    """Read until the child says ``word``.
+
+    Raises:
+        TimeoutError: if it does not in time.
+        EOFError: if it has ended instead.
+    """
+    heard = b""
+    while f"{word}\n".encode() not in heard:
+        if not select.select([pipe], [], [], max(0.0, deadline - time.monotonic()))[0]:
+            raise TimeoutError(f"no {word!r} from the child, only {heard!r}")
+        if not (part := os.read(pipe, 4096)):
+            raise EOFError(f"the child ended before {word!r}, after {heard!r}")
+        heard += part
+
+
+def end(child: int, deadline: float) -> int:
+    """The child's exit code, or the negative signal that ended it; it is killed when it takes too long."""
+    while True:
+        done, status = os.waitpid(child, os.WNOHANG)
+        if done:
+            return os.waitstatus_to_exitcode(status)
+        if time.monotonic() > deadline:
+            os.kill(child, signal.SIGKILL)
+        time.sleep(0.01)
+
+
+def kill(folder: Path, death: Death, delay: float) -> dict[str, Any]:
+    """Run until death and say what it left."""
+    started = start(folder, death, death.ranks)
+    deadline = time.monotonic() + PATIENCE
+    victims = started if death.only is None else [started[death.only]]
+    try:
+        hear(victims[0][1], "training" if death.moment == "any time" else "ready", deadline)
+        if death.moment == "any time":
+            time.sleep(delay)
+        for child, _ in victims:
+            os.kill(child, signal.SIGKILL)
+        codes = [end(child, deadline) for child, _ in started]
+    except BaseException:
+        for child, _ in started:
+            os.kill(child, signal.SIGKILL)
+        raise
+    finally:
+        for _, pipe in started:
+            os.close(pipe)
+    return {**death._asdict(), "codes": codes, **describe(folder)}
+
+
+def describe(folder: Path) -> dict[str, Any]:
+    last, part = folder / "last.ckpt", folder / "last.ckpt.part"
+    return {
+        "round": torch.load(last, weights_only=True)["global_step"] if last.exists() else None,
+        "part": None if not part.exists() else "whole" if loads(part) else "torn",
+    }
+
+
+def loads(path: Path) -> bool:
+    try:
+        torch.load(path, weights_only=True)
+    except (RuntimeError, EOFError, ValueError, OSError):
+        return False
+    return True
+
+
+def finish(folder: Path, ranks: int) -> list[int]:
+    """Run to the end; returns the exit codes."""
+    started = start(folder, None, ranks)
+    codes = [end(child, time.monotonic() + PATIENCE) for child, _ in started]
+    for _, pipe in started:
+        os.close(pipe)
+    return codes
+
+
+def main(folder: Path) -> None:
+    torch.set_num_threads(1)
+    torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)  # imports what torch would import in every child
+    folders = {name: folder / name for name in ("never", "often")}
+    for made in folders.values():
+        made.mkdir()
+    report: dict[str, Any] = {"never": finish(folders["never"], 1)}
+    delays = random.Random(0)
+    report["deaths"] = [kill(folders["often"], death, delays.uniform(0.0, 0.15)) for death in DEATHS]
+    report["often"] = finish(folders["often"], 2)
+    (folder / "report.json").write_text(json.dumps(report, indent=1))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

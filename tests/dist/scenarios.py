@@ -1,0 +1,348 @@
+"""What the tests of this folder train, in any number of processes, and what they keep of it to compare."""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import lightning.pytorch as pl
+import numpy as np
+import torch
+import torch.distributed as dist
+from lightning.pytorch.plugins.precision import MixedPrecision
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset, TensorDataset
+from torchmetrics.classification import MulticlassAccuracy
+
+from lightning_fedscale import FederatedStrategy, RoundRecord
+from lightning_fedscale.partitioners import DirichletPartitioner
+from lightning_fedscale.samplers import uniform
+from lightning_fedscale.server import fed_avg, from_torch
+from lightning_fedscale.types import ClientUpdate, IntArray
+from tests.laws import reference
+
+CLIENTS = 9
+BATCH = 8
+POISON = 1e30
+"""A first input as large as this makes the loss of its batch infinite."""
+
+
+class Module(pl.LightningModule):
+    """BatchNorm, Dropout, an optimizer with state, a schedule, torchmetrics and logging in several forms.
+
+    Args:
+        optimizer: "sgd" with momentum, "adam", or "manual": two optimizers in manual optimization.
+        talk: call Lightning's collectives inside ``training_step``.
+    """
+
+    def __init__(self, optimizer: str = "sgd", talk: bool = False) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.body = nn.Sequential(nn.Linear(12, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Dropout(0.3))
+        self.head = nn.Linear(16, 4)
+        self.accuracy = MulticlassAccuracy(4, average="micro")
+        self.automatic_optimization = optimizer != "manual"
+        self._optimizer = optimizer
+        self._talk = talk
+        self.batches: list[tuple[int, float, int, int]] = []
+        self.heard: list[tuple[float, ...]] = []
+
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+        inputs, labels = batch
+        logits = self.head(self.body(inputs))
+        loss = nn.functional.cross_entropy(logits, labels)
+        if inputs[:, 0].max() >= POISON:
+            loss = loss * float("inf")
+        self.accuracy(logits, labels)
+        self.log("accuracy", self.accuracy, on_step=False, on_epoch=True)
+        self.log("loss", loss, on_step=True, on_epoch=True, sync_dist=True, batch_size=len(labels))
+        if self._talk:
+            self._hear(float(loss.detach()), batch_idx)
+        if not self.automatic_optimization:
+            for optimizer in self.optimizers():  # type: ignore[union-attr]
+                optimizer.zero_grad()
+            self.manual_backward(loss)
+            for optimizer in self.optimizers():  # type: ignore[union-attr]
+                optimizer.step()
+        correct = int((logits.argmax(1) == labels).sum())
+        self.batches.append((self.trainer.global_step, float(loss.detach()), correct, len(labels)))
+        return loss
+
+    def _hear(self, value: float, batch_idx: int) -> None:
+        strategy = self.trainer.strategy
+        strategy.barrier("in a client")
+        gathered = self.all_gather(torch.tensor(value))
+        assert isinstance(gathered, Tensor)
+        self.heard.append(
+            (
+                value,
+                float(gathered.sum()),
+                float(strategy.broadcast(value)),
+                float(strategy.reduce(torch.tensor(value), reduce_op="sum")),
+                float(strategy.reduce_boolean_decision(batch_idx % 2 == 0)) - float(batch_idx % 2 == 0),
+            )
+        )
+
+    def validation_step(self, batch: list[Tensor], batch_idx: int) -> None:
+        loss = nn.functional.cross_entropy(self.head(self.body(batch[0])), batch[1])
+        self.log("val_loss", loss, sync_dist=True)
+
+    def test_step(self, batch: list[Tensor], batch_idx: int) -> None:
+        loss = nn.functional.cross_entropy(self.head(self.body(batch[0])), batch[1])
+        self.log("test_loss", loss, sync_dist=True)
+
+    def configure_optimizers(self) -> Any:
+        if self._optimizer == "manual":
+            return [
+                torch.optim.Adam(self.body.parameters(), lr=1e-2),
+                torch.optim.Adagrad(self.head.parameters(), lr=3e-2),
+            ]
+        if self._optimizer == "adam":
+            optimizer: torch.optim.Optimizer = torch.optim.AdamW(self.parameters(), lr=2e-2)
+        else:
+            optimizer = torch.optim.SGD(self.parameters(), lr=0.1, momentum=0.9, weight_decay=1e-3)
+        return {"optimizer": optimizer, "lr_scheduler": torch.optim.lr_scheduler.StepLR(optimizer, 2, 0.7)}
+
+
+class Noisy(Dataset[tuple[Tensor, Tensor]]):
+    """Augments at random where the sample is fetched, that is in a worker process."""
+
+    def __init__(self, data: TensorDataset) -> None:
+        self.inputs, self.targets = data.tensors
+
+    def __len__(self) -> int:
+        return len(self.targets)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        noise = 0.1 * torch.randn(12) + 0.1 * float(np.random.randn())
+        return self.inputs[index] + noise, self.targets[index]
+
+
+def shrinking(*, seed: int, round: int, num_clients: int, clients_per_round: int) -> IntArray:
+    """A sampler that from round 1 on finds a single client."""
+    return uniform(
+        seed=seed, round=round, num_clients=num_clients, clients_per_round=clients_per_round if round == 0 else 1
+    )
+
+
+class Scenario(NamedTuple):
+    """A run, described so that every process can build it."""
+
+    strategy: Callable[[], dict[str, Any]]
+    trainer: Callable[[], dict[str, Any]] = dict
+    module: Callable[[], Module] = Module
+    poisoned: tuple[int, ...] = ()
+    workers: int = 0
+    evaluate: bool = False
+    fails: bool = False
+    least_ranks: int = 1
+
+
+def _scaled() -> dict[str, Any]:
+    # So large a scale that the first batches overflow, and one that grows again soon: clients differ in what they find.
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**22, growth_interval=3)
+    return {"plugins": [MixedPrecision("16-mixed", "cpu", scaler=scaler)], "max_epochs": 5}
+
+
+SCENARIOS: dict[str, Scenario] = {
+    "reset": Scenario(
+        lambda: {"clients_per_round": 5, "local_epochs": 2},
+        lambda: {"max_epochs": 5, "gradient_clip_val": 0.5, "accumulate_grad_batches": 2},
+        evaluate=True,
+    ),
+    "keep": Scenario(
+        lambda: {
+            "clients_per_round": 4,
+            "local_steps": 3,
+            "rounds_per_epoch": 2,
+            "client_optimizer": "keep",
+            "server_optimizer": from_torch(torch.optim.SGD, lr=0.7, momentum=0.9, nesterov=True),
+        },
+        lambda: {"max_epochs": 5},
+        lambda: Module("adam"),
+    ),
+    "keep_epochs": Scenario(
+        lambda: {"clients_per_round": 5, "client_optimizer": "keep"}, lambda: {"max_epochs": 6}, lambda: Module("adam")
+    ),
+    "double": Scenario(
+        lambda: {"clients_per_round": 5, "local_epochs": 2, "server_optimizer": from_torch(torch.optim.Adam, lr=0.05)},
+        lambda: {"max_epochs": 6, "gradient_clip_val": 0.5, "precision": "64-true"},
+    ),
+    "bf16": Scenario(
+        lambda: {"clients_per_round": 4, "server_optimizer": from_torch(torch.optim.SGD, lr=1.0, momentum=0.5)},
+        lambda: {"max_epochs": 4, "precision": "bf16-mixed", "gradient_clip_val": 0.5},
+    ),
+    "fp16": Scenario(lambda: {"clients_per_round": 4}, _scaled),
+    "manual": Scenario(
+        lambda: {"clients_per_round": 4, "client_optimizer": "keep"},
+        lambda: {"max_epochs": 4},
+        lambda: Module("manual"),
+    ),
+    "uniform": Scenario(
+        lambda: {"clients_per_round": 0.5, "aggregator": "uniform", "server_optimizer": fed_avg(lr=0.5), "seed": 3},
+        lambda: {"max_epochs": 4, "limit_train_batches": 0.5},
+    ),
+    "talk": Scenario(
+        lambda: {"clients_per_round": 5, "local_epochs": 2}, lambda: {"max_epochs": 3}, lambda: Module(talk=True)
+    ),
+    "rejected": Scenario(
+        lambda: {"clients_per_round": 6, "client_optimizer": "keep", "local_steps": 2},
+        lambda: {"max_epochs": 6},
+        lambda: Module("adam"),
+        poisoned=(2, 5),
+    ),
+    "workers": Scenario(lambda: {"clients_per_round": 4}, lambda: {"max_epochs": 2}, workers=1),
+    "all_rejected": Scenario(
+        lambda: {"clients_per_round": 5},
+        lambda: {"max_epochs": 3},
+        poisoned=tuple(range(CLIENTS)),
+        fails=True,
+    ),
+    "small_cohort": Scenario(lambda: {"clients_per_round": 1}, fails=True, least_ranks=2),
+    "shrinking_cohort": Scenario(
+        lambda: {"clients_per_round": 4, "sampler": shrinking}, lambda: {"max_epochs": 3}, fails=True, least_ranks=2
+    ),
+    "after_failures": Scenario(lambda: {"clients_per_round": 3}, lambda: {"max_epochs": 2}),
+}
+
+
+def training_data(dtype: torch.dtype = torch.float32) -> TensorDataset:
+    return reference.dataset(176, dtype)
+
+
+def held_out(dtype: torch.dtype = torch.float32) -> TensorDataset:
+    """48 samples, which 1, 2 and 3 ranks share evenly: what they log is the same mean."""
+    inputs, labels = training_data(dtype).tensors
+    return TensorDataset(inputs[:48] + 0.5, labels[:48])
+
+
+def partitioner() -> DirichletPartitioner:
+    return DirichletPartitioner(CLIENTS, None, alpha=0.3, min_partition_size=5, seed=1)
+
+
+class Spy(pl.Callback):
+    """Keeps everything that callbacks are told about rounds and clients, and which collectives ran in between."""
+
+    def __init__(self, calls: list[tuple[str, bool]]) -> None:
+        self._calls = calls
+        self._seen = 0
+        self.events: list[tuple[str, int, int]] = []
+        self.deltas: dict[tuple[int, int], Tensor] = {}
+        self.records: list[dict[str, Any]] = []
+        self.metrics: list[dict[str, float]] = []
+        self.logged: list[dict[str, float]] = []
+        self.in_round: list[list[str]] = []
+
+    def on_round_start(self, trainer: pl.Trainer, module: Module, round: int, cohort: IntArray) -> None:
+        self.events.append(("round_start", round, len(cohort)))
+        self._seen = len(self._calls)
+
+    def on_client_start(self, trainer: pl.Trainer, module: Module, client: int) -> None:
+        self.events.append(("client_start", trainer.global_step, client))
+
+    def on_client_end(self, trainer: pl.Trainer, module: Module, update: ClientUpdate) -> None:
+        self.events.append(("client_end", trainer.global_step, update.client))
+        self.deltas[trainer.global_step, update.client] = update.delta.clone()
+
+    def on_round_end(self, trainer: pl.Trainer, module: Module, record: RoundRecord) -> None:
+        self.events.append(("round_end", record.round, len(record.clients)))
+        self.in_round.append([name for name, _ in self._calls[self._seen :]])
+        self.records.append(
+            {name: value.tolist() if isinstance(value, np.ndarray) else value for name, value in vars(record).items()}
+        )
+        self.metrics.append(record.metrics())
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        self.logged.append({name: float(value) for name, value in trainer.callback_metrics.items()})
+
+
+def fit(
+    name: str, calls: list[tuple[str, bool]] | None = None, start_method: str = "popen", **devices: Any
+) -> dict[str, Any]:
+    """Run a scenario and return what it left, as tensors and primitives.
+
+    Args:
+        name: key of `SCENARIOS`.
+        calls: the growing list of collectives from `watch_collectives`.
+        start_method: as the strategy's.
+        devices: ``devices`` and ``num_nodes`` of the Trainer.
+    """
+    scenario = SCENARIOS[name]
+    options = scenario.trainer()
+    dtype = torch.float64 if options.get("precision") == "64-true" else torch.float32
+    data: Dataset[Any] = training_data(dtype)
+    if scenario.poisoned:
+        inputs, labels = training_data(dtype).tensors
+        partition = partitioner()
+        partition.dataset = labels
+        for client in scenario.poisoned:
+            inputs[partition.load_partition(client)[0], 0] = 2 * POISON
+        data = TensorDataset(inputs, labels)
+    if scenario.workers:
+        data = Noisy(training_data(dtype))
+    loader = DataLoader(
+        data, BATCH, shuffle=True, num_workers=scenario.workers, persistent_workers=scenario.workers > 0
+    )
+    calls = [] if calls is None else calls
+    spy, module, first_call = Spy(calls), scenario.module(), len(calls)
+    strategy = FederatedStrategy(partitioner=partitioner(), start_method=start_method, **scenario.strategy())  # type: ignore[arg-type]
+    trainer = reference.quiet_trainer(callbacks=[spy], strategy=strategy, **{**options, **devices})
+    result: dict[str, Any] = {"error": "", "evaluated": {}}
+    start = {key: value.clone() for key, value in module.state_dict().items()}
+    try:
+        trainer.fit(module, loader, DataLoader(held_out(dtype), BATCH) if scenario.evaluate else None)
+    except (RuntimeError, ValueError) as error:
+        if not scenario.fails:
+            raise
+        result["error"] = f"{type(error).__name__}: {error}"
+    result["calls"] = calls[first_call:]
+    if scenario.evaluate:
+        result["evaluated"] = {
+            **trainer.validate(module, DataLoader(held_out(dtype), BATCH), verbose=False)[0],
+            **trainer.test(module, DataLoader(held_out(dtype), BATCH), verbose=False)[0],
+        }
+    scaler = getattr(trainer.precision_plugin, "scaler", None)
+    return result | {
+        "rank": trainer.global_rank,
+        "world_size": trainer.world_size,
+        "rounds": trainer.global_step,
+        "callback_metrics": {name: float(value) for name, value in trainer.callback_metrics.items()},
+        "start": start,
+        "weights": {key: value.clone() for key, value in module.state_dict().items()},
+        "scale": 0.0 if scaler is None else scaler.get_scale(),
+        "batches": module.batches,
+        "heard": module.heard,
+        "events": spy.events,
+        "deltas": spy.deltas,
+        "records": spy.records,
+        "metrics": spy.metrics,
+        "logged": spy.logged,
+        "in_round": spy.in_round,
+    }
+
+
+_COLLECTIVES = (
+    "all_gather", "all_gather_into_tensor", "all_gather_object", "all_reduce", "all_to_all", "barrier", "broadcast",
+    "broadcast_object_list", "gather", "gather_object", "irecv", "isend", "monitored_barrier", "recv", "reduce",
+    "reduce_scatter", "scatter", "scatter_object_list", "send",
+)  # fmt: skip
+
+
+def watch_collectives() -> list[tuple[str, bool]]:
+    """From now on, note every collective that this process joins, and whether the strategy asked for it."""
+    calls: list[tuple[str, bool]] = []
+
+    def watched(name: str, original: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(original)
+        def call(*args: Any, **kwargs: Any) -> Any:
+            calls.append((name, Path(sys._getframe(1).f_code.co_filename).name == "collectives.py"))
+            return original(*args, **kwargs)
+
+        return call
+
+    for name in _COLLECTIVES:
+        setattr(dist, name, watched(name, getattr(dist, name)))
+    return calls

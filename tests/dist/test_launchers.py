@@ -1,0 +1,92 @@
+"""However Lightning's processes come to be, they train the same model as one process."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import pytest
+
+from tests.dist import processes
+from tests.dist.conftest import load
+from tests.dist.test_ranks import TIMES, assert_same
+
+Start: TypeAlias = Callable[[int], list[dict[str, Any]]]
+
+NAMES = ("reset", "keep")
+TRAIN = processes.HERE / "train.py"
+
+
+def assert_same_as_one_process(results: list[dict[str, Any]], ranks: Start) -> None:
+    for name in NAMES:
+        one = ranks(1)[0][name]
+        for number, rank in enumerate(results):
+            assert (rank[name]["rank"], rank[name]["world_size"]) == (number, 2)
+            assert_same(rank[name]["weights"], one["weights"])
+            for left, right in zip(rank[name]["metrics"], one["metrics"], strict=True):
+                assert {k: left[k] for k in left.keys() - TIMES} == {k: right[k] for k in right.keys() - TIMES}
+            assert {rank for record in rank[name]["records"] for rank in record["ranks"]} == {0, 1}
+
+
+@pytest.mark.parametrize("start_method", ["fork", "spawn"])
+def test_multiprocessing_brings_weights_and_metrics_back_to_the_main_process(
+    start_method: str, tmp_path: Path, ranks: Start
+) -> None:
+    """The record and the callbacks' own attributes stay in the children, as with Lightning's DDP."""
+    processes.run_well([[TRAIN, tmp_path, start_method, 2, 1, "keep"]], [processes.environment()], tmp_path)
+    main, one = load(tmp_path, 1)[0]["keep"], ranks(1)[0]["keep"]
+    assert not main["records"]  # it did not train itself
+    assert_same(main["weights"], one["weights"])
+    for metric in one["metrics"][-1].keys() - TIMES:
+        assert main["callback_metrics"][metric] == pytest.approx(one["metrics"][-1][metric], rel=1e-6)
+
+
+def test_torchrun_on_one_node(tmp_path: Path, ranks: Start) -> None:
+    port = processes.free_port()
+    torchrun = ["-m", "torch.distributed.run", "--nproc_per_node=2", "--master_addr=127.0.0.1", f"--master_port={port}"]
+    processes.run_well([[*torchrun, TRAIN, tmp_path, "popen", 2, 1, *NAMES]], [processes.environment()], tmp_path)
+    assert_same_as_one_process(load(tmp_path, 2), ranks)
+
+
+def test_torchrun_on_two_nodes(tmp_path: Path, ranks: Start) -> None:
+    port = processes.free_port()
+    torchrun = ["-m", "torch.distributed.run", "--nnodes=2", "--nproc_per_node=1", "--master_addr=127.0.0.1"]
+    processes.run_well(
+        [
+            [*torchrun, f"--node_rank={node}", f"--master_port={port}", TRAIN, tmp_path, "popen", 1, 2, *NAMES]
+            for node in range(2)
+        ],
+        [processes.environment()] * 2,
+        tmp_path,
+    )
+    assert_same_as_one_process(load(tmp_path, 2), ranks)
+
+
+def test_slurm_on_two_nodes(tmp_path: Path, ranks: Start) -> None:
+    job = {
+        "SLURM_JOB_ID": 4242,
+        "SLURM_JOB_NAME": "federated",
+        "SLURM_NTASKS": 2,
+        "SLURM_NTASKS_PER_NODE": 1,
+        "SLURM_NNODES": 2,
+        "SLURM_NODELIST": "127.0.0.1",
+        "SLURM_LOCALID": 0,
+        "MASTER_PORT": processes.free_port(),
+    }
+    processes.run_well(
+        [[TRAIN, tmp_path, "popen", 1, 2, *NAMES]] * 2,
+        [processes.environment(**job, SLURM_PROCID=task, SLURM_NODEID=task) for task in range(2)],
+        tmp_path,
+    )
+    assert_same_as_one_process(load(tmp_path, 2), ranks)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_an_exception_on_one_rank_ends_the_run(rank: int, tmp_path: Path) -> None:
+    """The rank reports its error and goes; the others notice a closed connection (or Lightning's watcher ends them)."""
+    (ended,) = processes.run([[processes.HERE / "failing.py", rank]], [processes.environment()], tmp_path)
+    assert ended.code not in (0, None)
+    assert "has lost its data" in ended.output
+    assert f"rank {rank} ends in round 2: ArithmeticError" in ended.output
+    assert "unharmed" not in ended.output

