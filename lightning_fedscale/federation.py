@@ -178,8 +178,10 @@ class Federation:
             )
             randomness.seed_globals(client_seed(seed, round, work[0].client), device)
             first = next(batches)
-        except BaseException:
+        except BaseException as error:
             randomness.restore(outside, device)
+            if isinstance(error, Exception):
+                self._fail_together(plan, started)
             raise
         self._open = _OpenRound(plan, work, batches, started, outside)
         return first
@@ -222,8 +224,7 @@ class Federation:
         self._fetch_optimizers(opened.plan)
         self._tell("on_round_start", opened.plan.round, opened.plan.cohort)
         try:
-            total, table = self._train_clients(context, opened, exchange)
-            self._merge(total, table)
+            total, table = self._train_together(context, opened)
             aggregate = self._aggregate(total, table)
             self._step(exchange, server, aggregate, training=training)
         except BaseException:
@@ -277,21 +278,46 @@ class Federation:
             batches, cursor = epochs_from(round * options.local_epochs, options.local_epochs, batches_of), (0, 0)
         return LocalWork(client, len(indices), batches, cursor)
 
-    def _train_clients(
-        self, context: RoundContext, opened: _OpenRound, exchange: Exchange
-    ) -> tuple[Tensor, RoundTable]:
-        aggregator = self._options.aggregator
-        total = aggregator.init(context.server)
+    def _train_together(self, context: RoundContext, opened: _OpenRound) -> tuple[Tensor, RoundTable]:
+        """Train this rank's clients and add up the ranks; an exception on one of them is one on all."""
+        total = self._options.aggregator.init(context.server)
         table = RoundTable(opened.plan, self._world_size)
-        cursors = {item.client: item.cursor for item in opened.work}
-        with self._inside_clients(exchange, context.server):
-            for update in self._executor.run(context):
-                weight = aggregator.weigh(update)
-                table.add(update, weight, cursors[update.client], self._executor.scaler_state())
-                if update.finite:
-                    total = aggregator.accumulate(total, update)
-        table.finish_rank(self._rank, time.perf_counter() - opened.started)
+        failure: Exception | None = None
+        try:
+            with self._inside_clients(context.exchange, context.server):
+                total = self._train_clients(context, total, table)
+        except Exception as error:
+            # The other ranks wait for this one in the collective: there they are told.
+            failure = error
+        table.finish_rank(self._rank, time.perf_counter() - opened.started, failed=failure is not None)
+        self._merge(total, table)
+        if failure is not None:
+            raise failure
+        if failed := table.failed_ranks():
+            raise RuntimeError(
+                f"round {opened.plan.round}: an exception ended the work of rank {', '.join(map(str, failed))} (see"
+                " there), so the global model stays as it was before this round."
+            )
         return total, table
+
+    def _train_clients(self, context: RoundContext, total: Tensor, table: RoundTable) -> Tensor:
+        aggregator = self._options.aggregator
+        cursors = {item.client: item.cursor for item in context.work}
+        for update in self._executor.run(context):
+            table.add(update, aggregator.weigh(update), cursors[update.client], self._executor.scaler_state())
+            if update.finite:
+                total = aggregator.accumulate(total, update)
+        return total
+
+    def _fail_together(self, plan: RoundPlan, started: float) -> None:
+        """This rank could not even begin: take part in the round's communication, so that no rank waits in vain."""
+        if self._world_size == 1:
+            return
+        self._fetch_optimizers(plan)
+        total = self._options.aggregator.init(exchange_of(self._trainer.lightning_module).view.read())
+        table = RoundTable(plan, self._world_size)
+        table.finish_rank(self._rank, time.perf_counter() - started, failed=True)
+        self._merge(total, table)
 
     def _merge(self, total: Tensor, table: RoundTable) -> None:
         """The round's one collective: accumulator and table of all ranks are added up."""

@@ -30,6 +30,7 @@ class RoundTable:
         self._row = {client: row for row, client in enumerate(plan.cohort.tolist())}
         self._rows = torch.zeros(len(plan.cohort), len(_COLUMNS), dtype=torch.float64)
         self._busy = torch.zeros(world_size, dtype=torch.float64)
+        self._failed = torch.zeros(world_size, dtype=torch.float64)
 
     def add(self, update: ClientUpdate, weight: float, cursor: Cursor, scaler: tuple[float, float]) -> None:
         """Fill a client's row.
@@ -54,18 +55,24 @@ class RoundTable:
         )
         self._rows[self._row[update.client]] = torch.tensor(values, dtype=torch.float64)
 
-    def finish_rank(self, rank: int, seconds: float) -> None:
-        """Note how long this rank worked."""
+    def finish_rank(self, rank: int, seconds: float, *, failed: bool) -> None:
+        """Note how long this rank worked, and whether an exception ended its work."""
         self._busy[rank] = seconds
+        self._failed[rank] = float(failed)
 
     def pack(self) -> Tensor:
         """Everything as one float64 vector on the CPU, to be summed over ranks."""
-        return torch.cat([self._rows.flatten(), self._busy])
+        return torch.cat([self._rows.flatten(), self._busy, self._failed])
 
     def unpack(self, packed: Tensor) -> None:
         """Take over the sum."""
-        self._rows = packed[: self._rows.numel()].cpu().view_as(self._rows)
-        self._busy = packed[self._rows.numel() :].cpu()
+        lengths = [part.numel() for part in (self._rows, self._busy, self._failed)]
+        rows, self._busy, self._failed = torch.split(packed.cpu(), lengths)
+        self._rows = rows.view_as(self._rows)
+
+    def failed_ranks(self) -> list[int]:
+        """The ranks whose work ended in an exception."""
+        return self._failed.nonzero().flatten().tolist()
 
     @property
     def cohort_size(self) -> int:

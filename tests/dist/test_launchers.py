@@ -7,10 +7,12 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 import pytest
+import torch
 
 from tests.dist import processes
 from tests.dist.conftest import load
 from tests.dist.test_ranks import TIMES, assert_same
+from tests.laws import reference
 
 Start: TypeAlias = Callable[[int], list[dict[str, Any]]]
 
@@ -82,11 +84,19 @@ def test_slurm_on_two_nodes(tmp_path: Path, ranks: Start) -> None:
     assert_same_as_one_process(load(tmp_path, 2), ranks)
 
 
-@pytest.mark.parametrize("rank", [0, 1])
-def test_an_exception_on_one_rank_ends_the_run(rank: int, tmp_path: Path) -> None:
-    """The rank reports its error and goes; the others notice a closed connection (or Lightning's watcher ends them)."""
-    (ended,) = processes.run([[processes.HERE / "failing.py", rank]], [processes.environment()], tmp_path)
+@pytest.mark.parametrize(("rank", "what"), [(0, "data"), (1, "client")])
+def test_an_exception_on_one_rank_is_one_on_all(rank: int, what: str, tmp_path: Path) -> None:
+    """No rank waits for one that is gone: all stop in the same round and together write the last good checkpoint."""
+    (ended,) = processes.run([[processes.HERE / "failing.py", rank, what, tmp_path]], [processes.environment()], tmp_path)
     assert ended.code not in (0, None)
     assert "has lost its data" in ended.output
     assert f"rank {rank} ends in round 2: ArithmeticError" in ended.output
+    assert f"rank {1 - rank} ends in round 2: RuntimeError" in ended.output
+    assert f"an exception ended the work of rank {rank}" in ended.output
     assert "unharmed" not in ended.output
+    checkpoint = torch.load(tmp_path / "on_exception.ckpt", weights_only=True)
+    assert checkpoint["global_step"] == checkpoint["federated"]["round"] == 2
+    for of in range(2):
+        good = torch.load(tmp_path / f"good-{of}.pt", weights_only=True)
+        # `on_round_end` of the second round saw the global model that the third could not change.
+        assert reference.difference(checkpoint["state_dict"], good) == 0.0

@@ -429,7 +429,7 @@ class Noisy(Dataset[tuple[Tensor, Tensor]]):
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
         inputs, labels = self.samples[index]
-        return inputs + random.gauss() + np.random.normal() + torch.randn(12), labels
+        return inputs + random.gauss(0.0, 1.0) + np.random.normal() + torch.randn(12), labels
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -480,7 +480,7 @@ class Transfers(reference.Classifier):
         return [batch[0] + torch.randn(12), batch[1]]
 
     def transfer_batch_to_device(self, batch: list[Tensor], device: torch.device, dataloader_idx: int) -> list[Tensor]:
-        return [batch[0] + random.gauss(), batch[1]]
+        return [batch[0] + random.gauss(0.0, 1.0), batch[1]]
 
     def on_after_batch_transfer(self, batch: list[Tensor], dataloader_idx: int) -> list[Tensor]:
         return [batch[0] * torch.rand(()) + np.random.normal(), batch[1]]

@@ -33,8 +33,8 @@ def test_record_in_numbers() -> None:
     table.add(update(2, norm=5.0, samples=2, steps=1, loss=1.0, seconds=0.25), 1.0, (1, 2), (8.0, 3.0))
     table.add(update(5, norm=2.0, samples=6, steps=3, loss=0.5, seconds=1.5), 3.0, (0, 7), (4.0, 2.0))
     table.add(update(9, norm=math.nan, samples=8, steps=4, loss=math.nan), 4.0, (5, 0), (4.0, 1.0))
-    table.finish_rank(0, 1.0)
-    table.finish_rank(1, 2.0)
+    table.finish_rank(0, 1.0, failed=False)
+    table.finish_rank(1, 2.0, failed=False)
     norm = math.hypot(0.75, 2.5)
     record = table.record(norm, message_bytes=100)
 
@@ -126,7 +126,7 @@ def test_sum_over_ranks_is_one_ranks_table(
                 table.add(sent, float(samples), (cursor, client), (2.0**cursor, cursor))
         for of in range(world_size):
             if rank in (None, of):
-                table.finish_rank(of, 1.0 + of)
+                table.finish_rank(of, 1.0 + of, failed=of == 1)
         return table
 
     together, alone = RoundTable(plan, world_size), filled(None)
