@@ -1,6 +1,6 @@
 """A project as it was, and the same project made federated by one argument of its Trainer.
 
-python examples/02_existing_project.py          about half a minute
+python examples/02_existing_project.py          about ten seconds
 python examples/02_existing_project.py --fast   a few epochs, to see that everything works
 """
 

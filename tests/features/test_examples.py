@@ -191,8 +191,8 @@ def test_natural_clients_learn_more_than_the_frequency_of_characters() -> None:
     alone = re.search(r"([\d.]+) by the frequency", done.stdout)
     assert reached is not None
     assert alone is not None
-    # 3.3 is what the frequencies of pairs of characters would give.
-    assert float(reached[1]) < 3.3 < float(alone[1])
+    # The frequencies of pairs of characters would give 3.51.
+    assert float(reached[1]) < 3.4 < float(alone[1])
 
 
 def test_natural_clients_without_the_plays_names_the_remedy() -> None:
