@@ -161,7 +161,9 @@ def main():
     partitioner = DirichletPartitioner(num_partitions=100, alpha=0.3, min_partition_size=5)
     trainer = pl.Trainer(
         # The one argument that makes it federated; to the Trainer, a round is a step and `rounds` of them an epoch.
-        strategy=FederatedStrategy(100, 10, partitioner, local_epochs=3, rounds_per_epoch=rounds),
+        strategy=FederatedStrategy(
+            partitioner=partitioner, clients_per_round=10, local_epochs=3, rounds_per_epoch=rounds
+        ),
         max_epochs=1,
         val_check_interval=1,
         accelerator="cpu",
