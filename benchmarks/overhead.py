@@ -102,8 +102,10 @@ def hand_written(net: Callable[[], nn.Module], loader: DataLoader[list[Tensor]],
     return time.perf_counter() - started
 
 
-def lightning(net: Callable[[], nn.Module], loader: DataLoader[list[Tensor]], epochs: int, strategy: object) -> float:
-    run, clock = trainer(epochs, strategy), Clock()
+def lightning(
+    net: Callable[[], nn.Module], loader: DataLoader[list[Tensor]], epochs: int, strategy: Callable[[], object]
+) -> float:
+    run, clock = trainer(epochs, strategy()), Clock()
     run.callbacks.append(clock)
     run.fit(Net(net()), loader)
     return clock.seconds
@@ -114,9 +116,9 @@ def turns_of(net: Callable[[], nn.Module], loader: DataLoader[list[Tensor]], tur
     epochs = 3
     contenders: dict[str, Callable[[], float]] = {
         HAND: lambda: hand_written(net, loader, epochs),
-        PLAIN: lambda: lightning(net, loader, epochs, "auto"),
+        PLAIN: lambda: lightning(net, loader, epochs, lambda: "auto"),
         **{
-            federated(clients): partial(lightning, net, loader, epochs, FederatedStrategy(num_clients=clients))
+            federated(clients): partial(lightning, net, loader, epochs, partial(FederatedStrategy, clients))
             for clients in CLIENTS
         },
     }
