@@ -22,7 +22,9 @@ class RoundEvents(Callback):
             on_client_start     the module holds the global weights
             on_client_end       the module holds this client's weights
             ...                 once for each client of the cohort that this rank trains
-        on_round_end            the module holds the new global weights
+        on_round_end            the module holds the new global weights, the Trainer has counted the round
+
+    ``pl_module.log`` works in ``on_round_end``; in the others Lightning refuses it.
 
     Example:
         >>> class Diary(RoundEvents):
@@ -40,4 +42,7 @@ class RoundEvents(Callback):
         """A client has trained on this rank; ``update.delta`` is a scratch buffer, copy it to keep it."""
 
     def on_round_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, record: RoundRecord) -> None:
-        """The server has moved the global model; the record is the same on every rank."""
+        """The server has moved the global model; the record is the same on every rank.
+
+        Runs just before ``on_train_batch_end``: a checkpoint saved here resumes with the next round.
+        """

@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_map
 from lightning_fedscale.types import Cursor
 
 OptimizerState: TypeAlias = dict[str, Any]
-"""``{"state": {parameter index: its state}, "options": [changed options of each group]}``"""
+"""``{"state": {parameter index: its state, other key: value}, "options": [changed options of each group]}``"""
 
 
 class ClientStore:
@@ -119,10 +119,12 @@ class OptimizerKeeper:
     def load(self, kept: OptimizerState | None) -> None:
         """Set the optimizer up for the next client: its kept state, or that of a fresh optimizer."""
         for group, options in zip(self._optimizer.param_groups, self._options, strict=True):
+            for key in group.keys() - options.keys() - {"params"}:
+                del group[key]
             group.update({key: _copied(value) for key, value in options.items()})
         self._unpack(self._fresh if kept is None else kept["state"])
         for group, options in zip(self._optimizer.param_groups, kept["options"] if kept else (), strict=False):
-            group.update(options)
+            group.update({key: _copied(value) for key, value in options.items()})
 
     def unload(self) -> OptimizerState:
         """The state that the client's training left in the optimizer, now the caller's own."""
@@ -140,15 +142,27 @@ class OptimizerKeeper:
         """Back to the server's options and no client's state."""
         self.load(None)
 
-    def _pack(self) -> dict[int, Any]:
+    def at_round_start(self, saved: dict[str, Any]) -> dict[str, Any]:
+        """The optimizer's state dict, taken while a client trains, with what the round began with in its place."""
+        groups = zip(saved["param_groups"], self._options, strict=True)
+        return {
+            "state": self._fresh,
+            "param_groups": [{**options, "params": group["params"]} for group, options in groups],
+        }
+
+    def _pack(self) -> dict[Any, Any]:
         parameters = (parameter for group in self._optimizer.param_groups for parameter in group["params"])
         state = self._optimizer.state
-        return {i: dict(state[p]) for i, p in enumerate(parameters) if p in state}
+        of_parameters = {i: dict(state[p]) for i, p in enumerate(parameters) if p in state}
+        return {**of_parameters, **{key: value for key, value in state.items() if not isinstance(key, Tensor)}}
 
-    def _unpack(self, packed: dict[int, Any]) -> None:
+    def _unpack(self, packed: dict[Any, Any]) -> None:
         self._optimizer.state.clear()
         if not packed:
             return
+        self._optimizer.state.update(
+            {key: _placed(value, None) for key, value in packed.items() if type(key) is not int}
+        )
         i = -1
         for group in self._optimizer.param_groups:
             # Step counters stay on the CPU, as torch has it, unless the optimizer reads them on the device.
@@ -170,7 +184,7 @@ def _placed(value: Any, device: torch.device | None) -> Any:
 
 
 def _copied(value: Any) -> Any:
-    return value.clone() if isinstance(value, Tensor) else value
+    return _placed(value, None) if isinstance(value, Tensor | list | dict) else value
 
 
 def _same(left: Any, right: Any) -> bool:

@@ -28,6 +28,7 @@ from lightning_fedscale.executors import (
     SequentialExecutor,
     client_seed,
     exchange_of,
+    no_batch_left,
 )
 from lightning_fedscale.partitioners import Partition
 from lightning_fedscale.progress import ClientProgress
@@ -43,6 +44,7 @@ class _OpenRound:
     plan: RoundPlan
     work: list[LocalWork]
     batches: Iterator[Any]
+    skipped: int  # batches before the first one that are None
     started: float
     outside: randomness.GlobalState  # the global generators as the user left them
     inside: randomness.GlobalState | None = None  # as the first client finds them once its first batch is there
@@ -66,6 +68,7 @@ class Federation:
         run_round     for each client of this rank: global weights -> local batches -> delta -> accumulate
                       *** one sum over ranks of accumulator and table ***
                       server step, write the global weights, commit what clients keep
+        end_round     log it, tell callbacks
 
     Args:
         trainer: the Trainer, its strategy's optimizers not yet built.
@@ -177,13 +180,13 @@ class Federation:
                 randomness.derive(seed, randomness.LOADER, round, self._rank),
             )
             randomness.seed_globals(client_seed(seed, round, work[0].client), device)
-            first = next(batches)
+            first, skipped = _first_batch(batches, work[0])
         except BaseException as error:
             randomness.restore(outside, device)
             if isinstance(error, Exception):
                 self._fail_together(plan, started)
             raise
-        self._open = _OpenRound(plan, work, batches, started, outside)
+        self._open = _OpenRound(plan, work, batches, skipped, started, outside)
         return first
 
     def first_batch_arrived(self) -> None:
@@ -214,7 +217,7 @@ class Federation:
         context = RoundContext(
             opened.plan.round,
             opened.work,
-            chain([batch], opened.batches),
+            chain([None] * opened.skipped, [batch], opened.batches),
             opened.inside,
             exchange,
             server,
@@ -237,9 +240,16 @@ class Federation:
             self._commit(opened.plan, table)
         norm = float(torch.linalg.vector_norm(aggregate[: exchange.view.trainable]))
         self.last_round = record = table.record(norm, exchange.message_bytes)
-        self._log(record)
-        self._tell("on_round_end", record)
         return {} if record.loss != record.loss else {"loss": torch.tensor(record.loss, device=self._device)}
+
+    def end_round(self) -> None:
+        """Log the round and tell callbacks, now that the Trainer has counted it and stepped its schedules.
+
+        What is saved or interrupted from here on belongs to the next round.
+        """
+        if (record := self.last_round) is not None:
+            self._log(record)
+            self._tell("on_round_end", record)
 
     def _next_round(self) -> int:
         loop = self._trainer.fit_loop
@@ -258,8 +268,9 @@ class Federation:
         )
 
     def _cost(self, clients: IntArray) -> IntArray:
-        # By samples; with local_steps every client does the same work.
-        sizes: IntArray = self._seen().partition.sizes[clients]
+        # By samples; with local_steps every client does the same work. Not `partition.sizes`: that is of all clients.
+        offsets = self._seen().partition.offsets
+        sizes: IntArray = offsets[clients + 1] - offsets[clients]
         return sizes if self._options.local_steps is None else sizes * 0 + self._options.local_steps
 
     def _work_of(self, client: int, round: int) -> LocalWork:
@@ -400,10 +411,13 @@ class Federation:
         trainer, outside = self._trainer, randomness.capture(self._device)
         self._live = exchange, server
         around, trainer.accumulate_grad_batches = trainer.accumulate_grad_batches, self.local_accumulation
+        progress = trainer.fit_loop.epoch_loop.batch_progress
+        last_round = progress.is_last_batch
         try:
             yield
         finally:
             trainer.accumulate_grad_batches = around
+            progress.is_last_batch = last_round
             self._live = None
             randomness.restore(outside, self._device)
 
@@ -466,6 +480,11 @@ class Federation:
             clients=clients,
         )
 
+    def rewind_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Make a checkpoint that is saved while a client trains one of the start of the round."""
+        if self.in_client:
+            self._executor.rewind_checkpoint(checkpoint)
+
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from a checkpoint, on any number of ranks.
 
@@ -489,3 +508,15 @@ class Federation:
                 num_clients=self.partition.num_clients,
                 partition=self.partition.fingerprint,
             )
+
+
+def _first_batch(batches: Iterator[Any], work: LocalWork) -> tuple[Any, int]:
+    """A client's first batch, and how many that are None were passed over; such batches are skipped in training.
+
+    Raises:
+        ValueError: if it has no other.
+    """
+    for skipped in range(len(work.batches)):
+        if (batch := next(batches)) is not None:
+            return batch, skipped
+    raise no_batch_left(work)

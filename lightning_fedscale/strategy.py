@@ -27,7 +27,7 @@ from torchmetrics import Metric
 from lightning_fedscale import arguments, samplers, server
 from lightning_fedscale.aggregators import Aggregator
 from lightning_fedscale.checkpointing import AtomicCheckpointIO
-from lightning_fedscale.executors import LocalBatchHooks, RoundLoops, close_finished_epoch
+from lightning_fedscale.executors import LocalBatchHooks, RoundEnd, RoundLoops, close_finished_epoch
 from lightning_fedscale.federation import Federation
 from lightning_fedscale.partitioners import Partition, Partitioner
 from lightning_fedscale.samplers import Sampler
@@ -319,6 +319,10 @@ class FederatedStrategy(DDPStrategy):
         self._undo.callback(loops.remove)
         hooks = LocalBatchHooks(trainer.lightning_module, lambda: federation.in_client)
         self._undo.callback(hooks.remove)
+        callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
+        end = RoundEnd(federation.end_round)
+        callbacks.insert(0, end)
+        self._undo.callback(callbacks.remove, end)
         federation.local_accumulation = trainer.accumulate_grad_batches
         self._set(trainer, "accumulate_grad_batches", 1)
         settings: Any = trainer  # these are set from outside the class, where mypy does not see them
@@ -413,6 +417,7 @@ class FederatedStrategy(DDPStrategy):
             state = self._federation.state_dict()
             if state is not None:
                 checkpoint["federated"] = state
+            self._federation.rewind_checkpoint(checkpoint)
             # The loader of rounds has no state; with this entry a plain Trainer would refuse to go on from here.
             checkpoint["loops"]["fit_loop"]["state_dict"].pop("combined_loader", None)
         super().save_checkpoint(checkpoint, filepath, storage_options)

@@ -72,7 +72,7 @@ class RoundRecord:
         loss: mean training loss per sample over accepted clients, NaN when unknown.
         delta_norm: L2 norm of the aggregated pseudo-gradient.
         drift: root-mean-square distance of client deltas from their mean, relative to the mean's norm:
-            ``sqrt(sum_k p_k |delta_k|^2 - |mean|^2) / |mean|``.
+            ``sqrt(sum_k p_k |delta_k|^2 - |mean|^2) / |mean|``; below about 1e-7 it is rounding.
         upload_bytes: bytes that all clients would send, in the model's own precision.
         download_bytes: bytes that the server would send to them.
         seconds: from the first batch to the collective, on the slowest rank.

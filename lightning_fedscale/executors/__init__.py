@@ -1,20 +1,22 @@
 """How the clients of a rank train inside Lightning."""
 
 from lightning_fedscale.executors.exchange import Exchange, exchange_of
-from lightning_fedscale.executors.hooks import LocalBatchHooks
+from lightning_fedscale.executors.hooks import LocalBatchHooks, RoundEnd
 from lightning_fedscale.executors.loader import ClientLoader, RoundLoader
 from lightning_fedscale.executors.loops import RoundLoops, close_finished_epoch
-from lightning_fedscale.executors.sequential import RoundContext, SequentialExecutor, client_seed
+from lightning_fedscale.executors.sequential import RoundContext, SequentialExecutor, client_seed, no_batch_left
 
 __all__ = [
     "ClientLoader",
     "Exchange",
     "LocalBatchHooks",
     "RoundContext",
+    "RoundEnd",
     "RoundLoader",
     "RoundLoops",
     "SequentialExecutor",
     "client_seed",
     "close_finished_epoch",
     "exchange_of",
+    "no_batch_left",
 ]

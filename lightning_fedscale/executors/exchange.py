@@ -73,26 +73,34 @@ def exchange_of(module: nn.Module) -> Exchange:
 
     Read anew every round: callbacks freeze and unfreeze parameters, pruning replaces them.
     """
-    metrics = {
+    left_out = {
         id(tensor)
         for part in module.modules()
         if isinstance(part, Metric)
         for tensor in (*part.parameters(), *part.buffers())
     }
+    left_out |= {id(buffer) for buffer in module.buffers() if _is_constant(buffer)}
     places = [
         _Place(owner, name, tensor, tensor.detach())
         for part in module.modules()
         for owner in (part._parameters, part._buffers)
         for name, tensor in owner.items()
-        if tensor is not None and id(tensor) not in metrics
+        if tensor is not None and id(tensor) not in left_out
     ]
-    parameters = {name: p for name, p in module.named_parameters() if id(p) not in metrics}
+    parameters = {name: p for name, p in module.named_parameters() if id(p) not in left_out}
     trainable = {name: p for name, p in parameters.items() if p.requires_grad}
     frozen = [p for p in parameters.values() if not p.requires_grad]
-    buffers = [b for b in module.buffers() if id(b) not in metrics]
+    buffers = [b for b in module.buffers() if id(b) not in left_out]
     return Exchange(
         FlatView(list(trainable.values()), [*buffers, *frozen]),
         list(trainable),
         sum(t.numel() * t.element_size() for t in (*trainable.values(), *buffers)),
         places,
     )
+
+
+def _is_constant(buffer: Tensor) -> bool:
+    """Sparse, or expanded so that elements share memory: training cannot write to such a buffer in place."""
+    if buffer.layout != torch.strided:
+        return True
+    return any(size > 1 and stride == 0 for size, stride in zip(buffer.shape, buffer.stride(), strict=True))

@@ -194,13 +194,14 @@ class RoundLoader:
     """What the Trainer iterates over: ``rounds_per_epoch`` items, each the first batch of the rank's round.
 
     Args:
-        client_loader: where the batches come from; its dataset is shown as this loader's.
+        client_loader: where the batches come from; its dataset and batch size are shown as this loader's.
         rounds_per_epoch: the length.
         open_round: plans the next round and returns its first batch; called when the Trainer asks for it.
     """
 
     def __init__(self, client_loader: ClientLoader, rounds_per_epoch: int, open_round: Callable[[], Any]) -> None:
         self.dataset = client_loader.dataset
+        self.batch_size = client_loader.batch_size
         self._rounds_per_epoch = rounds_per_epoch
         self._open_round = open_round
 

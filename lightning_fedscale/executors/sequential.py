@@ -129,7 +129,7 @@ class SequentialExecutor:
             self._prepare(work.client)
             self._watcher.client_started(work.client)
             started = time.perf_counter()
-            losses, weights, steps = self._train(context, number)
+            losses, weights, sizes = self._train(context, number)
             context.exchange.settle()
             view.subtract_from(origin, out=delta)
             update = ClientUpdate(
@@ -137,8 +137,8 @@ class SequentialExecutor:
                 delta=delta,
                 norm=_norm(delta, context.server, view.trainable),
                 held=work.held,
-                samples=sum(map(len, work.batches[:steps])),
-                steps=steps,
+                samples=sum(sizes),
+                steps=len(sizes),
                 loss=_mean_loss(losses, weights),
                 seconds=time.perf_counter() - started,
             )
@@ -158,6 +158,17 @@ class SequentialExecutor:
         self._rewind()
         self._round_start = None
 
+    def rewind_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """In a checkpoint taken while a client trains, replace what is the client's by what the round began with."""
+        assert self._round_start is not None
+        scaler, schedulers = self._round_start
+        saved = zip(self._keepers, checkpoint["optimizer_states"], strict=True)
+        checkpoint["optimizer_states"] = [keeper.at_round_start(state) for keeper, state in saved]
+        if self._schedulers:
+            checkpoint["lr_schedulers"] = schedulers
+        if scaler is not None:
+            checkpoint[type(self._trainer.precision_plugin).__qualname__] = scaler
+
     def _rewind(self) -> None:
         if self._round_start is None:
             return
@@ -175,15 +186,24 @@ class SequentialExecutor:
         for parameter in self._module.parameters():
             parameter.grad = None
 
-    def _train(self, context: RoundContext, number: int) -> tuple[list[Tensor], list[int], int]:
-        """The local batches of a client; returns their losses, their sizes and how many there were."""
+    def _train(self, context: RoundContext, number: int) -> tuple[list[Tensor], list[int], list[int]]:
+        """The local batches of a client; returns the losses, the samples that each is the mean of, and all samples."""
         trainer = self._trainer
+        progress = trainer.fit_loop.epoch_loop.batch_progress
         batches = context.work[number].batches
         losses: list[Tensor] = []
         weights: list[int] = []
+        sizes: list[int] = []
+        skipped = 0
         for batch_idx, indices in enumerate(batches):
             batch = next(context.batches)
-            if number or batch_idx:
+            if batch is None:
+                # Skipped, as the Trainer's own loop does.
+                skipped += 1
+                continue
+            # What the module reads as `trainer.is_last_batch` goes with the client's `batch_idx`.
+            progress.is_last_batch = last = batch_idx + 1 == len(batches)
+            if number or sizes:
                 # The very first batch of a round has come this way already, through the Trainer's own loop.
                 batch = trainer.precision_plugin.convert_input(batch)
                 batch = self._module._on_before_batch_transfer(batch, dataloader_idx=0)
@@ -193,21 +213,31 @@ class SequentialExecutor:
                 # The user's way to say that this epoch is over: here, the client's.
                 for _ in batches[batch_idx + 1 :]:
                     next(context.batches)
-                return losses, weights, batch_idx
-            last = batch_idx + 1 == len(batches)
+                break
             outputs = self._loops.step(batch, batch_idx, last=last, training=context.training)
             call._call_lightning_module_hook(trainer, "on_train_batch_end", outputs, batch, batch_idx)
+            sizes.append(len(indices))
             loss = outputs.get("loss")
             if loss is not None:
                 losses.append(loss.detach())
                 weights.append(len(indices))
             self._watcher.client_stepped(number, loss)
-        return losses, weights, len(batches)
+        if skipped == len(batches):
+            raise no_batch_left(context.work[number])
+        return losses, weights, sizes
 
 
 def client_seed(seed: int, round: int, client: int) -> int:
     """The seed of a client's random numbers in a round: dropout, augmentation, whatever its training draws."""
     return randomness.derive(seed, randomness.CLIENT, round, client)
+
+
+def no_batch_left(work: LocalWork) -> ValueError:
+    """The error for a client that cannot train since all its batches are None."""
+    return ValueError(
+        f"train_dataloader: the collate function returned None for all {len(work.batches)} batches of client"
+        f" {work.client}: leave this client out of the partition."
+    )
 
 
 def _norm(delta: Tensor, server: Tensor, trainable: int) -> float:

@@ -20,7 +20,8 @@ def from_torch(optimizer: Callable[..., Optimizer], **options: Any) -> ServerOpt
 
     Since ``delta = server - client``, the optimizer subtracts, as it always does: ``from_torch(SGD, lr=1.0)`` is
     FedAvg, ``from_torch(SGD, lr=0.7, momentum=0.9, nesterov=True)`` with clients that keep their optimizer is DiLoCo
-    (arXiv 2311.08105).
+    (arXiv 2311.08105). Its state follows the parameters by name: one that is frozen leaves it, one that is unfrozen
+    starts without.
 
     Args:
         optimizer: a class of ``torch.optim`` or another with the same interface whose ``step`` needs no closure.
@@ -61,7 +62,11 @@ def _build(params: Params, optimizer: Callable[..., Optimizer], options: dict[st
 
 
 def _init(params: Params, *, optimizer: Callable[..., Optimizer], options: dict[str, Any]) -> Any:
-    return {"optimizer": _name(optimizer), **_build(params, optimizer, options)[1].state_dict()}
+    return _state(_build(params, optimizer, options)[1], params, optimizer)
+
+
+def _state(server: Optimizer, params: Params, optimizer: Callable[..., Optimizer]) -> dict[str, Any]:
+    return {"optimizer": _name(optimizer), "names": list(params), **server.state_dict()}
 
 
 def _update(
@@ -74,13 +79,21 @@ def _update(
         )
     copies, server = _build(params, optimizer, options)
     # `load_state_dict` keeps references and `step` works in place: without the copy the old state would change.
-    server.load_state_dict(copy.deepcopy(state))
+    server.load_state_dict(_renumbered(copy.deepcopy(state), params, fresh=server.state_dict()))
     for value, name in zip(copies, params, strict=True):
         value.grad = delta[name].detach()
     server.step()
     moved = zip(params.items(), copies, strict=True)
     step = {name: before - after.detach() for (name, before), after in moved}
-    return step, {"optimizer": _name(optimizer), **server.state_dict()}
+    return step, _state(server, params, optimizer)
+
+
+def _renumbered(state: dict[str, Any], params: Params, *, fresh: dict[str, Any]) -> dict[str, Any]:
+    """``state`` for these parameters: torch knows them by number only, and layers are frozen and unfrozen."""
+    kept = {name: state["state"][i] for i, name in enumerate(state["names"]) if i in state["state"]}
+    of_kept = {i: kept[name] for i, name in enumerate(params) if name in kept}
+    (group,), (now,) = state["param_groups"], fresh["param_groups"]
+    return {"state": {**fresh["state"], **of_kept}, "param_groups": [{**group, "params": now["params"]}]}
 
 
 def _name(optimizer: Callable[..., Optimizer]) -> str:

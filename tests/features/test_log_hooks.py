@@ -161,7 +161,6 @@ def round_of_two(number: int, batch_idx: int) -> Log:
         *transfer,
         *local_batch(1),
         ("callback.on_client_end", 1, 2, 6, 6),
-        ("callback.on_round_end", number),
     ]
 
 
@@ -174,9 +173,10 @@ def test_order_of_hooks() -> None:
     expected: Log = [("callback.on_train_start",), ("module.on_train_start",)]
     for epoch in (0, 1):
         expected += [("callback.on_train_epoch_start",), ("module.on_train_epoch_start",)]
-        expected += [*round_of_two(2 * epoch, 0), ("callback.on_train_batch_end", 0)]
-        expected += round_of_two(2 * epoch + 1, 1)
-        expected += [("module.lr_scheduler_step",), ("callback.on_train_batch_end", 1)]
+        expected += round_of_two(2 * epoch, 0)
+        expected += [("callback.on_round_end", 2 * epoch), ("callback.on_train_batch_end", 0)]
+        expected += [*round_of_two(2 * epoch + 1, 1), ("module.lr_scheduler_step",)]
+        expected += [("callback.on_round_end", 2 * epoch + 1), ("callback.on_train_batch_end", 1)]
         expected += [("callback.on_train_epoch_end",), ("module.on_train_epoch_end",)]
     expected += [("callback.on_train_end",), ("module.on_train_end",)]
     assert log == expected
