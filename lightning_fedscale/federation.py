@@ -232,10 +232,12 @@ class Federation:
             self._step(exchange, server, aggregate, training=training)
         except BaseException:
             exchange.settle()
+            exchange.set_trainable()
             exchange.view.write(server)
             self._executor.close_round()
             self._store.rollback()
             raise
+        exchange.set_trainable(table.trainable())
         if training:
             self._commit(opened.plan, table)
         norm = float(torch.linalg.vector_norm(aggregate[: exchange.view.trainable]))
@@ -292,7 +294,7 @@ class Federation:
     def _train_together(self, context: RoundContext, opened: _OpenRound) -> tuple[Tensor, RoundTable]:
         """Train this rank's clients and add up the ranks; an exception on one of them is one on all."""
         total = self._options.aggregator.init(context.server)
-        table = RoundTable(opened.plan, self._world_size)
+        table = RoundTable(opened.plan, self._world_size, len(context.exchange.parameters))
         failure: Exception | None = None
         try:
             with self._inside_clients(context.exchange, context.server):
@@ -316,6 +318,7 @@ class Federation:
         cursors = {item.client: item.cursor for item in context.work}
         for update in self._executor.run(context):
             table.add(update, aggregator.weigh(update), cursors[update.client], self._executor.scaler_state())
+            table.add_trainable(context.exchange.trainable_now())
             if update.finite:
                 total = aggregator.accumulate(total, update)
         return total
@@ -325,8 +328,9 @@ class Federation:
         if self._world_size == 1:
             return
         self._fetch_optimizers(plan)
-        total = self._options.aggregator.init(exchange_of(self._trainer.lightning_module).view.read())
-        table = RoundTable(plan, self._world_size)
+        exchange = exchange_of(self._trainer.lightning_module)
+        total = self._options.aggregator.init(exchange.view.read())
+        table = RoundTable(plan, self._world_size, len(exchange.parameters))
         table.finish_rank(self._rank, time.perf_counter() - started, failed=True)
         self._merge(total, table)
 

@@ -23,14 +23,16 @@ class RoundTable:
     Args:
         plan: the round's plan.
         world_size: number of ranks.
+        num_parameters: number of parameter tensors that clients may freeze or unfreeze.
     """
 
-    def __init__(self, plan: RoundPlan, world_size: int) -> None:
+    def __init__(self, plan: RoundPlan, world_size: int, num_parameters: int = 0) -> None:
         self._plan = plan
         self._row = {client: row for row, client in enumerate(plan.cohort.tolist())}
         self._rows = torch.zeros(len(plan.cohort), len(_COLUMNS), dtype=torch.float64)
         self._busy = torch.zeros(world_size, dtype=torch.float64)
         self._failed = torch.zeros(world_size, dtype=torch.float64)
+        self._trainable = torch.zeros(num_parameters, dtype=torch.float64)
 
     def add(self, update: ClientUpdate, weight: float, cursor: Cursor, scaler: tuple[float, float]) -> None:
         """Fill a client's row.
@@ -55,6 +57,15 @@ class RoundTable:
         )
         self._rows[self._row[update.client]] = torch.tensor(values, dtype=torch.float64)
 
+    def add_trainable(self, flags: list[bool]) -> None:
+        """Count the parameters that a client left trainable."""
+        self._trainable += torch.tensor(flags, dtype=torch.float64)
+
+    def trainable(self) -> list[bool]:
+        """The parameters that are trainable from now on: those that any client left so."""
+        flags: list[bool] = (self._trainable > 0).tolist()
+        return flags
+
     def finish_rank(self, rank: int, seconds: float, *, failed: bool) -> None:
         """Note how long this rank worked, and whether an exception ended its work."""
         self._busy[rank] = seconds
@@ -62,12 +73,12 @@ class RoundTable:
 
     def pack(self) -> Tensor:
         """Everything as one float64 vector on the CPU, to be summed over ranks."""
-        return torch.cat([self._rows.flatten(), self._busy, self._failed])
+        return torch.cat([self._rows.flatten(), self._busy, self._failed, self._trainable])
 
     def unpack(self, packed: Tensor) -> None:
         """Take over the sum."""
-        lengths = [part.numel() for part in (self._rows, self._busy, self._failed)]
-        rows, self._busy, self._failed = torch.split(packed.cpu(), lengths)
+        lengths = [part.numel() for part in (self._rows, self._busy, self._failed, self._trainable)]
+        rows, self._busy, self._failed, self._trainable = torch.split(packed.cpu(), lengths)
         self._rows = rows.view_as(self._rows)
 
     def failed_ranks(self) -> list[int]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import MutableMapping
+from collections.abc import Iterable, MutableMapping
 from typing import Any, NamedTuple
 
 import torch
@@ -31,12 +31,14 @@ class Exchange(NamedTuple):
         message_bytes: size of what a client sends: trainable parameters and buffers, in their own precision. Frozen
             parameters are carried along (some modules write to them) but do not travel.
         places: where the module holds them.
+        parameters: all parameters among them, and whether each was trainable when the round began.
     """
 
     view: FlatView
     names: list[str]
     message_bytes: int
     places: list[_Place]
+    parameters: list[tuple[nn.Parameter, bool]]
 
     def named(self, vector: Tensor) -> Params:
         """The trainable part of ``vector`` by parameter name, without a copy."""
@@ -56,6 +58,16 @@ class Exchange(NamedTuple):
             memory.copy_(now.detach())
             tensor.data = memory
             owner[name] = tensor
+
+    def trainable_now(self) -> list[bool]:
+        """Which parameters are trainable at the moment; a client's training may freeze and unfreeze some."""
+        return [parameter.requires_grad for parameter, _ in self.parameters]
+
+    def set_trainable(self, flags: Iterable[bool] | None = None) -> None:
+        """Make parameters trainable or not, None as they were when the round began."""
+        for i, flag in enumerate([at_start for _, at_start in self.parameters] if flags is None else flags):
+            if self.parameters[i][0].requires_grad != flag:
+                self.parameters[i][0].requires_grad_(flag)
 
     def origin(self, server: Tensor) -> Tensor:
         """What deltas are counted from: the global model, and zero where a carried tensor is not finite.
@@ -96,6 +108,7 @@ def exchange_of(module: nn.Module) -> Exchange:
         list(trainable),
         sum(t.numel() * t.element_size() for t in (*trainable.values(), *buffers)),
         places,
+        [(p, p.requires_grad) for p in parameters.values()],
     )
 
 

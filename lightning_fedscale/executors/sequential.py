@@ -149,6 +149,7 @@ class SequentialExecutor:
             self._watcher.client_ended(update)
             yield update
             view.write(context.server)
+            context.exchange.set_trainable()
         self.close_round()
 
     def close_round(self) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
+import numpy as np
 import pytest
 import torch
 from lightning.pytorch.callbacks import OnExceptionCheckpoint
@@ -488,3 +489,35 @@ def test_tensors_that_a_failing_client_replaced_are_the_global_ones_again() -> N
         fit(module, callbacks=[Notes()])
     assert before["average"].any()
     assert reference.difference(module.state_dict(), before) == 0.0
+
+
+class FreezesByBatch(reference.Classifier):
+    """Leaves its first layer frozen or not by the parity of its number of batches; once frozen for good in round 2."""
+
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+        loss = super().training_step(batch, batch_idx)
+        self.net[0].requires_grad_(batch_idx % 2 == 0)
+        return loss
+
+
+@pytest.mark.parametrize("cohort", [[0], [1], [0, 1]])
+def test_a_client_that_freezes_layers_does_so_for_itself(cohort: list[int]) -> None:
+    """Every client starts from the round's flags; a parameter stays trainable if any client left it so."""
+    data = reference.dataset(24)
+    partition = Partition.from_lists([list(range(8)), list(range(8, 24))])  # one batch leaves True, two leave False
+    seen: list[bool] = []
+
+    class Spy(pl.Callback):
+        def on_client_start(self, trainer: pl.Trainer, module: pl.LightningModule, client: int) -> None:
+            seen.append(all(p.requires_grad for p in module.net[0].parameters()))
+
+    def chosen(**_: Any) -> Any:
+        return np.array(cohort)
+
+    module = FreezesByBatch(dropout=0.0)
+    strategy = FederatedStrategy(partitioner=partition, clients_per_round=len(cohort), sampler=chosen)
+    reference.quiet_trainer(max_epochs=2, strategy=strategy, callbacks=[Spy()]).fit(module, reference.loader(data))
+    first_round, second_round = seen[: len(cohort)], seen[len(cohort) :]
+    assert all(first_round)
+    assert set(second_round) == {0 in cohort}
+    assert module.net[0].weight.requires_grad == (0 in cohort)

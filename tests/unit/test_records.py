@@ -170,3 +170,16 @@ def test_record_of_a_real_round() -> None:
     assert record.local_steps.tolist() == [math.ceil(size / 8) for size in partition.sizes]
     parameters = 12 * 16 + 16 + 16 * 4 + 4
     assert record.upload_bytes == record.download_bytes == 7 * 4 * parameters
+
+
+def test_parameters_stay_trainable_if_a_client_of_any_rank_left_them_so() -> None:
+    plan = plan_of([0, 1])
+    ranks = [RoundTable(plan, 2, num_parameters=3) for _ in range(2)]
+    for rank, flags in enumerate(([True, False, False], [False, True, False])):
+        ranks[rank].add_trainable(flags)
+        ranks[rank].finish_rank(rank, 1.0, failed=False)
+    packed = ranks[0].pack() + ranks[1].pack()
+    for table in ranks:
+        table.unpack(packed)
+        assert table.trainable() == [True, True, False]
+        assert table.failed_ranks() == []
