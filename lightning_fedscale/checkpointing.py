@@ -52,12 +52,20 @@ def _sync_folder(folder: Path) -> None:
 
 
 def federated_state(
-    *, round: int, seed: int, num_clients: int | None, partition: str | None, server: Any, clients: dict[str, Any]
+    *,
+    round: int,
+    settings: dict[str, Any],
+    seed: int,
+    num_clients: int | None,
+    partition: str | None,
+    server: Any,
+    clients: dict[str, Any],
 ) -> dict[str, Any]:
     """What ``checkpoint["federated"]`` holds: tensors and primitives, loadable with ``weights_only=True``."""
     return {
         "format": _FORMAT,
         "round": round,
+        "settings": settings,
         "seed": seed,
         "num_clients": num_clients,
         "partition": partition,
@@ -89,3 +97,27 @@ def check_resume(state: dict[str, Any], *, seed: int, num_clients: int, partitio
             f" checkpoint (hash {state['partition'][:12]}): use the same dataset and the same partitioner with the same"
             " arguments, or start a new run without ckpt_path."
         )
+
+
+def changed_settings(saved: dict[str, Any], now: dict[str, Any]) -> str | None:
+    """What to tell a user who resumes with other settings; None if there is nothing to tell.
+
+    Example:
+        >>> changed_settings({"local_epochs": 1, "threads": 2}, {"local_epochs": 3, "threads": 2})
+        'local_epochs=3 differs from 1 in the checkpoint: from here on the run is another one.'
+        >>> changed_settings({"threads": 2}, {"threads": 1})
+        'torch uses 1 thread(s) now and 2 in the checkpoint: the last bits may differ, torch.set_num_threads sets them.'
+    """
+    others = [
+        f"{name}={now[name]} differs from {saved[name]}"
+        for name in now
+        if name != "threads" and saved[name] != now[name]
+    ]
+    if others:
+        return f"{', '.join(others)} in the checkpoint: from here on the run is another one."
+    if saved["threads"] != now["threads"]:
+        return (
+            f"torch uses {now['threads']} thread(s) now and {saved['threads']} in the checkpoint: the last bits may"
+            " differ, torch.set_num_threads sets them."
+        )
+    return None

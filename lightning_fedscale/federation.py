@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain
@@ -11,14 +11,14 @@ from typing import Any, NamedTuple
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils._pytree import tree_map
 
 from lightning_fedscale import collectives, randomness
 from lightning_fedscale.arguments import Arguments, name_clients
-from lightning_fedscale.checkpointing import check_resume, federated_state
+from lightning_fedscale.checkpointing import changed_settings, check_resume, federated_state
 from lightning_fedscale.clients import ClientStore, OptimizerKeeper
 from lightning_fedscale.executors import (
     ClientLoader,
@@ -34,7 +34,7 @@ from lightning_fedscale.partitioners import Partition
 from lightning_fedscale.progress import ClientProgress
 from lightning_fedscale.records import RoundTable
 from lightning_fedscale.rounds import LocalWork, RoundPlan, epochs_from, pass_order, plan_round, steps_from
-from lightning_fedscale.types import ClientUpdate, IntArray, RoundRecord
+from lightning_fedscale.types import ClientUpdate, IntArray, Params, RoundRecord
 
 
 @dataclass
@@ -145,6 +145,11 @@ class Federation:
         self.close()
         self._data = _Data(clients, partition, cohort_size, order_seed=seed)
         self._check_resumed()
+        sizes = partition.sizes
+        rank_zero_info(
+            f"Federated: {len(sizes):,} clients hold {int(sizes.sum()):,} samples ({sizes.min():,} to {sizes.max():,}"
+            f" each); {cohort_size:,} of them train in every round."
+        )
         return RoundLoader(clients, self._options.rounds_per_epoch, self.open_round)
 
     @property
@@ -228,7 +233,7 @@ class Federation:
         self._tell("on_round_start", opened.plan.round, opened.plan.cohort)
         try:
             total, table = self._train_together(context, opened)
-            aggregate = self._aggregate(total, table)
+            aggregate = self._aggregate(total, table, server)
             self._step(exchange, server, aggregate, training=training)
         except BaseException:
             exchange.settle()
@@ -317,10 +322,11 @@ class Federation:
         aggregator = self._options.aggregator
         cursors = {item.client: item.cursor for item in context.work}
         for update in self._executor.run(context):
-            table.add(update, aggregator.weigh(update), cursors[update.client], self._executor.scaler_state())
+            weight = float(aggregator.weigh(update))
+            table.add(update, weight, cursors[update.client], self._executor.scaler_state())
             table.add_trainable(context.exchange.trainable_now())
             if update.finite:
-                total = aggregator.accumulate(total, update)
+                total = aggregator.accumulate(total, update, weight)
         return total
 
     def _fail_together(self, plan: RoundPlan, started: float) -> None:
@@ -342,7 +348,7 @@ class Federation:
         total.copy_(merged[: total.numel()])
         table.unpack(merged[total.numel() :])
 
-    def _aggregate(self, total: Tensor, table: RoundTable) -> Tensor:
+    def _aggregate(self, total: Tensor, table: RoundTable, server: Tensor) -> Tensor:
         rejected = table.rejected()
         if len(rejected) == table.cohort_size:
             raise RuntimeError(
@@ -355,7 +361,13 @@ class Federation:
                 f"round {self._trainer.global_step}: left out {len(rejected)} client(s) whose update has NaN or"
                 f" infinite values: {', '.join(map(str, rejected[:10]))}{', ...' if len(rejected) > 10 else ''}."
             )
-        return self._options.aggregator.finish(total)
+        aggregate = self._options.aggregator.finish(total)
+        if aggregate.shape != server.shape:
+            raise ValueError(
+                f"aggregator: finish returned a tensor of shape {tuple(aggregate.shape)}, not one as long as the"
+                f" clients' deltas, {tuple(server.shape)}."
+            )
+        return aggregate
 
     def _step(self, exchange: Exchange, server: Tensor, aggregate: Tensor, *, training: bool) -> None:
         """Move the global model; buffers and frozen parameters take the clients' mean."""
@@ -364,7 +376,7 @@ class Federation:
             rule, params = self._options.server_optimizer, exchange.named(server)
             if self._server_state is None:
                 self._server_state = rule.init(params)
-            step, state = rule.update(exchange.named(aggregate), self._server_state, params)
+            step, state = _checked(rule.update(exchange.named(aggregate), self._server_state, params), params)
             for name, value in exchange.named(moved).items():
                 torch.sub(params[name], step[name], out=value)
         else:
@@ -477,12 +489,25 @@ class Federation:
             return None
         return federated_state(
             round=self._trainer.global_step,
+            settings=self._settings(),
             seed=self._options.seed,
             num_clients=None if self.partition is None else self.partition.num_clients,
             partition=None if self.partition is None else self.partition.fingerprint,
             server=self._server_state,
             clients=clients,
         )
+
+    def _settings(self) -> dict[str, Any]:
+        """What may be changed on resume, but then the run is another one."""
+        options = self._options
+        return {
+            "clients_per_round": options.clients_per_round,
+            "local_epochs": options.local_epochs,
+            "local_steps": options.local_steps,
+            "rounds_per_epoch": options.rounds_per_epoch,
+            "client_optimizer": "keep" if options.keep_optimizers else "reset",
+            "threads": torch.get_num_threads(),
+        }
 
     def rewind_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Make a checkpoint that is saved while a client trains one of the start of the round."""
@@ -496,6 +521,8 @@ class Federation:
             ValueError: if the saved run is not this one.
         """
         self._resumed = state
+        if changed := changed_settings(state["settings"], self._settings()):
+            rank_zero_warn(f"ckpt_path: {changed}")
         self._check_resumed()
         self._store.load_state_dict(state["clients"])
         self._holder = {}
@@ -524,3 +551,15 @@ def _first_batch(batches: Iterator[Any], work: LocalWork) -> tuple[Any, int]:
         if (batch := next(batches)) is not None:
             return batch, skipped
     raise no_batch_left(work)
+
+
+def _checked(answer: Any, params: Params) -> tuple[Params, Any]:
+    """What a server optimizer's ``update`` returned, if it is what it should be."""
+    if isinstance(answer, tuple) and len(answer) == 2 and isinstance(answer[0], Mapping):
+        step, state = answer
+        if step.keys() == params.keys() and all(step[name].shape == params[name].shape for name in params):
+            return step, state
+    raise TypeError(
+        "server_optimizer: update must return (step, state), where step has a tensor for every parameter, by the names"
+        " and in the shapes of delta."
+    )

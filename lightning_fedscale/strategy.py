@@ -51,6 +51,8 @@ class FederatedStrategy(DDPStrategy):
     ``on_before_optimizer_step``, ...), which run on the client. A callback may also define ``on_round_start``,
     ``on_client_start``, ``on_client_end`` and ``on_round_end``; see `lightning_fedscale.callbacks.RoundEvents`.
 
+    A strategy object belongs to one Trainer: make a new one for the next.
+
     ``last_round`` holds the `RoundRecord` of the finished round; its scalars are logged every round as ``round/...``.
 
     Args:
@@ -297,6 +299,17 @@ class FederatedStrategy(DDPStrategy):
             raise ValueError(
                 "training_step(self, dataloader_iter) is not supported: clients are fed batch by batch. Use"
                 " training_step(self, batch, batch_idx)."
+            )
+        every, epoch = trainer.val_check_interval, self._options.rounds_per_epoch
+        if (
+            isinstance(every, int)
+            and every > epoch
+            and trainer.check_val_every_n_epoch is not None
+            and trainer.limit_val_batches
+        ):
+            raise ValueError(
+                f"Trainer(val_check_interval={every}) counts rounds within an epoch, and an epoch has {epoch}: use"
+                f" FederatedStrategy(rounds_per_epoch={every}), or Trainer(check_val_every_n_epoch={every}) without it."
             )
         if any(isinstance(callback, ThroughputMonitor) for callback in trainer.callbacks):  # type: ignore[attr-defined]
             raise ValueError(

@@ -19,15 +19,20 @@ class Aggregator(NamedTuple):
     accumulator is additive.
 
     Attributes:
-        weigh: weight of a client, before normalisation (also reported in ``RoundRecord.weights``).
+        weigh: weight of a client, before normalisation: handed to ``accumulate`` and reported in
+            ``RoundRecord.weights``.
         init: a zero accumulator for deltas shaped like the given vector.
-        accumulate: add one client; may work in place and returns the accumulator.
-        finish: the aggregated delta.
+        accumulate: add one client with its weight; may work in place and returns the accumulator.
+        finish: the aggregated delta, as long as the clients' ones.
+
+    Example:
+        >>> from lightning_fedscale.aggregators import mean
+        >>> by_root = mean()._replace(weigh=lambda update: update.held**0.5)  # large clients count, but not so much
     """
 
     weigh: Callable[[ClientUpdate], float]
     init: Callable[[Tensor], Tensor]
-    accumulate: Callable[[Tensor, ClientUpdate], Tensor]
+    accumulate: Callable[[Tensor, ClientUpdate, float], Tensor]
     finish: Callable[[Tensor], Tensor]
 
 

@@ -29,14 +29,13 @@ def mean(weighting: str = "samples") -> Aggregator:
         >>> total = rule.init(torch.zeros(1, dtype=torch.float64))
         >>> for held, delta in [(1, 0.0), (3, 4.0)]:
         ...     vector = torch.tensor([delta], dtype=torch.float64)
-        ...     total = rule.accumulate(total, ClientUpdate(0, vector, delta, held, held, 1, 0.0, 0.0))
+        ...     total = rule.accumulate(total, ClientUpdate(0, vector, delta, held, held, 1, 0.0, 0.0), held)
         >>> rule.finish(total).tolist()
         [3.0]
     """
     if weighting not in ("samples", "uniform"):
         raise ValueError(f"weighting={weighting!r}: choose 'samples' or 'uniform'.")
-    weigh = partial(_weigh, by_samples=weighting == "samples")
-    return Aggregator(weigh, _init, partial(_accumulate, weigh=weigh), _finish)
+    return Aggregator(partial(_weigh, by_samples=weighting == "samples"), _init, _accumulate, _finish)
 
 
 def _weigh(update: ClientUpdate, *, by_samples: bool) -> float:
@@ -48,8 +47,7 @@ def _init(like: Tensor) -> Tensor:
     return torch.zeros(like.numel() + 1, dtype=like.dtype, device=like.device)
 
 
-def _accumulate(total: Tensor, update: ClientUpdate, *, weigh: partial[float]) -> Tensor:
-    weight = weigh(update)
+def _accumulate(total: Tensor, update: ClientUpdate, weight: float) -> Tensor:
     # Not add_(alpha=...): whether that rounds once or twice depends on the machine and on the element's position.
     total[:-1] += weight * update.delta
     total[-1] += weight

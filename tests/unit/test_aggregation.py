@@ -33,7 +33,8 @@ def accumulated(rule: Aggregator, members: list[tuple[int, list[float]]]) -> Ten
     scratch = torch.empty(3, dtype=torch.float64)
     for number, (held, delta) in enumerate(members):
         scratch.copy_(torch.tensor(delta, dtype=torch.float64))
-        total = rule.accumulate(total, ClientUpdate(number, scratch, 1.0, held, held, 1, 0.0, 0.0))
+        update = ClientUpdate(number, scratch, 1.0, held, held, 1, 0.0, 0.0)
+        total = rule.accumulate(total, update, rule.weigh(update))
     return total
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -31,7 +32,7 @@ from torch.utils.data import (
 )
 from torchmetrics import Metric
 
-from lightning_fedscale import FederatedStrategy, Partition, partitioners, server
+from lightning_fedscale import FederatedStrategy, Partition, aggregators, partitioners, server
 from lightning_fedscale.federation import Federation
 from lightning_fedscale.samplers import uniform
 from lightning_fedscale.server import ServerOptimizer
@@ -643,3 +644,93 @@ def test_a_scheduler_that_would_never_step() -> None:
     trainer = reference.quiet_trainer(max_epochs=1, strategy=FederatedStrategy(rounds_per_epoch=3))
     trainer.fit(module, loader)
     assert trainer.optimizers[0].param_groups[0]["lr"] == 0.05
+
+
+def test_validation_more_often_than_an_epoch_has_rounds() -> None:
+    loader = reference.loader(reference.dataset())
+    options: dict[str, Any] = {"max_epochs": 5, "val_check_interval": 5}
+
+    class Validates(Counting):
+        def validation_step(self, batch: list[Tensor], batch_idx: int) -> None:
+            self.calls += 0
+
+    with pytest.raises(ValueError, match=r"val_check_interval=5.*rounds_per_epoch=5.*check_val_every_n_epoch=5"):
+        reference.quiet_trainer(strategy=FederatedStrategy(), **options).fit(Validates(), loader, loader)
+    for strategy, trainer in (
+        (FederatedStrategy(rounds_per_epoch=5), options),
+        (FederatedStrategy(), {"max_epochs": 5, "check_val_every_n_epoch": 5}),
+    ):
+        reference.quiet_trainer(strategy=strategy, **trainer).fit(Validates(), loader, loader)
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        lambda delta: delta,
+        lambda delta: ({}, {}),
+        lambda delta: ({k: v[:1] for k, v in delta.items()}, {}),
+        lambda _: 1,
+    ],
+    ids=["no state", "no step", "wrong shapes", "a number"],
+)
+def test_server_optimizer_of_another_shape(answer: Callable[[Any], Any]) -> None:
+    rule = ServerOptimizer(lambda params: {}, lambda delta, state, params: answer(delta))
+    module = Counting()
+    before = {name: value.clone() for name, value in module.state_dict().items()}
+    trainer = reference.quiet_trainer(max_epochs=1, strategy=FederatedStrategy(server_optimizer=rule))
+    with pytest.raises(TypeError, match=r"server_optimizer: update must return \(step, state\)"):
+        trainer.fit(module, reference.loader(reference.dataset()))
+    assert reference.difference(module.state_dict(), before) == 0.0
+
+
+def test_aggregator_of_another_length() -> None:
+    rule = aggregators.mean()._replace(finish=lambda total: total)
+    trainer = reference.quiet_trainer(max_epochs=1, strategy=FederatedStrategy(aggregator=rule))
+    with pytest.raises(ValueError, match="aggregator: finish returned a tensor of shape"):
+        trainer.fit(Counting(), reference.loader(reference.dataset()))
+
+
+def test_weigh_decides_what_is_computed_and_what_is_reported() -> None:
+    data, partition = reference.dataset(272), reference.unequal_clients(272)
+    expected = reference.fed_avg(
+        reference.make_module(), data, partition, rounds=2, clients_per_round=7, weigh=lambda held: float(held**2)
+    )
+    rule = aggregators.mean()._replace(weigh=lambda update: float(update.held**2))
+    strategy = FederatedStrategy(partitioner=partition, aggregator=rule)
+    module = reference.make_module()
+    reference.quiet_trainer(max_epochs=2, strategy=strategy).fit(module, reference.loader(data))
+    assert reference.difference(module.state_dict(), expected) == 0.0
+    squares = partition.sizes.astype(float) ** 2
+    assert strategy.last_round is not None
+    assert strategy.last_round.weights == pytest.approx(squares / squares.sum())
+
+
+@pytest.mark.parametrize("partitioner", [Path("split.json"), "split.json"], ids=["path", "string"])
+def test_partition_file_that_was_not_loaded(partitioner: Any) -> None:
+    with pytest.raises(TypeError, match=r"partitioner='split.json' is a file: load it first"):
+        FederatedStrategy(partitioner=partitioner)
+
+
+def test_partitioner_class_in_place_of_an_object() -> None:
+    with pytest.raises(TypeError, match=r"partitioner=IidPartitioner is a class"):
+        FederatedStrategy(partitioner=partitioners.IidPartitioner)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"local_epochs": 2}, r"local_epochs=2 differs from 1"),
+        ({"client_optimizer": "keep"}, r"client_optimizer=keep differs from reset"),
+        ({}, None),
+    ],
+    ids=["epochs", "keep", "nothing"],
+)
+def test_resume_with_other_settings_warns(saved: Path, change: dict[str, Any], message: str | None) -> None:
+    strategy = FederatedStrategy(num_clients=4, server_optimizer=server.from_torch(torch.optim.Adam), **change)
+    trainer = reference.quiet_trainer(max_epochs=3, strategy=strategy)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        trainer.fit(Counting(), reference.loader(reference.dataset()), ckpt_path=saved)
+    told = [str(warning.message) for warning in caught if "ckpt_path: " in str(warning.message)]
+    assert len(told) == (message is not None)
+    assert message is None or re.search(message, told[0])
