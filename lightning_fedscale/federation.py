@@ -3,25 +3,24 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain
-from typing import Any, NamedTuple
+from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
-from torch import Tensor, nn
+from lightning.pytorch.utilities import rank_zero_warn
+from torch import Tensor
 from torch.optim import Optimizer
-from torch.utils._pytree import tree_map
 
 from lightning_fedscale import collectives, randomness
-from lightning_fedscale.arguments import Arguments, name_clients
+from lightning_fedscale.arguments import Arguments
 from lightning_fedscale.checkpointing import changed_settings, check_resume, federated_state
 from lightning_fedscale.clients import ClientStore, OptimizerKeeper
+from lightning_fedscale.custody import Custody
 from lightning_fedscale.executors import (
-    ClientLoader,
     Exchange,
     RoundContext,
     RoundLoader,
@@ -30,11 +29,13 @@ from lightning_fedscale.executors import (
     exchange_of,
     no_batch_left,
 )
+from lightning_fedscale.global_model import GlobalModel
 from lightning_fedscale.partitioners import Partition
 from lightning_fedscale.progress import ClientProgress
 from lightning_fedscale.records import RoundTable
-from lightning_fedscale.rounds import LocalWork, RoundPlan, epochs_from, pass_order, plan_round, steps_from
-from lightning_fedscale.types import ClientUpdate, IntArray, Params, RoundRecord
+from lightning_fedscale.rounds import LocalWork, RoundPlan
+from lightning_fedscale.types import ClientUpdate, RoundRecord
+from lightning_fedscale.workload import Workload
 
 
 @dataclass
@@ -48,15 +49,6 @@ class _OpenRound:
     started: float
     outside: randomness.GlobalState  # the global generators as the user left them
     inside: randomness.GlobalState | None = None  # as the first client finds them once its first batch is there
-
-
-class _Data(NamedTuple):
-    """The training data as the federation sees it."""
-
-    loader: ClientLoader
-    partition: Partition
-    cohort_size: int
-    order_seed: int
 
 
 class Federation:
@@ -84,10 +76,10 @@ class Federation:
         self._world_size = world_size
         self._device = trainer.strategy.root_device
         self._store = ClientStore()
-        self._holder: dict[int, int] = {}  # rank that holds a client's optimizers; absent: every rank, or none yet
+        self._custody = Custody(self._store, rank, world_size, self._device) if options.keep_optimizers else None
         self._executor: SequentialExecutor
-        self._data: _Data | None = None
-        self._server_state: Any = None
+        self._work: Workload | None = None
+        self._global = GlobalModel(options.aggregator, options.server_optimizer)
         self._resumed: dict[str, Any] | None = None
         self._open: _OpenRound | None = None
         self._live: tuple[Exchange, Tensor] | None = None  # the global model, while the module holds a client's
@@ -118,69 +110,38 @@ class Federation:
         Raises:
             TypeError, ValueError: for data that cannot be divided as asked.
         """
-        module = self._trainer.lightning_module
-        norms = [part for part in module.modules() if isinstance(part, nn.modules.batchnorm._BatchNorm)]
-        clients = ClientLoader(loader, share=share, merge_single=bool(norms))
-        partition = self._options.partition(clients.dataset)
-        cohort_size = self._options.cohort_size(partition.num_clients)
-        if cohort_size < self._world_size:
-            raise ValueError(
-                f"clients_per_round={cohort_size} is fewer than the {self._world_size} ranks (devices x nodes): every"
-                f" rank needs a client. Use devices={cohort_size} or raise clients_per_round."
-            )
-        if len(short := clients.too_small(partition.sizes)):
-            raise ValueError(
-                f"train_dataloader: drop_last=True with batch_size={clients.batch_size} leaves {len(short)} of"
-                f" {partition.num_clients} clients without a batch ({name_clients(short)}): set drop_last=False, use a"
-                " smaller batch_size, or a partitioner with a larger min_partition_size."
-            )
-        if norms and len(alone := (partition.sizes == 1).nonzero()[0]):
-            rank_zero_warn(
-                f"{len(alone)} clients hold a single sample ({name_clients(alone)}), and the model has BatchNorm, which"
-                " may refuse a batch of one: use a partitioner with min_partition_size=2."
-            )
-        seed = self._options.seed
-        if clients.salt is not None:
-            seed = randomness.derive(seed, randomness.ORDER, clients.salt)
+        workload = Workload(self._trainer.lightning_module, loader, self._options, self._world_size, share)
         self.close()
-        self._data = _Data(clients, partition, cohort_size, order_seed=seed)
+        self._work = workload
         self._check_resumed()
-        sizes = partition.sizes
-        rank_zero_info(
-            f"Federated: {len(sizes):,} clients hold {int(sizes.sum()):,} samples ({sizes.min():,} to {sizes.max():,}"
-            f" each); {cohort_size:,} of them train in every round."
-        )
-        return RoundLoader(clients, self._options.rounds_per_epoch, self.open_round)
+        return RoundLoader(workload.loader, self._options.rounds_per_epoch, self.open_round)
 
     @property
     def partition(self) -> Partition | None:
         """Which samples each client holds; None before the data was seen."""
-        return None if self._data is None else self._data.partition
-
-    def _seen(self) -> _Data:
-        assert self._data is not None, "rounds need data"
-        return self._data
+        return None if self._work is None else self._work.partition
 
     def close(self) -> None:
         """Stop the loader's worker processes; give up a round whose first batch never arrived."""
         if self._open is not None and self._open.inside is None:
             randomness.restore(self._open.outside, self._device)
             self._open = None
-        if self._data is not None:
-            self._data.loader.close()
+        if self._work is not None:
+            self._work.loader.close()
 
     # ---- a round
 
     def open_round(self) -> Any:
         """Plan the next round and fetch the first batch of this rank's first client, under that client's randomness."""
-        round = self._next_round()
-        started = time.perf_counter()
-        plan = self._plan(round)
-        work = [self._work_of(client, round) for client in plan.clients_of(self._rank)]
+        assert self._work is not None
+        round, started = self._next_round(), time.perf_counter()
+        plan = self._work.plan(round)
+        clients = plan.clients_of(self._rank)
+        work = [self._work.of_client(client, round, self._store.cursor(client)) for client in clients]
         seed, device = self._options.seed, self._device
         outside = randomness.capture(device)
         try:
-            batches = self._seen().loader.stream(
+            batches = self._work.loader.stream(
                 [(client_seed(seed, round, item.client), item.batches) for item in work],
                 randomness.derive(seed, randomness.LOADER, round, self._rank),
             )
@@ -229,12 +190,12 @@ class Federation:
             training,
         )
         self._progress = ClientProgress(self._trainer, len(opened.work))
-        self._fetch_optimizers(opened.plan)
+        if self._custody is not None:
+            self._custody.fetch(opened.plan)
         self._tell("on_round_start", opened.plan.round, opened.plan.cohort)
         try:
             total, table = self._train_together(context, opened)
-            aggregate = self._aggregate(total, table, server)
-            self._step(exchange, server, aggregate, training=training)
+            aggregate = self._global.move(exchange, server, total, table, training=training)
         except BaseException:
             exchange.settle()
             exchange.set_trainable()
@@ -262,39 +223,6 @@ class Federation:
         loop = self._trainer.fit_loop
         # Steps stand still in an epoch that only feeds BatchNorm; its rounds differ all the same.
         return self._trainer.global_step + (loop.epoch_loop.batch_progress.current.ready if loop._skip_backward else 0)
-
-    def _plan(self, round: int) -> RoundPlan:
-        return plan_round(
-            round,
-            seed=self._options.seed,
-            sampler=self._options.sampler,
-            num_clients=self._seen().partition.num_clients,
-            clients_per_round=self._seen().cohort_size,
-            cost=self._cost,
-            world_size=self._world_size,
-        )
-
-    def _cost(self, clients: IntArray) -> IntArray:
-        # By samples; with local_steps every client does the same work. Not `partition.sizes`: that is of all clients.
-        offsets = self._seen().partition.offsets
-        sizes: IntArray = offsets[clients + 1] - offsets[clients]
-        return sizes if self._options.local_steps is None else sizes * 0 + self._options.local_steps
-
-    def _work_of(self, client: int, round: int) -> LocalWork:
-        data, options = self._seen(), self._options
-        indices = data.partition.client(client)
-
-        def batches_of(number: int) -> list[list[int]]:
-            shuffle = data.loader.shuffle
-            order = pass_order(indices, shuffle=shuffle, seed=data.order_seed, client=client, number=number)
-            return data.loader.batches(order)
-
-        if options.local_steps is not None:
-            batches, cursor = steps_from(self._store.cursor(client), options.local_steps, batches_of)
-        else:
-            assert options.local_epochs is not None
-            batches, cursor = epochs_from(round * options.local_epochs, options.local_epochs, batches_of), (0, 0)
-        return LocalWork(client, len(indices), batches, cursor)
 
     def _train_together(self, context: RoundContext, opened: _OpenRound) -> tuple[Tensor, RoundTable]:
         """Train this rank's clients and add up the ranks; an exception on one of them is one on all."""
@@ -333,7 +261,8 @@ class Federation:
         """This rank could not even begin: take part in the round's communication, so that no rank waits in vain."""
         if self._world_size == 1:
             return
-        self._fetch_optimizers(plan)
+        if self._custody is not None:
+            self._custody.fetch(plan)
         exchange = exchange_of(self._trainer.lightning_module)
         total = self._options.aggregator.init(exchange.view.read())
         table = RoundTable(plan, self._world_size, len(exchange.parameters))
@@ -348,72 +277,14 @@ class Federation:
         total.copy_(merged[: total.numel()])
         table.unpack(merged[total.numel() :])
 
-    def _aggregate(self, total: Tensor, table: RoundTable, server: Tensor) -> Tensor:
-        rejected = table.rejected()
-        if len(rejected) == table.cohort_size:
-            raise RuntimeError(
-                f"round {self._trainer.global_step}: the updates of all {len(rejected)} clients have NaN or infinite"
-                " values, so the global model stays as it was before this round. Lower the learning rate, clip"
-                " gradients (Trainer(gradient_clip_val=1.0)) or look for bad samples."
-            )
-        if rejected:
-            rank_zero_warn(
-                f"round {self._trainer.global_step}: left out {len(rejected)} client(s) whose update has NaN or"
-                f" infinite values: {', '.join(map(str, rejected[:10]))}{', ...' if len(rejected) > 10 else ''}."
-            )
-        aggregate = self._options.aggregator.finish(total)
-        if aggregate.shape != server.shape:
-            raise ValueError(
-                f"aggregator: finish returned a tensor of shape {tuple(aggregate.shape)}, not one as long as the"
-                f" clients' deltas, {tuple(server.shape)}."
-            )
-        return aggregate
-
-    def _step(self, exchange: Exchange, server: Tensor, aggregate: Tensor, *, training: bool) -> None:
-        """Move the global model; buffers and frozen parameters take the clients' mean."""
-        moved = exchange.origin(server) - aggregate
-        if training:
-            rule, params = self._options.server_optimizer, exchange.named(server)
-            if self._server_state is None:
-                self._server_state = rule.init(params)
-            step, state = _checked(rule.update(exchange.named(aggregate), self._server_state, params), params)
-            for name, value in exchange.named(moved).items():
-                torch.sub(params[name], step[name], out=value)
-        else:
-            state = self._server_state
-            moved[: exchange.view.trainable] = server[: exchange.view.trainable]
-        if not (torch.isfinite(moved) | ~torch.isfinite(server)).all():
-            raise RuntimeError(
-                f"server_optimizer: its step in round {self._trainer.global_step} has NaN or infinite values, so the"
-                " global model stays as it was before this round. Lower the server learning rate."
-            )
-        exchange.view.write(moved)
-        self._server_state = state
-
     def _commit(self, plan: RoundPlan, table: RoundTable) -> None:
         if self._options.local_steps is not None:
             for client, cursor in table.cursors().items():
                 self._store.stage(client, cursor)
         self._store.commit()
-        if self._options.keep_optimizers:
-            for client, rank in zip(plan.cohort.tolist(), plan.ranks.tolist(), strict=True):
-                self._holder[client] = rank
-                if rank != self._rank:
-                    self._store.put_optimizers(client, None)
+        if self._custody is not None:
+            self._custody.commit(plan)
         self._executor.set_scaler_state(*table.smallest_scale())
-
-    def _fetch_optimizers(self, plan: RoundPlan) -> None:
-        """Bring kept optimizers to the rank that trains their client now; nothing moves when the placement stays."""
-        if not self._options.keep_optimizers or self._world_size == 1:
-            return
-        for client, rank in zip(plan.cohort.tolist(), plan.ranks.tolist(), strict=True):
-            holder = self._holder.get(client, rank)
-            if holder == rank:
-                continue
-            if self._rank == holder:
-                collectives.send(self._store.optimizers(client), rank, self._device)
-            elif self._rank == rank:
-                self._store.put_optimizers(client, collectives.receive(holder, self._device))
 
     # ---- while clients train
 
@@ -476,15 +347,13 @@ class Federation:
     def state_dict(self) -> dict[str, Any] | None:
         """What a checkpoint needs to go on exactly; on rank 0, None elsewhere. To be called on all ranks."""
         clients = self._store.state_dict()
-        if self._options.keep_optimizers and self._world_size > 1:
-            if self.in_client:
+        if self._custody is not None:
+            if self.in_client and self._world_size > 1:
                 raise RuntimeError(
                     "save_checkpoint inside a client: with client_optimizer='keep' on several ranks the clients'"
                     " optimizers can only be collected between rounds. Save from a callback's on_train_batch_end."
                 )
-            mine = {c: s for c, s in clients["optimizers"].items() if self._holder.get(c, 0) == self._rank}
-            parts = collectives.gather_on_zero(mine)
-            clients["optimizers"] = dict(sorted((c, s) for part in parts for c, s in part.items()))
+            clients["optimizers"] = self._custody.collect(clients["optimizers"])
         if self._rank != 0:
             return None
         return federated_state(
@@ -493,7 +362,7 @@ class Federation:
             seed=self._options.seed,
             num_clients=None if self.partition is None else self.partition.num_clients,
             partition=None if self.partition is None else self.partition.fingerprint,
-            server=self._server_state,
+            server=self._global.state,
             clients=clients,
         )
 
@@ -525,10 +394,9 @@ class Federation:
             rank_zero_warn(f"ckpt_path: {changed}")
         self._check_resumed()
         self._store.load_state_dict(state["clients"])
-        self._holder = {}
-        self._server_state = tree_map(
-            lambda leaf: leaf.to(self._device) if isinstance(leaf, Tensor) else leaf, state["server"]
-        )
+        if self._custody is not None:
+            self._custody.reset()
+        self._global.load_state(state["server"], self._device)
 
     def _check_resumed(self) -> None:
         # A checkpoint from before the data was seen (a learning-rate search writes one) has nothing to compare.
@@ -551,15 +419,3 @@ def _first_batch(batches: Iterator[Any], work: LocalWork) -> tuple[Any, int]:
         if (batch := next(batches)) is not None:
             return batch, skipped
     raise no_batch_left(work)
-
-
-def _checked(answer: Any, params: Params) -> tuple[Params, Any]:
-    """What a server optimizer's ``update`` returned, if it is what it should be."""
-    if isinstance(answer, tuple) and len(answer) == 2 and isinstance(answer[0], Mapping):
-        step, state = answer
-        if step.keys() == params.keys() and all(step[name].shape == params[name].shape for name in params):
-            return step, state
-    raise TypeError(
-        "server_optimizer: update must return (step, state), where step has a tensor for every parameter, by the names"
-        " and in the shapes of delta."
-    )

@@ -86,6 +86,11 @@ class RoundTable:
         return self._failed.nonzero().flatten().tolist()
 
     @property
+    def round(self) -> int:
+        """Index of the round."""
+        return self._plan.round
+
+    @property
     def cohort_size(self) -> int:
         """Number of clients in the round, accepted or not."""
         return len(self._row)

@@ -41,7 +41,11 @@ WHOLE = "pass an integer of at least 1"
         ({"partitioner": "zzz"}, ValueError, "partitioner='zzz' is unknown: the names are iid, dirichlet"),
         ({"partitioner": "size"}, ValueError, r"partitioner='size' needs partition_sizes: pass .*SizePartitioner\("),
         ({"partitioner": None}, TypeError, "partitioner=None: pass a name such as 'iid'"),
-        ({"partitioner": partitioners.IidPartitioner}, TypeError, "partitioner=<class .*: pass a name such as"),
+        (
+            {"partitioner": partitioners.IidPartitioner},
+            TypeError,
+            "partitioner=IidPartitioner is a class: make an object",
+        ),
         ({"partitioner": [[0, 1], [2]]}, TypeError, r"partitioner=\[\[0, 1\], \[2\]\]: pass a name .* or a Partition"),
         (
             {"partitioner": partitioners.DirichletPartitioner(4, alpha=1.0, seed=None)},

@@ -31,9 +31,9 @@ LEVELS = [
         "server",
     },
     {"arguments", "rounds"},
-    {"records"},
+    {"custody", "records"},
     {"executors"},
-    {"checkpointing", "progress"},
+    {"checkpointing", "global_model", "progress", "workload"},
     {"federation"},
     {"strategy"},
     {"callbacks"},
@@ -49,8 +49,10 @@ KNOW_LIGHTNING = {
     "cli",
     "executors",
     "federation",
+    "global_model",
     "progress",
     "strategy",
+    "workload",
 }
 LIGHTNING = {"lightning", "lightning_fabric", "pytorch_lightning"}
 WITHOUT_TORCH = {"scaling"}

@@ -1,0 +1,104 @@
+"""The server's part of a round: from the sum over all clients to the next global model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from lightning.pytorch.utilities import rank_zero_warn
+from torch import Tensor
+from torch.utils._pytree import tree_map
+
+from lightning_fedscale.aggregators import Aggregator
+from lightning_fedscale.executors import Exchange
+from lightning_fedscale.records import RoundTable
+from lightning_fedscale.server import ServerOptimizer
+from lightning_fedscale.types import Params
+
+
+class GlobalModel:
+    """Moves the global model, and holds the server optimizer's state.
+
+    Every rank does the same from the same sums, so nothing needs to be sent back.
+
+    Args:
+        aggregator: reads the aggregate off the sum over clients.
+        rule: how trainable parameters move; buffers and frozen parameters take the clients' mean.
+    """
+
+    def __init__(self, aggregator: Aggregator, rule: ServerOptimizer) -> None:
+        self._aggregator = aggregator
+        self._rule = rule
+        self.state: Any = None
+
+    def load_state(self, state: Any, device: torch.device) -> None:
+        """Go on from a saved state."""
+        self.state = tree_map(lambda leaf: leaf.to(device) if isinstance(leaf, Tensor) else leaf, state)
+
+    def move(self, exchange: Exchange, server: Tensor, total: Tensor, table: RoundTable, *, training: bool) -> Tensor:
+        """Write the next global model into the module, and return the aggregated delta.
+
+        Args:
+            exchange: the module's tensors.
+            server: the global model of this round.
+            total: the aggregator's accumulator over all ranks.
+            table: the round in numbers, of all ranks.
+            training: False leaves trainable parameters alone.
+
+        Raises:
+            RuntimeError: if no client's update, or not the server's step, is finite; nothing was written then.
+            TypeError, ValueError: if the aggregator or the server optimizer returns something of another shape.
+        """
+        aggregate = self._aggregate(server, total, table)
+        moved = exchange.origin(server) - aggregate
+        state = self.state
+        if training:
+            params = exchange.named(server)
+            state = self._rule.init(params) if state is None else state
+            step, state = _checked(self._rule.update(exchange.named(aggregate), state, params), params)
+            for name, value in exchange.named(moved).items():
+                torch.sub(params[name], step[name], out=value)
+        else:
+            moved[: exchange.view.trainable] = server[: exchange.view.trainable]
+        if not (torch.isfinite(moved) | ~torch.isfinite(server)).all():
+            raise RuntimeError(
+                f"server_optimizer: its step in round {table.round} has NaN or infinite values, so the global model"
+                " stays as it was before this round. Lower the server learning rate."
+            )
+        exchange.view.write(moved)
+        self.state = state
+        return aggregate
+
+    def _aggregate(self, server: Tensor, total: Tensor, table: RoundTable) -> Tensor:
+        rejected = table.rejected()
+        if len(rejected) == table.cohort_size:
+            raise RuntimeError(
+                f"round {table.round}: the updates of all {len(rejected)} clients have NaN or infinite values, so the"
+                " global model stays as it was before this round. Lower the learning rate, clip gradients"
+                " (Trainer(gradient_clip_val=1.0)) or look for bad samples."
+            )
+        if rejected:
+            rank_zero_warn(
+                f"round {table.round}: left out {len(rejected)} client(s) whose update has NaN or infinite values:"
+                f" {', '.join(map(str, rejected[:10]))}{', ...' if len(rejected) > 10 else ''}."
+            )
+        aggregate = self._aggregator.finish(total)
+        if aggregate.shape != server.shape:
+            raise ValueError(
+                f"aggregator: finish returned a tensor of shape {tuple(aggregate.shape)}, not one as long as the"
+                f" clients' deltas, {tuple(server.shape)}."
+            )
+        return aggregate
+
+
+def _checked(answer: Any, params: Params) -> tuple[Params, Any]:
+    """What a server optimizer's ``update`` returned, if it is what it should be."""
+    if isinstance(answer, tuple) and len(answer) == 2 and isinstance(answer[0], Mapping):
+        step, state = answer
+        if step.keys() == params.keys() and all(step[name].shape == params[name].shape for name in params):
+            return step, state
+    raise TypeError(
+        "server_optimizer: update must return (step, state), where step has a tensor for every parameter, by the names"
+        " and in the shapes of delta."
+    )
