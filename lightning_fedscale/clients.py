@@ -8,7 +8,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 
 from lightning_fedscale.types import Cursor
 
@@ -188,6 +188,15 @@ def _copied(value: Any) -> Any:
 
 
 def _same(left: Any, right: Any) -> bool:
+    left_leaves, right_leaves = tree_leaves(left), tree_leaves(right)
+    return (
+        type(left) is type(right)
+        and len(left_leaves) == len(right_leaves)
+        and all(map(_equal, left_leaves, right_leaves))
+    )
+
+
+def _equal(left: Any, right: Any) -> bool:
     if isinstance(left, Tensor) and isinstance(right, Tensor):
         return torch.equal(left, right)
     return type(left) is type(right) and bool(left == right)

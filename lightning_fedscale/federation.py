@@ -54,7 +54,7 @@ class _OpenRound:
 class Federation:
     """Everything between ``trainer.fit`` and the last round.
 
-    A round goes so; only the line marked with stars crosses ranks:
+    A round goes so; the line marked with stars crosses ranks, and kept optimizers do that move with their clients:
 
         open_round    plan the cohort, start streaming its batches, hand the first one to the Trainer
         run_round     for each client of this rank: global weights -> local batches -> delta -> accumulate

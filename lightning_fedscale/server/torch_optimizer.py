@@ -25,7 +25,7 @@ def from_torch(optimizer: Callable[..., Optimizer], **options: Any) -> ServerOpt
 
     Args:
         optimizer: a class of ``torch.optim`` or another with the same interface whose ``step`` needs no closure.
-        options: its arguments.
+        options: its arguments. Name ``lr``: torch's own defaults are made for gradients, not for deltas.
 
     Raises:
         TypeError: if ``optimizer`` cannot be called with parameters and these options, or ``step`` without a closure.
