@@ -12,19 +12,16 @@ import torch
 from lightning.fabric.plugins import CheckpointIO, ClusterEnvironment
 from lightning.fabric.strategies.registry import _StrategyRegistry
 from lightning.fabric.utilities.seed import reset_seed
-from lightning.pytorch.callbacks import GradientAccumulationScheduler, ThroughputMonitor
-from lightning.pytorch.core.optimizer import _MockOptimizer
+from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from lightning.pytorch.overrides.distributed import _sync_module_states
 from lightning.pytorch.plugins.io.wrapper import _WrappingCheckpointIO
 from lightning.pytorch.plugins.precision import Precision
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
-from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from torch import Tensor, nn
-from torchmetrics import Metric
 
-from lightning_fedscale import arguments, samplers, server
+from lightning_fedscale import arguments, refusals, samplers, server
 from lightning_fedscale.aggregators import Aggregator
 from lightning_fedscale.checkpointing import AtomicCheckpointIO
 from lightning_fedscale.executors import LocalBatchHooks, RoundEnd, RoundLoops, close_finished_epoch
@@ -191,7 +188,13 @@ class FederatedStrategy(DDPStrategy):
         """Put the Trainer's steps on rounds, then set up model and optimizers as for a single device."""
         if trainer.state.fn == TrainerFn.FITTING:
             self._close_fit()
-            self._check(trainer)
+            refusals.check_fit(
+                trainer,
+                device=self.root_device,
+                processes=self._processes,
+                layer_sync=self._layer_sync is not None,
+                rounds_per_epoch=self._options.rounds_per_epoch,
+            )
             self._open_fit(trainer)
         # Not DDPStrategy's: it wraps the model.
         super(DDPStrategy, self).setup(trainer)
@@ -199,22 +202,10 @@ class FederatedStrategy(DDPStrategy):
     def setup_optimizers(self, trainer: pl.Trainer) -> None:
         """Build the optimizers and note the state in which every new client finds them."""
         super().setup_optimizers(trainer)
-        if not self.optimizers or any(isinstance(optimizer, _MockOptimizer) for optimizer in self.optimizers):
-            raise ValueError(
-                "configure_optimizers returned no optimizer, so clients could not train: return at least one, such as"
-                " torch.optim.SGD(self.parameters(), lr=0.1)."
-            )
-        module, federation = self.lightning_module, self._federation
-        assert module is not None and federation is not None  # noqa: PT018
-        own = {id(parameter) for parameter in module.parameters()}
-        held = (p for optimizer in self.optimizers for group in optimizer.param_groups for p in group["params"])
-        if (foreign := next((p for p in held if id(p) not in own), None)) is not None:
-            raise ValueError(
-                f"configure_optimizers: an optimizer holds a parameter of shape {tuple(foreign.shape)} that is not one"
-                " of the model's, so it would pass from client to client: assign its layer as an attribute of the"
-                " LightningModule, or keep it out of the optimizer."
-            )
-        federation.attach_optimizers(self.optimizers)
+        assert self.lightning_module is not None
+        assert self._federation is not None
+        refusals.check_optimizers(self.lightning_module, self.optimizers)
+        self._federation.attach_optimizers(self.optimizers)
 
     def process_dataloader(self, dataloader: object) -> object:
         """Replace the train loader by one whose items are rounds; others stay as they are."""
@@ -228,22 +219,7 @@ class FederatedStrategy(DDPStrategy):
         Raises:
             ValueError: with the reason and the remedy.
         """
-        trainer = self._trainer_of_fit
-        for config in trainer.lr_scheduler_configs if trainer.lightning_module.automatic_optimization else ():
-            if config.interval == "step" and config.frequency > trainer.num_training_batches:
-                raise ValueError(
-                    f"configure_optimizers: a scheduler with interval='step' and frequency={config.frequency} would"
-                    f" never step, since Lightning counts from the epoch's start and an epoch has"
-                    f" {trainer.num_training_batches} round(s): use interval='epoch', or"
-                    f" FederatedStrategy(rounds_per_epoch={config.frequency})."
-                )
-        loader = trainer.fit_loop._combined_loader
-        if loader is not None and loader.iterables is not loader.flattened[0]:
-            raise ValueError(
-                f"train_dataloader: got a {type(loader.iterables).__name__} of {len(loader.flattened)} loaders,"
-                " FederatedStrategy divides one dataset among clients: return a single DataLoader, for example over"
-                " torch.utils.data.ConcatDataset."
-            )
+        refusals.check_loaders_and_schedulers(self._trainer_of_fit)
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Gradient accumulation happens inside clients; a round is never accumulated."""
@@ -266,62 +242,6 @@ class FederatedStrategy(DDPStrategy):
     def _trainer_of_fit(self) -> pl.Trainer:
         assert self.lightning_module is not None
         return self.lightning_module.trainer
-
-    def _check(self, trainer: pl.Trainer) -> None:
-        """Refuse what cannot work before anything is built.
-
-        Raises:
-            ValueError: with the reason and the remedy.
-        """
-        module = trainer.lightning_module
-        if self._layer_sync is not None:
-            raise ValueError(
-                "Trainer(sync_batchnorm=True): clients are independent, their batch statistics must not be shared while"
-                " they train. Remove it; FederatedStrategy averages BatchNorm buffers after every round."
-            )
-        if self.root_device.type not in ("cpu", "cuda"):
-            raise ValueError(
-                f"accelerator: FederatedStrategy runs on CPU and CUDA, not on {self.root_device.type!r}: use"
-                " Trainer(accelerator='cpu')."
-            )
-        if any(nn.parameter.is_lazy(tensor) for tensor in (*module.parameters(), *module.buffers())):
-            raise ValueError(
-                "the model has lazy layers whose parameters have no shape yet: run a forward pass on one batch in"
-                " LightningModule.configure_model, so that all clients start from the same weights."
-            )
-        if not any(p.requires_grad for p in module.parameters()):
-            total = len(list(module.parameters()))
-            raise ValueError(
-                f"the model has {total} parameter tensors and none is trainable, so clients have nothing to learn: "
-                + ("set requires_grad=True for those that should train." if total else "give it layers as attributes.")
-            )
-        if is_param_in_hook_signature(module.training_step, "dataloader_iter", explicit=True):
-            raise ValueError(
-                "training_step(self, dataloader_iter) is not supported: clients are fed batch by batch. Use"
-                " training_step(self, batch, batch_idx)."
-            )
-        every, epoch = trainer.val_check_interval, self._options.rounds_per_epoch
-        if (
-            isinstance(every, int)
-            and every > epoch
-            and trainer.check_val_every_n_epoch is not None
-            and trainer.limit_val_batches
-        ):
-            raise ValueError(
-                f"Trainer(val_check_interval={every}) counts rounds within an epoch, and an epoch has {epoch}: use"
-                f" FederatedStrategy(rounds_per_epoch={every}), or Trainer(check_val_every_n_epoch={every}) without it."
-            )
-        if any(isinstance(callback, ThroughputMonitor) for callback in trainer.callbacks):  # type: ignore[attr-defined]
-            raise ValueError(
-                "callbacks: ThroughputMonitor counts one batch per step, but a step is a round here. Remove it;"
-                " round/samples, round/local_steps and round/seconds are logged every round."
-            )
-        synced = [name for name, m in module.named_modules() if isinstance(m, Metric) and m.dist_sync_on_step]
-        if synced and self._processes > 1:
-            raise ValueError(
-                f"metric {synced[0]!r} has dist_sync_on_step=True, but clients train independently and may take"
-                " different numbers of steps: set it to False; it is still reduced over ranks at the epoch's end."
-            )
 
     def _open_fit(self, trainer: pl.Trainer) -> None:
         """Prepare the Trainer for rounds, and note how to put everything back."""

@@ -33,7 +33,7 @@ LEVELS = [
     {"arguments", "rounds"},
     {"custody", "records"},
     {"executors"},
-    {"checkpointing", "global_model", "progress", "workload"},
+    {"checkpointing", "global_model", "progress", "refusals", "workload"},
     {"federation"},
     {"strategy"},
     {"callbacks"},
@@ -51,6 +51,7 @@ KNOW_LIGHTNING = {
     "federation",
     "global_model",
     "progress",
+    "refusals",
     "strategy",
     "workload",
 }
