@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import numbers
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -123,7 +124,8 @@ def check(
             )
     elif not isinstance(partitioner, Partition):
         raise TypeError(
-            f"partitioner={partitioner!r}: pass a name such as 'iid' or 'dirichlet', a Partitioner or a Partition."
+            f"partitioner={partitioner!r}: pass a name such as 'iid' or 'dirichlet', a Partitioner or a Partition"
+            " (Partition.from_lists makes one of index lists)."
         )
     declared = partitioner.num_clients if isinstance(partitioner, Partition) else _declared(partitioner)
     if num_clients is not None and declared not in (None, num_clients):
@@ -167,6 +169,20 @@ def check(
         keep_optimizers=client_optimizer == "keep",
         seed=integer("seed", seed, minimum=0),
     )
+
+
+def check_processes(start_method: str, timeout: timedelta) -> None:
+    """Check how processes are to be started and how long they may wait.
+
+    Raises:
+        TypeError: if ``timeout`` is no timedelta.
+        ValueError: if the start method is unknown.
+    """
+    known = ("popen", "fork", "spawn", "forkserver")
+    if start_method not in known:
+        raise ValueError(f"start_method={start_method!r}: choose one of {', '.join(map(repr, known))}.")
+    if not isinstance(timeout, timedelta):
+        raise TypeError(f"timeout={timeout!r}: pass a datetime.timedelta, such as timedelta(minutes=30).")
 
 
 def name_clients(clients: IntArray) -> str:

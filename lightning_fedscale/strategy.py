@@ -115,6 +115,7 @@ class FederatedStrategy(DDPStrategy):
         timeout: timedelta = _THIRTY_MINUTES,
         start_method: Literal["popen", "spawn", "fork", "forkserver"] = "popen",
     ) -> None:
+        arguments.check_processes(start_method, timeout)
         super().__init__(
             accelerator=accelerator,
             parallel_devices=parallel_devices,

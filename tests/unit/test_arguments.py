@@ -41,6 +41,9 @@ WHOLE = "pass an integer of at least 1"
         ({"partitioner": "zzz"}, ValueError, "partitioner='zzz' is unknown: the names are iid, dirichlet"),
         ({"partitioner": "size"}, ValueError, r"partitioner='size' needs partition_sizes: pass .*SizePartitioner\("),
         ({"partitioner": None}, TypeError, "partitioner=None: pass a name such as 'iid'"),
+        ({"partitioner": {0: [1]}}, TypeError, "Partition.from_lists makes one of index lists"),
+        ({"start_method": "thread"}, ValueError, "start_method='thread': choose one of 'popen', 'fork'"),
+        ({"timeout": 30}, TypeError, "timeout=30: pass a datetime.timedelta"),
         (
             {"partitioner": partitioners.IidPartitioner},
             TypeError,
