@@ -108,6 +108,7 @@ class OptimizerKeeper:
         self._optimizer = optimizer
         self._fresh = self._pack()
         self._options: list[dict[str, Any]] = []
+        self.open_round()
 
     def open_round(self) -> None:
         """Remember the group options that every client of this round starts from."""

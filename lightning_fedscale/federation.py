@@ -137,10 +137,10 @@ class Federation:
         round, started = self._next_round(), time.perf_counter()
         plan = self._work.plan(round)
         clients = plan.clients_of(self._rank)
-        work = [self._work.of_client(client, round, self._store.cursor(client)) for client in clients]
         seed, device = self._options.seed, self._device
         outside = randomness.capture(device)
         try:
+            work = [self._work.of_client(client, round, self._store.cursor(client)) for client in clients]
             batches = self._work.loader.stream(
                 [(client_seed(seed, round, item.client), item.batches) for item in work],
                 randomness.derive(seed, randomness.LOADER, round, self._rank),
@@ -192,7 +192,6 @@ class Federation:
         self._progress = ClientProgress(self._trainer, len(opened.work))
         if self._custody is not None:
             self._custody.fetch(opened.plan)
-        self._tell("on_round_start", opened.plan.round, opened.plan.cohort)
         try:
             total, table = self._train_together(context, opened)
             aggregate = self._global.move(exchange, server, total, table, training=training)
@@ -230,6 +229,7 @@ class Federation:
         table = RoundTable(opened.plan, self._world_size, len(context.exchange.parameters))
         failure: Exception | None = None
         try:
+            self._tell("on_round_start", opened.plan.round, opened.plan.cohort)
             with self._inside_clients(context.exchange, context.server):
                 total = self._train_clients(context, total, table)
         except Exception as error:

@@ -53,6 +53,10 @@ class FlatView:
             views = self._cut[vector.data_ptr()] = [part.view(tensor.shape) for part, tensor in parts]
         return views
 
+    def forget(self, vector: Tensor) -> None:
+        """Let go of a vector that is no longer needed, so that its memory can be used again."""
+        self._cut.pop(vector.data_ptr(), None)
+
     def read(self) -> Tensor:
         """A new vector with the tensors' values."""
         vector = self.empty()

@@ -150,6 +150,7 @@ class SequentialExecutor:
             yield update
             view.write(context.server)
             context.exchange.set_trainable()
+        view.forget(delta)
         self.close_round()
 
     def close_round(self) -> None:

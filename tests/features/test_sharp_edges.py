@@ -521,3 +521,18 @@ def test_a_client_that_freezes_layers_does_so_for_itself(cohort: list[int]) -> N
     assert all(first_round)
     assert set(second_round) == {0 in cohort}
     assert module.net[0].weight.requires_grad == (0 in cohort)
+
+
+class FailsAsTheRoundBegins(pl.Callback):
+    def on_round_start(self, trainer: pl.Trainer, module: pl.LightningModule, round: int, clients: Any) -> None:
+        raise ArithmeticError("not today")
+
+
+def test_an_error_before_the_first_client_is_the_one_that_is_shown() -> None:
+    """Tidying up after a first round that never reached its optimizers used to fail by itself and hide the cause."""
+    module = reference.make_module()
+    before = copy.deepcopy(module.state_dict())
+    trainer = reference.quiet_trainer(max_epochs=1, strategy=FederatedStrategy(), callbacks=[FailsAsTheRoundBegins()])
+    with pytest.raises(ArithmeticError, match="not today"):
+        trainer.fit(module, reference.loader(reference.dataset()))
+    assert reference.difference(module.state_dict(), before) == 0.0
