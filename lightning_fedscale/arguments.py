@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import numbers
+import re
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -22,7 +23,8 @@ DEFAULT_CLIENTS = 10
 class Arguments(NamedTuple):
     """Checked arguments; see `FederatedStrategy` for their meaning.
 
-    ``num_clients`` is None when it is read off the data, as with natural ids.
+    ``num_clients`` is None when it is read off the data, as with natural ids. ``client_state_memory`` is in bytes, None
+    for "auto".
     """
 
     num_clients: int | None
@@ -35,6 +37,11 @@ class Arguments(NamedTuple):
     aggregator: Aggregator
     server_optimizer: ServerOptimizer
     keep_optimizers: bool
+    executor: Literal["auto", "sequential", "vectorized"]
+    clients_per_wave: int | None
+    cache_dataset: bool | Literal["auto"]
+    client_log_every_n: int | None
+    client_state_memory: int | None
     seed: int
 
     def cohort_size(self, num_clients: int) -> int:
@@ -98,6 +105,11 @@ def check(
     aggregator: str | Aggregator,
     server_optimizer: ServerOptimizer,
     client_optimizer: Literal["reset", "keep"],
+    executor: Literal["auto", "sequential", "vectorized"],
+    clients_per_wave: int | None,
+    cache_dataset: bool | Literal["auto"],
+    client_log_every_n: int | None,
+    client_state_memory: int | str,
     seed: int,
 ) -> Arguments:
     """Check all arguments that can be judged without data.
@@ -156,6 +168,10 @@ def check(
             f"client_optimizer={client_optimizer!r}: choose 'reset', a fresh optimizer every round, or 'keep', its"
             " state lives on with the client."
         )
+    if executor not in ("auto", "sequential", "vectorized"):
+        raise ValueError(f"executor={executor!r}: choose 'auto', 'sequential' or 'vectorized'.")
+    if cache_dataset not in ("auto", True, False):
+        raise ValueError(f"cache_dataset={cache_dataset!r}: choose 'auto', True or False.")
     return Arguments(
         num_clients=declared,
         clients_per_round=clients_per_round,
@@ -167,6 +183,11 @@ def check(
         aggregator=aggregator,
         server_optimizer=server_optimizer,
         keep_optimizers=client_optimizer == "keep",
+        executor=executor,
+        clients_per_wave=None if clients_per_wave is None else integer("clients_per_wave", clients_per_wave),
+        cache_dataset=cache_dataset if cache_dataset == "auto" else bool(cache_dataset),
+        client_log_every_n=None if client_log_every_n is None else integer("client_log_every_n", client_log_every_n),
+        client_state_memory=_bytes("client_state_memory", client_state_memory),
         seed=integer("seed", seed, minimum=0),
     )
 
@@ -218,6 +239,25 @@ def _checked_clients_per_round(value: object, num_clients: int | None) -> int | 
             f"clients_per_round={wanted} is more than num_clients={num_clients}: lower it, or leave it out to take all."
         )
     return wanted
+
+
+_UNITS = {
+    "": 1,
+    "B": 1,
+    **{f"{p}B": 1000**i for i, p in enumerate("KMGT", 1)},
+    **{f"{p}iB": 1024**i for i, p in enumerate("KMGT", 1)},
+}
+
+
+def _bytes(name: str, value: int | str) -> int | None:
+    """A number of bytes; None for "auto"."""
+    if value == "auto":
+        return None
+    if isinstance(value, str) and (match := re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?i?B)?\s*", value)):
+        return int(float(match[1]) * _UNITS[match[2] or ""])
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral) or value < 0:
+        raise ValueError(f"{name}={value!r}: pass a number of bytes, a string such as '4GiB' or '500MB', or 'auto'.")
+    return int(value)
 
 
 def _check_sampler(sampler: Sampler) -> None:

@@ -60,6 +60,8 @@ def federated_state(
     partition: str | None,
     server: Any,
     clients: dict[str, Any],
+    local_batches: int,
+    executor: str | None,
 ) -> dict[str, Any]:
     """What ``checkpoint["federated"]`` holds: tensors and primitives, loadable with ``weights_only=True``."""
     return {
@@ -71,6 +73,8 @@ def federated_state(
         "partition": partition,
         "server": server,
         "clients": clients,
+        "local_batches": local_batches,
+        "executor": executor,
     }
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.serialization import default_restore_location
 
 
 def sum_over_ranks(vector: Tensor) -> Tensor:
@@ -15,6 +16,38 @@ def sum_over_ranks(vector: Tensor) -> Tensor:
     if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
         dist.all_reduce(vector, op=dist.ReduceOp.SUM)
     return vector
+
+
+class JointBuffer:
+    """A long vector and some numbers behind it, in memory that is allocated once and added up in one collective.
+
+    Args:
+        vector: what the vector starts from.
+        numbers: how many numbers follow it.
+
+    Example:
+        >>> joint = JointBuffer(torch.zeros(2), numbers=1)
+        >>> vector, numbers = joint.sum_over_ranks(joint.vector.add_(1.0), torch.tensor([5.0]))
+        >>> vector.tolist(), numbers.tolist()
+        ([1.0, 1.0], [5.0])
+    """
+
+    def __init__(self, vector: Tensor, numbers: int) -> None:
+        self._length = vector.numel()
+        self._buffer = torch.cat([vector, vector.new_zeros(numbers)])
+
+    @property
+    def vector(self) -> Tensor:
+        """The buffer's part for the vector: what is written here need not be copied."""
+        return self._buffer[: self._length]
+
+    def sum_over_ranks(self, vector: Tensor, numbers: Tensor) -> tuple[Tensor, Tensor]:
+        """`sum_over_ranks` of both, as views of the buffer."""
+        if vector.data_ptr() != self._buffer.data_ptr():
+            self.vector.copy_(vector)
+        self._buffer[self._length :].copy_(numbers)
+        sum_over_ranks(self._buffer)
+        return self.vector, self._buffer[self._length :]
 
 
 def send(value: Any, to: int, device: torch.device) -> None:
@@ -27,19 +60,14 @@ def send(value: Any, to: int, device: torch.device) -> None:
 
 
 def receive(sender: int, device: torch.device) -> Any:
-    """Receive what another rank gives to `send`."""
+    """Receive what another rank gives to `send`; what was on the CPU there is so here, the rest comes to ``device``."""
     length = torch.zeros(1, dtype=torch.int64, device=device)
     dist.recv(length, sender)
     data = torch.empty(int(length), dtype=torch.uint8, device=device)
     dist.recv(data, sender)
-    return torch.load(io.BytesIO(data.cpu().numpy().tobytes()), map_location=device, weights_only=True)
-
-
-def gather_on_zero(value: Any) -> list[Any]:
-    """Every rank's value on rank 0, in order of rank; an empty list elsewhere."""
-    if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
-        return [value]
-    here = dist.get_rank() == 0
-    values: list[Any] = [None] * dist.get_world_size()
-    dist.gather_object(value, values if here else None, dst=0)
-    return values if here else []
+    file = io.BytesIO(data.cpu().numpy().tobytes())
+    return torch.load(
+        file,
+        map_location=lambda on_cpu, was: on_cpu if was == "cpu" else default_restore_location(on_cpu, str(device)),
+        weights_only=True,
+    )

@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain
 from typing import Any
 
@@ -18,14 +19,18 @@ from torch.optim import Optimizer
 from lightning_fedscale import collectives, randomness
 from lightning_fedscale.arguments import Arguments
 from lightning_fedscale.checkpointing import changed_settings, check_resume, federated_state
-from lightning_fedscale.clients import ClientStore, OptimizerKeeper
+from lightning_fedscale.clients import ClientStore, OptimizerKeeper, StateStore, tiers_of
 from lightning_fedscale.custody import Custody
 from lightning_fedscale.executors import (
+    Ballot,
+    ClientLog,
     Exchange,
+    ExecutorChoice,
     RoundContext,
     RoundLoader,
     SequentialExecutor,
-    client_seed,
+    Transfer,
+    VectorizedExecutor,
     exchange_of,
     no_batch_left,
 )
@@ -44,10 +49,11 @@ class _OpenRound:
 
     plan: RoundPlan
     work: list[LocalWork]
+    first: LocalWork | None  # the client whose first batch this is; None if it is only shown
     batches: Iterator[Any]
     skipped: int  # batches before the first one that are None
     started: float
-    outside: randomness.GlobalState  # the global generators as the user left them
+    outside: randomness.GlobalState | None  # the global generators as the user left them; None if nothing draws
     inside: randomness.GlobalState | None = None  # as the first client finds them once its first batch is there
 
 
@@ -75,9 +81,12 @@ class Federation:
         self._rank = rank
         self._world_size = world_size
         self._device = trainer.strategy.root_device
-        self._store = ClientStore()
+        processes = world_size // trainer.num_nodes
+        self._store = ClientStore(StateStore(tiers_of(self._device, options.client_state_memory, processes)))
         self._custody = Custody(self._store, rank, world_size, self._device) if options.keep_optimizers else None
-        self._executor: SequentialExecutor
+        self._log = ClientLog(trainer, options.client_log_every_n)
+        self._transfer = Transfer(trainer)
+        self._executor: ExecutorChoice
         self._work: Workload | None = None
         self._global = GlobalModel(options.aggregator, options.server_optimizer)
         self._resumed: dict[str, Any] | None = None
@@ -91,14 +100,18 @@ class Federation:
 
     def attach_optimizers(self, optimizers: list[Optimizer]) -> None:
         """Take note of the optimizers just after they were built."""
-        self._executor = SequentialExecutor(
-            self._trainer,
-            seed=self._options.seed,
-            store=self._store,
-            keepers=[OptimizerKeeper(optimizer) for optimizer in optimizers],
-            keep=self._options.keep_optimizers,
-            watcher=self,
-        )
+        options = self._options
+        parts: dict[str, Any] = {
+            "store": self._store,
+            "keepers": [OptimizerKeeper(optimizer) for optimizer in optimizers],
+            "keep": options.keep_optimizers,
+            "watcher": self,
+            "log": self._log,
+            "transfer": self._transfer,
+        }
+        sequential = SequentialExecutor(self._trainer, **parts)
+        vectorized = VectorizedExecutor(self._trainer, sequential, **parts, clients_per_wave=options.clients_per_wave)
+        self._executor = ExecutorChoice(options.executor, sequential, vectorized)
 
     def attach_data(self, loader: object, share: float | int) -> RoundLoader:
         """Divide the user's training data among the clients.
@@ -110,7 +123,16 @@ class Federation:
         Raises:
             TypeError, ValueError: for data that cannot be divided as asked.
         """
-        workload = Workload(self._trainer.lightning_module, loader, self._options, self._world_size, share)
+        trainer = self._trainer
+        workload = Workload(
+            trainer.lightning_module,
+            loader,
+            self._options,
+            self._world_size,
+            share,
+            device=self._device,
+            show_progress=trainer.is_global_zero and trainer.progress_bar_callback is not None,
+        )
         self.close()
         self._work = workload
         self._check_resumed()
@@ -124,7 +146,8 @@ class Federation:
     def close(self) -> None:
         """Stop the loader's worker processes; give up a round whose first batch never arrived."""
         if self._open is not None and self._open.inside is None:
-            randomness.restore(self._open.outside, self._device)
+            if self._open.outside is not None:
+                randomness.restore(self._open.outside, self._device)
             self._open = None
         if self._work is not None:
             self._work.loader.close()
@@ -137,29 +160,48 @@ class Federation:
         round, started = self._next_round(), time.perf_counter()
         plan = self._work.plan(round)
         clients = plan.clients_of(self._rank)
-        seed, device = self._options.seed, self._device
-        outside = randomness.capture(device)
+        loader, device = self._work.loader, self._device
+        # Cutting a batch out of cached data draws no random number.
+        draws = loader.cache is None or self._transfer.has_hooks
+        outside = randomness.capture(device) if draws else None
         try:
             work = [self._work.of_client(client, round, self._store.cursor(client)) for client in clients]
-            batches = self._work.loader.stream(
-                [(client_seed(seed, round, item.client), item.batches) for item in work],
-                randomness.derive(seed, randomness.LOADER, round, self._rank),
-            )
-            randomness.seed_globals(client_seed(seed, round, work[0].client), device)
-            first, skipped = _first_batch(batches, work[0])
+            order = self._executor.order(work)
+            batches = self._stream(round, work, order)
+            first_client = work[order[0][0]] if order else work[0]
+            if draws:
+                randomness.seed_globals(first_client.seed, device)
+            side_by_side = self._executor.kind == "vectorized"
+            first, skipped = _first_batch(batches, first_client, len(order if side_by_side else first_client.batches))
         except BaseException as error:
-            randomness.restore(outside, device)
+            if outside is not None:
+                randomness.restore(outside, device)
             if isinstance(error, Exception):
                 self._fail_together(plan, started)
             raise
-        self._open = _OpenRound(plan, work, batches, skipped, started, outside)
+        if skipped and side_by_side:
+            # Not the first client's batch: it is shown to the Trainer, and training begins with a new stream.
+            self._open = _OpenRound(plan, work, None, self._stream(round, work, order), 0, started, outside)
+        else:
+            self._open = _OpenRound(plan, work, first_client, batches, skipped, started, outside)
         return first
+
+    def _stream(self, round: int, work: list[LocalWork], order: list[tuple[int, int]] | None) -> Iterator[Any]:
+        """The collated batches of these clients, in the given order or client by client."""
+        assert self._work is not None
+        loader = self._work.loader
+        batches = loader.stream(
+            [(item.seed, item.batches) for item in work],
+            randomness.derive(self._options.seed, randomness.LOADER, round, self._rank),
+            order,
+        )
+        return self._transfer.ahead(batches) if loader.in_workers else batches
 
     def first_batch_arrived(self) -> None:
         """The first batch is on the device: what its transfer drew is part of the first client's randomness."""
-        if self._open is not None and self._open.inside is None:
-            self._open.inside = randomness.capture(self._device)
-            randomness.restore(self._open.outside, self._device)
+        if (opened := self._open) is not None and opened.inside is None and opened.outside is not None:
+            opened.inside = randomness.capture(self._device)
+            randomness.restore(opened.outside, self._device)
 
     def run_round(self, batch: Any, *, training: bool) -> dict[str, Any]:
         """Train the cohort, merge the ranks, move the global model.
@@ -177,17 +219,21 @@ class Federation:
         """
         opened, self._open = self._open, None
         assert opened is not None
-        assert opened.inside is not None
+        assert self._work is not None
         exchange = exchange_of(self._trainer.lightning_module)
         server = exchange.view.read()
         context = RoundContext(
             opened.plan.round,
             opened.work,
-            chain([None] * opened.skipped, [batch], opened.batches),
-            opened.inside,
+            opened.batches if opened.first is None else chain([None] * opened.skipped, [batch], opened.batches),
+            opened.first,
+            None if opened.first is None else opened.inside,
+            self._work.loader.cache,
             exchange,
             server,
             training,
+            self._work.loader.fetch,
+            partial(self._stream, opened.plan.round),
         )
         self._progress = ClientProgress(self._trainer, len(opened.work))
         if self._custody is not None:
@@ -205,6 +251,8 @@ class Federation:
         exchange.set_trainable(table.trainable())
         if training:
             self._commit(opened.plan, table)
+            self._executor.settle(Ballot(*table.ballot()))
+            self._log.commit(sum(len(item.batches) for item in opened.work))
         norm = float(torch.linalg.vector_norm(aggregate[: exchange.view.trainable]))
         self.last_round = record = table.record(norm, exchange.message_bytes)
         return {} if record.loss != record.loss else {"loss": torch.tensor(record.loss, device=self._device)}
@@ -215,7 +263,7 @@ class Federation:
         What is saved or interrupted from here on belongs to the next round.
         """
         if (record := self.last_round) is not None:
-            self._log(record)
+            self._report(record)
             self._tell("on_round_end", record)
 
     def _next_round(self) -> int:
@@ -225,18 +273,19 @@ class Federation:
 
     def _train_together(self, context: RoundContext, opened: _OpenRound) -> tuple[Tensor, RoundTable]:
         """Train this rank's clients and add up the ranks; an exception on one of them is one on all."""
-        total = self._options.aggregator.init(context.server)
         table = RoundTable(opened.plan, self._world_size, len(context.exchange.parameters))
+        total, joint = self._accumulator(context.server, table)
         failure: Exception | None = None
         try:
             self._tell("on_round_start", opened.plan.round, opened.plan.cohort)
-            with self._inside_clients(context.exchange, context.server):
+            with self._inside_clients(context.exchange, context.server), self._log.collecting():
                 total = self._train_clients(context, total, table)
         except Exception as error:
             # The other ranks wait for this one in the collective: there they are told.
             failure = error
         table.finish_rank(self._rank, time.perf_counter() - opened.started, failed=failure is not None)
-        self._merge(total, table)
+        table.add_executor(self._executor.slots, self._executor.ballot)
+        total = self._merge(total, table, joint)
         if failure is not None:
             raise failure
         if failed := table.failed_ranks():
@@ -264,18 +313,26 @@ class Federation:
         if self._custody is not None:
             self._custody.fetch(plan)
         exchange = exchange_of(self._trainer.lightning_module)
-        total = self._options.aggregator.init(exchange.view.read())
         table = RoundTable(plan, self._world_size, len(exchange.parameters))
+        total, joint = self._accumulator(exchange.view.empty(), table)
         table.finish_rank(self._rank, time.perf_counter() - started, failed=True)
-        self._merge(total, table)
+        self._merge(total, table, joint)
 
-    def _merge(self, total: Tensor, table: RoundTable) -> None:
-        """The round's one collective: accumulator and table of all ranks are added up."""
+    def _accumulator(self, like: Tensor, table: RoundTable) -> tuple[Tensor, collectives.JointBuffer | None]:
+        """A zero accumulator; with several ranks it lies in the buffer in which both it and the table cross them."""
+        total = self._options.aggregator.init(like)
         if self._world_size == 1:
-            return
-        merged = collectives.sum_over_ranks(torch.cat([total, table.pack().to(total.device)]))
-        total.copy_(merged[: total.numel()])
-        table.unpack(merged[total.numel() :])
+            return total, None
+        joint = collectives.JointBuffer(total, table.size)
+        return joint.vector, joint
+
+    def _merge(self, total: Tensor, table: RoundTable, joint: collectives.JointBuffer | None) -> Tensor:
+        """The round's one collective: accumulator and table of all ranks are added up."""
+        if joint is None:
+            return total
+        total, numbers = joint.sum_over_ranks(total, table.pack())
+        table.unpack(numbers)
+        return total
 
     def _commit(self, plan: RoundPlan, table: RoundTable) -> None:
         if self._options.local_steps is not None:
@@ -332,8 +389,9 @@ class Federation:
             if (hook := getattr(callback, event, None)) is not None:
                 hook(self._trainer, self._trainer.lightning_module, *values)
 
-    def _log(self, record: RoundRecord) -> None:
+    def _report(self, record: RoundRecord) -> None:
         """Straight to the loggers, every round, and to where callbacks look for what they monitor."""
+        self._log.send()
         trainer, metrics = self._trainer, record.metrics()
         for logger in trainer.loggers:
             logger.log_metrics(metrics, step=trainer.fit_loop.epoch_loop._batches_that_stepped)
@@ -346,14 +404,15 @@ class Federation:
 
     def state_dict(self) -> dict[str, Any] | None:
         """What a checkpoint needs to go on exactly; on rank 0, None elsewhere. To be called on all ranks."""
-        clients = self._store.state_dict()
-        if self._custody is not None:
+        if self._custody is None:
+            clients = self._store.state_dict()
+        else:
             if self.in_client and self._world_size > 1:
                 raise RuntimeError(
                     "save_checkpoint inside a client: with client_optimizer='keep' on several ranks the clients'"
                     " optimizers can only be collected between rounds. Save from a callback's on_train_batch_end."
                 )
-            clients["optimizers"] = self._custody.collect(clients["optimizers"])
+            clients = self._custody.state_dict()
         if self._rank != 0:
             return None
         return federated_state(
@@ -364,6 +423,8 @@ class Federation:
             partition=None if self.partition is None else self.partition.fingerprint,
             server=self._global.state,
             clients=clients,
+            local_batches=self._log.local_batches,
+            executor=self._executor.kind if self._options.executor == "auto" else None,
         )
 
     def _settings(self) -> dict[str, Any]:
@@ -393,10 +454,12 @@ class Federation:
         if changed := changed_settings(state["settings"], self._settings()):
             rank_zero_warn(f"ckpt_path: {changed}")
         self._check_resumed()
+        self._executor.resume(state.get("executor"))
         self._store.load_state_dict(state["clients"])
         if self._custody is not None:
             self._custody.reset()
         self._global.load_state(state["server"], self._device)
+        self._log.local_batches = state.get("local_batches", 0)
 
     def _check_resumed(self) -> None:
         # A checkpoint from before the data was seen (a learning-rate search writes one) has nothing to compare.
@@ -409,13 +472,13 @@ class Federation:
             )
 
 
-def _first_batch(batches: Iterator[Any], work: LocalWork) -> tuple[Any, int]:
-    """A client's first batch, and how many that are None were passed over; such batches are skipped in training.
+def _first_batch(batches: Iterator[Any], work: LocalWork, most: int) -> tuple[Any, int]:
+    """The first batch, and how many that are None were passed over; such batches are skipped in training.
 
     Raises:
-        ValueError: if it has no other.
+        ValueError: if there is none among the first ``most``.
     """
-    for skipped in range(len(work.batches)):
+    for skipped in range(most):
         if (batch := next(batches)) is not None:
             return batch, skipped
     raise no_batch_left(work)

@@ -41,32 +41,31 @@ class GlobalModel:
 
         Args:
             exchange: the module's tensors.
-            server: the global model of this round.
-            total: the aggregator's accumulator over all ranks.
+            server: the global model of this round; stays as it is.
+            total: the aggregator's accumulator over all ranks; used up.
             table: the round in numbers, of all ranks.
             training: False leaves trainable parameters alone.
 
         Raises:
-            RuntimeError: if no client's update, or not the server's step, is finite; nothing was written then.
+            RuntimeError: if no client's update, or not the server's step, is finite; the caller then writes ``server``
+                back into the module.
             TypeError, ValueError: if the aggregator or the server optimizer returns something of another shape.
         """
         aggregate = self._aggregate(server, total, table)
-        moved = exchange.origin(server) - aggregate
-        state = self.state
+        params, state = exchange.named(server), self.state
         if training:
-            params = exchange.named(server)
             state = self._rule.init(params) if state is None else state
             step, state = _checked(self._rule.update(exchange.named(aggregate), state, params), params)
-            for name, value in exchange.named(moved).items():
-                torch.sub(params[name], step[name], out=value)
+            steps = [step[name] for name in params]
         else:
-            moved[: exchange.view.trainable] = server[: exchange.view.trainable]
-        if not (torch.isfinite(moved) | ~torch.isfinite(server)).all():
+            steps = [server.new_zeros(())] * len(params)
+        # Buffers and frozen parameters take the clients' mean.
+        steps += exchange.view.views(aggregate)[len(params) :]
+        if not _subtract(exchange, server, steps):
             raise RuntimeError(
                 f"server_optimizer: its step in round {table.round} has NaN or infinite values, so the global model"
                 " stays as it was before this round. Lower the server learning rate."
             )
-        exchange.view.write(moved)
         self.state = state
         return aggregate
 
@@ -90,6 +89,27 @@ class GlobalModel:
                 f" clients' deltas, {tuple(server.shape)}."
             )
         return aggregate
+
+
+@torch.no_grad()
+def _subtract(exchange: Exchange, server: Tensor, steps: list[Tensor]) -> bool:
+    """Write ``server - steps`` into the module, one tensor at a time; False if it spoils what was finite."""
+    trainable, befores = len(exchange.names), exchange.view.views(server)
+
+    def after(number: int) -> Tensor:
+        before, step = befores[number], steps[number]
+        # As in `Exchange.origin`, from which deltas are counted.
+        return before - step if number < trainable else before.nan_to_num(0.0, 0.0, 0.0).sub_(step)
+
+    def write(number: int) -> Tensor:
+        value = after(number)
+        exchange.view.write_one(number, value)
+        return value.sum()
+
+    # If all sums are finite, so is every element, and finding out takes no memory.
+    if torch.stack([write(number) for number in range(len(befores))]).isfinite().all():
+        return True
+    return all((after(i).isfinite() | ~before.isfinite()).all() for i, before in enumerate(befores))
 
 
 def _checked(answer: Any, params: Params) -> tuple[Params, Any]:

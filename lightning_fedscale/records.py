@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from lightning_fedscale.rounds import RoundPlan
-from lightning_fedscale.types import ClientUpdate, Cursor, RoundRecord
+from lightning_fedscale.types import ClientUpdate, Cursor, FloatArray, RoundRecord
 
 _COLUMNS = (
     "weight", "samples", "steps", "loss", "norm", "seconds", "rejected", "pass", "batch", "scale", "growth",
 )  # fmt: skip
+_BALLOT = 4
 
 
 class RoundTable:
@@ -29,10 +32,13 @@ class RoundTable:
     def __init__(self, plan: RoundPlan, world_size: int, num_parameters: int = 0) -> None:
         self._plan = plan
         self._row = {client: row for row, client in enumerate(plan.cohort.tolist())}
-        self._rows = torch.zeros(len(plan.cohort), len(_COLUMNS), dtype=torch.float64)
-        self._busy = torch.zeros(world_size, dtype=torch.float64)
-        self._failed = torch.zeros(world_size, dtype=torch.float64)
-        self._trainable = torch.zeros(num_parameters, dtype=torch.float64)
+        cells = len(self._row) * len(_COLUMNS)
+        # numpy, since torch takes several times as long to write a few numbers.
+        self._numbers = np.zeros(cells + 2 * world_size + num_parameters + 1 + _BALLOT)
+        rows, self._busy, self._failed, self._trainable, self._slots, self._ballot = np.split(
+            self._numbers, np.cumsum([cells, world_size, world_size, num_parameters, 1])
+        )
+        self._rows = rows.reshape(-1, len(_COLUMNS))
 
     def add(self, update: ClientUpdate, weight: float, cursor: Cursor, scaler: tuple[float, float]) -> None:
         """Fill a client's row.
@@ -55,11 +61,11 @@ class RoundTable:
             *cursor,
             *scaler,
         )
-        self._rows[self._row[update.client]] = torch.tensor(values, dtype=torch.float64)
+        self._rows[self._row[update.client]] = values
 
     def add_trainable(self, flags: list[bool]) -> None:
         """Count the parameters that a client left trainable."""
-        self._trainable += torch.tensor(flags, dtype=torch.float64)
+        self._trainable += flags
 
     def trainable(self) -> list[bool]:
         """The parameters that are trainable from now on: those that any client left so."""
@@ -71,19 +77,33 @@ class RoundTable:
         self._busy[rank] = seconds
         self._failed[rank] = float(failed)
 
+    def add_executor(self, slots: int, ballot: Sequence[float]) -> None:
+        """Note how many local steps this rank had room for, and what it found out about its executors."""
+        self._slots[0] = slots
+        self._ballot[:] = ballot
+
+    def ballot(self) -> list[float]:
+        """What the ranks found out about their executors, added up."""
+        numbers: list[float] = self._ballot.tolist()
+        return numbers
+
+    @property
+    def size(self) -> int:
+        """How many numbers `pack` gives."""
+        return len(self._numbers)
+
     def pack(self) -> Tensor:
-        """Everything as one float64 vector on the CPU, to be summed over ranks."""
-        return torch.cat([self._rows.flatten(), self._busy, self._failed, self._trainable])
+        """Everything as one float64 vector on the CPU, to be summed over ranks; a view, not a copy."""
+        return torch.from_numpy(self._numbers)
 
     def unpack(self, packed: Tensor) -> None:
         """Take over the sum."""
-        lengths = [part.numel() for part in (self._rows, self._busy, self._failed, self._trainable)]
-        rows, self._busy, self._failed, self._trainable = torch.split(packed.cpu(), lengths)
-        self._rows = rows.view_as(self._rows)
+        self.pack().copy_(packed)
 
     def failed_ranks(self) -> list[int]:
         """The ranks whose work ended in an exception."""
-        return self._failed.nonzero().flatten().tolist()
+        ranks: list[int] = self._failed.nonzero()[0].tolist()
+        return ranks
 
     @property
     def round(self) -> int:
@@ -102,7 +122,7 @@ class RoundTable:
 
     def rejected(self) -> tuple[int, ...]:
         """The clients whose update was not finite."""
-        return tuple(self._plan.cohort[self._column("rejected").numpy() > 0].tolist())
+        return tuple(self._plan.cohort[self._column("rejected") > 0].tolist())
 
     def smallest_scale(self) -> tuple[float, float]:
         """Scale and growth counter that no client would find too large: the smallest ones left by any."""
@@ -116,34 +136,41 @@ class RoundTable:
             delta_norm: L2 norm of the aggregated pseudo-gradient.
             message_bytes: what one client sends and receives.
         """
-        weights = self._column("weight") / self._column("weight").sum()
-        norms, losses, samples = self._column("norm"), self._column("loss"), self._column("samples")
+        weights, norms, losses = self._column("weight"), self._column("norm"), self._column("loss")
+        samples = self._column("samples")
+        weights /= _sum(weights)
         accepted = self._column("rejected") == 0
-        known = accepted & ~losses.isnan()
-        square = float((weights[accepted] * norms[accepted] ** 2).sum()) - delta_norm**2
+        known = accepted & ~np.isnan(losses)
+        square = _sum(weights[accepted] * norms[accepted] ** 2) - delta_norm**2
         slowest = float(self._busy.max())
         return RoundRecord(
             round=self._plan.round,
             clients=self._plan.cohort,
             ranks=self._plan.ranks,
-            weights=weights.numpy(),
-            samples=samples.long().numpy(),
-            local_steps=self._column("steps").long().numpy(),
-            losses=losses.numpy(),
-            delta_norms=norms.numpy(),
-            client_seconds=self._column("seconds").numpy(),
+            weights=weights,
+            samples=samples.astype(np.int64),
+            local_steps=self._column("steps").astype(np.int64),
+            losses=losses,
+            delta_norms=norms,
+            client_seconds=self._column("seconds"),
             rejected=self.rejected(),
-            loss=float((losses[known] * samples[known]).sum() / samples[known].sum()) if known.any() else math.nan,
+            loss=_sum(losses[known] * samples[known]) / _sum(samples[known]) if known.any() else math.nan,
             delta_norm=delta_norm,
             drift=_ratio(math.sqrt(max(0.0, square)), delta_norm),
             upload_bytes=message_bytes * len(self._row),
             download_bytes=message_bytes * len(self._row),
             seconds=slowest,
+            padding=max(0.0, 1.0 - _sum(self._column("steps")) / self._slots[0]) if self._slots[0] else 0.0,
             idle=1.0 - float(self._busy.mean()) / slowest if slowest > 0 else 0.0,
         )
 
-    def _column(self, name: str) -> Tensor:
-        return self._rows[:, _COLUMNS.index(name)].clone()
+    def _column(self, name: str) -> FloatArray:
+        return self._rows[:, _COLUMNS.index(name)].copy()
+
+
+def _sum(values: FloatArray) -> float:
+    # Not numpy's, which adds up in another order and so rounds differently.
+    return float(torch.from_numpy(values).sum())
 
 
 def _ratio(part: float, whole: float) -> float:

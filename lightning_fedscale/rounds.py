@@ -27,12 +27,13 @@ class RoundPlan(NamedTuple):
 
 
 class LocalWork(NamedTuple):
-    """What one client does in one round: its batches in order, and where it goes on next time."""
+    """What one client does in one round: its batches in order, where it goes on next time, what it draws from."""
 
     client: int
     held: int
     batches: list[list[int]]
     cursor: Cursor
+    seed: int
 
     @property
     def samples(self) -> int:

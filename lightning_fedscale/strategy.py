@@ -68,6 +68,16 @@ class FederatedStrategy(DDPStrategy):
         server_optimizer: how the global model moves, see `lightning_fedscale.server`; None is plain FedAvg.
         client_optimizer: "reset" gives every client a fresh optimizer each round; "keep" lets its state live on with
             the client (DiLoCo, local SGD).
+        executor: how the clients of a rank train: "sequential", one after the other; "vectorized", many side by side in
+            one `torch.func.vmap`; "auto" tries both in the first round and keeps the faster.
+        clients_per_wave: most clients that train side by side; None takes as many as fit into memory.
+        cache_dataset: keep the training data on the device and cut batches out of it without a DataLoader: "auto" does
+            so for a plain `TensorDataset` with the default collate function if it fits, True for any dataset whose
+            samples are tensors that do not change, False never.
+        client_log_every_n: also log every n-th local batch's ``on_step`` values, as ``client/...`` over local batches;
+            None logs the last ones of each round only, as Lightning does.
+        client_state_memory: most memory for what clients keep between rounds, as bytes or "4GiB"; what exceeds it goes
+            to memory-mapped temporary files, least recently used first. "auto" is a quarter of what is free.
         seed: everything random about the federation follows from it: cohorts, batch order, clients' own randomness.
         accelerator: as for DDP; set by the Trainer.
         parallel_devices: as for DDP; set by the Trainer.
@@ -105,6 +115,11 @@ class FederatedStrategy(DDPStrategy):
         aggregator: str | Aggregator = "mean",
         server_optimizer: ServerOptimizer | None = None,
         client_optimizer: Literal["reset", "keep"] = "reset",
+        executor: Literal["auto", "sequential", "vectorized"] = "auto",
+        clients_per_wave: int | None = None,
+        cache_dataset: bool | Literal["auto"] = "auto",
+        client_log_every_n: int | None = None,
+        client_state_memory: int | str = "auto",
         seed: int = 0,
         accelerator: pl.accelerators.Accelerator | None = None,
         parallel_devices: list[torch.device] | None = None,
@@ -137,6 +152,11 @@ class FederatedStrategy(DDPStrategy):
             aggregator=aggregator,
             server_optimizer=server.fed_avg() if server_optimizer is None else server_optimizer,
             client_optimizer=client_optimizer,
+            executor=executor,
+            clients_per_wave=clients_per_wave,
+            cache_dataset=cache_dataset,
+            client_log_every_n=client_log_every_n,
+            client_state_memory=client_state_memory,
             seed=seed,
         )
         self._federation: Federation | None = None

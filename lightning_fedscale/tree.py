@@ -35,8 +35,10 @@ class FlatView:
     def __init__(self, trainable: Sequence[Tensor], carried: Sequence[Tensor]) -> None:
         self.trainable = sum(_width(tensor) for tensor in trainable)
         self.size = self.trainable + sum(_width(tensor) for tensor in carried)
-        self._tensors = [_real(tensor) for tensor in (*trainable, *carried)]
+        self._tensors = [as_real(tensor) for tensor in (*trainable, *carried)]
         self._sizes = [tensor.numel() for tensor in self._tensors]
+        self._floats = [i for i, tensor in enumerate(self._tensors) if tensor.is_floating_point()]
+        self._integers = sorted(set(range(len(self._tensors))) - set(self._floats))
         self._cut: dict[int, list[Tensor]] = {}
 
     def empty(self) -> Tensor:
@@ -59,19 +61,23 @@ class FlatView:
 
     def read(self) -> Tensor:
         """A new vector with the tensors' values."""
-        vector = self.empty()
-        for view, tensor in zip(self.views(vector), self._tensors, strict=True):
-            view.copy_(tensor)
-        return vector
+        return self._read_into(self.empty())
 
     def write(self, vector: Tensor) -> None:
         """Copy ``vector`` into the tensors, in place, so that every reference to them stays valid."""
-        for view, tensor in zip(self.views(vector), self._tensors, strict=True):
-            if tensor.is_floating_point():
-                tensor.copy_(view)
-            else:
-                # What did not change keeps its bits, also where float64 cannot hold them.
-                tensor.copy_(torch.where(view == tensor.double(), tensor, view.round().to(tensor.dtype)))
+        views = self.views(vector)
+        if self._floats:
+            torch._foreach_copy_([self._tensors[i] for i in self._floats], [views[i] for i in self._floats])
+        for i in self._integers:
+            self.write_one(i, views[i])
+
+    def write_one(self, number: int, value: Tensor) -> None:
+        """`write` for the tensor of this number alone, counted in the vector's order."""
+        tensor = self._tensors[number]
+        if not tensor.is_floating_point():
+            # What did not change keeps its bits, also where float64 cannot hold them.
+            value = torch.where(value == tensor.double(), tensor, value.round().to(tensor.dtype))
+        tensor.copy_(value)
 
     def substituted(self, state: Mapping[str, Any], vector: Tensor) -> dict[str, Any]:
         """``state`` with every entry that shares memory with one of the tensors replaced by its value in ``vector``."""
@@ -83,7 +89,7 @@ class FlatView:
         def substitute(entry: Any) -> Any:
             if not isinstance(entry, Tensor):
                 return entry
-            real = _real(entry)
+            real = as_real(entry)
             if (view := values.get((real.data_ptr(), real.shape))) is None:
                 return entry
             # A copy, also since a complex number may not start at an odd position of the vector.
@@ -94,12 +100,16 @@ class FlatView:
 
     def subtract_from(self, vector: Tensor, out: Tensor) -> Tensor:
         """``out = vector - tensors``, the delta of a client whose model the tensors hold."""
-        for minuend, result, tensor in zip(self.views(vector), self.views(out), self._tensors, strict=True):
-            torch.sub(minuend, tensor, out=result)
-        return out
+        # Widened first and in place: `torch.sub` of float64 and float32 would make a wide copy of its own.
+        return torch.sub(vector, self._read_into(out), out=out)
+
+    def _read_into(self, vector: Tensor) -> Tensor:
+        torch._foreach_copy_(self.views(vector), self._tensors)
+        return vector
 
 
-def _real(tensor: Tensor) -> Tensor:
+def as_real(tensor: Tensor) -> Tensor:
+    """The same memory as real numbers: complex ones as pairs, booleans as bytes."""
     tensor = tensor.detach()
     if tensor.dtype == torch.bool:
         return tensor.view(torch.uint8)

@@ -76,6 +76,8 @@ class RoundRecord:
         upload_bytes: bytes that all clients would send, in the model's own precision.
         download_bytes: bytes that the server would send to them.
         seconds: from the first batch to the collective, on the slowest rank.
+        padding: share of the waves' room in which no client trained, since those side by side have unequal numbers of
+            batches; 0 when clients train one after the other.
         idle: share of the ranks' time spent waiting for the slowest one, 0 to 1.
     """
 
@@ -95,6 +97,7 @@ class RoundRecord:
     upload_bytes: int
     download_bytes: int
     seconds: float
+    padding: float
     idle: float
 
     def metrics(self) -> dict[str, float]:
@@ -110,6 +113,7 @@ class RoundRecord:
             "round/upload_bytes": float(self.upload_bytes),
             "round/download_bytes": float(self.download_bytes),
             "round/seconds": self.seconds,
+            "round/padding": self.padding,
             "round/idle": self.idle,
         }
         if np.isnan(self.loss):

@@ -7,7 +7,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from lightning_fedscale import randomness
 from lightning_fedscale.arguments import Arguments, name_clients
-from lightning_fedscale.executors import ClientLoader
+from lightning_fedscale.executors import ClientLoader, client_seed
 from lightning_fedscale.rounds import LocalWork, RoundPlan, epochs_from, pass_order, plan_round, steps_from
 from lightning_fedscale.types import Cursor, IntArray
 
@@ -21,13 +21,23 @@ class Workload:
         options: the strategy's checked arguments.
         world_size: number of ranks, each of which needs a client in every round.
         share: share or number of each client's batches to use.
+        device: where clients train.
+        show_progress: whether long work shows a bar.
 
     Raises:
         TypeError, ValueError: for data that cannot be divided as asked; names what is wrong and the remedy.
     """
 
     def __init__(
-        self, module: torch.nn.Module, loader: object, options: Arguments, world_size: int, share: float | int
+        self,
+        module: torch.nn.Module,
+        loader: object,
+        options: Arguments,
+        world_size: int,
+        share: float | int,
+        *,
+        device: torch.device,
+        show_progress: bool,
     ) -> None:
         batch_norm = any(isinstance(part, torch.nn.modules.batchnorm._BatchNorm) for part in module.modules())
         self.loader = ClientLoader(loader, share=share, merge_single=batch_norm)
@@ -38,6 +48,7 @@ class Workload:
         salt = self.loader.salt
         self._seed = options.seed if salt is None else randomness.derive(options.seed, randomness.ORDER, salt)
         self._check(batch_norm)
+        self.loader.keep_on(device, options.cache_dataset, seed=options.seed, show_progress=show_progress)
         sizes = self.partition.sizes
         rank_zero_info(
             f"Federated: {len(sizes):,} clients hold {int(sizes.sum()):,} samples ({sizes.min():,} to {sizes.max():,}"
@@ -102,4 +113,4 @@ class Workload:
         else:
             assert options.local_epochs is not None
             batches, cursor = epochs_from(round * options.local_epochs, options.local_epochs, batches_of), (0, 0)
-        return LocalWork(client, len(indices), batches, cursor)
+        return LocalWork(client, len(indices), batches, cursor, client_seed(options.seed, round, client))

@@ -23,7 +23,7 @@ class Aggregator(NamedTuple):
             ``RoundRecord.weights``.
         init: a zero accumulator for deltas shaped like the given vector.
         accumulate: add one client with its weight; may work in place and returns the accumulator.
-        finish: the aggregated delta, as long as the clients' ones.
+        finish: the aggregated delta, as long as the clients' ones; may work in place, the sum is not needed any more.
 
     Example:
         >>> from lightning_fedscale.aggregators import mean

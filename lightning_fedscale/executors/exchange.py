@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, MutableMapping
+from collections.abc import Iterable, MutableMapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -26,8 +26,11 @@ class Exchange(NamedTuple):
     """The exchanged tensors of a module at the start of a round.
 
     Attributes:
-        view: all of them as one vector.
+        view: all of them as one vector: trainable parameters, buffers, frozen parameters.
         names: names of the trainable parameters, in the vector's order.
+        trainable: the trainable parameters.
+        buffers: the buffers.
+        frozen: the frozen parameters.
         message_bytes: size of what a client sends: trainable parameters and buffers, in their own precision. Frozen
             parameters are carried along (some modules write to them) but do not travel.
         places: where the module holds them.
@@ -36,6 +39,9 @@ class Exchange(NamedTuple):
 
     view: FlatView
     names: list[str]
+    trainable: Sequence[Tensor]
+    buffers: Sequence[Tensor]
+    frozen: Sequence[Tensor]
     message_bytes: int
     places: list[_Place]
     parameters: list[tuple[nn.Parameter, bool]]
@@ -75,9 +81,13 @@ class Exchange(NamedTuple):
         There a difference would mean nothing: a mask of -inf minus itself is NaN, and a running minimum that starts
         at inf would be infinitely far from any other value.
         """
-        finite = torch.isfinite(server)
-        finite[: self.view.trainable] = True
-        return server if finite.all() else torch.where(finite, server, 0.0)
+        carried = server[self.view.trainable :]
+        # If the sum is finite, so is every element, and finding out takes no memory.
+        if carried.sum().isfinite() or carried.isfinite().all():
+            return server
+        origin = server.clone()
+        origin[self.view.trainable :].nan_to_num_(0.0, 0.0, 0.0)
+        return origin
 
 
 def exchange_of(module: nn.Module) -> Exchange:
@@ -106,6 +116,9 @@ def exchange_of(module: nn.Module) -> Exchange:
     return Exchange(
         FlatView(list(trainable.values()), [*buffers, *frozen]),
         list(trainable),
+        list(trainable.values()),
+        buffers,
+        frozen,
         sum(t.numel() * t.element_size() for t in (*trainable.values(), *buffers)),
         places,
         [(p, p.requires_grad) for p in parameters.values()],

@@ -9,7 +9,7 @@ import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
-_PER_LOCAL_BATCH = ("on_train_batch_start", "on_train_batch_end")
+PER_LOCAL_BATCH = ("on_train_batch_start", "on_train_batch_end")
 
 
 class LocalBatchHooks:
@@ -24,7 +24,7 @@ class LocalBatchHooks:
 
     def __init__(self, module: pl.LightningModule, in_client: Callable[[], bool]) -> None:
         self._module = module
-        self._names = [name for name in _PER_LOCAL_BATCH if is_overridden(name, module)]
+        self._names = [name for name in PER_LOCAL_BATCH if is_overridden(name, module)]
         self._own = {name: vars(module)[name] for name in self._names if name in vars(module)}
         for name in self._names:
             setattr(module, name, _Gated(getattr(module, name), in_client))
@@ -65,8 +65,9 @@ class _Gated:
 
     def __reduce__(self) -> tuple[Any, ...]:
         # A module that is copied or pickled during `fit` has its own hook again.
-        return _as_it_was, (self.__wrapped__,)
+        return as_it_was, (self.__wrapped__,)
 
 
-def _as_it_was(hook: Callable[..., Any]) -> Callable[..., Any]:
+def as_it_was(hook: Callable[..., Any]) -> Callable[..., Any]:
+    """What a stand-in for a hook becomes when its module is copied or pickled: the hook."""
     return hook

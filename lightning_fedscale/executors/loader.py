@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from lightning.pytorch.utilities.combined_loader import _shutdown_workers_and_reset_iterator
@@ -22,6 +22,7 @@ from torch.utils.data import (
 )
 
 from lightning_fedscale import randomness
+from lightning_fedscale.executors.cache import DeviceData, device_data
 from lightning_fedscale.types import IntArray
 
 
@@ -67,6 +68,9 @@ class ClientLoader:
             ``overfit_batches``); 1.0 for all.
         merge_single: join a last batch of one sample to the batch before it, for models with BatchNorm.
 
+    Attributes:
+        cache: the dataset on the device; while it is there, batches come from it and no worker is asked.
+
     Raises:
         TypeError: if the loader is not a map-style ``DataLoader``.
         ValueError: if its dataset is empty or its sampler cannot be applied to single clients.
@@ -100,6 +104,7 @@ class ClientLoader:
         self._relay = _Relay()
         self._pool_generator = torch.Generator()
         self._loader: DataLoader[Any] | None = None
+        self.cache: DeviceData | None = None
         if self._custom:
             try:
                 self._cut_anew([0])
@@ -150,28 +155,56 @@ class ClientLoader:
         found: IntArray = short.nonzero()[0]
         return found
 
-    def stream(self, clients: list[tuple[int, list[list[int]]]], seed: int) -> Iterator[Any]:
-        """The collated batches of several clients in order, through one worker pool, fetched ahead across clients.
+    def stream(
+        self,
+        clients: list[tuple[int, list[list[int]]]],
+        seed: int,
+        order: list[tuple[int, int]] | None = None,
+    ) -> Iterator[Any]:
+        """The collated batches of several clients, through one worker pool, fetched ahead across clients.
 
         Args:
             clients: for each its seed, from which workers draw, and the sample indices of its batches.
             seed: for the pool itself, so that no global generator is drawn from.
+            order: in which batches are wanted, as (number in ``clients``, number of the batch); None for client by
+                client.
         """
+        if order is None:
+            order = [(number, batch) for number, (_, batches) in enumerate(clients) for batch in range(len(batches))]
+        if self.cache is not None:
+            return self.cache.batches(clients[number][1][batch] for number, batch in order)
         if self._loader is None:
             self._loader = self._copy()
         self._pool_generator.manual_seed(seed)
-        items: list[Any] = [batch for _, batches in clients for batch in batches]
+        items: list[Any] = [clients[number][1][batch] for number, batch in order]
         if self._batches_directly:
             items = [single for (single,) in items]
         if self._template.num_workers > 0:
-            seeds = [
-                randomness.derive(seed, randomness.BATCH, number)
-                for seed, batches in clients
-                for number in range(len(batches))
-            ]
+            seeds = [randomness.derive(clients[number][0], randomness.BATCH, batch) for number, batch in order]
             items = list(map(Seeded, items, seeds))
         self._relay.items = items
         return iter(self._loader)
+
+    def fetch(self, indices: list[int]) -> Any:
+        """One collated batch, made in this process."""
+        if self.cache is not None:
+            return self.cache.batch(indices)
+        dataset: Any = self.dataset
+        if self._batches_directly:
+            (single,) = indices
+            return self._template.collate_fn(dataset[single])
+        if getattr(dataset, "__getitems__", None):
+            return self._template.collate_fn(dataset.__getitems__(indices))
+        return self._template.collate_fn([dataset[index] for index in indices])
+
+    def keep_on(self, device: torch.device, cache: bool | Literal["auto"], *, seed: int, show_progress: bool) -> None:
+        """Keep the dataset on the device if that is possible or wanted; see `device_data`."""
+        self.cache = device_data(self._template, cache, device, seed=seed, show_progress=show_progress)
+
+    @property
+    def in_workers(self) -> bool:
+        """Whether batches are made in other processes, so that fetching one early changes nothing in this one."""
+        return self.cache is None and self._template.num_workers > 0
 
     def close(self) -> None:
         """Stop the worker processes; the next stream starts new ones."""

@@ -2,7 +2,7 @@
 
 Lightning's Trainer calls ``epoch_loop.automatic_optimization.run`` (or ``manual_optimization.run``) for every item of
 its train loader. `RoundLoops` puts loops there that run a whole round instead, and count it as one optimizer step.
-`ClientLoops` are Lightning's own, for the local batches inside.
+`FullStep` uses Lightning's own, for the local batches inside.
 """
 
 from __future__ import annotations
@@ -16,7 +16,11 @@ from lightning.pytorch.loops.loop import _Loop
 from lightning.pytorch.loops.optimization.automatic import ClosureResult, _AutomaticOptimization
 from lightning.pytorch.loops.optimization.manual import _ManualOptimization
 from lightning.pytorch.trainer import call
+from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from torch.optim import Optimizer
+
+from lightning_fedscale.executors.lean import LeanStep, outputs_of, why_not_lean
 
 
 class RunRound(Protocol):
@@ -98,17 +102,8 @@ def close_finished_epoch(trainer: pl.Trainer) -> None:
     _Loop.restarting.fset(fit_loop, False)  # type: ignore[attr-defined]  # past the fit loop's own setter
 
 
-class ClientLoops:
-    """Runs one local batch exactly as Lightning would, hooks, precision, clipping and all.
-
-    Args:
-        trainer: the Trainer.
-    """
-
-    def __init__(self, trainer: pl.Trainer) -> None:
-        self._trainer = trainer
-        self._automatic = _ClientAutomatic(trainer)
-        self._manual = _ManualOptimization(trainer)
+class LocalStep(Protocol):
+    """Runs one local batch."""
 
     def step(self, batch: Any, batch_idx: int, *, last: bool, training: bool) -> dict[str, Any]:
         """One local batch; returns what ``training_step`` gave, with ``loss`` as a detached tensor if there is one.
@@ -119,19 +114,47 @@ class ClientLoops:
             last: whether it is the client's last, where accumulated gradients are used up.
             training: False runs the forward pass only.
         """
+
+
+def local_step(trainer: pl.Trainer) -> LocalStep:
+    """The cheapest way to run local batches that leaves out nothing the Trainer was asked for, and say which.
+
+    Args:
+        trainer: the Trainer, its optimizers built, callbacks and hooks in place.
+    """
+    takes_index = is_param_in_hook_signature(trainer.lightning_module.training_step, "batch_idx", min_args=2)
+    if (reason := why_not_lean(trainer)) is None:
+        rank_zero_info("Federated: a local step is training_step, backward and optimizer step, nothing else.")
+        return LeanStep(trainer, takes_index=takes_index)
+    rank_zero_info(f"Federated: a local step takes Lightning's full path, since {reason}.")
+    return FullStep(trainer, takes_index=takes_index)
+
+
+class FullStep:
+    """A local batch exactly as Lightning itself would run it, hooks, precision, clipping and all.
+
+    Args:
+        trainer: the Trainer.
+        takes_index: whether ``training_step`` wants the number of the batch.
+    """
+
+    def __init__(self, trainer: pl.Trainer, *, takes_index: bool) -> None:
+        self._trainer = trainer
+        self._takes_index = takes_index
+        self._automatic = _ClientAutomatic(trainer)
+        self._manual = _ManualOptimization(trainer)
+
+    def step(self, batch: Any, batch_idx: int, *, last: bool, training: bool) -> dict[str, Any]:
+        """See `LocalStep`."""
         trainer = self._trainer
-        kwargs = trainer.fit_loop.epoch_loop._build_kwargs(OrderedDict(), batch, batch_idx)
+        kwargs = OrderedDict(batch=batch, batch_idx=batch_idx) if self._takes_index else OrderedDict(batch=batch)
         if not trainer.lightning_module.automatic_optimization:
             return self._manual.run(kwargs)
         self._automatic._skip_backward = not training
         self._automatic.accumulates = not training or not (
             last or (batch_idx + 1) % trainer.accumulate_grad_batches == 0
         )
-        outputs = self._automatic.run(trainer.optimizers[0], batch_idx, kwargs)
-        if "loss" in outputs and trainer.accumulate_grad_batches > 1:
-            # Lightning divides the loss by the number of accumulated batches.
-            outputs["loss"] = outputs["loss"] * trainer.accumulate_grad_batches
-        return outputs
+        return self._automatic.run(trainer.optimizers[0], batch_idx, kwargs)
 
 
 class _ClientAutomatic(_AutomaticOptimization):
@@ -145,9 +168,7 @@ class _ClientAutomatic(_AutomaticOptimization):
             closure()
         else:
             self._optimizer_step(batch_idx, closure)
-        result = closure.consume_result()  # type: ignore[attr-defined]
-        outputs: dict[str, Any] = {} if result.loss is None else result.asdict()
-        return outputs
+        return outputs_of(closure.consume_result(), self.trainer.accumulate_grad_batches)  # type: ignore[attr-defined]
 
     def _training_step(self, kwargs: OrderedDict[str, Any]) -> ClosureResult:
         trainer = self.trainer

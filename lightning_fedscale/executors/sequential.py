@@ -5,18 +5,24 @@ from __future__ import annotations
 import copy
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
+from operator import mul
 from typing import Any, NamedTuple, Protocol
 
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.trainer import call
+from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor
 
 from lightning_fedscale import randomness
 from lightning_fedscale.clients import ClientStore, OptimizerKeeper
+from lightning_fedscale.executors.cache import DeviceData
+from lightning_fedscale.executors.client_log import ClientLog
 from lightning_fedscale.executors.exchange import Exchange
-from lightning_fedscale.executors.loops import ClientLoops
+from lightning_fedscale.executors.hooks import PER_LOCAL_BATCH
+from lightning_fedscale.executors.loops import LocalStep, local_step
+from lightning_fedscale.executors.transfer import Transfer
 from lightning_fedscale.rounds import LocalWork
 from lightning_fedscale.types import ClientUpdate
 
@@ -27,20 +33,37 @@ class RoundContext(NamedTuple):
     Attributes:
         round: index of the round.
         work: the rank's clients and their batches.
-        batches: the collated batches of all of them in order, on the CPU but for the first.
-        randomness: state of the global generators for the first client, whose first batch is already there.
+        batches: the collated batches of all of them in order; those of ``cache`` on the device, others on the CPU but
+            for the first.
+        first: the client whose first batch has come through the Trainer's own loop and is on the device.
+        randomness: state of the global generators for that client; None where fetching a batch draws nothing.
+        cache: the dataset on the device, if it is there.
         exchange: the model's exchanged tensors, which hold the global model.
         server: the global model as a vector.
         training: False runs forward passes only.
+        fetch: one batch of these dataset positions, made here and now.
+        reopen: the collated batches of given clients anew, in the order given or client by client.
     """
 
     round: int
     work: list[LocalWork]
     batches: Iterator[Any]
-    randomness: randomness.GlobalState
+    first: LocalWork | None
+    randomness: randomness.GlobalState | None
+    cache: DeviceData | None
     exchange: Exchange
     server: Tensor
     training: bool
+    fetch: Callable[[list[int]], Any]
+    reopen: Callable[[list[LocalWork], list[tuple[int, int]] | None], Iterator[Any]]
+
+    def restarted(self, order: list[tuple[int, int]] | None) -> RoundContext:
+        """The same clients with all their batches still to come.
+
+        Args:
+            order: of the batches, as (number in ``work``, number of the batch); None for client by client.
+        """
+        return self._replace(batches=self.reopen(self.work, order), first=None, randomness=None)
 
 
 class Watcher(Protocol):
@@ -65,32 +88,36 @@ class SequentialExecutor:
 
     Args:
         trainer: the Trainer.
-        seed: the strategy's seed.
         store: client state between rounds.
         keepers: one for each optimizer.
         keep: whether optimizer state lives on with the client.
         watcher: told about clients as they train.
+        log: collects what clients log.
+        transfer: brings batches to the device.
     """
 
     def __init__(
         self,
         trainer: pl.Trainer,
         *,
-        seed: int,
         store: ClientStore,
         keepers: list[OptimizerKeeper],
         keep: bool,
         watcher: Watcher,
+        log: ClientLog,
+        transfer: Transfer,
     ) -> None:
         self._trainer = trainer
         self._module = trainer.lightning_module
         self._device = trainer.strategy.root_device
-        self._seed = seed
         self._store = store
         self._keepers = keepers
         self._keep = keep
         self._watcher = watcher
-        self._loops = ClientLoops(trainer)
+        self._log = log
+        self._step: LocalStep | None = None  # chosen in the first round, when all callbacks are in place
+        self._transfer = transfer
+        self._hooks: set[str]
         self._round_start: tuple[Any, list[dict[str, Any]]] | None = None
         self._scaler: Any = getattr(trainer.precision_plugin, "scaler", None)
         # In manual optimization the user steps the schedulers inside the client; they are the server's all the same.
@@ -110,26 +137,29 @@ class SequentialExecutor:
         if self._scaler is not None and scale > 0:
             self._scaler.load_state_dict({**self._scaler.state_dict(), "scale": scale, "_growth_tracker": int(growth)})
 
-    def run(self, context: RoundContext) -> Iterator[ClientUpdate]:
+    def run(self, context: RoundContext, positions: Mapping[int, int] | None = None) -> Iterator[ClientUpdate]:
         """Train the clients and yield each one's update while the model still holds its weights.
 
         On return the model holds the global weights again; if it is left by an exception it need not.
+
+        Args:
+            context: the round.
+            positions: number of each client's first local batch within the rank's round; None if nobody else trains.
         """
         view, origin = context.exchange.view, context.exchange.origin(context.server)
         delta = view.empty()
-        for keeper in self._keepers:
-            keeper.open_round()
-        scaler = None if self._scaler is None else self._scaler.state_dict()
-        self._round_start = scaler, [copy.deepcopy(scheduler.state_dict()) for scheduler in self._schedulers]
+        self._open_round()
+        position = 0
         for number, work in enumerate(context.work):
-            if number == 0:
+            if work is context.first and context.randomness is not None:
                 randomness.restore(context.randomness, self._device)
             else:
-                randomness.seed_globals(client_seed(self._seed, context.round, work.client), self._device)
+                randomness.seed_globals(work.seed, self._device)
             self._prepare(work.client)
             self._watcher.client_started(work.client)
             started = time.perf_counter()
-            losses, weights, sizes = self._train(context, number)
+            trained = self._train(context, number, positions[work.client] if positions else position)
+            position += len(work.batches)
             context.exchange.settle()
             view.subtract_from(origin, out=delta)
             update = ClientUpdate(
@@ -137,9 +167,9 @@ class SequentialExecutor:
                 delta=delta,
                 norm=_norm(delta, context.server, view.trainable),
                 held=work.held,
-                samples=sum(sizes),
-                steps=len(sizes),
-                loss=_mean_loss(losses, weights),
+                samples=trained.samples,
+                steps=trained.steps,
+                loss=trained.mean_loss(),
                 seconds=time.perf_counter() - started,
             )
             if self._keep and context.training:
@@ -153,6 +183,16 @@ class SequentialExecutor:
         view.forget(delta)
         self.close_round()
 
+    def _open_round(self) -> None:
+        if self._step is None:
+            self._step = local_step(self._trainer)
+            self._hooks = {name for name in PER_LOCAL_BATCH if is_overridden(name, self._module)}
+        for keeper in self._keepers:
+            keeper.open_round()
+        scaler = None if self._scaler is None else self._scaler.state_dict()
+        self._round_start = scaler, [copy.deepcopy(scheduler.state_dict()) for scheduler in self._schedulers]
+        self._parameters = list(self._module.parameters())
+
     def close_round(self) -> None:
         """Optimizers, schedulers and scaler are the server's and no client's; also after a round that failed."""
         for keeper in self._keepers:
@@ -162,7 +202,8 @@ class SequentialExecutor:
 
     def rewind_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """In a checkpoint taken while a client trains, replace what is the client's by what the round began with."""
-        assert self._round_start is not None
+        if self._round_start is None:
+            return  # clients train side by side, in optimizers of their own
         scaler, schedulers = self._round_start
         saved = zip(self._keepers, checkpoint["optimizer_states"], strict=True)
         checkpoint["optimizer_states"] = [keeper.at_round_start(state) for keeper, state in saved]
@@ -185,48 +226,65 @@ class SequentialExecutor:
         for i, keeper in enumerate(self._keepers):
             keeper.load(kept[i] if kept else None)
         self._rewind()
-        for parameter in self._module.parameters():
+        for parameter in self._parameters:
             parameter.grad = None
 
-    def _train(self, context: RoundContext, number: int) -> tuple[list[Tensor], list[int], list[int]]:
-        """The local batches of a client; returns the losses, the samples that each is the mean of, and all samples."""
-        trainer = self._trainer
+    def _train(self, context: RoundContext, number: int, position: int) -> _Trained:
+        """The local batches of a client, of which the first is number ``position`` of the rank's round."""
+        assert self._step is not None
+        trainer, step, work = self._trainer, self._step, context.work[number]
         progress = trainer.fit_loop.epoch_loop.batch_progress
-        batches = context.work[number].batches
-        losses: list[Tensor] = []
-        weights: list[int] = []
-        sizes: list[int] = []
-        skipped = 0
-        for batch_idx, indices in enumerate(batches):
+        trained, last_idx = _Trained(), len(work.batches) - 1
+        for batch_idx, indices in enumerate(work.batches):
             batch = next(context.batches)
             if batch is None:
-                # Skipped, as the Trainer's own loop does.
-                skipped += 1
-                continue
+                continue  # as the Trainer's own loop does
             # What the module reads as `trainer.is_last_batch` goes with the client's `batch_idx`.
-            progress.is_last_batch = last = batch_idx + 1 == len(batches)
-            if number or sizes:
-                # The very first batch of a round has come this way already, through the Trainer's own loop.
-                batch = trainer.precision_plugin.convert_input(batch)
-                batch = self._module._on_before_batch_transfer(batch, dataloader_idx=0)
-                batch = call._call_strategy_hook(trainer, "batch_to_device", batch, dataloader_idx=0)
-                trainer._logger_connector.on_batch_start(batch)
-            if call._call_lightning_module_hook(trainer, "on_train_batch_start", batch, batch_idx) == -1:
+            progress.is_last_batch = last = batch_idx == last_idx
+            if trained.steps or work is not context.first:
+                batch = self._transfer(batch)
+                self._log.start_batch(batch)
+            self._log.position = position + batch_idx
+            if self._call("on_train_batch_start", batch, batch_idx) == -1:
                 # The user's way to say that this epoch is over: here, the client's.
-                for _ in batches[batch_idx + 1 :]:
+                for _ in range(batch_idx, last_idx):
                     next(context.batches)
-                break
-            outputs = self._loops.step(batch, batch_idx, last=last, training=context.training)
-            call._call_lightning_module_hook(trainer, "on_train_batch_end", outputs, batch, batch_idx)
-            sizes.append(len(indices))
+                return trained
+            outputs = step.step(batch, batch_idx, last=last, training=context.training)
+            self._call("on_train_batch_end", outputs, batch, batch_idx)
             loss = outputs.get("loss")
-            if loss is not None:
-                losses.append(loss.detach())
-                weights.append(len(indices))
+            trained.add(len(indices), loss)
             self._watcher.client_stepped(number, loss)
-        if skipped == len(batches):
-            raise no_batch_left(context.work[number])
-        return losses, weights, sizes
+        if not trained.steps:
+            raise no_batch_left(work)
+        return trained
+
+    def _call(self, hook: str, *values: Any) -> Any:
+        return call._call_lightning_module_hook(self._trainer, hook, *values) if hook in self._hooks else None
+
+
+class _Trained:
+    """What is known of a client's local training, besides its model."""
+
+    def __init__(self) -> None:
+        self.samples = self.steps = 0
+        self._losses: list[Tensor] = []
+        self._weights: list[int] = []
+
+    def add(self, samples: int, loss: Tensor | None) -> None:
+        """A local batch is over; its loss is the mean over its samples."""
+        self.samples += samples
+        self.steps += 1
+        if loss is not None:
+            self._losses.append(loss)
+            self._weights.append(samples)
+
+    def mean_loss(self) -> float:
+        """Loss per sample, NaN if there was none."""
+        if not self._losses:
+            return math.nan
+        losses: list[float] = torch.stack(self._losses).flatten().tolist()
+        return math.fsum(map(mul, losses, self._weights)) / sum(self._weights)
 
 
 def client_seed(seed: int, round: int, client: int) -> int:
@@ -243,15 +301,11 @@ def no_batch_left(work: LocalWork) -> ValueError:
 
 
 def _norm(delta: Tensor, server: Tensor, trainable: int) -> float:
-    moved, carried = delta[:trainable], delta[trainable:]
-    # The carried part does not count, but must not be spoilt where the server's is not (see `Exchange.origin`).
-    spoilt = (~torch.isfinite(carried) & torch.isfinite(server[trainable:])).any()
-    value = float(torch.where(spoilt, math.nan, moved.dot(moved)))
+    moved = delta if trainable == delta.numel() else delta[:trainable]
+    square = moved.dot(moved)
+    if moved is not delta:
+        # The carried part does not count, but must not be spoilt where the server's is not (see `Exchange.origin`).
+        spoilt = (~torch.isfinite(delta[trainable:]) & torch.isfinite(server[trainable:])).any()
+        square = torch.where(spoilt, math.nan, square)
+    value = float(square)
     return math.sqrt(value) if math.isfinite(value) else math.nan
-
-
-def _mean_loss(losses: list[Tensor], weights: list[int]) -> float:
-    if not losses:
-        return math.nan
-    stacked = torch.stack([loss.reshape(()).double() for loss in losses])
-    return float(stacked.dot(torch.tensor(weights, dtype=torch.float64, device=stacked.device)) / sum(weights))

@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader, Dataset
 from lightning_fedscale import FederatedStrategy, RoundRecord
 from tests.dist import scenarios
 from tests.laws import reference
+from tests.strategies import sequential
 
 
 class Breakable(Dataset[Any]):
@@ -60,7 +61,7 @@ if __name__ == "__main__":
         max_epochs=5,
         enable_checkpointing=True,
         callbacks=[Failing(int(sys.argv[1]), sys.argv[2], data, folder), OnExceptionCheckpoint(folder)],
-        strategy=FederatedStrategy(
+        strategy=sequential(
             partitioner=scenarios.partitioner(), clients_per_round=4, client_optimizer="keep", rounds_per_epoch=5
         ),
     ).fit(scenarios.Module(), DataLoader(data, scenarios.BATCH, shuffle=True))

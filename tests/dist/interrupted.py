@@ -32,6 +32,7 @@ from lightning_fedscale.server import from_torch
 from lightning_fedscale.types import ClientUpdate
 from tests.dist import processes, scenarios
 from tests.laws import reference
+from tests.strategies import sequential
 
 EPOCHS = 20
 ROUNDS_PER_EPOCH = 3
@@ -170,7 +171,7 @@ def train(folder: Path, ranks: int, moments: Moments) -> None:
         gradient_clip_val=1.0,
         enable_checkpointing=True,
         callbacks=[checkpoint, moments],
-        strategy=FederatedStrategy(
+        strategy=sequential(
             partitioner=scenarios.partitioner(),
             clients_per_round=4,
             local_steps=3,

@@ -23,6 +23,7 @@ from lightning_fedscale.samplers import uniform
 from lightning_fedscale.server import fed_avg, from_torch
 from lightning_fedscale.types import ClientUpdate, IntArray
 from tests.laws import reference
+from tests.strategies import sequential
 
 CLIENTS = 9
 BATCH = 8
@@ -288,7 +289,7 @@ def fit(
     )
     calls = [] if calls is None else calls
     spy, module, first_call = Spy(calls), scenario.module(), len(calls)
-    strategy = FederatedStrategy(partitioner=partitioner(), start_method=start_method, **scenario.strategy())  # type: ignore[arg-type]
+    strategy = sequential(partitioner=partitioner(), start_method=start_method, **scenario.strategy())  # type: ignore[arg-type]
     trainer = reference.quiet_trainer(callbacks=[spy], strategy=strategy, **{**options, **devices})
     result: dict[str, Any] = {"error": "", "evaluated": {}}
     start = {key: value.clone() for key, value in module.state_dict().items()}

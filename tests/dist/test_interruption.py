@@ -19,6 +19,7 @@ from lightning_fedscale import FederatedStrategy
 from tests.dist import processes
 from tests.dist.interrupted import DEATHS, EPOCHS, ROUNDS_PER_EPOCH
 from tests.laws import reference
+from tests.strategies import sequential
 
 ROUNDS = EPOCHS * ROUNDS_PER_EPOCH
 KILLED = -signal.SIGKILL
@@ -178,7 +179,7 @@ def run_with_cuts(
         module = reference.make_module()
         module.__class__ = Scheduled
         trainer = reference.quiet_trainer(
-            strategy=FederatedStrategy(2, rounds_per_epoch=rounds_per_epoch),
+            strategy=sequential(2, rounds_per_epoch=rounds_per_epoch),
             callbacks=[Cut(hook, cut, path, events)],
             **limit,
         )

@@ -10,11 +10,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
-from lightning_fedscale import FederatedStrategy, Partition, randomness
+from lightning_fedscale import Partition, randomness
 from lightning_fedscale.executors import client_seed
 from lightning_fedscale.rounds import pass_order
 from lightning_fedscale.samplers import uniform
 from tests.laws import reference
+from tests.strategies import sequential
 
 State = dict[str, Tensor]
 Batches = Callable[[int, int], list[list[int]]]
@@ -209,7 +210,7 @@ def fit(
         torch.manual_seed(0)
         module = Validated()
     trainer = reference.quiet_trainer(
-        strategy=FederatedStrategy(**{"partitioner": partition(), **(strategy or {})}),  # type: ignore[arg-type]
+        strategy=sequential(**{"partitioner": partition(), **(strategy or {})}),  # type: ignore[arg-type]
         **options,
     )
     train = reference.loader(data()) if train is None else train

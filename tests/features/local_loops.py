@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_fedscale import FederatedStrategy
 from lightning_fedscale.executors import client_seed
 from tests.features import by_hand
 from tests.features.by_hand import State
 from tests.laws import reference
+from tests.strategies import sequential
 
 Batches = list[list[Tensor]]
 Local = Callable[[int, int, Batches], "bool | None"]
@@ -112,7 +112,7 @@ def fit(
     **options: object,
 ) -> pl.Trainer:
     """Train for ``number`` epochs of rounds with the same clients, data and batches as `rounds`."""
-    federated = FederatedStrategy(
+    federated = sequential(
         partitioner=by_hand.partition(),
         rounds_per_epoch=rounds_per_epoch,
         **(strategy or {}),  # type: ignore[arg-type]

@@ -39,9 +39,10 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import StepLR
 
-from lightning_fedscale import FederatedStrategy, server
+from lightning_fedscale import server
 from tests.features import by_hand
 from tests.laws import reference
+from tests.strategies import sequential
 
 
 def states_in(folder: Path) -> dict[int, by_hand.State]:
@@ -369,7 +370,7 @@ def test_lr_find_searches_over_rounds(tmp_path: Path) -> None:
     torch.manual_seed(0)
     module = Plain()
     trainer = reference.quiet_trainer(
-        strategy=FederatedStrategy(partitioner=by_hand.partition()), max_epochs=20, default_root_dir=tmp_path
+        strategy=sequential(partitioner=by_hand.partition()), max_epochs=20, default_root_dir=tmp_path
     )
     found = Tuner(trainer).lr_find(
         module, reference.loader(by_hand.data()), min_lr=1e-4, max_lr=1.0, num_training=12, update_attr=False
@@ -390,7 +391,7 @@ def untouched(**options: object) -> by_hand.State:
 def test_after_lr_find_a_fit_is_as_if_nothing_had_been(tmp_path: Path) -> None:
     torch.manual_seed(0)
     module, loader = Plain(), reference.loader(by_hand.data())
-    strategy = FederatedStrategy(partitioner=by_hand.partition(), **OPTIONS)
+    strategy = sequential(partitioner=by_hand.partition(), **OPTIONS)
     trainer = reference.quiet_trainer(strategy=strategy, max_epochs=4, default_root_dir=tmp_path)
     Tuner(trainer).lr_find(module, loader, num_training=3, update_attr=False)
     trainer.fit(module, loader)
@@ -499,7 +500,7 @@ def test_gradient_accumulation_scheduler_counts_batches_of_a_client() -> None:
 
 def test_model_pruning_of_one_client_is_that_of_the_plain_trainer() -> None:
     results = []
-    for strategy in ("auto", FederatedStrategy(num_clients=1, client_optimizer="keep")):
+    for strategy in ("auto", sequential(num_clients=1, client_optimizer="keep")):
         torch.manual_seed(0)
         module = reference.Classifier(dropout=0.0)
         prune = ModelPruning(

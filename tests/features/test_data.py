@@ -27,9 +27,10 @@ from torch.utils.data import (
     get_worker_info,
 )
 
-from lightning_fedscale import FederatedStrategy, Partition, randomness
+from lightning_fedscale import Partition, randomness
 from tests.features import by_hand
 from tests.laws import reference
+from tests.strategies import sequential
 
 Batches = list[list[int]]
 
@@ -223,10 +224,10 @@ def test_a_datamodule_and_the_modules_own_loader_give_the_same_model() -> None:
     torch.manual_seed(0)
     first, second = by_hand.Validated(), WithData()
     second.load_state_dict(first.state_dict())
-    trainer = reference.quiet_trainer(strategy=FederatedStrategy(**strategy), max_epochs=2)  # type: ignore[arg-type]
+    trainer = reference.quiet_trainer(strategy=sequential(**strategy), max_epochs=2)  # type: ignore[arg-type]
     trainer.fit(first, datamodule=Data())
     assert calls == ["prepare", "fit", "teardown"]
-    trainer = reference.quiet_trainer(strategy=FederatedStrategy(**strategy), max_epochs=2)  # type: ignore[arg-type]
+    trainer = reference.quiet_trainer(strategy=sequential(**strategy), max_epochs=2)  # type: ignore[arg-type]
     trainer.fit(second)
     third = by_hand.models(2)[-1]
     assert by_hand.same(first.state_dict(), third)
@@ -258,7 +259,7 @@ def test_a_loader_class_may_be_constructed_as_it_likes(made: str) -> None:
 
     torch.manual_seed(0)
     module = WithData()
-    strategy = FederatedStrategy(partitioner=by_hand.partition())
+    strategy = sequential(partitioner=by_hand.partition())
     reference.quiet_trainer(strategy=strategy, max_epochs=2).fit(module, make() if made == "before" else None)
     assert by_hand.same(module.state_dict(), by_hand.models(2, fetch=halved)[-1])
 

@@ -10,9 +10,10 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from lightning_fedscale import FederatedStrategy, Partition
+from lightning_fedscale import Partition
 from lightning_fedscale.types import ClientUpdate, RoundRecord
 from tests.laws import reference
+from tests.strategies import sequential
 
 Log = list[tuple[Any, ...]]
 
@@ -167,7 +168,7 @@ def round_of_two(number: int, batch_idx: int) -> Log:
 def test_order_of_hooks() -> None:
     log: Log = []
     module, callback = spied(log)
-    strategy = FederatedStrategy(partitioner=Partition.from_lists([range(8), range(8, 14)]), rounds_per_epoch=2)
+    strategy = sequential(partitioner=Partition.from_lists([range(8), range(8, 14)]), rounds_per_epoch=2)
     trainer = reference.quiet_trainer(strategy=strategy, max_epochs=2, callbacks=[callback])
     trainer.fit(module, DataLoader(reference.dataset(14), batch_size=4))
     expected: Log = [("callback.on_train_start",), ("module.on_train_start",)]
@@ -188,7 +189,7 @@ def test_callbacks_get_the_rounds_loss_and_the_global_model() -> None:
     log: Log = []
     module, callback = spied(log)
     assert isinstance(callback, Events)
-    strategy = FederatedStrategy(partitioner=Partition.from_lists([range(8), range(8, 14)]))
+    strategy = sequential(partitioner=Partition.from_lists([range(8), range(8, 14)]))
     losses: list[float] = []
 
     class Watch(pl.Callback):
@@ -221,7 +222,7 @@ def test_callbacks_without_the_events_are_left_alone() -> None:
             self.clients.append(client)
 
     trainer = reference.quiet_trainer(
-        strategy=FederatedStrategy(num_clients=3), max_epochs=2, callbacks=[pl.Callback(), Some()]
+        strategy=sequential(num_clients=3), max_epochs=2, callbacks=[pl.Callback(), Some()]
     )
     trainer.fit(Plain(), DataLoader(reference.dataset(14), batch_size=4))
     assert Some.clients == [0, 1, 2, 0, 1, 2]

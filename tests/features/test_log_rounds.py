@@ -31,6 +31,7 @@ NAMES = {
     "round/upload_bytes",
     "round/download_bytes",
     "round/seconds",
+    "round/padding",
     "round/idle",
 }
 
@@ -125,6 +126,7 @@ def test_values_follow_from_the_clients_deltas(aggregator: str) -> None:
             "round/upload_bytes": 3.0 * message,
             "round/download_bytes": 3.0 * message,
             "round/seconds": record.seconds,
+            "round/padding": 0.0,
             "round/idle": 0.0,
         }
         assert record.ranks.tolist() == [0, 0, 0]

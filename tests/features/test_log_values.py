@@ -13,9 +13,9 @@ from lightning.pytorch.loggers import CSVLogger
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from lightning_fedscale import FederatedStrategy
 from tests.features import by_hand
 from tests.laws import reference
+from tests.strategies import sequential
 
 PER_ROUND, ROUNDS_PER_EPOCH, EPOCHS = 3, 2, 3
 
@@ -141,7 +141,7 @@ def hand_computed(epoch: int) -> dict[str, float]:
 @pytest.fixture
 def run(tmp_path: Path) -> tuple[pl.Trainer, Collect]:
     collect = Collect()
-    strategy = FederatedStrategy(
+    strategy = sequential(
         partitioner=by_hand.partition(), clients_per_round=PER_ROUND, rounds_per_epoch=ROUNDS_PER_EPOCH
     )
     trainer = reference.quiet_trainer(
@@ -193,7 +193,7 @@ def test_logged_values(run: tuple[pl.Trainer, Collect], tmp_path: Path) -> None:
 
 def test_one_client_logs_what_the_plain_trainer_logs() -> None:
     collected = []
-    for strategy in ("auto", FederatedStrategy(num_clients=1, client_optimizer="keep")):
+    for strategy in ("auto", sequential(num_clients=1, client_optimizer="keep")):
         collect = Collect()
         trainer = reference.quiet_trainer(strategy=strategy, max_epochs=2, callbacks=[collect])
         loader = reference.loader(by_hand.data(), shuffle=False)
@@ -224,7 +224,7 @@ def test_round_loss_is_the_epoch_mean_of_the_loss() -> None:
             if trainer.current_epoch:
                 pairs.append(tuple(float(trainer.callback_metrics[n]) for n in ("train_loss", "round/loss")))  # type: ignore[arg-type]
 
-    strategy = FederatedStrategy(partitioner=by_hand.partition(), clients_per_round=2)
+    strategy = sequential(partitioner=by_hand.partition(), clients_per_round=2)
     trainer = reference.quiet_trainer(strategy=strategy, max_epochs=5, callbacks=[Watch()])
     trainer.fit(module, reference.loader(by_hand.data()))
     assert len(pairs) == 4

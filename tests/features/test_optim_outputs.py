@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_fedscale import FederatedStrategy
 from tests.features import by_hand, local_loops
 from tests.features.local_loops import Batches
 from tests.laws import reference
+from tests.strategies import sequential
 
 INDICES = [0, 0, 0, 1, 0, 1, 2]
 """``batch_idx`` of a round's local batches: four clients with 1, 1, 2 and 3 of them."""
@@ -115,7 +115,7 @@ class Stopping(Module):
 def test_minus_one_ends_the_clients_round(workers: int) -> None:
     """The next client gets its own batches all the same."""
     module = local_loops.make(Stopping)
-    strategy = FederatedStrategy(partitioner=by_hand.partition())
+    strategy = sequential(partitioner=by_hand.partition())
     trainer = reference.quiet_trainer(strategy=strategy, max_epochs=2)
     trainer.fit(module, torch.utils.data.DataLoader(by_hand.data(), batch_size=8, num_workers=workers))
     assert module.started == [0, 0, 0, 1, 0, 1] * 2

@@ -22,10 +22,11 @@ from torch import Tensor
 from torch.optim.lr_scheduler import OneCycleLR, StepLR
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
-from lightning_fedscale import FederatedStrategy, server
+from lightning_fedscale import server
 from lightning_fedscale.checkpointing import AtomicCheckpointIO
 from tests.features import by_hand
 from tests.laws import reference
+from tests.strategies import sequential
 
 
 class Every(ModelCheckpoint):
@@ -535,7 +536,7 @@ def test_the_users_own_writer_is_kept(tmp_path: Path) -> None:
             super().save_checkpoint(*args, **kwargs)
 
     writer = Counting()
-    strategy = FederatedStrategy(partitioner=by_hand.partition(), checkpoint_io=writer)
+    strategy = sequential(partitioner=by_hand.partition(), checkpoint_io=writer)
     trainer = reference.quiet_trainer(
         strategy=strategy, enable_checkpointing=True, callbacks=[Every(tmp_path)], max_epochs=2
     )

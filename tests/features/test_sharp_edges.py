@@ -15,9 +15,10 @@ from lightning.pytorch.callbacks import OnExceptionCheckpoint
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, default_collate
 
-from lightning_fedscale import ClientUpdate, FederatedStrategy, Partition, RoundRecord, server
+from lightning_fedscale import ClientUpdate, Partition, RoundRecord, server
 from lightning_fedscale.clients import OptimizerKeeper
 from tests.laws import reference
+from tests.strategies import sequential
 
 CLIENTS = {"num_clients": 6, "clients_per_round": 3}
 
@@ -31,7 +32,7 @@ def fit(
     strategy: dict[str, Any] = CLIENTS,
     **options: Any,
 ) -> pl.Trainer:
-    trainer = reference.quiet_trainer(strategy=FederatedStrategy(**strategy), max_epochs=epochs, **options)
+    trainer = reference.quiet_trainer(strategy=sequential(**strategy), max_epochs=epochs, **options)
     trainer.fit(module, loader or reference.loader(reference.dataset(80)), ckpt_path=ckpt_path)
     return trainer
 
@@ -211,7 +212,7 @@ def test_group_options_that_appear_during_training_are_the_clients(client_optimi
                 self.fails = False
                 raise LookupError("on purpose")
 
-    strategy = FederatedStrategy(num_clients=2, client_optimizer=client_optimizer)  # type: ignore[arg-type]
+    strategy = sequential(num_clients=2, client_optimizer=client_optimizer)  # type: ignore[arg-type]
     trainer = reference.quiet_trainer(strategy=strategy, max_epochs=2, callbacks=[Notes()])
     module, loader = make(WithLate), reference.loader(reference.dataset(32))
     with pytest.raises(LookupError):
@@ -426,7 +427,7 @@ def test_saved_at_the_end_of_any_client_repeats_the_round(rounds_per_epoch: int,
     def run(ckpt_path: Path | None, *callbacks: pl.Callback) -> tuple[Any, pl.Trainer]:
         module = make(Validated)
         trainer = reference.quiet_trainer(
-            strategy=FederatedStrategy(**options),  # type: ignore[arg-type]
+            strategy=sequential(**options),  # type: ignore[arg-type]
             max_epochs=2,
             callbacks=list(callbacks),
             val_check_interval=1,
@@ -515,7 +516,7 @@ def test_a_client_that_freezes_layers_does_so_for_itself(cohort: list[int]) -> N
         return np.array(cohort)
 
     module = FreezesByBatch(dropout=0.0)
-    strategy = FederatedStrategy(partitioner=partition, clients_per_round=len(cohort), sampler=chosen)
+    strategy = sequential(partitioner=partition, clients_per_round=len(cohort), sampler=chosen)
     reference.quiet_trainer(max_epochs=2, strategy=strategy, callbacks=[Spy()]).fit(module, reference.loader(data))
     first_round, second_round = seen[: len(cohort)], seen[len(cohort) :]
     assert all(first_round)
@@ -532,7 +533,7 @@ def test_an_error_before_the_first_client_is_the_one_that_is_shown() -> None:
     """Tidying up after a first round that never reached its optimizers used to fail by itself and hide the cause."""
     module = reference.make_module()
     before = copy.deepcopy(module.state_dict())
-    trainer = reference.quiet_trainer(max_epochs=1, strategy=FederatedStrategy(), callbacks=[FailsAsTheRoundBegins()])
+    trainer = reference.quiet_trainer(max_epochs=1, strategy=sequential(), callbacks=[FailsAsTheRoundBegins()])
     with pytest.raises(ArithmeticError, match="not today"):
         trainer.fit(module, reference.loader(reference.dataset()))
     assert reference.difference(module.state_dict(), before) == 0.0

@@ -19,6 +19,7 @@ import lightning_fedscale
 from lightning_fedscale import FederatedStrategy
 from tests.features import by_hand
 from tests.laws import reference
+from tests.strategies import sequential
 
 
 class Validated(reference.Classifier):
@@ -53,7 +54,7 @@ def fit(
     **options: object,
 ) -> tuple[pl.Trainer, pl.LightningModule]:
     module = module or make()
-    strategy = FederatedStrategy(partitioner=by_hand.partition(), rounds_per_epoch=rounds_per_epoch)
+    strategy = sequential(partitioner=by_hand.partition(), rounds_per_epoch=rounds_per_epoch)
     trainer = reference.quiet_trainer(strategy=strategy, **options)
     loader = reference.loader(by_hand.data(), shuffle=shuffle)
     trainer.fit(module, loader, validation_loader() if validate else None)
@@ -200,7 +201,7 @@ def test_reload_dataloaders_brings_new_loaders_between_epochs() -> None:
     clients = by_hand.partition()
     module = reference.make_module()
     trainer = reference.quiet_trainer(
-        strategy=FederatedStrategy(partitioner=clients), max_epochs=6, reload_dataloaders_every_n_epochs=2
+        strategy=sequential(partitioner=clients), max_epochs=6, reload_dataloaders_every_n_epochs=2
     )
     datamodule = Growing()
     trainer.fit(module, datamodule=datamodule)
@@ -217,7 +218,7 @@ def test_reload_dataloaders_brings_new_loaders_between_epochs() -> None:
 
 def test_validate_test_and_predict_before_and_after_fit() -> None:
     module, loader = make(), validation_loader()
-    trainer = reference.quiet_trainer(strategy=FederatedStrategy(partitioner=by_hand.partition()), max_epochs=2)
+    trainer = reference.quiet_trainer(strategy=sequential(partitioner=by_hand.partition()), max_epochs=2)
     plain = reference.quiet_trainer()
     inputs, labels = (torch.cat(parts) for parts in zip(*loader, strict=True))
     for when in ("before", "after"):
@@ -257,7 +258,7 @@ def test_inference_mode_is_the_users_choice(inference: bool) -> None:
 
 def test_a_second_fit_with_more_epochs_goes_on() -> None:
     module, loader = make(), reference.loader(by_hand.data())
-    trainer = reference.quiet_trainer(strategy=FederatedStrategy(partitioner=by_hand.partition()), max_epochs=2)
+    trainer = reference.quiet_trainer(strategy=sequential(partitioner=by_hand.partition()), max_epochs=2)
     trainer.fit(module, loader)
     trainer.fit_loop.max_epochs = 5
     trainer.fit(module, loader)
@@ -267,7 +268,7 @@ def test_a_second_fit_with_more_epochs_goes_on() -> None:
 
 def test_a_second_fit_with_another_dataset_divides_that_one() -> None:
     module = make()
-    trainer = reference.quiet_trainer(strategy=FederatedStrategy(num_clients=3), max_epochs=2)
+    trainer = reference.quiet_trainer(strategy=sequential(num_clients=3), max_epochs=2)
     first, second = by_hand.data(), reference.dataset(70)
     trainer.fit(module, reference.loader(first))
     held = trainer.strategy.partition  # type: ignore[attr-defined]
@@ -310,7 +311,7 @@ def test_trainer_and_module_are_left_as_a_plain_fit_leaves_them(fails: bool) -> 
 
     flags = {"max_epochs": 2, "accumulate_grad_batches": 3, "limit_train_batches": 0.75, "log_every_n_steps": 7}
     left = []
-    for strategy in ("auto", FederatedStrategy(partitioner=by_hand.partition())):
+    for strategy in ("auto", sequential(partitioner=by_hand.partition())):
         Hooked.calls = 0
         torch.manual_seed(0)
         module = Hooked()
@@ -354,7 +355,8 @@ def test_strategy_by_name() -> None:
     iid.dataset = by_hand.data()
     run = by_hand.fed_avg(reference.make_module(), by_hand.data(), iid.partition, by_hand.passes(iid.partition))
     next(run)
-    assert by_hand.same(module.state_dict(), next(run))
+    # From the second round on clients may train side by side, which rounds differently.
+    assert reference.difference(module.state_dict(), next(run)) < 1e-6
 
 
 def test_deterministic_detect_anomaly_and_profiler_change_no_number() -> None:
@@ -392,7 +394,7 @@ def test_barebones_gives_the_same_model() -> None:
         barebones=True,
         accelerator="cpu",
         devices=1,
-        strategy=FederatedStrategy(partitioner=by_hand.partition()),
+        strategy=sequential(partitioner=by_hand.partition()),
         max_epochs=2,
     )
     trainer.fit(module, reference.loader(by_hand.data()))

@@ -9,8 +9,8 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
 
-from lightning_fedscale import FederatedStrategy
 from tests.laws import reference
+from tests.strategies import sequential
 
 pytestmark = [
     pytest.mark.gpu,
@@ -20,7 +20,7 @@ pytestmark = [
 
 def weights(rounds: int = 5, ckpt_path: Path | None = None, **options: object) -> dict[str, Tensor]:
     trainer_options = {"accelerator": "gpu", "max_epochs": rounds, **options.pop("trainer", {})}  # type: ignore[dict-item]
-    strategy = FederatedStrategy(**{"partitioner": reference.unequal_clients(), "clients_per_round": 4, **options})  # type: ignore[arg-type]
+    strategy = sequential(**{"partitioner": reference.unequal_clients(), "clients_per_round": 4, **options})  # type: ignore[arg-type]
     module = reference.make_module()
     reference.quiet_trainer(strategy=strategy, **trainer_options).fit(
         module, reference.loader(reference.dataset()), ckpt_path=ckpt_path
@@ -34,7 +34,7 @@ def test_agrees_with_the_cpu() -> None:
         module, reference.dataset(), reference.unequal_clients(), rounds=5, clients_per_round=4
     )
     on_device = reference.make_module(dropout=0.0)
-    strategy = FederatedStrategy(partitioner=reference.unequal_clients(), clients_per_round=4)
+    strategy = sequential(partitioner=reference.unequal_clients(), clients_per_round=4)
     reference.quiet_trainer(accelerator="gpu", max_epochs=5, strategy=strategy).fit(
         on_device, reference.loader(reference.dataset())
     )
@@ -63,3 +63,12 @@ def test_two_devices_equal_one() -> None:
     # fork cannot follow CUDA; spawn brings the weights back.
     two = weights(trainer={"devices": 2}, start_method="spawn")
     assert reference.difference(two, weights()) == 0.0
+
+
+@pytest.mark.parametrize("client_optimizer", ["reset", "keep"])
+@pytest.mark.parametrize("options", [{}, {"cache_dataset": False}, {"clients_per_wave": 2}], ids=str)
+def test_the_executor_does_not_matter(client_optimizer: str, options: dict[str, object]) -> None:
+    options = {"client_optimizer": client_optimizer, **options}
+    side_by_side = weights(**options, executor="vectorized")
+    assert reference.difference(side_by_side, weights(**options)) < 1e-4
+    assert reference.difference(side_by_side, weights(**options, executor="vectorized")) == 0.0

@@ -36,6 +36,11 @@ def unequal_clients(samples: int = 203, clients: int = 7) -> Partition:
     return Partition.from_lists([order[a:b] for a, b in itertools.pairwise(bounds)])
 
 
+def equal_clients(clients: int, samples: int) -> Partition:
+    """So many clients of so many samples each."""
+    return Partition.from_lists([range(i * samples, (i + 1) * samples) for i in range(clients)])
+
+
 class Classifier(pl.LightningModule):
     def __init__(self, dropout: float = 0.3, batch_norm: bool = False, clip: float | None = None) -> None:
         super().__init__()

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from lightning_fedscale import FederatedStrategy
 from tests.laws import reference
+from tests.strategies import sequential
 
 
 def federated(
@@ -20,7 +20,7 @@ def federated(
     trainer: dict[str, object] | None = None,
     **strategy: object,
 ) -> dict[str, Tensor]:
-    run = reference.quiet_trainer(max_epochs=rounds, strategy=FederatedStrategy(**strategy), **(trainer or {}))  # type: ignore[arg-type]
+    run = reference.quiet_trainer(max_epochs=rounds, strategy=sequential(**strategy), **(trainer or {}))  # type: ignore[arg-type]
     run.fit(module, data)
     return module.state_dict()
 
@@ -102,7 +102,7 @@ class Adam(reference.Classifier):
 def test_one_client_that_keeps_its_optimizer_is_the_plain_trainer() -> None:
     data = reference.dataset(200)
     results = []
-    for strategy in ("auto", FederatedStrategy(num_clients=1, client_optimizer="keep")):
+    for strategy in ("auto", sequential(num_clients=1, client_optimizer="keep")):
         torch.manual_seed(0)
         module = Adam()
         run = reference.quiet_trainer(max_epochs=8, strategy=strategy, gradient_clip_val=1.0, accumulate_grad_batches=2)
@@ -116,7 +116,7 @@ def test_one_client_that_keeps_its_optimizer_is_the_plain_trainer() -> None:
 def test_a_client_that_resets_its_optimizer_is_not_the_plain_trainer() -> None:
     data = reference.dataset(200)
     results = []
-    for strategy in ("auto", FederatedStrategy(num_clients=1)):
+    for strategy in ("auto", sequential(num_clients=1)):
         torch.manual_seed(0)
         module = Adam()
         reference.quiet_trainer(max_epochs=3, strategy=strategy).fit(module, reference.loader(data, shuffle=False))
@@ -135,7 +135,7 @@ def test_local_steps_continue_where_the_client_stopped() -> None:
 
     data = reference.dataset(20)
     module = Spy()
-    run = reference.quiet_trainer(max_epochs=4, strategy=FederatedStrategy(num_clients=1, local_steps=3))
+    run = reference.quiet_trainer(max_epochs=4, strategy=sequential(num_clients=1, local_steps=3))
     run.fit(module, DataLoader(data, batch_size=8, shuffle=True))
     assert [len(batch) for batch in seen] == [8, 8, 4] * 4
     everything = data.tensors[0][:, 0].sort().values

@@ -221,7 +221,7 @@ def test_store_keeps_committed_optimizers_only() -> None:
     assert _equal(store.optimizers(4), states(1.0))
     assert list(store.keepers()) == [4]
     store.stage_optimizers(4, None)  # its update was not finite: it starts afresh
-    store.put_optimizers(6, states(6.0))  # came from another rank
+    store.states.put(6, "optimizers", states(6.0))  # came from another rank
     store.commit()
     assert list(store.keepers()) == [6]
 
@@ -231,6 +231,6 @@ def test_store_keeps_committed_optimizers_only() -> None:
     restored = ClientStore()
     restored.load_state_dict(torch.load(file, weights_only=True))
     assert _equal(restored.optimizers(6), states(6.0))
-    restored.put_optimizers(6, None)
+    restored.states.put(6, "optimizers", None)
     assert list(restored.keepers()) == []
     assert list(store.keepers()) == [6]

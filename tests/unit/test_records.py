@@ -10,11 +10,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lightning_fedscale import FederatedStrategy
 from lightning_fedscale.records import RoundTable
 from lightning_fedscale.rounds import RoundPlan, place_longest_first
 from lightning_fedscale.types import ClientUpdate, RoundRecord
 from tests.laws import reference
+from tests.strategies import sequential
 
 
 def update(client: int, **changes: float) -> ClientUpdate:
@@ -68,6 +68,7 @@ def test_record_in_numbers() -> None:
         "round/upload_bytes": 300.0,
         "round/download_bytes": 300.0,
         "round/seconds": 2.0,
+        "round/padding": record.padding,
         "round/idle": record.idle,
     }
 
@@ -148,13 +149,13 @@ def test_record_of_a_real_round() -> None:
     losses: list[float] = []
     for client in range(7):
         alone = reference.make_module()
-        strategy = FederatedStrategy(partitioner=partition, sampler=lambda *, c=client, **_: np.array([c]))
+        strategy = sequential(partitioner=partition, sampler=lambda *, c=client, **_: np.array([c]))
         reference.quiet_trainer(strategy=strategy, max_epochs=1).fit(alone, reference.loader(data))
         deltas.append(before - torch.cat([p.detach().double().flatten() for p in alone.parameters()]))
         assert strategy.last_round is not None
         losses.append(strategy.last_round.loss)
 
-    strategy = FederatedStrategy(partitioner=partition)
+    strategy = sequential(partitioner=partition)
     reference.quiet_trainer(strategy=strategy, max_epochs=1).fit(module, reference.loader(data))
     record = strategy.last_round
     assert record is not None

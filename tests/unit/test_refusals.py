@@ -38,6 +38,7 @@ from lightning_fedscale.samplers import uniform
 from lightning_fedscale.server import ServerOptimizer
 from tests.ids import stable
 from tests.laws import reference
+from tests.strategies import sequential
 
 
 class Counting(reference.Classifier):
@@ -65,9 +66,7 @@ def refused(
     """``fit`` raises, no client has trained and the model is as it was."""
     module = Counting() if module is None else module
     before = {name: tensor.detach().clone() for name, tensor in module.named_parameters() if not _lazy(tensor)}
-    run = reference.quiet_trainer(
-        strategy=FederatedStrategy(**(strategy or {})), **{"max_epochs": 2, **(trainer or {})}
-    )
+    run = reference.quiet_trainer(strategy=sequential(**(strategy or {})), **{"max_epochs": 2, **(trainer or {})})
     with pytest.raises(kind, match=message):
         run.fit(module, reference.loader(reference.dataset()) if data is None else data, **fit)
     assert module.calls == 0
@@ -303,9 +302,7 @@ def test_lazy_layers_work_after_the_remedy() -> None:
             self.net(torch.zeros(1, 12))
 
     module = Remedied(nn.LazyLinear(4))
-    reference.quiet_trainer(strategy=FederatedStrategy(), max_epochs=1).fit(
-        module, reference.loader(reference.dataset())
-    )
+    reference.quiet_trainer(strategy=sequential(), max_epochs=1).fit(module, reference.loader(reference.dataset()))
     assert module.calls == 30
 
 
@@ -318,7 +315,7 @@ def test_tail_batch_of_one_sample_is_merged_for_batch_norm(sizes: list[int]) -> 
             seen.append(len(batch[1]))
             return super().training_step(batch, batch_idx)
 
-    strategy = FederatedStrategy(partitioner=partitioners.SizePartitioner(sizes))
+    strategy = sequential(partitioner=partitioners.SizePartitioner(sizes))
     data = reference.loader(reference.dataset(sum(sizes)), batch_size=8)
     reference.quiet_trainer(strategy=strategy, max_epochs=1).fit(Seeing(batch_norm=True), data)
     assert seen == {9: [9, 8, 9, 4], 25: [8, 8, 9, 8, 8, 4]}[sizes[0]]
@@ -327,7 +324,7 @@ def test_tail_batch_of_one_sample_is_merged_for_batch_norm(sizes: list[int]) -> 
 
 
 def test_clients_of_one_sample_with_batch_norm_are_announced() -> None:
-    strategy = FederatedStrategy(partitioner=Partition.from_lists([[0, 1], [2], [3]]))
+    strategy = sequential(partitioner=Partition.from_lists([[0, 1], [2], [3]]))
     trainer = reference.quiet_trainer(strategy=strategy, max_epochs=1)
     message = r"2 clients hold a single sample \(clients 1, 2\).*min_partition_size=2"
     with pytest.warns(UserWarning, match=message), pytest.raises(ValueError, match="more than 1 value per channel"):
@@ -422,7 +419,7 @@ def test_sampler_answers(cohort: Any, kind: type[Exception], message: str) -> No
 
 @pytest.fixture
 def saved(tmp_path: Path) -> Path:
-    strategy = FederatedStrategy(num_clients=4, server_optimizer=server.from_torch(torch.optim.Adam))
+    strategy = sequential(num_clients=4, server_optimizer=server.from_torch(torch.optim.Adam))
     trainer = reference.quiet_trainer(strategy=strategy, max_epochs=1)
     trainer.fit(Counting(), reference.loader(reference.dataset()))
     trainer.save_checkpoint(tmp_path / "one.ckpt")
@@ -443,14 +440,14 @@ def saved(tmp_path: Path) -> Path:
 )
 def test_resume_of_another_run(saved: Path, strategy: dict[str, Any], message: str) -> None:
     module = Counting()
-    trainer = reference.quiet_trainer(strategy=FederatedStrategy(**strategy), max_epochs=3)
+    trainer = reference.quiet_trainer(strategy=sequential(**strategy), max_epochs=3)
     with pytest.raises(ValueError, match=message):
         trainer.fit(module, reference.loader(reference.dataset()), ckpt_path=saved)
     assert module.calls == 0
 
 
 def test_resume_with_another_server_optimizer(saved: Path) -> None:
-    strategy = FederatedStrategy(num_clients=4, server_optimizer=server.from_torch(torch.optim.SGD, momentum=0.9))
+    strategy = sequential(num_clients=4, server_optimizer=server.from_torch(torch.optim.SGD, momentum=0.9))
     module = Counting()
     with pytest.raises(ValueError, match="server_optimizer: its state is that of Adam, not of SGD: resume with"):
         reference.quiet_trainer(strategy=strategy, max_epochs=3).fit(
@@ -503,7 +500,7 @@ def test_update_that_is_not_finite_is_left_out(how: str) -> None:
     module = Poisoned(how)
     weights = {name: value.clone() for name, value in module.state_dict().items()}
     # Two passes, so that also the client whose only batch is the one that sets off its learning rate explodes.
-    strategy = FederatedStrategy(partitioner=partition, local_epochs=2)
+    strategy = sequential(partitioner=partition, local_epochs=2)
     trainer = reference.quiet_trainer(strategy=strategy, max_epochs=1, gradient_clip_val=1.0)
     with pytest.warns(
         UserWarning, match=r"round 0: left out 2 client\(s\) whose update has NaN or infinite values: 2, 5"
@@ -517,7 +514,7 @@ def test_update_that_is_not_finite_is_left_out(how: str) -> None:
     expected = Poisoned(how)
     expected.load_state_dict(weights)
     reference.quiet_trainer(
-        strategy=FederatedStrategy(partitioner=partition, local_epochs=2, sampler=healthy),
+        strategy=sequential(partitioner=partition, local_epochs=2, sampler=healthy),
         max_epochs=1,
         gradient_clip_val=1.0,
     ).fit(expected, reference.loader(data))
@@ -536,7 +533,7 @@ def test_update_that_is_not_finite_is_left_out(how: str) -> None:
 
 def test_rejected_client_with_kept_optimizer_starts_afresh() -> None:
     data, partition = poisoned({2})
-    strategy = FederatedStrategy(partitioner=partition, client_optimizer="keep")
+    strategy = sequential(partitioner=partition, client_optimizer="keep")
     trainer = reference.quiet_trainer(strategy=strategy, max_epochs=2)
     with pytest.warns(UserWarning, match="round 1: left out 1 client"):
         trainer.fit(Poisoned("loss"), reference.loader(data))
@@ -580,7 +577,7 @@ def test_stops_with_the_last_good_model(
 
     def run(model: pl.LightningModule, rounds: int, **options: Any) -> None:
         reference.quiet_trainer(
-            strategy=FederatedStrategy(partitioner=partition, clients_per_round=3, **strategy),
+            strategy=sequential(partitioner=partition, clients_per_round=3, **strategy),
             max_epochs=rounds,
             **options,
         ).fit(model, reference.loader(data))
@@ -612,7 +609,7 @@ def test_a_dataset_that_fails_leaves_the_model_of_the_last_round() -> None:
     torch.manual_seed(0)
     model = Counting()
     with pytest.raises(OSError, match="disk gone"):
-        reference.quiet_trainer(strategy=FederatedStrategy(partitioner=partition), max_epochs=5).fit(
+        reference.quiet_trainer(strategy=sequential(partitioner=partition), max_epochs=5).fit(
             model, reference.loader(Failing(*data.tensors))
         )
     expected = reference.fed_avg(reference.make_module(), data, partition, rounds=1, clients_per_round=7)
@@ -620,7 +617,7 @@ def test_a_dataset_that_fails_leaves_the_model_of_the_last_round() -> None:
 
 
 def test_nothing_is_rejected_in_a_healthy_run() -> None:
-    strategy = FederatedStrategy(sampler=uniform)
+    strategy = sequential(sampler=uniform)
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message=".*left out.*")
         reference.quiet_trainer(strategy=strategy, max_epochs=1).fit(Counting(), reference.loader(reference.dataset()))
@@ -639,9 +636,9 @@ def test_a_scheduler_that_would_never_step() -> None:
     """Lightning counts batches from the epoch's start, and an epoch is one round by default."""
     module, loader = StepsEveryThird(), reference.loader(reference.dataset())
     with pytest.raises(ValueError, match=r"frequency=3 would never step.*rounds_per_epoch=3"):
-        reference.quiet_trainer(max_epochs=1, strategy=FederatedStrategy()).fit(module, loader)
+        reference.quiet_trainer(max_epochs=1, strategy=sequential()).fit(module, loader)
     assert module.calls == 0
-    trainer = reference.quiet_trainer(max_epochs=1, strategy=FederatedStrategy(rounds_per_epoch=3))
+    trainer = reference.quiet_trainer(max_epochs=1, strategy=sequential(rounds_per_epoch=3))
     trainer.fit(module, loader)
     assert trainer.optimizers[0].param_groups[0]["lr"] == 0.05
 
@@ -655,10 +652,10 @@ def test_validation_more_often_than_an_epoch_has_rounds() -> None:
             self.calls += 0
 
     with pytest.raises(ValueError, match=r"val_check_interval=5.*rounds_per_epoch=5.*check_val_every_n_epoch=5"):
-        reference.quiet_trainer(strategy=FederatedStrategy(), **options).fit(Validates(), loader, loader)
+        reference.quiet_trainer(strategy=sequential(), **options).fit(Validates(), loader, loader)
     for strategy, trainer in (
-        (FederatedStrategy(rounds_per_epoch=5), options),
-        (FederatedStrategy(), {"max_epochs": 5, "check_val_every_n_epoch": 5}),
+        (sequential(rounds_per_epoch=5), options),
+        (sequential(), {"max_epochs": 5, "check_val_every_n_epoch": 5}),
     ):
         reference.quiet_trainer(strategy=strategy, **trainer).fit(Validates(), loader, loader)
 
@@ -677,7 +674,7 @@ def test_server_optimizer_of_another_shape(answer: Callable[[Any], Any]) -> None
     rule = ServerOptimizer(lambda params: {}, lambda delta, state, params: answer(delta))
     module = Counting()
     before = {name: value.clone() for name, value in module.state_dict().items()}
-    trainer = reference.quiet_trainer(max_epochs=1, strategy=FederatedStrategy(server_optimizer=rule))
+    trainer = reference.quiet_trainer(max_epochs=1, strategy=sequential(server_optimizer=rule))
     with pytest.raises(TypeError, match=r"server_optimizer: update must return \(step, state\)"):
         trainer.fit(module, reference.loader(reference.dataset()))
     assert reference.difference(module.state_dict(), before) == 0.0
@@ -685,7 +682,7 @@ def test_server_optimizer_of_another_shape(answer: Callable[[Any], Any]) -> None
 
 def test_aggregator_of_another_length() -> None:
     rule = aggregators.mean()._replace(finish=lambda total: total)
-    trainer = reference.quiet_trainer(max_epochs=1, strategy=FederatedStrategy(aggregator=rule))
+    trainer = reference.quiet_trainer(max_epochs=1, strategy=sequential(aggregator=rule))
     with pytest.raises(ValueError, match="aggregator: finish returned a tensor of shape"):
         trainer.fit(Counting(), reference.loader(reference.dataset()))
 
@@ -696,7 +693,7 @@ def test_weigh_decides_what_is_computed_and_what_is_reported() -> None:
         reference.make_module(), data, partition, rounds=2, clients_per_round=7, weigh=lambda held: float(held**2)
     )
     rule = aggregators.mean()._replace(weigh=lambda update: float(update.held**2))
-    strategy = FederatedStrategy(partitioner=partition, aggregator=rule)
+    strategy = sequential(partitioner=partition, aggregator=rule)
     module = reference.make_module()
     reference.quiet_trainer(max_epochs=2, strategy=strategy).fit(module, reference.loader(data))
     assert reference.difference(module.state_dict(), expected) == 0.0
@@ -708,12 +705,12 @@ def test_weigh_decides_what_is_computed_and_what_is_reported() -> None:
 @pytest.mark.parametrize("partitioner", [Path("split.json"), "split.json"], ids=["path", "string"])
 def test_partition_file_that_was_not_loaded(partitioner: Any) -> None:
     with pytest.raises(TypeError, match=r"partitioner='split.json' is a file: load it first"):
-        FederatedStrategy(partitioner=partitioner)
+        sequential(partitioner=partitioner)
 
 
 def test_partitioner_class_in_place_of_an_object() -> None:
     with pytest.raises(TypeError, match=r"partitioner=IidPartitioner is a class"):
-        FederatedStrategy(partitioner=partitioners.IidPartitioner)  # type: ignore[arg-type]
+        sequential(partitioner=partitioners.IidPartitioner)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
@@ -726,7 +723,7 @@ def test_partitioner_class_in_place_of_an_object() -> None:
     ids=["epochs", "keep", "nothing"],
 )
 def test_resume_with_other_settings_warns(saved: Path, change: dict[str, Any], message: str | None) -> None:
-    strategy = FederatedStrategy(num_clients=4, server_optimizer=server.from_torch(torch.optim.Adam), **change)
+    strategy = sequential(num_clients=4, server_optimizer=server.from_torch(torch.optim.Adam), **change)
     trainer = reference.quiet_trainer(max_epochs=3, strategy=strategy)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")

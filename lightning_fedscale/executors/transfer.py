@@ -1,0 +1,82 @@
+"""How local batches come to the device."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.trainer import call
+from lightning.pytorch.utilities import move_data_to_device
+from lightning.pytorch.utilities.model_helpers import is_overridden
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
+from torch.utils.data._utils.pin_memory import pin_memory
+
+_HOOKS = ("on_before_batch_transfer", "transfer_batch_to_device", "on_after_batch_transfer")
+
+
+class Transfer:
+    """Brings local batches to the device, converted to the precision and through the user's hooks if there are any.
+
+    Args:
+        trainer: the Trainer, about to fit.
+
+    Attributes:
+        has_hooks: whether the user's module or data module takes part.
+    """
+
+    def __init__(self, trainer: pl.Trainer) -> None:
+        self._trainer = trainer
+        self._device = trainer.strategy.root_device
+        owners = [trainer.lightning_module, trainer.datamodule]  # type: ignore[attr-defined]
+        self.has_hooks = any(owner is not None and is_overridden(hook, owner) for owner in owners for hook in _HOOKS)
+
+    def __call__(self, batch: Any) -> Any:
+        """The batch on the device."""
+        trainer = self._trainer
+        batch = trainer.precision_plugin.convert_input(batch)
+        if self.has_hooks:
+            batch = trainer.lightning_module._on_before_batch_transfer(batch, dataloader_idx=0)
+            return call._call_strategy_hook(trainer, "batch_to_device", batch, dataloader_idx=0)
+        return batch if _is_on(batch, self._device) else move_data_to_device(batch, self._device)
+
+    def ahead(self, batches: Iterator[Any]) -> Iterator[Any]:
+        """The same batches, of which the next is on its way to a CUDA device while the present one is used.
+
+        Nothing is done ahead for hooks of the user's own, which may draw random numbers.
+        """
+        if self._device.type != "cuda" or self.has_hooks:
+            return batches
+        return _ahead(batches, self._device)
+
+
+def _ahead(batches: Iterator[Any], device: torch.device) -> Iterator[Any]:
+    side = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+    waiting: list[tuple[Any, Any]] = []
+    for batch in batches:
+        with torch.cuda.stream(side):
+            moved = move_data_to_device(pin_memory(batch), device)  # type: ignore[no-untyped-call]
+            waiting.append((moved, side.record_event()))
+        if len(waiting) > 1:
+            yield _arrived(*waiting.pop(0), device)
+    if waiting:
+        yield _arrived(*waiting.pop(0), device)
+
+
+def _arrived(batch: Any, event: Any, device: torch.device) -> Any:
+    present = torch.cuda.current_stream(device)
+    present.wait_event(event)
+    for leaf in tree_leaves(batch):
+        if isinstance(leaf, Tensor):
+            leaf.record_stream(present)  # so that its memory is not used again while the present stream needs it
+    return batch
+
+
+def _is_on(batch: Any, device: torch.device) -> bool:
+    """Whether a batch of the usual kinds lies on the device; False for others, which know how to move themselves."""
+    if isinstance(batch, dict):
+        batch = tuple(batch.values())
+    tensors = batch if type(batch) in (list, tuple) else (batch,)
+    return all(type(tensor) is Tensor and tensor.device == device for tensor in tensors)

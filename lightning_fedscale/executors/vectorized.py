@@ -1,0 +1,581 @@
+"""Clients side by side: the local steps of many in one."""
+
+from __future__ import annotations
+
+import math
+import random
+import time
+import traceback
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from itertools import accumulate
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import lightning.pytorch as pl
+import numpy as np
+import torch
+import torchmetrics
+from lightning.pytorch.utilities.data import extract_batch_size
+from lightning.pytorch.utilities.memory import is_oom_error
+from lightning.pytorch.utilities.model_helpers import is_overridden
+from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
+from torch.utils._pytree import tree_flatten, tree_unflatten
+from torchmetrics import Metric
+
+from lightning_fedscale.clients import ClientStore, OptimizerKeeper
+from lightning_fedscale.executors.client_log import ClientLog
+from lightning_fedscale.executors.draws import ClientStreams
+from lightning_fedscale.executors.exchange import Exchange
+from lightning_fedscale.executors.hooks import PER_LOCAL_BATCH
+from lightning_fedscale.executors.lean import why_not_lean
+from lightning_fedscale.executors.python_state import PythonState
+from lightning_fedscale.executors.rows import Rows
+from lightning_fedscale.executors.sequential import RoundContext, SequentialExecutor, Watcher, no_batch_left
+from lightning_fedscale.executors.side_by_side import Logged, SideBySide
+from lightning_fedscale.executors.stacked_optimizer import ELEMENTWISE
+from lightning_fedscale.executors.transfer import Transfer
+from lightning_fedscale.executors.wave import Clip, Wave
+from lightning_fedscale.memory import free_memory
+from lightning_fedscale.rounds import LocalWork
+from lightning_fedscale.types import ClientUpdate
+
+# Of the model: a client's own, its gradients, its optimizer's state, and as much again for what comes and goes.
+_COPIES = 6
+_SHARE_OF_MEMORY = 0.5
+
+
+class _Group(NamedTuple):
+    """A batch of each of some clients, all of one form."""
+
+    rows: Rows
+    batch: Any
+    samples: list[int]
+    batch_size: int  # as Lightning would read it off each batch
+
+
+class _Note(NamedTuple):
+    """What was logged for a batch of each of some clients."""
+
+    logged: list[Logged]
+    group: _Group
+    batch_idx: int
+
+
+class _Trained(NamedTuple):
+    """What is known of a wave's clients when it is over, besides their models."""
+
+    losses: list[float]
+    samples: list[int]
+    steps: list[int]
+    notes: list[_Note]
+    seconds: float
+
+
+class _Attempt(NamedTuple):
+    """How training a wave went."""
+
+    trained: _Trained | None
+    out_of_memory: bool = False
+    obstacle: str | None = None
+
+
+class VectorizedExecutor:
+    """Trains the clients of a rank in waves, in which they advance side by side.
+
+    In every step of a wave, the clients whose batches have the same form share one call of ``training_step`` under
+    `torch.func.vmap`; a client that has finished takes no part any more. Results equal those of the
+    `SequentialExecutor` to rounding, with the same random numbers.
+
+    Args:
+        trainer: the Trainer.
+        sequential: takes over where clients cannot train side by side.
+        store: client state between rounds.
+        keepers: one for each optimizer.
+        keep: whether optimizer state lives on with the client.
+        watcher: told about clients as they train.
+        log: collects what clients log.
+        transfer: brings batches to the device.
+        clients_per_wave: most clients in a wave, None for as many as fit into memory.
+    """
+
+    def __init__(
+        self,
+        trainer: pl.Trainer,
+        sequential: SequentialExecutor,
+        *,
+        store: ClientStore,
+        keepers: list[OptimizerKeeper],
+        keep: bool,
+        watcher: Watcher,
+        log: ClientLog,
+        transfer: Transfer,
+        clients_per_wave: int | None,
+    ) -> None:
+        self._trainer = trainer
+        self._module = trainer.lightning_module
+        self._device = trainer.strategy.root_device
+        self._sequential = sequential
+        self._store = store
+        self._keepers = keepers
+        self._keep = keep
+        self._watcher = watcher
+        self._log = log
+        self._transfer = transfer
+        self._width = clients_per_wave
+        self._wave = Wave(trainer.optimizers[0])
+        self._side: SideBySide | None = None
+        self._state: PythonState | None = None
+        self._proven = self._prepared = False
+        self._step_seconds = 0.0
+        self._shown = any(hasattr(callback, "on_client_end") for callback in trainer.callbacks)  # type: ignore[attr-defined]
+        self.obstacle: str | None = None
+
+        self.slots = self.steps = 0
+
+    # ---- a round
+
+    def order(self, work: Sequence[LocalWork]) -> list[tuple[int, int]]:
+        """The batches in the order in which they are needed, as (number in ``work``, number of the batch)."""
+        left, order = list(range(len(work))), []
+        while left:
+            wave = self._next_wave([work[number] for number in left])
+            numbers = [left[i] for i in wave]
+            for batch_idx in range(len(work[numbers[0]].batches)):
+                order += [(number, batch_idx) for number in numbers if batch_idx < len(work[number].batches)]
+            left = [number for number in left if number not in set(numbers)]
+        return order
+
+    def run(self, context: RoundContext) -> Iterator[ClientUpdate]:
+        """Train the clients and yield their updates, wave by wave; the module holds the global weights on return."""
+        width = self._width
+        self._prepare(context)
+        if self.obstacle is not None:
+            yield from self._sequential.run(context.restarted(None))
+            return
+        if self._width != width:
+            context = context.restarted(self.order(context.work))
+        self.slots = self.steps = 0
+        positions = dict(
+            zip(
+                [work.client for work in context.work],
+                accumulate((len(work.batches) for work in context.work), initial=0),
+                strict=False,
+            )
+        )
+        while context.work:
+            wave = [context.work[i] for i in self._next_wave(context.work)]
+            rest = [work for work in context.work if all(work is not member for member in wave)]
+            if len(wave) == 1:
+                self._count(wave, len(wave[0].batches))
+                alone = context._replace(work=wave)
+                yield from self._sequential.run(
+                    alone.restarted(None) if self._cuts_itself(context) else alone, positions
+                )
+            else:
+                attempt = self._attempt(context, wave)
+                if attempt.out_of_memory:
+                    self._width = len(wave) // 2
+                    context = context.restarted(self.order(context.work))
+                    continue
+                if attempt.trained is None:
+                    self.obstacle = attempt.obstacle
+                    yield from self._sequential.run(context.restarted(None), positions)
+                    return
+                yield from self._updates(context, wave, attempt.trained)
+                self._report(attempt.trained.notes, wave, positions)
+            context = context._replace(work=rest, randomness=None, first=None)
+
+    def _attempt(self, context: RoundContext, wave: list[LocalWork]) -> _Attempt:
+        """Train a wave; what goes wrong is said, and then nothing has happened."""
+        metrics, state = _Metrics(self._module), PythonState(self._module)
+        try:
+            return _Attempt(self._train(context, wave, state))
+        except Exception as error:
+            attempt = _Attempt(None, is_oom_error(error) and len(wave) > 1, _explained(error, self._module))
+        metrics.restore()
+        state.restore()
+        # Past the handler, where no traceback holds the wave's memory any more.
+        if self._device.type == "cuda" and attempt.out_of_memory:
+            torch.cuda.empty_cache()
+        return attempt
+
+    def seconds_per_step(self, context: RoundContext, steps: int, longest: float) -> float | None:
+        """Time of a local batch side by side; None if that cannot be, or cannot pay, and ``obstacle`` says why.
+
+        Nothing of what is tried for it remains: no update, nothing logged, no random number drawn.
+
+        Args:
+            context: a round.
+            steps: how many batches of each client to try.
+            longest: seconds for a batch of a single client from which on nothing can be gained.
+        """
+        self._prepare(context)
+        if self.obstacle is None and self._step_seconds > longest:
+            self.obstacle = f"a local batch takes {self._step_seconds:.1f} s, so there is little overhead to share"
+        if self.obstacle is not None:
+            return None
+        wave = [context.work[i] for i in self._next_wave(context.work)]
+        side = self._side_of(context.exchange, PythonState(self._module))
+        side.record_at, usual = 1, side.record_at
+        first = self._rehearse(context, wave, steps)
+        side.record_at = usual
+        if first.trained is None:
+            self.obstacle = first.obstacle
+            return None
+        again = self._rehearse(context, wave, steps).trained
+        return None if again is None else again.seconds / sum(again.steps)
+
+    def _prepare(self, context: RoundContext) -> None:
+        """Before the first wave: find out whether clients can train side by side, and how many fit into memory."""
+        if self._prepared or len(context.work) < 2:
+            return
+        self._prepared = True
+        self.obstacle = why_not(self._trainer)
+        if self.obstacle is not None:
+            return
+        pair = [context.work[i] for i in self._next_wave(context.work)[:2]]
+        saved = _SavedBytes()
+        with saved:
+            attempt = self._rehearse(context, pair, 1)
+        if attempt.trained is None:
+            self.obstacle = attempt.obstacle
+        elif self._width is None:
+            self._step_seconds = attempt.trained.seconds / 2
+            model = sum(t.numel() * t.element_size() for t in (*context.exchange.trainable, *context.exchange.buffers))
+            each = _COPIES * model + saved.bytes / 2
+            share = _SHARE_OF_MEMORY / (
+                1 if self._device.type == "cuda" else getattr(self._trainer.strategy, "num_processes", 1)
+            )
+            self._width = max(1, int(free_memory(self._device) * share / each))
+
+    def _rehearse(self, context: RoundContext, wave: list[LocalWork], steps: int) -> _Attempt:
+        """Train the first steps of some clients and forget it."""
+        wave = [work._replace(batches=work.batches[:steps]) for work in wave]
+        order = [work.batches[i] for i in range(steps) for work in wave if i < len(work.batches)]
+        context = context._replace(work=wave, batches=map(context.fetch, order), randomness=None, first=None)
+        metrics, counted = _Metrics(self._module), (self.slots, self.steps)
+        attempt = self._attempt(context, wave)
+        metrics.restore()
+        self.slots, self.steps = counted
+        return attempt
+
+    def _next_wave(self, work: Sequence[LocalWork]) -> list[int]:
+        """The clients that train next, longest first: those of a wave should be done at about the same time."""
+        longest = sorted(range(len(work)), key=lambda i: -len(work[i].batches))
+        width = min(len(work), self._width or len(work))
+        waves = -(-len(work) // width)
+        return longest[: -(-len(work) // waves)]
+
+    # ---- a wave
+
+    def _train(self, context: RoundContext, wave: list[LocalWork], state: PythonState) -> _Trained:
+        started, width = time.perf_counter(), len(wave)
+        lengths = [len(work.batches) for work in wave]
+        side = self._side_of(context.exchange, state)
+        check = None if self._proven else _FirstWave(self._module, state)
+        self._wave.begin(context.exchange, [self._start_of(work.client) for work in wave])
+        streams = ClientStreams([work.seed for work in wave], self._device)
+        if context.randomness is not None and wave[0] is context.first:
+            streams.begin(0, context.randomness)
+        clip, every = _clip_of(self._trainer), self._trainer.accumulate_grad_batches
+        losses = torch.zeros(width, dtype=torch.float64, device=self._device)
+        weights, samples, steps, notes = [0] * width, [0] * width, [0] * width, list[_Note]()
+        for batch_idx in range(lengths[0]):
+            active = [row for row in range(width) if batch_idx < lengths[row]]
+            for group in self._groups(context, wave, active, batch_idx, streams):
+                rows = group.rows
+                parameters = self._wave.parameters(rows)
+                result = side.run(
+                    parameters, self._wave.buffers(rows), group.batch, batch_idx, rows.indices, streams,
+                    share=1.0 / every,
+                )  # fmt: skip
+                self._wave.set_buffers(rows, result.buffers)
+                if every == 1:
+                    self._wave.step(rows, parameters, result.gradients, clip)
+                else:
+                    self._wave.accumulate(rows, result.gradients)
+                    due = [r for r in rows.indices if (batch_idx + 1) % every == 0 or batch_idx + 1 == lengths[r]]
+                    if due:
+                        self._wave.step_accumulated(self._wave.rows(due), clip)
+                for row, size in zip(rows.indices, group.samples, strict=True):
+                    steps[row] += 1
+                    samples[row] += size
+                    if result.losses is not None:
+                        weights[row] += size
+                if result.losses is not None:
+                    sizes = torch.tensor(group.samples, dtype=torch.float64).to(self._device, non_blocking=True)
+                    rows.add(losses, result.losses.double() * sizes)
+                if result.logged:
+                    notes.append(_Note(result.logged, group, batch_idx))
+                if check is not None and batch_idx == 0:
+                    check.check()
+            self._watcher.client_stepped(sum(length <= batch_idx for length in lengths), None)
+        if check is not None:
+            check.check()
+        self._proven = True
+        self._count(wave, sum(steps))
+        if 0 in steps:
+            raise no_batch_left(wave[steps.index(0)])
+        means = [total / weight if weight else math.nan for total, weight in zip(losses.tolist(), weights, strict=True)]
+        return _Trained(means, samples, steps, notes, time.perf_counter() - started)
+
+    def _count(self, wave: list[LocalWork], steps: int) -> None:
+        self.slots += len(wave) * len(wave[0].batches)
+        self.steps += steps
+
+    def _start_of(self, client: int) -> Any:
+        kept = self._store.optimizers(client) if self._keep else None
+        state: dict[Any, Any] = self._keepers[0].fresh if kept is None else kept[0]["state"]
+        return state
+
+    def _side_of(self, exchange: Exchange, state: PythonState) -> SideBySide:
+        """The module as a function; what it recorded holds as long as nothing in the module changes in Python."""
+        if self._side is None or not self._side.is_of(exchange):
+            self._side = SideBySide(self._trainer, exchange)
+        elif self._state != state:
+            self._side.forget_recordings()
+        self._state = state
+        return self._side
+
+    def _cuts_itself(self, context: RoundContext) -> bool:
+        """Whether batches are cut out of cached data for many clients at once, rather than taken as they come."""
+        return context.cache is not None and not self._transfer.has_hooks
+
+    def _groups(
+        self, context: RoundContext, wave: list[LocalWork], active: list[int], batch_idx: int, streams: ClientStreams
+    ) -> Iterator[_Group]:
+        """The clients' batches, those of one form together."""
+        if self._cuts_itself(context):
+            assert context.cache is not None
+            by_size: dict[int, list[int]] = {}
+            for row in active:
+                by_size.setdefault(len(wave[row].batches[batch_idx]), []).append(row)
+            for size, members in by_size.items():
+                batch = context.cache.stacked([wave[row].batches[batch_idx] for row in members])
+                batch = self._trainer.precision_plugin.convert_input(batch)
+                yield _Group(self._wave.rows(members), batch, [size] * len(members), size)
+            return
+        found: list[tuple[Any, list[int], list[Any]]] = []
+        for row in active:
+            with streams.of(row):
+                batch = next(context.batches)
+                if batch is None:
+                    continue
+                if batch_idx or wave[row] is not context.first:
+                    # The very first batch of a round has come this way already, through the Trainer's own loop.
+                    batch = self._transfer(batch)
+            form = _form_of(batch)
+            for other, members, batches in found:
+                if other == form:
+                    members.append(row)
+                    batches.append(batch)
+                    break
+            else:
+                found.append((form, [row], [batch]))
+        for _, members, batches in found:
+            samples = [len(wave[row].batches[batch_idx]) for row in members]
+            yield _Group(self._wave.rows(members), _stacked(batches), samples, extract_batch_size(batches[0]))
+
+    # ---- after a wave
+
+    def _updates(self, context: RoundContext, wave: list[LocalWork], trained: _Trained) -> Iterator[ClientUpdate]:
+        exchange, server = context.exchange, context.server
+        cut, row = exchange.view.trainable, -1
+        for deltas in self._wave.deltas(exchange, exchange.origin(server)):
+            norms = torch.linalg.vector_norm(deltas[:, :cut], dim=1)
+            spoilt = (~torch.isfinite(deltas[:, cut:]) & torch.isfinite(server[cut:])).any(dim=1)
+            for delta, norm in zip(deltas, torch.where(spoilt, math.nan, norms).tolist(), strict=True):
+                row += 1
+                work = wave[row]
+                update = ClientUpdate(
+                    client=work.client,
+                    delta=delta,
+                    norm=norm if math.isfinite(norm) else math.nan,
+                    held=work.held,
+                    samples=trained.samples[row],
+                    steps=trained.steps[row],
+                    loss=trained.losses[row],
+                    seconds=trained.seconds * trained.steps[row] / sum(trained.steps),
+                )
+                if self._keep:
+                    state = {
+                        "state": self._wave.optimizer_state(row),
+                        "options": [{} for _ in self._trainer.optimizers[0].param_groups],
+                    }
+                    # An update that is not finite has spoilt the optimizer's state too: that client starts afresh.
+                    self._store.stage_optimizers(work.client, [state] if update.finite else None)
+                if self._shown:
+                    self._wave.write_to(exchange, row)
+                    self._watcher.client_ended(update)
+                yield update
+        if self._shown:
+            exchange.view.write(server)
+
+    def _report(self, notes: list[_Note], wave: list[LocalWork], positions: dict[int, int]) -> None:
+        """Hand on what was logged, as if the clients had trained one after the other."""
+        for note in notes:
+            rows, group = note.group.rows.indices, note.group
+            places = [positions[wave[row].client] + note.batch_idx for row in rows]
+            for name, values, options in note.logged:
+                if isinstance(values, Metric):
+                    with _hook(self._module, "training_step"):
+                        self._module.log(name, values, **options)
+                    continue
+                each = values if isinstance(values, Tensor) else torch.full((len(rows),), values, device=self._device)
+                rest = dict(options)
+                size = rest.pop("batch_size", None) or group.batch_size
+                self._log.add_stacked(name, each, [size] * len(rows), rest, positions=places)
+
+
+def why_not(trainer: pl.Trainer) -> str | None:
+    """Why clients of this Trainer's module cannot train side by side, as far as can be seen without trying."""
+    module, callbacks = trainer.lightning_module, trainer.callbacks  # type: ignore[attr-defined]
+    if (obstacle := why_not_lean(trainer)) is not None:
+        return obstacle
+    if len(trainer.optimizers) > 1:
+        return "there are several optimizers"
+    optimizer: Any = trainer.optimizers[0]
+    if type(optimizer) not in ELEMENTWISE:
+        return f"{type(optimizer).__name__} is none of torch's optimizers that treat every element alone"
+    if optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks:
+        return "the optimizer has step hooks"
+    if any(group.get("differentiable") for group in optimizer.param_groups):
+        return "the optimizer is differentiable"
+    if hook := next((hook for hook in PER_LOCAL_BATCH if is_overridden(hook, module)), None):
+        return f"the module has its own {hook}"
+    for callback in callbacks:
+        if hasattr(callback, "on_client_start"):
+            return f"{type(callback).__name__} wants to know when a client starts"
+    return None
+
+
+class _Metrics:
+    """The module's metrics as they are now."""
+
+    def __init__(self, module: pl.LightningModule) -> None:
+        self._states = [
+            (part, part._copy_state_dict(), part._update_count, part._forward_cache)
+            for part in module.modules()
+            if isinstance(part, Metric)
+        ]
+        # Of networks inside them.
+        self._buffers = [(buffer, buffer.clone()) for metric, *_ in self._states for buffer in metric.buffers()]
+
+    def restore(self) -> None:
+        """They know nothing of what has happened since."""
+        for buffer, value in self._buffers:
+            buffer.copy_(value)
+        for metric, state, count, cache in self._states:
+            for name, before in state.items():
+                setattr(metric, name, before)
+            metric._update_count, metric._forward_cache, metric._computed = count, cache, None
+
+
+@contextmanager
+def _hook(module: pl.LightningModule, name: str) -> Iterator[None]:
+    """What the module logs inside counts as logged by this hook."""
+    around, module._current_fx_name = module._current_fx_name, name
+    try:
+        yield
+    finally:
+        module._current_fx_name = around
+
+
+class _SavedBytes(saved_tensors_hooks):
+    """While active, counts the memory of what is saved for the backward pass."""
+
+    def __init__(self) -> None:
+        self.bytes = 0
+        self._seen: dict[int, Tensor] = {}
+        super().__init__(self._pack, lambda tensor: tensor)
+
+    def _pack(self, tensor: Tensor) -> Tensor:
+        if self._seen.setdefault(tensor.data_ptr(), tensor) is tensor:
+            self.bytes += tensor.numel() * tensor.element_size()
+        return tensor
+
+
+class _FirstWave:
+    """Looks for what a module does beside its tensors, which would be shared by clients that train side by side."""
+
+    def __init__(self, module: pl.LightningModule, state: PythonState) -> None:
+        self._module = module
+        self._state = state
+        self._draws = _draws()
+        self._versions = self._versions_now()
+
+    def check(self) -> None:
+        """After a step.
+
+        Raises:
+            RuntimeError: with the reason why these clients must train one after the other.
+        """
+        if self._versions_now() != self._versions:
+            raise RuntimeError("training_step writes to tensors that all clients share")
+        if _draws() != self._draws:
+            raise RuntimeError("training_step draws from Python's or numpy's random numbers")
+        if PythonState(self._module) != self._state:
+            raise RuntimeError("training_step changes attributes of the module")
+
+    def _versions_now(self) -> list[int]:
+        tensors = (*self._module.parameters(), *self._module.buffers())
+        return [tensor._version for tensor in tensors]
+
+
+def _draws() -> tuple[Any, bytes, Any]:
+    """The state of Python's and numpy's global generators."""
+    numpy: Any = np.random.get_state(legacy=False)
+    return random.getstate(), numpy["state"]["key"].tobytes(), (numpy["state"]["pos"], numpy["has_gauss"])
+
+
+def _clip_of(trainer: pl.Trainer) -> Clip | None:
+    value, algorithm = trainer.gradient_clip_val, trainer.gradient_clip_algorithm or "norm"
+    if not value:
+        return None
+    return partial(_clip_by_value if algorithm == "value" else _clip_by_norm, bound=float(value))
+
+
+def _clip_by_value(gradients: list[Tensor | None], bound: float) -> list[Tensor | None]:
+    return [None if g is None else g.clamp(-bound, bound) for g in gradients]
+
+
+def _clip_by_norm(gradients: list[Tensor | None], bound: float) -> list[Tensor | None]:
+    # As torch.nn.utils.clip_grad_norm_ does, for every row.
+    norms = [torch.linalg.vector_norm(g.flatten(1), dim=1) for g in gradients if g is not None]
+    if not norms:
+        return gradients
+    share = (bound / (torch.linalg.vector_norm(torch.stack(norms), dim=0) + 1e-6)).clamp(max=1.0)
+    return [None if g is None else g * share.to(g.dtype).view(-1, *[1] * (g.dim() - 1)) for g in gradients]
+
+
+def _form_of(batch: Any) -> Any:
+    """What two batches must have in common to be stacked."""
+    leaves, spec = tree_flatten(batch)
+    return spec, [(leaf.shape, leaf.dtype, leaf.layout) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+
+
+def _stacked(batches: list[Any]) -> Any:
+    columns = zip(*[tree_flatten(batch)[0] for batch in batches], strict=True)
+    leaves = [torch.stack(column) if isinstance(column[0], Tensor) else column[0] for column in columns]
+    return tree_unflatten(leaves, tree_flatten(batches[0])[1])
+
+
+def _explained(error: Exception, module: pl.LightningModule) -> str:
+    """An error in one line, with the last line of the user's own code that led to it."""
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if not _is_library(frame.filename)]
+    where = f" ({frames[-1].filename}:{frames[-1].lineno}: {frames[-1].line})" if frames else ""
+    message = str(error).strip().split("\n")[0]
+    return f"{type(error).__name__}: {message}{where}"
+
+
+_LIBRARIES = (
+    *(str(Path(str(package.__file__)).parent) for package in (torch, pl, torchmetrics)),
+    str(Path(__file__).parents[1]),
+)
+
+
+def _is_library(filename: str) -> bool:
+    return filename.startswith(_LIBRARIES) or filename.startswith("<")

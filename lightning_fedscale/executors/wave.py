@@ -1,0 +1,162 @@
+"""The models and optimizers of clients that train side by side."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from lightning_fedscale.clients import OptimizerState
+from lightning_fedscale.executors.exchange import Exchange
+from lightning_fedscale.executors.rows import Rows
+from lightning_fedscale.executors.stacked_optimizer import StackedOptimizer
+from lightning_fedscale.tree import as_real
+
+_DELTA_BYTES = 64 * 2**20
+
+Clip = Callable[[list[Tensor | None]], list[Tensor | None]]
+"""From stacked gradients to clipped ones, every row on its own."""
+
+
+class Wave:
+    """One row of every trainable parameter and buffer for each client; the memory stays from wave to wave.
+
+    Args:
+        optimizer: the user's.
+    """
+
+    def __init__(self, optimizer: Optimizer) -> None:
+        self._of_optimizer = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        self._optimizer = StackedOptimizer(optimizer)
+        self._memory: list[Tensor] = []
+        self._stacks: list[Tensor] = []
+        self._rows: dict[tuple[int, ...], Rows] = {}
+        self._leaves: dict[Rows, list[Tensor]] = {}
+        self._sums: list[Tensor | None] = []
+
+    def begin(self, exchange: Exchange, states: Sequence[OptimizerState]) -> None:
+        """Every client starts from the global model, which the module holds, with an optimizer state of its own."""
+        width, tensors = len(states), [*exchange.trainable, *exchange.buffers]
+        if not self._fits(width, tensors):
+            self._memory = [torch.empty(width, *t.shape, dtype=t.dtype, device=t.device) for t in tensors]
+        if [len(stack) for stack in self._stacks[:1]] != [width] or self._stacks[0].data_ptr() != self._memory[
+            0
+        ].data_ptr():
+            self._stacks = [memory[:width] for memory in self._memory]
+            self._rows, self._leaves = {}, {}
+        for stack, tensor in zip(self._stacks, tensors, strict=True):
+            stack.copy_(tensor.detach())
+        self._trainable = len(exchange.trainable)
+        places = {id(parameter): i for i, parameter in enumerate(exchange.trainable)}
+        self._moved = [places[id(p)] for p in self._of_optimizer if id(p) in places]
+        self._optimizer.begin(
+            [self._stacks[places[id(p)]] if id(p) in places else None for p in self._of_optimizer], states
+        )
+        self._sums = [None] * self._trainable
+
+    def rows(self, indices: Sequence[int]) -> Rows:
+        """The selection of these rows, always the same object."""
+        return self._rows.setdefault(tuple(indices), Rows(indices))
+
+    def parameters(self, rows: Rows) -> list[Tensor]:
+        """Trainable parameters of some clients, as leaves that require gradients."""
+        if (leaves := self._leaves.get(rows)) is None:
+            leaves = [rows.of(stack).detach().requires_grad_() for stack in self._stacks[: self._trainable]]
+            if rows.adjacent:
+                self._leaves[rows] = leaves
+        return leaves
+
+    def buffers(self, rows: Rows) -> list[Tensor]:
+        """Buffers of some clients."""
+        return [rows.of(stack) for stack in self._stacks[self._trainable :]]
+
+    def set_buffers(self, rows: Rows, values: Sequence[Tensor]) -> None:
+        """What training made of the buffers."""
+        for stack, value in zip(self._stacks[self._trainable :], values, strict=True):
+            rows.write(stack, value)
+
+    def accumulate(self, rows: Rows, gradients: Sequence[Tensor | None]) -> None:
+        """Add to the gradients that wait for the next step."""
+        for i, gradient in enumerate(gradients):
+            if gradient is None:
+                continue
+            total = self._sums[i]
+            if total is None:
+                total = self._sums[i] = torch.zeros_like(self._stacks[i])
+            rows.add(total, gradient)
+
+    def step_accumulated(self, rows: Rows, clip: Clip | None) -> None:
+        """A step of some clients with what they have accumulated."""
+        gradients = [None if total is None else rows.of(total).clone() for total in self._sums]
+        for total in self._sums:
+            if total is not None:
+                rows.write(
+                    total, torch.zeros((), dtype=total.dtype, device=total.device).expand(len(rows), *total.shape[1:])
+                )
+        self.step(rows, self.parameters(rows), gradients, clip)
+
+    def step(self, rows: Rows, parameters: list[Tensor], gradients: list[Tensor | None], clip: Clip | None) -> None:
+        """A step of some clients.
+
+        Args:
+            rows: which.
+            parameters: as `parameters` gave them.
+            gradients: of these parameters.
+            clip: bounds the gradients of the optimizer's parameters.
+        """
+        # Parameters that no optimizer holds stay as they are.
+        if len(self._moved) == self._trainable and self._moved == list(range(self._trainable)):
+            moved, own = parameters, gradients
+        else:
+            moved = [parameters[i] for i in self._moved]
+            own = [gradients[i] for i in self._moved]
+        self._optimizer.step(rows, moved, own if clip is None else clip(own))
+        if not rows.adjacent:
+            for i in self._moved:
+                rows.write(self._stacks[i], parameters[i].detach())
+
+    def optimizer_state(self, row: int) -> OptimizerState:
+        """A client's optimizer state, the caller's own."""
+        return self._optimizer.state_of(row)
+
+    def write_to(self, exchange: Exchange, row: int) -> None:
+        """Show a client's model in the module."""
+        for stack, tensor in zip(self._stacks, [*exchange.trainable, *exchange.buffers], strict=True):
+            tensor.detach().copy_(stack[row])
+
+    def deltas(self, exchange: Exchange, origin: Tensor) -> Iterator[Tensor]:
+        """``origin - clients``, some rows at a time, as float64 vectors like those of the exchange's view.
+
+        Args:
+            exchange: the module's tensors.
+            origin: what deltas are counted from.
+        """
+        width = len(self._stacks[0])
+        at_once = max(1, min(width, _DELTA_BYTES // (8 * origin.numel())))
+        memory = torch.empty(at_once, origin.numel(), dtype=origin.dtype, device=origin.device)
+        for start in range(0, width, at_once):
+            part = memory[: min(at_once, width - start)]
+            offset = 0
+            for stack in self._stacks:
+                real = as_real(stack[start : start + len(part)]).reshape(len(part), -1)
+                end = offset + real.shape[1]
+                torch.sub(origin[offset:end], real, out=part[:, offset:end])
+                offset = end
+            for tensor in exchange.frozen:
+                real = as_real(tensor).reshape(-1)
+                end = offset + real.numel()
+                torch.sub(origin[offset:end], real, out=part[0, offset:end])
+                part[1:, offset:end] = part[0, offset:end]
+                offset = end
+            yield part
+
+    def _fits(self, width: int, tensors: Sequence[Tensor]) -> bool:
+        return len(self._memory) == len(tensors) and all(
+            len(memory) >= width
+            and memory.shape[1:] == t.shape
+            and memory.dtype == t.dtype
+            and memory.device == t.device
+            for memory, t in zip(self._memory, tensors, strict=True)
+        )

@@ -1,0 +1,58 @@
+"""How much memory is free, on the host and on a device."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+_PROC = Path("/proc")
+_CONTROL_GROUPS = Path("/sys/fs/cgroup")
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that can still be used on ``device``; for a CPU the host's, within the limits of its control groups.
+
+    Example:
+        >>> free_memory(torch.device("cpu")) > 0
+        True
+    """
+    if device.type == "cuda":
+        free: int = torch.cuda.mem_get_info(device)[0]
+        return free
+    return max(0, min([_free_on_host(), *_left_by_control_groups()]))
+
+
+def _free_on_host() -> int:
+    # What programs get without swapping: free pages, and caches that would be given up for them.
+    found = re.search(r"MemAvailable:\s+(\d+) kB", _read(_PROC / "meminfo"))
+    return int(found[1]) * 1024 if found else os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def _left_by_control_groups() -> Iterator[int]:
+    """What containers and batch systems allow this process beyond what it uses, of version 1 and 2."""
+    for _, controllers, path in re.findall(r"^(\d+):(.*?):(.*)$", _read(_PROC / "self" / "cgroup"), re.M):
+        if controllers == "":
+            names = "memory.max", "memory.current", "inactive_file"
+        elif controllers == "memory":
+            names = "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"
+        else:
+            continue
+        root = _CONTROL_GROUPS / controllers
+        own = root / path.lstrip("/")
+        # Limits are inherited; inside a container the path may be that of the host, of which only the root is there.
+        for folder in {root, own, *own.parents} - {*root.parents}:
+            limit, used = _read(folder / names[0]).strip(), _read(folder / names[1]).strip()
+            if limit.isdigit() and used.isdigit():
+                cache = re.search(rf"^{names[2]} (\d+)$", _read(folder / "memory.stat"), re.M)
+                yield int(limit) - int(used) + (int(cache[1]) if cache else 0)
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except OSError:
+        return ""
