@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -167,26 +167,31 @@ class Federation:
         try:
             work = [self._work.of_client(client, round, self._store.cursor(client)) for client in clients]
             order = self._executor.order(work)
+            first_client, most = work[0], len(work[0].batches)
+            if order is not None:
+                number, batch_idx = next(order)
+                first_client, most = work[number], sum(len(item.batches) for item in work)
+                # Of cached data, executors that do not go client by client cut the other batches out themselves.
+                order = chain([(number, batch_idx)], order if draws else ())
             batches = self._stream(round, work, order)
-            first_client = work[order[0][0]] if order else work[0]
             if draws:
                 randomness.seed_globals(first_client.seed, device)
-            side_by_side = self._executor.kind == "vectorized"
-            first, skipped = _first_batch(batches, first_client, len(order if side_by_side else first_client.batches))
+            first, skipped = _first_batch(batches, first_client, most)
         except BaseException as error:
             if outside is not None:
                 randomness.restore(outside, device)
             if isinstance(error, Exception):
                 self._fail_together(plan, started)
             raise
-        if skipped and side_by_side:
+        if skipped and order is not None:
             # Not the first client's batch: it is shown to the Trainer, and training begins with a new stream.
-            self._open = _OpenRound(plan, work, None, self._stream(round, work, order), 0, started, outside)
+            batches = self._stream(round, work, self._executor.order(work))
+            self._open = _OpenRound(plan, work, None, batches, 0, started, outside)
         else:
             self._open = _OpenRound(plan, work, first_client, batches, skipped, started, outside)
         return first
 
-    def _stream(self, round: int, work: list[LocalWork], order: list[tuple[int, int]] | None) -> Iterator[Any]:
+    def _stream(self, round: int, work: list[LocalWork], order: Iterable[tuple[int, int]] | None) -> Iterator[Any]:
         """The collated batches of these clients, in the given order or client by client."""
         assert self._work is not None
         loader = self._work.loader
@@ -352,7 +357,8 @@ class Federation:
 
     @contextmanager
     def _inside_clients(self, exchange: Exchange, server: Tensor) -> Iterator[None]:
-        trainer, outside = self._trainer, randomness.capture(self._device)
+        trainer = self._trainer
+        outside = randomness.capture(self._device) if self._executor.draws_from_globals else None
         self._live = exchange, server
         around, trainer.accumulate_grad_batches = trainer.accumulate_grad_batches, self.local_accumulation
         progress = trainer.fit_loop.epoch_loop.batch_progress
@@ -363,7 +369,8 @@ class Federation:
             trainer.accumulate_grad_batches = around
             progress.is_last_batch = last_round
             self._live = None
-            randomness.restore(outside, self._device)
+            if outside is not None:
+                randomness.restore(outside, self._device)
 
     def global_state_dict(self, state: dict[str, Any]) -> dict[str, Any]:
         """A module's state dict with the global model's values in place of the client's that is training."""

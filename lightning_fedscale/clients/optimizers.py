@@ -2,47 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
-from torch.optim import SGD, Adadelta, Adam, Adamax, AdamW, NAdam, Optimizer, RAdam, RMSprop
+from torch.optim import Adadelta, Adam, Adamax, AdamW, NAdam, Optimizer, RAdam, RMSprop
 from torch.utils._pytree import tree_leaves, tree_map
 
 OptimizerState: TypeAlias = dict[str, Any]
 """``{"state": {parameter index: its state, other key: value}, "options": [changed options of each group]}``"""
 
 
-def _zero(tensors: list[Tensor]) -> None:
-    torch._foreach_zero_(tensors)
-
-
-def _minus_zero(tensors: list[Tensor]) -> None:
-    torch._foreach_zero_(tensors)
-    torch._foreach_neg_(tensors)
-
-
-def _one(tensors: list[Tensor]) -> None:
-    for tensor in tensors:
-        tensor.fill_(1.0)
-
-
-_Fill: TypeAlias = Callable[[list[Tensor]], None]
-_ADAM: dict[str, _Fill] = dict.fromkeys(("step", "exp_avg", "exp_avg_sq", "max_exp_avg_sq"), _zero)
-_FRESH: dict[type[Optimizer], dict[str, _Fill]] = {
+_ADAM = dict.fromkeys(("step", "exp_avg", "exp_avg_sq", "max_exp_avg_sq"), 0.0)
+_FRESH: dict[type[Optimizer], dict[str, float]] = {
     Adam: _ADAM,
     AdamW: _ADAM,
     RAdam: _ADAM,
-    NAdam: {**_ADAM, "mu_product": _one},
-    Adamax: dict.fromkeys(("step", "exp_avg", "exp_inf"), _zero),
-    Adadelta: dict.fromkeys(("step", "square_avg", "acc_delta"), _zero),
-    RMSprop: dict.fromkeys(("step", "square_avg", "grad_avg", "momentum_buffer"), _zero),
-    # A fresh one starts its buffer as the gradient; so does momentum * -0.0 + gradient, also where that is -0.0.
-    SGD: {"momentum_buffer": _minus_zero},
+    NAdam: {**_ADAM, "mu_product": 1.0},
+    Adamax: dict.fromkeys(("step", "exp_avg", "exp_inf"), 0.0),
+    Adadelta: dict.fromkeys(("step", "square_avg", "acc_delta"), 0.0),
+    RMSprop: dict.fromkeys(("step", "square_avg", "grad_avg", "momentum_buffer"), 0.0),
 }
-"""How to make a parameter's state that of an optimizer before its first step, for those whose next steps then have the
-bits of a fresh one's. Only for these very classes: one that is derived from them may do anything."""
+"""What torch's optimizers fill a parameter's state with before its first step. Only these very classes: one that is
+derived from them may do anything. Not SGD, whose first step is another than the later ones."""
 _MISSING = object()
 _MUTABLE = (Tensor, list, dict)
 
@@ -136,12 +118,9 @@ class OptimizerKeeper:
     def _refresh(self) -> bool:
         """Make the state that of a fresh optimizer, in the same memory; False if it is not known how."""
         fills = _FRESH.get(type(self._optimizer))
-        groups = self._optimizer.param_groups
-        if fills is None or any(group.get("differentiable") or group.get("dampening") for group in groups):
+        if fills is None or any(group.get("differentiable") for group in self._optimizer.param_groups):
             return False
-        if _is_cheaper_anew(self._optimizer):
-            return False
-        tensors: dict[tuple[_Fill, torch.device], list[Tensor]] = {}
+        tensors: dict[tuple[float, torch.device], list[Tensor]] = {}
         for parameter, state in self._optimizer.state.items():
             if not isinstance(parameter, Tensor):
                 return False
@@ -149,8 +128,10 @@ class OptimizerKeeper:
                 if key not in fills or not _is_plain(value, parameter):
                     return False
                 tensors.setdefault((fills[key], value.device), []).append(value)
-        for (fill, _), of_device in tensors.items():
-            fill(of_device)
+        for (fill, _), alike in tensors.items():
+            torch._foreach_zero_(alike)
+            if fill:
+                torch._foreach_add_(alike, fill)
         return True
 
     def _pack(self) -> dict[Any, Any]:
@@ -188,12 +169,6 @@ def _is_plain(value: Any, parameter: Tensor) -> bool:
         and value.is_floating_point()
         and (value.dim() == 0 or value.shape == parameter.shape)
     )
-
-
-def _is_cheaper_anew(optimizer: Optimizer) -> bool:
-    # SGD's first step copies the gradient. On a CPU that takes less time than to clear an old buffer and add to it; on
-    # other devices it is a launch for each tensor instead of four for all.
-    return type(optimizer) is SGD and optimizer.param_groups[0]["params"][0].device.type == "cpu"
 
 
 def _placed(value: Any, device: torch.device | None) -> Any:

@@ -55,26 +55,46 @@ class Recording:
             results: list[Tensor | None] = self._graph.forward(*tensors)
         return results
 
+    def improve(self, is_same: Callable[[], bool]) -> None:
+        """Compute (AB)' as B'A' wherever that gives the same bits: then gradients lie in memory as parameters do.
+
+        Args:
+            is_same: whether a replay still gives what it should.
+        """
+        graph = self._graph.graph
+        for node in [node for node in graph.nodes if _is_turned_product(node)]:
+            product: Any = node.args[0]
+            before = node.target, node.args
+            with graph.inserting_before(node):
+                turned = tuple(graph.call_function(_ATEN.transpose.int, (p, 1, 2)) for p in reversed(product.args))
+            node.target, node.args = _ATEN.bmm.default, turned
+            self._graph.recompile()
+            if not is_same():
+                node.target, node.args = before
+        graph.eliminate_dead_code()
+        self._graph.recompile()
+
     def _draw(self, func: Any, *args: Any, **kwargs: Any) -> Any:
         return draw_per_client(self._streams, self._clients, func, *args, **kwargs)
 
     def _simplify(self, module: GraphModule) -> None:
         """Leave out what changes nothing, and draw each client's random numbers from its own stream."""
         graph = module.graph
-        mutates = False
         for node in list(graph.nodes):
-            mutates |= node.op == "call_function" and _is_mutable(node)
             if _is_identity(node):
                 node.replace_all_uses_with(node.args[0])
                 graph.erase_node(node)
-        if not mutates:
+        if not any(map(_is_mutable, graph.nodes)):
             module.graph = graph = fx_graph_cse(graph)
         for node in list(graph.nodes):
-            if node.op == "call_function" and is_random(node.target):
+            if is_random(node.target):
                 node.args = (node.target, *node.args)
                 node.target = self._draw
         graph.eliminate_dead_code()
         module.recompile()
+
+
+_ATEN = torch.ops.aten
 
 
 def _is_mutable(node: Node) -> bool:
@@ -82,11 +102,18 @@ def _is_mutable(node: Node) -> bool:
 
 
 def _is_identity(node: Node) -> bool:
-    aten = torch.ops.aten
-    if node.target is aten.detach.default:
+    if node.target is _ATEN.detach.default:
         return True
+    if node.target in (_ATEN.view.default, _ATEN._unsafe_view.default, _ATEN.expand.default):
+        return bool(node.meta["val"].shape == node.args[0].meta["val"].shape)  # type: ignore[union-attr]
     # vmap writes alpha=1 and beta=1 of a matrix product out.
-    return node.target is aten.mul.Scalar and type(node.args[1]) is int and node.args[1] == 1
+    return node.target is _ATEN.mul.Scalar and type(node.args[1]) is int and node.args[1] == 1
+
+
+def _is_turned_product(node: Node) -> bool:
+    if node.target is not _ATEN.transpose.int or set(node.args[1:]) != {1, 2}:
+        return False
+    return node.args[0].target is _ATEN.bmm.default  # type: ignore[union-attr]
 
 
 class Seen(Exception):

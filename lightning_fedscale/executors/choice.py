@@ -60,11 +60,14 @@ class ExecutorChoice:
         self.ballot = Ballot()
         self.slots = 0
 
-    def order(self, work: Sequence[LocalWork]) -> list[tuple[int, int]]:
-        """The batches in the order in which they are needed, as (number in ``work``, number of the batch)."""
-        if self.kind == "vectorized":
-            return self._vectorized.order(work)
-        return [(number, batch_idx) for number, item in enumerate(work) for batch_idx in range(len(item.batches))]
+    def order(self, work: Sequence[LocalWork]) -> Iterator[tuple[int, int]] | None:
+        """The batches as they are needed, as (number in ``work``, number of the batch); None for client by client."""
+        return self._vectorized.order(work) if self.kind == "vectorized" else None
+
+    @property
+    def draws_from_globals(self) -> bool:
+        """Whether clients draw from the process-wide generators, rather than from streams of their own."""
+        return self.kind != "vectorized"
 
     def run(self, context: RoundContext) -> Iterator[ClientUpdate]:
         """Train the clients of this rank and yield their updates; the module holds the global weights on return.
@@ -83,7 +86,7 @@ class ExecutorChoice:
         elif self.kind != "vectorized":
             yield from self._sequential.run(context)
         elif not context.training:
-            yield from self._sequential.run(context.restarted(None))
+            yield from self._vectorized.one_by_one(context.restarted(None))
         else:
             yield from self._vectorized.run(context)
             self.slots = self._vectorized.slots

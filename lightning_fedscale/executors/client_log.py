@@ -142,7 +142,7 @@ class ClientLog:
         key = hook, name, _kind(value), options
         series = self._find(key)
         if series is None or not _is_single(value) or type(batch_size) not in (int, NoneType):
-            series = self._through_lightning(key, value, batch_size)
+            series = self._through_lightning(key, value, batch_size, self.position)
         else:
             self._enter(series.hook)
             if isinstance(value, Metric):
@@ -182,7 +182,7 @@ class ClientLog:
         series, start = self._find(key), 0
         if series is None:
             with self._inside(hook):
-                series, start = self._through_lightning(key, values[0], sizes[0]), 1
+                series, start = self._through_lightning(key, values[0], sizes[0], places[0]), 1
         if series is None:
             return
         if series.is_step and any(map(self._is_due, places)):
@@ -213,7 +213,7 @@ class ClientLog:
         except TypeError:  # an option without a hash: Lightning's to judge
             return None
 
-    def _through_lightning(self, key: _Key, value: Any, batch_size: int | None) -> _Series | None:
+    def _through_lightning(self, key: _Key, value: Any, batch_size: int | None, position: int) -> _Series | None:
         """Lightning's own way; returns where later values of the kind go, None if they must come this way too."""
         hook, name, _, given = key
         options = dict(zip(_OPTIONS, given, strict=True))
@@ -223,6 +223,7 @@ class ClientLog:
         if result is None or options["enable_graph"]:
             return None
         series = self._series.setdefault(f"{hook}.{name}", _Series(result))
+        series.latest = position
         try:
             self._known[key] = series
         except TypeError:
@@ -282,6 +283,7 @@ class ClientLog:
         self.position, self._waiting, self._picked, self._points = 0, 0, [], {}
         for series in self._series.values():
             series.drop()
+            series.latest = -1
 
 
 class _Series:
@@ -289,6 +291,9 @@ class _Series:
 
     Args:
         result: that place, as Lightning made it at the first value.
+
+    Attributes:
+        latest: number of the local batch within the round whose value is the step value, -1 if none is.
     """
 
     def __init__(self, result: _ResultMetric) -> None:
@@ -298,7 +303,8 @@ class _Series:
         self.is_mean = result.is_tensor and meta.on_epoch and meta.is_mean_reduction
         self.is_step = meta.on_step and meta.logger
         self._fold = np.maximum if meta.is_max_reduction else np.minimum if meta.is_min_reduction else np.add
-        self._wide = False  # whether Lightning would reduce in float64
+        self._wide = False  # whether a value was float64
+        self.latest = -1
         self.drop()
 
     def drop(self) -> None:
@@ -309,9 +315,7 @@ class _Series:
 
     def add(self, position: int, value: Tensor | float, size: int) -> None:
         """One value waits."""
-        if not self.result.meta.on_epoch and self.positions:
-            if position < self.positions[-1]:
-                return
+        if not self.result.meta.on_epoch and len(self.positions) == 1 and self.positions[0] < position:
             self.drop()  # the last one is all that is ever shown
         self.positions.append(position)
         self.values.append(value)
@@ -341,13 +345,15 @@ class _Series:
         result, kind = self.result, np.float64 if self._wide else np.float32
         order = np.argsort(self.positions, kind="stable")
         values: Any = numbers.astype(kind)[order]
-        if result.meta.on_step:
-            result._forward_cache = torch.tensor(values[-1], device=device)
+        if result.meta.on_step and (last := self.positions[order[-1]]) >= self.latest:
+            self.latest, result._forward_cache = last, torch.tensor(values[-1], device=device)
         if self.is_mean:
             values = values * np.array(self._sizes, kind)[order]
             result.cumulated_batch_size = result.cumulated_batch_size.to(device) + sum(self._sizes)
         if result.meta.on_epoch:
-            total = self._fold.accumulate(np.concatenate([start.astype(kind), values]))[-1]
+            wide = self._wide or result.value.dtype is torch.float64
+            start = start.astype(np.float64 if wide else np.float32)
+            total = self._fold.accumulate(np.concatenate([start, values]))[-1]
             result.value = torch.tensor(total, device=device)
         else:
             result.value = result._forward_cache

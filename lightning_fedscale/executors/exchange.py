@@ -95,24 +95,36 @@ def exchange_of(module: nn.Module) -> Exchange:
 
     Read anew every round: callbacks freeze and unfreeze parameters, pruning replaces them.
     """
-    left_out = {
-        id(tensor)
-        for part in module.modules()
-        if isinstance(part, Metric)
-        for tensor in (*part.parameters(), *part.buffers())
-    }
-    left_out |= {id(buffer) for buffer in module.buffers() if _is_constant(buffer)}
-    places = [
-        _Place(owner, name, tensor, tensor.detach())
-        for part in module.modules()
-        for owner in (part._parameters, part._buffers)
-        for name, tensor in owner.items()
-        if tensor is not None and id(tensor) not in left_out
-    ]
-    parameters = {name: p for name, p in module.named_parameters() if id(p) not in left_out}
+    places: list[_Place] = []
+    parameters: dict[str, nn.Parameter] = {}
+    buffers: list[Tensor] = []
+    seen: set[int] = set()
+    left_out: set[int] = set()
+    # In the order of `named_parameters` and `buffers`, which would each walk through all modules.
+    for path, part in module.named_modules():
+        if isinstance(part, Metric):
+            left_out |= {id(tensor) for tensor in (*part.parameters(), *part.buffers())}
+        prefix = f"{path}." if path else ""
+        for name, parameter in part._parameters.items():
+            if parameter is not None:
+                places.append(_Place(part._parameters, name, parameter, parameter.detach()))
+                if id(parameter) not in seen:
+                    seen.add(id(parameter))
+                    parameters[prefix + name] = parameter
+        for name, buffer in part._buffers.items():
+            if buffer is not None:
+                if _is_constant(buffer):
+                    left_out.add(id(buffer))
+                places.append(_Place(part._buffers, name, buffer, buffer.detach()))
+                if id(buffer) not in seen:
+                    seen.add(id(buffer))
+                    buffers.append(buffer)
+    if left_out:
+        places = [place for place in places if id(place.tensor) not in left_out]
+        parameters = {name: p for name, p in parameters.items() if id(p) not in left_out}
+        buffers = [buffer for buffer in buffers if id(buffer) not in left_out]
     trainable = {name: p for name, p in parameters.items() if p.requires_grad}
     frozen = [p for p in parameters.values() if not p.requires_grad]
-    buffers = [b for b in module.buffers() if id(b) not in left_out]
     return Exchange(
         FlatView(list(trainable.values()), [*buffers, *frozen]),
         list(trainable),

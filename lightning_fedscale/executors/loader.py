@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -159,7 +159,7 @@ class ClientLoader:
         self,
         clients: list[tuple[int, list[list[int]]]],
         seed: int,
-        order: list[tuple[int, int]] | None = None,
+        order: Iterable[tuple[int, int]] | None = None,
     ) -> Iterator[Any]:
         """The collated batches of several clients, through one worker pool, fetched ahead across clients.
 
@@ -176,6 +176,7 @@ class ClientLoader:
         if self._loader is None:
             self._loader = self._copy()
         self._pool_generator.manual_seed(seed)
+        order = list(order)
         items: list[Any] = [clients[number][1][batch] for number, batch in order]
         if self._batches_directly:
             items = [single for (single,) in items]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from operator import mul
 from typing import Any, NamedTuple, Protocol
 
@@ -55,9 +55,9 @@ class RoundContext(NamedTuple):
     server: Tensor
     training: bool
     fetch: Callable[[list[int]], Any]
-    reopen: Callable[[list[LocalWork], list[tuple[int, int]] | None], Iterator[Any]]
+    reopen: Callable[[list[LocalWork], Iterable[tuple[int, int]] | None], Iterator[Any]]
 
-    def restarted(self, order: list[tuple[int, int]] | None) -> RoundContext:
+    def restarted(self, order: Iterable[tuple[int, int]] | None) -> RoundContext:
         """The same clients with all their batches still to come.
 
         Args:

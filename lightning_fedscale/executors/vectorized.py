@@ -3,41 +3,34 @@
 from __future__ import annotations
 
 import math
-import random
 import time
-import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import partial
 from itertools import accumulate
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import lightning.pytorch as pl
-import numpy as np
 import torch
-import torchmetrics
 from lightning.pytorch.utilities.data import extract_batch_size
 from lightning.pytorch.utilities.memory import is_oom_error
-from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor
-from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._pytree import tree_flatten, tree_unflatten
 from torchmetrics import Metric
 
+from lightning_fedscale import randomness
 from lightning_fedscale.clients import ClientStore, OptimizerKeeper
 from lightning_fedscale.executors.client_log import ClientLog
+from lightning_fedscale.executors.clipping import clip_of
 from lightning_fedscale.executors.draws import ClientStreams
 from lightning_fedscale.executors.exchange import Exchange
-from lightning_fedscale.executors.hooks import PER_LOCAL_BATCH
-from lightning_fedscale.executors.lean import why_not_lean
+from lightning_fedscale.executors.obstacles import SharedState, explained, why_not
 from lightning_fedscale.executors.python_state import PythonState
 from lightning_fedscale.executors.rows import Rows
 from lightning_fedscale.executors.sequential import RoundContext, SequentialExecutor, Watcher, no_batch_left
 from lightning_fedscale.executors.side_by_side import Logged, SideBySide
-from lightning_fedscale.executors.stacked_optimizer import ELEMENTWISE
+from lightning_fedscale.executors.snapshots import MetricStates, SavedBytes
 from lightning_fedscale.executors.transfer import Transfer
-from lightning_fedscale.executors.wave import Clip, Wave
+from lightning_fedscale.executors.wave import Wave
 from lightning_fedscale.memory import free_memory
 from lightning_fedscale.rounds import LocalWork
 from lightning_fedscale.types import ClientUpdate
@@ -54,6 +47,12 @@ class _Group(NamedTuple):
     batch: Any
     samples: list[int]
     batch_size: int  # as Lightning would read it off each batch
+
+    def weight(self, device: torch.device) -> Tensor | int:
+        """Samples in each batch, one number if they are the same."""
+        if len(set(self.samples)) == 1:
+            return self.samples[0]
+        return torch.tensor(self.samples, dtype=torch.float64).to(device, non_blocking=True)
 
 
 class _Note(NamedTuple):
@@ -137,23 +136,22 @@ class VectorizedExecutor:
 
     # ---- a round
 
-    def order(self, work: Sequence[LocalWork]) -> list[tuple[int, int]]:
+    def order(self, work: Sequence[LocalWork]) -> Iterator[tuple[int, int]]:
         """The batches in the order in which they are needed, as (number in ``work``, number of the batch)."""
-        left, order = list(range(len(work))), []
+        left = list(range(len(work)))
         while left:
             wave = self._next_wave([work[number] for number in left])
             numbers = [left[i] for i in wave]
             for batch_idx in range(len(work[numbers[0]].batches)):
-                order += [(number, batch_idx) for number in numbers if batch_idx < len(work[number].batches)]
+                yield from ((number, batch_idx) for number in numbers if batch_idx < len(work[number].batches))
             left = [number for number in left if number not in set(numbers)]
-        return order
 
     def run(self, context: RoundContext) -> Iterator[ClientUpdate]:
         """Train the clients and yield their updates, wave by wave; the module holds the global weights on return."""
         width = self._width
         self._prepare(context)
         if self.obstacle is not None:
-            yield from self._sequential.run(context.restarted(None))
+            yield from self.one_by_one(context.restarted(None))
             return
         if self._width != width:
             context = context.restarted(self.order(context.work))
@@ -171,9 +169,7 @@ class VectorizedExecutor:
             if len(wave) == 1:
                 self._count(wave, len(wave[0].batches))
                 alone = context._replace(work=wave)
-                yield from self._sequential.run(
-                    alone.restarted(None) if self._cuts_itself(context) else alone, positions
-                )
+                yield from self.one_by_one(alone.restarted(None) if self._cuts_itself(context) else alone, positions)
             else:
                 attempt = self._attempt(context, wave)
                 if attempt.out_of_memory:
@@ -182,19 +178,29 @@ class VectorizedExecutor:
                     continue
                 if attempt.trained is None:
                     self.obstacle = attempt.obstacle
-                    yield from self._sequential.run(context.restarted(None), positions)
+                    yield from self.one_by_one(context.restarted(None), positions)
                     return
                 yield from self._updates(context, wave, attempt.trained)
                 self._report(attempt.trained.notes, wave, positions)
             context = context._replace(work=rest, randomness=None, first=None)
 
+    def one_by_one(self, context: RoundContext, positions: Mapping[int, int] | None = None) -> Iterator[ClientUpdate]:
+        """The sequential executor, after which the global generators are as they were before."""
+        outside = randomness.capture(self._device)
+        try:
+            yield from self._sequential.run(context, positions)
+        except Exception:
+            randomness.restore(outside, self._device)
+            raise
+        randomness.restore(outside, self._device)
+
     def _attempt(self, context: RoundContext, wave: list[LocalWork]) -> _Attempt:
         """Train a wave; what goes wrong is said, and then nothing has happened."""
-        metrics, state = _Metrics(self._module), PythonState(self._module)
+        metrics, state = MetricStates(self._module), PythonState(self._module)
         try:
             return _Attempt(self._train(context, wave, state))
         except Exception as error:
-            attempt = _Attempt(None, is_oom_error(error) and len(wave) > 1, _explained(error, self._module))
+            attempt = _Attempt(None, is_oom_error(error) and len(wave) > 1, explained(error))
         metrics.restore()
         state.restore()
         # Past the handler, where no traceback holds the wave's memory any more.
@@ -237,7 +243,7 @@ class VectorizedExecutor:
         if self.obstacle is not None:
             return
         pair = [context.work[i] for i in self._next_wave(context.work)[:2]]
-        saved = _SavedBytes()
+        saved = SavedBytes()
         with saved:
             attempt = self._rehearse(context, pair, 1)
         if attempt.trained is None:
@@ -256,7 +262,7 @@ class VectorizedExecutor:
         wave = [work._replace(batches=work.batches[:steps]) for work in wave]
         order = [work.batches[i] for i in range(steps) for work in wave if i < len(work.batches)]
         context = context._replace(work=wave, batches=map(context.fetch, order), randomness=None, first=None)
-        metrics, counted = _Metrics(self._module), (self.slots, self.steps)
+        metrics, counted = MetricStates(self._module), (self.slots, self.steps)
         attempt = self._attempt(context, wave)
         metrics.restore()
         self.slots, self.steps = counted
@@ -275,12 +281,12 @@ class VectorizedExecutor:
         started, width = time.perf_counter(), len(wave)
         lengths = [len(work.batches) for work in wave]
         side = self._side_of(context.exchange, state)
-        check = None if self._proven else _FirstWave(self._module, state)
+        check = None if self._proven else SharedState(self._module, state)
         self._wave.begin(context.exchange, [self._start_of(work.client) for work in wave])
         streams = ClientStreams([work.seed for work in wave], self._device)
         if context.randomness is not None and wave[0] is context.first:
             streams.begin(0, context.randomness)
-        clip, every = _clip_of(self._trainer), self._trainer.accumulate_grad_batches
+        clip, every = clip_of(self._trainer), self._trainer.accumulate_grad_batches
         losses = torch.zeros(width, dtype=torch.float64, device=self._device)
         weights, samples, steps, notes = [0] * width, [0] * width, [0] * width, list[_Note]()
         for batch_idx in range(lengths[0]):
@@ -306,8 +312,7 @@ class VectorizedExecutor:
                     if result.losses is not None:
                         weights[row] += size
                 if result.losses is not None:
-                    sizes = torch.tensor(group.samples, dtype=torch.float64).to(self._device, non_blocking=True)
-                    rows.add(losses, result.losses.double() * sizes)
+                    rows.add(losses, result.losses.double() * group.weight(self._device))
                 if result.logged:
                     notes.append(_Note(result.logged, group, batch_idx))
                 if check is not None and batch_idx == 0:
@@ -430,50 +435,6 @@ class VectorizedExecutor:
                 self._log.add_stacked(name, each, [size] * len(rows), rest, positions=places)
 
 
-def why_not(trainer: pl.Trainer) -> str | None:
-    """Why clients of this Trainer's module cannot train side by side, as far as can be seen without trying."""
-    module, callbacks = trainer.lightning_module, trainer.callbacks  # type: ignore[attr-defined]
-    if (obstacle := why_not_lean(trainer)) is not None:
-        return obstacle
-    if len(trainer.optimizers) > 1:
-        return "there are several optimizers"
-    optimizer: Any = trainer.optimizers[0]
-    if type(optimizer) not in ELEMENTWISE:
-        return f"{type(optimizer).__name__} is none of torch's optimizers that treat every element alone"
-    if optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks:
-        return "the optimizer has step hooks"
-    if any(group.get("differentiable") for group in optimizer.param_groups):
-        return "the optimizer is differentiable"
-    if hook := next((hook for hook in PER_LOCAL_BATCH if is_overridden(hook, module)), None):
-        return f"the module has its own {hook}"
-    for callback in callbacks:
-        if hasattr(callback, "on_client_start"):
-            return f"{type(callback).__name__} wants to know when a client starts"
-    return None
-
-
-class _Metrics:
-    """The module's metrics as they are now."""
-
-    def __init__(self, module: pl.LightningModule) -> None:
-        self._states = [
-            (part, part._copy_state_dict(), part._update_count, part._forward_cache)
-            for part in module.modules()
-            if isinstance(part, Metric)
-        ]
-        # Of networks inside them.
-        self._buffers = [(buffer, buffer.clone()) for metric, *_ in self._states for buffer in metric.buffers()]
-
-    def restore(self) -> None:
-        """They know nothing of what has happened since."""
-        for buffer, value in self._buffers:
-            buffer.copy_(value)
-        for metric, state, count, cache in self._states:
-            for name, before in state.items():
-                setattr(metric, name, before)
-            metric._update_count, metric._forward_cache, metric._computed = count, cache, None
-
-
 @contextmanager
 def _hook(module: pl.LightningModule, name: str) -> Iterator[None]:
     """What the module logs inside counts as logged by this hook."""
@@ -482,73 +443,6 @@ def _hook(module: pl.LightningModule, name: str) -> Iterator[None]:
         yield
     finally:
         module._current_fx_name = around
-
-
-class _SavedBytes(saved_tensors_hooks):
-    """While active, counts the memory of what is saved for the backward pass."""
-
-    def __init__(self) -> None:
-        self.bytes = 0
-        self._seen: dict[int, Tensor] = {}
-        super().__init__(self._pack, lambda tensor: tensor)
-
-    def _pack(self, tensor: Tensor) -> Tensor:
-        if self._seen.setdefault(tensor.data_ptr(), tensor) is tensor:
-            self.bytes += tensor.numel() * tensor.element_size()
-        return tensor
-
-
-class _FirstWave:
-    """Looks for what a module does beside its tensors, which would be shared by clients that train side by side."""
-
-    def __init__(self, module: pl.LightningModule, state: PythonState) -> None:
-        self._module = module
-        self._state = state
-        self._draws = _draws()
-        self._versions = self._versions_now()
-
-    def check(self) -> None:
-        """After a step.
-
-        Raises:
-            RuntimeError: with the reason why these clients must train one after the other.
-        """
-        if self._versions_now() != self._versions:
-            raise RuntimeError("training_step writes to tensors that all clients share")
-        if _draws() != self._draws:
-            raise RuntimeError("training_step draws from Python's or numpy's random numbers")
-        if PythonState(self._module) != self._state:
-            raise RuntimeError("training_step changes attributes of the module")
-
-    def _versions_now(self) -> list[int]:
-        tensors = (*self._module.parameters(), *self._module.buffers())
-        return [tensor._version for tensor in tensors]
-
-
-def _draws() -> tuple[Any, bytes, Any]:
-    """The state of Python's and numpy's global generators."""
-    numpy: Any = np.random.get_state(legacy=False)
-    return random.getstate(), numpy["state"]["key"].tobytes(), (numpy["state"]["pos"], numpy["has_gauss"])
-
-
-def _clip_of(trainer: pl.Trainer) -> Clip | None:
-    value, algorithm = trainer.gradient_clip_val, trainer.gradient_clip_algorithm or "norm"
-    if not value:
-        return None
-    return partial(_clip_by_value if algorithm == "value" else _clip_by_norm, bound=float(value))
-
-
-def _clip_by_value(gradients: list[Tensor | None], bound: float) -> list[Tensor | None]:
-    return [None if g is None else g.clamp(-bound, bound) for g in gradients]
-
-
-def _clip_by_norm(gradients: list[Tensor | None], bound: float) -> list[Tensor | None]:
-    # As torch.nn.utils.clip_grad_norm_ does, for every row.
-    norms = [torch.linalg.vector_norm(g.flatten(1), dim=1) for g in gradients if g is not None]
-    if not norms:
-        return gradients
-    share = (bound / (torch.linalg.vector_norm(torch.stack(norms), dim=0) + 1e-6)).clamp(max=1.0)
-    return [None if g is None else g * share.to(g.dtype).view(-1, *[1] * (g.dim() - 1)) for g in gradients]
 
 
 def _form_of(batch: Any) -> Any:
@@ -561,21 +455,3 @@ def _stacked(batches: list[Any]) -> Any:
     columns = zip(*[tree_flatten(batch)[0] for batch in batches], strict=True)
     leaves = [torch.stack(column) if isinstance(column[0], Tensor) else column[0] for column in columns]
     return tree_unflatten(leaves, tree_flatten(batches[0])[1])
-
-
-def _explained(error: Exception, module: pl.LightningModule) -> str:
-    """An error in one line, with the last line of the user's own code that led to it."""
-    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if not _is_library(frame.filename)]
-    where = f" ({frames[-1].filename}:{frames[-1].lineno}: {frames[-1].line})" if frames else ""
-    message = str(error).strip().split("\n")[0]
-    return f"{type(error).__name__}: {message}{where}"
-
-
-_LIBRARIES = (
-    *(str(Path(str(package.__file__)).parent) for package in (torch, pl, torchmetrics)),
-    str(Path(__file__).parents[1]),
-)
-
-
-def _is_library(filename: str) -> bool:
-    return filename.startswith(_LIBRARIES) or filename.startswith("<")

@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_fedscale.clients import OptimizerState
+from lightning_fedscale.executors.clipping import Clip
 from lightning_fedscale.executors.exchange import Exchange
 from lightning_fedscale.executors.rows import Rows
 from lightning_fedscale.executors.stacked_optimizer import StackedOptimizer
 from lightning_fedscale.tree import as_real
 
 _DELTA_BYTES = 64 * 2**20
-
-Clip = Callable[[list[Tensor | None]], list[Tensor | None]]
-"""From stacked gradients to clipped ones, every row on its own."""
 
 
 class Wave:
@@ -142,7 +140,9 @@ class Wave:
             for stack in self._stacks:
                 real = as_real(stack[start : start + len(part)]).reshape(len(part), -1)
                 end = offset + real.shape[1]
-                torch.sub(origin[offset:end], real, out=part[:, offset:end])
+                # Widened first: a difference of mixed precisions takes twice as long.
+                out = part[:, offset:end].copy_(real)
+                torch.sub(origin[offset:end], out, out=out)
                 offset = end
             for tensor in exchange.frozen:
                 real = as_real(tensor).reshape(-1)

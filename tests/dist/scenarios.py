@@ -165,6 +165,11 @@ SCENARIOS: dict[str, Scenario] = {
         lambda: {"max_epochs": 5},
         lambda: Module("adam"),
     ),
+    "keep_in_files": Scenario(
+        lambda: {**SCENARIOS["keep"].strategy(), "client_state_memory": 0},
+        lambda: {"max_epochs": 5},
+        lambda: Module("adam"),
+    ),
     "keep_epochs": Scenario(
         lambda: {"clients_per_round": 5, "client_optimizer": "keep"}, lambda: {"max_epochs": 6}, lambda: Module("adam")
     ),

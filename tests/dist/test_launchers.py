@@ -87,7 +87,9 @@ def test_slurm_on_two_nodes(tmp_path: Path, ranks: Start) -> None:
 @pytest.mark.parametrize(("rank", "what"), [(0, "data"), (1, "client")])
 def test_an_exception_on_one_rank_is_one_on_all(rank: int, what: str, tmp_path: Path) -> None:
     """No rank waits for one that is gone: all stop in the same round and together write the last good checkpoint."""
-    (ended,) = processes.run([[processes.HERE / "failing.py", rank, what, tmp_path]], [processes.environment()], tmp_path)
+    (ended,) = processes.run(
+        [[processes.HERE / "failing.py", rank, what, tmp_path]], [processes.environment()], tmp_path
+    )
     assert ended.code not in (0, None)
     assert "has lost its data" in ended.output
     assert f"rank {rank} ends in round 2: ArithmeticError" in ended.output

@@ -41,6 +41,12 @@ def test_weights_are_those_of_one_process_bit_for_bit(name: str, world_size: int
         assert_same(rank[name]["weights"], one["weights"])
 
 
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_where_states_lie_does_not_matter(world_size: int, ranks: Start) -> None:
+    for rank in ranks(world_size):
+        assert_same(rank["keep_in_files"]["weights"], rank["keep"]["weights"])
+
+
 @several
 def test_weights_are_those_of_one_process_in_float64(world_size: int, ranks: Start) -> None:
     one = ranks(1)[0]["double"]["weights"]
@@ -181,7 +187,7 @@ def test_one_collective_per_round(name: str, world_size: int, ranks: Start) -> N
 
 
 @several
-@pytest.mark.parametrize("name", ["keep", "keep_epochs", "manual", "rejected"])
+@pytest.mark.parametrize("name", ["keep", "keep_in_files", "keep_epochs", "manual", "rejected"])
 def test_kept_optimizers_travel_only_with_clients_that_change_ranks(name: str, world_size: int, ranks: Start) -> None:
     sent, received = [0] * world_size, [0] * world_size
     holder: dict[int, int] = {}

@@ -1,4 +1,4 @@
-"""What clients keep, in bounded memory: the same states whatever the bounds, the oldest moved on first, no file left."""
+"""What clients keep, in bounded memory: any bounds give the same states, the oldest move on first, no file stays."""
 
 from __future__ import annotations
 
@@ -31,7 +31,10 @@ STATE_BYTES = 8 * 3 + 4
 def state(number: float) -> dict[str, Any]:
     """28 bytes of tensors in dicts, lists and tuples, and things that are none."""
     moments = [torch.full((3,), number, dtype=torch.float64)]
-    return {"state": {0: {"step": torch.tensor(float(number)), "moments": moments}}, "options": ({"on": True}, None, "x", 0.5)}
+    return {
+        "state": {0: {"step": torch.tensor(float(number)), "moments": moments}},
+        "options": ({"on": True}, None, "x", 0.5),
+    }
 
 
 def same(left: Any, right: Any) -> bool:
@@ -258,7 +261,9 @@ def test_a_disk_without_room_names_the_remedy(monkeypatch: pytest.MonkeyPatch, t
 
     store = StateStore([Memory(0), Files()])
     monkeypatch.setattr(torch, "save", save)
-    with pytest.raises(OSError, match=r"client_state_memory: .* failed writing file\): set TMPDIR to a folder with more"):
+    with pytest.raises(
+        OSError, match=r"client_state_memory: .* failed writing file\): set TMPDIR to a folder with more"
+    ):
         store.stage(0, "a", state(0))
     assert files(temporary) == []
 

@@ -1,0 +1,44 @@
+"""What must be told apart from clients' models when they train on trial: metrics, and memory."""
+
+from __future__ import annotations
+
+import lightning.pytorch as pl
+from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
+from torchmetrics import Metric
+
+
+class MetricStates:
+    """The module's metrics as they are now."""
+
+    def __init__(self, module: pl.LightningModule) -> None:
+        self._states = [
+            (part, part._copy_state_dict(), part._update_count, part._forward_cache)
+            for part in module.modules()
+            if isinstance(part, Metric)
+        ]
+        # Of networks inside them.
+        self._buffers = [(buffer, buffer.clone()) for metric, *_ in self._states for buffer in metric.buffers()]
+
+    def restore(self) -> None:
+        """They know nothing of what has happened since."""
+        for buffer, value in self._buffers:
+            buffer.copy_(value)
+        for metric, state, count, cache in self._states:
+            for name, before in state.items():
+                setattr(metric, name, before)
+            metric._update_count, metric._forward_cache, metric._computed = count, cache, None
+
+
+class SavedBytes(saved_tensors_hooks):
+    """While active, counts the memory of what is saved for the backward pass."""
+
+    def __init__(self) -> None:
+        self.bytes = 0
+        self._seen: dict[int, Tensor] = {}
+        super().__init__(self._pack, lambda tensor: tensor)
+
+    def _pack(self, tensor: Tensor) -> Tensor:
+        if self._seen.setdefault(tensor.data_ptr(), tensor) is tensor:
+            self.bytes += tensor.numel() * tensor.element_size()
+        return tensor

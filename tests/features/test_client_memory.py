@@ -1,0 +1,145 @@
+"""``client_state_memory`` bounds what clients keep between rounds, and changes nothing else."""
+
+from __future__ import annotations
+
+import gc
+import itertools
+import os
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import pytest
+import torch
+
+from lightning_fedscale.clients import Files
+from tests.features import by_hand
+from tests.features.test_resume import Adam, Every, Fragile, Manual, Norm, equal, read
+
+KEEP: dict[str, Any] = {"clients_per_round": 2, "client_optimizer": "keep", "executor": "sequential"}
+# Adam with amsgrad keeps 3 numbers for each of 276 parameters and 4 counters: 3328 bytes a client.
+BOUNDS: list[int | str] = [0, 3328, "7KB", "1GiB", "auto"]
+
+
+@pytest.fixture(autouse=True)
+def spilled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Path]]:
+    """Every file that states were written to; all are gone in the end."""
+    folder = tmp_path / "temporary"
+    folder.mkdir()
+    monkeypatch.setenv("TMPDIR", str(folder))
+    monkeypatch.setattr(tempfile, "tempdir", None)
+    written: list[Path] = []
+    keep = Files.keep
+
+    def noted(self: Files, state: Any) -> Path:
+        written.append(keep(self, state))
+        return written[-1]
+
+    monkeypatch.setattr(Files, "keep", noted)
+    yield written
+    gc.collect()
+    assert os.listdir(folder) == []
+
+
+def fit(kind: type[pl.LightningModule], folder: Path, bound: int | str, **options: Any) -> by_hand.State:
+    torch.manual_seed(0)
+    module = kind()
+    by_hand.fit(
+        module,
+        strategy={**KEEP, "client_state_memory": bound},
+        enable_checkpointing=True,
+        callbacks=[Every(folder)],
+        max_epochs=6,
+        **options,
+    )
+    return by_hand.state_of(module)
+
+
+@pytest.mark.parametrize("kind", [Adam, Norm, Manual])
+def test_any_bound_gives_the_same_bits_and_the_same_checkpoints(
+    kind: type[pl.LightningModule], tmp_path: Path, spilled: list[Path]
+) -> None:
+    counts, results = [], []
+    for number, bound in enumerate(BOUNDS):
+        before = len(spilled)
+        results.append(fit(kind, tmp_path / str(number), bound))
+        counts.append(len(spilled) - before)
+    assert counts[0] == 2 * 6  # every client of every round
+    assert counts[3:] == [0, 0]
+    assert counts == sorted(counts, reverse=True)
+    if kind is Adam:
+        assert 0 < counts[2] < counts[1] < counts[0]
+    for number in range(1, len(BOUNDS)):
+        assert by_hand.same(results[0], results[number])
+        for round in range(1, 7):
+            first, other = (read(tmp_path / str(i) / f"{round}.ckpt") for i in (0, number))
+            assert first["federated"]["clients"]["optimizers"]
+            assert equal(first["federated"]["clients"], other["federated"]["clients"])
+
+
+@pytest.mark.parametrize(("first", "then"), itertools.product([0, "auto"], repeat=2))
+def test_a_checkpoint_of_any_bound_goes_on_with_any_other_and_needs_no_file(
+    first: int | str, then: int | str, tmp_path: Path, spilled: list[Path]
+) -> None:
+    whole = fit(Adam, tmp_path / "whole", first)
+    gc.collect()
+    assert not any(path.exists() for path in spilled)
+    resumed = fit(Adam, tmp_path / "resumed", then, ckpt_path=str(tmp_path / "whole" / "3.ckpt"))
+    assert by_hand.same(resumed, whole)
+    for round in range(4, 7):
+        left, right = (read(tmp_path / kind / f"{round}.ckpt") for kind in ("whole", "resumed"))
+        assert equal(left["federated"], right["federated"])
+
+
+def test_a_checkpoint_saved_after_fit_still_has_all_states(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    _, whole = by_hand.fit(Adam(), strategy={**KEEP, "client_state_memory": 0}, max_epochs=6)
+    torch.manual_seed(0)
+    trainer, _ = by_hand.fit(Adam(), strategy={**KEEP, "client_state_memory": 0}, max_epochs=2)
+    trainer.save_checkpoint(tmp_path / "mine.ckpt")
+    _, resumed = by_hand.fit(
+        Adam(), strategy={**KEEP, "client_state_memory": 0}, max_epochs=6, ckpt_path=str(tmp_path / "mine.ckpt")
+    )
+    assert by_hand.same(resumed.state_dict(), whole.state_dict())
+
+
+class Once(Fragile):
+    """Fails in the second client of the third round, and goes on when asked again."""
+
+    def __init__(self) -> None:
+        super().__init__(raise_in=16)
+
+
+@pytest.mark.parametrize("bound", [0, 3328])
+def test_an_interrupted_round_leaves_the_committed_states(bound: int, tmp_path: Path, spilled: list[Path]) -> None:
+    options = {**KEEP, "local_steps": 3, "client_state_memory": bound}
+    torch.manual_seed(0)
+    whole = Fragile()
+    by_hand.fit(whole, strategy=options, max_epochs=5)
+    torch.manual_seed(0)
+    save = Every(tmp_path, save_on_exception=True)
+    with pytest.raises(OSError, match="on purpose"):
+        by_hand.fit(Once(), strategy=options, enable_checkpointing=True, callbacks=[save], max_epochs=5)
+    before = len(spilled)
+    assert before > 0
+    resumed = Fragile()
+    by_hand.fit(resumed, strategy=options, max_epochs=5, ckpt_path=str(tmp_path / "2.ckpt"))
+    assert by_hand.same(resumed.state_dict(), whole.state_dict())
+
+
+def test_a_checkpoint_saved_inside_a_client_holds_what_was_committed(tmp_path: Path) -> None:
+    saved = []
+    for bound in (0, "auto"):
+        torch.manual_seed(0)
+        path = tmp_path / f"{bound}.ckpt"
+        by_hand.fit(
+            Fragile(save_in=18, path=path),
+            strategy={**KEEP, "local_steps": 3, "client_state_memory": bound},
+            max_epochs=4,
+        )
+        saved.append(read(path))
+    assert saved[0]["global_step"] == 2
+    assert equal(saved[0]["federated"], saved[1]["federated"])
+    assert equal(saved[0]["state_dict"], saved[1]["state_dict"])
