@@ -7,7 +7,7 @@ RUN := $(VENV)/bin/python
 INSTALL := $(RUN) -m pip install --quiet --disable-pip-version-check -c constraints.txt
 INPUTS := pyproject.toml constraints.txt
 
-.PHONY: help demo test lint clean
+.PHONY: help demo test lint bench clean
 
 help: ## Show this list
 	@sed -n 's/^\([a-z]*\):.*## /  make \1	/p' $(MAKEFILE_LIST)
@@ -23,8 +23,12 @@ lint: $(VENV)/.test ## Lint and types only
 	$(RUN) -m ruff format --check
 	$(RUN) -m mypy
 
+bench: $(VENV)/.test ## Measure round times beside hand-written loops and other simulators; an hour and a half
+	$(RUN) -m benchmarks.install
+	$(RUN) -m benchmarks
+
 clean: ## Remove .venv, builds, caches and what runs left behind
-	rm -rf $(VENV) build dist *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) .bench build dist *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	rm -rf checkpoints demo_output lightning_logs outputs
 	find . -name __pycache__ -prune -exec rm -rf {} +
 

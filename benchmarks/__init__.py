@@ -1,0 +1,1 @@
+"""Round times of FederatedStrategy beside hand-written loops and other simulators: ``python -m benchmarks``."""
