@@ -100,10 +100,9 @@ def main() -> None:
         table = Table(title=f"{asked.parameters:g} million float32 parameters, {optimizer}")
         for column in ("", "peak memory, MB", "more than the plain Trainer, MB", "in float64 vectors of that length"):
             table.add_column(column, justify="right" if column else "left")
-        plain = measured(PLAIN, options)[1]
-        for contender in (PLAIN, FEDERATED):
-            count, peak = measured(contender, options)
-            more = peak - plain
+        plain = measured(PLAIN, options)
+        for contender, (count, peak) in ((PLAIN, plain), (FEDERATED, measured(FEDERATED, options))):
+            more = peak - plain[1]
             table.add_row(contender, f"{peak / 1e6:.0f}", f"{more / 1e6:.0f}", f"{more / (8 * count):.2f}")
         console.print(table)
 

@@ -65,9 +65,8 @@ def receive(sender: int, device: torch.device) -> Any:
     dist.recv(length, sender)
     data = torch.empty(int(length), dtype=torch.uint8, device=device)
     dist.recv(data, sender)
-    file = io.BytesIO(data.cpu().numpy().tobytes())
-    return torch.load(
-        file,
-        map_location=lambda on_cpu, was: on_cpu if was == "cpu" else default_restore_location(on_cpu, str(device)),
-        weights_only=True,
-    )
+
+    def place(storage: Any, was_on: str) -> Any:
+        return storage if was_on == "cpu" else default_restore_location(storage, str(device))  # type: ignore[no-untyped-call]
+
+    return torch.load(io.BytesIO(data.cpu().numpy().tobytes()), map_location=place, weights_only=True)

@@ -196,7 +196,7 @@ class Federation:
         assert self._work is not None
         loader = self._work.loader
         batches = loader.stream(
-            [(item.seed, item.batches) for item in work],
+            work,
             randomness.derive(self._options.seed, randomness.LOADER, round, self._rank),
             order,
         )

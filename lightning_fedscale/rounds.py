@@ -27,18 +27,31 @@ class RoundPlan(NamedTuple):
 
 
 class LocalWork(NamedTuple):
-    """What one client does in one round: its batches in order, where it goes on next time, what it draws from."""
+    """What one client does in one round: its batches in order, where it goes on next time, what it draws from.
+
+    ``keys`` are the strategy's seed and the round.
+    """
 
     client: int
     held: int
     batches: list[list[int]]
     cursor: Cursor
-    seed: int
+    keys: tuple[int, int]
+
+    @property
+    def seed(self) -> int:
+        """The seed of the client's random numbers in this round."""
+        return client_seed(*self.keys, self.client)
 
     @property
     def samples(self) -> int:
         """Samples over all batches."""
         return sum(map(len, self.batches))
+
+
+def client_seed(seed: int, round: int, client: int) -> int:
+    """The seed of a client's random numbers in a round: dropout, augmentation, whatever its training draws."""
+    return randomness.derive(seed, randomness.CLIENT, round, client)
 
 
 def plan_round(

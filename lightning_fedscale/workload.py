@@ -7,7 +7,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from lightning_fedscale import randomness
 from lightning_fedscale.arguments import Arguments, name_clients
-from lightning_fedscale.executors import ClientLoader, client_seed
+from lightning_fedscale.executors import ClientLoader
 from lightning_fedscale.rounds import LocalWork, RoundPlan, epochs_from, pass_order, plan_round, steps_from
 from lightning_fedscale.types import Cursor, IntArray
 
@@ -113,4 +113,4 @@ class Workload:
         else:
             assert options.local_epochs is not None
             batches, cursor = epochs_from(round * options.local_epochs, options.local_epochs, batches_of), (0, 0)
-        return LocalWork(client, len(indices), batches, cursor, client_seed(options.seed, round, client))
+        return LocalWork(client, len(indices), batches, cursor, (options.seed, round))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
 from typing import Any
@@ -21,12 +21,12 @@ class ClientStreams:
     trained alone. It is set up when the client first draws.
 
     Args:
-        seeds: each client's seed.
+        seed_of: each client's seed, asked for when it first draws.
         device: the clients' device.
     """
 
-    def __init__(self, seeds: Sequence[int], device: torch.device) -> None:
-        self._seeds = seeds
+    def __init__(self, seed_of: Callable[[int], int], device: torch.device) -> None:
+        self._seed_of = seed_of
         self._device = device
         self._generators: dict[tuple[int, str], torch.Generator] = {}
         self._hosts: dict[int, tuple[Any, Any]] = {}
@@ -37,7 +37,7 @@ class ClientStreams:
 
     def copy(self) -> ClientStreams:
         """Streams that go on from here on their own."""
-        other = ClientStreams(self._seeds, self._device)
+        other = ClientStreams(self._seed_of, self._device)
         other._generators = {key: generator.clone_state() for key, generator in self._generators.items()}
         other._hosts = dict(self._hosts)
         return other
@@ -46,7 +46,7 @@ class ClientStreams:
         """The client's torch generator on a kind of device."""
         key = client, device.type
         if key not in self._generators:
-            self._generators[key] = torch.Generator(device).manual_seed(self._seeds[client])
+            self._generators[key] = torch.Generator(device).manual_seed(self._seed_of(client))
         return self._generators[key]
 
     @contextmanager
@@ -59,7 +59,7 @@ class ClientStreams:
             device = None if outside.device is None else self.generator(client, self._device).get_state()
             randomness.restore(randomness.GlobalState(python, numpy, cpu, device), self._device)
         else:
-            randomness.seed_globals(self._seeds[client], self._device)
+            randomness.seed_globals(self._seed_of(client), self._device)
         try:
             yield
         finally:

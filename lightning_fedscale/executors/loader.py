@@ -23,6 +23,7 @@ from torch.utils.data import (
 
 from lightning_fedscale import randomness
 from lightning_fedscale.executors.cache import DeviceData, device_data
+from lightning_fedscale.rounds import LocalWork
 from lightning_fedscale.types import IntArray
 
 
@@ -157,31 +158,32 @@ class ClientLoader:
 
     def stream(
         self,
-        clients: list[tuple[int, list[list[int]]]],
+        clients: list[LocalWork],
         seed: int,
         order: Iterable[tuple[int, int]] | None = None,
     ) -> Iterator[Any]:
         """The collated batches of several clients, through one worker pool, fetched ahead across clients.
 
         Args:
-            clients: for each its seed, from which workers draw, and the sample indices of its batches.
+            clients: what each has to do; workers draw from its seed.
             seed: for the pool itself, so that no global generator is drawn from.
             order: in which batches are wanted, as (number in ``clients``, number of the batch); None for client by
                 client.
         """
         if order is None:
-            order = [(number, batch) for number, (_, batches) in enumerate(clients) for batch in range(len(batches))]
+            order = [(number, batch) for number, work in enumerate(clients) for batch in range(len(work.batches))]
         if self.cache is not None:
-            return self.cache.batches(clients[number][1][batch] for number, batch in order)
+            return self.cache.batches(clients[number].batches[batch] for number, batch in order)
         if self._loader is None:
             self._loader = self._copy()
         self._pool_generator.manual_seed(seed)
         order = list(order)
-        items: list[Any] = [clients[number][1][batch] for number, batch in order]
+        items: list[Any] = [clients[number].batches[batch] for number, batch in order]
         if self._batches_directly:
             items = [single for (single,) in items]
         if self._template.num_workers > 0:
-            seeds = [randomness.derive(clients[number][0], randomness.BATCH, batch) for number, batch in order]
+            of_clients = [work.seed for work in clients]
+            seeds = [randomness.derive(of_clients[number], randomness.BATCH, batch) for number, batch in order]
             items = list(map(Seeded, items, seeds))
         self._relay.items = items
         return iter(self._loader)

@@ -287,11 +287,6 @@ class _Trained:
         return math.fsum(map(mul, losses, self._weights)) / sum(self._weights)
 
 
-def client_seed(seed: int, round: int, client: int) -> int:
-    """The seed of a client's random numbers in a round: dropout, augmentation, whatever its training draws."""
-    return randomness.derive(seed, randomness.CLIENT, round, client)
-
-
 def no_batch_left(work: LocalWork) -> ValueError:
     """The error for a client that cannot train since all its batches are None."""
     return ValueError(

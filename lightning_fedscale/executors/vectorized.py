@@ -283,7 +283,7 @@ class VectorizedExecutor:
         side = self._side_of(context.exchange, state)
         check = None if self._proven else SharedState(self._module, state)
         self._wave.begin(context.exchange, [self._start_of(work.client) for work in wave])
-        streams = ClientStreams([work.seed for work in wave], self._device)
+        streams = ClientStreams(lambda row: wave[row].seed, self._device)
         if context.randomness is not None and wave[0] is context.first:
             streams.begin(0, context.randomness)
         clip, every = clip_of(self._trainer), self._trainer.accumulate_grad_batches

@@ -485,4 +485,4 @@ def test_a_metric_object_of_many_batches() -> None:
     trainer._logger_connector.epoch_end_reached()
     found = trainer._logger_connector.metrics["callback"]
     assert float(found["total"]) == 6.0
-    assert float(found["mean"]) == (3 * 1 + 1 * 2 + 4 + 5) / 6
+    assert float(found["mean"]) == pytest.approx((3 * 1 + 1 * 2 + 4 + 5) / 6)

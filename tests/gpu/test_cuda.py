@@ -8,7 +8,9 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
+from torch.utils.data import DataLoader
 
+from lightning_fedscale.executors import client_log, transfer
 from tests.laws import reference
 from tests.strategies import sequential
 
@@ -72,3 +74,45 @@ def test_the_executor_does_not_matter(client_optimizer: str, options: dict[str, 
     side_by_side = weights(**options, executor="vectorized")
     assert reference.difference(side_by_side, weights(**options)) < 1e-4
     assert reference.difference(side_by_side, weights(**options, executor="vectorized")) == 0.0
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_ways_of_the_data_to_the_device(workers: int) -> None:
+    """Kept there, brought batch by batch, or on its way ahead of use from worker processes."""
+
+    def trained(cached: bool | str) -> dict[str, Tensor]:
+        module = reference.make_module()
+        strategy = sequential(partitioner=reference.unequal_clients(), cache_dataset=cached)
+        train = DataLoader(reference.dataset(), batch_size=8, shuffle=True, num_workers=workers)
+        reference.quiet_trainer(accelerator="gpu", max_epochs=3, strategy=strategy).fit(module, train)
+        return {name: value.cpu() for name, value in module.state_dict().items()}
+
+    kept = trained("auto")
+    for cached in (True, False):
+        assert reference.difference(trained(cached), kept) == 0.0
+
+
+def test_batches_on_their_way_ahead_are_whole() -> None:
+    device = torch.device("cuda", 0)
+    batches = [{"x": torch.full((1000, 1000), float(i)), "name": str(i)} for i in range(20)]
+    for i, batch in enumerate(transfer._ahead(iter(batches), device)):
+        assert batch["x"].device == device
+        assert batch["name"] == str(i)
+        assert float(batch["x"].sum()) == 1e6 * i
+
+
+def test_logged_values_stay_on_the_device_until_the_round_is_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    reads: list[int] = []
+    read = client_log._read
+    monkeypatch.setattr(
+        client_log, "_read", lambda values, device: (reads.append(len(values)), read(values, device))[1]
+    )
+    on_device, on_host = [], []
+    for accelerator, found in (("gpu", on_device), ("cpu", on_host)):
+        strategy = sequential(partitioner=reference.unequal_clients())
+        trainer = reference.quiet_trainer(accelerator=accelerator, max_epochs=3, strategy=strategy)
+        trainer.fit(reference.make_module(dropout=0.0), reference.loader(reference.dataset()))
+        found.append(float(trainer.callback_metrics["train_loss"]))
+    assert on_device == pytest.approx(on_host, rel=1e-4)
+    # The very first value goes through Lightning; from then on there is one read a round.
+    assert len(reads) == 2 * 3

@@ -1,0 +1,180 @@
+"""The parts of which clients side by side are made: their draws, recorded steps, what a module keeps in Python."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.func import vmap
+from torch.nn import functional
+
+from lightning_fedscale import randomness
+from lightning_fedscale.executors.capture import Recording, Seen, unseen
+from lightning_fedscale.executors.draws import ClientStreams, DrawPerClient
+from lightning_fedscale.executors.python_state import PythonState
+from lightning_fedscale.executors.rows import Rows
+
+CPU = torch.device("cpu")
+CLIENTS = 5
+
+RANDOM: dict[str, Callable[[Tensor], Tensor]] = {
+    "dropout": lambda x: functional.dropout(x, 0.3),
+    "dropout twice": lambda x: functional.dropout(functional.dropout(x, 0.3) * 2, 0.5),
+    "dropout2d": lambda x: functional.dropout2d(x[:, :, None, None], 0.3),
+    "alpha dropout": lambda x: functional.alpha_dropout(x, 0.3, training=True),
+    "rand": lambda x: x + torch.rand(8, 4),
+    "randn": lambda x: x + torch.randn(4),
+    "randn_like": lambda x: x + torch.randn_like(x),
+    "randint": lambda x: x + torch.randint(0, 9, (8, 1)),
+    "bernoulli": lambda x: torch.bernoulli(x.sigmoid()),
+    "normal": lambda x: torch.normal(x, 1.0),
+    "gumbel": functional.gumbel_softmax,
+    "attention": lambda x: functional.scaled_dot_product_attention(x[None], x[None], x[None], dropout_p=0.2),
+}
+
+
+def alone(function: Callable[[Tensor], Tensor], stack: Tensor) -> Tensor:
+    results = []
+    for client, row in enumerate(stack):
+        randomness.seed_globals(100 + client, CPU)
+        results.append(function(row))
+    return torch.stack(results)
+
+
+@pytest.mark.parametrize("name", RANDOM)
+def test_every_client_draws_what_it_would_draw_alone(name: str) -> None:
+    function, stack = RANDOM[name], torch.randn(CLIENTS, 8, 4)
+    expected = alone(function, stack)
+    torch.manual_seed(7)
+    before = torch.get_rng_state()
+    with DrawPerClient(ClientStreams(lambda client: 100 + client, CPU), range(CLIENTS)) as drawing:
+        got = vmap(function, randomness="different")(stack)
+    assert drawing.noticed
+    assert torch.equal(got, expected)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("name", ["dropout", "randn_like", "rand"])
+def test_a_recording_draws_from_the_streams_it_is_given(name: str) -> None:
+    stack, other = torch.randn(CLIENTS, 8, 4), torch.randn(CLIENTS, 8, 4)
+    recording = Recording(lambda x: [vmap(RANDOM[name], randomness="different")(x)], [stack.clone()], CPU)
+    for given in (stack, other):
+        (got,) = recording.replay([given], ClientStreams(lambda client: 100 + client, CPU), range(CLIENTS))
+        assert got is not None
+        assert torch.equal(got, alone(RANDOM[name], given))
+
+
+@pytest.mark.parametrize(
+    "function", [lambda x: x + torch.randperm(8)[:, None], lambda x: torch.multinomial(x.sigmoid(), 2).float()]
+)
+def test_what_cannot_be_told_apart_is_refused(function: Callable[[Tensor], Tensor]) -> None:
+    streams = ClientStreams(lambda client: client, CPU)
+    with pytest.raises(NotImplementedError, match="draws"), DrawPerClient(streams, range(CLIENTS)):
+        vmap(function, randomness="different")(torch.randn(CLIENTS, 8, 4))
+
+
+def test_recorded_gradients_have_the_bits_of_autograd() -> None:
+    torch.manual_seed(0)
+    weights, inputs = torch.randn(CLIENTS, 16, 8), torch.randn(CLIENTS, 10, 8)
+
+    def gradients(weights: Tensor, inputs: Tensor) -> list[Tensor | None]:
+        leaf = weights.detach().requires_grad_()
+        loss = vmap(lambda w, x: functional.linear(x, w).relu().pow(2).mean())(leaf, inputs)
+        return [loss.detach(), *torch.autograd.grad(loss.sum(), [leaf])]
+
+    expected = gradients(weights, inputs)
+    recording = Recording(gradients, [weights.clone(), inputs.clone()], CPU)
+    streams = ClientStreams(lambda client: client, CPU)
+
+    def is_same() -> bool:
+        again = recording.replay([weights, inputs], streams, range(CLIENTS))
+        return all(torch.equal(a, b) for a, b in zip(again, expected, strict=True))  # type: ignore[arg-type]
+
+    assert is_same()
+    recording.improve(is_same)
+    assert is_same()
+
+
+def test_a_recorded_step_sees_no_trainer() -> None:
+    module = pl.LightningModule()
+    for read in (
+        lambda: module.trainer.current_epoch,
+        lambda: module.current_epoch,
+        lambda: module.global_step,
+        lambda: module.logger,
+    ):
+        with unseen(module), pytest.raises(Seen):
+            read()
+    assert module._trainer is None
+
+
+@pytest.mark.parametrize(
+    "use",
+    [lambda i: i == 0, lambda i: i + 1, lambda i: f"{i}", lambda i: [1, 2][i], bool, hash, lambda i: i % 2, float],
+)
+def test_a_recorded_step_cannot_use_the_number_of_its_batch(use: Callable[[object], object]) -> None:
+    with unseen(pl.LightningModule()) as number, pytest.raises((Seen, TypeError)):
+        use(number)
+
+
+class Kept(pl.LightningModule):
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Linear(2, 2)
+        self.number, self.names, self.table, self.group = 1.0, ["a"], {"b": [1]}, {3}
+        self.tensor = torch.zeros(2)
+
+
+CHANGES: dict[str, Callable[[Kept], object]] = {
+    "number": lambda m: setattr(m, "number", 2.0),
+    "list": lambda m: m.names.append("b"),
+    "dict": lambda m: m.table.update(c=[]),
+    "set": lambda m: m.group.add(4),
+    "tensor": lambda m: setattr(m, "tensor", torch.zeros(2)),
+    "new": lambda m: setattr(m, "other", None),
+    "gone": lambda m: delattr(m, "number"),
+    "inner": lambda m: setattr(m.net, "factor", 3),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_python_state_notices_and_undoes(change: str) -> None:
+    module = Kept()
+    before = PythonState(module)
+    assert before == PythonState(module)
+    CHANGES[change](module)
+    assert before != PythonState(module)
+    before.restore()
+    assert before == PythonState(module)
+
+
+def test_python_state_notices_what_lies_deeper_and_modes() -> None:
+    module = Kept()
+    before = PythonState(module)
+    module.table["b"].append(2)
+    assert before != PythonState(module)
+    before = PythonState(module)
+    module.net.weight.requires_grad_(False)
+    assert before != PythonState(module)
+    before = PythonState(module)
+    module.net.eval()
+    assert before != PythonState(module)
+
+
+@pytest.mark.parametrize("indices", [[0], [1, 2, 3], [0, 3], [0, 1, 2, 3, 4]])
+def test_rows(indices: list[int]) -> None:
+    stack = torch.arange(15.0).reshape(5, 3)
+    expected = stack.clone()
+    rows = Rows(indices)
+    values = rows.of(stack)
+    assert torch.equal(values, expected[indices])
+    values.mul_(2)
+    rows.write(stack, values)
+    expected[indices] *= 2
+    assert torch.equal(stack, expected)
+    rows.add(stack, torch.ones_like(values))
+    expected[indices] += 1
+    assert torch.equal(stack, expected)
