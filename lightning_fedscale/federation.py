@@ -257,9 +257,10 @@ class Federation:
         if training:
             self._commit(opened.plan, table)
             self._executor.settle(Ballot(*table.ballot()))
-            self._log.commit(sum(len(item.batches) for item in opened.work))
         norm = float(torch.linalg.vector_norm(aggregate[: exchange.view.trainable]))
         self.last_round = record = table.record(norm, exchange.message_bytes)
+        if training:
+            self._log.commit(int(record.local_steps.sum()))
         return {} if record.loss != record.loss else {"loss": torch.tensor(record.loss, device=self._device)}
 
     def end_round(self) -> None:

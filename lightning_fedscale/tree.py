@@ -51,8 +51,9 @@ class FlatView:
         # alive, so no other vector can come to lie at its address.
         views = self._cut.get(vector.data_ptr())
         if views is None:
-            parts = zip(torch.split(vector, self._sizes), self._tensors, strict=True)
-            views = self._cut[vector.data_ptr()] = [part.view(tensor.shape) for part, tensor in parts]
+            parts = torch.split(vector, self._sizes)
+            views = [p if t.dim() == 1 else p.view(t.shape) for p, t in zip(parts, self._tensors, strict=True)]
+            self._cut[vector.data_ptr()] = views
         return views
 
     def forget(self, vector: Tensor) -> None:

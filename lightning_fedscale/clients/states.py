@@ -67,7 +67,7 @@ class PinnedMemory(Memory):
 
     def keep(self, state: Any) -> Any:
         """A pinned copy."""
-        return _mapped(lambda tensor: torch.empty_like(tensor, device="cpu", pin_memory=True).copy_(tensor), state)
+        return _mapped(_pinned, state)
 
 
 class Files:
@@ -308,6 +308,12 @@ def size_of(state: Any) -> int:
 
 def _mapped(change: Callable[[Tensor], Tensor], state: Any) -> Any:
     return tree_map_only(Tensor, change, state)
+
+
+def _pinned(tensor: Tensor) -> Tensor:
+    if tensor.layout != torch.strided:
+        return tensor.cpu()
+    return torch.empty_like(tensor, device="cpu", pin_memory=True).copy_(tensor)
 
 
 def _alone_on_host(tensor: Tensor) -> Tensor:

@@ -52,7 +52,7 @@ class ClientLog:
             batches.
 
     Attributes:
-        local_batches: local batches of this rank in all complete rounds, where the x-axis of ``client/...`` goes on.
+        local_batches: local batches of all ranks in all complete rounds, where the x-axis of ``client/...`` goes on.
         position: number of the current local batch within the rank's round, to be set by whoever runs it.
     """
 
@@ -76,17 +76,17 @@ class ClientLog:
     def collecting(self) -> Iterator[None]:
         """Collect what is logged inside, for the clients of one round; if they fail, what waits is dropped."""
         self._forget()
-        fields, results = vars(self._module), vars(self._results)
-        if "log" in fields or type(self._module).log is not pl.LightningModule.log:
-            yield  # a `log` of the user's own does more than we know
-            return
-        look = self._results.metrics
+        fields, results, look = vars(self._module), vars(self._results), self._results.metrics
+        # A `log` of the user's own does more than we know, and stays.
+        stands_in = "log" not in fields and type(self._module).log is pl.LightningModule.log
 
         def look_now(on_step: bool) -> Any:
             self.flush()
             return look(on_step)
 
-        fields["log"], results["metrics"] = _StandIn(self.log, self._module.log), look_now
+        results["metrics"] = look_now
+        if stands_in:
+            fields["log"] = _StandIn(self.log, self._module.log)
         try:
             yield
             self.flush()
@@ -94,7 +94,9 @@ class ClientLog:
             self._forget()
             raise
         finally:
-            del fields["log"], results["metrics"]
+            del results["metrics"]
+            if stands_in:
+                del fields["log"]
 
     def start_batch(self, batch: Any) -> None:
         """A local batch begins that has not come through the Trainer's own loop; sizes are read off it if needed."""
@@ -103,7 +105,7 @@ class ClientLog:
         self._results.batch, self._results.batch_size, self._results.dataloader_idx = batch, None, None
 
     def commit(self, batches: int) -> None:
-        """The round is complete, with this number of local batches on this rank."""
+        """The round is complete, with this number of local batches on all ranks."""
         self.local_batches += batches
 
     def send(self) -> None:

@@ -14,6 +14,7 @@ from lightning.pytorch.profilers import PassThroughProfiler
 from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor
 from torch.optim import Optimizer
+from torch.optim.optimizer import _global_optimizer_pre_hooks
 
 _OF_CALLBACKS = ("on_before_zero_grad", "on_before_backward", "on_after_backward", "on_before_optimizer_step")
 _OF_MODULE = (
@@ -26,7 +27,7 @@ _OF_MODULE = (
 )
 _OF_STRATEGY = ("training_step", "pre_backward", "backward", "post_backward", "optimizer_step")
 _OF_PRECISION = ("pre_backward", "backward", "post_backward", "optimizer_step", "train_step_context", "clip_gradients")
-_STEP_AFTERWARDS = (
+_GRADIENTS_FIRST = (
     torch.optim.SGD,
     torch.optim.Adam,
     torch.optim.AdamW,
@@ -94,8 +95,7 @@ class LeanStep:
         self._context: Any = nullcontext if type(precision) is Precision else precision.train_step_context
         usual = _overridden(self._optimizer, Optimizer, ("zero_grad",)) is None
         self._zero_grad = self._forget_grads if usual else self._optimizer.zero_grad
-        # As in Lightning the optimizer asks for loss and gradients, unless it is known to do so first and once.
-        self._has_closure = type(self._optimizer) not in _STEP_AFTERWARDS
+        self._by_closure = _wants_closure(self._optimizer)
 
     def step(self, batch: Any, batch_idx: int, *, last: bool, training: bool) -> dict[str, Any]:
         """See `lightning_fedscale.executors.loops.LocalStep`."""
@@ -103,7 +103,7 @@ class LeanStep:
         if not training:
             return self._forward(batch, batch_idx, window)[1]
         steps = last or (batch_idx + 1) % window == 0
-        if steps and self._has_closure:
+        if steps and self._by_closure:
             return self._step_by_closure(batch, batch_idx, window)
         _, outputs = self._forward_backward(batch, batch_idx, window)
         if steps:
@@ -161,6 +161,16 @@ class LeanStep:
             self._module.configure_gradient_clipping(
                 self._optimizer, trainer.gradient_clip_val, gradient_clip_algorithm=trainer.gradient_clip_algorithm
             )
+
+
+def _wants_closure(optimizer: Optimizer) -> bool:
+    """Whether the optimizer, which Lightning lets ask for the gradients, may do more than ask first and once."""
+    kind = type(optimizer)
+    step = vars(optimizer).get("step", kind.step)
+    # Schedulers put a step in place that notes the call and goes on to the class's own.
+    own_step = kind.step in (step, getattr(step, "__wrapped__", None))
+    hooks = optimizer._optimizer_step_pre_hooks or _global_optimizer_pre_hooks
+    return kind not in _GRADIENTS_FIRST or not own_step or bool(hooks)
 
 
 def outputs_of(result: ClosureResult, window: int) -> dict[str, Any]:

@@ -159,7 +159,7 @@ class SequentialExecutor:
             self._watcher.client_started(work.client)
             started = time.perf_counter()
             trained = self._train(context, number, positions[work.client] if positions else position)
-            position += len(work.batches)
+            position += trained.steps
             context.exchange.settle()
             view.subtract_from(origin, out=delta)
             update = ClientUpdate(
@@ -244,7 +244,7 @@ class SequentialExecutor:
             if trained.steps or work is not context.first:
                 batch = self._transfer(batch)
                 self._log.start_batch(batch)
-            self._log.position = position + batch_idx
+            self._log.position = position + trained.steps
             if self._call("on_train_batch_start", batch, batch_idx) == -1:
                 # The user's way to say that this epoch is over: here, the client's.
                 for _ in range(batch_idx, last_idx):
@@ -296,11 +296,13 @@ def no_batch_left(work: LocalWork) -> ValueError:
 
 
 def _norm(delta: Tensor, server: Tensor, trainable: int) -> float:
-    moved = delta if trainable == delta.numel() else delta[:trainable]
-    square = moved.dot(moved)
-    if moved is not delta:
-        # The carried part does not count, but must not be spoilt where the server's is not (see `Exchange.origin`).
-        spoilt = (~torch.isfinite(delta[trainable:]) & torch.isfinite(server[trainable:])).any()
-        square = torch.where(spoilt, math.nan, square)
-    value = float(square)
-    return math.sqrt(value) if math.isfinite(value) else math.nan
+    if trainable == delta.numel():
+        square = float(delta.dot(delta))
+    else:
+        moved, carried = delta[:trainable], delta[trainable:]
+        square, total = torch.stack([moved.dot(moved), carried.sum()]).tolist()
+        # The carried part does not count, but must not be spoilt where the server's is not (see `Exchange.origin`). If
+        # its sum is finite, so is all of it, and finding out takes no memory.
+        if not math.isfinite(total) and (~carried.isfinite() & server[trainable:].isfinite()).any():
+            return math.nan
+    return math.sqrt(square) if math.isfinite(square) else math.nan

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from types import MethodType
 from typing import Any
 
 import lightning.pytorch as pl
@@ -135,6 +136,33 @@ def scheduled(module: Any) -> Any:
     return {"optimizer": optimizer, "lr_scheduler": step}
 
 
+def hooked(module: Any) -> Optimizer:
+    """A hook that halves what gradients there are; the optimizer has it called before it asks for new ones."""
+    optimizer = torch.optim.SGD(module.parameters(), lr=0.1, momentum=0.9)
+
+    def halve(optimizer: Optimizer, *_: Any) -> None:
+        for parameter in optimizer.param_groups[0]["params"]:
+            if parameter.grad is not None:
+                parameter.grad.mul_(0.5)
+
+    optimizer.register_step_pre_hook(halve)
+    optimizer.register_step_post_hook(halve)
+    return optimizer
+
+
+def patched(module: Any) -> Any:
+    """A step of its own on the object, below the one that schedulers put there."""
+    optimizer = torch.optim.SGD(module.parameters(), lr=0.1)
+    usual = optimizer.step
+
+    def twice(self: Optimizer, closure: Any = None) -> Any:
+        closure()
+        return usual(closure)
+
+    optimizer.step = MethodType(twice, optimizer)  # type: ignore[method-assign]
+    return [optimizer], [torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.8)]
+
+
 SCENARIOS: dict[str, dict[str, Any]] = {
     "plain": {},
     "clip by norm": {"gradient_clip_val": 0.05},
@@ -162,6 +190,8 @@ SCENARIOS: dict[str, dict[str, Any]] = {
         "accumulate_grad_batches": 2,
     },
     "two gradients a step": {"module": with_optimizer(lambda m: TwiceForward(m.parameters(), lr=0.1, momentum=0.9))},
+    "step hooks": {"module": with_optimizer(hooked), "accumulate_grad_batches": 2},
+    "a step of its own": {"module": with_optimizer(patched)},
     "zeros kept": {"module": ZerosKept},
     "dictionaries and None": {"module": Extras, "accumulate_grad_batches": 2},
     "no batch_idx": {"module": OnlyBatch},

@@ -337,6 +337,18 @@ def test_points_over_local_batches(every: int, waiting: int, monkeypatch: pytest
     assert [value for *_, value in got] == pytest.approx([value for *_, value in right], rel=1e-5)
 
 
+class Skips(Means):
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> int | None:
+        return -1 if batch_idx == 1 else None
+
+
+def test_batches_that_were_not_trained_do_not_count() -> None:
+    points = Points()
+    by_hand.fit(Skips(), strategy={"client_log_every_n": 1, "clients_per_round": 3}, logger=points, max_epochs=4)
+    steps = [step for name, step, _ in points.of_clients() if name == "client/step"]
+    assert steps == list(range(1, 1 + 3 * 4))
+
+
 def test_no_more_waits_than_fits(monkeypatch: pytest.MonkeyPatch) -> None:
     read, lengths = client_log._read, []
 

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from lightning_fedscale.aggregators import Aggregator, by_name, mean
+from lightning_fedscale.collectives import JointBuffer
 from lightning_fedscale.types import ClientUpdate
 
 quick = settings(max_examples=40, deadline=None)
@@ -99,3 +100,29 @@ def test_weights_are_those_that_the_record_shows() -> None:
 def test_unknown_weighting() -> None:
     with pytest.raises(ValueError, match="weighting='steps': choose 'samples' or 'uniform'"):
         mean("steps")
+
+
+@pytest.mark.parametrize("size", [1, 2**18 - 1, 2**18, 2**18 + 1, 3 * 2**18 + 5])
+def test_long_vectors_are_added_up_in_parts(size: int) -> None:
+    rule = mean()
+    generator = torch.Generator().manual_seed(size)
+    deltas = [torch.randn(size, dtype=torch.float64, generator=generator) for _ in range(3)]
+    total = rule.init(deltas[0])
+    for number, delta in enumerate(deltas):
+        kept = delta.clone()
+        update = ClientUpdate(number, delta, 1.0, 3 + number, 1, 1, 0.0, 0.0)
+        assert rule.accumulate(total, update, rule.weigh(update)) is total
+        assert torch.equal(delta, kept)  # callbacks may have kept it
+    assert torch.equal(rule.finish(total), (3.0 * deltas[0] + 4.0 * deltas[1] + 5.0 * deltas[2]) / 12.0)
+
+
+@pytest.mark.parametrize("in_place", [True, False])
+def test_the_buffer_crosses_the_ranks_with_what_an_aggregator_made_of_it(in_place: bool) -> None:
+    joint = JointBuffer(torch.zeros(3, dtype=torch.float64), numbers=2)
+    ones = torch.ones(3, dtype=torch.float64)
+    total = joint.vector.add_(ones) if in_place else joint.vector + ones
+    vector, numbers = joint.sum_over_ranks(total, torch.tensor([5.0, 7.0], dtype=torch.float64))
+    assert vector.tolist() == [1.0] * 3
+    assert numbers.tolist() == [5.0, 7.0]
+    assert vector.data_ptr() == joint.vector.data_ptr()
+    assert numbers.data_ptr() == vector.data_ptr() + 3 * 8  # one flat buffer

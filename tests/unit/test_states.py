@@ -191,6 +191,27 @@ def test_parts_of_a_larger_tensor_are_written_alone(temporary: Path) -> None:
         assert same(store.get(client, "a"), {"row": wave[client], "column": wave[:, client]})
 
 
+def test_tensors_of_any_kind_are_written_and_read() -> None:
+    kinds = {
+        "sparse": torch.eye(3).to_sparse(),
+        "channels last": torch.randn(2, 3, 4, 5).to(memory_format=torch.channels_last),
+        "half": torch.tensor([0.1, -0.0, torch.nan, torch.inf], dtype=torch.bfloat16),
+        "complex": torch.tensor([1 + 2j]),
+        "bool": torch.tensor([True, False]),
+        "nothing": torch.empty(0, 3),
+        "parameter": torch.nn.Parameter(torch.ones(2)),
+    }
+    store = StateStore([Memory(0), Files()])
+    store.put(0, "a", kinds)
+    found = store.get(0, "a")
+    assert found is not None
+    for name, tensor in kinds.items():
+        dense, expected = (t.detach().to_dense() if t.is_sparse else t.detach() for t in (found[name], tensor))
+        assert dense.dtype == expected.dtype
+        assert dense.stride() == expected.stride()
+        torch.testing.assert_close(dense, expected, rtol=0, atol=0, equal_nan=True)
+
+
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads Linux's /proc")
 def test_a_snapshot_of_what_lies_in_files_takes_no_memory(temporary: Path) -> None:
     def held() -> int:

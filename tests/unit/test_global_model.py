@@ -1,0 +1,132 @@
+"""The server's step into the module, and which numbers may stop it."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from lightning_fedscale.aggregators import mean
+from lightning_fedscale.executors import exchange_of
+from lightning_fedscale.executors.sequential import _norm
+from lightning_fedscale.global_model import GlobalModel
+from lightning_fedscale.records import RoundTable
+from lightning_fedscale.rounds import RoundPlan
+from lightning_fedscale.server import ServerOptimizer, fed_avg
+from lightning_fedscale.types import ClientUpdate
+
+HUGE = 1.5e308  # the sum of two is infinite
+
+
+class Model(nn.Module):
+    """Trainable weights, a frozen one, a mask and a counter."""
+
+    def __init__(self, weight: float = 1.0, frozen: float = 2.0) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.full((3,), weight, dtype=torch.float64))
+        self.frozen = nn.Parameter(torch.full((2,), frozen, dtype=torch.float64), requires_grad=False)
+        self.register_buffer("mask", torch.tensor([0.0, -math.inf]))
+        self.register_buffer("counter", torch.tensor(5))
+
+
+def moved(model: Model, delta: list[float], rule: ServerOptimizer | None = None, training: bool = True) -> Tensor:
+    """Move by the delta of a single client; returns the aggregate."""
+    exchange = exchange_of(model)
+    server = exchange.view.read()
+    kept = server.clone()
+    plan = RoundPlan(4, np.array([0]), np.array([0]))
+    table, aggregator = RoundTable(plan, 1), mean()
+    update = ClientUpdate(0, torch.tensor(delta, dtype=torch.float64), 1.0, 2, 2, 1, 0.5, 0.1)
+    table.add(update, 2.0, (0, 0), (0.0, 0.0))
+    total = aggregator.accumulate(aggregator.init(server), update, 2.0)
+    aggregate = GlobalModel(aggregator, rule or fed_avg()).move(exchange, server, total, table, training=training)
+    assert torch.equal(server, kept)
+    return aggregate
+
+
+# In the vector's order: weight, mask, counter, frozen. Where the mask is not finite, deltas count from zero.
+DELTA = [0.5, 0.25, -1.0, 0.125, math.inf, -1.4, 1.0, 0.0]
+
+
+def test_parameters_take_the_step_and_the_rest_the_mean() -> None:
+    model = Model()
+    assert moved(model, DELTA, fed_avg(lr=0.5)).tolist() == DELTA
+    assert model.weight.tolist() == [0.75, 0.875, 1.5]
+    assert model.mask.tolist() == [-0.125, -math.inf]
+    assert model.counter.item() == 6  # 6.4
+    assert model.frozen.tolist() == [1.0, 2.0]
+
+
+def test_without_training_only_the_rest_moves() -> None:
+    model = Model()
+    moved(model, DELTA, training=False)
+    assert model.weight.tolist() == [1.0, 1.0, 1.0]
+    assert model.counter.item() == 6
+    assert model.frozen.tolist() == [1.0, 2.0]
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_finite_numbers_whose_sum_is_not_are_no_error(training: bool) -> None:
+    model = Model(weight=HUGE, frozen=HUGE)
+    moved(model, [0.0] * 4 + [math.inf] + [0.0] * 3, training=training)
+    assert model.weight.tolist() == [HUGE] * 3
+    assert model.frozen.tolist() == [HUGE] * 2
+
+
+@pytest.mark.parametrize("wrong", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("weight", [1.0, HUGE])
+def test_a_step_that_is_not_finite_stops_training(wrong: float, weight: float) -> None:
+    def update(delta: Any, state: Any, params: Any) -> Any:
+        return {"weight": torch.tensor([0.0, wrong, 0.0], dtype=torch.float64)}, state
+
+    with pytest.raises(RuntimeError, match="server_optimizer: its step in round 4 has NaN or infinite values"):
+        moved(Model(weight), DELTA, ServerOptimizer(lambda params: {}, update))
+
+
+def test_what_a_server_optimizer_keeps_of_its_arguments_stays_what_it_was() -> None:
+    seen: list[Any] = []
+
+    def update(delta: Any, state: Any, params: Any) -> Any:
+        seen.append((delta["weight"], params["weight"]))
+        return delta, state
+
+    moved(Model(), DELTA, ServerOptimizer(lambda params: {}, update))
+    assert [tensor.tolist() for tensor in seen[0]] == [DELTA[:3], [1.0] * 3]
+
+
+def test_deltas_count_from_zero_where_the_global_model_is_not_finite() -> None:
+    exchange = exchange_of(Model(frozen=HUGE))
+    server = exchange.view.read()
+    assert exchange.origin(server).tolist() == [1.0, 1.0, 1.0, 0.0, 0.0, 5.0, HUGE, HUGE]
+    assert server[4] == -math.inf
+    finite = Model(frozen=HUGE)
+    finite.mask.zero_()
+    exchange = exchange_of(finite)
+    server = exchange.view.read()
+    assert exchange.origin(server) is server
+
+
+@pytest.mark.parametrize(
+    ("carried", "server", "expected"),
+    [
+        ([0.0, 0.0], [0.0, 0.0], 5.0),
+        ([HUGE, HUGE], [0.0, 0.0], 5.0),
+        ([math.inf, 1.0], [-math.inf, 0.0], 5.0),
+        ([math.inf, 1.0], [0.0, -math.inf], math.nan),
+        ([math.nan, 1.0], [0.0, 0.0], math.nan),
+        ([], [], 5.0),
+    ],
+)
+def test_norm_of_an_update(carried: list[float], server: list[float], expected: float) -> None:
+    delta = torch.tensor([3.0, 4.0, *carried], dtype=torch.float64)
+    found = _norm(delta, torch.tensor([9.0, 9.0, *server], dtype=torch.float64), 2)
+    assert found == expected or (math.isnan(found) and math.isnan(expected))
+
+
+@pytest.mark.parametrize("wrong", [math.nan, math.inf, 1e200])
+def test_norm_of_an_update_that_is_not_finite(wrong: float) -> None:
+    assert math.isnan(_norm(torch.tensor([3.0, wrong], dtype=torch.float64), torch.zeros(2, dtype=torch.float64), 2))
