@@ -253,8 +253,8 @@ def _bytes(name: str, value: int | str) -> int | None:
     """A number of bytes; None for "auto"."""
     if value == "auto":
         return None
-    if isinstance(value, str) and (match := re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?i?B)?\s*", value)):
-        return int(float(match[1]) * _UNITS[match[2] or ""])
+    if isinstance(value, str) and (match := re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*((?:[kKMGT]i?)?B)?\s*", value)):
+        return int(float(match[1]) * _UNITS[(match[2] or "").replace("k", "K")])
     if isinstance(value, bool) or not isinstance(value, numbers.Integral) or value < 0:
         raise ValueError(f"{name}={value!r}: pass a number of bytes, a string such as '4GiB' or '500MB', or 'auto'.")
     return int(value)

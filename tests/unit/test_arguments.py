@@ -89,6 +89,15 @@ WHOLE = "pass an integer of at least 1"
         ({"server_optimizer": torch.optim.SGD}, TypeError, r"server_optimizer=<class .*server.from_torch\("),
         ({"server_optimizer": server.fed_avg}, TypeError, r"server_optimizer=<function .*such as server.fed_avg\(\)"),
         ({"client_optimizer": "kept"}, ValueError, "client_optimizer='kept': choose 'reset', .*, or 'keep'"),
+        ({"executor": "parallel"}, ValueError, "executor='parallel': choose 'auto', 'sequential' or 'vectorized'"),
+        ({"clients_per_wave": 0}, ValueError, "clients_per_wave=0"),
+        ({"clients_per_wave": 2.5}, TypeError, "clients_per_wave=2.5"),
+        ({"cache_dataset": "yes"}, ValueError, "cache_dataset='yes': choose 'auto', True or False"),
+        ({"client_log_every_n": 0}, ValueError, "client_log_every_n=0"),
+        ({"client_state_memory": "4 apples"}, ValueError, "client_state_memory='4 apples': pass a number of bytes"),
+        ({"client_state_memory": "4iB"}, ValueError, "client_state_memory='4iB': pass a number of bytes"),
+        ({"client_state_memory": -1}, ValueError, "client_state_memory=-1: pass a number of bytes"),
+        ({"client_state_memory": True}, ValueError, "client_state_memory=True: pass a number of bytes"),
         ({"client_optimizer": torch.optim.SGD}, ValueError, "client_optimizer=<class .*: choose 'reset'"),
         ({"seed": -1}, ValueError, "seed=-1: pass an integer of at least 0"),
         ({"seed": 1.5}, TypeError, "seed=1.5: pass an integer of at least 0"),
@@ -208,3 +217,14 @@ def test_pickles_as_spawn_needs(arguments: dict[str, Any]) -> None:
         return options._replace(partitioner=None, aggregator=None, server_optimizer=None)  # type: ignore[arg-type]
 
     assert plain(new) == plain(old)
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ("auto", None), (0, 0), (7, 7), ("7", 7), ("7B", 7), ("2kB", 2000), ("2KB", 2000), ("1.5MiB", 3 * 2**19),
+        (" 4 GiB ", 2**32), ("1TB", 10**12),
+    ],
+)  # fmt: skip
+def test_bytes(given: Any, expected: int | None) -> None:
+    assert FederatedStrategy(client_state_memory=given)._options.client_state_memory == expected

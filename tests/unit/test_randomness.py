@@ -6,6 +6,7 @@ import random
 from itertools import product
 
 import numpy as np
+import pytest
 import torch
 
 from lightning_fedscale import randomness
@@ -77,3 +78,12 @@ def test_seed_globals_equals_seeding_each() -> None:
     randomness.seed_globals(seed, CPU)
     assert drawn() == expected
     randomness.restore(before, CPU)
+
+
+@pytest.mark.parametrize("keys", [(0, 0), (7, 1, 2, 3), (2**32 - 1, 4), (2**32, 4), (1, 2, 2**40), (2**70, 0, 1)])
+def test_streams_are_numpys_for_these_keys(keys: tuple[int, ...]) -> None:
+    """However the keys are handed over."""
+    sequence = np.random.SeedSequence(list(keys))
+    assert randomness.derive(*keys) == int(sequence.generate_state(1, np.uint64)[0] >> np.uint64(1))
+    drawn = randomness.generator(*keys).permutation(50)
+    assert drawn.tolist() == np.random.default_rng(list(keys)).permutation(50).tolist()
