@@ -67,6 +67,7 @@ class SideBySide:
 
     Attributes:
         record_at: how many times a step of one form is taken before it is recorded.
+        ran_python: set when a step ran the module's own code, rather than a recording.
     """
 
     def __init__(self, trainer: pl.Trainer, exchange: Exchange) -> None:
@@ -75,6 +76,7 @@ class SideBySide:
         self._takes_batch_idx = is_param_in_hook_signature(self._module.training_step, "batch_idx", min_args=2)
         self._draws: bool | None = None  # unknown before the first run
         self.record_at = _RECORD_AT
+        self.ran_python = False
         self._recordable = True
         self._recorded: dict[Any, Callable[..., StepResult]] = {}
         self._uses: dict[Any, int] = {}
@@ -157,6 +159,7 @@ class SideBySide:
                 gradients = list(torch.autograd.grad(total, parameters, allow_unused=True))
             return [loss.detach() for loss in losses], gradients, new, values
 
+        self.ran_python = True
         self._uses[form] = uses = self._uses.get(form, 0) + 1
         before = streams.copy() if form and uses == self.record_at and self._recordable else None
         with self._trainer.precision_plugin.train_step_context(), _batched_kernels(parameters[0].device):

@@ -27,7 +27,7 @@ from lightning_fedscale.executors.obstacles import SharedState, explained, why_n
 from lightning_fedscale.executors.python_state import PythonState
 from lightning_fedscale.executors.rows import Rows
 from lightning_fedscale.executors.sequential import RoundContext, SequentialExecutor, Watcher, no_batch_left
-from lightning_fedscale.executors.side_by_side import Logged, SideBySide
+from lightning_fedscale.executors.side_by_side import Logged, Obstacle, SideBySide
 from lightning_fedscale.executors.snapshots import MetricStates, SavedBytes
 from lightning_fedscale.executors.transfer import Transfer
 from lightning_fedscale.executors.wave import Wave
@@ -59,8 +59,9 @@ class _Note(NamedTuple):
     """What was logged for a batch of each of some clients."""
 
     logged: list[Logged]
-    group: _Group
+    rows: Rows
     batch_idx: int
+    batch_size: int
 
 
 class _Trained(NamedTuple):
@@ -131,7 +132,6 @@ class VectorizedExecutor:
         self._step_seconds = 0.0
         self._shown = any(hasattr(callback, "on_client_end") for callback in trainer.callbacks)  # type: ignore[attr-defined]
         self.obstacle: str | None = None
-
         self.slots = self.steps = 0
 
     # ---- a round
@@ -144,16 +144,17 @@ class VectorizedExecutor:
             numbers = [left[i] for i in wave]
             for batch_idx in range(len(work[numbers[0]].batches)):
                 yield from ((number, batch_idx) for number in numbers if batch_idx < len(work[number].batches))
-            left = [number for number in left if number not in set(numbers)]
+            done = set(numbers)
+            left = [number for number in left if number not in done]
 
     def run(self, context: RoundContext) -> Iterator[ClientUpdate]:
         """Train the clients and yield their updates, wave by wave; the module holds the global weights on return."""
-        width = self._width
+        planned = self._width or len(context.work)
         self._prepare(context)
         if self.obstacle is not None:
             yield from self.one_by_one(context.restarted(None))
             return
-        if self._width != width:
+        if min(planned, len(context.work)) > (self._width or planned):
             context = context.restarted(self.order(context.work))
         self.slots = self.steps = 0
         positions = dict(
@@ -165,7 +166,7 @@ class VectorizedExecutor:
         )
         while context.work:
             wave = [context.work[i] for i in self._next_wave(context.work)]
-            rest = [work for work in context.work if all(work is not member for member in wave)]
+            done = {work.client for work in wave}
             if len(wave) == 1:
                 self._count(wave, len(wave[0].batches))
                 alone = context._replace(work=wave)
@@ -182,6 +183,7 @@ class VectorizedExecutor:
                     return
                 yield from self._updates(context, wave, attempt.trained)
                 self._report(attempt.trained.notes, wave, positions)
+            rest = [work for work in context.work if work.client not in done]
             context = context._replace(work=rest, randomness=None, first=None)
 
     def one_by_one(self, context: RoundContext, positions: Mapping[int, int] | None = None) -> Iterator[ClientUpdate]:
@@ -223,10 +225,12 @@ class VectorizedExecutor:
             self.obstacle = f"a local batch takes {self._step_seconds:.1f} s, so there is little overhead to share"
         if self.obstacle is not None:
             return None
-        wave = [context.work[i] for i in self._next_wave(context.work)]
         side = self._side_of(context.exchange, PythonState(self._module))
         side.record_at, usual = 1, side.record_at
-        first = self._rehearse(context, wave, steps)
+        wave = [context.work[i] for i in self._next_wave(context.work)]
+        while (first := self._rehearse(context, wave, steps)).out_of_memory:
+            self._width = len(wave) // 2
+            wave = [context.work[i] for i in self._next_wave(context.work)]
         side.record_at = usual
         if first.trained is None:
             self.obstacle = first.obstacle
@@ -248,8 +252,9 @@ class VectorizedExecutor:
             attempt = self._rehearse(context, pair, 1)
         if attempt.trained is None:
             self.obstacle = attempt.obstacle
-        elif self._width is None:
-            self._step_seconds = attempt.trained.seconds / 2
+            return
+        self._step_seconds = attempt.trained.seconds / 2
+        if self._width is None:
             model = sum(t.numel() * t.element_size() for t in (*context.exchange.trainable, *context.exchange.buffers))
             each = _COPIES * model + saved.bytes / 2
             share = _SHARE_OF_MEMORY / (
@@ -281,6 +286,7 @@ class VectorizedExecutor:
         started, width = time.perf_counter(), len(wave)
         lengths = [len(work.batches) for work in wave]
         side = self._side_of(context.exchange, state)
+        side.ran_python = False
         check = None if self._proven else SharedState(self._module, state)
         self._wave.begin(context.exchange, [self._start_of(work.client) for work in wave])
         streams = ClientStreams(lambda row: wave[row].seed, self._device)
@@ -314,12 +320,14 @@ class VectorizedExecutor:
                 if result.losses is not None:
                     rows.add(losses, result.losses.double() * group.weight(self._device))
                 if result.logged:
-                    notes.append(_Note(result.logged, group, batch_idx))
+                    notes.append(_Note(result.logged, rows, batch_idx, group.batch_size))
                 if check is not None and batch_idx == 0:
                     check.check()
             self._watcher.client_stepped(sum(length <= batch_idx for length in lengths), None)
         if check is not None:
             check.check()
+        elif side.ran_python and PythonState(self._module) != state:
+            raise Obstacle("training_step changes attributes of the module")
         self._proven = True
         self._count(wave, sum(steps))
         if 0 in steps:
@@ -422,16 +430,19 @@ class VectorizedExecutor:
     def _report(self, notes: list[_Note], wave: list[LocalWork], positions: dict[int, int]) -> None:
         """Hand on what was logged, as if the clients had trained one after the other."""
         for note in notes:
-            rows, group = note.group.rows.indices, note.group
+            rows = note.rows.indices
             places = [positions[wave[row].client] + note.batch_idx for row in rows]
             for name, values, options in note.logged:
                 if isinstance(values, Metric):
                     with _hook(self._module, "training_step"):
                         self._module.log(name, values, **options)
                     continue
-                each = values if isinstance(values, Tensor) else torch.full((len(rows),), values, device=self._device)
+                if isinstance(values, Tensor):
+                    each = values
+                else:
+                    each = torch.full((len(rows),), float(values), device=self._device)
                 rest = dict(options)
-                size = rest.pop("batch_size", None) or group.batch_size
+                size = rest.pop("batch_size", None) or note.batch_size
                 self._log.add_stacked(name, each, [size] * len(rows), rest, positions=places)
 
 

@@ -610,3 +610,22 @@ def test_feeding_batch_norm_alone_trains_nobody() -> None:
         swa = pl.callbacks.StochasticWeightAveraging(swa_lrs=0.05, swa_epoch_start=2)
         runs.append(Run(executor, lambda: Net(batch_norm=True), callbacks=[swa], **options))
     torch.testing.assert_close(runs[0].state, runs[1].state, rtol=1e-7, atol=1e-9)
+
+
+class Late(Net):
+    """Keeps something from one client to the next, but only from the third round on."""
+
+    seen = 0
+
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+        loss = super().training_step(batch, batch_idx)
+        if self.current_epoch >= 2:
+            self.seen += 1
+        return loss * (1.0 + 0.1 * self.seen)
+
+
+def test_what_shows_later_is_noticed_later() -> None:
+    vectorized, sequential = Run("vectorized", Late, rounds=5), Run("sequential", Late, rounds=5)
+    assert len(vectorized.warnings) == 1
+    assert "changes attributes" in vectorized.warnings[0]
+    assert_alike(vectorized, sequential)
