@@ -6,7 +6,6 @@ import inspect
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
 from itertools import accumulate
 from typing import Any, Final, NamedTuple
 
@@ -80,6 +79,7 @@ class SideBySide:
         self._recordable = True
         self._recorded: dict[Any, Callable[..., StepResult]] = {}
         self._uses: dict[Any, int] = {}
+        self._specs: list[TreeSpec] = []  # seen so far; in older releases of torch they have no hash
         self._forgotten = 0
         moving = [*exchange.trainable, *exchange.buffers]
         own = {id(tensor): i for i, tensor in enumerate(moving)}
@@ -149,7 +149,8 @@ class SideBySide:
         ) -> tuple[list[Tensor], list[Tensor | None], list[Tensor], list[Tensor]]:
             notes.clear()
             randomness = "error" if self._draws is False else "different"
-            mapped = vmap(partial(one, batch_idx), randomness=randomness)
+            # Not a partial, which some releases of torch would print with the number of the batch.
+            mapped = vmap(lambda *given: one(batch_idx, *given), randomness=randomness)
             losses, new, values = mapped(list(parameters), list(buffers), tensors)
             gradients: list[Tensor | None] = [None] * len(parameters)
             if losses and losses[0].requires_grad:
@@ -236,9 +237,11 @@ class SideBySide:
 
     def _form(self, width: int, leaves: Sequence[Any], spec: TreeSpec, share: float) -> Any:
         """What a recording depends on besides the module."""
+        if spec not in self._specs:
+            self._specs.append(spec)
         described = [(leaf.shape, leaf.dtype) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
         try:
-            form = (width, share, spec, *described)
+            form = (width, share, self._specs.index(spec), *described)
             hash(form)
         except TypeError:
             return None
