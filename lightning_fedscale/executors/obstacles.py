@@ -36,6 +36,8 @@ def why_not(trainer: pl.Trainer) -> str | None:
         return "the optimizer is differentiable"
     if hook := next((hook for hook in PER_LOCAL_BATCH if is_overridden(hook, module)), None):
         return f"the module has its own {hook}"
+    if type(module).log is not pl.LightningModule.log:
+        return "the module has its own log"
     for callback in callbacks:
         if hasattr(callback, "on_client_start"):
             return f"{type(callback).__name__} wants to know when a client starts"

@@ -340,7 +340,7 @@ def _split(values: Sequence[Any], lengths: Sequence[int]) -> list[list[Any]]:
 def _same_bits(left: Tensor | None, right: Tensor | None) -> bool:
     if left is None or right is None:
         return left is right
-    return torch.equal(left.nan_to_num(), right.nan_to_num())
+    return torch.equal(left.isnan(), right.isnan()) and torch.equal(left.nan_to_num(), right.nan_to_num())
 
 
 class _ForEachClient:

@@ -413,6 +413,11 @@ class Hooked(Net):
             parameter.grad *= 0.5
 
 
+class Renames(Net):
+    def log(self, name: str, *args: Any, **kwargs: Any) -> None:  # type: ignore[override]
+        super().log(f"train/{name}", *args, **kwargs)
+
+
 class Starts(Callback):
     def on_client_start(self, trainer: Any, module: Any, client: int) -> None:
         module.factor = client
@@ -430,6 +435,7 @@ OBSTACLES: dict[str, tuple[Callable[[], pl.LightningModule], str, dict[str, Any]
     "lbfgs": (lambda: Net(lambda p: LBFGS(p, lr=0.1, max_iter=2)), "LBFGS", {}),
     "manual": (Manual, "[Mm]anual", {}),
     "module hook": (Hooked, "on_before_optimizer_step", {}),
+    "own log": (Renames, "has its own log", {}),
     "client start": (Net, "when a client starts", {"callbacks": [Starts()]}),
 }
 
@@ -444,6 +450,7 @@ def test_what_cannot_be_vectorized_is_explained_and_runs_all_the_same(obstacle: 
     assert re.search(reason, vectorized.warnings[0]), vectorized.warnings[0]
     assert vectorized.kind == "sequential"
     torch.testing.assert_close(vectorized.state, sequential.state, rtol=0, atol=0)
+    assert vectorized.trainer.callback_metrics.keys() == sequential.trainer.callback_metrics.keys()
 
 
 # ---- waves
