@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import inspect
 import numbers
-import re
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from lightning_fedscale import aggregators
 from lightning_fedscale.aggregators import Aggregator
+from lightning_fedscale.memory import parse_bytes
 from lightning_fedscale.partitioners import Partition, Partitioner, by_name, check_partition
 from lightning_fedscale.partitioners.checks import integer
 from lightning_fedscale.samplers import Sampler
@@ -187,7 +187,7 @@ def check(
         clients_per_wave=None if clients_per_wave is None else integer("clients_per_wave", clients_per_wave),
         cache_dataset=cache_dataset if cache_dataset == "auto" else bool(cache_dataset),
         client_log_every_n=None if client_log_every_n is None else integer("client_log_every_n", client_log_every_n),
-        client_state_memory=_bytes("client_state_memory", client_state_memory),
+        client_state_memory=parse_bytes("client_state_memory", client_state_memory),
         seed=integer("seed", seed, minimum=0),
     )
 
@@ -239,25 +239,6 @@ def _checked_clients_per_round(value: object, num_clients: int | None) -> int | 
             f"clients_per_round={wanted} is more than num_clients={num_clients}: lower it, or leave it out to take all."
         )
     return wanted
-
-
-_UNITS = {
-    "": 1,
-    "B": 1,
-    **{f"{p}B": 1000**i for i, p in enumerate("KMGT", 1)},
-    **{f"{p}iB": 1024**i for i, p in enumerate("KMGT", 1)},
-}
-
-
-def _bytes(name: str, value: int | str) -> int | None:
-    """A number of bytes; None for "auto"."""
-    if value == "auto":
-        return None
-    if isinstance(value, str) and (match := re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*((?:[kKMGT]i?)?B)?\s*", value)):
-        return int(float(match[1]) * _UNITS[(match[2] or "").replace("k", "K")])
-    if isinstance(value, bool) or not isinstance(value, numbers.Integral) or value < 0:
-        raise ValueError(f"{name}={value!r}: pass a number of bytes, a string such as '4GiB' or '500MB', or 'auto'.")
-    return int(value)
 
 
 def _check_sampler(sampler: Sampler) -> None:

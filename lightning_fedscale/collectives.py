@@ -70,3 +70,10 @@ def receive(sender: int, device: torch.device) -> Any:
         return storage if was_on == "cpu" else default_restore_location(storage, str(device))  # type: ignore[no-untyped-call]
 
     return torch.load(io.BytesIO(data.cpu().numpy().tobytes()), map_location=place, weights_only=True)
+
+
+def min_over_ranks(numbers: Tensor) -> Tensor:
+    """The element-wise minimum over all ranks; the numbers themselves with a single rank."""
+    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+        dist.all_reduce(numbers, op=dist.ReduceOp.MIN)
+    return numbers

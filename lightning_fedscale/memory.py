@@ -1,7 +1,8 @@
-"""How much memory is free, on the host and on a device."""
+"""How much memory is free, on the host and on a device; amounts of memory as text."""
 
 from __future__ import annotations
 
+import numbers
 import os
 import re
 from collections.abc import Iterator
@@ -56,3 +57,46 @@ def _read(path: Path) -> str:
         return path.read_text(encoding="utf-8")
     except OSError:
         return ""
+
+
+_UNITS = {
+    "": 1,
+    "B": 1,
+    **{f"{p}B": 1000**i for i, p in enumerate("KMGT", 1)},
+    **{f"{p}iB": 1024**i for i, p in enumerate("KMGT", 1)},
+}
+
+
+def parse_bytes(name: str, value: int | str) -> int | None:
+    """The number of bytes that an argument ``name`` asks for; None for "auto".
+
+    Raises:
+        ValueError: if it is neither a number nor an amount of memory; names the argument.
+
+    Example:
+        >>> parse_bytes("budget", "1.5GiB"), parse_bytes("budget", 1000), parse_bytes("budget", "auto")
+        (1610612736, 1000, None)
+    """
+    if value == "auto":
+        return None
+    if isinstance(value, str) and (match := re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*((?:[kKMGT]i?)?B)?\s*", value)):
+        return int(float(match[1]) * _UNITS[(match[2] or "").replace("k", "K")])
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral) or value < 0:
+        raise ValueError(f"{name}={value!r}: pass a number of bytes, a string such as '4GiB' or '500MB', or 'auto'.")
+    return int(value)
+
+
+def format_bytes(amount: float) -> str:
+    """An amount of memory for people.
+
+    Example:
+        >>> format_bytes(3 * 1024**3), format_bytes(2600), format_bytes(12)
+        ('3.00 GiB', '2.54 KiB', '12 B')
+    """
+    if abs(amount) < 1024:
+        return f"{amount:.0f} B"
+    for unit in ("KiB", "MiB", "GiB"):
+        amount /= 1024
+        if abs(amount) < 1024:
+            return f"{amount:.2f} {unit}"
+    return f"{amount / 1024:.2f} TiB"

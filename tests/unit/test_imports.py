@@ -33,7 +33,7 @@ LEVELS = [
     {"arguments", "rounds"},
     {"custody", "records"},
     {"executors"},
-    {"checkpointing", "global_model", "progress", "refusals", "workload"},
+    {"checkpointing", "global_model", "progress", "refusals", "train_data", "workload"},
     {"federation"},
     {"strategy"},
     {"callbacks"},
@@ -53,6 +53,7 @@ KNOW_LIGHTNING = {
     "progress",
     "refusals",
     "strategy",
+    "train_data",
     "workload",
 }
 LIGHTNING = {"lightning", "lightning_fabric", "pytorch_lightning"}

@@ -1,0 +1,42 @@
+"""Pictures of what hardware holds.
+
+matplotlib is imported only when a function is called. Figures are made without pyplot: nothing is shown or kept alive
+behind the caller's back.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from matplotlib.figure import Figure
+
+
+def plot_memory(table: pd.DataFrame, budgets: dict[str, int]) -> Figure:
+    """Stacked areas of memory by part against batch size, with budgets as horizontal lines.
+
+    Args:
+        table: as of `MemoryModel.table`, with one row per batch size.
+        budgets: bytes by name.
+    """
+    from matplotlib.figure import Figure
+
+    table = table.sort_index()
+    parts = [part for part in table.columns if part != "peak" and (table[part] > 0).any()]
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    axis = figure.add_subplot()
+    top = max([table["peak"].max(), *budgets.values()])
+    divisor, unit = next(((1024**i, u) for i, u in ((3, "GiB"), (2, "MiB"), (1, "KiB")) if top >= 1024**i), (1, "B"))
+    areas = [(table[part] / divisor).to_numpy() for part in parts]
+    axis.stackplot(table.index, areas, labels=parts, alpha=0.8, step=None)
+    for number, (name, budget) in enumerate(budgets.items()):
+        color = f"C{(len(parts) + number) % 10}"
+        axis.axhline(budget / divisor, linestyle="--", color=color, label=f"{name}: {budget / divisor:.3g} {unit}")
+    axis.set_xlim(table.index.min(), max(table.index.max(), table.index.min() + 1))
+    axis.set_ylim(0, 1.05 * top / divisor)
+    axis.set_xlabel("batch size")
+    axis.set_ylabel(f"peak memory ({unit})")
+    handles, labels = axis.get_legend_handles_labels()
+    axis.legend(handles[::-1], labels[::-1], loc="upper left", fontsize="small")
+    return figure

@@ -1,0 +1,201 @@
+"""The largest batch that a budget of memory holds: predicted, and confirmed by at most two real steps."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, NamedTuple
+
+from lightning_fedscale.devices.classes import DeviceClass
+from lightning_fedscale.devices.memory import MemoryModel, usable_bytes
+from lightning_fedscale.memory import format_bytes
+
+
+class Measured(NamedTuple):
+    """What a real step took.
+
+    Attributes:
+        fits: whether it ended without running out of memory.
+        peak_bytes: memory it took at most; None if that is not known.
+        seconds: time of the step.
+    """
+
+    fits: bool
+    peak_bytes: int | None
+    seconds: float
+
+
+Measure = Callable[[int], Measured]
+
+
+@dataclass(frozen=True)
+class ProbeResult:
+    """What a probe found. All of it is numbers, texts and dicts of these, so that checkpoints can hold it.
+
+    Attributes:
+        max_batch: largest batch for the budget, on every rank.
+        budget: bytes.
+        headroom: share of the budget that was left free.
+        predicted_bytes: peak of the memory model at ``max_batch``.
+        measured_bytes: peak of the last real step that fitted, None if none was run or its memory could not be read.
+        measured_batch: batch of that step.
+        parts: the predicted bytes by what they are for.
+        limited_by: "memory", or "samples" if more would fit than there are.
+        bytes_per_sample: how fast the predicted peak grows at ``max_batch``.
+        predicted: predicted peaks by batch size, of all sizes that were rehearsed.
+        real_steps: how many real steps were run, at most two.
+        out_of_memory: how many of them ran out of memory.
+        verified: whether a real step confirmed ``max_batch``, or a calibration by one.
+        fallback: why fake tensors could not be used; empty if they could.
+        device_classes: largest batch by device class, 0 where not even one sample fits.
+        seconds: what the probe took.
+        batch_size: what training uses, after `MaxBatchProbe` has set it; None if nothing was set.
+        previous: what it used before, None if unknown.
+    """
+
+    max_batch: int
+    budget: int
+    headroom: float
+    predicted_bytes: int
+    measured_bytes: int | None
+    measured_batch: int | None
+    parts: dict[str, int]
+    limited_by: str
+    bytes_per_sample: float
+    predicted: dict[int, int]
+    real_steps: int
+    out_of_memory: int
+    verified: bool
+    fallback: str
+    device_classes: dict[str, int]
+    seconds: float
+    batch_size: int | None = None
+    previous: int | None = None
+
+    def state_dict(self) -> dict[str, Any]:
+        """For a checkpoint: `ProbeResult(**state)` is this result again."""
+        return asdict(self)
+
+    def metrics(self) -> dict[str, float]:
+        """The numbers that are logged, by their logged names; unknown ones are left out."""
+        values: dict[str, float | None] = {
+            "probe/max_batch": self.max_batch,
+            "probe/budget_bytes": self.budget,
+            "probe/predicted_bytes": self.predicted_bytes,
+            "probe/measured_bytes": self.measured_bytes,
+            "probe/bytes_per_sample": self.bytes_per_sample,
+            "probe/real_steps": self.real_steps,
+            "probe/seconds": self.seconds,
+            "probe/batch_size": self.batch_size,
+        }
+        values |= {f"probe/max_batch/{name}": batch for name, batch in self.device_classes.items()}
+        return {name: float(value) for name, value in values.items() if value is not None}
+
+
+def probe(
+    model: MemoryModel,
+    budget: int,
+    *,
+    headroom: float = 0.1,
+    limit: int | None = None,
+    measure: Measure | None = None,
+    physical: int | None = None,
+    device_classes: Sequence[DeviceClass] = (),
+) -> ProbeResult:
+    """Find the largest batch for a budget.
+
+    Args:
+        model: the memory model, of `estimate_memory`.
+        budget: bytes.
+        headroom: share of the budget to leave free.
+        limit: largest batch that makes sense, such as the number of samples.
+        measure: runs a real step with so many samples; None to rely on the prediction.
+        physical: most bytes that a real step may take here, if less than the budget.
+        device_classes: for which the largest batch is predicted as well.
+
+    Raises:
+        ValueError: if not even one sample fits the budget, or real steps contradict the prediction.
+
+    Example:
+        >>> import torch
+        >>> from lightning.pytorch.demos.boring_classes import BoringModel
+        >>> from lightning_fedscale.devices import estimate_memory
+        >>> found = probe(estimate_memory(BoringModel(), torch.zeros(1, 32)), 100_000)
+        >>> found.max_batch, found.limited_by, found.predicted_bytes <= 90_000
+        (590, 'memory', True)
+    """
+    started = time.perf_counter()
+    candidate = model.max_batch(budget, headroom, limit)
+    check = _Confirmation(candidate, True)
+    if measure is not None:
+        check = _confirm(model, candidate, usable_bytes(budget, headroom), measure, limit, physical)
+    batch = check.batch
+    classes = {each.name: _of_class(model, each, headroom, limit) for each in device_classes}
+    more = model.peak(batch + 1)
+    return ProbeResult(
+        max_batch=batch,
+        budget=budget,
+        headroom=headroom,
+        predicted_bytes=model.peak(batch),
+        measured_bytes=check.measured_bytes,
+        measured_batch=check.measured_batch,
+        parts=model.breakdown(batch),
+        limited_by="samples" if batch == limit else "memory",
+        bytes_per_sample=float(more - model.peak(batch)),
+        predicted={size: model.peak(size) for size in model.sizes},
+        real_steps=check.real_steps,
+        out_of_memory=check.out_of_memory,
+        verified=measure is not None and check.sound,
+        fallback=model.fallback,
+        device_classes=classes,
+        seconds=time.perf_counter() - started,
+    )
+
+
+class _Confirmation(NamedTuple):
+    batch: int
+    sound: bool
+    measured_bytes: int | None = None
+    measured_batch: int | None = None
+    real_steps: int = 0
+    out_of_memory: int = 0
+
+
+def _confirm(
+    model: MemoryModel, candidate: int, usable: int, measure: Measure, limit: int | None, physical: int | None
+) -> _Confirmation:
+    """Calibrate the model by a step of half the size, then try what the calibrated model allows."""
+    half = max(model.smallest, candidate // 2)
+    first = measure(half)
+    if not first.fits:
+        quarter = max(model.smallest, half // 2)
+        second = measure(quarter) if quarter < half else first
+        if not second.fits:
+            raise ValueError(
+                f"budget={format_bytes(usable)}: a real step with {quarter} samples runs out of memory, though"
+                f" {format_bytes(model.peak(quarter))} are predicted: something else uses this memory. Free it, or pass"
+                " a smaller budget."
+            )
+        return _Confirmation(quarter, True, second.peak_bytes, quarter, 2, 1)
+    allowed = candidate
+    if first.peak_bytes is not None:
+        # What the model cannot see (workspaces, fragments) is taken to grow like what it sees.
+        factor = max(1.0, first.peak_bytes / model.peak(half))
+        if model.peak(model.smallest) * factor > usable:
+            return _Confirmation(half, True, first.peak_bytes, half, 1, 0)
+        allowed = min(candidate, max(half, model.max_batch(int(usable / factor), 0.0, limit)))
+    tried = allowed
+    if physical is not None and model.peak(model.smallest) <= physical:
+        tried = min(allowed, model.max_batch(physical, 0.0, limit))
+    if tried <= half:
+        return _Confirmation(max(allowed, half), True, first.peak_bytes, half, 1, 0)
+    second = measure(tried)
+    if not second.fits:
+        return _Confirmation(half, True, first.peak_bytes, half, 2, 1)
+    return _Confirmation(allowed, True, second.peak_bytes, tried, 2, 0)
+
+
+def _of_class(model: MemoryModel, device: DeviceClass, headroom: float, limit: int | None) -> int:
+    usable = usable_bytes(device.memory, headroom)
+    return 0 if model.peak(model.smallest) > usable else model.max_batch(device.memory, headroom, limit)

@@ -1,0 +1,398 @@
+"""A module's own training step, run on a copy of it: for its memory and its cost, not for its result."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import random
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensorMode
+from torch.optim import Optimizer
+from torch.utils._pytree import tree_iter, tree_map_only
+from torchmetrics import Metric, MetricCollection
+
+from lightning_fedscale.devices.batches import resized, samples_in
+from lightning_fedscale.devices.costs import StepCost
+from lightning_fedscale.devices.tracker import BATCH, GRADIENTS, OPTIMIZER, PARAMETERS, MemoryTracker, Peak
+
+MIXED = {"16-mixed": torch.float16, "bf16-mixed": torch.bfloat16}
+WHOLE = {
+    "32-true": torch.float32, "64-true": torch.float64, "16-true": torch.float16, "bf16-true": torch.bfloat16,
+}  # fmt: skip
+
+MakeOptimizer = Callable[[Iterable[nn.Parameter]], Optimizer]
+
+
+class Rehearsed(NamedTuple):
+    """What a rehearsed step took.
+
+    Attributes:
+        peak: the moment at which most memory was alive, over two optimizer steps.
+        cost: of one local batch with optimizer state in place.
+    """
+
+    peak: Peak
+    cost: StepCost
+
+
+class Rehearsal:
+    """A module's training step on a copy that nobody sees: nothing is logged, no generator moves, nothing is kept.
+
+    Runs as Lightning does: forward, then gradients of the last step are dropped, backward, optimizer step; twice, since
+    the first step is the one that creates the optimizer's state.
+
+    Args:
+        module: has ``training_step`` and ``configure_optimizers``, as a LightningModule; may be on the meta device.
+        batch: a real batch, made into other sizes by repeating its samples.
+        optimizer: makes the optimizer from the parameters; None for the module's own.
+        precision: as of a Trainer.
+        make_batch: gives a real batch of so many samples where ``batch`` cannot be resized.
+        accumulate: batches per optimizer step.
+        cuda: whether memory is given out as on CUDA, in blocks of 512 bytes and to optimizers that update all
+            parameters at once.
+        trainer: what the module finds as ``self.trainer``; it may read from it.
+
+    Raises:
+        ValueError: for an unknown precision, or a batch that cannot be resized.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        batch: Any,
+        *,
+        optimizer: MakeOptimizer | None = None,
+        precision: str = "32-true",
+        make_batch: Callable[[int], Any] | None = None,
+        accumulate: int = 1,
+        cuda: bool = False,
+        trainer: Any = None,
+    ) -> None:
+        if precision not in MIXED and precision not in WHOLE:
+            raise ValueError(f"precision={precision!r}: choose one of {', '.join(map(repr, [*MIXED, *WHOLE]))}.")
+        if not callable(getattr(module, "training_step", None)):
+            raise TypeError(f"module={type(module).__name__} has no training_step: pass a LightningModule.")
+        if make_batch is None:
+            samples_in(batch)
+        self._module = module
+        self._batch = batch
+        self._optimizer = optimizer
+        self._precision = precision
+        self._make_batch = make_batch
+        self._accumulate = accumulate
+        self._cuda = cuda
+        self._trainer = trainer
+
+    def run(self, samples: int, *, fake: bool = True, stop_at: int | None = None) -> Rehearsed:
+        """Rehearse with a batch of so many samples.
+
+        Args:
+            samples: size of the batch.
+            fake: on tensors without contents, which take no memory and no time; else on real ones.
+            stop_at: with real tensors, give up once so many bytes are alive.
+
+        Raises:
+            OverBudget: if that happened.
+            Exception: whatever the module raises, which with fake tensors may be because its computation depends on
+                their contents.
+        """
+        tracker = MemoryTracker(512 if self._cuda else 1, stop_at)
+        with _quiet_generators(), self.stage(samples, fake=fake) as play, tracker:
+            tracker.mark(PARAMETERS, [*play.module.parameters(), *play.module.buffers()])
+            tracker.mark(BATCH, tree_iter(play.batch))
+            for parameter in play.module.parameters():
+                if parameter.requires_grad:
+                    parameter.register_post_accumulate_grad_hook(lambda p: tracker.mark(GRADIENTS, [p.grad]))
+            play.step(1)
+            tracker.mark(OPTIMIZER, play.optimizer_state())
+            tracker.take_cost()
+            play.step(self._accumulate)
+            tracker.mark(OPTIMIZER, play.optimizer_state())
+            flops, moved = tracker.take_cost()
+        return Rehearsed(tracker.peak(), StepCost(flops / self._accumulate, moved / self._accumulate))
+
+    def real_step(self, samples: int) -> Callable[[], None]:
+        """Two real steps of a fresh copy, to be called where their memory is to be measured."""
+
+        def steps() -> None:
+            with _quiet_generators(), self.stage(samples, fake=False) as play:
+                play.step(1)
+                play.step(self._accumulate)
+
+        return steps
+
+    @contextmanager
+    def stage(self, samples: int, *, fake: bool) -> Iterator[_Play]:
+        """A copy of the module with its optimizers and a batch, all fake or all real; gone afterwards."""
+        batch = None if self._make_batch is None else self._make_batch(samples)
+        with ExitStack() as stack:
+            mode = stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True)) if fake else None
+            module = _copied(self._module, mode)
+            module.train()
+            if self._precision in WHOLE and self._precision != "32-true":
+                module.to(WHOLE[self._precision])
+            device = next((p.device for p in module.parameters()), torch.device("cpu"))
+            batch = resized(_imitated(self._batch, mode), samples) if batch is None else _imitated(batch, mode)
+            _silence(module, self._trainer)
+            batch = self._moved(module, batch, device)
+            optimizers = _optimizers(module, self._optimizer)
+            if self._cuda:
+                _update_at_once(optimizers)
+            play = _Play(module, optimizers, batch, self._autocast(device))
+            module.optimizers = play.optimizers_for_module
+            try:
+                yield play
+            finally:
+                play.drop()
+
+    def _moved(self, module: Any, batch: Any, device: torch.device) -> Any:
+        for hook in ("on_before_batch_transfer", None, "on_after_batch_transfer"):
+            if hook is None:
+                batch = tree_map_only(Tensor, lambda tensor: tensor.to(device), batch)
+            elif (own := getattr(module, hook, None)) is not None:
+                batch = own(batch, 0)
+        if self._precision in WHOLE:
+            dtype = WHOLE[self._precision]
+            return tree_map_only(Tensor, lambda t: t.to(dtype) if t.is_floating_point() else t, batch)
+        return batch
+
+    def _autocast(self, device: torch.device) -> Callable[[], AbstractContextManager[Any]]:
+        dtype = MIXED.get(self._precision)
+        return nullcontext if dtype is None else lambda: torch.autocast(device.type, dtype)
+
+
+class _Play:
+    """The copy, ready to run steps."""
+
+    def __init__(
+        self,
+        module: Any,
+        optimizers: list[Optimizer],
+        batch: Any,
+        autocast: Callable[[], AbstractContextManager[Any]],
+    ) -> None:
+        self.module = module
+        self.batch = batch
+        self._optimizers = optimizers
+        self._autocast = autocast
+        self._automatic = getattr(module, "automatic_optimization", True)
+        names = inspect.signature(module.training_step).parameters
+        self._takes_index = "batch_idx" in names or len(names) > 1
+
+    def step(self, batches: int) -> None:
+        """One optimizer step over so many batches."""
+        for number in range(batches):
+            if not self._automatic:
+                self._forward()
+            elif number == batches - 1 and self._optimizers:
+                self._optimizers[0].step(lambda: self._closure(batches, drop=batches == 1))
+            else:
+                self._closure(batches, drop=number == 0)
+
+    def optimizer_state(self) -> Iterator[Any]:
+        """All that the optimizers keep."""
+        yield from tree_iter([dict(state) for optimizer in self._optimizers for state in optimizer.state.values()])
+
+    def optimizers_for_module(self, *args: Any, **kwargs: Any) -> Any:
+        """What the module's own ``self.optimizers()`` returns."""
+        ready = [_ManualOptimizer(optimizer) for optimizer in self._optimizers]
+        return ready[0] if len(ready) == 1 else ready
+
+    def drop(self) -> None:
+        """Let go of everything."""
+        del self.module, self.batch, self._optimizers
+
+    def _closure(self, batches: int, *, drop: bool) -> Any:
+        loss = self._forward()
+        if drop:
+            for optimizer in self._optimizers:
+                optimizer.zero_grad()
+        if loss is not None:
+            (loss / batches).backward()
+        return loss
+
+    def _forward(self) -> Any:
+        with self._autocast():
+            output = self.module.training_step(self.batch, *((0,) if self._takes_index else ()))
+        return output["loss"] if isinstance(output, dict) else output
+
+
+def _copied(module: nn.Module, mode: FakeTensorMode | None) -> Any:
+    """A copy with fake tensors in place of all of its own; a real copy without a mode."""
+    if mode is None:
+        twin = copy.deepcopy(module)
+    else:
+        # Weights that are nowhere yet come to the CPU, and tied ones stay tied.
+        with FakeCopyMode(mode):
+            twin = copy.deepcopy(module)
+        _bring_to_cpu(twin)
+    for name in ("forward", "training_step"):
+        if getattr(twin, "_compiler_ctx", None) is not None:
+            vars(twin).pop(name, None)  # of torch.compile, which Lightning puts into the instance
+    for parameter in twin.parameters():
+        parameter.grad = None
+    return twin
+
+
+def _bring_to_cpu(module: nn.Module) -> None:
+    placed: dict[int, tuple[Tensor, Tensor]] = {}
+    for part in module.modules():
+        for own in (part._parameters, part._buffers):
+            tensors: dict[str, Any] = own
+            for name, tensor in tensors.items():
+                if tensor is not None and tensor.device.type == "meta":
+                    if id(tensor) not in placed:
+                        placed[id(tensor)] = tensor, _on_cpu(tensor)
+                    tensors[name] = placed[id(tensor)][1]
+
+
+def _on_cpu(tensor: Tensor) -> Tensor:
+    there = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="cpu")
+    return nn.Parameter(there, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else there
+
+
+def _imitated(batch: Any, mode: FakeTensorMode | None) -> Any:
+    if mode is None:
+        return batch
+    return tree_map_only(Tensor, lambda tensor: mode.from_tensor(tensor, static_shapes=True), batch)
+
+
+_SPOKEN = "log", "log_dict", "print", "clip_gradients", "toggle_optimizer", "untoggle_optimizer"
+
+
+def _silence(module: Any, trainer: Any) -> None:
+    """Nothing that the module says or counts leaves it."""
+    for name in _SPOKEN:
+        if hasattr(module, name):
+            setattr(module, name, _ANYTHING)
+    module.lr_schedulers = lambda: _SOMETHING
+    module.manual_backward = lambda loss, *args, **kwargs: loss.backward(*args, **kwargs)
+    if hasattr(type(module), "trainer"):
+        module._trainer = _TrainerView(trainer)
+    for part in module.modules():
+        if isinstance(part, (Metric, MetricCollection)):
+            zero = torch.zeros(())
+            value = dict.fromkeys(part.keys(), zero) if isinstance(part, MetricCollection) else zero
+            for name in ("forward", "compute"):
+                setattr(part, name, lambda *args, value=value, **kwargs: value)
+            setattr(part, "update", _ANYTHING)  # noqa: B010
+
+
+def _optimizers(module: Any, make: MakeOptimizer | None) -> list[Optimizer]:
+    if make is not None:
+        return [make([parameter for parameter in module.parameters() if parameter.requires_grad])]
+    configured = module.configure_optimizers()
+    if isinstance(configured, tuple) and len(configured) == 2 and isinstance(configured[0], list):
+        configured = configured[0]  # the others are schedulers
+    listed = configured if isinstance(configured, (list, tuple)) else [configured]
+    optimizers = [each["optimizer"] if isinstance(each, dict) else each for each in listed if each is not None]
+    return [getattr(optimizer, "optimizer", optimizer) for optimizer in optimizers]
+
+
+def _update_at_once(optimizers: list[Optimizer]) -> None:
+    """What torch chooses by itself for parameters on CUDA."""
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            if "foreach" in group and group["foreach"] is None and not group.get("fused"):
+                group["foreach"] = True
+
+
+@contextmanager
+def _quiet_generators() -> Iterator[None]:
+    """Python's, numpy's and torch's global generators, of all devices, are afterwards where they were."""
+    python, numpy, cpu = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else None  # type: ignore[no-untyped-call]
+    try:
+        yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)
+        torch.set_rng_state(cpu)
+        if cuda is not None:
+            torch.cuda.set_rng_state_all(cuda)
+
+
+class _Anything:
+    """Takes every call, has every attribute, does nothing: a logger's experiment, a scheduler, ``self.log``."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return None if self is _ANYTHING else self
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return _SOMETHING
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(())
+
+
+_ANYTHING, _SOMETHING = _Anything(), _Anything()
+
+
+_AT_START: dict[str, Any] = {
+    "global_step": 0,
+    "current_epoch": 0,
+    "max_epochs": 1,
+    "max_steps": -1,
+    "global_rank": 0,
+    "local_rank": 0,
+    "world_size": 1,
+    "num_devices": 1,
+    "is_global_zero": True,
+    "training": True,
+    "validating": False,
+    "testing": False,
+    "predicting": False,
+    "sanity_checking": False,
+    "accumulate_grad_batches": 1,
+    "num_training_batches": 100,
+    "datamodule": None,
+    "callbacks": [],
+    "callback_metrics": {},
+    "precision": "32-true",
+}
+
+
+class _TrainerView:
+    """The Trainer as a rehearsing module sees it: what it reads is the Trainer's, what it would start does not happen.
+
+    Without a Trainer, the counters of one that has just begun.
+    """
+
+    def __init__(self, trainer: Any) -> None:
+        vars(self)["_real"] = trainer
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "estimated_stepping_batches":
+            return 1000  # the Trainer's would load the data; schedules take no memory
+        if name in ("logger", "loggers", "strategy", "should_stop"):
+            return {"logger": _SOMETHING, "loggers": [], "strategy": _SOMETHING, "should_stop": False}[name]
+        if self._real is not None:
+            return getattr(self._real, name)
+        try:
+            return _AT_START[name]
+        except KeyError:
+            raise AttributeError(f"the Trainer's {name} is not there without a Trainer") from None
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        pass
+
+
+class _ManualOptimizer:
+    """An optimizer as manual optimization sees it."""
+
+    def __init__(self, optimizer: Optimizer) -> None:
+        self.optimizer = optimizer
+
+    def toggle_model(self, sync_grad: bool = True) -> AbstractContextManager[None]:
+        return nullcontext()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.optimizer, name)

@@ -1,0 +1,49 @@
+"""The largest argument at which a convex, increasing function stays within a bound, in few evaluations."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+
+def largest_within(excess: Callable[[int], float], limit: int, *, start: int = 1, gentle: bool = False) -> int:
+    """The largest integer up to ``limit`` at which ``excess`` is not positive; at ``start`` it must not be.
+
+    Peak memory is the maximum of a few lines. A line through two points never lies above such a function beyond them,
+    and never below it between them; so extrapolating bounds the answer from above, interpolating from below, and the
+    two meet after about six evaluations. Every third one bisects, should the function not be convex after all.
+
+    Args:
+        excess: how far the function lies above the bound; may be infinite where that is not known.
+        limit: largest integer that is looked at, if above ``start``.
+        start: smallest integer that is looked at.
+        gentle: never look at more than twice what is known to fit, where an evaluation costs what it finds.
+
+    Example:
+        >>> largest_within(lambda n: 7 * n + 5 - 1000, limit=10**6)
+        142
+    """
+    fitting = [(start, excess(start))]  # ascending
+    high, high_excess = limit + 1, math.inf
+    turn = 0
+    while high - fitting[-1][0] > 1:
+        low, low_excess = fitting[-1]
+        if turn % 3 == 2 and high <= limit:
+            guess = math.isqrt(low * high)
+        elif turn % 3 == 1 and math.isfinite(high_excess):
+            guess = low + math.floor(-low_excess * (high - low) / (high_excess - low_excess))
+        elif len(fitting) > 1:
+            before, before_excess = fitting[-2]
+            slope = (low_excess - before_excess) / (low - before)
+            guess = low + math.floor(min(-low_excess / slope, limit)) if slope > 0 else limit
+        else:
+            guess = low + 1
+        most = min(high - 1, 2 * low) if gentle else high - 1
+        guess = min(max(guess, low + 1), most)
+        found = excess(guess)
+        if found <= 0:
+            fitting.append((guess, found))
+        else:
+            high, high_excess = guess, found
+        turn += 1
+    return fitting[-1][0]

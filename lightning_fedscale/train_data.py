@@ -1,0 +1,215 @@
+"""A project's training data as it is before a run: a sample of it, and where the project keeps its batch size."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import lightning.pytorch as pl
+from lightning.pytorch.utilities import CombinedLoader
+from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils.data import BatchSampler, DataLoader
+
+from lightning_fedscale.devices.samples import LargestSample, largest_sample
+
+NAMES = "batch_size", "train_batch_size", "per_device_batch_size"
+"""Under which projects keep their batch size, in the order in which they are looked for."""
+
+
+class TrainData:
+    """The train loader of a Trainer that is about to fit, and its batch size.
+
+    Args:
+        trainer: in or before ``on_fit_start``.
+
+    Raises:
+        ValueError: if there is no train loader.
+    """
+
+    def __init__(self, trainer: pl.Trainer) -> None:
+        self._trainer = trainer
+        self._source = trainer.fit_loop._data_source
+        if not self._source.is_defined():
+            raise ValueError("train_dataloaders: MaxBatchProbe needs training data, and there is none.")
+        self._given = self._source.dataloader()
+        if not self.loaders:
+            raise ValueError(
+                f"train_dataloaders={type(self._given).__name__}: MaxBatchProbe needs a torch.utils.data.DataLoader to"
+                " take samples from; pass probe_batch= and batch_arg_name= for other loaders."
+            )
+
+    @property
+    def loaders(self) -> list[DataLoader[Any]]:
+        """All DataLoaders that make a training batch together; usually one."""
+        return [leaf for leaf in tree_leaves(self._nested) if isinstance(leaf, DataLoader)]
+
+    @property
+    def _nested(self) -> Any:
+        return self._given.iterables if isinstance(self._given, CombinedLoader) else self._given
+
+    @property
+    def batch_size(self) -> int | None:
+        """The present one; None if a loader has none."""
+        size: int | None = self.loaders[0].batch_size
+        return size if size is not None else getattr(self.loaders[0].batch_sampler, "batch_size", None)
+
+    @property
+    def samples(self) -> int | None:
+        """How many samples the smallest dataset has; None if that is not known."""
+        sizes = [len(loader.dataset) for loader in self.loaders if hasattr(loader.dataset, "__len__")]  # type: ignore[arg-type]
+        return min(sizes, default=None)
+
+    def largest(self) -> tuple[Callable[[int], Any], list[LargestSample]]:
+        """Batches of the largest samples: a function that makes one of any size, and what was found."""
+        found = {id(loader): largest_sample(_read_apart(loader.dataset)) for loader in self.loaders}
+
+        def make(samples: int) -> Any:
+            def collate(loader: DataLoader[Any]) -> Any:
+                sample = found[id(loader)].sample
+                return loader.collate_fn(sample if loader.batch_sampler is None else [sample] * samples)
+
+            return tree_map_only(DataLoader, collate, self._nested)
+
+        return make, list(found.values())
+
+    def set_batch_size(self, size: int, name: str | None = None) -> Callable[[], None]:
+        """Make the project train with batches of this size.
+
+        Attributes and hyperparameters of whoever makes the loader are set where they exist; where setting them does not
+        change the loader, and for a loader passed to ``fit``, the loader itself is rebuilt.
+
+        Args:
+            size: samples per batch and process.
+            name: the attribute that holds the batch size, if it has another name than the usual ones.
+
+        Returns:
+            A function to be called after the run, which takes out what was put into the project for its length.
+
+        Raises:
+            ValueError: if there is no batch size anywhere.
+        """
+        owner = self._source.instance
+        keepers = list(_keepers(self._trainer, owner, name))
+        if name is not None and not keepers:
+            raise ValueError(
+                f"batch_arg_name={name!r}: neither the data module nor the module, nor their hparams, has it."
+            )
+        for keeper, attribute in keepers:
+            _set(keeper, attribute, size)
+        undo: Callable[[], None] = _nothing
+        if not self._source.is_module():
+            self._source.instance = _with_batch_size(self._given, size)
+        elif _size_of(self._source.dataloader()) != size:
+            undo = _wrap_hook(owner, size)
+        self._reload()
+        return undo
+
+    def _reload(self) -> None:
+        """Where the loader was asked for before (by a schedule that depends on its length), all of that anew."""
+        trainer = self._trainer
+        if trainer.fit_loop._combined_loader is not None:
+            trainer.fit_loop._combined_loader = None
+            trainer.strategy.setup_optimizers(trainer)
+
+
+def _read_apart(dataset: Any) -> Any:
+    """An iterable dataset may remember how far it was read: a copy is read instead."""
+    if hasattr(dataset, "__getitem__"):
+        return dataset
+    try:
+        return copy.deepcopy(dataset)
+    except Exception:
+        return dataset
+
+
+def _keepers(trainer: pl.Trainer, owner: Any, name: str | None) -> Iterator[tuple[Any, str]]:
+    """Who keeps the batch size, and under which name."""
+    module, data = trainer.lightning_module, getattr(trainer, "datamodule", None)
+    names = NAMES if name is None else (name,)
+    places = [place for place in (data, module) if place is not None and (name is not None or place is owner)]
+    for place in places:
+        for attribute in names:
+            holders = [place, getattr(place, "hparams", None)]
+            found = [holder for holder in holders if holder is not None and _has(holder, attribute)]
+            if found:
+                yield from ((holder, attribute) for holder in found)
+                break  # the next name means something else
+
+
+def _has(holder: Any, name: str) -> bool:
+    if isinstance(holder, Mapping):
+        return name in holder
+    value = getattr(holder, name, None)
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _set(holder: Any, name: str, size: int) -> None:
+    if isinstance(holder, Mapping):
+        holder[name] = size  # type: ignore[index]
+    else:
+        setattr(holder, name, size)
+
+
+def _size_of(loader: Any) -> int | None:
+    nested = loader.iterables if isinstance(loader, CombinedLoader) else loader
+    sizes = {leaf.batch_size for leaf in tree_leaves(nested) if isinstance(leaf, DataLoader)}
+    return sizes.pop() if len(sizes) == 1 else None
+
+
+def _with_batch_size(loader: Any, size: int) -> Any:
+    """The user's loader, or several in any nesting, with other batches."""
+    if isinstance(loader, CombinedLoader):
+        mine = copy.copy(loader)
+        mine.__init__(_with_batch_size(loader.iterables, size), loader._mode)  # type: ignore[misc]
+        return mine
+    return tree_map_only(DataLoader, lambda each: _resized(each, size), loader)
+
+
+def _resized(loader: DataLoader[Any], size: int) -> DataLoader[Any]:
+    if type(loader.batch_sampler) is not BatchSampler and loader.batch_size is None:
+        raise ValueError(
+            f"train_dataloaders: no batch size anywhere: {type(loader).__name__} has batch_size=None and"
+            f" batch_sampler={type(loader.batch_sampler).__name__}. Keep one as `batch_size` in the data module or the"
+            " module and build the loader from it, or pass apply=False to only report."
+        )
+    # A copy asks nothing of how a subclass is constructed.
+    mine = copy.copy(loader)
+    own: dict[str, Any] = {"batch_size": size, "_iterator": None}
+    if isinstance(loader.batch_sampler, BatchSampler):
+        own["batch_sampler"] = BatchSampler(loader.batch_sampler.sampler, size, loader.batch_sampler.drop_last)
+    if hasattr(loader, "__pl_saved_args"):
+        # What Lightning noted of the construction, to repeat it with a DistributedSampler.
+        names, args = loader.__pl_saved_arg_names, list(loader.__pl_saved_args)
+        if "batch_size" in names:
+            args[names.index("batch_size")] = size
+            own["__pl_saved_args"] = tuple(args)
+        else:
+            own["__pl_saved_kwargs"] = {**loader.__pl_saved_kwargs, "batch_size": size}
+    for name, value in own.items():
+        object.__setattr__(mine, name, value)  # DataLoader's own setter forbids it once it is built
+    return mine
+
+
+def _wrap_hook(owner: Any, size: int) -> Callable[[], None]:
+    """Rebuild whatever ``train_dataloader()`` returns, while the run lasts."""
+    original = owner.train_dataloader
+    _with_batch_size(original(), size)  # raises here and now what it would later
+
+    def train_dataloader() -> Any:
+        return _with_batch_size(original(), size)
+
+    kept = vars(owner).get("train_dataloader")
+    object.__setattr__(owner, "train_dataloader", train_dataloader)
+
+    def undo() -> None:
+        if kept is None:
+            del vars(owner)["train_dataloader"]
+        else:
+            object.__setattr__(owner, "train_dataloader", kept)
+
+    return undo
+
+
+def _nothing() -> None:
+    pass

@@ -1,0 +1,448 @@
+"""The memory model against torch's own tracker, which follows real tensors and was written by others."""
+
+from __future__ import annotations
+
+import copy
+import random
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch.distributed._tools.mem_tracker import MemTracker
+from torch.utils._pytree import tree_leaves
+from torchmetrics import Accuracy, MetricCollection
+
+from lightning_fedscale.devices import ON_CLIENT, SIMULATED, estimate_memory
+from lightning_fedscale.devices.batches import resized, samples_in
+from lightning_fedscale.devices.search import largest_within
+from lightning_fedscale.memory import format_bytes
+from tests.networks import GPT, KINDS, Classifier, mlp, resnet18, tokens, vectors
+
+
+def tracked(module: Any, batch: Any, *, accumulate: int = 1, dtype: torch.dtype | None = None) -> int:
+    """Peak of two optimizer steps on real tensors, in the order in which Lightning runs them."""
+    module = copy.deepcopy(module)
+    module.log = lambda *args, **kwargs: None
+    optimizer = module.configure_optimizers()
+    tracker = MemTracker()
+    tracker.track_external(module, optimizer, *tree_leaves(batch))
+
+    def closure(drop: bool) -> Tensor:
+        with torch.autocast("cpu", dtype or torch.bfloat16, enabled=dtype is not None):
+            loss = module.training_step(batch, 0)
+        if drop:
+            optimizer.zero_grad()
+        (loss / accumulate).backward()
+        return loss
+
+    with tracker:
+        for batches in (1, accumulate):
+            for number in range(batches):
+                tracker.reset_mod_stats()
+                if number < batches - 1:
+                    closure(number == 0)
+                else:
+                    optimizer.step(lambda drop=batches == 1: closure(drop))
+    return max(each["Total"] for each in tracker.get_tracker_snapshot("peak").values())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    ("optimizer", "options"),
+    [
+        (torch.optim.SGD, {}),
+        (torch.optim.SGD, {"momentum": 0.9}),
+        (torch.optim.AdamW, {}),
+        (torch.optim.AdamW, {"foreach": True}),
+        (torch.optim.AdamW, {"fused": True}),
+    ],
+    ids=["sgd", "momentum", "adamw", "foreach", "fused"],
+)
+def test_predicted_is_tracked(kind: str, optimizer: Any, options: dict[str, Any]) -> None:
+    make, batch_of = KINDS[kind]
+    module = Classifier(make(), optimizer, **options)
+    model = estimate_memory(module, batch_of(2))
+    assert model.exact
+    for batch in (2, 6, 33):
+        assert model.peak(batch) == pytest.approx(tracked(module, batch_of(batch)), rel=0.01)
+
+
+@pytest.mark.parametrize("precision", ["bf16-mixed", "16-mixed"])
+@pytest.mark.parametrize("kind", ["mlp", "gpt", "resnet18"])
+def test_mixed_precision(kind: str, precision: str) -> None:
+    make, batch_of = KINDS[kind]
+    module = Classifier(make())
+    dtype = torch.bfloat16 if precision == "bf16-mixed" else torch.float16
+    for batch in (2, 17):
+        expected = tracked(module, batch_of(batch), dtype=dtype)
+        assert estimate_memory(module, batch_of(2), precision=precision).peak(batch) == pytest.approx(
+            expected, rel=0.01
+        )
+
+
+@pytest.mark.parametrize(("precision", "dtype"), [("bf16-true", torch.bfloat16), ("64-true", torch.float64)])
+def test_whole_precision(precision: str, dtype: torch.dtype) -> None:
+    module, (inputs, targets) = Classifier(mlp()), vectors(8)
+    expected = tracked(copy.deepcopy(module).to(dtype), (inputs.to(dtype), targets))
+    assert estimate_memory(module, (inputs, targets), precision=precision).peak(8) == pytest.approx(expected, rel=0.01)
+
+
+def test_accumulation_keeps_gradients() -> None:
+    module, batch = Classifier(GPT()), tokens(16)
+    model = estimate_memory(module, batch, accumulate=3)
+    assert model.peak(16) == pytest.approx(tracked(module, batch, accumulate=3), rel=0.01)
+
+
+def test_frozen_parameters_take_neither_gradients_nor_state() -> None:
+    module = Classifier(mlp())
+    module.network[0].requires_grad_(False)
+    model = estimate_memory(module, vectors(2))
+    free = sum(p.numel() for p in module.parameters() if p.requires_grad)
+    assert model.trainable == free
+    assert model.breakdown(1)["optimizer state"] == pytest.approx(2 * 4 * free, rel=0.01)
+    assert model.breakdown(1)["gradients"] <= 4 * free
+    assert model.peak(1) < estimate_memory(Classifier(mlp()), vectors(2)).peak(1) - 3 * 4 * (64 * 128)
+
+
+def test_checkpointing_saves_activations() -> None:
+    plain, saving = (
+        estimate_memory(Classifier(GPT(layers=6, saving=saving)), tokens(2)).breakdown(64) for saving in (False, True)
+    )
+    assert saving["activations"] < 0.4 * plain["activations"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_parts_add_up(kind: str) -> None:
+    make, batch_of = KINDS[kind]
+    module = Classifier(make())
+    model = estimate_memory(module, batch_of(2), extras=SIMULATED)
+    parts = model.breakdown(8)
+    assert sum(parts.values()) == model.peak(8)
+    assert parts["parameters"] == model.parameter_bytes
+    assert parts["batch"] == sum(leaf.numel() * leaf.element_size() for leaf in tree_leaves(batch_of(8)))
+    numbers = sum(t.numel() for t in [*module.parameters(), *module.buffers()])
+    assert parts["global model"] == parts["delta"] == parts["accumulator"] == 8 * numbers
+
+
+def test_extras_are_bytes_per_number() -> None:
+    module = Classifier(mlp())
+    plain, client = (estimate_memory(module, vectors(2), extras=extras) for extras in (None, ON_CLIENT))
+    assert client.peak(4) - plain.peak(4) == client.breakdown(4)["anchor"] == 4 * plain.trainable
+
+
+def test_cuda_rounds_to_blocks_and_updates_at_once() -> None:
+    module = Classifier(mlp())
+    there = estimate_memory(module, vectors(2), device="cuda")
+    assert all(size % 512 == 0 for size in there.breakdown(1).values())
+    at_once = estimate_memory(Classifier(mlp(), foreach=True), vectors(2), device="cpu")
+    one_by_one = estimate_memory(module, vectors(2), device="cpu")
+    assert at_once.peak(1) < there.peak(1) < at_once.peak(1) + 512 * 60
+    assert at_once.breakdown(1)["temporaries"] != one_by_one.breakdown(1)["temporaries"]
+
+
+# ---- the reverse
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("budget", [3 * 2**24, 2**30])
+def test_max_batch_is_the_last_that_fits(kind: str, budget: int) -> None:
+    make, batch_of = KINDS[kind]
+    model = estimate_memory(Classifier(make()), batch_of(2))
+    batch = model.max_batch(budget, headroom=0.1)
+    assert model.peak(batch) <= 0.9 * budget < model.peak(batch + 1)
+    assert len(model.sizes) <= 15
+
+
+def test_peak_is_convex() -> None:
+    model = estimate_memory(Classifier(GPT(length=64)), tokens(2, 64))
+    peaks = [model.peak(batch) for batch in range(1, 40)]
+    assert (np.diff(peaks, 2) >= 0).all()
+    # So two small sizes promise too much, which is why the search does not believe them.
+    line = peaks[0] + (peaks[1] - peaks[0]) * 38
+    assert line < peaks[38]
+
+
+@given(
+    st.lists(st.tuples(st.integers(0, 10**6), st.floats(0, 1e6)), min_size=1, max_size=5),
+    st.integers(1, 10**6),
+    st.integers(1, 10**5),
+    st.booleans(),
+)
+def test_search_equals_scanning(lines: list[tuple[int, float]], bound: int, limit: int, gentle: bool) -> None:
+    def excess(n: int) -> float:
+        return max(offset + slope * n for offset, slope in lines) - bound
+
+    if excess(1) > 0:
+        return
+    seen: list[int] = []
+
+    def watched(n: int) -> float:
+        seen.append(n)
+        return excess(n)
+
+    found = largest_within(watched, limit, gentle=gentle)
+    assert 1 <= found <= limit
+    assert excess(found) <= 0
+    assert found == limit or excess(found + 1) > 0
+    assert len(seen) <= 80
+    if gentle:
+        fitting = [1]
+        for n in seen:
+            assert n <= 2 * fitting[-1] or n <= limit
+            fitting += [n] * (excess(n) <= 0)
+
+
+def test_search_without_values_where_it_does_not_fit() -> None:
+    assert largest_within(lambda n: -1.0 if n <= 777 else float("inf"), 10**6) == 777
+
+
+def test_not_one_sample_fits() -> None:
+    model = estimate_memory(Classifier(mlp()), vectors(2))
+    with pytest.raises(ValueError, match="optimizer state") as told:
+        model.max_batch(200_000, headroom=0.0)
+    missing = model.peak(1) - 200_000
+    assert f"{missing:,} bytes more" in str(told.value)
+    assert format_bytes(model.peak(1)) in str(told.value)
+
+
+@pytest.mark.parametrize(
+    ("budget", "headroom", "name"),
+    [(0, 0.1, "budget=0"), (-5, 0.1, "budget=-5"), (10**6, 1.0, "headroom=1.0"), (10**6, -0.1, "headroom=-0.1")],
+)
+def test_bad_budgets(budget: int, headroom: float, name: str) -> None:
+    with pytest.raises(ValueError, match=name):
+        estimate_memory(Classifier(mlp()), vectors(2)).max_batch(budget, headroom)
+
+
+def test_clients_side_by_side() -> None:
+    model = estimate_memory(Classifier(mlp()), vectors(2), extras=SIMULATED)
+    own = estimate_memory(Classifier(mlp()), vectors(2)).peak(8)
+    shared = model.peak(8) - own
+    assert model.max_clients(shared + 5 * own + own // 2, 8, headroom=0.0) == 5
+    with pytest.raises(ValueError, match="does not hold one client with a batch of 8"):
+        model.max_clients(own, 8, headroom=0.0)
+
+
+# ---- any training step, and nothing left behind
+
+
+class Demanding(Classifier):
+    """Uses much of what a training step may use."""
+
+    def __init__(self) -> None:
+        super().__init__(nn.Sequential(nn.Linear(64, 32), nn.BatchNorm1d(32), nn.Dropout(0.5), nn.Linear(32, 10)))
+        self.accuracy = Accuracy("multiclass", num_classes=10)
+        self.scores = MetricCollection({"a": Accuracy("multiclass", num_classes=10)}, prefix="train/")
+        self.seen: list[Tensor] = []
+        self.steps = 0
+
+    def training_step(self, batch: Any, batch_idx: int) -> dict[str, Tensor]:  # type: ignore[override]
+        inputs, targets = batch
+        outputs = self.network(inputs + torch.randn_like(inputs) * random.random() * np.random.rand())
+        loss = nn.functional.cross_entropy(outputs, targets)
+        self.accuracy(outputs, targets)
+        self.log("accuracy", self.accuracy, on_step=True)
+        self.log_dict(self.scores(outputs, targets))
+        self.logger.experiment.add_scalar("x", loss, self.trainer.global_step)
+        self.seen.append(loss)
+        self.steps += 1
+        return {"loss": loss, "outputs": outputs}
+
+    def configure_optimizers(self) -> Any:
+        optimizer = torch.optim.Adam(self.parameters())
+        total = self.trainer.estimated_stepping_batches
+        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.1, total)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+
+def everything(module: nn.Module) -> list[Any]:
+    states = [*module.state_dict().values(), torch.get_rng_state(), torch.from_numpy(np.random.get_state()[1].copy())]
+    return [*(state.clone() for state in states), random.getstate(), module.training]
+
+
+def test_nothing_is_left_behind() -> None:
+    module, batch = Demanding(), vectors(4)
+    module.eval()
+    before, shapes = everything(module), [leaf.clone() for leaf in batch]
+    model = estimate_memory(module, batch)
+    assert model.exact
+    model.max_batch(10**8)
+    for old, new in zip(before, everything(module), strict=True):
+        assert torch.equal(old, new) if isinstance(old, Tensor) else old == new
+    assert all(map(torch.equal, batch, shapes))
+    assert module.seen == []
+    assert module.steps == 0
+    assert module._trainer is None
+    assert "log" not in vars(module)
+    assert all(p.grad is None for p in module.parameters())
+
+
+class ByHand(Classifier):
+    """Manual optimization with two optimizers."""
+
+    def __init__(self) -> None:
+        super().__init__(mlp())
+        self.automatic_optimization = False
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:  # type: ignore[override]
+        first, second = self.optimizers()
+        inputs, targets = batch
+        for optimizer in (first, second):
+            with optimizer.toggle_model():
+                loss = nn.functional.cross_entropy(self.network(inputs), targets)
+                optimizer.zero_grad()
+                self.manual_backward(loss)
+                self.clip_gradients(optimizer, 0.5)
+                optimizer.step()
+        self.lr_schedulers().step()
+
+    def configure_optimizers(self) -> Any:
+        parts = self.network[:2].parameters(), self.network[2:].parameters()
+        optimizers = [torch.optim.Adam(part) for part in parts]
+        return optimizers, [torch.optim.lr_scheduler.StepLR(optimizers[0], 1)]
+
+
+def test_manual_optimization() -> None:
+    model = estimate_memory(ByHand(), vectors(2))
+    assert model.exact
+    parameters = model.breakdown(4)["parameters"]
+    assert model.breakdown(4)["optimizer state"] == pytest.approx(2 * parameters, rel=0.01)
+
+
+class Selective(Classifier):
+    """Learns from some of the samples only: which, depends on the data."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        inputs, targets = batch
+        chosen = inputs[:, 0] > -10
+        if chosen.sum() > 0:
+            inputs, targets = inputs[chosen], targets[chosen]
+        return nn.functional.cross_entropy(self.network(inputs), targets)
+
+
+def test_data_dependent_modules_are_probed_for_real() -> None:
+    module = Selective(mlp())
+    model = estimate_memory(module, vectors(2))
+    assert not model.exact
+    assert "DataDependent" in model.fallback
+    before = everything(module)
+    batch = model.max_batch(3 * 10**6, headroom=0.0)
+    assert all(
+        torch.equal(a, b) if isinstance(a, Tensor) else a == b for a, b in zip(before, everything(module), strict=True)
+    )
+    assert model.peak(batch) <= 3 * 10**6 < model.peak(batch + 1)
+    assert model.peak(batch) == pytest.approx(tracked(module, vectors(batch)), rel=0.02)
+
+
+def test_the_modules_own_error_is_shown() -> None:
+    class Broken(Classifier):
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            raise ZeroDivisionError("mine")
+
+    with pytest.raises(ZeroDivisionError, match="mine"):
+        estimate_memory(Broken(mlp()), vectors(2))
+
+
+def test_tied_weights_and_meta_modules() -> None:
+    with torch.device("meta"):
+        there = Classifier(GPT())
+    here = Classifier(GPT())
+    predicted = estimate_memory(there, tokens(2)), estimate_memory(here, tokens(2))
+    assert predicted[0].peak(8) == predicted[1].peak(8)
+    assert predicted[0].breakdown(8) == predicted[1].breakdown(8)
+
+
+@pytest.mark.slow
+def test_large_models_take_seconds_and_no_memory() -> None:
+    with torch.device("meta"):
+        large = Classifier(GPT(vocabulary=32_000, length=1024, width=2048, layers=18))
+    assert sum(p.numel() for p in large.parameters()) > 9 * 10**8
+    model = estimate_memory(large, tokens(1, 1024))
+    assert model.breakdown(1)["optimizer state"] == pytest.approx(8 * model.trainable, rel=0.01)
+    assert model.peak(4) > 16 * model.trainable
+
+
+# ---- batches
+
+
+def test_resizing() -> None:
+    batch = {"x": torch.arange(6).reshape(3, 2), "y": [torch.arange(3), "text"], "scale": torch.tensor(2.0)}
+    assert samples_in(batch) == 3
+    larger = resized(batch, 7)
+    assert larger["x"].tolist() == [[0, 1], [2, 3], [4, 5], [0, 1], [2, 3], [4, 5], [0, 1]]
+    assert larger["y"][0].tolist() == [0, 1, 2, 0, 1, 2, 0]
+    assert larger["y"][1] == "text"
+    assert larger["scale"] == 2.0
+    assert resized(batch, 2)["x"].tolist() == [[0, 1], [2, 3]]
+
+
+@pytest.mark.parametrize("batch", ["text", {}, torch.tensor(1.0), (torch.zeros(3), torch.zeros(4))])
+def test_batches_that_cannot_be_resized(batch: Any) -> None:
+    with pytest.raises(ValueError, match="make_batch="):
+        estimate_memory(Classifier(mlp()), batch)
+
+
+def test_make_batch() -> None:
+    sizes: list[int] = []
+
+    def make(samples: int) -> Any:
+        sizes.append(samples)
+        return vectors(samples)
+
+    model = estimate_memory(Classifier(mlp()), None, make_batch=make)
+    assert model.peak(9) == estimate_memory(Classifier(mlp()), vectors(2)).peak(9)
+    assert sizes == [1, 9]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"precision": "8-bit"}, "precision='8-bit'"),
+        ({"device": "tpu"}, "device='tpu'"),
+        ({"accumulate": 0}, "accumulate=0"),
+    ],
+)
+def test_bad_arguments(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        estimate_memory(Classifier(mlp()), vectors(2), **arguments)
+
+
+def test_no_training_step() -> None:
+    with pytest.raises(TypeError, match="no training_step"):
+        estimate_memory(mlp(), vectors(2))
+
+
+# ---- costs and pictures
+
+
+def test_cost_counts_what_torch_leaves_out_on_a_cpu() -> None:
+    from torch.utils.flop_counter import FlopCounterMode
+
+    module, batch = Classifier(resnet18(width=8)), KINDS["resnet18"][1](4)
+    with FlopCounterMode(display=False) as counter:
+        module.training_step(batch, 0).backward()
+    assert estimate_memory(module, batch).cost(4).flops == counter.get_total_flops()
+    # Recurrent layers: every weight of a gate meets every step of every sample, thrice.
+    weights = 4 * 32 * (16 + 32) + 4 * 32 * (32 + 32)
+    lstm = estimate_memory(Classifier(KINDS["lstm"][0]()), KINDS["lstm"][1](2)).cost(5).flops
+    assert lstm == pytest.approx(3 * 2 * weights * 20 * 5, rel=0.01)
+    # Attention grows with the square of the length.
+    short, long = (estimate_memory(Classifier(GPT(length=n)), tokens(2, n)).cost(2).flops for n in (64, 128))
+    assert long > 2.1 * short
+
+
+def test_table_and_plot() -> None:
+    model = estimate_memory(Classifier(mlp()), vectors(2))
+    table = model.table([1, 10, 100])
+    assert table.index.tolist() == [1, 10, 100]
+    assert table["peak"].tolist() == [model.peak(batch) for batch in (1, 10, 100)]
+    assert (table.drop(columns="peak").sum(axis=1) == table["peak"]).all()
+    figure = model.plot([1, 10, 100], budgets={"phone": 2**20})
+    (axis,) = figure.axes
+    texts = [text.get_text() for text in axis.get_legend().get_texts()]
+    assert {"parameters", "gradients", "optimizer state"} <= set(texts)
+    assert any("phone" in text for text in texts)
