@@ -178,6 +178,15 @@ class FederatedStrategy(DDPStrategy):
         """Number of registered clients; None before ``fit`` has seen the data if these decide."""
         return self._options.num_clients if self.partition is None else self.partition.num_clients
 
+    @property
+    def local_accumulation(self) -> int:
+        """Batches per optimizer step of a client, as the Trainer was asked for with ``accumulate_grad_batches``."""
+        return 1 if self._federation is None else self._federation.local_accumulation
+
+    def largest_client(self, dataset: Any) -> int:
+        """Samples of the client that holds most of a dataset's."""
+        return int(self._options.partition(dataset).sizes.max())
+
     # ---- processes
 
     @property

@@ -11,7 +11,7 @@ from lightning.pytorch.utilities import CombinedLoader
 from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.data import BatchSampler, DataLoader
 
-from lightning_fedscale.devices.samples import LargestSample, largest_sample
+from lightning_fedscale.devices.samples import LargestSample, is_map_style, largest_sample
 
 NAMES = "batch_size", "train_batch_size", "per_device_batch_size"
 """Under which projects keep their batch size, in the order in which they are looked for."""
@@ -57,7 +57,7 @@ class TrainData:
     @property
     def samples(self) -> int | None:
         """How many samples the smallest dataset has; None if that is not known."""
-        sizes = [len(loader.dataset) for loader in self.loaders if hasattr(loader.dataset, "__len__")]  # type: ignore[arg-type]
+        sizes = [len(loader.dataset) for loader in self.loaders if hasattr(loader.dataset, "__len__")]
         return min(sizes, default=None)
 
     def largest(self) -> tuple[Callable[[int], Any], list[LargestSample]]:
@@ -72,6 +72,19 @@ class TrainData:
             return tree_map_only(DataLoader, collate, self._nested)
 
         return make, list(found.values())
+
+    def keepers(self, name: str | None = None) -> list[tuple[Any, str]]:
+        """Who keeps the batch size, and under which name: attributes and hyperparameters.
+
+        Raises:
+            ValueError: if nobody has the name that was given.
+        """
+        found = list(_keepers(self._trainer, self._source.instance, name))
+        if name is not None and not found:
+            raise ValueError(
+                f"batch_arg_name={name!r}: neither the data module nor the module, nor their hparams, has it."
+            )
+        return found
 
     def set_batch_size(self, size: int, name: str | None = None) -> Callable[[], None]:
         """Make the project train with batches of this size.
@@ -90,12 +103,7 @@ class TrainData:
             ValueError: if there is no batch size anywhere.
         """
         owner = self._source.instance
-        keepers = list(_keepers(self._trainer, owner, name))
-        if name is not None and not keepers:
-            raise ValueError(
-                f"batch_arg_name={name!r}: neither the data module nor the module, nor their hparams, has it."
-            )
-        for keeper, attribute in keepers:
+        for keeper, attribute in self.keepers(name):
             _set(keeper, attribute, size)
         undo: Callable[[], None] = _nothing
         if not self._source.is_module():
@@ -115,7 +123,7 @@ class TrainData:
 
 def _read_apart(dataset: Any) -> Any:
     """An iterable dataset may remember how far it was read: a copy is read instead."""
-    if hasattr(dataset, "__getitem__"):
+    if is_map_style(dataset):
         return dataset
     try:
         return copy.deepcopy(dataset)
@@ -180,12 +188,13 @@ def _resized(loader: DataLoader[Any], size: int) -> DataLoader[Any]:
         own["batch_sampler"] = BatchSampler(loader.batch_sampler.sampler, size, loader.batch_sampler.drop_last)
     if hasattr(loader, "__pl_saved_args"):
         # What Lightning noted of the construction, to repeat it with a DistributedSampler.
-        names, args = loader.__pl_saved_arg_names, list(loader.__pl_saved_args)
+        noted = vars(loader)
+        names, args = noted["__pl_saved_arg_names"], list(noted["__pl_saved_args"])
         if "batch_size" in names:
             args[names.index("batch_size")] = size
             own["__pl_saved_args"] = tuple(args)
         else:
-            own["__pl_saved_kwargs"] = {**loader.__pl_saved_kwargs, "batch_size": size}
+            own["__pl_saved_kwargs"] = {**noted["__pl_saved_kwargs"], "batch_size": size}
     for name, value in own.items():
         object.__setattr__(mine, name, value)  # DataLoader's own setter forbids it once it is built
     return mine

@@ -1,7 +1,19 @@
 """What clients' hardware can hold and how long it takes: memory model, time model, device classes, populations."""
 
-from lightning_fedscale.devices.classes import DeviceClass
+from lightning_fedscale.devices.classes import CATALOGUE, DeviceClass, device_class
 from lightning_fedscale.devices.costs import StepCost
 from lightning_fedscale.devices.memory import ON_CLIENT, SIMULATED, MemoryModel, estimate_memory
+from lightning_fedscale.devices.probe import ProbeResult, probe
 
-__all__ = ["ON_CLIENT", "SIMULATED", "DeviceClass", "MemoryModel", "StepCost", "estimate_memory"]
+__all__ = [
+    "CATALOGUE",
+    "ON_CLIENT",
+    "SIMULATED",
+    "DeviceClass",
+    "MemoryModel",
+    "ProbeResult",
+    "StepCost",
+    "device_class",
+    "estimate_memory",
+    "probe",
+]

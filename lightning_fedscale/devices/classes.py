@@ -2,7 +2,15 @@
 
 from __future__ import annotations
 
+import difflib
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
+
+_GB = 10**9
+_GBIT = _GB / 8
+_MBIT = _GBIT / 1000
 
 
 @dataclass(frozen=True)
@@ -19,6 +27,15 @@ class DeviceClass:
         latency: seconds before the first byte of a message arrives.
         availability: probability that a client of this class can be reached in a round, above 0 and at most 1.
         source: where the figures come from.
+
+    Raises:
+        TypeError, ValueError: for a figure that cannot be; names it.
+
+    Example:
+        >>> import dataclasses
+        >>> half_free = dataclasses.replace(device_class("phone"), name="busy phone", memory=4 * 10**9)
+        >>> half_free.memory
+        4000000000
     """
 
     name: str
@@ -30,3 +47,116 @@ class DeviceClass:
     latency: float = 0.0
     availability: float = 1.0
     source: str = ""
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.name, str) or not self.name:
+            raise TypeError(f"DeviceClass: name={self.name!r}: give it a name, such as 'phone'.")
+        for field in ("memory", "flops", "memory_bandwidth", "up", "down"):
+            value = getattr(self, field)
+            if not _is_number(value):
+                raise TypeError(f"DeviceClass {self.name!r}: {field}={value!r}: pass a number.")
+            if not value > 0:
+                raise ValueError(
+                    f"DeviceClass {self.name!r}: {field}={value!r}: pass more than 0; math.inf is allowed."
+                )
+        if not math.isfinite(self.memory):
+            raise ValueError(f"DeviceClass {self.name!r}: memory={self.memory!r}: pass a number of bytes.")
+        if not _is_number(self.latency) or not 0 <= self.latency < math.inf:
+            raise ValueError(f"DeviceClass {self.name!r}: latency={self.latency!r}: pass seconds, 0 or more.")
+        if not _is_number(self.availability) or not 0 < self.availability <= 1:
+            raise ValueError(
+                f"DeviceClass {self.name!r}: availability={self.availability!r}: pass a probability, above 0 and at"
+                " most 1."
+            )
+        object.__setattr__(self, "memory", int(self.memory))
+
+
+def device_class(which: str | DeviceClass) -> DeviceClass:
+    """The class of this name in the `CATALOGUE`; a class itself is returned as it is.
+
+    Raises:
+        ValueError: for an unknown name; lists the known ones.
+
+    Example:
+        >>> device_class("T4").memory
+        16000000000
+    """
+    if isinstance(which, DeviceClass):
+        return which
+    if not isinstance(which, str):
+        raise TypeError(f"device class {which!r}: pass a DeviceClass or one of {', '.join(map(repr, CATALOGUE))}.")
+    if (found := CATALOGUE.get(which.lower())) is not None:
+        return found
+    close = difflib.get_close_matches(which.lower(), CATALOGUE, n=1)
+    hint = f" Did you mean {close[0]!r}?" if close else ""
+    raise ValueError(
+        f"device class {which!r} is not in the catalogue: {', '.join(map(repr, CATALOGUE))}.{hint} For other hardware"
+        " make a DeviceClass of its figures."
+    )
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and not math.isnan(value)
+
+
+_LTE = "link: nominal LTE category 4 (3GPP TS 36.306)"
+_ETHERNET = "link: nominal Gigabit Ethernet (IEEE 802.3ab)"
+_TEN_GIGABIT = "link: nominal 10 Gigabit Ethernet (IEEE 802.3ae), not a figure of the card"
+
+_ENTRIES = (
+    DeviceClass(
+        "phone", 8 * _GB, 1.7203e12, 51.2e9, up=50 * _MBIT, down=150 * _MBIT,
+        source="Samsung Galaxy S21 (2021), Snapdragon 888: 8 GB LPDDR5 at 3200 MHz on 64 bits; FP32 of its Adreno 660,"
+        f" 840 MHz x 1024 x 2 (Wikipedia, Adreno); {_LTE}",
+    ),
+    DeviceClass(
+        "old-phone", 4 * _GB, 0.727e12, 29.9e9, up=50 * _MBIT, down=150 * _MBIT,
+        source="Google Pixel 3 (2018), Snapdragon 845: 4 GB LPDDR4X at 1866 MHz on 64 bits; FP32 of its Adreno 630,"
+        f" 710 MHz x 512 x 2 (Wikipedia, Adreno); {_LTE}",
+    ),
+    DeviceClass(
+        "raspberry-pi-5", 8 * _GB, 153.6e9, 17.1e9, up=_GBIT, down=_GBIT,
+        source="Raspberry Pi 5, 8 GB, product brief: LPDDR4X-4267 on 32 bits; four Cortex-A76 at 2.4 GHz, each two"
+        f" 128-bit multiply-adds per cycle in FP32 (Arm Cortex-A76 software optimization guide); {_ETHERNET}",
+    ),
+    DeviceClass(
+        "jetson-nano", 4 * _GB, 235.9e9, 25.6e9, up=_GBIT, down=_GBIT,
+        source="NVIDIA Jetson Nano module datasheet: 4 GB LPDDR4, 25.6 GB/s; FP32 of 128 Maxwell cores at 921.6 MHz;"
+        f" {_ETHERNET}",
+    ),
+    DeviceClass(
+        "jetson", 8 * _GB, 1.28e12, 68e9, up=_GBIT, down=_GBIT,
+        source="NVIDIA Jetson Orin Nano 8GB datasheet: 8 GB LPDDR5, 68 GB/s; FP32 of 1024 Ampere cores at 625 MHz;"
+        f" {_ETHERNET}",
+    ),
+    DeviceClass(
+        "jetson-agx", 64 * _GB, 5.32e12, 204.8e9, up=10 * _GBIT, down=10 * _GBIT,
+        source="NVIDIA Jetson AGX Orin 64GB technical brief: 64 GB LPDDR5, 204.8 GB/s; FP32 of 2048 Ampere cores at"
+        " 1.3 GHz; link: nominal 10 Gigabit Ethernet of its developer kit",
+    ),
+    DeviceClass(
+        "laptop", 8 * _GB, 2.6e12, 68.25e9, up=150e6, down=150e6,
+        source="Apple MacBook Air M1 (2020), 8 GB: LPDDR4X-4266 on 128 bits; 2.6 TFLOPS FP32 of its GPU (Apple press"
+        " release, 2020-11-10); link: nominal 1200 Mbit/s of Wi-Fi 6",
+    ),
+    DeviceClass(
+        "t4", 16 * _GB, 8.1e12, 300e9, up=10 * _GBIT, down=10 * _GBIT,
+        source=f"NVIDIA T4 datasheet: 16 GB GDDR6, 300 GB/s, 8.1 TFLOPS FP32; {_TEN_GIGABIT}",
+    ),
+    DeviceClass(
+        "a100", 80 * _GB, 19.5e12, 2039e9, up=10 * _GBIT, down=10 * _GBIT,
+        source=f"NVIDIA A100 80GB SXM datasheet: 80 GB HBM2e, 2,039 GB/s, 19.5 TFLOPS FP32; {_TEN_GIGABIT}",
+    ),
+    DeviceClass(
+        "h100", 80 * _GB, 67e12, 3.35e12, up=10 * _GBIT, down=10 * _GBIT,
+        source=f"NVIDIA H100 SXM datasheet: 80 GB HBM3, 3.35 TB/s, 67 TFLOPS FP32; {_TEN_GIGABIT}",
+    ),
+)  # fmt: skip
+
+CATALOGUE: Mapping[str, DeviceClass] = MappingProxyType({entry.name: entry for entry in _ENTRIES})
+"""Real devices by name, with published peak figures in FP32 and where they come from.
+
+Memory is all that the device has: what its system takes has to come off it (``dataclasses.replace``, or the headroom).
+Peaks are never reached: they say more about one class against another than about seconds. Latencies are not published
+and zero; availability is one.
+"""

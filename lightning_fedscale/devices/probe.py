@@ -46,7 +46,7 @@ class ProbeResult:
         predicted: predicted peaks by batch size, of all sizes that were rehearsed.
         real_steps: how many real steps were run, at most two.
         out_of_memory: how many of them ran out of memory.
-        verified: whether a real step confirmed ``max_batch``, or a calibration by one.
+        verified: whether a real step confirmed ``max_batch``, or two smaller ones the line that leads to it.
         fallback: why fake tensors could not be used; empty if they could.
         device_classes: largest batch by device class, 0 where not even one sample fits.
         seconds: what the probe took.
@@ -165,7 +165,7 @@ class _Confirmation(NamedTuple):
 def _confirm(
     model: MemoryModel, candidate: int, usable: int, measure: Measure, limit: int | None, physical: int | None
 ) -> _Confirmation:
-    """Calibrate the model by a step of half the size, then try what the calibrated model allows."""
+    """Run half the candidate to see by how much the prediction is off, then what the corrected prediction allows."""
     half = max(model.smallest, candidate // 2)
     first = measure(half)
     if not first.fits:
@@ -178,22 +178,28 @@ def _confirm(
                 " a smaller budget."
             )
         return _Confirmation(quarter, True, second.peak_bytes, quarter, 2, 1)
-    allowed = candidate
-    if first.peak_bytes is not None:
-        # What the model cannot see (workspaces, fragments) is taken to grow like what it sees.
-        factor = max(1.0, first.peak_bytes / model.peak(half))
-        if model.peak(model.smallest) * factor > usable:
-            return _Confirmation(half, True, first.peak_bytes, half, 1, 0)
-        allowed = min(candidate, max(half, model.max_batch(int(usable / factor), 0.0, limit)))
-    tried = allowed
-    if physical is not None and model.peak(model.smallest) <= physical:
-        tried = min(allowed, model.max_batch(physical, 0.0, limit))
-    if tried <= half:
-        return _Confirmation(max(allowed, half), True, first.peak_bytes, half, 1, 0)
+    predicted, taken = model.peak(half), first.peak_bytes or 0
+
+    def within(amount: float) -> int:
+        """The largest batch that is predicted to take so many bytes, from half the candidate to all of it."""
+        if amount <= predicted:
+            return half
+        return min(candidate, model.max_batch(int(amount), 0.0, limit))
+
+    # What the model cannot see (workspaces, the allocator's fragments) is at best the same for every size ...
+    wanted = within(usable - max(0, taken - predicted))
+    tried = wanted if physical is None else min(wanted, within(physical - max(0, taken - predicted)))
+    if tried == half:
+        return _Confirmation(wanted, wanted == half, first.peak_bytes, half, 1, 0)
     second = measure(tried)
     if not second.fits:
-        return _Confirmation(half, True, first.peak_bytes, half, 2, 1)
-    return _Confirmation(allowed, True, second.peak_bytes, tried, 2, 0)
+        # ... and at worst a share of what it sees.
+        careful = within(usable * predicted / max(taken, predicted))
+        return _Confirmation(careful, careful == half, first.peak_bytes, half, 2, 1)
+    if tried < wanted and first.peak_bytes is not None and second.peak_bytes is not None:
+        slope = max(1.0, (second.peak_bytes - taken) / (model.peak(tried) - predicted))
+        wanted = min(wanted, within(predicted + (usable - taken) / slope))
+    return _Confirmation(wanted, True, second.peak_bytes, tried, 2, 0)
 
 
 def _of_class(model: MemoryModel, device: DeviceClass, headroom: float, limit: int | None) -> int:

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
+from torch.utils.data import IterableDataset
 
 _FIRST_LOOK = 64
 
@@ -45,7 +46,7 @@ def largest_sample(dataset: Any, seconds: float = 5.0) -> LargestSample:
         >>> len(found.sample), found.looked_at
         (6, 100)
     """
-    if not hasattr(dataset, "__getitem__") or not hasattr(dataset, "__len__"):
+    if not is_map_style(dataset):
         return _largest(zip(range(_FIRST_LOOK), dataset, strict=False), None, seconds)
     total = len(dataset)
     first = np.unique(np.linspace(0, total - 1, min(total, _FIRST_LOOK)).astype(np.int64)).tolist()
@@ -53,6 +54,11 @@ def largest_sample(dataset: Any, seconds: float = 5.0) -> LargestSample:
     if total == len(first) or len({_sizes(dataset[index]) for index in first}) == 1:
         return found
     return _largest(((index, dataset[index]) for index in _spread(total)), total, seconds)
+
+
+def is_map_style(dataset: Any) -> bool:
+    """Whether a dataset can be asked for any of its samples."""
+    return hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__") and not isinstance(dataset, IterableDataset)
 
 
 def size_of(sample: Any) -> int:

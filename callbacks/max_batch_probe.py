@@ -1,0 +1,342 @@
+"""`MaxBatchProbe`: how large a batch fits, known before training starts."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.callbacks import Callback, GradientAccumulationScheduler
+from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+
+from lightning_fedscale import collectives
+from lightning_fedscale.devices import DeviceClass, MemoryModel, device_class, estimate_memory
+from lightning_fedscale.devices.batches import samples_in
+from lightning_fedscale.devices.memory import SIMULATED
+from lightning_fedscale.devices.probe import Measure, Measured, ProbeResult, probe
+from lightning_fedscale.devices.verify import real_step
+from lightning_fedscale.memory import format_bytes, free_memory, parse_bytes
+from lightning_fedscale.strategy import FederatedStrategy
+from lightning_fedscale.train_data import TrainData
+
+
+class MaxBatchProbe(Callback):
+    """Finds the largest batch that fits, before training, and trains with it.
+
+    The peak memory of the module's own training step is predicted from tensors without contents: no trial and error,
+    no out-of-memory, right also for devices that are not here. On CUDA, at most two real steps on a copy of the module
+    then confirm and calibrate the prediction. Module, optimizers, generators, metrics, loaders and loop counters are
+    afterwards as if nothing had happened. All ranks agree on the smallest of what they found.
+
+    Works with any single-device strategy, DDP, and `FederatedStrategy`, where it bounds the batch of every client; for
+    clients on different hardware see `Population`. Each process probes for itself: the batch size is that of one.
+    Memory of validation is not looked at. Of samples of unequal length the longest is probed.
+
+    Args:
+        budget: memory that training may use: bytes, "8GiB", a `DeviceClass` or the name of one; "auto" for what is free
+            on each rank's device.
+        headroom: share of the budget to leave free.
+        verify: run real steps: "auto" does on CUDA. True on a CPU runs them in a child process whose address space is
+            limited to the budget.
+        apply: set the batch size where the project keeps it: attribute or hyperparameter of the data module or module,
+            else in the loader itself. False only reports.
+        device_classes: for which the largest batch is reported as well, by name or as objects; None for those of the
+            strategy's population.
+        batch_arg_name: name under which the project keeps its batch size, if not a usual one.
+        make_batch: makes a batch of so many samples, where one cannot be made by collating the longest sample.
+        max_samples: largest batch that is wanted; None for as many samples as there are.
+
+    Attributes:
+        result: a `ProbeResult` once ``fit`` has begun; also logged as ``probe/...`` and kept in checkpoints. A run that
+            is resumed goes on with the batch size of its checkpoint and does not probe again.
+        model: the `MemoryModel` of this rank; None after resuming.
+
+    Raises:
+        TypeError, ValueError: for arguments that cannot be, and in ``fit``: if not even one sample fits, if there is no
+            batch size to set, or if no batch can be made.
+
+    Example:
+        >>> from lightning.pytorch.demos.boring_classes import BoringDataModule, BoringModel
+        >>> probe = MaxBatchProbe(budget="32KiB")
+        >>> trainer = pl.Trainer(max_steps=1, callbacks=[probe], accelerator="cpu", logger=False,
+        ...                      enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False)
+        >>> trainer.fit(BoringModel())
+        >>> probe.result.max_batch, probe.result.limited_by
+        (64, 'samples')
+    """
+
+    def __init__(
+        self,
+        budget: int | str | DeviceClass = "auto",
+        headroom: float = 0.1,
+        verify: bool | Literal["auto"] = "auto",
+        apply: bool = True,
+        device_classes: Sequence[str | DeviceClass] | None = None,
+        batch_arg_name: str | None = None,
+        make_batch: Callable[[int], Any] | None = None,
+        max_samples: int | None = None,
+    ) -> None:
+        self._budget = _checked_budget(budget)
+        if isinstance(headroom, bool) or not isinstance(headroom, (int, float)) or not 0 <= headroom < 1:
+            raise ValueError(f"headroom={headroom!r}: pass the share of the budget to leave free, in [0, 1).")
+        if verify not in ("auto", True, False):
+            raise ValueError(f"verify={verify!r}: choose 'auto', True or False.")
+        if make_batch is not None and not callable(make_batch):
+            raise TypeError(f"make_batch={make_batch!r}: pass a function of the number of samples.")
+        if max_samples is not None and (not isinstance(max_samples, int) or max_samples < 1):
+            raise ValueError(f"max_samples={max_samples!r}: pass a number of samples, at least 1, or None.")
+        if isinstance(device_classes, (str, DeviceClass)):
+            raise TypeError(f"device_classes={device_classes!r}: pass a list, [{device_classes!r}].")
+        self._headroom = headroom
+        self._verify = verify
+        self._apply = apply
+        self._classes = None if device_classes is None else [device_class(each) for each in device_classes]
+        self._batch_arg_name = batch_arg_name
+        self._make_batch = make_batch
+        self._max_samples = max_samples
+        self._resumed: ProbeResult | None = None
+        self._undo: Callable[[], None] | None = None
+        self.result: ProbeResult | None = None
+        self.model: MemoryModel | None = None
+
+    # ---- hooks
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Probe, agree, set the batch size, report."""
+        data, self.model = TrainData(trainer), None
+        data.keepers(self._batch_arg_name)
+        if self._resumed is not None:
+            found, self._resumed = self._resumed, None
+            rank_zero_info(f"MaxBatchProbe: goes on with the checkpoint's batch size, {found.max_batch}.")
+        else:
+            found = self._agree(trainer, lambda: self._probe(trainer, pl_module, data))
+        previous = data.batch_size
+        if self._apply:
+            self._undo = data.set_batch_size(found.max_batch, self._batch_arg_name)
+        self.result = ProbeResult(
+            **{
+                **found.state_dict(),
+                "batch_size": found.max_batch if self._apply else previous,
+                "previous": previous if found.previous is None else found.previous,
+            }
+        )
+        self._report(trainer, self.result)
+
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Take out what was put into the project for the run."""
+        if self._undo is not None:
+            self._undo()
+            self._undo = None
+
+    def state_dict(self) -> dict[str, Any]:
+        """The result, for the checkpoint."""
+        return {} if self.result is None else {"result": self.result.state_dict()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """The run goes on with the batch size it had."""
+        if (result := state_dict.get("result")) is not None:
+            self._resumed = ProbeResult(**result)
+
+    # ---- one rank
+
+    def _probe(self, trainer: pl.Trainer, module: pl.LightningModule, data: TrainData) -> ProbeResult:
+        device = trainer.strategy.root_device
+        _check_strategy(trainer)
+        make, note = data.largest()
+        make = self._make_batch or make
+        batch = make(2)
+        self.model = model = estimate_memory(
+            module,
+            batch,
+            precision=trainer.precision,
+            make_batch=make if self._make_batch is not None or not _resizable(batch) else None,
+            accumulate=_accumulation(trainer),
+            extras=_extras(trainer),
+            trainer=trainer,
+        )
+        for found in note:
+            if found.total is not None and 64 < found.looked_at < found.total:
+                rank_zero_warn(
+                    f"MaxBatchProbe: {found.looked_at} of {found.total} samples were looked at for the longest; pass"
+                    " make_batch= with longer ones if there are any."
+                )
+        if model.fallback:
+            rank_zero_warn(
+                "MaxBatchProbe: the training step cannot run on tensors without contents"
+                f" ({model.fallback}); real ones on a copy of the module are used instead."
+            )
+        budget = self._bytes(trainer, device)
+        wanted = self._verify if self._verify != "auto" else device.type == "cuda"
+        measure, physical = self._measure(model, budget, device) if wanted else (None, None)
+        return probe(
+            model,
+            budget,
+            headroom=self._headroom,
+            limit=self._limit(trainer, data),
+            measure=measure,
+            physical=physical,
+            device_classes=self._classes_of(trainer),
+        )
+
+    def _bytes(self, trainer: pl.Trainer, device: torch.device) -> int:
+        if self._budget is not None:
+            return self._budget
+        free = free_memory(device)
+        if device.type == "cpu":  # which the processes of this machine share
+            free //= max(1, getattr(trainer.strategy, "num_processes", 1))
+        # The model counts the module's own weights, and these are there already.
+        return free + _bytes_of(trainer.lightning_module)
+
+    def _limit(self, trainer: pl.Trainer, data: TrainData) -> int | None:
+        limits = [self._max_samples]
+        if (samples := data.samples) is not None:
+            limits.append(max(1, math.ceil(samples / trainer.world_size)))
+            if isinstance(trainer.strategy, FederatedStrategy):
+                limits.append(trainer.strategy.largest_client(data.loaders[0].dataset))
+        return min((limit for limit in limits if limit is not None), default=None)
+
+    def _classes_of(self, trainer: pl.Trainer) -> Sequence[DeviceClass]:
+        if self._classes is not None:
+            return self._classes
+        population = getattr(trainer.strategy, "population", None)
+        return () if population is None else population.classes
+
+    def _measure(self, model: MemoryModel, budget: int, device: torch.device) -> tuple[Measure, int | None]:
+        if device.type == "cuda":
+            return lambda batch: _measure_on_cuda(model.real_step(batch), device), int(
+                free_memory(device) * (1 - self._headroom)
+            )
+        usable = int(budget * (1 - self._headroom))
+
+        def measure(batch: int) -> Measured:
+            done = real_step(model.real_step(batch), usable)
+            if not done.fits and not done.out_of_memory:
+                raise RuntimeError(f"MaxBatchProbe: a real step with {batch} samples failed: {done.reason}")
+            return Measured(done.fits, done.peak_bytes, done.seconds)
+
+        return measure, None
+
+    # ---- all ranks
+
+    def _agree(self, trainer: pl.Trainer, work: Callable[[], ProbeResult]) -> ProbeResult:
+        """The smallest batch of all ranks; what failed on one of them fails on all, and nobody waits in vain."""
+        failure: Exception | None = None
+        result: ProbeResult | None = None
+        try:
+            result = work()
+        except Exception as error:
+            failure = error
+        own = result.max_batch if result is not None else 0
+        smallest = int(collectives.min_over_ranks(torch.tensor([own], device=trainer.strategy.root_device)))
+        if failure is not None:
+            raise failure
+        assert result is not None
+        if smallest == 0:
+            raise RuntimeError("MaxBatchProbe: the probe failed on another rank; its message is there.")
+        if smallest < own:
+            assert self.model is not None
+            agreed = {
+                "max_batch": smallest,
+                "predicted_bytes": self.model.peak(smallest),
+                "parts": self.model.breakdown(smallest),
+                "limited_by": "another rank",
+            }
+            result = ProbeResult(**{**result.state_dict(), **agreed})
+        return result
+
+    def _report(self, trainer: pl.Trainer, result: ProbeResult) -> None:
+        metrics = result.metrics()
+        for logger in trainer.loggers:
+            logger.log_metrics(metrics, step=trainer.global_step)
+            experiment: Any = getattr(logger, "experiment", None)
+            if self.model is not None and trainer.is_global_zero and hasattr(experiment, "add_figure"):
+                budgets = {"budget": result.budget, "with headroom": int(result.budget * (1 - result.headroom))}
+                experiment.add_figure("probe/memory", self.model.plot(budgets=budgets), trainer.global_step)
+        trainer._logger_connector._callback_metrics.update({k: torch.tensor(v) for k, v in metrics.items()})
+        largest = max(result.parts, key=lambda part: result.parts[part])
+        measured = "" if result.measured_bytes is None else f", measured {format_bytes(result.measured_bytes)}"
+        measured += "" if result.measured_batch in (None, result.max_batch) else f" at {result.measured_batch}"
+        rank_zero_info(
+            f"MaxBatchProbe: a batch of {result.max_batch:,} samples takes {format_bytes(result.predicted_bytes)} of"
+            f" {format_bytes(result.budget)}{measured}; most of it {largest}; limited by {result.limited_by}."
+            + (f" Was {result.previous}." if self._apply else " Nothing was changed.")
+        )
+
+
+def _checked_budget(budget: object) -> int | None:
+    if isinstance(budget, DeviceClass):
+        return budget.memory
+    if isinstance(budget, str) and budget != "auto":
+        try:
+            amount = parse_bytes("budget", budget)
+        except ValueError:
+            try:
+                return device_class(budget).memory
+            except ValueError as error:
+                raise ValueError(
+                    f"budget={budget!r}: pass bytes, an amount such as '8GiB', 'auto', or a device class: {error}"
+                ) from None
+    else:
+        amount = parse_bytes("budget", budget)  # type: ignore[arg-type]
+    if amount is not None and amount <= 0:
+        raise ValueError(f"budget={budget!r}: pass more than 0 bytes.")
+    return amount
+
+
+def _check_strategy(trainer: pl.Trainer) -> None:
+    if not isinstance(trainer.strategy, (SingleDeviceStrategy, DDPStrategy)):
+        raise ValueError(
+            f"strategy={type(trainer.strategy).__name__}: MaxBatchProbe predicts the memory of a module that every"
+            " process holds whole: use a single device, DDP or FederatedStrategy."
+        )
+
+
+def _resizable(batch: Any) -> bool:
+    try:
+        return samples_in(batch) == 2
+    except ValueError:
+        return False
+
+
+def _accumulation(trainer: pl.Trainer) -> int:
+    """Batches per optimizer step, the most that there will ever be."""
+    counts = [getattr(trainer.strategy, "local_accumulation", trainer.accumulate_grad_batches)]
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if isinstance(callback, GradientAccumulationScheduler):
+            counts += callback.scheduling.values()
+    return max(counts)
+
+
+def _extras(trainer: pl.Trainer) -> dict[str, float]:
+    """What this strategy keeps beside module and optimizers, in bytes per exchanged number."""
+    if isinstance(trainer.strategy, FederatedStrategy):
+        return dict(SIMULATED)
+    if isinstance(trainer.strategy, DDPStrategy) and not trainer.strategy._ddp_kwargs.get("gradient_as_bucket_view"):
+        return {"gradient buckets": 4}
+    return {}
+
+
+def _bytes_of(module: torch.nn.Module) -> int:
+    return sum(t.numel() * t.element_size() for t in [*module.parameters(), *module.buffers()])
+
+
+def _measure_on_cuda(step: Callable[[], None], device: torch.device) -> Measured:
+    """One real step, and what it took beyond what was there before."""
+    torch.cuda.synchronize(device)
+    torch.cuda.empty_cache()
+    before, reserved = torch.cuda.memory_allocated(device), torch.cuda.memory_reserved(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    started, fits = time.perf_counter(), True
+    try:
+        step()
+        torch.cuda.synchronize(device)
+    except torch.OutOfMemoryError:
+        fits = False
+    # The allocator takes blocks that it does not fill: what is reserved is what the device is out of.
+    taken = max(torch.cuda.max_memory_allocated(device) - before, torch.cuda.max_memory_reserved(device) - reserved)
+    torch.cuda.empty_cache()
+    return Measured(fits, taken if fits else None, time.perf_counter() - started)

@@ -1,0 +1,172 @@
+"""A real training step in a child process whose memory is limited: out-of-memory that harms nobody."""
+
+from __future__ import annotations
+
+import ctypes
+import faulthandler
+import os
+import pickle
+import re
+import resource
+import select
+import signal
+import sys
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+_STATUS = Path("/proc/self/status")
+
+
+class RealStep(NamedTuple):
+    """How a real step went.
+
+    Attributes:
+        fits: whether it came to its end.
+        out_of_memory: whether it did not because memory ran out.
+        peak_bytes: how far the process's address space grew at most; None if it did not come to its end.
+        seconds: time it took.
+        reason: what ended it, if it did not come to its end.
+    """
+
+    fits: bool
+    out_of_memory: bool
+    peak_bytes: int | None
+    seconds: float
+    reason: str
+
+
+def real_step(step: Callable[[], object], budget: int, *, timeout: float = 300.0) -> RealStep:
+    """Run a step in a fork of this process that may take so much more address space than it has now.
+
+    Beyond that, allocations fail there, as on a machine with that much memory. This process does not change: its
+    memory is copied when the child writes to it. Address space includes what no model sees, such as the scratch memory
+    of libraries; blocks that this process has freed but not given back are used first and do not count.
+
+    Args:
+        step: what to run. Its result is dropped.
+        budget: bytes.
+        timeout: seconds after which the child is killed.
+
+    Raises:
+        RuntimeError: where this cannot work: without ``fork``, or once CUDA is in use, whose state a fork cannot share.
+
+    Example:
+        >>> real_step(lambda: torch.zeros(1000).sum(), budget=2**28).fits
+        True
+        >>> real_step(lambda: torch.zeros(2**28).sum(), budget=2**28).out_of_memory
+        True
+    """
+    if not hasattr(os, "fork") or not _STATUS.exists():
+        raise RuntimeError("verify=True: limiting a child's memory needs Linux; pass verify=False.")
+    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+        raise RuntimeError("verify=True: a process that uses CUDA cannot be forked; on CUDA, steps run here instead.")
+    reading, writing = os.pipe()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    child = os.fork()
+    if child == 0:
+        os.close(reading)
+        _be_the_child(step, budget, writing)
+    os.close(writing)
+    started = time.perf_counter()
+    answer = _read(reading, timeout)
+    if answer is None:
+        os.kill(child, signal.SIGKILL)
+    _, status = os.waitpid(child, 0)
+    if answer is None:
+        return RealStep(False, False, None, time.perf_counter() - started, f"killed after {timeout:g} s")
+    if not answer:
+        killed = signal.Signals(status & 0x7F).name if status & 0x7F else f"exit code {status >> 8}"
+        # Libraries that do not check their allocations die of them.
+        gone = killed in ("SIGSEGV", "SIGABRT", "SIGBUS", "SIGKILL")
+        return RealStep(False, gone, None, time.perf_counter() - started, f"the child ended with {killed}")
+    return RealStep(*pickle.loads(answer))
+
+
+def true_max_batch(step_of: Callable[[int], Callable[[], object]], budget: int, low: int, high: int) -> int:
+    """The largest batch that really fits, found by bisection to real out-of-memory.
+
+    Args:
+        step_of: gives the step for a batch size.
+        budget: bytes.
+        low: a batch that fits.
+        high: a batch that does not.
+    """
+    while high - low > 1:
+        middle = (low + high) // 2
+        if real_step(step_of(middle), budget).fits:
+            low = middle
+        else:
+            high = middle
+    return low
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an exception says that memory ran out, on any device."""
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+        return True
+    text = str(error)
+    return isinstance(error, RuntimeError) and any(
+        sign in text
+        for sign in ("can't allocate memory", "not enough memory", "out of memory", "could not create a memory")
+    )
+
+
+def _be_the_child(step: Callable[[], object], budget: int, writing: int) -> None:
+    """Never returns, and runs nothing that the parent registered for its own end."""
+    answer: tuple[Any, ...]
+    started = time.perf_counter()
+    try:
+        torch.set_num_threads(1)  # the parent's worker threads are not here
+        _return_memory_at_once()
+        _silence()
+        before = _address_space("VmSize")
+        resource.setrlimit(resource.RLIMIT_AS, (before + budget, before + budget))
+        step()
+        answer = True, False, _address_space("VmPeak") - before, time.perf_counter() - started, ""
+    except BaseException as error:
+        gone = is_out_of_memory(error)
+        answer = False, gone, None, time.perf_counter() - started, f"{type(error).__name__}: {error}"[:2000]
+    try:
+        os.write(writing, pickle.dumps(answer))
+    finally:
+        os._exit(0)
+
+
+def _return_memory_at_once() -> None:
+    """Blocks of 64 KiB and more get pages of their own, so that no fragments count."""
+    with suppress(AttributeError, OSError):  # of another C library
+        ctypes.CDLL(None).mallopt(-3, 65536)  # M_MMAP_THRESHOLD
+
+
+def _silence() -> None:
+    faulthandler.disable()
+    null = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(null, 1)
+    os.dup2(null, 2)
+    sys.stdout = sys.stderr = os.fdopen(null, "w")  # which may be something else than 1 and 2, as in notebooks
+
+
+def _address_space(field: str) -> int:
+    found = re.search(rf"{field}:\s+(\d+) kB", _STATUS.read_text(encoding="utf-8"))
+    assert found is not None
+    return int(found[1]) * 1024
+
+
+def _read(reading: int, timeout: float) -> bytes | None:
+    """All that is written until the other end closes; None if that takes too long."""
+    parts: list[bytes] = []
+    until = time.monotonic() + timeout
+    with os.fdopen(reading, "rb", buffering=0) as pipe:
+        while True:
+            ready, _, _ = select.select([pipe], [], [], max(0.0, until - time.monotonic()))
+            if not ready:
+                return None
+            if not (part := pipe.read(65536)):
+                return b"".join(parts)
+            parts.append(part)

@@ -1,0 +1,54 @@
+"""Ranks with unequal memory: ``python probing.py STRATEGY BUDGET_0 BUDGET_1 FOLDER`` saves what each of them finds."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+
+import lightning.pytorch as pl
+import torch
+from torch.utils.data import DataLoader, TensorDataset
+
+from lightning_fedscale import FederatedStrategy
+from lightning_fedscale.callbacks import MaxBatchProbe
+from tests.networks import Classifier, mlp, vectors
+
+
+class Watched(Classifier):
+    def __init__(self) -> None:
+        super().__init__(mlp())
+        self.sizes: list[int] = []
+
+    def training_step(self, batch, batch_idx):  # type: ignore[no-untyped-def]
+        self.sizes.append(len(batch[0]))
+        return super().training_step(batch, batch_idx)
+
+    def train_dataloader(self) -> DataLoader:  # type: ignore[type-arg]
+        return DataLoader(TensorDataset(*vectors(400)), 4)
+
+
+def main(kind: str, budgets: list[str], folder: Path) -> None:
+    rank = int(os.environ.get("LOCAL_RANK", 0))  # Lightning sets it for the processes that it starts
+    strategy = FederatedStrategy(num_clients=2, executor="sequential") if kind == "federated" else kind
+    probe, module = MaxBatchProbe(budget=int(budgets[rank]), headroom=0.0), Watched()
+    trainer = pl.Trainer(
+        strategy=strategy, accelerator="cpu", devices=2, max_epochs=1, callbacks=[probe], logger=False,
+        enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
+    )  # fmt: skip
+    found = {}
+    try:
+        trainer.fit(module)
+    except Exception as error:
+        found["error"] = str(error)
+    else:
+        found = {"max_batch": probe.result.max_batch, "limited_by": probe.result.limited_by, "sizes": module.sizes}
+    (folder / f"{rank}.json").write_text(json.dumps(found))
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    main(sys.argv[1], sys.argv[2:4], Path(sys.argv[4]))

@@ -1,0 +1,94 @@
+"""How real steps correct a prediction, with steps that only pretend."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lightning_fedscale.devices import DeviceClass, MemoryModel, estimate_memory, probe
+from lightning_fedscale.devices.probe import Measured, ProbeResult
+from tests.networks import Classifier, mlp, vectors
+
+MODEL = estimate_memory(Classifier(mlp()), vectors(2))
+
+
+def machine(factor: float, memory: float, seen: list[int], more: int = 0) -> Callable[[int], Measured]:
+    """Takes ``factor`` times what is predicted and some ``more``, and has so much memory."""
+
+    def measure(batch: int) -> Measured:
+        seen.append(batch)
+        peak = int(MODEL.peak(batch) * factor) + more
+        return Measured(peak <= memory, peak if peak <= memory else None, 0.5)
+
+    return measure
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    factor=st.floats(1, 1.8),
+    more=st.integers(0, 400_000),
+    limit=st.sampled_from([None, 50, 10**4]),
+    headroom=st.sampled_from([0.0, 0.1]),
+)
+def test_never_above_the_truth_and_at_most_two_steps(
+    factor: float, more: int, limit: int | None, headroom: float
+) -> None:
+    budget, seen = 5_000_000, []
+    found = probe(MODEL, budget, headroom=headroom, limit=limit, measure=machine(factor, budget, seen, more))
+    assert found.real_steps == len(seen) <= 2
+    assert MODEL.peak(found.max_batch) * factor + more <= budget * (1 + 1e-6)
+    if found.verified:
+        assert found.max_batch == max(n for n in seen if MODEL.peak(n) * factor + more <= budget)
+    if not found.out_of_memory and factor == 1 and limit is None:
+        assert MODEL.peak(found.max_batch + 1) + more > budget * (1 - headroom)  # all that an offset leaves
+
+
+def test_a_model_that_promises_too_little_is_believed() -> None:
+    """More than is predicted to fit is never tried, even where a step took less."""
+    found = probe(MODEL, 5_000_000, headroom=0.0, measure=machine(0.5, 5_000_000, []))
+    assert found.max_batch == MODEL.max_batch(5_000_000, headroom=0.0)
+
+
+def test_a_step_that_runs_out_of_memory_halves_once() -> None:
+    seen: list[int] = []
+    predicted = MODEL.max_batch(5_000_000, headroom=0.0)
+    found = probe(MODEL, 5_000_000, headroom=0.0, measure=machine(1.9, 3_000_000, seen))
+    assert seen == [predicted // 2, predicted // 4]
+    assert (found.max_batch, found.out_of_memory, found.verified) == (predicted // 4, 1, True)
+
+
+def test_two_that_do_are_an_error() -> None:
+    with pytest.raises(ValueError, match="something else uses this memory"):
+        probe(MODEL, 5_000_000, measure=machine(10, 5_000_000, []))
+
+
+def test_less_room_here_than_in_the_budget() -> None:
+    """A second copy of the weights lies beside the module, so the largest step cannot be tried, only be calculated."""
+    seen: list[int] = []
+    found = probe(MODEL, 5_000_000, headroom=0.0, measure=machine(1.0, 4_000_000, seen), physical=4_000_000)
+    assert MODEL.peak(max(seen)) <= 4_000_000 < MODEL.peak(found.max_batch)
+    assert found.max_batch == MODEL.max_batch(5_000_000, headroom=0.0)
+    assert found.measured_batch == max(seen)
+
+
+def test_prediction_alone() -> None:
+    found = probe(MODEL, 5_000_000, headroom=0.2, device_classes=[DeviceClass("d", 10**6, 1, 1, 1, 1)])
+    assert (found.real_steps, found.verified, found.measured_bytes) == (0, False, None)
+    assert found.predicted_bytes == sum(found.parts.values()) == MODEL.peak(found.max_batch) <= 4_000_000
+    assert found.predicted_bytes + found.bytes_per_sample > 4_000_000
+    assert found.predicted[found.max_batch] == found.predicted_bytes
+    assert found.device_classes == {"d": MODEL.max_batch(10**6, 0.2)}
+    assert ProbeResult(**found.state_dict()) == found
+    assert found.metrics()["probe/max_batch/d"] == MODEL.max_batch(10**6, 0.2)
+
+
+def test_limits_name_their_kind() -> None:
+    assert probe(MODEL, 10**9, limit=10).limited_by == "samples"
+    assert probe(MODEL, 10**6, limit=10**9).limited_by == "memory"
+
+
+def test_the_model_knows_its_type() -> None:
+    assert isinstance(MODEL, MemoryModel)
