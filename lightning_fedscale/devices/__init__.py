@@ -3,6 +3,7 @@
 from lightning_fedscale.devices.classes import CATALOGUE, DeviceClass, device_class
 from lightning_fedscale.devices.costs import StepCost
 from lightning_fedscale.devices.memory import ON_CLIENT, SIMULATED, MemoryModel, estimate_memory
+from lightning_fedscale.devices.performance import PerformanceModel, StepTime, StepTimes, fit_step_time
 from lightning_fedscale.devices.probe import ProbeResult, probe
 
 __all__ = [
@@ -11,9 +12,13 @@ __all__ = [
     "SIMULATED",
     "DeviceClass",
     "MemoryModel",
+    "PerformanceModel",
     "ProbeResult",
     "StepCost",
+    "StepTime",
+    "StepTimes",
     "device_class",
     "estimate_memory",
+    "fit_step_time",
     "probe",
 ]

@@ -40,3 +40,36 @@ def plot_memory(table: pd.DataFrame, budgets: dict[str, int]) -> Figure:
     handles, labels = axis.get_legend_handles_labels()
     axis.legend(handles[::-1], labels[::-1], loc="upper left", fontsize="small")
     return figure
+
+
+def plot_batches(table: pd.DataFrame, best: int, max_batch: int | None) -> Figure:
+    """Time against batch size, each curve relative to its smallest value, with the best batch and the largest marked.
+
+    Args:
+        table: as of `PerformanceModel.table`, in ascending order.
+        best: the batch to mark as best.
+        max_batch: the largest that fits, if known.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    axis = figure.add_subplot()
+    curves = {"seconds per round": table["seconds_per_round"]}
+    if "seconds_to_target" in table:
+        curves = {
+            "seconds to target": table["seconds_to_target"],
+            "rounds to target": table["rounds_to_target"],
+        } | curves
+    else:
+        curves = {"seconds per sample": 1 / table["samples_per_second"]} | curves
+    for number, (label, curve) in enumerate(curves.items()):
+        axis.plot(table.index, curve / curve.min(), label=label, linewidth=2.5 if number == 0 else 1.2)
+    axis.axvline(best, color="black", linewidth=1, label=f"best: {best}")
+    if max_batch is not None:
+        axis.axvline(max_batch, color="grey", linestyle="--", linewidth=1, label=f"largest: {max_batch}")
+    axis.set_xscale("log", base=2)
+    axis.set_yscale("log")
+    axis.set_xlabel("batch size of each client")
+    axis.set_ylabel("relative to the smallest")
+    axis.legend(fontsize="small")
+    return figure

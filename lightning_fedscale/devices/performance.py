@@ -1,0 +1,272 @@
+"""The parallel performance model: how long a round takes, how many are needed, and which batch is fastest in all."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple
+
+from lightning_fedscale.devices.classes import DeviceClass
+from lightning_fedscale.devices.costs import StepCost
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from matplotlib.figure import Figure
+
+
+class StepTime(NamedTuple):
+    """Seconds of a local step as a line in its batch, ``fixed + per_sample * batch``.
+
+    Attributes:
+        fixed: seconds that every step takes, whatever its batch.
+        per_sample: seconds for each sample in it.
+        residual: root mean square of the relative errors of the fit; 0 for a line that was not fitted.
+        identified: whether the measurements tell the two apart. If all batches were of one size they do not, and only
+            times of that size mean anything.
+        measurements: how many there were.
+    """
+
+    fixed: float
+    per_sample: float
+    residual: float = 0.0
+    identified: bool = True
+    measurements: int = 0
+
+    def seconds(self, samples: float, steps: float = 1) -> float:
+        """Time of so many steps over so many samples in all."""
+        return self.fixed * steps + self.per_sample * samples
+
+
+class StepTimes(NamedTuple):
+    """Measurements of steps, as the sums that a fit needs: so they are added one by one and kept in no list.
+
+    Example:
+        >>> times = StepTimes().add(steps=1, samples=10, seconds=0.3).add(steps=2, samples=80, seconds=1.2)
+        >>> fitted = times.fit()
+        >>> round(fitted.fixed, 3), round(fitted.per_sample, 3)
+        (0.2, 0.01)
+    """
+
+    measurements: int = 0
+    steps_squared: float = 0.0
+    both: float = 0.0
+    samples_squared: float = 0.0
+    steps: float = 0.0
+    samples: float = 0.0
+
+    def add(self, *, steps: float, samples: float, seconds: float) -> StepTimes:
+        """One more measurement: a single step, or all steps of a client in a round.
+
+        Measurements count by their relative error, so that long ones do not drown short ones. One that took no time
+        or whose time is not finite says nothing and is left out.
+        """
+        if not (0 < seconds < math.inf and steps > 0):
+            return self
+        n, s = steps / seconds, samples / seconds
+        return StepTimes(
+            self.measurements + 1,
+            self.steps_squared + n * n,
+            self.both + n * s,
+            self.samples_squared + s * s,
+            self.steps + n,
+            self.samples + s,
+        )
+
+    def fit(self) -> StepTime:
+        """The line with the smallest relative errors, neither part of it negative.
+
+        Minimizes ``sum ((fixed * steps + per_sample * samples) / seconds - 1)^2``.
+
+        Raises:
+            ValueError: without any measurement.
+        """
+        if not self.measurements:
+            raise ValueError("StepTimes: no step has been measured yet.")
+        determinant = self.steps_squared * self.samples_squared - self.both**2
+        identified = determinant > 1e-9 * self.steps_squared * self.samples_squared
+        only_samples = 0.0, self.samples / self.samples_squared if self.samples_squared else 0.0
+        only_steps = self.steps / self.steps_squared, 0.0
+        candidates = [only_steps, only_samples]
+        if identified:
+            fixed = (self.steps * self.samples_squared - self.samples * self.both) / determinant
+            per_sample = (self.samples * self.steps_squared - self.steps * self.both) / determinant
+            if fixed >= 0 and per_sample >= 0:
+                candidates = [(fixed, per_sample)]
+        best = min(candidates, key=lambda line: self._squares(*line))
+        residual = math.sqrt(max(0.0, self._squares(*best)) / self.measurements)
+        return StepTime(*best, residual, identified, self.measurements)
+
+    def _squares(self, fixed: float, per_sample: float) -> float:
+        quadratic = self.steps_squared * fixed**2 + 2 * self.both * fixed * per_sample
+        quadratic += self.samples_squared * per_sample**2
+        return quadratic - 2 * self.steps * fixed - 2 * self.samples * per_sample + self.measurements
+
+
+def fit_step_time(batches: Iterable[float], seconds: Iterable[float]) -> StepTime:
+    """`StepTimes.fit` of single steps.
+
+    Example:
+        >>> fit_step_time([8, 16], [1.0, 1.5]).fixed
+        0.5
+    """
+    times = StepTimes()
+    for batch, took in zip(batches, seconds, strict=True):
+        times = times.add(steps=1, samples=batch, seconds=took)
+    return times.fit()
+
+
+def roofline(cost: StepCost, device: DeviceClass) -> float:
+    """Seconds of a step on a device that computes and moves at its peak: whichever of the two takes longer.
+
+    ``max(flops / device.flops, bytes_moved / device.memory_bandwidth)`` (Williams, Waterman, Patterson 2009).
+    """
+    return max(cost.flops / device.flops, cost.bytes_moved / device.memory_bandwidth)
+
+
+def roofline_step_time(cost_of: Callable[[int], StepCost], device: DeviceClass, batches: tuple[int, int]) -> StepTime:
+    """The line through a device's `roofline` at two batch sizes, for devices that are not here.
+
+    Args:
+        cost_of: cost of a step by batch size, such as `MemoryModel.cost`.
+        device: the device.
+        batches: the smaller and the larger one of the sizes that matter.
+    """
+    low, high = batches
+    first, last = roofline(cost_of(low), device), roofline(cost_of(high), device)
+    per_sample = (last - first) / (high - low)
+    return StepTime(max(0.0, first - per_sample * low), per_sample)
+
+
+@dataclass(frozen=True)
+class PerformanceModel:
+    """Time to a target as the product of seconds per round and rounds to the target.
+
+    Seconds: ``H (t_f + t_1 b) + t_sync`` with H local steps of batch b. Rounds: an optimizer needs
+    ``S_min (1 + B_noise / (K b))`` steps when K clients average batches of b samples (McCandlish et al. 2018,
+    1812.06162); B_noise is the gradient noise scale, below which larger batches save steps in proportion, and far above
+    which they save none.
+
+    Attributes:
+        step: seconds of a local step.
+        sync: seconds that the exchange of a round takes, or a function of the number of clients that gives them.
+        noise_scale: B_noise in samples; None if unknown.
+        max_batch: largest batch that fits; None for any.
+
+    Raises:
+        ValueError: for a noise scale or a largest batch that is not positive.
+
+    Example:
+        >>> model = PerformanceModel(StepTime(fixed=0.02, per_sample=0.001), sync=0.1, noise_scale=800)
+        >>> model.best_batch(clients=4, local_steps=5)
+        89
+        >>> round(model.time_per_round(89, clients=4, local_steps=5), 3)
+        0.645
+    """
+
+    step: StepTime
+    sync: float | Callable[[int], float] = 0.0
+    noise_scale: float | None = None
+    max_batch: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("noise_scale", "max_batch"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise ValueError(f"{name}={value!r}: pass more than 0, or None if it is not known.")
+
+    def time_per_round(self, batch: int, clients: int, local_steps: int = 1) -> float:
+        """Seconds of a round: all clients compute at the same time, then exchange."""
+        return local_steps * self.step.seconds(batch) + self._sync(clients)
+
+    def rounds_to_target(self, batch: int, clients: int, local_steps: int = 1, min_steps: float = 1.0) -> float:
+        """Rounds until a target is reached, ``S_min (1 + B_noise / (K b)) / H``; steps are worth the same in any round.
+
+        Args:
+            batch: samples per client and step.
+            clients: K.
+            local_steps: H.
+            min_steps: steps that infinitely large batches would need; with 1 the answer is in these units.
+
+        Raises:
+            ValueError: without a noise scale.
+        """
+        if self.noise_scale is None:
+            raise ValueError(
+                "noise_scale=None: without the gradient noise scale nobody knows how many steps are needed."
+            )
+        return min_steps * (1 + self.noise_scale / (clients * batch)) / local_steps
+
+    def seconds_to_target(self, batch: int, clients: int, local_steps: int = 1, min_steps: float = 1.0) -> float:
+        """`rounds_to_target` times `time_per_round`; see there."""
+        rounds = self.rounds_to_target(batch, clients, local_steps, min_steps)
+        return rounds * self.time_per_round(batch, clients, local_steps)
+
+    def best_batch(self, clients: int, local_steps: int = 1, work_share: float = 0.5) -> int:
+        """The batch that reaches the target first.
+
+        With the noise scale, ``b* = sqrt(B_noise t_f / (K t_1))`` where ``t_f`` includes the exchange, spread over the
+        local steps, rounded to the better neighbour. Without it, the knee: the smallest batch at which a share
+        ``work_share`` of the time goes into samples, since larger ones hardly process samples faster. At most
+        ``max_batch``.
+
+        Args:
+            clients: K.
+            local_steps: H.
+            work_share: which share, above 0 and below 1; matters only without a noise scale.
+
+        Raises:
+            ValueError: if nothing bounds the batch: steps that cost the same for any batch and no ``max_batch``.
+        """
+        if not 0 < work_share < 1:
+            raise ValueError(f"work_share={work_share!r}: pass a share above 0 and below 1.")
+        fixed, per_sample = self.step.fixed + self._sync(clients) / local_steps, self.step.per_sample
+        if per_sample <= 0:
+            if self.max_batch is None:
+                raise ValueError(
+                    "max_batch=None: these steps take the same time for any batch, so the largest is the fastest; say"
+                    " how large it may be."
+                )
+            return self.max_batch
+        if self.noise_scale is None:
+            return self._clipped(math.ceil(work_share / (1 - work_share) * fixed / per_sample * (1 - 1e-12)))
+        best = math.sqrt(self.noise_scale * fixed / (clients * per_sample))
+        neighbours = {self._clipped(math.floor(best)), self._clipped(math.ceil(best))}
+        return min(sorted(neighbours), key=lambda batch: self.seconds_to_target(batch, clients, local_steps))
+
+    def table(self, batches: Sequence[int], clients: int, local_steps: int = 1, min_steps: float = 1.0) -> pd.DataFrame:
+        """Seconds per round, samples per second and, with a noise scale, rounds and seconds to the target, by batch."""
+        import pandas as pd
+
+        rows = []
+        for batch in batches:
+            seconds = self.time_per_round(batch, clients, local_steps)
+            row = {"batch": batch, "seconds_per_round": seconds}
+            row["samples_per_second"] = clients * local_steps * batch / seconds if seconds else math.inf
+            if self.noise_scale is not None:
+                row["rounds_to_target"] = self.rounds_to_target(batch, clients, local_steps, min_steps)
+                row["seconds_to_target"] = self.seconds_to_target(batch, clients, local_steps, min_steps)
+            rows.append(row)
+        return pd.DataFrame(rows).set_index("batch")
+
+    def plot(self, clients: int, local_steps: int = 1, batches: Sequence[int] | None = None) -> Figure:
+        """Time to the target and its two factors against the batch; time per sample if no noise scale is known.
+
+        Args:
+            clients: K.
+            local_steps: H.
+            batches: the sizes to show; None for powers of two around the best.
+        """
+        from lightning_fedscale.devices.plots import plot_batches
+
+        best = self.best_batch(clients, local_steps)
+        if batches is None:
+            most = self.max_batch or 16 * best
+            batches = sorted({*(2**n for n in range(most.bit_length())), best, most})
+        return plot_batches(self.table(batches, clients, local_steps), best, self.max_batch)
+
+    def _sync(self, clients: int) -> float:
+        return self.sync(clients) if callable(self.sync) else self.sync
+
+    def _clipped(self, batch: int) -> int:
+        return max(1, batch if self.max_batch is None else min(batch, self.max_batch))
