@@ -10,6 +10,7 @@ from typing import Any, Literal, NamedTuple
 
 from lightning_fedscale import aggregators
 from lightning_fedscale.aggregators import Aggregator
+from lightning_fedscale.devices import Population
 from lightning_fedscale.memory import parse_bytes
 from lightning_fedscale.partitioners import Partition, Partitioner, by_name, check_partition
 from lightning_fedscale.partitioners.checks import integer
@@ -42,6 +43,7 @@ class Arguments(NamedTuple):
     cache_dataset: bool | Literal["auto"]
     client_log_every_n: int | None
     client_state_memory: int | None
+    population: Population | None
     seed: int
 
     def cohort_size(self, num_clients: int) -> int:
@@ -110,6 +112,7 @@ def check(
     cache_dataset: bool | Literal["auto"],
     client_log_every_n: int | None,
     client_state_memory: int | str,
+    population: Population | None,
     seed: int,
 ) -> Arguments:
     """Check all arguments that can be judged without data.
@@ -170,6 +173,10 @@ def check(
         )
     if executor not in ("auto", "sequential", "vectorized"):
         raise ValueError(f"executor={executor!r}: choose 'auto', 'sequential' or 'vectorized'.")
+    if population is not None and not isinstance(population, Population):
+        raise TypeError(
+            f"population={population!r}: pass a devices.Population, Population({{'phone': 0.7, 'jetson': 0.3}})."
+        )
     if cache_dataset not in ("auto", True, False):
         raise ValueError(f"cache_dataset={cache_dataset!r}: choose 'auto', True or False.")
     return Arguments(
@@ -188,6 +195,7 @@ def check(
         cache_dataset=cache_dataset if cache_dataset == "auto" else bool(cache_dataset),
         client_log_every_n=None if client_log_every_n is None else integer("client_log_every_n", client_log_every_n),
         client_state_memory=parse_bytes("client_state_memory", client_state_memory),
+        population=population,
         seed=integer("seed", seed, minimum=0),
     )
 

@@ -62,6 +62,7 @@ def federated_state(
     clients: dict[str, Any],
     local_batches: int,
     executor: str | None,
+    simulated: float,
 ) -> dict[str, Any]:
     """What ``checkpoint["federated"]`` holds: tensors and primitives, loadable with ``weights_only=True``."""
     return {
@@ -75,6 +76,7 @@ def federated_state(
         "clients": clients,
         "local_batches": local_batches,
         "executor": executor,
+        "simulated": simulated,
     }
 
 
@@ -113,9 +115,9 @@ def changed_settings(saved: dict[str, Any], now: dict[str, Any]) -> str | None:
         'torch uses 1 thread(s) now and 2 in the checkpoint: the last bits may differ, torch.set_num_threads sets them.'
     """
     others = [
-        f"{name}={now[name]} differs from {saved[name]}"
+        f"{name}={now[name]} differs from {saved.get(name)}"
         for name in now
-        if name != "threads" and saved[name] != now[name]
+        if name != "threads" and saved.get(name) != now[name]
     ]
     if others:
         return f"{', '.join(others)} in the checkpoint: from here on the run is another one."

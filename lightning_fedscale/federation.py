@@ -12,7 +12,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -21,6 +21,9 @@ from lightning_fedscale.arguments import Arguments
 from lightning_fedscale.checkpointing import changed_settings, check_resume, federated_state
 from lightning_fedscale.clients import ClientStore, OptimizerKeeper, StateStore, tiers_of
 from lightning_fedscale.custody import Custody
+from lightning_fedscale.devices import ON_CLIENT, estimate_memory
+from lightning_fedscale.devices.fleet import Fleet
+from lightning_fedscale.devices.samples import largest_sample
 from lightning_fedscale.executors import (
     Ballot,
     ClientLog,
@@ -35,6 +38,7 @@ from lightning_fedscale.executors import (
     no_batch_left,
 )
 from lightning_fedscale.global_model import GlobalModel
+from lightning_fedscale.memory import format_bytes
 from lightning_fedscale.partitioners import Partition
 from lightning_fedscale.progress import ClientProgress
 from lightning_fedscale.records import RoundTable
@@ -93,6 +97,7 @@ class Federation:
         self._open: _OpenRound | None = None
         self._live: tuple[Exchange, Tensor] | None = None  # the global model, while the module holds a client's
         self._progress: ClientProgress
+        self._simulated = 0.0  # seconds, over all rounds
         self.local_accumulation = 1
         self.last_round: RoundRecord | None = None
 
@@ -138,6 +143,41 @@ class Federation:
         self._check_resumed()
         return RoundLoader(workload.loader, self._options.rounds_per_epoch, self.open_round)
 
+    def equip(self) -> None:
+        """Give the clients their simulated hardware, if there is a population; before the first round.
+
+        Raises:
+            ValueError: if a device class does not hold the model.
+        """
+        population, work = self._options.population, self._work
+        if population is None or work is None or work.fleet is not None:
+            return
+        trainer = self._trainer
+        with randomness.untouched():
+            sample = largest_sample(work.loader.dataset).sample
+            model = estimate_memory(
+                trainer.lightning_module,
+                work.loader.collate([sample] * 2),
+                precision=str(trainer.precision),
+                accumulate=self.local_accumulation,
+                device="cpu",
+                extras=ON_CLIENT,
+                trainer=trainer,
+            )
+            duty = work.duty(exchange_of(trainer.lightning_module).message_bytes)
+            work.fleet = Fleet(population, model, work.partition.num_clients, duty)
+        for name, row in work.fleet.table().iterrows():
+            rank_zero_info(
+                f"Federated: {row['clients']:,.0f} clients on {name} train with batches of {row['batch_size']:,.0f}"
+                f" ({format_bytes(row['peak_bytes'])} of {format_bytes(row['memory'])},"
+                f" {row['samples_per_second']:,.0f} samples/s)."
+            )
+
+    @property
+    def fleet(self) -> Fleet | None:
+        """The clients' simulated hardware, None without a population or before the first round."""
+        return None if self._work is None else self._work.fleet
+
     @property
     def partition(self) -> Partition | None:
         """Which samples each client holds; None before the data was seen."""
@@ -157,6 +197,7 @@ class Federation:
     def open_round(self) -> Any:
         """Plan the next round and fetch the first batch of this rank's first client, under that client's randomness."""
         assert self._work is not None
+        self.equip()
         round, started = self._next_round(), time.perf_counter()
         plan = self._work.plan(round)
         clients = plan.clients_of(self._rank)
@@ -258,8 +299,9 @@ class Federation:
             self._commit(opened.plan, table)
             self._executor.settle(Ballot(*table.ballot()))
         norm = float(torch.linalg.vector_norm(aggregate[: exchange.view.trainable]))
-        self.last_round = record = table.record(norm, exchange.message_bytes)
+        self.last_round = record = table.record(norm, exchange.message_bytes, self._simulated)
         if training:
+            self._simulated += 0.0 if record.simulated is None else record.simulated.seconds
             self._log.commit(int(record.local_steps.sum()))
         return {} if record.loss != record.loss else {"loss": torch.tensor(record.loss, device=self._device)}
 
@@ -433,6 +475,7 @@ class Federation:
             clients=clients,
             local_batches=self._log.local_batches,
             executor=self._executor.kind if self._options.executor == "auto" else None,
+            simulated=self._simulated,
         )
 
     def _settings(self) -> dict[str, Any]:
@@ -444,6 +487,7 @@ class Federation:
             "local_steps": options.local_steps,
             "rounds_per_epoch": options.rounds_per_epoch,
             "client_optimizer": "keep" if options.keep_optimizers else "reset",
+            "population": None if options.population is None else options.population.description(),
             "threads": torch.get_num_threads(),
         }
 
@@ -468,6 +512,7 @@ class Federation:
             self._custody.reset()
         self._global.load_state(state["server"], self._device)
         self._log.local_batches = state.get("local_batches", 0)
+        self._simulated = state.get("simulated", 0.0)
 
     def _check_resumed(self) -> None:
         # A checkpoint from before the data was seen (a learning-rate search writes one) has nothing to compare.

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -10,7 +12,7 @@ import torch
 from torch import Tensor
 
 # The first key of every stream, so that no two purposes ever share one.
-COHORT, ORDER, CLIENT, BATCH, LOADER, CACHE = range(6)
+COHORT, ORDER, CLIENT, BATCH, LOADER, CACHE, HARDWARE, AVAILABILITY = range(8)
 
 
 def derive(seed: int, purpose: int, *keys: int) -> int:
@@ -73,3 +75,18 @@ def seed_globals(seed: int, device: torch.device) -> None:
     if device.type == "cuda":
         with torch.cuda.device(device):
             torch.cuda.manual_seed(seed)
+
+
+@contextmanager
+def untouched() -> Iterator[None]:
+    """Python's, numpy's and torch's global generators, of all devices, are afterwards where they were."""
+    python, numpy, cpu = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else None  # type: ignore[no-untyped-call]
+    try:
+        yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)
+        torch.set_rng_state(cpu)
+        if cuda is not None:
+            torch.cuda.set_rng_state_all(cuda)

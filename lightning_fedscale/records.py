@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lightning_fedscale.rounds import RoundPlan
-from lightning_fedscale.types import ClientUpdate, Cursor, FloatArray, RoundRecord
+from lightning_fedscale.types import ClientUpdate, Cursor, FloatArray, RoundRecord, SimulatedRound
 
 _COLUMNS = (
     "weight", "samples", "steps", "loss", "norm", "seconds", "rejected", "pass", "batch", "scale", "growth",
@@ -129,12 +129,13 @@ class RoundTable:
         scale = self._column("scale")
         return float(scale.min()), float(self._column("growth")[scale == scale.min()].min())
 
-    def record(self, delta_norm: float, message_bytes: int) -> RoundRecord:
+    def record(self, delta_norm: float, message_bytes: int, simulated_before: float = 0.0) -> RoundRecord:
         """The round in numbers.
 
         Args:
             delta_norm: L2 norm of the aggregated pseudo-gradient.
             message_bytes: what one client sends and receives.
+            simulated_before: simulated seconds of all rounds before this one.
         """
         weights, norms, losses = self._column("weight"), self._column("norm"), self._column("loss")
         samples = self._column("samples")
@@ -162,7 +163,16 @@ class RoundTable:
             seconds=slowest,
             padding=max(0.0, 1.0 - _sum(self._column("steps")) / self._slots[0]) if self._slots[0] else 0.0,
             idle=1.0 - float(self._busy.mean()) / slowest if slowest > 0 else 0.0,
+            simulated=self._simulated(simulated_before),
         )
+
+    def _simulated(self, before: float) -> SimulatedRound | None:
+        if self._plan.simulated is None:
+            return None
+        selection, batch_sizes = self._plan.simulated
+        seconds = selection.round_seconds
+        dropped = tuple(selection.dropped.tolist())
+        return SimulatedRound(seconds, before + seconds, batch_sizes, selection.seconds, dropped)
 
     def _column(self, name: str) -> FloatArray:
         return self._rows[:, _COLUMNS.index(name)].copy()

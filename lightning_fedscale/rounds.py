@@ -9,16 +9,25 @@ from typing import NamedTuple
 import numpy as np
 
 from lightning_fedscale import randomness
+from lightning_fedscale.devices.population import Selection
 from lightning_fedscale.samplers import Sampler
 from lightning_fedscale.types import Cursor, IntArray
 
 
+class Simulated(NamedTuple):
+    """What a round would be on the clients' own hardware: who counts and when, and the batches of those."""
+
+    selection: Selection
+    batch_sizes: IntArray
+
+
 class RoundPlan(NamedTuple):
-    """The cohort of a round and the rank that trains each client."""
+    """The cohort of a round and the rank that trains each client; with simulated hardware, how that turned out."""
 
     round: int
     cohort: IntArray
     ranks: IntArray
+    simulated: Simulated | None = None
 
     def clients_of(self, rank: int) -> list[int]:
         """The clients that ``rank`` trains, in cohort order."""
@@ -63,6 +72,7 @@ def plan_round(
     clients_per_round: int,
     cost: Callable[[IntArray], IntArray],
     world_size: int,
+    simulate: Callable[[IntArray], Simulated] | None = None,
 ) -> RoundPlan:
     """Sample the cohort of a round and place it on the ranks, in time proportional to the cohort.
 
@@ -71,9 +81,10 @@ def plan_round(
         seed: the strategy's seed.
         sampler: chooses the cohort.
         num_clients: number of registered clients.
-        clients_per_round: number of clients wanted.
+        clients_per_round: number of clients asked.
         cost: work of given clients, in any unit, to balance the ranks by.
         world_size: number of ranks.
+        simulate: who of those that are asked takes part; None for all.
 
     Raises:
         TypeError: if the sampler's answer is not a one-dimensional array of integers.
@@ -104,7 +115,10 @@ def plan_round(
             f"sampler={sampler!r} must return distinct clients below {num_clients} in ascending order, got"
             f" {cohort.tolist()[:10]} for round {round}."
         )
-    return RoundPlan(round, cohort, place_longest_first(cost(cohort), world_size))
+    simulated = None if simulate is None else simulate(cohort)
+    if simulated is not None:
+        cohort = simulated.selection.clients
+    return RoundPlan(round, cohort, place_longest_first(cost(cohort), world_size), simulated)
 
 
 def place_longest_first(costs: IntArray, world_size: int) -> IntArray:

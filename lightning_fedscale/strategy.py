@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from contextlib import ExitStack
 from datetime import timedelta
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import lightning.pytorch as pl
 import torch
@@ -24,12 +24,16 @@ from torch import Tensor, nn
 from lightning_fedscale import arguments, refusals, samplers, server
 from lightning_fedscale.aggregators import Aggregator
 from lightning_fedscale.checkpointing import AtomicCheckpointIO
+from lightning_fedscale.devices import Population
 from lightning_fedscale.executors import LocalBatchHooks, RoundEnd, RoundLoops, close_finished_epoch
 from lightning_fedscale.federation import Federation
 from lightning_fedscale.partitioners import Partition, Partitioner
 from lightning_fedscale.samplers import Sampler
 from lightning_fedscale.server import ServerOptimizer
 from lightning_fedscale.types import RoundRecord
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 _THIRTY_MINUTES = timedelta(minutes=30)
 
@@ -78,6 +82,9 @@ class FederatedStrategy(DDPStrategy):
             None logs the last ones of each round only, as Lightning does.
         client_state_memory: most memory for what clients keep between rounds, as bytes or "4GiB"; what exceeds it goes
             to memory-mapped temporary files, least recently used first. "auto" is a quarter of what is free.
+        population: the hardware of the clients, simulated: each trains with the batch that its device holds, takes the
+            time that its device would, and may miss a deadline; see `lightning_fedscale.devices.Population`. Adds
+            ``round/simulated_seconds``, ``round/simulated_total`` and ``round/dropped``.
         seed: everything random about the federation follows from it: cohorts, batch order, clients' own randomness.
         accelerator: as for DDP; set by the Trainer.
         parallel_devices: as for DDP; set by the Trainer.
@@ -120,6 +127,7 @@ class FederatedStrategy(DDPStrategy):
         cache_dataset: bool | Literal["auto"] = "auto",
         client_log_every_n: int | None = None,
         client_state_memory: int | str = "auto",
+        population: Population | None = None,
         seed: int = 0,
         accelerator: pl.accelerators.Accelerator | None = None,
         parallel_devices: list[torch.device] | None = None,
@@ -157,6 +165,7 @@ class FederatedStrategy(DDPStrategy):
             cache_dataset=cache_dataset,
             client_log_every_n=client_log_every_n,
             client_state_memory=client_state_memory,
+            population=population,
             seed=seed,
         )
         self._federation: Federation | None = None
@@ -177,6 +186,24 @@ class FederatedStrategy(DDPStrategy):
     def num_clients(self) -> int | None:
         """Number of registered clients; None before ``fit`` has seen the data if these decide."""
         return self._options.num_clients if self.partition is None else self.partition.num_clients
+
+    @property
+    def population(self) -> Population | None:
+        """The clients' simulated hardware, as it was given."""
+        return self._options.population
+
+    def population_table(self) -> pd.DataFrame:
+        """The population's device classes in numbers, one row each: clients, batch sizes, peak memory, simulated speed.
+
+        Raises:
+            RuntimeError: without a population, or before ``fit`` has seen the data.
+        """
+        fleet = None if self._federation is None else self._federation.fleet
+        if fleet is None:
+            raise RuntimeError(
+                "population_table: there is one once fit has begun with FederatedStrategy(population=...)."
+            )
+        return fleet.table()
 
     @property
     def local_accumulation(self) -> int:
@@ -250,6 +277,8 @@ class FederatedStrategy(DDPStrategy):
             ValueError: with the reason and the remedy.
         """
         refusals.check_loaders_and_schedulers(self._trainer_of_fit)
+        assert self._federation is not None
+        self._federation.equip()
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Gradient accumulation happens inside clients; a round is never accumulated."""

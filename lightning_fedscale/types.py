@@ -52,6 +52,24 @@ class ClientUpdate(NamedTuple):
         return math.isfinite(self.norm)
 
 
+class SimulatedRound(NamedTuple):
+    """A round on the clients' own hardware, as a population simulates it.
+
+    Attributes:
+        seconds: until the server closed the round.
+        total: the same, summed over all rounds so far.
+        batch_sizes: of each client of the cohort.
+        client_seconds: of each client of the cohort, from the first byte received to the last byte sent.
+        dropped: clients that were asked but did not answer, came too late, or were not needed any more.
+    """
+
+    seconds: float
+    total: float
+    batch_sizes: IntArray
+    client_seconds: FloatArray
+    dropped: tuple[int, ...]
+
+
 @dataclass(frozen=True)
 class RoundRecord:
     """What happened in a finished round; the same on every rank, as ``trainer.strategy.last_round``.
@@ -79,6 +97,7 @@ class RoundRecord:
         padding: share of the waves' room in which no client trained, since those side by side have unequal numbers of
             batches; 0 when clients train one after the other.
         idle: share of the ranks' time spent waiting for the slowest one, 0 to 1.
+        simulated: the round on the clients' own hardware; None without a population.
     """
 
     round: int
@@ -99,6 +118,7 @@ class RoundRecord:
     seconds: float
     padding: float
     idle: float
+    simulated: SimulatedRound | None = None
 
     def metrics(self) -> dict[str, float]:
         """The scalars that are logged every round, by their logged names; an unknown loss is left out."""
@@ -116,6 +136,12 @@ class RoundRecord:
             "round/padding": self.padding,
             "round/idle": self.idle,
         }
+        if self.simulated is not None:
+            values |= {
+                "round/simulated_seconds": self.simulated.seconds,
+                "round/simulated_total": self.simulated.total,
+                "round/dropped": float(len(self.simulated.dropped)),
+            }
         if np.isnan(self.loss):
             del values["round/loss"]
         return values

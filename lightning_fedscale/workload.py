@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from functools import partial
+
+import numpy as np
 import torch
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from lightning_fedscale import randomness
 from lightning_fedscale.arguments import Arguments, name_clients
+from lightning_fedscale.devices.fleet import Duty, Fleet
 from lightning_fedscale.executors import ClientLoader
-from lightning_fedscale.rounds import LocalWork, RoundPlan, epochs_from, pass_order, plan_round, steps_from
-from lightning_fedscale.types import Cursor, IntArray
+from lightning_fedscale.rounds import LocalWork, RoundPlan, Simulated, epochs_from, pass_order, plan_round, steps_from
+from lightning_fedscale.types import Cursor, FloatArray, IntArray
 
 
 class Workload:
@@ -23,6 +28,9 @@ class Workload:
         share: share or number of each client's batches to use.
         device: where clients train.
         show_progress: whether long work shows a bar.
+
+    Attributes:
+        fleet: the clients' simulated hardware, once it is known; decides their batch sizes and who comes in time.
 
     Raises:
         TypeError, ValueError: for data that cannot be divided as asked; names what is wrong and the remedy.
@@ -42,6 +50,8 @@ class Workload:
         batch_norm = any(isinstance(part, torch.nn.modules.batchnorm._BatchNorm) for part in module.modules())
         self.loader = ClientLoader(loader, share=share, merge_single=batch_norm)
         self.partition = options.partition(self.loader.dataset)
+        self.fleet: Fleet | None = None
+        self._passes: dict[tuple[int, int], tuple[int, int]] = {}
         self._options = options
         self._world_size = world_size
         self._cohort_size = options.cohort_size(self.partition.num_clients)
@@ -57,6 +67,7 @@ class Workload:
 
     def _check(self, batch_norm: bool) -> None:
         sizes, cohort_size = self.partition.sizes, self._cohort_size
+        self._check_population()
         if cohort_size < self._world_size:
             raise ValueError(
                 f"clients_per_round={cohort_size} is fewer than the {self._world_size} ranks (devices x nodes): every"
@@ -74,17 +85,70 @@ class Workload:
                 " may refuse a batch of one: use a partitioner with min_partition_size=2."
             )
 
+    def _check_population(self) -> None:
+        population = self._options.population
+        if population is None:
+            return
+        if self.loader.cuts_anew and population.batch_size != "loader":
+            raise ValueError(
+                f"population: batch_size={population.batch_size!r} with a batch_sampler of your own, which alone"
+                " decides what a batch is: pass Population(..., batch_size='loader') or a DataLoader with a batch_size."
+            )
+        if population.may_drop and population.min_clients < self._world_size:
+            raise ValueError(
+                f"population: min_clients={population.min_clients} is fewer than the {self._world_size} ranks (devices"
+                " x nodes), and clients may be dropped until a rank has none: pass"
+                f" Population(..., min_clients={self._world_size}) or use fewer devices."
+            )
+
+    def duty(self, message_bytes: int) -> Duty:
+        """What clients do in a round, for those who simulate their hardware."""
+        options, sizes = self._options, self.partition.sizes
+        per_pass = float(sizes.mean()) / self.loader.batch_size
+        steps = options.local_steps if options.local_steps is not None else (options.local_epochs or 1) * per_pass
+        return Duty(self._cohort_size, steps, self.loader.batch_size, int(sizes.max()), message_bytes)
+
     def plan(self, round: int) -> RoundPlan:
         """The cohort of a round and where each client trains."""
+        asked, simulate = self._cohort_size, None
+        if (fleet := self.fleet) is not None:
+            asked = fleet.population.asked(self._cohort_size, self.partition.num_clients)
+            simulate = partial(self._simulate, fleet, round)
         return plan_round(
             round,
             seed=self._options.seed,
             sampler=self._options.sampler,
             num_clients=self.partition.num_clients,
-            clients_per_round=self._cohort_size,
+            clients_per_round=asked,
             cost=self._cost,
             world_size=self._world_size,
+            simulate=simulate,
         )
+
+    def _simulate(self, fleet: Fleet, round: int, clients: IntArray) -> Simulated:
+        steps, samples = self._amounts(fleet, clients)
+        selection = fleet.select(self._options.seed, round, clients, steps, samples, self._cohort_size)
+        return Simulated(selection, fleet.batch_sizes_of(selection.clients))
+
+    def _amounts(self, fleet: Fleet, clients: IntArray) -> tuple[FloatArray, FloatArray]:
+        """Local batches of each client in a round, and samples over all of them."""
+        passes = [self._pass(int(size), fleet.batch_size(client)) for client, size in self._held(clients)]
+        steps, samples = np.array(passes, dtype=np.float64).T
+        if self._options.local_steps is not None:
+            # Where in its data a client goes on does not matter here: it meets full and last batches as they come.
+            return np.full(len(passes), float(self._options.local_steps)), samples / steps * self._options.local_steps
+        assert self._options.local_epochs is not None
+        return steps * self._options.local_epochs, samples * self._options.local_epochs
+
+    def _pass(self, held: int, batch_size: int) -> tuple[int, int]:
+        if (held, batch_size) not in self._passes:
+            batches = self.loader.batches(np.arange(held), batch_size)
+            self._passes[held, batch_size] = len(batches), sum(map(len, batches))
+        return self._passes[held, batch_size]
+
+    def _held(self, clients: IntArray) -> Iterator[tuple[int, int]]:
+        offsets = self.partition.offsets
+        return zip(clients.tolist(), (offsets[clients + 1] - offsets[clients]).tolist(), strict=True)
 
     def _cost(self, clients: IntArray) -> IntArray:
         # By samples; with local_steps every client does the same work. Not `partition.sizes`: that is of all clients.
@@ -104,9 +168,8 @@ class Workload:
 
         def batches_of(number: int) -> list[list[int]]:
             shuffle = self.loader.shuffle
-            return self.loader.batches(
-                pass_order(indices, shuffle=shuffle, seed=self._seed, client=client, number=number)
-            )
+            order = pass_order(indices, shuffle=shuffle, seed=self._seed, client=client, number=number)
+            return self.loader.batches(order, None if self.fleet is None else self.fleet.batch_size(client))
 
         if options.local_steps is not None:
             batches, cursor = steps_from(cursor, options.local_steps, batches_of)

@@ -4,6 +4,7 @@ from lightning_fedscale.devices.classes import CATALOGUE, DeviceClass, device_cl
 from lightning_fedscale.devices.costs import StepCost
 from lightning_fedscale.devices.memory import ON_CLIENT, SIMULATED, MemoryModel, estimate_memory
 from lightning_fedscale.devices.performance import PerformanceModel, StepTime, StepTimes, fit_step_time
+from lightning_fedscale.devices.population import Population
 from lightning_fedscale.devices.probe import ProbeResult, probe
 
 __all__ = [
@@ -13,6 +14,7 @@ __all__ = [
     "DeviceClass",
     "MemoryModel",
     "PerformanceModel",
+    "Population",
     "ProbeResult",
     "StepCost",
     "StepTime",

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import copy
 import inspect
-import random
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensorMode
@@ -20,6 +18,7 @@ from torchmetrics import Metric, MetricCollection
 from lightning_fedscale.devices.batches import resized, samples_in
 from lightning_fedscale.devices.costs import StepCost
 from lightning_fedscale.devices.tracker import BATCH, GRADIENTS, OPTIMIZER, PARAMETERS, MemoryTracker, Peak
+from lightning_fedscale.randomness import untouched
 
 MIXED = {"16-mixed": torch.float16, "bf16-mixed": torch.bfloat16}
 WHOLE = {
@@ -103,7 +102,7 @@ class Rehearsal:
                 their contents.
         """
         tracker = MemoryTracker(512 if self._cuda else 1, stop_at)
-        with _quiet_generators(), self.stage(samples, fake=fake) as play, tracker:
+        with untouched(), self.stage(samples, fake=fake) as play, tracker:
             tracker.mark(PARAMETERS, [*play.module.parameters(), *play.module.buffers()])
             tracker.mark(BATCH, tree_iter(play.batch))
             for parameter in play.module.parameters():
@@ -121,7 +120,7 @@ class Rehearsal:
         """Two real steps of a fresh copy, to be called where their memory is to be measured."""
 
         def steps() -> None:
-            with _quiet_generators(), self.stage(samples, fake=False) as play:
+            with untouched(), self.stage(samples, fake=False) as play:
                 play.step(1)
                 play.step(self._accumulate)
 
@@ -301,21 +300,6 @@ def _update_at_once(optimizers: list[Optimizer]) -> None:
         for group in optimizer.param_groups:
             if "foreach" in group and group["foreach"] is None and not group.get("fused"):
                 group["foreach"] = True
-
-
-@contextmanager
-def _quiet_generators() -> Iterator[None]:
-    """Python's, numpy's and torch's global generators, of all devices, are afterwards where they were."""
-    python, numpy, cpu = random.getstate(), np.random.get_state(), torch.get_rng_state()
-    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else None  # type: ignore[no-untyped-call]
-    try:
-        yield
-    finally:
-        random.setstate(python)
-        np.random.set_state(numpy)
-        torch.set_rng_state(cpu)
-        if cuda is not None:
-            torch.cuda.set_rng_state_all(cuda)
 
 
 class _Anything:

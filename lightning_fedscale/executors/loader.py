@@ -116,11 +116,17 @@ class ClientLoader:
                     " build it inside train_dataloader()."
                 ) from error
 
-    def batches(self, order: IntArray) -> list[list[int]]:
+    @property
+    def cuts_anew(self) -> bool:
+        """Whether a batch sampler of the user's own decides what a batch is."""
+        return self._custom
+
+    def batches(self, order: IntArray, batch_size: int | None = None) -> list[list[int]]:
         """One pass over a client's samples, cut into batches as the user's loader would.
 
         Args:
             order: dataset positions, in the order of the pass.
+            batch_size: of this client; None for the loader's own.
 
         Raises:
             ValueError: if the user's batch sampler makes no batch of them.
@@ -135,11 +141,11 @@ class ClientLoader:
                     " partitioner with a larger min_partition_size."
                 )
         else:
-            size = self.batch_size
+            size = batch_size or self.batch_size
             batches = [indices[start : start + size] for start in range(0, len(indices), size)]
             if self.drop_last and batches and len(batches[-1]) < size:
                 del batches[-1]
-        if self._merge_single and len(batches) > 1 and len(batches[-1]) == 1 < self.batch_size:
+        if self._merge_single and len(batches) > 1 and len(batches[-1]) == 1 < (batch_size or self.batch_size):
             tail = batches.pop()
             batches[-1] = batches[-1] + tail
         if isinstance(self._share, int):
@@ -187,6 +193,10 @@ class ClientLoader:
             items = list(map(Seeded, items, seeds))
         self._relay.items = items
         return iter(self._loader)
+
+    def collate(self, samples: list[Any]) -> Any:
+        """A batch of these samples; of the first, if the loader hands on samples as they are."""
+        return self._template.collate_fn(samples[0] if self._batches_directly else samples)
 
     def fetch(self, indices: list[int]) -> Any:
         """One collated batch, made in this process."""

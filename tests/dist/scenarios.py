@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset
 from torchmetrics.classification import MulticlassAccuracy
 
 from lightning_fedscale import FederatedStrategy, RoundRecord
+from lightning_fedscale.devices import DeviceClass, Population
 from lightning_fedscale.partitioners import DirichletPartitioner
 from lightning_fedscale.samplers import uniform
 from lightning_fedscale.server import fed_avg, from_torch
@@ -201,6 +202,11 @@ SCENARIOS: dict[str, Scenario] = {
         poisoned=(2, 5),
     ),
     "workers": Scenario(lambda: {"clients_per_round": 4}, lambda: {"max_epochs": 2}, workers=1),
+    "population": Scenario(
+        lambda: {"clients_per_round": 6, "population": small_and_large(), "client_optimizer": "keep"},
+        lambda: {"max_epochs": 6},
+        lambda: Module("adam"),
+    ),
     "all_rejected": Scenario(
         lambda: {"clients_per_round": 5},
         lambda: {"max_epochs": 3},
@@ -227,6 +233,19 @@ def held_out(dtype: torch.dtype = torch.float32) -> TensorDataset:
 
 def partitioner() -> DirichletPartitioner:
     return DirichletPartitioner(CLIENTS, None, alpha=0.3, min_partition_size=5, seed=1)
+
+
+def small_and_large() -> Population:
+    """Two kinds of devices, one of which is often late, and one of which does not always answer."""
+    small = DeviceClass("small", 12_000, 1e6, 1e6, 1e4, 1e4)
+    large = DeviceClass("large", 20_000, 1e7, 1e7, 1e6, 1e6, availability=0.7)
+    return Population({small: 0.4, large: 0.6}, over_selection=1.5, deadline=0.35, min_clients=3, headroom=0.0)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, tuple):
+        return [_plain(part) for part in value]
+    return value.tolist() if isinstance(value, np.ndarray) else value
 
 
 class Spy(pl.Callback):
@@ -257,7 +276,7 @@ class Spy(pl.Callback):
         self.events.append(("round_end", record.round, len(record.clients)))
         self.in_round.append([name for name, _ in self._calls[self._seen :]])
         self.records.append(
-            {name: value.tolist() if isinstance(value, np.ndarray) else value for name, value in vars(record).items()}
+            {name: _plain(value) for name, value in vars(record).items()}
         )
         self.metrics.append(record.metrics())
 

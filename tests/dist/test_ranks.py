@@ -154,6 +154,14 @@ def test_validation_and_test_see_the_global_model_and_all_samples(world_size: in
         assert result["logged"][-1]["val_loss"] == pytest.approx(expected, rel=1e-5)
 
 
+def test_simulated_hardware_drops_clients(ranks: Start) -> None:
+    simulated = [record["simulated"] for record in ranks(1)[0]["population"]["records"]]
+    seconds, totals, batch_sizes, _, dropped = zip(*simulated, strict=True)
+    assert totals == pytest.approx(np.cumsum(seconds))
+    assert len({size for sizes in batch_sizes for size in sizes}) == 2
+    assert 0 < sum(map(len, dropped)) < sum(map(len, batch_sizes)) * 3
+
+
 @pytest.mark.parametrize("world_size", [1, 2, 3])
 @pytest.mark.parametrize("name", ["reset", "keep"])
 def test_client_events_reach_callbacks_on_the_rank_that_trains(name: str, world_size: int, ranks: Start) -> None:

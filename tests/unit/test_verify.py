@@ -26,7 +26,7 @@ def test_a_step_that_fits() -> None:
     assert done.fits
     assert done.reason == ""
     assert done.peak_bytes is not None
-    assert 0 < done.peak_bytes < 2**26
+    assert 0 <= done.peak_bytes < 2**26
     assert torch.equal(state, torch.get_rng_state())
     assert threads == 2
 
@@ -64,11 +64,15 @@ def test_one_that_dies() -> None:
     assert real_step(lambda: os.kill(os.getpid(), signal.SIGSEGV), 2**28).out_of_memory
 
 
-def test_nothing_is_printed_and_nobody_is_left(capfd: pytest.CaptureFixture[str]) -> None:
+def test_nothing_is_printed_and_nobody_is_left(
+    capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    children, fork = [], os.fork
+    monkeypatch.setattr(os, "fork", lambda: children.append(fork()) or children[-1])
     real_step(lambda: print("from the child", flush=True), 2**28)
     assert capfd.readouterr() == ("", "")
     with pytest.raises(ChildProcessError):
-        os.waitpid(-1, os.WNOHANG)
+        os.waitpid(children[0], os.WNOHANG)
 
 
 def test_truth_by_bisection() -> None:

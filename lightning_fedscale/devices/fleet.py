@@ -1,0 +1,214 @@
+"""A population's clients with a module on them: their batches and their times."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+
+from lightning_fedscale import randomness
+from lightning_fedscale.devices.communication import star
+from lightning_fedscale.devices.memory import MemoryModel, usable_bytes
+from lightning_fedscale.devices.performance import PerformanceModel, StepTime, roofline_step_time
+from lightning_fedscale.devices.population import Population, Selection, select
+from lightning_fedscale.memory import format_bytes
+from lightning_fedscale.types import FloatArray, IntArray
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+
+class Duty(NamedTuple):
+    """What clients do in a round.
+
+    Attributes:
+        clients: how many take part.
+        local_steps: batches of each, at the loader's batch size.
+        batch_size: the loader's.
+        largest: samples of the client that holds most.
+        message_bytes: size of the model on its way to a client, and of an update on its way back.
+    """
+
+    clients: int
+    local_steps: float
+    batch_size: int
+    largest: int
+    message_bytes: int
+
+
+class Fleet:
+    """Batch sizes and simulated times of a population that trains a given module.
+
+    Args:
+        population: the hardware.
+        model: memory and cost of the module's training step.
+        num_clients: number of registered clients.
+        duty: what they do.
+
+    Attributes:
+        batch_sizes: by device class.
+
+    Raises:
+        ValueError: if a class does not hold the smallest batch, or the batch it was given.
+    """
+
+    def __init__(self, population: Population, model: MemoryModel, num_clients: int, duty: Duty) -> None:
+        self.population = population
+        self._model = model
+        self._duty = duty
+        self._class_of = population.assign(num_clients)
+        self._largest = [self._most(number, duty.largest) for number in range(len(population.classes))]
+        self.batch_sizes: IntArray = np.array(self._choose(), dtype=np.int64)
+        self._steps = [self._step_time(number, int(size)) for number, size in enumerate(self.batch_sizes)]
+        self._messages = np.array(
+            [star(duty.message_bytes, each.up, each.down, each.latency) for each in population.classes]
+        )
+
+    def batch_size(self, client: int) -> int:
+        """The batch of a client."""
+        return int(self.batch_sizes[self._class_of[client]])
+
+    def batch_sizes_of(self, clients: IntArray) -> IntArray:
+        """The batches of several clients."""
+        return self.batch_sizes[self._class_of[clients]]
+
+    def seconds(self, clients: IntArray, steps: FloatArray, samples: FloatArray) -> FloatArray:
+        """Simulated time of each client: the model comes, its batches are computed, the update goes.
+
+        Computing takes what the `roofline` of its device says for full batches, and is interpolated for smaller ones.
+
+        Args:
+            clients: which.
+            steps: local batches of each.
+            samples: samples of each, over all batches.
+        """
+        kinds = self._class_of[clients]
+        fixed = np.array([step.fixed for step in self._steps])
+        per_sample = np.array([step.per_sample for step in self._steps])
+        seconds: FloatArray = self._messages[kinds] + fixed[kinds] * steps + per_sample[kinds] * samples
+        return seconds
+
+    def select(
+        self, seed: int, round: int, clients: IntArray, steps: FloatArray, samples: FloatArray, wanted: int
+    ) -> Selection:
+        """Who of the clients that are asked counts; see `lightning_fedscale.devices.population.select`."""
+        return select(
+            clients,
+            self.seconds(clients, steps, samples),
+            self._answers(seed, round, clients),
+            wanted=wanted,
+            deadline=self.population.deadline,
+            min_clients=self.population.min_clients,
+        )
+
+    def table(self) -> pd.DataFrame:
+        """Device classes in numbers, one row each: clients, batches, memory, simulated speed."""
+        import pandas as pd
+
+        counts = np.bincount(self._class_of, minlength=len(self._steps))
+        rows = [
+            {
+                "class": device.name,
+                "clients": int(count),
+                "batch_size": int(size),
+                "largest": largest,
+                "peak_bytes": self._model.peak(max(int(size), self._model.smallest)),
+                "memory": device.memory,
+                "step_seconds": step.seconds(int(size)),
+                "samples_per_second": int(size) / step.seconds(int(size)),
+                "message_seconds": message,
+            }
+            for device, count, size, largest, step, message in zip(
+                self.population.classes, counts, self.batch_sizes, self._largest, self._steps,
+                self._messages.tolist(), strict=True,
+            )
+        ]  # fmt: skip
+        return pd.DataFrame(rows).set_index("class")
+
+    def _answers(self, seed: int, round: int, clients: IntArray) -> FloatArray:
+        """Below 1 for those who can be reached."""
+        answers = np.zeros(len(clients))
+        for number, client in enumerate(clients.tolist()):
+            availability = self.population.classes[self._class_of[client]].availability
+            if availability < 1:
+                drawn = randomness.generator(seed, randomness.AVAILABILITY, round, client).random()
+                answers[number] = drawn / availability
+        return answers
+
+    def _most(self, number: int, limit: int) -> int:
+        device, model = self.population.classes[number], self._model
+        try:
+            return model.max_batch(device.memory, self.population.headroom, limit)
+        except ValueError as error:
+            raise ValueError(f"population: device class {device.name!r}: {error}") from None
+
+    def _choose(self) -> list[int]:
+        rule, largest, own = self.population.batch_size, self._largest, self._duty.batch_size
+        if rule == "largest":
+            return largest
+        if rule == "loader":
+            return [min(own, most) for most in largest]
+        if rule == "fastest":
+            return [self._fastest(number) for number in range(len(largest))]
+        if rule == "proportional":
+            speeds = [own / self._step_time(number, own).seconds(own) for number in range(len(largest))]
+            counts = np.bincount(self._class_of, minlength=len(largest)).astype(np.float64)
+            shared: list[int] = share_out(own, np.array(speeds), counts, np.array(largest)).tolist()
+            return [max(size, self._model.smallest) for size in shared]
+        return [self._given(number, rule[device.name]) for number, device in enumerate(self.population.classes)]
+
+    def _given(self, number: int, size: int) -> int:
+        device = self.population.classes[number]
+        usable = usable_bytes(device.memory, self.population.headroom)
+        if (peak := self._model.peak(max(size, self._model.smallest))) > usable:
+            raise ValueError(
+                f"population: batch_size={size} for device class {device.name!r} takes {format_bytes(peak)}, and"
+                f" {format_bytes(usable)} may be used: at most {self._largest[number]} fit."
+            )
+        return size
+
+    def _fastest(self, number: int) -> int:
+        device, duty = self.population.classes[number], self._duty
+        performance = PerformanceModel(
+            self._step_time(number, self._largest[number]),
+            star(duty.message_bytes, device.up, device.down, device.latency),
+            self.population.noise_scale,
+            self._largest[number],
+        )
+        return performance.best_batch(duty.clients, max(1, round(duty.local_steps)))
+
+    def _step_time(self, number: int, size: int) -> StepTime:
+        low = self._model.smallest
+        return roofline_step_time(self._model.cost, self.population.classes[number], (low, max(size, low + 1)))
+
+
+def share_out(mean: float, speeds: FloatArray, counts: FloatArray, most: IntArray) -> IntArray:
+    """Batches in proportion to speeds whose mean over all clients is ``mean``, none above what fits.
+
+    What a class cannot hold goes to the others in proportion; if nobody can hold more, the mean is smaller. Fractions
+    are rounded down, but to no less than 1.
+
+    Args:
+        mean: samples per batch, over clients.
+        speeds: samples per second of each class.
+        counts: clients of each class.
+        most: largest batch of each class.
+
+    Example:
+        >>> share_out(32, np.array([1.0, 3.0]), np.array([1.0, 1.0]), np.array([100, 40])).tolist()
+        [24, 40]
+    """
+    sizes = np.zeros(len(speeds))
+    open_ = np.ones(len(speeds), dtype=bool)
+    while open_.any():
+        left = mean * counts.sum() - (sizes * counts)[~open_].sum()
+        weight = (speeds * counts)[open_].sum()
+        factor = max(0.0, left) / weight if weight > 0 else 0.0
+        sizes[open_] = speeds[open_] * factor
+        full = open_ & (sizes > most)
+        if not full.any():
+            break
+        sizes[full] = most[full]
+        open_ &= ~full
+    rounded: IntArray = np.maximum(1, np.floor(sizes + 1e-9)).astype(np.int64)
+    return rounded

@@ -1,0 +1,206 @@
+"""Clients on unequal hardware: who has which device, and who of them comes in time."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+
+from lightning_fedscale import randomness
+from lightning_fedscale.devices.classes import DeviceClass, device_class
+from lightning_fedscale.types import FloatArray, IntArray
+
+RULES = "largest", "fastest", "proportional", "loader"
+
+BatchRule = Literal["largest", "fastest", "proportional", "loader"]
+
+
+class Population:
+    """The hardware of a federation's clients, simulated.
+
+    Each client gets a device class by a seed, trains with a batch that suits it, and takes as long as its device would.
+    Time is simulated, so nobody waits: clients that do not answer, miss the deadline or come too late are known before
+    the round and do not train.
+
+    Args:
+        shares: share of the clients with each class, by the class's name or the class itself; they need not add up to
+            one.
+        batch_size: with which batch clients train: "largest", what their class holds; "fastest", what reaches the
+            target first (`PerformanceModel.best_batch`); "proportional", in proportion to their speed, while the mean
+            over clients stays that of the train loader; "loader", the loader's where it fits; or numbers by class.
+        over_selection: how many times as many clients are asked as wanted; the fastest of them count.
+        deadline: seconds after which the server closes a round; None waits for all.
+        min_clients: for so many it waits however long they take, so that no round is empty.
+        noise_scale: the gradient noise scale in samples, if known; for "fastest".
+        headroom: share of every device's memory to leave free.
+        seed: which client has which device.
+
+    Raises:
+        TypeError, ValueError: for arguments that cannot be; names the argument, the value and the remedy.
+
+    Example:
+        >>> population = Population({"phone": 0.7, "jetson": 0.3})
+        >>> np.bincount(population.assign(10)).tolist()
+        [7, 3]
+    """
+
+    def __init__(
+        self,
+        shares: Mapping[str | DeviceClass, float],
+        *,
+        batch_size: BatchRule | Mapping[str, int] = "largest",
+        over_selection: float = 1.0,
+        deadline: float | None = None,
+        min_clients: int = 1,
+        noise_scale: float | None = None,
+        headroom: float = 0.1,
+        seed: int = 0,
+    ) -> None:
+        if not isinstance(shares, Mapping) or not shares:
+            raise TypeError(f"shares={shares!r}: pass shares by device class, {{'phone': 0.7, 'jetson': 0.3}}.")
+        self.classes: tuple[DeviceClass, ...] = tuple(map(device_class, shares))
+        names = [each.name for each in self.classes]
+        if len(set(names)) < len(names):
+            raise ValueError(f"shares: {', '.join(names)}: give every device class another name.")
+        for name, share in zip(names, shares.values(), strict=True):
+            if not _is_number(share) or not 0 < share < math.inf:
+                raise ValueError(f"shares: {name!r} has {share!r}: pass a share above 0, or leave the class out.")
+        amounts = np.array([float(share) for share in shares.values()])
+        self.shares: FloatArray = amounts / amounts.sum()
+        self.batch_size = _checked_rule(batch_size, names)
+        if not _is_number(over_selection) or not 1 <= over_selection < math.inf:
+            raise ValueError(f"over_selection={over_selection!r}: pass a factor of at least 1, such as 1.3.")
+        if deadline is not None and (not _is_number(deadline) or not deadline > 0):
+            raise ValueError(f"deadline={deadline!r}: pass seconds above 0, or None.")
+        if isinstance(min_clients, bool) or not isinstance(min_clients, int) or min_clients < 1:
+            raise ValueError(f"min_clients={min_clients!r}: pass a number of clients, at least 1.")
+        if noise_scale is not None and (not _is_number(noise_scale) or not noise_scale > 0):
+            raise ValueError(f"noise_scale={noise_scale!r}: pass samples, more than 0, or None.")
+        if not _is_number(headroom) or not 0 <= headroom < 1:
+            raise ValueError(f"headroom={headroom!r}: pass the share of memory to leave free, in [0, 1).")
+        if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
+            raise ValueError(f"seed={seed!r}: pass an integer of at least 0.")
+        self.over_selection = float(over_selection)
+        self.deadline = deadline
+        self.min_clients = min_clients
+        self.noise_scale = noise_scale
+        self.headroom = float(headroom)
+        self.seed = seed
+
+    @property
+    def may_drop(self) -> bool:
+        """Whether fewer clients may train in a round than are wanted."""
+        return self.deadline is not None or any(each.availability < 1 for each in self.classes)
+
+    def assign(self, num_clients: int) -> IntArray:
+        """The class of each client, as an index into ``classes``.
+
+        Shares are kept as exactly as whole clients allow (largest remainders); who has what is drawn from the seed.
+
+        Args:
+            num_clients: number of clients.
+        """
+        exact = self.shares * num_clients
+        counts = np.floor(exact).astype(np.int64)
+        rest = num_clients - int(counts.sum())
+        counts[np.argsort(counts - exact, kind="stable")[:rest]] += 1
+        of_client: IntArray = np.repeat(np.arange(len(counts), dtype=np.int64), counts)
+        randomness.generator(self.seed, randomness.HARDWARE).shuffle(of_client)
+        return of_client
+
+    def asked(self, wanted: int, num_clients: int) -> int:
+        """How many clients are asked where so many are wanted."""
+        return min(num_clients, math.ceil(self.over_selection * wanted - 1e-9))
+
+    def description(self) -> dict[str, Any]:
+        """The population in primitives, to tell whether two are the same."""
+        return {
+            "classes": [
+                [getattr(each, field) for field in DeviceClass.__dataclass_fields__ if field != "source"]
+                for each in self.classes
+            ],
+            "shares": self.shares.tolist(),
+            "batch_size": self.batch_size if isinstance(self.batch_size, str) else dict(self.batch_size),
+            "over_selection": self.over_selection,
+            "deadline": self.deadline,
+            "min_clients": self.min_clients,
+            "noise_scale": self.noise_scale,
+            "headroom": self.headroom,
+            "seed": self.seed,
+        }
+
+    def __repr__(self) -> str:
+        shares = {each.name: round(share, 4) for each, share in zip(self.classes, self.shares.tolist(), strict=True)}
+        return f"Population({shares})"
+
+
+class Selection(NamedTuple):
+    """Who of the clients that were asked counts in a round, and how long it takes.
+
+    Attributes:
+        clients: those whose updates arrive, ascending.
+        seconds: simulated time of each of them, from the first byte sent to the last byte received.
+        dropped: the others, ascending.
+        round_seconds: simulated time until the server closes the round.
+    """
+
+    clients: IntArray
+    seconds: FloatArray
+    dropped: IntArray
+    round_seconds: float
+
+
+def select(
+    clients: IntArray,
+    seconds: FloatArray,
+    answers: FloatArray,
+    *,
+    wanted: int,
+    deadline: float | None = None,
+    min_clients: int = 1,
+) -> Selection:
+    """Close a round: by the number of updates that are wanted, or by the deadline.
+
+    Args:
+        clients: who was asked, ascending.
+        seconds: when each of them would be done.
+        answers: below 1 for those who answer; of the others, smaller is sooner.
+        wanted: so many updates are enough; the first to arrive count.
+        deadline: the server waits no longer, unless for ``min_clients``.
+        min_clients: for so many it waits: for late ones first, then for those who did not answer.
+
+    Example:
+        >>> done = select(np.array([3, 5, 8]), np.array([9.0, 1.0, 4.0]), np.zeros(3), wanted=2)
+        >>> done.clients.tolist(), done.dropped.tolist(), done.round_seconds
+        ([5, 8], [3], 4.0)
+    """
+    silent = answers >= 1
+    in_time = ~silent & (seconds <= (math.inf if deadline is None else deadline))
+    # Who comes first: those who answer by their time, then the others by how soon they would have answered.
+    order = np.lexsort((clients, np.where(silent, answers, seconds), silent))
+    count = min(max(min(int(in_time.sum()), wanted), min_clients), len(clients))
+    chosen = np.zeros(len(clients), dtype=bool)
+    chosen[order[:count]] = True
+    last = float(seconds[chosen].max())
+    waited_in_vain = deadline is not None and count < min(wanted, len(clients))
+    closed = max(last, float(deadline)) if waited_in_vain and deadline is not None else last
+    return Selection(clients[chosen], seconds[chosen], clients[~chosen], closed)
+
+
+def _checked_rule(rule: object, names: list[str]) -> BatchRule | dict[str, int]:
+    if isinstance(rule, Mapping):
+        if set(rule) != set(names):
+            raise ValueError(f"batch_size={dict(rule)!r}: give a number for each of {', '.join(map(repr, names))}.")
+        for name, size in rule.items():
+            if isinstance(size, bool) or not isinstance(size, int) or size < 1:
+                raise ValueError(f"batch_size: {name!r} has {size!r}: pass a number of samples, at least 1.")
+        return dict(rule)
+    if rule not in RULES:
+        raise ValueError(f"batch_size={rule!r}: choose {', '.join(map(repr, RULES))}, or pass numbers by device class.")
+    return rule  # type: ignore[return-value]
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and not math.isnan(value)
