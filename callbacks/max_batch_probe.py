@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import Any, Literal
 
 import lightning.pytorch as pl
@@ -13,15 +14,20 @@ from lightning.pytorch.callbacks import Callback, GradientAccumulationScheduler
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
-from lightning_fedscale import collectives
+from lightning_fedscale import collectives, randomness
 from lightning_fedscale.devices import DeviceClass, MemoryModel, device_class, estimate_memory
 from lightning_fedscale.devices.batches import samples_in
 from lightning_fedscale.devices.memory import SIMULATED
+from lightning_fedscale.devices.performance import PerformanceModel, StepTimes
 from lightning_fedscale.devices.probe import Measure, Measured, ProbeResult, probe
 from lightning_fedscale.devices.verify import real_step
 from lightning_fedscale.memory import format_bytes, free_memory, parse_bytes
 from lightning_fedscale.strategy import FederatedStrategy
 from lightning_fedscale.train_data import TrainData
+from lightning_fedscale.types import RoundRecord
+
+_WARM_UP = 3
+"""Steps or rounds that are not timed, since first ones take longer."""
 
 
 class MaxBatchProbe(Callback):
@@ -49,11 +55,14 @@ class MaxBatchProbe(Callback):
         batch_arg_name: name under which the project keeps its batch size, if not a usual one.
         make_batch: makes a batch of so many samples, where one cannot be made by collating the longest sample.
         max_samples: largest batch that is wanted; None for as many samples as there are.
+        noise_scale: the gradient noise scale in samples, if known: then the fastest batch takes into account how many
+            steps each size needs.
 
     Attributes:
         result: a `ProbeResult` once ``fit`` has begun; also logged as ``probe/...`` and kept in checkpoints. A run that
             is resumed goes on with the batch size of its checkpoint and does not probe again.
         model: the `MemoryModel` of this rank; None after resuming.
+        times: the steps timed since training began, without the first few; `performance` makes a model of them.
 
     Raises:
         TypeError, ValueError: for arguments that cannot be, and in ``fit``: if not even one sample fits, if there is no
@@ -79,6 +88,7 @@ class MaxBatchProbe(Callback):
         batch_arg_name: str | None = None,
         make_batch: Callable[[int], Any] | None = None,
         max_samples: int | None = None,
+        noise_scale: float | None = None,
     ) -> None:
         self._budget = _checked_budget(budget)
         if isinstance(headroom, bool) or not isinstance(headroom, (int, float)) or not 0 <= headroom < 1:
@@ -89,6 +99,8 @@ class MaxBatchProbe(Callback):
             raise TypeError(f"make_batch={make_batch!r}: pass a function of the number of samples.")
         if max_samples is not None and (not isinstance(max_samples, int) or max_samples < 1):
             raise ValueError(f"max_samples={max_samples!r}: pass a number of samples, at least 1, or None.")
+        if noise_scale is not None and not (isinstance(noise_scale, (int, float)) and noise_scale > 0):
+            raise ValueError(f"noise_scale={noise_scale!r}: pass a number of samples above 0, or None if unknown.")
         if isinstance(device_classes, (str, DeviceClass)):
             raise TypeError(f"device_classes={device_classes!r}: pass a list, [{device_classes!r}].")
         self._headroom = headroom
@@ -98,16 +110,24 @@ class MaxBatchProbe(Callback):
         self._batch_arg_name = batch_arg_name
         self._make_batch = make_batch
         self._max_samples = max_samples
+        self._noise_scale = noise_scale
+        self._begun = 0.0
         self._resumed: ProbeResult | None = None
         self._undo: Callable[[], None] | None = None
         self.result: ProbeResult | None = None
         self.model: MemoryModel | None = None
+        self.times = StepTimes()
 
     # ---- hooks
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Probe, agree, set the batch size, report."""
-        data, self.model = TrainData(trainer), None
+        self.model, self.times = None, StepTimes()
+        with randomness.untouched():
+            self._prepare(trainer, pl_module)
+
+    def _prepare(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        data = TrainData(trainer)
         data.keepers(self._batch_arg_name)
         if self._resumed is not None:
             found, self._resumed = self._resumed, None
@@ -126,6 +146,67 @@ class MaxBatchProbe(Callback):
         )
         self._report(trainer, self.result)
 
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Outside of federated rounds: a step begins."""
+        self._begun = time.perf_counter()
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Outside of federated rounds: a step ends."""
+        if not isinstance(trainer.strategy, FederatedStrategy) and batch_idx >= _WARM_UP:
+            with suppress(ValueError):  # batches whose size nobody knows are not timed
+                self._time(1, samples_in(batch), time.perf_counter() - self._begun)
+
+    def on_round_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, record: RoundRecord) -> None:
+        """The clients of a round have been timed."""
+        if record.round >= _WARM_UP:
+            for row in zip(record.local_steps, record.samples, record.client_seconds, strict=True):
+                self._time(*map(float, row))
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Log what is known of step times."""
+        if not self.times.measurements:
+            return
+        step = self.times.fit()
+        metrics = {"probe/step_residual": step.residual, "probe/steps_timed": float(step.measurements)}
+        if step.identified:
+            metrics |= {"probe/step_fixed_seconds": step.fixed, "probe/step_seconds_per_sample": step.per_sample}
+            metrics["probe/best_batch"] = float(self._best(trainer))
+        for logger in trainer.loggers:
+            logger.log_metrics(metrics, step=trainer.global_step)
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Show time against batch size, where it could be told."""
+        if not self.times.measurements or not (step := self.times.fit()).identified:
+            return
+        rank_zero_info(
+            f"MaxBatchProbe: a step takes {1000 * step.fixed:.3g} ms and {1000 * step.per_sample:.3g} ms per sample"
+            f" (relative error {step.residual:.0%} over {step.measurements:,} measurements); fastest to the target:"
+            f" batches of {self._best(trainer):,}"
+            + (", by their speed alone, as noise_scale= is not given." if self._noise_scale is None else ".")
+        )
+        for logger in trainer.loggers:
+            experiment: Any = getattr(logger, "experiment", None)
+            if trainer.is_global_zero and hasattr(experiment, "add_figure"):
+                figure = self.performance().plot(*self._duty(trainer))
+                experiment.add_figure("probe/time", figure, trainer.global_step)
+
+    def performance(self, sync: float | Callable[[int], float] = 0.0) -> PerformanceModel:
+        """The parallel performance model, from the steps of this run.
+
+        Args:
+            sync: seconds that ranks or clients need to exchange the model, or a function of their number; see
+                `lightning_fedscale.devices.communication`.
+
+        Raises:
+            ValueError: if no step has been timed.
+        """
+        largest = None if self.result is None else self.result.max_batch
+        return PerformanceModel(self.times.fit(), sync, self._noise_scale, largest)
+
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Take out what was put into the project for the run."""
         if self._undo is not None:
@@ -140,6 +221,21 @@ class MaxBatchProbe(Callback):
         """The run goes on with the batch size it had."""
         if (result := state_dict.get("result")) is not None:
             self._resumed = ProbeResult(**result)
+
+    # ---- time
+
+    def _time(self, steps: float, samples: float, seconds: float) -> None:
+        self.times = self.times.add(steps=steps, samples=samples, seconds=seconds)
+
+    def _best(self, trainer: pl.Trainer) -> int:
+        return self.performance().best_batch(*self._duty(trainer))
+
+    def _duty(self, trainer: pl.Trainer) -> tuple[int, int]:
+        """How many train at once, and for how many steps before they exchange."""
+        record = getattr(trainer.strategy, "last_round", None)
+        if record is None:
+            return trainer.world_size, 1
+        return len(record.clients), max(1, round(float(record.local_steps.mean())))
 
     # ---- one rank
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import random
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from lightning_fedscale.callbacks import MaxBatchProbe
 from lightning_fedscale.callbacks.max_batch_probe import _check_strategy
 from lightning_fedscale.devices import DeviceClass, estimate_memory
 from lightning_fedscale.devices.verify import real_step, true_max_batch
+from lightning_fedscale.partitioners import SizePartitioner
 from tests.networks import Classifier, mlp
 
 SAMPLES = 600
@@ -456,6 +458,56 @@ def test_logged(tmp_path: Path) -> None:
     assert "probe/memory" in events.Tags()["images"]
 
 
+@pytest.mark.parametrize("strategy", ["auto", "federated"])
+def test_step_times_are_fitted_while_training(strategy: str, tmp_path: Path) -> None:
+    class Sleepy(WithAttribute):
+        """Takes 2 ms and 0.2 ms for each sample."""
+
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            time.sleep(0.002 + 0.0002 * len(batch[0]))
+            return super().training_step(batch, batch_idx)
+
+    logger = TensorBoardLogger(tmp_path)
+    probe = MaxBatchProbe(budget="1GiB", max_samples=64, noise_scale=500.0)
+    options: dict[str, Any] = {"max_epochs": 4, "logger": logger}
+    if strategy == "federated":
+        partitioner = SizePartitioner([30, 200, 370])
+        options["strategy"] = FederatedStrategy(partitioner=partitioner, executor="sequential", rounds_per_epoch=3)
+    trainer(probe, **options).fit(Sleepy())
+    step = probe.times.fit()
+    assert step.identified
+    assert step.seconds(64) == pytest.approx(0.002 + 0.0002 * 64, rel=0.6)  # the machine adds its own
+    model = probe.performance(sync=0.1)
+    assert model.max_batch == 64
+    assert model.noise_scale == 500.0
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(logger.log_dir).Reload()
+    names = {"step_fixed_seconds", "step_seconds_per_sample", "step_residual", "best_batch"}
+    assert {f"probe/{name}" for name in names} <= set(events.Tags()["scalars"])
+    assert "probe/time" in events.Tags()["images"]
+
+
+def test_data_that_draws_is_probed_without_a_trace() -> None:
+    class Augmented(TensorDataset):
+        def __getitem__(self, index: Any) -> Any:
+            inputs, target = super().__getitem__(index)
+            return inputs + torch.randn(64) * random.random() * np.random.rand(), target
+
+    class Splitting(Watched):
+        def train_dataloader(self) -> Any:
+            part, _ = torch.utils.data.random_split(Augmented(*dataset(80).tensors), [64, 16])
+            return DataLoader(part, 8, shuffle=True)
+
+    results = []
+    for probes in ([], [MaxBatchProbe(budget="1GiB", apply=False)]):
+        pl.seed_everything(5, verbose=False)
+        module = Splitting()
+        trainer(*probes).fit(module)
+        results.append(torch.cat([p.flatten() for p in module.parameters()]))
+    assert torch.equal(*results)
+
+
 def test_resumed_runs_keep_their_batch_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for strategy in STRATEGIES:
         probe = MaxBatchProbe(budget=budget_for(123, extras=STRATEGIES[strategy][1]), headroom=0.0)
@@ -522,6 +574,7 @@ def test_no_batch_size_anywhere() -> None:
         ({"device_classes": "phone"}, r"pass a list, \['phone'\]"),
         ({"make_batch": 3}, "make_batch=3"),
         ({"max_samples": 0}, "max_samples=0"),
+        ({"noise_scale": 0}, "noise_scale=0"),
     ],
 )
 def test_bad_arguments(arguments: dict[str, Any], message: str) -> None:
