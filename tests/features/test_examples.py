@@ -151,6 +151,30 @@ def test_existing_project_differs_in_one_argument() -> None:
             assert "Federated" not in ast.unparse(node)
 
 
+def test_mixed_population_trades_accuracy_for_time() -> None:
+    printed = run_example("04_mixed_population.py", "--fast")
+    rows = cells(printed)
+    assert [int(rows[name][0]) for name in ("phone", "old-phone", "sensor")] == [30, 18, 12]
+    batches = [int(rows[name][1]) for name in ("phone", "old-phone", "sensor")]
+    assert batches == sorted(batches, reverse=True)
+    assert len(set(batches)) == 3
+    found = re.findall(r"^(\w+) .*accuracy +([\d.]+)% after (\d+) simulated seconds, ([\d.]+) of 15", printed, re.M)
+    (waits, _, all_seconds, none), (deadline, _, fewer_seconds, some) = found
+    assert (waits, deadline) == ("waits", "deadline")
+    assert float(none) == 0 < float(some)
+    assert int(fewer_seconds) < int(all_seconds)
+    assert min(imread("mixed_population.png").shape[:2]) > 500
+
+
+@pytest.mark.slow
+def test_mixed_population_learns_either_way() -> None:
+    printed = run_example("04_mixed_population.py", "--output", "elsewhere.png")
+    accuracies = [float(value) for value in re.findall(r"accuracy +([\d.]+)%", printed)]
+    assert len(accuracies) == 2
+    assert min(accuracies) > 88
+    assert Path("elsewhere.png").exists()
+
+
 @needs_plays
 def test_natural_clients_learn_from_457_roles() -> None:
     done = run_changed("03_natural_clients.py", "", "--fast", "--output", "logs")

@@ -28,14 +28,23 @@ def test_its_code_runs_from_top_to_bottom() -> None:
     def trainer(**options: Any) -> Any:
         run = reference.quiet_trainer(**{**options, "max_epochs": 2})
         fit = run.fit
-        run.fit = lambda *arguments: (fit(*arguments), trained.append(run.global_step))  # type: ignore[assignment, func-returns-value]
+
+        def watched(*arguments: Any, **named: Any) -> None:
+            fit(*arguments, **named)
+            trained.append(run.global_step)
+
+        run.fit = watched  # type: ignore[method-assign]
         return run
 
     names: dict[str, Any] = {"Trainer": trainer, "module": reference.make_module(), "datamodule": Data()}
     for block in BLOCKS:
         exec(compile(block, str(README), "exec"), names)
     assert len(BLOCKS) >= 3
-    assert trained == [2]  # two rounds, with a hundred clients
+    # Two rounds with a hundred clients, two with a probe before them; the last one probes and trains without clients.
+    assert trained[:2] == [2, 2]
+    assert len(trained) == 3
+    assert names["probe"].result.device_classes.keys() == {"phone", "jetson", "t4"}
+    assert names["model"].best_batch(clients=4, local_steps=5) == 89
 
 
 def test_its_pictures_exist() -> None:

@@ -1,0 +1,35 @@
+"""The command ``fedscale``.
+
+One file per sub-command; its arguments are those of a function, with the types and the words of its docstring.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from lightning_fedscale.cli.arguments import parse
+from lightning_fedscale.cli.probe import probe
+
+COMMANDS = {"probe": probe}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line.
+
+    Args:
+        arguments: what follows ``fedscale``; None for those of this process.
+
+    Returns:
+        The exit code: 0, or 1 if what was asked for is not possible. Wrong arguments exit with 2.
+    """
+    if (here := str(Path.cwd())) not in sys.path:
+        sys.path.insert(0, here)  # where the user's own modules are, as for a script
+    command, values = parse(COMMANDS, arguments)
+    try:
+        COMMANDS[command](**values)
+    except (TypeError, ValueError) as error:
+        print(f"fedscale {command}: {error}", file=sys.stderr)
+        return 1
+    return 0

@@ -1,0 +1,28 @@
+"""From functions to a command line, with the syntax of LightningCLI."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from jsonargparse import ArgumentParser
+
+
+def parse(commands: Mapping[str, Callable[..., None]], arguments: Sequence[str] | None) -> tuple[str, dict[str, Any]]:
+    """The sub-command and its values, with modules and data modules built; exits with 2 for arguments that are wrong.
+
+    Args:
+        commands: functions by the names of their sub-commands.
+        arguments: None for those of this process.
+    """
+    parser = ArgumentParser(prog="fedscale", description="Federated learning for PyTorch Lightning")
+    chosen = parser.add_subcommands(required=True, dest="command")
+    for name, function in commands.items():
+        own = ArgumentParser(description=(function.__doc__ or "").split("\n\n")[0])
+        own.add_argument("--config", action="config", help="a YAML file with any of these arguments")
+        own.add_function_arguments(function, fail_untyped=False)
+        chosen.add_subcommand(name, own)
+    parsed = parser.instantiate(parser.parse_args(arguments))
+    values = parsed[parsed["command"]].as_dict()
+    values.pop("config", None)
+    return parsed["command"], values

@@ -1,0 +1,100 @@
+"""``fedscale probe``: how large a batch fits, without a Trainer."""
+
+from __future__ import annotations
+
+import json as json_format
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch.utils.data import DataLoader
+
+from lightning_fedscale.devices import MemoryModel, ProbeResult, device_class, estimate_memory
+from lightning_fedscale.devices import probe as find_batch
+from lightning_fedscale.devices.samples import largest_sample
+from lightning_fedscale.memory import format_bytes, free_memory, parse_bytes
+
+
+def probe(
+    module: pl.LightningModule,
+    data: pl.LightningDataModule | None = None,
+    budget: list[str] = ["auto"],  # noqa: B006  # jsonargparse shows it as the default
+    headroom: float = 0.1,
+    precision: str = "32-true",
+    max_samples: int | None = None,
+    json: bool = False,
+) -> None:
+    """Find the largest batch that fits, without training and without using the memory.
+
+    Args:
+        module: class of the LightningModule, such as my_package.MyModule; its arguments follow as --module.name.
+        data: class of the LightningDataModule, if the module has no train_dataloader of its own.
+        budget: memory that may be used: bytes, '8GiB', a device class such as 'phone', or 'auto' for what is free
+            here; several in a list, '[8GiB, phone, t4]'.
+        headroom: share of each budget to leave free.
+        precision: as of a Trainer.
+        max_samples: largest batch that is wanted.
+        json: print one JSON object instead of tables.
+    """
+    model = estimate_memory(module, _batch(module, data), precision=precision)
+    found = {name: _find(model, name, headroom, max_samples) for name in budget}
+    if json:
+        print(json_format.dumps({name: result.state_dict() for name, result in found.items()}))
+        return
+    _show(Console(soft_wrap=True), model, found)
+
+
+def _find(model: MemoryModel, budget: str, headroom: float, limit: int | None) -> ProbeResult:
+    try:
+        return find_batch(model, _bytes(budget), headroom=headroom, limit=limit)
+    except ValueError as error:
+        raise ValueError(f"budget={budget}: {error}") from None
+
+
+def _bytes(budget: str) -> int:
+    try:
+        amount = parse_bytes("budget", budget)
+    except ValueError:
+        return device_class(budget).memory
+    return free_memory(torch.device("cuda" if torch.cuda.is_available() else "cpu")) if amount is None else amount
+
+
+def _batch(module: pl.LightningModule, data: pl.LightningDataModule | None) -> Any:
+    """Two of the largest samples, as the project's own loader puts them together."""
+    if data is not None:
+        data.prepare_data()
+        data.setup("fit")
+    owner: Any = module if data is None else data
+    try:
+        loader = owner.train_dataloader()
+    except Exception as error:
+        raise ValueError(
+            f"{type(owner).__name__}.train_dataloader: {error}. Pass --data, a LightningDataModule, or give the module"
+            " a train_dataloader that needs no Trainer."
+        ) from error
+    if not isinstance(loader, DataLoader):
+        raise TypeError(f"train_dataloader returns {type(loader).__name__}: this command needs a DataLoader.")
+    sample = largest_sample(loader.dataset).sample
+    return loader.collate_fn(sample if loader.batch_sampler is None else [sample] * 2)
+
+
+def _show(console: Console, model: MemoryModel, found: dict[str, ProbeResult]) -> None:
+    table = Table("Budget", "Bytes", "Largest batch", "Predicted peak", "Per sample", "Limited by")
+    for column in table.columns[1:5]:
+        column.justify = "right"
+    for name, result in found.items():
+        table.add_row(
+            name, format_bytes(result.budget), f"{result.max_batch:,}", format_bytes(result.predicted_bytes),
+            format_bytes(result.bytes_per_sample), result.limited_by,
+        )  # fmt: skip
+    console.print(table)
+    parts = Table("Part", *found)
+    for column in parts.columns[1:]:
+        column.justify = "right"
+    for part in next(iter(found.values())).parts:
+        parts.add_row(part, *(format_bytes(result.parts[part]) for result in found.values()))
+    console.print(parts)
+    if model.fallback:
+        console.print(f"Real tensors were needed, since the training step depends on its data: {model.fallback}")

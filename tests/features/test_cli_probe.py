@@ -1,0 +1,128 @@
+"""``fedscale probe`` as people type it."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from torch.utils.data import DataLoader, TensorDataset
+
+from lightning_fedscale import cli
+from lightning_fedscale.devices import device_class, estimate_memory
+from tests.networks import Classifier, mlp
+
+MODULE = "tests.features.test_cli_probe.Project"
+
+
+class Project(Classifier):
+    """A project with its own loader."""
+
+    def __init__(self, width: int = 64) -> None:
+        super().__init__(mlp() if width == 64 else torch.nn.Linear(width, 10))
+        self.width = width
+
+    def train_dataloader(self) -> Any:
+        return DataLoader(TensorDataset(torch.zeros(50, self.width), torch.zeros(50, dtype=torch.long)), 4)
+
+
+class Bare(Classifier):
+    def __init__(self) -> None:
+        super().__init__(mlp())
+
+
+class Data(pl.LightningDataModule):
+    def __init__(self, batch_size: int = 4) -> None:
+        super().__init__()
+        self.batch_size = batch_size
+
+    def setup(self, stage: str) -> None:
+        self.samples = TensorDataset(torch.zeros(50, 64), torch.zeros(50, dtype=torch.long))
+
+    def train_dataloader(self) -> Any:
+        return DataLoader(self.samples, self.batch_size)
+
+
+def test_json_is_what_the_function_says(capsys: pytest.CaptureFixture[str]) -> None:
+    code = cli.main(["probe", "--module", MODULE, "--budget", "[2MiB, phone]", "--headroom=0.2", "--json=true"])
+    assert code == 0
+    found = json.loads(capsys.readouterr().out)
+    model = estimate_memory(Project(), (torch.zeros(2, 64), torch.zeros(2, dtype=torch.long)))
+    assert found["2MiB"]["max_batch"] == model.max_batch(2**21, headroom=0.2)
+    assert found["phone"]["max_batch"] == model.max_batch(device_class("phone").memory, headroom=0.2)
+    assert found["2MiB"]["predicted_bytes"] == sum(found["2MiB"]["parts"].values())
+
+
+def test_a_table_for_people(capsys: pytest.CaptureFixture[str]) -> None:
+    module = ["--module", "tests.features.test_cli_probe.Bare", "--data", "tests.features.test_cli_probe.Data"]
+    assert cli.main(["probe", *module, "--data.batch_size=8", "--budget", "[1MiB]", "--max_samples", "7"]) == 0
+    printed = capsys.readouterr().out
+    assert "1MiB" in printed
+    assert "samples" in printed
+    assert "optimizer state" in printed
+
+
+def test_arguments_of_the_module_and_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = tmp_path / "probe.yaml"
+    config.write_text(
+        f"module:\n  class_path: {MODULE}\n  init_args:\n    width: 100\n"
+        "budget: [1MiB]\nprecision: bf16-mixed\njson: true\n"
+    )
+    assert cli.main(["probe", "--config", str(config)]) == 0
+    found = json.loads(capsys.readouterr().out)["1MiB"]
+    model = estimate_memory(
+        Project(100), (torch.zeros(2, 100), torch.zeros(2, dtype=torch.long)), precision="bf16-mixed"
+    )
+    assert found["max_batch"] == model.max_batch(2**20)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--budget", "[1KiB]"], "budget=1KiB: a step with one sample takes"),
+        (["--budget", "[toaster]"], "device class 'toaster' is not in the catalogue"),
+        (["--precision", "3"], "precision='3'"),
+    ],
+)
+def test_what_is_not_possible_exits_with_1(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["probe", "--module", MODULE, *arguments]) == 1
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert message in printed.err
+    assert "Traceback" not in printed.err
+
+
+def test_no_data_names_the_remedy(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["probe", "--module", "tests.features.test_cli_probe.Bare"]) == 1
+    assert "Pass --data" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("arguments", [["probe"], ["probe", "--module", "no.such.Module"], ["toast"], []])
+def test_wrong_arguments_exit_with_2(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as exited:
+        cli.main(arguments)
+    assert exited.value.code == 2
+    assert "Traceback" not in capsys.readouterr().err
+
+
+def test_help_says_what_each_argument_means(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as exited:
+        cli.main(["probe", "--help"])
+    assert exited.value.code == 0
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "share of each budget to leave free" in printed
+
+
+def test_the_installed_command_finds_modules_where_it_is_run(tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text("from lightning.pytorch.demos.boring_classes import BoringModel as Mine\n")
+    command = [str(Path(sys.executable).with_name("fedscale")), "probe", "--module", "mine.Mine", "--json=true"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["auto"]["max_batch"] > 10
