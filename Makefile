@@ -26,6 +26,7 @@ lint: $(VENV)/.test ## Lint and types only
 bench: $(VENV)/.test ## Measure round times beside hand-written loops and other simulators; an hour and a half
 	$(RUN) -m benchmarks.install
 	$(RUN) -m benchmarks
+	$(RUN) -m benchmarks.probe
 
 clean: ## Remove .venv, builds, caches and what runs left behind
 	rm -rf $(VENV) .bench build dist *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache

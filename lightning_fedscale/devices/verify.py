@@ -21,6 +21,12 @@ import torch
 
 _STATUS = Path("/proc/self/status")
 
+# Of torch's allocators, and what oneDNN says when it gets no memory.
+_SIGNS = (
+    "can't allocate memory", "not enough memory", "out of memory", "could not create a memory",
+    "could not create a primitive",
+)  # fmt: skip
+
 
 class RealStep(NamedTuple):
     """How a real step went.
@@ -110,11 +116,7 @@ def is_out_of_memory(error: BaseException) -> bool:
     """Whether an exception says that memory ran out, on any device."""
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
         return True
-    text = str(error)
-    return isinstance(error, RuntimeError) and any(
-        sign in text
-        for sign in ("can't allocate memory", "not enough memory", "out of memory", "could not create a memory")
-    )
+    return isinstance(error, RuntimeError) and any(sign in str(error) for sign in _SIGNS)
 
 
 def _be_the_child(step: Callable[[], object], budget: int, writing: int) -> None:

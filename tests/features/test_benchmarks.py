@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -140,3 +141,25 @@ def test_a_goal_may_ask_for_a_measure_itself() -> None:
     busy = section(auto={"seconds": [1.0], "utilisation": [0.9]})
     assert verdict(goal, busy) == ("0.90", "met (1 of 5 repeats)")
     assert verdict(goal, section(auto={"seconds": [1.0]})).word == "not judged: no utilisation was measured"
+
+
+def test_the_probe_is_compared_with_the_truth(tmp_path: Path) -> None:
+    table = tmp_path / "probe.md"
+    command = [
+        sys.executable,
+        "-m",
+        "benchmarks.probe",
+        "--models",
+        "gpt",
+        "--budget",
+        str(2**25),
+        "--output",
+        str(table),
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=250, cwd=Path(__file__).parents[2])
+    assert done.returncode == 0, done.stderr
+    rows = [line.strip("| ").split(" | ") for line in table.read_text().splitlines() if line.startswith("| gpt")]
+    batches = {how.split(",")[0] + how.split(",")[1][:6]: int(batch) for _, how, batch, *_ in rows}
+    true = batches["truth by bi"]
+    assert 0.6 * true <= batches["MaxBatchProbe verif"] <= true
+    assert batches["BatchSizeFinder power"] <= true

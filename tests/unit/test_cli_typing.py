@@ -191,3 +191,20 @@ def test_help_lists_every_argument_with_its_meaning(capsys: pytest.CaptureFixtur
     text = " ".join(capsys.readouterr().out.split())
     assert "--trainer.strategy.local_steps LOCAL_STEPS instead of ``local_epochs``, the number of batches" in text
     assert "--trainer.strategy.client_optimizer {reset,keep}" in text
+
+
+def test_populations_and_probes_from_yaml(tmp_path: Path) -> None:
+    population = {
+        "class_path": "lightning_fedscale.devices.Population",
+        "init_args": {"shares": {"phone": 0.5, "jetson": 0.5}, "deadline": 10.0, "batch_size": "loader"},
+    }
+    probe = {
+        "class_path": "lightning_fedscale.callbacks.MaxBatchProbe",
+        "init_args": {"budget": "1MiB", "device_classes": ["phone"], "apply": False},
+    }
+    strategy = {"class_path": NAME, "init_args": {"num_clients": 4, "population": population}}
+    config = tmp_path / "config.yaml"
+    config.write_text(yaml.safe_dump({"trainer": {**TRAINER, "strategy": strategy, "callbacks": [probe]}}))
+    cli = LightningCLI(BoringModel, BoringDataModule, args=["fit", "--config", str(config)], save_config_callback=None)
+    assert cli.trainer.strategy.population_table()["clients"].to_dict() == {"phone": 2, "jetson": 2}  # type: ignore[attr-defined]
+    assert cli.trainer.callbacks[0].result.device_classes == {"phone": 16}  # type: ignore[attr-defined]

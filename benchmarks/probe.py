@@ -1,0 +1,215 @@
+"""The largest batch under a real memory limit: `MaxBatchProbe`, Lightning's `BatchSizeFinder`, and the truth.
+
+    python -m benchmarks.probe                  six models on the CPU, four minutes
+    python -m benchmarks.probe --device cuda    the same on a GPU, to its own out-of-memory
+
+On a CPU, every real step runs in a child process whose address space is limited to the budget, so that running out of
+memory is real and harms nobody. Truth is found by bisection to out-of-memory.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import tempfile
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.callbacks import BatchSizeFinder
+from lightning.pytorch.tuner import batch_size_scaling
+from torch.utils.data import DataLoader, TensorDataset
+
+from lightning_fedscale.callbacks import MaxBatchProbe
+from lightning_fedscale.devices.verify import is_out_of_memory, real_step, true_max_batch
+from tests.networks import KINDS, Classifier
+
+RESULT = Path(__file__).parent / "results" / "probe.md"
+CEILING = 2**17  # the finder's own is 8192
+
+
+class Row(NamedTuple):
+    """What one way of finding the batch did."""
+
+    model: str
+    how: str
+    batch: int | None
+    trials: int
+    out_of_memory: int
+    seconds: float
+
+
+class Project(Classifier):
+    """A module with a batch size and more samples than fit anywhere, which take no memory."""
+
+    def __init__(self, kind: str) -> None:
+        make, batch_of = KINDS[kind]
+        super().__init__(make())
+        self.batch_size = 2
+        self._sample = [tensor[:1] for tensor in batch_of(1)]
+
+    def train_dataloader(self) -> DataLoader[Any]:
+        data = TensorDataset(*(tensor.expand(CEILING, *tensor.shape[1:]) for tensor in self._sample))
+        return DataLoader(data, self.batch_size)
+
+
+def trainer(device: str, *callbacks: pl.Callback) -> pl.Trainer:
+    return pl.Trainer(
+        accelerator=device, devices=1, max_steps=1, logger=False, enable_checkpointing=False,
+        enable_progress_bar=False, enable_model_summary=False, callbacks=list(callbacks),
+    )  # fmt: skip
+
+
+def ours(kind: str, device: str, budget: int, verify: bool) -> tuple[Row, Any]:
+    # The run that follows the probe would need the memory: nothing is applied.
+    probe = MaxBatchProbe(budget=budget, headroom=0.1 if verify else 0.0, verify=verify, apply=False)
+    trainer(device, probe).fit(Project(kind))
+    assert probe.result is not None
+    found = probe.result
+    how = "MaxBatchProbe, verified, 10 % headroom" if verify else "MaxBatchProbe, predicted, no headroom"
+    return Row(kind, how, found.max_batch, found.real_steps, found.out_of_memory, found.seconds), probe
+
+
+def finder(kind: str, device: str, budget: int, mode: str) -> Row:
+    """Lightning's own, in a child with the same limit (on CUDA: here)."""
+    with tempfile.TemporaryDirectory() as folder:
+        note = Path(folder) / "found.json"
+        started = time.perf_counter()
+        step = _finder_step(kind, device, mode, note)
+        if device == "cpu":
+            done = real_step(step, budget, timeout=900)
+            reason = done.reason
+        else:
+            step()
+            reason = ""
+        seconds = time.perf_counter() - started
+        found = json.loads(note.read_text()) if note.exists() else {}
+    how = f"BatchSizeFinder, {mode}" + (f" ({reason[:60]})" if reason else "")
+    return Row(kind, how, found.get("batch"), found.get("trials", 0), found.get("out_of_memory", 0), seconds)
+
+
+def _finder_step(kind: str, device: str, mode: str, note: Path) -> Callable[[], None]:
+    def step() -> None:
+        counts = {"trials": 0, "out_of_memory": 0}
+        is_oom, run = batch_size_scaling.is_oom_error, batch_size_scaling._try_loop_run
+
+        def watch_errors(error: BaseException) -> bool:
+            counts["out_of_memory"] += (known := is_oom(error))
+            return known
+
+        def watch_runs(*arguments: Any) -> None:
+            counts["trials"] += 1
+            note.write_text(json.dumps(counts))
+            run(*arguments)
+
+        batch_size_scaling.is_oom_error, batch_size_scaling._try_loop_run = watch_errors, watch_runs
+        try:
+            search = BatchSizeFinder(mode=mode, max_val=CEILING)
+            module = Project(kind)
+            # One step of training follows the search, which is not to decide what is reported.
+            try:
+                trainer(device, search).fit(module)
+            except RuntimeError as error:
+                if not is_out_of_memory(error):
+                    raise
+            note.write_text(json.dumps({**counts, "batch": search.optimal_batch_size}))
+        finally:
+            batch_size_scaling.is_oom_error, batch_size_scaling._try_loop_run = is_oom, run
+
+    return step
+
+
+def truth(kind: str, device: str, budget: int, start: int, step_of: Callable[[int], Callable[[], None]]) -> Row:
+    if device == "cpu":
+
+        def fits(batch: int) -> bool:
+            return real_step(step_of(batch), budget).fits
+    else:
+
+        def fits(batch: int) -> bool:
+            try:
+                step_of(batch)()
+            except torch.OutOfMemoryError:
+                return False
+            finally:
+                torch.cuda.empty_cache()
+            return True
+
+    started, trials, low, high = time.perf_counter(), 0, 1, max(2, start)
+    while fits(high) and high < 16 * CEILING:
+        low, high, trials = high, high + max(1, high // 4), trials + 1
+    while not fits(low):
+        low, high, trials = low // 2, low, trials + 1
+    if device == "cpu":
+        best = true_max_batch(step_of, budget, low, high)
+    else:
+        while high - low > 1:
+            middle = (low + high) // 2
+            low, high = (middle, high) if fits(middle) else (low, middle)
+        best = low
+    return Row(kind, "truth, by bisection", best, 0, 0, time.perf_counter() - started)
+
+
+def measure(device: str, budget: int, kinds: list[str]) -> list[Row]:
+    rows = []
+    for kind in kinds:
+        predicted, _ = ours(kind, device, budget, verify=False)
+        verified, probe = ours(kind, device, budget, verify=True)
+        assert probe.model is not None
+        rows += [predicted, verified]
+        rows += [finder(kind, device, budget, mode) for mode in ("power", "binsearch")]
+        rows.append(truth(kind, device, budget, verified.batch or 2, probe.model.real_step))
+        for row in rows[-5:]:
+            print(*row, sep="\t", flush=True)
+    return rows
+
+
+def table(rows: list[Row]) -> str:
+    true = {row.model: row.batch for row in rows if row.how.startswith("truth")}
+    lines = [
+        "| model | found by | largest batch | of the truth | real trials | out of memory | seconds |",
+        "|---|---|---:|---:|---:|---:|---:|",
+    ]
+    for row in rows:
+        share = f"{row.batch / true[row.model]:.2f}" if row.batch and true[row.model] else ""
+        trials = "" if row.how.startswith("truth") else f"{row.trials} | {row.out_of_memory}"
+        lines.append(
+            f"| {row.model} | {row.how} | {row.batch if row.batch else 'none'} | {share} |"
+            f" {trials or ' | '} | {row.seconds:.1f} |"
+        )
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])  # type: ignore[union-attr]
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--budget", type=int, default=2**28, help="bytes; on CUDA what is free, if 0")
+    parser.add_argument("--models", nargs="+", choices=KINDS, default=list(KINDS))
+    parser.add_argument("--output", type=Path, default=RESULT)
+    args = parser.parse_args()
+    warnings.filterwarnings("ignore")
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    if args.device == "cpu":
+        torch.set_num_threads(1)
+    elif not torch.cuda.is_available():
+        raise SystemExit("--device cuda: there is no CUDA device here.")
+    budget = args.budget or torch.cuda.mem_get_info()[0]
+    rows = measure(args.device, budget, args.models)
+    other = "CUDA: not run." if args.device == "cpu" else "This table is of a GPU."
+    args.output.write_text(
+        f"# The largest batch that fits\n\n{args.device}, budget {budget / 2**20:.0f} MiB, AdamW, torch"
+        f" {torch.__version__}; made by `python -m benchmarks.probe`. {other}\n\nReal trials of MaxBatchProbe are"
+        " single steps (with optimizer state: two), those of BatchSizeFinder three steps each. 'Of the truth' above 1"
+        f" means that training would run out of memory.\n\n{table(rows)}\n"
+    )
+    print(f"Written: {args.output}")
+
+
+if __name__ == "__main__":
+    main()
