@@ -207,6 +207,10 @@ class MaxBatchProbe(Callback):
         largest = None if self.result is None else self.result.max_batch
         return PerformanceModel(self.times.fit(), sync, self._noise_scale, largest)
 
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        """As `teardown`, which the Trainer leaves out then."""
+        self.teardown(trainer, pl_module, "fit")
+
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Take out what was put into the project for the run."""
         if self._undo is not None:

@@ -224,12 +224,15 @@ class _Play:
 
 def _copied(module: nn.Module, mode: FakeTensorMode | None) -> Any:
     """A copy with fake tensors in place of all of its own; a real copy without a mode."""
-    if mode is None:
-        twin = copy.deepcopy(module)
-    else:
-        # Weights that are nowhere yet come to the CPU, and tied ones stay tied.
-        with FakeCopyMode(mode):
-            twin = copy.deepcopy(module)
+    try:
+        with nullcontext() if mode is None else FakeCopyMode(mode):
+            twin: Any = copy.deepcopy(module)
+    except Exception as error:
+        raise TypeError(
+            f"module={type(module).__name__} cannot be copied, which a rehearsal of its training step needs"
+            f" ({type(error).__name__}: {error}): leave what is in the way out of its __getstate__, or open it later."
+        ) from error
+    if mode is not None:
         _bring_to_cpu(twin)
     for name in ("forward", "training_step"):
         if getattr(twin, "_compiler_ctx", None) is not None:
@@ -356,8 +359,10 @@ class _TrainerView:
     def __getattr__(self, name: str) -> Any:
         if name == "estimated_stepping_batches":
             return 1000  # the Trainer's would load the data; schedules take no memory
-        if name in ("logger", "loggers", "strategy", "should_stop"):
-            return {"logger": _SOMETHING, "loggers": [], "strategy": _SOMETHING, "should_stop": False}[name]
+        if name == "strategy":
+            return _Alone(None if self._real is None else self._real.strategy)
+        if name in ("logger", "loggers", "should_stop"):
+            return {"logger": _SOMETHING, "loggers": [], "should_stop": False}[name]
         if self._real is not None:
             return getattr(self._real, name)
         try:
@@ -367,6 +372,26 @@ class _TrainerView:
 
     def __setattr__(self, name: str, value: Any) -> None:
         pass
+
+
+class _Alone:
+    """The Trainer's strategy with collectives that concern nobody else: other ranks are not rehearsing the same."""
+
+    def __init__(self, strategy: Any) -> None:
+        self._real = strategy
+
+    def reduce(self, tensor: Any, *args: Any, **kwargs: Any) -> Any:
+        return tensor
+
+    all_gather = broadcast = reduce_boolean_decision = reduce
+
+    def barrier(self, *args: Any, **kwargs: Any) -> None:
+        return None
+
+    def __getattr__(self, name: str) -> Any:
+        if self._real is None:
+            return {"world_size": 1, "global_rank": 0, "local_rank": 0, "is_global_zero": True}.get(name, _SOMETHING)
+        return getattr(self._real, name)
 
 
 class _ManualOptimizer:

@@ -172,6 +172,17 @@ def test_what_a_project_keeps_is_set_and_its_own_loader_is_not() -> None:
     assert hard.train_dataloader().batch_size == 4  # only while the run lasted
 
 
+def test_an_exception_undoes_it_too() -> None:
+    class Failing(HardCoded):
+        def on_train_epoch_end(self) -> None:
+            raise KeyError("mine")
+
+    module = Failing()
+    with pytest.raises(KeyError, match="mine"):
+        trainer(MaxBatchProbe(budget=budget_for(50), headroom=0.0)).fit(module)
+    assert module.train_dataloader().batch_size == 4
+
+
 def test_a_name_of_ones_own() -> None:
     class Own(Watched):
         def __init__(self) -> None:

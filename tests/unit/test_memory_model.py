@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import random
+import threading
 from typing import Any
 
 import numpy as np
@@ -336,6 +337,23 @@ def test_data_dependent_modules_are_probed_for_real() -> None:
     )
     assert model.peak(batch) <= 3 * 10**6 < model.peak(batch + 1)
     assert model.peak(batch) == pytest.approx(tracked(module, vectors(batch)), rel=0.02)
+
+
+def test_collectives_concern_nobody_else() -> None:
+    class Talking(Classifier):
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            loss = super().training_step(batch, batch_idx)
+            self.trainer.strategy.barrier()
+            return self.trainer.strategy.reduce(self.all_gather(loss)).mean()
+
+    assert estimate_memory(Talking(mlp()), vectors(2)).exact
+
+
+def test_modules_that_cannot_be_copied() -> None:
+    module = Classifier(mlp())
+    module.lock = threading.Lock()  # type: ignore[assignment]
+    with pytest.raises(TypeError, match=r"module=Classifier cannot be copied.*lock"):
+        estimate_memory(module, vectors(2))
 
 
 def test_the_modules_own_error_is_shown() -> None:
