@@ -296,7 +296,9 @@ class MaxBatchProbe(Callback):
         if (samples := data.samples) is not None:
             limits.append(max(1, math.ceil(samples / trainer.world_size)))
             if isinstance(trainer.strategy, FederatedStrategy):
-                limits.append(trainer.strategy.largest_client(data.loaders[0].dataset))
+                sizes = trainer.strategy.client_sizes(data.loaders[0].dataset)
+                # Where tails are dropped, a larger batch would leave the smallest client without any.
+                limits.append(int(sizes.min() if data.drops_tails else sizes.max()))
         return min((limit for limit in limits if limit is not None), default=None)
 
     def _classes_of(self, trainer: pl.Trainer) -> Sequence[DeviceClass]:

@@ -30,7 +30,7 @@ from lightning_fedscale.federation import Federation
 from lightning_fedscale.partitioners import Partition, Partitioner
 from lightning_fedscale.samplers import Sampler
 from lightning_fedscale.server import ServerOptimizer
-from lightning_fedscale.types import RoundRecord
+from lightning_fedscale.types import IntArray, RoundRecord
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -210,9 +210,9 @@ class FederatedStrategy(DDPStrategy):
         """Batches per optimizer step of a client, as the Trainer was asked for with ``accumulate_grad_batches``."""
         return 1 if self._federation is None else self._federation.local_accumulation
 
-    def largest_client(self, dataset: Any) -> int:
-        """Samples of the client that holds most of a dataset's."""
-        return int(self._options.partition(dataset).sizes.max())
+    def client_sizes(self, dataset: Any) -> IntArray:
+        """How many samples of a dataset each client would hold."""
+        return self._options.partition(dataset).sizes
 
     # ---- processes
 

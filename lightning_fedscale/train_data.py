@@ -55,6 +55,11 @@ class TrainData:
         return size if size is not None else getattr(self.loaders[0].batch_sampler, "batch_size", None)
 
     @property
+    def drops_tails(self) -> bool:
+        """Whether a last batch that is not full is left out."""
+        return any(getattr(loader.batch_sampler, "drop_last", False) for loader in self.loaders)
+
+    @property
     def samples(self) -> int | None:
         """How many samples the smallest dataset has; None if that is not known."""
         sizes = [len(loader.dataset) for loader in self.loaders if hasattr(loader.dataset, "__len__")]

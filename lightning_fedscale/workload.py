@@ -106,7 +106,9 @@ class Workload:
         options, sizes = self._options, self.partition.sizes
         per_pass = float(sizes.mean()) / self.loader.batch_size
         steps = options.local_steps if options.local_steps is not None else (options.local_epochs or 1) * per_pass
-        return Duty(self._cohort_size, steps, self.loader.batch_size, int(sizes.max()), message_bytes)
+        # Where tails are dropped, a larger batch would leave the smallest client without any.
+        most = int(sizes.min() if self.loader.drop_last else sizes.max())
+        return Duty(self._cohort_size, steps, self.loader.batch_size, most, message_bytes)
 
     def plan(self, round: int) -> RoundPlan:
         """The cohort of a round and where each client trains."""

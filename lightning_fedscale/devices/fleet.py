@@ -25,7 +25,7 @@ class Duty(NamedTuple):
         clients: how many take part.
         local_steps: batches of each, at the loader's batch size.
         batch_size: the loader's.
-        largest: samples of the client that holds most.
+        largest: batch that makes sense for the client that holds most.
         message_bytes: size of the model on its way to a client, and of an update on its way back.
     """
 

@@ -182,7 +182,8 @@ class MemoryModel:
         usable = usable_bytes(budget, headroom)
         self.check_smallest(usable)
         excess, limit = partial(self._excess, usable=usable), limit or UNLIMITED
-        return largest_within(excess, limit, start=self.smallest, gentle=not self.exact)
+        gentle = not self.exact or self._rehearsal.makes_batches
+        return largest_within(excess, limit, start=self.smallest, gentle=gentle)
 
     def max_clients(self, budget: int, batch: int, headroom: float = 0.1) -> int:
         """How many clients fit side by side, each with its own weights, gradients, optimizer and batch.

@@ -88,6 +88,11 @@ class Rehearsal:
         self._cuda = cuda
         self._trainer = trainer
 
+    @property
+    def makes_batches(self) -> bool:
+        """Whether every rehearsal takes a real batch, and so the memory of one."""
+        return self._make_batch is not None
+
     def run(self, samples: int, *, fake: bool = True, stop_at: int | None = None) -> Rehearsed:
         """Rehearse with a batch of so many samples.
 

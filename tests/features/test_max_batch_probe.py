@@ -256,6 +256,16 @@ def test_not_more_than_there_are() -> None:
     assert federated.result.max_batch == SAMPLES // 3
 
 
+def test_tails_that_are_dropped_leave_no_client_without_a_batch() -> None:
+    probe, module = MaxBatchProbe(budget="1GiB"), Watched()
+    partitioner = SizePartitioner([20, 180, 400])
+    strategy = FederatedStrategy(partitioner=partitioner, executor="sequential")
+    trainer(probe, strategy=strategy).fit(module, DataLoader(dataset(), 4, shuffle=True, drop_last=True))
+    assert probe.result is not None
+    assert probe.result.max_batch == 20
+    assert set(module.sizes) == {20}
+
+
 # ---- which sample
 
 

@@ -20,6 +20,7 @@ from lightning_fedscale import FederatedStrategy
 from lightning_fedscale.devices import ON_CLIENT, DeviceClass, Population, estimate_memory
 from lightning_fedscale.devices.communication import star
 from lightning_fedscale.devices.performance import roofline
+from lightning_fedscale.partitioners import SizePartitioner
 from tests.networks import Classifier, mlp, vectors
 
 CLIENTS, SAMPLES = 8, 800
@@ -59,7 +60,8 @@ def fit(population: Population | None, **options: Any) -> tuple[pl.Trainer, Watc
     }
     ckpt_path = of_trainer.pop("ckpt_path", None)
     loader = options.pop("loader", DataLoader(DATA, 10, shuffle=True))
-    strategy = FederatedStrategy(num_clients=CLIENTS, population=population, **{"executor": "sequential", **options})
+    of_strategy = {"num_clients": CLIENTS, "population": population, "executor": "sequential", **options}
+    strategy = FederatedStrategy(**of_strategy)
     trainer = pl.Trainer(
         strategy=strategy, accelerator="cpu", devices=1, enable_progress_bar=False, enable_model_summary=False,
         callbacks=[Keep(), *of_trainer.pop("callbacks", [])], enable_checkpointing=ckpt_path is not None
@@ -142,6 +144,16 @@ def test_batches_of_the_loader_change_nothing_but_time() -> None:
     plain = fit(None)[1]
     simulated = fit(mixed(batch_size="loader"))[1]
     assert torch.equal(weights(plain), weights(simulated))
+
+
+@pytest.mark.parametrize("options", [{}, {"local_steps": 3}])
+def test_tails_that_are_dropped_leave_nobody_without_a_batch(options: dict[str, Any]) -> None:
+    loader = DataLoader(DATA, 10, shuffle=True, drop_last=True)
+    sizes = SizePartitioner([12, 300, 88, 400])
+    population = Population({SMALL: 0.5, LARGE: 0.5}, headroom=0.0)
+    _, module, records = fit(population, max_epochs=1, loader=loader, partitioner=sizes, num_clients=4, **options)
+    assert set(module.sizes) == {12}  # what the smallest client can fill
+    assert len(records[0].clients) == 4
 
 
 @pytest.mark.parametrize("options", [{}, {"local_steps": 3}, {"client_optimizer": "keep"}])

@@ -414,6 +414,10 @@ def test_make_batch() -> None:
     model = estimate_memory(Classifier(mlp()), None, make_batch=make)
     assert model.peak(9) == estimate_memory(Classifier(mlp()), vectors(2)).peak(9)
     assert sizes == [1, 9]
+    # Such batches are real, so the search feels its way up instead of leaping.
+    best = model.max_batch(10**7)
+    assert max(sizes) <= 2 * best
+    assert best == estimate_memory(Classifier(mlp()), vectors(2)).max_batch(10**7)
 
 
 @pytest.mark.parametrize(
