@@ -19,8 +19,8 @@ from lightning_fedscale.devices import DeviceClass, MemoryModel, device_class, e
 from lightning_fedscale.devices.batches import samples_in
 from lightning_fedscale.devices.memory import SIMULATED
 from lightning_fedscale.devices.performance import PerformanceModel, StepTimes
-from lightning_fedscale.devices.probe import Measure, Measured, ProbeResult, probe
-from lightning_fedscale.devices.verify import real_step
+from lightning_fedscale.devices.probe import Measure, ProbeResult, probe
+from lightning_fedscale.devices.verify import RealStep, real_step, real_step_on_cuda
 from lightning_fedscale.memory import format_bytes, free_memory, parse_bytes
 from lightning_fedscale.strategy import FederatedStrategy
 from lightning_fedscale.train_data import TrainData
@@ -309,16 +309,15 @@ class MaxBatchProbe(Callback):
 
     def _measure(self, model: MemoryModel, budget: int, device: torch.device) -> tuple[Measure, int | None]:
         if device.type == "cuda":
-            return lambda batch: _measure_on_cuda(model.real_step(batch), device), int(
-                free_memory(device) * (1 - self._headroom)
-            )
+            room = int(free_memory(device) * (1 - self._headroom))  # beside the module itself, which stays where it is
+            return lambda batch: real_step_on_cuda(model.real_step(batch), device), room
         usable = int(budget * (1 - self._headroom))
 
-        def measure(batch: int) -> Measured:
+        def measure(batch: int) -> RealStep:
             done = real_step(model.real_step(batch), usable)
             if not done.fits and not done.out_of_memory:
                 raise RuntimeError(f"MaxBatchProbe: a real step with {batch} samples failed: {done.reason}")
-            return Measured(done.fits, done.peak_bytes, done.seconds)
+            return done
 
         return measure, None
 
@@ -424,21 +423,3 @@ def _extras(trainer: pl.Trainer) -> dict[str, float]:
 
 def _bytes_of(module: torch.nn.Module) -> int:
     return sum(t.numel() * t.element_size() for t in [*module.parameters(), *module.buffers()])
-
-
-def _measure_on_cuda(step: Callable[[], None], device: torch.device) -> Measured:
-    """One real step, and what it took beyond what was there before."""
-    torch.cuda.synchronize(device)
-    torch.cuda.empty_cache()
-    before, reserved = torch.cuda.memory_allocated(device), torch.cuda.memory_reserved(device)
-    torch.cuda.reset_peak_memory_stats(device)
-    started, fits = time.perf_counter(), True
-    try:
-        step()
-        torch.cuda.synchronize(device)
-    except torch.OutOfMemoryError:
-        fits = False
-    # The allocator takes blocks that it does not fill: what is reserved is what the device is out of.
-    taken = max(torch.cuda.max_memory_allocated(device) - before, torch.cuda.max_memory_reserved(device) - reserved)
-    torch.cuda.empty_cache()
-    return Measured(fits, taken if fits else None, time.perf_counter() - started)

@@ -9,24 +9,11 @@ from typing import Any, NamedTuple
 
 from lightning_fedscale.devices.classes import DeviceClass
 from lightning_fedscale.devices.memory import MemoryModel, usable_bytes
+from lightning_fedscale.devices.verify import RealStep
 from lightning_fedscale.memory import format_bytes
 
-
-class Measured(NamedTuple):
-    """What a real step took.
-
-    Attributes:
-        fits: whether it ended without running out of memory.
-        peak_bytes: memory it took at most; None if that is not known.
-        seconds: time of the step.
-    """
-
-    fits: bool
-    peak_bytes: int | None
-    seconds: float
-
-
-Measure = Callable[[int], Measured]
+Measure = Callable[[int], RealStep]
+"""Runs a real step with so many samples."""
 
 
 @dataclass(frozen=True)

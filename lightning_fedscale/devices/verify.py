@@ -94,6 +94,33 @@ def real_step(step: Callable[[], object], budget: int, *, timeout: float = 300.0
     return RealStep(*pickle.loads(answer))
 
 
+def real_step_on_cuda(step: Callable[[], object], device: torch.device) -> RealStep:
+    """Run a step here and measure what it takes of a CUDA device beyond what was taken before.
+
+    Args:
+        step: what to run.
+        device: where it runs.
+    """
+    torch.cuda.synchronize(device)
+    torch.cuda.empty_cache()
+    allocated, reserved = torch.cuda.memory_allocated(device), torch.cuda.memory_reserved(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    started = time.perf_counter()
+    reason = ""
+    try:
+        step()
+        torch.cuda.synchronize(device)
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        reason = str(error)  # and not the error, whose frames hold on to memory
+    seconds = time.perf_counter() - started
+    # The allocator takes blocks that it does not fill: what is reserved is what the device is out of.
+    taken = max(torch.cuda.max_memory_allocated(device) - allocated, torch.cuda.max_memory_reserved(device) - reserved)
+    torch.cuda.empty_cache()
+    return RealStep(not reason, bool(reason), None if reason else taken, seconds, reason)
+
+
 def true_max_batch(step_of: Callable[[int], Callable[[], object]], budget: int, low: int, high: int) -> int:
     """The largest batch that really fits, found by bisection to real out-of-memory.
 

@@ -9,19 +9,20 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lightning_fedscale.devices import DeviceClass, MemoryModel, estimate_memory, probe
-from lightning_fedscale.devices.probe import Measured, ProbeResult
+from lightning_fedscale.devices.probe import ProbeResult
+from lightning_fedscale.devices.verify import RealStep
 from tests.networks import Classifier, mlp, vectors
 
 MODEL = estimate_memory(Classifier(mlp()), vectors(2))
 
 
-def machine(factor: float, memory: float, seen: list[int], more: int = 0) -> Callable[[int], Measured]:
+def machine(factor: float, memory: float, seen: list[int], more: int = 0) -> Callable[[int], RealStep]:
     """Takes ``factor`` times what is predicted and some ``more``, and has so much memory."""
 
-    def measure(batch: int) -> Measured:
+    def measure(batch: int) -> RealStep:
         seen.append(batch)
         peak = int(MODEL.peak(batch) * factor) + more
-        return Measured(peak <= memory, peak if peak <= memory else None, 0.5)
+        return RealStep(peak <= memory, peak > memory, peak if peak <= memory else None, 0.5, "")
 
     return measure
 
