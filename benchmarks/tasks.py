@@ -126,7 +126,7 @@ def digits(clients: int = 100) -> Data:
     return Data(inputs[:1500], labels[:1500], iid(1500, clients), inputs[1500:], labels[1500:], "scikit-learn's digits")
 
 
-def images(clients: int = 100, samples: int = 10_000) -> Data:
+def images(clients: int = 100, samples: int = 10_000, test_samples: int = 2000) -> Data:
     """3x32x32 images of ten classes: CIFAR-10 where it lies beside the checkout, else made up."""
     if (SHARED / "loaders.py").is_file():
         spec = importlib.util.spec_from_file_location("loaders", SHARED / "loaders.py")
@@ -136,7 +136,7 @@ def images(clients: int = 100, samples: int = 10_000) -> Data:
         spec.loader.exec_module(loaders)
         train_x, train_y, test_x, test_y = loaders.cifar10(SHARED / "cifar10_jpeg.npz")
         rng = np.random.default_rng(0)  # The file is sorted by class, so its beginning would hold a few classes only.
-        train, test = rng.permutation(len(train_y))[:samples], rng.permutation(len(test_y))[:2000]
+        train, test = rng.permutation(len(train_y))[:samples], rng.permutation(len(test_y))[:test_samples]
         return Data(as_floats(train_x[train]), train_y[train].astype(np.int64), iid(samples, clients),
                     as_floats(test_x[test]), test_y[test].astype(np.int64),
                     f"CIFAR-10, {samples} images drawn at random")  # fmt: skip

@@ -11,9 +11,14 @@ from torch import Tensor
 from torch.serialization import default_restore_location
 
 
+def world_size() -> int:
+    """Number of ranks."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
 def sum_over_ranks(vector: Tensor) -> Tensor:
     """The element-wise sum over all ranks, the same bits everywhere; the vector itself with a single rank."""
-    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+    if world_size() > 1:
         dist.all_reduce(vector, op=dist.ReduceOp.SUM)
     return vector
 
@@ -74,6 +79,6 @@ def receive(sender: int, device: torch.device) -> Any:
 
 def min_over_ranks(numbers: Tensor) -> Tensor:
     """The element-wise minimum over all ranks; the numbers themselves with a single rank."""
-    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+    if world_size() > 1:
         dist.all_reduce(numbers, op=dist.ReduceOp.MIN)
     return numbers

@@ -43,7 +43,7 @@ from lightning_fedscale.partitioners import Partition
 from lightning_fedscale.progress import ClientProgress
 from lightning_fedscale.records import RoundTable
 from lightning_fedscale.rounds import LocalWork, RoundPlan
-from lightning_fedscale.types import ClientUpdate, RoundRecord
+from lightning_fedscale.types import ClientUpdate, Params, RoundRecord
 from lightning_fedscale.workload import Workload
 
 
@@ -97,6 +97,7 @@ class Federation:
         self._open: _OpenRound | None = None
         self._live: tuple[Exchange, Tensor] | None = None  # the global model, while the module holds a client's
         self._progress: ClientProgress
+        self._begun: list[LocalWork] = []  # what this rank does in the round that runs
         self._simulated = 0.0  # seconds, over all rounds
         self.local_accumulation = 1
         self.last_round: RoundRecord | None = None
@@ -172,6 +173,20 @@ class Federation:
                 f" ({format_bytes(row['peak_bytes'])} of {format_bytes(row['memory'])},"
                 f" {row['samples_per_second']:,.0f} samples/s)."
             )
+
+    def first_batches(self) -> Iterator[tuple[int, Any]]:
+        """The first batch of each of this rank's clients in the round that has begun, on the device, made once more.
+
+        Nothing is drawn from the global generators, and clients whose first batch is None are left out.
+        """
+        assert self._work is not None
+        for work in self._begun:
+            with randomness.untouched():
+                randomness.seed_globals(work.seed, self._device)
+                batch = self._work.loader.fetch(work.batches[0])
+                batch = batch if batch is None else self._transfer(batch)
+            if batch is not None:
+                yield work.client, batch
 
     @property
     def fleet(self) -> Fleet | None:
@@ -281,12 +296,19 @@ class Federation:
             self._work.loader.fetch,
             partial(self._stream, opened.plan.round),
         )
-        self._progress = ClientProgress(self._trainer, len(opened.work))
+        self._progress, self._begun = ClientProgress(self._trainer, len(opened.work)), opened.work
         if self._custody is not None:
             self._custody.fetch(opened.plan)
         try:
             total, table = self._train_together(context, opened)
-            aggregate = self._global.move(exchange, server, total, table, training=training)
+            aggregate = self._global.aggregate(server, total, table)
+            norm = float(torch.linalg.vector_norm(aggregate[: exchange.view.trainable]))
+            record = table.record(norm, exchange.message_bytes, self._simulated)
+            if training:
+                self._tell("on_before_server_step", record, exchange.named(aggregate))
+            self._global.move(
+                exchange, server, aggregate, table.round, training=training, on_step=self._tell_of_server_step
+            )
         except BaseException:
             exchange.settle()
             exchange.set_trainable()
@@ -298,8 +320,7 @@ class Federation:
         if training:
             self._commit(opened.plan, table)
             self._executor.settle(Ballot(*table.ballot()))
-        norm = float(torch.linalg.vector_norm(aggregate[: exchange.view.trainable]))
-        self.last_round = record = table.record(norm, exchange.message_bytes, self._simulated)
+        self.last_round = record
         if training:
             self._simulated += 0.0 if record.simulated is None else record.simulated.seconds
             self._log.commit(int(record.local_steps.sum()))
@@ -438,6 +459,13 @@ class Federation:
         for callback in self._trainer.callbacks:  # type: ignore[attr-defined]
             if (hook := getattr(callback, event, None)) is not None:
                 hook(self._trainer, self._trainer.lightning_module, *values)
+
+    def _tell_of_server_step(self, step: Params) -> Params:
+        """Let callbacks change the step; what they get is theirs, since a server optimizer may keep its own."""
+        if any(hasattr(callback, "on_server_step") for callback in self._trainer.callbacks):  # type: ignore[attr-defined]
+            step = {name: value.clone() for name, value in step.items()}
+            self._tell("on_server_step", step)
+        return step
 
     def _report(self, record: RoundRecord) -> None:
         """Straight to the loggers, every round, and to where callbacks look for what they monitor."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -36,26 +36,35 @@ class GlobalModel:
         """Go on from a saved state."""
         self.state = tree_map(lambda leaf: leaf.to(device) if isinstance(leaf, Tensor) else leaf, state)
 
-    def move(self, exchange: Exchange, server: Tensor, total: Tensor, table: RoundTable, *, training: bool) -> Tensor:
-        """Write the next global model into the module, and return the aggregated delta.
+    def move(
+        self,
+        exchange: Exchange,
+        server: Tensor,
+        aggregate: Tensor,
+        round: int,
+        *,
+        training: bool,
+        on_step: Callable[[Params], Params] = lambda step: step,
+    ) -> None:
+        """Write the next global model into the module.
 
         Args:
             exchange: the module's tensors.
             server: the global model of this round; stays as it is.
-            total: the aggregator's accumulator over all ranks; used up.
-            table: the round in numbers, of all ranks.
+            aggregate: the aggregated delta.
+            round: index of the round.
             training: False leaves trainable parameters alone.
+            on_step: what becomes of the server optimizer's step before it is taken.
 
         Raises:
-            RuntimeError: if no client's update, or not the server's step, is finite; the caller then writes ``server``
-                back into the module.
-            TypeError, ValueError: if the aggregator or the server optimizer returns something of another shape.
+            RuntimeError: if the server's step is not finite; the caller then writes ``server`` back into the module.
+            TypeError: if the server optimizer returns something else than a step and a state.
         """
-        aggregate = self._aggregate(server, total, table)
         params, state = exchange.named(server), self.state
         if training:
             state = self._rule.init(params) if state is None else state
             step, state = _checked(self._rule.update(exchange.named(aggregate), state, params), params)
+            step = on_step(step)
             steps = [step[name] for name in params]
         else:
             steps = [server.new_zeros(())] * len(params)
@@ -63,13 +72,23 @@ class GlobalModel:
         steps += exchange.view.views(aggregate)[len(params) :]
         if not _subtract(exchange, server, steps):
             raise RuntimeError(
-                f"server_optimizer: its step in round {table.round} has NaN or infinite values, so the global model"
+                f"server_optimizer: its step in round {round} has NaN or infinite values, so the global model"
                 " stays as it was before this round. Lower the server learning rate."
             )
         self.state = state
-        return aggregate
 
-    def _aggregate(self, server: Tensor, total: Tensor, table: RoundTable) -> Tensor:
+    def aggregate(self, server: Tensor, total: Tensor, table: RoundTable) -> Tensor:
+        """The aggregated delta.
+
+        Args:
+            server: the global model of this round.
+            total: the aggregator's accumulator over all ranks; used up.
+            table: the round in numbers, of all ranks.
+
+        Raises:
+            RuntimeError: if no client's update is finite.
+            ValueError: if the aggregator returns something of another shape.
+        """
         rejected = table.rejected()
         if len(rejected) == table.cohort_size:
             raise RuntimeError(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, Literal
@@ -30,7 +30,7 @@ from lightning_fedscale.federation import Federation
 from lightning_fedscale.partitioners import Partition, Partitioner
 from lightning_fedscale.samplers import Sampler
 from lightning_fedscale.server import ServerOptimizer
-from lightning_fedscale.types import IntArray, RoundRecord
+from lightning_fedscale.types import ClientUpdate, IntArray, RoundRecord
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -50,7 +50,8 @@ class FederatedStrategy(DDPStrategy):
     Module hooks (``on_train_batch_start``, ``configure_gradient_clipping``, transfer hooks, ...) run per local batch
     as always. Callback hooks run per round, except those inside the optimizer closure (``on_before_backward``,
     ``on_before_optimizer_step``, ...), which run on the client. A callback may also define ``on_round_start``,
-    ``on_client_start``, ``on_client_end`` and ``on_round_end``; see `lightning_fedscale.callbacks.RoundEvents`.
+    ``on_client_start``, ``on_client_end``, ``on_before_server_step``, ``on_server_step`` and ``on_round_end``; see
+    `lightning_fedscale.callbacks.RoundEvents`.
 
     A strategy object belongs to one Trainer: make a new one for the next.
 
@@ -213,6 +214,23 @@ class FederatedStrategy(DDPStrategy):
     def client_sizes(self, dataset: Any) -> IntArray:
         """How many samples of a dataset each client would hold."""
         return self._options.partition(dataset).sizes
+
+    @property
+    def server_optimizer(self) -> ServerOptimizer:
+        """How the server moves the global model."""
+        return self._options.server_optimizer
+
+    def weight_of(self, update: ClientUpdate) -> float:
+        """What a client counts in the aggregate, before normalisation."""
+        return float(self._options.aggregator.weigh(update))
+
+    def first_batches(self) -> Iterator[tuple[int, Any]]:
+        """For callbacks, in ``on_round_start``: each client of this rank with the batch that it begins the round with.
+
+        The batches are on the device. They are made for this call; the round has its own, and draws the same random
+        numbers as without.
+        """
+        return iter(()) if self._federation is None else self._federation.first_batches()
 
     # ---- processes
 

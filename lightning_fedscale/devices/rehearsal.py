@@ -137,7 +137,7 @@ class Rehearsal:
         batch = None if self._make_batch is None else self._make_batch(samples)
         with ExitStack() as stack:
             mode = stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True)) if fake else None
-            module = _copied(self._module, mode)
+            module = copied(self._module, mode)
             module.train()
             if self._precision in WHOLE and self._precision != "32-true":
                 module.to(WHOLE[self._precision])
@@ -227,7 +227,7 @@ class _Play:
         return output["loss"] if isinstance(output, dict) else output
 
 
-def _copied(module: nn.Module, mode: FakeTensorMode | None) -> Any:
+def copied(module: nn.Module, mode: FakeTensorMode | None = None) -> Any:
     """A copy with fake tensors in place of all of its own; a real copy without a mode."""
     try:
         with nullcontext() if mode is None else FakeCopyMode(mode):

@@ -43,7 +43,9 @@ def moved(model: Model, delta: list[float], rule: ServerOptimizer | None = None,
     update = ClientUpdate(0, torch.tensor(delta, dtype=torch.float64), 1.0, 2, 2, 1, 0.5, 0.1)
     table.add(update, 2.0, (0, 0), (0.0, 0.0))
     total = aggregator.accumulate(aggregator.init(server), update, 2.0)
-    aggregate = GlobalModel(aggregator, rule or fed_avg()).move(exchange, server, total, table, training=training)
+    model_of_server = GlobalModel(aggregator, rule or fed_avg())
+    aggregate = model_of_server.aggregate(server, total, table)
+    model_of_server.move(exchange, server, aggregate, table.round, training=training)
     assert torch.equal(server, kept)
     return aggregate
 

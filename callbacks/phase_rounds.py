@@ -1,0 +1,291 @@
+"""How `CriticalPhase` sees and changes the server's updates."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any
+
+import lightning.pytorch as pl
+import numpy as np
+import torch
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.utilities import rank_zero_warn
+from torch import Tensor
+
+from lightning_fedscale import collectives, randomness
+from lightning_fedscale.half_batches import half_gradients, squared_norm
+from lightning_fedscale.noise import (
+    Diagonal,
+    Look,
+    diagonal_init,
+    diagonal_noise,
+    diagonal_update,
+    look_at_halves,
+    look_at_members,
+    reweighting_strength,
+)
+from lightning_fedscale.phase_keeper import PhaseKeeper
+from lightning_fedscale.phases import Observation
+from lightning_fedscale.server import follows_scale
+from lightning_fedscale.types import ClientUpdate, FloatArray, IntArray, Params, RoundRecord
+
+if TYPE_CHECKING:
+    from lightning_fedscale.callbacks.critical_phase import CriticalPhase
+
+
+class RoundWatch(Callback):
+    """Looks at the aggregated update of every round, and scales it or makes it noisy.
+
+    Args:
+        owner: decides.
+        keeper: knows the phase.
+    """
+
+    def __init__(self, owner: CriticalPhase, keeper: PhaseKeeper) -> None:
+        self._owner = owner
+        self._keeper = keeper
+        self._since_look = 0.0  # local batches of a client
+        self._halves: _HalfBatches | None = None
+        self._summed = 0
+        self._sums: list[Tensor] = []
+        self._diagonal: Diagonal | None = None
+        self._signed: _SignedUpdates | None = None
+        self._scales_delta = True
+
+    # ---- before training
+
+    def check(self, trainer: pl.Trainer, module: pl.LightningModule, noise: str) -> None:
+        """Refuse what cannot be.
+
+        Raises:
+            ValueError: with the reason and the remedy.
+        """
+        if self._owner.detector.needs == "fisher_trace" and self._owner.noise_every is None:
+            raise ValueError("noise_every=None: detector 'fisher_trace' reads what is measured there; pass a number.")
+
+    def helpers(self, trainer: pl.Trainer, noise: str) -> list[Callback]:
+        """The callbacks that do the work; those that cost something only if they are needed."""
+        strategy: Any = trainer.strategy
+        found: list[Callback] = [self]
+        self._scales_delta = follows_scale(strategy.server_optimizer)
+        if self._owner.action == "scale" and not self._scales_delta:
+            found.append(_StepScaling(self._owner))
+        if self._owner.action == "noise" and noise == "reweighting":
+            self._signed = _SignedUpdates(self._owner.seed)
+            found.append(self._signed)
+        return found
+
+    def attach(self, trainer: pl.Trainer, module: pl.LightningModule) -> str:
+        """Say how updates are scaled."""
+        self._sums = [tensor.to(module.device) for tensor in self._sums]
+        if self._diagonal is not None:
+            mean, variance, seen = self._diagonal
+            self._diagonal = Diagonal(
+                [t.to(module.device) for t in mean], [t.to(module.device) for t in variance], seen
+            )
+        if self._scales_delta:
+            return "the server follows the size of updates, so the clients' aggregated update is multiplied"
+        return "the server hardly follows the size of updates, so its step is multiplied"
+
+    def detach(self) -> None:
+        """Nothing was put into the module."""
+
+    # ---- in training
+
+    def on_round_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, round: int, clients: IntArray) -> None:
+        """Now and then, see how far the gradients of both halves of the clients' batches are apart."""
+        self._halves = None
+        if self._owner.noise_every is not None and self._since_look >= self._owner.noise_every:
+            self._halves = _HalfBatches(trainer, pl_module, clients)
+
+    def on_before_server_step(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, record: RoundRecord, delta: Params
+    ) -> None:
+        """All clients have trained: look, decide, and change the update."""
+        self._owner.begin_round(trainer)
+        self._look(record)
+        if self._owner.detector.accumulate == 1:
+            self._observe(trainer, record, list(delta.values()))
+        elif self._add_up(delta):
+            self._observe(trainer, record, self._sums)
+        if self._owner.action == "scale" and self._scales_delta:
+            torch._foreach_mul_(list(delta.values()), self._owner.scale)
+        elif self._owner.action == "noise":
+            self._make_noisy(record, delta)
+
+    def after_batch(self, trainer: pl.Trainer) -> None:
+        """A round is over."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """For the checkpoint."""
+        return {
+            "since_look": self._since_look,
+            "summed": self._summed,
+            "sums": list(self._sums),
+            "diagonal": None if self._diagonal is None else list(self._diagonal),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from there."""
+        self._since_look, self._summed, self._sums = state["since_look"], state["summed"], state["sums"]
+        self._diagonal = None if state["diagonal"] is None else Diagonal(*state["diagonal"])
+
+    # ---- what is seen
+
+    def _look(self, record: RoundRecord) -> None:
+        accepted = record.weights > 0
+        if accepted.sum() > 1:
+            norms, weights = record.delta_norms[accepted], record.weights[accepted]
+            samples = record.samples[accepted].astype(np.float64)
+            self._keeper.look("members", look_at_members(norms**2, weights, record.delta_norm**2, samples))
+        self._since_look += float(record.local_steps.mean())
+        if self._halves is not None:
+            self._since_look = 0.0
+            if (look := self._halves.look()) is not None:
+                self._keeper.look("sampling", look)
+            self._halves = None
+
+    def _add_up(self, delta: Params) -> bool:
+        """Whether so many updates are added up as the detector wants."""
+        fresh = self._summed in (0, self._owner.detector.accumulate)
+        # Not in place: what the round began with may be saved yet.
+        updates = list(delta.values())
+        self._sums = [u.clone() for u in updates] if fresh else list(torch._foreach_add(self._sums, updates))
+        self._summed = 1 if fresh else self._summed + 1
+        return self._summed == self._owner.detector.accumulate
+
+    def _observe(self, trainer: pl.Trainer, record: RoundRecord, tensors: list[Tensor]) -> None:
+        norms: list[float] = torch.stack(list(torch._foreach_norm(tensors))).tolist()
+        accepted = record.weights > 0
+        self._owner.observe(
+            record.round,
+            Observation(
+                norms,
+                client_square=float(record.weights[accepted] @ record.delta_norms[accepted] ** 2),
+                fisher_trace=self._keeper.sampling.fisher_trace,
+                learning_rate=float(trainer.optimizers[0].param_groups[0].get("lr", math.nan)),
+            ),
+        )
+
+    # ---- what is done
+
+    def _make_noisy(self, record: RoundRecord, delta: Params) -> None:
+        assert self._owner.target_batch is not None
+        batch = float(record.samples[record.weights > 0].sum())
+        target = min(self._owner.target_batch, batch)
+        if self._signed is not None:
+            noise = self._signed.noise(record, delta, batch, target)
+            if self._owner.adds_noise:
+                torch._foreach_add_(list(delta.values()), noise)
+            return
+        updates = list(delta.values())
+        known = diagonal_init(updates) if self._diagonal is None else self._diagonal
+        # On copies: what the round began with may be saved yet.
+        known = Diagonal([t.clone() for t in known.mean], [t.clone() for t in known.variance], known.seen)
+        self._diagonal = diagonal_update(known, updates)
+        if self._owner.adds_noise and self._diagonal.seen > 1:
+            generator = torch.Generator(device=updates[0].device)
+            generator.manual_seed(randomness.derive(self._owner.seed, randomness.NOISE, record.round))
+            torch._foreach_add_(updates, diagonal_noise(self._diagonal, batch, target, generator))
+
+
+class _StepScaling(Callback):
+    """Multiplies the server's step, where it does not follow the update's size."""
+
+    def __init__(self, owner: CriticalPhase) -> None:
+        self._owner = owner
+
+    def on_server_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule, step: Params) -> None:
+        """The server optimizer has made its step."""
+        torch._foreach_mul_(list(step.values()), self._owner.scale)
+
+
+class _SignedUpdates(Callback):
+    """The sum of clients' updates under random signs, beside their aggregate: all that reweighting takes.
+
+    With weights ``p_k`` and signs ``xi_k``, the change of the mean under the weights ``p_k (1 + s (xi_k - sum p xi))``
+    is ``s (sum p_k xi_k delta_k - (sum p xi) mean)``.
+    """
+
+    def __init__(self, seed: int) -> None:
+        self._seed = seed
+        self._sum: Tensor | None = None
+        self._total = 0.0
+        self._signs = np.empty(0)
+        self._sign_of: dict[int, float] = {}
+
+    def on_round_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, round: int, clients: IntArray) -> None:
+        """Toss the coin for every client."""
+        self._sum, self._total = None, 0.0
+        self._signs = randomness.generator(self._seed, randomness.NOISE, round).choice([-1.0, 1.0], size=len(clients))
+        self._sign_of = dict(zip(clients.tolist(), self._signs.tolist(), strict=True))
+
+    def on_client_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, update: ClientUpdate) -> None:
+        """Take in a client's update."""
+        if self._sum is None:
+            self._sum = torch.zeros_like(update.delta)
+        if update.finite:
+            strategy: Any = trainer.strategy
+            weight = strategy.weight_of(update)
+            self._sum.add_(update.delta, alpha=weight * self._sign_of[update.client])
+            self._total += weight
+
+    def noise(self, record: RoundRecord, delta: Params, batch: float, target: float) -> list[Tensor]:
+        """What to add to the aggregated update."""
+        sizes = [tensor.numel() for tensor in delta.values()]
+        assert self._sum is not None
+        joint = torch.cat([self._sum[: sum(sizes)], self._sum.new_tensor([self._total])])
+        self._sum = None
+        joint = collectives.sum_over_ranks(joint)
+        weights = record.weights
+        if (weights > 0).sum() < 2:
+            return [torch.zeros_like(tensor) for tensor in delta.values()]
+        strength, mean_sign = reweighting_strength(weights, batch, target), float(weights @ self._signs)
+        parts = torch.split(joint[:-1] / joint[-1], sizes)
+        return [
+            strength * (part.view_as(mean) - mean_sign * mean) for part, mean in zip(parts, delta.values(), strict=True)
+        ]
+
+
+class _HalfBatches:
+    """The gradients of both halves of each client's first batch, at the global model.
+
+    Args:
+        trainer: the Trainer, in a round that has begun.
+        module: holds the global model.
+        clients: the cohort.
+    """
+
+    def __init__(self, trainer: pl.Trainer, module: pl.LightningModule, clients: IntArray) -> None:
+        strategy: Any = trainer.strategy
+        rows = {client: row for row, client in enumerate(clients.tolist())}
+        self._table = torch.zeros(len(rows), 4, dtype=torch.float64, device=module.device)
+        size = sum(parameter.numel() for parameter in module.parameters() if parameter.requires_grad)
+        self._sum = torch.zeros(size, dtype=torch.float64, device=module.device)
+        try:
+            for client, batch in strategy.first_batches():
+                if (halves := half_gradients(trainer, module, batch)) is not None:
+                    mean = halves.mean()
+                    row = self._table[rows[client]]
+                    row[0], row[1] = halves.difference_square(), squared_norm(mean)
+                    row[2], row[3] = halves.samples
+                    self._sum += torch.cat([gradient.flatten() for gradient in mean])
+        except Exception as error:
+            self._table.fill_(math.nan)  # so that every rank knows
+            rank_zero_warn(
+                "CriticalPhase: the noise of single samples is not measured, since a batch cannot be cut into halves"
+                f" and run on a copy of the module ({type(error).__name__}: {error}). Pass noise_every=None."
+            )
+
+    def look(self) -> Look | None:
+        """What all ranks have seen together; to be called on all of them, None if it says nothing."""
+        joint = collectives.sum_over_ranks(torch.cat([self._sum, self._table.flatten()]))
+        table: FloatArray = joint[len(self._sum) :].cpu().numpy().reshape(-1, 4)
+        if not np.isfinite(table).all():
+            return None
+        table = table[table[:, 3] > 0]
+        if not len(table):
+            return None
+        weights = np.full(len(table), 1.0 / len(table))
+        mean_square = float(joint[: len(self._sum)].square().sum()) / len(table) ** 2
+        return look_at_halves(table[:, 0], table[:, 2:], table[:, 1], weights, mean_square)

@@ -1,0 +1,308 @@
+"""The noise of gradients: how large it is, what batch and cohort it makes worthwhile, and how to put it back.
+
+The gradient of a batch of ``B`` samples is the true gradient ``G`` and noise of covariance ``Sigma / B``. The simple
+noise scale ``tr(Sigma) / |G|^2`` is the batch at which both are equal in size, the critical batch (McCandlish et al.,
+arXiv 1812.06162). In federated training the gradient of a client that holds other data than the rest differs from ``G``
+even without sampling noise: with ``V`` the mean square of that, a client's gradient over ``b`` samples has the variance
+``V + tr(Sigma) / b``, and the cohort beyond which more clients hardly help is that over ``|G|^2``. Everything here is
+a pure function of numbers or tensors.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from scipy.special import stdtrit
+from torch import Tensor
+
+from lightning_fedscale.types import FloatArray
+
+FEWEST = 5
+"""Looks below which nothing is said about the noise scale."""
+
+
+class Look(NamedTuple):
+    """Unbiased estimates from several gradients at one point.
+
+    Attributes:
+        square: squared norm of the true gradient; may come out negative.
+        variance: mean squared distance of a member's gradient from it; a member is a client, or a batch.
+        batch: samples behind a member's gradient.
+        within: the part of the variance that comes from sampling, ``tr(Sigma) / batch``; NaN if it cannot be told.
+    """
+
+    square: float
+    variance: float
+    batch: float
+    within: float = math.nan
+
+
+def look_at_members(squares: FloatArray, weights: FloatArray, mean_square: float, batches: FloatArray) -> Look:
+    """From the gradients of several members and their weighted mean.
+
+    With weights ``p`` that sum to 1, ``E sum p |g_k|^2 = |G|^2 + U`` and ``E |mean|^2 = |G|^2 + U sum p^2``.
+
+    Args:
+        squares: squared norm of each member's gradient.
+        weights: share of each in the mean.
+        mean_square: squared norm of the weighted mean.
+        batches: samples behind each.
+
+    Raises:
+        ValueError: for fewer than two members that count.
+
+    Example:
+        >>> look_at_members(np.array([4.0, 4.0]), np.array([0.5, 0.5]), 3.0, np.array([8, 8]))
+        Look(square=2.0, variance=2.0, batch=8.0, within=nan)
+    """
+    shared = float(weights @ weights)
+    if shared >= 1.0 - 1e-12:
+        raise ValueError(f"weights={weights!r}: the noise of gradients shows in two members or more.")
+    variance = (float(weights @ squares) - mean_square) / (1.0 - shared)
+    return Look(mean_square - shared * variance, variance, float(weights @ batches))
+
+
+def look_at_halves(
+    differences: FloatArray, halves: FloatArray, squares: FloatArray, weights: FloatArray, mean_square: float
+) -> Look:
+    """From the gradients of both halves of each member's batch: sampling noise told apart from members' own directions.
+
+    ``E |g' - g''|^2 = tr(Sigma) (1/b' + 1/b'')`` holds within a member, whatever its own true gradient is. A single
+    member has no others to differ from; then all variance is within.
+
+    Args:
+        differences: squared norm of the difference of the two halves' gradients, for each member.
+        halves: samples in the halves, of shape (members, 2).
+        squares: squared norm of each member's gradient over both halves.
+        weights: share of each member in the mean; sums to 1.
+        mean_square: squared norm of the weighted mean of the members' gradients.
+
+    Example:
+        >>> one = np.array([1.0])
+        >>> look_at_halves(np.array([4.0]), np.array([[8, 8]]), np.array([5.0]), one, 5.0)
+        Look(square=4.0, variance=1.0, batch=16.0, within=1.0)
+    """
+    batches = halves.sum(1)
+    trace = float(weights @ (differences / (1.0 / halves).sum(1)))
+    batch, shared = float(weights @ batches), float(weights @ weights)
+    noise_of_mean = trace * float((weights**2) @ (1.0 / batches))
+    if len(weights) == 1:
+        return Look(mean_square - noise_of_mean, trace / batch, batch, trace / batch)
+    spread = float(weights @ squares) - mean_square
+    from_sampling = trace * float((weights * (1.0 - weights)) @ (1.0 / batches))
+    between = (spread - from_sampling) / (1.0 - shared)
+    within = trace / batch
+    return Look(mean_square - noise_of_mean - shared * between, between + within, batch, within)
+
+
+class NoiseScale(NamedTuple):
+    """The gradient noise scale with its uncertainty, from all looks so far.
+
+    Attributes:
+        scale: variance over squared gradient, in samples: a batch so large has as much noise as signal. NaN as long as
+            there is not enough evidence.
+        low: of the confidence interval.
+        high: of the confidence interval; infinite where the data cannot tell.
+        critical_batch: the same from sampling noise alone; NaN if it cannot be told.
+        critical_cohort: variance over squared gradient, in members.
+        square: squared norm of the true gradient.
+        fisher_trace: mean squared gradient norm of single samples; NaN if sampling noise cannot be told.
+        looks: number of looks.
+    """
+
+    scale: float
+    low: float
+    high: float
+    critical_batch: float
+    critical_cohort: float
+    square: float
+    fisher_trace: float
+    looks: int
+
+    @property
+    def enough(self) -> bool:
+        """Whether there is enough evidence: the squared gradient differs from zero beyond doubt."""
+        return not math.isnan(self.scale)
+
+
+UNKNOWN = NoiseScale(math.nan, 0.0, math.inf, math.nan, math.nan, math.nan, math.nan, 0)
+
+
+def noise_scale(looks: Sequence[Look], decay: float = 0.99, confidence: float = 0.95) -> NoiseScale:
+    """The noise scale from a series of looks, latest last.
+
+    Numerator and denominator are averaged apart, with weights that fall by ``decay`` from look to look, and then
+    divided: the mean of their quotients would be biased, and a single look's squared gradient is often negative. The
+    interval is Fieller's for a quotient of means, with variances by the jackknife; it has no upper end where the mean
+    squared gradient does not differ from zero at that confidence. For a point estimate it must do so at 99.9 %, since
+    one that is given whenever it just comes out large enough would be too small.
+
+    Args:
+        looks: at least `FEWEST` for an answer.
+        decay: weight of a look relative to the next one, in (0, 1].
+        confidence: of the interval, in (0, 1).
+
+    Example:
+        >>> noise_scale([Look(1.0 + 0.1 * (-1) ** i, 2.0, 32.0, 2.0) for i in range(10)]).critical_cohort
+        2.0...
+        >>> noise_scale([Look(0.1 - (-1) ** i, 2.0, 32.0, 2.0) for i in range(10)]).enough
+        False
+    """
+    if not 0 < decay <= 1:
+        raise ValueError(f"decay={decay!r}: pass a number in (0, 1].")
+    if not 0 < confidence < 1:
+        raise ValueError(f"confidence={confidence!r}: pass a number in (0, 1).")
+    number = len(looks)
+    if number < FEWEST:
+        return UNKNOWN._replace(looks=number)
+    squares, variances, batches, withins = np.array(looks, dtype=np.float64).T
+    weights = decay ** np.arange(number - 1, -1, -1.0)
+    weights /= weights.sum()
+    noises, square = variances * batches, float(weights @ squares)
+    trace = float(weights @ (withins * batches))
+    low, high = _quotient_interval(noises, squares, weights, confidence)
+    known = UNKNOWN._replace(low=low, high=high, square=square, fisher_trace=trace + square, looks=number)
+    if _quotient_interval(noises, squares, weights, _BEYOND_DOUBT)[1] == math.inf:
+        return known
+    return known._replace(
+        scale=max(0.0, float(weights @ noises) / square),
+        critical_batch=trace if math.isnan(trace) else max(0.0, trace / square),
+        critical_cohort=max(0.0, float(weights @ variances) / square),
+    )
+
+
+_BEYOND_DOUBT = 0.999
+
+
+def _quotient_interval(
+    numerators: FloatArray, denominators: FloatArray, weights: FloatArray, confidence: float
+) -> tuple[float, float]:
+    """Fieller's interval for the quotient of two weighted means, which is not negative; infinite without upper end."""
+    means = np.array([weights @ numerators, weights @ denominators])
+    centred = np.stack([numerators, denominators]) - means[:, None]
+    shared = float(weights @ weights)
+    (a, b), (_, d) = (centred * weights**2) @ centred.T / (1.0 - shared)
+    t = float(stdtrit(1.0 / shared - 1.0, 0.5 + confidence / 2))
+    # All q with (N - q D)^2 <= t^2 Var(N - q D), that is bottom q^2 - 2 middle q + top <= 0.
+    top, bottom = means[0] ** 2 - t**2 * a, means[1] ** 2 - t**2 * d
+    middle = means[0] * means[1] - t**2 * b
+    root = math.sqrt(max(0.0, middle**2 - top * bottom))
+    if bottom > 0 and means[1] > 0:
+        return max(0.0, (middle - root) / bottom), max(0.0, (middle + root) / bottom)
+    # The roots then lie on both sides of zero, if zero itself is not among the solutions.
+    return ((middle - root) / bottom if top > 0 and bottom < 0 and means[0] > 0 else 0.0), math.inf
+
+
+# ---- noise put back
+
+
+def reweighted(weights: FloatArray, signs: FloatArray, batch: float, target: float) -> FloatArray:
+    """Random weights for members, whose mean then is as noisy as that of a smaller batch; no gradient is computed anew.
+
+    Multiplies each weight by ``1 + s (xi_k - sum p xi)`` with signs ``xi`` from a fair coin. What that adds to the mean
+    gradient has expectation zero and, averaged over samples, the covariance ``s^2 (1 - sum p^2) Sigma / B``; with
+    ``s`` of `reweighting_strength` it is ``(1 / target - 1 / B) Sigma``. Where members hold unlike data, their
+    differences count as noise too.
+
+    Args:
+        weights: share of each member, proportional to its samples; sums to 1.
+        signs: 1 or -1 for each member, by a fair coin.
+        batch: samples behind the mean, all members together.
+        target: samples whose noise is wanted, at most ``batch``.
+
+    Returns:
+        Weights that sum to 1; some may be negative.
+
+    Example:
+        >>> reweighted(np.full(2, 0.5), np.array([1.0, -1.0]), batch=64, target=32)
+        array([ 1.20710678, -0.20710678])
+    """
+    new: FloatArray = weights * (1.0 + reweighting_strength(weights, batch, target) * (signs - weights @ signs))
+    return new
+
+
+def reweighting_strength(weights: FloatArray, batch: float, target: float) -> float:
+    """The factor ``s`` of `reweighted`: ``s^2 = (batch / target - 1) / (1 - sum p^2)``.
+
+    Raises:
+        ValueError: for fewer than two members, or a target that is not in (0, batch].
+    """
+    _check_target(batch, target)
+    shared = float(weights @ weights)
+    if shared >= 1.0 - 1e-12:
+        raise ValueError(f"weights={weights!r}: reweighting needs two members or more.")
+    return math.sqrt((batch / target - 1.0) / (1.0 - shared))
+
+
+class Diagonal(NamedTuple):
+    """Running mean and variance of every coordinate of a gradient.
+
+    Attributes:
+        mean: of each tensor's coordinates.
+        variance: around it.
+        seen: number of gradients.
+    """
+
+    mean: list[Tensor]
+    variance: list[Tensor]
+    seen: int
+
+
+def diagonal_init(gradients: Sequence[Tensor]) -> Diagonal:
+    """Before the first gradient; takes twice the memory of the gradients."""
+    return Diagonal([torch.zeros_like(g) for g in gradients], [torch.zeros_like(g) for g in gradients], 0)
+
+
+@torch.no_grad()
+def diagonal_update(state: Diagonal, gradients: Sequence[Tensor], decay: float = 0.99) -> Diagonal:
+    """Take in a gradient; works in place.
+
+    Until ``1 / (1 - decay)`` gradients were seen all count the same, later older ones count less. The variance is that
+    of successive gradients around their running mean, so that slow changes of the true gradient do not count.
+
+    Example:
+        >>> state = diagonal_init([torch.zeros(1)])
+        >>> for value in (1.0, 3.0):
+        ...     state = diagonal_update(state, [torch.tensor([value])])
+        >>> state.mean[0].item(), state.variance[0].item()
+        (2.0, 2.0)
+    """
+    seen = state.seen + 1
+    share = max(1.0 / seen, 1.0 - decay)
+    # Welford's update is unbiased while all count the same. Later, the running mean is itself noisy: of a gradient's
+    # squared distance from it, so much is expected of a stationary one.
+    expected = 1.0 if share * seen == 1.0 else 2.0 * (1.0 - share) / (2.0 - share)
+    of_variance = max(1.0 / max(1, seen - 1), 1.0 - decay)
+    for mean, variance, gradient in zip(state.mean, state.variance, gradients, strict=True):
+        before = gradient - mean
+        mean.add_(before, alpha=share)
+        if seen > 1:
+            variance.lerp_(before.mul_(gradient - mean).div_(expected), of_variance)
+    return Diagonal(state.mean, state.variance, seen)
+
+
+@torch.no_grad()
+def diagonal_noise(state: Diagonal, batch: float, target: float, generator: torch.Generator) -> list[Tensor]:
+    """Normal noise that makes gradients over ``batch`` samples as noisy, coordinate by coordinate, as over ``target``.
+
+    Args:
+        state: of gradients over ``batch`` samples each.
+        batch: samples behind a gradient.
+        target: samples whose noise is wanted, at most ``batch``.
+        generator: on the gradients' device.
+    """
+    _check_target(batch, target)
+    factor = math.sqrt(batch / target - 1.0)
+    return [
+        torch.randn(v.shape, generator=generator, dtype=v.dtype, device=v.device) * v.sqrt() * factor
+        for v in state.variance
+    ]
+
+
+def _check_target(batch: float, target: float) -> None:
+    if not 0 < target <= batch:
+        raise ValueError(f"target_batch={target!r}: pass a number of samples above 0 and at most {batch:g}, the batch.")

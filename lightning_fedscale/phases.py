@@ -1,0 +1,479 @@
+"""Critical phases of training: told from gradient norms, and what to multiply updates by outside of them.
+
+Training is in a critical phase while its gradients change quickly. There, the direction of single updates matters, and
+errors that are made cannot be repaired later (Achille et al., arXiv 1711.08856; for federated learning Yan et al., AAAI
+2022). Elsewhere, updates of large batches may be scaled up (Tyagi, arXiv 2509.10537). Detectors and scale rules here
+are pure functions of numbers; `lightning_fedscale.callbacks.CriticalPhase` feeds and obeys them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from difflib import get_close_matches
+from functools import lru_cache
+from typing import Any, NamedTuple, TypeAlias
+
+import numpy as np
+from scipy.optimize import brentq
+from scipy.special import ndtr, ndtri, stdtr
+
+State: TypeAlias = dict[str, Any]
+"""What a detector remembers: numbers, booleans and lists of numbers by name, so that any checkpoint can hold it."""
+
+
+class Observation(NamedTuple):
+    """What a detector sees of one step or round.
+
+    Attributes:
+        layer_norms: L2 norm of the gradient of each parameter tensor.
+        client_square: mean squared norm of the clients' updates, weighted as in their aggregate; NaN if unknown.
+        fisher_trace: trace of the empirical Fisher matrix, the mean squared gradient norm of single samples; NaN if
+            unknown.
+        learning_rate: of the optimizer; NaN if unknown.
+    """
+
+    layer_norms: Sequence[float]
+    client_square: float = math.nan
+    fisher_trace: float = math.nan
+    learning_rate: float = math.nan
+
+
+class Decision(NamedTuple):
+    """What a detector makes of an observation.
+
+    Attributes:
+        critical: whether training is in a critical phase.
+        statistic: the number it is read from; NaN while there is none.
+        threshold: what the number is compared with.
+    """
+
+    critical: bool
+    statistic: float
+    threshold: float
+
+
+class Detector(NamedTuple):
+    """Tells critical phases, as a pair of pure functions.
+
+    Attributes:
+        init: the state before the first observation.
+        update: from a state and an observation, the decision and the next state.
+        needs: the field of `Observation` that it reads.
+        statistic: what its statistic is.
+        accumulate: number of steps or rounds whose gradients are added up before the norms of the sum are one
+            observation.
+    """
+
+    init: Callable[[], State]
+    update: Callable[[State, Observation], tuple[Decision, State]]
+    needs: str = "layer_norms"
+    statistic: str = "relative_change"
+    accumulate: int = 1
+
+
+def relative_change(threshold: float = 0.3, window: int = 25, alpha: float = 0.01) -> Detector:
+    """Critical while the smoothed gradient norm changes by a large part of itself from step to step.
+
+    With ``n`` the sum of the layers' norms, as SelSync computes it (Tyagi and Swany, arXiv 2307.07950, and its code)::
+
+        m_t = sum_j (1 - alpha)^j n_{t-j} / sum_j (1 - alpha)^j,    j = 1 .. window, newest first
+        d_t = |m_t - m_{t-1}| / m_{t-1}, smoothed in the same way
+        critical if t < window or d_t >= threshold
+
+    Before the window is full, the means are over what there is; a change from zero counts as one of 100 %.
+
+    Args:
+        threshold: relative change from which on a phase is critical. SelSync used 0.25, 0.3 and 0.5. Of a smoothed norm
+            that is a large change: what to choose depends on window and noise; see the detection curves in
+            ``benchmarks/results/phases.md``.
+        window: number of observations, and those at the beginning that are critical in any case.
+        alpha: by what share each earlier observation counts less, in [0, 1).
+
+    Example:
+        >>> detector = relative_change(threshold=0.5, window=2, alpha=0.0)
+        >>> state = detector.init()
+        >>> for norm in (1.0, 1.0, 1.0, 5.0):
+        ...     decision, state = detector.update(state, Observation([norm]))
+        ...     print(decision.critical, round(decision.statistic, 2))
+        True nan
+        True 0.0
+        False 0.0
+        True 1.0
+    """
+    _positive("threshold", threshold)
+    _count("window", window)
+    if not 0 <= alpha < 1:
+        raise ValueError(f"alpha={alpha!r}: pass a number in [0, 1).")
+
+    def init() -> State:
+        return {"norms": [], "changes": [], "smoothed": math.nan, "seen": 0}
+
+    def update(state: State, observation: Observation) -> tuple[Decision, State]:
+        norms = [*state["norms"], _total(observation)][-window:]
+        smoothed = _smoothed(norms, alpha)
+        changes = state["changes"]
+        if state["seen"]:
+            changes = [*changes, _relative(smoothed, state["smoothed"])][-window:]
+        change = _smoothed(changes, alpha) if changes else math.nan
+        critical = state["seen"] < window or change >= threshold
+        state = {"norms": norms, "changes": changes, "smoothed": smoothed, "seen": state["seen"] + 1}
+        return Decision(critical, change, threshold), state
+
+    return Detector(init, update)
+
+
+def accordion(threshold: float = 0.5, interval: int = 10, accumulate: int = 1) -> Detector:
+    """Critical until a layer's accumulated gradient keeps its norm from one look to the next.
+
+    As in Accordion (Agarwal et al., MLSys 2021, and its code): every ``interval`` observations, each layer's norm is
+    compared with that at the last look; critical if ``|before - now| / before >= threshold`` for any layer. The first
+    observations are critical, and a lower learning rate makes those critical that follow, until the next look.
+
+    Args:
+        threshold: relative change from which on a phase is critical; Accordion's code has 0.5.
+        interval: observations from one look to the next; Accordion's are epochs, 10 apart.
+        accumulate: steps or rounds whose gradients are added up for one observation: those of an epoch.
+    """
+    _positive("threshold", threshold)
+    _count("interval", interval)
+    _count("accumulate", accumulate)
+
+    def init() -> State:
+        return {"norms": [], "seen": 0, "critical": True, "change": math.nan, "learning_rate": math.nan}
+
+    def update(state: State, observation: Observation) -> tuple[Decision, State]:
+        norms, before = list(observation.layer_norms), state["norms"]
+        critical, change = state["critical"], state["change"]
+        if state["seen"] % interval == 0:
+            if before and len(before) == len(norms):
+                change = max(map(_relative, norms, before))
+                critical = change >= threshold
+            before = norms
+        critical = critical or observation.learning_rate < state["learning_rate"]
+        state = {
+            "norms": before,
+            "seen": state["seen"] + 1,
+            "critical": critical,
+            "change": change,
+            "learning_rate": observation.learning_rate,
+        }
+        return Decision(critical, change, threshold), state
+
+    return Detector(init, update, accumulate=accumulate)
+
+
+def page_hinkley(false_alarms: float = 1.0, drift: float = 0.5, hold: int = 25) -> Detector:
+    """Critical after a change of the gradient norm's level, told at a false-alarm rate that is chosen.
+
+    Page's cumulative sums on both sides, of deviations from the running mean as Hinkley takes them, here in Hawkins'
+    self-starting form (Hawkins 1987, The Statistician 36): each log-norm is compared with mean and spread of those
+    before it, and Student's distribution turns the result into a standard normal score. While nothing changes, the
+    scores of independent normal log-norms are independent and exactly normal, whatever their level and spread are, so
+    that the alarm limit follows from the rate asked for. After an alarm everything is learnt anew, and the phase stays
+    critical until ``hold`` observations have passed without another one.
+
+    Norms that hang together from step to step (momentum, overlapping batches, slow drift) give more alarms.
+
+    Args:
+        false_alarms: expected number in 1,000 observations without any change.
+        drift: deviation, in standard deviations, that is always let pass; half the change that matters.
+        hold: observations that are critical after an alarm, and at the beginning.
+
+    Example:
+        >>> detector = page_hinkley(hold=5)
+        >>> state, critical = detector.init(), []
+        >>> for norm in [1.0, 1.1, 0.9] * 10 + [3.0] * 3:
+        ...     decision, state = detector.update(state, Observation([norm]))
+        ...     critical.append(decision.critical)
+        >>> critical.index(False), critical[-1]
+        (5, True)
+    """
+    _positive("false_alarms", false_alarms)
+    if false_alarms > 100:
+        raise ValueError(f"false_alarms={false_alarms!r}: pass at most 100 in 1,000 observations.")
+    _positive("drift", drift)
+    _count("hold", hold)
+    limit = alarm_limit(1000 / false_alarms - _UNSCORED, drift)
+
+    def init() -> State:
+        return {"count": 0, "mean": 0.0, "squares": 0.0, "up": 0.0, "down": 0.0, "quiet": 0}
+
+    def update(state: State, observation: Observation) -> tuple[Decision, State]:
+        norm = _total(observation)
+        value = math.log(max(norm, 1e-300))
+        score = _score(value, state["count"], state["mean"], state["squares"])
+        up, down = max(0.0, state["up"] + score - drift), max(0.0, state["down"] - score - drift)
+        statistic, quiet = max(up, down), state["quiet"] + 1
+        if statistic > limit:
+            state = {**init()}
+            return Decision(True, statistic, limit), state
+        count = state["count"] + 1
+        mean = state["mean"] + (value - state["mean"]) / count
+        squares = state["squares"] + (value - state["mean"]) * (value - mean)
+        state = {"count": count, "mean": mean, "squares": squares, "up": up, "down": down, "quiet": quiet}
+        return Decision(quiet <= hold, statistic, limit), state
+
+    return Detector(init, update, statistic="cumulative_sum")
+
+
+def federated_gradient_norm(threshold: float = 0.01, window: int = 1) -> Detector:
+    """Critical while the clients' mean squared update norm grows from round to round.
+
+    The federated gradient norm of CriticalFL (Yan et al., KDD 2023), up to a factor that its ratio does not see;
+    critical if ``(F_t - F_{t-1}) / F_{t-1} >= threshold``.
+
+    Args:
+        threshold: relative growth from which on a phase is critical; 0.01 in the paper's code.
+        window: observations whose mean is taken first; 1 as published.
+    """
+    return _growth("client_square", threshold, window)
+
+
+def fisher_trace(threshold: float = 0.01, window: int = 1) -> Detector:
+    """Critical while the trace of the empirical Fisher matrix grows from observation to observation.
+
+    As `federated_gradient_norm`, of the mean squared gradient norm of single samples (FedFIM, Yan et al., AAAI 2022),
+    which noise and gradient add up to: ``E|g_i|^2 = tr(Sigma) + |G|^2``.
+
+    Args:
+        threshold: relative growth from which on a phase is critical.
+        window: observations whose mean is taken first; 1 as published.
+    """
+    return _growth("fisher_trace", threshold, window)
+
+
+DETECTORS: dict[str, Callable[..., Detector]] = {
+    "relative_change": relative_change,
+    "accordion": accordion,
+    "page_hinkley": page_hinkley,
+    "federated_gradient_norm": federated_gradient_norm,
+    "fisher_trace": fisher_trace,
+}
+
+
+def detector_by_name(name: str, threshold: float) -> Detector:
+    """The detector that a string argument stands for.
+
+    Args:
+        name: one of `DETECTORS`.
+        threshold: of the detector; for "page_hinkley" the false alarms in 1,000 observations.
+
+    Raises:
+        ValueError: for another name, with the closest match.
+
+    Example:
+        >>> detector_by_name("accordian", 0.5)  # doctest: +ELLIPSIS
+        Traceback (most recent call last):
+        ...
+        ValueError: detector='accordian' is not known. Did you mean 'accordion'? Known: 'relative_change', ...
+    """
+    if name not in DETECTORS:
+        close = get_close_matches(name, DETECTORS, 1)
+        hint = f" Did you mean {close[0]!r}?" if close else ""
+        raise ValueError(f"detector={name!r} is not known.{hint} Known: {', '.join(map(repr, DETECTORS))}.")
+    return DETECTORS[name](threshold)
+
+
+# ---- what to multiply by
+
+
+class Phase(NamedTuple):
+    """Where training is, as scale rules see it.
+
+    Attributes:
+        critical: whether it is in a critical phase.
+        quiet: steps or rounds since it last was, 0 while it is.
+        noise_scale: gradient noise scale in samples; NaN if unknown.
+    """
+
+    critical: bool
+    quiet: int
+    noise_scale: float = math.nan
+
+
+ScaleRule: TypeAlias = Callable[[Phase], float]
+"""What to multiply an update by in a phase."""
+
+
+def step(factor: float = 2.0) -> ScaleRule:
+    """``factor`` in non-critical phases, 1 in critical ones: the step function of arXiv 2509.10537.
+
+    Example:
+        >>> rule = step(3.0)
+        >>> rule(Phase(critical=True, quiet=0)), rule(Phase(critical=False, quiet=1))
+        (1.0, 3.0)
+    """
+    _positive("scale", factor)
+    return lambda phase: 1.0 if phase.critical else float(factor)
+
+
+def linear_ramp(factor: float = 2.0, length: int = 100) -> ScaleRule:
+    """From 1 to ``factor`` within ``length`` non-critical steps or rounds; 1 in critical ones.
+
+    Example:
+        >>> rule = linear_ramp(3.0, length=4)
+        >>> [rule(Phase(critical=False, quiet=quiet)) for quiet in (1, 2, 4, 9)]
+        [1.5, 2.0, 3.0, 3.0]
+    """
+    _positive("scale", factor)
+    _count("length", length)
+    return lambda phase: 1.0 if phase.critical else 1.0 + (factor - 1.0) * min(1.0, phase.quiet / length)
+
+
+def adascale(batch: float, reference: float) -> ScaleRule:
+    """AdaScale's gain: as many steps of the reference batch as one of this larger batch is worth.
+
+    With ``S = batch / reference``, variance ``v`` of a gradient over ``reference`` samples and squared mean gradient
+    ``m``, the gain is ``(v + m) / (v / S + m)``, between 1 and ``S`` (Johnson et al., arXiv 2007.05105); written with
+    the noise scale, since ``v / m = noise_scale / reference``. 1 in critical phases, and as long as the noise scale is
+    unknown.
+
+    Args:
+        batch: samples behind one update.
+        reference: samples for which the learning rate was chosen.
+
+    Example:
+        >>> rule = adascale(batch=1024, reference=128)
+        >>> rule(Phase(critical=False, quiet=1, noise_scale=1024.0))
+        4.5
+    """
+    _positive("batch", batch)
+    _positive("reference", reference)
+    if reference > batch:
+        raise ValueError(f"reference={reference!r}: pass at most batch={batch!r}, the samples behind one update.")
+
+    def rule(phase: Phase) -> float:
+        if phase.critical or not phase.noise_scale >= 0:
+            return 1.0
+        if math.isinf(phase.noise_scale):
+            return batch / reference
+        return (phase.noise_scale / reference + 1.0) / (phase.noise_scale / batch + 1.0)
+
+    return rule
+
+
+def capped(rule: ScaleRule, limit: float) -> ScaleRule:
+    """Another rule, but never above ``limit``: by the linear rule, how many times larger the batch has become.
+
+    Example:
+        >>> capped(step(8.0), limit=4.0)(Phase(critical=False, quiet=1))
+        4.0
+    """
+    _positive("limit", limit)
+    return lambda phase: min(rule(phase), float(limit))
+
+
+# ---- the alarm limit
+
+
+_UNSCORED = 2
+"""Observations after a start that have no score, since a spread takes two."""
+
+
+@lru_cache(maxsize=64)
+def alarm_limit(run_length: float, drift: float = 0.5) -> float:
+    """The limit at which two-sided cumulative sums of standard normal scores run so long on average until an alarm.
+
+    Inverts `run_length_of`; both sides together run half as long as one.
+
+    Args:
+        run_length: mean number of observations until an alarm, at least 5.
+        drift: what is taken off each score.
+
+    Example:
+        >>> round(alarm_limit(168.0, drift=0.5), 1)  # as tabulated for a limit of 4
+        4.0
+    """
+
+    def excess(limit: float) -> float:
+        return math.log(run_length_of(limit, drift) / 2 / run_length)
+
+    high = 1.0
+    while excess(high) < 0:
+        high *= 1.5
+    return float(brentq(excess, 1e-6, high, xtol=1e-9))
+
+
+def run_length_of(limit: float, drift: float = 0.5) -> float:
+    """Mean number of standard normal scores until a one-sided cumulative sum exceeds the limit.
+
+    Solves Page's integral equation ``L(z) = 1 + L(0) Phi(drift - z) + int_0^limit L(y) phi(y + drift - z) dy`` by
+    Gauss-Legendre quadrature (Vance, Journal of Quality Technology 18, 1986).
+
+    Example:
+        >>> round(run_length_of(4.0, drift=0.5), 1)
+        335.4
+    """
+    nodes, weights = np.polynomial.legendre.leggauss(80)
+    points, weights = (nodes + 1) * limit / 2, weights * limit / 2
+    start = np.concatenate([[0.0], points])
+    kernel = np.exp(-((points[None] + drift - start[:, None]) ** 2) / 2) / math.sqrt(2 * math.pi) * weights[None]
+    system = np.eye(len(start))
+    system[:, 0] -= ndtr(drift - start)
+    system[:, 1:] -= kernel
+    return float(np.linalg.solve(system, np.ones(len(start)))[0])
+
+
+# ---- parts
+
+
+def _growth(field: str, threshold: float, window: int) -> Detector:
+    _positive("threshold", threshold)
+    _count("window", window)
+
+    def init() -> State:
+        return {"values": [], "before": math.nan}
+
+    def update(state: State, observation: Observation) -> tuple[Decision, State]:
+        value = getattr(observation, field)
+        if math.isnan(value):  # nothing is known yet
+            return Decision(True, math.nan, threshold), state
+        values = [*state["values"], value][-window:]
+        mean, before = math.fsum(values) / len(values), state["before"]
+        growth = math.nan if math.isnan(before) else math.copysign(_relative(mean, before), mean - before)
+        critical = math.isnan(growth) or growth >= threshold
+        return Decision(critical, growth, threshold), {"values": values, "before": mean}
+
+    return Detector(init, update, needs=field)
+
+
+def _total(observation: Observation) -> float:
+    return math.fsum(observation.layer_norms)
+
+
+def _smoothed(values: Sequence[float], alpha: float) -> float:
+    weights = [(1 - alpha) ** age for age in range(len(values), 0, -1)]
+    return math.fsum(w * v for w, v in zip(weights, values, strict=True)) / math.fsum(weights)
+
+
+def _relative(now: float, before: float) -> float:
+    if before == 0:
+        return 0.0 if now == 0 else 1.0
+    return abs(now - before) / abs(before)
+
+
+def _score(value: float, count: int, mean: float, squares: float) -> float:
+    """How unusual a value is after ``count`` others, as a standard normal number."""
+    if count < _UNSCORED:
+        return 0.0
+    spread = math.sqrt(squares / (count - 1))
+    if spread == 0:
+        return 0.0 if value == mean else math.copysign(_FARTHEST, value - mean)
+    student = (value - mean) / spread * math.sqrt(count / (count + 1))
+    # From the lower tail, where the distribution function keeps its digits.
+    return float(-math.copysign(max(ndtri(stdtr(count - 1, -abs(student))), -_FARTHEST), student))
+
+
+_FARTHEST = 8.0
+"""Largest score: beyond it, numbers say nothing any more."""
+
+
+def _positive(name: str, value: float) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
+        raise ValueError(f"{name}={value!r}: pass a number above 0.")
+
+
+def _count(name: str, value: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(f"{name}={value!r}: pass a whole number, at least 1.")

@@ -1,0 +1,89 @@
+"""Makes single optimizer steps longer, whatever the optimizer does with its gradients."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.optim import Optimizer
+
+_FOLLOW_SCALE = (torch.optim.SGD, torch.optim.ASGD)
+_DECOUPLED = tuple(getattr(torch.optim, name) for name in ("AdamW", "Adafactor", "Muon") if hasattr(torch.optim, name))
+
+
+class UpdateScaling:
+    """Multiplies what an optimizer's next step adds to the parameters.
+
+    Where updates follow the gradients' size (SGD), the gradients are multiplied, so that momentum takes in the scaled
+    ones. Adam and others divide by that size; there the learning rate is multiplied for one step, and is back before
+    anybody reads it. Weight decay is left as it is, but for that which such optimizers add to the gradients.
+
+    Args:
+        optimizer: a torch optimizer.
+        scale_weight_decay: whether weight decay is to be multiplied as well.
+
+    Example:
+        >>> weight = torch.ones(1, requires_grad=True)
+        >>> sgd = torch.optim.SGD([weight], lr=0.5)
+        >>> scaling = UpdateScaling(sgd)
+        >>> weight.grad = torch.ones(1)
+        >>> scaling.apply(2.0)
+        >>> sgd.step()
+        >>> weight.item()
+        0.0
+    """
+
+    def __init__(self, optimizer: Optimizer, scale_weight_decay: bool = False) -> None:
+        self._optimizer = optimizer
+        self._scale_decay = scale_weight_decay
+        self._before: list[dict[str, Any]] = []
+        self._hook = optimizer.register_step_post_hook(lambda *_: self.restore())
+        self.by_gradient = isinstance(optimizer, _FOLLOW_SCALE)
+
+    def describe(self) -> str:
+        """What is multiplied, in words."""
+        name = type(self._optimizer).__name__
+        if self.by_gradient:
+            return f"{name} follows the size of gradients, so gradients are multiplied"
+        return f"{name} hardly follows the size of gradients, so the learning rate of the step is multiplied"
+
+    def apply(self, factor: float) -> None:
+        """Multiply the next step; to be called when gradients are complete and clipped."""
+        self.restore()
+        if factor == 1.0:
+            return
+        if self.by_gradient:
+            gradients = [
+                p.grad for group in self._optimizer.param_groups for p in group["params"] if p.grad is not None
+            ]
+            torch._foreach_mul_(gradients, factor)
+            if self._scale_decay:
+                self._set("weight_decay", lambda value: value * factor)
+            return
+        self._set("lr", lambda value: value * factor)
+        if not self._scale_decay:
+            # Decoupled decay is a multiple of the learning rate.
+            self._set("weight_decay", lambda value: value / factor, only_decoupled=True)
+
+    def restore(self) -> None:
+        """Everything is as the user set it."""
+        for group, before in zip(self._optimizer.param_groups, self._before, strict=False):
+            group.update(before)
+        self._before = []
+
+    def remove(self) -> None:
+        """The optimizer is as it was."""
+        self.restore()
+        self._hook.remove()
+
+    def _set(self, name: str, change: Any, *, only_decoupled: bool = False) -> None:
+        groups = self._optimizer.param_groups
+        self._before = self._before or [{} for _ in groups]
+        for group, before in zip(groups, self._before, strict=True):
+            if name not in group or (only_decoupled and not self._is_decoupled(group)):
+                continue
+            before[name] = group[name]
+            group[name] = change(group[name])
+
+    def _is_decoupled(self, group: dict[str, Any]) -> bool:
+        return bool(group.get("decoupled_weight_decay", isinstance(self._optimizer, _DECOUPLED)))
