@@ -305,7 +305,8 @@ def _noise_in_words(noise: NoiseScale) -> str:
     if noise.enough:
         return f"gradient noise scale {noise.scale:,.0f} samples ({noise.low:,.0f} to {noise.high:,.0f})"
     if noise.low > 0:
-        return f"gradient noise scale above {noise.low:,.0f} samples, not enough evidence for more"
+        high = "" if math.isinf(noise.high) else f" and below {noise.high:,.0f}"
+        return f"gradient noise scale above {noise.low:,.0f}{high} samples, not enough evidence for more"
     return "not enough evidence on the gradient noise scale"
 
 

@@ -21,7 +21,6 @@ from lightning_fedscale.noise import (
     diagonal_noise,
     diagonal_update,
     look_at_halves,
-    look_at_members,
     reweighting_strength,
 )
 from lightning_fedscale.phase_keeper import PhaseKeeper
@@ -133,11 +132,7 @@ class RoundWatch(Callback):
     # ---- what is seen
 
     def _look(self, record: RoundRecord) -> None:
-        accepted = record.weights > 0
-        if accepted.sum() > 1:
-            norms, weights = record.delta_norms[accepted], record.weights[accepted]
-            samples = record.samples[accepted].astype(np.float64)
-            self._keeper.look("members", look_at_members(norms**2, weights, record.delta_norm**2, samples))
+        self._keeper.look_at_clients(record)
         self._since_look += float(record.local_steps.mean())
         if self._halves is not None:
             self._since_look = 0.0

@@ -182,10 +182,10 @@ def _quotient_interval(
     numerators: FloatArray, denominators: FloatArray, weights: FloatArray, confidence: float
 ) -> tuple[float, float]:
     """Fieller's interval for the quotient of two weighted means, which is not negative; infinite without upper end."""
-    means = np.array([weights @ numerators, weights @ denominators])
-    centred = np.stack([numerators, denominators]) - means[:, None]
+    means = float(weights @ numerators), float(weights @ denominators)
+    centred = np.stack([numerators - means[0], denominators - means[1]])
     shared = float(weights @ weights)
-    (a, b), (_, d) = (centred * weights**2) @ centred.T / (1.0 - shared)
+    (a, b), (_, d) = ((centred * weights**2) @ centred.T / (1.0 - shared)).tolist()
     t = float(stdtrit(1.0 / shared - 1.0, 0.5 + confidence / 2))
     # All q with (N - q D)^2 <= t^2 Var(N - q D), that is bottom q^2 - 2 middle q + top <= 0.
     top, bottom = means[0] ** 2 - t**2 * a, means[1] ** 2 - t**2 * d

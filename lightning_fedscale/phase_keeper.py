@@ -5,8 +5,11 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from lightning_fedscale.noise import UNKNOWN, Look, NoiseScale, noise_scale
+import numpy as np
+
+from lightning_fedscale.noise import UNKNOWN, Look, NoiseScale, look_at_members, noise_scale
 from lightning_fedscale.phases import Decision, Detector, Observation, Phase, ScaleRule, State
+from lightning_fedscale.types import RoundRecord
 
 _MOST_LOOKS = 300
 
@@ -79,6 +82,13 @@ class PhaseKeeper:
         looks.append(look)
         del looks[:-_MOST_LOOKS]
         setattr(self, kind, noise_scale(looks))
+
+    def look_at_clients(self, record: RoundRecord) -> None:
+        """Take in what a round's updates show of the noise of clients, which costs nothing; two or more are needed."""
+        used = record.weights > 0
+        if used.sum() > 1:
+            squares, samples = record.delta_norms[used] ** 2, record.samples[used].astype(np.float64)
+            self.look("members", look_at_members(squares, record.weights[used], record.delta_norm**2, samples))
 
     def metrics(self) -> dict[str, float]:
         """The numbers that are logged, those that are known."""
