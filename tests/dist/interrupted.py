@@ -28,6 +28,8 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch.utils.data import DataLoader
 
 from lightning_fedscale import FederatedStrategy
+from lightning_fedscale.callbacks import CriticalPhase
+from lightning_fedscale.phases import relative_change
 from lightning_fedscale.server import from_torch
 from lightning_fedscale.types import ClientUpdate
 from tests.dist import processes, scenarios
@@ -165,12 +167,13 @@ class Moments(pl.Callback):
 
 def train(folder: Path, ranks: int, moments: Moments) -> None:
     checkpoint = ModelCheckpoint(folder, save_last=True, every_n_train_steps=1, save_top_k=1)
+    phase = CriticalPhase(relative_change(0.1, window=4), scale=1.5, noise_every=None)
     trainer = reference.quiet_trainer(
         devices=ranks,
         max_epochs=EPOCHS,
         gradient_clip_val=1.0,
         enable_checkpointing=True,
-        callbacks=[checkpoint, moments],
+        callbacks=[checkpoint, phase, moments],
         strategy=sequential(
             partitioner=scenarios.partitioner(),
             clients_per_round=4,

@@ -18,8 +18,10 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset
 from torchmetrics.classification import MulticlassAccuracy
 
 from lightning_fedscale import FederatedStrategy, RoundRecord
+from lightning_fedscale.callbacks import CriticalPhase
 from lightning_fedscale.devices import DeviceClass, Population
 from lightning_fedscale.partitioners import DirichletPartitioner
+from lightning_fedscale.phases import page_hinkley, relative_change
 from lightning_fedscale.samplers import uniform
 from lightning_fedscale.server import fed_avg, from_torch
 from lightning_fedscale.types import ClientUpdate, IntArray
@@ -136,11 +138,13 @@ class Scenario(NamedTuple):
     strategy: Callable[[], dict[str, Any]]
     trainer: Callable[[], dict[str, Any]] = dict
     module: Callable[[], Module] = Module
+    callbacks: Callable[[], list[pl.Callback]] = list
     poisoned: tuple[int, ...] = ()
     workers: int = 0
     evaluate: bool = False
     fails: bool = False
     least_ranks: int = 1
+    collectives: int = 1  # most in a round
 
 
 def _scaled() -> dict[str, Any]:
@@ -206,6 +210,30 @@ SCENARIOS: dict[str, Scenario] = {
         lambda: {"clients_per_round": 6, "population": small_and_large(), "client_optimizer": "keep"},
         lambda: {"max_epochs": 6},
         lambda: Module("adam"),
+    ),
+    "phase_rounds": Scenario(
+        lambda: {"clients_per_round": 5, "server_optimizer": from_torch(torch.optim.SGD, lr=0.7, momentum=0.5)},
+        lambda: {"max_epochs": 8},
+        callbacks=lambda: [CriticalPhase(relative_change(0.1, window=3), scale=1.5, noise_every=1)],
+        collectives=2,
+    ),
+    "phase_adaptive_server": Scenario(
+        lambda: {"clients_per_round": 5, "server_optimizer": from_torch(torch.optim.Adam, lr=0.05)},
+        lambda: {"max_epochs": 6, "precision": "64-true"},
+        callbacks=lambda: [CriticalPhase(page_hinkley(hold=2), scale=1.5)],
+    ),
+    "phase_steps": Scenario(
+        lambda: {"clients_per_round": 5, "local_epochs": 3},
+        lambda: {"max_epochs": 8, "gradient_clip_val": 0.5},
+        lambda: Module("adam"),
+        callbacks=lambda: [CriticalPhase(relative_change(0.05, window=4), scale=1.5, level="step")],
+        collectives=2,
+    ),
+    "phase_noise": Scenario(
+        lambda: {"clients_per_round": 5},
+        lambda: {"max_epochs": 6, "precision": "64-true"},
+        callbacks=lambda: [CriticalPhase(action="noise", target_batch=16, noise_in="all", noise_every=2)],
+        collectives=3,
     ),
     "all_rejected": Scenario(
         lambda: {"clients_per_round": 5},
@@ -314,7 +342,7 @@ def fit(
     calls = [] if calls is None else calls
     spy, module, first_call = Spy(calls), scenario.module(), len(calls)
     strategy = sequential(partitioner=partitioner(), start_method=start_method, **scenario.strategy())  # type: ignore[arg-type]
-    trainer = reference.quiet_trainer(callbacks=[spy], strategy=strategy, **{**options, **devices})
+    trainer = reference.quiet_trainer(callbacks=[spy, *scenario.callbacks()], strategy=strategy, **{**options, **devices})
     result: dict[str, Any] = {"error": "", "evaluated": {}}
     start = {key: value.clone() for key, value in module.state_dict().items()}
     try:

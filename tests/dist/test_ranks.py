@@ -19,7 +19,8 @@ Ranks: TypeAlias = list[dict[str, Any]]
 Start: TypeAlias = Callable[[int], Ranks]
 
 TRAINED = sorted(name for name, scenario in scenarios.SCENARIOS.items() if not scenario.fails)
-EXACT = [name for name in TRAINED if name != "double"]
+FLOAT64 = ["double", "phase_adaptive_server", "phase_noise"]
+EXACT = [name for name in TRAINED if name not in FLOAT64]
 TIMES = {"round/seconds", "round/idle"}
 several = pytest.mark.parametrize("world_size", [2, 3])
 
@@ -48,11 +49,12 @@ def test_where_states_lie_does_not_matter(world_size: int, ranks: Start) -> None
 
 
 @several
-def test_weights_are_those_of_one_process_in_float64(world_size: int, ranks: Start) -> None:
-    one = ranks(1)[0]["double"]["weights"]
+@pytest.mark.parametrize("name", FLOAT64)
+def test_weights_are_those_of_one_process_in_float64(name: str, world_size: int, ranks: Start) -> None:
+    one = ranks(1)[0][name]["weights"]
     assert one["head.weight"].dtype == torch.float64
     for rank in ranks(world_size):
-        assert reference.difference(rank["double"]["weights"], one) < 1e-12
+        assert reference.difference(rank[name]["weights"], one) < 1e-12
 
 
 @several
@@ -186,7 +188,11 @@ def test_client_events_reach_callbacks_on_the_rank_that_trains(name: str, world_
 def test_one_collective_per_round(name: str, world_size: int, ranks: Start) -> None:
     for rank in ranks(world_size):
         # By whomever: while a round runs, ranks meet once.
-        assert rank[name]["in_round"] == [["all_reduce"]] * rank[name]["rounds"]
+        most = scenarios.SCENARIOS[name].collectives
+        assert len(rank[name]["in_round"]) == rank[name]["rounds"]
+        for calls in rank[name]["in_round"]:
+            assert 1 <= len(calls) <= most
+            assert set(calls) == {"all_reduce"}
         asked = [call for call, by_strategy in rank[name]["calls"] if by_strategy]
         assert asked.count("all_reduce") == rank[name]["rounds"]
         if "client_optimizer" not in scenarios.SCENARIOS[name].strategy():
