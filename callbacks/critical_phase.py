@@ -130,7 +130,8 @@ class CriticalPhase(Callback):
         self.record = PhaseRecord()
         self._noise = noise
         self._level = level
-        self._keeper = PhaseKeeper(self.detector, scale if callable(scale) else step(scale))
+        self._rule = scale if callable(scale) else step(scale)
+        self._keeper = PhaseKeeper(self.detector, self._rule)
         self._norm = math.nan
         self._watch: StepWatch | RoundWatch | None = None
         self._resumed: dict[str, Any] | None = None
@@ -182,6 +183,10 @@ class CriticalPhase(Callback):
             return
         self._undo.close()
         self._round = None
+        before = None if self._watch is None else self._watch.state_dict()
+        if trainer.global_step == 0:  # else a run goes on that this callback has already seen
+            self._keeper, self.record = PhaseKeeper(self.detector, self._rule), PhaseRecord()
+            self._norm, before = math.nan, None
         federated = isinstance(trainer.strategy, FederatedStrategy)
         self._unit = "round" if federated else "step"
         watch: Any
@@ -193,6 +198,8 @@ class CriticalPhase(Callback):
             watch = RoundWatch(self, self._keeper)
         kind = self._noise or ("reweighting" if isinstance(watch, RoundWatch) else "diagonal")
         watch.check(trainer, pl_module, kind)
+        if before is not None:
+            watch.load_state_dict(before)
         self._watch = watch
         callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
         for helper in watch.helpers(trainer, kind):
@@ -215,10 +222,12 @@ class CriticalPhase(Callback):
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Log what is known."""
+        """Log what is known, as often as the Trainer logs."""
         assert self._watch is not None
         self._watch.after_batch(trainer)
         self._settle()
+        if not trainer._logger_connector.should_update_logs:
+            return
         values = {**self._keeper.metrics(), "phase/scale": self.scale}
         if math.isfinite(self._norm):
             values["phase/grad_norm"] = self._norm

@@ -187,14 +187,14 @@ def test_client_events_reach_callbacks_on_the_rank_that_trains(name: str, world_
 @pytest.mark.parametrize("name", TRAINED)
 def test_one_collective_per_round(name: str, world_size: int, ranks: Start) -> None:
     for rank in ranks(world_size):
-        # By whomever: while a round runs, ranks meet once.
+        # By whomever: while a round runs, ranks meet once, and once more for what a callback measures.
         most = scenarios.SCENARIOS[name].collectives
         assert len(rank[name]["in_round"]) == rank[name]["rounds"]
         for calls in rank[name]["in_round"]:
             assert 1 <= len(calls) <= most
             assert set(calls) == {"all_reduce"}
         asked = [call for call, by_strategy in rank[name]["calls"] if by_strategy]
-        assert asked.count("all_reduce") == rank[name]["rounds"]
+        assert rank[name]["rounds"] <= asked.count("all_reduce") <= most * rank[name]["rounds"]
         if "client_optimizer" not in scenarios.SCENARIOS[name].strategy():
             assert set(asked) == {"all_reduce"}
     assert not [call for call, by_strategy in ranks(1)[0][name]["calls"] if by_strategy]

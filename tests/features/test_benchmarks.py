@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -163,3 +164,14 @@ def test_the_probe_is_compared_with_the_truth(tmp_path: Path) -> None:
     true = batches["truth by bi"]
     assert 0.6 * true <= batches["MaxBatchProbe verif"] <= true
     assert batches["BatchSizeFinder power"] <= true
+
+
+@pytest.mark.parametrize("name", ["phases", "phase_study"])
+def test_benchmarks_of_phases_run(name: str, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", f"benchmarks.{name}", "--fast", "--output", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=250, cwd=Path(__file__).parents[2])
+    assert done.returncode == 0, done.stderr
+    report = (tmp_path / f"{name}.md").read_text()
+    assert report.count("|") > 30
+    for picture in re.findall(r"\]\((.*\.png)\)", report):
+        assert (tmp_path / picture).stat().st_size > 10_000

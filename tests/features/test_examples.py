@@ -175,6 +175,31 @@ def test_mixed_population_learns_either_way() -> None:
     assert Path("elsewhere.png").exists()
 
 
+def test_phases_drive_compression() -> None:
+    printed = run_example("05_critical_phases.py", "--fast")
+    found = re.findall(r"accuracy .* in the end with ([\d.]+) MB; (\d+) of (\d+) observed rounds", printed)
+    assert len(found) == 3
+    much, driven, little = (float(megabytes) for megabytes, *_ in found)
+    assert much >= driven > little
+    assert {rounds for *_, rounds in found} == {"10"}
+    assert min(imread("critical_phases.png").shape[:2]) > 500
+
+
+@pytest.mark.slow
+def test_phases_keep_what_counts() -> None:
+    printed = run_example("05_critical_phases.py")
+    early, late, sent = zip(
+        *(
+            map(float, row)
+            for row in re.findall(r"accuracy +([\d.]+)% after 20.* ([\d.]+)% in .* with ([\d.]+) MB", printed)
+        ),
+        strict=True,
+    )
+    assert sent[2] < sent[1] < sent[0] / 5
+    assert early[2] + 10 < early[1]
+    assert min(late) > 90
+
+
 @needs_plays
 def test_natural_clients_learn_from_457_roles() -> None:
     done = run_changed("03_natural_clients.py", "", "--fast", "--output", "logs")

@@ -1,0 +1,235 @@
+"""How well detectors tell phases, and what `CriticalPhase` costs.
+
+    python -m benchmarks.phases              detection curves, false alarms, overhead; some five minutes
+    python -m benchmarks.phases --fast       to see that it runs
+
+Norms are made up: log-normal noise around a level that changes once. So the truth is known; what real norms do is in
+`benchmarks.phase_study`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import math
+import statistics
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import numpy as np
+import torch
+from lightning.pytorch.callbacks import Callback
+from matplotlib.figure import Figure
+from torch.utils.data import DataLoader, TensorDataset
+
+from lightning_fedscale.callbacks import CriticalPhase
+from lightning_fedscale.phases import (
+    Detector,
+    Observation,
+    accordion,
+    federated_gradient_norm,
+    page_hinkley,
+    relative_change,
+)
+from tests.networks import Classifier, images, resnet18
+
+RESULTS = Path(__file__).parent / "results"
+SPREAD = 0.2
+"""Standard deviation of the log-norm."""
+BEFORE, AFTER = 300, 200
+
+FAMILIES: dict[str, tuple[Callable[[float], Detector], list[float]]] = {
+    "relative_change, window 25": (relative_change, [0.008, 0.01, 0.0125, 0.015, 0.02, 0.03]),
+    "relative_change, window 5": (lambda t: relative_change(t, window=5), [0.03, 0.05, 0.07, 0.1, 0.15, 0.2]),
+    "accordion, every 10": (accordion, [0.3, 0.4, 0.5, 0.7, 1.0, 1.5]),
+    "federated_gradient_norm": (federated_gradient_norm, [0.01, 0.3, 0.7, 1.0, 1.5, 2.0]),
+    "federated_gradient_norm, window 10": (
+        lambda t: federated_gradient_norm(t, window=10),
+        [0.01, 0.05, 0.1, 0.2, 0.3],
+    ),
+    "page_hinkley": (page_hinkley, [0.3, 1.0, 3.0, 10.0, 30.0, 100.0]),
+}
+
+
+def norms(rng: np.random.Generator, change: float, length: int, correlation: float = 0.0) -> np.ndarray:
+    """Noisy norms whose level is multiplied by ``change`` after `BEFORE` of them."""
+    noise = rng.normal(size=length)
+    for i in range(1, length):
+        noise[i] = correlation * noise[i - 1] + math.sqrt(1 - correlation**2) * noise[i]
+    level = np.where(np.arange(length) < BEFORE, 1.0, change)
+    found: np.ndarray = level * np.exp(SPREAD * noise)
+    return found
+
+
+def onsets(detector: Detector, values: np.ndarray) -> list[int]:
+    """Where a phase becomes critical that was not."""
+    state, before, found = detector.init(), True, []
+    for number, value in enumerate(values.tolist()):
+        decision, state = detector.update(state, Observation([value], client_square=value**2))
+        if decision.critical and not before:
+            found.append(number)
+        before = decision.critical
+    return found
+
+
+def curve(make: Callable[[float], Detector], threshold: float, change: float, runs: int) -> tuple[float, float, float]:
+    """False alarms in 1,000 stationary steps; share of changes noticed within `AFTER` steps, and the median delay."""
+    rng, detector = np.random.default_rng(0), make(threshold)
+    false = sum(len(onsets(detector, norms(rng, 1.0, 1000))) for _ in range(runs)) / runs
+    delays = []
+    for _ in range(runs):
+        after = [alarm - BEFORE for alarm in onsets(detector, norms(rng, change, BEFORE + AFTER)) if alarm >= BEFORE]
+        delays.append(after[0] if after else math.inf)
+    return false, float(np.mean(np.isfinite(delays))), statistics.median(delays)
+
+
+def detection(changes: list[float], runs: int) -> tuple[Figure, list[str]]:
+    """Detection curves of all detectors, as a figure and as rows of a table."""
+    figure = Figure(figsize=(5 * len(changes), 4), layout="constrained")
+    rows = []
+    for axes, change in zip(np.atleast_1d(figure.subplots(1, len(changes), sharey=True)), changes, strict=True):
+        for name, (make, thresholds) in FAMILIES.items():
+            points = [(threshold, *curve(make, threshold, change, runs)) for threshold in thresholds]
+            shown = [(false, min(delay, AFTER)) for _, false, _, delay in points]
+            axes.plot(*zip(*shown, strict=True), marker="o", label=name)
+            rows += [
+                f"| {name} | {threshold:g} | x {change:g} | {false:.2f} | {found:.0%} | {delay:.0f} |"
+                for threshold, false, found, delay in points
+            ]
+        axes.set_xscale("symlog", linthresh=0.1)
+        axes.set_xlabel("false alarms in 1,000 steps")
+        axes.set_title(f"the norm's level times {change:g}")
+    figure.axes[0].set_ylabel("median delay in steps (top: not noticed)")
+    figure.axes[0].legend(fontsize="x-small")
+    return figure, rows
+
+
+def false_alarms(runs: int) -> list[str]:
+    """False alarms of `page_hinkley` against the rate asked for, with its 95 % interval, also for correlated norms."""
+    rows = []
+    for correlation in (0.0, 0.2, 0.5):
+        for rate in (0.3, 1.0, 5.0):
+            rng, detector, alarms = np.random.default_rng(1), page_hinkley(rate), 0
+            for _ in range(runs):
+                state = detector.init()
+                for value in norms(rng, 1.0, 1000, correlation).tolist():
+                    _, state = detector.update(state, Observation([value]))
+                    alarms += state["count"] == 0
+            half = 1.96 * math.sqrt(alarms) / runs
+            rows.append(f"| {correlation:g} | {rate:g} | {alarms / runs:.2f} ± {half:.2f} |")
+    return rows
+
+
+class Clock(Callback):
+    """Times steps."""
+
+    def __init__(self) -> None:
+        self.seconds: list[float] = []
+
+    def on_train_batch_start(self, *_: Any) -> None:
+        self._begun = time.perf_counter()
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        self.seconds.append(time.perf_counter() - self._begun)
+
+
+def overhead(steps: int, repeats: int) -> list[str]:
+    """What the callback adds to a ResNet18 step, as a ratio of medians, in turns."""
+    torch.set_num_threads(1)
+    options: dict[str, dict[str, Any] | None] = {
+        "nothing": None,
+        "nothing, again": None,
+        "observe": {"action": "observe", "noise_every": None},
+        "scale": {"scale": 1.01, "noise_every": None, "detector": relative_change(1e6, window=1)},
+        "scale, and halves of every 50th batch": {"scale": 1.01, "detector": relative_change(1e6, window=1)},
+    }
+    means: dict[str, list[float]] = {name: [] for name in options}
+    for repeat in range(repeats):
+        for name, arguments in options.items():
+            torch.manual_seed(repeat)
+            clock = Clock()
+            callbacks = [clock] if arguments is None else [CriticalPhase(**arguments), clock]
+            trainer = pl.Trainer(
+                max_steps=steps, callbacks=callbacks, accelerator="cpu", devices=1, logger=False,
+                enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
+            )  # fmt: skip
+            samples = [tensor.repeat(steps, *[1] * (tensor.ndim - 1)) for tensor in images(32)]
+            trainer.fit(Classifier(resnet18()), DataLoader(TensorDataset(*samples), 32))
+            seconds = sorted(clock.seconds[2:])
+            extra = max(clock.seconds[2:]) - statistics.median(seconds) if "50th" in name else 0.0
+            means[name].append(statistics.median(seconds) + extra / 50)
+    base = np.array(means["nothing"])
+    return [
+        f"| {name} | {statistics.median(np.array(found) / base):.3f} | {min(np.array(found) / base):.3f} to"
+        f" {max(np.array(found) / base):.3f} |"
+        for name, found in means.items()
+    ]
+
+
+def main() -> None:
+    """Measure everything and write the report."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.phases", description=__doc__.split("\n")[0])
+    parser.add_argument("--fast", action="store_true", help="few runs")
+    parser.add_argument("--output", type=Path, default=RESULTS)
+    options = parser.parse_args()
+    warnings.filterwarnings("ignore")
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    fast = options.fast
+    options.output.mkdir(parents=True, exist_ok=True)
+    figure, rows = detection([2.0] if fast else [1.2, 1.5, 2.0], 3 if fast else 200)
+    figure.savefig(options.output / "phase_detection.png", dpi=120)
+    report = REPORT.format(
+        rows="\n".join(rows),
+        alarms="\n".join(false_alarms(2 if fast else 200)),
+        overhead="\n".join(overhead(4 if fast else 52, 1 if fast else 5)),
+        spread=SPREAD,
+        after=AFTER,
+        torch=torch.__version__,
+    )
+    (options.output / "phases.md").write_text(report)
+    print(report)
+
+
+REPORT = """# Detectors of critical phases
+
+Made by `python -m benchmarks.phases`. Norms are log-normal with a standard deviation of {spread} of the logarithm, as
+gradient norms of small networks have about; their level changes once.
+
+## False alarms against delay
+
+![Detection curves](phase_detection.png)
+
+A false alarm is a phase that becomes critical while nothing changes; a change is noticed if one does so within {after}
+steps. 200 runs each.
+
+| detector | threshold | change | false alarms in 1,000 steps | changes noticed | median delay |
+|---|---:|---:|---:|---:|---:|
+{rows}
+
+## The rate that was asked for
+
+`page_hinkley` on 200 stationary runs of 1,000 norms: alarms in 1,000 steps, those in critical phases counted too, for
+norms that are independent and for norms that are correlated from step to step.
+
+| correlation | asked for | found |
+|---:|---:|---:|
+{alarms}
+
+## What it costs
+
+A step of ResNet18 with batches of 32 images of 32x32 pixels on one core, torch {torch}: median step against that
+without the callback, in turns; the median of five turns, and the least and the most of them. The last row adds a
+fiftieth of what the step with the halves takes longer.
+
+| CriticalPhase | step | from to |
+|---|---:|---:|
+{overhead}
+"""
+
+
+if __name__ == "__main__":
+    main()
