@@ -23,10 +23,12 @@ lint: $(VENV)/.test ## Lint and types only
 	$(RUN) -m ruff format --check
 	$(RUN) -m mypy
 
-bench: $(VENV)/.test ## Measure round times beside hand-written loops and other simulators; an hour and a half
+bench: $(VENV)/.test ## Measure round times beside hand-written loops and other simulators; two hours
 	$(RUN) -m benchmarks.install
 	$(RUN) -m benchmarks
 	$(RUN) -m benchmarks.probe
+	$(RUN) -m benchmarks.phases
+	$(RUN) -m benchmarks.phase_study
 
 clean: ## Remove .venv, builds, caches and what runs left behind
 	rm -rf $(VENV) .bench build dist *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache

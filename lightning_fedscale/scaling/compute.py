@@ -1,0 +1,304 @@
+"""Laws that give the best size, or the loss, by compute alone or in forms of their own."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar
+
+from lightning_fedscale.scaling.base import Allocation, Law, Range, positive
+
+PF_DAY = 8.64e19
+"""FLOPs of a petaflop/s-day, Kaplan's unit of compute."""
+
+
+@dataclass(frozen=True)
+class Kaplan(Law):
+    """``L(N, D) = ((N_c / N)^(alpha_N / alpha_D) + D_c / D)^alpha_D`` with non-embedding parameters (arXiv 2001.08361).
+
+    Its best sizes, ``N* = 1.3e9 (C / PF-day)^0.73``, are for models stopped long before they converge, and superseded:
+    `Porian` says why. Its critical batch, `critical_batch`, is still of use.
+
+    Example:
+        >>> f"{Kaplan().optimal(8.64e19).params:.2e}"  # one PF-day
+        '1.30e+09'
+    """
+
+    source: ClassVar[str] = "arXiv 2001.08361"
+    holds: ClassVar[Range] = Range("text", params=(7e2, 1.5e9), flops=(1e15, 1e22))
+
+    N_c: float = 6.4e13
+    D_c: float = 1.8e13
+    alpha_N: float = 0.076
+    alpha_D: float = 0.103
+    size: float = 1.3e9
+    exponent: float = 0.73
+
+    def _loss(self, params: float, tokens: float) -> float:
+        inner: float = (self.N_c / params) ** (self.alpha_N / self.alpha_D) + self.D_c / tokens
+        return float(inner**self.alpha_D)
+
+    def _best_params(self, flops: float) -> float:
+        return float(self.size * (flops / PF_DAY) ** self.exponent)
+
+    def loss_of_params(self, params: float) -> float:
+        """Loss of a model trained to convergence on endless data, ``(8.8e13 / N)^0.076``."""
+        return float((8.8e13 / positive("params", params)) ** 0.076)
+
+    def loss_of_tokens(self, tokens: float) -> float:
+        """Loss of the largest model with early stopping, ``(5.4e13 / D)^0.095``."""
+        return float((5.4e13 / positive("tokens", tokens)) ** 0.095)
+
+    def loss_of_compute(self, flops: float) -> float:
+        """Loss of the best model at this compute, ``(3.1e8 / C)^0.050`` with C in PF-days."""
+        return float((3.1e8 * PF_DAY / positive("flops", flops)) ** 0.050)
+
+    def critical_batch(self, loss: float) -> float:
+        """Tokens in the batch at which time and compute are in balance, ``2e8 / L^(1 / 0.21)``.
+
+        Example:
+            >>> round(Kaplan().critical_batch(3.0) / 1e6, 2)
+            1.07
+        """
+        return float(2e8 / positive("loss", loss) ** (1 / 0.21))
+
+
+@dataclass(frozen=True)
+class Porian(Law):
+    """``N* = size C^exponent``, tuned at every scale (Porian et al., arXiv 2406.19146; refit of the authors' data).
+
+    Sizes include the head. The law says nothing about loss.
+
+    Example:
+        >>> best = Porian().optimal(1e18)
+        >>> f"{best.params:.3g} parameters, {best.tokens / best.params:.0f} tokens each"
+        '1.05e+08 parameters, 15 tokens each'
+    """
+
+    source: ClassVar[str] = "arXiv 2406.19146, refit of its data files"
+    holds: ClassVar[Range] = Range("text", params=(5e6, 9e8), flops=(1e16, 2e19))
+
+    size: float = 0.1189
+    exponent: float = 0.4969
+
+    def _loss(self, params: float, tokens: float) -> float:
+        return math.nan
+
+    def _best_params(self, flops: float) -> float:
+        return float(self.size * flops**self.exponent)
+
+    def learning_rate(self, params: float) -> float:
+        """``3.7 N^-0.36``."""
+        return float(3.7 * positive("params", params) ** -0.36)
+
+    def batch(self, params: float) -> float:
+        """Tokens in the best batch, ``0.7576 N^0.703``."""
+        return float(0.7576 * positive("params", params) ** 0.703)
+
+
+@dataclass(frozen=True)
+class ComputeOnly(Law):
+    """Loss falls as a line in the logarithm of compute, however it is split: ``L = a - b ln C``, to be fitted.
+
+    The form of "More Compute Is What You Need" (arXiv 2404.19484); it prefers no size.
+    """
+
+    source: ClassVar[str] = "form arXiv 2404.19484"
+
+    intercept: float | None = None
+    slope: float | None = None
+
+    def _loss(self, params: float, tokens: float) -> float:
+        assert self.intercept is not None
+        assert self.slope is not None
+        return self.intercept - self.slope * math.log(self.flops_per * params * tokens)
+
+    def optimal(self, flops: float) -> Allocation:
+        """Refused: all sizes are alike under this law.
+
+        Raises:
+            ValueError: always.
+        """
+        raise ValueError("ComputeOnly: under this law every size is as good as another: choose another law.")
+
+
+@dataclass(frozen=True)
+class PowerLaw(Law):
+    """``L = floor + (scale / x)^exponent`` in one quantity x, to be fitted (Henighan et al., arXiv 2010.14701).
+
+    With ``by="params"``, ``"tokens"`` or ``"flops"``. Published exponents for language: 0.070 by parameters, 0.048 by
+    compute.
+
+    Example:
+        >>> PowerLaw(floor=1.0, scale=100.0, exponent=0.5, by="tokens").loss(1e6, 400.0)
+        1.5
+    """
+
+    source: ClassVar[str] = "form arXiv 2010.14701"
+
+    floor: float | None = None
+    scale: float | None = None
+    exponent: float | None = None
+    by: str = "flops"
+
+    def _loss(self, params: float, tokens: float) -> float:
+        assert self.floor is not None
+        assert self.scale is not None
+        assert self.exponent is not None
+        if self.by not in ("params", "tokens", "flops"):
+            raise ValueError(f"by={self.by!r}: choose 'params', 'tokens' or 'flops'.")
+        amount = {"params": params, "tokens": tokens, "flops": self.flops_per * params * tokens}[self.by]
+        return float(self.floor + (self.scale / amount) ** self.exponent)
+
+
+@dataclass(frozen=True)
+class Farseer(Law):
+    """``L = exp(a3 N^gamma + b3) + exp(a2 N^beta + b2) D^(-exp(a1 N^alpha + b1))``, nine constants to be fitted.
+
+    The exponent of data depends on size (Farseer, arXiv 2506.10972).
+    """
+
+    source: ClassVar[str] = "form arXiv 2506.10972"
+
+    a1: float | None = None
+    b1: float | None = None
+    alpha: float | None = None
+    a2: float | None = None
+    b2: float | None = None
+    beta: float | None = None
+    a3: float | None = None
+    b3: float | None = None
+    gamma: float | None = None
+
+    def _loss(self, params: float, tokens: float) -> float:
+        a1, b1, alpha, a2, b2, beta, a3, b3, gamma = (float(value) for value in self.constants.values())
+        decline = math.exp(a1 * params**alpha + b1)
+        return float(math.exp(a3 * params**gamma + b3) + math.exp(a2 * params**beta + b2) * tokens**-decline)
+
+
+@dataclass(frozen=True)
+class Rectified(Law):
+    """Fine-tuning: ``L = B / (D_l + D^beta) + E`` with what was learnt before worth ``D_l``, to be fitted.
+
+    The form of the rectified scaling law (arXiv 2402.02314); size plays no part.
+    """
+
+    source: ClassVar[str] = "form arXiv 2402.02314"
+
+    B: float | None = None
+    learnt: float | None = None
+    beta: float | None = None
+    E: float | None = None
+
+    def _loss(self, params: float, tokens: float) -> float:
+        B, learnt, beta, E = (float(value) for value in self.constants.values())
+        return float(B / (learnt + tokens**beta) + E)
+
+
+@dataclass(frozen=True)
+class InferenceAware(Law):
+    """Chinchilla's form times ``1 + epsilon R^gamma`` for a model of width over depth ``R``, to be fitted.
+
+    The form of Bian et al. (arXiv 2501.18107).
+    """
+
+    source: ClassVar[str] = "form arXiv 2501.18107"
+
+    E: float | None = None
+    A: float | None = None
+    B: float | None = None
+    alpha: float | None = None
+    beta: float | None = None
+    epsilon: float | None = None
+    gamma: float | None = None
+    width_over_depth: float | None = None
+
+    def _loss(self, params: float, tokens: float) -> float:
+        E, A, B, alpha, beta, epsilon, gamma, ratio = (float(value) for value in self.constants.values())
+        return float((E + A * params**-alpha + B * tokens**-beta) * (1.0 + epsilon * ratio**gamma))
+
+
+@dataclass(frozen=True)
+class DataMixture(Law):
+    """Chinchilla's form and a term of the mixture: ``L = E + 1 / sum_i C_i h_i^gamma_i + A / N^alpha + B / D^beta``.
+
+    Additive form of Shukor et al. (arXiv 2507.09404), to be fitted; in federated training ``h`` may be the clients'
+    sampling weights.
+
+    Args:
+        shares: of each domain in the data; sums to 1.
+        gains: ``C_i`` of each.
+        exponents: ``gamma_i`` of each.
+    """
+
+    source: ClassVar[str] = "form arXiv 2507.09404"
+
+    E: float | None = None
+    A: float | None = None
+    B: float | None = None
+    alpha: float | None = None
+    beta: float | None = None
+    gains: tuple[float, ...] | None = None
+    exponents: tuple[float, ...] | None = None
+    shares: tuple[float, ...] | None = None
+
+    def _loss(self, params: float, tokens: float) -> float:
+        assert self.gains is not None
+        assert self.exponents is not None
+        assert self.shares is not None
+        E, A, B, alpha, beta = (float(value) for value in list(self.constants.values())[:5])
+        mixed = sum(c * h**g for c, h, g in zip(self.gains, self.shares, self.exponents, strict=True))
+        return float(E + 1.0 / mixed + A * params**-alpha + B * tokens**-beta)
+
+
+@dataclass(frozen=True)
+class RoutedLM(Law):
+    """Mixtures of experts: loss by dense size ``N`` and number of experts ``E`` (Clark et al., arXiv 2202.01169).
+
+    ``log10 L = a log10 N + b log10 S + c log10 N log10 S + d`` with the saturated number of experts ``S`` of
+    ``1 / S = 1 / (E - 1 + 1 / (1 / E_start - 1 / E_max)) + 1 / E_max``; on 130 B tokens, whatever ``tokens`` says.
+
+    Example:
+        >>> dense, routed = RoutedLM(experts=1).loss(1e8, 1.3e11), RoutedLM(experts=64).loss(1e8, 1.3e11)
+        >>> dense > routed
+        True
+    """
+
+    source: ClassVar[str] = "arXiv 2202.01169, S-BASE"
+    holds: ClassVar[Range] = Range("text", params=(1.5e7, 1.3e9))
+
+    a: float = -0.082
+    b: float = -0.108
+    c: float = 0.009
+    d: float = 1.104
+    E_start: float = 1.847
+    E_max: float = 314.478
+    experts: float = 1.0
+
+    @classmethod
+    def rl_r(cls, experts: float) -> RoutedLM:
+        """Routing by reinforcement learning."""
+        return cls(-0.083, -0.126, 0.012, 1.111, 1.880, 469.982, experts)
+
+    @classmethod
+    def hash(cls, experts: float) -> RoutedLM:
+        """Routing by a hash."""
+        return cls(-0.087, -0.136, 0.012, 1.157, 4.175, 477.741, experts)
+
+    @property
+    def saturated_experts(self) -> float:
+        """What the number of experts is worth."""
+        start = 1.0 / (1.0 / self.E_start - 1.0 / self.E_max)
+        return 1.0 / (1.0 / (self.experts - 1.0 + start) + 1.0 / self.E_max)
+
+    def _loss(self, params: float, tokens: float) -> float:
+        n, e = math.log10(params), math.log10(self.saturated_experts)
+        return float(10 ** (self.a * n + self.b * e + self.c * n * e + self.d))
+
+    def optimal(self, flops: float) -> Allocation:
+        """Refused: the law was fitted at one number of tokens.
+
+        Raises:
+            ValueError: always.
+        """
+        raise ValueError("RoutedLM: it was fitted on 130 B tokens only and knows no trade of size for data.")
