@@ -23,6 +23,7 @@ from lightning_fedscale.scaling.compute import (
 )
 from lightning_fedscale.scaling.diloco import DiLoCo
 from lightning_fedscale.scaling.federated import Federated, FederatedPACBayes, federated, information
+from lightning_fedscale.scaling.fit import Fit, Interval, fit, law_from_file
 
 LAWS: dict[str, type[Law]] = {
     law.__name__: law
@@ -65,7 +66,9 @@ __all__ = [
     "Farseer",
     "Federated",
     "FederatedPACBayes",
+    "Fit",
     "InferenceAware",
+    "Interval",
     "Kaplan",
     "LRAnnealing",
     "Law",
@@ -83,8 +86,10 @@ __all__ = [
     "effective_flops",
     "ema_rule",
     "federated",
+    "fit",
     "inference_wedge",
     "information",
     "law_by_name",
+    "law_from_file",
     "mean_flops",
 ]

@@ -256,7 +256,7 @@ def test_annealing_by_hand() -> None:
 def test_routed_models_saturate() -> None:
     losses = [RoutedLM(experts=e).loss(1e8, 1.3e11) for e in (1, 4, 16, 64, 256, 10**6)]
     assert losses == sorted(losses, reverse=True)
-    assert losses[4] - losses[5] < (losses[0] - losses[1]) / 2
+    assert losses[4] - losses[5] < losses[3] - losses[4]  # four thousand times as many, and four times
     dense = 10 ** (-0.082 * 8 + -0.108 * math.log10(1.847) + 0.009 * 8 * math.log10(1.847) + 1.104)
     assert losses[0] == pytest.approx(dense, rel=1e-3)
 
