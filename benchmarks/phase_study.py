@@ -180,25 +180,37 @@ def table(results: dict[str, list[dict[str, float]]]) -> str:
     return "\n".join(lines)
 
 
-def heat_map(results: dict[str, list[dict[str, float]]], large: float) -> Figure:
+def heat_map(results: dict[str, dict[str, list[dict[str, float]]]]) -> Figure:
     """What threshold and factor change, against the large batch alone."""
-    grid = np.array([
-        [np.mean([run["same_iterations"] for run in results[f"{threshold},{factor}"]]) for factor in FACTORS]
-        for threshold in THRESHOLDS
-    ])  # fmt: skip
-    change = 100 * (grid - large)
-    figure = Figure(figsize=(5, 4), layout="constrained")
-    axes = figure.subplots()
-    limit = max(1.0, float(np.nanmax(np.abs(change))))
-    image = axes.imshow(change, cmap="RdBu", vmin=-limit, vmax=limit)
-    for (row, column), value in np.ndenumerate(change):
-        axes.text(column, row, f"{value:+.1f}", ha="center", va="center")
-    axes.set_xticks(range(len(FACTORS)), [f"{factor:g}" for factor in FACTORS])
-    axes.set_yticks(range(len(THRESHOLDS)), [f"{threshold:g}" for threshold in THRESHOLDS])
-    axes.set_xlabel("factor in non-critical phases")
-    axes.set_ylabel("threshold of relative change")
-    figure.colorbar(image, label="points of accuracy beyond the large batch")
+    figure = Figure(figsize=(9, 3.8), layout="constrained")
+    for axes, column in zip(figure.subplots(1, 2), ("same_epochs", "same_iterations"), strict=True):
+        seeds = len(next(iter(results["cell"].values())))
+        alone = np.mean([run[column] for run in results["way"][f"large batch ({LARGE})"][:seeds]])
+        cells = [
+            [np.mean([run[column] for run in results["cell"][f"{threshold},{factor}"]]) - alone for factor in FACTORS]
+            for threshold in THRESHOLDS
+        ]
+        change = 100 * np.array(cells)
+        image = axes.imshow(change, cmap="RdBu", vmin=-8, vmax=8)
+        for (row, place), value in np.ndenumerate(change):
+            axes.text(place, row, f"{value:+.1f}", ha="center", va="center")
+        axes.set_xticks(range(len(FACTORS)), [f"{factor:g}" for factor in FACTORS])
+        axes.set_yticks(range(len(THRESHOLDS)), [f"{threshold:g}" for threshold in THRESHOLDS])
+        axes.set_xlabel("factor in non-critical phases")
+        axes.set_title(f"after the {column.replace('_', ' ')}")
+    figure.axes[0].set_ylabel("threshold of relative change")
+    figure.colorbar(image, ax=figure.axes, label="points of accuracy beyond the large batch")
     return figure
+
+
+def write(results: dict[str, dict[str, list[dict[str, float]]]], source: str, seeds: int, folder: Path) -> str:
+    """The report, its figure and its numbers; returns the table."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "phase_study.json").write_text(json.dumps(results, indent=1))
+    heat_map(results).savefig(folder / "phase_sensitivity.png", dpi=120)
+    text = table(results["way"])
+    (folder / "phase_study.md").write_text(REPORT.format(rows=text, seeds=seeds, source=source, **globals()))
+    return text
 
 
 def main() -> None:
@@ -222,20 +234,14 @@ def main() -> None:
             for kind, name, seed, result in pool.imap(_job, [(*job, file, epochs) for job in jobs]):
                 results[kind].setdefault(name, []).append(result)
                 print(name, seed, result, flush=True)
-    options.output.mkdir(parents=True, exist_ok=True)
-    (options.output / "phase_study.json").write_text(json.dumps(results, indent=1))
-    large = float(np.mean([run["same_iterations"] for run in results["way"][f"large batch ({LARGE})"]]))
-    heat_map(results["cell"], large).savefig(options.output / "phase_sensitivity.png", dpi=120)
-    text = table(results["way"])
-    (options.output / "phase_study.md").write_text(REPORT.format(rows=text, seeds=seeds, source=source, **globals()))
-    print(text)
+    print(write(results, source, seeds, options.output))
 
 
 REPORT = """# Critical phases and large batches
 
-{source}, at 16x16 pixels, 10,000 others to test; a CNN of 40,000 parameters; SGD with momentum 0.9 at the constant
-learning rate {RATE}, the best for the small batch. {EPOCHS} epochs of batches of {SMALL} are as many iterations as
-everybody gets. Mean of {seeds} seeds and its 95 % interval; made by `python -m benchmarks.phase_study`.
+Data: {source}; 16x16 pixels, 10,000 other images to test. A CNN of 40,000 parameters; SGD with momentum 0.9 at the
+constant learning rate {RATE}, the best for the small batch. {EPOCHS} epochs of batches of {SMALL} are as many
+iterations as everybody gets. Mean of {seeds} seeds and its 95 % interval; made by `python -m benchmarks.phase_study`.
 
 Step scaling: `relative_change` with window 25, threshold {THRESHOLD}, factor {FACTOR}. AdaScale: from {SMALL} to
 {LARGE} samples, within the same phases. Noise: `diagonal`, in all phases.
@@ -245,9 +251,11 @@ Step scaling: `relative_change` with window 25, threshold {THRESHOLD}, factor {F
 After the same iterations large batches have seen {LARGE} / {SMALL} times as many samples, so that column is no fair
 comparison of data; it is the one of arXiv 2509.10537.
 
+## Which threshold, which factor
+
 ![What threshold and factor change](phase_sensitivity.png)
 
-Change of accuracy after the same iterations against the large batch without scaling, mean of two seeds.
+Change of accuracy against the large batch without scaling, mean of two seeds.
 """
 
 
