@@ -40,9 +40,9 @@ def test_its_code_runs_from_top_to_bottom() -> None:
     for block in BLOCKS:
         exec(compile(block, str(README), "exec"), names)
     assert len(BLOCKS) >= 3
-    # Two rounds with a hundred clients, two with a probe before them; the last one probes and trains without clients.
+    # Two rounds with a hundred clients, two with a probe before them; the others train without clients.
     assert trained[:2] == [2, 2]
-    assert len(trained) == 3
+    assert len(trained) == 4
     assert names["probe"].result.device_classes.keys() == {"phone", "jetson", "t4"}
     assert names["model"].best_batch(clients=4, local_steps=5) == 89
 
