@@ -5,8 +5,9 @@ from __future__ import annotations
 if __name__ == "callbacks":
     raise ImportError("'callbacks' is a part of lightning_fedscale: import lightning_fedscale.callbacks instead")
 
+from lightning_fedscale.callbacks.compute_accounting import ComputeAccounting
 from lightning_fedscale.callbacks.critical_phase import CriticalPhase
 from lightning_fedscale.callbacks.max_batch_probe import MaxBatchProbe
 from lightning_fedscale.callbacks.round_events import RoundEvents
 
-__all__ = ["CriticalPhase", "MaxBatchProbe", "RoundEvents"]
+__all__ = ["ComputeAccounting", "CriticalPhase", "MaxBatchProbe", "RoundEvents"]

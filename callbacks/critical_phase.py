@@ -77,7 +77,7 @@ class CriticalPhase(Callback):
 
     Example:
         >>> from lightning.pytorch.demos.boring_classes import BoringModel
-        >>> phase = CriticalPhase(threshold=0.1, scale=1.5)
+        >>> phase = CriticalPhase(threshold=100.0, scale=1.5)  # nothing is critical but the first 25 steps
         >>> trainer = pl.Trainer(max_steps=40, callbacks=[phase], accelerator="cpu", logger=False,
         ...                      enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False)
         >>> trainer.fit(BoringModel())

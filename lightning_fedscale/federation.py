@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain
-from typing import Any
+from typing import Any, TypeAlias
 
 import lightning.pytorch as pl
 import torch
@@ -45,6 +45,9 @@ from lightning_fedscale.records import RoundTable
 from lightning_fedscale.rounds import LocalWork, RoundPlan
 from lightning_fedscale.types import ClientUpdate, Params, RoundRecord
 from lightning_fedscale.workload import Workload
+
+Meter: TypeAlias = Callable[[Mapping[Any, int]], tuple[float, float]]
+"""From how many of a client's batches had which form, the FLOPs of its training and its tokens."""
 
 
 @dataclass
@@ -100,6 +103,7 @@ class Federation:
         self._begun: list[LocalWork] = []  # what this rank does in the round that runs
         self._simulated = 0.0  # seconds, over all rounds
         self.local_accumulation = 1
+        self.meter: Meter | None = None
         self.last_round: RoundRecord | None = None
 
     # ---- before the first round
@@ -295,6 +299,7 @@ class Federation:
             training,
             self._work.loader.fetch,
             partial(self._stream, opened.plan.round),
+            self.meter is not None,
         )
         self._progress, self._begun = ClientProgress(self._trainer, len(opened.work)), opened.work
         if self._custody is not None:
@@ -369,7 +374,8 @@ class Federation:
         cursors = {item.client: item.cursor for item in context.work}
         for update in self._executor.run(context):
             weight = float(aggregator.weigh(update))
-            table.add(update, weight, cursors[update.client], self._executor.scaler_state())
+            metered = (0.0, 0.0) if self.meter is None else self.meter(update.forms or {})
+            table.add(update, weight, cursors[update.client], self._executor.scaler_state(), metered)
             table.add_trainable(context.exchange.trainable_now())
             if update.finite:
                 total = aggregator.accumulate(total, update, weight)

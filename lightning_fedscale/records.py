@@ -14,6 +14,7 @@ from lightning_fedscale.types import ClientUpdate, Cursor, FloatArray, RoundReco
 
 _COLUMNS = (
     "weight", "samples", "steps", "loss", "norm", "seconds", "rejected", "pass", "batch", "scale", "growth",
+    "flops", "tokens",
 )  # fmt: skip
 _BALLOT = 4
 
@@ -40,7 +41,14 @@ class RoundTable:
         )
         self._rows = rows.reshape(-1, len(_COLUMNS))
 
-    def add(self, update: ClientUpdate, weight: float, cursor: Cursor, scaler: tuple[float, float]) -> None:
+    def add(
+        self,
+        update: ClientUpdate,
+        weight: float,
+        cursor: Cursor,
+        scaler: tuple[float, float],
+        metered: tuple[float, float] = (0.0, 0.0),
+    ) -> None:
         """Fill a client's row.
 
         Args:
@@ -48,6 +56,7 @@ class RoundTable:
             weight: its weight in the aggregate.
             cursor: where its data goes on.
             scaler: scale and growth counter that its training left in the gradient scaler.
+            metered: FLOPs and tokens of its training.
         """
         accepted = update.finite
         values = (
@@ -60,6 +69,7 @@ class RoundTable:
             0.0 if accepted else 1.0,
             *cursor,
             *scaler,
+            *metered,
         )
         self._rows[self._row[update.client]] = values
 
@@ -164,6 +174,8 @@ class RoundTable:
             padding=max(0.0, 1.0 - _sum(self._column("steps")) / self._slots[0]) if self._slots[0] else 0.0,
             idle=1.0 - float(self._busy.mean()) / slowest if slowest > 0 else 0.0,
             simulated=self._simulated(simulated_before),
+            flops=self._column("flops"),
+            tokens=self._column("tokens"),
         )
 
     def _simulated(self, before: float) -> SimulatedRound | None:

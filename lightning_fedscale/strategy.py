@@ -26,7 +26,7 @@ from lightning_fedscale.aggregators import Aggregator
 from lightning_fedscale.checkpointing import AtomicCheckpointIO
 from lightning_fedscale.devices import Population
 from lightning_fedscale.executors import LocalBatchHooks, RoundEnd, RoundLoops, close_finished_epoch
-from lightning_fedscale.federation import Federation
+from lightning_fedscale.federation import Federation, Meter
 from lightning_fedscale.partitioners import Partition, Partitioner
 from lightning_fedscale.samplers import Sampler
 from lightning_fedscale.server import ServerOptimizer
@@ -223,6 +223,16 @@ class FederatedStrategy(DDPStrategy):
     def weight_of(self, update: ClientUpdate) -> float:
         """What a client counts in the aggregate, before normalisation."""
         return float(self._options.aggregator.weigh(update))
+
+    def meter_clients(self, meter: Meter) -> None:
+        """For callbacks, in ``on_fit_start``: have every client's training metered, for ``RoundRecord.flops``.
+
+        Args:
+            meter: from how many batches had which form (see `lightning_fedscale.devices.batches.Form`), FLOPs and
+                tokens; called on the rank that trained the client.
+        """
+        assert self._federation is not None
+        self._federation.meter = meter
 
     def first_batches(self) -> Iterator[tuple[int, Any]]:
         """For callbacks, in ``on_round_start``: each client of this rank with the batch that it begins the round with.

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import NamedTuple, TypeAlias
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -35,6 +35,7 @@ class ClientUpdate(NamedTuple):
         steps: number of local batches.
         loss: mean training loss per sample over the round, NaN when ``training_step`` returned none.
         seconds: time the client took on its rank.
+        forms: how many of its batches had which form; None unless somebody meters.
     """
 
     client: int
@@ -45,6 +46,7 @@ class ClientUpdate(NamedTuple):
     steps: int
     loss: float
     seconds: float
+    forms: Mapping[Any, int] | None = None
 
     @property
     def finite(self) -> bool:
@@ -98,6 +100,8 @@ class RoundRecord:
             batches; 0 when clients train one after the other.
         idle: share of the ranks' time spent waiting for the slowest one, 0 to 1.
         simulated: the round on the clients' own hardware; None without a population.
+        flops: training FLOPs of each client; zeros unless somebody meters.
+        tokens: tokens, or samples, that each client trained on; zeros unless somebody meters.
     """
 
     round: int
@@ -119,6 +123,8 @@ class RoundRecord:
     padding: float
     idle: float
     simulated: SimulatedRound | None = None
+    flops: FloatArray = field(default_factory=lambda: np.zeros(0))
+    tokens: FloatArray = field(default_factory=lambda: np.zeros(0))
 
     def metrics(self) -> dict[str, float]:
         """The scalars that are logged every round, by their logged names; an unknown loss is left out."""

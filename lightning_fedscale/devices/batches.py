@@ -2,13 +2,70 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only, tree_unflatten
 
 _REMEDY = "pass make_batch=, a function of the number of samples that returns such a batch."
+
+
+class Form(NamedTuple):
+    """What two batches of one form have in common: their nesting, and shape, type and layout of every tensor in them.
+
+    Attributes:
+        spec: the nesting.
+        leaves: of tensors shape, type and layout; other things as they are, or their type if they cannot be compared.
+    """
+
+    spec: Any
+    leaves: tuple[Any, ...]
+
+    def without_rows(self) -> Form:
+        """The form of each of the batches that are stacked in this one."""
+        return Form(self.spec, tuple(_without_rows(leaf) for leaf in self.leaves))
+
+    def empty(self) -> Any:
+        """A batch of this form, full of zeros."""
+        return tree_unflatten(
+            [_zeros(leaf) if isinstance(leaf, _TensorForm) else leaf for leaf in self.leaves], self.spec
+        )
+
+
+class _TensorForm(NamedTuple):
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    layout: torch.layout
+
+
+def form_of(batch: Any) -> Form:
+    """The form of a batch; can be a key of a dict.
+
+    Example:
+        >>> form_of([torch.ones(4, 3)]) == form_of([torch.zeros(4, 3)]) != form_of([torch.zeros(5, 3)])
+        True
+    """
+    leaves, spec = tree_flatten(batch)
+    return Form(spec, tuple(map(_form_of_leaf, leaves)))
+
+
+def _form_of_leaf(leaf: Any) -> Any:
+    if isinstance(leaf, Tensor):
+        return _TensorForm(tuple(leaf.shape), leaf.dtype, leaf.layout)
+    try:
+        hash(leaf)
+    except TypeError:
+        return type(leaf)
+    return leaf
+
+
+def _without_rows(leaf: Any) -> Any:
+    return leaf._replace(shape=leaf.shape[1:]) if isinstance(leaf, _TensorForm) else leaf
+
+
+def _zeros(form: _TensorForm) -> Tensor:
+    return torch.zeros(form.shape, dtype=form.dtype)
 
 
 def samples_in(batch: Any) -> int:

@@ -145,7 +145,7 @@ class Rehearsal:
             batch = resized(_imitated(self._batch, mode), samples) if batch is None else _imitated(batch, mode)
             silence(module, self._trainer)
             batch = self._moved(module, batch, device)
-            optimizers = _optimizers(module, self._optimizer)
+            optimizers = optimizers_of(module, self._optimizer)
             if self._cuda:
                 _update_at_once(optimizers)
             play = _Play(module, optimizers, batch, self._autocast(device))
@@ -270,7 +270,8 @@ def _imitated(batch: Any, mode: FakeTensorMode | None) -> Any:
     return tree_map_only(Tensor, lambda tensor: mode.from_tensor(tensor, static_shapes=True), batch)
 
 
-def _optimizers(module: Any, make: MakeOptimizer | None) -> list[Optimizer]:
+def optimizers_of(module: Any, make: MakeOptimizer | None = None) -> list[Optimizer]:
+    """Fresh optimizers of a module's parameters, its own or made by ``make``."""
     if make is not None:
         return [make([parameter for parameter in module.parameters() if parameter.requires_grad])]
     configured = module.configure_optimizers()

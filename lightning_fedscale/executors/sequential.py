@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from operator import mul
 from typing import Any, NamedTuple, Protocol
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from lightning_fedscale import randomness
 from lightning_fedscale.clients import ClientStore, OptimizerKeeper
+from lightning_fedscale.devices.batches import Form, form_of
 from lightning_fedscale.executors.cache import DeviceData
 from lightning_fedscale.executors.client_log import ClientLog
 from lightning_fedscale.executors.exchange import Exchange
@@ -43,6 +45,7 @@ class RoundContext(NamedTuple):
         training: False runs forward passes only.
         fetch: one batch of these dataset positions, made here and now.
         reopen: the collated batches of given clients anew, in the order given or client by client.
+        metered: whether updates are to say of which form their batches were.
     """
 
     round: int
@@ -56,6 +59,7 @@ class RoundContext(NamedTuple):
     training: bool
     fetch: Callable[[list[int]], Any]
     reopen: Callable[[list[LocalWork], Iterable[tuple[int, int]] | None], Iterator[Any]]
+    metered: bool = False
 
     def restarted(self, order: Iterable[tuple[int, int]] | None) -> RoundContext:
         """The same clients with all their batches still to come.
@@ -171,6 +175,7 @@ class SequentialExecutor:
                 steps=trained.steps,
                 loss=trained.mean_loss(),
                 seconds=time.perf_counter() - started,
+                forms=trained.forms,
             )
             if self._keep and context.training:
                 # An update that is not finite has spoilt the optimizer's state too: that client starts afresh.
@@ -254,6 +259,8 @@ class SequentialExecutor:
             self._call("on_train_batch_end", outputs, batch, batch_idx)
             loss = outputs.get("loss")
             trained.add(len(indices), loss)
+            if context.metered:
+                trained.forms[form_of(batch)] += 1
             self._watcher.client_stepped(number, loss)
         if not trained.steps:
             raise no_batch_left(work)
@@ -268,6 +275,7 @@ class _Trained:
 
     def __init__(self) -> None:
         self.samples = self.steps = 0
+        self.forms: Counter[Form] = Counter()
         self._losses: list[Tensor] = []
         self._weights: list[int] = []
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import accumulate
@@ -19,6 +20,7 @@ from torchmetrics import Metric
 
 from lightning_fedscale import randomness
 from lightning_fedscale.clients import ClientStore, OptimizerKeeper
+from lightning_fedscale.devices.batches import Form, form_of
 from lightning_fedscale.executors.client_log import ClientLog
 from lightning_fedscale.executors.clipping import clip_of
 from lightning_fedscale.executors.draws import ClientStreams
@@ -72,6 +74,7 @@ class _Trained(NamedTuple):
     steps: list[int]
     notes: list[_Note]
     seconds: float
+    forms: list[Counter[Form]]
 
 
 class _Attempt(NamedTuple):
@@ -295,6 +298,7 @@ class VectorizedExecutor:
         clip, every = clip_of(self._trainer), self._trainer.accumulate_grad_batches
         losses = torch.zeros(width, dtype=torch.float64, device=self._device)
         weights, samples, steps, notes = [0] * width, [0] * width, [0] * width, list[_Note]()
+        forms = [Counter[Form]() for _ in wave]
         for batch_idx in range(lengths[0]):
             active = [row for row in range(width) if batch_idx < lengths[row]]
             for group in self._groups(context, wave, active, batch_idx, streams):
@@ -321,6 +325,10 @@ class VectorizedExecutor:
                     rows.add(losses, result.losses.double() * group.weight(self._device))
                 if result.logged:
                     notes.append(_Note(result.logged, rows, batch_idx, group.batch_size))
+                if context.metered:
+                    form = form_of(group.batch).without_rows()
+                    for row in rows.indices:
+                        forms[row][form] += 1
                 if check is not None and batch_idx == 0:
                     check.check()
             self._watcher.client_stepped(sum(length <= batch_idx for length in lengths), None)
@@ -333,7 +341,7 @@ class VectorizedExecutor:
         if 0 in steps:
             raise no_batch_left(wave[steps.index(0)])
         means = [total / weight if weight else math.nan for total, weight in zip(losses.tolist(), weights, strict=True)]
-        return _Trained(means, samples, steps, notes, time.perf_counter() - started)
+        return _Trained(means, samples, steps, notes, time.perf_counter() - started, forms)
 
     def _count(self, wave: list[LocalWork], steps: int) -> None:
         self.slots += len(wave) * len(wave[0].batches)
@@ -380,7 +388,7 @@ class VectorizedExecutor:
                 if batch_idx or wave[row] is not context.first:
                     # The very first batch of a round has come this way already, through the Trainer's own loop.
                     batch = self._transfer(batch)
-            form = _form_of(batch)
+            form = form_of(batch)
             for other, members, batches in found:
                 if other == form:
                     members.append(row)
@@ -412,6 +420,7 @@ class VectorizedExecutor:
                     steps=trained.steps[row],
                     loss=trained.losses[row],
                     seconds=trained.seconds * trained.steps[row] / sum(trained.steps),
+                    forms=trained.forms[row],
                 )
                 if self._keep:
                     state = {
@@ -454,12 +463,6 @@ def _hook(module: pl.LightningModule, name: str) -> Iterator[None]:
         yield
     finally:
         module._current_fx_name = around
-
-
-def _form_of(batch: Any) -> Any:
-    """What two batches must have in common to be stacked."""
-    leaves, spec = tree_flatten(batch)
-    return spec, [(leaf.shape, leaf.dtype, leaf.layout) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
 
 
 def _stacked(batches: list[Any]) -> Any:

@@ -24,6 +24,7 @@ from lightning_fedscale.scaling.compute import (
 from lightning_fedscale.scaling.diloco import DiLoCo
 from lightning_fedscale.scaling.federated import Federated, FederatedPACBayes, federated, information
 from lightning_fedscale.scaling.fit import Fit, Interval, fit, law_from_file
+from lightning_fedscale.scaling.position import Position, position_of
 
 LAWS: dict[str, type[Law]] = {
     law.__name__: law
@@ -74,6 +75,7 @@ __all__ = [
     "Law",
     "LossToLoss",
     "Porian",
+    "Position",
     "PowerLaw",
     "Range",
     "Rectified",
@@ -92,4 +94,5 @@ __all__ = [
     "law_by_name",
     "law_from_file",
     "mean_flops",
+    "position_of",
 ]

@@ -6,7 +6,7 @@ import dataclasses
 import math
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from difflib import get_close_matches
 from typing import Any, ClassVar, NamedTuple, TypeVar
 
@@ -64,12 +64,13 @@ class Law:
     Attributes:
         source: where form and constants are from.
         holds: where it was fitted; outside of it, predictions come with a warning.
-        flops_per: FLOPs that one token costs per parameter in training, forward and backward.
+        flops_per: FLOPs that one token costs per parameter in training, forward and backward; 6 for transformers and
+            multilayer perceptrons, more where weights are used several times.
     """
 
     source: ClassVar[str] = ""
     holds: ClassVar[Range] = Range("any")
-    flops_per: ClassVar[float] = 6.0
+    flops_per: float = field(default=6.0, kw_only=True)
 
     @property
     def name(self) -> str:
@@ -79,7 +80,7 @@ class Law:
     @property
     def constants(self) -> dict[str, Any]:
         """The law's constants by name."""
-        return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        return {each.name: getattr(self, each.name) for each in dataclasses.fields(self) if not each.kw_only}
 
     def check(self) -> None:
         """Raise `Unfitted` if a constant is unknown."""
@@ -153,7 +154,9 @@ class Law:
         raise NotImplementedError
 
     def _best_params(self, flops: float) -> float:
-        return minimiser(lambda params: self._loss(params, flops / (self.flops_per * params)), 1.0, flops / 6.0)
+        return minimiser(
+            lambda params: self._loss(params, flops / (self.flops_per * params)), 1.0, flops / self.flops_per
+        )
 
 
 def minimiser(function: Callable[[float], float], low: float, high: float) -> float:

@@ -84,7 +84,7 @@ class Fit:
         """Write the law to a JSON file, to be used as ``law=``."""
         document = {
             "law": self.law.name,
-            "constants": self.law.constants,
+            "constants": {**self.law.constants, "flops_per": self.law.flops_per},
             "intervals": {name: list(interval) for name, interval in self.intervals.items()},
             "rho": None if self.rho is None else list(self.rho),
             "runs": self.runs,
@@ -147,7 +147,7 @@ def fit(
     intervals["exponent"] = _interval(constants[4] / (constants[3] + constants[4]), shares)
     # Both errors are of log-losses: about the share of the loss.
     return Fit(
-        kind(**dict(zip(_NAMES, constants[:5].tolist(), strict=True))),
+        kind(**dict(zip(_NAMES, constants[:5].tolist(), strict=True)), flops_per=_flops_per(table)),
         intervals,
         _interval(constants[5], draws[:, 5]) if several else None,
         len(data.loss),
@@ -188,9 +188,9 @@ def runs_table(runs: Any) -> pd.DataFrame:
     if not {"tokens", "flops"} & set(table):
         raise ValueError(f"runs: a column tokens or flops is missing; there are {', '.join(map(str, table))}.")
     if "tokens" not in table:
-        table["tokens"] = table["flops"] / (Law.flops_per * table["params"])
+        table["tokens"] = table["flops"] / (6.0 * table["params"])
     if "flops" not in table:
-        table["flops"] = Law.flops_per * table["params"] * table["tokens"]
+        table["flops"] = 6.0 * table["params"] * table["tokens"]
     if "clients" not in table:
         table["clients"] = 1
     for column in ("params", "tokens", "flops", "loss", "clients"):
@@ -307,6 +307,10 @@ def _solve(data: _Data, starts: FloatArray) -> FloatArray:
 def _constants(theta: FloatArray) -> FloatArray:
     found: FloatArray = np.concatenate([np.exp(theta[:3]), theta[3:]])
     return found
+
+
+def _flops_per(table: pd.DataFrame) -> float:
+    return float((table["flops"] / (table["params"] * table["tokens"])).median())
 
 
 def _kind(law: str | type[Chinchilla]) -> type[Chinchilla]:

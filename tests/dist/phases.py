@@ -1,4 +1,4 @@
-"""CriticalPhase under plain DDP: ``python phases.py RANKS FOLDER`` saves what each rank sees and ends with."""
+"""CriticalPhase and ComputeAccounting under plain DDP: ``python phases.py RANKS FOLDER`` saves what each rank sees and ends with."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from torch.utils.data.distributed import DistributedSampler
 
-from lightning_fedscale.callbacks import CriticalPhase
+from lightning_fedscale.callbacks import ComputeAccounting, CriticalPhase
 from lightning_fedscale.phases import relative_change
 from tests.laws import reference
 
@@ -36,8 +36,9 @@ class Module(pl.LightningModule):
 
 def run(ranks: int) -> dict[str, Any]:
     phase = CriticalPhase(relative_change(0.15, window=3), scale=1.5, noise_every=1, every_n_steps=3)
+    accounting = ComputeAccounting(law="Chinchilla")
     trainer = pl.Trainer(
-        strategy="ddp" if ranks > 1 else "auto", accelerator="cpu", devices=ranks, max_steps=30, callbacks=[phase],
+        strategy="ddp" if ranks > 1 else "auto", accelerator="cpu", devices=ranks, max_steps=30, callbacks=[phase, accounting],
         logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
         gradient_clip_val=0.5, use_distributed_sampler=False,
     )  # fmt: skip
@@ -48,6 +49,8 @@ def run(ranks: int) -> dict[str, Any]:
         "weights": torch.cat([p.detach().flatten() for p in module.parameters()]),
         "rows": torch.tensor(phase.record.rows),
         "spans": phase.record.spans,
+        "ledger": {**accounting.ledger.state_dict(), "seconds": 0.0},
+        "position": accounting.position.advice(),  # type: ignore[union-attr]
         "noise": [phase.noise_scale.square, phase.noise_scale.fisher_trace, phase.noise_scale.looks],
     }
 

@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset
 from torchmetrics.classification import MulticlassAccuracy
 
 from lightning_fedscale import FederatedStrategy, RoundRecord
-from lightning_fedscale.callbacks import CriticalPhase
+from lightning_fedscale.callbacks import ComputeAccounting, CriticalPhase
 from lightning_fedscale.devices import DeviceClass, Population
 from lightning_fedscale.partitioners import DirichletPartitioner
 from lightning_fedscale.phases import page_hinkley, relative_change
@@ -234,6 +234,11 @@ SCENARIOS: dict[str, Scenario] = {
         lambda: {"max_epochs": 6, "precision": "64-true"},
         callbacks=lambda: [CriticalPhase(action="noise", target_batch=16, noise_in="all", noise_every=2)],
         collectives=3,
+    ),
+    "accounting": Scenario(
+        lambda: {"clients_per_round": 5, "local_epochs": 2},
+        lambda: {"max_epochs": 3},
+        callbacks=lambda: [ComputeAccounting(law="Chinchilla", rho=0.5)],
     ),
     "all_rejected": Scenario(
         lambda: {"clients_per_round": 5},

@@ -1,4 +1,4 @@
-"""Plain DDP with CriticalPhase trains as one process with as large a batch does, and ranks decide alike."""
+"""Plain DDP with CriticalPhase and ComputeAccounting trains as one process with as large a batch does, and ranks decide alike."""
 
 from __future__ import annotations
 
@@ -24,6 +24,7 @@ def test_ranks_decide_alike(ranks: list[dict[str, Any]]) -> None:
     assert torch.equal(first["rows"].nan_to_num(), second["rows"].nan_to_num())
     assert first["spans"] == second["spans"]
     assert first["noise"] == second["noise"]
+    assert first["ledger"] == second["ledger"]
 
 
 def test_two_ranks_are_one_with_twice_the_batch(ranks: list[dict[str, Any]]) -> None:
@@ -32,6 +33,8 @@ def test_two_ranks_are_one_with_twice_the_batch(ranks: list[dict[str, Any]]) -> 
     assert len({tuple(span) for span in alone["spans"]}) > 1  # phases came and went
     assert torch.allclose(ranks[0]["rows"].nan_to_num(), alone["rows"].nan_to_num(), rtol=1e-5)
     assert ranks[0]["spans"] == alone["spans"]
+    assert ranks[0]["ledger"] == alone["ledger"]
+    assert ranks[0]["position"] == alone["position"]
     assert torch.allclose(ranks[0]["weights"], alone["weights"], rtol=1e-9)
 
 

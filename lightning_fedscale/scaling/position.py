@@ -1,0 +1,187 @@
+"""Where a run stands against the best size for its compute and its number of clients."""
+
+from __future__ import annotations
+
+import json
+import math
+import warnings
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from scipy.optimize import brentq
+
+from lightning_fedscale.scaling.base import Law, positive
+from lightning_fedscale.scaling.federated import federated
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+TOLERANCE = 0.01
+"""Share of the predicted loss by which a size may be worse than the best one and still counts as good."""
+
+
+@dataclass(frozen=True)
+class Position:
+    """A run and the best size for what it costs, under a law.
+
+    Attributes:
+        law: the law's name.
+        params: model size.
+        tokens: tokens, or samples, that all clients trained on.
+        flops: training FLOPs of all clients.
+        clients: number of clients.
+        rho: what division among clients costs, ``C_eff = C clients**-rho``.
+        optimal_params: the best size for this compute and so many clients.
+        low: smallest size whose predicted loss is within 1 % of the best.
+        high: largest such size.
+        predicted_loss: of this run.
+        optimal_loss: of the best size.
+        catch_up: how many times the compute would make this very size the best.
+    """
+
+    law: str
+    params: float
+    tokens: float
+    flops: float
+    clients: int
+    rho: float
+    optimal_params: float
+    low: float
+    high: float
+    predicted_loss: float
+    optimal_loss: float
+    catch_up: float
+
+    @property
+    def size_ratio(self) -> float:
+        """How many times larger than best the model is."""
+        return self.params / self.optimal_params
+
+    @property
+    def excess_loss(self) -> float:
+        """What the size costs in predicted loss."""
+        return self.predicted_loss - self.optimal_loss
+
+    def advice(self) -> str:
+        """One sentence.
+
+        Example:
+            >>> from lightning_fedscale.scaling import Chinchilla
+            >>> print(position_of(Chinchilla(), params=1e9, tokens=1e20 / 6e9, flops=1e20, clients=10).advice())
+            3.8 times too large for 10 clients; a 262 M model would reach 2.93 instead of 3.06; or raise compute
+            13.6 times
+        """
+        among = "one client" if self.clients == 1 else f"{self.clients:,} clients"
+        if self.low <= self.params <= self.high:
+            best = _short(self.optimal_params)
+            return f"the size is right for {among}: within {TOLERANCE:.0%} of the loss of the best, {best}"
+        large = self.size_ratio > 1
+        sentence = (
+            f"{max(self.size_ratio, 1 / self.size_ratio):.1f} times too {'large' if large else 'small'} for {among}"
+        )
+        sentence += f"; a {_short(self.optimal_params)} model would reach {self.optimal_loss:.3g}"
+        sentence += f" instead of {self.predicted_loss:.3g}"
+        if large:
+            return f"{sentence}; or raise compute {self.catch_up:.1f} times"
+        return f"{sentence}; this size is best for {1 / self.catch_up:.1f} times less compute"
+
+    def save(self, path: str | Path) -> None:
+        """Write it as JSON."""
+        found = {
+            **asdict(self),
+            "size_ratio": self.size_ratio,
+            "excess_loss": self.excess_loss,
+            "advice": self.advice(),
+        }
+        known = {name: None if isinstance(v, float) and not math.isfinite(v) else v for name, v in found.items()}
+        Path(path).write_text(json.dumps(known, indent=1), encoding="utf-8")
+
+
+def position_of(
+    law: Law, *, params: float, tokens: float, flops: float, clients: int = 1, rho: float = 1.0
+) -> Position:
+    """Where a run stands under a law.
+
+    What a token costs per parameter is taken from the run, ``flops / (params tokens)``, so that other sizes of the same
+    kind of model are compared at the same compute.
+
+    Args:
+        law: any law with a best size.
+        params: model size.
+        tokens: tokens of all clients together.
+        flops: training FLOPs of all clients together.
+        clients: number of clients.
+        rho: see `lightning_fedscale.scaling.Law.optimal_federated`.
+
+    Raises:
+        Unfitted: for a law without constants.
+        ValueError: for numbers that are not positive.
+    """
+    for name, value in (("params", params), ("tokens", tokens), ("flops", flops)):
+        positive(name, value)
+    law = law.replace(flops_per=flops / (params * tokens))
+    seen = federated(law, clients, rho)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        best = seen.optimal(flops)
+
+        def loss(size: float) -> float:
+            return seen.loss(size, flops / (law.flops_per * size * clients))
+
+        def best_for(factor: float) -> float:
+            return seen.optimal(flops * factor).params
+
+        low, high = _band(loss, best.params, best.loss)
+        return Position(
+            law.name, params, tokens, flops, clients, rho, best.params, low, high, loss(params), best.loss,
+            _solve(lambda factor: best_for(factor) - params, 1e-12, 1e12),
+        )  # fmt: skip
+
+
+def plot(position: Position, law: Law) -> Figure:
+    """Predicted loss over model size at the run's compute, with the run and the best size marked."""
+    from matplotlib.figure import Figure
+
+    law = law.replace(flops_per=position.flops / (position.params * position.tokens))
+    seen = federated(law, position.clients, position.rho)
+    span = max(10.0, 2 * max(position.size_ratio, 1 / position.size_ratio))
+    sizes = [position.optimal_params * span ** (i / 50 - 1) for i in range(101)]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        losses = [seen.loss(size, position.flops / (law.flops_per * size * position.clients)) for size in sizes]
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    axes = figure.subplots()
+    axes.axvspan(position.low, position.high, color="tab:green", alpha=0.15, label="within 1 % of the best")
+    axes.plot(sizes, losses, color="tab:blue")
+    axes.plot(position.optimal_params, position.optimal_loss, "o", color="tab:green", label="best size")
+    axes.plot(position.params, position.predicted_loss, "D", color="tab:red", label="this run")
+    axes.set(xscale="log", xlabel="parameters", ylabel="predicted loss")
+    axes.set_title(f"{position.law}: {position.flops:.2g} FLOPs on {position.clients:,} client(s)")
+    axes.legend(frameon=False)
+    return figure
+
+
+def _band(loss: Callable[[float], float], best: float, least: float) -> tuple[float, float]:
+    limit = least * (1 + TOLERANCE)
+
+    def excess(size: float) -> float:
+        return loss(size) - limit
+
+    return _solve(excess, best / 1e6, best), _solve(excess, best, best * 1e6)
+
+
+def _solve(function: Callable[[float], float], low: float, high: float) -> float:
+    """Where a function of one positive number is zero; NaN if it is not in between."""
+    try:
+        return math.exp(float(brentq(lambda log: function(math.exp(log)), math.log(low), math.log(high), xtol=1e-9)))
+    except ValueError:
+        return math.nan
+
+
+def _short(number: float) -> str:
+    for size, name in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if number >= size:
+            return f"{number / size:.3g} {name}"
+    return f"{number:.3g}"
