@@ -185,9 +185,10 @@ class ComputeAccounting(Callback):
                 )
             return
         rank_zero_info(f"ComputeAccounting: {self.position.advice()}.")
-        if trainer.is_global_zero and trainer.log_dir is not None:
-            Path(trainer.log_dir).mkdir(parents=True, exist_ok=True)
-            self.position.save(Path(trainer.log_dir) / "position.json")
+        folder = trainer.log_dir  # to be asked on all ranks
+        if trainer.is_global_zero and folder is not None:
+            Path(folder).mkdir(parents=True, exist_ok=True)
+            self.position.save(Path(folder) / "position.json")
         for logger in trainer.loggers:
             experiment: Any = getattr(logger, "experiment", None)
             if trainer.is_global_zero and self._law is not None and hasattr(experiment, "add_figure"):

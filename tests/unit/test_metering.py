@@ -85,9 +85,9 @@ def test_cost_is_linear_in_the_batch_and_leaves_no_trace(kind: str) -> None:
     make, batch_of = KINDS[kind]
     module = Classifier(make())
     before = {name: value.clone() for name, value in module.state_dict().items()}
+    meter, forms = meter_of(module), [form_of(batch_of(n)) for n in (4, 12)]
     state = torch.get_rng_state()
-    meter = meter_of(module)
-    one, three = (meter.training(form_of(batch_of(n))) for n in (4, 12))
+    one, three = map(meter.training, forms)
     assert 3 * one.flops == three.flops > 0
     assert one.samples == 4
     assert not meter.unknown
