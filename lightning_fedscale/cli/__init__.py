@@ -6,13 +6,14 @@ One file per sub-command; its arguments are those of a function, with the types 
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from lightning_fedscale.cli.arguments import parse
+from lightning_fedscale.cli.plan import plan
 from lightning_fedscale.cli.probe import probe
 
-COMMANDS = {"probe": probe}
+COMMANDS: dict[str, Callable[..., None]] = {"plan": plan, "probe": probe}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

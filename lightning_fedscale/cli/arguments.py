@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -22,7 +23,10 @@ def parse(commands: Mapping[str, Callable[..., None]], arguments: Sequence[str] 
         own.add_argument("--config", action="config", help="a YAML file with any of these arguments")
         own.add_function_arguments(function, fail_untyped=False)
         chosen.add_subcommand(name, own)
-    parsed = parser.instantiate(parser.parse_args(arguments))
+    given = sys.argv[1:] if arguments is None else arguments
+    # A flag that is only named, as everywhere.
+    given = ["--json=true" if each == "--json" else each for each in given]
+    parsed = parser.instantiate(parser.parse_args(given))
     values = parsed[parsed["command"]].as_dict()
     values.pop("config", None)
     return parsed["command"], values

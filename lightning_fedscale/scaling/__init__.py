@@ -24,6 +24,7 @@ from lightning_fedscale.scaling.compute import (
 from lightning_fedscale.scaling.diloco import DiLoCo
 from lightning_fedscale.scaling.federated import Federated, FederatedPACBayes, federated, information
 from lightning_fedscale.scaling.fit import Fit, Interval, fit, law_from_file
+from lightning_fedscale.scaling.planning import Plan, plan, plot_plans
 from lightning_fedscale.scaling.position import Position, position_of
 
 LAWS: dict[str, type[Law]] = {
@@ -74,6 +75,7 @@ __all__ = [
     "LRAnnealing",
     "Law",
     "LossToLoss",
+    "Plan",
     "Porian",
     "Position",
     "PowerLaw",
@@ -94,5 +96,7 @@ __all__ = [
     "law_by_name",
     "law_from_file",
     "mean_flops",
+    "plan",
+    "plot_plans",
     "position_of",
 ]
