@@ -43,7 +43,7 @@ from lightning_fedscale.partitioners import Partition
 from lightning_fedscale.progress import ClientProgress
 from lightning_fedscale.records import RoundTable
 from lightning_fedscale.rounds import LocalWork, RoundPlan
-from lightning_fedscale.types import ClientUpdate, Params, RoundRecord
+from lightning_fedscale.types import ClientUpdate, Cohort, Params, RoundRecord
 from lightning_fedscale.workload import Workload
 
 Meter: TypeAlias = Callable[[Mapping[Any, int]], tuple[float, float]]
@@ -301,12 +301,13 @@ class Federation:
             partial(self._stream, opened.plan.round),
             self.meter is not None,
         )
+        cohort = self._cohort(opened.plan, exchange)
         self._progress, self._begun = ClientProgress(self._trainer, len(opened.work)), opened.work
         if self._custody is not None:
             self._custody.fetch(opened.plan)
         try:
-            total, table = self._train_together(context, opened)
-            aggregate = self._global.aggregate(server, total, table)
+            total, table = self._train_together(context, opened, cohort)
+            aggregate = self._global.aggregate(server, total, table, cohort)
             norm = float(torch.linalg.vector_norm(aggregate[: exchange.view.trainable]))
             record = table.record(norm, exchange.message_bytes, self._simulated)
             if training:
@@ -345,15 +346,15 @@ class Federation:
         # Steps stand still in an epoch that only feeds BatchNorm; its rounds differ all the same.
         return self._trainer.global_step + (loop.epoch_loop.batch_progress.current.ready if loop._skip_backward else 0)
 
-    def _train_together(self, context: RoundContext, opened: _OpenRound) -> tuple[Tensor, RoundTable]:
+    def _train_together(self, context: RoundContext, opened: _OpenRound, cohort: Cohort) -> tuple[Tensor, RoundTable]:
         """Train this rank's clients and add up the ranks; an exception on one of them is one on all."""
         table = RoundTable(opened.plan, self._world_size, len(context.exchange.parameters))
-        total, joint = self._accumulator(context.server, table)
+        total, joint = self._accumulator(context.server, table, cohort)
         failure: Exception | None = None
         try:
             self._tell("on_round_start", opened.plan.round, opened.plan.cohort)
             with self._inside_clients(context.exchange, context.server), self._log.collecting():
-                total = self._train_clients(context, total, table)
+                total = self._train_clients(context, total, table, cohort)
         except Exception as error:
             # The other ranks wait for this one in the collective: there they are told.
             failure = error
@@ -369,7 +370,7 @@ class Federation:
             )
         return total, table
 
-    def _train_clients(self, context: RoundContext, total: Tensor, table: RoundTable) -> Tensor:
+    def _train_clients(self, context: RoundContext, total: Tensor, table: RoundTable, cohort: Cohort) -> Tensor:
         aggregator = self._options.aggregator
         cursors = {item.client: item.cursor for item in context.work}
         for update in self._executor.run(context):
@@ -378,7 +379,7 @@ class Federation:
             table.add(update, weight, cursors[update.client], self._executor.scaler_state(), metered)
             table.add_trainable(context.exchange.trainable_now())
             if update.finite:
-                total = aggregator.accumulate(total, update, weight)
+                total = aggregator.accumulate(total, update, weight, cohort)
         return total
 
     def _fail_together(self, plan: RoundPlan, started: float) -> None:
@@ -389,17 +390,24 @@ class Federation:
             self._custody.fetch(plan)
         exchange = exchange_of(self._trainer.lightning_module)
         table = RoundTable(plan, self._world_size, len(exchange.parameters))
-        total, joint = self._accumulator(exchange.view.empty(), table)
+        total, joint = self._accumulator(exchange.view.empty(), table, self._cohort(plan, exchange))
         table.finish_rank(self._rank, time.perf_counter() - started, failed=True)
         self._merge(total, table, joint)
 
-    def _accumulator(self, like: Tensor, table: RoundTable) -> tuple[Tensor, collectives.JointBuffer | None]:
+    def _accumulator(
+        self, like: Tensor, table: RoundTable, cohort: Cohort
+    ) -> tuple[Tensor, collectives.JointBuffer | None]:
         """A zero accumulator; with several ranks it lies in the buffer in which both it and the table cross them."""
-        total = self._options.aggregator.init(like)
+        total = self._options.aggregator.init(like, cohort)
         if self._world_size == 1:
             return total, None
         joint = collectives.JointBuffer(total, table.size)
         return joint.vector, joint
+
+    def _cohort(self, plan: RoundPlan, exchange: Exchange) -> Cohort:
+        assert self._work is not None
+        registered = self._work.partition.num_clients
+        return Cohort(plan.round, plan.cohort, registered, exchange.view.trainable, self._options.seed)
 
     def _merge(self, total: Tensor, table: RoundTable, joint: collectives.JointBuffer | None) -> Tensor:
         """The round's one collective: accumulator and table of all ranks are added up."""

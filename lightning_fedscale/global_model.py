@@ -14,7 +14,7 @@ from lightning_fedscale.aggregators import Aggregator
 from lightning_fedscale.executors import Exchange
 from lightning_fedscale.records import RoundTable
 from lightning_fedscale.server import ServerOptimizer
-from lightning_fedscale.types import Params
+from lightning_fedscale.types import Cohort, Params
 
 
 class GlobalModel:
@@ -77,13 +77,14 @@ class GlobalModel:
             )
         self.state = state
 
-    def aggregate(self, server: Tensor, total: Tensor, table: RoundTable) -> Tensor:
+    def aggregate(self, server: Tensor, total: Tensor, table: RoundTable, cohort: Cohort) -> Tensor:
         """The aggregated delta.
 
         Args:
             server: the global model of this round.
             total: the aggregator's accumulator over all ranks; used up.
             table: the round in numbers, of all ranks.
+            cohort: who took part.
 
         Raises:
             RuntimeError: if no client's update is finite.
@@ -101,7 +102,7 @@ class GlobalModel:
                 f"round {table.round}: left out {len(rejected)} client(s) whose update has NaN or infinite values:"
                 f" {', '.join(map(str, rejected[:10]))}{', ...' if len(rejected) > 10 else ''}."
             )
-        aggregate = self._aggregator.finish(total)
+        aggregate = self._aggregator.finish(total, cohort)
         if aggregate.shape != server.shape:
             raise ValueError(
                 f"aggregator: finish returned a tensor of shape {tuple(aggregate.shape)}, not one as long as the"

@@ -54,6 +54,28 @@ class ClientUpdate(NamedTuple):
         return math.isfinite(self.norm)
 
 
+class Cohort(NamedTuple):
+    """Who takes part in a round, for rules that need to know.
+
+    Attributes:
+        round: index of the round, from 0.
+        clients: the clients, ascending; those whose update is not finite among them.
+        registered: number of registered clients, most of which may not take part.
+        trainable: how many of a delta's elements belong to trainable parameters: the first ones.
+        seed: the strategy's seed.
+    """
+
+    round: int
+    clients: IntArray
+    registered: int
+    trainable: int
+    seed: int
+
+    def place(self, client: int) -> int:
+        """Position of a client among ``clients``."""
+        return int(np.searchsorted(self.clients, client))
+
+
 class SimulatedRound(NamedTuple):
     """A round on the clients' own hardware, as a population simulates it.
 

@@ -2,5 +2,6 @@
 
 from lightning_fedscale.aggregators.base import Aggregator, by_name
 from lightning_fedscale.aggregators.mean import mean
+from lightning_fedscale.aggregators.stacked import Stack, stacked
 
-__all__ = ["Aggregator", "by_name", "mean"]
+__all__ = ["Aggregator", "Stack", "by_name", "mean", "stacked"]

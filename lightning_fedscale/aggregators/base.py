@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from lightning_fedscale.types import ClientUpdate
+from lightning_fedscale.types import ClientUpdate, Cohort
 
 
 class Aggregator(NamedTuple):
@@ -16,14 +16,17 @@ class Aggregator(NamedTuple):
 
     Every rank folds its own clients into an accumulator; the accumulators of all ranks are summed by the round's one
     collective; ``finish`` reads the aggregate off the sum. So a rule is right on any number of ranks as soon as its
-    accumulator is additive.
+    accumulator is additive. A rule that must see all updates at once gives each client a place of its own in it (see
+    `lightning_fedscale.aggregators.stacked`), which other ranks leave zero.
 
     Attributes:
         weigh: weight of a client, before normalisation: handed to ``accumulate`` and reported in
             ``RoundRecord.weights``.
-        init: a zero accumulator for deltas shaped like the given vector.
-        accumulate: add one client with its weight; may work in place and returns the accumulator.
-        finish: the aggregated delta, as long as the clients' ones; may work in place, the sum is not needed any more.
+        init: ``(like, cohort)``: a zero accumulator, one float64 vector, for deltas as long as ``like``.
+        accumulate: ``(total, update, weight, cohort)``: add one client with its weight; may work in place and returns
+            the accumulator. Clients whose update is not finite never come here.
+        finish: ``(total, cohort)``: the aggregated delta, as long as the clients' ones; may work in place, the sum is
+            not needed any more.
 
     Example:
         >>> from lightning_fedscale.aggregators import mean
@@ -31,9 +34,9 @@ class Aggregator(NamedTuple):
     """
 
     weigh: Callable[[ClientUpdate], float]
-    init: Callable[[Tensor], Tensor]
-    accumulate: Callable[[Tensor, ClientUpdate, float], Tensor]
-    finish: Callable[[Tensor], Tensor]
+    init: Callable[[Tensor, Cohort], Tensor]
+    accumulate: Callable[[Tensor, ClientUpdate, float, Cohort], Tensor]
+    finish: Callable[[Tensor, Cohort], Tensor]
 
 
 def by_name(name: str) -> Aggregator:

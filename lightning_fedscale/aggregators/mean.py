@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from lightning_fedscale.aggregators.base import Aggregator
-from lightning_fedscale.types import ClientUpdate
+from lightning_fedscale.types import ClientUpdate, Cohort
 
 _PART = 1 << 18  # elements at a time: the product then stays in the processor's cache and takes no vector of its own
 
@@ -27,12 +27,13 @@ def mean(weighting: str = "samples") -> Aggregator:
         ValueError: for another weighting.
 
     Example:
-        >>> rule = mean()
-        >>> total = rule.init(torch.zeros(1, dtype=torch.float64))
+        >>> import numpy as np
+        >>> rule, cohort = mean(), Cohort(0, np.arange(2), registered=2, trainable=1, seed=0)
+        >>> total = rule.init(torch.zeros(1, dtype=torch.float64), cohort)
         >>> for held, delta in [(1, 0.0), (3, 4.0)]:
         ...     vector = torch.tensor([delta], dtype=torch.float64)
-        ...     total = rule.accumulate(total, ClientUpdate(0, vector, delta, held, held, 1, 0.0, 0.0), held)
-        >>> rule.finish(total).tolist()
+        ...     total = rule.accumulate(total, ClientUpdate(0, vector, delta, held, held, 1, 0.0, 0.0), held, cohort)
+        >>> rule.finish(total, cohort).tolist()
         [3.0]
     """
     if weighting not in ("samples", "uniform"):
@@ -44,12 +45,12 @@ def _weigh(update: ClientUpdate, *, by_samples: bool) -> float:
     return float(update.held) if by_samples else 1.0
 
 
-def _init(like: Tensor) -> Tensor:
+def _init(like: Tensor, cohort: Cohort) -> Tensor:
     # The last element is the sum of weights: it crosses the ranks with the rest.
     return torch.zeros(like.numel() + 1, dtype=like.dtype, device=like.device)
 
 
-def _accumulate(total: Tensor, update: ClientUpdate, weight: float) -> Tensor:
+def _accumulate(total: Tensor, update: ClientUpdate, weight: float, cohort: Cohort) -> Tensor:
     delta = update.delta
     for start in range(0, delta.numel(), _PART):
         length = min(_PART, delta.numel() - start)
@@ -59,5 +60,5 @@ def _accumulate(total: Tensor, update: ClientUpdate, weight: float) -> Tensor:
     return total
 
 
-def _finish(total: Tensor) -> Tensor:
+def _finish(total: Tensor, cohort: Cohort) -> Tensor:
     return total[:-1].div_(total[-1])

@@ -15,11 +15,15 @@ class ServerOptimizer(NamedTuple):
 
     Attributes:
         init: the state before the first round; tensors and primitives in dicts and lists, nothing else.
-        update: ``(delta, state, params) -> (step, state)``; the server then *subtracts* the step.
+        update: ``(delta, state, params) -> (step, state)``; the server then *subtracts* the step. With
+            ``reads_norms``, ``(delta, state, params, mean_square)``.
+        reads_norms: whether ``update`` also takes the weighted mean of the clients' squared norms,
+            ``sum_k p_k |delta_k|^2``.
     """
 
     init: Callable[[Params], Any]
-    update: Callable[[Params, Any, Params], tuple[Params, Any]]
+    update: Callable[..., tuple[Params, Any]]
+    reads_norms: bool = False
 
 
 def follows_scale(rule: ServerOptimizer) -> bool:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lightning_fedscale.aggregators import Aggregator, by_name, mean
 from lightning_fedscale.collectives import JointBuffer
-from lightning_fedscale.types import ClientUpdate
+from lightning_fedscale.types import ClientUpdate, Cohort
 
 quick = settings(max_examples=40, deadline=None)
 
@@ -22,6 +22,8 @@ quick = settings(max_examples=40, deadline=None)
 deltas = st.integers(-(2**24), 2**24).map(lambda n: n * 2.0**-30)
 anything = st.floats(-1e30, 1e30, allow_nan=False)
 
+COHORT = Cohort(0, np.arange(8), registered=8, trainable=3, seed=0)
+
 
 def clients(values: st.SearchStrategy[float]) -> st.SearchStrategy[list[tuple[int, list[float]]]]:
     """Up to 8 clients, each with the number of its samples and a delta of 3 elements."""
@@ -29,13 +31,17 @@ def clients(values: st.SearchStrategy[float]) -> st.SearchStrategy[list[tuple[in
     return st.lists(one, min_size=1, max_size=8)
 
 
+def finished(rule: Aggregator, total: Tensor) -> Tensor:
+    return rule.finish(total, COHORT)
+
+
 def accumulated(rule: Aggregator, members: list[tuple[int, list[float]]]) -> Tensor:
-    total = rule.init(torch.zeros(3, dtype=torch.float64))
+    total = rule.init(torch.zeros(3, dtype=torch.float64), COHORT)
     scratch = torch.empty(3, dtype=torch.float64)
     for number, (held, delta) in enumerate(members):
         scratch.copy_(torch.tensor(delta, dtype=torch.float64))
         update = ClientUpdate(number, scratch, 1.0, held, held, 1, 0.0, 0.0)
-        total = rule.accumulate(total, update, rule.weigh(update))
+        total = rule.accumulate(total, update, rule.weigh(update), COHORT)
     return total
 
 
@@ -45,20 +51,20 @@ def test_order_and_ranks_change_no_bit(
     members: list[tuple[int, list[float]]], random: np.random.RandomState, world_size: int
 ) -> None:
     rule = mean()
-    expected = rule.finish(accumulated(rule, members))
+    expected = finished(rule, accumulated(rule, members))
     mixed = list(members)
     random.shuffle(mixed)
-    assert torch.equal(rule.finish(accumulated(rule, mixed)), expected)
+    assert torch.equal(finished(rule, accumulated(rule, mixed)), expected)
     # The one collective adds up what the ranks accumulated.
     ranks = [accumulated(rule, mixed[rank::world_size]) for rank in range(world_size)]
-    assert torch.equal(rule.finish(torch.stack(ranks).sum(0)), expected)
+    assert torch.equal(finished(rule, torch.stack(ranks).sum(0)), expected)
 
 
 @quick
 @given(clients(deltas), st.sampled_from(["samples", "uniform"]))
 def test_equals_the_exact_weighted_mean(members: list[tuple[int, list[float]]], weighting: str) -> None:
     rule = mean(weighting)
-    got = rule.finish(accumulated(rule, members))
+    got = finished(rule, accumulated(rule, members))
     weights = [Fraction(held if weighting == "samples" else 1) for held, _ in members]
     for element in range(3):
         pairs = zip(weights, members, strict=True)
@@ -71,7 +77,7 @@ def test_equals_the_exact_weighted_mean(members: list[tuple[int, list[float]]], 
 @given(clients(anything))
 def test_any_finite_deltas_agree_with_numpy(members: list[tuple[int, list[float]]]) -> None:
     rule = mean()
-    got = rule.finish(accumulated(rule, members)).numpy()
+    got = finished(rule, accumulated(rule, members)).numpy()
     held, values = np.array([m[0] for m in members]), np.array([m[1] for m in members])
     expected = np.average(values, axis=0, weights=held)
     scale = np.average(abs(values), axis=0, weights=held)
@@ -81,14 +87,14 @@ def test_any_finite_deltas_agree_with_numpy(members: list[tuple[int, list[float]
 def test_one_client_passes_through_unchanged() -> None:
     rule = mean()
     delta = [0.1, -3.0, 1e-20]
-    assert rule.finish(accumulated(rule, [(1, delta)])).tolist() == delta
-    assert rule.finish(accumulated(rule, [(4, delta)])).tolist() == delta
+    assert finished(rule, accumulated(rule, [(1, delta)])).tolist() == delta
+    assert finished(rule, accumulated(rule, [(4, delta)])).tolist() == delta
 
 
 @pytest.mark.parametrize(("name", "expected"), [("mean", [2.5, 2.5, 2.5]), ("uniform", [2.0, 2.0, 2.0])])
 def test_by_name(name: str, expected: list[float]) -> None:
     rule = by_name(name)
-    assert rule.finish(accumulated(rule, [(1, [1.0] * 3), (3, [3.0] * 3)])).tolist() == expected
+    assert finished(rule, accumulated(rule, [(1, [1.0] * 3), (3, [3.0] * 3)])).tolist() == expected
 
 
 def test_weights_are_those_that_the_record_shows() -> None:
@@ -107,13 +113,13 @@ def test_long_vectors_are_added_up_in_parts(size: int) -> None:
     rule = mean()
     generator = torch.Generator().manual_seed(size)
     deltas = [torch.randn(size, dtype=torch.float64, generator=generator) for _ in range(3)]
-    total = rule.init(deltas[0])
+    total = rule.init(deltas[0], COHORT)
     for number, delta in enumerate(deltas):
         kept = delta.clone()
         update = ClientUpdate(number, delta, 1.0, 3 + number, 1, 1, 0.0, 0.0)
-        assert rule.accumulate(total, update, rule.weigh(update)) is total
+        assert rule.accumulate(total, update, rule.weigh(update), COHORT) is total
         assert torch.equal(delta, kept)  # callbacks may have kept it
-    assert torch.equal(rule.finish(total), (3.0 * deltas[0] + 4.0 * deltas[1] + 5.0 * deltas[2]) / 12.0)
+    assert torch.equal(finished(rule, total), (3.0 * deltas[0] + 4.0 * deltas[1] + 5.0 * deltas[2]) / 12.0)
 
 
 @pytest.mark.parametrize("in_place", [True, False])

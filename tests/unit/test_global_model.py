@@ -17,7 +17,7 @@ from lightning_fedscale.global_model import GlobalModel
 from lightning_fedscale.records import RoundTable
 from lightning_fedscale.rounds import RoundPlan
 from lightning_fedscale.server import ServerOptimizer, fed_avg
-from lightning_fedscale.types import ClientUpdate
+from lightning_fedscale.types import ClientUpdate, Cohort
 
 HUGE = 1.5e308  # the sum of two is infinite
 
@@ -42,9 +42,10 @@ def moved(model: Model, delta: list[float], rule: ServerOptimizer | None = None,
     table, aggregator = RoundTable(plan, 1), mean()
     update = ClientUpdate(0, torch.tensor(delta, dtype=torch.float64), 1.0, 2, 2, 1, 0.5, 0.1)
     table.add(update, 2.0, (0, 0), (0.0, 0.0))
-    total = aggregator.accumulate(aggregator.init(server), update, 2.0)
+    cohort = Cohort(4, plan.cohort, 1, exchange.view.trainable, 0)
+    total = aggregator.accumulate(aggregator.init(server, cohort), update, 2.0, cohort)
     model_of_server = GlobalModel(aggregator, rule or fed_avg())
-    aggregate = model_of_server.aggregate(server, total, table)
+    aggregate = model_of_server.aggregate(server, total, table, cohort)
     model_of_server.move(exchange, server, aggregate, table.round, training=training)
     assert torch.equal(server, kept)
     return aggregate

@@ -1,0 +1,69 @@
+"""Accumulators in which every client has a row of its own, for rules that must see all updates at once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from lightning_fedscale.aggregators.base import Aggregator
+from lightning_fedscale.types import ClientUpdate, Cohort
+
+
+class Stack(NamedTuple):
+    """The updates of a round's clients, those that were not finite left out.
+
+    Attributes:
+        deltas: one row per client, float64, (clients, elements).
+        weights: of each of them, before normalisation.
+        places: of each of them in the cohort.
+        trainable: how many of a row's elements belong to trainable parameters: the first ones.
+    """
+
+    deltas: Tensor
+    weights: Tensor
+    places: list[int]
+    trainable: int
+
+
+def stacked(weigh: Callable[[ClientUpdate], float], read: Callable[[Stack, Cohort], Tensor]) -> Aggregator:
+    """An aggregator from a function of all updates.
+
+    Every rank then holds as many float64 copies of the model as clients take part in a round.
+
+    Args:
+        weigh: weight of a client, above 0.
+        read: the aggregated delta, as long as a row.
+
+    Example:
+        >>> import numpy as np
+        >>> first = stacked(lambda update: 1.0, lambda stack, cohort: stack.deltas[0])
+        >>> cohort = Cohort(0, np.array([3, 8]), registered=9, trainable=1, seed=0)
+        >>> total = first.init(torch.zeros(1, dtype=torch.float64), cohort)
+        >>> update = ClientUpdate(8, torch.tensor([5.0], dtype=torch.float64), 5.0, 1, 1, 1, 0.0, 0.0)
+        >>> first.finish(first.accumulate(total, update, 1.0, cohort), cohort).tolist()
+        [5.0]
+    """
+    return Aggregator(weigh, _init, _accumulate, partial(_finish, read=read))
+
+
+def _init(like: Tensor, cohort: Cohort) -> Tensor:
+    # The last element of a row is the client's weight; zero where it sent nothing.
+    return torch.zeros(len(cohort.clients) * (like.numel() + 1), dtype=like.dtype, device=like.device)
+
+
+def _accumulate(total: Tensor, update: ClientUpdate, weight: float, cohort: Cohort) -> Tensor:
+    row = total.view(len(cohort.clients), -1)[cohort.place(update.client)]
+    row[:-1].copy_(update.delta)
+    row[-1] = weight
+    return total
+
+
+def _finish(total: Tensor, cohort: Cohort, *, read: Callable[[Stack, Cohort], Tensor]) -> Tensor:
+    rows = total.view(len(cohort.clients), -1)
+    places: list[int] = (rows[:, -1] > 0).nonzero().flatten().tolist()
+    sent = rows if len(places) == len(rows) else rows[places]
+    return read(Stack(sent[:, :-1], sent[:, -1], places, cohort.trainable), cohort)

@@ -1,0 +1,45 @@
+"""The shape of a compressor."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from lightning_fedscale.types import Params
+
+
+class Encoded(NamedTuple):
+    """A compressed update.
+
+    Attributes:
+        seen: what the receiver decodes, by parameter name, in float64 tensors.
+        bits: exact size of the message; ``len(payload()) == ceil(bits / 8)``.
+        payload: the message itself; made when asked for.
+    """
+
+    seen: Params
+    bits: int
+    payload: Callable[[], bytes]
+
+
+class Compressor(NamedTuple):
+    """A rule in pure functions over an update by parameter name.
+
+    Attributes:
+        name: what the factory is called, with its arguments, such as ``"top_k(0.01)"``.
+        init: ``(params) -> state`` of a sender before its first message: tensors and primitives; None for none.
+        encode: ``(delta, state, generator) -> (encoded, state)``. ``delta`` is not changed. Random rules draw from the
+            generator only.
+        decode: ``(payload, like) -> seen``: reads a message for parameters like these.
+        stateful: whether senders must keep a state from message to message (error feedback, warm starts).
+        unbiased: whether ``E[seen] == delta``.
+    """
+
+    name: str
+    init: Callable[[Params], Any]
+    encode: Callable[[Params, Any, np.random.Generator], tuple[Encoded, Any]]
+    decode: Callable[[bytes, Params], Params]
+    stateful: bool = False
+    unbiased: bool = False
