@@ -36,6 +36,7 @@ class ClientUpdate(NamedTuple):
         loss: mean training loss per sample over the round, NaN when ``training_step`` returned none.
         seconds: time the client took on its rank.
         forms: how many of its batches had which form; None unless somebody meters.
+        optimizer_steps: number of optimizer steps; 0 in manual optimization, where nobody counts them.
     """
 
     client: int
@@ -47,6 +48,7 @@ class ClientUpdate(NamedTuple):
     loss: float
     seconds: float
     forms: Mapping[Any, int] | None = None
+    optimizer_steps: int = 0
 
     @property
     def finite(self) -> bool:

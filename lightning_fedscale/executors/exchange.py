@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, MutableMapping, Sequence
+from fnmatch import fnmatchcase
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torchmetrics import Metric
 
-from lightning_fedscale.tree import FlatView
+from lightning_fedscale.tree import FlatView, as_real
 from lightning_fedscale.types import Params
 
 
@@ -27,14 +28,15 @@ class Exchange(NamedTuple):
 
     Attributes:
         view: all of them as one vector: trainable parameters, buffers, frozen parameters.
-        names: names of the trainable parameters, in the vector's order.
-        trainable: the trainable parameters.
-        buffers: the buffers.
+        names: names of the trainable parameters that are shared, in the vector's order.
+        trainable: the trainable parameters: those that are shared, then those that stay with each client.
+        buffers: the buffers, in the same order.
         frozen: the frozen parameters.
         message_bytes: size of what a client sends: trainable parameters and buffers, in their own precision. Frozen
             parameters are carried along (some modules write to them) but do not travel.
         places: where the module holds them.
         parameters: all parameters among them, and whether each was trainable when the round began.
+        personal: of ``trainable`` and ``buffers``, by name, what stays with each client and is not in the vector.
     """
 
     view: FlatView
@@ -45,6 +47,18 @@ class Exchange(NamedTuple):
     message_bytes: int
     places: list[_Place]
     parameters: list[tuple[nn.Parameter, bool]]
+    personal: dict[str, Tensor]
+
+    @property
+    def shared(self) -> Sequence[Tensor]:
+        """The trainable parameters that are shared."""
+        return self.trainable[: len(self.names)]
+
+    def trainable_views(self, vector: Tensor) -> list[Tensor]:
+        """A vector of the trainable, shared elements alone, cut into the parameters' shapes, complex ones as pairs."""
+        shapes = [as_real(parameter).shape for parameter in self.shared]
+        parts = torch.split(vector, [shape.numel() for shape in shapes])
+        return [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
 
     def named(self, vector: Tensor) -> Params:
         """The trainable part of ``vector`` by parameter name, without a copy."""
@@ -90,14 +104,18 @@ class Exchange(NamedTuple):
         return origin
 
 
-def exchange_of(module: nn.Module) -> Exchange:
+def exchange_of(module: nn.Module, personal: Sequence[str] = ()) -> Exchange:
     """Parameters and buffers of ``module``, without those of torchmetrics, whose state Lightning looks after.
 
     Read anew every round: callbacks freeze and unfreeze parameters, pruning replaces them.
+
+    Args:
+        module: the user's.
+        personal: patterns of names (`fnmatch`, as in a shell) of parameters and buffers that stay with each client.
     """
     places: list[_Place] = []
     parameters: dict[str, nn.Parameter] = {}
-    buffers: list[Tensor] = []
+    buffers: dict[str, Tensor] = {}
     seen: set[int] = set()
     left_out: set[int] = set()
     # In the order of `named_parameters` and `buffers`, which would each walk through all modules.
@@ -118,23 +136,34 @@ def exchange_of(module: nn.Module) -> Exchange:
                 places.append(_Place(part._buffers, name, buffer, buffer.detach()))
                 if id(buffer) not in seen:
                     seen.add(id(buffer))
-                    buffers.append(buffer)
+                    buffers[prefix + name] = buffer
     if left_out:
         places = [place for place in places if id(place.tensor) not in left_out]
         parameters = {name: p for name, p in parameters.items() if id(p) not in left_out}
-        buffers = [buffer for buffer in buffers if id(buffer) not in left_out]
+        buffers = {name: b for name, b in buffers.items() if id(b) not in left_out}
     trainable = {name: p for name, p in parameters.items() if p.requires_grad}
     frozen = [p for p in parameters.values() if not p.requires_grad]
+    moving, own = _apart(trainable, personal)
+    kept, own_buffers = _apart(buffers, personal)
     return Exchange(
-        FlatView(list(trainable.values()), [*buffers, *frozen]),
-        list(trainable),
-        list(trainable.values()),
-        buffers,
+        FlatView(list(moving.values()), [*kept.values(), *frozen]),
+        list(moving),
+        [*moving.values(), *own.values()],
+        [*kept.values(), *own_buffers.values()],
         frozen,
-        sum(t.numel() * t.element_size() for t in (*trainable.values(), *buffers)),
+        sum(t.numel() * t.element_size() for t in (*moving.values(), *kept.values())),
         places,
         [(p, p.requires_grad) for p in parameters.values()],
+        {**own, **own_buffers},
     )
+
+
+def _apart(tensors: dict[str, Any], personal: Sequence[str]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Those that are shared and those whose name matches one of the patterns."""
+    if not personal:
+        return tensors, {}
+    own = {name: t for name, t in tensors.items() if any(fnmatchcase(name, pattern) for pattern in personal)}
+    return {name: t for name, t in tensors.items() if name not in own}, own
 
 
 def _is_constant(buffer: Tensor) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -84,10 +84,14 @@ class LeanStep:
     Args:
         trainer: the Trainer.
         takes_index: whether ``training_step`` wants the number of the batch.
+        correct: changes the gradients before they are clipped; None if nothing does.
     """
 
-    def __init__(self, trainer: pl.Trainer, *, takes_index: bool) -> None:
+    def __init__(
+        self, trainer: pl.Trainer, *, takes_index: bool, correct: Callable[[Optimizer], None] | None = None
+    ) -> None:
         self._trainer = trainer
+        self._correct = correct
         self._module = trainer.lightning_module
         self._optimizer = trainer.optimizers[0]
         self._takes_index = takes_index
@@ -107,7 +111,7 @@ class LeanStep:
             return self._step_by_closure(batch, batch_idx, window)
         _, outputs = self._forward_backward(batch, batch_idx, window)
         if steps:
-            self._clip()
+            self._finish_gradients()
             self._optimizer.step()
         return outputs
 
@@ -118,7 +122,7 @@ class LeanStep:
             nonlocal outputs
             with torch.enable_grad():
                 loss, outputs = self._forward_backward(batch, batch_idx, window)
-            self._clip()
+            self._finish_gradients()
             return None if loss is None else loss.detach()
 
         self._optimizer.step(closure)  # type: ignore[arg-type]
@@ -155,7 +159,9 @@ class LeanStep:
             for parameter in group["params"]:
                 parameter.grad = None
 
-    def _clip(self) -> None:
+    def _finish_gradients(self) -> None:
+        if self._correct is not None:
+            self._correct(self._optimizer)
         trainer = self._trainer
         if trainer.gradient_clip_val:
             self._module.configure_gradient_clipping(

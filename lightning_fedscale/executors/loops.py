@@ -20,6 +20,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from torch.optim import Optimizer
 
+from lightning_fedscale.executors.correction import ClientCorrection
 from lightning_fedscale.executors.lean import LeanStep, outputs_of, why_not_lean
 
 
@@ -116,18 +117,19 @@ class LocalStep(Protocol):
         """
 
 
-def local_step(trainer: pl.Trainer) -> LocalStep:
+def local_step(trainer: pl.Trainer, correction: ClientCorrection | None = None) -> LocalStep:
     """The cheapest way to run local batches that leaves out nothing the Trainer was asked for, and say which.
 
     Args:
         trainer: the Trainer, its optimizers built, callbacks and hooks in place.
+        correction: changes the gradients of every optimizer step; None if nothing does.
     """
     takes_index = is_param_in_hook_signature(trainer.lightning_module.training_step, "batch_idx", min_args=2)
     if (reason := why_not_lean(trainer)) is None:
         rank_zero_info("Federated: a local step is training_step, backward and optimizer step, nothing else.")
-        return LeanStep(trainer, takes_index=takes_index)
+        return LeanStep(trainer, takes_index=takes_index, correct=correction)
     rank_zero_info(f"Federated: a local step takes Lightning's full path, since {reason}.")
-    return FullStep(trainer, takes_index=takes_index)
+    return FullStep(trainer, takes_index=takes_index, correction=correction)
 
 
 class FullStep:
@@ -136,16 +138,24 @@ class FullStep:
     Args:
         trainer: the Trainer.
         takes_index: whether ``training_step`` wants the number of the batch.
+        correction: changes the gradients of every optimizer step; None if nothing does.
     """
 
-    def __init__(self, trainer: pl.Trainer, *, takes_index: bool) -> None:
+    def __init__(self, trainer: pl.Trainer, *, takes_index: bool, correction: ClientCorrection | None = None) -> None:
         self._trainer = trainer
+        self._correction = correction
         self._takes_index = takes_index
         self._automatic = _ClientAutomatic(trainer)
         self._manual = _ManualOptimization(trainer)
 
     def step(self, batch: Any, batch_idx: int, *, last: bool, training: bool) -> dict[str, Any]:
         """See `LocalStep`."""
+        if self._correction is None:
+            return self._run(batch, batch_idx, last=last, training=training)
+        with self._correction.within(self._trainer):
+            return self._run(batch, batch_idx, last=last, training=training)
+
+    def _run(self, batch: Any, batch_idx: int, *, last: bool, training: bool) -> dict[str, Any]:
         trainer = self._trainer
         kwargs = OrderedDict(batch=batch, batch_idx=batch_idx) if self._takes_index else OrderedDict(batch=batch)
         if not trainer.lightning_module.automatic_optimization:

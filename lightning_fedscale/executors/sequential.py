@@ -21,12 +21,30 @@ from lightning_fedscale.clients import ClientStore, OptimizerKeeper
 from lightning_fedscale.devices.batches import Form, form_of
 from lightning_fedscale.executors.cache import DeviceData
 from lightning_fedscale.executors.client_log import ClientLog
+from lightning_fedscale.executors.correction import ClientCorrection
 from lightning_fedscale.executors.exchange import Exchange
 from lightning_fedscale.executors.hooks import PER_LOCAL_BATCH
 from lightning_fedscale.executors.loops import LocalStep, local_step
 from lightning_fedscale.executors.transfer import Transfer
+from lightning_fedscale.local_rules import Correction
 from lightning_fedscale.rounds import LocalWork
 from lightning_fedscale.types import ClientUpdate
+
+
+class Guidance(Protocol):
+    """What is particular to each client's training, asked for when the client begins and when it is done."""
+
+    def start(self, client: int) -> Tensor | None:
+        """The model that the client starts from, as a vector; None for the global one."""
+
+    def correction(self, client: int) -> Correction | None:
+        """What is added to its gradients, the module holding the model that it starts from; None if nothing is."""
+
+    def personal(self, client: int) -> dict[str, Tensor]:
+        """What of the module stays with each client, by name, as this one left it; empty if it never took part."""
+
+    def keep_personal(self, client: int, values: dict[str, Tensor]) -> None:
+        """Note what the client's training made of it."""
 
 
 class RoundContext(NamedTuple):
@@ -46,6 +64,7 @@ class RoundContext(NamedTuple):
         fetch: one batch of these dataset positions, made here and now.
         reopen: the collated batches of given clients anew, in the order given or client by client.
         metered: whether updates are to say of which form their batches were.
+        guidance: what is particular to each client's training; None if nothing is.
     """
 
     round: int
@@ -60,6 +79,7 @@ class RoundContext(NamedTuple):
     fetch: Callable[[list[int]], Any]
     reopen: Callable[[list[LocalWork], Iterable[tuple[int, int]] | None], Iterator[Any]]
     metered: bool = False
+    guidance: Guidance | None = None
 
     def restarted(self, order: Iterable[tuple[int, int]] | None) -> RoundContext:
         """The same clients with all their batches still to come.
@@ -120,6 +140,7 @@ class SequentialExecutor:
         self._watcher = watcher
         self._log = log
         self._step: LocalStep | None = None  # chosen in the first round, when all callbacks are in place
+        self._correction: ClientCorrection | None = None
         self._transfer = transfer
         self._hooks: set[str]
         self._round_start: tuple[Any, list[dict[str, Any]]] | None = None
@@ -150,9 +171,10 @@ class SequentialExecutor:
             context: the round.
             positions: number of each client's first local batch within the rank's round; None if nobody else trains.
         """
-        view, origin = context.exchange.view, context.exchange.origin(context.server)
+        view, server_origin = context.exchange.view, context.exchange.origin(context.server)
         delta = view.empty()
-        self._open_round()
+        self._open_round(context)
+        own = Personal(context)
         position = 0
         for number, work in enumerate(context.work):
             if work is context.first and context.randomness is not None:
@@ -160,6 +182,8 @@ class SequentialExecutor:
             else:
                 randomness.seed_globals(work.seed, self._device)
             self._prepare(work.client)
+            origin = self._guide(context, work.client, server_origin)
+            own.load(work.client)
             self._watcher.client_started(work.client)
             started = time.perf_counter()
             trained = self._train(context, number, positions[work.client] if positions else position)
@@ -176,7 +200,9 @@ class SequentialExecutor:
                 loss=trained.mean_loss(),
                 seconds=time.perf_counter() - started,
                 forms=trained.forms,
+                optimizer_steps=trained.optimizer_steps,
             )
+            own.keep(work.client, update)
             if self._keep and context.training:
                 # An update that is not finite has spoilt the optimizer's state too: that client starts afresh.
                 states = [keeper.unload() for keeper in self._keepers] if update.finite else None
@@ -184,13 +210,26 @@ class SequentialExecutor:
             self._watcher.client_ended(update)
             yield update
             view.write(context.server)
+            own.restore()
             context.exchange.set_trainable()
         view.forget(delta)
         self.close_round()
 
-    def _open_round(self) -> None:
+    def _guide(self, context: RoundContext, client: int, origin: Tensor) -> Tensor:
+        """Put the client's own start and correction in place; returns what its delta is counted from."""
+        if context.guidance is None:
+            return origin
+        if (start := context.guidance.start(client)) is not None:
+            context.exchange.view.write(start)
+            origin = context.exchange.origin(start)
+        if self._correction is not None:
+            self._correction.begin(context.exchange, context.guidance.correction(client) or Correction())
+        return origin
+
+    def _open_round(self, context: RoundContext) -> None:
         if self._step is None:
-            self._step = local_step(self._trainer)
+            self._correction = None if context.guidance is None else ClientCorrection()
+            self._step = local_step(self._trainer, self._correction)
             self._hooks = {name for name in PER_LOCAL_BATCH if is_overridden(name, self._module)}
         for keeper in self._keepers:
             keeper.open_round()
@@ -240,6 +279,7 @@ class SequentialExecutor:
         trainer, step, work = self._trainer, self._step, context.work[number]
         progress = trainer.fit_loop.epoch_loop.batch_progress
         trained, last_idx = _Trained(), len(work.batches) - 1
+        window, automatic = trainer.accumulate_grad_batches, self._module.automatic_optimization
         for batch_idx, indices in enumerate(work.batches):
             batch = next(context.batches)
             if batch is None:
@@ -259,6 +299,8 @@ class SequentialExecutor:
             self._call("on_train_batch_end", outputs, batch, batch_idx)
             loss = outputs.get("loss")
             trained.add(len(indices), loss)
+            if automatic and (last or (batch_idx + 1) % window == 0):
+                trained.optimizer_steps += 1
             if context.metered:
                 trained.forms[form_of(batch)] += 1
             self._watcher.client_stepped(number, loss)
@@ -274,7 +316,7 @@ class _Trained:
     """What is known of a client's local training, besides its model."""
 
     def __init__(self) -> None:
-        self.samples = self.steps = 0
+        self.samples = self.steps = self.optimizer_steps = 0
         self.forms: Counter[Form] = Counter()
         self._losses: list[Tensor] = []
         self._weights: list[int] = []
@@ -293,6 +335,34 @@ class _Trained:
             return math.nan
         losses: list[float] = torch.stack(self._losses).flatten().tolist()
         return math.fsum(map(mul, losses, self._weights)) / sum(self._weights)
+
+
+class Personal:
+    """What of the module stays with each client; the server's own, as it was built, is back after each of them."""
+
+    def __init__(self, context: RoundContext) -> None:
+        self._guidance = context.guidance
+        self._tensors = context.exchange.personal if context.guidance is not None else {}
+        self._initial = {name: tensor.detach().clone() for name, tensor in self._tensors.items()}
+
+    def load(self, client: int) -> None:
+        """Show what is this client's in the module."""
+        if self._tensors and self._guidance is not None:
+            self._write(self._guidance.personal(client))
+
+    def keep(self, client: int, update: ClientUpdate) -> None:
+        """Note what its training made of it, unless that is spoilt."""
+        if self._tensors and self._guidance is not None and update.finite:
+            self._guidance.keep_personal(client, {n: t.detach().clone() for n, t in self._tensors.items()})
+
+    def restore(self) -> None:
+        """Show the server's own again."""
+        self._write(self._initial)
+
+    @torch.no_grad()
+    def _write(self, values: Mapping[str, Tensor]) -> None:
+        for name, value in values.items():
+            self._tensors[name].copy_(value)
 
 
 def no_batch_left(work: LocalWork) -> ValueError:

@@ -28,11 +28,18 @@ from lightning_fedscale.executors.exchange import Exchange
 from lightning_fedscale.executors.obstacles import SharedState, explained, why_not
 from lightning_fedscale.executors.python_state import PythonState
 from lightning_fedscale.executors.rows import Rows
-from lightning_fedscale.executors.sequential import RoundContext, SequentialExecutor, Watcher, no_batch_left
+from lightning_fedscale.executors.sequential import (
+    Guidance,
+    Personal,
+    RoundContext,
+    SequentialExecutor,
+    Watcher,
+    no_batch_left,
+)
 from lightning_fedscale.executors.side_by_side import Logged, Obstacle, SideBySide
 from lightning_fedscale.executors.snapshots import MetricStates, SavedBytes
 from lightning_fedscale.executors.transfer import Transfer
-from lightning_fedscale.executors.wave import Wave
+from lightning_fedscale.executors.wave import ClientStart, Wave
 from lightning_fedscale.memory import free_memory
 from lightning_fedscale.rounds import LocalWork
 from lightning_fedscale.types import ClientUpdate
@@ -75,6 +82,7 @@ class _Trained(NamedTuple):
     notes: list[_Note]
     seconds: float
     forms: list[Counter[Form]]
+    optimizer_steps: list[int]
 
 
 class _Attempt(NamedTuple):
@@ -133,6 +141,7 @@ class VectorizedExecutor:
         self._state: PythonState | None = None
         self._proven = self._prepared = False
         self._step_seconds = 0.0
+        self._starts: list[ClientStart] = []
         self._shown = any(hasattr(callback, "on_client_end") for callback in trainer.callbacks)  # type: ignore[attr-defined]
         self.obstacle: str | None = None
         self.slots = self.steps = 0
@@ -291,13 +300,16 @@ class VectorizedExecutor:
         side = self._side_of(context.exchange, state)
         side.ran_python = False
         check = None if self._proven else SharedState(self._module, state)
-        self._wave.begin(context.exchange, [self._start_of(work.client) for work in wave])
+        states = [self._start_of(work.client) for work in wave]
+        self._starts = [_start(context.guidance, work.client) for work in wave] if context.guidance is not None else []
+        self._wave.begin(context.exchange, states, self._starts)
         streams = ClientStreams(lambda row: wave[row].seed, self._device)
         if context.randomness is not None and wave[0] is context.first:
             streams.begin(0, context.randomness)
         clip, every = clip_of(self._trainer), self._trainer.accumulate_grad_batches
         losses = torch.zeros(width, dtype=torch.float64, device=self._device)
         weights, samples, steps, notes = [0] * width, [0] * width, [0] * width, list[_Note]()
+        optimizer_steps = [0] * width
         forms = [Counter[Form]() for _ in wave]
         for batch_idx in range(lengths[0]):
             active = [row for row in range(width) if batch_idx < lengths[row]]
@@ -311,11 +323,14 @@ class VectorizedExecutor:
                 self._wave.set_buffers(rows, result.buffers)
                 if every == 1:
                     self._wave.step(rows, parameters, result.gradients, clip)
+                    due = list(rows.indices)
                 else:
                     self._wave.accumulate(rows, result.gradients)
                     due = [r for r in rows.indices if (batch_idx + 1) % every == 0 or batch_idx + 1 == lengths[r]]
                     if due:
                         self._wave.step_accumulated(self._wave.rows(due), clip)
+                for row in due:
+                    optimizer_steps[row] += 1
                 for row, size in zip(rows.indices, group.samples, strict=True):
                     steps[row] += 1
                     samples[row] += size
@@ -341,7 +356,7 @@ class VectorizedExecutor:
         if 0 in steps:
             raise no_batch_left(wave[steps.index(0)])
         means = [total / weight if weight else math.nan for total, weight in zip(losses.tolist(), weights, strict=True)]
-        return _Trained(means, samples, steps, notes, time.perf_counter() - started, forms)
+        return _Trained(means, samples, steps, notes, time.perf_counter() - started, forms, optimizer_steps)
 
     def _count(self, wave: list[LocalWork], steps: int) -> None:
         self.slots += len(wave) * len(wave[0].batches)
@@ -405,7 +420,12 @@ class VectorizedExecutor:
     def _updates(self, context: RoundContext, wave: list[LocalWork], trained: _Trained) -> Iterator[ClientUpdate]:
         exchange, server = context.exchange, context.server
         cut, row = exchange.view.trainable, -1
-        for deltas in self._wave.deltas(exchange, exchange.origin(server)):
+        initial = Personal(context)
+        models = [server if start.model is None else start.model for start in self._starts]
+        origins = [exchange.origin(server)]
+        if any(model is not server for model in models):
+            origins = [exchange.origin(model) for model in models]
+        for deltas in self._wave.deltas(exchange, origins):
             norms = torch.linalg.vector_norm(deltas[:, :cut], dim=1)
             spoilt = (~torch.isfinite(deltas[:, cut:]) & torch.isfinite(server[cut:])).any(dim=1)
             for delta, norm in zip(deltas, torch.where(spoilt, math.nan, norms).tolist(), strict=True):
@@ -421,7 +441,10 @@ class VectorizedExecutor:
                     loss=trained.losses[row],
                     seconds=trained.seconds * trained.steps[row] / sum(trained.steps),
                     forms=trained.forms[row],
+                    optimizer_steps=trained.optimizer_steps[row],
                 )
+                if context.guidance is not None and exchange.personal and update.finite:
+                    context.guidance.keep_personal(work.client, self._wave.personal(exchange, row))
                 if self._keep:
                     state = {
                         "state": self._wave.optimizer_state(row),
@@ -435,6 +458,7 @@ class VectorizedExecutor:
                 yield update
         if self._shown:
             exchange.view.write(server)
+            initial.restore()
 
     def _report(self, notes: list[_Note], wave: list[LocalWork], positions: dict[int, int]) -> None:
         """Hand on what was logged, as if the clients had trained one after the other."""
@@ -463,6 +487,10 @@ def _hook(module: pl.LightningModule, name: str) -> Iterator[None]:
         yield
     finally:
         module._current_fx_name = around
+
+
+def _start(guidance: Guidance, client: int) -> ClientStart:
+    return ClientStart(guidance.start(client), guidance.personal(client), guidance.correction(client))
 
 
 def _stacked(batches: list[Any]) -> Any:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from types import MappingProxyType
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -10,12 +12,28 @@ from torch.optim import Optimizer
 
 from lightning_fedscale.clients import OptimizerState
 from lightning_fedscale.executors.clipping import Clip
+from lightning_fedscale.executors.correction import WaveCorrection
 from lightning_fedscale.executors.exchange import Exchange
 from lightning_fedscale.executors.rows import Rows
 from lightning_fedscale.executors.stacked_optimizer import StackedOptimizer
+from lightning_fedscale.local_rules import Correction
 from lightning_fedscale.tree import as_real
 
 _DELTA_BYTES = 64 * 2**20
+
+
+class ClientStart(NamedTuple):
+    """What is particular to a client's training.
+
+    Attributes:
+        model: what it starts from, as a vector; None for the global model.
+        personal: what stays with it, by name.
+        correction: what is added to its gradients.
+    """
+
+    model: Tensor | None = None
+    personal: Mapping[str, Tensor] = MappingProxyType({})
+    correction: Correction | None = None
 
 
 class Wave:
@@ -33,9 +51,21 @@ class Wave:
         self._rows: dict[tuple[int, ...], Rows] = {}
         self._leaves: dict[Rows, list[Tensor]] = {}
         self._sums: list[Tensor | None] = []
+        self._correction: WaveCorrection | None = None
 
-    def begin(self, exchange: Exchange, states: Sequence[OptimizerState]) -> None:
-        """Every client starts from the global model, which the module holds, with an optimizer state of its own."""
+    def begin(
+        self,
+        exchange: Exchange,
+        states: Sequence[OptimizerState],
+        starts: Sequence[ClientStart] = (),
+    ) -> None:
+        """Every client starts from the global model, which the module holds, with an optimizer state of its own.
+
+        Args:
+            exchange: the module's tensors.
+            states: of the clients' optimizers.
+            starts: what is particular to each client; empty if nothing is.
+        """
         width, tensors = len(states), [*exchange.trainable, *exchange.buffers]
         if not self._fits(width, tensors):
             self._memory = [torch.empty(width, *t.shape, dtype=t.dtype, device=t.device) for t in tensors]
@@ -46,6 +76,14 @@ class Wave:
             self._rows, self._leaves = {}, {}
         for stack, tensor in zip(self._stacks, tensors, strict=True):
             stack.copy_(tensor.detach())
+        self._personal = {id(tensor): name for name, tensor in exchange.personal.items()}
+        for row, start in enumerate(starts):
+            self._place(exchange, tensors, row, start)
+        corrections = [start.correction for start in starts]
+        self._correction = None
+        if any(each is not None for each in corrections):
+            shared = self._stacks[: len(exchange.shared)]
+            self._correction = WaveCorrection(exchange, shared, [each or Correction() for each in corrections])
         self._trainable = len(exchange.trainable)
         places = {id(parameter): i for i, parameter in enumerate(exchange.trainable)}
         self._moved = [places[id(p)] for p in self._of_optimizer if id(p) in places]
@@ -53,6 +91,23 @@ class Wave:
             [self._stacks[places[id(p)]] if id(p) in places else None for p in self._of_optimizer], states
         )
         self._sums = [None] * self._trainable
+
+    def _place(self, exchange: Exchange, tensors: Sequence[Tensor], row: int, start: ClientStart) -> None:
+        """Put what is a client's own into its row."""
+        shared = [number for number, tensor in enumerate(tensors) if id(tensor) not in self._personal]
+        if start.model is not None:
+            views = exchange.view.views(start.model)
+            for number, view in zip(shared, views, strict=False):
+                stack = as_real(self._stacks[number])[row]
+                stack.copy_(view if stack.is_floating_point() else view.round())
+        for number, tensor in enumerate(tensors):
+            if (name := self._personal.get(id(tensor))) is not None and name in start.personal:
+                self._stacks[number][row].copy_(start.personal[name])
+
+    def personal(self, exchange: Exchange, row: int) -> dict[str, Tensor]:
+        """What stays with a client, by name, the caller's own."""
+        tensors = zip(self._stacks, [*exchange.trainable, *exchange.buffers], strict=True)
+        return {self._personal[id(t)]: stack[row].clone() for stack, t in tensors if id(t) in self._personal}
 
     def rows(self, indices: Sequence[int]) -> Rows:
         """The selection of these rows, always the same object."""
@@ -104,6 +159,8 @@ class Wave:
             gradients: of these parameters.
             clip: bounds the gradients of the optimizer's parameters.
         """
+        if self._correction is not None:
+            gradients = self._correction(rows, parameters, gradients)
         # Parameters that no optimizer holds stay as they are.
         if len(self._moved) == self._trainable and self._moved == list(range(self._trainable)):
             moved, own = parameters, gradients
@@ -124,31 +181,41 @@ class Wave:
         for stack, tensor in zip(self._stacks, [*exchange.trainable, *exchange.buffers], strict=True):
             tensor.detach().copy_(stack[row])
 
-    def deltas(self, exchange: Exchange, origin: Tensor) -> Iterator[Tensor]:
-        """``origin - clients``, some rows at a time, as float64 vectors like those of the exchange's view.
+    def deltas(self, exchange: Exchange, origins: Sequence[Tensor]) -> Iterator[Tensor]:
+        """``origin - client``, some rows at a time, as float64 vectors like those of the exchange's view.
 
         Args:
             exchange: the module's tensors.
-            origin: what deltas are counted from.
+            origins: what each client's delta is counted from; a single one if it is the same for all.
         """
+        origin = origins[0]
         width = len(self._stacks[0])
         at_once = max(1, min(width, _DELTA_BYTES // (8 * origin.numel())))
         memory = torch.empty(at_once, origin.numel(), dtype=origin.dtype, device=origin.device)
         for start in range(0, width, at_once):
             part = memory[: min(at_once, width - start)]
             offset = 0
-            for stack in self._stacks:
+            own = origins[start : start + len(part)] if len(origins) > 1 else origins
+
+            def subtract(out: Tensor, offset: int, end: int, own: Sequence[Tensor] = own) -> None:
+                if len(own) == 1:
+                    torch.sub(own[0][offset:end], out, out=out)
+                else:
+                    for row, each in zip(out, own, strict=True):
+                        torch.sub(each[offset:end], row, out=row)
+
+            for stack, tensor in zip(self._stacks, [*exchange.trainable, *exchange.buffers], strict=True):
+                if id(tensor) in self._personal:
+                    continue
                 real = as_real(stack[start : start + len(part)]).reshape(len(part), -1)
                 end = offset + real.shape[1]
                 # Widened first: a difference of mixed precisions takes twice as long.
-                out = part[:, offset:end].copy_(real)
-                torch.sub(origin[offset:end], out, out=out)
+                subtract(part[:, offset:end].copy_(real), offset, end)
                 offset = end
             for tensor in exchange.frozen:
                 real = as_real(tensor).reshape(-1)
                 end = offset + real.numel()
-                torch.sub(origin[offset:end], real, out=part[0, offset:end])
-                part[1:, offset:end] = part[0, offset:end]
+                subtract(part[:, offset:end].copy_(real.expand(len(part), -1)), offset, end)
                 offset = end
             yield part
 
