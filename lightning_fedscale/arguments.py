@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import inspect
 import numbers
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from lightning_fedscale import aggregators
-from lightning_fedscale.aggregators import Aggregator
+from lightning_fedscale.aggregators import Aggregator, weighted_sum
+from lightning_fedscale.compressors import Compressor
 from lightning_fedscale.devices import Population
+from lightning_fedscale.local_rules import LocalRule
 from lightning_fedscale.memory import parse_bytes
 from lightning_fedscale.partitioners import Partition, Partitioner, by_name, check_partition
 from lightning_fedscale.partitioners.checks import integer
+from lightning_fedscale.privacy import Privacy
+from lightning_fedscale.rules import Rules
 from lightning_fedscale.samplers import Sampler
 from lightning_fedscale.server import ServerOptimizer
 from lightning_fedscale.types import IntArray
@@ -32,11 +37,12 @@ class Arguments(NamedTuple):
     clients_per_round: int | float | None
     partitioner: Partitioner | Partition
     local_epochs: int | None
-    local_steps: int | None
+    local_steps: int | Callable[[int], int] | None
     rounds_per_epoch: int
     sampler: Sampler
-    aggregator: Aggregator
+    rules: Rules
     server_optimizer: ServerOptimizer
+    downlink_compressor: Compressor | None
     keep_optimizers: bool
     executor: Literal["auto", "sequential", "vectorized"]
     clients_per_wave: int | None
@@ -45,6 +51,16 @@ class Arguments(NamedTuple):
     client_state_memory: int | None
     population: Population | None
     seed: int
+
+    def steps_in(self, round: int) -> int | None:
+        """Local batches of a client in a round; None where passes over its data are counted instead.
+
+        Raises:
+            ValueError: if ``local_steps`` is a schedule that gives something else than a number above 0.
+        """
+        if not callable(self.local_steps):
+            return self.local_steps
+        return integer(f"local_steps: its value in round {round}", self.local_steps(round))
 
     def cohort_size(self, num_clients: int) -> int:
         """Clients per round once the number of clients is known.
@@ -101,11 +117,16 @@ def check(
     clients_per_round: int | float | None,
     partitioner: str | Partitioner | Partition,
     local_epochs: int | Literal["auto"] | None,
-    local_steps: int | None,
+    local_steps: int | Callable[[int], int] | None,
     rounds_per_epoch: int,
     sampler: Sampler,
+    local_rule: LocalRule | None,
     aggregator: str | Aggregator,
     server_optimizer: ServerOptimizer,
+    compressor: Compressor | None,
+    downlink_compressor: Compressor | None,
+    privacy: Privacy | None,
+    personal: Sequence[str],
     client_optimizer: Literal["reset", "keep"],
     executor: Literal["auto", "sequential", "vectorized"],
     clients_per_wave: int | None,
@@ -184,11 +205,12 @@ def check(
         clients_per_round=clients_per_round,
         partitioner=partitioner,
         local_epochs=None if local_epochs is None else integer("local_epochs", local_epochs),
-        local_steps=None if local_steps is None else integer("local_steps", local_steps),
+        local_steps=_checked_local_steps(local_steps),
         rounds_per_epoch=integer("rounds_per_epoch", rounds_per_epoch),
         sampler=sampler,
-        aggregator=aggregator,
+        rules=_rules(local_rule, compressor, privacy, aggregator, personal),
         server_optimizer=server_optimizer,
+        downlink_compressor=downlink_compressor,
         keep_optimizers=client_optimizer == "keep",
         executor=executor,
         clients_per_wave=None if clients_per_wave is None else integer("clients_per_wave", clients_per_wave),
@@ -198,6 +220,24 @@ def check(
         population=population,
         seed=integer("seed", seed, minimum=0),
     )
+
+
+def _checked_local_steps(value: Any) -> int | Callable[[int], int] | None:
+    if value is None or callable(value):
+        return value  # type: ignore[no-any-return]
+    return integer("local_steps", value)
+
+
+def _rules(
+    local_rule: LocalRule | None,
+    compressor: Compressor | None,
+    privacy: Privacy | None,
+    aggregator: Aggregator,
+    personal: Sequence[str],
+) -> Rules:
+    if privacy is not None:
+        aggregator = weighted_sum(privacy.weigh)
+    return Rules(local_rule, compressor, privacy, aggregator, tuple(personal))
 
 
 def check_processes(start_method: str, timeout: timedelta) -> None:

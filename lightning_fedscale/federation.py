@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import lightning.pytorch as pl
 import torch
@@ -38,12 +39,15 @@ from lightning_fedscale.executors import (
     no_batch_left,
 )
 from lightning_fedscale.global_model import GlobalModel
+from lightning_fedscale.half_batches import mean_gradient
 from lightning_fedscale.memory import format_bytes
 from lightning_fedscale.partitioners import Partition
 from lightning_fedscale.progress import ClientProgress
 from lightning_fedscale.records import RoundTable
 from lightning_fedscale.rounds import LocalWork, RoundPlan
+from lightning_fedscale.tree import as_real
 from lightning_fedscale.types import ClientUpdate, Cohort, Params, RoundRecord
+from lightning_fedscale.uplink import Sent, Uplink
 from lightning_fedscale.workload import Workload
 
 Meter: TypeAlias = Callable[[Mapping[Any, int]], tuple[float, float]]
@@ -62,6 +66,14 @@ class _OpenRound:
     started: float
     outside: randomness.GlobalState | None  # the global generators as the user left them; None if nothing draws
     inside: randomness.GlobalState | None = None  # as the first client finds them once its first batch is there
+
+
+class _Sums(NamedTuple):
+    """What adds up over clients and ranks: the aggregator's accumulator and the local rule's second vectors."""
+
+    total: Tensor
+    messages: Tensor | None
+    joint: collectives.JointBuffer | None
 
 
 class Federation:
@@ -90,12 +102,13 @@ class Federation:
         self._device = trainer.strategy.root_device
         processes = world_size // trainer.num_nodes
         self._store = ClientStore(StateStore(tiers_of(self._device, options.client_state_memory, processes)))
-        self._custody = Custody(self._store, rank, world_size, self._device) if options.keep_optimizers else None
+        keeps = options.keep_optimizers or options.rules.keep_state
+        self._custody = Custody(self._store, rank, world_size, self._device) if keeps else None
         self._log = ClientLog(trainer, options.client_log_every_n)
         self._transfer = Transfer(trainer)
         self._executor: ExecutorChoice
         self._work: Workload | None = None
-        self._global = GlobalModel(options.aggregator, options.server_optimizer)
+        self._global = GlobalModel(options.rules, options.server_optimizer, options.downlink_compressor)
         self._resumed: dict[str, Any] | None = None
         self._open: _OpenRound | None = None
         self._live: tuple[Exchange, Tensor] | None = None  # the global model, while the module holds a client's
@@ -169,7 +182,7 @@ class Federation:
                 extras=ON_CLIENT,
                 trainer=trainer,
             )
-            duty = work.duty(exchange_of(trainer.lightning_module).message_bytes)
+            duty = work.duty(self._exchange().message_bytes)
             work.fleet = Fleet(population, model, work.partition.num_clients, duty)
         for name, row in work.fleet.table().iterrows():
             rank_zero_info(
@@ -285,8 +298,13 @@ class Federation:
         opened, self._open = self._open, None
         assert opened is not None
         assert self._work is not None
-        exchange = exchange_of(self._trainer.lightning_module)
+        exchange = self._exchange()
         server = exchange.view.read()
+        cohort = self._cohort(opened.plan, exchange)
+        if self._custody is not None:
+            self._custody.fetch(opened.plan)
+        states = self._global.open_round(server, exchange.view.trainable)
+        uplink = self._uplink(opened, exchange, cohort, states) if training and self._options.rules.guided else None
         context = RoundContext(
             opened.plan.round,
             opened.work,
@@ -300,21 +318,28 @@ class Federation:
             self._work.loader.fetch,
             partial(self._stream, opened.plan.round),
             self.meter is not None,
+            uplink,
         )
-        cohort = self._cohort(opened.plan, exchange)
         self._progress, self._begun = ClientProgress(self._trainer, len(opened.work)), opened.work
-        if self._custody is not None:
-            self._custody.fetch(opened.plan)
         try:
-            total, table = self._train_together(context, opened, cohort)
-            aggregate = self._global.aggregate(server, total, table, cohort)
+            total, messages, table = self._train_together(context, opened, cohort, uplink)
+            aggregate = self._global.aggregate(server, total, table, cohort, messages)
             norm = float(torch.linalg.vector_norm(aggregate[: exchange.view.trainable]))
-            record = table.record(norm, exchange.message_bytes, self._simulated)
+            record = table.record(norm, self._received_bytes(exchange), self._simulated)
             if training:
                 self._tell("on_before_server_step", record, exchange.named(aggregate))
-            self._global.move(
-                exchange, server, aggregate, table.round, training=training, on_step=self._tell_of_server_step
+            bits = self._global.move(
+                exchange,
+                server,
+                aggregate,
+                cohort,
+                training=training,
+                mean_square=table.mean_square(),
+                on_step=self._tell_of_server_step,
             )
+            if bits is not None:
+                received = (exchange.buffer_bytes + math.ceil(bits / 8)) * len(cohort.clients)
+                record = replace(record, download_bytes=received)
         except BaseException:
             exchange.settle()
             exchange.set_trainable()
@@ -346,21 +371,23 @@ class Federation:
         # Steps stand still in an epoch that only feeds BatchNorm; its rounds differ all the same.
         return self._trainer.global_step + (loop.epoch_loop.batch_progress.current.ready if loop._skip_backward else 0)
 
-    def _train_together(self, context: RoundContext, opened: _OpenRound, cohort: Cohort) -> tuple[Tensor, RoundTable]:
+    def _train_together(
+        self, context: RoundContext, opened: _OpenRound, cohort: Cohort, uplink: Uplink | None
+    ) -> tuple[Tensor, Tensor | None, RoundTable]:
         """Train this rank's clients and add up the ranks; an exception on one of them is one on all."""
         table = RoundTable(opened.plan, self._world_size, len(context.exchange.parameters))
-        total, joint = self._accumulator(context.server, table, cohort)
+        sums = self._sums(context.server, table, cohort)
         failure: Exception | None = None
         try:
             self._tell("on_round_start", opened.plan.round, opened.plan.cohort)
             with self._inside_clients(context.exchange, context.server), self._log.collecting():
-                total = self._train_clients(context, total, table, cohort)
+                sums = self._train_clients(context, sums, table, cohort, uplink)
         except Exception as error:
             # The other ranks wait for this one in the collective: there they are told.
             failure = error
         table.finish_rank(self._rank, time.perf_counter() - opened.started, failed=failure is not None)
         table.add_executor(self._executor.slots, self._executor.ballot)
-        total = self._merge(total, table, joint)
+        total, messages = self._merge(sums, table)
         if failure is not None:
             raise failure
         if failed := table.failed_ranks():
@@ -368,19 +395,36 @@ class Federation:
                 f"round {opened.plan.round}: an exception ended the work of rank {', '.join(map(str, failed))} (see"
                 " there), so the global model stays as it was before this round."
             )
-        return total, table
+        return total, messages, table
 
-    def _train_clients(self, context: RoundContext, total: Tensor, table: RoundTable, cohort: Cohort) -> Tensor:
-        aggregator = self._options.aggregator
+    def _train_clients(
+        self, context: RoundContext, sums: _Sums, table: RoundTable, cohort: Cohort, uplink: Uplink | None
+    ) -> _Sums:
+        rules, total = self._options.rules, sums.total
+        plain = float(context.exchange.message_bytes)
         cursors = {item.client: item.cursor for item in context.work}
         for update in self._executor.run(context):
-            weight = float(aggregator.weigh(update))
+            if update.client in table.spare:
+                self._store.unstage(update.client)
+                table.add(update, 0.0, self._store.cursor(update.client), self._executor.scaler_state())
+                continue
+            sent = Sent(update, None, rules.weigh(update), plain) if uplink is None else uplink.send(update)
+            update, weight = sent.update, sent.weight
             metered = (0.0, 0.0) if self.meter is None else self.meter(update.forms or {})
-            table.add(update, weight, cursors[update.client], self._executor.scaler_state(), metered)
+            table.add(
+                update,
+                weight,
+                cursors[update.client],
+                self._executor.scaler_state(),
+                metered,
+                (sent.bytes, sent.normalizer, sent.within),
+            )
             table.add_trainable(context.exchange.trainable_now())
             if update.finite:
-                total = aggregator.accumulate(total, update, weight, cohort)
-        return total
+                total = rules.aggregator.accumulate(total, update, weight, cohort)
+                if sums.messages is not None and sent.message is not None:
+                    sums.messages.add_(sent.message)
+        return sums._replace(total=total)
 
     def _fail_together(self, plan: RoundPlan, started: float) -> None:
         """This rank could not even begin: take part in the round's communication, so that no rank waits in vain."""
@@ -388,34 +432,75 @@ class Federation:
             return
         if self._custody is not None:
             self._custody.fetch(plan)
-        exchange = exchange_of(self._trainer.lightning_module)
+        exchange = self._exchange()
         table = RoundTable(plan, self._world_size, len(exchange.parameters))
-        total, joint = self._accumulator(exchange.view.empty(), table, self._cohort(plan, exchange))
+        sums = self._sums(exchange.view.empty(), table, self._cohort(plan, exchange))
         table.finish_rank(self._rank, time.perf_counter() - started, failed=True)
-        self._merge(total, table, joint)
+        self._merge(sums, table)
 
-    def _accumulator(
-        self, like: Tensor, table: RoundTable, cohort: Cohort
-    ) -> tuple[Tensor, collectives.JointBuffer | None]:
-        """A zero accumulator; with several ranks it lies in the buffer in which both it and the table cross them."""
-        total = self._options.aggregator.init(like, cohort)
+    def _sums(self, like: Tensor, table: RoundTable, cohort: Cohort) -> _Sums:
+        """Zeros; with several ranks they lie in the buffer in which they and the table cross them."""
+        rules = self._options.rules
+        parts = [rules.aggregator.init(like, cohort)]
+        if rules.local is not None and rules.local.sends_message:
+            parts.append(torch.zeros_like(like[: cohort.trainable]))
         if self._world_size == 1:
-            return total, None
-        joint = collectives.JointBuffer(total, table.size)
-        return joint.vector, joint
+            return _Sums(parts[0], parts[1] if len(parts) == 2 else None, None)
+        joint = collectives.JointBuffer(parts[0] if len(parts) == 1 else torch.cat(parts), table.size)
+        cut = len(parts[0])
+        return _Sums(joint.vector[:cut], joint.vector[cut:] if len(parts) == 2 else None, joint)
 
     def _cohort(self, plan: RoundPlan, exchange: Exchange) -> Cohort:
         assert self._work is not None
         registered = self._work.partition.num_clients
         return Cohort(plan.round, plan.cohort, registered, exchange.view.trainable, self._options.seed)
 
-    def _merge(self, total: Tensor, table: RoundTable, joint: collectives.JointBuffer | None) -> Tensor:
-        """The round's one collective: accumulator and table of all ranks are added up."""
-        if joint is None:
-            return total
-        total, numbers = joint.sum_over_ranks(total, table.pack())
+    def _exchange(self) -> Exchange:
+        return exchange_of(self._trainer.lightning_module, self._options.rules.personal)
+
+    def _received_bytes(self, exchange: Exchange) -> int:
+        """What a client receives, unless it is compressed."""
+        rule = self._options.rules.local
+        return exchange.buffer_bytes + exchange.trainable_bytes * (1 if rule is None else rule.vectors_down)
+
+    def _uplink(self, opened: _OpenRound, exchange: Exchange, cohort: Cohort, states: dict[str, Any]) -> Uplink:
+        work = {item.client: item for item in opened.work}
+        return Uplink(
+            self._options.rules,
+            self._store,
+            exchange,
+            cohort,
+            self._trainer.optimizers[0],
+            states,
+            start_of=lambda client: None,
+            gradient_of=lambda client: self._gradient(work[client], exchange),
+        )
+
+    def _gradient(self, work: LocalWork, exchange: Exchange) -> Tensor:
+        """The mean gradient of a client's batches of this round at the model that the module holds."""
+        assert self._work is not None
+        loader = self._work.loader
+        with randomness.untouched():
+            randomness.seed_globals(work.seed, self._device)
+            batches = [(loader.fetch(indices), len(indices)) for indices in work.batches]
+            ready = [(self._transfer(batch), size) for batch, size in batches if batch is not None]
+        found = mean_gradient(self._trainer, self._trainer.lightning_module, ready)
+        return torch.cat([as_real(found[name]).flatten().double() for name in exchange.names])
+
+    def _merge(self, sums: _Sums, table: RoundTable) -> tuple[Tensor, Tensor | None]:
+        """The round's one collective: the sums and the table of all ranks are added up."""
+        if (joint := sums.joint) is None:
+            return sums.total, sums.messages
+        length = len(sums.total)
+        if sums.messages is None:
+            total, numbers = joint.sum_over_ranks(sums.total, table.pack())
+            table.unpack(numbers)
+            return total, None
+        if sums.total.data_ptr() != joint.vector.data_ptr():
+            joint.vector[:length].copy_(sums.total)
+        vector, numbers = joint.sum_over_ranks(joint.vector, table.pack())
         table.unpack(numbers)
-        return total
+        return vector[:length], vector[length:]
 
     def _commit(self, plan: RoundPlan, table: RoundTable) -> None:
         if self._options.local_steps is not None:
@@ -513,7 +598,7 @@ class Federation:
             seed=self._options.seed,
             num_clients=None if self.partition is None else self.partition.num_clients,
             partition=None if self.partition is None else self.partition.fingerprint,
-            server=self._global.state,
+            server=self._global.states,
             clients=clients,
             local_batches=self._log.local_batches,
             executor=self._executor.kind if self._options.executor == "auto" else None,
@@ -526,7 +611,7 @@ class Federation:
         return {
             "clients_per_round": options.clients_per_round,
             "local_epochs": options.local_epochs,
-            "local_steps": options.local_steps,
+            "local_steps": options.local_steps if not callable(options.local_steps) else "a schedule",
             "rounds_per_epoch": options.rounds_per_epoch,
             "client_optimizer": "keep" if options.keep_optimizers else "reset",
             "population": None if options.population is None else options.population.description(),
@@ -552,7 +637,7 @@ class Federation:
         self._store.load_state_dict(state["clients"])
         if self._custody is not None:
             self._custody.reset()
-        self._global.load_state(state["server"], self._device)
+        self._global.load_states(state["server"], self._device)
         self._log.local_batches = state.get("local_batches", 0)
         self._simulated = state.get("simulated", 0.0)
 

@@ -2,69 +2,118 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 
-from lightning_fedscale.aggregators import Aggregator
+from lightning_fedscale import randomness
+from lightning_fedscale.compressors import Compressor
 from lightning_fedscale.executors import Exchange
+from lightning_fedscale.local_rules import Merged
 from lightning_fedscale.records import RoundTable
+from lightning_fedscale.rules import Rules
 from lightning_fedscale.server import ServerOptimizer
 from lightning_fedscale.types import Cohort, Params
+from lightning_fedscale.uplink import PRIVACY, RULE
+
+OPTIMIZER, DOWNLINK = "optimizer", "downlink"
+"""Names of what the server keeps."""
 
 
 class GlobalModel:
-    """Moves the global model, and holds the server optimizer's state.
+    """Moves the global model, and holds what the server keeps from round to round.
 
     Every rank does the same from the same sums, so nothing needs to be sent back.
 
     Args:
-        aggregator: reads the aggregate off the sum over clients.
-        rule: how trainable parameters move; buffers and frozen parameters take the clients' mean.
+        rules: of the way up: the aggregator reads the aggregate off the sum over clients, the local rule and privacy
+            have their say in it.
+        optimizer: how trainable parameters move; buffers and frozen parameters take the clients' mean.
+        downlink: compresses the server's step on its way to the clients; None sends the model itself.
+
+    Attributes:
+        states: of the local rule, privacy, the optimizer and the downlink, by name.
     """
 
-    def __init__(self, aggregator: Aggregator, rule: ServerOptimizer) -> None:
-        self._aggregator = aggregator
-        self._rule = rule
-        self.state: Any = None
+    def __init__(self, rules: Rules, optimizer: ServerOptimizer, downlink: Compressor | None = None) -> None:
+        self._rules = rules
+        self._optimizer = optimizer
+        self._downlink = downlink
+        self._next: dict[str, Any] = {}  # what the states will be if the round is a good one
+        self.states: dict[str, Any] = {}
+        self.expected_weight = 0.0  # of a round's clients together, which privacy divides by
 
-    def load_state(self, state: Any, device: torch.device) -> None:
-        """Go on from a saved state."""
-        self.state = tree_map(lambda leaf: leaf.to(device) if isinstance(leaf, Tensor) else leaf, state)
+    def load_states(self, states: dict[str, Any], device: torch.device) -> None:
+        """Go on from saved states."""
+        self.states = tree_map(lambda leaf: leaf.to(device) if isinstance(leaf, Tensor) else leaf, states)
+
+    def open_round(self, server: Tensor, trainable: int) -> dict[str, Any]:
+        """The states that the round begins with, of the local rule and of privacy.
+
+        Args:
+            server: the global model.
+            trainable: how many of its elements are trainable and shared.
+
+        Raises:
+            ValueError: if the local rule's state is one for other parameters.
+        """
+        states = dict(self.states)
+        if (rule := self._rules.local) is not None:
+            states.setdefault(RULE, rule.init(torch.zeros_like(server[:trainable])))
+            if any(leaf.dim() and len(leaf) != trainable for leaf in tree_leaves(states[RULE]) if _is_tensor(leaf)):
+                raise ValueError(
+                    f"local_rule={rule.name!r}: what it keeps is for other parameters than the {trainable:,} trainable"
+                    " elements of this round: do not freeze or unfreeze layers while it is used."
+                )
+        if (privacy := self._rules.privacy) is not None:
+            states.setdefault(PRIVACY, privacy.init())
+        self._next = states
+        return states
 
     def move(
         self,
         exchange: Exchange,
         server: Tensor,
         aggregate: Tensor,
-        round: int,
+        cohort: Cohort,
         *,
         training: bool,
+        mean_square: float = math.nan,
         on_step: Callable[[Params], Params] = lambda step: step,
-    ) -> None:
+    ) -> float | None:
         """Write the next global model into the module.
 
         Args:
             exchange: the module's tensors.
             server: the global model of this round; stays as it is.
             aggregate: the aggregated delta.
-            round: index of the round.
+            cohort: who took part.
             training: False leaves trainable parameters alone.
+            mean_square: weighted mean of the clients' squared norms.
             on_step: what becomes of the server optimizer's step before it is taken.
+
+        Returns:
+            Bits that a client receives of the trainable parameters; None if the model itself is sent.
 
         Raises:
             RuntimeError: if the server's step is not finite; the caller then writes ``server`` back into the module.
             TypeError: if the server optimizer returns something else than a step and a state.
         """
-        params, state = exchange.named(server), self.state
+        params, bits = exchange.named(server), None
         if training:
-            state = self._rule.init(params) if state is None else state
-            step, state = _checked(self._rule.update(exchange.named(aggregate), state, params), params)
+            state = self._next.get(OPTIMIZER)
+            state = self._optimizer.init(params) if state is None else state
+            delta, norms = exchange.named(aggregate), (mean_square,) if self._optimizer.reads_norms else ()
+            step, state = _checked(self._optimizer.update(delta, state, params, *norms), params)
+            self._next[OPTIMIZER] = state
             step = on_step(step)
+            if self._downlink is not None:
+                step, bits = self._compressed(self._downlink, step, cohort)
             steps = [step[name] for name in params]
         else:
             steps = [server.new_zeros(())] * len(params)
@@ -72,12 +121,23 @@ class GlobalModel:
         steps += exchange.view.views(aggregate)[len(params) :]
         if not _subtract(exchange, server, steps):
             raise RuntimeError(
-                f"server_optimizer: its step in round {round} has NaN or infinite values, so the global model"
+                f"server_optimizer: its step in round {cohort.round} has NaN or infinite values, so the global model"
                 " stays as it was before this round. Lower the server learning rate."
             )
-        self.state = state
+        if training:
+            self.states = self._next
+        return bits
 
-    def aggregate(self, server: Tensor, total: Tensor, table: RoundTable, cohort: Cohort) -> Tensor:
+    def _compressed(self, compressor: Compressor, step: Params, cohort: Cohort) -> tuple[Params, float]:
+        state = self._next.get(DOWNLINK)
+        state = compressor.init(step) if state is None else state
+        generator = randomness.generator(cohort.seed, randomness.DOWNLINK, cohort.round)
+        encoded, self._next[DOWNLINK] = compressor.encode(step, state, generator)
+        return encoded.seen, encoded.bits
+
+    def aggregate(
+        self, server: Tensor, total: Tensor, table: RoundTable, cohort: Cohort, messages: Tensor | None = None
+    ) -> Tensor:
         """The aggregated delta.
 
         Args:
@@ -85,6 +145,7 @@ class GlobalModel:
             total: the aggregator's accumulator over all ranks; used up.
             table: the round in numbers, of all ranks.
             cohort: who took part.
+            messages: sum of the clients' second vectors; None without a local rule that sends them.
 
         Raises:
             RuntimeError: if no client's update is finite.
@@ -102,13 +163,30 @@ class GlobalModel:
                 f"round {table.round}: left out {len(rejected)} client(s) whose update has NaN or infinite values:"
                 f" {', '.join(map(str, rejected[:10]))}{', ...' if len(rejected) > 10 else ''}."
             )
-        aggregate = self._aggregator.finish(total, cohort)
+        aggregate = self._rules.aggregator.finish(total, cohort) if table.accepted else torch.zeros_like(server)
         if aggregate.shape != server.shape:
             raise ValueError(
                 f"aggregator: finish returned a tensor of shape {tuple(aggregate.shape)}, not one as long as the"
                 f" clients' deltas, {tuple(server.shape)}."
             )
+        moved = aggregate[: cohort.trainable]
+        if (privacy := self._rules.privacy) is not None:
+            # What is not clipped may not leave the clients.
+            aggregate[cohort.trainable :] = 0.0
+            state, generator = self._next[PRIVACY], randomness.generator(cohort.seed, randomness.PRIVACY, cohort.round)
+            private, self._next[PRIVACY] = privacy.finish(
+                moved, table.within(), state, cohort, self.expected_weight, generator
+            )
+            moved.copy_(private)
+        if (rule := self._rules.local) is not None and table.accepted:
+            merged = Merged(moved, messages, table.normalizer(), table.accepted, cohort)
+            delta, self._next[RULE] = rule.merge(merged, self._next[RULE])
+            moved.copy_(delta)
         return aggregate
+
+
+def _is_tensor(leaf: Any) -> bool:
+    return isinstance(leaf, Tensor)
 
 
 @torch.no_grad()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import lightning.pytorch as pl
@@ -60,25 +60,64 @@ def half_gradients(trainer: pl.Trainer, module: pl.LightningModule, batch: Any, 
     samples = samples_in(batch)
     if samples < 2:
         return None
+    middle, gradients = samples // 2, list[list[Tensor]]()
     with untouched():
-        twin = copied(module)
-        twin.train()
-        silence(twin, trainer)
-        parameters = [parameter for parameter in twin.parameters() if parameter.requires_grad]
-        places = batch_idx if is_param_in_hook_signature(module.training_step, "batch_idx", min_args=2) else None
-        middle, gradients = samples // 2, list[list[Tensor]]()
+        twin = _Twin(trainer, module)
         for part in (slice(None, middle), slice(middle, None)):
-            half = _cut(batch, part)
-            with torch.enable_grad(), trainer.precision_plugin.train_step_context():
-                output = twin.training_step(*((half,) if places is None else (half, places)))
-            loss = output["loss"] if isinstance(output, dict) else output
-            if loss is None:
+            found = twin.gradient(_cut(batch, part), batch_idx)
+            if found is None:
                 return None
-            loss.backward()
-            gradients.append([torch.zeros_like(p) if p.grad is None else p.grad.detach() for p in parameters])
-            for parameter in parameters:
-                parameter.grad = None
+            gradients.append(list(found.values()))
     return Halves((gradients[0], gradients[1]), (middle, samples - middle))
+
+
+def mean_gradient(
+    trainer: pl.Trainer, module: pl.LightningModule, batches: Iterable[tuple[Any, int]]
+) -> dict[str, Tensor]:
+    """The mean of the gradients of some batches, each weighing as many samples as it has; as `half_gradients` does it.
+
+    Args:
+        trainer: the Trainer.
+        module: holds the weights.
+        batches: on the module's device, each with its number of samples.
+
+    Returns:
+        Of each trainable parameter, by name; zeros where it takes no part.
+    """
+    total: dict[str, Tensor] = {}
+    samples = 0
+    with untouched():
+        twin = _Twin(trainer, module)
+        for batch_idx, (batch, size) in enumerate(batches):
+            for name, gradient in (twin.gradient(batch, batch_idx) or {}).items():
+                total[name] = gradient * size if name not in total else total[name].add_(gradient, alpha=size)
+            samples += size
+    return {name: gradient / samples for name, gradient in total.items()}
+
+
+class _Twin:
+    """A copy of the module that says nothing and leaves no trace."""
+
+    def __init__(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        self._precision = trainer.precision_plugin
+        self._module = copied(module)
+        self._module.train()
+        silence(self._module, trainer)
+        self._takes_index = is_param_in_hook_signature(module.training_step, "batch_idx", min_args=2)
+        self._parameters = {name: p for name, p in self._module.named_parameters() if p.requires_grad}
+
+    def gradient(self, batch: Any, batch_idx: int) -> dict[str, Tensor] | None:
+        """By name; None if there is no loss."""
+        with torch.enable_grad(), self._precision.train_step_context():
+            output = self._module.training_step(*((batch, batch_idx) if self._takes_index else (batch,)))
+        loss = output["loss"] if isinstance(output, dict) else output
+        if loss is None:
+            return None
+        loss.backward()
+        found = {n: torch.zeros_like(p) if p.grad is None else p.grad.detach() for n, p in self._parameters.items()}
+        for parameter in self._parameters.values():
+            parameter.grad = None
+        return found
 
 
 def squared_norm(tensors: Sequence[Tensor]) -> Tensor:

@@ -14,7 +14,7 @@ from lightning_fedscale.types import ClientUpdate, Cursor, FloatArray, RoundReco
 
 _COLUMNS = (
     "weight", "samples", "steps", "loss", "norm", "seconds", "rejected", "pass", "batch", "scale", "growth",
-    "flops", "tokens",
+    "flops", "tokens", "bytes", "normalizer", "within",
 )  # fmt: skip
 _BALLOT = 4
 
@@ -48,6 +48,7 @@ class RoundTable:
         cursor: Cursor,
         scaler: tuple[float, float],
         metered: tuple[float, float] = (0.0, 0.0),
+        sent: tuple[float, float, float] = (0.0, 1.0, 0.0),
     ) -> None:
         """Fill a client's row.
 
@@ -57,6 +58,7 @@ class RoundTable:
             cursor: where its data goes on.
             scaler: scale and growth counter that its training left in the gradient scaler.
             metered: FLOPs and tokens of its training.
+            sent: bytes that it sent, its local rule's normalizer, and 1 if privacy did not clip its update.
         """
         accepted = update.finite
         values = (
@@ -70,6 +72,7 @@ class RoundTable:
             *cursor,
             *scaler,
             *metered,
+            *sent,
         )
         self._rows[self._row[update.client]] = values
 
@@ -110,6 +113,11 @@ class RoundTable:
         """Take over the sum."""
         self.pack().copy_(packed)
 
+    @property
+    def spare(self) -> frozenset[int]:
+        """Clients whose updates do not count."""
+        return self._plan.spare
+
     def failed_ranks(self) -> list[int]:
         """The ranks whose work ended in an exception."""
         ranks: list[int] = self._failed.nonzero()[0].tolist()
@@ -139,18 +147,44 @@ class RoundTable:
         scale = self._column("scale")
         return float(scale.min()), float(self._column("growth")[scale == scale.min()].min())
 
-    def record(self, delta_norm: float, message_bytes: int, simulated_before: float = 0.0) -> RoundRecord:
+    def mean_square(self) -> float:
+        """Weighted mean of the accepted clients' squared norms."""
+        accepted, weights = self._column("rejected") == 0, self._column("weight")
+        return _sum(weights[accepted] * self._column("norm")[accepted] ** 2) / (_sum(weights) or 1.0)
+
+    def normalizer(self) -> float:
+        """Weighted mean of the accepted clients' normalizers."""
+        accepted, weights = self._column("rejected") == 0, self._column("weight")
+        return _sum((weights * self._column("normalizer"))[accepted]) / _sum(weights)
+
+    def within(self) -> float:
+        """Number of clients that privacy did not clip."""
+        return _sum(self._column("within"))
+
+    @property
+    def accepted(self) -> int:
+        """Number of clients whose updates count."""
+        return int((self._column("weight") > 0).sum())
+
+    def record(
+        self,
+        delta_norm: float,
+        message_bytes: int,
+        simulated_before: float = 0.0,
+        epsilon: float | None = None,
+    ) -> RoundRecord:
         """The round in numbers.
 
         Args:
             delta_norm: L2 norm of the aggregated pseudo-gradient.
-            message_bytes: what one client sends and receives.
+            message_bytes: what one client receives.
             simulated_before: simulated seconds of all rounds before this one.
+            epsilon: what differential privacy has cost so far; None without.
         """
         weights, norms, losses = self._column("weight"), self._column("norm"), self._column("loss")
         samples = self._column("samples")
-        weights /= _sum(weights)
-        accepted = self._column("rejected") == 0
+        weights /= _sum(weights) or 1.0
+        accepted = (self._column("rejected") == 0) & ~np.isin(self._plan.cohort, list(self._plan.spare))
         known = accepted & ~np.isnan(losses)
         square = _sum(weights[accepted] * norms[accepted] ** 2) - delta_norm**2
         slowest = float(self._busy.max())
@@ -168,7 +202,7 @@ class RoundTable:
             loss=_sum(losses[known] * samples[known]) / _sum(samples[known]) if known.any() else math.nan,
             delta_norm=delta_norm,
             drift=_ratio(math.sqrt(max(0.0, square)), delta_norm),
-            upload_bytes=message_bytes * len(self._row),
+            upload_bytes=round(_sum(self._column("bytes"))),
             download_bytes=message_bytes * len(self._row),
             seconds=slowest,
             padding=max(0.0, 1.0 - _sum(self._column("steps")) / self._slots[0]) if self._slots[0] else 0.0,
@@ -176,6 +210,8 @@ class RoundTable:
             simulated=self._simulated(simulated_before),
             flops=self._column("flops"),
             tokens=self._column("tokens"),
+            spare=tuple(sorted(self._plan.spare)),
+            epsilon=epsilon,
         )
 
     def _simulated(self, before: float) -> SimulatedRound | None:

@@ -22,12 +22,16 @@ class Simulated(NamedTuple):
 
 
 class RoundPlan(NamedTuple):
-    """The cohort of a round and the rank that trains each client; with simulated hardware, how that turned out."""
+    """The cohort of a round and the rank that trains each client; with simulated hardware, how that turned out.
+
+    ``spare`` are clients that only train so that no rank is without one: their updates do not count.
+    """
 
     round: int
     cohort: IntArray
     ranks: IntArray
     simulated: Simulated | None = None
+    spare: frozenset[int] = frozenset()
 
     def clients_of(self, rank: int) -> list[int]:
         """The clients that ``rank`` trains, in cohort order."""

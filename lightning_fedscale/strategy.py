@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, Literal
@@ -24,10 +24,13 @@ from torch import Tensor, nn
 from lightning_fedscale import arguments, refusals, samplers, server
 from lightning_fedscale.aggregators import Aggregator
 from lightning_fedscale.checkpointing import AtomicCheckpointIO
+from lightning_fedscale.compressors import Compressor
 from lightning_fedscale.devices import Population
 from lightning_fedscale.executors import LocalBatchHooks, RoundEnd, RoundLoops, close_finished_epoch
 from lightning_fedscale.federation import Federation, Meter
+from lightning_fedscale.local_rules import LocalRule
 from lightning_fedscale.partitioners import Partition, Partitioner
+from lightning_fedscale.privacy import Privacy
 from lightning_fedscale.samplers import Sampler
 from lightning_fedscale.server import ServerOptimizer
 from lightning_fedscale.types import ClientUpdate, IntArray, RoundRecord
@@ -66,11 +69,20 @@ class FederatedStrategy(DDPStrategy):
         local_epochs: passes over its own data that a client makes in a round; "auto" is 1 unless ``local_steps`` is
             given.
         local_steps: instead of ``local_epochs``, the number of batches; a client goes on in its data where it stopped
-            the last time.
+            the last time. Also a function from the round to that number, such as `lightning_fedscale.schedules` makes.
         rounds_per_epoch: rounds in a Trainer epoch.
         sampler: who takes part, see `lightning_fedscale.samplers`.
+        local_rule: what a client does differently from plain local training: a name ("scaffold", ...) or an object from
+            `lightning_fedscale.local_rules`; None is FedAvg.
         aggregator: "mean" (weighted by samples), "uniform", or an object from `lightning_fedscale.aggregators`.
         server_optimizer: how the global model moves, see `lightning_fedscale.server`; None is plain FedAvg.
+        compressor: makes clients' updates small on their way up, see `lightning_fedscale.compressors`; also by name.
+        downlink_compressor: makes the server's step small on its way down; all clients then move by what they decode,
+            and so does the global model.
+        privacy: clips updates and adds noise to their sum, and counts what that costs; see
+            `lightning_fedscale.privacy`.
+        personal: names of parameters and buffers that stay with each client, as patterns ("head.*"): FedPer, FedBN. In
+            the global model they keep the values with which the module was built.
         client_optimizer: "reset" gives every client a fresh optimizer each round; "keep" lets its state live on with
             the client (DiLoCo, local SGD).
         executor: how the clients of a rank train: "sequential", one after the other; "vectorized", many side by side in
@@ -117,11 +129,16 @@ class FederatedStrategy(DDPStrategy):
         clients_per_round: int | float | None = None,
         partitioner: str | Partitioner | Partition = "iid",
         local_epochs: int | Literal["auto"] | None = "auto",
-        local_steps: int | None = None,
+        local_steps: int | Callable[[int], int] | None = None,
         rounds_per_epoch: int = 1,
         sampler: Sampler = samplers.uniform,
+        local_rule: LocalRule | None = None,
         aggregator: str | Aggregator = "mean",
         server_optimizer: ServerOptimizer | None = None,
+        compressor: Compressor | None = None,
+        downlink_compressor: Compressor | None = None,
+        privacy: Privacy | None = None,
+        personal: Sequence[str] = (),
         client_optimizer: Literal["reset", "keep"] = "reset",
         executor: Literal["auto", "sequential", "vectorized"] = "auto",
         clients_per_wave: int | None = None,
@@ -158,8 +175,13 @@ class FederatedStrategy(DDPStrategy):
             local_steps=local_steps,
             rounds_per_epoch=rounds_per_epoch,
             sampler=sampler,
+            local_rule=local_rule,
             aggregator=aggregator,
             server_optimizer=server.fed_avg() if server_optimizer is None else server_optimizer,
+            compressor=compressor,
+            downlink_compressor=downlink_compressor,
+            privacy=privacy,
+            personal=personal,
             client_optimizer=client_optimizer,
             executor=executor,
             clients_per_wave=clients_per_wave,
@@ -222,7 +244,7 @@ class FederatedStrategy(DDPStrategy):
 
     def weight_of(self, update: ClientUpdate) -> float:
         """What a client counts in the aggregate, before normalisation."""
-        return float(self._options.aggregator.weigh(update))
+        return self._options.rules.weigh(update)
 
     def meter_clients(self, meter: Meter) -> None:
         """For callbacks, in ``on_fit_start``: have every client's training metered, for ``RoundRecord.flops``.

@@ -117,7 +117,7 @@ class RoundRecord:
         delta_norm: L2 norm of the aggregated pseudo-gradient.
         drift: root-mean-square distance of client deltas from their mean, relative to the mean's norm:
             ``sqrt(sum_k p_k |delta_k|^2 - |mean|^2) / |mean|``; below about 1e-7 it is rounding.
-        upload_bytes: bytes that all clients would send, in the model's own precision.
+        upload_bytes: bytes that all clients would send: compressed, or in the model's own precision.
         download_bytes: bytes that the server would send to them.
         seconds: from the first batch to the collective, on the slowest rank.
         padding: share of the waves' room in which no client trained, since those side by side have unequal numbers of
@@ -126,6 +126,8 @@ class RoundRecord:
         simulated: the round on the clients' own hardware; None without a population.
         flops: training FLOPs of each client; zeros unless somebody meters.
         tokens: tokens, or samples, that each client trained on; zeros unless somebody meters.
+        epsilon: differential privacy's budget that is spent; None without.
+        spare: clients that trained only since their rank had no other: their updates do not count.
     """
 
     round: int
@@ -149,12 +151,14 @@ class RoundRecord:
     simulated: SimulatedRound | None = None
     flops: FloatArray = field(default_factory=lambda: np.zeros(0))
     tokens: FloatArray = field(default_factory=lambda: np.zeros(0))
+    epsilon: float | None = None
+    spare: tuple[int, ...] = ()
 
     def metrics(self) -> dict[str, float]:
         """The scalars that are logged every round, by their logged names; an unknown loss is left out."""
         values = {
             "round/loss": self.loss,
-            "round/clients": float(len(self.clients) - len(self.rejected)),
+            "round/clients": float(len(self.clients) - len(self.rejected) - len(self.spare)),
             "round/rejected": float(len(self.rejected)),
             "round/samples": float(self.samples.sum()),
             "round/local_steps": float(self.local_steps.sum()),
@@ -172,6 +176,8 @@ class RoundRecord:
                 "round/simulated_total": self.simulated.total,
                 "round/dropped": float(len(self.simulated.dropped)),
             }
+        if self.epsilon is not None:
+            values["round/epsilon"] = self.epsilon
         if np.isnan(self.loss):
             del values["round/loss"]
         return values

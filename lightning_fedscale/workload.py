@@ -104,8 +104,8 @@ class Workload:
     def duty(self, message_bytes: int) -> Duty:
         """What clients do in a round, for those who simulate their hardware."""
         options, sizes = self._options, self.partition.sizes
-        per_pass = float(sizes.mean()) / self.loader.batch_size
-        steps = options.local_steps if options.local_steps is not None else (options.local_epochs or 1) * per_pass
+        per_pass, counted = float(sizes.mean()) / self.loader.batch_size, options.steps_in(0)
+        steps = counted if counted is not None else (options.local_epochs or 1) * per_pass
         # Where tails are dropped, a larger batch would leave the smallest client without any.
         most = int(sizes.min() if self.loader.drop_last else sizes.max())
         return Duty(self._cohort_size, steps, self.loader.batch_size, most, message_bytes)
@@ -122,23 +122,23 @@ class Workload:
             sampler=self._options.sampler,
             num_clients=self.partition.num_clients,
             clients_per_round=asked,
-            cost=self._cost,
+            cost=partial(self._cost, steps=self._options.steps_in(round)),
             world_size=self._world_size,
             simulate=simulate,
         )
 
     def _simulate(self, fleet: Fleet, round: int, clients: IntArray) -> Simulated:
-        steps, samples = self._amounts(fleet, clients)
+        steps, samples = self._amounts(fleet, clients, self._options.steps_in(round))
         selection = fleet.select(self._options.seed, round, clients, steps, samples, self._cohort_size)
         return Simulated(selection, fleet.batch_sizes_of(selection.clients))
 
-    def _amounts(self, fleet: Fleet, clients: IntArray) -> tuple[FloatArray, FloatArray]:
+    def _amounts(self, fleet: Fleet, clients: IntArray, counted: int | None) -> tuple[FloatArray, FloatArray]:
         """Local batches of each client in a round, and samples over all of them."""
         passes = [self._pass(int(size), fleet.batch_size(client)) for client, size in self._held(clients)]
         steps, samples = np.array(passes, dtype=np.float64).T
-        if self._options.local_steps is not None:
+        if counted is not None:
             # Where in its data a client goes on does not matter here: it meets full and last batches as they come.
-            return np.full(len(passes), float(self._options.local_steps)), samples / steps * self._options.local_steps
+            return np.full(len(passes), float(counted)), samples / steps * counted
         assert self._options.local_epochs is not None
         return steps * self._options.local_epochs, samples * self._options.local_epochs
 
@@ -152,11 +152,11 @@ class Workload:
         offsets = self.partition.offsets
         return zip(clients.tolist(), (offsets[clients + 1] - offsets[clients]).tolist(), strict=True)
 
-    def _cost(self, clients: IntArray) -> IntArray:
+    def _cost(self, clients: IntArray, steps: int | None) -> IntArray:
         # By samples; with local_steps every client does the same work. Not `partition.sizes`: that is of all clients.
         offsets = self.partition.offsets
         sizes: IntArray = offsets[clients + 1] - offsets[clients]
-        return sizes if self._options.local_steps is None else sizes * 0 + self._options.local_steps
+        return sizes if steps is None else sizes * 0 + steps
 
     def of_client(self, client: int, round: int, cursor: Cursor) -> LocalWork:
         """What a client does in a round.
@@ -173,8 +173,8 @@ class Workload:
             order = pass_order(indices, shuffle=shuffle, seed=self._seed, client=client, number=number)
             return self.loader.batches(order, None if self.fleet is None else self.fleet.batch_size(client))
 
-        if options.local_steps is not None:
-            batches, cursor = steps_from(cursor, options.local_steps, batches_of)
+        if (steps := options.steps_in(round)) is not None:
+            batches, cursor = steps_from(cursor, steps, batches_of)
         else:
             assert options.local_epochs is not None
             batches, cursor = epochs_from(round * options.local_epochs, options.local_epochs, batches_of), (0, 0)

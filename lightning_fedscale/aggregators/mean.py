@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -62,3 +63,25 @@ def _accumulate(total: Tensor, update: ClientUpdate, weight: float, cohort: Coho
 
 def _finish(total: Tensor, cohort: Cohort) -> Tensor:
     return total[:-1].div_(total[-1])
+
+
+def weighted_sum(weigh: Callable[[ClientUpdate], float]) -> Aggregator:
+    """The sum of the weighted deltas, not divided by anything; for those who divide by something fixed.
+
+    Example:
+        >>> weighted_sum(lambda update: 0.5).finish(torch.ones(2), None).tolist()
+        [1.0, 1.0]
+    """
+    return Aggregator(weigh, _zeros, _add, _as_it_is)
+
+
+def _zeros(like: Tensor, cohort: Cohort) -> Tensor:
+    return torch.zeros_like(like)
+
+
+def _add(total: Tensor, update: ClientUpdate, weight: float, cohort: Cohort) -> Tensor:
+    return total.add_(weight * update.delta)
+
+
+def _as_it_is(total: Tensor, cohort: Cohort) -> Tensor:
+    return total

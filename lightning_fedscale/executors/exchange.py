@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, MutableMapping, Sequence
+from collections.abc import Iterable, Mapping, MutableMapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Any, NamedTuple
 
@@ -32,8 +32,9 @@ class Exchange(NamedTuple):
         trainable: the trainable parameters: those that are shared, then those that stay with each client.
         buffers: the buffers, in the same order.
         frozen: the frozen parameters.
-        message_bytes: size of what a client sends: trainable parameters and buffers, in their own precision. Frozen
-            parameters are carried along (some modules write to them) but do not travel.
+        trainable_bytes: size of the trainable, shared parameters in their own precision.
+        buffer_bytes: size of the shared buffers. Frozen parameters are carried along (some modules write to them) but
+            do not travel.
         places: where the module holds them.
         parameters: all parameters among them, and whether each was trainable when the round began.
         personal: of ``trainable`` and ``buffers``, by name, what stays with each client and is not in the vector.
@@ -44,10 +45,16 @@ class Exchange(NamedTuple):
     trainable: Sequence[Tensor]
     buffers: Sequence[Tensor]
     frozen: Sequence[Tensor]
-    message_bytes: int
+    trainable_bytes: int
+    buffer_bytes: int
     places: list[_Place]
     parameters: list[tuple[nn.Parameter, bool]]
     personal: dict[str, Tensor]
+
+    @property
+    def message_bytes(self) -> int:
+        """Size of what a client sends and receives, unless it is compressed."""
+        return self.trainable_bytes + self.buffer_bytes
 
     @property
     def shared(self) -> Sequence[Tensor]:
@@ -151,11 +158,16 @@ def exchange_of(module: nn.Module, personal: Sequence[str] = ()) -> Exchange:
         [*moving.values(), *own.values()],
         [*kept.values(), *own_buffers.values()],
         frozen,
-        sum(t.numel() * t.element_size() for t in (*moving.values(), *kept.values())),
+        _bytes_of(moving),
+        _bytes_of(kept),
         places,
         [(p, p.requires_grad) for p in parameters.values()],
         {**own, **own_buffers},
     )
+
+
+def _bytes_of(tensors: Mapping[str, Tensor]) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
 
 
 def _apart(tensors: dict[str, Any], personal: Sequence[str]) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -342,7 +342,7 @@ class Personal:
 
     def __init__(self, context: RoundContext) -> None:
         self._guidance = context.guidance
-        self._tensors = context.exchange.personal if context.guidance is not None else {}
+        self._tensors = context.exchange.personal
         self._initial = {name: tensor.detach().clone() for name, tensor in self._tensors.items()}
 
     def load(self, client: int) -> None:

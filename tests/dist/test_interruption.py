@@ -108,7 +108,7 @@ def test_the_checkpoint_held_what_this_run_could_lose(folder: Path) -> None:
     assert len(cursors) == len(optimizers) > 4
     assert len({tuple(row[1:]) for row in cursors.tolist()}) > 1
     assert all(float(state[0]["state"][0]["exp_avg"].abs().sum()) > 0 for state in optimizers.values())
-    assert any(float(state["momentum_buffer"].abs().sum()) > 0 for state in federated["server"]["state"].values())
+    assert any(float(state["momentum_buffer"].abs().sum()) > 0 for state in federated["server"]["optimizer"]["state"].values())
     assert [schedule["last_epoch"] for schedule in last(folder, "never")["lr_schedulers"]] == [EPOCHS, ROUNDS]
 
 

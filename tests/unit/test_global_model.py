@@ -16,6 +16,7 @@ from lightning_fedscale.executors.sequential import _norm
 from lightning_fedscale.global_model import GlobalModel
 from lightning_fedscale.records import RoundTable
 from lightning_fedscale.rounds import RoundPlan
+from lightning_fedscale.rules import Rules
 from lightning_fedscale.server import ServerOptimizer, fed_avg
 from lightning_fedscale.types import ClientUpdate, Cohort
 
@@ -44,9 +45,9 @@ def moved(model: Model, delta: list[float], rule: ServerOptimizer | None = None,
     table.add(update, 2.0, (0, 0), (0.0, 0.0))
     cohort = Cohort(4, plan.cohort, 1, exchange.view.trainable, 0)
     total = aggregator.accumulate(aggregator.init(server, cohort), update, 2.0, cohort)
-    model_of_server = GlobalModel(aggregator, rule or fed_avg())
+    model_of_server = GlobalModel(Rules(None, None, None, aggregator, ()), rule or fed_avg())
     aggregate = model_of_server.aggregate(server, total, table, cohort)
-    model_of_server.move(exchange, server, aggregate, table.round, training=training)
+    model_of_server.move(exchange, server, aggregate, cohort, training=training)
     assert torch.equal(server, kept)
     return aggregate
 

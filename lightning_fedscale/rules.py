@@ -1,0 +1,44 @@
+"""What is done differently from FedAvg between a client's training and the server's step."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from lightning_fedscale.aggregators import Aggregator
+from lightning_fedscale.compressors import Compressor
+from lightning_fedscale.local_rules import LocalRule
+from lightning_fedscale.privacy import Privacy
+from lightning_fedscale.types import ClientUpdate
+
+
+class Rules(NamedTuple):
+    """What is done differently from FedAvg on the way up; None where nothing is.
+
+    Attributes:
+        local: of the clients' training.
+        compressor: of what they send.
+        privacy: bounds what a client may change.
+        aggregator: turns updates into one.
+        personal: patterns of names that stay with each client.
+    """
+
+    local: LocalRule | None
+    compressor: Compressor | None
+    privacy: Privacy | None
+    aggregator: Aggregator
+    personal: tuple[str, ...]
+
+    @property
+    def guided(self) -> bool:
+        """Whether a client does anything else than FedAvg's."""
+        return bool(self.personal) or any(rule is not None for rule in (self.local, self.compressor, self.privacy))
+
+    @property
+    def keep_state(self) -> bool:
+        """Whether clients keep anything because of them."""
+        stateful = self.compressor is not None and self.compressor.stateful
+        return stateful or bool(self.personal) or (self.local is not None and self.local.keeps_state)
+
+    def weigh(self, update: ClientUpdate) -> float:
+        """What a client counts in the aggregate, before normalisation."""
+        return float(self.aggregator.weigh(update) if self.privacy is None else self.privacy.weigh(update))

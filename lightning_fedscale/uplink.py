@@ -1,0 +1,146 @@
+"""The way between a client and the server's sums: what rules make of a client's start, gradients and update."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from lightning_fedscale import randomness
+from lightning_fedscale.clients import ClientStore
+from lightning_fedscale.executors import Exchange
+from lightning_fedscale.local_rules import Correction, LocalRule, Outcome
+from lightning_fedscale.rules import Rules
+from lightning_fedscale.types import ClientUpdate, Cohort
+
+RULE, RESIDUAL, PERSONAL, PRIVACY = "local_rule", "compressor", "personal", "privacy"
+"""Names of what clients and the server keep."""
+
+
+class Sent(NamedTuple):
+    """What reaches the server of a client.
+
+    Attributes:
+        update: as the server sees it.
+        message: the local rule's second vector.
+        weight: of the update.
+        bytes: that the client sent.
+        normalizer: see `lightning_fedscale.local_rules.Report`.
+        within: 1 if the update was not clipped for privacy.
+    """
+
+    update: ClientUpdate
+    message: Tensor | None
+    weight: float
+    bytes: float
+    normalizer: float = 1.0
+    within: float = 0.0
+
+
+class Uplink:
+    """A round's way from the clients of this rank to the server's sums.
+
+    Args:
+        rules: what is done on the way.
+        store: what clients keep.
+        exchange: the module's tensors.
+        cohort: who takes part.
+        optimizer: the clients' first one, as it is when the round begins.
+        states: of the server, by rule.
+        start_of: model that a client starts from, None for the global one.
+        gradient_of: mean gradient of a client's batches at the model that the module holds.
+    """
+
+    def __init__(
+        self,
+        rules: Rules,
+        store: ClientStore,
+        exchange: Exchange,
+        cohort: Cohort,
+        optimizer: Optimizer,
+        states: dict[str, Any],
+        start_of: Callable[[int], Tensor | None],
+        gradient_of: Callable[[int], Tensor],
+    ) -> None:
+        self._rules = rules
+        self._store = store
+        self._exchange = exchange
+        self._cohort = cohort
+        self._states = states
+        self._lr = float(optimizer.param_groups[0]["lr"])
+        self._momentum = float(optimizer.param_groups[0].get("momentum", 0.0))
+        self._gradient_of = gradient_of
+        self._gradients: dict[int, Tensor] = {}
+        self.start = start_of
+
+    # ---- before and while a client trains: see `lightning_fedscale.executors.sequential.Guidance`
+
+    def correction(self, client: int) -> Correction | None:
+        """What the local rule adds to the client's gradients."""
+        if (rule := self._rules.local) is None:
+            return None
+        if rule.needs_gradient:
+            self._gradients[client] = self._gradient_of(client)
+        return rule.begin(self._store.states.get(client, RULE), self._states[RULE])
+
+    def personal(self, client: int) -> dict[str, Tensor]:
+        """What of the module stays with the client."""
+        return self._store.states.get(client, PERSONAL) or {} if self._exchange.personal else {}
+
+    def keep_personal(self, client: int, values: dict[str, Tensor]) -> None:
+        """Note what the client's training made of it."""
+        self._store.states.stage(client, PERSONAL, values)
+
+    # ---- what it sends
+
+    def send(self, update: ClientUpdate) -> Sent:
+        """Take an update from its client to the server; it may be changed in place.
+
+        What the client keeps is staged. An update that is not finite goes nowhere.
+        """
+        rules, exchange = self._rules, self._exchange
+        if not update.finite:
+            return Sent(update, None, rules.weigh(update), self._plain_bytes())
+        delta = update.delta[: exchange.view.trainable]
+        message, normalizer, within = None, 1.0, 0.0
+        if rules.local is not None:
+            message, normalizer = self._finish(rules.local, update, delta)
+        sent = self._plain_bytes() if rules.compressor is None else self._compress(update.client, delta)
+        if rules.privacy is not None:
+            within = float(rules.privacy.clip(delta, self._states[PRIVACY]))
+        if rules.local is not None or rules.compressor is not None or rules.privacy is not None:
+            update = update._replace(norm=float(torch.linalg.vector_norm(delta)))
+        return Sent(update, message, rules.weigh(update), sent, normalizer, within)
+
+    def _finish(self, rule: LocalRule, update: ClientUpdate, delta: Tensor) -> tuple[Tensor | None, float]:
+        client = update.client
+        outcome = Outcome(delta, update.optimizer_steps, self._lr, self._momentum, self._gradients.pop(client, None))
+        report = rule.finish(outcome, self._store.states.get(client, RULE), self._states[RULE])
+        if rule.keeps_state:
+            self._store.states.stage(client, RULE, report.state)
+        return report.message, report.normalizer
+
+    def _compress(self, client: int, delta: Tensor) -> float:
+        compressor = self._rules.compressor
+        assert compressor is not None
+        named = dict(zip(self._exchange.names, self._exchange.trainable_views(delta), strict=True))
+        state = self._store.states.get(client, RESIDUAL) if compressor.stateful else None
+        state = compressor.init(named) if state is None else state
+        generator = randomness.generator(self._cohort.seed, randomness.COMPRESSION, self._cohort.round, client)
+        encoded, state = compressor.encode(named, state, generator)
+        if compressor.stateful:
+            self._store.states.stage(client, RESIDUAL, state)
+        for name, view in named.items():
+            view.copy_(encoded.seen[name])
+        rule = self._rules.local
+        extra = 0 if rule is None else rule.vectors_up - 1
+        return math.ceil(encoded.bits / 8) + self._exchange.buffer_bytes + extra * self._exchange.trainable_bytes
+
+    def _plain_bytes(self) -> int:
+        rule = self._rules.local
+        vectors = 1 if rule is None else rule.vectors_up
+        return self._exchange.buffer_bytes + vectors * self._exchange.trainable_bytes
