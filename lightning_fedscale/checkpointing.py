@@ -63,6 +63,7 @@ def federated_state(
     local_batches: int,
     executor: str | None,
     simulated: float,
+    losses: torch.Tensor,
 ) -> dict[str, Any]:
     """What ``checkpoint["federated"]`` holds: tensors and primitives, loadable with ``weights_only=True``."""
     return {
@@ -77,6 +78,7 @@ def federated_state(
         "local_batches": local_batches,
         "executor": executor,
         "simulated": simulated,
+        "losses": losses,
     }
 
 

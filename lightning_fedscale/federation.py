@@ -115,6 +115,7 @@ class Federation:
         self._progress: ClientProgress
         self._begun: list[LocalWork] = []  # what this rank does in the round that runs
         self._simulated = 0.0  # seconds, over all rounds
+        self._losses: dict[int, float] = {}  # last known of each client, if the sampler reads them
         self.local_accumulation = 1
         self.meter: Meter | None = None
         self.last_round: RoundRecord | None = None
@@ -231,7 +232,7 @@ class Federation:
         assert self._work is not None
         self.equip()
         round, started = self._next_round(), time.perf_counter()
-        plan = self._work.plan(round)
+        plan = self._work.plan(round, self._losses)
         clients = plan.clients_of(self._rank)
         loader, device = self._work.loader, self._device
         # Cutting a batch out of cached data draws no random number.
@@ -353,6 +354,9 @@ class Federation:
             self._executor.settle(Ballot(*table.ballot()))
         self.last_round = record
         if training:
+            if getattr(self._options.sampler, "reads_losses", False):
+                known = zip(record.clients.tolist(), record.losses.tolist(), strict=True)
+                self._losses.update({client: loss for client, loss in known if math.isfinite(loss)})
             self._simulated += 0.0 if record.simulated is None else record.simulated.seconds
             self._log.commit(int(record.local_steps.sum()))
         return {} if record.loss != record.loss else {"loss": torch.tensor(record.loss, device=self._device)}
@@ -603,6 +607,7 @@ class Federation:
             local_batches=self._log.local_batches,
             executor=self._executor.kind if self._options.executor == "auto" else None,
             simulated=self._simulated,
+            losses=torch.tensor(sorted(self._losses.items()), dtype=torch.float64).reshape(-1, 2),
         )
 
     def _settings(self) -> dict[str, Any]:
@@ -640,6 +645,7 @@ class Federation:
         self._global.load_states(state["server"], self._device)
         self._log.local_batches = state.get("local_batches", 0)
         self._simulated = state.get("simulated", 0.0)
+        self._losses = {int(client): loss for client, loss in state["losses"].tolist()}
 
     def _check_resumed(self) -> None:
         # A checkpoint from before the data was seen (a learning-rate search writes one) has nothing to compare.

@@ -220,7 +220,10 @@ class RoundTable:
         selection, batch_sizes = self._plan.simulated
         seconds = selection.round_seconds
         dropped = tuple(selection.dropped.tolist())
-        return SimulatedRound(seconds, before + seconds, batch_sizes, selection.seconds, dropped)
+        counted = ~np.isin(self._plan.cohort, list(self._plan.spare))
+        sizes, times = np.zeros(len(counted), dtype=np.int64), np.zeros(len(counted))
+        sizes[counted], times[counted] = batch_sizes, selection.seconds
+        return SimulatedRound(seconds, before + seconds, sizes, times, dropped)
 
     def _column(self, name: str) -> FloatArray:
         return self._rows[:, _COLUMNS.index(name)].copy()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import heapq
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import numpy as np
@@ -77,8 +77,12 @@ def plan_round(
     cost: Callable[[IntArray], IntArray],
     world_size: int,
     simulate: Callable[[IntArray], Simulated] | None = None,
+    losses: Mapping[int, float] | None = None,
 ) -> RoundPlan:
     """Sample the cohort of a round and place it on the ranks, in time proportional to the cohort.
+
+    A sampler may choose fewer clients than there are ranks, or none (Poisson sampling, availability). Then the first
+    of the others train too, so that every rank has one, but only as ``spare``.
 
     Args:
         round: index of the round, from 0.
@@ -89,10 +93,11 @@ def plan_round(
         cost: work of given clients, in any unit, to balance the ranks by.
         world_size: number of ranks.
         simulate: who of those that are asked takes part; None for all.
+        losses: last known training losses by client, for samplers that read them.
 
     Raises:
         TypeError: if the sampler's answer is not a one-dimensional array of integers.
-        ValueError: if it is not an ascending set of clients with at least one for every rank.
+        ValueError: if it is not an ascending set of clients.
 
     Example:
         >>> from lightning_fedscale.samplers import uniform
@@ -101,7 +106,8 @@ def plan_round(
         >>> plan.clients_of(0), plan.clients_of(1)
         ([0, 3], [1, 2])
     """
-    chosen = sampler(seed=seed, round=round, num_clients=num_clients, clients_per_round=clients_per_round)
+    known = {"losses": losses or {}} if getattr(sampler, "reads_losses", False) else {}
+    chosen = sampler(seed=seed, round=round, num_clients=num_clients, clients_per_round=clients_per_round, **known)
     cohort = np.asarray(chosen)
     if cohort.ndim != 1 or (len(cohort) and cohort.dtype.kind not in "iu"):
         raise TypeError(
@@ -109,20 +115,29 @@ def plan_round(
             f" {round}."
         )
     cohort = cohort.astype(np.int64)
-    if len(cohort) < world_size:
-        raise ValueError(
-            f"sampler={sampler!r} chose {len(cohort)} clients for round {round}, fewer than the {world_size} ranks:"
-            " raise clients_per_round or use fewer devices, since every rank must train at least one client."
-        )
-    if (np.diff(cohort) <= 0).any() or cohort[0] < 0 or cohort[-1] >= num_clients:
+    if len(cohort) and ((np.diff(cohort) <= 0).any() or cohort[0] < 0 or cohort[-1] >= num_clients):
         raise ValueError(
             f"sampler={sampler!r} must return distinct clients below {num_clients} in ascending order, got"
             f" {cohort.tolist()[:10]} for round {round}."
         )
-    simulated = None if simulate is None else simulate(cohort)
+    simulated = None if simulate is None or not len(cohort) else simulate(cohort)
     if simulated is not None:
         cohort = simulated.selection.clients
-    return RoundPlan(round, cohort, place_longest_first(cost(cohort), world_size), simulated)
+    spare = first_others(cohort, num_clients, world_size - len(cohort))
+    cohort = np.sort(np.concatenate([cohort, spare]))
+    ranks = place_longest_first(cost(cohort), world_size)
+    return RoundPlan(round, cohort, ranks, simulated, frozenset(spare.tolist()))
+
+
+def first_others(clients: IntArray, num_clients: int, count: int) -> IntArray:
+    """The first ``count`` clients that are not among the given ones.
+
+    Example:
+        >>> first_others(np.array([0, 2]), num_clients=5, count=2).tolist()
+        [1, 3]
+    """
+    candidates = np.arange(min(num_clients, len(clients) + max(count, 0)), dtype=np.int64)
+    return candidates[~np.isin(candidates, clients)][: max(count, 0)]
 
 
 def place_longest_first(costs: IntArray, world_size: int) -> IntArray:

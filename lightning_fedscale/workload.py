@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import partial
 
 import numpy as np
@@ -110,8 +110,8 @@ class Workload:
         most = int(sizes.min() if self.loader.drop_last else sizes.max())
         return Duty(self._cohort_size, steps, self.loader.batch_size, most, message_bytes)
 
-    def plan(self, round: int) -> RoundPlan:
-        """The cohort of a round and where each client trains."""
+    def plan(self, round: int, losses: Mapping[int, float]) -> RoundPlan:
+        """The cohort of a round and where each client trains, given the clients' last known losses."""
         asked, simulate = self._cohort_size, None
         if (fleet := self.fleet) is not None:
             asked = fleet.population.asked(self._cohort_size, self.partition.num_clients)
@@ -125,6 +125,7 @@ class Workload:
             cost=partial(self._cost, steps=self._options.steps_in(round)),
             world_size=self._world_size,
             simulate=simulate,
+            losses=losses,
         )
 
     def _simulate(self, fleet: Fleet, round: int, clients: IntArray) -> Simulated:

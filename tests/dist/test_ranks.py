@@ -18,7 +18,7 @@ from tests.laws import reference
 Ranks: TypeAlias = list[dict[str, Any]]
 Start: TypeAlias = Callable[[int], Ranks]
 
-TRAINED = sorted(name for name, scenario in scenarios.SCENARIOS.items() if not scenario.fails)
+TRAINED = sorted(name for name, each in scenarios.SCENARIOS.items() if not (each.fails or each.spares))
 FLOAT64 = ["double", "phase_adaptive_server", "phase_noise"]
 EXACT = [name for name in TRAINED if name not in FLOAT64]
 TIMES = {"round/seconds", "round/idle"}
@@ -268,9 +268,18 @@ def test_cohort_smaller_than_the_ranks_is_refused_on_every_rank(world_size: int,
 
 
 @several
-def test_cohort_that_shrinks_below_the_ranks_is_refused_on_every_rank(world_size: int, ranks: Start) -> None:
+def test_clients_of_ranks_that_would_have_none_do_not_count(world_size: int, ranks: Start) -> None:
+    one = ranks(1)[0]["shrinking_cohort"]
+    assert [len(record["clients"]) for record in one["records"]] == [4, 1, 1]
     for rank in ranks(world_size):
-        error = rank["shrinking_cohort"]["error"]
-        assert error.startswith("ValueError: sampler=")
-        assert f"1 clients for round 1, fewer than the {world_size} ranks" in error
-        assert rank["shrinking_cohort"]["rounds"] == 1
+        result = rank["shrinking_cohort"]
+        assert_same(result["weights"], one["weights"])
+        for record, of_one in zip(result["records"], one["records"], strict=True):
+            counted = [c for c in record["clients"] if c not in record["spare"]]
+            assert counted == of_one["clients"]
+            assert len(record["spare"]) == max(0, world_size - len(counted))
+            assert set(record["ranks"]) == set(range(world_size))
+            weights = dict(zip(record["clients"], record["weights"], strict=True))
+            assert all(weights[client] == 0 for client in record["spare"])
+            for name in ("delta_norm", "loss", "upload_bytes"):
+                assert record[name] == of_one[name]

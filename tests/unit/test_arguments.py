@@ -214,7 +214,7 @@ def test_pickles_as_spawn_needs(arguments: dict[str, Any]) -> None:
     assert torch.equal(steps[0]["w"], steps[1]["w"])
 
     def plain(options: Arguments) -> Arguments:
-        return options._replace(partitioner=None, aggregator=None, server_optimizer=None)  # type: ignore[arg-type]
+        return options._replace(partitioner=None, rules=None, server_optimizer=None)  # type: ignore[arg-type]
 
     assert plain(new) == plain(old)
 

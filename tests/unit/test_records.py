@@ -30,9 +30,11 @@ def test_record_in_numbers() -> None:
     # Deltas (3, 4), (0, 2) and one that is not finite, with weights 1, 3 and 4: the mean is (0.75, 2.5).
     plan = plan_of([0, 1, 0], cohort=[2, 5, 9])
     table = RoundTable(plan, 2)
-    table.add(update(2, norm=5.0, samples=2, steps=1, loss=1.0, seconds=0.25), 1.0, (1, 2), (8.0, 3.0))
-    table.add(update(5, norm=2.0, samples=6, steps=3, loss=0.5, seconds=1.5), 3.0, (0, 7), (4.0, 2.0))
-    table.add(update(9, norm=math.nan, samples=8, steps=4, loss=math.nan), 4.0, (5, 0), (4.0, 1.0))
+    table.add(
+        update(2, norm=5.0, samples=2, steps=1, loss=1.0, seconds=0.25), 1.0, (1, 2), (8.0, 3.0), sent=(100, 1, 0)
+    )
+    table.add(update(5, norm=2.0, samples=6, steps=3, loss=0.5, seconds=1.5), 3.0, (0, 7), (4.0, 2.0), sent=(70, 1, 0))
+    table.add(update(9, norm=math.nan, samples=8, steps=4, loss=math.nan), 4.0, (5, 0), (4.0, 1.0), sent=(30, 1, 0))
     table.finish_rank(0, 1.0, failed=False)
     table.finish_rank(1, 2.0, failed=False)
     norm = math.hypot(0.75, 2.5)
@@ -52,7 +54,7 @@ def test_record_in_numbers() -> None:
     # Root mean square distance from the mean: sqrt(1/4 |(3,4) - m|^2 + 3/4 |(0,2) - m|^2) / |m|.
     distance = 0.25 * ((3 - 0.75) ** 2 + (4 - 2.5) ** 2) + 0.75 * ((0 - 0.75) ** 2 + (2 - 2.5) ** 2)
     assert record.drift == pytest.approx(math.sqrt(distance) / norm, rel=1e-12)
-    assert (record.upload_bytes, record.download_bytes) == (300, 300)
+    assert (record.upload_bytes, record.download_bytes) == (200, 300)
     assert record.seconds == 2.0
     assert record.idle == pytest.approx(0.25)  # rank 0 waited for 1 of 2 x 2 seconds
     assert table.cursors() == {2: (1, 2), 5: (0, 7), 9: (5, 0)}
@@ -65,7 +67,7 @@ def test_record_in_numbers() -> None:
         "round/local_steps": 8.0,
         "round/delta_norm": norm,
         "round/drift": record.drift,
-        "round/upload_bytes": 300.0,
+        "round/upload_bytes": 200.0,
         "round/download_bytes": 300.0,
         "round/seconds": 2.0,
         "round/padding": record.padding,

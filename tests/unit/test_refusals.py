@@ -374,16 +374,6 @@ def test_fewer_clients_per_round_than_ranks() -> None:
     )
 
 
-@pytest.mark.usefixtures("two_ranks")
-def test_sampler_that_leaves_a_rank_without_clients() -> None:
-    def one(**_: int) -> Any:
-        return np.array([3])
-
-    refused(
-        ValueError, "sampler=.*one.* chose 1 clients for round 0, fewer than the 2 ranks", strategy={"sampler": one}
-    )
-
-
 def test_metric_that_syncs_on_every_step_of_several_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(FederatedStrategy, "_processes", property(lambda self: 2))
     monkeypatch.setattr(FederatedStrategy, "_configure_launcher", lambda self: None)
@@ -681,7 +671,7 @@ def test_server_optimizer_of_another_shape(answer: Callable[[Any], Any]) -> None
 
 
 def test_aggregator_of_another_length() -> None:
-    rule = aggregators.mean()._replace(finish=lambda total: total)
+    rule = aggregators.mean()._replace(finish=lambda total, cohort: total)
     trainer = reference.quiet_trainer(max_epochs=1, strategy=sequential(aggregator=rule))
     with pytest.raises(ValueError, match="aggregator: finish returned a tensor of shape"):
         trainer.fit(Counting(), reference.loader(reference.dataset()))

@@ -179,3 +179,33 @@ def test_steps_continue_one_endless_sequence_however_they_are_split(parts: list[
     # The cursor points at what comes next, and never behind the end of a pass.
     number, position = cursor
     assert batches_of(number)[position] == endless[sum(parts)]
+
+
+@pytest.mark.parametrize(
+    ("chosen", "world_size", "spare"),
+    [([], 1, [0]), ([], 3, [0, 1, 2]), ([0, 2], 3, [1]), ([3], 2, [0]), ([1, 2], 2, [])],
+)
+def test_ranks_without_a_client_get_one_that_does_not_count(
+    chosen: list[int], world_size: int, spare: list[int]
+) -> None:
+    made = plan_round(
+        0, seed=0, sampler=lambda **_: np.array(chosen, dtype=np.int64), num_clients=4, clients_per_round=2,
+        cost=lambda clients: np.ones(len(clients), dtype=np.int64), world_size=world_size,
+    )  # fmt: skip
+    assert sorted(made.spare) == spare
+    assert made.cohort.tolist() == sorted([*chosen, *spare])
+    assert set(made.ranks.tolist()) == set(range(world_size))
+
+
+def test_samplers_that_want_to_know_are_told_the_losses() -> None:
+    class Hardest:
+        reads_losses = True
+
+        def __call__(self, *, losses: dict[int, float], **_: int) -> np.ndarray:  # type: ignore[type-arg]
+            return np.array([max(losses, key=lambda client: losses[client])])
+
+    made = plan_round(
+        1, seed=0, sampler=Hardest(), num_clients=4, clients_per_round=1,
+        cost=lambda clients: clients, world_size=1, losses={1: 0.5, 3: 2.0},
+    )  # fmt: skip
+    assert made.cohort.tolist() == [3]
