@@ -11,6 +11,7 @@ from typing import Any, Literal, NamedTuple
 
 from lightning_fedscale import aggregators
 from lightning_fedscale.aggregators import Aggregator, weighted_sum
+from lightning_fedscale.asynchrony import FedBuff
 from lightning_fedscale.compressors import Compressor
 from lightning_fedscale.devices import Population
 from lightning_fedscale.local_rules import LocalRule
@@ -43,6 +44,7 @@ class Arguments(NamedTuple):
     rules: Rules
     server_optimizer: ServerOptimizer
     downlink_compressor: Compressor | None
+    asynchrony: FedBuff | None
     keep_optimizers: bool
     executor: Literal["auto", "sequential", "vectorized"]
     clients_per_wave: int | None
@@ -127,6 +129,7 @@ def check(
     downlink_compressor: Compressor | None,
     privacy: Privacy | None,
     personal: Sequence[str],
+    mode: Literal["sync", "async"] | FedBuff,
     client_optimizer: Literal["reset", "keep"],
     executor: Literal["auto", "sequential", "vectorized"],
     clients_per_wave: int | None,
@@ -211,6 +214,7 @@ def check(
         rules=_rules(local_rule, compressor, privacy, aggregator, personal),
         server_optimizer=server_optimizer,
         downlink_compressor=downlink_compressor,
+        asynchrony=_checked_mode(mode),
         keep_optimizers=client_optimizer == "keep",
         executor=executor,
         clients_per_wave=None if clients_per_wave is None else integer("clients_per_wave", clients_per_wave),
@@ -226,6 +230,14 @@ def _checked_local_steps(value: Any) -> int | Callable[[int], int] | None:
     if value is None or callable(value):
         return value  # type: ignore[no-any-return]
     return integer("local_steps", value)
+
+
+def _checked_mode(mode: object) -> FedBuff | None:
+    if isinstance(mode, FedBuff):
+        return mode
+    if mode not in ("sync", "async"):
+        raise ValueError(f"mode={mode!r}: choose 'sync', 'async' or an asynchrony.FedBuff(...).")
+    return FedBuff() if mode == "async" else None
 
 
 def _rules(

@@ -64,6 +64,7 @@ def federated_state(
     executor: str | None,
     simulated: float,
     losses: torch.Tensor,
+    versions: dict[int, torch.Tensor],
 ) -> dict[str, Any]:
     """What ``checkpoint["federated"]`` holds: tensors and primitives, loadable with ``weights_only=True``."""
     return {
@@ -79,6 +80,7 @@ def federated_state(
         "executor": executor,
         "simulated": simulated,
         "losses": losses,
+        "versions": versions,
     }
 
 

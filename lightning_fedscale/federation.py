@@ -46,7 +46,7 @@ from lightning_fedscale.progress import ClientProgress
 from lightning_fedscale.records import RoundTable
 from lightning_fedscale.rounds import LocalWork, RoundPlan
 from lightning_fedscale.tree import as_real
-from lightning_fedscale.types import ClientUpdate, Cohort, Params, RoundRecord
+from lightning_fedscale.types import ClientUpdate, Cohort, IntArray, Params, RoundRecord
 from lightning_fedscale.uplink import Sent, Uplink
 from lightning_fedscale.workload import Workload
 
@@ -115,6 +115,7 @@ class Federation:
         self._progress: ClientProgress
         self._begun: list[LocalWork] = []  # what this rank does in the round that runs
         self._simulated = 0.0  # seconds, over all rounds
+        self._versions: dict[int, Tensor] = {}  # older global models from which clients have started
         self._losses: dict[int, float] = {}  # last known of each client, if the sampler reads them
         self.local_accumulation = 1
         self.meter: Meter | None = None
@@ -305,7 +306,8 @@ class Federation:
         if self._custody is not None:
             self._custody.fetch(opened.plan)
         states = self._global.open_round(server, exchange.view.trainable)
-        uplink = self._uplink(opened, exchange, cohort, states) if training and self._options.rules.guided else None
+        guided = self._options.rules.guided or opened.plan.arrived is not None
+        uplink = self._uplink(opened, exchange, cohort, states) if training and guided else None
         context = RoundContext(
             opened.plan.round,
             opened.work,
@@ -326,7 +328,9 @@ class Federation:
             total, messages, table = self._train_together(context, opened, cohort, uplink)
             aggregate = self._global.aggregate(server, total, table, cohort, messages)
             norm = float(torch.linalg.vector_norm(aggregate[: exchange.view.trainable]))
-            record = table.record(norm, self._received_bytes(exchange), self._simulated)
+            record = table.record(
+                norm, self._received_bytes(exchange), self._simulated, batch_sizes=self._batch_sizes(cohort)
+            )
             if training:
                 self._tell("on_before_server_step", record, exchange.named(aggregate))
             bits = self._global.move(
@@ -351,6 +355,7 @@ class Federation:
         exchange.set_trainable(table.trainable())
         if training:
             self._commit(opened.plan, table)
+            self._keep_version(opened.plan, server)
             self._executor.settle(Ballot(*table.ballot()))
         self.last_round = record
         if training:
@@ -462,6 +467,16 @@ class Federation:
     def _exchange(self) -> Exchange:
         return exchange_of(self._trainer.lightning_module, self._options.rules.personal)
 
+    def _batch_sizes(self, cohort: Cohort) -> IntArray | None:
+        return None if self.fleet is None else self.fleet.batch_sizes_of(cohort.clients)
+
+    def _keep_version(self, plan: RoundPlan, server: Tensor) -> None:
+        """Clients that still train started from older models; those that nobody needs any more go."""
+        if plan.arrived is None:
+            return
+        self._versions[plan.round] = server
+        self._versions = {round: model for round, model in self._versions.items() if round >= plan.arrived.waiting}
+
     def _received_bytes(self, exchange: Exchange) -> int:
         """What a client receives, unless it is compressed."""
         rule = self._options.rules.local
@@ -476,9 +491,24 @@ class Federation:
             cohort,
             self._trainer.optimizers[0],
             states,
-            start_of=lambda client: None,
+            start_of=self._starts_of(opened.plan),
+            stale_scale=self._stale_scale(opened.plan),
             gradient_of=lambda client: self._gradient(work[client], exchange),
         )
+
+    def _starts_of(self, plan: RoundPlan) -> Callable[[int], Tensor | None]:
+        """The models that clients start from; None is the present one."""
+        if (arrived := plan.arrived) is None:
+            return lambda client: None
+        versions = dict(zip(arrived.clients.tolist(), arrived.versions.tolist(), strict=True))
+        return lambda client: None if versions[client] == plan.round else self._versions[versions[client]]
+
+    def _stale_scale(self, plan: RoundPlan) -> dict[int, float]:
+        """What updates are scaled by that started from older models, by client."""
+        if (arrived := plan.arrived) is None or (asynchrony := self._options.asynchrony) is None:
+            return {}
+        pairs = zip(arrived.clients.tolist(), arrived.versions.tolist(), strict=True)
+        return {client: asynchrony.scale(plan.round - version) for client, version in pairs if version < plan.round}
 
     def _gradient(self, work: LocalWork, exchange: Exchange) -> Tensor:
         """The mean gradient of a client's batches of this round at the model that the module holds."""
@@ -607,6 +637,7 @@ class Federation:
             local_batches=self._log.local_batches,
             executor=self._executor.kind if self._options.executor == "auto" else None,
             simulated=self._simulated,
+            versions=self._versions,
             losses=torch.tensor(sorted(self._losses.items()), dtype=torch.float64).reshape(-1, 2),
         )
 
@@ -620,6 +651,7 @@ class Federation:
             "rounds_per_epoch": options.rounds_per_epoch,
             "client_optimizer": "keep" if options.keep_optimizers else "reset",
             "population": None if options.population is None else options.population.description(),
+            "mode": "sync" if options.asynchrony is None else options.asynchrony.description(),
             "threads": torch.get_num_threads(),
         }
 
@@ -645,6 +677,7 @@ class Federation:
         self._global.load_states(state["server"], self._device)
         self._log.local_batches = state.get("local_batches", 0)
         self._simulated = state.get("simulated", 0.0)
+        self._versions = {round: model.to(self._device) for round, model in state["versions"].items()}
         self._losses = {int(client): loss for client, loss in state["losses"].tolist()}
 
     def _check_resumed(self) -> None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lightning_fedscale.rounds import RoundPlan
-from lightning_fedscale.types import ClientUpdate, Cursor, FloatArray, RoundRecord, SimulatedRound
+from lightning_fedscale.types import ClientUpdate, Cursor, FloatArray, IntArray, RoundRecord, SimulatedRound
 
 _COLUMNS = (
     "weight", "samples", "steps", "loss", "norm", "seconds", "rejected", "pass", "batch", "scale", "growth",
@@ -172,6 +172,7 @@ class RoundTable:
         message_bytes: int,
         simulated_before: float = 0.0,
         epsilon: float | None = None,
+        batch_sizes: IntArray | None = None,
     ) -> RoundRecord:
         """The round in numbers.
 
@@ -180,6 +181,7 @@ class RoundTable:
             message_bytes: what one client receives.
             simulated_before: simulated seconds of all rounds before this one.
             epsilon: what differential privacy has cost so far; None without.
+            batch_sizes: of the cohort, in asynchronous training on simulated hardware.
         """
         weights, norms, losses = self._column("weight"), self._column("norm"), self._column("loss")
         samples = self._column("samples")
@@ -207,22 +209,26 @@ class RoundTable:
             seconds=slowest,
             padding=max(0.0, 1.0 - _sum(self._column("steps")) / self._slots[0]) if self._slots[0] else 0.0,
             idle=1.0 - float(self._busy.mean()) / slowest if slowest > 0 else 0.0,
-            simulated=self._simulated(simulated_before),
+            simulated=self._simulated(simulated_before, batch_sizes),
+            staleness=None if self._plan.arrived is None else self._plan.round - self._plan.arrived.versions,
             flops=self._column("flops"),
             tokens=self._column("tokens"),
             spare=tuple(sorted(self._plan.spare)),
             epsilon=epsilon,
         )
 
-    def _simulated(self, before: float) -> SimulatedRound | None:
+    def _simulated(self, before: float, batch_sizes: IntArray | None) -> SimulatedRound | None:
+        if (arrived := self._plan.arrived) is not None:
+            sizes = np.zeros(len(arrived.clients), dtype=np.int64) if batch_sizes is None else batch_sizes
+            return SimulatedRound(arrived.time - before, arrived.time, sizes, arrived.durations, ())
         if self._plan.simulated is None:
             return None
-        selection, batch_sizes = self._plan.simulated
+        selection, chosen = self._plan.simulated
         seconds = selection.round_seconds
         dropped = tuple(selection.dropped.tolist())
         counted = ~np.isin(self._plan.cohort, list(self._plan.spare))
         sizes, times = np.zeros(len(counted), dtype=np.int64), np.zeros(len(counted))
-        sizes[counted], times[counted] = batch_sizes, selection.seconds
+        sizes[counted], times[counted] = chosen, selection.seconds
         return SimulatedRound(seconds, before + seconds, sizes, times, dropped)
 
     def _column(self, name: str) -> FloatArray:

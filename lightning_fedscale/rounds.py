@@ -9,6 +9,7 @@ from typing import NamedTuple
 import numpy as np
 
 from lightning_fedscale import randomness
+from lightning_fedscale.asynchrony import Flush
 from lightning_fedscale.devices.population import Selection
 from lightning_fedscale.samplers import Sampler
 from lightning_fedscale.types import Cursor, IntArray
@@ -24,7 +25,8 @@ class Simulated(NamedTuple):
 class RoundPlan(NamedTuple):
     """The cohort of a round and the rank that trains each client; with simulated hardware, how that turned out.
 
-    ``spare`` are clients that only train so that no rank is without one: their updates do not count.
+    ``spare`` are clients that only train so that no rank is without one: their updates do not count. In asynchronous
+    training, ``arrived`` says when this cohort's updates were there, and from which models they started.
     """
 
     round: int
@@ -32,6 +34,7 @@ class RoundPlan(NamedTuple):
     ranks: IntArray
     simulated: Simulated | None = None
     spare: frozenset[int] = frozenset()
+    arrived: Flush | None = None
 
     def clients_of(self, rank: int) -> list[int]:
         """The clients that ``rank`` trains, in cohort order."""

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from lightning_fedscale import arguments, refusals, samplers, server
 from lightning_fedscale.aggregators import Aggregator
+from lightning_fedscale.asynchrony import FedBuff
 from lightning_fedscale.checkpointing import AtomicCheckpointIO
 from lightning_fedscale.compressors import Compressor
 from lightning_fedscale.devices import Population
@@ -83,6 +84,9 @@ class FederatedStrategy(DDPStrategy):
             `lightning_fedscale.privacy`.
         personal: names of parameters and buffers that stay with each client, as patterns ("head.*"): FedPer, FedBN. In
             the global model they keep the values with which the module was built.
+        mode: "sync" waits for all clients of a round; "async" buffers updates as they arrive in simulated time, see
+            `lightning_fedscale.asynchrony.FedBuff`, which may also be given. Needs a ``population`` or
+            ``FedBuff(seconds=...)`` to know how long clients take.
         client_optimizer: "reset" gives every client a fresh optimizer each round; "keep" lets its state live on with
             the client (DiLoCo, local SGD).
         executor: how the clients of a rank train: "sequential", one after the other; "vectorized", many side by side in
@@ -139,6 +143,7 @@ class FederatedStrategy(DDPStrategy):
         downlink_compressor: Compressor | None = None,
         privacy: Privacy | None = None,
         personal: Sequence[str] = (),
+        mode: Literal["sync", "async"] | FedBuff = "sync",
         client_optimizer: Literal["reset", "keep"] = "reset",
         executor: Literal["auto", "sequential", "vectorized"] = "auto",
         clients_per_wave: int | None = None,
@@ -182,6 +187,7 @@ class FederatedStrategy(DDPStrategy):
             downlink_compressor=downlink_compressor,
             privacy=privacy,
             personal=personal,
+            mode=mode,
             client_optimizer=client_optimizer,
             executor=executor,
             clients_per_wave=clients_per_wave,

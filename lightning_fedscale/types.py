@@ -128,6 +128,7 @@ class RoundRecord:
         tokens: tokens, or samples, that each client trained on; zeros unless somebody meters.
         epsilon: differential privacy's budget that is spent; None without.
         spare: clients that trained only since their rank had no other: their updates do not count.
+        staleness: how many rounds ago each client had started; None unless training is asynchronous.
     """
 
     round: int
@@ -153,6 +154,7 @@ class RoundRecord:
     tokens: FloatArray = field(default_factory=lambda: np.zeros(0))
     epsilon: float | None = None
     spare: tuple[int, ...] = ()
+    staleness: IntArray | None = None
 
     def metrics(self) -> dict[str, float]:
         """The scalars that are logged every round, by their logged names; an unknown loss is left out."""
@@ -176,6 +178,8 @@ class RoundRecord:
                 "round/simulated_total": self.simulated.total,
                 "round/dropped": float(len(self.simulated.dropped)),
             }
+        if self.staleness is not None:
+            values["round/staleness"] = float(self.staleness.mean())
         if self.epsilon is not None:
             values["round/epsilon"] = self.epsilon
         if np.isnan(self.loss):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -52,6 +52,7 @@ class Uplink:
         optimizer: the clients' first one, as it is when the round begins.
         states: of the server, by rule.
         start_of: model that a client starts from, None for the global one.
+        stale_scale: what the server scales updates by that come late, by client.
         gradient_of: mean gradient of a client's batches at the model that the module holds.
     """
 
@@ -64,6 +65,7 @@ class Uplink:
         optimizer: Optimizer,
         states: dict[str, Any],
         start_of: Callable[[int], Tensor | None],
+        stale_scale: Mapping[int, float],
         gradient_of: Callable[[int], Tensor],
     ) -> None:
         self._rules = rules
@@ -73,6 +75,7 @@ class Uplink:
         self._states = states
         self._lr = float(optimizer.param_groups[0]["lr"])
         self._momentum = float(optimizer.param_groups[0].get("momentum", 0.0))
+        self._stale_scale = stale_scale
         self._gradient_of = gradient_of
         self._gradients: dict[int, Tensor] = {}
         self.start = start_of
@@ -112,7 +115,9 @@ class Uplink:
         sent = self._plain_bytes() if rules.compressor is None else self._compress(update.client, delta)
         if rules.privacy is not None:
             within = float(rules.privacy.clip(delta, self._states[PRIVACY]))
-        if rules.local is not None or rules.compressor is not None or rules.privacy is not None:
+        if (scale := self._stale_scale.get(update.client)) is not None:
+            update.delta.mul_(scale)
+        if scale is not None or any(rule is not None for rule in rules[:3]):
             update = update._replace(norm=float(torch.linalg.vector_norm(delta)))
         return Sent(update, message, rules.weigh(update), sent, normalizer, within)
 

@@ -11,9 +11,19 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from lightning_fedscale import randomness
 from lightning_fedscale.arguments import Arguments, name_clients
+from lightning_fedscale.asynchrony import Arrivals, FedBuff
 from lightning_fedscale.devices.fleet import Duty, Fleet
 from lightning_fedscale.executors import ClientLoader
-from lightning_fedscale.rounds import LocalWork, RoundPlan, Simulated, epochs_from, pass_order, plan_round, steps_from
+from lightning_fedscale.rounds import (
+    LocalWork,
+    RoundPlan,
+    Simulated,
+    epochs_from,
+    pass_order,
+    place_longest_first,
+    plan_round,
+    steps_from,
+)
 from lightning_fedscale.types import Cursor, FloatArray, IntArray
 
 
@@ -52,6 +62,7 @@ class Workload:
         self.partition = options.partition(self.loader.dataset)
         self.fleet: Fleet | None = None
         self._passes: dict[tuple[int, int], tuple[int, int]] = {}
+        self._arrivals: Arrivals | None = None
         self._options = options
         self._world_size = world_size
         self._cohort_size = options.cohort_size(self.partition.num_clients)
@@ -68,6 +79,7 @@ class Workload:
     def _check(self, batch_norm: bool) -> None:
         sizes, cohort_size = self.partition.sizes, self._cohort_size
         self._check_population()
+        self._check_asynchrony()
         if cohort_size < self._world_size:
             raise ValueError(
                 f"clients_per_round={cohort_size} is fewer than the {self._world_size} ranks (devices x nodes): every"
@@ -112,6 +124,8 @@ class Workload:
 
     def plan(self, round: int, losses: Mapping[int, float]) -> RoundPlan:
         """The cohort of a round and where each client trains, given the clients' last known losses."""
+        if self._options.asynchrony is not None:
+            return self._plan_of_arrivals(self._options.asynchrony, round)
         asked, simulate = self._cohort_size, None
         if (fleet := self.fleet) is not None:
             asked = fleet.population.asked(self._cohort_size, self.partition.num_clients)
@@ -127,6 +141,45 @@ class Workload:
             simulate=simulate,
             losses=losses,
         )
+
+    def _plan_of_arrivals(self, asynchrony: FedBuff, round: int) -> RoundPlan:
+        if self._arrivals is None:
+            count, options, fleet = self.partition.num_clients, self._options, self.fleet
+            concurrency = asynchrony.concurrent(self._cohort_size, count)
+            answers = (lambda start, client: True) if fleet is None else partial(fleet.answers, options.seed)
+            self._arrivals = Arrivals(
+                options.seed, count, self._cohort_size, concurrency, partial(self._seconds, asynchrony), answers
+            )
+        flush = self._arrivals.of_round(round)
+        ranks = place_longest_first(self._cost(flush.clients, self._options.steps_in(round)), self._world_size)
+        return RoundPlan(round, flush.clients, ranks, arrived=flush)
+
+    def _seconds(self, asynchrony: FedBuff, client: int, version: int) -> float:
+        if asynchrony.seconds is not None:
+            return float(asynchrony.seconds[client])
+        assert self.fleet is not None
+        clients = np.array([client])
+        steps, samples = self._amounts(self.fleet, clients, self._options.steps_in(version))
+        return float(self.fleet.seconds(clients, steps, samples)[0])
+
+    def _check_asynchrony(self) -> None:
+        asynchrony, count = self._options.asynchrony, self.partition.num_clients
+        if asynchrony is None:
+            return
+        asynchrony.concurrent(self._cohort_size, count)
+        population = self._options.population
+        if asynchrony.seconds is None and population is None:
+            raise ValueError(
+                "mode='async' needs to know how long clients take: pass population=Population(...), or"
+                " mode=FedBuff(seconds=[...]) with a number for each client."
+            )
+        if asynchrony.seconds is not None and len(asynchrony.seconds) != count:
+            raise ValueError(f"seconds: got {len(asynchrony.seconds)} numbers for {count} clients: pass one for each.")
+        if population is not None and (population.deadline is not None or population.over_selection > 1):
+            raise ValueError(
+                "population: deadline and over_selection close rounds that wait for clients, and mode='async' does not"
+                " wait: leave them out."
+            )
 
     def _simulate(self, fleet: Fleet, round: int, clients: IntArray) -> Simulated:
         steps, samples = self._amounts(fleet, clients, self._options.steps_in(round))

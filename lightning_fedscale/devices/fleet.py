@@ -125,6 +125,10 @@ class Fleet:
         ]  # fmt: skip
         return pd.DataFrame(rows).set_index("class")
 
+    def answers(self, seed: int, question: int, client: int) -> bool:
+        """Whether a client can be reached when it is asked for the so manieth time."""
+        return bool(self._answers(seed, question, np.array([client]))[0] < 1)
+
     def _answers(self, seed: int, round: int, clients: IntArray) -> FloatArray:
         """Below 1 for those who can be reached."""
         answers = np.zeros(len(clients))

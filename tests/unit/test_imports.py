@@ -18,6 +18,7 @@ LEVELS = [
     # The rooms.
     {
         "aggregators",
+        "asynchrony",
         "clients",
         "compressors",
         "devices",
