@@ -14,7 +14,7 @@ from lightning_fedscale.aggregators import Aggregator, weighted_sum
 from lightning_fedscale.asynchrony import FedBuff
 from lightning_fedscale.compressors import Compressor
 from lightning_fedscale.devices import Population
-from lightning_fedscale.local_rules import LocalRule
+from lightning_fedscale.local_rules import Ditto, LocalRule
 from lightning_fedscale.memory import parse_bytes
 from lightning_fedscale.partitioners import Partition, Partitioner, by_name, check_partition
 from lightning_fedscale.partitioners.checks import integer
@@ -128,7 +128,7 @@ def check(
     compressor: Compressor | None,
     downlink_compressor: Compressor | None,
     privacy: Privacy | None,
-    personal: Sequence[str],
+    personal: Sequence[str] | Ditto,
     mode: Literal["sync", "async"] | FedBuff,
     client_optimizer: Literal["reset", "keep"],
     executor: Literal["auto", "sequential", "vectorized"],
@@ -245,10 +245,16 @@ def _rules(
     compressor: Compressor | None,
     privacy: Privacy | None,
     aggregator: Aggregator,
-    personal: Sequence[str],
+    personal: Sequence[str] | Ditto,
 ) -> Rules:
     if privacy is not None:
         aggregator = weighted_sum(privacy.weigh)
+    if isinstance(personal, Ditto):
+        return Rules(local_rule, compressor, privacy, aggregator, ditto=personal)
+    if isinstance(personal, str) or not all(isinstance(pattern, str) for pattern in personal):
+        raise TypeError(
+            f"personal={personal!r}: pass a list of patterns of names, such as ['head.*'], or local_rules.Ditto(0.1)."
+        )
     return Rules(local_rule, compressor, privacy, aggregator, tuple(personal))
 
 

@@ -40,6 +40,7 @@ from lightning_fedscale.executors import (
 )
 from lightning_fedscale.global_model import GlobalModel
 from lightning_fedscale.half_batches import mean_gradient
+from lightning_fedscale.local_rules import Ditto
 from lightning_fedscale.memory import format_bytes
 from lightning_fedscale.partitioners import Partition
 from lightning_fedscale.progress import ClientProgress
@@ -47,7 +48,7 @@ from lightning_fedscale.records import RoundTable
 from lightning_fedscale.rounds import LocalWork, RoundPlan
 from lightning_fedscale.tree import as_real
 from lightning_fedscale.types import ClientUpdate, Cohort, IntArray, Params, RoundRecord
-from lightning_fedscale.uplink import Sent, Uplink
+from lightning_fedscale.uplink import PersonalModels, Sent, Uplink
 from lightning_fedscale.workload import Workload
 
 Meter: TypeAlias = Callable[[Mapping[Any, int]], tuple[float, float]]
@@ -113,6 +114,7 @@ class Federation:
         self._open: _OpenRound | None = None
         self._live: tuple[Exchange, Tensor] | None = None  # the global model, while the module holds a client's
         self._progress: ClientProgress
+        self._quiet = False  # while clients train what nobody is told of
         self._begun: list[LocalWork] = []  # what this rank does in the round that runs
         self._simulated = 0.0  # seconds, over all rounds
         self._versions: dict[int, Tensor] = {}  # older global models from which clients have started
@@ -134,7 +136,8 @@ class Federation:
             "log": self._log,
             "transfer": self._transfer,
         }
-        sequential = SequentialExecutor(self._trainer, **parts)
+        corrects = options.rules.local is not None or options.rules.ditto is not None
+        sequential = SequentialExecutor(self._trainer, **parts, corrects=corrects)
         vectorized = VectorizedExecutor(self._trainer, sequential, **parts, clients_per_wave=options.clients_per_wave)
         self._executor = ExecutorChoice(options.executor, sequential, vectorized)
 
@@ -433,7 +436,23 @@ class Federation:
                 total = rules.aggregator.accumulate(total, update, weight, cohort)
                 if sums.messages is not None and sent.message is not None:
                     sums.messages.add_(sent.message)
+        if (ditto := rules.ditto) is not None and context.training:
+            self._train_personal(ditto, context, table)
         return sums._replace(total=total)
+
+    def _train_personal(self, ditto: Ditto, context: RoundContext, table: RoundTable) -> None:
+        """Once more, each client its own model: nothing of it is logged, told or sent."""
+        guidance = PersonalModels(ditto, self._store, context.exchange, context.server)
+        self._quiet = True
+        try:
+            with self._log.silenced():
+                for update in self._executor.run_again(context._replace(guidance=guidance)):
+                    if self.meter is not None:
+                        table.add_cost(update.client, self.meter(update.forms or {}))
+                    if update.client not in table.spare:
+                        guidance.keep(update)
+        finally:
+            self._quiet = False
 
     def _fail_together(self, plan: RoundPlan, started: float) -> None:
         """This rank could not even begin: take part in the round's communication, so that no rank waits in vain."""
@@ -589,7 +608,7 @@ class Federation:
         self._tell("on_client_end", update)
 
     def _tell(self, event: str, *values: Any) -> None:
-        for callback in self._trainer.callbacks:  # type: ignore[attr-defined]
+        for callback in () if self._quiet else self._trainer.callbacks:  # type: ignore[attr-defined]
             if (hook := getattr(callback, event, None)) is not None:
                 hook(self._trainer, self._trainer.lightning_module, *values)
 
@@ -652,6 +671,7 @@ class Federation:
             "client_optimizer": "keep" if options.keep_optimizers else "reset",
             "population": None if options.population is None else options.population.description(),
             "mode": "sync" if options.asynchrony is None else options.asynchrony.description(),
+            "personal": repr(options.rules.ditto) if options.rules.ditto else list(options.rules.personal),
             "threads": torch.get_num_threads(),
         }
 

@@ -76,6 +76,10 @@ class RoundTable:
         )
         self._rows[self._row[update.client]] = values
 
+    def add_cost(self, client: int, metered: tuple[float, float]) -> None:
+        """Add the FLOPs of more training of a client, which saw the same tokens again."""
+        self._rows[self._row[client], _COLUMNS.index("flops")] += metered[0]
+
     def add_trainable(self, flags: list[bool]) -> None:
         """Count the parameters that a client left trainable."""
         self._trainable += flags

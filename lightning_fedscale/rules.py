@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from lightning_fedscale.aggregators import Aggregator
 from lightning_fedscale.compressors import Compressor
-from lightning_fedscale.local_rules import LocalRule
+from lightning_fedscale.local_rules import Ditto, LocalRule
 from lightning_fedscale.privacy import Privacy
 from lightning_fedscale.types import ClientUpdate
 
@@ -20,13 +20,15 @@ class Rules(NamedTuple):
         privacy: bounds what a client may change.
         aggregator: turns updates into one.
         personal: patterns of names that stay with each client.
+        ditto: each client trains a model of its own besides.
     """
 
     local: LocalRule | None
     compressor: Compressor | None
     privacy: Privacy | None
     aggregator: Aggregator
-    personal: tuple[str, ...]
+    personal: tuple[str, ...] = ()
+    ditto: Ditto | None = None
 
     @property
     def guided(self) -> bool:
@@ -37,7 +39,12 @@ class Rules(NamedTuple):
     def keep_state(self) -> bool:
         """Whether clients keep anything because of them."""
         stateful = self.compressor is not None and self.compressor.stateful
-        return stateful or bool(self.personal) or (self.local is not None and self.local.keeps_state)
+        return (
+            stateful
+            or self.ditto is not None
+            or bool(self.personal)
+            or (self.local is not None and self.local.keeps_state)
+        )
 
     def weigh(self, update: ClientUpdate) -> float:
         """What a client counts in the aggregate, before normalisation."""

@@ -29,7 +29,7 @@ from lightning_fedscale.compressors import Compressor
 from lightning_fedscale.devices import Population
 from lightning_fedscale.executors import LocalBatchHooks, RoundEnd, RoundLoops, close_finished_epoch
 from lightning_fedscale.federation import Federation, Meter
-from lightning_fedscale.local_rules import LocalRule
+from lightning_fedscale.local_rules import Ditto, LocalRule
 from lightning_fedscale.partitioners import Partition, Partitioner
 from lightning_fedscale.privacy import Privacy
 from lightning_fedscale.samplers import Sampler
@@ -83,7 +83,8 @@ class FederatedStrategy(DDPStrategy):
         privacy: clips updates and adds noise to their sum, and counts what that costs; see
             `lightning_fedscale.privacy`.
         personal: names of parameters and buffers that stay with each client, as patterns ("head.*"): FedPer, FedBN. In
-            the global model they keep the values with which the module was built.
+            the global model they keep the values with which the module was built. `local_rules.Ditto` gives each client
+            a whole model of its own besides.
         mode: "sync" waits for all clients of a round; "async" buffers updates as they arrive in simulated time, see
             `lightning_fedscale.asynchrony.FedBuff`, which may also be given. Needs a ``population`` or
             ``FedBuff(seconds=...)`` to know how long clients take.
@@ -142,7 +143,7 @@ class FederatedStrategy(DDPStrategy):
         compressor: Compressor | None = None,
         downlink_compressor: Compressor | None = None,
         privacy: Privacy | None = None,
-        personal: Sequence[str] = (),
+        personal: Sequence[str] | Ditto = (),
         mode: Literal["sync", "async"] | FedBuff = "sync",
         client_optimizer: Literal["reset", "keep"] = "reset",
         executor: Literal["auto", "sequential", "vectorized"] = "auto",

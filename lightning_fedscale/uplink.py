@@ -13,11 +13,11 @@ from torch.optim import Optimizer
 from lightning_fedscale import randomness
 from lightning_fedscale.clients import ClientStore
 from lightning_fedscale.executors import Exchange
-from lightning_fedscale.local_rules import Correction, LocalRule, Outcome
+from lightning_fedscale.local_rules import Correction, Ditto, LocalRule, Outcome
 from lightning_fedscale.rules import Rules
 from lightning_fedscale.types import ClientUpdate, Cohort
 
-RULE, RESIDUAL, PERSONAL, PRIVACY = "local_rule", "compressor", "personal", "privacy"
+RULE, RESIDUAL, PERSONAL, DITTO, PRIVACY = "local_rule", "compressor", "personal", "ditto", "privacy"
 """Names of what clients and the server keep."""
 
 
@@ -149,3 +149,44 @@ class Uplink:
         rule = self._rules.local
         vectors = 1 if rule is None else rule.vectors_up
         return self._exchange.buffer_bytes + vectors * self._exchange.trainable_bytes
+
+
+class PersonalModels:
+    """What clients start from and are pulled to when each trains a model of its own.
+
+    Args:
+        ditto: how strongly they are pulled to the global model.
+        store: what clients keep.
+        exchange: the module's tensors.
+        server: the global model.
+    """
+
+    def __init__(self, ditto: Ditto, store: ClientStore, exchange: Exchange, server: Tensor) -> None:
+        self._ditto = ditto
+        self._store = store
+        self._exchange = exchange
+        self._server = server
+
+    def start(self, client: int) -> Tensor | None:
+        """Its own model as it left it; at first the global one."""
+        own: Tensor | None = self._store.states.get(client, DITTO)
+        return own
+
+    def correction(self, client: int) -> Correction:
+        """Pulls it to the global model."""
+        own, cut = self.start(client), self._exchange.view.trainable
+        return self._ditto.correction((self._server if own is None else own)[:cut], self._server[:cut])
+
+    def personal(self, client: int) -> dict[str, Tensor]:
+        """All of the model is its own."""
+        return {}
+
+    def keep_personal(self, client: int, values: dict[str, Tensor]) -> None:
+        """All of the model is its own."""
+
+    def keep(self, update: ClientUpdate) -> None:
+        """Note the model that training came to, unless it is spoilt."""
+        if update.finite:
+            start = self.start(update.client)
+            model = self._exchange.origin(self._server if start is None else start) - update.delta
+            self._store.states.stage(update.client, DITTO, model)

@@ -97,6 +97,12 @@ class ExecutorChoice:
                     f" since side by side they cannot: {obstacle}."
                 )
 
+    def run_again(self, context: RoundContext) -> Iterator[ClientUpdate]:
+        """Train the same clients once more in this round; what `run` found out stays."""
+        vectorized = self.kind == "vectorized"
+        context = context.restarted(self._vectorized.order(context.work) if vectorized else None)
+        yield from (self._vectorized if vectorized else self._sequential).run(context)
+
     def scaler_state(self) -> tuple[float, float]:
         """See `SequentialExecutor.scaler_state`."""
         return self._sequential.scaler_state()

@@ -15,6 +15,7 @@ from torch import Tensor
 from torchmetrics import Metric
 
 from lightning_fedscale.executors.hooks import as_it_was
+from lightning_fedscale.executors.snapshots import MetricStates
 from lightning_fedscale.types import FloatArray
 
 _MOST_WAITING = 8192  # values that wait on the device before they are read, so that memory stays bounded
@@ -67,6 +68,7 @@ class ClientLog:
         self._series: dict[str, _Series] = {}
         self._known: dict[_Key, _Series] = {}
         self._waiting = 0
+        self._silent = False
         self._picked: list[tuple[str, list[int], Any]] = []  # for the loggers: name, positions, values
         self._points: dict[int, dict[str, float]] = {}
 
@@ -97,6 +99,23 @@ class ClientLog:
             del results["metrics"]
             if stands_in:
                 del fields["log"]
+
+    @contextmanager
+    def silenced(self) -> Iterator[None]:
+        """Nothing that is logged inside counts, and metrics are afterwards what they were."""
+        fields, metrics = vars(self._module), MetricStates(self._module)
+        around = fields.get("log")
+        fields["log"] = _nothing
+        self._silent = True
+        try:
+            yield
+        finally:
+            self._silent = False
+            metrics.restore()
+            if around is None:
+                del fields["log"]
+            else:
+                fields["log"] = around
 
     def start_batch(self, batch: Any) -> None:
         """A local batch begins that has not come through the Trainer's own loop; sizes are read off it if needed."""
@@ -177,6 +196,8 @@ class ClientLog:
             positions: number of each local batch within the rank's round, client by client. The value of the round's
                 last one becomes the step value, and sums are taken in this order.
         """
+        if self._silent:
+            return
         # Many batches are not the epoch's first, where Lightning would take values of another hook for leftovers.
         self._connector._first_loop_iter = False
         values, places, sizes = values.detach(), list(positions), list(batch_sizes)
@@ -197,6 +218,8 @@ class ClientLog:
         self, name: str, metric: Metric, options: Mapping[str, Any], hook: str = "training_step", *, position: int = 0
     ) -> None:
         """Show a torchmetrics object that several local batches, the last of them ``position``, have updated."""
+        if self._silent:
+            return
         self.position = position
         with self._inside(hook):
             self.log(name, metric, **options)
@@ -415,3 +438,7 @@ def _read(values: list[Any], device: torch.device) -> FloatArray:
     numbers[was_tensor] = read
     numbers[~was_tensor] = [value for value in values if not isinstance(value, Tensor)]
     return numbers
+
+
+def _nothing(*values: Any, **options: Any) -> None:
+    """In place of ``log`` while nothing counts."""

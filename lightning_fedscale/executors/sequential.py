@@ -118,6 +118,7 @@ class SequentialExecutor:
         watcher: told about clients as they train.
         log: collects what clients log.
         transfer: brings batches to the device.
+        corrects: whether something may be added to the gradients.
     """
 
     def __init__(
@@ -130,6 +131,7 @@ class SequentialExecutor:
         watcher: Watcher,
         log: ClientLog,
         transfer: Transfer,
+        corrects: bool = False,
     ) -> None:
         self._trainer = trainer
         self._module = trainer.lightning_module
@@ -140,7 +142,7 @@ class SequentialExecutor:
         self._watcher = watcher
         self._log = log
         self._step: LocalStep | None = None  # chosen in the first round, when all callbacks are in place
-        self._correction: ClientCorrection | None = None
+        self._correction = ClientCorrection() if corrects else None
         self._transfer = transfer
         self._hooks: set[str]
         self._round_start: tuple[Any, list[dict[str, Any]]] | None = None
@@ -173,7 +175,7 @@ class SequentialExecutor:
         """
         view, server_origin = context.exchange.view, context.exchange.origin(context.server)
         delta = view.empty()
-        self._open_round(context)
+        self._open_round()
         own = Personal(context)
         position = 0
         for number, work in enumerate(context.work):
@@ -217,18 +219,17 @@ class SequentialExecutor:
 
     def _guide(self, context: RoundContext, client: int, origin: Tensor) -> Tensor:
         """Put the client's own start and correction in place; returns what its delta is counted from."""
-        if context.guidance is None:
-            return origin
-        if (start := context.guidance.start(client)) is not None:
+        guidance = context.guidance
+        if guidance is not None and (start := guidance.start(client)) is not None:
             context.exchange.view.write(start)
             origin = context.exchange.origin(start)
         if self._correction is not None:
-            self._correction.begin(context.exchange, context.guidance.correction(client) or Correction())
+            own = None if guidance is None else guidance.correction(client)
+            self._correction.begin(context.exchange, own or Correction())
         return origin
 
-    def _open_round(self, context: RoundContext) -> None:
+    def _open_round(self) -> None:
         if self._step is None:
-            self._correction = None if context.guidance is None else ClientCorrection()
             self._step = local_step(self._trainer, self._correction)
             self._hooks = {name for name in PER_LOCAL_BATCH if is_overridden(name, self._module)}
         for keeper in self._keepers:

@@ -223,3 +223,16 @@ def buffered(world: World, flushes: list[tuple[list[int], list[int]]], scale: Ca
             total = plus(total, times(world.held(k) * scale(round - version), minus(versions[version], y)))
         versions.append(minus(x, times(1.0 / sum(world.held(k) for k in clients), total)))
     return versions[-1]
+
+
+def ditto(world: World, rounds: int, strength: float) -> tuple[Model, dict[int, Model]]:
+    """Li et al. 2020 (2012.04221), algorithm 1, with FedAvg for the global model."""
+    x, own = world.start, dict[int, Model]()
+    for round in range(rounds):
+        cohort = world.cohort(round)
+        ys = [world.local_sgd(x, k, round)[0] for k in cohort]
+        for k in cohort:
+            pull = lambda v, x=x: times(strength, minus(v, x))  # noqa: E731
+            own[k], _ = world.local_sgd(own.get(k, x), k, round, pull)
+        x = mean(ys, [world.held(k) for k in cohort])
+    return x, own

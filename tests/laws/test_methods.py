@@ -10,6 +10,7 @@ from torch import Tensor
 
 from lightning_fedscale import FederatedStrategy
 from lightning_fedscale.asynchrony import Arrivals, FedBuff
+from lightning_fedscale.local_rules import Ditto
 from tests.laws import by_paper, reference
 
 ROUNDS = 6
@@ -66,3 +67,16 @@ def test_a_buffer_of_updates_from_older_models(executor: str) -> None:
     assert record.simulated.total == flushes[-1].time
     assert record.staleness is not None
     assert record.staleness.tolist() == (ROUNDS - 1 - flushes[-1].versions).tolist()
+
+
+@executors
+def test_personal_models_of_ditto(executor: str) -> None:
+    expected, own = by_paper.ditto(world(), ROUNDS, 0.5)
+    got, strategy = trained(executor, personal=Ditto(0.5))
+    assert same(got, expected)
+    assert strategy._federation is not None
+    states = strategy._federation._store.states
+    assert sorted(states.clients("ditto")) == sorted(own)
+    for client, values in own.items():
+        flat = torch.cat([value.flatten() for value in values.values()])
+        assert float((states.get(client, "ditto") - flat).abs().max()) < 1e-10
