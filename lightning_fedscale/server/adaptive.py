@@ -16,10 +16,11 @@ from lightning_fedscale.server.scale import scale
 
 
 def fed_adagrad(lr: float = 0.01, beta1: float = 0.0, tau: float = 1e-3) -> ServerOptimizer:
-    r"""FedAdagrad (arXiv 2003.00295): :math:`x \leftarrow x - \eta\, m / (\sqrt v + \tau)`, a sum of squares in :math:`v`.
+    r"""FedAdagrad (arXiv 2003.00295): :math:`x \leftarrow x - \eta\, m / (\sqrt v + \tau)`, with a sum in v.
 
-    :math:`m \leftarrow \beta_1 m + (1 - \beta_1) \Delta`, :math:`v \leftarrow v + \Delta^2`. Use it where some parameters
-    are rarely moved, such as the embeddings of rare words. It is ``chain(scale_by_adagrad(beta1, tau), scale(lr))``.
+    :math:`m \leftarrow \beta_1 m + (1 - \beta_1) \Delta`, :math:`v \leftarrow v + \Delta^2`. Use it where some
+    parameters are rarely moved, such as the embeddings of rare words. It is
+    ``chain(scale_by_adagrad(beta1, tau), scale(lr))``.
 
     Args:
         lr: server learning rate, > 0: about how far a parameter moves in the first rounds. The default is a place to
@@ -42,8 +43,9 @@ def fed_adagrad(lr: float = 0.01, beta1: float = 0.0, tau: float = 1e-3) -> Serv
 def fed_adam(lr: float = 0.01, beta1: float = 0.9, beta2: float = 0.99, tau: float = 1e-3) -> ServerOptimizer:
     r"""FedAdam (arXiv 2003.00295): :math:`x \leftarrow x - \eta\, m / (\sqrt v + \tau)`, both averages of deltas.
 
-    :math:`m \leftarrow \beta_1 m + (1 - \beta_1) \Delta`, :math:`v \leftarrow \beta_2 v + (1 - \beta_2) \Delta^2`; without bias
-    correction, as in the paper; ``from_torch(torch.optim.Adam, lr=...)`` has one. It is ``chain(scale_by_adam(beta1, beta2, tau), scale(lr))``.
+    :math:`m \leftarrow \beta_1 m + (1 - \beta_1) \Delta`, :math:`v \leftarrow \beta_2 v + (1 - \beta_2) \Delta^2`;
+    without bias correction, as in the paper; ``from_torch(torch.optim.Adam, lr=...)`` has one. It is
+    ``chain(scale_by_adam(beta1, beta2, tau), scale(lr))``.
 
     Args:
         lr: server learning rate, > 0: about how far a parameter moves in a round. The default is a place to start from.

@@ -33,7 +33,7 @@ def fed_avg(lr: float = 1.0) -> ServerOptimizer:
 
 
 def fed_avgm(lr: float = 1.0, momentum: float = 0.9, nesterov: bool = False) -> ServerOptimizer:
-    r"""FedAvg with server momentum (arXiv 1909.06335): :math:`v \leftarrow \beta v + \Delta,\; x \leftarrow x - \eta v`.
+    r"""FedAvg with server momentum (arXiv 1909.06335): :math:`v \leftarrow \beta v + \Delta, x \leftarrow x - \eta v`.
 
     It is ``chain(trace(momentum, nesterov), scale(lr))``. With momentum 0.9 steps grow up to tenfold, so ``lr`` may
     need to be smaller than 1.
