@@ -1,6 +1,50 @@
 """What a client does differently from plain local training: FedProx, SCAFFOLD, ..."""
 
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from lightning_fedscale import checks
 from lightning_fedscale.local_rules.base import Correction, LocalRule, Merged, Outcome, Report
 from lightning_fedscale.local_rules.ditto import Ditto
+from lightning_fedscale.local_rules.fed_dyn import fed_dyn
+from lightning_fedscale.local_rules.fed_nova import fed_nova
+from lightning_fedscale.local_rules.fed_prox import fed_prox
+from lightning_fedscale.local_rules.scaffold import scaffold
 
-__all__ = ["Correction", "Ditto", "LocalRule", "Merged", "Outcome", "Report"]
+__all__ = [
+    "FACTORIES",
+    "Correction",
+    "Ditto",
+    "LocalRule",
+    "Merged",
+    "Outcome",
+    "Report",
+    "by_name",
+    "fed_dyn",
+    "fed_nova",
+    "fed_prox",
+    "scaffold",
+]
+
+FACTORIES: dict[str, Callable[..., LocalRule]] = {
+    "fed_prox": fed_prox,
+    "scaffold": scaffold,
+    "fed_dyn": fed_dyn,
+    "fed_nova": fed_nova,
+}
+"""The local rules by name; the contract tests and the README's table have a row for each."""
+
+
+def by_name(name: str) -> LocalRule:
+    """The local rule of this name, with its defaults.
+
+    Raises:
+        ValueError: for an unknown name, or one that cannot do without arguments.
+
+    Example:
+        >>> by_name("scaffold").vectors_up
+        2
+    """
+    rule: LocalRule = checks.named("local_rule", name, FACTORIES)()
+    return rule

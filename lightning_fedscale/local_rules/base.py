@@ -91,7 +91,10 @@ class LocalRule(NamedTuple):
         vectors_up: how many vectors as long as the parameters a client sends.
         vectors_down: how many it receives.
         needs_gradient: whether `Outcome.gradient` is wanted; costs a pass over the client's batches.
-        needs_sgd: whether the rule takes ``delta / (steps lr)`` for a mean gradient, so that only plain SGD will do.
+        needs_sgd: whether the rule knows the local optimizer's steps as those of SGD with ``Outcome.lr``, so that no
+            other optimizer will do; and no momentum, unless the rule ``knows_momentum``.
+        knows_momentum: whether a rule that ``needs_sgd`` also bears ``Outcome.momentum``, though neither dampening nor
+            Nesterov.
     """
 
     name: str
@@ -105,3 +108,4 @@ class LocalRule(NamedTuple):
     vectors_down: int = 1
     needs_gradient: bool = False
     needs_sgd: bool = False
+    knows_momentum: bool = False

@@ -1,50 +1,26 @@
-"""Checks of arguments: each error names the argument, its value and the remedy."""
+"""Checks of partitioners' arguments: each error names the argument, its value and the remedy."""
 
 from __future__ import annotations
 
 import math
-import numbers
-from collections.abc import Sequence
 
 import numpy as np
 import numpy.typing as npt
 
+from lightning_fedscale.checks import in_interval, integer, one_of
 from lightning_fedscale.partitioners.partition import IntArray
 
-
-def integer(name: str, value: object, minimum: int = 1) -> int:
-    """Return ``value`` as an int of at least ``minimum``.
-
-    Raises:
-        TypeError: it is not an integer.
-        ValueError: it is too small.
-
-    Example:
-        >>> integer("num_partitions", 3)
-        3
-    """
-    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
-        raise TypeError(f"{name}={value!r}: pass an integer of at least {minimum}, not {type(value).__name__}")
-    if value < minimum:
-        raise ValueError(f"{name}={value}: pass an integer of at least {minimum}")
-    return int(value)
-
-
-def in_interval(name: str, value: object, start: float, end: float, *, closed_end: bool = True) -> float:
-    """Return ``value`` as a float between ``start`` and ``end``."""
-    bracket = "]" if closed_end else ")"
-    if isinstance(value, bool) or not isinstance(value, numbers.Real):
-        raise TypeError(f"{name}={value!r}: pass a number in [{start:g}, {end:g}{bracket}")
-    number = float(value)
-    if not start <= number <= end or (number == end and not closed_end):
-        raise ValueError(f"{name}={value}: pass a number in [{start:g}, {end:g}{bracket}")
-    return number
-
-
-def one_of(name: str, value: object, allowed: Sequence[str]) -> None:
-    """Check that ``value`` is one of a few words."""
-    if value not in allowed:
-        raise ValueError(f"{name}={value!r}: pass one of {', '.join(map(repr, allowed))}")
+__all__ = [
+    "column",
+    "concentration",
+    "enough_samples",
+    "given",
+    "in_interval",
+    "integer",
+    "one_of",
+    "seed_value",
+    "sizes",
+]
 
 
 def seed_value(seed: object) -> None:

@@ -26,6 +26,21 @@ class ServerOptimizer(NamedTuple):
     reads_norms: bool = False
 
 
+def own_state(state: Any, name: str) -> dict[str, Any]:
+    """``state``, if it is that of the rule of this name.
+
+    Raises:
+        ValueError: if it is another rule's.
+    """
+    if (saved := state.get("optimizer")) != name:
+        raise ValueError(
+            f"server_optimizer: its state is that of {saved or 'another rule'}, not of {name}: resume with the server"
+            " optimizer of the checkpoint, or start a new run without ckpt_path."
+        )
+    kept: dict[str, Any] = state
+    return kept
+
+
 def follows_scale(rule: ServerOptimizer) -> bool:
     """Whether a rule's steps become twice as long when all deltas do; those of adaptive rules hardly change.
 
@@ -41,9 +56,10 @@ def follows_scale(rule: ServerOptimizer) -> bool:
         params = {"parameter": torch.ones(1, dtype=torch.float64)}
         state, taken = rule.init(params), []
         for value in (0.5, -0.25, 1.0):
-            step, state = rule.update(
-                {"parameter": torch.full((1,), factor * value, dtype=torch.float64)}, state, params
-            )
+            delta = {"parameter": torch.full((1,), factor * value, dtype=torch.float64)}
+            # Clients that agree: their norms are that of their mean.
+            norms = ((factor * value) ** 2,) if rule.reads_norms else ()
+            step, state = rule.update(delta, state, params, *norms)
             taken.append(float(step["parameter"]))
         return taken
 

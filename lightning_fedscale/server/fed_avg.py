@@ -1,13 +1,12 @@
-"""The server of FedAvg."""
+"""The server of FedAvg, without momentum and with."""
 
 from __future__ import annotations
 
-import math
-import numbers
-from functools import partial
-
+from lightning_fedscale import checks
 from lightning_fedscale.server.base import ServerOptimizer
-from lightning_fedscale.types import Params
+from lightning_fedscale.server.chain import chain
+from lightning_fedscale.server.momentum import trace
+from lightning_fedscale.server.scale import scale
 
 
 def fed_avg(lr: float = 1.0) -> ServerOptimizer:
@@ -30,16 +29,55 @@ def fed_avg(lr: float = 1.0) -> ServerOptimizer:
         >>> step["w"].tolist()
         [1.0]
     """
-    if isinstance(lr, bool) or not isinstance(lr, numbers.Real):
-        raise TypeError(f"lr={lr!r}: pass a positive number, 1.0 is plain FedAvg.")
-    if not 0 < lr < math.inf:
-        raise ValueError(f"lr={lr!r} must be positive and finite: 1.0 is plain FedAvg.")
-    return ServerOptimizer(_init, partial(_update, lr=lr))
+    return scale(checks.positive("lr", lr))
 
 
-def _init(params: Params) -> dict[str, object]:
-    return {}
+def fed_avgm(lr: float = 1.0, momentum: float = 0.9, nesterov: bool = False) -> ServerOptimizer:
+    r"""FedAvg with server momentum (arXiv 1909.06335): :math:`v \leftarrow \beta v + \Delta, x \leftarrow x - \eta v`.
+
+    It is ``chain(trace(momentum, nesterov), scale(lr))``. With momentum 0.9 steps grow up to tenfold, so ``lr`` may
+    need to be smaller than 1.
+
+    Args:
+        lr: server learning rate, > 0.
+        momentum: what is kept of earlier deltas, 0 to below 1.
+        nesterov: whether to step by :math:`\Delta + \beta v` instead of :math:`v`.
+
+    Raises:
+        TypeError: if an argument is not a number.
+        ValueError: if it is out of range.
+
+    Example:
+        >>> import torch
+        >>> server, params, delta = fed_avgm(lr=0.5), {"w": torch.tensor([1.0])}, {"w": torch.tensor([2.0])}
+        >>> step, state = server.update(delta, server.init(params), params)
+        >>> step["w"].tolist(), server.update(delta, state, params)[0]["w"].tolist()  # 2 / 2, (0.9 * 2 + 2) / 2
+        ([1.0], [1.899...])
+    """
+    return chain(trace(momentum, nesterov), scale(checks.positive("lr", lr)))
 
 
-def _update(delta: Params, state: dict[str, object], params: Params, *, lr: float) -> tuple[Params, dict[str, object]]:
-    return ({name: lr * value for name, value in delta.items()} if lr != 1 else delta), state
+def nesterov(lr: float = 0.7, momentum: float = 0.9) -> ServerOptimizer:
+    r"""The outer optimizer of DiLoCo: :math:`v \leftarrow \beta v + \Delta,\; x \leftarrow x - \eta(\Delta + \beta v)`.
+
+    From arXiv 2311.08105, with its defaults; the same as ``from_torch(SGD, lr=0.7, momentum=0.9, nesterov=True)``.
+    DiLoCo is this on the server, and on the clients AdamW whose state lives on:
+
+        FederatedStrategy(num_clients=8, local_steps=500, aggregator="uniform", client_optimizer="keep",
+                          server_optimizer=server.nesterov())
+
+    Args:
+        lr: server (outer) learning rate, > 0.
+        momentum: what is kept of earlier deltas, 0 to below 1.
+
+    Raises:
+        TypeError: if an argument is not a number.
+        ValueError: if it is out of range.
+
+    Example:
+        >>> import torch
+        >>> server, params = nesterov(lr=1.0, momentum=0.5), {"w": torch.tensor([1.0])}
+        >>> server.update({"w": torch.tensor([2.0])}, server.init(params), params)[0]["w"].tolist()
+        [3.0]
+    """
+    return fed_avgm(lr, momentum, nesterov=True)

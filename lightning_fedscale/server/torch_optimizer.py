@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_fedscale.server.base import ServerOptimizer
+from lightning_fedscale.server.base import ServerOptimizer, own_state
 from lightning_fedscale.types import Params
 
 
@@ -72,11 +72,7 @@ def _state(server: Optimizer, params: Params, optimizer: Callable[..., Optimizer
 def _update(
     delta: Params, state: Any, params: Params, *, optimizer: Callable[..., Optimizer], options: dict[str, Any]
 ) -> tuple[Params, Any]:
-    if (saved := state.get("optimizer")) != _name(optimizer):
-        raise ValueError(
-            f"server_optimizer: its state is that of {saved or 'another rule'}, not of {_name(optimizer)}: resume with"
-            " the server optimizer of the checkpoint, or start a new run without ckpt_path."
-        )
+    state = own_state(state, _name(optimizer))
     copies, server = _build(params, optimizer, options)
     # `load_state_dict` keeps references and `step` works in place: without the copy the old state would change.
     server.load_state_dict(_renumbered(copy.deepcopy(state), params, fresh=server.state_dict()))

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lightning_fedscale import FederatedStrategy
 from lightning_fedscale.asynchrony import Arrivals, FedBuff
-from lightning_fedscale.local_rules import Ditto
+from lightning_fedscale.local_rules import Ditto, fed_dyn, fed_nova, fed_prox, scaffold
 from tests.laws import by_paper, reference
 
 ROUNDS = 6
@@ -80,3 +80,31 @@ def test_personal_models_of_ditto(executor: str) -> None:
     for client, values in own.items():
         flat = torch.cat([value.flatten() for value in values.values()])
         assert float((states.get(client, "ditto") - flat).abs().max()) < 1e-10
+
+
+@executors
+@pytest.mark.parametrize("mu", [0.1, 1.0])
+def test_fed_prox(executor: str, mu: float) -> None:
+    assert same(trained(executor, local_rule=fed_prox(mu))[0], by_paper.fed_prox(world(), ROUNDS, mu))
+
+
+@executors
+@pytest.mark.parametrize("option", ["I", "II"])
+def test_scaffold(executor: str, option: str) -> None:
+    got, strategy = trained(executor, local_rule=scaffold(option), aggregator="uniform")
+    assert same(got, by_paper.scaffold(world(), ROUNDS, option))
+    assert strategy.last_round is not None
+    assert strategy.last_round.upload_bytes == strategy.last_round.download_bytes == 4 * 2 * 140 * 8
+
+
+@executors
+def test_fed_dyn(executor: str) -> None:
+    got, _ = trained(executor, local_rule=fed_dyn(0.1), aggregator="uniform")
+    assert same(got, by_paper.fed_dyn(world(), ROUNDS, 0.1))
+
+
+@executors
+@pytest.mark.parametrize(("momentum", "mu"), [(0.0, 0.0), (0.9, 0.0), (0.0, 0.5)])
+def test_fed_nova(executor: str, momentum: float, mu: float) -> None:
+    got, _ = trained(executor, momentum, local_rule=fed_nova(mu))
+    assert same(got, by_paper.fed_nova(world(), ROUNDS, momentum, mu))

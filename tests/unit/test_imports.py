@@ -14,7 +14,7 @@ PACKAGE = "lightning_fedscale"
 # A part imports only from levels above its own, so the parts of one level never import each other.
 LEVELS = [
     {"types"},
-    {"collectives", "memory", "randomness", "tree"},
+    {"checks", "collectives", "memory", "randomness", "tree"},
     # The rooms.
     {
         "aggregators",
@@ -29,6 +29,7 @@ LEVELS = [
         "privacy",
         "samplers",
         "scaling",
+        "schedules",
         "server",
         "update_scaling",
     },

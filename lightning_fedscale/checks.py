@@ -1,0 +1,94 @@
+"""Checks of arguments that all rooms share: each error names the argument, its value and the remedy."""
+
+from __future__ import annotations
+
+import inspect
+import math
+import numbers
+from collections.abc import Callable, Mapping, Sequence
+from difflib import get_close_matches
+from typing import Any
+
+
+def integer(name: str, value: object, minimum: int = 1) -> int:
+    """Return ``value`` as an int of at least ``minimum``.
+
+    Raises:
+        TypeError: it is not an integer.
+        ValueError: it is too small.
+
+    Example:
+        >>> integer("num_partitions", 3)
+        3
+    """
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+        raise TypeError(f"{name}={value!r}: pass an integer of at least {minimum}, not {type(value).__name__}")
+    if value < minimum:
+        raise ValueError(f"{name}={value}: pass an integer of at least {minimum}")
+    return int(value)
+
+
+def in_interval(name: str, value: object, start: float, end: float, *, closed_end: bool = True) -> float:
+    """Return ``value`` as a float between ``start`` and ``end``."""
+    bracket = "]" if closed_end else ")"
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise TypeError(f"{name}={value!r}: pass a number in [{start:g}, {end:g}{bracket}")
+    number = float(value)
+    if not start <= number <= end or (number == end and not closed_end):
+        raise ValueError(f"{name}={value}: pass a number in [{start:g}, {end:g}{bracket}")
+    return number
+
+
+def positive(name: str, value: object) -> float:
+    """Return ``value`` as a positive, finite float.
+
+    Example:
+        >>> positive("lr", 0)
+        Traceback (most recent call last):
+        ValueError: lr=0 must be positive and finite: pass a number above 0
+    """
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise TypeError(f"{name}={value!r}: pass a positive number, not {type(value).__name__}")
+    if not 0 < float(value) < math.inf:
+        raise ValueError(f"{name}={value} must be positive and finite: pass a number above 0")
+    return float(value)
+
+
+def one_of(name: str, value: object, allowed: Sequence[str]) -> None:
+    """Check that ``value`` is one of a few words."""
+    if value not in allowed:
+        raise ValueError(f"{name}={value!r}: pass one of {', '.join(map(repr, allowed))}")
+
+
+def named(argument: str, name: str, factories: Mapping[str, Callable[..., Any]]) -> Callable[..., Any]:
+    """The factory of this name, ready to be called without arguments.
+
+    Args:
+        argument: what the user calls the argument that was given a name.
+        name: the name.
+        factories: all that there are, by name.
+
+    Raises:
+        ValueError: the name is unknown, or its factory cannot do without arguments.
+
+    Example:
+        >>> named("local_rule", "fedprox", {"fed_prox": lambda mu: mu})
+        Traceback (most recent call last):
+        ...
+        ValueError: local_rule='fedprox' is not known. Did you mean 'fed_prox'? Known: 'fed_prox'.
+        >>> named("local_rule", "fed_prox", {"fed_prox": lambda mu: mu})
+        Traceback (most recent call last):
+        ...
+        ValueError: local_rule='fed_prox' needs mu: pass an object, fed_prox(mu=...).
+    """
+    if name not in factories:
+        close = get_close_matches(name, factories, n=1)
+        hint = f" Did you mean {close[0]!r}?" if close else ""
+        raise ValueError(f"{argument}={name!r} is not known.{hint} Known: {', '.join(map(repr, factories))}.")
+    variadic = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    parameters = inspect.signature(factories[name]).parameters.values()
+    missing = [p.name for p in parameters if p.default is p.empty and p.kind not in variadic]
+    if missing:
+        call = ", ".join(f"{parameter}=..." for parameter in missing)
+        raise ValueError(f"{argument}={name!r} needs {', '.join(missing)}: pass an object, {name}({call}).")
+    return factories[name]

@@ -1,0 +1,70 @@
+"""FedDyn: a regulariser that follows each client's gradient."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_fedscale import checks
+from lightning_fedscale.local_rules.base import Correction, LocalRule, Merged, Outcome, Report
+
+
+def fed_dyn(alpha: float) -> LocalRule:
+    r"""FedDyn (arXiv 2111.04263): clients minimise :math:`f_k(y) - \lambda_k^\top y + \frac\alpha2 \|y - x\|^2`.
+
+    So every local gradient becomes :math:`g - \lambda_k + \alpha (y - x)`. After a round
+    :math:`\lambda_k \leftarrow \lambda_k - \alpha (y_k - x)`, the client's gradient where it ended, and the server
+    moves to :math:`\bar y_S - h / \alpha` with :math:`h \leftarrow h - \frac{\alpha}{K} \sum_{k \in S} (y_k - x)` over
+    *all* K clients. It can only rest at the optimum of the clients' plain mean, however many local steps there are.
+    Clients keep :math:`\lambda_k`; traffic is that of FedAvg. The paper's server is ``aggregator="uniform"`` with
+    ``server.fed_avg()``.
+
+    Args:
+        alpha: :math:`\alpha`, > 0; the paper tries 0.1, 0.01 and 0.001. With plain SGD, ``alpha * lr`` should be
+            below 1.
+
+    Raises:
+        TypeError: if ``alpha`` is not a number.
+        ValueError: if it is not positive and finite.
+
+    Example:
+        >>> rule = fed_dyn(alpha=0.1)
+        >>> server = rule.init(torch.zeros(1))
+        >>> report = rule.finish(Outcome(torch.tensor([2.0]), steps=5, lr=0.1, momentum=0.0), None, server)
+        >>> rule.begin(report.state, server)
+        Correction(shift=tensor([-0.2000]), proximal=0.1)
+    """
+    alpha = checks.positive("alpha", alpha)
+    return LocalRule(
+        "fed_dyn",
+        _init,
+        partial(_begin, alpha=alpha),
+        partial(_finish, alpha=alpha),
+        partial(_merge, alpha=alpha),
+        keeps_state=True,
+        sends_message=True,
+    )
+
+
+def _init(like: Tensor) -> dict[str, Tensor]:
+    return {"h": torch.zeros_like(like)}
+
+
+def _begin(client: Any, server: Any, *, alpha: float) -> Correction:
+    return Correction(shift=None if client is None else -client["gradient"], proximal=alpha)
+
+
+def _finish(outcome: Outcome, client: Any, server: Any, *, alpha: float) -> Report:
+    moved = alpha * outcome.delta
+    state = {"gradient": moved if client is None else client["gradient"] + moved}
+    # The server needs the plain sum of deltas whatever the aggregator does; the client sends nothing new by it.
+    return Report(state=state, message=outcome.delta.clone())
+
+
+def _merge(merged: Merged, server: Any, *, alpha: float) -> tuple[Tensor, dict[str, Tensor]]:
+    assert merged.messages is not None
+    h = server["h"] + merged.messages * (alpha / merged.cohort.registered)
+    return merged.delta.add_(h / alpha), {"h": h}

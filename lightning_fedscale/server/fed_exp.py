@@ -1,0 +1,49 @@
+"""FedExP: the server steps further where clients disagree."""
+
+from __future__ import annotations
+
+from functools import partial
+
+from lightning_fedscale import checks
+from lightning_fedscale.server.base import ServerOptimizer
+from lightning_fedscale.types import Params
+
+
+def fed_exp(epsilon: float = 1e-3) -> ServerOptimizer:
+    r"""FedExP (arXiv 2301.09604): a server learning rate from the clients' disagreement, each round anew.
+
+    :math:`x \leftarrow x - \eta \bar\Delta` with
+    :math:`\eta = \max\bigl(1, \sum_k p_k \|\Delta_k\|^2 / (2 (\|\bar\Delta\|^2 + \epsilon))\bigr)`: where clients pull
+    in different directions, their mean is short and the step is made longer. There is nothing to tune but
+    :math:`\epsilon`, which bounds the step when the mean vanishes. The last iterates swing around the optimum: the
+    paper evaluates the mean of the last two; `lightning_fedscale.callbacks.ServerEMA`, which averages over more rounds,
+    serves the same end.
+
+    Args:
+        epsilon: > 0, in units of a squared delta; the paper tries 0.001 to 0.1.
+
+    Raises:
+        TypeError: if ``epsilon`` is not a number.
+        ValueError: if it is not positive and finite.
+
+    Example:
+        Two clients with deltas 3 and -1: the mean of squares is 5, the mean is 1.
+
+        >>> import torch
+        >>> server, params = fed_exp(epsilon=0.25), {"w": torch.tensor([0.0])}
+        >>> server.update({"w": torch.tensor([1.0])}, server.init(params), params, 5.0)[0]["w"].tolist()
+        [2.0]
+    """
+    return ServerOptimizer(_init, partial(_update, epsilon=checks.positive("epsilon", epsilon)), reads_norms=True)
+
+
+def _init(params: Params) -> dict[str, object]:
+    return {}
+
+
+def _update(
+    delta: Params, state: dict[str, object], params: Params, mean_square: float, *, epsilon: float
+) -> tuple[Params, dict[str, object]]:
+    square_of_mean = sum(float(value.square().sum()) for value in delta.values())
+    lr = max(1.0, float(mean_square) / (2 * (square_of_mean + epsilon)))
+    return {name: lr * value for name, value in delta.items()}, state

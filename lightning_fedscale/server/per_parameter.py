@@ -1,0 +1,63 @@
+"""Server optimizers that treat every parameter by itself."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, TypeAlias
+
+from torch import Tensor
+
+from lightning_fedscale.server.base import ServerOptimizer, own_state
+from lightning_fedscale.types import Params
+
+Moments: TypeAlias = dict[str, Tensor]
+
+
+def per_parameter(
+    name: str,
+    init: Callable[[Tensor], Moments],
+    update: Callable[[Tensor, Moments], tuple[Tensor, Moments]],
+) -> ServerOptimizer:
+    """A server optimizer from what happens to a single parameter.
+
+    The state follows the parameters by name: one that is frozen leaves it, one that is unfrozen starts afresh.
+
+    Args:
+        name: of the rule, as its state will say.
+        init: the state of a parameter like this tensor, in tensors like it.
+        update: ``(delta, state) -> (step, state)`` of one parameter, without changing its arguments.
+
+    Example:
+        >>> import torch
+        >>> def late(delta, state):
+        ...     return state["delta"], {"delta": delta}
+        >>> last = per_parameter("last", lambda like: {"delta": 0 * like}, late)
+        >>> params = {"w": torch.tensor([1.0])}
+        >>> step, state = last.update({"w": torch.tensor([5.0])}, last.init(params), params)
+        >>> last.update({"w": torch.tensor([6.0])}, state, params)[0]["w"].tolist()
+        [5.0]
+    """
+    return ServerOptimizer(partial(_init, name=name, init=init), partial(_update, name=name, init=init, update=update))
+
+
+def _init(params: Params, *, name: str, init: Callable[[Tensor], Moments]) -> dict[str, Any]:
+    return {"optimizer": name, "moments": {parameter: init(value) for parameter, value in params.items()}}
+
+
+def _update(
+    delta: Params,
+    state: Any,
+    params: Params,
+    *,
+    name: str,
+    init: Callable[[Tensor], Moments],
+    update: Callable[[Tensor, Moments], tuple[Tensor, Moments]],
+) -> tuple[Params, dict[str, Any]]:
+    kept = own_state(state, name)["moments"]
+    results = {
+        parameter: update(delta[parameter], kept[parameter] if parameter in kept else init(value))
+        for parameter, value in params.items()
+    }
+    moments = {parameter: moments for parameter, (_, moments) in results.items()}
+    return {parameter: step for parameter, (step, _) in results.items()}, {"optimizer": name, "moments": moments}
