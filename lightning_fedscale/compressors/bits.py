@@ -39,11 +39,11 @@ def pack(values: UnsignedArray, width: int) -> bytes:
 
     Example:
         >>> pack(np.array([1, 2, 3, 4, 5, 6, 7, 0], np.uint8), 3).hex()
-        'd158 1f'
+        'd1581f'
     """
     values = values.astype(unsigned(width), copy=False)
     whole, rest = divmod(width, 8)
-    octets = values.view(np.uint8).reshape(len(values), -1)
+    octets = values.view(np.uint8).reshape(len(values), values.itemsize)
     return octets[:, :whole].tobytes() + _pack_small((values >> (8 * whole)).astype(np.uint8), rest)
 
 

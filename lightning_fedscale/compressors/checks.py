@@ -22,9 +22,10 @@ def whole(name: str, value: object, least: int, most: int | None = None) -> int:
     remedy = f"pass an integer of at least {least}." if most is None else f"pass an integer from {least} to {most}."
     if isinstance(value, bool) or not isinstance(value, numbers.Integral):
         raise TypeError(f"{name}={value!r}: {remedy}")
-    if value < least or (most is not None and value > most):
+    found = int(value)
+    if found < least or (most is not None and found > most):
         raise ValueError(f"{name}={value}: {remedy}")
-    return int(value)
+    return found
 
 
 def number(name: str, value: object, low: float, high: float, remedy: str) -> float:
@@ -36,9 +37,10 @@ def number(name: str, value: object, low: float, high: float, remedy: str) -> fl
     """
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(f"{name}={value!r}: {remedy}")
-    if not low < value <= high:
+    found = float(value)
+    if not low < found <= high:
         raise ValueError(f"{name}={value}: {remedy}")
-    return float(value)
+    return found
 
 
 def compressor(name: str, value: object) -> Compressor:

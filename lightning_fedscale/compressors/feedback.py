@@ -6,6 +6,7 @@ from functools import partial
 from typing import Any, TypeAlias
 
 import numpy as np
+import torch
 
 from lightning_fedscale.compressors import checks
 from lightning_fedscale.compressors.base import Compressor, Encoded
@@ -65,7 +66,7 @@ def error_feedback(compressor: Compressor) -> Compressor:
 
 def _init(params: Params, *, inner: Compressor) -> _State:
     return {
-        "error": {name: tensor.new_zeros(tensor.shape).double() for name, tensor in params.items()},
+        "error": {name: torch.zeros_like(tensor, dtype=torch.float64) for name, tensor in params.items()},
         "inner": inner.init(params),
     }
 

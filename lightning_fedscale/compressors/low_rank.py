@@ -98,7 +98,7 @@ def _encode(delta: Params, state: _State, generator: np.random.Generator, *, pla
 def _decode(payload: bytes, like: Params, *, plan: _Plan, name: str) -> Params:
     checks.length(payload, 4 * sum(map(plan.numbers, like.values())), name)
     numbers = torch.from_numpy(np.frombuffer(payload, "<f4").astype(np.float32))
-    parts = numbers.split([plan.numbers(tensor) for tensor in like.values()]) if like else ()
+    parts = torch.split(numbers, [plan.numbers(tensor) for tensor in like.values()]) if like else ()
     seen = {}
     for part, (key, tensor) in zip(parts, like.items(), strict=True):
         part = part.to(tensor.device)
@@ -106,7 +106,7 @@ def _decode(payload: bytes, like: Params, *, plan: _Plan, name: str) -> Params:
             seen[key] = part.double().view(tensor.shape)
         else:
             rows, columns, rank = shape
-            left, right = part.split([rows * rank, columns * rank])
+            left, right = torch.split(part, [rows * rank, columns * rank])
             seen[key] = _product(left.view(rows, rank), right.view(columns, rank)).view(tensor.shape)
     return seen
 

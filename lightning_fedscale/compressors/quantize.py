@@ -83,8 +83,8 @@ def uniform_quantization(levels: int = 256) -> Compressor:
     The stochastic quantization of arXiv 1611.00429. Unbiased; an element's variance is at most a quarter of the
     squared distance of two levels.
 
-    A message has ``d log2(levels) + 64`` bits for each tensor that is not empty; ``ceil(log2(levels))`` where levels are
-    no power of two.
+    A message has ``d log2(levels) + 64`` bits for each tensor that is not empty; ``ceil(log2(levels))`` for an element
+    where levels are no power of two.
 
     Args:
         levels: points of the grid, 2 to 65536; 256 takes a byte for an element.
@@ -170,20 +170,20 @@ def _message(scales: Float32Array, codes: UnsignedArray, grid: _Grid) -> bytes:
 def _share_of_norm(
     values: FloatArray, generator: np.random.Generator, levels: int
 ) -> tuple[list[np.float32], UnsignedArray]:
+    width = width_of(levels + 1)
     # Rounded up, so that no share is above 1. Not np.linalg.norm, whose result depends on the number of threads.
     norm = at_least(float(np.sqrt(np.square(values).sum())))
     shares = np.abs(values)
     shares *= levels / float(norm) if norm else 0.0
-    codes = _rounded_at_random(shares, generator, levels, 1 + width_of(levels + 1))
-    codes[values < 0] |= 1 << width_of(levels + 1)
+    codes = _rounded_at_random(shares, generator, levels, 1 + width)
+    codes |= (values < 0).astype(codes.dtype) << width
     return [norm], codes
 
 
 def _of_norm(scales: list[float], codes: UnsignedArray, levels: int) -> FloatArray:
-    negative = 1 << width_of(levels + 1)
-    table = np.arange(levels + 1) * (scales[0] / levels)
-    values: FloatArray = table[codes & (negative - 1)]
-    return np.negative(values, out=values, where=codes >= negative)
+    magnitudes: FloatArray = np.arange(float(1 << width_of(levels + 1))) * (scales[0] / levels)
+    values: FloatArray = np.concatenate([magnitudes, 0.0 - magnitudes])  # not -0.0 where the magnitude is zero
+    return values.take(codes)
 
 
 def _negative(values: FloatArray, generator: np.random.Generator) -> tuple[list[np.float32], UnsignedArray]:
@@ -191,7 +191,7 @@ def _negative(values: FloatArray, generator: np.random.Generator) -> tuple[list[
 
 
 def _signed(scales: list[float], codes: UnsignedArray) -> FloatArray:
-    return np.array([scales[0], -scales[0]])[codes]
+    return np.array([scales[0], 0.0 - scales[0]]).take(codes)
 
 
 def _on_grid(values: FloatArray, generator: np.random.Generator, levels: int) -> tuple[list[np.float32], UnsignedArray]:
@@ -204,8 +204,8 @@ def _on_grid(values: FloatArray, generator: np.random.Generator, levels: int) ->
 
 def _of_grid(scales: list[float], codes: UnsignedArray, levels: int) -> FloatArray:
     low, high = scales
-    points: FloatArray = low + np.arange(levels) * ((high - low) / (levels - 1))
-    return points[codes]
+    points: FloatArray = low + np.arange(float(levels)) * ((high - low) / (levels - 1))
+    return points.take(codes)
 
 
 def _rounded_at_random(places: FloatArray, generator: np.random.Generator, last: int, width: int) -> UnsignedArray:
