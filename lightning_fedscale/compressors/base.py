@@ -32,9 +32,12 @@ class Compressor(NamedTuple):
         init: ``(params) -> state`` of a sender before its first message: tensors and primitives; None for none.
         encode: ``(delta, state, generator) -> (encoded, state)``. ``delta`` is not changed. Random rules draw from the
             generator only.
-        decode: ``(payload, like) -> seen``: reads a message for parameters like these.
+        decode: ``(payload, like) -> seen``: reads a message for parameters like these, named in the same order.
         stateful: whether senders must keep a state from message to message (error feedback, warm starts).
-        unbiased: whether ``E[seen] == delta``.
+        unbiased: whether ``E[seen] == delta``, up to the rounding of float32.
+        contractive: whether the error is expected to be no longer than the update,
+            ``E|seen - delta|^2 <= |delta|^2``: what error feedback needs, since errors would otherwise grow.
+        keeps_error: whether the state holds what was not sent yet, which is lost if the sender never comes back.
     """
 
     name: str
@@ -43,3 +46,9 @@ class Compressor(NamedTuple):
     decode: Callable[[bytes, Params], Params]
     stateful: bool = False
     unbiased: bool = False
+    contractive: bool = False
+    keeps_error: bool = False
+
+
+def no_state(params: Params) -> None:
+    """The state of senders that keep none."""

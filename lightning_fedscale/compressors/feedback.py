@@ -1,0 +1,80 @@
+"""Error feedback: what a message leaves out is added to the next one."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any, TypeAlias
+
+import numpy as np
+import torch
+
+from lightning_fedscale.compressors import checks
+from lightning_fedscale.compressors.base import Compressor, Encoded
+from lightning_fedscale.types import Params
+
+_State: TypeAlias = dict[str, Any]
+
+
+def error_feedback(compressor: Compressor) -> Compressor:
+    r"""Send :math:`m = C(\Delta + e)` and keep :math:`e \leftarrow \Delta + e - m` (arXiv 1901.09847).
+
+    All that was ever sent, and what is kept, is then the sum of all updates: nothing is lost, some of it is late. It
+    makes compressors that are biased, such as `top_k` and `sign`, converge. Senders must come back: what a client
+    keeps that is never drawn again does not arrive.
+
+    Costs each sender a float64 number per parameter. Messages are those of ``compressor``.
+
+    Args:
+        compressor: whose errors are kept. It must be contractive. Unbiased ones are not: their errors may be many
+            times as long as the update, and feeding them back makes them grow without bound, while without feedback
+            they average out. For ``random_k`` there is ``unbiased=False``; where you know that the errors of a
+            quantizer are small, say so: ``qsgd(4096)._replace(contractive=True)``.
+
+    Raises:
+        TypeError: if it is no compressor.
+        ValueError: if it is not contractive, or keeps errors already.
+
+    Example:
+        >>> import torch
+        >>> from lightning_fedscale.compressors import top_k
+        >>> rule, delta = error_feedback(top_k(k=1)), {"w": torch.tensor([3.0, 2.0], dtype=torch.float64)}
+        >>> state = rule.init(delta)
+        >>> for _ in range(2):
+        ...     encoded, state = rule.encode(delta, state, np.random.default_rng(0))
+        ...     print(encoded.seen["w"].tolist())
+        [3.0, 0.0]
+        [0.0, 4.0]
+    """
+    checks.compressor("compressor", compressor)
+    if compressor.keeps_error:
+        raise ValueError(f"error_feedback({compressor.name}): it keeps its errors already; leave one of the two away.")
+    if not compressor.contractive:
+        raise ValueError(
+            f"error_feedback({compressor.name}): its errors can be longer than the update and would grow without bound"
+            " when fed back. They average out by themselves: leave error_feedback away"
+            + (", or pass unbiased=False." if compressor.name.startswith("random_k") else ".")
+        )
+    return Compressor(
+        f"error_feedback({compressor.name})",
+        partial(_init, inner=compressor),
+        partial(_encode, inner=compressor),
+        compressor.decode,
+        stateful=True,
+        keeps_error=True,
+    )
+
+
+def _init(params: Params, *, inner: Compressor) -> _State:
+    return {
+        "error": {name: torch.zeros_like(tensor, dtype=torch.float64) for name, tensor in params.items()},
+        "inner": inner.init(params),
+    }
+
+
+def _encode(
+    delta: Params, state: _State, generator: np.random.Generator, *, inner: Compressor
+) -> tuple[Encoded, _State]:
+    wanted = {name: tensor + state["error"][name] for name, tensor in delta.items()}
+    encoded, after = inner.encode(wanted, state["inner"], generator)
+    error = {name: tensor.sub_(encoded.seen[name]) for name, tensor in wanted.items()}
+    return encoded, {"error": error, "inner": after}

@@ -1,0 +1,49 @@
+"""Compressors by name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from difflib import get_close_matches
+
+from lightning_fedscale.compressors.base import Compressor
+from lightning_fedscale.compressors.choice import adaptive
+from lightning_fedscale.compressors.dense import identity
+from lightning_fedscale.compressors.low_rank import power_sgd
+from lightning_fedscale.compressors.quantize import qsgd, sign, uniform_quantization
+from lightning_fedscale.compressors.sparse import random_k, top_k
+
+FACTORIES: dict[str, Callable[..., Compressor]] = {
+    "identity": identity,
+    "top_k": top_k,
+    "random_k": random_k,
+    "qsgd": qsgd,
+    "sign": sign,
+    "power_sgd": power_sgd,
+    "uniform_quantization": uniform_quantization,
+    "adaptive": adaptive,
+}
+"""What makes a compressor, by name; all of them also without arguments."""
+
+
+def by_name(name: str) -> Compressor:
+    """The compressor that a string argument stands for, with its default arguments.
+
+    Args:
+        name: one of `FACTORIES`.
+
+    Raises:
+        ValueError: for another name, with the closest match.
+
+    Example:
+        >>> by_name("top_k").name
+        'top_k(0.01)'
+        >>> by_name("topk")
+        Traceback (most recent call last):
+        ...
+        ValueError: compressor='topk' is not known. Did you mean 'top_k'? Known: 'identity', 'top_k', ...
+    """
+    if name not in FACTORIES:
+        close = get_close_matches(name, FACTORIES, n=1)
+        hint = f" Did you mean {close[0]!r}?" if close else ""
+        raise ValueError(f"compressor={name!r} is not known.{hint} Known: {', '.join(map(repr, FACTORIES))}.")
+    return FACTORIES[name]()
