@@ -9,7 +9,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from lightning_fedscale import aggregators
+from lightning_fedscale import aggregators, compressors, local_rules, samplers, server
 from lightning_fedscale.aggregators import Aggregator, weighted_sum
 from lightning_fedscale.asynchrony import FedBuff
 from lightning_fedscale.compressors import Compressor
@@ -121,12 +121,12 @@ def check(
     local_epochs: int | Literal["auto"] | None,
     local_steps: int | Callable[[int], int] | None,
     rounds_per_epoch: int,
-    sampler: Sampler,
-    local_rule: LocalRule | None,
+    sampler: str | Sampler,
+    local_rule: str | LocalRule | None,
     aggregator: str | Aggregator,
-    server_optimizer: ServerOptimizer,
-    compressor: Compressor | None,
-    downlink_compressor: Compressor | None,
+    server_optimizer: str | ServerOptimizer,
+    compressor: str | Compressor | None,
+    downlink_compressor: str | Compressor | None,
     privacy: Privacy | None,
     personal: Sequence[str] | Ditto,
     mode: Literal["sync", "async"] | FedBuff,
@@ -180,11 +180,20 @@ def check(
             f"local_epochs={local_epochs} and local_steps={local_steps}: give exactly one of them, the passes over its"
             " data or the number of batches that a client trains for in a round; set the other to None."
         )
+    if isinstance(sampler, str):
+        sampler = samplers.by_name(sampler)
     _check_sampler(sampler)
+    if privacy is not None and aggregator != "mean":
+        raise ValueError(
+            f"aggregator={aggregator!r} with privacy: noise is made for a sum of clipped updates over a fixed number,"
+            " and for nothing else. Leave aggregator out; privacy has weights of its own."
+        )
     if isinstance(aggregator, str):
         aggregator = aggregators.by_name(aggregator)
     elif not isinstance(aggregator, Aggregator):
         raise TypeError(f"aggregator={aggregator!r}: pass 'mean', 'uniform' or an aggregators.Aggregator.")
+    if isinstance(server_optimizer, str):
+        server_optimizer = server.by_name(server_optimizer)
     if not isinstance(server_optimizer, ServerOptimizer):
         raise TypeError(
             f"server_optimizer={server_optimizer!r}: pass a server.ServerOptimizer such as server.fed_avg(), or wrap a"
@@ -211,9 +220,9 @@ def check(
         local_steps=_checked_local_steps(local_steps),
         rounds_per_epoch=integer("rounds_per_epoch", rounds_per_epoch),
         sampler=sampler,
-        rules=_rules(local_rule, compressor, privacy, aggregator, personal),
+        rules=_rules(local_rule, _checked_compressor("compressor", compressor), privacy, aggregator, personal),
         server_optimizer=server_optimizer,
-        downlink_compressor=downlink_compressor,
+        downlink_compressor=_checked_compressor("downlink_compressor", downlink_compressor),
         asynchrony=_checked_mode(mode),
         keep_optimizers=client_optimizer == "keep",
         executor=executor,
@@ -240,14 +249,31 @@ def _checked_mode(mode: object) -> FedBuff | None:
     return FedBuff() if mode == "async" else None
 
 
+def _checked_compressor(argument: str, value: object) -> Compressor | None:
+    if isinstance(value, str):
+        return compressors.by_name(value, argument)
+    if value is None or isinstance(value, Compressor):
+        return value
+    raise TypeError(f"{argument}={value!r}: pass a compressor such as compressors.top_k(0.01), its name, or None.")
+
+
 def _rules(
-    local_rule: LocalRule | None,
+    local_rule: str | LocalRule | None,
     compressor: Compressor | None,
     privacy: Privacy | None,
     aggregator: Aggregator,
     personal: Sequence[str] | Ditto,
 ) -> Rules:
+    if isinstance(local_rule, str):
+        local_rule = local_rules.by_name(local_rule)
+    if local_rule is not None and not isinstance(local_rule, LocalRule):
+        raise TypeError(
+            f"local_rule={local_rule!r}: pass a local_rules.LocalRule such as local_rules.fed_prox(0.1), its name, or"
+            " None."
+        )
     if privacy is not None:
+        if not isinstance(privacy, Privacy):
+            raise TypeError(f"privacy={privacy!r}: pass what privacy.dp_fed_avg(...) makes, or None.")
         aggregator = weighted_sum(privacy.weigh)
     if isinstance(personal, Ditto):
         return Rules(local_rule, compressor, privacy, aggregator, ditto=personal)

@@ -17,7 +17,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_fedscale import collectives, randomness
+from lightning_fedscale import collectives, combinations, randomness
 from lightning_fedscale.arguments import Arguments
 from lightning_fedscale.checkpointing import changed_settings, check_resume, federated_state
 from lightning_fedscale.clients import ClientStore, OptimizerKeeper, StateStore, tiers_of
@@ -116,6 +116,7 @@ class Federation:
         self._progress: ClientProgress
         self._quiet = False  # while clients train what nobody is told of
         self._begun: list[LocalWork] = []  # what this rank does in the round that runs
+        self._equipped = False
         self._simulated = 0.0  # seconds, over all rounds
         self._versions: dict[int, Tensor] = {}  # older global models from which clients have started
         self._losses: dict[int, float] = {}  # last known of each client, if the sampler reads them
@@ -167,15 +168,20 @@ class Federation:
         return RoundLoader(workload.loader, self._options.rounds_per_epoch, self.open_round)
 
     def equip(self) -> None:
-        """Give the clients their simulated hardware, if there is a population; before the first round.
+        """Before the first round: look at the model, and give the clients their simulated hardware, if any.
 
         Raises:
             ValueError: if a device class does not hold the model.
         """
         population, work = self._options.population, self._work
+        trainer = self._trainer
+        if work is not None and not self._equipped:
+            self._equipped = True
+            combinations.check_model(self._options, trainer.lightning_module, self._exchange())
+            rounds = int(trainer.estimated_stepping_batches) if math.isfinite(trainer.estimated_stepping_batches) else 0
+            combinations.warn_of_lost_errors(self._options, work.partition.num_clients, work.cohort_size, rounds)
         if population is None or work is None or work.fleet is not None:
             return
-        trainer = self._trainer
         with randomness.untouched():
             sample = largest_sample(work.loader.dataset).sample
             model = estimate_memory(
@@ -346,7 +352,8 @@ class Federation:
                 on_step=self._tell_of_server_step,
             )
             if bits is not None:
-                received = (exchange.buffer_bytes + math.ceil(bits / 8)) * len(cohort.clients)
+                uncompressed = self._received_bytes(exchange) - exchange.trainable_bytes
+                received = (uncompressed + math.ceil(bits / 8)) * len(cohort.clients)
                 record = replace(record, download_bytes=received)
         except BaseException:
             exchange.settle()

@@ -21,7 +21,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
-from lightning_fedscale import arguments, refusals, samplers, server
+from lightning_fedscale import arguments, combinations, refusals, samplers, server
 from lightning_fedscale.aggregators import Aggregator
 from lightning_fedscale.asynchrony import FedBuff
 from lightning_fedscale.checkpointing import AtomicCheckpointIO
@@ -136,12 +136,12 @@ class FederatedStrategy(DDPStrategy):
         local_epochs: int | Literal["auto"] | None = "auto",
         local_steps: int | Callable[[int], int] | None = None,
         rounds_per_epoch: int = 1,
-        sampler: Sampler = samplers.uniform,
-        local_rule: LocalRule | None = None,
+        sampler: str | Sampler = samplers.uniform,
+        local_rule: str | LocalRule | None = None,
         aggregator: str | Aggregator = "mean",
-        server_optimizer: ServerOptimizer | None = None,
-        compressor: Compressor | None = None,
-        downlink_compressor: Compressor | None = None,
+        server_optimizer: str | ServerOptimizer | None = None,
+        compressor: str | Compressor | None = None,
+        downlink_compressor: str | Compressor | None = None,
         privacy: Privacy | None = None,
         personal: Sequence[str] | Ditto = (),
         mode: Literal["sync", "async"] | FedBuff = "sync",
@@ -198,6 +198,7 @@ class FederatedStrategy(DDPStrategy):
             population=population,
             seed=seed,
         )
+        combinations.check_arguments(self._options)
         self._federation: Federation | None = None
         self._share: float | int = 1.0
         self._undo: ExitStack | None = None
@@ -319,6 +320,7 @@ class FederatedStrategy(DDPStrategy):
         assert self.lightning_module is not None
         assert self._federation is not None
         refusals.check_optimizers(self.lightning_module, self.optimizers)
+        combinations.check_optimizers(self._options, self.lightning_module, self.optimizers)
         self._federation.attach_optimizers(self.optimizers)
 
     def process_dataloader(self, dataloader: object) -> object:

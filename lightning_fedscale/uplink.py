@@ -15,6 +15,7 @@ from lightning_fedscale.clients import ClientStore
 from lightning_fedscale.executors import Exchange
 from lightning_fedscale.local_rules import Correction, Ditto, LocalRule, Outcome
 from lightning_fedscale.rules import Rules
+from lightning_fedscale.tree import as_real
 from lightning_fedscale.types import ClientUpdate, Cohort
 
 RULE, RESIDUAL, PERSONAL, DITTO, PRIVACY = "local_rule", "compressor", "personal", "ditto", "privacy"
@@ -117,6 +118,9 @@ class Uplink:
             within = float(rules.privacy.clip(delta, self._states[PRIVACY]))
         if (scale := self._stale_scale.get(update.client)) is not None:
             update.delta.mul_(scale)
+        rounded = scale is not None or rules.privacy is not None
+        if rounded or (rules.local is not None and rules.local.changes_delta):
+            self._round(delta)
         if scale is not None or any(rule is not None for rule in rules[:3]):
             update = update._replace(norm=float(torch.linalg.vector_norm(delta)))
         return Sent(update, message, rules.weigh(update), sent, normalizer, within)
@@ -127,7 +131,14 @@ class Uplink:
         report = rule.finish(outcome, self._store.states.get(client, RULE), self._states[RULE])
         if rule.keeps_state:
             self._store.states.stage(client, RULE, report.state)
+        if report.message is not None:
+            self._round(report.message)
         return report.message, report.normalizer
+
+    def _round(self, vector: Tensor) -> None:
+        """To the precision in which parameters travel: sums over clients are then exact, so ranks do not matter."""
+        for view, parameter in zip(self._exchange.trainable_views(vector), self._exchange.shared, strict=True):
+            view.copy_(view.to(as_real(parameter).dtype))
 
     def _compress(self, client: int, delta: Tensor) -> float:
         compressor = self._rules.compressor

@@ -65,7 +65,7 @@ class Workload:
         self._arrivals: Arrivals | None = None
         self._options = options
         self._world_size = world_size
-        self._cohort_size = options.cohort_size(self.partition.num_clients)
+        self.cohort_size = options.cohort_size(self.partition.num_clients)
         salt = self.loader.salt
         self._seed = options.seed if salt is None else randomness.derive(options.seed, randomness.ORDER, salt)
         self._check(batch_norm)
@@ -73,11 +73,11 @@ class Workload:
         sizes = self.partition.sizes
         rank_zero_info(
             f"Federated: {len(sizes):,} clients hold {int(sizes.sum()):,} samples ({sizes.min():,} to {sizes.max():,}"
-            f" each); {self._cohort_size:,} of them train in every round."
+            f" each); {self.cohort_size:,} of them train in every round."
         )
 
     def _check(self, batch_norm: bool) -> None:
-        sizes, cohort_size = self.partition.sizes, self._cohort_size
+        sizes, cohort_size = self.partition.sizes, self.cohort_size
         self._check_population()
         self._check_asynchrony()
         if cohort_size < self._world_size:
@@ -120,15 +120,15 @@ class Workload:
         steps = counted if counted is not None else (options.local_epochs or 1) * per_pass
         # Where tails are dropped, a larger batch would leave the smallest client without any.
         most = int(sizes.min() if self.loader.drop_last else sizes.max())
-        return Duty(self._cohort_size, steps, self.loader.batch_size, most, message_bytes)
+        return Duty(self.cohort_size, steps, self.loader.batch_size, most, message_bytes)
 
     def plan(self, round: int, losses: Mapping[int, float]) -> RoundPlan:
         """The cohort of a round and where each client trains, given the clients' last known losses."""
         if self._options.asynchrony is not None:
             return self._plan_of_arrivals(self._options.asynchrony, round)
-        asked, simulate = self._cohort_size, None
+        asked, simulate = self.cohort_size, None
         if (fleet := self.fleet) is not None:
-            asked = fleet.population.asked(self._cohort_size, self.partition.num_clients)
+            asked = fleet.population.asked(self.cohort_size, self.partition.num_clients)
             simulate = partial(self._simulate, fleet, round)
         return plan_round(
             round,
@@ -145,10 +145,10 @@ class Workload:
     def _plan_of_arrivals(self, asynchrony: FedBuff, round: int) -> RoundPlan:
         if self._arrivals is None:
             count, options, fleet = self.partition.num_clients, self._options, self.fleet
-            concurrency = asynchrony.concurrent(self._cohort_size, count)
+            concurrency = asynchrony.concurrent(self.cohort_size, count)
             answers = (lambda start, client: True) if fleet is None else partial(fleet.answers, options.seed)
             self._arrivals = Arrivals(
-                options.seed, count, self._cohort_size, concurrency, partial(self._seconds, asynchrony), answers
+                options.seed, count, self.cohort_size, concurrency, partial(self._seconds, asynchrony), answers
             )
         flush = self._arrivals.of_round(round)
         ranks = place_longest_first(self._cost(flush.clients, self._options.steps_in(round)), self._world_size)
@@ -166,7 +166,7 @@ class Workload:
         asynchrony, count = self._options.asynchrony, self.partition.num_clients
         if asynchrony is None:
             return
-        asynchrony.concurrent(self._cohort_size, count)
+        asynchrony.concurrent(self.cohort_size, count)
         population = self._options.population
         if asynchrony.seconds is None and population is None:
             raise ValueError(
@@ -183,7 +183,7 @@ class Workload:
 
     def _simulate(self, fleet: Fleet, round: int, clients: IntArray) -> Simulated:
         steps, samples = self._amounts(fleet, clients, self._options.steps_in(round))
-        selection = fleet.select(self._options.seed, round, clients, steps, samples, self._cohort_size)
+        selection = fleet.select(self._options.seed, round, clients, steps, samples, self.cohort_size)
         return Simulated(selection, fleet.batch_sizes_of(selection.clients))
 
     def _amounts(self, fleet: Fleet, clients: IntArray, counted: int | None) -> tuple[FloatArray, FloatArray]:

@@ -27,6 +27,7 @@ class Aggregator(NamedTuple):
             the accumulator. Clients whose update is not finite never come here.
         finish: ``(total, cohort)``: the aggregated delta, as long as the clients' ones; may work in place, the sum is
             not needed any more.
+        sees_all: whether it looks at all updates at once, to bear hostile ones; their sum alone would not do.
 
     Example:
         >>> from lightning_fedscale.aggregators import mean
@@ -37,6 +38,7 @@ class Aggregator(NamedTuple):
     init: Callable[[Tensor, Cohort], Tensor]
     accumulate: Callable[[Tensor, ClientUpdate, float, Cohort], Tensor]
     finish: Callable[[Tensor, Cohort], Tensor]
+    sees_all: bool = False
 
 
 def by_name(name: str) -> Aggregator:

@@ -47,7 +47,7 @@ def stacked(weigh: Callable[[ClientUpdate], float], read: Callable[[Stack, Cohor
         >>> first.finish(first.accumulate(total, update, 1.0, cohort), cohort).tolist()
         [5.0]
     """
-    return Aggregator(weigh, _init, _accumulate, partial(_finish, read=read))
+    return Aggregator(weigh, _init, _accumulate, partial(_finish, read=read), sees_all=True)
 
 
 def _init(like: Tensor, cohort: Cohort) -> Tensor:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from difflib import get_close_matches
 
+from lightning_fedscale import checks
 from lightning_fedscale.compressors.base import Compressor
 from lightning_fedscale.compressors.choice import adaptive
 from lightning_fedscale.compressors.dense import identity
@@ -25,11 +25,12 @@ FACTORIES: dict[str, Callable[..., Compressor]] = {
 """What makes a compressor, by name; all of them also without arguments."""
 
 
-def by_name(name: str) -> Compressor:
+def by_name(name: str, argument: str = "compressor") -> Compressor:
     """The compressor that a string argument stands for, with its default arguments.
 
     Args:
         name: one of `FACTORIES`.
+        argument: which one it is, for the message.
 
     Raises:
         ValueError: for another name, with the closest match.
@@ -42,8 +43,5 @@ def by_name(name: str) -> Compressor:
         ...
         ValueError: compressor='topk' is not known. Did you mean 'top_k'? Known: 'identity', 'top_k', ...
     """
-    if name not in FACTORIES:
-        close = get_close_matches(name, FACTORIES, n=1)
-        hint = f" Did you mean {close[0]!r}?" if close else ""
-        raise ValueError(f"compressor={name!r} is not known.{hint} Known: {', '.join(map(repr, FACTORIES))}.")
-    return FACTORIES[name]()
+    compressor: Compressor = checks.named(argument, name, FACTORIES)()
+    return compressor

@@ -95,6 +95,7 @@ class LocalRule(NamedTuple):
             other optimizer will do; and no momentum, unless the rule ``knows_momentum``.
         knows_momentum: whether a rule that ``needs_sgd`` also bears ``Outcome.momentum``, though neither dampening nor
             Nesterov.
+        changes_delta: whether ``finish`` changes ``Outcome.delta``.
     """
 
     name: str
@@ -109,3 +110,4 @@ class LocalRule(NamedTuple):
     needs_gradient: bool = False
     needs_sgd: bool = False
     knows_momentum: bool = False
+    changes_delta: bool = False

@@ -47,6 +47,7 @@ def fed_nova(proximal: float = 0.0) -> LocalRule:
         _merge,
         needs_sgd=True,
         knows_momentum=True,
+        changes_delta=True,
     )
 
 

@@ -18,12 +18,15 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset
 from torchmetrics.classification import MulticlassAccuracy
 
 from lightning_fedscale import FederatedStrategy, RoundRecord
+from lightning_fedscale.asynchrony import FedBuff
 from lightning_fedscale.callbacks import ComputeAccounting, CriticalPhase
+from lightning_fedscale.compressors import error_feedback, power_sgd, qsgd, top_k
 from lightning_fedscale.devices import DeviceClass, Population
+from lightning_fedscale.local_rules import Ditto, fed_dyn, fed_nova, fed_prox, scaffold
 from lightning_fedscale.partitioners import DirichletPartitioner
 from lightning_fedscale.phases import page_hinkley, relative_change
 from lightning_fedscale.samplers import uniform
-from lightning_fedscale.server import fed_avg, from_torch
+from lightning_fedscale.server import fed_adam, fed_avg, from_torch
 from lightning_fedscale.types import ClientUpdate, IntArray
 from tests.laws import reference
 from tests.strategies import sequential
@@ -38,7 +41,7 @@ class Module(pl.LightningModule):
     """BatchNorm, Dropout, an optimizer with state, a schedule, torchmetrics and logging in several forms.
 
     Args:
-        optimizer: "sgd" with momentum, "adam", or "manual": two optimizers in manual optimization.
+        optimizer: "sgd" with momentum, "plain" without, "adam", or "manual": two optimizers in manual optimization.
         talk: call Lightning's collectives inside ``training_step``.
     """
 
@@ -104,6 +107,8 @@ class Module(pl.LightningModule):
                 torch.optim.Adam(self.body.parameters(), lr=1e-2),
                 torch.optim.Adagrad(self.head.parameters(), lr=3e-2),
             ]
+        if self._optimizer == "plain":
+            return torch.optim.SGD(self.parameters(), lr=0.1, weight_decay=1e-3)
         if self._optimizer == "adam":
             optimizer: torch.optim.Optimizer = torch.optim.AdamW(self.parameters(), lr=2e-2)
         else:
@@ -240,6 +245,48 @@ SCENARIOS: dict[str, Scenario] = {
         lambda: {"clients_per_round": 5, "local_epochs": 2},
         lambda: {"max_epochs": 3},
         callbacks=lambda: [ComputeAccounting(law="Chinchilla", rho=0.5)],
+    ),
+    "scaffold": Scenario(
+        lambda: {"clients_per_round": 5, "local_rule": scaffold(), "aggregator": "uniform"},
+        lambda: {"max_epochs": 5},
+        lambda: Module("plain"),
+    ),
+    "scaffold_by_gradients": Scenario(
+        lambda: {"clients_per_round": 4, "local_rule": scaffold("I")}, lambda: {"max_epochs": 4}, lambda: Module("adam")
+    ),
+    "fed_dyn": Scenario(
+        lambda: {"clients_per_round": 5, "local_rule": fed_dyn(0.1), "aggregator": "uniform"},
+        lambda: {"max_epochs": 5, "gradient_clip_val": 1.0},
+        lambda: Module("plain"),
+    ),
+    "fed_nova": Scenario(
+        lambda: {"clients_per_round": 5, "local_rule": fed_nova(), "server_optimizer": fed_adam(0.05)},
+        lambda: {"max_epochs": 5},
+    ),
+    "compressed": Scenario(
+        lambda: {
+            "clients_per_round": 5,
+            "local_rule": fed_prox(0.1),
+            "compressor": error_feedback(top_k(0.1)),
+            "downlink_compressor": qsgd(16),
+        },
+        lambda: {"max_epochs": 6},
+        lambda: Module("adam"),
+    ),
+    "low_rank": Scenario(
+        lambda: {"clients_per_round": 5, "compressor": power_sgd(2), "server_optimizer": "fed_exp"},
+        lambda: {"max_epochs": 4},
+    ),
+    "personal": Scenario(
+        lambda: {"clients_per_round": 5, "personal": ["body.1.*", "head.*"]}, lambda: {"max_epochs": 5}
+    ),
+    "ditto": Scenario(lambda: {"clients_per_round": 4, "personal": Ditto(0.5)}, lambda: {"max_epochs": 4}),
+    "asynchronous": Scenario(
+        lambda: {
+            "clients_per_round": 4,
+            "mode": FedBuff(concurrency=5, seconds=[1.0, 3.0, 1.5, 7.0, 2.0, 2.5, 4.0, 1.2, 0.8]),
+        },
+        lambda: {"max_epochs": 8},
     ),
     "all_rejected": Scenario(
         lambda: {"clients_per_round": 5},

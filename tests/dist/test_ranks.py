@@ -14,14 +14,24 @@ from torch import Tensor, nn
 from lightning_fedscale.samplers import uniform
 from tests.dist import scenarios
 from tests.laws import reference
+from tests.strategies import sequential
 
 Ranks: TypeAlias = list[dict[str, Any]]
 Start: TypeAlias = Callable[[int], Ranks]
+
+
+
+def _keeps(name: str) -> bool:
+    """Whether clients keep anything, which then moves with them."""
+    options = sequential(**scenarios.SCENARIOS[name].strategy())._options
+    return options.keep_optimizers or options.rules.keep_state
+
 
 TRAINED = sorted(name for name, each in scenarios.SCENARIOS.items() if not (each.fails or each.spares))
 FLOAT64 = ["double", "phase_adaptive_server", "phase_noise"]
 EXACT = [name for name in TRAINED if name not in FLOAT64]
 TIMES = {"round/seconds", "round/idle"}
+STATEFUL = [name for name in TRAINED if _keeps(name)]
 several = pytest.mark.parametrize("world_size", [2, 3])
 
 
@@ -195,7 +205,7 @@ def test_one_collective_per_round(name: str, world_size: int, ranks: Start) -> N
             assert set(calls) == {"all_reduce"}
         asked = [call for call, by_strategy in rank[name]["calls"] if by_strategy]
         assert rank[name]["rounds"] <= asked.count("all_reduce") <= most * rank[name]["rounds"]
-        if "client_optimizer" not in scenarios.SCENARIOS[name].strategy():
+        if name not in STATEFUL:
             assert set(asked) == {"all_reduce"}
     assert not [call for call, by_strategy in ranks(1)[0][name]["calls"] if by_strategy]
 

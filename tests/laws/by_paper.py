@@ -236,3 +236,24 @@ def ditto(world: World, rounds: int, strength: float) -> tuple[Model, dict[int, 
             own[k], _ = world.local_sgd(own.get(k, x), k, round, pull)
         x = mean(ys, [world.held(k) for k in cohort])
     return x, own
+
+
+def top_k_with_feedback(world: World, rounds: int, k: int) -> Model:
+    """Karimireddy et al. 2019 (1901.09847): the k largest of ``u = delta + e`` are sent, the rest waits."""
+    x = world.start
+    errors = {client: zeros(x) for client in range(world.num_clients)}
+    for round in range(rounds):
+        cohort, seen = world.cohort(round), []
+        for client in cohort:
+            y, _ = world.local_sgd(x, client, round)
+            u = plus(minus(x, y), errors[client])
+            flat = torch.cat([value.flatten() for value in u.values()])
+            kept = torch.zeros_like(flat)
+            largest = flat.abs().topk(k).indices
+            kept[largest] = flat[largest].float().double()  # values travel as float32
+            sent = dict(zip(u, kept.split([v.numel() for v in u.values()]), strict=True))
+            sent = {name: value.view(u[name].shape) for name, value in sent.items()}
+            errors[client] = minus(u, sent)
+            seen.append(sent)
+        x = minus(x, mean(seen, [world.held(client) for client in cohort]))
+    return x

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 from lightning_fedscale import FederatedStrategy
 from lightning_fedscale.asynchrony import Arrivals, FedBuff
+from lightning_fedscale.compressors import adaptive, error_feedback, power_sgd, qsgd, random_k, sign, top_k
 from lightning_fedscale.local_rules import Ditto, fed_dyn, fed_nova, fed_prox, scaffold
+from lightning_fedscale.schedules import post_local
+from lightning_fedscale.server import fed_adam, fed_avgm
 from tests.laws import by_paper, reference
 
 ROUNDS = 6
@@ -21,12 +27,23 @@ def world(epochs: int = 2) -> by_paper.World:
     return by_paper.World(reference.dataset(dtype=torch.float64), reference.unequal_clients(), 4, epochs)
 
 
-def trained(executor: str, momentum: float = 0.0, **strategy: Any) -> tuple[dict[str, Tensor], FederatedStrategy]:
+def trained(
+    executor: str,
+    momentum: float = 0.0,
+    *,
+    rounds: int = ROUNDS,
+    save: Path | None = None,
+    ckpt_path: Path | None = None,
+    **strategy: Any,
+) -> tuple[dict[str, Tensor], FederatedStrategy]:
     module = by_paper.Net(momentum=momentum)
     options = {"clients_per_round": 4, "local_epochs": 2, **strategy}
     made = FederatedStrategy(partitioner=reference.unequal_clients(), executor=executor, **options)  # type: ignore[arg-type]
-    trainer = reference.quiet_trainer(max_epochs=ROUNDS, strategy=made)
-    trainer.fit(module, reference.loader(reference.dataset(dtype=torch.float64), by_paper.BATCH))
+    trainer = reference.quiet_trainer(max_epochs=rounds, strategy=made)
+    data = reference.loader(reference.dataset(dtype=torch.float64), by_paper.BATCH)
+    trainer.fit(module, data, ckpt_path=ckpt_path, weights_only=None if ckpt_path is None else True)
+    if save is not None:
+        trainer.save_checkpoint(save)
     assert made._federation is not None
     assert made._federation._executor.kind == executor
     return module.state_dict(), made
@@ -108,3 +125,68 @@ def test_fed_dyn(executor: str) -> None:
 def test_fed_nova(executor: str, momentum: float, mu: float) -> None:
     got, _ = trained(executor, momentum, local_rule=fed_nova(mu))
     assert same(got, by_paper.fed_nova(world(), ROUNDS, momentum, mu))
+
+
+@executors
+def test_top_k_with_error_feedback(executor: str) -> None:
+    got, strategy = trained(executor, compressor=error_feedback(top_k(k=14)))
+    assert same(got, by_paper.top_k_with_feedback(world(), ROUNDS, 14))
+    assert strategy.last_round is not None
+    assert strategy.last_round.upload_bytes == 4 * 70  # 14 (32 bits + 8 of an index below 140)
+    assert strategy.last_round.download_bytes == 4 * 140 * 8
+
+
+@executors
+def test_both_ways_compressed_the_clients_move_as_the_server_does(executor: str) -> None:
+    got, strategy = trained(executor, compressor=qsgd(4), downlink_compressor=error_feedback(top_k(0.1)))
+    record = strategy.last_round
+    assert record is not None
+    assert record.upload_bytes == 4 * -(-(32 + 140 * 4) // 8)
+    assert record.download_bytes == 4 * 70
+    # All clients start from what they have decoded: one round moved 14 elements of the global model, no more.
+    again, _ = trained(executor, compressor=qsgd(4), downlink_compressor=error_feedback(top_k(0.1)))
+    assert reference.difference(got, again) == 0.0
+    before = by_paper.Net().state_dict()
+    assert sum(int((got[name] != before[name]).sum()) for name in got) <= 14 * ROUNDS
+
+
+COMBINED: dict[str, Callable[[], dict[str, Any]]] = {
+    "everything": lambda: {
+        "local_rule": fed_prox(0.1),
+        "compressor": error_feedback(top_k(0.2)),
+        "downlink_compressor": qsgd(16),
+        "server_optimizer": fed_adam(0.05),
+        "personal": ["head.bias"],
+    },
+    "scaffold": lambda: {"local_rule": scaffold(), "compressor": error_feedback(sign()), "aggregator": "uniform"},
+    "scaffold by gradients": lambda: {"local_rule": scaffold("I"), "server_optimizer": "fed_exp"},
+    "fed_dyn": lambda: {"local_rule": fed_dyn(0.1), "aggregator": "uniform", "compressor": power_sgd(2)},
+    "fed_nova": lambda: {"local_rule": fed_nova(), "server_optimizer": fed_avgm(0.5), "compressor": random_k(0.5)},
+    "ditto": lambda: {"personal": Ditto(0.5), "server_optimizer": "fed_avgm"},
+    "async": lambda: {
+        "mode": FedBuff(seconds=[3.0, 1.0, 2.5, 7.0, 1.5, 4.0, 2.0]),
+        "compressor": adaptive(window=2),
+        "clients_per_round": 3,
+    },
+    "post-local": lambda: {"local_steps": post_local(3, 4), "local_epochs": None, "local_rule": fed_prox(0.1)},
+}
+
+
+@pytest.mark.parametrize("name", COMBINED)
+def test_interruption_does_not_matter(name: str, tmp_path: Path) -> None:
+    whole, _ = trained("sequential", **COMBINED[name]())
+    first, _ = trained("sequential", rounds=2, save=tmp_path / "at.ckpt", **COMBINED[name]())
+    assert reference.difference(first, whole) > 0
+    resumed, _ = trained("sequential", ckpt_path=tmp_path / "at.ckpt", **COMBINED[name]())
+    assert reference.difference(resumed, whole) == 0.0
+
+
+@pytest.mark.parametrize("name", COMBINED)
+def test_the_executor_does_not_matter(name: str) -> None:
+    one, first = trained("sequential", **COMBINED[name]())
+    other, second = trained("vectorized", **COMBINED[name]())
+    assert reference.difference(one, other) < 1e-7
+    assert first.last_round is not None
+    assert second.last_round is not None
+    assert first.last_round.upload_bytes == second.last_round.upload_bytes
+    np.testing.assert_allclose(first.last_round.delta_norms, second.last_round.delta_norms, rtol=1e-6)

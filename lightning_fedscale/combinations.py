@@ -1,0 +1,154 @@
+"""What does not go together, and why: told before training starts."""
+
+from __future__ import annotations
+
+import torch
+from lightning.pytorch.utilities import rank_zero_warn
+from torch import nn
+from torch.optim import SGD, Optimizer
+
+from lightning_fedscale import samplers
+from lightning_fedscale.arguments import Arguments
+from lightning_fedscale.executors import Exchange
+from lightning_fedscale.local_rules import LocalRule
+from lightning_fedscale.privacy import Privacy
+
+
+def check_arguments(options: Arguments) -> None:
+    """Refuse arguments that exclude each other.
+
+    Raises:
+        ValueError: with the reason and the remedy.
+    """
+    rules = options.rules
+    if rules.privacy is not None:
+        _check_privacy(options, rules.privacy)
+    if options.asynchrony is not None:
+        _check_asynchrony(options)
+    if rules.ditto is not None and options.keep_optimizers:
+        raise ValueError(
+            "personal=Ditto(...) with client_optimizer='keep': which of its two models would a client's optimizer"
+            " belong to? Use client_optimizer='reset'."
+        )
+    if rules.local is not None and rules.local.sends_message and rules.aggregator.sees_all:
+        rank_zero_warn(
+            f"local_rule={rules.local.name!r}: its second vector is summed plainly, so hostile clients reach the server"
+            " through it whatever the aggregator does."
+        )
+
+
+def _check_privacy(options: Arguments, privacy: Privacy) -> None:
+    rules = options.rules
+    if rules.local is not None and (rules.local.sends_message or rules.local.needs_sgd):
+        raise ValueError(
+            f"privacy with local_rule={rules.local.name!r}: what the rule sends beside the update is neither clipped"
+            " nor noised. Use local_rules.fed_prox(...) or none."
+        )
+    if options.asynchrony is not None:
+        raise ValueError(
+            "privacy with mode='async': who arrives is no Poisson sample, and nothing is known of what that costs. Use"
+            " mode='sync'."
+        )
+    everybody = options.clients_per_round in (None, 1.0, options.num_clients)
+    if options.sampler is not samplers.poisson and not everybody:
+        raise ValueError(
+            f"privacy with sampler={options.sampler!r}: the accounting holds where each client takes part independently"
+            " of the others. Use sampler='poisson', or all clients in every round."
+        )
+    if options.population is not None and (options.population.may_drop or options.population.over_selection > 1):
+        raise ValueError(
+            "privacy with a population that drops clients: who takes part is then no Poisson sample. Leave out"
+            " deadline, over_selection and device classes with availability below 1."
+        )
+
+
+def _check_asynchrony(options: Arguments) -> None:
+    rule = options.rules.local
+    if rule is not None and (rule.sends_message or rule.keeps_state):
+        raise ValueError(
+            f"local_rule={rule.name!r} with mode='async': its correction is made of the server's state when a client"
+            " starts, which has moved on when it arrives. Use fed_prox, fed_nova or none, or mode='sync'."
+        )
+    if options.sampler is not samplers.uniform:
+        raise ValueError(
+            f"sampler={options.sampler!r} with mode='async': whoever is done is replaced by a client drawn uniformly."
+            " Leave the sampler out."
+        )
+
+
+def check_model(options: Arguments, module: nn.Module, exchange: Exchange) -> None:
+    """Refuse what only the module shows.
+
+    Raises:
+        ValueError: with the reason and the remedy.
+    """
+    personal = options.rules.personal
+    if personal and not exchange.personal:
+        names = [name for name, _ in module.named_parameters()][:3]
+        raise ValueError(
+            f"personal={list(personal)!r} matches no trainable parameter or buffer; their names are like"
+            f" {', '.join(map(repr, names))}."
+        )
+    if personal and not exchange.names:
+        raise ValueError(f"personal={list(personal)!r} matches all trainable parameters: nothing is left to be shared.")
+    if options.rules.privacy is not None and (name := _norm_that_learns(module, exchange)) is not None:
+        raise ValueError(
+            f"privacy: the running statistics of {name!r} would leave the clients unclipped. Keep them there, personal="
+            f"['{name}.*'], or use GroupNorm or LayerNorm."
+        )
+
+
+def _norm_that_learns(module: nn.Module, exchange: Exchange) -> str | None:
+    own = {id(tensor) for tensor in exchange.personal.values()}
+    for name, part in module.named_modules():
+        mean = part.running_mean if isinstance(part, nn.modules.batchnorm._NormBase) else None
+        if mean is not None and id(mean) not in own:
+            return str(name)
+    return None
+
+
+def check_optimizers(options: Arguments, module: torch.nn.Module, optimizers: list[Optimizer]) -> None:
+    """Refuse optimizers that a local rule does not know.
+
+    Raises:
+        ValueError: with the reason and the remedy.
+    """
+    rule = options.rules.local
+    if rule is None or not rule.needs_sgd:
+        return
+    reason = _why_unknown(rule, module, optimizers)
+    if reason is not None:
+        other = " scaffold(option='I') takes any optimizer." if rule.name == "scaffold" else ""
+        momentum = "SGD, with or without momentum" if rule.knows_momentum else "plain SGD"
+        raise ValueError(
+            f"local_rule={rule.name!r} reads the clients' mean gradient off their steps, and {reason}: use"
+            f" torch.optim.SGD ({momentum}) with one learning rate.{other}"
+        )
+
+
+def _why_unknown(rule: LocalRule, module: torch.nn.Module, optimizers: list[Optimizer]) -> str | None:
+    if not getattr(module, "automatic_optimization", True):
+        return "in manual optimization nobody knows how many there are"
+    if len(optimizers) > 1:
+        return f"there are {len(optimizers)} optimizers"
+    if type(optimizers[0]) is not SGD:
+        return f"those of {type(optimizers[0]).__name__} are no multiples of gradients"
+    groups = optimizers[0].param_groups
+    if len({(float(group["lr"]), float(group["momentum"])) for group in groups}) > 1:
+        return "groups of parameters have unequal learning rates or momenta"
+    if any(group["dampening"] or group["nesterov"] for group in groups):
+        return "dampening and Nesterov's momentum are not known to it"
+    if groups[0]["momentum"] and not rule.knows_momentum:
+        return f"with momentum={groups[0]['momentum']:g} they are longer than that"
+    return None
+
+
+def warn_of_lost_errors(options: Arguments, num_clients: int, cohort: int, rounds: int) -> None:
+    """Error feedback is of use to clients that come back."""
+    compressor = options.rules.compressor
+    if compressor is not None and compressor.keeps_error and 0 < rounds * cohort < 2 * num_clients:
+        rank_zero_warn(
+            f"compressor={compressor.name}: what a client did not send waits until it takes part again, and with"
+            f" {cohort} of {num_clients} clients in each of {rounds} rounds most do not come back: what waits is lost."
+            " An unbiased compressor (qsgd, random_k) needs no error feedback."
+        )
