@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 # The first key of every stream, so that no two purposes ever share one.
-COHORT, ORDER, CLIENT, BATCH, LOADER, CACHE, HARDWARE, AVAILABILITY, NOISE = range(9)
+COHORT, ORDER, CLIENT, BATCH, LOADER, CACHE, HARDWARE, AVAILABILITY, NOISE, DROP_OUT, DAYTIME = range(11)
 
 
 def derive(seed: int, purpose: int, *keys: int) -> int:
