@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -158,7 +159,7 @@ def test_the_way_is_the_sum_of_a_clients_gradient_weights(steps: int, lr: float,
 def gap(problem: Quadratics, rule: LocalRule | None, **options: Any) -> float:
     """Distance of the last model to the optimum of the clients' plain mean, relative to that of the start."""
     optimum = problem.optimum()
-    path = federate(problem, rule, **{"rounds": 1500, "per_round": CLIENTS, "lr": LR, **options})
+    path = federate(problem, rule, **{"rounds": 600, "per_round": CLIENTS, "lr": LR, **options})
     return float(np.linalg.norm(path[-1] - optimum) / np.linalg.norm(optimum))
 
 
@@ -166,7 +167,7 @@ def test_fed_avg_rests_elsewhere() -> None:
     """Provably: it comes to rest where its deltas cancel, known in closed form, and that is not the optimum."""
     for problem in (EQUAL, UNEQUAL):
         rest, optimum = problem.rest_of_fed_avg(LR), problem.optimum()
-        path = federate(problem, None, rounds=1500, per_round=CLIENTS, lr=LR)
+        path = federate(problem, None, rounds=600, per_round=CLIENTS, lr=LR)
         np.testing.assert_allclose(path[-1], rest, rtol=1e-8)
         assert np.linalg.norm(rest - optimum) > 0.05 * np.linalg.norm(optimum)
 
@@ -186,9 +187,9 @@ def test_these_reach_it_whatever_the_aggregator_weighs(rule: LocalRule) -> None:
 
 
 def test_fed_nova_goes_to_the_optimum_as_the_learning_rate_falls_and_fed_avg_does_not() -> None:
-    nova = [gap(UNEQUAL, fed_nova(), lr=lr, rounds=int(200 / lr)) for lr in (0.02, 0.01, 0.005)]
-    plain = [gap(UNEQUAL, None, lr=lr, rounds=int(200 / lr)) for lr in (0.02, 0.01, 0.005)]
-    for larger, smaller in zip(nova, nova[1:], strict=False):
+    nova = [gap(UNEQUAL, fed_nova(), lr=lr, rounds=int(10 / lr)) for lr in (0.02, 0.01, 0.005)]
+    plain = [gap(UNEQUAL, None, lr=lr, rounds=int(10 / lr)) for lr in (0.02, 0.01, 0.005)]
+    for larger, smaller in pairwise(nova):
         assert smaller == pytest.approx(larger / 2, rel=0.15)  # drift, in proportion to the learning rate
     # FedAvg goes to the optimum in which clients count as many times as they take steps.
     surrogate = UNEQUAL.optimum(np.array(UNEQUAL.steps, dtype=float))
