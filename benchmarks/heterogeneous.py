@@ -202,8 +202,9 @@ def report(panels: dict[str, tuple[list[Curve], dict[str, Array]]]) -> str:
         "",
         f"{CLIENTS} clients with quadratic losses of different curvature (0.1 to 3 in random directions) and different"
         f" optima, full gradients. Distance of the global model to the optimum of the"
-        f" clients' plain mean, relative to that of the start. The local learning rate is {RATE}; with unequal steps it falls"
-        " as 1 / (1 + round / 50), since what remains of FedNova's bias is in proportion to it. (`python -m benchmarks.heterogeneous`).",
+        f" clients' plain mean, relative to that of the start. The local learning rate is {RATE};"
+        " with unequal steps it falls as 1 / (1 + round / 50), since what remains of FedNova's bias is in proportion to"
+        " it (`python -m benchmarks.heterogeneous`).",
         "",
         "![Distance to the optimum over rounds](heterogeneous.png)",
     ]

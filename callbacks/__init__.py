@@ -9,5 +9,6 @@ from lightning_fedscale.callbacks.compute_accounting import ComputeAccounting
 from lightning_fedscale.callbacks.critical_phase import CriticalPhase
 from lightning_fedscale.callbacks.max_batch_probe import MaxBatchProbe
 from lightning_fedscale.callbacks.round_events import RoundEvents
+from lightning_fedscale.callbacks.server_ema import ServerEMA
 
-__all__ = ["ComputeAccounting", "CriticalPhase", "MaxBatchProbe", "RoundEvents"]
+__all__ = ["ComputeAccounting", "CriticalPhase", "MaxBatchProbe", "RoundEvents", "ServerEMA"]

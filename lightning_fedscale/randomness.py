@@ -12,7 +12,9 @@ import torch
 from torch import Tensor
 
 # The first key of every stream, so that no two purposes ever share one.
-COHORT, ORDER, CLIENT, BATCH, LOADER, CACHE, HARDWARE, AVAILABILITY, NOISE, COMPRESSION, DOWNLINK, PRIVACY = range(12)
+COHORT, ORDER, CLIENT, BATCH, LOADER, CACHE, HARDWARE, AVAILABILITY, NOISE = range(9)
+ATTACK, PRIVACY, MASK = range(9, 12)
+DROP_OUT, DAYTIME, COMPRESSION, DOWNLINK = range(12, 16)
 
 
 def derive(seed: int, purpose: int, *keys: int) -> int:

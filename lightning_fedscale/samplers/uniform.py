@@ -1,0 +1,67 @@
+"""Clients drawn with equal probability: a fixed number of them, or each by itself; or in turn."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from lightning_fedscale import randomness
+from lightning_fedscale.types import IntArray
+
+
+def uniform(
+    *, seed: int, round: int, num_clients: int, clients_per_round: int, among: IntArray | None = None
+) -> IntArray:
+    """Every cohort of the wanted size with equal probability, without replacement (FedAvg, arXiv 1602.05629).
+
+    Takes time and memory in proportion to the cohort, not to the number of clients.
+
+    Example:
+        >>> cohort = uniform(seed=0, round=3, num_clients=1_000_000, clients_per_round=4)
+        >>> len(set(cohort.tolist())), bool((np.diff(cohort) > 0).all())
+        (4, True)
+        >>> uniform(seed=0, round=3, num_clients=3, clients_per_round=3).tolist()
+        [0, 1, 2]
+    """
+    size = num_clients if among is None else len(among)
+    if clients_per_round >= size:
+        return np.arange(num_clients, dtype=np.int64) if among is None else among
+    return _subset(randomness.generator(seed, randomness.COHORT, round), size, clients_per_round, among)
+
+
+def poisson(
+    *, seed: int, round: int, num_clients: int, clients_per_round: int, among: IntArray | None = None
+) -> IntArray:
+    """Every client by itself with probability ``clients_per_round / num_clients`` (Poisson sampling).
+
+    This is what the accountants of differential privacy assume (arXiv 1710.06963). Cohorts have ``clients_per_round``
+    clients on average, any number in a round, and sometimes none. Takes time and memory in proportion to the cohort.
+
+    Example:
+        >>> [len(poisson(seed=0, round=r, num_clients=1000, clients_per_round=4)) for r in range(6)]
+        [5, 4, 4, 5, 10, 8]
+    """
+    rng = randomness.generator(seed, randomness.COHORT, round)
+    size = num_clients if among is None else len(among)
+    # First how many, then which: the same distribution as a coin for every client.
+    return _subset(rng, size, int(rng.binomial(size, clients_per_round / num_clients)), among)
+
+
+def round_robin(
+    *, seed: int, round: int, num_clients: int, clients_per_round: int, among: IntArray | None = None
+) -> IntArray:
+    """The clients in turn, by their number: every client takes part equally often. Nothing is random.
+
+    Example:
+        >>> [round_robin(seed=0, round=r, num_clients=5, clients_per_round=2).tolist() for r in range(3)]
+        [[0, 1], [2, 3], [0, 4]]
+    """
+    first = round * clients_per_round % num_clients
+    if among is None:
+        return np.sort((first + np.arange(min(clients_per_round, num_clients), dtype=np.int64)) % num_clients)
+    order = np.argsort((among - first) % num_clients)
+    return np.sort(among[order[:clients_per_round]])
+
+
+def _subset(rng: np.random.Generator, size: int, wanted: int, among: IntArray | None) -> IntArray:
+    places = np.sort(rng.choice(size, wanted, replace=False, shuffle=False)).astype(np.int64)
+    return places if among is None else among[places]
