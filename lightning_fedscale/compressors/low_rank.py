@@ -113,7 +113,7 @@ def _decode(payload: bytes, like: Params, *, plan: _Plan, name: str) -> Params:
 
 def _started(last: Tensor, generator: np.random.Generator) -> Tensor:
     """Where the iteration starts. Columns of zeros, from which it could never move, are drawn anew: at first all."""
-    start, gone = last.double(), ~last.any(0)
+    start, gone = last.to(torch.float64, copy=True), ~last.any(0)
     if gone.any():
         start[:, gone] = torch.from_numpy(generator.standard_normal((len(start), int(gone.sum()))))
     return start

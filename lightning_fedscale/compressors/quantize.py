@@ -211,4 +211,4 @@ def _of_grid(scales: list[float], codes: UnsignedArray, levels: int) -> FloatArr
 def _rounded_at_random(places: FloatArray, generator: np.random.Generator, last: int, width: int) -> UnsignedArray:
     """Up with the probability of the fraction, else down. Works in ``places``."""
     places += generator.random(len(places))
-    return np.minimum(places, last, out=places).astype(unsigned(width))
+    return np.clip(places, 0, last, out=places).astype(unsigned(width))  # beyond: numbers that float32 cannot hold

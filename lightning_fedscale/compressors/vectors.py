@@ -73,7 +73,8 @@ def at_least(value: float) -> np.float32:
         (True, 0.5)
     """
     near = np.float32(min(max(value, -LARGEST), LARGEST))
-    return near if near >= min(value, LARGEST) else np.nextafter(near, np.float32(np.inf))
+    # As Python's numbers: numpy would round the value to float32 before it compares.
+    return near if float(near) >= min(value, LARGEST) else np.nextafter(near, np.float32(np.inf))
 
 
 def at_most(value: float) -> np.float32:

@@ -31,6 +31,7 @@ from lightning_fedscale.compressors import (
     uniform_quantization,
 )
 from lightning_fedscale.compressors.bits import pack, unpack, width_of
+from lightning_fedscale.compressors.vectors import LARGEST, at_least, at_most
 from lightning_fedscale.types import Params
 
 PLAIN = [make() for make in FACTORIES.values()]
@@ -92,15 +93,18 @@ def difference(first: Params, second: Params) -> Params:
 
 @every_rule
 @given(shapes=SHAPES, scale=SCALES, seed=st.integers(0, 9))
-def test_message_is_what_is_seen_and_as_long_as_told(
+def test_message_is_what_is_seen_as_long_as_told_and_not_longer_than_a_dense_one(
     rule: Compressor, shapes: list[tuple[int, ...]], scale: float, seed: int
 ) -> None:
     delta = update(shapes, scale, seed)
+    dense = 32 * sum(value.numel() for value in delta.values())
+    header = 64 * max(1, len(shapes)) + 32  # scales or a seed, and which rule it was
     before, state = {name: value.clone() for name, value in delta.items()}, None
     for message in range(3):
         encoded, state = encode(rule, delta, state, seed=message)
         payload = encoded.payload()
         assert type(encoded.bits) is int
+        assert encoded.bits <= dense + header
         assert len(payload) == math.ceil(encoded.bits / 8)
         assert same(rule.decode(payload, delta), encoded.seen)
         assert {name: value.shape for name, value in encoded.seen.items()} == {n: v.shape for n, v in delta.items()}
@@ -108,15 +112,13 @@ def test_message_is_what_is_seen_and_as_long_as_told(
         assert same(delta, before)
 
 
-@every_rule
-@given(shapes=SHAPES, scale=SCALES)
-def test_messages_are_never_longer_than_dense_ones(
-    rule: Compressor, shapes: list[tuple[int, ...]], scale: float
-) -> None:
-    delta = update(shapes, scale)
+@pytest.mark.parametrize("rule", PLAIN, ids=FACTORIES)
+def test_large_updates(rule: Compressor) -> None:
+    delta = update([(700, 900), (3,)])  # places take more than two bytes
     encoded, _ = encode(rule, delta)
-    header = 64 * max(1, len(shapes)) + 32  # scales or a seed, and which rule it was
-    assert encoded.bits <= 32 * sum(value.numel() for value in delta.values()) + header
+    payload = encoded.payload()
+    assert len(payload) == math.ceil(encoded.bits / 8)
+    assert same(rule.decode(payload, delta), encoded.seen)
 
 
 @every_rule
@@ -190,7 +192,7 @@ def test_rules_can_be_sent_to_other_processes(rule: Compressor) -> None:
 @every_rule
 def test_message_of_another_length_is_refused(rule: Compressor) -> None:
     delta = update([(12, 9), (7,)])
-    with pytest.raises(ValueError, match=r"payload of \d+ bytes: .* other"):
+    with pytest.raises(ValueError, match=r"payload of \d+ bytes: .* another"):
         rule.decode(encode(rule, delta)[0].payload() + b"\0", delta)
 
 
@@ -277,6 +279,20 @@ def test_all_names() -> None:
 def test_bad_arguments_are_refused_with_the_remedy(make: Any, message: str) -> None:
     with pytest.raises((TypeError, ValueError), match=message):
         make()
+
+
+# ---- numbers as they travel
+
+
+@given(st.floats(-3e38, 3e38))
+def test_bounds_are_the_nearest_on_their_side(value: float) -> None:
+    low, high = at_most(value), at_least(value)
+    assert float(low) <= value <= float(high)
+    assert high == low if float(np.float32(value)) == value else high == np.nextafter(low, np.float32(np.inf))
+
+
+def test_bounds_stay_finite() -> None:
+    assert [float(at_most(-1e300)), float(at_least(1e300))] == [-LARGEST, LARGEST]
 
 
 # ---- packing
