@@ -13,6 +13,7 @@ from torch import Tensor
 
 # The first key of every stream, so that no two purposes ever share one.
 COHORT, ORDER, CLIENT, BATCH, LOADER, CACHE, HARDWARE, AVAILABILITY, NOISE = range(9)
+ATTACK, PRIVACY, MASK = range(9, 12)
 
 
 def derive(seed: int, purpose: int, *keys: int) -> int:

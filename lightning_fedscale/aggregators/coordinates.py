@@ -78,5 +78,5 @@ def middle(rows: Tensor) -> Tensor:
 def _trimmed(rows: Tensor, trim: int) -> Tensor:
     # At most to the median: there may be fewer updates than clients, since those that are not finite are left out.
     cut = min(trim, (len(rows) - 1) // 2)
-    parts = (part.T.contiguous().sort(dim=1).values for part in rows.split(_PART, dim=1))
+    parts = (part.T.contiguous().sort(dim=1).values for part in torch.split(rows, _PART, dim=1))
     return torch.cat([part[:, cut : len(rows) - cut].mean(dim=1) for part in parts])

@@ -25,12 +25,12 @@ LEVELS = [
         "noise",
         "partitioners",
         "phases",
-        "privacy",
         "samplers",
         "scaling",
         "server",
         "update_scaling",
     },
+    {"attacks", "privacy"},  # what changes or hides the updates that aggregators see
     {"arguments", "phase_keeper", "rounds"},
     {"custody", "ledger", "records"},
     {"executors"},
