@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from difflib import get_close_matches
 from typing import NamedTuple
 
 from torch import Tensor
@@ -39,25 +38,3 @@ class Aggregator(NamedTuple):
     accumulate: Callable[[Tensor, ClientUpdate, float, Cohort], Tensor]
     finish: Callable[[Tensor, Cohort], Tensor]
     sees_all: bool = False
-
-
-def by_name(name: str) -> Aggregator:
-    """The aggregator that a string argument stands for: ``"mean"`` or ``"uniform"``.
-
-    Raises:
-        ValueError: for another name, with the closest match.
-
-    Example:
-        >>> by_name("unifrom")
-        Traceback (most recent call last):
-        ...
-        ValueError: aggregator='unifrom' is not known. Did you mean 'uniform'? Known: 'mean', 'uniform'.
-    """
-    from lightning_fedscale.aggregators.mean import mean
-
-    known = {"mean": "samples", "uniform": "uniform"}
-    if name not in known:
-        close = get_close_matches(name, known, n=1)
-        hint = f" Did you mean {close[0]!r}?" if close else ""
-        raise ValueError(f"aggregator={name!r} is not known.{hint} Known: {', '.join(map(repr, known))}.")
-    return mean(known[name])

@@ -1,5 +1,6 @@
 """Differential privacy of clients, its accounting, and secure aggregation."""
 
-from lightning_fedscale.privacy.base import Privacy
+from lightning_fedscale.privacy.base import AdaptiveClipping, Privacy
+from lightning_fedscale.privacy.dp_fed_avg import dp_fed_avg
 
-__all__ = ["Privacy"]
+__all__ = ["AdaptiveClipping", "Privacy", "dp_fed_avg"]

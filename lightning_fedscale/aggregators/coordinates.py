@@ -1,0 +1,82 @@
+"""Rules that look at every coordinate by itself: the median and the trimmed mean."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from lightning_fedscale.aggregators.base import Aggregator
+from lightning_fedscale.aggregators.mean import mean
+from lightning_fedscale.aggregators.rows import needing
+from lightning_fedscale.aggregators.stacked import Stack, stacked
+from lightning_fedscale.types import Cohort
+
+_PART = 1 << 16  # coordinates at a time, so that sorting them takes no second copy of all updates
+
+
+def median() -> Aggregator:
+    """The middle value of every coordinate, of an even number of clients the mean of both (Yin et al., 1803.01498).
+
+    **Bears any number of attackers below half of the round's clients**: every coordinate of the result lies between
+    two honest clients' values. All clients count the same, however many samples they hold.
+
+    Example:
+        >>> import torch
+        >>> from lightning_fedscale.aggregators import aggregate
+        >>> aggregate(median(), torch.tensor([[1.0, 9.0], [2.0, 8.0], [1e9, -1e9]])).tolist()
+        [2.0, 8.0]
+    """
+    return stacked(mean("uniform").weigh, lambda stack, cohort: middle(stack.deltas))
+
+
+def trimmed_mean(trim: float | int) -> Aggregator:
+    """Every coordinate's mean without its smallest and largest values (Yin et al., arXiv 1803.01498).
+
+    **Bears as many attackers as it cuts off at each end**: then every coordinate of the result lies between two honest
+    clients' values. All clients count the same, however many samples they hold.
+
+    Args:
+        trim: cut off at each end: an int is a number of clients, a float in [0, 0.5) a share of them, rounded down.
+
+    Raises:
+        TypeError: if ``trim`` is no number.
+        ValueError: if it is negative or cuts off everything; a number of clients that is too large for the cohort is
+            found at the beginning of a round.
+
+    Example:
+        >>> import torch
+        >>> from lightning_fedscale.aggregators import aggregate
+        >>> aggregate(trimmed_mean(0.25), torch.tensor([[-1e9], [1.0], [2.0], [4.0]])).tolist()
+        [1.5]
+    """
+    if isinstance(trim, bool) or not isinstance(trim, int | float):
+        raise TypeError(f"trim={trim!r}: pass a number of clients such as 2, or a share of them in [0, 0.5).")
+    if isinstance(trim, float):
+        if not 0.0 <= trim < 0.5:
+            raise ValueError(f"trim={trim}: pass a share of the clients in [0, 0.5), cut off at each end, or an int.")
+        # A share such as 0.29 of 100 clients is 29 of them, though their product in floating point lies below.
+        return stacked(mean("uniform").weigh, partial(_read, trim=lambda clients: math.floor(trim * clients + 1e-9)))
+    if trim < 0:
+        raise ValueError(f"trim={trim}: pass the number of clients to cut off at each end, at least 0.")
+    rule = stacked(mean("uniform").weigh, partial(_read, trim=lambda clients: trim))
+    return needing(rule, 2 * trim + 1, f"trimmed_mean(trim={trim})")
+
+
+def _read(stack: Stack, cohort: Cohort, *, trim: Callable[[int], int]) -> Tensor:
+    return _trimmed(stack.deltas, trim(len(stack.deltas)))
+
+
+def middle(rows: Tensor) -> Tensor:
+    """The coordinate-wise median of rows."""
+    return _trimmed(rows, len(rows))
+
+
+def _trimmed(rows: Tensor, trim: int) -> Tensor:
+    # At most to the median: there may be fewer updates than clients, since those that are not finite are left out.
+    cut = min(trim, (len(rows) - 1) // 2)
+    parts = (part.T.contiguous().sort(dim=1).values for part in torch.split(rows, _PART, dim=1))
+    return torch.cat([part[:, cut : len(rows) - cut].mean(dim=1) for part in parts])

@@ -1,0 +1,80 @@
+"""A rule applied to updates that are all at hand: for studies, tests and rules that wrap others."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lightning_fedscale.aggregators.base import Aggregator
+from lightning_fedscale.types import ClientUpdate, Cohort
+
+
+def aggregate(
+    rule: Aggregator, rows: Tensor, held: Sequence[int] | None = None, trainable: int | None = None, seed: int = 0
+) -> Tensor:
+    """What a rule makes of these updates, in one call.
+
+    Args:
+        rule: the rule.
+        rows: one update per client, (clients, elements); rows with NaN or infinite values are left out.
+        held: samples of each client; 1 each if not given.
+        trainable: how many of a row's elements belong to trainable parameters, the first ones; all if not given.
+        seed: for rules that draw random numbers.
+
+    Example:
+        >>> from lightning_fedscale.aggregators import mean, median
+        >>> rows = torch.tensor([[1.0], [2.0], [600.0]])
+        >>> aggregate(mean(), rows).tolist(), aggregate(median(), rows).tolist()
+        ([201.0], [2.0])
+    """
+    clients, length = rows.shape
+    cohort = Cohort(0, np.arange(clients), clients, length if trainable is None else trainable, seed)
+    updates = (
+        ClientUpdate(client, row, norm_of(row, cohort), size, size, 1, torch.nan, 0.0)
+        for client, (row, size) in enumerate(zip(rows.double(), held or [1] * clients, strict=True))
+    )
+    return fold(rule, updates, torch.zeros(length, dtype=torch.float64), cohort)
+
+
+def fold(rule: Aggregator, updates: Iterable[ClientUpdate], like: Tensor, cohort: Cohort) -> Tensor:
+    """Accumulate and finish, as a round on one rank does.
+
+    Args:
+        rule: the rule.
+        updates: of the cohort's clients, in any order; those that are not finite are left out.
+        like: a vector as long as an update.
+        cohort: who takes part.
+    """
+    total = rule.init(like, cohort)
+    for update in updates:
+        if update.finite:
+            total = rule.accumulate(total, update, float(rule.weigh(update)), cohort)
+    return rule.finish(total, cohort)
+
+
+def norm_of(delta: Tensor, cohort: Cohort) -> float:
+    """``ClientUpdate.norm`` of a delta: over its trainable part, not finite when any element is not."""
+    if not bool(delta.isfinite().all()):
+        return float("nan")
+    return float(torch.linalg.vector_norm(delta[: cohort.trainable]))
+
+
+def needing(rule: Aggregator, clients: int, name: str) -> Aggregator:
+    """The rule, refusing cohorts of fewer clients at the beginning of a round, when none has trained yet.
+
+    Raises:
+        ValueError: from ``init``; names the rule and the remedy.
+    """
+
+    def init(like: Tensor, cohort: Cohort) -> Tensor:
+        if len(cohort.clients) < clients:
+            raise ValueError(
+                f"aggregator={name} needs at least {clients} clients in a round to bear what it promises, and round"
+                f" {cohort.round} has {len(cohort.clients)}: raise clients_per_round, or lower its arguments."
+            )
+        return rule.init(like, cohort)
+
+    return rule._replace(init=init)

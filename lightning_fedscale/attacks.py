@@ -1,0 +1,249 @@
+"""Hostile clients, for tests and studies of robust aggregation.
+
+`attacked` puts an attack in front of any aggregator: chosen clients train as the others do, then send something else.
+`flip_labels` makes clients train on wrong labels instead.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from statistics import NormalDist
+from typing import Any, TypeAlias
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from lightning_fedscale import randomness
+from lightning_fedscale.aggregators import Aggregator, Stack
+from lightning_fedscale.aggregators.rows import fold, norm_of
+from lightning_fedscale.types import ClientUpdate, Cohort, IntArray
+
+Attack: TypeAlias = Callable[[Stack, list[int], Cohort], Tensor]
+"""``(stack, rows, cohort)``: what the attackers send instead, the trainable parts only, one row for each of ``rows``,
+which are the attackers' rows in the stack of all updates as they would be without an attack."""
+
+
+def attacked(aggregator: Aggregator, attack: Attack, attackers: Iterable[int]) -> Aggregator:
+    """An aggregator some of whose clients are hostile.
+
+    All updates are collected, the attackers' ones are replaced, and the aggregator sees the result. So it works under
+    any executor and on any number of ranks; every rank holds as many copies of the model as clients take part. What the
+    record tells of single clients (norms, losses) is from before the attack. Attackers leave buffers as they are.
+
+    Args:
+        aggregator: the rule under attack.
+        attack: what attackers send, one of this module's or your own.
+        attackers: the hostile clients, by number; those in a round's cohort attack.
+
+    Raises:
+        ValueError: if a client's number is negative.
+
+    Example:
+        >>> from lightning_fedscale.aggregators import aggregate, mean, median
+        >>> rows = torch.tensor([[1.0], [2.0], [3.0]])
+        >>> aggregate(attacked(mean(), sign_flip(scale=5.0), attackers=[2]), rows).tolist()
+        [-4.0]
+        >>> aggregate(attacked(median(), sign_flip(scale=5.0), attackers=[2]), rows).tolist()
+        [1.0]
+    """
+    hostile = frozenset(attackers)
+    if hostile and min(hostile) < 0:
+        raise ValueError(f"attackers: {min(hostile)} is no client, pass numbers from 0 to num_clients - 1.")
+
+    def finish(total: Tensor, cohort: Cohort) -> Tensor:
+        updates = _updates(total, cohort)
+        rows = [row for row, update in enumerate(updates) if update.client in hostile]
+        if rows:
+            stack = Stack(
+                torch.stack([update.delta for update in updates]),
+                total.new_tensor([aggregator.weigh(update) for update in updates]),
+                [cohort.place(update.client) for update in updates],
+                cohort.trainable,
+            )
+            for row, sent in zip(rows, attack(stack, rows, cohort), strict=True):
+                delta = torch.cat([sent, updates[row].delta[cohort.trainable :]])
+                updates[row] = updates[row]._replace(delta=delta, norm=norm_of(delta, cohort))
+        return fold(aggregator, updates, total.new_zeros(_length(total, cohort)), cohort)
+
+    return Aggregator(aggregator.weigh, _init, _accumulate, finish)
+
+
+_NUMBERS = 7  # of a row, behind the delta: that the client sent it, and all that its update tells in numbers
+
+
+def _init(like: Tensor, cohort: Cohort) -> Tensor:
+    return torch.zeros(len(cohort.clients) * (like.numel() + _NUMBERS), dtype=like.dtype, device=like.device)
+
+
+def _length(total: Tensor, cohort: Cohort) -> int:
+    return total.numel() // len(cohort.clients) - _NUMBERS
+
+
+def _accumulate(total: Tensor, update: ClientUpdate, weight: float, cohort: Cohort) -> Tensor:
+    row = total.view(len(cohort.clients), -1)[cohort.place(update.client)]
+    row[:-_NUMBERS].copy_(update.delta)
+    numbers = (1, update.norm, update.held, update.samples, update.steps, update.loss, update.seconds)
+    row[-_NUMBERS:].copy_(torch.tensor(numbers, dtype=row.dtype))
+    return total
+
+
+def _updates(total: Tensor, cohort: Cohort) -> list[ClientUpdate]:
+    found = []
+    for client, row in zip(cohort.clients.tolist(), total.view(len(cohort.clients), -1), strict=True):
+        sent, norm, held, samples, steps, loss, seconds = row[-_NUMBERS:].tolist()
+        if sent:
+            delta = row[:-_NUMBERS]
+            found.append(ClientUpdate(client, delta, norm, int(held), int(samples), int(steps), loss, seconds))
+    return found
+
+
+def sign_flip(scale: float = 1.0) -> Attack:
+    """Attackers send their update with the opposite sign, ``scale`` times as long.
+
+    A share ``p`` of attackers turns the mean of equal clients around once ``p * scale > 1 - p``.
+
+    Example:
+        >>> stack = Stack(torch.tensor([[1.0], [2.0]]), torch.ones(2), [0, 1], trainable=1)
+        >>> sign_flip(3.0)(stack, [1], Cohort(0, np.arange(2), 2, 1, 0)).tolist()
+        [[-6.0]]
+    """
+    return lambda stack, rows, cohort: -scale * _own(stack, rows)
+
+
+def gaussian(std: float) -> Attack:
+    """Attackers send normal noise with mean 0 instead of their update (Blanchard et al., 2017).
+
+    The noise depends on the strategy's seed, the round and the client only.
+
+    Args:
+        std: of every element, in the units of the parameters.
+
+    Example:
+        >>> stack = Stack(torch.zeros(2, 1000, dtype=torch.float64), torch.ones(2), [0, 1], trainable=1000)
+        >>> noise = gaussian(20.0)(stack, [0, 1], Cohort(0, np.arange(2), 2, 1000, 0))
+        >>> round(noise.std().item())
+        20
+    """
+
+    def attack(stack: Stack, rows: list[int], cohort: Cohort) -> Tensor:
+        sent = torch.empty_like(_own(stack, rows))
+        for row, place in zip(sent, (stack.places[number] for number in rows), strict=True):
+            keys = (cohort.round, int(cohort.clients[place]))
+            draws = randomness.generator(cohort.seed, randomness.ATTACK, *keys).normal(0.0, std, stack.trainable)
+            row.copy_(torch.from_numpy(draws))
+        return sent
+
+    return attack
+
+
+def model_replacement(boost: float | None = None) -> Attack:
+    """Attackers lengthen their update until the mean becomes theirs (Bagdasaryan et al., arXiv 1807.00459).
+
+    Let them train on something else, such as `flip_labels`: what they learn replaces the global model.
+
+    Args:
+        boost: how many times longer; None is the round's weight over the attackers' weight, which puts the mean of
+            the attackers, plus what the honest ones add, in place of the mean of all.
+
+    Example:
+        >>> stack = Stack(torch.tensor([[0.0], [0.0], [2.0]]), torch.ones(3), [0, 1, 2], trainable=1)
+        >>> model_replacement()(stack, [2], Cohort(0, np.arange(3), 3, 1, 0)).tolist()
+        [[6.0]]
+    """
+
+    def attack(stack: Stack, rows: list[int], cohort: Cohort) -> Tensor:
+        own = stack.weights[rows].sum()
+        return _own(stack, rows) * (stack.weights.sum() / own if boost is None else boost)
+
+    return attack
+
+
+def a_little_is_enough(z: float | None = None) -> Attack:
+    r"""Attackers send :math:`\mu - z \sigma`, within what honest clients might send (Baruch et al., arXiv 1902.06156).
+
+    Mean and standard deviation of every element are those of the attackers' own honest updates, for they see no others;
+    so there should be several.
+
+    Args:
+        z: how many standard deviations away; None is the paper's, the largest with enough honest clients further away:
+            :math:`\Phi(z) = (n - f - s) / (n - f)` with :math:`s = \lfloor n / 2 + 1 \rfloor - f` for ``n`` clients
+            with ``f`` attackers in the round, see `enough`.
+
+    Example:
+        >>> stack = Stack(torch.tensor([[1.0], [3.0], [2.0]]), torch.ones(3), [0, 1, 2], trainable=1)
+        >>> a_little_is_enough(z=1.5)(stack, [0, 1], Cohort(0, np.arange(3), 3, 1, 0)).tolist()
+        [[0.5], [0.5]]
+    """
+
+    def attack(stack: Stack, rows: list[int], cohort: Cohort) -> Tensor:
+        own = _own(stack, rows)
+        away = enough(len(stack.deltas), len(rows)) if z is None else z
+        return (own.mean(dim=0) - away * own.std(dim=0, correction=0)).expand_as(own)
+
+    return attack
+
+
+def enough(clients: int, attackers: int) -> float:
+    """The paper's number of standard deviations for `a_little_is_enough`.
+
+    Example:
+        >>> round(enough(clients=50, attackers=24), 2)
+        1.43
+    """
+    # The paper has a minority of attackers; more of them need no finesse.
+    attackers = min(attackers, clients // 2)
+    supporters = math.floor(clients / 2 + 1) - attackers
+    honest = clients - attackers
+    share = (honest - supporters) / honest
+    return max(0.0, NormalDist().inv_cdf(share)) if share > 0 else 0.0
+
+
+def _own(stack: Stack, rows: list[int]) -> Tensor:
+    return stack.deltas[rows, : stack.trainable]
+
+
+def flip_labels(dataset: Any, indices: Iterable[int], num_classes: int) -> Dataset[Any]:
+    """A dataset in which some samples have the wrong label: ``i`` becomes ``num_classes - 1 - i``.
+
+    Divide the data among clients before (``partition = partitioner.partition``, then
+    ``FederatedStrategy(partitioner=partition)``): a partitioner by labels would see the wrong ones.
+
+    Args:
+        dataset: the dataset; its samples are tuples or lists whose last entry is the label.
+        indices: the samples to flip, for instance ``partition.client(k)`` of an attacker ``k``.
+        num_classes: number of classes.
+
+    Raises:
+        TypeError: from an access, if a sample is no tuple or list.
+        ValueError: if ``num_classes`` is below 2.
+
+    Example:
+        >>> from torch.utils.data import TensorDataset
+        >>> flipped = flip_labels(TensorDataset(torch.arange(3.0), torch.tensor([0, 1, 9])), [0, 2], num_classes=10)
+        >>> [int(flipped[number][1]) for number in range(3)]
+        [9, 1, 0]
+    """
+    if num_classes < 2:
+        raise ValueError(f"num_classes={num_classes}: pass the number of classes, at least 2.")
+    return _FlippedLabels(dataset, np.fromiter(indices, np.int64), num_classes)
+
+
+class _FlippedLabels(Dataset[Any]):
+    def __init__(self, dataset: Any, indices: IntArray, num_classes: int) -> None:
+        self._dataset, self._num_classes = dataset, num_classes
+        self._flipped = np.zeros(len(dataset), dtype=bool)
+        self._flipped[indices] = True
+
+    def __len__(self) -> int:
+        return len(self._dataset)
+
+    def __getitem__(self, index: int) -> Any:
+        sample = self._dataset[index]
+        if not isinstance(sample, tuple | list):
+            raise TypeError(f"flip_labels: sample {index} is a {type(sample).__name__}, not a tuple (..., label).")
+        if not self._flipped[index]:
+            return sample
+        return (*sample[:-1], self._num_classes - 1 - sample[-1])

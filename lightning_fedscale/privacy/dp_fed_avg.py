@@ -1,0 +1,123 @@
+"""DP-FedAvg: every client's influence is bounded, and hidden by noise."""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+from lightning_fedscale.privacy.accounting import Accountant
+from lightning_fedscale.privacy.base import AdaptiveClipping, Privacy
+
+
+def dp_fed_avg(
+    clip_norm: float,
+    noise_multiplier: float | None = None,
+    *,
+    delta: float,
+    target_epsilon: float | None = None,
+    rounds: int | None = None,
+    adaptive: AdaptiveClipping | None = None,
+    weight_cap: float | None = None,
+    noise: Literal["server", "client"] = "server",
+    accountant: Accountant = "pld",
+    max_epsilon: float | None = None,
+) -> Privacy:
+    r"""Differential privacy of whole clients (McMahan et al., arXiv 1710.06963).
+
+    .. math:: \Delta = \frac{\sum_k w_k \Delta_k \min(1, S / \lVert \Delta_k \rVert) + \mathcal N(0, (z S)^2 I)}{q W}
+
+    The sum is over the round's clients, each there with probability :math:`q` independently of the others (Poisson
+    sampling); :math:`W` is the sum of the weights :math:`w_k \le 1` of all registered clients.
+
+    The guarantee: whoever sees all global models learns little about whether any one client took part at all,
+    (epsilon, ``delta``) for adding or removing it. It assumes Poisson sampling; for cohorts of fixed size the epsilon
+    is an approximation. The server is trusted, or clients add the noise under secure aggregation. Privacy of single
+    samples, as Opacus gives, is another matter and out of scope. As a simulation it shows what privacy costs in
+    accuracy: to release a model, draw the noise from a cryptographic generator in exact arithmetic.
+
+    Args:
+        clip_norm: most that a client may move the model: its delta is shortened to this norm.
+        noise_multiplier: standard deviation of the noise on the sum of deltas, over ``clip_norm``; or give
+            ``target_epsilon`` and ``rounds``.
+        delta: probability with which the guarantee may fail; well below 1 / number of clients.
+        target_epsilon: instead of ``noise_multiplier``, epsilon after ``rounds`` rounds.
+        rounds: how many rounds ``target_epsilon`` is for.
+        adaptive: lets the clip norm follow a quantile of the clients' norms, beginning at ``clip_norm``.
+        weight_cap: a client weighs as many samples as it holds over this, at most 1; None weighs all alike.
+        noise: ``"server"``, added once; ``"client"``, every client adds its share, the same in distribution.
+        accountant: ``"pld"``, tight, or ``"rdp"``, faster and a little higher.
+        max_epsilon: training ends before a round would exceed it.
+
+    Raises:
+        TypeError: if ``adaptive`` is no `AdaptiveClipping`.
+        ValueError: for a wrong value or combination; names the argument, the value and the remedy.
+
+    Example:
+        >>> import numpy as np, torch
+        >>> from lightning_fedscale.types import Cohort
+        >>> private = dp_fed_avg(clip_norm=1.0, noise_multiplier=0.0, delta=1e-5)
+        >>> delta, state = torch.tensor([3.0, 4.0], dtype=torch.float64), private.init()
+        >>> private.clip(delta, state), delta.tolist()
+        (False, [0.6000000000000001, 0.8])
+        >>> cohort = Cohort(0, np.arange(1), registered=10, trainable=2, seed=0)
+        >>> mean, state = private.finish(delta, 0.0, state, cohort, expected=2.0, generator=np.random.default_rng(0))
+        >>> mean.tolist(), state["rounds"]
+        ([0.30000000000000004, 0.4], 1)
+    """
+    _positive("clip_norm", clip_norm)
+    if not 0 < delta < 1:
+        raise ValueError(f"delta={delta}: pass a probability in (0, 1), well below 1 / number of clients.")
+    if (noise_multiplier is None) == (target_epsilon is None):
+        raise ValueError(
+            f"noise_multiplier={noise_multiplier} and target_epsilon={target_epsilon}: give exactly one of them."
+        )
+    if noise_multiplier is not None and not (noise_multiplier >= 0 and math.isfinite(noise_multiplier)):
+        raise ValueError(f"noise_multiplier={noise_multiplier}: pass a number of at least 0.")
+    if (target_epsilon is None) != (rounds is None):
+        raise ValueError(f"target_epsilon={target_epsilon} and rounds={rounds}: they belong together, give both.")
+    for name, value in (
+        ("target_epsilon", target_epsilon),
+        ("rounds", rounds),
+        ("weight_cap", weight_cap),
+        ("max_epsilon", max_epsilon),
+    ):
+        if value is not None:
+            _positive(name, value)
+    _check_adaptive(adaptive, weight_cap)
+    if noise not in ("server", "client"):
+        raise ValueError(f"noise={noise!r}: choose 'server' or 'client'.")
+    if accountant not in ("pld", "rdp"):
+        raise ValueError(f"accountant={accountant!r}: choose 'pld' or 'rdp'.")
+    return Privacy(
+        clip_norm,
+        delta,
+        noise_multiplier,
+        target_epsilon,
+        rounds,
+        adaptive,
+        weight_cap,
+        noise,
+        accountant,
+        max_epsilon,
+    )
+
+
+def _check_adaptive(adaptive: AdaptiveClipping | None, weight_cap: float | None) -> None:
+    if adaptive is None:
+        return
+    if not isinstance(adaptive, AdaptiveClipping):
+        raise TypeError(f"adaptive={adaptive!r}: pass privacy.AdaptiveClipping(), or None.")
+    if not 0 <= adaptive.quantile <= 1:
+        raise ValueError(f"adaptive: quantile={adaptive.quantile}: pass a share of the clients in [0, 1].")
+    _positive("adaptive: rate", adaptive.rate)
+    if adaptive.count_noise is not None:
+        _positive("adaptive: count_noise", adaptive.count_noise)
+    if weight_cap is not None:
+        raise ValueError(
+            f"weight_cap={weight_cap} with adaptive clipping: the quantile counts all clients alike. Leave one out."
+        )
+
+
+def _positive(name: str, value: float) -> None:
+    if not (value > 0 and math.isfinite(value)):
+        raise ValueError(f"{name}={value}: pass a number above 0.")
