@@ -12,6 +12,7 @@ from itertools import chain
 from typing import Any, NamedTuple, TypeAlias
 
 import lightning.pytorch as pl
+import numpy as np
 import torch
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
@@ -43,9 +44,11 @@ from lightning_fedscale.half_batches import mean_gradient
 from lightning_fedscale.local_rules import Ditto
 from lightning_fedscale.memory import format_bytes
 from lightning_fedscale.partitioners import Partition
+from lightning_fedscale.privacy import PrivacyBudget
 from lightning_fedscale.progress import ClientProgress
 from lightning_fedscale.records import RoundTable
 from lightning_fedscale.rounds import LocalWork, RoundPlan
+from lightning_fedscale.samplers import reads_losses
 from lightning_fedscale.tree import as_real
 from lightning_fedscale.types import ClientUpdate, Cohort, IntArray, Params, RoundRecord
 from lightning_fedscale.uplink import PersonalModels, Sent, Uplink
@@ -117,6 +120,7 @@ class Federation:
         self._quiet = False  # while clients train what nobody is told of
         self._begun: list[LocalWork] = []  # what this rank does in the round that runs
         self._equipped = False
+        self._budget: PrivacyBudget | None = None
         self._simulated = 0.0  # seconds, over all rounds
         self._versions: dict[int, Tensor] = {}  # older global models from which clients have started
         self._losses: dict[int, float] = {}  # last known of each client, if the sampler reads them
@@ -164,8 +168,19 @@ class Federation:
         )
         self.close()
         self._work = workload
+        self._calibrate(workload)
         self._check_resumed()
         return RoundLoader(workload.loader, self._options.rounds_per_epoch, self.open_round)
+
+    def _calibrate(self, work: Workload) -> None:
+        """Make privacy ready for these clients."""
+        if (privacy := self._options.rules.privacy) is None:
+            return
+        clients, cohort = work.partition.num_clients, work.cohort_size
+        self._budget = PrivacyBudget(privacy.calibrated(cohort / clients, cohort), cohort / clients)
+        rules = self._options.rules._replace(privacy=self._budget.privacy)
+        self._options = self._options._replace(rules=rules)
+        self._global.calibrate(rules, self._budget.expected_weight(work.partition.sizes))
 
     def equip(self) -> None:
         """Before the first round: look at the model, and give the clients their simulated hardware, if any.
@@ -177,6 +192,8 @@ class Federation:
         trainer = self._trainer
         if work is not None and not self._equipped:
             self._equipped = True
+            if self._budget is not None:
+                self._budget.check(trainer.global_step)
             combinations.check_model(self._options, trainer.lightning_module, self._exchange())
             rounds = int(trainer.estimated_stepping_batches) if math.isfinite(trainer.estimated_stepping_batches) else 0
             combinations.warn_of_lost_errors(self._options, work.partition.num_clients, work.cohort_size, rounds)
@@ -338,7 +355,11 @@ class Federation:
             aggregate = self._global.aggregate(server, total, table, cohort, messages)
             norm = float(torch.linalg.vector_norm(aggregate[: exchange.view.trainable]))
             record = table.record(
-                norm, self._received_bytes(exchange), self._simulated, batch_sizes=self._batch_sizes(cohort)
+                norm,
+                self._received_bytes(exchange),
+                self._simulated,
+                None if self._budget is None else self._budget.spent(cohort.round + 1),
+                self._batch_sizes(cohort),
             )
             if training:
                 self._tell("on_before_server_step", record, exchange.named(aggregate))
@@ -366,10 +387,13 @@ class Federation:
         if training:
             self._commit(opened.plan, table)
             self._keep_version(opened.plan, server)
+            if self._budget is not None and not self._budget.affords(cohort.round + 1):
+                rank_zero_info(f"privacy: {self._budget.told(cohort.round + 1)}, so training ends here.")
+                self._trainer.should_stop = True
             self._executor.settle(Ballot(*table.ballot()))
         self.last_round = record
         if training:
-            if getattr(self._options.sampler, "reads_losses", False):
+            if reads_losses(self._options.sampler):
                 known = zip(record.clients.tolist(), record.losses.tolist(), strict=True)
                 self._losses.update({client: loss for client, loss in known if math.isfinite(loss)})
             self._simulated += 0.0 if record.simulated is None else record.simulated.seconds
@@ -488,7 +512,8 @@ class Federation:
     def _cohort(self, plan: RoundPlan, exchange: Exchange) -> Cohort:
         assert self._work is not None
         registered = self._work.partition.num_clients
-        return Cohort(plan.round, plan.cohort, registered, exchange.view.trainable, self._options.seed)
+        clients = plan.cohort[~np.isin(plan.cohort, list(plan.spare))] if plan.spare else plan.cohort
+        return Cohort(plan.round, clients, registered, exchange.view.trainable, self._options.seed)
 
     def _exchange(self) -> Exchange:
         return exchange_of(self._trainer.lightning_module, self._options.rules.personal)

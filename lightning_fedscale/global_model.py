@@ -46,7 +46,11 @@ class GlobalModel:
         self._downlink = downlink
         self._next: dict[str, Any] = {}  # what the states will be if the round is a good one
         self.states: dict[str, Any] = {}
-        self.expected_weight = 0.0  # of a round's clients together, which privacy divides by
+        self._expected_weight = 0.0
+
+    def calibrate(self, rules: Rules, expected_weight: float) -> None:
+        """Take rules whose privacy is ready, and the expected weight of a round's clients together."""
+        self._rules, self._expected_weight = rules, expected_weight
 
     def load_states(self, states: dict[str, Any], device: torch.device) -> None:
         """Go on from saved states."""
@@ -175,7 +179,7 @@ class GlobalModel:
             aggregate[cohort.trainable :] = 0.0
             state, generator = self._next[PRIVACY], randomness.generator(cohort.seed, randomness.PRIVACY, cohort.round)
             private, self._next[PRIVACY] = privacy.finish(
-                moved, table.within(), state, cohort, self.expected_weight, generator
+                moved, table.within(), state, cohort, self._expected_weight, generator
             )
             moved.copy_(private)
         if (rule := self._rules.local) is not None and table.accepted:

@@ -11,7 +11,7 @@ import numpy as np
 from lightning_fedscale import randomness
 from lightning_fedscale.asynchrony import Flush
 from lightning_fedscale.devices.population import Selection
-from lightning_fedscale.samplers import Sampler
+from lightning_fedscale.samplers import Sampler, reads_losses
 from lightning_fedscale.types import Cursor, IntArray
 
 
@@ -109,7 +109,7 @@ def plan_round(
         >>> plan.clients_of(0), plan.clients_of(1)
         ([0, 3], [1, 2])
     """
-    known = {"losses": losses or {}} if getattr(sampler, "reads_losses", False) else {}
+    known = {"losses": losses or {}} if reads_losses(sampler) else {}
     chosen = sampler(seed=seed, round=round, num_clients=num_clients, clients_per_round=clients_per_round, **known)
     cohort = np.asarray(chosen)
     if cohort.ndim != 1 or (len(cohort) and cohort.dtype.kind not in "iu"):

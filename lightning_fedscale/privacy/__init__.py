@@ -1,6 +1,7 @@
 """Differential privacy of clients, its accounting, and secure aggregation."""
 
 from lightning_fedscale.privacy.base import AdaptiveClipping, Privacy
+from lightning_fedscale.privacy.budget import PrivacyBudget
 from lightning_fedscale.privacy.dp_fed_avg import dp_fed_avg
 
-__all__ = ["AdaptiveClipping", "Privacy", "dp_fed_avg"]
+__all__ = ["AdaptiveClipping", "Privacy", "PrivacyBudget", "dp_fed_avg"]
