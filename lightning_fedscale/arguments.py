@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import inspect
 import numbers
+from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 from lightning_fedscale import aggregators
 from lightning_fedscale.aggregators import Aggregator
@@ -20,6 +21,9 @@ from lightning_fedscale.types import IntArray
 
 DEFAULT_CLIENTS = 10
 
+LocalSteps: TypeAlias = Callable[[int], int]
+"""From the round's number to its local batches; the same on every rank and after a restart."""
+
 
 class Arguments(NamedTuple):
     """Checked arguments; see `FederatedStrategy` for their meaning.
@@ -32,7 +36,7 @@ class Arguments(NamedTuple):
     clients_per_round: int | float | None
     partitioner: Partitioner | Partition
     local_epochs: int | None
-    local_steps: int | None
+    local_steps: int | LocalSteps | None
     rounds_per_epoch: int
     sampler: Sampler
     aggregator: Aggregator
@@ -63,6 +67,16 @@ class Arguments(NamedTuple):
                 " all."
             )
         return wanted
+
+    def steps_in(self, round: int) -> int | None:
+        """Local batches of a client in a round; None where passes over the data are counted.
+
+        Raises:
+            TypeError, ValueError: if a function answers otherwise.
+        """
+        if self.local_steps is None or isinstance(self.local_steps, int):
+            return self.local_steps
+        return integer(f"local_steps({round})", self.local_steps(round))
 
     def partition(self, dataset: Any) -> Partition:
         """Divide a dataset among the clients.
@@ -101,7 +115,7 @@ def check(
     clients_per_round: int | float | None,
     partitioner: str | Partitioner | Partition,
     local_epochs: int | Literal["auto"] | None,
-    local_steps: int | None,
+    local_steps: int | LocalSteps | None,
     rounds_per_epoch: int,
     sampler: Sampler,
     aggregator: str | Aggregator,
@@ -184,7 +198,7 @@ def check(
         clients_per_round=clients_per_round,
         partitioner=partitioner,
         local_epochs=None if local_epochs is None else integer("local_epochs", local_epochs),
-        local_steps=None if local_steps is None else integer("local_steps", local_steps),
+        local_steps=_checked_local_steps(local_steps),
         rounds_per_epoch=integer("rounds_per_epoch", rounds_per_epoch),
         sampler=sampler,
         aggregator=aggregator,
@@ -247,6 +261,21 @@ def _checked_clients_per_round(value: object, num_clients: int | None) -> int | 
             f"clients_per_round={wanted} is more than num_clients={num_clients}: lower it, or leave it out to take all."
         )
     return wanted
+
+
+def _checked_local_steps(value: object) -> int | LocalSteps | None:
+    if value is None:
+        return None
+    if not callable(value):
+        return integer("local_steps", value)
+    try:
+        inspect.signature(value).bind(0)
+    except TypeError as error:
+        raise TypeError(
+            f"local_steps={value!r}: {error}; pass a number of batches, or a function that makes one of the round's"
+            " number."
+        ) from None
+    return value
 
 
 def _check_sampler(sampler: Sampler) -> None:

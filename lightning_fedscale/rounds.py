@@ -22,12 +22,16 @@ class Simulated(NamedTuple):
 
 
 class RoundPlan(NamedTuple):
-    """The cohort of a round and the rank that trains each client; with simulated hardware, how that turned out."""
+    """The cohort of a round and the rank that trains each client.
+
+    With simulated hardware, how that turned out; ``local_steps`` is None where passes over the data are counted.
+    """
 
     round: int
     cohort: IntArray
     ranks: IntArray
     simulated: Simulated | None = None
+    local_steps: int | None = None
 
     def clients_of(self, rank: int) -> list[int]:
         """The clients that ``rank`` trains, in cohort order."""

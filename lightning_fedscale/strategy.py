@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, Literal
@@ -66,7 +66,8 @@ class FederatedStrategy(DDPStrategy):
         local_epochs: passes over its own data that a client makes in a round; "auto" is 1 unless ``local_steps`` is
             given.
         local_steps: instead of ``local_epochs``, the number of batches; a client goes on in its data where it stopped
-            the last time.
+            the last time. A function of the round's number gives every round its own, for a schedule or to follow a
+            `CriticalPhase`; it must say the same on every rank and after a restart.
         rounds_per_epoch: rounds in a Trainer epoch.
         sampler: who takes part, see `lightning_fedscale.samplers`.
         aggregator: "mean" (weighted by samples), "uniform", or an object from `lightning_fedscale.aggregators`.
@@ -117,7 +118,7 @@ class FederatedStrategy(DDPStrategy):
         clients_per_round: int | float | None = None,
         partitioner: str | Partitioner | Partition = "iid",
         local_epochs: int | Literal["auto"] | None = "auto",
-        local_steps: int | None = None,
+        local_steps: int | Callable[[int], int] | None = None,
         rounds_per_epoch: int = 1,
         sampler: Sampler = samplers.uniform,
         aggregator: str | Aggregator = "mean",

@@ -94,6 +94,11 @@ class Workload:
                 f"population: batch_size={population.batch_size!r} with a batch_sampler of your own, which alone"
                 " decides what a batch is: pass Population(..., batch_size='loader') or a DataLoader with a batch_size."
             )
+        if population.batch_size == "fastest" and callable(self._options.local_steps):
+            raise ValueError(
+                f"population: batch_size='fastest' with local_steps={self._options.local_steps!r}, and which batch is"
+                " fastest depends on how many follow: pass local_steps as a number, or another batch_size."
+            )
         if population.may_drop and population.min_clients < self._world_size:
             raise ValueError(
                 f"population: min_clients={population.min_clients} is fewer than the {self._world_size} ranks (devices"
@@ -105,40 +110,41 @@ class Workload:
         """What clients do in a round, for those who simulate their hardware."""
         options, sizes = self._options, self.partition.sizes
         per_pass = float(sizes.mean()) / self.loader.batch_size
-        steps = options.local_steps if options.local_steps is not None else (options.local_epochs or 1) * per_pass
+        steps = options.steps_in(0) or (options.local_epochs or 1) * per_pass
         # Where tails are dropped, a larger batch would leave the smallest client without any.
         most = int(sizes.min() if self.loader.drop_last else sizes.max())
         return Duty(self._cohort_size, steps, self.loader.batch_size, most, message_bytes)
 
     def plan(self, round: int) -> RoundPlan:
         """The cohort of a round and where each client trains."""
-        asked, simulate = self._cohort_size, None
+        asked, simulate, steps = self._cohort_size, None, self._options.steps_in(round)
         if (fleet := self.fleet) is not None:
             asked = fleet.population.asked(self._cohort_size, self.partition.num_clients)
-            simulate = partial(self._simulate, fleet, round)
-        return plan_round(
+            simulate = partial(self._simulate, fleet, round, steps)
+        plan = plan_round(
             round,
             seed=self._options.seed,
             sampler=self._options.sampler,
             num_clients=self.partition.num_clients,
             clients_per_round=asked,
-            cost=self._cost,
+            cost=partial(self._cost, steps),
             world_size=self._world_size,
             simulate=simulate,
         )
+        return plan._replace(local_steps=steps)
 
-    def _simulate(self, fleet: Fleet, round: int, clients: IntArray) -> Simulated:
-        steps, samples = self._amounts(fleet, clients)
+    def _simulate(self, fleet: Fleet, round: int, local_steps: int | None, clients: IntArray) -> Simulated:
+        steps, samples = self._amounts(fleet, local_steps, clients)
         selection = fleet.select(self._options.seed, round, clients, steps, samples, self._cohort_size)
         return Simulated(selection, fleet.batch_sizes_of(selection.clients))
 
-    def _amounts(self, fleet: Fleet, clients: IntArray) -> tuple[FloatArray, FloatArray]:
+    def _amounts(self, fleet: Fleet, local_steps: int | None, clients: IntArray) -> tuple[FloatArray, FloatArray]:
         """Local batches of each client in a round, and samples over all of them."""
         passes = [self._pass(int(size), fleet.batch_size(client)) for client, size in self._held(clients)]
         steps, samples = np.array(passes, dtype=np.float64).T
-        if self._options.local_steps is not None:
+        if local_steps is not None:
             # Where in its data a client goes on does not matter here: it meets full and last batches as they come.
-            return np.full(len(passes), float(self._options.local_steps)), samples / steps * self._options.local_steps
+            return np.full(len(passes), float(local_steps)), samples / steps * local_steps
         assert self._options.local_epochs is not None
         return steps * self._options.local_epochs, samples * self._options.local_epochs
 
@@ -152,18 +158,18 @@ class Workload:
         offsets = self.partition.offsets
         return zip(clients.tolist(), (offsets[clients + 1] - offsets[clients]).tolist(), strict=True)
 
-    def _cost(self, clients: IntArray) -> IntArray:
+    def _cost(self, local_steps: int | None, clients: IntArray) -> IntArray:
         # By samples; with local_steps every client does the same work. Not `partition.sizes`: that is of all clients.
         offsets = self.partition.offsets
         sizes: IntArray = offsets[clients + 1] - offsets[clients]
-        return sizes if self._options.local_steps is None else sizes * 0 + self._options.local_steps
+        return sizes if local_steps is None else sizes * 0 + local_steps
 
-    def of_client(self, client: int, round: int, cursor: Cursor) -> LocalWork:
+    def of_client(self, client: int, plan: RoundPlan, cursor: Cursor) -> LocalWork:
         """What a client does in a round.
 
         Args:
             client: index of the client.
-            round: index of the round.
+            plan: of the round.
             cursor: where its data goes on; counts with ``local_steps`` only.
         """
         indices, options = self.partition.client(client), self._options
@@ -173,9 +179,9 @@ class Workload:
             order = pass_order(indices, shuffle=shuffle, seed=self._seed, client=client, number=number)
             return self.loader.batches(order, None if self.fleet is None else self.fleet.batch_size(client))
 
-        if options.local_steps is not None:
-            batches, cursor = steps_from(cursor, options.local_steps, batches_of)
+        if plan.local_steps is not None:
+            batches, cursor = steps_from(cursor, plan.local_steps, batches_of)
         else:
             assert options.local_epochs is not None
-            batches, cursor = epochs_from(round * options.local_epochs, options.local_epochs, batches_of), (0, 0)
-        return LocalWork(client, len(indices), batches, cursor, (options.seed, round))
+            batches, cursor = epochs_from(plan.round * options.local_epochs, options.local_epochs, batches_of), (0, 0)
+        return LocalWork(client, len(indices), batches, cursor, (options.seed, plan.round))

@@ -20,7 +20,16 @@ from lightning_fedscale.phases.detectors import (
     relative_change,
 )
 from lightning_fedscale.phases.run_length import alarm_limit, run_length_of
-from lightning_fedscale.phases.scale_rules import Phase, ScaleRule, adascale, capped, linear_ramp, step
+from lightning_fedscale.phases.scale_rules import (
+    Phase,
+    ScaleRule,
+    adascale,
+    capped,
+    check_rule,
+    linear_ramp,
+    reads_noise,
+    step,
+)
 
 __all__ = [
     "DETECTORS",
@@ -34,11 +43,13 @@ __all__ = [
     "adascale",
     "alarm_limit",
     "capped",
+    "check_rule",
     "detector_by_name",
     "federated_gradient_norm",
     "fisher_trace",
     "linear_ramp",
     "page_hinkley",
+    "reads_noise",
     "relative_change",
     "run_length_of",
     "step",

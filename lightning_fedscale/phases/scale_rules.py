@@ -84,6 +84,32 @@ def adascale(batch: float, reference: float) -> ScaleRule:
     return rule
 
 
+def reads_noise(rule: ScaleRule) -> bool:
+    """Whether a rule's answer depends on the noise scale, so that it waits for one.
+
+    Example:
+        >>> reads_noise(adascale(batch=1024, reference=128)), reads_noise(step(2.0))
+        (True, False)
+    """
+    far = 10**9  # beyond any ramp
+    return rule(Phase(False, far)) != rule(Phase(False, far, math.inf))
+
+
+def check_rule(rule: ScaleRule) -> None:
+    """Refuse a rule that does not answer with positive numbers.
+
+    Raises:
+        ValueError: with its answer.
+    """
+    for phase in (Phase(True, 0), Phase(False, 1)):
+        factor = rule(phase)
+        if isinstance(factor, bool) or not isinstance(factor, (int, float)) or not 0 < factor < math.inf:
+            raise ValueError(
+                f"scale={rule!r}: it answers {factor!r} for {phase}; pass a number above 0, or a function that makes"
+                " one of a Phase, such as lightning_fedscale.phases.step(2.0)."
+            )
+
+
 def capped(rule: ScaleRule, limit: float) -> ScaleRule:
     """Another rule, but never above ``limit``: by the linear rule, how many times larger the batch has become.
 
