@@ -75,7 +75,9 @@ def relative_change(threshold: float = 0.3, window: int = 25, alpha: float = 0.0
         d_t = |m_t - m_{t-1}| / m_{t-1}, smoothed in the same way
         critical if t < window or d_t >= threshold
 
-    Before the window is full, the means are over what there is; a change from zero counts as one of 100 %.
+    Before the window is full, where its code divides by zero, the means are over what there is; a change from zero
+    counts as one of 100 %. Two windows later both are the same. Its code counts steps from 1 and so judges the last one
+    of the first window already.
 
     Args:
         threshold: relative change from which on a phase is critical. SelSync used 0.25, 0.3 and 0.5. Of a smoothed norm
@@ -121,8 +123,9 @@ def accordion(threshold: float = 0.5, interval: int = 10, accumulate: int = 1) -
     """Critical until a layer's accumulated gradient keeps its norm from one look to the next.
 
     As in Accordion (Agarwal et al., MLSys 2021, and its code): every ``interval`` observations, each layer's norm is
-    compared with that at the last look; critical if ``|before - now| / before >= threshold`` for any layer. The first
-    observations are critical, and a lower learning rate makes those critical that follow, until the next look.
+    compared with that at the last look; critical if ``|before - now| / before >= threshold`` for any layer (Accordion
+    compresses each by its own). The first observations are critical, and a lower learning rate makes those critical
+    that follow, until the next look.
 
     Args:
         threshold: relative change from which on a phase is critical; Accordion's code has 0.5.
