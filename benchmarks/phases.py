@@ -48,8 +48,9 @@ FAMILIES: dict[str, tuple[Callable[[float], Detector], list[float]]] = {
     "relative_change, window 25": (relative_change, [0.008, 0.01, 0.0125, 0.015, 0.02, 0.03]),
     "relative_change, window 5": (lambda t: relative_change(t, window=5), [0.03, 0.05, 0.07, 0.1, 0.15, 0.2]),
     "accordion, every 10": (accordion, [0.3, 0.4, 0.5, 0.7, 1.0, 1.5]),
-    "federated_gradient_norm": (federated_gradient_norm, [0.01, 0.3, 0.7, 1.0, 1.5, 2.0]),
-    "federated_gradient_norm, window 10": (
+    # `fisher_trace` is the same rule on another quantity.
+    "federated_gradient_norm, fisher_trace": (federated_gradient_norm, [0.01, 0.3, 0.7, 1.0, 1.5, 2.0]),
+    "the same, window 10": (
         lambda t: federated_gradient_norm(t, window=10),
         [0.01, 0.05, 0.1, 0.2, 0.3],
     ),
@@ -101,24 +102,30 @@ def point(make: Callable[[float], Detector], threshold: float, change: float, ru
 
 def detection(changes: list[float], runs: int) -> tuple[Figure, list[str]]:
     """Detection curves of all detectors, as a figure and as rows of a table."""
-    figure = Figure(figsize=(5 * len(changes), 4), layout="constrained")
+    figure = Figure(figsize=(4.6 * len(changes), 4.2), layout="constrained")
     rows = []
+    colors, markers = ["#332288", "#88CCEE", "#117733", "#CC6677", "#DDAA33", "#AA4499"], "osD^vP"
     for axes, change in zip(np.atleast_1d(figure.subplots(1, len(changes), sharey=True)), changes, strict=True):
-        for name, (make, thresholds) in FAMILIES.items():
+        for (name, (make, thresholds)), color, marker in zip(FAMILIES.items(), colors, markers, strict=True):
             points = [point(make, threshold, change, runs) for threshold in thresholds]
             shown = [(p.false_alarms, min(p.delay, AFTER)) for p in points if p.critical < MOSTLY]
             if shown:
-                axes.plot(*zip(*shown, strict=True), marker="o", label=name)
+                axes.plot(*zip(*shown, strict=True), color=color, marker=marker, markersize=5, lw=1.3, label=name)
             rows += [
                 f"| {name} | {p.threshold:g} | x {change:g} | {p.false_alarms:.2f} | {p.critical:.0%} |"
                 f" {p.noticed:.0%} | {'not' if math.isinf(p.delay) else f'{p.delay:.0f}'} |"
                 for p in points
             ]
         axes.set_xscale("symlog", linthresh=0.1)
+        axes.set_yscale("symlog", linthresh=1)
+        axes.set_yticks([0, 1, 3, 10, 30, 100, AFTER], ["0", "1", "3", "10", "30", "100", "not"])
+        axes.minorticks_off()
+        axes.axhline(AFTER, color="0.8", lw=0.8, zorder=0)
+        axes.spines[["top", "right"]].set_visible(False)
         axes.set_xlabel("false alarms in 1,000 steps")
         axes.set_title(f"the norm's level times {change:g}")
-    figure.axes[0].set_ylabel("median delay in steps (top: not noticed)")
-    figure.axes[0].legend(fontsize="x-small")
+    figure.axes[0].set_ylabel("median delay in steps")
+    figure.legend(*figure.axes[-1].get_legend_handles_labels(), loc="outside lower center", ncols=6, fontsize="x-small")
     return figure, rows
 
 
@@ -218,7 +225,8 @@ gradient norms of small networks have about; their level changes once.
 ![Detection curves](phase_detection.png)
 
 A false alarm is a phase that becomes critical while nothing changes; a change is noticed if one does so within {after}
-steps. 200 runs each. Detectors that call 30 % or more of the stationary steps critical are left out of the figure.
+steps. 200 runs each. Down and to the left is better. Detectors that call 30 % or more of the stationary steps critical
+are left out of the figure.
 
 | detector | threshold | change | false alarms in 1,000 steps | critical for nothing | noticed | median delay |
 |---|---:|---:|---:|---:|---:|---:|

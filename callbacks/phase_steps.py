@@ -220,9 +220,9 @@ class StepWatch(Callback):
         # Mixed precision skips a step now and then, whose gradients are not finite.
         judged = [(first + i, norms) for i, norms in enumerate(steps) if np.isfinite(norms).all()]
         decisions = [self._keeper.detect(self._observation(trainer, norms)) for _, norms in judged]
-        flags = -collectives.min_over_ranks(-torch.tensor([float(d.critical) for d in decisions], device=device))
-        for (at, norms), decision, flag in zip(judged, decisions, flags.tolist(), strict=True):
-            self._owner.judge(at, float(np.linalg.norm(norms)), [decision._replace(critical=flag > 0)])
+        flags = _on_any_rank([decision.critical for decision in decisions], device)
+        for (at, norms), decision, flag in zip(judged, decisions, flags, strict=True):
+            self._owner.judge(at, float(np.linalg.norm(norms)), [decision._replace(critical=flag)])
 
     def _take_look(self, trainer: pl.Trainer, trace: float, ranks: float, samples: float, square: float) -> None:
         """From sums over ranks: the trace of the covariance of a single sample's gradient, and what goes with it."""
@@ -267,6 +267,12 @@ class StepWatch(Callback):
         batch = self._samples * trainer.accumulate_grad_batches * trainer.world_size
         noise = diagonal_noise(self._diagonal, batch, min(self._owner.target_batch, batch), generator)
         torch._foreach_add_(gradients, noise)
+
+
+def _on_any_rank(flags: list[bool], device: torch.device) -> list[bool]:
+    if collectives.world_size() == 1:
+        return flags
+    return [flag < 0 for flag in collectives.min_over_ranks(-torch.tensor(flags, device=device).float()).tolist()]
 
 
 _LOOK = 4

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from lightning.pytorch.callbacks import Callback, LearningRateMonitor
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.plugins.precision import MixedPrecision
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugins.custom_scalar.layout_pb2 import Layout
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 from torchmetrics import Accuracy
@@ -273,6 +275,28 @@ def test_reading_less_often_delays_decisions_only() -> None:
     trained(later)
     assert at_once.record.rows == later.record.rows
     assert at_once.record.spans == later.record.spans == [[0, WARM_UP - 1]]
+
+
+@pytest.mark.parametrize("action", [{"action": "observe"}, {"scale": 2.0}, {"action": "noise", "target_batch": 4}])
+def test_numbers_leave_the_device_once_in_n_steps(action: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each of these calls would wait for a GPU; those that come from this project are counted."""
+    reads: list[str] = []
+
+    def counted(name: str) -> Any:
+        original = getattr(Tensor, name)
+
+        def call(self: Tensor, *args: Any, **kwargs: Any) -> Any:
+            if "/lightning_fedscale/" in sys._getframe(1).f_code.co_filename:
+                reads.append(name)
+            return original(self, *args, **kwargs)
+
+        return call
+
+    for name in ("cpu", "item", "tolist", "__bool__", "__float__", "__int__", "__array__"):
+        monkeypatch.setattr(Tensor, name, counted(name))
+    trained(phase(every_n_steps=4, noise_in="all", **action), gradient_clip_val=0.1)
+    assert reads.count("cpu") == STEPS // 4
+    assert set(reads) == {"cpu"}
 
 
 def test_accordion_sees_gradients_added_up() -> None:
@@ -651,7 +675,12 @@ def test_everything_is_logged_and_drawn(tmp_path: Path) -> None:
     shaded = [round for first, last in callback.record.spans for round in range(first, last + 1)]
     assert [round for round, value in enumerate(critical) if value] == shaded
     assert "phase/course" in events.Tags()["images"]
-    assert "custom_scalars__config__" in events.Tags()["tensors"]
+    layout = Layout.FromString(events.Tensors("custom_scalars__config__")[0].tensor_proto.string_val[0])
+    charts = [chart for category in layout.category for chart in category.chart]
+    shown = {tag for chart in charts for tag in chart.multiline.tag}
+    for series in (series for chart in charts for series in chart.margin.series):
+        shown |= {series.value, series.lower, series.upper}
+    assert {name for name in scalars if name.startswith("phase/")} <= shown
 
 
 @pytest.mark.parametrize(
