@@ -61,7 +61,8 @@ class CriticalPhase(Callback):
         detector: "relative_change", "accordion", "page_hinkley", "federated_gradient_norm", "fisher_trace", or one made
             by `lightning_fedscale.phases` with arguments of its own.
         threshold: of a detector given by name: relative change from which on a phase is critical; for "page_hinkley"
-            false alarms in 1,000 observations. What is best depends on the model; the paper's own is not public.
+            false alarms in 1,000 observations. What is best depends on the model; the paper's own is not public. The
+            default is SelSync's, which the norm as smoothed by ``relative_change`` hardly reaches after the first 25.
         scale: what to multiply updates by outside of critical phases, or a rule of `lightning_fedscale.phases`:
             ``step``, ``linear_ramp``, ``adascale``, ``capped``.
         action: "scale"; "noise" adds what the updates of a batch of ``target_batch`` samples have in noise beyond the
