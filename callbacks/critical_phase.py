@@ -112,7 +112,7 @@ class CriticalPhase(Callback):
         noise_in: Literal["critical", "all"] = "critical",
         scale_weight_decay: bool = False,
         every_n_steps: int = 10,
-        noise_every: int | None = 50,
+        noise_every: int | None = 100,
         seed: int = 0,
     ) -> None:
         _choice("action", action, "observe", "scale", "noise")
