@@ -11,12 +11,23 @@ import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import rank_zero_info
 
+from lightning_fedscale.callbacks.phase_client_steps import ClientStepWatch
 from lightning_fedscale.callbacks.phase_record import PhaseRecord, lay_out, show
 from lightning_fedscale.callbacks.phase_rounds import RoundWatch
-from lightning_fedscale.callbacks.phase_steps import ClientStepWatch, StepWatch
+from lightning_fedscale.callbacks.phase_steps import StepWatch
 from lightning_fedscale.noise import NoiseScale
 from lightning_fedscale.phase_keeper import PhaseKeeper
-from lightning_fedscale.phases import Decision, Detector, Observation, Phase, ScaleRule, detector_by_name, step
+from lightning_fedscale.phases import (
+    Decision,
+    Detector,
+    Observation,
+    Phase,
+    ScaleRule,
+    check_rule,
+    detector_by_name,
+    reads_noise,
+    step,
+)
 from lightning_fedscale.strategy import FederatedStrategy
 
 if TYPE_CHECKING:
@@ -41,7 +52,7 @@ class CriticalPhase(Callback):
     Scaling comes after clipping, which therefore cannot undo it. SGD's gradients are multiplied, or a linear server's
     update; Adam and others, whose steps do not follow the gradients' size, take their step with a multiplied learning
     rate, and adaptive servers have theirs multiplied. Which it is is said when training begins. Schedulers, monitors
-    and checkpoints see the learning rate as it was, and weight decay is not scaled.
+    and checkpoints see the learning rate as it was, and weight decay is not scaled unless asked.
 
     How noisy gradients are is measured as well: in federated training from the clients' updates, which cost nothing,
     and from both halves of a batch now and then; see ``noise_every``.
@@ -50,7 +61,8 @@ class CriticalPhase(Callback):
         detector: "relative_change", "accordion", "page_hinkley", "federated_gradient_norm", "fisher_trace", or one made
             by `lightning_fedscale.phases` with arguments of its own.
         threshold: of a detector given by name: relative change from which on a phase is critical; for "page_hinkley"
-            false alarms in 1,000 observations. What is best depends on the model; the paper's own is not public.
+            false alarms in 1,000 observations. What is best depends on the model; the paper's own is not public. The
+            default is SelSync's, which the norm as smoothed by ``relative_change`` hardly reaches after the first 25.
         scale: what to multiply updates by outside of critical phases, or a rule of `lightning_fedscale.phases`:
             ``step``, ``linear_ramp``, ``adascale``, ``capped``.
         action: "scale"; "noise" adds what the updates of a batch of ``target_batch`` samples have in noise beyond the
@@ -61,7 +73,8 @@ class CriticalPhase(Callback):
             is normal with the running variance of every parameter's gradient, at twice the model's memory. None takes
             the first where there are clients.
         noise_in: add it in "critical" phases, where gradients of small batches matter most, or in "all".
-        scale_weight_decay: scale weight decay with the update.
+        scale_weight_decay: scale weight decay with the update. At ``level="round"`` it is the server's that is meant;
+            that of the clients is a part of their update.
         every_n_steps: at ``level="step"`` without clients, steps after which gradient norms are read from the device
             and judged together; until then the last decision holds.
         noise_every: local batches after which another is cut into halves, for the part of the noise that comes from
@@ -99,7 +112,7 @@ class CriticalPhase(Callback):
         noise_in: Literal["critical", "all"] = "critical",
         scale_weight_decay: bool = False,
         every_n_steps: int = 10,
-        noise_every: int | None = 50,
+        noise_every: int | None = 100,
         seed: int = 0,
     ) -> None:
         _choice("action", action, "observe", "scale", "noise")
@@ -131,6 +144,7 @@ class CriticalPhase(Callback):
         self._noise = noise
         self._level = level
         self._rule = scale if callable(scale) else step(scale)
+        check_rule(self._rule)
         self._keeper = PhaseKeeper(self.detector, self._rule)
         self._norm = math.nan
         self._watch: StepWatch | RoundWatch | None = None
@@ -170,6 +184,13 @@ class CriticalPhase(Callback):
     def adds_noise(self) -> bool:
         """Whether noise is to be added now."""
         return self.action == "noise" and (self.noise_in == "all" or self.critical)
+
+    @property
+    def needs_sampling_noise(self) -> str | None:
+        """What reads the noise of single samples where there are no clients, in words; None if nothing does."""
+        if self.detector.needs == "fisher_trace":
+            return "detector 'fisher_trace'"
+        return "the scale rule" if self.action == "scale" and reads_noise(self._rule) else None
 
     def plot(self) -> Figure:
         """Norm and statistic in their course, critical spans shaded."""

@@ -8,6 +8,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _MOST_ROWS = 4000
+_SMALL = 0.01
+"""Below this, the statistic is drawn on a linear scale."""
 
 LAYOUT = {
     "CriticalPhase": {
@@ -15,6 +17,7 @@ LAYOUT = {
         "change and threshold": ["Multiline", ["phase/relative_change", "phase/cumulative_sum", "phase/threshold"]],
         "gradient norm": ["Multiline", ["phase/grad_norm"]],
         "noise scale": ["Margin", ["phase/noise_scale", "phase/noise_scale_low", "phase/noise_scale_high"]],
+        "critical batch and cohort": ["Multiline", ["phase/critical_batch", "phase/critical_cohort"]],
     }
 }
 """For ``SummaryWriter.add_custom_scalars``."""
@@ -62,6 +65,7 @@ class PhaseRecord:
     def plot(self, unit: str, statistic: str) -> Figure:
         """Norm above, statistic and threshold below, critical spans shaded."""
         from matplotlib.figure import Figure
+        from matplotlib.ticker import SymmetricalLogLocator
 
         figure = Figure(figsize=(8, 5), layout="constrained")
         upper, lower = figure.subplots(2, 1, sharex=True)
@@ -73,7 +77,9 @@ class PhaseRecord:
         lower.plot(columns[0], columns[2], color="tab:orange", linewidth=1, label=statistic.replace("_", " "))
         lower.plot(columns[0], columns[3], color="black", linestyle="--", linewidth=1, label="threshold")
         if any(value > 0 for value in columns[2]):
-            lower.set_yscale("symlog", linthresh=0.01)
+            lower.set_yscale("symlog", linthresh=_SMALL)
+            lower.yaxis.set_major_locator(SymmetricalLogLocator(base=10, linthresh=_SMALL, subs=[1, 2, 5]))
+            lower.yaxis.set_major_formatter("{x:g}")
         lower.set_xlabel(unit)
         for first, last in self.spans:
             for axes in (upper, lower):

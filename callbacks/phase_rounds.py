@@ -13,7 +13,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from lightning_fedscale import collectives, randomness
-from lightning_fedscale.half_batches import half_gradients, squared_norm
+from lightning_fedscale.half_batches import half_gradients, no_halves, squared_norm
 from lightning_fedscale.noise import (
     Diagonal,
     Look,
@@ -25,7 +25,7 @@ from lightning_fedscale.noise import (
 )
 from lightning_fedscale.phase_keeper import PhaseKeeper
 from lightning_fedscale.phases import Observation
-from lightning_fedscale.server import follows_scale
+from lightning_fedscale.server import follows_scale, own_decay
 from lightning_fedscale.types import ClientUpdate, FloatArray, IntArray, Params, RoundRecord
 
 if TYPE_CHECKING:
@@ -66,9 +66,10 @@ class RoundWatch(Callback):
         """The callbacks that do the work; those that cost something only if they are needed."""
         strategy: Any = trainer.strategy
         found: list[Callback] = [self]
-        self._scales_delta = follows_scale(strategy.server_optimizer)
+        rule, with_decay = strategy.server_optimizer, self._owner.scale_weight_decay
+        self._scales_delta = follows_scale(rule) and not with_decay
         if self._owner.action == "scale" and not self._scales_delta:
-            found.append(_StepScaling(self._owner))
+            found.append(_StepScaling(self._owner, 0.0 if with_decay else own_decay(rule)))
         if self._owner.action == "noise" and noise == "reweighting":
             self._signed = _SignedUpdates(self._owner.seed)
             found.append(self._signed)
@@ -77,13 +78,11 @@ class RoundWatch(Callback):
     def attach(self, trainer: pl.Trainer, module: pl.LightningModule) -> str:
         """Say how updates are scaled."""
         self._sums = [tensor.to(module.device) for tensor in self._sums]
-        if self._diagonal is not None:
-            mean, variance, seen = self._diagonal
-            self._diagonal = Diagonal(
-                [t.to(module.device) for t in mean], [t.to(module.device) for t in variance], seen
-            )
+        self._diagonal = None if self._diagonal is None else self._diagonal.to(module.device)
         if self._scales_delta:
             return "the server follows the size of updates, so the clients' aggregated update is multiplied"
+        if self._owner.scale_weight_decay:
+            return "weight decay is to be multiplied too, so the server's step is"
         return "the server hardly follows the size of updates, so its step is multiplied"
 
     def detach(self) -> None:
@@ -175,9 +174,8 @@ class RoundWatch(Callback):
             return
         updates = list(delta.values())
         known = diagonal_init(updates) if self._diagonal is None else self._diagonal
-        # On copies: what the round began with may be saved yet.
-        known = Diagonal([t.clone() for t in known.mean], [t.clone() for t in known.variance], known.seen)
-        self._diagonal = diagonal_update(known, updates)
+        # On a copy: what the round began with may be saved yet.
+        self._diagonal = diagonal_update(known.clone(), updates)
         if self._owner.adds_noise and self._diagonal.seen > 1:
             generator = torch.Generator(device=updates[0].device)
             generator.manual_seed(randomness.derive(self._owner.seed, randomness.NOISE, record.round))
@@ -185,14 +183,30 @@ class RoundWatch(Callback):
 
 
 class _StepScaling(Callback):
-    """Multiplies the server's step, where it does not follow the update's size."""
+    """Multiplies the server's step, where it does not follow the update's size.
 
-    def __init__(self, owner: CriticalPhase) -> None:
+    Args:
+        owner: decides.
+        decay: share of the parameters in each step that is weight decay, and stays as it is.
+    """
+
+    def __init__(self, owner: CriticalPhase, decay: float) -> None:
         self._owner = owner
+        self._decay = decay
+        self._weights: Params = {}
+
+    def on_round_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, round: int, clients: IntArray) -> None:
+        """The module holds the global model, from which the decay of the step to come is counted."""
+        if self._decay:
+            self._weights = {name: p.detach().clone() for name, p in pl_module.named_parameters()}
 
     def on_server_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule, step: Params) -> None:
         """The server optimizer has made its step."""
-        torch._foreach_mul_(list(step.values()), self._owner.scale)
+        factor = self._owner.scale
+        for name, value in step.items():
+            value.mul_(factor)
+            if self._decay:
+                value.sub_(self._weights[name], alpha=(factor - 1.0) * self._decay)
 
 
 class _SignedUpdates(Callback):
@@ -267,10 +281,7 @@ class _HalfBatches:
                     self._sum += torch.cat([gradient.flatten() for gradient in mean])
         except Exception as error:
             self._table.fill_(math.nan)  # so that every rank knows
-            rank_zero_warn(
-                "CriticalPhase: the noise of single samples is not measured, since a batch cannot be cut into halves"
-                f" and run on a copy of the module ({type(error).__name__}: {error}). Pass noise_every=None."
-            )
+            rank_zero_warn(no_halves(error))
 
     def look(self) -> Look | None:
         """What all ranks have seen together; to be called on all of them, None if it says nothing."""

@@ -3,26 +3,25 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import lightning.pytorch as pl
 import numpy as np
 import torch
 from lightning.pytorch.callbacks import Callback
-from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, FSDPStrategy, SingleDeviceStrategy
+from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, SingleDeviceStrategy
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from lightning_fedscale import collectives, randomness
+from lightning_fedscale.callbacks.phase_gradients import NOT_SEEN, AfterClipping, gradients_of, layer_norms
 from lightning_fedscale.devices.batches import samples_in
-from lightning_fedscale.half_batches import half_gradients
+from lightning_fedscale.half_batches import half_gradients, no_halves
 from lightning_fedscale.noise import Diagonal, diagonal_init, diagonal_noise, diagonal_update, look_at_halves
 from lightning_fedscale.phase_keeper import PhaseKeeper
 from lightning_fedscale.phases import Observation
-from lightning_fedscale.types import FloatArray, IntArray, Params, RoundRecord
+from lightning_fedscale.types import FloatArray
 from lightning_fedscale.update_scaling import UpdateScaling
 
 if TYPE_CHECKING:
@@ -67,12 +66,26 @@ class StepWatch(Callback):
         needs = self._owner.detector.needs
         if needs == "client_square":
             raise ValueError("detector: the federated gradient norm is one of clients: train by FederatedStrategy.")
-        if needs == "fisher_trace" and self._owner.noise_every is None:
-            raise ValueError("noise_every=None: detector 'fisher_trace' reads what is measured there; pass a number.")
+        self._check_noise(trainer, module)
         if self._owner.action == "noise" and noise == "reweighting":
             raise ValueError("noise='reweighting' weighs clients at level='round'; here choose 'diagonal'.")
         if isinstance(trainer.strategy, DeepSpeedStrategy):
             raise ValueError("strategy='deepspeed' keeps its gradients to itself: use CriticalPhase with another one.")
+
+    def _check_noise(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        if (reader := self._owner.needs_sampling_noise) is None:
+            return
+        if self._owner.noise_every is None:
+            raise ValueError(f"noise_every=None: {reader} reads what is measured there; pass a number.")
+        if not self._can_look(trainer, module):
+            raise ValueError(
+                f"{reader} reads the noise of single samples, which is measured on a copy of the module, in automatic"
+                " optimization on one device or by DDP: choose another one."
+            )
+
+    @staticmethod
+    def _can_look(trainer: pl.Trainer, module: pl.LightningModule) -> bool:
+        return isinstance(trainer.strategy, (SingleDeviceStrategy, DDPStrategy)) and module.automatic_optimization
 
     def helpers(self, trainer: pl.Trainer, noise: str) -> list[Callback]:
         """The callbacks that do the work."""
@@ -91,15 +104,13 @@ class StepWatch(Callback):
             )
         self._module = module
         self._sums = [tensor.to(module.device) for tensor in self._sums]
-        if self._diagonal is not None:
-            mean, variance, seen = self._diagonal
-            self._diagonal = Diagonal(
-                [t.to(module.device) for t in mean], [t.to(module.device) for t in variance], seen
-            )
+        self._diagonal = None if self._diagonal is None else self._diagonal.to(module.device)
         self._scaling = UpdateScaling(trainer.optimizers[0], self._owner.scale_weight_decay)
+        if self._owner.action == "scale":
+            self._scaling.check()
         if module.automatic_optimization and self._owner.action != "observe":
             # Callbacks are told before gradients are clipped.
-            vars(module)["configure_gradient_clipping"] = _AfterClipping(module.configure_gradient_clipping, self._act)
+            vars(module)["configure_gradient_clipping"] = AfterClipping(module.configure_gradient_clipping, self._act)
         return self._scaling.describe()
 
     def detach(self) -> None:
@@ -108,7 +119,7 @@ class StepWatch(Callback):
             self._scaling.remove()
             self._scaling = None
         if self._module is not None:
-            if isinstance(vars(self._module).get("configure_gradient_clipping"), _AfterClipping):
+            if isinstance(vars(self._module).get("configure_gradient_clipping"), AfterClipping):
                 del vars(self._module)["configure_gradient_clipping"]
             self._module = None
 
@@ -125,18 +136,18 @@ class StepWatch(Callback):
         if every is None or self._since_look < every or batch_idx % trainer.accumulate_grad_batches:
             return
         self._since_look = 0
-        if isinstance(trainer.strategy, (SingleDeviceStrategy, DDPStrategy)) and pl_module.automatic_optimization:
+        if self._can_look(trainer, pl_module):
             self._open_look = _look_at(trainer, pl_module, batch, batch_idx)
 
     def on_before_optimizer_step(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
     ) -> None:
         """The gradients are complete: accumulated, reduced over ranks, unscaled, and not clipped yet."""
-        gradients = list(_gradients(optimizer))
+        gradients = list(gradients_of(optimizer))
         if not gradients:
             return
         self._unseen = 0
-        norms = _norms(trainer, gradients)
+        norms = layer_norms(trainer, gradients)
         if self._open_look is not None:
             self._looks.append(torch.cat([self._open_look, norms.square().sum()[None]]))
             self._open_look = None
@@ -154,7 +165,7 @@ class StepWatch(Callback):
         self._scaling.restore()  # if the step was skipped
         self._unseen += 1
         if self._unseen >= _PATIENCE * trainer.accumulate_grad_batches:
-            raise RuntimeError(_NOT_SEEN.format(self._unseen))
+            raise RuntimeError(NOT_SEEN.format(self._unseen))
 
     def state_dict(self) -> dict[str, Any]:
         """Norms that wait are numbers in it."""
@@ -188,7 +199,7 @@ class StepWatch(Callback):
             self._summed += 1
             if self._summed < self._owner.detector.accumulate:
                 return
-            norms, self._summed, self._sums = _norms(trainer, self._sums), 0, []
+            norms, self._summed, self._sums = layer_norms(trainer, self._sums), 0, []
         self._pending.append(norms)
         self._steps += 1
         if len(self._pending) >= self._owner.every_n_steps:
@@ -209,9 +220,9 @@ class StepWatch(Callback):
         # Mixed precision skips a step now and then, whose gradients are not finite.
         judged = [(first + i, norms) for i, norms in enumerate(steps) if np.isfinite(norms).all()]
         decisions = [self._keeper.detect(self._observation(trainer, norms)) for _, norms in judged]
-        flags = -collectives.min_over_ranks(-torch.tensor([float(d.critical) for d in decisions], device=device))
-        for (at, norms), decision, flag in zip(judged, decisions, flags.tolist(), strict=True):
-            self._owner.judge(at, float(np.linalg.norm(norms)), [decision._replace(critical=flag > 0)])
+        flags = _on_any_rank([decision.critical for decision in decisions], device)
+        for (at, norms), decision, flag in zip(judged, decisions, flags, strict=True):
+            self._owner.judge(at, float(np.linalg.norm(norms)), [decision._replace(critical=flag)])
 
     def _take_look(self, trainer: pl.Trainer, trace: float, ranks: float, samples: float, square: float) -> None:
         """From sums over ranks: the trace of the covariance of a single sample's gradient, and what goes with it."""
@@ -245,7 +256,7 @@ class StepWatch(Callback):
             self._scaling.apply(self._owner.scale)
         elif self._owner.adds_noise and self._diagonal is not None and self._diagonal.seen > 1:
             assert self._module is not None
-            self._add_noise(list(_gradients(optimizer)), self._module.trainer)
+            self._add_noise(list(gradients_of(optimizer)), self._module.trainer)
 
     def _add_noise(self, gradients: list[Tensor], trainer: pl.Trainer) -> None:
         assert self._diagonal is not None
@@ -258,128 +269,10 @@ class StepWatch(Callback):
         torch._foreach_add_(gradients, noise)
 
 
-class ClientStepWatch(StepWatch):
-    """Looks at the gradients of every client's local steps; decides once a round, the same on every rank."""
-
-    def __init__(self, owner: CriticalPhase, keeper: PhaseKeeper) -> None:
-        super().__init__(owner, keeper)
-        self._client = -1
-        self._norms: dict[int, list[Tensor]] = {}
-
-    def check(self, trainer: pl.Trainer, module: pl.LightningModule, noise: str) -> None:
-        """See `StepWatch.check`."""
-        if self._owner.detector.needs != "layer_norms" or self._owner.detector.accumulate > 1:
-            raise ValueError(
-                "level='step': with FederatedStrategy, only detectors of the gradient norm of single steps look at"
-                " local steps; choose level='round'."
-            )
-        if self._owner.action == "noise":
-            raise ValueError(
-                "action='noise': with FederatedStrategy it is the aggregated update that is given noise; choose"
-                " level='round'."
-            )
-        super().check(trainer, module, noise)
-
-    def on_train_batch_start(self, *_: Any) -> None:
-        """With clients, this is the start of a round; nothing is to be measured there."""
-
-    def on_round_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, round: int, clients: IntArray) -> None:
-        """Forget a round that failed."""
-        self._norms = {}
-
-    def on_client_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, client: int) -> None:
-        """The gradients that follow are this client's."""
-        self._client = client
-        self._norms[client] = []
-
-    def on_before_server_step(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, record: RoundRecord, delta: Params
-    ) -> None:
-        """All clients have trained: share what was seen, and decide."""
-        self._owner.begin_round(trainer)
-        self._keeper.look_at_clients(record)
-        rows = {client: row for row, client in enumerate(record.clients.tolist())}
-        table = torch.zeros(len(rows), 2 * int(record.local_steps.max()), dtype=torch.float64)
-        for client, norms in self._norms.items():
-            if norms:
-                totals = torch.stack(norms).cpu()
-                table[rows[client], : 2 * len(totals)] = totals.flatten()
-        # Gradients may be on a device whose communication knows no other tensors.
-        device = trainer.strategy.root_device
-        table = collectives.sum_over_ranks(table.to(device)).cpu().reshape(len(rows), -1, 2)
-        decisions, squares = [], []
-        for client, steps in zip(rows, table.numpy(), strict=True):
-            # Total of the layers' norms, and squared norm; a step without gradients leaves zeros.
-            seen = steps[(steps[:, 0] > 0) & np.isfinite(steps[:, 0])]
-            if len(seen):
-                squares.append(float(seen[:, 1].mean()))
-                decisions.append([self._keeper.detect(Observation([total]), client) for total in seen[:, 0]][-1])
-        if not decisions:
-            raise RuntimeError(_NOT_SEEN.format(int(record.local_steps.sum())))
-        self._owner.judge(record.round, math.sqrt(math.fsum(squares) / len(squares)), decisions)
-
-    def after_batch(self, trainer: pl.Trainer) -> None:
-        """A round is over."""
-        assert self._scaling is not None
-        self._scaling.restore()
-
-    def _seen(self, trainer: pl.Trainer, gradients: list[Tensor], norms: Tensor) -> None:
-        self._norms[self._client].append(torch.stack([norms.sum(), norms.square().sum()]))
-
-
-class _AfterClipping:
-    """Stands in for a module's ``configure_gradient_clipping``, and does one thing more."""
-
-    def __init__(self, hook: Callable[..., Any], then: Callable[[Optimizer], None]) -> None:
-        self.__wrapped__ = hook
-        self._then = then
-
-    def __call__(self, optimizer: Optimizer, *args: Any, **kwargs: Any) -> None:
-        self.__wrapped__(optimizer, *args, **kwargs)
-        self._then(optimizer)
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        # A module that is copied or pickled during `fit` has its own hook again.
-        return _as_it_was, (self.__wrapped__,)
-
-
-def _as_it_was(hook: Callable[..., Any]) -> Callable[..., Any]:
-    return hook
-
-
-_NOT_SEEN = (
-    "CriticalPhase: no gradients were seen in {} batches. In manual optimization, step optimizers that come from"
-    " self.optimizers() as they are, without use_pl_optimizer=False; and training_step must return a loss that depends"
-    " on parameters of the optimizer."
-)
-
-
-def _gradients(optimizer: Optimizer) -> Iterator[Tensor]:
-    for group in optimizer.param_groups:
-        for parameter in group["params"]:
-            if parameter.grad is None:
-                continue
-            if parameter.grad.is_sparse:
-                raise ValueError(
-                    "CriticalPhase: a gradient is sparse, and its norm over steps is not that of a dense one: pass"
-                    " sparse=False to nn.Embedding."
-                )
-            yield parameter.grad
-
-
-def _norms(trainer: pl.Trainer, gradients: list[Tensor]) -> Tensor:
-    """The L2 norm of each, on their device, in float64."""
-    norms = torch.stack([_whole(norm) for norm in torch._foreach_norm(gradients)]).double()
-    if isinstance(trainer.strategy, FSDPStrategy):  # every rank holds a part of each
-        norms = collectives.sum_over_ranks(norms.square()).sqrt()
-    scaler = getattr(trainer.precision_plugin, "scaler", None)
-    if scaler is not None and getattr(trainer.optimizers[0], "_step_supports_amp_scaling", False):
-        norms = norms / scaler._scale  # fused optimizers unscale by themselves, later
-    return norms
-
-
-def _whole(norm: Tensor) -> Tensor:
-    return norm.full_tensor() if isinstance(norm, DTensor) else norm
+def _on_any_rank(flags: list[bool], device: torch.device) -> list[bool]:
+    if collectives.world_size() == 1:
+        return flags
+    return [flag < 0 for flag in collectives.min_over_ranks(-torch.tensor(flags, device=device).float()).tolist()]
 
 
 _LOOK = 4
@@ -393,8 +286,5 @@ def _look_at(trainer: pl.Trainer, module: pl.LightningModule, batch: Any, batch_
             m, n = halves.samples
             look[0], look[1], look[2] = halves.difference_square() / (1 / m + 1 / n), 1.0, m + n
     except Exception as error:
-        rank_zero_warn(
-            "CriticalPhase: the noise of single samples is not measured, since a batch cannot be cut into halves and"
-            f" run on a copy of the module ({type(error).__name__}: {error}). Pass noise_every=None."
-        )
+        rank_zero_warn(no_halves(error))
     return look

@@ -7,7 +7,7 @@ import numbers
 from collections.abc import Callable, Sequence
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 from lightning_fedscale import aggregators, compressors, local_rules, samplers, server
 from lightning_fedscale.aggregators import Aggregator, weighted_sum
@@ -26,6 +26,9 @@ from lightning_fedscale.types import IntArray
 
 DEFAULT_CLIENTS = 10
 
+LocalSteps: TypeAlias = Callable[[int], int]
+"""From the round's number to its local batches; the same on every rank and after a restart."""
+
 
 class Arguments(NamedTuple):
     """Checked arguments; see `FederatedStrategy` for their meaning.
@@ -38,7 +41,7 @@ class Arguments(NamedTuple):
     clients_per_round: int | float | None
     partitioner: Partitioner | Partition
     local_epochs: int | None
-    local_steps: int | Callable[[int], int] | None
+    local_steps: int | LocalSteps | None
     rounds_per_epoch: int
     sampler: Sampler
     rules: Rules
@@ -53,16 +56,6 @@ class Arguments(NamedTuple):
     client_state_memory: int | None
     population: Population | None
     seed: int
-
-    def steps_in(self, round: int) -> int | None:
-        """Local batches of a client in a round; None where passes over its data are counted instead.
-
-        Raises:
-            ValueError: if ``local_steps`` is a schedule that gives something else than a number above 0.
-        """
-        if not callable(self.local_steps):
-            return self.local_steps
-        return integer(f"local_steps: its value in round {round}", self.local_steps(round))
 
     def cohort_size(self, num_clients: int) -> int:
         """Clients per round once the number of clients is known.
@@ -81,6 +74,16 @@ class Arguments(NamedTuple):
                 " all."
             )
         return wanted
+
+    def steps_in(self, round: int) -> int | None:
+        """Local batches of a client in a round; None where passes over the data are counted.
+
+        Raises:
+            TypeError, ValueError: if a function answers otherwise.
+        """
+        if self.local_steps is None or isinstance(self.local_steps, int):
+            return self.local_steps
+        return integer(f"local_steps({round})", self.local_steps(round))
 
     def partition(self, dataset: Any) -> Partition:
         """Divide a dataset among the clients.
@@ -119,7 +122,7 @@ def check(
     clients_per_round: int | float | None,
     partitioner: str | Partitioner | Partition,
     local_epochs: int | Literal["auto"] | None,
-    local_steps: int | Callable[[int], int] | None,
+    local_steps: int | LocalSteps | None,
     rounds_per_epoch: int,
     sampler: str | Sampler,
     local_rule: str | LocalRule | None,
@@ -235,12 +238,6 @@ def check(
     )
 
 
-def _checked_local_steps(value: Any) -> int | Callable[[int], int] | None:
-    if value is None or callable(value):
-        return value  # type: ignore[no-any-return]
-    return integer("local_steps", value)
-
-
 def _checked_mode(mode: object) -> FedBuff | None:
     if isinstance(mode, FedBuff):
         return mode
@@ -331,6 +328,21 @@ def _checked_clients_per_round(value: object, num_clients: int | None) -> int | 
             f"clients_per_round={wanted} is more than num_clients={num_clients}: lower it, or leave it out to take all."
         )
     return wanted
+
+
+def _checked_local_steps(value: object) -> int | LocalSteps | None:
+    if value is None:
+        return None
+    if not callable(value):
+        return integer("local_steps", value)
+    try:
+        inspect.signature(value).bind(0)
+    except TypeError as error:
+        raise TypeError(
+            f"local_steps={value!r}: {error}; pass a number of batches, or a function that makes one of the round's"
+            " number."
+        ) from None
+    return value
 
 
 def _check_sampler(sampler: Sampler) -> None:

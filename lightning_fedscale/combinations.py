@@ -69,6 +69,11 @@ def _check_asynchrony(options: Arguments) -> None:
             f"local_rule={rule.name!r} with mode='async': its correction is made of the server's state when a client"
             " starts, which has moved on when it arrives. Use fed_prox, fed_nova or none, or mode='sync'."
         )
+    if callable(options.local_steps):
+        raise ValueError(
+            "local_steps as a function of the round with mode='async': when clients arrive would depend on rounds that"
+            " are yet to come. Pass a number."
+        )
     if options.sampler is not samplers.uniform:
         raise ValueError(
             f"sampler={options.sampler!r} with mode='async': whoever is done is replaced by a client drawn uniformly."

@@ -266,7 +266,7 @@ class Federation:
         draws = loader.cache is None or self._transfer.has_hooks
         outside = randomness.capture(device) if draws else None
         try:
-            work = [self._work.of_client(client, round, self._store.cursor(client)) for client in clients]
+            work = [self._work.of_client(client, plan, self._store.cursor(client)) for client in clients]
             order = self._executor.order(work)
             first_client, most = work[0], len(work[0].batches)
             if order is not None:
@@ -698,7 +698,8 @@ class Federation:
         return {
             "clients_per_round": options.clients_per_round,
             "local_epochs": options.local_epochs,
-            "local_steps": options.local_steps if not callable(options.local_steps) else "a schedule",
+            # Functions have no value that a checkpoint could hold.
+            "local_steps": "a function" if callable(options.local_steps) else options.local_steps,
             "rounds_per_epoch": options.rounds_per_epoch,
             "client_optimizer": "keep" if options.keep_optimizers else "reset",
             "population": None if options.population is None else options.population.description(),

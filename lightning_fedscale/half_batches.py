@@ -120,6 +120,14 @@ class _Twin:
         return found
 
 
+def no_halves(error: Exception) -> str:
+    """What to tell a user whose module or batches do not allow it."""
+    return (
+        "CriticalPhase: the noise of single samples is not measured, since a batch cannot be cut into halves and run on"
+        f" a copy of the module ({type(error).__name__}: {error}). Pass noise_every=None."
+    )
+
+
 def squared_norm(tensors: Sequence[Tensor]) -> Tensor:
     """Of all elements together, as a number on their device."""
     norms: Sequence[Tensor] = torch._foreach_norm(list(tensors), dtype=torch.float64)

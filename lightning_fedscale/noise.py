@@ -251,6 +251,14 @@ class Diagonal(NamedTuple):
     variance: list[Tensor]
     seen: int
 
+    def to(self, device: torch.device) -> Diagonal:
+        """The same on another device."""
+        return Diagonal([t.to(device) for t in self.mean], [t.to(device) for t in self.variance], self.seen)
+
+    def clone(self) -> Diagonal:
+        """A copy, for `diagonal_update` to work on."""
+        return Diagonal([t.clone() for t in self.mean], [t.clone() for t in self.variance], self.seen)
+
 
 def diagonal_init(gradients: Sequence[Tensor]) -> Diagonal:
     """Before the first gradient; takes twice the memory of the gradients."""

@@ -23,8 +23,9 @@ class Simulated(NamedTuple):
 
 
 class RoundPlan(NamedTuple):
-    """The cohort of a round and the rank that trains each client; with simulated hardware, how that turned out.
+    """The cohort of a round and the rank that trains each client.
 
+    With simulated hardware, how that turned out; ``local_steps`` is None where passes over the data are counted.
     ``spare`` are clients that only train so that no rank is without one: their updates do not count. In asynchronous
     training, ``arrived`` says when this cohort's updates were there, and from which models they started.
     """
@@ -35,6 +36,7 @@ class RoundPlan(NamedTuple):
     simulated: Simulated | None = None
     spare: frozenset[int] = frozenset()
     arrived: Flush | None = None
+    local_steps: int | None = None
 
     def clients_of(self, rank: int) -> list[int]:
         """The clients that ``rank`` trains, in cohort order."""

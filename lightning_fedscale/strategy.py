@@ -70,7 +70,9 @@ class FederatedStrategy(DDPStrategy):
         local_epochs: passes over its own data that a client makes in a round; "auto" is 1 unless ``local_steps`` is
             given.
         local_steps: instead of ``local_epochs``, the number of batches; a client goes on in its data where it stopped
-            the last time. Also a function from the round to that number, such as `lightning_fedscale.schedules` makes.
+            the last time. A function of the round's number gives every round its own, for a schedule
+            (`lightning_fedscale.schedules`) or to follow a `CriticalPhase`; it must say the same on every rank and
+            after a restart.
         rounds_per_epoch: rounds in a Trainer epoch.
         sampler: who takes part, see `lightning_fedscale.samplers`.
         local_rule: what a client does differently from plain local training: a name ("scaffold", ...) or an object from

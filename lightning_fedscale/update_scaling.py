@@ -8,6 +8,7 @@ import torch
 from torch.optim import Optimizer
 
 _FOLLOW_SCALE = (torch.optim.SGD, torch.optim.ASGD)
+_OF_OWN_LENGTH = (torch.optim.Rprop,)
 _DECOUPLED = tuple(getattr(torch.optim, name) for name in ("AdamW", "Adafactor", "Muon") if hasattr(torch.optim, name))
 
 
@@ -39,6 +40,19 @@ class UpdateScaling:
         self._before: list[dict[str, Any]] = []
         self._hook = optimizer.register_step_post_hook(lambda *_: self.restore())
         self.by_gradient = isinstance(optimizer, _FOLLOW_SCALE)
+
+    def check(self) -> None:
+        """Refuse an optimizer whose steps cannot be made longer.
+
+        Raises:
+            ValueError: with the remedy.
+        """
+        if isinstance(self._optimizer, _OF_OWN_LENGTH):
+            raise ValueError(
+                f"action='scale': {type(self._optimizer).__name__} keeps a step length of its own for every parameter,"
+                " which neither the size of gradients nor the learning rate changes: choose another optimizer, or"
+                " action='observe'."
+            )
 
     def describe(self) -> str:
         """What is multiplied, in words."""

@@ -106,6 +106,11 @@ class Workload:
                 f"population: batch_size={population.batch_size!r} with a batch_sampler of your own, which alone"
                 " decides what a batch is: pass Population(..., batch_size='loader') or a DataLoader with a batch_size."
             )
+        if population.batch_size == "fastest" and callable(self._options.local_steps):
+            raise ValueError(
+                f"population: batch_size='fastest' with local_steps={self._options.local_steps!r}, and which batch is"
+                " fastest depends on how many follow: pass local_steps as a number, or another batch_size."
+            )
         if population.may_drop and population.min_clients < self._world_size:
             raise ValueError(
                 f"population: min_clients={population.min_clients} is fewer than the {self._world_size} ranks (devices"
@@ -116,33 +121,35 @@ class Workload:
     def duty(self, message_bytes: int) -> Duty:
         """What clients do in a round, for those who simulate their hardware."""
         options, sizes = self._options, self.partition.sizes
-        per_pass, counted = float(sizes.mean()) / self.loader.batch_size, options.steps_in(0)
-        steps = counted if counted is not None else (options.local_epochs or 1) * per_pass
+        per_pass = float(sizes.mean()) / self.loader.batch_size
+        steps = options.steps_in(0) or (options.local_epochs or 1) * per_pass
         # Where tails are dropped, a larger batch would leave the smallest client without any.
         most = int(sizes.min() if self.loader.drop_last else sizes.max())
         return Duty(self.cohort_size, steps, self.loader.batch_size, most, message_bytes)
 
     def plan(self, round: int, losses: Mapping[int, float]) -> RoundPlan:
         """The cohort of a round and where each client trains, given the clients' last known losses."""
+        steps = self._options.steps_in(round)
         if self._options.asynchrony is not None:
-            return self._plan_of_arrivals(self._options.asynchrony, round)
+            return self._plan_of_arrivals(self._options.asynchrony, round, steps)
         asked, simulate = self.cohort_size, None
         if (fleet := self.fleet) is not None:
             asked = fleet.population.asked(self.cohort_size, self.partition.num_clients)
-            simulate = partial(self._simulate, fleet, round)
-        return plan_round(
+            simulate = partial(self._simulate, fleet, round, steps)
+        plan = plan_round(
             round,
             seed=self._options.seed,
             sampler=self._options.sampler,
             num_clients=self.partition.num_clients,
             clients_per_round=asked,
-            cost=partial(self._cost, steps=self._options.steps_in(round)),
+            cost=partial(self._cost, steps),
             world_size=self._world_size,
             simulate=simulate,
             losses=losses,
         )
+        return plan._replace(local_steps=steps)
 
-    def _plan_of_arrivals(self, asynchrony: FedBuff, round: int) -> RoundPlan:
+    def _plan_of_arrivals(self, asynchrony: FedBuff, round: int, local_steps: int | None) -> RoundPlan:
         if self._arrivals is None:
             count, options, fleet = self.partition.num_clients, self._options, self.fleet
             concurrency = asynchrony.concurrent(self.cohort_size, count)
@@ -151,15 +158,15 @@ class Workload:
                 options.seed, count, self.cohort_size, concurrency, partial(self._seconds, asynchrony), answers
             )
         flush = self._arrivals.of_round(round)
-        ranks = place_longest_first(self._cost(flush.clients, self._options.steps_in(round)), self._world_size)
-        return RoundPlan(round, flush.clients, ranks, arrived=flush)
+        ranks = place_longest_first(self._cost(local_steps, flush.clients), self._world_size)
+        return RoundPlan(round, flush.clients, ranks, local_steps=local_steps, arrived=flush)
 
     def _seconds(self, asynchrony: FedBuff, client: int, version: int) -> float:
         if asynchrony.seconds is not None:
             return float(asynchrony.seconds[client])
         assert self.fleet is not None
         clients = np.array([client])
-        steps, samples = self._amounts(self.fleet, clients, self._options.steps_in(version))
+        steps, samples = self._amounts(self.fleet, self._options.steps_in(version), clients)
         return float(self.fleet.seconds(clients, steps, samples)[0])
 
     def _check_asynchrony(self) -> None:
@@ -181,18 +188,18 @@ class Workload:
                 " wait: leave them out."
             )
 
-    def _simulate(self, fleet: Fleet, round: int, clients: IntArray) -> Simulated:
-        steps, samples = self._amounts(fleet, clients, self._options.steps_in(round))
+    def _simulate(self, fleet: Fleet, round: int, local_steps: int | None, clients: IntArray) -> Simulated:
+        steps, samples = self._amounts(fleet, local_steps, clients)
         selection = fleet.select(self._options.seed, round, clients, steps, samples, self.cohort_size)
         return Simulated(selection, fleet.batch_sizes_of(selection.clients))
 
-    def _amounts(self, fleet: Fleet, clients: IntArray, counted: int | None) -> tuple[FloatArray, FloatArray]:
+    def _amounts(self, fleet: Fleet, local_steps: int | None, clients: IntArray) -> tuple[FloatArray, FloatArray]:
         """Local batches of each client in a round, and samples over all of them."""
         passes = [self._pass(int(size), fleet.batch_size(client)) for client, size in self._held(clients)]
         steps, samples = np.array(passes, dtype=np.float64).T
-        if counted is not None:
+        if local_steps is not None:
             # Where in its data a client goes on does not matter here: it meets full and last batches as they come.
-            return np.full(len(passes), float(counted)), samples / steps * counted
+            return np.full(len(passes), float(local_steps)), samples / steps * local_steps
         assert self._options.local_epochs is not None
         return steps * self._options.local_epochs, samples * self._options.local_epochs
 
@@ -206,18 +213,18 @@ class Workload:
         offsets = self.partition.offsets
         return zip(clients.tolist(), (offsets[clients + 1] - offsets[clients]).tolist(), strict=True)
 
-    def _cost(self, clients: IntArray, steps: int | None) -> IntArray:
+    def _cost(self, local_steps: int | None, clients: IntArray) -> IntArray:
         # By samples; with local_steps every client does the same work. Not `partition.sizes`: that is of all clients.
         offsets = self.partition.offsets
         sizes: IntArray = offsets[clients + 1] - offsets[clients]
-        return sizes if steps is None else sizes * 0 + steps
+        return sizes if local_steps is None else sizes * 0 + local_steps
 
-    def of_client(self, client: int, round: int, cursor: Cursor) -> LocalWork:
+    def of_client(self, client: int, plan: RoundPlan, cursor: Cursor) -> LocalWork:
         """What a client does in a round.
 
         Args:
             client: index of the client.
-            round: index of the round.
+            plan: of the round.
             cursor: where its data goes on; counts with ``local_steps`` only.
         """
         indices, options = self.partition.client(client), self._options
@@ -227,9 +234,9 @@ class Workload:
             order = pass_order(indices, shuffle=shuffle, seed=self._seed, client=client, number=number)
             return self.loader.batches(order, None if self.fleet is None else self.fleet.batch_size(client))
 
-        if (steps := options.steps_in(round)) is not None:
-            batches, cursor = steps_from(cursor, steps, batches_of)
+        if plan.local_steps is not None:
+            batches, cursor = steps_from(cursor, plan.local_steps, batches_of)
         else:
             assert options.local_epochs is not None
-            batches, cursor = epochs_from(round * options.local_epochs, options.local_epochs, batches_of), (0, 0)
-        return LocalWork(client, len(indices), batches, cursor, (options.seed, round))
+            batches, cursor = epochs_from(plan.round * options.local_epochs, options.local_epochs, batches_of), (0, 0)
+        return LocalWork(client, len(indices), batches, cursor, (options.seed, plan.round))

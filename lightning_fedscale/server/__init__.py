@@ -13,7 +13,7 @@ from lightning_fedscale.server.adaptive import (
     scale_by_adam,
     scale_by_yogi,
 )
-from lightning_fedscale.server.base import ServerOptimizer, follows_scale
+from lightning_fedscale.server.base import ServerOptimizer, follows_scale, own_decay
 from lightning_fedscale.server.chain import chain
 from lightning_fedscale.server.fed_avg import fed_avg, fed_avgm, nesterov
 from lightning_fedscale.server.fed_exp import fed_exp
@@ -37,6 +37,7 @@ __all__ = [
     "follows_scale",
     "from_torch",
     "nesterov",
+    "own_decay",
     "per_parameter",
     "scale",
     "scale_by_adagrad",

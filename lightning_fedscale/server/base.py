@@ -44,23 +44,42 @@ def own_state(state: Any, name: str) -> dict[str, Any]:
 def follows_scale(rule: ServerOptimizer) -> bool:
     """Whether a rule's steps become twice as long when all deltas do; those of adaptive rules hardly change.
 
-    Found out with three steps of a single parameter.
+    Found out with three steps of a single parameter, which is zero, so that weight decay does not matter.
 
     Example:
         >>> from lightning_fedscale.server import fed_avg, from_torch
         >>> follows_scale(fed_avg(lr=0.5)), follows_scale(from_torch(torch.optim.Adam, lr=0.1))
         (True, False)
     """
+    deltas = (0.5, -0.25, 1.0)
+    single, double = _steps(rule, 0.0, *deltas), _steps(rule, 0.0, *(2 * delta for delta in deltas))
+    return all(abs(b - 2 * a) <= 1e-6 * abs(b) for a, b in zip(single, double, strict=True))
 
-    def steps(factor: float) -> list[float]:
-        params = {"parameter": torch.ones(1, dtype=torch.float64)}
-        state, taken = rule.init(params), []
-        for value in (0.5, -0.25, 1.0):
-            delta = {"parameter": torch.full((1,), factor * value, dtype=torch.float64)}
-            # Clients that agree: their norms are that of their mean.
-            norms = ((factor * value) ** 2,) if rule.reads_norms else ()
-            step, state = rule.update(delta, state, params, *norms)
-            taken.append(float(step["parameter"]))
-        return taken
 
-    return all(abs(b - 2 * a) <= 1e-6 * abs(b) for a, b in zip(steps(1.0), steps(2.0), strict=True))
+def own_decay(rule: ServerOptimizer) -> float:
+    """The share of itself that a parameter loses at every step, whatever its delta is: decoupled weight decay.
+
+    0 for rules without, and for those that add it to the delta, where it takes part in all that follows. Found out with
+    two steps.
+
+    Example:
+        >>> from lightning_fedscale.server import from_torch
+        >>> own_decay(from_torch(torch.optim.AdamW, lr=0.5, weight_decay=0.25))
+        0.125
+        >>> own_decay(from_torch(torch.optim.Adam, lr=0.5, weight_decay=0.25))
+        0.0
+    """
+    (of_one,), (of_two,) = _steps(rule, 1.0, 0.0), _steps(rule, 2.0, 0.0)
+    return of_one if abs(of_two - 2 * of_one) <= 1e-6 * abs(of_two) else 0.0
+
+
+def _steps(rule: ServerOptimizer, value: float, *deltas: float) -> list[float]:
+    """What a rule does to a parameter of this value, which stays as it is."""
+    params = {"parameter": torch.full((1,), value, dtype=torch.float64)}
+    state, taken = rule.init(params), []
+    for delta in deltas:
+        # Clients that agree: their norms are that of their mean.
+        norms = (delta**2,) if rule.reads_norms else ()
+        step, state = rule.update({"parameter": torch.full((1,), delta, dtype=torch.float64)}, state, params, *norms)
+        taken.append(float(step["parameter"]))
+    return taken

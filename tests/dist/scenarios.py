@@ -137,6 +137,26 @@ def shrinking(*, seed: int, round: int, num_clients: int, clients_per_round: int
     )
 
 
+class Followed:
+    """Rounds that follow a phase: many clients and few steps while it is critical."""
+
+    phase: CriticalPhase
+
+    def made(self) -> CriticalPhase:
+        """A new one for every run."""
+        self.phase = CriticalPhase(relative_change(0.6, window=2), action="observe", noise_every=None)
+        return self.phase
+
+    def steps(self, round: int) -> int:
+        return 1 if self.phase.critical else 5
+
+    def cohort(self, *, clients_per_round: int, **keys: int) -> IntArray:
+        return uniform(clients_per_round=6 if self.phase.critical else clients_per_round, **keys)
+
+
+FOLLOWED = Followed()
+
+
 class Scenario(NamedTuple):
     """A run, described so that every process can build it."""
 
@@ -234,6 +254,11 @@ SCENARIOS: dict[str, Scenario] = {
         lambda: Module("adam"),
         callbacks=lambda: [CriticalPhase(relative_change(0.05, window=4), scale=1.5, level="step")],
         collectives=2,
+    ),
+    "phase_followed": Scenario(
+        lambda: {"clients_per_round": 4, "local_steps": FOLLOWED.steps, "sampler": FOLLOWED.cohort},
+        lambda: {"max_epochs": 8},
+        callbacks=lambda: [FOLLOWED.made()],
     ),
     "phase_noise": Scenario(
         lambda: {"clients_per_round": 5},

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from lightning.pytorch.callbacks import Callback, LearningRateMonitor
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.plugins.precision import MixedPrecision
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugins.custom_scalar.layout_pb2 import Layout
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 from torchmetrics import Accuracy
@@ -22,7 +24,15 @@ from torchmetrics import Accuracy
 from lightning_fedscale import FederatedStrategy
 from lightning_fedscale.callbacks import CriticalPhase, RoundEvents
 from lightning_fedscale.partitioners import Partition
-from lightning_fedscale.phases import Detector, Observation, accordion, fisher_trace, page_hinkley, relative_change
+from lightning_fedscale.phases import (
+    Detector,
+    Observation,
+    accordion,
+    adascale,
+    fisher_trace,
+    page_hinkley,
+    relative_change,
+)
 from lightning_fedscale.samplers import uniform
 from lightning_fedscale.server import from_torch
 from tests.laws import reference
@@ -267,6 +277,28 @@ def test_reading_less_often_delays_decisions_only() -> None:
     assert at_once.record.spans == later.record.spans == [[0, WARM_UP - 1]]
 
 
+@pytest.mark.parametrize("action", [{"action": "observe"}, {"scale": 2.0}, {"action": "noise", "target_batch": 4}])
+def test_numbers_leave_the_device_once_in_n_steps(action: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each of these calls would wait for a GPU; those that come from this project are counted."""
+    reads: list[str] = []
+
+    def counted(name: str) -> Any:
+        original = getattr(Tensor, name)
+
+        def call(self: Tensor, *args: Any, **kwargs: Any) -> Any:
+            if "/lightning_fedscale/" in sys._getframe(1).f_code.co_filename:
+                reads.append(name)
+            return original(self, *args, **kwargs)
+
+        return call
+
+    for name in ("cpu", "item", "tolist", "__bool__", "__float__", "__int__", "__array__"):
+        monkeypatch.setattr(Tensor, name, counted(name))
+    trained(phase(every_n_steps=4, noise_in="all", **action), gradient_clip_val=0.1)
+    assert reads.count("cpu") == STEPS // 4
+    assert set(reads) == {"cpu"}
+
+
 def test_accordion_sees_gradients_added_up() -> None:
     gradients: list[list[Tensor]] = []
 
@@ -494,6 +526,45 @@ def test_adaptive_servers_have_their_step_scaled() -> None:
     assert torch.equal(run(phase(scale=2.0)), run(ByHand()))
 
 
+@pytest.mark.parametrize("with_decay", [False, True])
+def test_the_servers_weight_decay_is_scaled_only_if_asked(with_decay: bool) -> None:
+    """Against AdamW's own step, taken apart: its decay is a share of the weights, the rest is multiplied."""
+    rate, decay, factor = 0.05, 0.4, 2.0
+
+    class ByHand(RoundEvents):
+        def on_round_start(self, trainer: Any, module: Any, round: int, clients: Any) -> None:
+            self.before = {name: p.detach().double() for name, p in module.named_parameters()}
+
+        def on_server_step(self, trainer: pl.Trainer, module: Any, step: Any) -> None:
+            if trainer.global_step >= WARM_UP:
+                for name, value in step.items():
+                    fixed = 0.0 if with_decay else rate * decay * self.before[name]
+                    value.copy_(factor * (value - fixed) + fixed)
+
+    def run(callback: Callback) -> Tensor:
+        adaptive = from_torch(torch.optim.AdamW, lr=rate, weight_decay=decay)
+        return weights(trained(callback, strategy=federated(server_optimizer=adaptive), max_steps=8))
+
+    ours = run(phase(scale=factor, scale_weight_decay=with_decay))
+    assert torch.allclose(ours, run(ByHand()), rtol=1e-6, atol=1e-7)
+
+
+def test_a_linear_servers_weight_decay_is_scaled_only_if_asked() -> None:
+    """SGD with decay follows the update's size: the update is multiplied, unless decay is to be as well."""
+
+    def run(callback: Callback, **options: Any) -> Tensor:
+        sgd = from_torch(torch.optim.SGD, lr=0.8, **options)
+        return weights(trained(callback, strategy=federated(server_optimizer=sgd), max_steps=WARM_UP + 1))
+
+    start = weights(trained(phase(action="observe"), strategy=federated(
+        server_optimizer=from_torch(torch.optim.SGD, lr=0.8, weight_decay=0.1)), max_steps=WARM_UP))  # fmt: skip
+    plain = run(phase(action="observe"), weight_decay=0.1) - start
+    decay = -0.8 * 0.1 * start
+    assert torch.allclose(run(phase(scale=2.0), weight_decay=0.1), start + 2 * (plain - decay) + decay, atol=1e-6)
+    asked = run(phase(scale=2.0, scale_weight_decay=True), weight_decay=0.1)
+    assert torch.allclose(asked, start + 2 * plain, atol=1e-6)
+
+
 def test_step_level_scales_the_clients_steps() -> None:
     """Warm-up is counted in every client's own steps; from the round after it, all steps of all clients are scaled."""
     callback = phase(scale=2.0, level="step", detector=always_after(4))
@@ -542,6 +613,48 @@ def test_others_can_follow_the_phase() -> None:
     assert cohorts == [6] * (WARM_UP + 1) + [2] * (7 - WARM_UP)
 
 
+def test_local_steps_can_follow_the_phase() -> None:
+    """Few local steps and everybody while the phase is critical, then many steps of few; the same after a restart."""
+
+    def run(rounds: int, checkpoint: Path | None = None) -> tuple[pl.Trainer, Tensor, list[tuple[int, int]]]:
+        callback, seen = phase(detector=relative_change(0.05, window=3), scale=1.5), []
+
+        def cohort(*, clients_per_round: int, **keys: Any) -> Any:
+            return uniform(clients_per_round=6 if callback.critical else clients_per_round, **keys)
+
+        class Seen(RoundEvents):
+            def on_round_end(self, trainer: Any, module: Any, record: Any) -> None:
+                seen.append((len(record.clients), int(record.local_steps.max())))
+
+        strategy = federated(
+            local_epochs=None, local_steps=lambda round: 1 if callback.critical else 4, clients_per_round=2,
+            sampler=cohort,
+        )  # fmt: skip
+        run = trainer(callback, Seen(), strategy=strategy, max_steps=-1, max_epochs=rounds)
+        module = Net(lambda p: torch.optim.Adam(p, lr=0.003), dropout=0.0)
+        run.fit(module, data(), ckpt_path=None if checkpoint is None else str(checkpoint), weights_only=True)
+        critical = {at for first, last in callback.record.spans for at in range(first, last + 1)}
+        # What a round was like follows from what was known when it began.
+        expected = [(6, 1) if at == 0 or at - 1 in critical else (2, 4) for at in range(rounds)]
+        assert seen == expected[-len(seen) :]
+        return run, weights(module), seen
+
+    _, whole, seen = run(12)
+    assert set(seen) == {(6, 1), (2, 4)}
+    stopped, _, _ = run(7)
+    stopped.save_checkpoint("stop.ckpt")
+    _, resumed, _ = run(12, Path("stop.ckpt"))
+    assert torch.equal(resumed, whole)
+
+
+def test_a_function_that_always_says_the_same_is_a_number() -> None:
+    number = trained(strategy=federated(local_epochs=None, local_steps=3), max_steps=4)
+    function = trained(strategy=federated(local_epochs=None, local_steps=lambda round: 3), max_steps=4)
+    assert torch.equal(weights(number), weights(function))
+    with pytest.raises(ValueError, match=r"local_steps\(2\)=0: pass an integer of at least 1"):
+        trained(strategy=federated(local_epochs=None, local_steps=lambda round: 2 - round), max_steps=4)
+
+
 # ---- logs and checkpoints
 
 
@@ -562,7 +675,12 @@ def test_everything_is_logged_and_drawn(tmp_path: Path) -> None:
     shaded = [round for first, last in callback.record.spans for round in range(first, last + 1)]
     assert [round for round, value in enumerate(critical) if value] == shaded
     assert "phase/course" in events.Tags()["images"]
-    assert "custom_scalars__config__" in events.Tags()["tensors"]
+    layout = Layout.FromString(events.Tensors("custom_scalars__config__")[0].tensor_proto.string_val[0])
+    charts = [chart for category in layout.category for chart in category.chart]
+    shown = {tag for chart in charts for tag in chart.multiline.tag}
+    for series in (series for chart in charts for series in chart.margin.series):
+        shown |= {series.value, series.lower, series.upper}
+    assert {name for name in scalars if name.startswith("phase/")} <= shown
 
 
 @pytest.mark.parametrize(
@@ -643,6 +761,13 @@ def test_a_round_that_fails_was_not_judged(tmp_path: Path) -> None:
         ({"every_n_steps": 0}, "every_n_steps=0: pass a whole number, at least 1"),
         ({"noise_every": 0}, "noise_every=0"),
         ({"noise": "gaussian"}, "noise='gaussian': choose 'reweighting', 'diagonal' or None"),
+        ({"scale": math.nan}, "scale=nan: pass a number above 0"),
+        ({"scale": "2"}, "scale='2': pass a number above 0"),
+        ({"scale": lambda phase: 0.0}, "it answers 0.0 for Phase.critical=True"),
+        ({"scale": lambda phase: None if phase.critical else 2.0}, "it answers None for Phase"),
+        ({"action": "noise", "target_batch": 0}, "target_batch=0: pass a number of samples above 0"),
+        ({"noise_in": "quiet"}, "noise_in='quiet': choose 'critical' or 'all'"),
+        ({"seed": -1}, "seed=-1: pass a whole number, at least 0"),
     ],
 )
 def test_bad_arguments_are_named(options: dict[str, Any], message: str) -> None:
@@ -664,6 +789,7 @@ def test_a_detector_of_another_kind_is_refused() -> None:
         ({"action": "noise", "target_batch": 4, "noise": "reweighting"}, "auto", "choose 'diagonal'"),
         ({"action": "noise", "target_batch": 4, "level": "step"}, "federated", "choose level='round'"),
         ({"detector": accordion(accumulate=2), "level": "step"}, "federated", "choose level='round'"),
+        ({"scale": adascale(64, 8), "noise_every": None}, "auto", "noise_every=None: the scale rule reads"),
     ],
 )
 def test_what_cannot_work_is_refused_before_training(options: dict[str, Any], strategy: str, message: str) -> None:
@@ -701,6 +827,25 @@ def test_sparse_gradients_are_refused() -> None:
 
     with pytest.raises(ValueError, match=r"a gradient is sparse.*sparse=False"):
         trained(phase(), module=Sparse())
+
+
+def test_step_lengths_that_nothing_changes_are_refused() -> None:
+    rprop = lambda p: torch.optim.Rprop(p, lr=0.01)  # noqa: E731
+    with pytest.raises(ValueError, match=r"action='scale': Rprop keeps a step length of its own.*action='observe'"):
+        trained(phase(), module=constant(rprop))
+    trained(phase(action="observe"), module=constant(rprop))
+
+
+def test_noise_that_cannot_be_measured_is_refused_where_it_is_needed() -> None:
+    module = Net()
+    module.automatic_optimization = False
+    with pytest.raises(ValueError, match=r"the scale rule reads the noise of single samples.*automatic optimization"):
+        trained(CriticalPhase(scale=adascale(64, 8)), module=module)
+    # Where there are clients, their updates show it.
+    callback = CriticalPhase(always_after(), scale=adascale(96, 16), noise_every=None)
+    still = lambda p: torch.optim.SGD(p, lr=1e-6)  # noqa: E731
+    trained(callback, module=constant(still), strategy=one_step(6), max_steps=60)
+    assert 1.0 < callback.scale <= 6.0
 
 
 def test_several_optimizers_are_refused() -> None:

@@ -219,6 +219,14 @@ def test_a_batch_sampler_of_ones_own() -> None:
     assert records[0].simulated.seconds > 0
 
 
+def test_the_fastest_batch_for_steps_that_change_is_refused() -> None:
+    population = Population({SMALL: 0.5, LARGE: 0.5}, batch_size="fastest")
+    with pytest.raises(ValueError, match=r"batch_size='fastest' with local_steps=.*pass local_steps as a number"):
+        fit(population, local_steps=lambda round: 1 + round % 2)
+    *_, records = fit(mixed(), local_steps=lambda round: 1 + round % 2, max_epochs=2)
+    assert [set(record.local_steps.tolist()) for record in records] == [{1}, {2}]
+
+
 def test_not_a_population() -> None:
     with pytest.raises(TypeError, match=r"population=\{'phone': 1\}"):
         FederatedStrategy(population={"phone": 1})  # type: ignore[arg-type]

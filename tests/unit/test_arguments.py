@@ -79,6 +79,7 @@ WHOLE = "pass an integer of at least 1"
         ({"local_steps": 0}, ValueError, f"local_steps=0: {WHOLE}"),
         ({"local_steps": -5}, ValueError, f"local_steps=-5: {WHOLE}"),
         ({"local_steps": 2.5}, TypeError, f"local_steps=2.5: {WHOLE}"),
+        ({"local_steps": lambda: 3}, TypeError, "local_steps=<function .*too many positional arguments; pass a number"),
         ({"rounds_per_epoch": 0}, ValueError, f"rounds_per_epoch=0: {WHOLE}"),
         ({"rounds_per_epoch": 1.5}, TypeError, f"rounds_per_epoch=1.5: {WHOLE}"),
         ({"sampler": "uniform"}, TypeError, "sampler='uniform': pass a function sampler"),

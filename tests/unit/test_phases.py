@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import pytest
@@ -21,11 +23,13 @@ from lightning_fedscale.phases import (
     adascale,
     alarm_limit,
     capped,
+    check_rule,
     detector_by_name,
     federated_gradient_norm,
     fisher_trace,
     linear_ramp,
     page_hinkley,
+    reads_noise,
     relative_change,
     run_length_of,
     step,
@@ -78,6 +82,52 @@ def test_relative_change_is_selsyncs(window: int, alpha: float, threshold: float
             assert math.isnan(decision.statistic)
         previous = smoothed
     assert {decision.critical for decision in decisions} == {True, False}
+
+
+class PublishedMeter:
+    """SelSync's smoothing to the letter: nothing until the window is full, then the oldest leaves with each answer."""
+
+    def __init__(self, window: int, alpha: float) -> None:
+        self.window, self.alpha, self.held, self.answer = window, alpha, list[float](), 0.0
+
+    def __call__(self, value: float) -> float:
+        self.held.append(value)
+        if len(self.held) == self.window:
+            weights = [(1 - self.alpha) ** (self.window - place) for place in range(self.window)]
+            self.answer = sum(w * v for w, v in zip(weights, self.held, strict=True)) / sum(weights)
+            del self.held[0]
+        return self.answer
+
+
+@pytest.mark.parametrize(("window", "alpha"), [(25, 0.01), (5, 0.2), (1, 0.0)])
+def test_relative_change_becomes_the_published_code(window: int, alpha: float) -> None:
+    """That divides by the zero of its empty window, here kept from it; two windows later nothing is left of that."""
+    rng = np.random.default_rng(2)
+    layers = np.exp(rng.normal(size=(6 * window + 30, 4)) * 0.3)
+    layers[4 * window :] *= 4
+    threshold = 0.3 / window
+    decisions = judged(relative_change(threshold, window, alpha), [Observation(row.tolist()) for row in layers])
+    norm_meter, change_meter, before, seen = PublishedMeter(window, alpha), PublishedMeter(window, alpha), 1.0, set()
+    for number, (row, decision) in enumerate(zip(layers, decisions, strict=True)):
+        now = norm_meter(row.sum())
+        change, before = change_meter(abs(now - before) / before if before else 0.0), now
+        if number >= 2 * window:
+            assert decision.statistic == pytest.approx(change, rel=1e-12)
+            assert decision.critical == (change >= threshold)
+            seen.add(decision.critical)
+    assert seen == {True, False}
+
+
+def test_relative_change_by_hand() -> None:
+    """Window 2, alpha 1/2: a mean weighs the newest twice as much as the one before."""
+    decisions = judged(relative_change(0.25, window=2, alpha=0.5), of_norms([3.0, 6.0, 6.0, 3.0, 3.0, 3.0]))
+    means = [3.0, 5.0, 6.0, 4.0, 3.0, 3.0]
+    changes = [2 / 3, 1 / 5, 1 / 3, 1 / 4, 0.0]
+    assert means == [3.0] + [(2 * new + old) / 3 for old, new in [(3, 6), (6, 6), (6, 3), (3, 3), (3, 3)]]
+    smoothed = [2 / 3, (2 / 5 + 2 / 3) / 3, (2 / 3 + 1 / 5) / 3, (2 / 4 + 1 / 3) / 3, (0 + 1 / 4) / 3]
+    assert changes == pytest.approx([abs(b - a) / a for a, b in pairwise(means)])
+    assert [decision.statistic for decision in decisions[1:]] == pytest.approx(smoothed)
+    assert [decision.critical for decision in decisions] == [True, True, True, True, True, False]
 
 
 def test_relative_change_survives_vanishing_gradients() -> None:
@@ -222,6 +272,27 @@ def test_adascale_is_the_papers_gain(reference: float, ratio: float, noise_scale
     )  # of the reference batch's gradient, in units of the squared gradient
     assert gain == pytest.approx((variance + square) / (variance / ratio + square), rel=1e-9)
     assert 1.0 - 1e-9 <= gain <= ratio * (1 + 1e-9)
+
+
+@pytest.mark.parametrize(
+    ("rule", "message"),
+    [
+        (lambda phase: -1.0, r"it answers -1.0 for Phase\(critical=True"),
+        (lambda phase: 1.0 if phase.critical else math.inf, r"it answers inf for Phase\(critical=False"),
+        (lambda phase: "twice", r"it answers 'twice'.*phases.step"),
+        (lambda phase: True, r"it answers True"),
+    ],
+)
+def test_rules_that_answer_otherwise_are_refused(rule: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        check_rule(rule)
+    for good in (step(), linear_ramp(), adascale(64, 8), capped(step(3.0), 2.0)):
+        check_rule(good)
+
+
+def test_which_rules_read_the_noise_scale() -> None:
+    rules = [step(), linear_ramp(), capped(linear_ramp(), 1.5), adascale(64, 8), capped(adascale(64, 8), 2.0)]
+    assert [reads_noise(rule) for rule in rules] == [False, False, False, True, True]
 
 
 def test_adascale_waits_for_evidence() -> None:

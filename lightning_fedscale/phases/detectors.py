@@ -1,22 +1,16 @@
-"""Critical phases of training: told from gradient norms, and what to multiply updates by outside of them.
-
-Training is in a critical phase while its gradients change quickly. There, the direction of single updates matters, and
-errors that are made cannot be repaired later (Achille et al., arXiv 1711.08856; for federated learning Yan et al., AAAI
-2022). Elsewhere, updates of large batches may be scaled up (Tyagi, arXiv 2509.10537). Detectors and scale rules here
-are pure functions of numbers; `lightning_fedscale.callbacks.CriticalPhase` feeds and obeys them.
-"""
+"""Detectors of critical phases: what is seen of a step or round in, whether it is critical out."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
 from difflib import get_close_matches
-from functools import lru_cache
 from typing import Any, NamedTuple, TypeAlias
 
-import numpy as np
-from scipy.optimize import brentq
-from scipy.special import ndtr, ndtri, stdtr
+from scipy.special import ndtri, stdtr
+
+from lightning_fedscale.phases.checks import positive, whole
+from lightning_fedscale.phases.run_length import alarm_limit
 
 State: TypeAlias = dict[str, Any]
 """What a detector remembers: numbers, booleans and lists of numbers by name, so that any checkpoint can hold it."""
@@ -81,7 +75,9 @@ def relative_change(threshold: float = 0.3, window: int = 25, alpha: float = 0.0
         d_t = |m_t - m_{t-1}| / m_{t-1}, smoothed in the same way
         critical if t < window or d_t >= threshold
 
-    Before the window is full, the means are over what there is; a change from zero counts as one of 100 %.
+    Before the window is full, where its code divides by zero, the means are over what there is; a change from zero
+    counts as one of 100 %. Two windows later both are the same. Its code counts steps from 1 and so judges the last one
+    of the first window already.
 
     Args:
         threshold: relative change from which on a phase is critical. SelSync used 0.25, 0.3 and 0.5. Of a smoothed norm
@@ -101,8 +97,8 @@ def relative_change(threshold: float = 0.3, window: int = 25, alpha: float = 0.0
         False 0.0
         True 1.0
     """
-    _positive("threshold", threshold)
-    _count("window", window)
+    positive("threshold", threshold)
+    whole("window", window)
     if not 0 <= alpha < 1:
         raise ValueError(f"alpha={alpha!r}: pass a number in [0, 1).")
 
@@ -127,17 +123,18 @@ def accordion(threshold: float = 0.5, interval: int = 10, accumulate: int = 1) -
     """Critical until a layer's accumulated gradient keeps its norm from one look to the next.
 
     As in Accordion (Agarwal et al., MLSys 2021, and its code): every ``interval`` observations, each layer's norm is
-    compared with that at the last look; critical if ``|before - now| / before >= threshold`` for any layer. The first
-    observations are critical, and a lower learning rate makes those critical that follow, until the next look.
+    compared with that at the last look; critical if ``|before - now| / before >= threshold`` for any layer (Accordion
+    compresses each by its own). The first observations are critical, and a lower learning rate makes those critical
+    that follow, until the next look.
 
     Args:
         threshold: relative change from which on a phase is critical; Accordion's code has 0.5.
         interval: observations from one look to the next; Accordion's are epochs, 10 apart.
         accumulate: steps or rounds whose gradients are added up for one observation: those of an epoch.
     """
-    _positive("threshold", threshold)
-    _count("interval", interval)
-    _count("accumulate", accumulate)
+    positive("threshold", threshold)
+    whole("interval", interval)
+    whole("accumulate", accumulate)
 
     def init() -> State:
         return {"norms": [], "seen": 0, "critical": True, "change": math.nan, "learning_rate": math.nan}
@@ -189,11 +186,11 @@ def page_hinkley(false_alarms: float = 1.0, drift: float = 0.5, hold: int = 25) 
         >>> critical.index(False), critical[-1]
         (5, True)
     """
-    _positive("false_alarms", false_alarms)
+    positive("false_alarms", false_alarms)
     if false_alarms > 100:
         raise ValueError(f"false_alarms={false_alarms!r}: pass at most 100 in 1,000 observations.")
-    _positive("drift", drift)
-    _count("hold", hold)
+    positive("drift", drift)
+    whole("hold", hold)
     limit = alarm_limit(1000 / false_alarms - _UNSCORED, drift)
 
     def init() -> State:
@@ -275,152 +272,16 @@ def detector_by_name(name: str, threshold: float) -> Detector:
     return DETECTORS[name](threshold)
 
 
-# ---- what to multiply by
-
-
-class Phase(NamedTuple):
-    """Where training is, as scale rules see it.
-
-    Attributes:
-        critical: whether it is in a critical phase.
-        quiet: steps or rounds since it last was, 0 while it is.
-        noise_scale: gradient noise scale in samples; NaN if unknown.
-    """
-
-    critical: bool
-    quiet: int
-    noise_scale: float = math.nan
-
-
-ScaleRule: TypeAlias = Callable[[Phase], float]
-"""What to multiply an update by in a phase."""
-
-
-def step(factor: float = 2.0) -> ScaleRule:
-    """``factor`` in non-critical phases, 1 in critical ones: the step function of arXiv 2509.10537.
-
-    Example:
-        >>> rule = step(3.0)
-        >>> rule(Phase(critical=True, quiet=0)), rule(Phase(critical=False, quiet=1))
-        (1.0, 3.0)
-    """
-    _positive("scale", factor)
-    return lambda phase: 1.0 if phase.critical else float(factor)
-
-
-def linear_ramp(factor: float = 2.0, length: int = 100) -> ScaleRule:
-    """From 1 to ``factor`` within ``length`` non-critical steps or rounds; 1 in critical ones.
-
-    Example:
-        >>> rule = linear_ramp(3.0, length=4)
-        >>> [rule(Phase(critical=False, quiet=quiet)) for quiet in (1, 2, 4, 9)]
-        [1.5, 2.0, 3.0, 3.0]
-    """
-    _positive("scale", factor)
-    _count("length", length)
-    return lambda phase: 1.0 if phase.critical else 1.0 + (factor - 1.0) * min(1.0, phase.quiet / length)
-
-
-def adascale(batch: float, reference: float) -> ScaleRule:
-    """AdaScale's gain: as many steps of the reference batch as one of this larger batch is worth.
-
-    With ``S = batch / reference``, variance ``v`` of a gradient over ``reference`` samples and squared mean gradient
-    ``m``, the gain is ``(v + m) / (v / S + m)``, between 1 and ``S`` (Johnson et al., arXiv 2007.05105); written with
-    the noise scale, since ``v / m = noise_scale / reference``. 1 in critical phases, and as long as the noise scale is
-    unknown.
-
-    Args:
-        batch: samples behind one update.
-        reference: samples for which the learning rate was chosen.
-
-    Example:
-        >>> rule = adascale(batch=1024, reference=128)
-        >>> rule(Phase(critical=False, quiet=1, noise_scale=1024.0))
-        4.5
-    """
-    _positive("batch", batch)
-    _positive("reference", reference)
-    if reference > batch:
-        raise ValueError(f"reference={reference!r}: pass at most batch={batch!r}, the samples behind one update.")
-
-    def rule(phase: Phase) -> float:
-        if phase.critical or not phase.noise_scale >= 0:
-            return 1.0
-        if math.isinf(phase.noise_scale):
-            return batch / reference
-        return (phase.noise_scale / reference + 1.0) / (phase.noise_scale / batch + 1.0)
-
-    return rule
-
-
-def capped(rule: ScaleRule, limit: float) -> ScaleRule:
-    """Another rule, but never above ``limit``: by the linear rule, how many times larger the batch has become.
-
-    Example:
-        >>> capped(step(8.0), limit=4.0)(Phase(critical=False, quiet=1))
-        4.0
-    """
-    _positive("limit", limit)
-    return lambda phase: min(rule(phase), float(limit))
-
-
-# ---- the alarm limit
+# ---- parts
 
 
 _UNSCORED = 2
 """Observations after a start that have no score, since a spread takes two."""
 
 
-@lru_cache(maxsize=64)
-def alarm_limit(run_length: float, drift: float = 0.5) -> float:
-    """The limit at which two-sided cumulative sums of standard normal scores run so long on average until an alarm.
-
-    Inverts `run_length_of`; both sides together run half as long as one.
-
-    Args:
-        run_length: mean number of observations until an alarm, at least 5.
-        drift: what is taken off each score.
-
-    Example:
-        >>> round(alarm_limit(168.0, drift=0.5), 1)  # as tabulated for a limit of 4
-        4.0
-    """
-
-    def excess(limit: float) -> float:
-        return math.log(run_length_of(limit, drift) / 2 / run_length)
-
-    high = 1.0
-    while excess(high) < 0:
-        high *= 1.5
-    return float(brentq(excess, 1e-6, high, xtol=1e-9))
-
-
-def run_length_of(limit: float, drift: float = 0.5) -> float:
-    """Mean number of standard normal scores until a one-sided cumulative sum exceeds the limit.
-
-    Solves Page's integral equation ``L(z) = 1 + L(0) Phi(drift - z) + int_0^limit L(y) phi(y + drift - z) dy`` by
-    Gauss-Legendre quadrature (Vance, Journal of Quality Technology 18, 1986).
-
-    Example:
-        >>> round(run_length_of(4.0, drift=0.5), 1)
-        335.4
-    """
-    nodes, weights = np.polynomial.legendre.leggauss(80)
-    points, weights = (nodes + 1) * limit / 2, weights * limit / 2
-    start = np.concatenate([[0.0], points])
-    kernel = np.exp(-((points[None] + drift - start[:, None]) ** 2) / 2) / math.sqrt(2 * math.pi) * weights[None]
-    system = np.eye(len(start))
-    system[:, 0] -= ndtr(drift - start)
-    system[:, 1:] -= kernel
-    return float(np.linalg.solve(system, np.ones(len(start)))[0])
-
-
-# ---- parts
-
-
 def _growth(field: str, threshold: float, window: int) -> Detector:
-    _positive("threshold", threshold)
-    _count("window", window)
+    positive("threshold", threshold)
+    whole("window", window)
 
     def init() -> State:
         return {"values": [], "before": math.nan}
@@ -467,13 +328,3 @@ def _score(value: float, count: int, mean: float, squares: float) -> float:
 
 _FARTHEST = 8.0
 """Largest score: beyond it, numbers say nothing any more."""
-
-
-def _positive(name: str, value: float) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
-        raise ValueError(f"{name}={value!r}: pass a number above 0.")
-
-
-def _count(name: str, value: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ValueError(f"{name}={value!r}: pass a whole number, at least 1.")

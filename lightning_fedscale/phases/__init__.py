@@ -1,0 +1,56 @@
+"""Critical phases of training: told from gradient norms, and what to multiply updates by outside of them.
+
+Training is in a critical phase while its gradients change quickly. There, the direction of single updates matters, and
+errors that are made cannot be repaired later (Achille et al., arXiv 1711.08856; for federated learning Yan et al., AAAI
+2022). Elsewhere, updates of large batches may be scaled up (Tyagi, arXiv 2509.10537). Detectors and scale rules here
+are pure functions of numbers; `lightning_fedscale.callbacks.CriticalPhase` feeds and obeys them.
+"""
+
+from lightning_fedscale.phases.detectors import (
+    DETECTORS,
+    Decision,
+    Detector,
+    Observation,
+    State,
+    accordion,
+    detector_by_name,
+    federated_gradient_norm,
+    fisher_trace,
+    page_hinkley,
+    relative_change,
+)
+from lightning_fedscale.phases.run_length import alarm_limit, run_length_of
+from lightning_fedscale.phases.scale_rules import (
+    Phase,
+    ScaleRule,
+    adascale,
+    capped,
+    check_rule,
+    linear_ramp,
+    reads_noise,
+    step,
+)
+
+__all__ = [
+    "DETECTORS",
+    "Decision",
+    "Detector",
+    "Observation",
+    "Phase",
+    "ScaleRule",
+    "State",
+    "accordion",
+    "adascale",
+    "alarm_limit",
+    "capped",
+    "check_rule",
+    "detector_by_name",
+    "federated_gradient_norm",
+    "fisher_trace",
+    "linear_ramp",
+    "page_hinkley",
+    "reads_noise",
+    "relative_change",
+    "run_length_of",
+    "step",
+]

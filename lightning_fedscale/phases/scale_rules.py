@@ -1,0 +1,121 @@
+"""What to multiply updates by outside of critical phases."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple, TypeAlias
+
+from lightning_fedscale.phases.checks import positive, whole
+
+
+class Phase(NamedTuple):
+    """Where training is, as scale rules see it.
+
+    Attributes:
+        critical: whether it is in a critical phase.
+        quiet: steps or rounds since it last was, 0 while it is.
+        noise_scale: gradient noise scale in samples; NaN if unknown.
+    """
+
+    critical: bool
+    quiet: int
+    noise_scale: float = math.nan
+
+
+ScaleRule: TypeAlias = Callable[[Phase], float]
+"""What to multiply an update by in a phase."""
+
+
+def step(factor: float = 2.0) -> ScaleRule:
+    """``factor`` in non-critical phases, 1 in critical ones: the step function of arXiv 2509.10537.
+
+    Example:
+        >>> rule = step(3.0)
+        >>> rule(Phase(critical=True, quiet=0)), rule(Phase(critical=False, quiet=1))
+        (1.0, 3.0)
+    """
+    positive("scale", factor)
+    return lambda phase: 1.0 if phase.critical else float(factor)
+
+
+def linear_ramp(factor: float = 2.0, length: int = 100) -> ScaleRule:
+    """From 1 to ``factor`` within ``length`` non-critical steps or rounds; 1 in critical ones.
+
+    Example:
+        >>> rule = linear_ramp(3.0, length=4)
+        >>> [rule(Phase(critical=False, quiet=quiet)) for quiet in (1, 2, 4, 9)]
+        [1.5, 2.0, 3.0, 3.0]
+    """
+    positive("scale", factor)
+    whole("length", length)
+    return lambda phase: 1.0 if phase.critical else 1.0 + (factor - 1.0) * min(1.0, phase.quiet / length)
+
+
+def adascale(batch: float, reference: float) -> ScaleRule:
+    """AdaScale's gain: as many steps of the reference batch as one of this larger batch is worth.
+
+    With ``S = batch / reference``, variance ``v`` of a gradient over ``reference`` samples and squared mean gradient
+    ``m``, the gain is ``(v + m) / (v / S + m)``, between 1 and ``S`` (Johnson et al., arXiv 2007.05105); written with
+    the noise scale, since ``v / m = noise_scale / reference``. 1 in critical phases, and as long as the noise scale is
+    unknown.
+
+    Args:
+        batch: samples behind one update.
+        reference: samples for which the learning rate was chosen.
+
+    Example:
+        >>> rule = adascale(batch=1024, reference=128)
+        >>> rule(Phase(critical=False, quiet=1, noise_scale=1024.0))
+        4.5
+    """
+    positive("batch", batch)
+    positive("reference", reference)
+    if reference > batch:
+        raise ValueError(f"reference={reference!r}: pass at most batch={batch!r}, the samples behind one update.")
+
+    def rule(phase: Phase) -> float:
+        if phase.critical or not phase.noise_scale >= 0:
+            return 1.0
+        if math.isinf(phase.noise_scale):
+            return batch / reference
+        return (phase.noise_scale / reference + 1.0) / (phase.noise_scale / batch + 1.0)
+
+    return rule
+
+
+def reads_noise(rule: ScaleRule) -> bool:
+    """Whether a rule's answer depends on the noise scale, so that it waits for one.
+
+    Example:
+        >>> reads_noise(adascale(batch=1024, reference=128)), reads_noise(step(2.0))
+        (True, False)
+    """
+    far = 10**9  # beyond any ramp
+    return rule(Phase(False, far)) != rule(Phase(False, far, math.inf))
+
+
+def check_rule(rule: ScaleRule) -> None:
+    """Refuse a rule that does not answer with positive numbers.
+
+    Raises:
+        ValueError: with its answer.
+    """
+    for phase in (Phase(True, 0), Phase(False, 1)):
+        factor = rule(phase)
+        if isinstance(factor, bool) or not isinstance(factor, (int, float)) or not 0 < factor < math.inf:
+            raise ValueError(
+                f"scale={rule!r}: it answers {factor!r} for {phase}; pass a number above 0, or a function that makes"
+                " one of a Phase, such as lightning_fedscale.phases.step(2.0)."
+            )
+
+
+def capped(rule: ScaleRule, limit: float) -> ScaleRule:
+    """Another rule, but never above ``limit``: by the linear rule, how many times larger the batch has become.
+
+    Example:
+        >>> capped(step(8.0), limit=4.0)(Phase(critical=False, quiet=1))
+        4.0
+    """
+    positive("limit", limit)
+    return lambda phase: min(rule(phase), float(limit))
