@@ -99,8 +99,9 @@ def _finder_step(kind: str, device: str, mode: str, note: Path) -> Callable[[], 
         is_oom, run = batch_size_scaling.is_oom_error, batch_size_scaling._try_loop_run
 
         def watch_errors(error: BaseException) -> bool:
-            counts["out_of_memory"] += (known := is_oom(error))
-            return known
+            counts["out_of_memory"] += is_out_of_memory(error)  # also those that Lightning does not know
+            note.write_text(json.dumps(counts))
+            return is_oom(error)
 
         def watch_runs(*arguments: Any) -> None:
             counts["trials"] += 1
@@ -110,12 +111,12 @@ def _finder_step(kind: str, device: str, mode: str, note: Path) -> Callable[[], 
         batch_size_scaling.is_oom_error, batch_size_scaling._try_loop_run = watch_errors, watch_runs
         try:
             search = BatchSizeFinder(mode=mode, max_val=CEILING)
-            module = Project(kind)
+            search.optimal_batch_size = None  # until it has found one; it says 2 from the start
             # One step of training follows the search, which is not to decide what is reported.
             try:
-                trainer(device, search).fit(module)
+                trainer(device, search).fit(Project(kind))
             except RuntimeError as error:
-                if not is_out_of_memory(error):
+                if search.optimal_batch_size is None or not is_out_of_memory(error):
                     raise
             note.write_text(json.dumps({**counts, "batch": search.optimal_batch_size}))
         finally:
