@@ -157,7 +157,7 @@ def _be_the_child(step: Callable[[], object], budget: int, writing: int) -> None
         _silence()
         _take_memory_from_the_system()
         before = _status("VmSize")
-        # glibc reserves addresses for every thread, 64 MiB at a time, and falls back on them when there is nothing else.
+        # glibc reserves addresses for every thread, 64 MiB at a time, and falls back on them in the end.
         # So what counts are writable addresses; of all together there are some more, since Linux checks what becomes
         # writable only while those are not used up.
         _limit(resource.RLIMIT_DATA, _status("VmData") + budget)
