@@ -332,10 +332,9 @@ class MaxBatchProbe(Callback):
         if device.type == "cuda":
             room = int(free_memory(device) * (1 - self._headroom))  # beside the module itself, which stays where it is
             return lambda batch: real_step_on_cuda(model.real_step(batch), device), room
-        usable = int(budget * (1 - self._headroom))
 
         def measure(batch: int) -> RealStep:
-            done = real_step(model.real_step(batch), usable)
+            done = real_step(model.real_step(batch), budget)
             if not done.fits and not done.out_of_memory:
                 raise RuntimeError(f"MaxBatchProbe: a real step with {batch} samples failed: {done.reason}")
             return done
