@@ -1,7 +1,8 @@
 """The largest batch under a real memory limit: `MaxBatchProbe`, Lightning's `BatchSizeFinder`, and the truth.
 
     python -m benchmarks.probe                  six models on the CPU, four minutes
-    python -m benchmarks.probe --device cuda    the same on a GPU, to its own out-of-memory
+    python -m benchmarks.probe --device cuda --precisions 32-true bf16-mixed
+                                                the same on a GPU, to its own out-of-memory
 
 On a CPU, every real step runs in a child process whose address space is limited to the budget, so that running out of
 memory is real and harms nobody. Truth is found by bisection to out-of-memory.
@@ -15,7 +16,7 @@ import logging
 import tempfile
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,11 +27,24 @@ from lightning.pytorch.tuner import batch_size_scaling
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_fedscale.callbacks import MaxBatchProbe
-from lightning_fedscale.devices.verify import is_out_of_memory, real_step, true_max_batch
+from lightning_fedscale.devices.verify import is_out_of_memory, real_step
 from tests.networks import KINDS, Classifier
 
 RESULT = Path(__file__).parent / "results" / "probe.md"
 CEILING = 2**17  # the finder's own is 8192
+
+
+class Setting(NamedTuple):
+    """What is to be found: the batch of a model on a device with so many bytes."""
+
+    kind: str
+    device: str
+    budget: int
+    precision: str
+
+    @property
+    def model(self) -> str:
+        return self.kind if self.precision == "32-true" else f"{self.kind}, {self.precision}"
 
 
 class Row(NamedTuple):
@@ -58,31 +72,32 @@ class Project(Classifier):
         return DataLoader(data, self.batch_size)
 
 
-def trainer(device: str, *callbacks: pl.Callback) -> pl.Trainer:
+def trainer(setting: Setting, *callbacks: pl.Callback, **options: Any) -> pl.Trainer:
     return pl.Trainer(
-        accelerator=device, devices=1, max_steps=1, logger=False, enable_checkpointing=False,
-        enable_progress_bar=False, enable_model_summary=False, callbacks=list(callbacks),
-    )  # fmt: skip
+        accelerator=setting.device, precision=setting.precision, devices=1, max_steps=1, logger=False,
+        enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False, callbacks=list(callbacks),
+        **options,
+    )  # type: ignore[arg-type]  # fmt: skip
 
 
-def ours(kind: str, device: str, budget: int, verify: bool) -> tuple[Row, Any]:
+def ours(setting: Setting, verify: bool) -> tuple[Row, Any]:
     # The run that follows the probe would need the memory: nothing is applied.
-    probe = MaxBatchProbe(budget=budget, headroom=0.1 if verify else 0.0, verify=verify, apply=False)
-    trainer(device, probe).fit(Project(kind))
+    probe = MaxBatchProbe(budget=setting.budget, headroom=0.1 if verify else 0.0, verify=verify, apply=False)
+    trainer(setting, probe).fit(Project(setting.kind))
     assert probe.result is not None
     found = probe.result
     how = "MaxBatchProbe, verified, 10 % headroom" if verify else "MaxBatchProbe, predicted, no headroom"
-    return Row(kind, how, found.max_batch, found.real_steps, found.out_of_memory, found.seconds), probe
+    return Row(setting.model, how, found.max_batch, found.real_steps, found.out_of_memory, found.seconds), probe
 
 
-def finder(kind: str, device: str, budget: int, mode: str) -> Row:
+def finder(setting: Setting, mode: str) -> Row:
     """Lightning's own, in a child with the same limit (on CUDA: here)."""
     with tempfile.TemporaryDirectory() as folder:
         note = Path(folder) / "found.json"
         started = time.perf_counter()
-        step = _finder_step(kind, device, mode, note)
-        if device == "cpu":
-            done = real_step(step, budget, timeout=900)
+        step = _finder_step(setting, mode, note)
+        if setting.device == "cpu":
+            done = real_step(step, setting.budget, timeout=900)
             reason = done.reason
         else:
             step()
@@ -90,17 +105,18 @@ def finder(kind: str, device: str, budget: int, mode: str) -> Row:
         seconds = time.perf_counter() - started
         found = json.loads(note.read_text()) if note.exists() else {}
     how = f"BatchSizeFinder, {mode}" + (f" ({reason[:60]})" if reason else "")
-    return Row(kind, how, found.get("batch"), found.get("trials", 0), found.get("out_of_memory", 0), seconds)
+    return Row(setting.model, how, found.get("batch"), found.get("trials", 0), found.get("out_of_memory", 0), seconds)
 
 
-def _finder_step(kind: str, device: str, mode: str, note: Path) -> Callable[[], None]:
+def _finder_step(setting: Setting, mode: str, note: Path) -> Callable[[], None]:
     def step() -> None:
         counts = {"trials": 0, "out_of_memory": 0}
         is_oom, run = batch_size_scaling.is_oom_error, batch_size_scaling._try_loop_run
 
         def watch_errors(error: BaseException) -> bool:
-            counts["out_of_memory"] += (known := is_oom(error))
-            return known
+            counts["out_of_memory"] += is_out_of_memory(error)  # also those that Lightning does not know
+            note.write_text(json.dumps(counts))
+            return is_oom(error)
 
         def watch_runs(*arguments: Any) -> None:
             counts["trials"] += 1
@@ -110,12 +126,12 @@ def _finder_step(kind: str, device: str, mode: str, note: Path) -> Callable[[], 
         batch_size_scaling.is_oom_error, batch_size_scaling._try_loop_run = watch_errors, watch_runs
         try:
             search = BatchSizeFinder(mode=mode, max_val=CEILING)
-            module = Project(kind)
+            search.optimal_batch_size = None  # until it has found one; it says 2 from the start
             # One step of training follows the search, which is not to decide what is reported.
             try:
-                trainer(device, search).fit(module)
+                trainer(setting, search, default_root_dir=note.parent).fit(Project(setting.kind))
             except RuntimeError as error:
-                if not is_out_of_memory(error):
+                if search.optimal_batch_size is None or not is_out_of_memory(error):
                     raise
             note.write_text(json.dumps({**counts, "batch": search.optimal_batch_size}))
         finally:
@@ -124,11 +140,11 @@ def _finder_step(kind: str, device: str, mode: str, note: Path) -> Callable[[], 
     return step
 
 
-def truth(kind: str, device: str, budget: int, start: int, step_of: Callable[[int], Callable[[], None]]) -> Row:
-    if device == "cpu":
+def truth(setting: Setting, start: int, step_of: Callable[[int], Callable[[], None]]) -> Row:
+    if setting.device == "cpu":
 
         def fits(batch: int) -> bool:
-            return real_step(step_of(batch), budget).fits
+            return real_step(step_of(batch), setting.budget).fits
     else:
 
         def fits(batch: int) -> bool:
@@ -145,25 +161,21 @@ def truth(kind: str, device: str, budget: int, start: int, step_of: Callable[[in
         low, high, trials = high, high + max(1, high // 4), trials + 1
     while not fits(low):
         low, high, trials = low // 2, low, trials + 1
-    if device == "cpu":
-        best = true_max_batch(step_of, budget, low, high)
-    else:
-        while high - low > 1:
-            middle = (low + high) // 2
-            low, high = (middle, high) if fits(middle) else (low, middle)
-        best = low
-    return Row(kind, "truth, by bisection", best, 0, 0, time.perf_counter() - started)
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return Row(setting.model, "truth, by bisection", low, 0, 0, time.perf_counter() - started)
 
 
-def measure(device: str, budget: int, kinds: list[str]) -> list[Row]:
+def measure(settings: Iterable[Setting]) -> list[Row]:
     rows = []
-    for kind in kinds:
-        predicted, _ = ours(kind, device, budget, verify=False)
-        verified, probe = ours(kind, device, budget, verify=True)
+    for setting in settings:
+        predicted, _ = ours(setting, verify=False)
+        verified, probe = ours(setting, verify=True)
         assert probe.model is not None
         rows += [predicted, verified]
-        rows += [finder(kind, device, budget, mode) for mode in ("power", "binsearch")]
-        rows.append(truth(kind, device, budget, verified.batch or 2, probe.model.real_step))
+        rows += [finder(setting, mode) for mode in ("power", "binsearch")]
+        rows.append(truth(setting, verified.batch or 2, probe.model.real_step))
         for row in rows[-5:]:
             print(*row, sep="\t", flush=True)
     return rows
@@ -189,6 +201,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])  # type: ignore[union-attr]
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--budget", type=int, default=2**28, help="bytes; on CUDA what is free, if 0")
+    parser.add_argument("--precisions", nargs="+", default=["32-true"], help="as of a Trainer: 32-true bf16-mixed")
     parser.add_argument("--models", nargs="+", choices=KINDS, default=list(KINDS))
     parser.add_argument("--output", type=Path, default=RESULT)
     args = parser.parse_args()
@@ -200,8 +213,12 @@ def main() -> None:
     elif not torch.cuda.is_available():
         raise SystemExit("--device cuda: there is no CUDA device here.")
     budget = args.budget or torch.cuda.mem_get_info()[0]
-    rows = measure(args.device, budget, args.models)
-    other = "CUDA: not run." if args.device == "cpu" else "This table is of a GPU."
+    if args.device == "cuda":  # so that a smaller budget is a limit there as well
+        torch.cuda.set_per_process_memory_fraction(budget / torch.cuda.get_device_properties(0).total_memory)
+    rows = measure(
+        Setting(kind, args.device, budget, precision) for precision in args.precisions for kind in args.models
+    )
+    other = "The same table of a GPU: not run." if args.device == "cpu" else "This table is of a GPU."
     args.output.write_text(
         f"# The largest batch that fits\n\n{args.device}, budget {budget / 2**20:.0f} MiB, AdamW, torch"
         f" {torch.__version__}; made by `python -m benchmarks.probe`. {other}\n\nReal trials of MaxBatchProbe are"

@@ -20,6 +20,7 @@ from lightning_fedscale.devices.batches import samples_in
 from lightning_fedscale.devices.memory import SIMULATED
 from lightning_fedscale.devices.performance import PerformanceModel, StepTimes
 from lightning_fedscale.devices.probe import Measure, ProbeResult, probe
+from lightning_fedscale.devices.samples import LargestSample
 from lightning_fedscale.devices.verify import RealStep, real_step, real_step_on_cuda
 from lightning_fedscale.memory import format_bytes, free_memory, parse_bytes
 from lightning_fedscale.strategy import FederatedStrategy
@@ -95,14 +96,20 @@ class MaxBatchProbe(Callback):
             raise ValueError(f"headroom={headroom!r}: pass the share of the budget to leave free, in [0, 1).")
         if verify not in ("auto", True, False):
             raise ValueError(f"verify={verify!r}: choose 'auto', True or False.")
+        if not isinstance(apply, bool):
+            raise TypeError(f"apply={apply!r}: pass True to set the batch size, False to only report it.")
+        if batch_arg_name is not None and not isinstance(batch_arg_name, str):
+            raise TypeError(f"batch_arg_name={batch_arg_name!r}: pass the name of an attribute or hyperparameter.")
         if make_batch is not None and not callable(make_batch):
             raise TypeError(f"make_batch={make_batch!r}: pass a function of the number of samples.")
-        if max_samples is not None and (not isinstance(max_samples, int) or max_samples < 1):
+        if max_samples is not None and (type(max_samples) is not int or max_samples < 1):
             raise ValueError(f"max_samples={max_samples!r}: pass a number of samples, at least 1, or None.")
-        if noise_scale is not None and not (isinstance(noise_scale, (int, float)) and noise_scale > 0):
+        if noise_scale is not None and (type(noise_scale) not in (int, float) or not noise_scale > 0):
             raise ValueError(f"noise_scale={noise_scale!r}: pass a number of samples above 0, or None if unknown.")
         if isinstance(device_classes, (str, DeviceClass)):
             raise TypeError(f"device_classes={device_classes!r}: pass a list, [{device_classes!r}].")
+        if device_classes is not None and not isinstance(device_classes, Sequence):
+            raise TypeError(f"device_classes={device_classes!r}: pass a list of names, ['phone', 't4'], or None.")
         self._headroom = headroom
         self._verify = verify
         self._apply = apply
@@ -127,7 +134,7 @@ class MaxBatchProbe(Callback):
             self._prepare(trainer, pl_module)
 
     def _prepare(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        data = TrainData(trainer)
+        data = TrainData(trainer, need_samples=self._make_batch is None)
         data.keepers(self._batch_arg_name)
         if self._resumed is not None:
             found, self._resumed = self._resumed, None
@@ -246,14 +253,12 @@ class MaxBatchProbe(Callback):
     def _probe(self, trainer: pl.Trainer, module: pl.LightningModule, data: TrainData) -> ProbeResult:
         device = trainer.strategy.root_device
         _check_strategy(trainer)
-        make, note = data.largest()
-        make = self._make_batch or make
-        batch = make(2)
+        batch, make_batch, note = self._batches(data)
         self.model = model = estimate_memory(
             module,
             batch,
             precision=trainer.precision,
-            make_batch=make if self._make_batch is not None or not _resizable(batch) else None,
+            make_batch=make_batch,
             accumulate=_accumulation(trainer),
             extras=_extras(trainer),
             trainer=trainer,
@@ -281,6 +286,22 @@ class MaxBatchProbe(Callback):
             physical=physical,
             device_classes=self._classes_of(trainer),
         )
+
+    def _batches(self, data: TrainData) -> tuple[Any, Callable[[int], Any] | None, list[LargestSample]]:
+        """A batch of the largest samples, what makes others where it cannot be resized, and what was looked at."""
+        if self._make_batch is not None:
+            return self._make_batch(2), self._make_batch, []
+        make, note = data.largest()
+        batch = make(2)
+        rows = _rows(batch)
+        if rows == 2 or data.gives_batches:
+            return batch, None, note
+        if rows is not None and rows == _rows(make(4)):
+            raise ValueError(
+                f"collate_fn: of 2 samples and of 4 it makes {rows} rows, so batches cannot be resized: pass"
+                " make_batch=, a function of the number of samples that returns such a batch."
+            )
+        return batch, make, note
 
     def _bytes(self, trainer: pl.Trainer, device: torch.device) -> int:
         if self._budget is not None:
@@ -311,10 +332,9 @@ class MaxBatchProbe(Callback):
         if device.type == "cuda":
             room = int(free_memory(device) * (1 - self._headroom))  # beside the module itself, which stays where it is
             return lambda batch: real_step_on_cuda(model.real_step(batch), device), room
-        usable = int(budget * (1 - self._headroom))
 
         def measure(batch: int) -> RealStep:
-            done = real_step(model.real_step(batch), usable)
+            done = real_step(model.real_step(batch), budget)
             if not done.fits and not done.out_of_memory:
                 raise RuntimeError(f"MaxBatchProbe: a real step with {batch} samples failed: {done.reason}")
             return done
@@ -364,7 +384,8 @@ class MaxBatchProbe(Callback):
         rank_zero_info(
             f"MaxBatchProbe: a batch of {result.max_batch:,} samples takes {format_bytes(result.predicted_bytes)} of"
             f" {format_bytes(result.budget)}{measured}; most of it {largest}; limited by {result.limited_by}."
-            + (f" Was {result.previous}." if self._apply else " Nothing was changed.")
+            + ("" if result.previous is None else f" Was {result.previous}.")
+            + ("" if self._apply else " Nothing was changed.")
         )
 
 
@@ -396,11 +417,12 @@ def _check_strategy(trainer: pl.Trainer) -> None:
         )
 
 
-def _resizable(batch: Any) -> bool:
+def _rows(batch: Any) -> int | None:
+    """What all tensors of a batch have in their first dimension; None if there is no such number."""
     try:
-        return samples_in(batch) == 2
+        return samples_in(batch)
     except ValueError:
-        return False
+        return None
 
 
 def _accumulation(trainer: pl.Trainer) -> int:

@@ -132,7 +132,7 @@ def draw(runs, path):
     axis.set(xlabel="Simulated time (s)", ylabel="Test accuracy (%)", title="The same rounds, on the clients' hardware")
     axis.set(xlim=(0, None), ylim=(0, 101))
     axis.spines[["top", "right"]].set_visible(False)
-    axis.legend(frameon=False, loc="lower right")
+    axis.legend(frameon=False, loc="best")
     figure.savefig(path, dpi=200)
 
 

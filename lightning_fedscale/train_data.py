@@ -22,21 +22,22 @@ class TrainData:
 
     Args:
         trainer: in or before ``on_fit_start``.
+        need_samples: whether samples are to be taken from the loader, which must be a DataLoader then.
 
     Raises:
         ValueError: if there is no train loader.
     """
 
-    def __init__(self, trainer: pl.Trainer) -> None:
+    def __init__(self, trainer: pl.Trainer, *, need_samples: bool = True) -> None:
         self._trainer = trainer
         self._source = trainer.fit_loop._data_source
         if not self._source.is_defined():
             raise ValueError("train_dataloaders: MaxBatchProbe needs training data, and there is none.")
         self._given = self._source.dataloader()
-        if not self.loaders:
+        if need_samples and not self.loaders:
             raise ValueError(
                 f"train_dataloaders={type(self._given).__name__}: MaxBatchProbe needs a torch.utils.data.DataLoader to"
-                " take samples from; pass probe_batch= and batch_arg_name= for other loaders."
+                " take samples from; for other loaders pass make_batch=, a function of the number of samples."
             )
 
     @property
@@ -51,6 +52,8 @@ class TrainData:
     @property
     def batch_size(self) -> int | None:
         """The present one; None if a loader has none."""
+        if not self.loaders:
+            return getattr(self._given, "batch_size", None)
         size: int | None = self.loaders[0].batch_size
         return size if size is not None else getattr(self.loaders[0].batch_sampler, "batch_size", None)
 
@@ -60,8 +63,15 @@ class TrainData:
         return any(getattr(loader.batch_sampler, "drop_last", False) for loader in self.loaders)
 
     @property
+    def gives_batches(self) -> bool:
+        """Whether the dataset's items are batches already, ``DataLoader(batch_size=None)``."""
+        return any(loader.batch_sampler is None for loader in self.loaders)
+
+    @property
     def samples(self) -> int | None:
         """How many samples the smallest dataset has; None if that is not known."""
+        if self.gives_batches:
+            return None
         sizes = [len(loader.dataset) for loader in self.loaders if hasattr(loader.dataset, "__len__")]
         return min(sizes, default=None)
 
@@ -107,8 +117,14 @@ class TrainData:
         Raises:
             ValueError: if there is no batch size anywhere.
         """
-        owner = self._source.instance
-        for keeper, attribute in self.keepers(name):
+        owner, keepers = self._source.instance, self.keepers(name)
+        if not self.loaders and not (keepers and self._source.is_module()):
+            raise ValueError(
+                f"train_dataloaders: no batch size anywhere: {type(self._given).__name__} is no DataLoader, and nobody"
+                " who makes it has one. Keep one as `batch_size` in the data module or the module and build the loader"
+                " from it, or pass apply=False to only report."
+            )
+        for keeper, attribute in keepers:
             _set(keeper, attribute, size)
         undo: Callable[[], None] = _nothing
         if not self._source.is_module():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import numbers
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -172,7 +173,8 @@ class MemoryModel:
             limit: largest batch that makes sense, such as the number of samples.
 
         Raises:
-            ValueError: if not even one sample fits; says what is missing and which part is largest.
+            ValueError: if not even one sample fits; says what is missing and which part is largest. Also for a budget,
+                headroom or limit that cannot be.
 
         Example:
             >>> from lightning.pytorch.demos.boring_classes import BoringModel
@@ -180,8 +182,9 @@ class MemoryModel:
             63
         """
         usable = usable_bytes(budget, headroom)
+        limit = UNLIMITED if limit is None else _checked_samples("limit", limit)
         self.check_smallest(usable)
-        excess, limit = partial(self._excess, usable=usable), limit or UNLIMITED
+        excess = partial(self._excess, usable=usable)
         gentle = not self.exact or self._rehearsal.makes_batches
         return largest_within(excess, limit, start=self.smallest, gentle=gentle)
 
@@ -248,6 +251,7 @@ class MemoryModel:
 
     def _run(self, batch: int, stop_at: int | None = None) -> Rehearsed:
         if batch not in self._known:
+            _checked_samples("batch", batch)
             self._known[batch] = self._rehearsal.run(batch, fake=self.exact, stop_at=None if self.exact else stop_at)
         return self._known[batch]
 
@@ -264,13 +268,19 @@ class MemoryModel:
             return math.inf
 
 
+def _checked_samples(name: str, samples: int) -> int:
+    if isinstance(samples, bool) or not isinstance(samples, numbers.Integral) or samples < 1:
+        raise ValueError(f"{name}={samples!r}: pass a number of samples, at least 1.")
+    return int(samples)
+
+
 def usable_bytes(budget: int, headroom: float) -> int:
     """What of a budget may be used.
 
     Raises:
         ValueError: for a budget of nothing or a headroom outside [0, 1).
     """
-    if isinstance(budget, bool) or budget <= 0:
+    if isinstance(budget, bool) or not isinstance(budget, numbers.Real) or not budget > 0:
         raise ValueError(f"budget={budget!r}: pass a positive number of bytes.")
     if not 0 <= headroom < 1:
         raise ValueError(f"headroom={headroom!r}: pass the share of the budget to leave free, at least 0 and below 1.")

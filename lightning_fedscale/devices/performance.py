@@ -177,6 +177,7 @@ class PerformanceModel:
 
     def time_per_round(self, batch: int, clients: int, local_steps: int = 1) -> float:
         """Seconds of a round: all clients compute at the same time, then exchange."""
+        _check_positive(batch=batch, clients=clients, local_steps=local_steps)
         return local_steps * self.step.seconds(batch) + self._sync(clients)
 
     def rounds_to_target(self, batch: int, clients: int, local_steps: int = 1, min_steps: float = 1.0) -> float:
@@ -191,6 +192,7 @@ class PerformanceModel:
         Raises:
             ValueError: without a noise scale.
         """
+        _check_positive(batch=batch, clients=clients, local_steps=local_steps, min_steps=min_steps)
         if self.noise_scale is None:
             raise ValueError(
                 "noise_scale=None: without the gradient noise scale nobody knows how many steps are needed."
@@ -218,6 +220,7 @@ class PerformanceModel:
         Raises:
             ValueError: if nothing bounds the batch: steps that cost the same for any batch and no ``max_batch``.
         """
+        _check_positive(clients=clients, local_steps=local_steps)
         if not 0 < work_share < 1:
             raise ValueError(f"work_share={work_share!r}: pass a share above 0 and below 1.")
         fixed, per_sample = self.step.fixed + self._sync(clients) / local_steps, self.step.per_sample
@@ -270,3 +273,9 @@ class PerformanceModel:
 
     def _clipped(self, batch: int) -> int:
         return max(1, batch if self.max_batch is None else min(batch, self.max_batch))
+
+
+def _check_positive(**arguments: float) -> None:
+    for name, value in arguments.items():
+        if not value > 0:
+            raise ValueError(f"{name}={value!r}: pass more than 0.")

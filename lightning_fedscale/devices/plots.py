@@ -6,6 +6,7 @@ behind the caller's back.
 
 from __future__ import annotations
 
+from itertools import cycle
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -30,15 +31,17 @@ def plot_memory(table: pd.DataFrame, budgets: dict[str, int]) -> Figure:
     divisor, unit = next(((1024**i, u) for i, u in ((3, "GiB"), (2, "MiB"), (1, "KiB")) if top >= 1024**i), (1, "B"))
     areas = [(table[part] / divisor).to_numpy() for part in parts]
     axis.stackplot(table.index, areas, labels=parts, alpha=0.8, step=None)
-    for number, (name, budget) in enumerate(budgets.items()):
-        color = f"C{(len(parts) + number) % 10}"
-        axis.axhline(budget / divisor, linestyle="--", color=color, label=f"{name}: {budget / divisor:.3g} {unit}")
+    for style, (name, budget) in zip(cycle(("--", ":", "-.")), budgets.items(), strict=False):
+        axis.axhline(budget / divisor, linestyle=style, color="black", label=f"{name}: {budget / divisor:.3g} {unit}")
     axis.set_xlim(table.index.min(), max(table.index.max(), table.index.min() + 1))
     axis.set_ylim(0, 1.05 * top / divisor)
     axis.set_xlabel("batch size")
     axis.set_ylabel(f"peak memory ({unit})")
     handles, labels = axis.get_legend_handles_labels()
-    axis.legend(handles[::-1], labels[::-1], loc="upper left", fontsize="small")
+    # Beside the plot, whose empty corner has the budgets in it.
+    axis.legend(
+        handles[::-1], labels[::-1], fontsize="small", frameon=False, loc="upper left", bbox_to_anchor=(1.0, 1.0)
+    )
     return figure
 
 

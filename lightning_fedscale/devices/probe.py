@@ -33,7 +33,7 @@ class ProbeResult:
         predicted: predicted peaks by batch size, of all sizes that were rehearsed.
         real_steps: how many real steps were run, at most two.
         out_of_memory: how many of them ran out of memory.
-        verified: whether a real step confirmed ``max_batch``, or two smaller ones the line that leads to it.
+        verified: whether a real step confirmed ``max_batch``, or two steps the line that leads to it.
         fallback: why fake tensors could not be used; empty if they could.
         device_classes: largest batch by device class, 0 where not even one sample fits.
         seconds: what the probe took.
@@ -183,8 +183,9 @@ def _confirm(
         # ... and at worst a share of what it sees.
         careful = within(usable * predicted / max(taken, predicted))
         return _Confirmation(careful, careful == half, first.peak_bytes, half, 2, 1)
-    if tried < wanted and first.peak_bytes is not None and second.peak_bytes is not None:
-        slope = max(1.0, (second.peak_bytes - taken) / (model.peak(tried) - predicted))
+    grown = (second.peak_bytes or 0) - taken
+    if tried < wanted or taken + grown > usable:  # the line through both steps keeps the headroom
+        slope = max(1.0, grown / max(1, model.peak(tried) - predicted))
         wanted = min(wanted, within(predicted + (usable - taken) / slope))
     return _Confirmation(wanted, True, second.peak_bytes, tried, 2, 0)
 

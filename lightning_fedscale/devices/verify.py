@@ -20,6 +20,8 @@ from typing import Any, NamedTuple
 import torch
 
 _STATUS = Path("/proc/self/status")
+_LARGE = 2**16
+_RESERVED = 2**28
 
 # Of torch's allocators, and what oneDNN says when it gets no memory.
 _SIGNS = (
@@ -47,11 +49,11 @@ class RealStep(NamedTuple):
 
 
 def real_step(step: Callable[[], object], budget: int, *, timeout: float = 300.0) -> RealStep:
-    """Run a step in a fork of this process that may take so much more address space than it has now.
+    """Run a step in a fork of this process that may take so much more writable address space than it has now.
 
     Beyond that, allocations fail there, as on a machine with that much memory. This process does not change: its
     memory is copied when the child writes to it. Address space includes what no model sees, such as the scratch memory
-    of libraries; blocks that this process has freed but not given back are used first and do not count.
+    of libraries. What this process has freed or reserved without using it is of no help to the child.
 
     Args:
         step: what to run. Its result is dropped.
@@ -152,12 +154,16 @@ def _be_the_child(step: Callable[[], object], budget: int, writing: int) -> None
     started = time.perf_counter()
     try:
         torch.set_num_threads(1)  # the parent's worker threads are not here
-        _return_memory_at_once()
         _silence()
-        before = _address_space("VmSize")
-        resource.setrlimit(resource.RLIMIT_AS, (before + budget, before + budget))
+        _take_memory_from_the_system()
+        before = _status("VmSize")
+        # glibc reserves addresses for every thread, 64 MiB at a time, and falls back on them in the end.
+        # So what counts are writable addresses; of all together there are some more, since Linux checks what becomes
+        # writable only while those are not used up.
+        _limit(resource.RLIMIT_DATA, _status("VmData") + budget)
+        _limit(resource.RLIMIT_AS, before + budget + _RESERVED)
         step()
-        answer = True, False, _address_space("VmPeak") - before, time.perf_counter() - started, ""
+        answer = True, False, min(budget, _status("VmPeak") - before), time.perf_counter() - started, ""
     except BaseException as error:
         gone = is_out_of_memory(error)
         answer = False, gone, None, time.perf_counter() - started, f"{type(error).__name__}: {error}"[:2000]
@@ -167,10 +173,26 @@ def _be_the_child(step: Callable[[], object], budget: int, writing: int) -> None
         os._exit(0)
 
 
-def _return_memory_at_once() -> None:
-    """Blocks of 64 KiB and more get pages of their own, so that no fragments count."""
+def _take_memory_from_the_system() -> None:
+    """Blocks of 64 KiB and more get pages of their own, so that neither fragments count nor blocks freed before."""
     with suppress(AttributeError, OSError):  # of another C library
-        ctypes.CDLL(None).mallopt(-3, 65536)  # M_MMAP_THRESHOLD
+        libc = ctypes.CDLL(None)
+        libc.mallopt(-3, _LARGE)  # M_MMAP_THRESHOLD
+        libc.malloc.restype = ctypes.c_void_p
+        # Free blocks of this size are taken first, whatever the threshold: until there are none, they are held.
+        while (block := libc.malloc(_LARGE)) and not _has_own_pages(block):
+            pass
+
+
+def _has_own_pages(block: int) -> bool:
+    header = ctypes.c_size_t.from_address(block - ctypes.sizeof(ctypes.c_size_t)).value
+    return bool(header & 2)  # IS_MMAPPED
+
+
+def _limit(kind: int, amount: int) -> None:
+    hard = resource.getrlimit(kind)[1]
+    amount = amount if hard == resource.RLIM_INFINITY else min(amount, hard)
+    resource.setrlimit(kind, (amount, amount))
 
 
 def _silence() -> None:
@@ -181,7 +203,7 @@ def _silence() -> None:
     sys.stdout = sys.stderr = os.fdopen(null, "w")  # which may be something else than 1 and 2, as in notebooks
 
 
-def _address_space(field: str) -> int:
+def _status(field: str) -> int:
     found = re.search(rf"{field}:\s+(\d+) kB", _STATUS.read_text(encoding="utf-8"))
     assert found is not None
     return int(found[1]) * 1024

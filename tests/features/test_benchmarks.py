@@ -160,10 +160,11 @@ def test_the_probe_is_compared_with_the_truth(tmp_path: Path) -> None:
     done = subprocess.run(command, capture_output=True, text=True, timeout=250, cwd=Path(__file__).parents[2])
     assert done.returncode == 0, done.stderr
     rows = [line.strip("| ").split(" | ") for line in table.read_text().splitlines() if line.startswith("| gpt")]
-    batches = {how.split(",")[0] + how.split(",")[1][:6]: int(batch) for _, how, batch, *_ in rows}
-    true = batches["truth by bi"]
-    assert 0.6 * true <= batches["MaxBatchProbe verif"] <= true
-    assert batches["BatchSizeFinder power"] <= true
+    batches = {how.split(",")[0] + how.split(",")[1][:6]: batch for _, how, batch, *_ in rows}
+    true = int(batches["truth by bi"])
+    assert 0.6 * true <= int(batches["MaxBatchProbe verif"]) <= true
+    # In so little memory Lightning's own search may fail, at an error that it does not take for out-of-memory.
+    assert batches["BatchSizeFinder power"] == "none" or int(batches["BatchSizeFinder power"]) <= true
 
 
 @pytest.mark.parametrize("name", ["phases", "phase_study"])

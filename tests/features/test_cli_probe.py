@@ -49,7 +49,7 @@ class Data(pl.LightningDataModule):
 
 
 def test_json_is_what_the_function_says(capsys: pytest.CaptureFixture[str]) -> None:
-    code = cli.main(["probe", "--module", MODULE, "--budget", "[2MiB, phone]", "--headroom=0.2", "--json=true"])
+    code = cli.main(["probe", "--module", MODULE, "--budget", "[2MiB, phone]", "--headroom=0.2", "--json"])
     assert code == 0
     found = json.loads(capsys.readouterr().out)
     model = estimate_memory(Project(), (torch.zeros(2, 64), torch.zeros(2, dtype=torch.long)))

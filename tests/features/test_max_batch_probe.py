@@ -15,10 +15,11 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch.plugins import MixedPrecision
 from lightning.pytorch.utilities import CombinedLoader
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
-from torchmetrics import Accuracy
+from torchmetrics import Accuracy, Metric
 
 from lightning_fedscale import FederatedStrategy
 from lightning_fedscale.callbacks import MaxBatchProbe
@@ -350,6 +351,61 @@ def test_batches_of_ones_own_kind_are_collated() -> None:
     assert module.sizes[0] == probe.result.max_batch > 4
 
 
+class Slices:
+    """A loader that is no DataLoader."""
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+
+    def __iter__(self) -> Any:
+        return zip(*(tensor.split(self.size) for tensor in dataset(60).tensors), strict=True)
+
+    def __len__(self) -> int:
+        return -(-60 // self.size)
+
+
+class Hand(pl.LightningDataModule):
+    def __init__(self) -> None:
+        super().__init__()
+        self.batch_size = 4
+
+    def train_dataloader(self) -> Any:
+        return Slices(self.batch_size)
+
+
+def test_loaders_of_ones_own_kind_with_make_batch() -> None:
+    module, data = Watched(), Hand()
+    probe = MaxBatchProbe(budget=budget_for(25), headroom=0.0, make_batch=lambda n: dataset(n)[:])
+    trainer(probe).fit(module, datamodule=data)
+    assert module.sizes == [25, 25, 10]
+    with pytest.raises(ValueError, match=r"train_dataloaders=Slices: .* pass make_batch="):
+        trainer(MaxBatchProbe(budget="1GiB")).fit(Watched(), datamodule=Hand())
+    with pytest.raises(ValueError, match="no batch size anywhere: Slices is no DataLoader"):
+        trainer(MaxBatchProbe(budget="1GiB", make_batch=lambda n: dataset(n)[:])).fit(Watched(), Slices(4))
+
+
+def test_a_collate_function_that_makes_always_the_same() -> None:
+    loader = DataLoader(dataset(), 4, collate_fn=lambda samples: dataset(3)[:])
+    with pytest.raises(ValueError, match=r"of 2 samples and of 4 it makes 3 rows.* pass make_batch="):
+        trainer(MaxBatchProbe(budget="1GiB")).fit(Watched(), loader)
+
+
+def test_a_module_that_depends_on_its_data() -> None:
+    class Selective(Watched):
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            if batch[0].sum() == float("inf"):
+                return self.network(batch[0]).sum()
+            return super().training_step(batch, batch_idx)
+
+    probe, module = MaxBatchProbe(budget=budget_for(50), headroom=0.0), Selective()
+    with pytest.warns(UserWarning, match="cannot run on tensors without contents"):
+        trainer(probe).fit(module, DataLoader(dataset(), 4))
+    assert probe.result is not None
+    assert "DataDependent" in probe.result.fallback
+    assert 45 <= probe.result.max_batch <= 50
+    assert module.sizes[0] == probe.result.max_batch
+
+
 # ---- nothing is left behind
 
 
@@ -371,7 +427,7 @@ class Everything(Callback):
             loader.generator.get_state(), loader._iterator,
             trainer.fit_loop.state_dict(), trainer.global_step, trainer.accumulate_grad_batches,
             {k: v for k, v in trainer.callback_metrics.items() if not k.startswith("probe/")},
-            [getattr(m, "_update_count", None) for m in pl_module.modules()],
+            [(m.metric_state, m._update_count) for m in pl_module.modules() if isinstance(m, Metric)],
             pl_module.sizes, pl_module._trainer is trainer, sorted(vars(pl_module)), sorted(vars(trainer.strategy)),
             torch.is_grad_enabled(), torch.get_num_threads(), torch.get_default_dtype(),
         ])  # fmt: skip
@@ -404,6 +460,13 @@ def same(left: Any, right: Any) -> bool:
     return bool(left == right)
 
 
+def scaled() -> MixedPrecision:
+    """With a scaler, which Lightning itself makes on CUDA only."""
+    plugin = MixedPrecision("16-mixed", "cuda", torch.amp.GradScaler("cpu", init_scale=8.0))
+    plugin.device = "cpu"
+    return plugin
+
+
 @pytest.mark.parametrize("strategy", STRATEGIES)
 @pytest.mark.parametrize("verify", [False, True])
 def test_nothing_changes(strategy: str, verify: bool) -> None:
@@ -411,7 +474,7 @@ def test_nothing_changes(strategy: str, verify: bool) -> None:
         pl.seed_everything(3, verbose=False)
         before, after, module = Everything(), Everything(), Rich()
         loader = DataLoader(dataset(64), 8, shuffle=True, generator=torch.Generator().manual_seed(1))
-        options = {"strategy": STRATEGIES[strategy][0](), "precision": "bf16-mixed", "max_epochs": 2}
+        options = {"strategy": STRATEGIES[strategy][0](), "plugins": scaled(), "max_epochs": 2}
         trainer(before, *probes, after, **options).fit(module, loader)
         return before.state, after.state, module
 
@@ -581,6 +644,8 @@ def test_no_batch_size_anywhere() -> None:
     reporting = MaxBatchProbe(budget="1MiB", apply=False)
     trainer(reporting).fit(Watched(), DataLoader(Whole(), batch_size=None))
     assert reporting.result is not None
+    # Such items are batches whose rows are the samples, of which nobody knows how many there are.
+    assert reporting.result.max_batch == estimate_memory(Watched(), Whole()[0]).max_batch(2**20)
 
 
 @pytest.mark.parametrize(
@@ -595,6 +660,10 @@ def test_no_batch_size_anywhere() -> None:
         ({"device_classes": "phone"}, r"pass a list, \['phone'\]"),
         ({"make_batch": 3}, "make_batch=3"),
         ({"max_samples": 0}, "max_samples=0"),
+        ({"max_samples": True}, "max_samples=True"),
+        ({"device_classes": 5}, "device_classes=5"),
+        ({"apply": "no"}, "apply='no'"),
+        ({"batch_arg_name": 5}, "batch_arg_name=5"),
         ({"noise_scale": 0}, "noise_scale=0"),
     ],
 )

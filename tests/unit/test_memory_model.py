@@ -212,11 +212,30 @@ def test_not_one_sample_fits() -> None:
 
 @pytest.mark.parametrize(
     ("budget", "headroom", "name"),
-    [(0, 0.1, "budget=0"), (-5, 0.1, "budget=-5"), (10**6, 1.0, "headroom=1.0"), (10**6, -0.1, "headroom=-0.1")],
+    [
+        ("8GiB", 0.1, "budget='8GiB'"),
+        (0, 0.1, "budget=0"),
+        (-5, 0.1, "budget=-5"),
+        (10**6, 1.0, "headroom=1.0"),
+        (10**6, -0.1, "headroom=-0.1"),
+    ],
 )
-def test_bad_budgets(budget: int, headroom: float, name: str) -> None:
+def test_bad_budgets(budget: Any, headroom: float, name: str) -> None:
     with pytest.raises(ValueError, match=name):
         estimate_memory(Classifier(mlp()), vectors(2)).max_batch(budget, headroom)
+
+
+@pytest.mark.parametrize("batch", [0, -1, 1.5])
+def test_bad_batches(batch: Any) -> None:
+    model = estimate_memory(Classifier(mlp()), vectors(2))
+    for ask in (
+        model.peak,
+        model.breakdown,
+        lambda batch: model.max_clients(10**9, batch),
+        lambda batch: model.max_batch(10**9, limit=batch),
+    ):
+        with pytest.raises(ValueError, match=f"={batch!r}: pass a number of samples"):
+            ask(batch)
 
 
 def test_clients_side_by_side() -> None:

@@ -146,6 +146,15 @@ def test_what_is_not_known_is_not_made_up() -> None:
     assert "rounds_to_target" not in PerformanceModel(StepTime(0.1, 0.01)).table([1, 2], clients=2)
 
 
+@pytest.mark.parametrize("name", ["batch", "clients", "local_steps"])
+def test_nothing_of_something(name: str) -> None:
+    model = PerformanceModel(StepTime(0.1, 0.01), noise_scale=10.0)
+    arguments = {"batch": 4, "clients": 2, "local_steps": 3, name: 0}
+    for ask in (model.time_per_round, model.rounds_to_target, model.seconds_to_target):
+        with pytest.raises(ValueError, match=f"{name}=0: pass more than 0"):
+            ask(**arguments)
+
+
 @pytest.mark.parametrize("name", ["noise_scale", "max_batch"])
 def test_bad_arguments(name: str) -> None:
     with pytest.raises(ValueError, match=f"{name}=0"):

@@ -42,7 +42,9 @@ def test_never_above_the_truth_and_at_most_two_steps(
     assert found.real_steps == len(seen) <= 2
     assert MODEL.peak(found.max_batch) * factor + more <= budget * (1 + 1e-6)
     if found.verified:
-        assert found.max_batch == max(n for n in seen if MODEL.peak(n) * factor + more <= budget)
+        confirmed = max(n for n in seen if MODEL.peak(n) * factor + more <= budget)
+        keeps_headroom = MODEL.peak(confirmed) * factor + more <= budget * (1 - headroom)
+        assert found.max_batch == confirmed if keeps_headroom else found.max_batch <= confirmed
     if not found.out_of_memory and factor == 1 and limit is None:
         assert MODEL.peak(found.max_batch + 1) + more > budget * (1 - headroom)  # all that an offset leaves
 
@@ -73,6 +75,26 @@ def test_less_room_here_than_in_the_budget() -> None:
     assert MODEL.peak(max(seen)) <= 4_000_000 < MODEL.peak(found.max_batch)
     assert found.max_batch == MODEL.max_batch(5_000_000, headroom=0.0)
     assert found.measured_batch == max(seen)
+
+
+def test_what_grows_faster_than_predicted_keeps_the_headroom() -> None:
+    budget, seen = 5_000_000, []
+
+    def measure(batch: int) -> RealStep:  # 8 % more for every sample, half of which a half batch shows
+        seen.append(batch)
+        peak = int(MODEL.peak(1) + 1.08 * (MODEL.peak(batch) - MODEL.peak(1)))
+        return RealStep(peak <= budget, peak > budget, peak, 0.5, "")
+
+    found = probe(MODEL, budget, headroom=0.1, measure=measure)
+    assert (found.real_steps, found.out_of_memory, found.verified) == (2, 0, True)
+    assert found.max_batch < max(seen)
+    taken = MODEL.peak(1) + 1.08 * (MODEL.peak(found.max_batch) - MODEL.peak(1))
+    assert 0.89 * budget < taken <= 0.9 * budget + 1
+
+
+def test_a_peak_that_does_not_depend_on_the_batch() -> None:
+    found = probe(MODEL, 10**8, limit=2, measure=machine(1.0, 10**8, [], more=95_000_000))
+    assert found.real_steps <= 2
 
 
 def test_prediction_alone() -> None:
