@@ -17,6 +17,7 @@ from lightning_fedscale.callbacks.phase_steps import ClientStepWatch, StepWatch
 from lightning_fedscale.noise import NoiseScale
 from lightning_fedscale.phase_keeper import PhaseKeeper
 from lightning_fedscale.phases import Decision, Detector, Observation, Phase, ScaleRule, detector_by_name, step
+from lightning_fedscale.refusals import check_package
 from lightning_fedscale.strategy import FederatedStrategy
 
 if TYPE_CHECKING:
@@ -179,6 +180,7 @@ class CriticalPhase(Callback):
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Put in place what looks at gradients."""
+        check_package(self, trainer)
         if stage != "fit":
             return
         self._undo.close()

@@ -173,6 +173,10 @@ class FederatedStrategy(DDPStrategy):
         self._share: float | int = 1.0
         self._undo: ExitStack | None = None
 
+    def __repr__(self) -> str:
+        # What the Trainer of the other Lightning package shows when it refuses this object.
+        return f"<{refusals.of_package(type(self).__name__)}>"
+
     @property
     def last_round(self) -> RoundRecord | None:
         """The record of the last finished round, the same on every rank; None before the first."""

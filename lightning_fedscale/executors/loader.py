@@ -273,7 +273,7 @@ class RoundLoader:
         """Nothing to do."""
 
 
-def batch_sampler_of(loader: DataLoader[Any]) -> Sampler[list[int]] | None:
+def batch_sampler_of(loader: DataLoader[Any]) -> Any:
     """What cuts a loader's batches; None if it asks its dataset for single items and hands them on as they are.
 
     With ``DataLoader(dataset, batch_size=None, sampler=BatchSampler(...))`` the dataset is asked for whole batches, as
