@@ -19,6 +19,7 @@ from lightning_fedscale import collectives
 from lightning_fedscale.devices.batches import form_of
 from lightning_fedscale.ledger import Ledger, count_parameters
 from lightning_fedscale.metering import Meter
+from lightning_fedscale.refusals import check_package
 from lightning_fedscale.scaling import (
     Chinchilla,
     Law,
@@ -118,6 +119,7 @@ class ComputeAccounting(Callback):
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Have clients metered, if there are any."""
+        check_package(self, trainer)
         if trainer.global_step == 0 and not self._resumed:
             self.ledger, self.position = Ledger(), None
         self._resumed = False

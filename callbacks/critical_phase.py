@@ -28,6 +28,7 @@ from lightning_fedscale.phases import (
     reads_noise,
     step,
 )
+from lightning_fedscale.refusals import check_package
 from lightning_fedscale.strategy import FederatedStrategy
 
 if TYPE_CHECKING:
@@ -200,6 +201,7 @@ class CriticalPhase(Callback):
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Put in place what looks at gradients."""
+        check_package(self, trainer)
         if stage != "fit":
             return
         self._undo.close()

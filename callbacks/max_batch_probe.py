@@ -23,6 +23,7 @@ from lightning_fedscale.devices.probe import Measure, ProbeResult, probe
 from lightning_fedscale.devices.samples import LargestSample
 from lightning_fedscale.devices.verify import RealStep, real_step, real_step_on_cuda
 from lightning_fedscale.memory import format_bytes, free_memory, parse_bytes
+from lightning_fedscale.refusals import check_package
 from lightning_fedscale.strategy import FederatedStrategy
 from lightning_fedscale.train_data import TrainData
 from lightning_fedscale.types import RoundRecord
@@ -129,6 +130,7 @@ class MaxBatchProbe(Callback):
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Probe, agree, set the batch size, report."""
+        check_package(self, trainer)
         self.model, self.times = None, StepTimes()
         with randomness.untouched():
             self._prepare(trainer, pl_module)

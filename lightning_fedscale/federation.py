@@ -25,7 +25,6 @@ from lightning_fedscale.clients import ClientStore, OptimizerKeeper, StateStore,
 from lightning_fedscale.custody import Custody
 from lightning_fedscale.devices import ON_CLIENT, estimate_memory
 from lightning_fedscale.devices.fleet import Fleet
-from lightning_fedscale.devices.samples import largest_sample
 from lightning_fedscale.executors import (
     Ballot,
     ClientLog,
@@ -200,10 +199,9 @@ class Federation:
         if population is None or work is None or work.fleet is not None:
             return
         with randomness.untouched():
-            sample = largest_sample(work.loader.dataset).sample
             model = estimate_memory(
                 trainer.lightning_module,
-                work.loader.collate([sample] * 2),
+                work.loader.example(),
                 precision=str(trainer.precision),
                 accumulate=self.local_accumulation,
                 device="cpu",

@@ -11,6 +11,31 @@ from torch import nn
 from torch.optim import Optimizer
 from torchmetrics import Metric
 
+_OURS = {"lightning.pytorch": "lightning_fedscale", "pytorch_lightning": "lightning_fedscale.pytorch_lightning"}
+"""For each of Lightning's two packages, which do not mix, the one of ours."""
+
+
+def of_package(name: str, room: str = "") -> str:
+    """What to say of an object of ours in a Trainer of Lightning's other package.
+
+    Example:
+        >>> print(of_package("MaxBatchProbe", ".callbacks"))
+        MaxBatchProbe is for lightning.pytorch; for pytorch_lightning import it from
+        lightning_fedscale.pytorch_lightning.callbacks
+    """
+    other = next(package for package in _OURS if package != pl.__name__)
+    return f"{name} is for {pl.__name__}; for {other} import it from {_OURS[other]}{room}"
+
+
+def check_package(callback: pl.Callback, trainer: pl.Trainer) -> None:
+    """Check that a callback of ours is for the package that the Trainer is of.
+
+    Raises:
+        TypeError: with the remedy.
+    """
+    if not isinstance(trainer, pl.Trainer):
+        raise TypeError(f"callbacks: {of_package(type(callback).__name__, '.callbacks')}.")
+
 
 def check_fit(
     trainer: pl.Trainer, *, device: torch.device, processes: int, layer_sync: bool, rounds_per_epoch: int
@@ -25,6 +50,7 @@ def check_fit(
         rounds_per_epoch: the strategy's argument.
 
     Raises:
+        TypeError: for a callback of another kind.
         ValueError: with the reason and the remedy.
     """
     module = trainer.lightning_module
@@ -65,7 +91,13 @@ def check_fit(
             f"Trainer(val_check_interval={every}) counts rounds within an epoch, and an epoch has {epoch}: use"
             f" FederatedStrategy(rounds_per_epoch={every}), or Trainer(check_val_every_n_epoch={every}) without it."
         )
-    if any(isinstance(callback, ThroughputMonitor) for callback in trainer.callbacks):  # type: ignore[attr-defined]
+    callbacks: list[object] = trainer.callbacks  # type: ignore[attr-defined]
+    if (foreign := next((c for c in callbacks if not isinstance(c, pl.Callback)), None)) is not None:
+        raise TypeError(
+            f"callbacks: {type(foreign).__name__} is no Callback of {pl.__name__}, which this Trainer is of: import it"
+            " (or what it is made from) from there."
+        )
+    if any(isinstance(callback, ThroughputMonitor) for callback in callbacks):
         raise ValueError(
             "callbacks: ThroughputMonitor counts one batch per step, but a step is a round here. Remove it;"
             " round/samples, round/local_steps and round/seconds are logged every round."

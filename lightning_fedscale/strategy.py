@@ -205,6 +205,10 @@ class FederatedStrategy(DDPStrategy):
         self._share: float | int = 1.0
         self._undo: ExitStack | None = None
 
+    def __repr__(self) -> str:
+        # What the Trainer of the other Lightning package shows when it refuses this object.
+        return f"<{refusals.of_package(type(self).__name__)}>"
+
     @property
     def last_round(self) -> RoundRecord | None:
         """The record of the last finished round, the same on every rank; None before the first."""
@@ -313,6 +317,9 @@ class FederatedStrategy(DDPStrategy):
                 rounds_per_epoch=self._options.rounds_per_epoch,
             )
             self._open_fit(trainer)
+        elif self._undo is None:
+            self._undo = ExitStack()
+        self._keep_samplers(trainer)
         # Not DDPStrategy's: it wraps the model.
         super(DDPStrategy, self).setup(trainer)
 
@@ -388,10 +395,19 @@ class FederatedStrategy(DDPStrategy):
             self._share = trainer.limit_train_batches
         if self._share != 1.0 or isinstance(self._share, int):
             self._set(trainer, "limit_train_batches", 1.0)
-        # Lightning would put a DistributedSampler into the train loader and lose whether the user's one shuffles.
+
+    def _keep_samplers(self, trainer: pl.Trainer) -> None:
+        """No DistributedSampler where there is nothing to distribute, and none in the train loader.
+
+        For that Lightning builds the loader anew, which loses whether the user's one shuffles and fails for loaders of
+        the user's own kind that make their sampler themselves.
+        """
         connector = trainer._data_connector
         requires = connector._requires_distributed_sampler
-        self._set(connector, "_requires_distributed_sampler", lambda dl: not trainer.training and requires(dl))
+        several = self._processes > 1
+        self._set(
+            connector, "_requires_distributed_sampler", lambda dl: several and not trainer.training and requires(dl)
+        )
 
     def _set(self, owner: Any, name: str, value: object) -> None:
         assert self._undo is not None

@@ -22,6 +22,7 @@ from torch.utils.data import (
 )
 
 from lightning_fedscale import randomness
+from lightning_fedscale.devices.samples import largest_sample
 from lightning_fedscale.executors.cache import DeviceData, device_data
 from lightning_fedscale.rounds import LocalWork
 from lightning_fedscale.types import IntArray
@@ -92,15 +93,17 @@ class ClientLoader:
             )
         if len(self.dataset) == 0:
             raise ValueError(f"train_dataloader: dataset={name} is empty: give it at least one sample per client.")
+        cutter = batch_sampler_of(loader)
         self.shuffle = _shuffles(loader)
-        self.drop_last = bool(getattr(loader.batch_sampler, "drop_last", loader.drop_last))
-        self.batch_size = getattr(loader.batch_sampler, "batch_size", None) or 1
+        self.drop_last = bool(getattr(cutter, "drop_last", loader.drop_last))
+        self.batch_size = getattr(cutter, "batch_size", None) or 1
         # A user who seeds the loader's own generator expects another seed to give another order.
         self.salt = loader.generator.initial_seed() if loader.generator is not None else None
         self._share = share
         self._merge_single = merge_single
         self._template = loader
         self._batches_directly = loader.batch_sampler is None
+        self._asks_singly = cutter is None
         self._custom = loader.batch_sampler is not None and type(loader.batch_sampler) is not BatchSampler
         self._relay = _Relay()
         self._pool_generator = torch.Generator()
@@ -185,7 +188,7 @@ class ClientLoader:
         self._pool_generator.manual_seed(seed)
         order = list(order)
         items: list[Any] = [clients[number].batches[batch] for number, batch in order]
-        if self._batches_directly:
+        if self._asks_singly:
             items = [single for (single,) in items]
         if self._template.num_workers > 0:
             of_clients = [work.seed for work in clients]
@@ -194,9 +197,12 @@ class ClientLoader:
         self._relay.items = items
         return iter(self._loader)
 
-    def collate(self, samples: list[Any]) -> Any:
-        """A batch of these samples; of the first, if the loader hands on samples as they are."""
-        return self._template.collate_fn(samples[0] if self._batches_directly else samples)
+    def example(self) -> Any:
+        """A batch of the largest sample twice, made in this process; of any where the dataset makes the batches."""
+        if self._batches_directly and not self._asks_singly:
+            return self.fetch([0, 0])
+        sample = largest_sample(self.dataset).sample
+        return self._template.collate_fn(sample if self._asks_singly else [sample, sample])
 
     def fetch(self, indices: list[int]) -> Any:
         """One collated batch, made in this process."""
@@ -204,8 +210,7 @@ class ClientLoader:
             return self.cache.batch(indices)
         dataset: Any = self.dataset
         if self._batches_directly:
-            (single,) = indices
-            return self._template.collate_fn(dataset[single])
+            return self._template.collate_fn(dataset[indices[0] if self._asks_singly else indices])
         if getattr(dataset, "__getitems__", None):
             return self._template.collate_fn(dataset.__getitems__(indices))
         return self._template.collate_fn([dataset[index] for index in indices])
@@ -268,10 +273,23 @@ class RoundLoader:
         """Nothing to do."""
 
 
+def batch_sampler_of(loader: DataLoader[Any]) -> Any:
+    """What cuts a loader's batches; None if it asks its dataset for single items and hands them on as they are.
+
+    With ``DataLoader(dataset, batch_size=None, sampler=BatchSampler(...))`` the dataset is asked for whole batches, as
+    torch's documentation advises for data that is read faster so.
+    """
+    if loader.batch_sampler is None and type(loader.sampler) is BatchSampler:
+        return loader.sampler
+    return loader.batch_sampler
+
+
 def _shuffles(loader: DataLoader[Any]) -> bool:
     """Whether the user's loader shuffles; refuses samplers that cannot be applied to single clients."""
-    sampler = loader.sampler if loader.batch_sampler is None else getattr(loader.batch_sampler, "sampler", None)
-    if isinstance(sampler, DistributedSampler):
+    cutter = batch_sampler_of(loader)
+    sampler = loader.sampler if cutter is None else getattr(cutter, "sampler", None)
+    # One with an __iter__ of its own may hand out anything, whole batches for instance.
+    if isinstance(sampler, DistributedSampler) and type(sampler).__iter__ is DistributedSampler.__iter__:
         return bool(sampler.shuffle)
     if type(sampler) is SequentialSampler:
         return False

@@ -27,7 +27,8 @@ from torch.utils.data import (
     get_worker_info,
 )
 
-from lightning_fedscale import Partition, randomness
+from lightning_fedscale import FederatedStrategy, Partition, randomness
+from lightning_fedscale.devices import Population
 from tests.features import by_hand
 from tests.laws import reference
 from tests.strategies import sequential
@@ -129,6 +130,83 @@ def test_samples_without_batches(workers: int) -> None:
     assert by_hand.same(
         module.state_dict(), by_hand.models(2, batches=by_hand.passes(by_hand.partition(), batch_size=1))[-1]
     )
+
+
+class AskedForBatches(Dataset[tuple[Tensor, ...]]):
+    """Reads whole batches at once, as a dataset over sparse matrices or a table does (scvi-tools, Hugging Face)."""
+
+    def __init__(self) -> None:
+        self.whole = indexed()
+
+    def __len__(self) -> int:
+        return len(self.whole)
+
+    def __getitem__(self, indices: list[int]) -> tuple[Tensor, ...]:
+        assert isinstance(indices, list)
+        return self.whole[indices]  # type: ignore[no-any-return]
+
+
+class Whole(AskedForBatches):
+    """The same without the positions."""
+
+    def __init__(self) -> None:
+        self.whole = by_hand.data()
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("drop_last", [False, True])
+def test_a_dataset_that_is_asked_for_whole_batches(workers: int, drop_last: bool) -> None:
+    data = AskedForBatches()
+    cut = BatchSampler(RandomSampler(data), 3, drop_last)
+    got = seen(DataLoader(data, batch_size=None, sampler=cut, num_workers=workers))
+    assert got == [batch for batch in expected(batch_size=3) if not drop_last or len(batch) == 3]
+
+
+def test_a_dataset_that_is_asked_for_whole_batches_side_by_side_and_on_simulated_hardware() -> None:
+    def trained(data: Any, **options: Any) -> dict[str, Tensor]:
+        torch.manual_seed(0)
+        module = reference.Classifier(dropout=0.0)
+        by_hand.fit(module, data, strategy=options, max_epochs=2)
+        return by_hand.state_of(module)
+
+    data = Whole()
+    whole = DataLoader(data, batch_size=None, sampler=BatchSampler(RandomSampler(data), 8, False))
+    one_by_one = DataLoader(by_hand.data(), batch_size=8, shuffle=True)
+    for options in (
+        {"executor": "vectorized"},
+        {"executor": "sequential", "population": Population({"phone": 1.0}, batch_size="largest")},
+    ):
+        assert by_hand.same(trained(whole, **options), trained(one_by_one, **options))
+
+
+class MakesItsSampler(DataLoader[Any]):
+    """Cannot be built anew with another sampler, as Lightning would for several processes (scvi-tools)."""
+
+    def __init__(self, data: Any) -> None:
+        super().__init__(data, batch_size=None, sampler=BatchSampler(SequentialSampler(data), 8, False))
+
+
+def test_in_a_single_process_the_evaluation_loaders_are_the_users_own() -> None:
+    class Watches(by_hand.Validated):
+        def __init__(self) -> None:
+            super().__init__()
+            self.shapes: list[int] = []
+
+        def validation_step(self, batch: list[Tensor], batch_idx: int) -> None:
+            self.shapes.append(len(batch[0]))
+            super().validation_step(batch, batch_idx)
+
+        def test_step(self, batch: list[Tensor], batch_idx: int) -> None:
+            self.shapes.append(len(batch[0]))
+
+    data = Whole()
+    loader, module = MakesItsSampler(data), Watches()
+    trainer = reference.quiet_trainer(strategy=FederatedStrategy(num_clients=2), max_epochs=1)
+    trainer.fit(module, loader, MakesItsSampler(data))
+    trainer.validate(module, MakesItsSampler(data), verbose=False)
+    trainer.test(module, MakesItsSampler(data), verbose=False)
+    assert module.shapes == [8, 8, 8, 8, 8, 5] * 3
+    assert "_requires_distributed_sampler" not in vars(trainer._data_connector)
 
 
 def test_the_loaders_own_generator_chooses_the_order() -> None:

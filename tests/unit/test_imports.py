@@ -43,7 +43,7 @@ LEVELS = [
     {"strategy"},
     {"callbacks"},
     {"cli", "conf"},
-    {"__init__"},  # the front door
+    {"__init__", "pytorch_lightning"},  # the front doors
 ]
 LEVEL = {part: level for level, parts in enumerate(LEVELS) for part in parts}
 
@@ -59,6 +59,7 @@ KNOW_LIGHTNING = {
     "half_batches",
     "metering",
     "progress",
+    "pytorch_lightning",
     "refusals",
     "strategy",
     "train_data",

@@ -22,6 +22,7 @@ from torch.utils.data import (
     BatchSampler,
     DataLoader,
     Dataset,
+    DistributedSampler,
     IterableDataset,
     RandomSampler,
     Sampler,
@@ -168,6 +169,13 @@ def test_data_that_cannot_be_divided_as_asked(partitioner: Any, dataset: Any, me
     refused(ValueError, message, strategy={"partitioner": partitioner}, data=DataLoader(dataset, batch_size=4))
 
 
+class BatchesOfRanks(DistributedSampler[int]):
+    """Hands out whole batches, as scvi-tools' does."""
+
+    def __iter__(self) -> Iterator[Any]:
+        yield list(super().__iter__())
+
+
 class OwnSampler(Sampler[int]):
     def __iter__(self) -> Iterator[int]:
         return iter(range(10))
@@ -196,6 +204,7 @@ class SameBatches(BatchSampler):
         ({"sampler": SubsetRandomSampler(range(9))}, "sampler=SubsetRandomSampler cannot"),
         ({"sampler": RandomSampler(range(203), replacement=True)}, "sampler=RandomSampler cannot"),
         ({"sampler": [1, 2, 3]}, "sampler=list cannot"),
+        ({"sampler": BatchesOfRanks(range(203), 2, 0), "batch_size": None}, "sampler=BatchesOfRanks cannot"),
         (
             {"batch_sampler": OwnBatches(SequentialSampler(range(203)), 4, False, 0)},
             "batch_sampler=OwnBatches cannot be built anew .*'extra'.*arguments of torch.utils.data.BatchSampler",
