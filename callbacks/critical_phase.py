@@ -11,9 +11,10 @@ import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import rank_zero_info
 
-from lightning_fedscale.callbacks.phase_record import PhaseRecord, lay_out, show
+from lightning_fedscale.callbacks.phase_record import LAYOUT, PhaseRecord
 from lightning_fedscale.callbacks.phase_rounds import RoundWatch
 from lightning_fedscale.callbacks.phase_steps import ClientStepWatch, StepWatch
+from lightning_fedscale.callbacks.tensorboard import lay_out, show
 from lightning_fedscale.noise import NoiseScale
 from lightning_fedscale.phase_keeper import PhaseKeeper
 from lightning_fedscale.phases import Decision, Detector, Observation, Phase, ScaleRule, detector_by_name, step
@@ -217,7 +218,7 @@ class CriticalPhase(Callback):
         how = self._watch.attach(trainer, pl_module)
         if self.action == "scale":
             rank_zero_info(f"CriticalPhase: {how}.")
-        lay_out(trainer)
+        lay_out(trainer, LAYOUT)
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -236,7 +237,7 @@ class CriticalPhase(Callback):
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Show the whole course."""
         rank_zero_info(f"CriticalPhase: {self.record.summary(self._unit)}; {_noise_in_words(self.noise_scale)}.")
-        show(trainer, self.plot())
+        show(trainer, "phase/course", self.plot())
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         """As `teardown`, which the Trainer leaves out then."""

@@ -89,19 +89,3 @@ class PhaseRecord:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from there."""
         vars(self).update({**state, "rows": [*state["rows"]], "spans": [[*span] for span in state["spans"]]})
-
-
-def show(trainer: Any, figure: Figure) -> None:
-    """Give a figure to the loggers that take one."""
-    for logger in trainer.loggers:
-        experiment: Any = getattr(logger, "experiment", None)
-        if trainer.is_global_zero and hasattr(experiment, "add_figure"):
-            experiment.add_figure("phase/course", figure, trainer.global_step)
-
-
-def lay_out(trainer: Any) -> None:
-    """Tell TensorBoard which curves belong together."""
-    for logger in trainer.loggers:
-        experiment: Any = getattr(logger, "experiment", None)
-        if trainer.is_global_zero and hasattr(experiment, "add_custom_scalars"):
-            experiment.add_custom_scalars(LAYOUT)

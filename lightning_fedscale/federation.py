@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain
-from typing import Any, TypeAlias
+from typing import Any, Protocol
 
 import lightning.pytorch as pl
 import torch
@@ -43,11 +43,18 @@ from lightning_fedscale.partitioners import Partition
 from lightning_fedscale.progress import ClientProgress
 from lightning_fedscale.records import RoundTable
 from lightning_fedscale.rounds import LocalWork, RoundPlan
-from lightning_fedscale.types import ClientUpdate, Params, RoundRecord
+from lightning_fedscale.types import ClientCost, ClientUpdate, Params, RoundRecord
 from lightning_fedscale.workload import Workload
 
-Meter: TypeAlias = Callable[[Mapping[Any, int]], tuple[float, float]]
-"""From how many of a client's batches had which form, the FLOPs of its training and its tokens."""
+
+class Meter(Protocol):
+    """What says what things cost."""
+
+    def client(self, forms: Mapping[Any, int], steps: int) -> ClientCost:
+        """The cost of a client's training, from how many of its batches had which form, and their number."""
+
+    def side(self) -> tuple[float, float]:
+        """FLOPs that this rank spent on evaluation and on probing since the round before."""
 
 
 @dataclass
@@ -359,6 +366,8 @@ class Federation:
             failure = error
         table.finish_rank(self._rank, time.perf_counter() - opened.started, failed=failure is not None)
         table.add_executor(self._executor.slots, self._executor.ballot)
+        if self.meter is not None:
+            table.add_side(self.meter.side())
         total = self._merge(total, table, joint)
         if failure is not None:
             raise failure
@@ -374,8 +383,8 @@ class Federation:
         cursors = {item.client: item.cursor for item in context.work}
         for update in self._executor.run(context):
             weight = float(aggregator.weigh(update))
-            metered = (0.0, 0.0) if self.meter is None else self.meter(update.forms or {})
-            table.add(update, weight, cursors[update.client], self._executor.scaler_state(), metered)
+            cost = ClientCost() if self.meter is None else self.meter.client(update.forms or {}, update.steps)
+            table.add(update, weight, cursors[update.client], self._executor.scaler_state(), cost)
             table.add_trainable(context.exchange.trainable_now())
             if update.finite:
                 total = aggregator.accumulate(total, update, weight)

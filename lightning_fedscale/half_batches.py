@@ -78,6 +78,9 @@ def half_gradients(trainer: pl.Trainer, module: pl.LightningModule, batch: Any, 
             gradients.append([torch.zeros_like(p) if p.grad is None else p.grad.detach() for p in parameters])
             for parameter in parameters:
                 parameter.grad = None
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if (hook := getattr(callback, "on_probe", None)) is not None:
+            hook(trainer, batch)
     return Halves((gradients[0], gradients[1]), (middle, samples - middle))
 
 

@@ -10,13 +10,14 @@ import torch
 from torch import Tensor
 
 from lightning_fedscale.rounds import RoundPlan
-from lightning_fedscale.types import ClientUpdate, Cursor, FloatArray, RoundRecord, SimulatedRound
+from lightning_fedscale.types import ClientCost, ClientUpdate, Cursor, FloatArray, RoundRecord, SimulatedRound
 
 _COLUMNS = (
     "weight", "samples", "steps", "loss", "norm", "seconds", "rejected", "pass", "batch", "scale", "growth",
-    "flops", "tokens",
+    *ClientCost._fields,
 )  # fmt: skip
 _BALLOT = 4
+_SIDE = 2
 
 
 class RoundTable:
@@ -35,9 +36,10 @@ class RoundTable:
         self._row = {client: row for row, client in enumerate(plan.cohort.tolist())}
         cells = len(self._row) * len(_COLUMNS)
         # numpy, since torch takes several times as long to write a few numbers.
-        self._numbers = np.zeros(cells + 2 * world_size + num_parameters + 1 + _BALLOT)
-        rows, self._busy, self._failed, self._trainable, self._slots, self._ballot = np.split(
-            self._numbers, np.cumsum([cells, world_size, world_size, num_parameters, 1])
+        parts = [cells, world_size, world_size, num_parameters, 1, _SIDE]
+        self._numbers = np.zeros(sum(parts) + _BALLOT)
+        rows, self._busy, self._failed, self._trainable, self._slots, self._side, self._ballot = np.split(
+            self._numbers, np.cumsum(parts)
         )
         self._rows = rows.reshape(-1, len(_COLUMNS))
 
@@ -47,7 +49,7 @@ class RoundTable:
         weight: float,
         cursor: Cursor,
         scaler: tuple[float, float],
-        metered: tuple[float, float] = (0.0, 0.0),
+        cost: ClientCost = ClientCost(),  # noqa: B008 (a constant)
     ) -> None:
         """Fill a client's row.
 
@@ -56,7 +58,7 @@ class RoundTable:
             weight: its weight in the aggregate.
             cursor: where its data goes on.
             scaler: scale and growth counter that its training left in the gradient scaler.
-            metered: FLOPs and tokens of its training.
+            cost: of its training.
         """
         accepted = update.finite
         values = (
@@ -69,7 +71,7 @@ class RoundTable:
             0.0 if accepted else 1.0,
             *cursor,
             *scaler,
-            *metered,
+            *cost,
         )
         self._rows[self._row[update.client]] = values
 
@@ -86,6 +88,10 @@ class RoundTable:
         """Note how long this rank worked, and whether an exception ended its work."""
         self._busy[rank] = seconds
         self._failed[rank] = float(failed)
+
+    def add_side(self, flops: Sequence[float]) -> None:
+        """Note what this rank spent besides training since the last round: on evaluation, on probing."""
+        self._side[:] = flops
 
     def add_executor(self, slots: int, ballot: Sequence[float]) -> None:
         """Note how many local steps this rank had room for, and what it found out about its executors."""
@@ -174,8 +180,11 @@ class RoundTable:
             padding=max(0.0, 1.0 - _sum(self._column("steps")) / self._slots[0]) if self._slots[0] else 0.0,
             idle=1.0 - float(self._busy.mean()) / slowest if slowest > 0 else 0.0,
             simulated=self._simulated(simulated_before),
-            flops=self._column("flops"),
+            forward_flops=self._column("forward"),
+            backward_flops=self._column("backward"),
+            optimizer_flops=self._column("optimizer"),
             tokens=self._column("tokens"),
+            side_flops=(float(self._side[0]), float(self._side[1])),
         )
 
     def _simulated(self, before: float) -> SimulatedRound | None:

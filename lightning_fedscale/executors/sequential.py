@@ -260,7 +260,7 @@ class SequentialExecutor:
             loss = outputs.get("loss")
             trained.add(len(indices), loss)
             if context.metered:
-                trained.forms[form_of(batch)] += 1
+                trained.forms[form_of(batch).anonymous()] += 1
             self._watcher.client_stepped(number, loss)
         if not trained.steps:
             raise no_batch_left(work)

@@ -14,7 +14,7 @@ PACKAGE = "lightning_fedscale"
 # A part imports only from levels above its own, so the parts of one level never import each other.
 LEVELS = [
     {"types"},
-    {"collectives", "memory", "randomness", "tree"},
+    {"collectives", "energy", "memory", "model_size", "randomness", "tree"},
     # The rooms.
     {
         "aggregators",
@@ -32,7 +32,7 @@ LEVELS = [
         "update_scaling",
     },
     {"arguments", "phase_keeper", "rounds"},
-    {"custody", "ledger", "records"},
+    {"custody", "records"},
     {"executors"},
     {"checkpointing", "global_model", "half_batches", "metering", "progress", "refusals", "train_data", "workload"},
     {"federation"},
