@@ -71,10 +71,10 @@ class Counting:
         cost, automatic = meter.training(step.form), step.trainer.lightning_module.automatic_optimization
         stepped = not automatic or not step.trainer.fit_loop.epoch_loop._should_accumulate()
         repeats = max(1, meter.evaluations.take()) if meter.evaluations.counting else 1
-        first = step.trainer.is_global_zero  # the other ranks take their steps at the same time
+        first = step.trainer.is_global_zero  # the other ranks make the same update at the same time
         self._own.add(
             forward=cost.forward * repeats, backward=cost.backward * repeats,
-            optimizer=cost.optimizer if stepped else 0.0, samples=cost.samples, tokens=cost.tokens,
+            optimizer=cost.optimizer if stepped and first else 0.0, samples=cost.samples, tokens=cost.tokens,
             size=meter.size.active, seconds=time.perf_counter() - step.begun if first else 0.0,
             updates=float(stepped and first),
         )  # fmt: skip

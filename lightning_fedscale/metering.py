@@ -193,8 +193,10 @@ class Meter:
                 if training and twin.automatic_optimization and isinstance(loss, Tensor):
                     with _phase(counter, "backward"):
                         loss.backward()  # type: ignore[no-untyped-call]
-                    for optimizer in optimizers:
-                        optimizer.step(lambda: loss.detach())  # type: ignore[arg-type, return-value]
+                    for _ in range(2):  # the first step makes the optimizer's state
+                        counter.flops["optimizer"] = 0.0
+                        for optimizer in optimizers:
+                            optimizer.step(lambda: loss.detach())  # type: ignore[arg-type, return-value]
         return counter
 
     def _tokens(self, batch: Any) -> float:

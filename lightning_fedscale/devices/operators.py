@@ -24,6 +24,7 @@ _PRODUCTS = re.compile(
     r"|quantized|geqrf|ormqr|lu_"
 )
 _ELEMENTWISE = re.compile(r"_foreach_|_thnn_fused|convert|vector_norm|linalg_(cross|diagonal|vecdot)|fftshift|fftfreq")
+_COPIES = {"clone", "copy_", "_to_copy", "fill_", "zero_"}
 _OF_TORCH = ("aten", "prim", "prims", "profiler", "c10d", "_c10d_functional", "fsdp")
 
 
@@ -92,7 +93,7 @@ class OperatorCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]
             known = flop_counter.flop_registry.get(func)
             return float(known(*args, **kwargs, out_val=result)) if known is not None else 0.0
         flops = flops_of(func, args, kwargs, result)
-        if not flops and self.phase == "optimizer" and torch.Tag.pointwise in func.tags:
+        if not flops and self.phase == "optimizer" and _is_arithmetic(func):
             flops = max((leaf.numel() for leaf in tree_iter(result) if isinstance(leaf, Tensor)), default=0)
         return float(flops)
 
@@ -102,6 +103,10 @@ class OperatorCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         return time.perf_counter()
+
+
+def _is_arithmetic(func: Any) -> bool:
+    return torch.Tag.pointwise in func.tags and func._overloadpacket.__name__ not in _COPIES
 
 
 def _name(func: Any) -> str:
