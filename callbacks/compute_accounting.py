@@ -15,7 +15,7 @@ from torch import Tensor
 
 from lightning_fedscale import collectives
 from lightning_fedscale.callbacks.compute_counting import Counting
-from lightning_fedscale.callbacks.compute_report import ComputeCurves, report
+from lightning_fedscale.callbacks.compute_report import ComputeCurves, report, send
 from lightning_fedscale.callbacks.critical_phase import CriticalPhase
 from lightning_fedscale.devices.operators import UNKNOWN, Operator
 from lightning_fedscale.metering import Meter
@@ -208,7 +208,7 @@ class ComputeAccounting(Callback):
             here = self._locate(trainer)
             self._curves.begin(trainer, self.ledger.training_flops)
             self._curves.add(trainer, self.ledger.training_flops, _loss_of(outputs), here)
-            pl_module.log_dict(self._metrics(trainer), on_step=True, on_epoch=False, batch_size=1)
+            send(trainer, self._metrics(trainer))
 
     # ---- hooks: on the side
 

@@ -7,6 +7,7 @@ import math
 from typing import Any
 
 import lightning.pytorch as pl
+import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from rich.console import Console
 from rich.table import Table
@@ -48,11 +49,11 @@ class ComputeCurves:
             self.unit = max((unit for unit in _UNITS if flops / unit >= _FINEST), default=1.0)
         layout: Layout = {
             "ComputeAccounting": {
-                "loss against compute": ["Multiline", [self.tag]],
+                "loss against compute": ["Multiline", [f"{self.tag}$"]],
                 "parameters in the optimal band": [
                     "Margin", ["compute/params", "compute/optimal_params_low", "compute/optimal_params_high"],
                 ],
-                "size ratio": ["Multiline", ["compute/size_ratio"]],
+                "size ratio": ["Multiline", ["compute/size_ratio$"]],
             }
         }  # fmt: skip
         lay_out(trainer, layout)
@@ -86,6 +87,15 @@ class ComputeCurves:
         if self._sibling is not None:
             self._sibling.close()
         self._sibling = None
+
+
+def send(trainer: pl.Trainer, metrics: dict[str, float]) -> None:
+    """Straight to the loggers, and to where callbacks look for what they monitor; ``self.log`` takes far longer."""
+    for logger in trainer.loggers:
+        logger.log_metrics(metrics, step=trainer.fit_loop.epoch_loop._batches_that_stepped)
+    values = {name: torch.tensor(value) for name, value in metrics.items()}
+    for known in (trainer._logger_connector._callback_metrics, trainer._logger_connector._logged_metrics):
+        known.update(values)
 
 
 def report(

@@ -11,10 +11,11 @@ _MOST_ROWS = 4000
 
 LAYOUT = {
     "CriticalPhase": {
-        "critical": ["Multiline", ["phase/critical", "phase/scale"]],
+        "critical": ["Multiline", ["phase/critical$", "phase/scale$"]],
         "change and threshold": ["Multiline", ["phase/relative_change", "phase/cumulative_sum", "phase/threshold"]],
         "gradient norm": ["Multiline", ["phase/grad_norm"]],
-        "noise scale": ["Margin", ["phase/noise_scale", "phase/noise_scale_low", "phase/noise_scale_high"]],
+        # No margin: where evidence lacks, one of the three is missing, and TensorBoard draws nothing then.
+        "noise scale": ["Multiline", ["phase/noise_scale"]],
     }
 }
 """For ``SummaryWriter.add_custom_scalars``."""

@@ -27,18 +27,14 @@ BATCH, EPOCHS, SAMPLES, HELD_OUT = 16, 4, 160, 48
 
 
 class Dies(pl.Callback):
-    """Before the accounting hears of the batch, and so of what is saved here."""
-
-    def __init__(self, after: int, folder: Path) -> None:
-        self._left, self._folder = after, folder
+    def __init__(self, after: int) -> None:
+        self._left = after
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         self._left -= 1
         if self._left == 0:
-            if batch_idx % 4 == 1:
-                trainer.save_checkpoint(self._folder / "last.ckpt")
             os.kill(os.getpid(), signal.SIGKILL)
 
 
@@ -49,10 +45,11 @@ class Evaluated(Module):
 
 def train(folder: Path, ranks: int, die_after: int) -> ComputeAccounting:
     accounting = ComputeAccounting(law="Chinchilla")
-    checkpoint = ModelCheckpoint(folder, save_last=True, every_n_train_steps=1, save_top_k=1)
+    # At the end of epochs: within them, Lightning itself trains on the batch before a checkpoint once more.
+    checkpoint = ModelCheckpoint(folder, save_last=True, save_on_train_epoch_end=True)
     trainer = reference.quiet_trainer(
         strategy="ddp" if ranks > 1 else "auto", devices=ranks, max_epochs=EPOCHS, accumulate_grad_batches=2,
-        callbacks=[Dies(die_after, folder), accounting, checkpoint], enable_checkpointing=True,
+        callbacks=[Dies(die_after), accounting, checkpoint], enable_checkpointing=True,
         use_distributed_sampler=False, log_every_n_steps=3, num_sanity_val_steps=0,
     )  # fmt: skip
     loaders = [
