@@ -7,7 +7,7 @@ RUN := $(VENV)/bin/python
 INSTALL := $(RUN) -m pip install --quiet --disable-pip-version-check -c constraints.txt
 INPUTS := pyproject.toml constraints.txt
 
-.PHONY: help demo test lint bench clean
+.PHONY: help demo test lint bench browser clean
 
 help: ## Show this list
 	@sed -n 's/^\([a-z]*\):.*## /  make \1	/p' $(MAKEFILE_LIST)
@@ -29,6 +29,12 @@ bench: $(VENV)/.test ## Measure round times beside hand-written loops and other 
 	$(RUN) -m benchmarks.probe
 	$(RUN) -m benchmarks.phases
 	$(RUN) -m benchmarks.phase_study
+	$(RUN) -m benchmarks.accounting
+
+browser: ## Install Debian's chromium, if root asks, for the tests that look at TensorBoard; they are skipped without
+	@command -v chromium chromedriver >/dev/null || { [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null \
+	  && apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq chromium chromium-driver >/dev/null; } \
+	  || echo "No chromium here: tests that need it are skipped"
 
 clean: ## Remove .venv, builds, caches and what runs left behind
 	rm -rf $(VENV) .bench build dist *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache

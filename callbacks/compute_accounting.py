@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,16 +11,18 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
-from rich.console import Console
-from rich.table import Table
+from torch import Tensor
 
 from lightning_fedscale import collectives
-from lightning_fedscale.devices.batches import form_of
-from lightning_fedscale.ledger import Ledger, count_parameters
+from lightning_fedscale.callbacks.compute_counting import Counting
+from lightning_fedscale.callbacks.compute_report import ComputeCurves, report, send
+from lightning_fedscale.callbacks.critical_phase import CriticalPhase
+from lightning_fedscale.devices.operators import UNKNOWN, Operator
 from lightning_fedscale.metering import Meter
 from lightning_fedscale.refusals import check_package
 from lightning_fedscale.scaling import (
     Chinchilla,
+    Kaplan,
     Law,
     Position,
     effective_flops,
@@ -29,20 +30,21 @@ from lightning_fedscale.scaling import (
     law_from_file,
     position_of,
 )
-from lightning_fedscale.scaling.position import plot
+from lightning_fedscale.scaling.ledger import Ledger
 from lightning_fedscale.strategy import FederatedStrategy
 from lightning_fedscale.types import RoundRecord
 
 _UNCOUNTED = 0.01
-"""Share of memory traffic in operators of unknown cost from which on the count is doubted."""
+"""Share of time in operators of unknown cost from which on the count is doubted."""
 
 
 class ComputeAccounting(Callback):
     """Counts what training costs, and says where the run stands against the best model size for that.
 
-    FLOPs are counted from the module's own training step, once for each form of batch, on tensors without contents; and
+    FLOPs are counted from the module's own steps, once for each form of batch, on tensors without contents; and
     multiplied by what ran: by client under `FederatedStrategy`, with any executor, by step under any other strategy.
-    All ranks add up to one ledger, which checkpoints keep, so that nothing is counted twice after an interruption.
+    Ranks add up to one ledger, which checkpoints keep, so that nothing is counted twice after an interruption. What
+    Lightning's own tuner tries out is not counted.
 
     A scaling law makes a position of it: the best size for this compute and so many clients, the loss that the law
     predicts there and here, and one sentence of advice at the end. A law holds for the data it was fitted on.
@@ -55,17 +57,18 @@ class ComputeAccounting(Callback):
             (arXiv 2511.12188), 0 all of it, about 0.24 as DiLoCo. None takes that of the law file, else 1.
         budget: FLOPs that the run is meant to take in all; the position is then that at its end, from now on at the
             present ratio of tokens to FLOPs.
-        max_flops: stop training once so many are spent.
-        tokens_fn: tokens in a batch, told from shapes; None counts the entries of the first tensor if these are whole
-            numbers in two dimensions or more, else samples.
+        tokens_fn: tokens in a batch, told from the shapes of its tensors, which have no contents when it is called.
+            None counts the entries of the first tensor if these are integers in two dimensions, else samples.
+        max_flops: stop training at the end of the step, or round, in which so many training FLOPs are spent. With
+            several processes and no clients, every step then ends in a small collective.
 
     Attributes:
-        ledger: what was spent.
-        position: a `Position`, once something was spent and if there is a law; also ``position.json`` in the run's
-            directory.
+        position: a `Position`, once something was spent and if there is a law. It is also, with the ledger's sums, in
+            ``position.json`` in the run's folder.
 
     Raises:
-        TypeError, ValueError: for arguments that cannot be.
+        TypeError, ValueError: for arguments that cannot be; from ``fit``, before the first step, for a ``tokens_fn``
+            that does not tell a number above 0.
 
     Example:
         >>> from lightning.pytorch.demos.boring_classes import BoringModel
@@ -83,8 +86,8 @@ class ComputeAccounting(Callback):
         law: str | Law | None = "auto",
         rho: float | None = None,
         budget: float | None = None,
-        max_flops: float | None = None,
         tokens_fn: Callable[[Any], float] | None = None,
+        max_flops: float | None = None,
     ) -> None:
         self._law, fitted_rho = _law_of(law)
         self._auto = law == "auto"
@@ -98,11 +101,10 @@ class ComputeAccounting(Callback):
         self._budget = budget
         self._max_flops = max_flops
         self._tokens_fn = tokens_fn
-        self._meter: Meter | None = None
-        self._resumed = self._warned = False
-        self._begun = 0.0
-        self._evaluated = 0.0  # on this rank, since ranks last met
-        self.ledger = Ledger()
+        self._trainer: pl.Trainer | None = None
+        self._curves = ComputeCurves()
+        self._counting = Counting(Ledger())
+        self._warned = False
         self.position: Position | None = None
 
     @property
@@ -111,148 +113,191 @@ class ComputeAccounting(Callback):
         return self._law
 
     @property
+    def ledger(self) -> Ledger:
+        """What was spent; with several processes and no clients, up to the last time that was logged."""
+        return self._counting.ledger
+
+    @property
     def remaining(self) -> float:
         """FLOPs that are left of ``max_flops``; infinite without."""
         return math.inf if self._max_flops is None else max(0.0, self._max_flops - self.ledger.training_flops)
 
-    # ---- hooks
+    @property
+    def operators(self) -> dict[str, Operator]:
+        """Every operator of the steps that were counted: whether its FLOPs count, are free, or are not known."""
+        return {} if self._counting.meter is None else self._counting.meter.operators
+
+    # ---- hooks: begin and end
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Begin a ledger, unless a run goes on."""
+        if stage == "predict":
+            return
+        self._trainer = trainer
+        if stage == "fit" and trainer.global_step == 0:
+            self._counting, self._curves, self.position = Counting(Ledger()), ComputeCurves(), None
+        self._counting.meter = Meter(trainer, pl_module, self._tokens_fn)
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Have clients metered, if there are any."""
         check_package(self, trainer)
-        if trainer.global_step == 0 and not self._resumed:
-            self.ledger, self.position = Ledger(), None
-        self._resumed = False
-        self._meter = Meter(trainer, pl_module, self._tokens_fn)
-        if isinstance(trainer.strategy, FederatedStrategy):
-            trainer.strategy.meter_clients(self._meter.clients)
+        meter = self._counting.meter
+        assert meter is not None
+        self._counting.begin_fit(trainer)
+        if any(isinstance(optimizer, torch.optim.LBFGS) for optimizer in trainer.optimizers):
+            meter.evaluations.counting = True
+            trainer.callbacks.append(meter.evaluations)  # type: ignore[attr-defined]
+        if self.remaining == 0.0:
+            trainer.should_stop = True
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Say where the run stands."""
+        self._counting.measure_energy()
+        self._counting.add_up()
+        if not self.ledger.tokens:
+            return
+        meter = self._counting.meter
+        assert meter is not None
+        self._choose_law()
+        self._locate(trainer)
+        self._check_coverage()
+        report(trainer, self.ledger, meter.size, _clients(trainer), meter.operators, self.position, self._law)
+        self._curves.close()
+        if self.position is None and self._auto:
+            rank_zero_info(
+                "ComputeAccounting: no scaling law for this task yet. Train several sizes with several amounts of"
+                " data and fit one: lightning_fedscale.scaling.fit(runs).save('law.json'), then"
+                " ComputeAccounting(law='law.json')."
+            )
+
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Leave the Trainer's callbacks as they were."""
+        meter, callbacks = self._counting.meter, trainer.callbacks  # type: ignore[attr-defined]
+        if meter is not None and meter.evaluations in callbacks:
+            callbacks.remove(meter.evaluations)
+
+    # ---- hooks: training
+
+    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Parameters may have come, gone, or been pruned."""
+        assert self._counting.meter is not None
+        self._counting.meter.refresh()
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         """A step begins."""
-        self._begun = time.perf_counter()
+        self._counting.begin_step(trainer, batch)
 
     def on_round_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, record: RoundRecord) -> None:
         """A round is complete."""
-        exchanged = sum(parameter.numel() for parameter in pl_module.parameters())
-        self.ledger.add_round(record, count_parameters(pl_module).non_embedding, exchanged)
+        self._counting.count_round(trainer, record)
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Count the step, look where the run stands, log it."""
-        if not isinstance(trainer.strategy, FederatedStrategy):
-            self._count_step(trainer, pl_module, batch)
+        self._counting.end_step()
+        logs, alone = trainer._logger_connector.should_update_logs, collectives.world_size() == 1
+        if logs:
+            self._counting.measure_energy()
+        if alone or (not _federated(trainer) and (logs or self._max_flops is not None)):
+            self._counting.add_up()  # rounds have told the other ranks already
         if self.remaining == 0.0:
             trainer.should_stop = True
-        if trainer._logger_connector.should_update_logs:
+        if logs and self.ledger.training_flops:
             self._choose_law()
-            self._locate(trainer, pl_module)
-            pl_module.log_dict(self._metrics(pl_module), on_step=True, on_epoch=False, batch_size=1)
+            here = self._locate(trainer)
+            self._curves.begin(trainer, self.ledger.training_flops)
+            self._curves.add(trainer, self.ledger.training_flops, _loss_of(outputs), here)
+            send(trainer, self._metrics(trainer))
+
+    # ---- hooks: on the side
 
     def on_validation_batch_start(
-        self,
-        trainer: pl.Trainer,
-        pl_module: pl.LightningModule,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
         """Evaluation is counted apart."""
-        if self._meter is not None and not trainer.sanity_checking:
-            self._evaluated += self._meter.evaluation(form_of(batch))
+        if not trainer.sanity_checking:
+            self._counting.count_evaluation(batch, "validation_step")
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Ranks add up."""
-        (total,) = _summed(pl_module.device, self._evaluated)
-        self.ledger.flops["evaluation"] += total
-        self._evaluated = 0.0
+        """Ranks add up; where there are clients, in the next round's collective."""
+        if not trainer.sanity_checking and not (_federated(trainer) and trainer.training):
+            self._counting.add_up()
 
-    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Say where the run stands."""
-        if not self.ledger.tokens:
-            return
-        self._choose_law()
-        self._locate(trainer, pl_module)
-        self._check_coverage()
-        if trainer.is_global_zero:
-            Console().print(self._table(trainer, pl_module))
-        if self.position is None:
-            if self._auto:
-                rank_zero_info(
-                    "ComputeAccounting: no scaling law for this task yet. Train several sizes with several amounts of"
-                    " data and fit one: lightning_fedscale.scaling.fit(runs).save('law.json'), then"
-                    " ComputeAccounting(law='law.json')."
-                )
-            return
-        rank_zero_info(f"ComputeAccounting: {self.position.advice()}.")
-        folder = trainer.log_dir  # to be asked on all ranks
-        if trainer.is_global_zero and folder is not None:
-            Path(folder).mkdir(parents=True, exist_ok=True)
-            self.position.save(Path(folder) / "position.json")
-        for logger in trainer.loggers:
-            experiment: Any = getattr(logger, "experiment", None)
-            if trainer.is_global_zero and self._law is not None and hasattr(experiment, "add_figure"):
-                experiment.add_figure("compute/position", plot(self.position, self._law), trainer.global_step)
+    def on_test_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        """Evaluation is counted apart."""
+        self._counting.count_evaluation(batch, "test_step")
+
+    def on_test_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Ranks add up."""
+        self._counting.add_up()
+
+    def on_probe(self, trainer: pl.Trainer, batch: Any = None, flops: float = 0.0) -> None:
+        """Another callback has run a training step on the side, with this batch or of so many FLOPs."""
+        self._counting.count_probe(batch, flops)
+
+    # ---- checkpoints
 
     def state_dict(self) -> dict[str, Any]:
-        """The ledger, for the checkpoint."""
-        return {"ledger": self.ledger.state_dict()}
+        """The ledger, for the checkpoint; to be called on all ranks, as checkpoints are."""
+        if self._trainer is not None:
+            self._counting.settle(self._trainer)
+            self._counting.measure_energy()
+            self._counting.add_up()
+        return {"ledger": self.ledger.state_dict(), "unit": self._curves.unit}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on counting from there."""
-        self.ledger = Ledger()
         self.ledger.load_state_dict(state_dict["ledger"])
-        self._resumed = True
+        self._curves.unit = state_dict["unit"]
 
-    # ---- parts
-
-    def _count_step(self, trainer: pl.Trainer, module: pl.LightningModule, batch: Any) -> None:
-        assert self._meter is not None
-        cost = self._meter.training(form_of(batch))
-        steps = trainer.fit_loop.epoch_loop._should_accumulate()
-        flops, optimizer, samples, tokens = _summed(
-            module.device, cost.flops, 0.0 if steps else cost.optimizer, cost.samples, cost.tokens
-        )
-        params, seconds = count_parameters(module).non_embedding, time.perf_counter() - self._begun
-        self.ledger.add_step(
-            flops=flops, optimizer=optimizer, samples=samples, tokens=tokens, params=params, seconds=seconds
-        )
+    # ---- where the run stands
 
     def _choose_law(self) -> None:
-        assert self._meter is not None
-        if self._auto and self._law is None and self._meter.counts_text:
+        meter = self._counting.meter
+        if self._auto and self._law is None and meter is not None and meter.counts_text:
             self._law = Chinchilla()
 
-    def _locate(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        flops, tokens = self.ledger.training_flops, self.ledger.tokens
-        if self._law is None or not flops:
-            return
-        share = 1.0 if self._budget is None else self._budget / flops
-        try:
-            self.position = position_of(
-                self._law, params=self.ledger.average_params, tokens=tokens * share, flops=flops * share,
-                clients=_clients(trainer), rho=self._rho,
+    def _locate(self, trainer: pl.Trainer) -> Position | None:
+        """Set the position, at the end of the budget if there is one; returns that of now."""
+        ledger = self.ledger
+        if self._law is None or not ledger.training_flops:
+            return None
+
+        def position(flops: float) -> Position:
+            assert self._law is not None
+            return position_of(
+                self._law, params=ledger.average_params, tokens=ledger.tokens * flops / ledger.training_flops,
+                flops=flops, clients=_clients(trainer), rho=self._rho,
             )  # fmt: skip
+
+        try:
+            here = position(ledger.training_flops)
+            self.position = here if self._budget is None else position(self._budget)
         except ValueError as error:
             self.position = None
             if not self._warned:
                 rank_zero_warn(f"ComputeAccounting: no position under {self._law.name}: {error}")
             self._warned = True
+            return None
+        return here
 
-    def _metrics(self, module: pl.LightningModule) -> dict[str, float]:
-        ledger, counts = self.ledger, count_parameters(module)
+    def _metrics(self, trainer: pl.Trainer) -> dict[str, float]:
+        ledger, limit = self.ledger, self._max_flops or self._budget
         values = {
             "compute/flops_total": ledger.training_flops,
-            "compute/flops_per_client": ledger.training_flops / _clients(module.trainer),
-            "compute/flops_evaluation": ledger.flops["evaluation"],
-            "compute/flops_aggregation": ledger.flops["aggregation"],
+            "compute/flops_per_client": ledger.training_flops / _clients(trainer),
+            **{f"compute/flops_{purpose}": spent for purpose, spent in ledger.flops.items()},
             "compute/tokens": ledger.tokens,
-            "compute/params": float(counts.non_embedding),
+            "compute/params": ledger.average_params,
+            "compute/budget_used": math.nan if limit is None else ledger.training_flops / limit,
+            "compute/critical_batch_ratio": self._counting.batch / self._critical_batch(trainer),
+            "compute/joules": math.nan if ledger.joules is None else ledger.joules,
         }
-        if self._budget is not None or self._max_flops is not None:
-            values["compute/budget_used"] = ledger.training_flops / (self._max_flops or self._budget or math.nan)
         if (position := self.position) is not None:
             values |= {
                 "compute/optimal_params": position.optimal_params,
@@ -265,41 +310,32 @@ class ComputeAccounting(Callback):
             }
         return {name: value for name, value in values.items() if math.isfinite(value)}
 
+    def _critical_batch(self, trainer: pl.Trainer) -> float:
+        """In tokens: as `CriticalPhase` measures it, else as Kaplan's law of text has it at the predicted loss."""
+        per_sample = self.ledger.tokens / self.ledger.samples
+        for phase in trainer.callbacks:  # type: ignore[attr-defined]
+            if isinstance(phase, CriticalPhase):
+                for noise in (phase.sampling_noise.critical_batch, phase.noise_scale.scale):
+                    if noise > 0:
+                        return noise * per_sample
+        if self.position is not None and self._law is not None and self._law.holds.task == "text":
+            return Kaplan().critical_batch(self.position.predicted_loss)
+        return math.nan
+
     def _check_coverage(self) -> None:
-        assert self._meter is not None
-        if (share := self._meter.uncounted) > _UNCOUNTED:
-            names = ", ".join(name for name, _ in self._meter.unknown.most_common(5))
+        assert self._counting.meter is not None
+        share = self._counting.meter.uncounted
+        if math.isnan(share) or share > _UNCOUNTED:
+            names = ", ".join(name for name, seen in self.operators.items() if seen.kind == UNKNOWN)
+            part = "a part of the time that cannot be measured" if math.isnan(share) else f"{share:.0%} of the time"
             rank_zero_warn(
-                f"ComputeAccounting: operators whose FLOPs are not known ({names}) make {share:.0%} of the memory"
-                " traffic: the count is too low."
+                f"ComputeAccounting: operators whose FLOPs are not known ({names}) take {part}: the count is too low."
             )
 
-    def _table(self, trainer: pl.Trainer, module: pl.LightningModule) -> Table:
-        ledger, counts = self.ledger, count_parameters(module)
-        table = Table(title="What the run cost", show_header=False)
-        table.add_column()
-        table.add_column(justify="right")
-        rows = [
-            ("Parameters, trained and not embedding", f"{counts.non_embedding:,}"),
-            ("Training FLOPs", f"{ledger.training_flops:.3e}"),
-            ("  per client", f"{ledger.training_flops / _clients(trainer):.3e}"),
-            ("  against 6 x parameters x tokens", f"{ledger.training_flops / (6 * ledger.size_tokens):.2f}"),
-            ("Evaluation FLOPs", f"{ledger.flops['evaluation']:.3e}"),
-            ("Tokens or samples", f"{ledger.tokens:,.0f}"),
-            ("Seconds", f"{ledger.seconds:,.1f}"),
-        ]
-        if ledger.upload_bytes:
-            rows.append(("Bytes up and down", f"{ledger.upload_bytes:,.0f} and {ledger.download_bytes:,.0f}"))
-        if (position := self.position) is not None:
-            rows += [
-                (f"Best size under {position.law}", f"{position.optimal_params:,.0f}"),
-                ("  within 1 % of its loss", f"{position.low:,.0f} to {position.high:,.0f}"),
-                ("Predicted loss", f"{position.predicted_loss:.4g}"),
-                ("  of the best size", f"{position.optimal_loss:.4g}"),
-            ]
-        for row in rows:
-            table.add_row(*row)
-        return table
+
+def _loss_of(outputs: Any) -> float | None:
+    loss = outputs.get("loss") if isinstance(outputs, dict) else outputs
+    return float(loss) if isinstance(loss, Tensor) and loss.numel() == 1 else None
 
 
 def _law_of(law: Any) -> tuple[Law | None, float | None]:
@@ -316,15 +352,11 @@ def _law_of(law: Any) -> tuple[Law | None, float | None]:
     return found, None
 
 
+def _federated(trainer: pl.Trainer) -> bool:
+    return isinstance(trainer.strategy, FederatedStrategy)
+
+
 def _clients(trainer: pl.Trainer) -> int:
     strategy = trainer.strategy
     number = strategy.num_clients if isinstance(strategy, FederatedStrategy) else None
     return 1 if number is None else number
-
-
-def _summed(device: torch.device, *numbers: float) -> list[float]:
-    """The sums over all ranks."""
-    if collectives.world_size() == 1:
-        return [float(number) for number in numbers]
-    found: list[float] = collectives.sum_over_ranks(torch.tensor(numbers, dtype=torch.float64, device=device)).tolist()
-    return found

@@ -12,9 +12,10 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import rank_zero_info
 
 from lightning_fedscale.callbacks.phase_client_steps import ClientStepWatch
-from lightning_fedscale.callbacks.phase_record import PhaseRecord, lay_out, show
+from lightning_fedscale.callbacks.phase_record import LAYOUT, PhaseRecord
 from lightning_fedscale.callbacks.phase_rounds import RoundWatch
 from lightning_fedscale.callbacks.phase_steps import StepWatch
+from lightning_fedscale.callbacks.tensorboard import lay_out, show
 from lightning_fedscale.noise import NoiseScale
 from lightning_fedscale.phase_keeper import PhaseKeeper
 from lightning_fedscale.phases import (
@@ -240,7 +241,7 @@ class CriticalPhase(Callback):
         how = self._watch.attach(trainer, pl_module)
         if self.action == "scale":
             rank_zero_info(f"CriticalPhase: {how}.")
-        lay_out(trainer)
+        lay_out(trainer, LAYOUT)
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -259,7 +260,7 @@ class CriticalPhase(Callback):
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Show the whole course."""
         rank_zero_info(f"CriticalPhase: {self.record.summary(self._unit)}; {_noise_in_words(self.noise_scale)}.")
-        show(trainer, self.plot())
+        show(trainer, "phase/course", self.plot())
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         """As `teardown`, which the Trainer leaves out then."""

@@ -278,7 +278,7 @@ class MaxBatchProbe(Callback):
             )
         budget = self._bytes(trainer, device)
         wanted = self._verify if self._verify != "auto" else device.type == "cuda"
-        measure, physical = self._measure(model, budget, device) if wanted else (None, None)
+        measure, physical = self._measure(trainer, model, budget, device) if wanted else (None, None)
         return probe(
             model,
             budget,
@@ -330,18 +330,26 @@ class MaxBatchProbe(Callback):
         population = getattr(trainer.strategy, "population", None)
         return () if population is None else population.classes
 
-    def _measure(self, model: MemoryModel, budget: int, device: torch.device) -> tuple[Measure, int | None]:
-        if device.type == "cuda":
-            room = int(free_memory(device) * (1 - self._headroom))  # beside the module itself, which stays where it is
-            return lambda batch: real_step_on_cuda(model.real_step(batch), device), room
-
+    def _measure(
+        self, trainer: pl.Trainer, model: MemoryModel, budget: int, device: torch.device
+    ) -> tuple[Measure, int | None]:
         def measure(batch: int) -> RealStep:
-            done = real_step(model.real_step(batch), budget)
-            if not done.fits and not done.out_of_memory:
-                raise RuntimeError(f"MaxBatchProbe: a real step with {batch} samples failed: {done.reason}")
+            if device.type == "cuda":
+                done = real_step_on_cuda(model.real_step(batch), device)
+            else:
+                done = real_step(model.real_step(batch), budget)
+                if not done.fits and not done.out_of_memory:
+                    raise RuntimeError(f"MaxBatchProbe: a real step with {batch} samples failed: {done.reason}")
+            self._tell(trainer, model.cost(batch).flops * (1 + _accumulation(trainer)))  # two optimizer steps
             return done
 
-        return measure, None
+        # Beside the module itself, which stays where it is.
+        return measure, int(free_memory(device) * (1 - self._headroom)) if device.type == "cuda" else None
+
+    def _tell(self, trainer: pl.Trainer, flops: float) -> None:
+        for callback in trainer.callbacks:  # type: ignore[attr-defined]
+            if (hook := getattr(callback, "on_probe", None)) is not None:
+                hook(trainer, flops=flops)
 
     # ---- all ranks
 

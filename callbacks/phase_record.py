@@ -13,10 +13,11 @@ _SMALL = 0.01
 
 LAYOUT = {
     "CriticalPhase": {
-        "critical": ["Multiline", ["phase/critical", "phase/scale"]],
+        "critical": ["Multiline", ["phase/critical$", "phase/scale$"]],
         "change and threshold": ["Multiline", ["phase/relative_change", "phase/cumulative_sum", "phase/threshold"]],
         "gradient norm": ["Multiline", ["phase/grad_norm"]],
-        "noise scale": ["Margin", ["phase/noise_scale", "phase/noise_scale_low", "phase/noise_scale_high"]],
+        # No margin: where evidence lacks, one of the three is missing, and TensorBoard draws nothing then.
+        "noise scale": ["Multiline", ["phase/noise_scale"]],
         "critical batch and cohort": ["Multiline", ["phase/critical_batch", "phase/critical_cohort"]],
     }
 }
@@ -95,19 +96,3 @@ class PhaseRecord:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from there."""
         vars(self).update({**state, "rows": [*state["rows"]], "spans": [[*span] for span in state["spans"]]})
-
-
-def show(trainer: Any, figure: Figure) -> None:
-    """Give a figure to the loggers that take one."""
-    for logger in trainer.loggers:
-        experiment: Any = getattr(logger, "experiment", None)
-        if trainer.is_global_zero and hasattr(experiment, "add_figure"):
-            experiment.add_figure("phase/course", figure, trainer.global_step)
-
-
-def lay_out(trainer: Any) -> None:
-    """Tell TensorBoard which curves belong together."""
-    for logger in trainer.loggers:
-        experiment: Any = getattr(logger, "experiment", None)
-        if trainer.is_global_zero and hasattr(experiment, "add_custom_scalars"):
-            experiment.add_custom_scalars(LAYOUT)

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple, Protocol
 
 import lightning.pytorch as pl
 import numpy as np
@@ -49,12 +49,19 @@ from lightning_fedscale.records import RoundTable
 from lightning_fedscale.rounds import LocalWork, RoundPlan
 from lightning_fedscale.samplers import reads_losses
 from lightning_fedscale.tree import as_real
-from lightning_fedscale.types import ClientUpdate, Cohort, IntArray, Params, RoundRecord
+from lightning_fedscale.types import ClientCost, ClientUpdate, Cohort, IntArray, Params, RoundRecord
 from lightning_fedscale.uplink import PersonalModels, Sent, Uplink
 from lightning_fedscale.workload import Workload
 
-Meter: TypeAlias = Callable[[Mapping[Any, int]], tuple[float, float]]
-"""From how many of a client's batches had which form, the FLOPs of its training and its tokens."""
+
+class Meter(Protocol):
+    """What says what things cost."""
+
+    def client(self, forms: Mapping[Any, int], steps: int) -> ClientCost:
+        """The cost of a client's training, from how many of its batches had which form, and their number."""
+
+    def side(self) -> tuple[float, float]:
+        """FLOPs that this rank spent on evaluation and on probing since the round before."""
 
 
 @dataclass
@@ -428,6 +435,8 @@ class Federation:
             failure = error
         table.finish_rank(self._rank, time.perf_counter() - opened.started, failed=failure is not None)
         table.add_executor(self._executor.slots, self._executor.ballot)
+        if self.meter is not None:
+            table.add_side(self.meter.side())
         total, messages = self._merge(sums, table)
         if failure is not None:
             raise failure
@@ -445,19 +454,20 @@ class Federation:
         plain = float(context.exchange.message_bytes)
         cursors = {item.client: item.cursor for item in context.work}
         for update in self._executor.run(context):
+            cost = ClientCost() if self.meter is None else self.meter.client(update.forms or {}, update.steps)
             if update.client in table.spare:
                 self._store.unstage(update.client)
-                table.add(update, 0.0, self._store.cursor(update.client), self._executor.scaler_state())
+                cursor = self._store.cursor(update.client)
+                table.add(update, 0.0, cursor, self._executor.scaler_state(), cost)
                 continue
             sent = Sent(update, None, rules.weigh(update), plain) if uplink is None else uplink.send(update)
             update, weight = sent.update, sent.weight
-            metered = (0.0, 0.0) if self.meter is None else self.meter(update.forms or {})
             table.add(
                 update,
                 weight,
                 cursors[update.client],
                 self._executor.scaler_state(),
-                metered,
+                cost,
                 (sent.bytes, sent.normalizer, sent.within),
             )
             table.add_trainable(context.exchange.trainable_now())
@@ -477,7 +487,7 @@ class Federation:
             with self._log.silenced():
                 for update in self._executor.run_again(context._replace(guidance=guidance)):
                     if self.meter is not None:
-                        table.add_cost(update.client, self.meter(update.forms or {}))
+                        table.add_cost(update.client, self.meter.client(update.forms or {}, update.steps))
                     if update.client not in table.spare:
                         guidance.keep(update)
         finally:

@@ -68,6 +68,9 @@ def half_gradients(trainer: pl.Trainer, module: pl.LightningModule, batch: Any, 
             if found is None:
                 return None
             gradients.append(list(found.values()))
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if (hook := getattr(callback, "on_probe", None)) is not None:
+            hook(trainer, batch)
     return Halves((gradients[0], gradients[1]), (middle, samples - middle))
 
 

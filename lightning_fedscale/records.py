@@ -10,13 +10,22 @@ import torch
 from torch import Tensor
 
 from lightning_fedscale.rounds import RoundPlan
-from lightning_fedscale.types import ClientUpdate, Cursor, FloatArray, IntArray, RoundRecord, SimulatedRound
+from lightning_fedscale.types import (
+    ClientCost,
+    ClientUpdate,
+    Cursor,
+    FloatArray,
+    IntArray,
+    RoundRecord,
+    SimulatedRound,
+)
 
 _COLUMNS = (
     "weight", "samples", "steps", "loss", "norm", "seconds", "rejected", "pass", "batch", "scale", "growth",
-    "flops", "tokens", "bytes", "normalizer", "within",
+    *ClientCost._fields, "bytes", "normalizer", "within",
 )  # fmt: skip
 _BALLOT = 4
+_SIDE = 2
 
 
 class RoundTable:
@@ -35,9 +44,10 @@ class RoundTable:
         self._row = {client: row for row, client in enumerate(plan.cohort.tolist())}
         cells = len(self._row) * len(_COLUMNS)
         # numpy, since torch takes several times as long to write a few numbers.
-        self._numbers = np.zeros(cells + 2 * world_size + num_parameters + 1 + _BALLOT)
-        rows, self._busy, self._failed, self._trainable, self._slots, self._ballot = np.split(
-            self._numbers, np.cumsum([cells, world_size, world_size, num_parameters, 1])
+        parts = [cells, world_size, world_size, num_parameters, 1, _SIDE]
+        self._numbers = np.zeros(sum(parts) + _BALLOT)
+        rows, self._busy, self._failed, self._trainable, self._slots, self._side, self._ballot = np.split(
+            self._numbers, np.cumsum(parts)
         )
         self._rows = rows.reshape(-1, len(_COLUMNS))
 
@@ -47,7 +57,7 @@ class RoundTable:
         weight: float,
         cursor: Cursor,
         scaler: tuple[float, float],
-        metered: tuple[float, float] = (0.0, 0.0),
+        cost: ClientCost = ClientCost(),  # noqa: B008 (a constant)
         sent: tuple[float, float, float] = (0.0, 1.0, 0.0),
     ) -> None:
         """Fill a client's row.
@@ -57,7 +67,7 @@ class RoundTable:
             weight: its weight in the aggregate.
             cursor: where its data goes on.
             scaler: scale and growth counter that its training left in the gradient scaler.
-            metered: FLOPs and tokens of its training.
+            cost: of its training.
             sent: bytes that it sent, its local rule's normalizer, and 1 if privacy did not clip its update.
         """
         accepted = update.finite
@@ -71,14 +81,16 @@ class RoundTable:
             0.0 if accepted else 1.0,
             *cursor,
             *scaler,
-            *metered,
+            *cost,
             *sent,
         )
         self._rows[self._row[update.client]] = values
 
-    def add_cost(self, client: int, metered: tuple[float, float]) -> None:
-        """Add the FLOPs of more training of a client, which saw the same tokens again."""
-        self._rows[self._row[client], _COLUMNS.index("flops")] += metered[0]
+    def add_cost(self, client: int, cost: ClientCost) -> None:
+        """Add the cost of more training of a client, which saw the same tokens again."""
+        row = self._rows[self._row[client]]
+        for name in ("forward", "backward", "optimizer"):
+            row[_COLUMNS.index(name)] += getattr(cost, name)
 
     def add_trainable(self, flags: list[bool]) -> None:
         """Count the parameters that a client left trainable."""
@@ -93,6 +105,10 @@ class RoundTable:
         """Note how long this rank worked, and whether an exception ended its work."""
         self._busy[rank] = seconds
         self._failed[rank] = float(failed)
+
+    def add_side(self, flops: Sequence[float]) -> None:
+        """Note what this rank spent besides training since the last round: on evaluation, on probing."""
+        self._side[:] = flops
 
     def add_executor(self, slots: int, ballot: Sequence[float]) -> None:
         """Note how many local steps this rank had room for, and what it found out about its executors."""
@@ -215,8 +231,11 @@ class RoundTable:
             idle=1.0 - float(self._busy.mean()) / slowest if slowest > 0 else 0.0,
             simulated=self._simulated(simulated_before, batch_sizes),
             staleness=None if self._plan.arrived is None else self._plan.round - self._plan.arrived.versions,
-            flops=self._column("flops"),
+            forward_flops=self._column("forward"),
+            backward_flops=self._column("backward"),
+            optimizer_flops=self._column("optimizer"),
             tokens=self._column("tokens"),
+            side_flops=(float(self._side[0]), float(self._side[1])),
             spare=tuple(sorted(self._plan.spare)),
             epsilon=epsilon,
         )

@@ -264,8 +264,7 @@ class FederatedStrategy(DDPStrategy):
         """For callbacks, in ``on_fit_start``: have every client's training metered, for ``RoundRecord.flops``.
 
         Args:
-            meter: from how many batches had which form (see `lightning_fedscale.devices.batches.Form`), FLOPs and
-                tokens; called on the rank that trained the client.
+            meter: says what a client's training cost, on the rank that trained it.
         """
         assert self._federation is not None
         self._federation.meter = meter

@@ -21,6 +21,22 @@ Cursor: TypeAlias = tuple[int, int]
 """Where a client's data goes on: (pass over its data, batch within that pass)."""
 
 
+class ClientCost(NamedTuple):
+    """What a client's local training cost, as a meter says.
+
+    Attributes:
+        forward: FLOPs of its forward passes.
+        backward: FLOPs of its backward passes.
+        optimizer: operations of its optimizer.
+        tokens: tokens, or samples, that it trained on.
+    """
+
+    forward: float = 0.0
+    backward: float = 0.0
+    optimizer: float = 0.0
+    tokens: float = 0.0
+
+
 class ClientUpdate(NamedTuple):
     """What a client sends to the server at the end of its local training.
 
@@ -124,8 +140,11 @@ class RoundRecord:
             batches; 0 when clients train one after the other.
         idle: share of the ranks' time spent waiting for the slowest one, 0 to 1.
         simulated: the round on the clients' own hardware; None without a population.
-        flops: training FLOPs of each client; zeros unless somebody meters.
-        tokens: tokens, or samples, that each client trained on; zeros unless somebody meters.
+        forward_flops: FLOPs of each client's forward passes; like all costs here zeros unless somebody meters.
+        backward_flops: FLOPs of its backward passes.
+        optimizer_flops: operations of its optimizer.
+        tokens: tokens, or samples, that it trained on.
+        side_flops: what all ranks spent on evaluation and on probing since the round before.
         epsilon: differential privacy's budget that is spent; None without.
         spare: clients that trained only since their rank had no other: their updates do not count.
         staleness: how many rounds ago each client had started; None unless training is asynchronous.
@@ -150,11 +169,19 @@ class RoundRecord:
     padding: float
     idle: float
     simulated: SimulatedRound | None = None
-    flops: FloatArray = field(default_factory=lambda: np.zeros(0))
+    forward_flops: FloatArray = field(default_factory=lambda: np.zeros(0))
+    backward_flops: FloatArray = field(default_factory=lambda: np.zeros(0))
+    optimizer_flops: FloatArray = field(default_factory=lambda: np.zeros(0))
     tokens: FloatArray = field(default_factory=lambda: np.zeros(0))
+    side_flops: tuple[float, float] = (0.0, 0.0)
     epsilon: float | None = None
     spare: tuple[int, ...] = ()
     staleness: IntArray | None = None
+
+    @property
+    def flops(self) -> FloatArray:
+        """Training FLOPs of each client, forward and backward."""
+        return self.forward_flops + self.backward_flops
 
     def metrics(self) -> dict[str, float]:
         """The scalars that are logged every round, by their logged names; an unknown loss is left out."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -26,6 +27,15 @@ class Form(NamedTuple):
         """The form of each of the batches that are stacked in this one."""
         return Form(self.spec, tuple(_without_rows(leaf) for leaf in self.leaves))
 
+    def anonymous(self) -> Form:
+        """The form without what tells batches of one cost apart: types in place of texts and of objects."""
+        return Form(self.spec, tuple(leaf if isinstance(leaf, _PLAIN) else type(leaf) for leaf in self.leaves))
+
+    @property
+    def known(self) -> bool:
+        """Whether `empty` gives a whole batch; not where something is known by its type only."""
+        return not any(isinstance(leaf, type) for leaf in self.leaves)
+
     def empty(self) -> Any:
         """A batch of this form, full of zeros."""
         return tree_unflatten(
@@ -39,15 +49,23 @@ class _TensorForm(NamedTuple):
     layout: torch.layout
 
 
+_PLAIN = (_TensorForm, int, float, complex, torch.dtype, torch.device, type(None))
+
+
 def form_of(batch: Any) -> Form:
-    """The form of a batch; can be a key of a dict.
+    """The form of a batch; can be a key of a dict. Any mapping counts as a dict.
 
     Example:
         >>> form_of([torch.ones(4, 3)]) == form_of([torch.zeros(4, 3)]) != form_of([torch.zeros(5, 3)])
         True
     """
-    leaves, spec = tree_flatten(batch)
+    leaves, spec = tree_flatten(_as_dict(batch))
     return Form(spec, tuple(map(_form_of_leaf, leaves)))
+
+
+def _as_dict(batch: Any) -> Any:
+    # Such as the BatchEncoding of Hugging Face, which pytree takes for a leaf.
+    return dict(batch) if isinstance(batch, Mapping) and not isinstance(batch, dict) else batch
 
 
 def _form_of_leaf(leaf: Any) -> Any:

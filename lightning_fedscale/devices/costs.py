@@ -46,12 +46,24 @@ def _recurrent_backward(inputs: Tensor, to_hidden: Tensor, within: Tensor, *args
     return 2 * _recurrent(inputs, to_hidden, within)  # with respect to states and to matrices
 
 
-# torch counts neither attention nor LSTMs on a CPU.
-_ON_CPU: dict[Any, Callable[..., int]] = {
+def _layers(inputs: Tensor, weights: list[Tensor], *args: Any, **kwargs: Any) -> int:
+    # All layers and directions in one operator; packed sequences have no padding in their rows.
+    rows = inputs.numel() // inputs.shape[-1]
+    return 2 * rows * sum(weight.numel() for weight in weights if weight.ndim > 1)
+
+
+def _layers_backward(inputs: Tensor, weights: list[Tensor], *args: Any, **kwargs: Any) -> int:
+    return 2 * _layers(inputs, weights)
+
+
+# torch counts neither attention nor LSTMs on a CPU, and no recurrent layers on CUDA.
+_OWN: dict[Any, Callable[..., int]] = {
     aten._scaled_dot_product_flash_attention_for_cpu: _attention,
     aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
     aten.mkldnn_rnn_layer: _recurrent,
     aten.mkldnn_rnn_layer_backward: _recurrent_backward,
+    aten._cudnn_rnn: _layers,
+    aten._cudnn_rnn_backward: _layers_backward,
 }
 
 # They read the rows that they are asked for, not the whole table.
@@ -61,7 +73,7 @@ _LOOK_UPS = {aten.embedding, aten.index, aten.index_select, aten.gather}
 def flops_of(operator: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> int:
     """Floating-point operations of one call of an aten operator; 0 for those that are not counted."""
     packet = operator._overloadpacket
-    if (own := _ON_CPU.get(packet)) is not None:
+    if (own := _OWN.get(packet)) is not None:
         return own(*args, **kwargs)
     if (known := flop_counter.flop_registry.get(packet)) is not None:
         return int(known(*args, **kwargs, out_val=result))

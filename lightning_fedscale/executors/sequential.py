@@ -303,7 +303,7 @@ class SequentialExecutor:
             if automatic and (last or (batch_idx + 1) % window == 0):
                 trained.optimizer_steps += 1
             if context.metered:
-                trained.forms[form_of(batch)] += 1
+                trained.forms[form_of(batch).anonymous()] += 1
             self._watcher.client_stepped(number, loss)
         if not trained.steps:
             raise no_batch_left(work)

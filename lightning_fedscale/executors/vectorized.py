@@ -341,7 +341,7 @@ class VectorizedExecutor:
                 if result.logged:
                     notes.append(_Note(result.logged, rows, batch_idx, group.batch_size))
                 if context.metered:
-                    form = form_of(group.batch).without_rows()
+                    form = form_of(group.batch).without_rows().anonymous()
                     for row in rows.indices:
                         forms[row][form] += 1
                 if check is not None and batch_idx == 0:

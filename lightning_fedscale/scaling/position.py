@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import math
 import warnings
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from scipy.optimize import brentq
 
@@ -87,16 +85,15 @@ class Position:
             return f"{sentence}; or raise compute {self.catch_up:.1f} times"
         return f"{sentence}; this size is best for {1 / self.catch_up:.1f} times less compute"
 
-    def save(self, path: str | Path) -> None:
-        """Write it as JSON."""
+    def as_dict(self) -> dict[str, Any]:
+        """All of it, with ratio, excess and advice; None for what is not finite."""
         found = {
             **asdict(self),
             "size_ratio": self.size_ratio,
             "excess_loss": self.excess_loss,
             "advice": self.advice(),
         }
-        known = {name: None if isinstance(v, float) and not math.isfinite(v) else v for name, v in found.items()}
-        Path(path).write_text(json.dumps(known, indent=1), encoding="utf-8")
+        return {name: None if isinstance(v, float) and not math.isfinite(v) else v for name, v in found.items()}
 
 
 def position_of(

@@ -28,7 +28,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch.utils.data import DataLoader
 
 from lightning_fedscale import FederatedStrategy
-from lightning_fedscale.callbacks import CriticalPhase
+from lightning_fedscale.callbacks import ComputeAccounting, CriticalPhase
 from lightning_fedscale.phases import relative_change
 from lightning_fedscale.server import from_torch
 from lightning_fedscale.types import ClientUpdate
@@ -173,7 +173,7 @@ def train(folder: Path, ranks: int, moments: Moments) -> None:
         max_epochs=EPOCHS,
         gradient_clip_val=1.0,
         enable_checkpointing=True,
-        callbacks=[checkpoint, phase, moments],
+        callbacks=[checkpoint, phase, moments, ComputeAccounting(law="Chinchilla")],
         strategy=sequential(
             partitioner=scenarios.partitioner(),
             clients_per_round=4,

@@ -49,7 +49,7 @@ def run(ranks: int) -> dict[str, Any]:
         "weights": torch.cat([p.detach().flatten() for p in module.parameters()]),
         "rows": torch.tensor(phase.record.rows),
         "spans": phase.record.spans,
-        "ledger": {**accounting.ledger.state_dict(), "seconds": 0.0},
+        "ledger": {**accounting.ledger.state_dict(), "seconds": 0.0, "energy": 0.0, "meters": 0.0},
         "position": accounting.position.advice(),  # type: ignore[union-attr]
         "noise": [phase.noise_scale.square, phase.noise_scale.fisher_trace, phase.noise_scale.looks],
     }

@@ -171,6 +171,7 @@ class Scenario(NamedTuple):
     spares: bool = False  # some ranks have no client of their own
     least_ranks: int = 1
     collectives: int = 1  # most in a round
+    afterwards: int = 0  # once training is over
 
 
 def _scaled() -> dict[str, Any]:
@@ -270,6 +271,7 @@ SCENARIOS: dict[str, Scenario] = {
         lambda: {"clients_per_round": 5, "local_epochs": 2},
         lambda: {"max_epochs": 3},
         callbacks=lambda: [ComputeAccounting(law="Chinchilla", rho=0.5)],
+        afterwards=1,
     ),
     "scaffold": Scenario(
         lambda: {"clients_per_round": 5, "local_rule": scaffold(), "aggregator": "uniform"},

@@ -112,6 +112,17 @@ def test_the_checkpoint_held_what_this_run_could_lose(folder: Path) -> None:
     assert [schedule["last_epoch"] for schedule in last(folder, "never")["lr_schedulers"]] == [EPOCHS, ROUNDS]
 
 
+def test_what_was_spent_is_counted_once(folder: Path) -> None:
+    ledgers = []
+    for run in ("often", "never"):
+        (key,) = [key for key in last(folder, run)["callbacks"] if "ComputeAccounting" in key]
+        ledgers.append({**last(folder, run)["callbacks"][key]["ledger"], "seconds": 0.0, "energy": 0.0, "meters": 0.0})
+    assert ledgers[0]["updates"] == ROUNDS
+    assert ledgers[0]["flops"]["forward"] > 0
+    assert len(ledgers[0]["clients"]["ids"]) > 4
+    assert_equal(*ledgers, "ledger")
+
+
 def test_a_torn_write_leaves_the_checkpoint_before_it(report: dict[str, Any]) -> None:
     """``report`` holds the round of last.ckpt after each death only because it could be loaded."""
     torn = [death for death in report["deaths"] if death["moment"] == "half written" and death["count"] % 2 == 0]

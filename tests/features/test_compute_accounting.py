@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_fedscale import FederatedStrategy
-from lightning_fedscale.callbacks import ComputeAccounting
+from lightning_fedscale.callbacks import ComputeAccounting, CriticalPhase, MaxBatchProbe
 from lightning_fedscale.scaling import Chinchilla, Farseer, Rosenfeld, Unfitted, position_of
 from tests.laws import reference
 from tests.networks import GPT, Classifier, tokens
@@ -239,6 +239,156 @@ def test_operators_of_unknown_cost_are_said() -> None:
 
     with pytest.warns(UserWarning, match="FLOPs are not known .*fft.* the count is too low"):
         trainer(ComputeAccounting(law=None)).fit(Spectral(), data())
+
+
+class Saves(Callback):
+    """Listed before the accounting, and so told before it."""
+
+    def __init__(self, path: Path, hook: str) -> None:
+        self.path = path
+        setattr(self, hook, self.save)
+
+    def save(self, trainer: pl.Trainer, *args: Any) -> None:
+        if trainer.global_step == 3:
+            trainer.save_checkpoint(self.path)
+
+
+@pytest.mark.parametrize(
+    ("strategy", "hook"),
+    [("auto", "on_train_batch_end"), ("federated", "on_train_batch_end"), ("federated", "on_round_end")],
+)
+def test_a_checkpoint_holds_what_was_spent_whoever_saves_it(strategy: str, hook: str, tmp_path: Path) -> None:
+    kind: Any = federated(executor="sequential", local_epochs=1) if strategy == "federated" else "auto"
+    trainer(Saves(tmp_path / "a.ckpt", hook), ComputeAccounting(law=None), strategy=kind, max_epochs=5).fit(
+        Net(), data()
+    )
+    (key,) = [key for key in torch.load(tmp_path / "a.ckpt", weights_only=True)["callbacks"] if "Accounting" in key]
+    ledger = torch.load(tmp_path / "a.ckpt", weights_only=True)["callbacks"][key]["ledger"]
+    assert ledger["updates"] == 3
+    assert ledger["samples"] == (300 if strategy == "federated" else 24)
+
+
+@pytest.mark.parametrize("strategy", ["auto", "federated"])
+def test_a_spent_budget_stays_spent(strategy: str, tmp_path: Path) -> None:
+    def run(checkpoint: str | None) -> tuple[ComputeAccounting, pl.Trainer]:
+        accounting = ComputeAccounting(law=None, max_flops=450 * PER_SAMPLE)
+        kind: Any = federated(executor="sequential") if strategy == "federated" else "auto"
+        fit = trainer(accounting, strategy=kind, max_epochs=20)
+        fit.fit(Net(), data(), ckpt_path=checkpoint, weights_only=True)
+        return accounting, fit
+
+    once, fit = run(None)
+    fit.save_checkpoint(tmp_path / "end.ckpt")
+    again, resumed = run(str(tmp_path / "end.ckpt"))
+    assert resumed.global_step == fit.global_step
+    assert again.ledger.training_flops == once.ledger.training_flops
+
+
+@pytest.mark.parametrize("strategy", ["auto", "federated"])
+def test_closures_that_run_several_times_are_counted_each_time(strategy: str) -> None:
+    class Line(Net):
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            if self.training and type(self.trainer).__name__ == "Trainer":  # not the meter's copy
+                calls.append(len(batch[0]))
+            return super().training_step(batch, batch_idx)
+
+        def configure_optimizers(self) -> torch.optim.Optimizer:
+            return torch.optim.LBFGS(self.parameters(), max_iter=4)
+
+    calls: list[int] = []
+    accounting = ComputeAccounting(law=None)
+    kind: Any = federated(executor="sequential", local_epochs=1) if strategy == "federated" else "auto"
+    # Batches of one size, since clients' evaluations are counted over all of their batches.
+    run = trainer(accounting, strategy=kind, max_epochs=2)
+    run.fit(Line(), data(112, 8))
+    assert len(calls) > 2 * 14
+    assert accounting.ledger.training_flops == sum(calls) * PER_SAMPLE
+    assert not [callback for callback in run.callbacks if type(callback).__name__ == "Evaluations"]
+
+
+@pytest.mark.parametrize("strategy", ["auto", "federated"])
+def test_halves_of_batches_are_probing(strategy: str) -> None:
+    accounting = ComputeAccounting(law=None)
+    kind: Any = federated(executor="sequential", local_epochs=1) if strategy == "federated" else "auto"
+    phase = CriticalPhase(action="observe", noise_every=1)
+    trainer(phase, accounting, strategy=kind, max_epochs=2).fit(Net(), data(112, 8))
+    looks = 7 if strategy == "federated" else 28  # each client's first batch after the first round, or every batch
+    assert accounting.ledger.flops["probing"] == looks * 8 * PER_SAMPLE
+    assert accounting.ledger.training_flops == 2 * 112 * PER_SAMPLE
+
+
+def test_real_steps_of_the_batch_probe_are_probing() -> None:
+    accounting, probe = ComputeAccounting(law=None), MaxBatchProbe(budget="1GiB", verify=True, max_samples=16)
+    trainer(probe, accounting, max_epochs=1).fit(Net(), data())
+    assert probe.result is not None
+    assert probe.result.real_steps == 2
+    probing = accounting.ledger.flops["probing"] / PER_SAMPLE
+    assert probing == int(probing) > 16  # two steps of two batches
+
+
+def test_nothing_is_left_in_the_current_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    trainer(ComputeAccounting(law="Chinchilla")).fit(Net(), data())
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_loss_that_is_no_number_is_left_out_of_the_curve(tmp_path: Path) -> None:
+    class Diverges(Net):
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            return super().training_step(batch, batch_idx) * (float("nan") if batch_idx > 5 else 1.0)
+
+    logger = TensorBoardLogger(tmp_path)
+    with pytest.warns(UserWarning, match="the loss is nan: the curve against compute leaves it out"):
+        trainer(ComputeAccounting(law="Chinchilla"), logger=logger, log_every_n_steps=1).fit(Diverges(), data())
+    events = EventAccumulator(logger.log_dir).Reload()
+    (tag,) = [tag for tag in events.Tags()["scalars"] if "loss_by" in tag]
+    assert len(events.Scalars(tag)) == 6  # then the weights are lost
+
+
+def test_curves_share_a_tag_with_a_sibling_run(tmp_path: Path) -> None:
+    logger = TensorBoardLogger(tmp_path)
+    law = Rosenfeld(E=0.2, A=50.0, B=30.0, alpha=0.4, beta=0.3)
+    trainer(ComputeAccounting(law=law), logger=logger, log_every_n_steps=1, strategy=federated(), max_epochs=4).fit(
+        Net(), data()
+    )
+    run, sibling = (
+        EventAccumulator(str(path)).Reload() for path in (logger.log_dir, Path(logger.log_dir, "predicted_optimal"))
+    )
+    (tag,) = sibling.Tags()["scalars"]
+    optimum, loss = sibling.Scalars(tag), run.Scalars(tag)
+    assert [event.step for event in optimum] == [event.step for event in loss]
+    per_round = 200 * PER_SAMPLE
+    assert [event.step for event in loss] == [per_round * rounds // 1000 for rounds in (1, 2, 3, 4)]
+    best = [law.replace(flops_per=PER_SAMPLE / PARAMETERS).optimal(per_round * n / 7).loss for n in (1, 2, 3, 4)]
+    assert [event.value for event in optimum] == pytest.approx(best)
+    assert [event.value for event in loss] == [event.value for event in run.Scalars("round/loss")]
+
+
+@pytest.mark.parametrize("tokens_fn", [lambda batch: -1, lambda batch: batch[0].sum()])
+@pytest.mark.parametrize("strategy", ["auto", "federated"])
+def test_nonsense_about_tokens_ends_the_run_before_it_begins(strategy: str, tokens_fn: Any) -> None:
+    module = Net()
+    before = [parameter.clone() for parameter in module.parameters()]
+    kind: Any = federated() if strategy == "federated" else "auto"
+    with pytest.raises(ValueError, match="tokens_fn returned"):
+        trainer(ComputeAccounting(tokens_fn=tokens_fn), strategy=kind).fit(module, data())
+    assert all(map(torch.equal, before, module.parameters()))
+
+
+def test_all_promised_names_are_logged() -> None:
+    run = trainer(
+        CriticalPhase(action="observe"), ComputeAccounting(law="Chinchilla", budget=1e9), strategy=federated(),
+        max_epochs=10,
+    )  # fmt: skip
+    run.fit(Net(), data(112, 8))
+    names = (
+        "flops_total flops_per_client tokens params optimal_params size_ratio predicted_loss excess_loss budget_used"
+        " critical_batch_ratio"
+    )
+    assert {f"compute/{name}" for name in names.split()} <= set(run.callback_metrics)
+    values = {name: float(value) for name, value in run.callback_metrics.items()}
+    assert values["compute/budget_used"] == pytest.approx(values["compute/flops_total"] / 1e9)
+    assert values["compute/size_ratio"] == pytest.approx(values["compute/params"] / values["compute/optimal_params"])
 
 
 def test_logs_reach_any_logger(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ PACKAGE = "lightning_fedscale"
 # A part imports only from levels above its own, so the parts of one level never import each other.
 LEVELS = [
     {"types"},
-    {"checks", "collectives", "memory", "randomness", "tree"},
+    {"checks", "collectives", "energy", "memory", "model_size", "randomness", "tree"},
     # The rooms.
     {
         "aggregators",
@@ -35,7 +35,7 @@ LEVELS = [
     {"attacks", "privacy"},  # what changes or hides the updates that aggregators see
     {"rules"},
     {"arguments", "phase_keeper", "rounds"},
-    {"custody", "ledger", "records"},
+    {"custody", "records"},
     {"executors"},
     {"combinations", "uplink"},
     {"checkpointing", "global_model", "half_batches", "metering", "progress", "refusals", "train_data", "workload"},

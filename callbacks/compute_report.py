@@ -1,0 +1,181 @@
+"""How `ComputeAccounting` shows what a run costs: curves against compute, a figure, a table, a file."""
+
+from __future__ import annotations
+
+import json
+import math
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.utilities import rank_zero_warn
+from rich.console import Console
+from rich.table import Table
+from torch.utils.tensorboard import SummaryWriter
+
+from lightning_fedscale.callbacks.tensorboard import Layout, lay_out, run_folder, show, writers
+from lightning_fedscale.devices.operators import Operator
+from lightning_fedscale.memory import format_bytes
+from lightning_fedscale.model_size import ParameterCounts
+from lightning_fedscale.scaling import Law, Position
+from lightning_fedscale.scaling.ledger import Ledger
+from lightning_fedscale.scaling.position import plot
+
+_UNITS = {1.0: "FLOPs", 1e3: "kFLOPs", 1e6: "MFLOPs", 1e9: "GFLOPs", 1e12: "TFLOPs", 1e15: "PFLOPs", 1e18: "EFLOPs"}
+_FINEST = 100
+"""Steps of the compute axis, which are whole numbers, up to its first point."""
+
+
+class ComputeCurves:
+    """The run's loss against compute, and in a sibling run ``predicted_optimal`` what the best size would have there.
+
+    Attributes:
+        unit: FLOPs to a step of the axis; 0 before the first point.
+    """
+
+    def __init__(self) -> None:
+        self.unit = 0.0
+        self._sibling: SummaryWriter | None = None
+        self._warned = False
+
+    @property
+    def tag(self) -> str:
+        """Under which both curves are shown."""
+        return f"compute/loss_by_{_UNITS[self.unit]}"
+
+    def begin(self, trainer: pl.Trainer, flops: float) -> None:
+        """Choose the unit and tell TensorBoard what belongs together; once that much was spent."""
+        if not self.unit:
+            self.unit = max((unit for unit in _UNITS if flops / unit >= _FINEST), default=1.0)
+        layout: Layout = {
+            "ComputeAccounting": {
+                "loss against compute": ["Multiline", [f"{self.tag}$"]],
+                "parameters in the optimal band": [
+                    "Margin", ["compute/params", "compute/optimal_params_low", "compute/optimal_params_high"],
+                ],
+                "size ratio": ["Multiline", ["compute/size_ratio$"]],
+            }
+        }  # fmt: skip
+        lay_out(trainer, layout)
+
+    def add(self, trainer: pl.Trainer, flops: float, loss: float | None, position: Position | None) -> None:
+        """A point of each curve.
+
+        Args:
+            trainer: the Trainer.
+            flops: spent so far.
+            loss: of the step or round, None if it has none.
+            position: what the law says.
+        """
+        at = int(flops / self.unit)
+        if loss is not None and not math.isfinite(loss):
+            if not self._warned:
+                rank_zero_warn(f"ComputeAccounting: the loss is {loss}: the curve against compute leaves it out.")
+            self._warned = True
+        elif loss is not None:
+            for writer in writers(trainer, "add_scalar"):
+                writer.add_scalar(self.tag, loss, at)
+        if position is not None and math.isfinite(position.optimal_loss):
+            for writer in writers(trainer, "add_scalar"):
+                if self._sibling is None:
+                    self._sibling = SummaryWriter(f"{writer.log_dir}/predicted_optimal")
+                self._sibling.add_scalar(self.tag, position.optimal_loss, at)
+                break
+
+    def close(self) -> None:
+        """Write out what is left."""
+        if self._sibling is not None:
+            self._sibling.close()
+        self._sibling = None
+
+
+def send(trainer: pl.Trainer, metrics: dict[str, float]) -> None:
+    """Straight to the loggers, and to where callbacks look for what they monitor; ``self.log`` takes far longer."""
+    for logger in trainer.loggers:
+        logger.log_metrics(metrics, step=trainer.fit_loop.epoch_loop._batches_that_stepped)
+    values = {name: torch.tensor(value) for name, value in metrics.items()}
+    for known in (trainer._logger_connector._callback_metrics, trainer._logger_connector._logged_metrics):
+        known.update(values)
+
+
+def report(
+    trainer: pl.Trainer,
+    ledger: Ledger,
+    size: ParameterCounts,
+    clients: int,
+    operators: dict[str, Operator],
+    position: Position | None,
+    law: Law | None,
+) -> None:
+    """Table and advice in the terminal, figure and operators in TensorBoard, ``position.json`` in the run's folder."""
+    if not trainer.is_global_zero:
+        return
+    console = Console()
+    console.print(_table(ledger, size, clients, position))
+    if position is not None:
+        console.print(f"{position.advice().capitalize()}.", highlight=False)
+    if (folder := run_folder(trainer)) is not None:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "position.json").write_text(json.dumps(_facts(ledger, size, clients, position), indent=1), "utf8")
+    if position is not None and law is not None:
+        show(trainer, "compute/position", plot(position, law))
+    for writer in writers(trainer, "add_text"):
+        writer.add_text("compute/operators", _coverage(operators), trainer.global_step)
+
+
+def _facts(ledger: Ledger, size: ParameterCounts, clients: int, position: Position | None) -> dict[str, Any]:
+    """What a fit needs to know of the run, what it cost, and where it stands if a law says so."""
+    facts: dict[str, Any] = {
+        "params": ledger.average_params, "tokens": ledger.tokens, "flops": ledger.training_flops, "clients": clients,
+        "samples": ledger.samples, "seconds": ledger.seconds, "joules": ledger.joules,
+        "upload_bytes": ledger.upload_bytes, "download_bytes": ledger.download_bytes,
+        "flops_by_purpose": ledger.flops, "parameters": size._asdict(),
+    }  # fmt: skip
+    # A position may be that at the end of a budget; what was spent is spent.
+    return {"law": None, **({} if position is None else position.as_dict()), **facts}
+
+
+def _table(ledger: Ledger, size: ParameterCounts, clients: int, position: Position | None) -> Table:
+    table = Table(title="What the run cost", show_header=False)
+    table.add_column()
+    table.add_column(justify="right")
+    flops, ratio = ledger.flops, ledger.six_n_ratio
+    rows = [
+        ("Active parameters, mean over tokens", f"{ledger.average_params:,.0f}"),
+        ("  of all parameters", f"{size.total:,}"),
+        ("Tokens or samples", f"{ledger.tokens:,.0f}"),
+        ("Training FLOPs", f"{ledger.training_flops:.3e}"),
+        ("  forward and backward", f"{flops['forward']:.2e} and {flops['backward']:.2e}"),
+        ("  of 6 x parameters x tokens", "" if math.isnan(ratio) else f"{ratio:.2f} times"),
+        (f"  mean of {clients:,} clients" if clients > 1 else "", f"{ledger.training_flops / clients:.3e}"),
+        *((f"FLOPs of {purpose}", f"{flops[purpose]:.2e}") for purpose in flops if purpose not in _TRAINING),
+        ("Seconds", f"{ledger.seconds:,.1f}"),
+        ("Energy", "" if ledger.joules is None else f"{ledger.joules:,.0f} J"),
+        ("Sent and received", _bytes(ledger)),
+    ]
+    if position is not None:
+        rows += [
+            (f"Best size under {position.law}", f"{position.optimal_params:,.0f}"),
+            ("  within 1 % of its loss", f"{position.low:,.0f} to {position.high:,.0f}"),
+            ("Predicted loss", f"{position.predicted_loss:.4g}"),
+            ("  of the best size", f"{position.optimal_loss:.4g}"),
+        ]
+    for name, value in rows:
+        if name and value and value != f"{0:.2e}":
+            table.add_row(name, value)
+    return table
+
+
+_TRAINING = ("forward", "backward")
+
+
+def _bytes(ledger: Ledger) -> str:
+    if not ledger.upload_bytes:
+        return ""
+    return f"{format_bytes(int(ledger.upload_bytes))} and {format_bytes(int(ledger.download_bytes))}"
+
+
+def _coverage(operators: dict[str, Operator]) -> str:
+    rows = sorted(operators.items(), key=lambda item: (item[1].kind, -item[1].flops, item[0]))
+    lines = [f"| {name} | {seen.kind} | {seen.calls:,} | {seen.flops:.3g} |" for name, seen in rows]
+    return "\n".join(["| operator | FLOPs are | calls | FLOPs |", "|---|---|---:|---:|", *lines])

@@ -1,0 +1,56 @@
+"""How large a model is: one definition for each of the numbers that are called so."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from torch import nn
+
+
+class ParameterCounts(NamedTuple):
+    """Sizes of a model; shared parameters count once.
+
+    The size that scaling laws are asked about is ``active``, averaged over tokens (`Ledger.average_params`), since a
+    model may be pruned, frozen or unfrozen while it trains. With LoRA active are the adapters; where clients keep
+    layers of their own, as in FedPer, these are active too.
+
+    Attributes:
+        total: all parameters.
+        trainable: those with ``requires_grad``.
+        non_embedding: those outside of embedding tables, frozen or not. A table's rows are looked up and not
+            multiplied; one that the head shares is multiplied and counts.
+        active: those that are trainable, outside of embedding tables, and not pruned by a mask of
+            ``torch.nn.utils.prune``.
+    """
+
+    total: int
+    trainable: int
+    non_embedding: int
+    active: int
+
+
+def count_parameters(module: nn.Module) -> ParameterCounts:
+    """Count a model's parameters.
+
+    Example:
+        >>> net = nn.Sequential(nn.Embedding(10, 4), nn.Linear(4, 2), nn.Linear(2, 2, bias=False).requires_grad_(False))
+        >>> count_parameters(net)
+        ParameterCounts(total=54, trainable=50, non_embedding=14, active=10)
+    """
+    tables, others, pruned = set[int](), set[int](), dict[int, int]()
+    for part in module.modules():
+        own = {name: parameter for name, parameter in part._parameters.items() if parameter is not None}
+        (tables if isinstance(part, nn.Embedding | nn.EmbeddingBag) else others).update(map(id, own.values()))
+        for name, parameter in own.items():
+            mask = part._buffers.get(f"{name.removesuffix('_orig')}_mask") if name.endswith("_orig") else None
+            if mask is not None:
+                pruned[id(parameter)] = mask.numel() - int(mask.count_nonzero())
+    total = trainable = non_embedding = active = 0
+    for parameter in module.parameters():
+        size = parameter.numel()
+        total += size
+        trainable += size * parameter.requires_grad
+        if id(parameter) in others or id(parameter) not in tables:
+            non_embedding += size
+            active += (size - pruned.get(id(parameter), 0)) * parameter.requires_grad
+    return ParameterCounts(total, trainable, non_embedding, active)

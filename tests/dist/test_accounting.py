@@ -1,0 +1,45 @@
+"""The ledger of a plain Trainer, in one process and in two, never killed and killed by SIGKILL: the same."""
+
+from __future__ import annotations
+
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.dist import accounting, processes
+
+DEATHS = (3, 14, 12, 5)  # batches into each stretch, of which ten are an epoch
+
+
+@pytest.fixture(scope="module", params=[1, 2])
+def ledgers(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    found = []
+    for name, deaths in (("never", ()), ("often", DEATHS)):
+        folder: Path = tmp_path_factory.mktemp(f"{name}-{request.param}")
+        for death in (*deaths, 0):
+            command = [processes.HERE / "accounting.py", folder, request.param, death]
+            (done,) = processes.run([command], [processes.environment()], folder)
+            if death:
+                assert done.code in (-signal.SIGKILL, 1), done.output
+            else:
+                assert done.code == 0, done.output
+        found += [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(request.param)]
+    return found
+
+
+def test_all_ledgers_are_those_of_a_count_by_hand(ledgers: list[dict[str, Any]]) -> None:
+    first, second = 2 * 12 * 16, 2 * 16 * 4  # of a sample; nobody asks for the gradient of the inputs
+    samples, parameters = accounting.SAMPLES * accounting.EPOCHS, 12 * 16 + 16 + 16 * 4 + 4
+    updates = samples / accounting.BATCH / 2
+    for ledger in ledgers:
+        assert ledger["flops"]["forward"] == samples * (first + second)
+        assert ledger["flops"]["backward"] == samples * (first + 2 * second)
+        assert ledger["flops"]["evaluation"] == accounting.HELD_OUT * accounting.EPOCHS * (first + second)
+        assert ledger["samples"] == ledger["tokens"] == samples
+        assert ledger["updates"] == updates
+        # SGD with momentum: v = m v + g, twice an operation, and p -= lr v.
+        assert ledger["flops"]["optimizer"] == updates * 3 * parameters
+        assert ledger == ledgers[0]
