@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import io
+import math
 import pickle
 import re
 from collections.abc import Callable, Iterator
@@ -23,7 +24,7 @@ from torch import Tensor
 from lightning_fedscale import aggregators, compressors, local_rules, privacy, samplers, server
 from lightning_fedscale.local_rules import LocalRule, Merged, Outcome
 from lightning_fedscale.server import ServerOptimizer
-from lightning_fedscale.types import Cohort
+from lightning_fedscale.types import ClientUpdate, Cohort
 
 ROOMS = {
     "server": server,
@@ -53,7 +54,9 @@ def expressions(room: str, name: str) -> Iterator[str]:
 def example(room: str, name: str) -> Any:
     """The method as the README shows it first."""
     names = {**ROOMS, "torch": torch, "SGD": torch.optim.SGD, "StepLR": torch.optim.lr_scheduler.StepLR}
-    return eval(next(expressions(room, name)), names)
+    shown = next(expressions(room, name), None)
+    assert shown is not None, f"README.md, Algorithms: add a row with the expression {room}.{name}(...)"
+    return eval(shown, names)
 
 
 def of(room: str) -> list[str]:
@@ -62,7 +65,6 @@ def of(room: str) -> list[str]:
 
 @pytest.mark.parametrize(("room", "name"), METHODS)
 def test_each_has_a_row_in_the_readme(room: str, name: str) -> None:
-    assert list(expressions(room, name)), f"README.md, Algorithms: add a row with the expression {room}.{name}(...)"
     assert example(room, name) is not None
 
 
@@ -189,6 +191,64 @@ def test_local_rules_do_what_they_announce(name: str) -> None:
     assert rule.vectors_down >= 1
 
 
+# ---- compressors
+
+
+@pytest.mark.parametrize("name", of("compressors"))
+def test_compressors_send_what_they_count(name: str) -> None:
+    rule = example("compressors", name)
+    state = rule.init(vectors(0))
+    for number in range(1, 4):
+        delta = vectors(number)
+        before = copy.deepcopy((delta, state))
+        encoded, after = rule.encode(delta, state, np.random.default_rng(number))
+        again, through = rule.encode(delta, saved(state), np.random.default_rng(number))
+        assert str((delta, state)) == str(before), "encode changed its arguments"
+        assert encoded.bits == again.bits
+        assert str(after) == str(through)
+        message = encoded.payload()
+        assert len(message) == math.ceil(encoded.bits / 8)
+        decoded = rule.decode(message, delta)
+        for key, value in delta.items():
+            assert encoded.seen[key].shape == value.shape
+            assert torch.equal(encoded.seen[key], again.seen[key])
+            assert torch.equal(encoded.seen[key], decoded[key])
+        state = after
+
+
+# ---- aggregators
+
+
+@pytest.mark.parametrize("name", of("aggregators"))
+def test_aggregators_heed_neither_ranks_nor_order(name: str) -> None:
+    rule = example("aggregators", name)
+    clients = np.arange(0, 22, 2)
+    cohort = Cohort(0, clients, registered=30, trainable=4, seed=0)
+    deltas = np.random.default_rng(0).normal(size=(len(clients), 5))
+
+    def update(place: int) -> ClientUpdate:
+        norm = float(np.linalg.norm(deltas[place][:4]))
+        delta = torch.from_numpy(deltas[place].copy())
+        return ClientUpdate(int(clients[place]), delta, norm, 3 + place, 3 + place, 2, 1.0, 0.1)
+
+    def aggregate(*ranks: list[int]) -> Tensor:
+        totals = []
+        for places in ranks:
+            total = rule.init(torch.zeros(5, dtype=torch.float64), cohort)
+            for place in places:
+                total = rule.accumulate(total, update(place), rule.weigh(update(place)), cohort)
+            totals.append(total)
+        result: Tensor = rule.finish(torch.stack(totals).sum(0), cohort)
+        return result
+
+    everyone = list(range(len(clients)))
+    whole = aggregate(everyone)
+    assert whole.shape == (5,)
+    assert whole.isfinite().all()
+    torch.testing.assert_close(aggregate(everyone[::-1]), whole, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(aggregate(everyone[::3], everyone[1::3], everyone[2::3]), whole, rtol=1e-12, atol=1e-12)
+
+
 # ---- samplers
 
 
@@ -214,4 +274,9 @@ def test_unknown_names_are_answered_with_the_known_ones(room: str) -> None:
     with pytest.raises(ValueError, match="nonesuch") as caught:
         by_name("nonesuch")
     for name in of(room):
-        assert repr(name) in str(caught.value)
+        try:
+            by_name(name)
+        except ValueError as error:
+            assert "pass" in str(error), f"{name} needs arguments, which are not named"  # noqa: PT017
+        else:
+            assert repr(name) in str(caught.value)
