@@ -45,7 +45,8 @@ def power_sgd(rank: int = 2, min_compression: float = 2.0) -> Compressor:
     """
     rank = checks.whole("rank", rank, 1)
     remedy = "pass a number of at least 1, 2 as the authors' code does."
-    plan = _Plan(rank, checks.number("min_compression", min_compression, np.nextafter(1.0, 0.0), np.inf, remedy))
+    below = np.nextafter(1.0, 0.0)  # so that 1 itself is allowed
+    plan = _Plan(rank, checks.number("min_compression", min_compression, below, np.inf, remedy))
     name = f"power_sgd({rank})" if plan.least == 2 else f"power_sgd({rank}, min_compression={plan.least:g})"
     return Compressor(
         name,

@@ -132,8 +132,8 @@ def test_adaptive_follows_the_rule(power: float) -> None:
     rule, reference = adaptive(**options), GraVAC(**options)  # type: ignore[arg-type]
     state: Any = rule.init({"w": torch.zeros(1000)})
     generator, used = np.random.default_rng(0), []
-    for message in range(80):
-        values = heavy(power if message < 40 else generator.choice([0.0, 0.6, 2.0]))(generator)
+    for message in range(140):
+        values = heavy(power if message < 40 else generator.uniform(0.2, 1.2))(generator)
         encoded, state = rule.encode({"w": torch.from_numpy(values)}, state, generator)
         used.append(factor_of(encoded.payload()))
         assert used[-1] == reference(values), message
