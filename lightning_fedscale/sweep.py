@@ -1,10 +1,13 @@
-"""The smallest sweep of a project's own module from which a scaling law can be fitted: sizes x client counts x compute."""
+"""The smallest sweep of a project's own module that a scaling law can be fitted to: sizes x clients x compute."""
 
 from __future__ import annotations
 
 import inspect
+import logging
 import math
+import warnings
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -37,8 +40,8 @@ def sweep(
 ) -> pd.DataFrame:
     """Train a module in several sizes, with several numbers of clients and amounts of compute.
 
-    Each run stops at its share of the compute, counted in FLOPs of its own step, and is then validated. Rows are written
-    as they come; a sweep that was interrupted goes on with what is missing.
+    Each run stops at its share of the compute, counted in FLOPs of its own step, and is then validated. Rows are
+    written as they come; a sweep that was interrupted goes on with what is missing.
 
     Args:
         module: makes the module of a size: a class or function with an argument ``size``.
@@ -63,41 +66,28 @@ def sweep(
     _check(module, sizes, flops, clients)
     path = Path(folder, "runs.csv")
     path.parent.mkdir(parents=True, exist_ok=True)
-    rows = pd.read_csv(path).to_dict("records") if path.is_file() else []
+    rows: list[dict[str, Any]] = []
+    if path.is_file():
+        rows = [{str(name): value for name, value in row.items()} for row in pd.read_csv(path).to_dict("records")]
     asked = {"flops_asked": flops, "local_steps": local_steps, "seed": seed}
     for row in rows:
         if changed := [name for name, value in asked.items() if row.get(name) != value]:
-            raise ValueError(f"folder={str(folder)!r}: holds a sweep with other {', '.join(changed)}; name another folder.")
+            raise ValueError(
+                f"folder={str(folder)!r}: holds a sweep with other {', '.join(changed)}; name another folder."
+            )
     done = {(row["size"], row["clients"], row["share"]) for row in rows}
     for number, size, share in product(clients, sizes, LEVELS):
         if (size, number, share) in done:
             continue
         kind = _strategy(number, local_steps, seed) if strategy is None else strategy(number)
         pl.seed_everything(seed, verbose=False)
-        row = _train(module(size=size), data(), kind, flops * share, number, loss, trainer or {})
-        rows.append({"size": size, "share": share, **asked, **row})
+        with _quiet():
+            found = _train(module(size=size), data(), kind, flops * share, number, loss, trainer or {})
+        rows.append({"size": size, "share": share, **asked, **found})
         pd.DataFrame(rows).to_csv(path, index=False)
         if each is not None:
             each(rows[-1])
     return pd.DataFrame(rows)
-
-
-def command(module: object, data: object | None, flops: float) -> str:
-    """The command that sweeps a module and fits a law to it.
-
-    Example:
-        >>> command("my.Module", "my.Data", 2.5e9)
-        "fedscale sweep --module my.Module --data my.Data --sizes '[8,16,32,64,128]' --clients '[1,4]' --flops 2.5e+09"
-    """
-
-    def path(what: object) -> str:
-        return what if isinstance(what, str) else f"{type(what).__module__}.{type(what).__qualname__}"
-
-    given = "my_package.MyDataModule" if data is None else path(data)
-    return (
-        f"fedscale sweep --module {path(module)} --data {given} --sizes '[8,16,32,64,128]' --clients '[1,4]'"
-        f" --flops {flops:.2g}"
-    )
 
 
 def _check(module: Callable[..., Any], sizes: Sequence[int], flops: float, clients: Sequence[int]) -> None:
@@ -114,7 +104,31 @@ def _check(module: Callable[..., Any], sizes: Sequence[int], flops: float, clien
 
 
 def _strategy(clients: int, local_steps: int, seed: int) -> FederatedStrategy:
-    return FederatedStrategy(num_clients=clients, local_epochs=None, local_steps=local_steps, seed=seed)
+    # One after the other: a rehearsal of both executors would cost more than most of the runs.
+    return FederatedStrategy(
+        num_clients=clients, local_epochs=None, local_steps=local_steps, seed=seed, executor="sequential"
+    )
+
+
+class _Counts(ComputeAccounting):
+    """Without a table at the end of each run."""
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        pass
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without what every Trainer says of itself."""
+    log = logging.getLogger("lightning.pytorch")
+    level = log.level
+    log.setLevel(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*does not have many workers")
+            yield
+    finally:
+        log.setLevel(level)
 
 
 def _train(
@@ -126,7 +140,7 @@ def _train(
     loss: str | None,
     options: dict[str, Any],
 ) -> dict[str, Any]:
-    accounting = ComputeAccounting(law=None, max_flops=flops)
+    accounting = _Counts(law=None, max_flops=flops)
     quiet: dict[str, Any] = {
         "logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False,
     }  # fmt: skip
@@ -153,7 +167,7 @@ def _losses(metrics: Sequence[Any], loss: str | None) -> Iterator[float]:
     name = next((each for each in names if each in logged), None)
     if name is None:
         raise ValueError(
-            f"loss={loss!r}: validation_step logs {', '.join(logged) or 'nothing'}; log the loss as {' or '.join(names[:2])},"
-            " or name it."
+            f"loss={loss!r}: validation_step logs {', '.join(logged) or 'nothing'}; log the loss as"
+            f" {' or '.join(names[:2])}, or name it."
         )
     yield logged[name]

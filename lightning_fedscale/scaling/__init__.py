@@ -35,7 +35,7 @@ from lightning_fedscale.scaling.form import Form, Range, Unfitted
 from lightning_fedscale.scaling.isoflop import IsoFlop, isoflop
 from lightning_fedscale.scaling.planning import Plan, plan, plot_plans
 from lightning_fedscale.scaling.position import Position, position_of
-from lightning_fedscale.scaling.project import law_of, project_law
+from lightning_fedscale.scaling.project import law_of, project_law, sweep_command
 from lightning_fedscale.scaling.report import plot_fit, write_report
 from lightning_fedscale.scaling.runs import read_runs
 
@@ -90,5 +90,6 @@ __all__ = [
     "position_of",
     "project_law",
     "read_runs",
+    "sweep_command",
     "write_report",
 ]

@@ -14,6 +14,7 @@ from scipy.optimize import minimize_scalar
 from lightning_fedscale.scaling.form import Form, gathered
 from lightning_fedscale.scaling.form import positive as positive
 
+
 class Allocation(NamedTuple):
     """How a law would spend compute.
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from lightning_fedscale.scaling.base import Law
 from lightning_fedscale.scaling.batch import LossToLoss, LRAnnealing
 from lightning_fedscale.scaling.chinchilla import (

@@ -266,7 +266,8 @@ class CompressedParameters(Chinchilla):
 
     def formula(self, c: Any, run: Any) -> Any:
         """Chinchilla's, of the parameters' worth; a fit takes ``bits`` from the runs."""
-        worth = 1.0 - exp(-getattr(run, "bits", self.bits) / c.scale)
+        bits: Any = getattr(run, "bits", self.bits)
+        worth = 1.0 - exp(-bits / c.scale)
         return c.E + c.A * (worth * run.params) ** -c.alpha + c.B * run.tokens**-c.beta
 
     def _best_params(self, flops: float) -> float:

@@ -290,7 +290,7 @@ class DataMixture(Law):
 
     def formula(self, c: Any, run: Any) -> Any:
         """Chinchilla's, and what the mixture costs."""
-        shares = getattr(run, "share", self.shares)
+        shares: Any = getattr(run, "share", self.shares)
         mixed = sum(gain * share**power for gain, power, share in zip(c.gains, c.exponents, shares, strict=True))
         return c.E + 1.0 / mixed + c.A * run.params**-c.alpha + c.B * run.tokens**-c.beta
 

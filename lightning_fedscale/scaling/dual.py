@@ -42,26 +42,28 @@ class Dual:
 
     def __pow__(self, other: Any) -> Dual:
         if isinstance(other, Dual):
-            return exp(other * log(self))
+            found: Dual = exp(other * log(self))
+            return found
         return Dual(self.value**other, self.slope * (other * self.value ** (other - 1.0)))
 
     def __rpow__(self, other: Any) -> Dual:
-        return exp(self * np.log(other))
+        found: Dual = exp(self * np.log(other))
+        return found
 
     def __neg__(self) -> Dual:
         return Dual(-self.value, -self.slope)
 
     def __sub__(self, other: Any) -> Dual:
-        return self + -other
+        return self.__add__(-other)
 
     def __rsub__(self, other: Any) -> Dual:
-        return -self + other
+        return (-self).__add__(other)
 
     def __truediv__(self, other: Any) -> Dual:
-        return self * other**-1.0 if isinstance(other, Dual) else self * (1.0 / np.asarray(other))
+        return self.__mul__(other**-1.0 if isinstance(other, Dual) else 1.0 / np.asarray(other))
 
     def __rtruediv__(self, other: Any) -> Dual:
-        return self**-1.0 * other
+        return self.__pow__(-1.0).__mul__(other)
 
     __radd__, __rmul__ = __add__, __mul__
 

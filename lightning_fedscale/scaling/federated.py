@@ -61,9 +61,9 @@ class FederatedPACBayes(Law):
 
     ``F(N) = E + a N^-alpha + gap`` with the square-root bound ``gap = N sqrt(kappa tau psi / (4 C))`` or the fast rate
     ``gap = psi kappa tau N^2 / (2 C)``, where ``C`` is a client's compute, ``kappa`` (here ``flops_per``) FLOPs per
-    parameter and sample, ``tau`` the passes over its data, and ``psi`` the information per parameter. **Derived for this library** after the
-    abstract of arXiv 2511.12188, whose own theorem and exponent are not public here: best sizes
-    ``N* = (2 alpha a)^(1/(1+alpha)) (C / (kappa tau psi))^(1/(2(1+alpha)))`` and
+    parameter and sample, ``tau`` the passes over its data, and ``psi`` the information per parameter. **Derived for
+    this library** after the abstract of arXiv 2511.12188, whose own theorem and exponent are not public here: best
+    sizes ``N* = (2 alpha a)^(1/(1+alpha)) (C / (kappa tau psi))^(1/(2(1+alpha)))`` and
     ``N* = (alpha a C / (psi kappa tau))^(1/(2+alpha))``, so that only the average compute per client counts.
 
     Args:

@@ -175,7 +175,7 @@ def form_of(law: str | type[Form] | Form) -> Form:
     if isinstance(law, str):
         known = {name.lower(): name for name in FORMS}
         if law.lower() not in known:
-            raise closest("law", law, [name for name, form in FORMS.items() if form.fits()])
+            raise closest("law", law, [name for name, form in FORMS.items() if form().fits()])
         law = FORMS[known[law.lower()]]
     if isinstance(law, type) and issubclass(law, Form):
         law = law()
@@ -195,10 +195,11 @@ def law_from_file(path: str | Path) -> tuple[Law, float | None]:
     try:
         document = json.loads(Path(path).read_text(encoding="utf-8"))
         constants = {name: tuple(v) if isinstance(v, list) else v for name, v in document["constants"].items()}
-        law = FORMS[document["law"]](**constants)
+        kind: Any = FORMS[document["law"]]
+        law = kind(**constants)
         assert isinstance(law, Law)
         if where := document.get("fitted_on"):
-            ends = {name: tuple(math.inf if v is None else v for v in where[name]) for name in where if name != "task"}
+            ends: dict[str, Any] = {name: tuple(where[name]) for name in ("params", "flops", "clients")}
             refits = [Refit(each, math.nan if rho is None else rho) for each, rho in document.get("refits", [])]
             law = law.replace(fitted_on=Range(where["task"], **ends), refits=tuple(refits))
     except FileNotFoundError:
@@ -220,7 +221,8 @@ def _largest(table: pd.DataFrame) -> pd.Series[bool]:
     """The runs of the largest compute, if enough others remain."""
     total = table["flops"] * table["clients"]
     largest = total >= total.max() * 0.9
-    return largest if largest.sum() <= len(table) // 3 else largest & False
+    few: pd.Series[bool] = largest if largest.sum() <= len(table) // 3 else largest & False
+    return few
 
 
 def _enough(table: pd.DataFrame, problem: Problem, by_size: bool) -> None:
@@ -271,7 +273,7 @@ def _problems(table: pd.DataFrame, law: Form, condition: float, rho: float) -> l
     if not condition < 1e12:
         problems.append("the constants are not told apart (a nearly singular Hessian)")
     if not problems and isinstance(law, Law) and len(law.refits) >= 20:
-        largest = table.loc[(table["flops"] * table["clients"]).idxmax()]
+        largest = table.iloc[int((table["flops"] * table["clients"]).to_numpy().argmax())]
         flops, clients = float(largest["flops"] * largest["clients"]), int(largest["clients"])
         try:
             size = law.interval_of_size(flops, clients, rho)

@@ -42,9 +42,9 @@ class Profile(NamedTuple):
 class IsoFlop:
     """``ln N* = c + p ln C - q ln K`` through the best sizes of profiles.
 
-    A parabola is symmetric in ln N and a law's profile is not, unless its exponents are equal: best sizes are biased even
-    without noise, the more so the wider the profile (arXiv 2603.22339). ``bias`` says by how much, if the fitted law is
-    true.
+    A parabola is symmetric in ln N and a law's profile is not, unless its exponents are equal: best sizes are biased
+    even without noise, the more so the wider the profile (arXiv 2603.22339). ``bias`` says by how much, if the fitted
+    law is true.
 
     Attributes:
         profiles: all that there are.
@@ -145,7 +145,9 @@ def _profiles(table: pd.DataFrame) -> list[Profile]:
 def _bias(profiles: Sequence[Profile], law: Law, rho: float) -> float:
     def ratio(each: Profile) -> float:
         tokens: Any = each.flops / (law.flops_per * each.params * each.clients)
-        losses = [law.loss_federated(n, d, each.clients, rho) for n, d in zip(each.params.tolist(), tokens, strict=True)]
+        losses = [
+            law.loss_federated(n, d, each.clients, rho) for n, d in zip(each.params.tolist(), tokens, strict=True)
+        ]
         return vertex(each.params, losses)[0] / law.optimal_federated(each.flops, each.clients, rho).params
 
     logs = [math.log(found) for each in profiles if math.isfinite(found := ratio(each))]

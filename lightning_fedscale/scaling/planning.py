@@ -160,7 +160,9 @@ def plan(
     params, held, size, scarce = _size(chosen, flops, clients, price, tokens)
     loss = chosen.interval_of_loss(params, held, clients, price)
     text = chosen.domain.task == "text" and math.isfinite(loss.value)
-    batch, limit = _batch(chosen, params, held, loss.value, clients, devices, activation_bytes) if text else (None, None)
+    batch, limit = (
+        _batch(chosen, params, held, loss.value, clients, devices, activation_bytes) if text else (None, None)
+    )
     steps = local_steps if batch is None else max(1, min(local_steps, int(held / batch)))
     rounds = None if batch is None else max(1.0, held / (batch * steps))
     replicas = DiLoCo(replicas=min(clients, 8)) if text else None
@@ -232,7 +234,7 @@ def _devices(given: Device | Sequence[Device]) -> tuple[Device, ...]:
             raise TypeError(
                 f"device_class={each!r}: pass device classes, such as lightning_fedscale.devices.device_class('phone')."
             )
-    return devices  # type: ignore[return-value]
+    return devices
 
 
 def _size(

@@ -49,3 +49,16 @@ def law_of(law: Any, *, text: bool) -> tuple[Law | None, float | None]:
     found = law_by_name(str(law))
     found.check()
     return found, None
+
+
+def sweep_command(module: str, data: str | None, flops: float) -> str:
+    """The command that runs the smallest sweep of a module which a law can be fitted to, and fits it.
+
+    Example:
+        >>> sweep_command("my.Module", "my.Data", 2.5e9)
+        "fedscale sweep --module my.Module --data my.Data --sizes '[8,16,32,64,128]' --clients '[1,4]' --flops 2.5e+09"
+    """
+    return (
+        f"fedscale sweep --module {module} --data {data or 'my_package.MyDataModule'} --sizes '[8,16,32,64,128]'"
+        f" --clients '[1,4]' --flops {flops:.2g}"
+    )

@@ -5,12 +5,14 @@ from __future__ import annotations
 import math
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from lightning_fedscale.scaling.base import Law
 from lightning_fedscale.scaling.fit import Fit
+from lightning_fedscale.scaling.runs import columns_of
 from lightning_fedscale.scaling.search import HUBER
 
 if TYPE_CHECKING:
@@ -38,7 +40,10 @@ def plot_fit(found: Fit) -> Figure:
     figure = Figure(figsize=(9, 3.8), layout="constrained")
     left, right = figure.subplots(1, 2)
     table = found.table
-    predicted = np.array([_predicted(found, row) for row in table.to_dict("records")])
+    known = columns_of(table, found.law)
+    if found.rho is not None:
+        known["tokens"] = known["tokens"] * known["clients"] ** (1.0 - found.rho.value)
+    predicted = found.law.formula(SimpleNamespace(**found.law.constants), SimpleNamespace(**known))
     for fitted, color, label in ((True, "tab:blue", "fitted"), (False, "tab:red", "held out")):
         rows = (table["fitted"] == fitted).to_numpy()
         if rows.any():
@@ -79,16 +84,6 @@ def _profiles(found: Fit, axes: object) -> None:
         axes.legend(frameon=False, title="FLOPs, clients", fontsize="x-small", title_fontsize="x-small")
 
 
-def _predicted(found: Fit, row: dict[str, float]) -> float:
-    form = found.law
-    known = {name: row[name] for name in form.columns if "." not in name}
-    if shares := [row[name] for name in sorted(row) if str(name).startswith("share.")]:
-        known["share"] = shares  # type: ignore[assignment]
-    if found.rho is not None:
-        known["tokens"] *= row["clients"] ** (1.0 - found.rho.value)
-    return float(form.predict(**known))
-
-
 def _rho(found: Fit) -> float:
     return 1.0 if found.rho is None else found.rho.value
 
@@ -125,8 +120,8 @@ def _sizes(found: Fit) -> list[str]:
     )]  # fmt: skip
     if math.isfinite(second.bias):
         lines.append(
-            f"Parabolas are biased, since the law is not symmetric in ln N: here by a factor of {second.bias:.3f}, if the"
-            " fitted law is true."
+            "Parabolas are biased, since the law is not symmetric in ln N: here by a factor of"
+            f" {second.bias:.3f}, if the fitted law is true."
         )
     return [*lines, ""]
 

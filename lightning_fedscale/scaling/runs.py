@@ -63,8 +63,8 @@ def read_runs(paths: Iterable[str | Path], loss: str | None = None) -> pd.DataFr
     """The rows of CSV files, and a row for every run directory.
 
     A run directory holds the scalars of `ComputeAccounting` and a loss, as TensorBoard's events or CSVLogger's
-    ``metrics.csv``; the last value of each counts. Tokens and FLOPs of the row are those of one client. A directory that
-    a sweep wrote holds ``runs.csv``.
+    ``metrics.csv``; the last value of each counts. Tokens and FLOPs of the row are those of one client. A directory
+    that a sweep wrote holds ``runs.csv``.
 
     Raises:
         ValueError: if there are no runs, or no loss in them.
@@ -76,7 +76,7 @@ def read_runs(paths: Iterable[str | Path], loss: str | None = None) -> pd.DataFr
 
 
 def _needed(table: pd.DataFrame, form: Form) -> list[str]:
-    shares = [name for name in table if str(name).startswith("share.")] if "share.0" in form.columns else []
+    shares = [str(name) for name in table if str(name).startswith("share.")] if "share.0" in form.columns else []
     names = [*form.columns, *shares, "loss", "clients"]
     return list(dict.fromkeys([*names, "flops"] if set(_SIZES) <= set(form.columns) else names))
 

@@ -61,9 +61,7 @@ class Problem:
 
     def constants(self, theta: Any) -> dict[str, Any]:
         """By name, from their places on the scales that are searched."""
-        return {
-            name: each.value(place) for (name, each), place in zip(self.unknowns.items(), theta, strict=True)
-        }
+        return {name: each.value(place) for (name, each), place in zip(self.unknowns.items(), theta, strict=True)}
 
     def theta(self, constants: Mapping[str, float]) -> FloatArray:
         """The other way round."""
@@ -99,7 +97,9 @@ class Problem:
         if not (np.isfinite(matrix).all() and np.isfinite(target).all() and (size > 0).all()):
             return None
         low = [0.0 if each.positive else -np.inf for each in linear.values()]
-        found = lsq_linear(matrix / size, target, (low, np.inf), method="bvls" if matrix.shape[1] < 8 else "trf").x / size
+        found = (
+            lsq_linear(matrix / size, target, (low, np.inf), method="bvls" if matrix.shape[1] < 8 else "trf").x / size
+        )
         # A constant that is better off below 0 starts a little above it.
         least = [1e-4 / each if bound == 0.0 else -np.inf for each, bound in zip(size, low, strict=True)]
         return {**nonlinear, **dict(zip(linear, np.maximum(found, least).tolist(), strict=True))}
@@ -125,7 +125,7 @@ class Problem:
                 for row in places
             ]
         if len(free) < len(self.unknowns):
-            points = [found for point in points if (found := self.projected(point)) is not None]
+            points = [full for point in points if (full := self.projected(point)) is not None]
         thetas = np.array([self.theta(point) for point in points])
         values = np.array([self.objective(theta) for theta in thetas])
         found: FloatArray = thetas[np.argsort(values)[:_POLISHED]]

@@ -38,6 +38,7 @@ LEVELS = [
     {"federation"},
     {"strategy"},
     {"callbacks"},
+    {"sweep"},
     {"cli", "conf"},
     {"__init__"},  # the front door
 ]
@@ -56,6 +57,7 @@ KNOW_LIGHTNING = {
     "progress",
     "refusals",
     "strategy",
+    "sweep",
     "train_data",
     "workload",
 }
