@@ -47,10 +47,10 @@ class Interval(NamedTuple):
     @classmethod
     def of(cls, value: float, draws: Sequence[float]) -> Interval:
         """From a bootstrap's values."""
-        found = [draw for draw in draws if math.isfinite(draw)]
+        found = [draw for draw in draws if not math.isnan(draw)]
         if len(found) < 2:
             return cls(float(value), math.nan, math.nan)
-        low, high = np.quantile(found, [0.025, 0.975]).tolist()
+        low, high = np.quantile(found, [0.025, 0.975], method="nearest").tolist()  # some may be infinite
         return cls(float(value), low, high)
 
 
@@ -183,7 +183,7 @@ class Law(Form):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             draws = [
-                law.loss_federated(params, tokens, clients, rho if math.isnan(own) else own)
+                _finite(law.loss_federated, params, tokens, clients, rho if math.isnan(own) else own)
                 for law, own in self.alternatives()
             ]
         return Interval.of(found, draws)
@@ -194,7 +194,7 @@ class Law(Form):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             draws = [
-                law.optimal_federated(flops, clients, rho if math.isnan(own) else own).params
+                _finite(law._best_params, effective_flops(flops, clients, rho if math.isnan(own) else own))
                 for law, own in self.alternatives()
             ]
         return Interval.of(found, draws)
@@ -217,6 +217,14 @@ class Law(Form):
         return minimiser(
             lambda params: self._loss(params, flops / (self.flops_per * params)), 1.0, flops / self.flops_per
         )
+
+
+def _finite(function: Callable[..., float], *arguments: float) -> float:
+    """What a law of unlikely constants says; infinite where that is beyond all numbers."""
+    try:
+        return function(*arguments)
+    except (OverflowError, ZeroDivisionError):
+        return math.inf
 
 
 def minimiser(function: Callable[[float], float], low: float, high: float) -> float:

@@ -238,7 +238,7 @@ def _bootstrap(problem: Problem, best: FloatArray, number: int, seed: int) -> li
     size = len(problem.log_loss)
     for _ in range(number):
         resampled = problem.rows(rng.integers(0, size, size))
-        constants = resampled.constants(resampled.solve(best))
+        constants = resampled.constants(resampled.again(best))
         found.append({name: float(value) for name, value in constants.items()})
     return found
 
@@ -279,7 +279,7 @@ def _problems(table: pd.DataFrame, law: Form, condition: float, rho: float) -> l
             size = law.interval_of_size(flops, clients, rho)
         except ValueError:
             return problems  # a law without a best size
-        if not size.high / size.low < _WIDE:
+        if not size.high < _WIDE * size.low:
             problems.append(
                 f"at the largest compute the best size lies anywhere from {size.low:.2g} to {size.high:.2g} parameters"
             )

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
-from scipy.optimize import least_squares, lsq_linear
+from scipy.optimize import lsq_linear, minimize
 from scipy.stats import qmc
 
 from lightning_fedscale.scaling.dual import Dual, FloatArray, exp, log
@@ -17,6 +17,7 @@ from lightning_fedscale.scaling.form import Form, Unknown, duals, gathered
 HUBER = 1e-3
 """Residuals of the log-loss beyond which they count linearly, as in arXiv 2203.15556."""
 _POLISHED = 12
+_SHARE = 1e-3
 _RHO = Unknown(0.0, 1.0, positive=False)
 
 
@@ -86,31 +87,41 @@ class Problem:
 
     def projected(self, nonlinear: Mapping[str, float]) -> dict[str, float] | None:
         """All constants, the linear ones by least squares of relative residuals (variable projection)."""
-        linear = {name: each for name, each in self.unknowns.items() if each.linear}
-        nothing = {**nonlinear, **dict.fromkeys(linear, 0.0)}
-        with np.errstate(all="ignore"):
-            weight = np.exp(-self.log_loss)
-            rest = np.broadcast_to(self.losses(nothing), weight.shape)
-            columns = [(self.losses({**nothing, name: 1.0}) - rest) * weight for name in linear]
-        matrix, target = np.stack(np.broadcast_arrays(*columns, weight)[:-1], -1), 1.0 - rest * weight
+        matrix, target = self._linear(nonlinear)
         size = np.linalg.norm(matrix, axis=0)
         if not (np.isfinite(matrix).all() and np.isfinite(target).all() and (size > 0).all()):
             return None
+        linear = {name: each for name, each in self.unknowns.items() if each.linear}
         low = [0.0 if each.positive else -np.inf for each in linear.values()]
-        found = (
-            lsq_linear(matrix / size, target, (low, np.inf), method="bvls" if matrix.shape[1] < 8 else "trf").x / size
-        )
-        # A constant that is better off below 0 starts a little above it.
-        least = [1e-4 / each if bound == 0.0 else -np.inf for each, bound in zip(size, low, strict=True)]
-        return {**nonlinear, **dict(zip(linear, np.maximum(found, least).tolist(), strict=True))}
+        found = lsq_linear(matrix / size, target, (low, np.inf), method="bvls").x / size
+        return self.eased({**nonlinear, **dict(zip(linear, found.tolist(), strict=True))})
+
+    def eased(self, constants: Mapping[str, float]) -> dict[str, float]:
+        """Constants whose terms have vanished, raised to a small share of the loss, so that they can come back."""
+        linear = [name for name, each in self.unknowns.items() if each.linear]
+        if not linear:
+            return dict(constants)
+        matrix, _ = self._linear({name: value for name, value in constants.items() if name not in linear})
+        least = _SHARE / np.maximum(np.abs(matrix).mean(0), 1e-300)
+        raised = {
+            name: max(constants[name], float(each))
+            for name, each in zip(linear, least, strict=True)
+            if self.unknowns[name].positive
+        }
+        return {**constants, **raised}
 
     def solve(self, start: FloatArray) -> FloatArray:
         """The minimum that a start leads to."""
-        found: FloatArray = least_squares(
-            self.residuals, start, self.jacobian, method="trf", loss="huber", f_scale=HUBER, x_scale="jac",
-            ftol=1e-12, xtol=1e-10, gtol=1e-15, max_nfev=400,
-        ).x  # fmt: skip
+        found: FloatArray = minimize(
+            self.with_gradient, start, jac=True, method="BFGS", options={"maxiter": 2000, "gtol": 1e-6}
+        ).x
         return found
+
+    def with_gradient(self, theta: FloatArray) -> tuple[float, FloatArray]:
+        """The objective in units of the tolerance: a search must not stop where it is merely small."""
+        residuals = self.residuals(theta)
+        gradient = np.clip(residuals, -HUBER, HUBER) @ self.jacobian(theta)
+        return float(huber(residuals).sum()) / HUBER**2, gradient / HUBER**2
 
     def starts(self) -> FloatArray:
         """The best of many points: the objective has many minima."""
@@ -136,11 +147,25 @@ class Problem:
         minima = [self.solve(start) for start in self.starts()]
         return min(minima, key=self.objective)
 
+    def again(self, theta: FloatArray) -> FloatArray:
+        """The minimum near that of other runs."""
+        return self.solve(self.theta(self.eased(self.constants(theta))))
+
     def condition(self, theta: FloatArray) -> float:
         """Of the Gauss-Newton Hessian scaled to a unit diagonal: how hard the constants are to tell apart."""
         jacobian = self.jacobian(theta)
         size = np.linalg.norm(jacobian, axis=0)
         return float("inf") if (size == 0).any() else float(np.linalg.cond(jacobian / size) ** 2)
+
+    def _linear(self, nonlinear: Mapping[str, float]) -> tuple[FloatArray, FloatArray]:
+        """What a unit of each linear constant adds to the loss, and what there is to explain, both as shares of it."""
+        linear = [name for name, each in self.unknowns.items() if each.linear]
+        nothing = {**nonlinear, **dict.fromkeys(linear, 0.0)}
+        with np.errstate(all="ignore"):
+            weight = np.exp(-self.log_loss)
+            rest = np.broadcast_to(self.losses(nothing), weight.shape)
+            columns = [(self.losses({**nothing, name: 1.0}) - rest) * weight for name in linear]
+        return np.stack(np.broadcast_arrays(*columns), -1), 1.0 - rest * weight
 
 
 def huber(residuals: FloatArray) -> FloatArray:
