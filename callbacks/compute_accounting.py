@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
@@ -26,9 +25,9 @@ from lightning_fedscale.scaling import (
     Law,
     Position,
     effective_flops,
-    law_by_name,
-    law_from_file,
+    law_of,
     position_of,
+    sweep_command,
 )
 from lightning_fedscale.scaling.ledger import Ledger
 from lightning_fedscale.strategy import FederatedStrategy
@@ -89,7 +88,7 @@ class ComputeAccounting(Callback):
         tokens_fn: Callable[[Any], float] | None = None,
         max_flops: float | None = None,
     ) -> None:
-        self._law, fitted_rho = _law_of(law)
+        self._law, fitted_rho = law_of(law, text=False)
         self._auto = law == "auto"
         self._rho = (1.0 if fitted_rho is None else fitted_rho) if rho is None else rho
         effective_flops(1.0, 1, self._rho)
@@ -164,10 +163,11 @@ class ComputeAccounting(Callback):
         report(trainer, self.ledger, meter.size, _clients(trainer), meter.operators, self.position, self._law)
         self._curves.close()
         if self.position is None and self._auto:
+            data: Any = getattr(trainer, "datamodule", None)
+            line = sweep_command(_path(pl_module), None if data is None else _path(data), self.ledger.training_flops)
             rank_zero_info(
-                "ComputeAccounting: no scaling law for this task yet. Train several sizes with several amounts of"
-                " data and fit one: lightning_fedscale.scaling.fit(runs).save('law.json'), then"
-                " ComputeAccounting(law='law.json')."
+                "ComputeAccounting: no law for this task yet: fit one. If the module has an argument size, this trains"
+                f" the smallest sweep that can identify a law, and fits it:\n    {line}"
             )
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -338,18 +338,8 @@ def _loss_of(outputs: Any) -> float | None:
     return float(loss) if isinstance(loss, Tensor) and loss.numel() == 1 else None
 
 
-def _law_of(law: Any) -> tuple[Law | None, float | None]:
-    if law is None or law == "auto":
-        return None, None
-    if isinstance(law, Law):
-        return law, None
-    if not isinstance(law, (str, Path)):
-        raise TypeError(f"law={law!r}: pass 'auto', a law's name, a file of Fit.save, a law, or None.")
-    if Path(law).suffix == ".json":
-        return law_from_file(law)
-    found = law_by_name(str(law))
-    found.check()
-    return found, None
+def _path(what: object) -> str:
+    return f"{type(what).__module__}.{type(what).__qualname__}"
 
 
 def _federated(trainer: pl.Trainer) -> bool:

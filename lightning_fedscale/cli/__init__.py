@@ -10,10 +10,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from lightning_fedscale.cli.arguments import parse
+from lightning_fedscale.cli.fit import fit
 from lightning_fedscale.cli.plan import plan
 from lightning_fedscale.cli.probe import probe
+from lightning_fedscale.cli.sweep import sweep
 
-COMMANDS: dict[str, Callable[..., None]] = {"plan": plan, "probe": probe}
+COMMANDS: dict[str, Callable[..., None]] = {"fit": fit, "plan": plan, "probe": probe, "sweep": sweep}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from inspect import Parameter, signature
 from typing import Any
 
 from jsonargparse import ArgumentParser
+
+_PATHS = ("runs", Parameter.empty)
 
 
 def parse(commands: Mapping[str, Callable[..., None]], arguments: Sequence[str] | None) -> tuple[str, dict[str, Any]]:
@@ -21,7 +24,11 @@ def parse(commands: Mapping[str, Callable[..., None]], arguments: Sequence[str] 
     for name, function in commands.items():
         own = ArgumentParser(description=(function.__doc__ or "").split("\n\n")[0])
         own.add_argument("--config", action="config", help="a YAML file with any of these arguments")
-        own.add_function_arguments(function, fail_untyped=False)
+        # Paths without a flag, since a shell's pattern may have made them.
+        paths = [each.name for each in signature(function).parameters.values() if (each.name, each.default) == _PATHS]
+        for each in paths:
+            own.add_argument(each, nargs="+", help="CSV files, or directories of runs")
+        own.add_function_arguments(function, fail_untyped=False, skip=set(paths))
         chosen.add_subcommand(name, own)
     given = sys.argv[1:] if arguments is None else arguments
     # A flag that is only named, as everywhere.

@@ -3,25 +3,26 @@
 from __future__ import annotations
 
 import json as json_format
-from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
 
 from lightning_fedscale.devices import device_class
 from lightning_fedscale.memory import format_bytes
-from lightning_fedscale.scaling import Law, Plan, law_by_name, law_from_file, plot_plans
+from lightning_fedscale.scaling import Plan, plot_plans
 from lightning_fedscale.scaling import plan as make_plan
 
 
 def plan(
     flops: float,
     clients: int | list[int] = 1,
-    law: str = "Chinchilla",
+    law: str = "auto",
     rho: float | None = None,
-    device: str | None = None,
+    device: str | list[str] | None = None,
     tokens: float | None = None,
     local_steps: int = 30,
+    utilization: float = 0.3,
+    activation_bytes: float | None = None,
     plot: str | None = None,
     json: bool = False,
 ) -> None:
@@ -30,20 +31,21 @@ def plan(
     Args:
         flops: training compute of all clients together, such as 1e20.
         clients: number of clients; several in a list, '[1, 10, 100]'.
-        law: a scaling law by name, or a file that Fit.save wrote.
+        law: a scaling law by name, or a file of fedscale fit; by default fedscale_law.json of this folder, if there is
+            one, else Chinchilla's, which holds for text.
         rho: what division among clients costs: 1 counts the average client's compute, 0 all of it; by default that of
             the law's file, else 1.
-        device: what the clients are, such as 'phone', for memory and time.
+        device: what the clients are, such as 'phone', for memory and time; several in a list, '[phone, jetson]'.
         tokens: that each client holds, if that is few.
         local_steps: batches between exchanges.
+        utilization: share of the devices' peak speed that training reaches.
+        activation_bytes: of a token in the batch, to limit the batch by memory; fedscale probe finds them per sample.
         plot: file for a figure of size and loss over the number of clients.
         json: print one JSON object instead of a table.
     """
-    chosen, fitted = _law(law)
-    rho = (1.0 if fitted is None else fitted) if rho is None else rho
-    kind = None if device is None else device_class(device)
+    kinds = [device_class(name) for name in ([device] if isinstance(device, str) else device or [])]
     plans = [
-        make_plan(flops, number, chosen, rho, kind, tokens, local_steps)
+        make_plan(flops, number, law, rho, kinds, tokens, local_steps, utilization, activation_bytes)
         for number in ([clients] if isinstance(clients, int) else clients)
     ]
     if plot is not None:
@@ -54,17 +56,10 @@ def plan(
     _show(Console(soft_wrap=True), plans)
 
 
-def _law(law: str) -> tuple[Law, float | None]:
-    if Path(law).suffix == ".json":
-        return law_from_file(law)
-    found = law_by_name(law)
-    found.check()
-    return found, None
-
-
 def _show(console: Console, plans: list[Plan]) -> None:
     first = plans[0]
-    title = f"{first.flops:.3g} FLOPs, {first.law}, rho {first.rho:g}" + (f", {first.device}" if first.device else "")
+    devices = ", ".join(first.devices)
+    title = f"{first.flops:.3g} FLOPs, {first.law} ({first.task}), rho {first.rho:g}" + (devices and f", {devices}")
     table = Table("", *(f"{each.clients:,} client{'s' if each.clients > 1 else ''}" for each in plans), title=title)
     for column in table.columns[1:]:
         column.justify = "right"
@@ -74,18 +69,25 @@ def _show(console: Console, plans: list[Plan]) -> None:
             table.add_row(name, *row)
     console.print(table)
     if any(each.fits is False for each in plans):
-        console.print(f"(!) more than {first.device} holds, without activations")
+        console.print(f"(!) more than {devices} can hold")
 
 
 def _cells(plan: Plan) -> dict[str, str]:
     def known(value: float | None, form: str) -> str:
         return "" if value is None else format(value, form)
 
+    def ends(low: float | None, high: float | None, form: str) -> str:
+        return "" if low is None or high is None else f"{low:{form}} to {high:{form}}"
+
     return {
         "Parameters": f"{plan.params:.3g}",
+        "  95 % interval": ends(plan.params_low, plan.params_high, ".3g"),
         "Tokens per client": f"{plan.tokens_per_client:.3g}",
-        "Predicted loss": f"{plan.loss:.4g}",
+        "Predicted loss": known(plan.loss, ".4g"),
+        "  its 95 % interval": ends(plan.loss_low, plan.loss_high, ".4g"),
         "Batch per client, in tokens": known(plan.batch_per_client, ",.0f"),
+        "  limited by": plan.batch_limit or "",
+        "Local steps": f"{plan.local_steps:,}",
         "Rounds": known(plan.rounds, ",.0f"),
         "Inner learning rate": known(plan.inner_learning_rate, ".2g"),
         "Outer learning rate": known(plan.outer_learning_rate, ".2g"),

@@ -1,76 +1,66 @@
 """Scaling laws: how loss depends on model size, data, compute and number of clients, and what is best."""
 
-from lightning_fedscale.scaling.base import Allocation, Law, Range, Unfitted, closest, effective_flops, mean_flops
-from lightning_fedscale.scaling.batch import (
-    CriticalBatch,
-    LossToLoss,
-    LRAnnealing,
-    average_parameters,
-    compressed_parameters,
-    ema_rule,
+from lightning_fedscale.scaling.base import (
+    Allocation,
+    Interval,
+    Law,
+    effective_flops,
+    mean_flops,
 )
-from lightning_fedscale.scaling.chinchilla import Chinchilla, RepeatedData, Rosenfeld, inference_wedge
+from lightning_fedscale.scaling.batch import CriticalBatch, EMARule, LossToLoss, LRAnnealing
+from lightning_fedscale.scaling.catalogue import FORMS, LAW_FILE, LAWS, law_by_name
+from lightning_fedscale.scaling.chinchilla import (
+    AverageParameters,
+    Chinchilla,
+    CompressedParameters,
+    RepeatedData,
+    Rosenfeld,
+    inference_wedge,
+)
 from lightning_fedscale.scaling.compute import (
     ComputeOnly,
     DataMixture,
     Farseer,
+    Henighan,
     InferenceAware,
     Kaplan,
     Porian,
-    PowerLaw,
     Rectified,
     RoutedLM,
 )
 from lightning_fedscale.scaling.diloco import DiLoCo
 from lightning_fedscale.scaling.federated import Federated, FederatedPACBayes, federated, information
-from lightning_fedscale.scaling.fit import Fit, Interval, fit, law_from_file
+from lightning_fedscale.scaling.fit import Fit, fit, law_from_file
+from lightning_fedscale.scaling.form import Form, Range, Unfitted
+from lightning_fedscale.scaling.isoflop import IsoFlop, isoflop
 from lightning_fedscale.scaling.planning import Plan, plan, plot_plans
 from lightning_fedscale.scaling.position import Position, position_of
-
-LAWS: dict[str, type[Law]] = {
-    law.__name__: law
-    for law in (
-        Chinchilla, RepeatedData, Kaplan, Porian, DiLoCo, FederatedPACBayes, ComputeOnly, PowerLaw, Farseer, RoutedLM,
-        Rectified, DataMixture, InferenceAware, Rosenfeld,
-    )
-}  # fmt: skip
-"""All laws of loss by size and data, by name."""
-
-
-def law_by_name(name: str) -> Law:
-    """The law of this name, upper or lower case, with its default constants.
-
-    Raises:
-        ValueError: for another name, with the closest match.
-
-    Example:
-        >>> law_by_name("chinchilla").name
-        'Chinchilla'
-        >>> law_by_name("chinchila")
-        Traceback (most recent call last):
-        ...
-        ValueError: law='chinchila' is not known. Did you mean 'Chinchilla'? Known: ...
-    """
-    for known, law in LAWS.items():
-        if known.lower() == name.lower():
-            return law()
-    raise closest("law", name, list(LAWS))
-
+from lightning_fedscale.scaling.project import law_of, project_law, sweep_command
+from lightning_fedscale.scaling.report import plot_fit, write_report
+from lightning_fedscale.scaling.runs import read_runs
 
 __all__ = [
+    "FORMS",
     "LAWS",
+    "LAW_FILE",
     "Allocation",
+    "AverageParameters",
     "Chinchilla",
+    "CompressedParameters",
     "ComputeOnly",
     "CriticalBatch",
     "DataMixture",
     "DiLoCo",
+    "EMARule",
     "Farseer",
     "Federated",
     "FederatedPACBayes",
     "Fit",
+    "Form",
+    "Henighan",
     "InferenceAware",
     "Interval",
+    "IsoFlop",
     "Kaplan",
     "LRAnnealing",
     "Law",
@@ -78,25 +68,28 @@ __all__ = [
     "Plan",
     "Porian",
     "Position",
-    "PowerLaw",
     "Range",
     "Rectified",
     "RepeatedData",
     "Rosenfeld",
     "RoutedLM",
     "Unfitted",
-    "average_parameters",
-    "compressed_parameters",
     "effective_flops",
-    "ema_rule",
     "federated",
     "fit",
     "inference_wedge",
     "information",
+    "isoflop",
     "law_by_name",
     "law_from_file",
+    "law_of",
     "mean_flops",
     "plan",
+    "plot_fit",
     "plot_plans",
     "position_of",
+    "project_law",
+    "read_runs",
+    "sweep_command",
+    "write_report",
 ]

@@ -1,16 +1,18 @@
-"""What all scaling laws have in common: allocations of compute, clients' shares of it, and where a law holds."""
+"""What laws of size and data have in common: allocations of compute, clients' shares of it, and intervals."""
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from difflib import get_close_matches
-from typing import Any, ClassVar, NamedTuple, TypeVar
+from typing import ClassVar, NamedTuple
 
+import numpy as np
 from scipy.optimize import minimize_scalar
+
+from lightning_fedscale.scaling.form import Form, gathered
+from lightning_fedscale.scaling.form import positive as positive
 
 
 class Allocation(NamedTuple):
@@ -18,7 +20,7 @@ class Allocation(NamedTuple):
 
     Attributes:
         params: model size, in parameters.
-        tokens: training tokens (or samples) of each client.
+        tokens: training tokens (or samples) of each client, on average.
         loss: predicted loss there; NaN for a law that predicts none.
         flops: training compute of all clients together.
         clients: number of clients.
@@ -31,65 +33,67 @@ class Allocation(NamedTuple):
     clients: int = 1
 
 
-class Range(NamedTuple):
-    """Where a law was fitted.
+class Interval(NamedTuple):
+    """A number and the ends of its 95 % interval; these are NaN where nothing is known of them."""
+
+    value: float
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        known = math.isfinite(self.low) and math.isfinite(self.high)
+        return f"{self.value:.4g} ({self.low:.4g} to {self.high:.4g})" if known else f"{self.value:.4g}"
+
+    @classmethod
+    def of(cls, value: float, draws: Sequence[float]) -> Interval:
+        """From a bootstrap's values."""
+        found = [draw for draw in draws if not math.isnan(draw)]
+        if len(found) < 2:
+            return cls(float(value), math.nan, math.nan)
+        low, high = np.quantile(found, [0.025, 0.975], method="nearest").tolist()  # some may be infinite
+        return cls(float(value), low, high)
+
+
+class Refit(NamedTuple):
+    """The constants that another sample of the same runs gave.
 
     Attributes:
-        task: kind of data and model, such as "text".
-        params: smallest and largest model.
-        flops: smallest and largest compute.
-        clients: fewest and most clients.
+        constants: by name.
+        rho: what division among clients costs; NaN if that was not fitted.
     """
 
-    task: str
-    params: tuple[float, float] = (0.0, math.inf)
-    flops: tuple[float, float] = (0.0, math.inf)
-    clients: tuple[int, int] = (1, 1)
+    constants: dict[str, float]
+    rho: float = math.nan
 
 
-class Unfitted(ValueError):
-    """A law was asked for a prediction whose constants nobody has published."""
+class Spread(NamedTuple):
+    """How far published constants may be off.
 
+    Attributes:
+        constants: the values that it belongs to.
+        covariance: of these, on the scale on which a fit searches them.
+    """
 
-_Self = TypeVar("_Self", bound="Law")
+    constants: Mapping[str, float]
+    covariance: tuple[tuple[float, ...], ...]
 
 
 @dataclass(frozen=True)
-class Law:
+class Law(Form):
     """A scaling law: loss by model size and data, and the sizes that are best for a given compute.
 
-    A law without a closed form for its optimum finds it by a line search. Fields are its constants; laws whose
-    constants are not published take them as arguments, from a fit, and refuse to predict without.
+    A law without a closed form for its optimum finds it by a line search.
 
     Attributes:
-        source: where form and constants are from.
-        holds: where it was fitted; outside of it, predictions come with a warning.
         flops_per: FLOPs that one token costs per parameter in training, forward and backward; 6 for transformers and
             multilayer perceptrons, more where weights are used several times.
+        refits: what the bootstrap of a fit gave, for intervals.
     """
 
-    source: ClassVar[str] = ""
-    holds: ClassVar[Range] = Range("any")
+    columns: ClassVar[tuple[str, ...]] = ("params", "tokens")
+    spread: ClassVar[Spread | None] = None
     flops_per: float = field(default=6.0, kw_only=True)
-
-    @property
-    def name(self) -> str:
-        """The law's name."""
-        return type(self).__name__
-
-    @property
-    def constants(self) -> dict[str, Any]:
-        """The law's constants by name."""
-        return {each.name: getattr(self, each.name) for each in dataclasses.fields(self) if not each.kw_only}
-
-    def check(self) -> None:
-        """Raise `Unfitted` if a constant is unknown."""
-        unknown = [name for name, value in self.constants.items() if value is None]
-        if unknown:
-            raise Unfitted(
-                f"{self.name}: its constants are not published ({', '.join(unknown)} unknown): fit them to runs of your"
-                f" own, or pass them, {self.name}({', '.join(f'{name}=...' for name in unknown)})."
-            )
+    refits: tuple[Refit, ...] = field(default=(), kw_only=True, repr=False, compare=False)
 
     def loss(self, params: float, tokens: float) -> float:
         """Loss of a model of ``params`` parameters after ``tokens`` training tokens.
@@ -113,7 +117,9 @@ class Law:
         self.warn_outside(params=params, flops=flops)
         return Allocation(params, tokens, self._loss(params, tokens), flops)
 
-    def optimal_federated(self, flops: float, clients: int, rho: float = 1.0) -> Allocation:
+    def optimal_federated(
+        self, flops: float | Sequence[float], clients: int | None = None, rho: float = 1.0, mean: str = "mean"
+    ) -> Allocation:
         """The best model for so much compute of all clients together.
 
         Federated compute counts as ``flops * clients**-rho`` of a single client's: all of it for data parallelism
@@ -121,24 +127,82 @@ class Law:
         estimated; what `DiLoCo` replicas lose in loss amounts to about 0.24.
 
         Args:
-            flops: of all clients together.
-            clients: number of clients.
+            flops: of all clients together, or of each of them if they are unequal.
+            clients: number of clients; not needed with the compute of each.
             rho: how much of the compute division among clients costs, in [0, 1] as a rule.
+            mean: which mean stands for unequal clients, see `mean_flops`.
 
         Example:
             >>> from lightning_fedscale.scaling import Chinchilla
             >>> [f"{Chinchilla().optimal_federated(1e20, clients).params:.3e}" for clients in (1, 10, 100)]
             ['8.535e+08', '2.622e+08', '8.053e+07']
+            >>> f"{Chinchilla().optimal_federated([1e18, 4e18, 25e18]).params:.3e}"  # as three of 1e19
+            '2.622e+08'
         """
-        effective = effective_flops(flops, clients, rho)
+        if isinstance(flops, Sequence):
+            if clients not in (None, len(flops)):
+                raise ValueError(f"clients={clients!r}: there is compute of {len(flops)}.")
+            clients, total = len(flops), math.fsum(flops)
+            effective = effective_flops(mean_flops(flops, mean) * clients, clients, rho)
+        else:
+            clients, total = 1 if clients is None else clients, flops
+            effective = effective_flops(flops, clients, rho)
         best = self.optimal(effective)
-        tokens = flops / (self.flops_per * best.params * clients)
-        return Allocation(best.params, tokens, best.loss, flops, clients)
+        return Allocation(best.params, total / (self.flops_per * best.params * clients), best.loss, total, clients)
+
+    def loss_federated(self, params: float, tokens: float, clients: int = 1, rho: float = 1.0) -> float:
+        """Loss if each client trains on so many tokens.
+
+        With ``rho=1`` that of the law at one client's data, with ``rho=0`` at all clients' together.
+        """
+        return self.loss(params, positive("tokens", tokens) * effective_flops(clients, clients, rho))
+
+    def alternatives(self) -> Iterator[tuple[Law, float]]:
+        """The law as other samples of its runs would have it, with ``rho``; nothing if that is not known."""
+        if self.refits:
+            for refit in self.refits:
+                yield self.replace(**gathered(refit.constants), refits=()), refit.rho
+        elif self.spread is not None and all(self.constants[k] == v for k, v in self.spread.constants.items()):
+            unknowns = [self.unknowns[name] for name in self.spread.constants]
+            centre = [each.theta(value) for each, value in zip(unknowns, self.spread.constants.values(), strict=True)]
+            for draw in np.random.default_rng(0).multivariate_normal(centre, self.spread.covariance, 200):
+                found = [float(each.value(theta)) for each, theta in zip(unknowns, draw, strict=True)]
+                yield self.replace(**dict(zip(self.spread.constants, found, strict=True))), math.nan
+
+    def interval_of_loss(self, params: float, tokens: float, clients: int = 1, rho: float = 1.0) -> Interval:
+        """Predicted loss if each client trains on so many tokens, with what is known of its uncertainty.
+
+        That of the constants, not that of a single run, and not that of an extrapolation.
+
+        Example:
+            >>> from lightning_fedscale.scaling import Chinchilla
+            >>> print(Chinchilla().interval_of_loss(8.535e8, 1.953e10))
+            2.553 (2.542 to 2.566)
+        """
+        found = self.loss_federated(params, tokens, clients, rho)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            draws = [
+                _finite(law.loss_federated, params, tokens, clients, rho if math.isnan(own) else own)
+                for law, own in self.alternatives()
+            ]
+        return Interval.of(found, draws)
+
+    def interval_of_size(self, flops: float, clients: int = 1, rho: float = 1.0) -> Interval:
+        """The best model size, with what is known of its uncertainty."""
+        found = self.optimal_federated(flops, clients, rho).params
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            draws = [
+                _finite(law._best_params, effective_flops(flops, clients, rho if math.isnan(own) else own))
+                for law, own in self.alternatives()
+            ]
+        return Interval.of(found, draws)
 
     def warn_outside(self, *, params: float = math.nan, flops: float = math.nan, clients: float = math.nan) -> None:
         """Warn if one of these lies outside of what the law was fitted on."""
         for what, value in (("params", params), ("flops", flops), ("clients", clients)):
-            low, high = getattr(self.holds, what)
+            low, high = getattr(self.domain, what)
             if value < low or value > high:
                 warnings.warn(
                     f"{self.name}: {what}={value:.3g} lies outside of {low:.3g} to {high:.3g}, where the law was"
@@ -146,17 +210,21 @@ class Law:
                     stacklevel=3,
                 )
 
-    def replace(self: _Self, **constants: Any) -> _Self:
-        """The law with other constants."""
-        return dataclasses.replace(self, **constants)
-
     def _loss(self, params: float, tokens: float) -> float:
-        raise NotImplementedError
+        return float(self.predict(params=params, tokens=tokens))
 
     def _best_params(self, flops: float) -> float:
         return minimiser(
             lambda params: self._loss(params, flops / (self.flops_per * params)), 1.0, flops / self.flops_per
         )
+
+
+def _finite(function: Callable[..., float], *arguments: float) -> float:
+    """What a law of unlikely constants says; infinite where that is beyond all numbers."""
+    try:
+        return function(*arguments)
+    except (OverflowError, ZeroDivisionError):
+        return math.inf
 
 
 def minimiser(function: Callable[[float], float], low: float, high: float) -> float:
@@ -182,9 +250,9 @@ def effective_flops(flops: float, clients: int, rho: float = 1.0) -> float:
         >>> effective_flops(1e20, 10), effective_flops(1e20, 10, rho=0.0)
         (1e+19, 1e+20)
     """
-    positive("flops", flops)
-    if isinstance(clients, bool) or clients != int(clients) or clients < 1:
+    if isinstance(clients, bool) or not isinstance(clients, (int, float)) or clients != clients // 1 or clients < 1:
         raise ValueError(f"clients={clients!r}: pass a whole number, at least 1.")
+    positive("flops", flops)
     if not isinstance(rho, (int, float)) or not math.isfinite(rho):
         raise ValueError(f"rho={rho!r}: pass a number, 1 for the average client, 0 for data parallelism.")
     return float(flops * clients**-rho)
@@ -213,22 +281,3 @@ def mean_flops(flops: Sequence[float], how: str = "mean") -> float:
     if how == "by_compute":
         return (math.fsum(numbers) / math.fsum(map(math.sqrt, numbers))) ** 2
     raise ValueError(f"how={how!r}: choose 'mean', 'uniform' or 'by_compute'.")
-
-
-def positive(name: str, value: float) -> float:
-    """The number, if it is finite and above 0.
-
-    Raises:
-        ValueError: if not.
-    """
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
-        raise ValueError(f"{name}={value!r}: pass a finite number above 0.")
-    return float(value)
-
-
-def closest(kind: str, name: str, known: Sequence[str]) -> ValueError:
-    """The error for an unknown name, with the closest match."""
-    near = get_close_matches(name.lower(), [each.lower() for each in known], 1)
-    match = next((each for each in known if near and each.lower() == near[0]), None)
-    hint = f" Did you mean {match!r}?" if match else ""
-    return ValueError(f"{kind}={name!r} is not known.{hint} Known: {', '.join(map(repr, known))}.")

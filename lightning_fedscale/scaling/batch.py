@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import accumulate, pairwise
+from typing import Any, ClassVar
 
-from lightning_fedscale.scaling.base import positive
+from lightning_fedscale.scaling.form import LINEAR, SIGNED, Form, Unknown, positive
 
 
 class CriticalBatch:
     """Batches beyond which more samples hardly shorten training.
+
+    `Kaplan.critical_batch` gives the one at a loss, in tokens.
 
     Example:
         >>> CriticalBatch.steps(1000.0, batch=2e6, critical_batch=1e6)  # half as many more than the fewest
@@ -28,13 +30,48 @@ class CriticalBatch:
         )
 
     @staticmethod
+    def samples(fewest: float, batch: float, critical_batch: float) -> float:
+        """Samples to a target with a batch, ``E = E_min (1 + B / B_crit)``; ``B_crit = E_min / S_min``."""
+        return positive("fewest", fewest) * (
+            1.0 + positive("batch", batch) / positive("critical_batch", critical_batch)
+        )
+
+    @staticmethod
+    def learning_rate(largest: float, batch: float, critical_batch: float) -> float:
+        """The best learning rate of SGD with a batch, ``eta_max / (1 + B_crit / B)`` (arXiv 1812.06162)."""
+        return positive("largest", largest) / (
+            1.0 + positive("critical_batch", critical_batch) / positive("batch", batch)
+        )
+
+    @staticmethod
     def zhang(params: float) -> float:
         """Sequences, ``93.20 N^0.47`` with N in millions, for models trained at Chinchilla's ratio (arXiv 2410.21676).
 
         The batch with a fifth more steps than linear scaling from 256 would take. It follows data, not size: at
-        fixed data the same authors find ``621.341 N^0.087``. The unit of N is as digests of the paper give it.
+        fixed data the same authors find ``621.341 N^0.087``. The unit of N is as digests of the paper give it, and has
+        not been checked in the paper.
         """
         return float(93.20 * (positive("params", params) / 1e6) ** 0.47)
+
+    @staticmethod
+    def power_lines(tokens: float, scale: float) -> float:
+        """The critical batch ``scale D^0.462`` of a run on D tokens, in the unit of the scale (arXiv 2505.13738).
+
+        It does not depend on size. Find the scale from one critical batch of your own, ``B / D^0.462``: the paper's own
+        has not been checked here.
+        """
+        return float(positive("scale", scale) * positive("tokens", tokens) ** 0.462)
+
+    @staticmethod
+    def optimal(tokens: float, scale: float) -> float:
+        """The batch of lowest loss, ``scale D^0.383``; the scale as in `power_lines` (arXiv 2505.13738).
+
+        Example:
+            >>> best = 256 / 1e9**0.383  # a batch of 256 was best on 1e9 tokens
+            >>> round(CriticalBatch.optimal(8e9, best))
+            568
+        """
+        return float(positive("scale", scale) * positive("tokens", tokens) ** 0.383)
 
     @staticmethod
     def time_scale(params: float, tokens: float) -> float:
@@ -44,28 +81,48 @@ class CriticalBatch:
     @classmethod
     def weight_decay(cls, params: float, tokens: float, batch: float, learning_rate: float) -> float:
         """AdamW's weight decay for that time scale, ``lambda = B / (eta tau D)`` with B in tokens."""
-        return positive("batch", batch) / (learning_rate * cls.time_scale(params, tokens) * tokens)
-
-
-def ema_rule(decay: float, factor: float) -> float:
-    """The decay of an average of weights when the batch, or cohort, grows by a factor: ``decay^factor``.
-
-    So the average spans as many samples as before (Busbridge et al., arXiv 2307.13813).
-
-    Example:
-        >>> round(ema_rule(0.99, 4.0), 4)
-        0.9606
-    """
-    if not 0 <= decay < 1:
-        raise ValueError(f"decay={decay!r}: pass a number in [0, 1).")
-    return float(decay ** positive("factor", factor))
+        return positive("batch", batch) / (
+            positive("learning_rate", learning_rate) * cls.time_scale(params, tokens) * tokens
+        )
 
 
 @dataclass(frozen=True)
-class LRAnnealing:
+class EMARule:
+    """An average of weights that spans as many samples when the batch, or cohort, grows (arXiv 2307.13813).
+
+    With ``factor`` times the batch, the decay becomes ``decay^factor`` and the learning rate of SGD ``factor`` times as
+    large.
+
+    Args:
+        decay: of the average, per step of the batch that it was tuned for.
+
+    Example:
+        >>> rule = EMARule(0.99)
+        >>> round(rule.decay_at(4.0), 4), rule.learning_rate_at(0.1, 4.0)
+        (0.9606, 0.4)
+    """
+
+    decay: float
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.decay < 1:
+            raise ValueError(f"decay={self.decay!r}: pass a number in [0, 1).")
+
+    def decay_at(self, factor: float) -> float:
+        """The decay for so many times the batch."""
+        return float(self.decay ** positive("factor", factor))
+
+    def learning_rate_at(self, learning_rate: float, factor: float) -> float:
+        """SGD's learning rate for so many times the batch."""
+        return positive("learning_rate", learning_rate) * positive("factor", factor)
+
+
+@dataclass(frozen=True)
+class LRAnnealing(Form):
     """The course of the loss under any schedule: ``L = floor + A S1^-alpha - C S2``, to be fitted (arXiv 2408.11029).
 
-    ``S1`` is the sum of learning rates so far, ``S2`` that of what annealing has taken off them, with momentum.
+    ``S1`` is the sum of learning rates so far, ``S2`` that of what annealing has taken off them, with momentum. A fit
+    takes both from the runs: `areas` of the schedule.
 
     Example:
         >>> law = LRAnnealing(floor=2.0, A=0.5, alpha=0.5, C=0.1)
@@ -74,75 +131,74 @@ class LRAnnealing:
         True
     """
 
+    source: ClassVar[str] = "form arXiv 2408.11029"
+    units: ClassVar[str] = "learning rates by step, nats per token"
+    columns: ClassVar[tuple[str, ...]] = ("S1", "S2")
+    unknowns: ClassVar[Mapping[str, Unknown]] = {
+        "floor": LINEAR, "A": LINEAR, "alpha": Unknown(0.1, 1.5), "C": SIGNED
+    }  # fmt: skip
+
     floor: float | None = None
     A: float | None = None
     alpha: float | None = None
     C: float | None = None
     momentum: float = 0.999
 
-    def loss(self, rates: Sequence[float]) -> float:
-        """Loss after steps of these learning rates."""
-        if None in (self.floor, self.A, self.alpha, self.C):
-            raise ValueError("LRAnnealing: its constants belong to one run and are not published: fit them first.")
-        assert self.floor is not None
-        assert self.A is not None
-        assert self.alpha is not None
-        assert self.C is not None
-        annealed = momentum = 0.0
+    def areas(self, rates: Sequence[float]) -> list[tuple[float, float]]:
+        """``(S1, S2)`` after each step."""
+        spans, annealed, momentum = list(accumulate(rates)), [0.0], 0.0
         for before, now in pairwise(rates):
             momentum = self.momentum * momentum + before - now
-            annealed += momentum
-        return float(self.floor + self.A * math.fsum(rates) ** -self.alpha - self.C * annealed)
+            annealed.append(annealed[-1] + momentum)
+        return list(zip(spans, annealed, strict=True))
+
+    def formula(self, c: Any, run: Any) -> Any:
+        """What training and annealing bring."""
+        return c.floor + c.A * run.S1**-c.alpha - c.C * run.S2
+
+    def loss(self, rates: Sequence[float]) -> float:
+        """Loss after steps of these learning rates."""
+        if not len(rates):
+            raise ValueError("rates=[]: pass the learning rate of every step so far.")
+        span, annealed = self.areas(rates)[-1]
+        return float(self.predict(S1=span, S2=annealed))
 
 
 @dataclass(frozen=True)
-class LossToLoss:
+class LossToLoss(Form):
     """One loss by another: ``L1 = K (L0 - E0)^kappa + E1``, to be fitted (arXiv 2411.12925).
+
+    A fit takes the other loss from the runs' column ``other``.
 
     Example:
         >>> LossToLoss(K=1.0, kappa=2.0, E0=1.5, E1=2.0).loss(2.5)
         3.0
     """
 
-    K: float
-    kappa: float
-    E0: float
-    E1: float
+    source: ClassVar[str] = "form arXiv 2411.12925"
+    units: ClassVar[str] = "loss, loss"
+    columns: ClassVar[tuple[str, ...]] = ("other",)
+
+    K: float | None = None
+    kappa: float | None = None
+    E0: float | None = None
+    E1: float | None = None
+
+    def formula(self, c: Any, run: Any) -> Any:
+        """A power of what is above the other loss's floor."""
+        return c.K * (run.other - c.E0) ** c.kappa + c.E1
+
+    def sought(self, run: Mapping[str, Any]) -> Mapping[str, Unknown]:
+        """The other loss's floor lies below all that were seen."""
+        least = float(min(run["other"]))
+        return {
+            "K": LINEAR, "kappa": Unknown(0.2, 4.0), "E0": Unknown(0.0, 0.99 * least, below=least), "E1": LINEAR
+        }  # fmt: skip
 
     def loss(self, other: float) -> float:
         """The loss where the other one is ``other``."""
+        self.check()
+        assert self.E0 is not None
         if other <= self.E0:
             raise ValueError(f"other={other!r}: pass a loss above its floor, E0={self.E0!r}.")
-        return float(self.K * (other - self.E0) ** self.kappa + self.E1)
-
-
-def average_parameters(tokens: Sequence[float], params: Sequence[float]) -> float:
-    """The size of a model whose size changes in training: ``sum T N / sum T`` over stretches (arXiv 2501.12486).
-
-    For pruned, partly frozen or partly sent models, put into a law as ``params``.
-
-    Example:
-        >>> average_parameters([1e9, 3e9], [4e8, 2e8])
-        250000000.0
-    """
-    if len(tokens) != len(params) or not len(tokens):
-        raise ValueError(
-            f"tokens, params: pass as many sizes as stretches of tokens, not {len(params)} for {len(tokens)}."
-        )
-    total = math.fsum(positive("tokens", value) for value in tokens)
-    return math.fsum(t * positive("params", n) for t, n in zip(tokens, params, strict=True)) / total
-
-
-def compressed_parameters(params: float, bits: float, scale: float) -> float:
-    """What parameters of few bits are worth: ``N (1 - exp(-bits / scale))`` (Kumar et al., arXiv 2411.04330).
-
-    Args:
-        params: number of parameters.
-        bits: of each of them.
-        scale: fitted, in bits.
-
-    Example:
-        >>> round(compressed_parameters(1e9, bits=4, scale=2.0) / 1e9, 3)
-        0.865
-    """
-    return positive("params", params) * -math.expm1(-positive("bits", bits) / positive("scale", scale))
+        return float(self.predict(other=other))

@@ -3,10 +3,31 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
-from lightning_fedscale.scaling.base import Law, Range, positive
+import numpy as np
+
+from lightning_fedscale.scaling.base import Allocation, Law, Spread
+from lightning_fedscale.scaling.dual import exp
+from lightning_fedscale.scaling.form import EXPONENT, LINEAR, Range, Unknown, positive
+
+PARAMS_PER_TOKEN = 0.051
+"""Parameters that a unique token calls for, in `RepeatedData`."""
+TERMS: Mapping[str, Unknown] = {"E": LINEAR, "A": LINEAR, "B": LINEAR, "alpha": EXPONENT, "beta": EXPONENT}
+
+SPREAD = Spread(
+    {"E": 1.8172, "A": 482.01, "B": 2085.43, "alpha": 0.3478, "beta": 0.3658},
+    (
+        (0.000206, 0.002044, 0.004007, 0.00035, 0.000524),
+        (0.002044, 0.060265, -0.021246, 0.010457, -0.002927),
+        (0.004007, -0.021246, 0.180848, -0.003931, 0.023666),
+        (0.00035, 0.010457, -0.003931, 0.001818, -0.000542),
+        (0.000524, -0.002927, 0.023666, -0.000542, 0.00311),
+    ),
+)
+"""Of the default constants' logarithms: `fit` with 1,000 resamples of the 240 points behind arXiv 2404.10102."""
 
 
 @dataclass(frozen=True)
@@ -26,6 +47,8 @@ class Chinchilla(Law):
 
     source: ClassVar[str] = "form arXiv 2203.15556, constants arXiv 2404.10102"
     holds: ClassVar[Range] = Range("text", params=(4e7, 2e10), flops=(1e18, 1e24))
+    unknowns: ClassVar[Mapping[str, Unknown]] = TERMS
+    spread: ClassVar[Spread | None] = SPREAD
 
     E: float = 1.8172
     A: float = 482.01
@@ -48,8 +71,9 @@ class Chinchilla(Law):
         """``a`` of ``N* ~ C^a``."""
         return self.beta / (self.alpha + self.beta)
 
-    def _loss(self, params: float, tokens: float) -> float:
-        return float(self.E + self.A * params**-self.alpha + self.B * tokens**-self.beta)
+    def formula(self, c: Any, run: Any) -> Any:
+        """The sum of its three terms."""
+        return c.E + c.A * run.params**-c.alpha + c.B * run.tokens**-c.beta
 
     def _best_params(self, flops: float) -> float:
         return float(self._scale() * (flops / self.flops_per) ** self.exponent)
@@ -88,6 +112,11 @@ class RepeatedData(Chinchilla):
     """
 
     source: ClassVar[str] = "arXiv 2305.16264"
+    columns: ClassVar[tuple[str, ...]] = ("params", "tokens", "unique_tokens")
+    unknowns: ClassVar[Mapping[str, Unknown]] = {
+        **TERMS, "half_life": Unknown(1.0, 100.0), "half_life_params": Unknown(1.0, 100.0),
+    }  # fmt: skip
+    spread: ClassVar[Spread | None] = None
 
     E: float = 1.87
     A: float = 521.0
@@ -100,23 +129,29 @@ class RepeatedData(Chinchilla):
 
     def effective_tokens(self, tokens: float) -> float:
         """What so many tokens are worth."""
-        return _saturated(tokens, self.unique_tokens, self.half_life)
+        return float(_saturated(tokens, self.unique_tokens, self.half_life))
 
     def effective_params(self, params: float) -> float:
         """What so many parameters are worth."""
-        return _saturated(params, 0.051 * self.unique_tokens, self.half_life_params)
+        return float(_saturated(params, PARAMS_PER_TOKEN * self.unique_tokens, self.half_life_params))
 
-    def _loss(self, params: float, tokens: float) -> float:
-        return super()._loss(self.effective_params(params), self.effective_tokens(tokens))
+    def formula(self, c: Any, run: Any) -> Any:
+        """Chinchilla's, of what size and data are worth; a fit takes ``unique_tokens`` from the runs."""
+        unique = getattr(run, "unique_tokens", self.unique_tokens)
+        return (
+            c.E
+            + c.A * _saturated(run.params, PARAMS_PER_TOKEN * unique, c.half_life_params) ** -c.alpha
+            + c.B * _saturated(run.tokens, unique, c.half_life) ** -c.beta
+        )
 
     def _best_params(self, flops: float) -> float:
         return Law._best_params(self, flops)
 
 
-def _saturated(amount: float, unique: float, half_life: float) -> float:
-    if amount <= unique:
-        return amount
-    return unique + unique * half_life * -math.expm1(-(amount / unique - 1.0) / half_life)
+def _saturated(amount: Any, unique: Any, half_life: Any) -> Any:
+    # Where nothing is repeated, the amount itself.
+    unique = np.where(amount > unique, unique, amount)
+    return unique + unique * half_life * (1.0 - exp(-(amount / unique - 1.0) / half_life))
 
 
 @dataclass(frozen=True)
@@ -128,7 +163,9 @@ class Rosenfeld(Chinchilla):
     """
 
     source: ClassVar[str] = "form arXiv 1909.12673"
+    units: ClassVar[str] = "parameters, samples, loss"
     holds: ClassVar[Range] = Range("any")
+    spread: ClassVar[Spread | None] = None
 
     E: float = None  # type: ignore[assignment]
     A: float = None  # type: ignore[assignment]
@@ -149,3 +186,93 @@ def inference_wedge(tokens: float, inference_tokens: float) -> float:
     """
     positive("tokens", tokens)
     return 1.0 + inference_tokens / (3.0 * tokens)
+
+
+@dataclass(frozen=True)
+class AverageParameters(Chinchilla):
+    """`Chinchilla` for a model whose size changes in training: its average size over tokens counts (arXiv 2501.12486).
+
+    For pruned, partly frozen or partly sent models. ``params`` is the size at the start.
+
+    Args:
+        shares: of the tokens, for each stretch of training; they sum to 1.
+        sizes: of the model in that stretch, as shares of its size at the start.
+
+    Example:
+        >>> pruned = AverageParameters(shares=(0.25, 0.75), sizes=(1.0, 0.5))
+        >>> pruned.average(4e8)
+        250000000.0
+        >>> pruned.loss(4e8, 1e10) == Chinchilla().loss(2.5e8, 1e10)
+        True
+    """
+
+    source: ClassVar[str] = "form arXiv 2501.12486, constants arXiv 2404.10102"
+
+    shares: tuple[float, ...] = (1.0,)
+    sizes: tuple[float, ...] = (1.0,)
+
+    def __post_init__(self) -> None:
+        if len(self.shares) != len(self.sizes) or not math.isclose(math.fsum(self.shares), 1.0):
+            raise ValueError(f"shares={self.shares}, sizes={self.sizes}: pass a size for each share; shares sum to 1.")
+
+    def average(self, params: float) -> float:
+        """The average size of a model that starts with so many parameters."""
+        return positive("params", params) * math.fsum(a * b for a, b in zip(self.shares, self.sizes, strict=True))
+
+    def _loss(self, params: float, tokens: float) -> float:
+        return super()._loss(self.average(params), tokens)
+
+    def _best_params(self, flops: float) -> float:
+        # A token costs by the average size, so that is what compute buys.
+        return super()._best_params(flops) / self.average(1.0)
+
+    def optimal(self, flops: float) -> Allocation:
+        """The best size at the start; tokens cost by the average size."""
+        best = super().optimal(flops)
+        tokens = best.tokens / self.average(1.0)
+        return best._replace(tokens=tokens, loss=self._loss(best.params, tokens))
+
+
+@dataclass(frozen=True)
+class CompressedParameters(Chinchilla):
+    """`Chinchilla` for parameters of few bits, worth ``1 - exp(-bits / scale)`` each (Kumar et al., arXiv 2411.04330).
+
+    Args:
+        bits: of each parameter.
+        scale: how many bits make a parameter worth 63 %; to be fitted.
+
+    Example:
+        >>> law = CompressedParameters(bits=4.0, scale=2.0)
+        >>> round(law.worth, 3)
+        0.865
+        >>> law.loss(1e9, 1e10) == Chinchilla().loss(law.worth * 1e9, 1e10)
+        True
+    """
+
+    source: ClassVar[str] = "form arXiv 2411.04330, constants arXiv 2404.10102"
+    columns: ClassVar[tuple[str, ...]] = ("params", "tokens", "bits")
+    unknowns: ClassVar[Mapping[str, Unknown]] = {**TERMS, "scale": Unknown(0.5, 10.0)}
+
+    bits: float | None = None
+    scale: float | None = None
+
+    @property
+    def worth(self) -> float:
+        """What a parameter is worth."""
+        self.check()
+        assert self.bits is not None
+        assert self.scale is not None
+        return -math.expm1(-positive("bits", self.bits) / positive("scale", self.scale))
+
+    def formula(self, c: Any, run: Any) -> Any:
+        """Chinchilla's, of the parameters' worth; a fit takes ``bits`` from the runs."""
+        bits: Any = getattr(run, "bits", self.bits)
+        worth = 1.0 - exp(-bits / c.scale)
+        return c.E + c.A * (worth * run.params) ** -c.alpha + c.B * run.tokens**-c.beta
+
+    def _best_params(self, flops: float) -> float:
+        # As A (worth N)^-alpha, with another A.
+        return self.replace(A=self.A * self.worth**-self.alpha)._closed(flops)
+
+    def _closed(self, flops: float) -> float:
+        return Chinchilla._best_params(self, flops)

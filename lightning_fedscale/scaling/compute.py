@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
-from lightning_fedscale.scaling.base import Allocation, Law, Range, positive
+import numpy as np
+
+from lightning_fedscale.scaling.base import Allocation, Law
+from lightning_fedscale.scaling.chinchilla import TERMS
+from lightning_fedscale.scaling.dual import exp, log
+from lightning_fedscale.scaling.form import LINEAR, SIGNED, Range, Unknown, positive
 
 PF_DAY = 8.64e19
 """FLOPs of a petaflop/s-day, Kaplan's unit of compute."""
@@ -27,6 +33,9 @@ class Kaplan(Law):
     source: ClassVar[str] = "arXiv 2001.08361"
     holds: ClassVar[Range] = Range("text", params=(7e2, 1.5e9), flops=(1e15, 1e22))
 
+    units: ClassVar[str] = "parameters without embeddings, tokens, nats per token"
+    unknowns: ClassVar[Mapping[str, Unknown]] = {}  # superseded: not to be fitted again
+
     N_c: float = 6.4e13
     D_c: float = 1.8e13
     alpha_N: float = 0.076
@@ -34,9 +43,9 @@ class Kaplan(Law):
     size: float = 1.3e9
     exponent: float = 0.73
 
-    def _loss(self, params: float, tokens: float) -> float:
-        inner: float = (self.N_c / params) ** (self.alpha_N / self.alpha_D) + self.D_c / tokens
-        return float(inner**self.alpha_D)
+    def formula(self, c: Any, run: Any) -> Any:
+        """Of both, size and data."""
+        return ((c.N_c / run.params) ** (c.alpha_N / c.alpha_D) + c.D_c / run.tokens) ** c.alpha_D
 
     def _best_params(self, flops: float) -> float:
         return float(self.size * (flops / PF_DAY) ** self.exponent)
@@ -104,14 +113,14 @@ class ComputeOnly(Law):
     """
 
     source: ClassVar[str] = "form arXiv 2404.19484"
+    unknowns: ClassVar[Mapping[str, Unknown]] = {"intercept": SIGNED, "slope": SIGNED}
 
     intercept: float | None = None
     slope: float | None = None
 
-    def _loss(self, params: float, tokens: float) -> float:
-        assert self.intercept is not None
-        assert self.slope is not None
-        return self.intercept - self.slope * math.log(self.flops_per * params * tokens)
+    def formula(self, c: Any, run: Any) -> Any:
+        """A line in ln C."""
+        return c.intercept - c.slope * np.log(self.flops_per * run.params * run.tokens)
 
     def optimal(self, flops: float) -> Allocation:
         """Refused: all sizes are alike under this law.
@@ -123,32 +132,45 @@ class ComputeOnly(Law):
 
 
 @dataclass(frozen=True)
-class PowerLaw(Law):
-    """``L = floor + (scale / x)^exponent`` in one quantity x, to be fitted (Henighan et al., arXiv 2010.14701).
+class Henighan(Law):
+    """``L = floor + scale x^-exponent`` in one quantity x, to be fitted (Henighan et al., arXiv 2010.14701).
 
     With ``by="params"``, ``"tokens"`` or ``"flops"``. Published exponents for language: 0.070 by parameters, 0.048 by
-    compute.
+    compute; the other constants depend on the data.
 
     Example:
-        >>> PowerLaw(floor=1.0, scale=100.0, exponent=0.5, by="tokens").loss(1e6, 400.0)
+        >>> Henighan(floor=1.0, scale=10.0, exponent=0.5, by="tokens").loss(1e6, 400.0)
         1.5
     """
 
     source: ClassVar[str] = "form arXiv 2010.14701"
+    unknowns: ClassVar[Mapping[str, Unknown]] = {"floor": LINEAR, "scale": LINEAR, "exponent": Unknown(0.02, 1.5)}
 
     floor: float | None = None
     scale: float | None = None
     exponent: float | None = None
     by: str = "flops"
 
-    def _loss(self, params: float, tokens: float) -> float:
-        assert self.floor is not None
-        assert self.scale is not None
-        assert self.exponent is not None
+    def __post_init__(self) -> None:
         if self.by not in ("params", "tokens", "flops"):
             raise ValueError(f"by={self.by!r}: choose 'params', 'tokens' or 'flops'.")
-        amount = {"params": params, "tokens": tokens, "flops": self.flops_per * params * tokens}[self.by]
-        return float(self.floor + (self.scale / amount) ** self.exponent)
+
+    def formula(self, c: Any, run: Any) -> Any:
+        """A power of the quantity above a floor."""
+        if self.by == "flops":
+            amount = self.flops_per * run.params * run.tokens
+        else:
+            amount = run.params if self.by == "params" else run.tokens
+        return c.floor + c.scale * amount**-c.exponent
+
+    def optimal(self, flops: float) -> Allocation:
+        """Refused: a law of one quantity knows no trade.
+
+        Raises:
+            ValueError: always.
+        """
+        self.check()
+        raise ValueError(f"Henighan: a law by {self.by} alone knows no trade of size for data: choose another law.")
 
 
 @dataclass(frozen=True)
@@ -159,6 +181,11 @@ class Farseer(Law):
     """
 
     source: ClassVar[str] = "form arXiv 2506.10972"
+    unknowns: ClassVar[Mapping[str, Unknown]] = {
+        "a1": Unknown(-0.2, 0.0, positive=False), "b1": Unknown(-2.0, 0.0, positive=False), "alpha": Unknown(0.05, 0.3),
+        "a2": Unknown(0.0, 1.0, positive=False), "b2": Unknown(0.0, 8.0, positive=False), "beta": Unknown(0.02, 0.3),
+        "a3": Unknown(-0.5, 0.0, positive=False), "b3": Unknown(0.0, 3.0, positive=False), "gamma": Unknown(0.05, 0.3),
+    }  # fmt: skip
 
     a1: float | None = None
     b1: float | None = None
@@ -170,10 +197,12 @@ class Farseer(Law):
     b3: float | None = None
     gamma: float | None = None
 
-    def _loss(self, params: float, tokens: float) -> float:
-        a1, b1, alpha, a2, b2, beta, a3, b3, gamma = (float(value) for value in self.constants.values())
-        decline = math.exp(a1 * params**alpha + b1)
-        return float(math.exp(a3 * params**gamma + b3) + math.exp(a2 * params**beta + b2) * tokens**-decline)
+    def formula(self, c: Any, run: Any) -> Any:
+        """A floor by size, and a power of data whose scale and exponent depend on size."""
+        decline = exp(c.a1 * run.params**c.alpha + c.b1)
+        return exp(c.a3 * run.params**c.gamma + c.b3) + exp(
+            c.a2 * run.params**c.beta + c.b2 - decline * np.log(run.tokens)
+        )
 
 
 @dataclass(frozen=True)
@@ -184,25 +213,40 @@ class Rectified(Law):
     """
 
     source: ClassVar[str] = "form arXiv 2402.02314"
+    columns: ClassVar[tuple[str, ...]] = ("tokens",)
+    unknowns: ClassVar[Mapping[str, Unknown]] = {
+        "B": LINEAR, "learnt": Unknown(1.0, 1e8), "beta": Unknown(0.1, 1.5), "E": LINEAR
+    }  # fmt: skip
 
     B: float | None = None
     learnt: float | None = None
     beta: float | None = None
     E: float | None = None
 
-    def _loss(self, params: float, tokens: float) -> float:
-        B, learnt, beta, E = (float(value) for value in self.constants.values())
-        return float(B / (learnt + tokens**beta) + E)
+    def formula(self, c: Any, run: Any) -> Any:
+        """Data beside what was learnt before."""
+        return c.B / (c.learnt + run.tokens**c.beta) + c.E
+
+    def optimal(self, flops: float) -> Allocation:
+        """Refused: size plays no part.
+
+        Raises:
+            ValueError: always.
+        """
+        self.check()
+        raise ValueError("Rectified: size plays no part in this law, so none is best: choose another law.")
 
 
 @dataclass(frozen=True)
 class InferenceAware(Law):
     """Chinchilla's form times ``1 + epsilon R^gamma`` for a model of width over depth ``R``, to be fitted.
 
-    The form of Bian et al. (arXiv 2501.18107).
+    The form of Bian et al. (arXiv 2501.18107). A fit takes ``width_over_depth`` from the runs.
     """
 
     source: ClassVar[str] = "form arXiv 2501.18107"
+    columns: ClassVar[tuple[str, ...]] = ("params", "tokens", "width_over_depth")
+    unknowns: ClassVar[Mapping[str, Unknown]] = {**TERMS, "epsilon": Unknown(1e-4, 1.0), "gamma": Unknown(0.1, 2.0)}
 
     E: float | None = None
     A: float | None = None
@@ -213,9 +257,10 @@ class InferenceAware(Law):
     gamma: float | None = None
     width_over_depth: float | None = None
 
-    def _loss(self, params: float, tokens: float) -> float:
-        E, A, B, alpha, beta, epsilon, gamma, ratio = (float(value) for value in self.constants.values())
-        return float((E + A * params**-alpha + B * tokens**-beta) * (1.0 + epsilon * ratio**gamma))
+    def formula(self, c: Any, run: Any) -> Any:
+        """Chinchilla's, times what the shape costs."""
+        ratio = getattr(run, "width_over_depth", self.width_over_depth)
+        return (c.E + c.A * run.params**-c.alpha + c.B * run.tokens**-c.beta) * (1.0 + c.epsilon * ratio**c.gamma)
 
 
 @dataclass(frozen=True)
@@ -223,15 +268,16 @@ class DataMixture(Law):
     """Chinchilla's form and a term of the mixture: ``L = E + 1 / sum_i C_i h_i^gamma_i + A / N^alpha + B / D^beta``.
 
     Additive form of Shukor et al. (arXiv 2507.09404), to be fitted; in federated training ``h`` may be the clients'
-    sampling weights.
+    sampling weights. A fit takes them from the runs, as columns ``share.0``, ``share.1``, ...
 
     Args:
-        shares: of each domain in the data; sums to 1.
-        gains: ``C_i`` of each.
+        gains: ``C_i`` of each domain.
         exponents: ``gamma_i`` of each.
+        shares: ``h_i`` of each in the data; sums to 1.
     """
 
     source: ClassVar[str] = "form arXiv 2507.09404"
+    columns: ClassVar[tuple[str, ...]] = ("params", "tokens", "share.0", "share.1")
 
     E: float | None = None
     A: float | None = None
@@ -242,13 +288,20 @@ class DataMixture(Law):
     exponents: tuple[float, ...] | None = None
     shares: tuple[float, ...] | None = None
 
-    def _loss(self, params: float, tokens: float) -> float:
-        assert self.gains is not None
-        assert self.exponents is not None
-        assert self.shares is not None
-        E, A, B, alpha, beta = (float(value) for value in list(self.constants.values())[:5])
-        mixed = sum(c * h**g for c, h, g in zip(self.gains, self.shares, self.exponents, strict=True))
-        return float(E + 1.0 / mixed + A * params**-alpha + B * tokens**-beta)
+    def formula(self, c: Any, run: Any) -> Any:
+        """Chinchilla's, and what the mixture costs."""
+        shares: Any = getattr(run, "share", self.shares)
+        mixed = sum(gain * share**power for gain, power, share in zip(c.gains, c.exponents, shares, strict=True))
+        return c.E + 1.0 / mixed + c.A * run.params**-c.alpha + c.B * run.tokens**-c.beta
+
+    def sought(self, run: Mapping[str, Any]) -> Mapping[str, Unknown]:
+        """With a gain and an exponent for each domain in the runs."""
+        number = len(run["share"])
+        return {
+            **TERMS,
+            **{f"gains.{i}": Unknown(0.1, 30.0) for i in range(number)},
+            **{f"exponents.{i}": Unknown(0.1, 2.0) for i in range(number)},
+        }
 
 
 @dataclass(frozen=True)
@@ -266,6 +319,13 @@ class RoutedLM(Law):
 
     source: ClassVar[str] = "arXiv 2202.01169, S-BASE"
     holds: ClassVar[Range] = Range("text", params=(1.5e7, 1.3e9))
+
+    columns: ClassVar[tuple[str, ...]] = ("params", "experts")
+    unknowns: ClassVar[Mapping[str, Unknown]] = {
+        "a": Unknown(-0.2, 0.0, positive=False), "b": Unknown(-0.3, 0.0, positive=False),
+        "c": Unknown(0.0, 0.03, positive=False), "d": Unknown(0.5, 2.0, positive=False),
+        "E_start": Unknown(1.0, 10.0), "E_max": Unknown(50.0, 1000.0),
+    }  # fmt: skip
 
     a: float = -0.082
     b: float = -0.108
@@ -285,15 +345,12 @@ class RoutedLM(Law):
         """Routing by a hash."""
         return cls(-0.087, -0.136, 0.012, 1.157, 4.175, 477.741, experts)
 
-    @property
-    def saturated_experts(self) -> float:
-        """What the number of experts is worth."""
-        start = 1.0 / (1.0 / self.E_start - 1.0 / self.E_max)
-        return 1.0 / (1.0 / (self.experts - 1.0 + start) + 1.0 / self.E_max)
-
-    def _loss(self, params: float, tokens: float) -> float:
-        n, e = math.log10(params), math.log10(self.saturated_experts)
-        return float(10 ** (self.a * n + self.b * e + self.c * n * e + self.d))
+    def formula(self, c: Any, run: Any) -> Any:
+        """Linear in the logarithms of size and of the saturated number of experts, and in their product."""
+        start = 1.0 / (1.0 / c.E_start - 1.0 / c.E_max)
+        saturated = 1.0 / (1.0 / (getattr(run, "experts", self.experts) - 1.0 + start) + 1.0 / c.E_max)
+        n, e = np.log10(run.params), log(saturated) * (1.0 / math.log(10.0))
+        return exp((c.a * n + c.b * e + c.c * n * e + c.d) * math.log(10.0))
 
     def optimal(self, flops: float) -> Allocation:
         """Refused: the law was fitted at one number of tokens.

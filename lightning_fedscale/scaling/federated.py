@@ -1,51 +1,58 @@
-"""Optimal size by number of clients: any law at the average client's compute, and bounds that say so by themselves."""
+"""Optimal size by number of clients: any law at the average client's compute, and a bound that says so by itself."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
-from lightning_fedscale.scaling.base import Allocation, Law, effective_flops, positive
+from lightning_fedscale.scaling.base import Allocation, Law, effective_flops
+from lightning_fedscale.scaling.form import EXPONENT, LINEAR, Unknown
 
 
 @dataclass(frozen=True)
 class Federated:
-    """A law seen by a number of clients: ``C_eff = C clients**-rho``.
+    """A law seen by clients: ``C_eff = C clients**-rho``.
 
     Example:
         >>> from lightning_fedscale.scaling import Chinchilla
-        >>> law = federated(Chinchilla(), clients=10)
-        >>> f"{law.optimal(1e20).params:.3e}"
-        '2.622e+08'
+        >>> law = federated(Chinchilla(), rho=0.24)
+        >>> f"{law.optimal_federated(1e20, 10).params:.3e}"
+        '6.433e+08'
     """
 
     law: Law
-    clients: int
     rho: float = 1.0
+    clients: int = 1
 
-    def loss(self, params: float, tokens: float) -> float:
-        """Predicted loss if each client trains on so many tokens.
-
-        With ``rho=1`` that of the law at one client's data, with ``rho=0`` at all clients' together.
-        """
-        return self.law.loss(params, positive("tokens", tokens) * self.clients ** (1.0 - self.rho))
+    def loss(self, params: float, tokens: float, clients: int | None = None) -> float:
+        """Predicted loss if each client trains on so many tokens, see `Law.loss_federated`."""
+        return self.law.loss_federated(params, tokens, self.clients if clients is None else clients, self.rho)
 
     def optimal(self, flops: float) -> Allocation:
         """The best model for so much compute of all clients together."""
-        return self.law.optimal_federated(flops, self.clients, self.rho)
+        return self.optimal_federated(flops)
+
+    def optimal_federated(
+        self, flops: float | Sequence[float], clients: int | None = None, mean: str = "mean"
+    ) -> Allocation:
+        """The best model for so much compute of so many clients, see `Law.optimal_federated`."""
+        if clients is None and not isinstance(flops, Sequence):
+            clients = self.clients
+        return self.law.optimal_federated(flops, clients, self.rho, mean)
 
 
-def federated(law: Law, clients: int, rho: float = 1.0) -> Federated:
-    """Let a law be seen by a number of clients.
+def federated(law: Law, rho: float = 1.0, clients: int = 1) -> Federated:
+    """Let a law be seen by clients.
 
     Args:
         law: any law.
-        clients: number of clients.
         rho: 1 as arXiv 2511.12188, about 0.24 as DiLoCo's replicas, 0 as data parallelism, or fitted.
+        clients: number of clients, where none is passed later.
     """
     effective_flops(1.0, clients, rho)
-    return Federated(law, clients, rho)
+    return Federated(law, rho, clients)
 
 
 @dataclass(frozen=True)
@@ -53,17 +60,16 @@ class FederatedPACBayes(Law):
     """Size and compute of a client from a PAC-Bayes bound on the generalisation gap.
 
     ``F(N) = E + a N^-alpha + gap`` with the square-root bound ``gap = N sqrt(kappa tau psi / (4 C))`` or the fast rate
-    ``gap = psi kappa tau N^2 / (2 C)``, where ``C`` is a client's compute, ``kappa`` FLOPs per parameter and sample,
-    ``tau`` the passes over its data, and ``psi`` the information per parameter. **Derived for this library** after the
-    abstract of arXiv 2511.12188, whose own theorem and exponent are not public here: best sizes
-    ``N* = (2 alpha a)^(1/(1+alpha)) (C / (kappa tau psi))^(1/(2(1+alpha)))`` and
+    ``gap = psi kappa tau N^2 / (2 C)``, where ``C`` is a client's compute, ``kappa`` (here ``flops_per``) FLOPs per
+    parameter and sample, ``tau`` the passes over its data, and ``psi`` the information per parameter. **Derived for
+    this library** after the abstract of arXiv 2511.12188, whose own theorem and exponent are not public here: best
+    sizes ``N* = (2 alpha a)^(1/(1+alpha)) (C / (kappa tau psi))^(1/(2(1+alpha)))`` and
     ``N* = (alpha a C / (psi kappa tau))^(1/(2+alpha))``, so that only the average compute per client counts.
 
     Args:
         alpha: exponent of the approximation term.
         a: its scale.
         E: irreducible loss.
-        kappa: FLOPs per parameter and sample; 6 for dense transformers and tokens.
         tau: passes over a client's data.
         psi: information per parameter.
         fast: the fast rate instead of the square root.
@@ -74,12 +80,15 @@ class FederatedPACBayes(Law):
         ['8.1485e+07', '3.4510e+07', '1.4615e+07']
     """
 
+    units: ClassVar[str] = "parameters, tokens, bound on the loss"
+    unknowns: ClassVar[Mapping[str, Unknown]] = {
+        "alpha": EXPONENT, "a": LINEAR, "E": LINEAR, "psi": Unknown(1e-6, 1e2),
+    }  # fmt: skip
     source: ClassVar[str] = "derived after the abstract of arXiv 2511.12188"
 
     alpha: float = 0.34
     a: float = 406.4
     E: float = 1.69
-    kappa: float = 6.0
     tau: float = 1.0
     psi: float = 8.0
     fast: bool = False
@@ -91,15 +100,16 @@ class FederatedPACBayes(Law):
 
     def bound(self, params: float, flops: float) -> float:
         """``F(N)`` for a client's compute."""
-        share = self.kappa * self.tau * self.psi / flops
-        gap = params**2 * share / 2.0 if self.fast else params * math.sqrt(share / 4.0)
-        return float(self.E + self.a * params**-self.alpha + gap)
+        return self._loss(params, flops / (self.flops_per * params))
 
-    def _loss(self, params: float, tokens: float) -> float:
-        return self.bound(params, self.kappa * params * tokens)
+    def formula(self, c: Any, run: Any) -> Any:
+        """``F(N)``, with ``kappa N / C`` the inverse of a client's tokens."""
+        share = self.tau * run.params / run.tokens * c.psi
+        gap = share / 2.0 if self.fast else (share / 4.0) ** 0.5
+        return c.E + c.a * run.params**-c.alpha + gap
 
     def _best_params(self, flops: float) -> float:
-        share = flops / (self.kappa * self.tau * self.psi)
+        share = flops / (self.flops_per * self.tau * self.psi)
         if self.fast:
             return float((self.alpha * self.a * share) ** self.exponent)
         return float((2.0 * self.alpha * self.a) ** (1.0 / (1.0 + self.alpha)) * share**self.exponent)

@@ -5,34 +5,24 @@ from __future__ import annotations
 import json
 import math
 import warnings
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import pandas as pd
-from scipy.optimize import minimize
 
-from lightning_fedscale.scaling.base import Law, closest
+from lightning_fedscale.scaling.base import Interval, Law, Refit
+from lightning_fedscale.scaling.catalogue import FORMS
 from lightning_fedscale.scaling.chinchilla import Chinchilla, Rosenfeld
+from lightning_fedscale.scaling.dual import FloatArray
+from lightning_fedscale.scaling.form import Form, Range, closest, gathered
+from lightning_fedscale.scaling.isoflop import IsoFlop, isoflop
+from lightning_fedscale.scaling.runs import columns_of, decades, runs_table
+from lightning_fedscale.scaling.search import Problem
 
-FloatArray: TypeAlias = npt.NDArray[np.float64]
-
-HUBER = 1e-3
-"""Residuals of the log-loss beyond which they count linearly, as in arXiv 2203.15556."""
-
-
-class Interval(NamedTuple):
-    """A number and the ends of its 95 % bootstrap interval."""
-
-    value: float
-    low: float
-    high: float
-
-    def __str__(self) -> str:
-        return f"{self.value:.4g} ({self.low:.4g} to {self.high:.4g})"
+_WIDE = 10.0
+"""Ends of the interval of a best size that are further apart than this factor determine none."""
 
 
 @dataclass(frozen=True)
@@ -41,79 +31,91 @@ class Fit:
 
     Attributes:
         law: with the fitted constants.
-        intervals: of every constant and, as "exponent", of ``N* ~ C^exponent``.
+        intervals: of every constant and, as "exponent", of ``N* ~ C^exponent``, for laws that have one.
         rho: what division among clients costs, ``C_eff = C clients**-rho``; None if all runs have as many clients.
         runs: how many runs were fitted.
-        error: root mean square of the log-loss residuals.
+        error: root mean square of the log-loss residuals: about the share of the loss.
         held_out: the same on the largest scale, which was not fitted; NaN without.
         problems: what the data cannot support, in words; with one of them `optimal` refuses.
-        samples: constants of the bootstrap, one row each.
+        isoflop: the best sizes by parabolas, as a second opinion; None where the runs have no such profiles.
+        table: the runs, with a column "fitted" (else held out).
+        condition: of the Hessian, scaled: how hard the constants are to tell apart.
+        bootstrap: number of refits behind the intervals.
     """
 
-    law: Law
+    law: Any
     intervals: dict[str, Interval]
     rho: Interval | None
     runs: int
     error: float
     held_out: float
     problems: tuple[str, ...]
-    samples: FloatArray = field(repr=False)
+    isoflop: IsoFlop | None
+    table: pd.DataFrame = field(repr=False)
+    condition: float
+    bootstrap: int
 
     def optimal(self, flops: float, clients: int = 1) -> Interval:
-        """The best model size with its interval.
+        """The best model size for so much compute of all clients together, with its interval.
 
         Raises:
-            ValueError: if the data cannot support an optimum.
+            ValueError: if the data cannot support an optimum, or the law has none.
         """
         if self.problems:
             raise ValueError(f"fit: these runs do not determine a best size: {'; '.join(self.problems)}.")
-        rho = 1.0 if self.rho is None else self.rho.value
-
-        def best(law: Law, rho: float) -> float:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                return law.optimal_federated(flops, clients, rho).params
-
-        sizes = [
-            best(self.law.replace(**dict(zip(_NAMES, row[:5], strict=True))), row[5] if self.rho else 1.0)
-            for row in self.samples.tolist()
-        ]
-        return Interval(best(self.law, rho), *np.quantile(sizes, [0.025, 0.975]).tolist())
+        if not isinstance(self.law, Law):
+            raise ValueError(f"fit: {self.law.name} is no law of size and data.")
+        return self.law.interval_of_size(flops, clients, 1.0 if self.rho is None else self.rho.value)
 
     def save(self, path: str | Path) -> None:
         """Write the law to a JSON file, to be used as ``law=``."""
+        law = self.law
         document = {
-            "law": self.law.name,
-            "constants": {**self.law.constants, "flops_per": self.law.flops_per},
+            "law": law.name,
+            "constants": {**law.constants, **({"flops_per": law.flops_per} if isinstance(law, Law) else {})},
             "intervals": {name: list(interval) for name, interval in self.intervals.items()},
             "rho": None if self.rho is None else list(self.rho),
+            "fitted_on": law.domain._asdict(),
+            "refits": [list(each) for each in law.refits] if isinstance(law, Law) else [],
             "runs": self.runs,
             "error": self.error,
-            "held_out": None if math.isnan(self.held_out) else self.held_out,
+            "held_out": self.held_out,
             "problems": list(self.problems),
         }
-        Path(path).write_text(json.dumps(document, indent=1), encoding="utf-8")
+        Path(path).write_text(json.dumps(_plain(document), indent=1), encoding="utf-8")
 
 
 def fit(
-    runs: Any, law: str | type[Chinchilla] = Rosenfeld, *, holdout: bool = True, bootstrap: int = 200, seed: int = 0
+    runs: Any,
+    law: str | type[Form] | Form = Rosenfeld,
+    *,
+    holdout: bool = True,
+    bootstrap: int = 200,
+    seed: int = 0,
+    loss: str | None = None,
+    task: str = "this task",
 ) -> Fit:
-    """Fit ``L = E + A / N^alpha + B / D^beta`` to runs.
+    """Fit a law to runs.
 
     Minimises the sum of Huber losses of log-loss residuals, as arXiv 2203.15556 does and arXiv 2404.10102 corrects (a
-    mean would stop the search too early), from many starts, with analytic gradients. Runs with several numbers of
-    clients give ``rho`` as well: a client's data count as ``D clients**(1 - rho)``, from none shared (1) to all (0).
+    mean would stop the search too early), from many starts, with exact gradients; constants in which the form is linear
+    need no starts (variable projection). Runs with several numbers of clients give ``rho`` as well: a client's data
+    count as ``D clients**(1 - rho)``, from none shared (1) to all (0).
 
     Args:
-        runs: a table (DataFrame, or mapping of columns) with ``loss``, ``params`` and ``tokens`` or ``flops``; if there
-            are ``clients``, tokens and FLOPs are those of one client.
-        law: `Rosenfeld` (any task), `Chinchilla` (text), or its name.
+        runs: a table (DataFrame, or mapping of columns), a CSV file, or directories of runs that were trained with
+            `ComputeAccounting`. Columns: ``loss``, what the law needs (``params`` and ``tokens``, as a rule; ``flops``
+            will do for tokens), and ``clients``; tokens and FLOPs are those of one client.
+        law: `Rosenfeld` (any task), `Chinchilla` (text), or any form with constants to be found: a class, its name, or
+            an object whose other constants count.
         holdout: keep the runs of the largest compute out and report their error.
         bootstrap: number of refits to resampled runs, for the intervals.
         seed: of the resampling.
+        loss: name of the logged loss, for directories.
+        task: what the runs did; the law holds for that.
 
     Raises:
-        ValueError: for runs without the columns, with numbers that are not positive, or of one size only.
+        ValueError: for runs without the columns, with numbers that are not positive, too few, or of one size only.
 
     Example:
         >>> truth = Rosenfeld(E=1.0, A=20.0, B=30.0, alpha=0.4, beta=0.3)
@@ -123,39 +125,65 @@ def fit(
         >>> round(found.law.alpha, 3), round(found.law.beta, 3)
         (0.4, 0.3)
     """
-    kind = _kind(law)
-    table = runs_table(runs)
-    problems = _problems(table)
-    several = table["clients"].nunique() > 1
-    largest = table["flops"] * table["clients"] >= (table["flops"] * table["clients"]).max() * 0.9
-    kept_out = largest if holdout and 0 < largest.sum() <= len(table) // 4 else largest & False
-    data = _Data.of(table[~kept_out], several)
-    best = _solve(data, _starts(data))
-    if not several and not problems and np.linalg.cond(data.curvature(best)) > 1e12:
-        problems.append("the constants are not told apart (a nearly singular Hessian)")
-    rng = np.random.default_rng(seed)
-    samples = []
-    for _ in range(bootstrap):
-        resampled = data.rows(rng.integers(0, len(data.loss), len(data.loss)))
-        samples.append(_constants(_solve(resampled, best[None])))
-    draws = np.array(samples).reshape(-1, 6)
-    constants = _constants(best)
+    form = form_of(law)
+    table = runs_table(runs, form, loss)
+    by_size = {"params", "tokens"} <= set(form.columns)
+    if by_size and isinstance(form, Law):
+        form = form.replace(flops_per=float((table["flops"] / (table["params"] * table["tokens"])).median()))
+    several = "tokens" in form.columns and "clients" not in form.columns and table["clients"].nunique() > 1
+    kept_out = _largest(table) if holdout and by_size else table["loss"] < 0
+    problem = _problem(table[~kept_out], form, several)
+    _enough(table, problem, by_size)
+    best = problem.best()
+    condition = problem.condition(best)
+    draws = _bootstrap(problem, best, bootstrap, seed)
+    fitted = _law(form, problem, best, draws, _range(table, task, by_size))
+    constants = problem.constants(best)
     intervals = {
-        name: _interval(value, draws[:, i]) for i, (name, value) in enumerate(zip(_NAMES, constants, strict=False))
+        name: Interval.of(float(value), [float(draw[name]) for draw in draws]) for name, value in constants.items()
     }
-    shares = draws[:, 4] / (draws[:, 3] + draws[:, 4])
-    intervals["exponent"] = _interval(constants[4] / (constants[3] + constants[4]), shares)
-    # Both errors are of log-losses: about the share of the loss.
+    if isinstance(fitted, Chinchilla):
+        shares = [float(draw["beta"] / (draw["alpha"] + draw["beta"])) for draw in draws]
+        intervals["exponent"] = Interval.of(fitted.exponent, shares)
+    rho = intervals.pop("rho", None)
+    price = 1.0 if rho is None else rho.value
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        problems = _problems(table, fitted, condition, price) if by_size else []
+        second = isoflop(table, fitted, price, seed) if by_size and isinstance(fitted, Law) else None
     return Fit(
-        kind(**dict(zip(_NAMES, constants[:5].tolist(), strict=True)), flops_per=_flops_per(table)),
+        fitted,
         intervals,
-        _interval(constants[5], draws[:, 5]) if several else None,
-        len(data.loss),
-        _rms(data.residuals(best)),
-        _rms(_Data.of(table[kept_out], several).residuals(best)) if kept_out.any() else math.nan,
+        rho,
+        len(problem.log_loss),
+        _rms(problem.residuals(best)),
+        _rms(_problem(table[kept_out], form, several).residuals(best)) if kept_out.any() else math.nan,
         tuple(problems),
-        draws,
+        second,
+        table.assign(fitted=~kept_out),
+        condition,
+        bootstrap,
     )
+
+
+def form_of(law: str | type[Form] | Form) -> Form:
+    """The form that is to be fitted.
+
+    Raises:
+        ValueError: for an unknown name, or a law without constants to be found.
+    """
+    if isinstance(law, str):
+        known = {name.lower(): name for name in FORMS}
+        if law.lower() not in known:
+            raise closest("law", law, [name for name, form in FORMS.items() if form().fits()])
+        law = FORMS[known[law.lower()]]
+    if isinstance(law, type) and issubclass(law, Form):
+        law = law()
+    if not isinstance(law, Form):
+        raise ValueError(f"law={law!r}: pass a law, its class or its name.")
+    if not law.fits():
+        raise ValueError(f"law={law.name!r} has no constants to be fitted: choose another law.")
+    return law
 
 
 def law_from_file(path: str | Path) -> tuple[Law, float | None]:
@@ -164,190 +192,108 @@ def law_from_file(path: str | Path) -> tuple[Law, float | None]:
     Raises:
         ValueError: if the file is none of those.
     """
-    from lightning_fedscale.scaling import LAWS
-
     try:
         document = json.loads(Path(path).read_text(encoding="utf-8"))
-        law = LAWS[document["law"]](**document["constants"])
-    except (KeyError, TypeError, json.JSONDecodeError) as error:
+        constants = {name: tuple(v) if isinstance(v, list) else v for name, v in document["constants"].items()}
+        kind: Any = FORMS[document["law"]]
+        law = kind(**constants)
+        assert isinstance(law, Law)
+        if where := document.get("fitted_on"):
+            ends: dict[str, Any] = {name: tuple(where[name]) for name in ("params", "flops", "clients")}
+            refits = [Refit(each, math.nan if rho is None else rho) for each, rho in document.get("refits", [])]
+            law = law.replace(fitted_on=Range(where["task"], **ends), refits=tuple(refits))
+    except FileNotFoundError:
+        raise ValueError(f"law={str(path)!r}: there is no such file.") from None
+    except (AssertionError, KeyError, TypeError, json.JSONDecodeError) as error:
         raise ValueError(f"law={str(path)!r} is not a law file ({error!r}): write one with Fit.save.") from error
     return law, None if document.get("rho") is None else document["rho"][0]
 
 
-def runs_table(runs: Any) -> pd.DataFrame:
-    """Runs as a table with params, tokens, flops, loss and clients; the last three made up from the others.
+# ---- parts
 
-    Raises:
-        ValueError: for missing columns, numbers that are not positive, or too few runs.
-    """
-    table = pd.DataFrame(dict(runs) if isinstance(runs, Mapping) else runs).copy()
-    if missing := {"params", "loss"} - set(table):
-        raise ValueError(
-            f"runs: the column {', '.join(sorted(missing))} is missing; there are {', '.join(map(str, table))}."
-        )
-    if not {"tokens", "flops"} & set(table):
-        raise ValueError(f"runs: a column tokens or flops is missing; there are {', '.join(map(str, table))}.")
-    if "tokens" not in table:
-        table["tokens"] = table["flops"] / (6.0 * table["params"])
-    if "flops" not in table:
-        table["flops"] = 6.0 * table["params"] * table["tokens"]
-    if "clients" not in table:
-        table["clients"] = 1
-    for column in ("params", "tokens", "flops", "loss", "clients"):
-        numbers = table[column].to_numpy(dtype=np.float64)
-        wrong = ~(np.isfinite(numbers) & (numbers > 0))
-        if wrong.any():
-            row = int(wrong.argmax())
-            raise ValueError(
-                f"runs: {column}={numbers[row]:g} in row {row}: leave out runs without a finite {column} above 0."
-            )
-    if len(table) < 5:
-        raise ValueError(f"runs: {len(table)} runs for five constants: fit ten or more.")
-    if table["params"].nunique() == 1:
+
+def _problem(table: pd.DataFrame, form: Form, several: bool) -> Problem:
+    clients = np.log(table["clients"].to_numpy(dtype=np.float64)) if several else None
+    return Problem(form, columns_of(table, form), np.log(table["loss"].to_numpy(dtype=np.float64)), clients)
+
+
+def _largest(table: pd.DataFrame) -> pd.Series[bool]:
+    """The runs of the largest compute, if enough others remain."""
+    total = table["flops"] * table["clients"]
+    largest = total >= total.max() * 0.9
+    few: pd.Series[bool] = largest if largest.sum() <= len(table) // 3 else largest & False
+    return few
+
+
+def _enough(table: pd.DataFrame, problem: Problem, by_size: bool) -> None:
+    number = len(problem.unknowns)
+    if len(problem.log_loss) < number:
+        raise ValueError(f"runs: {len(problem.log_loss)} runs for {number} constants: fit {2 * number} or more.")
+    if by_size and table["params"].nunique() == 1:
         raise ValueError(f"runs: all have {table['params'].iloc[0]:,.0f} parameters: a best size takes several sizes.")
-    return table.reset_index(drop=True)
 
 
-# ---- the objective
-
-
-_NAMES = ("E", "A", "B", "alpha", "beta")
-
-
-class _Data(NamedTuple):
-    """Logarithms of what was measured; ``clients`` are zeros unless ``rho`` is to be fitted."""
-
-    params: FloatArray
-    tokens: FloatArray
-    clients: FloatArray
-    loss: FloatArray
-    several: bool
-
-    @classmethod
-    def of(cls, table: pd.DataFrame, several: bool) -> _Data:
-        params, tokens, clients, loss = (
-            np.log(table[name].to_numpy(dtype=np.float64)) for name in ("params", "tokens", "clients", "loss")
-        )
-        return cls(params, tokens, clients, loss, several)
-
-    def rows(self, which: Any) -> _Data:
-        return _Data(self.params[which], self.tokens[which], self.clients[which], self.loss[which], self.several)
-
-    def terms(self, theta: FloatArray) -> FloatArray:
-        """Logarithms of the law's three terms, for one or many ``theta = (ln E, ln A, ln B, alpha, beta, rho)``."""
-        e, a, b, alpha, beta, rho = np.moveaxis(theta[..., None], -2, 0)
-        tokens = self.tokens + (1.0 - rho) * self.clients
-        return np.stack(np.broadcast_arrays(e, a - alpha * self.params, b - beta * tokens))
-
-    def residuals(self, theta: FloatArray) -> FloatArray:
-        found: FloatArray = np.logaddexp.reduce(self.terms(theta), axis=0) - self.loss
-        return found
-
-    def objective(self, theta: FloatArray) -> FloatArray:
-        size = np.abs(self.residuals(theta))
-        found: FloatArray = np.where(size <= HUBER, size**2 / 2, HUBER * (size - HUBER / 2)).sum(-1)
-        return found
-
-    def with_gradient(self, theta: FloatArray) -> tuple[float, FloatArray]:
-        terms = self.terms(theta)
-        total = np.logaddexp.reduce(terms, axis=0)
-        residuals = total - self.loss
-        pull = np.clip(residuals, -HUBER, HUBER)
-        e, a, b = np.exp(terms - total) * pull
-        tokens = self.tokens + (1.0 - theta[5]) * self.clients
-        gradient = np.array([
-            e.sum(), a.sum(), b.sum(), -(a * self.params).sum(), -(b * tokens).sum(),
-            (b * self.clients).sum() * theta[4] if self.several else 0.0,
-        ])  # fmt: skip
-        size = np.abs(residuals)
-        value = np.where(size <= HUBER, size**2 / 2, HUBER * (size - HUBER / 2)).sum()
-        # In units of the tolerance, so that the search does not stop where it is flat only by its smallness.
-        return float(value) / HUBER**2, gradient / HUBER**2
-
-    def curvature(self, theta: FloatArray) -> FloatArray:
-        """The Gauss-Newton Hessian over the five constants, scaled to a unit diagonal."""
-        terms = self.terms(theta)
-        e, a, b = np.exp(terms - np.logaddexp.reduce(terms, axis=0))
-        jacobian = np.stack([e, a, b, -a * self.params, -b * self.tokens])
-        hessian = jacobian @ jacobian.T
-        scale = np.sqrt(np.diag(hessian))
-        found: FloatArray = hessian / np.outer(scale, scale)
-        return found
-
-
-def _starts(data: _Data) -> FloatArray:
-    """The best points of a grid: the objective has many minima."""
-    level = data.loss.min()
-    grid = np.array(
-        np.meshgrid(
-            [level - 1.5, level - 0.5, level - 0.1],
-            [0.0, 2.5, 5.0, 7.5, 10.0, 15.0, 20.0],
-            [0.0, 2.5, 5.0, 7.5, 10.0, 15.0, 20.0],
-            [0.1, 0.25, 0.4, 0.6, 1.0],
-            [0.1, 0.25, 0.4, 0.6, 1.0],
-            [0.5] if data.several else [1.0],
-        )
-    ).reshape(6, -1)
-    values = data.objective(grid.T)
-    best: FloatArray = grid.T[np.argsort(values)[:60]]
-    return best
-
-
-def _solve(data: _Data, starts: FloatArray) -> FloatArray:
-    def attempt(start: FloatArray) -> Any:
-        return minimize(data.with_gradient, start, jac=True, method="BFGS", options={"maxiter": 2000, "gtol": 1e-6})
-
-    results = [attempt(start) for start in starts]
-    best = min(results, key=lambda result: result.fun)
-    again = attempt(best.x)
-    found: FloatArray = again.x if again.fun < best.fun else best.x
+def _bootstrap(problem: Problem, best: FloatArray, number: int, seed: int) -> list[dict[str, float]]:
+    rng, found = np.random.default_rng(seed), []
+    size = len(problem.log_loss)
+    for _ in range(number):
+        resampled = problem.rows(rng.integers(0, size, size))
+        constants = resampled.constants(resampled.again(best))
+        found.append({name: float(value) for name, value in constants.items()})
     return found
 
 
-def _constants(theta: FloatArray) -> FloatArray:
-    found: FloatArray = np.concatenate([np.exp(theta[:3]), theta[3:]])
-    return found
+def _law(form: Form, problem: Problem, best: FloatArray, draws: list[dict[str, float]], where: Range) -> Form:
+    constants = {name: float(value) for name, value in problem.constants(best).items() if name != "rho"}
+    fitted = form.replace(**gathered(constants), fitted_on=where)
+    if not isinstance(fitted, Law):
+        return fitted
+    refits = [Refit({k: v for k, v in draw.items() if k != "rho"}, draw.get("rho", math.nan)) for draw in draws]
+    return fitted.replace(refits=tuple(refits))
 
 
-def _flops_per(table: pd.DataFrame) -> float:
-    return float((table["flops"] / (table["params"] * table["tokens"])).median())
+def _range(table: pd.DataFrame, task: str, by_size: bool) -> Range:
+    clients = (int(table["clients"].min()), int(table["clients"].max()))
+    if not by_size:
+        return Range(task, clients=clients)
+    params, flops = ((float(table[name].min()), float(table[name].max())) for name in ("params", "flops"))
+    return Range(task, params, flops, clients)
 
 
-def _kind(law: str | type[Chinchilla]) -> type[Chinchilla]:
-    known: dict[str, type[Chinchilla]] = {"Chinchilla": Chinchilla, "Rosenfeld": Rosenfeld}
-    if isinstance(law, str):
-        if law not in known:
-            raise closest("law", law, list(known))
-        return known[law]
-    if law not in known.values():
-        raise ValueError(f"law={law!r}: choose {' or '.join(known)}.")
-    return law
-
-
-def _problems(table: pd.DataFrame) -> list[str]:
-    """What the runs are too few or too alike for."""
+def _problems(table: pd.DataFrame, law: Form, condition: float, rho: float) -> list[str]:
+    """What the runs are too few or too alike for, and what came out too wide."""
     problems = []
-    sizes, spans = (
-        table["params"],
-        {name: math.log10(table[name].max() / table[name].min()) for name in ("params", "tokens")},
-    )
-    if sizes.nunique() < 4:
-        problems.append(f"only {sizes.nunique()} sizes")
-    for name, decades in spans.items():
-        if decades < 0.9:
-            problems.append(f"{name} span {decades:.1f} decades only")
-    together = float(np.corrcoef(np.log(table["params"]), np.log(table["tokens"]))[0, 1]) if len(table) > 2 else 1.0
-    if together > 0.995:
+    if (sizes := table["params"].nunique()) < 4:
+        problems.append(f"only {sizes} sizes")
+    for name in ("params", "tokens"):
+        if (span := decades(table[name])) < 0.9:
+            problems.append(f"{name} span {span:.1f} decades only")
+    if float(np.corrcoef(np.log(table["params"]), np.log(table["tokens"]))[0, 1]) > 0.995:
         problems.append("size and data always grow together")
+    if not condition < 1e12:
+        problems.append("the constants are not told apart (a nearly singular Hessian)")
+    if not problems and isinstance(law, Law) and len(law.refits) >= 20:
+        largest = table.iloc[int((table["flops"] * table["clients"]).to_numpy().argmax())]
+        flops, clients = float(largest["flops"] * largest["clients"]), int(largest["clients"])
+        try:
+            size = law.interval_of_size(flops, clients, rho)
+        except ValueError:
+            return problems  # a law without a best size
+        if not size.high < _WIDE * size.low:
+            problems.append(
+                f"at the largest compute the best size lies anywhere from {size.low:.2g} to {size.high:.2g} parameters"
+            )
     return problems
-
-
-def _interval(value: float, draws: FloatArray) -> Interval:
-    if not len(draws):
-        return Interval(float(value), math.nan, math.nan)
-    low, high = np.quantile(draws, [0.025, 0.975]).tolist()
-    return Interval(float(value), low, high)
 
 
 def _rms(residuals: FloatArray) -> float:
     return float(np.sqrt(np.mean(residuals**2)))
+
+
+def _plain(value: Any) -> Any:
+    """As JSON has it: no NaN and no infinity."""
+    if isinstance(value, dict):
+        return {name: _plain(each) for name, each in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(each) for each in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

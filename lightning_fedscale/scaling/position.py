@@ -119,7 +119,7 @@ def position_of(
     for name, value in (("params", params), ("tokens", tokens), ("flops", flops)):
         positive(name, value)
     law = law.replace(flops_per=flops / (params * tokens))
-    seen = federated(law, clients, rho)
+    seen = federated(law, rho, clients)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         best = seen.optimal(flops)
@@ -142,7 +142,7 @@ def plot(position: Position, law: Law) -> Figure:
     from matplotlib.figure import Figure
 
     law = law.replace(flops_per=position.flops / (position.params * position.tokens))
-    seen = federated(law, position.clients, position.rho)
+    seen = federated(law, position.rho, position.clients)
     span = max(10.0, 2 * max(position.size_ratio, 1 / position.size_ratio))
     sizes = [position.optimal_params * span ** (i / 50 - 1) for i in range(101)]
     with warnings.catch_warnings():

@@ -42,6 +42,7 @@ LEVELS = [
     {"federation"},
     {"strategy"},
     {"callbacks"},
+    {"sweep"},
     {"cli", "conf"},
     {"__init__", "pytorch_lightning"},  # the front doors
 ]
@@ -62,6 +63,7 @@ KNOW_LIGHTNING = {
     "pytorch_lightning",
     "refusals",
     "strategy",
+    "sweep",
     "train_data",
     "workload",
 }

@@ -1,0 +1,69 @@
+"""``fedscale sweep``: the smallest sweep that a scaling law can be fitted to, and the fit."""
+
+from __future__ import annotations
+
+import sys
+from importlib import import_module
+from typing import Any
+
+from lightning_fedscale.cli.fit import finish
+from lightning_fedscale.scaling import fit as make_fit
+from lightning_fedscale.sweep import sweep as run_sweep
+
+
+def sweep(
+    module: str,
+    data: str,
+    flops: float,
+    sizes: list[int] = [8, 16, 32, 64, 128],  # noqa: B006  # jsonargparse shows it as the default
+    clients: list[int] = [1, 4],  # noqa: B006
+    local_steps: int = 5,
+    loss: str | None = None,
+    law: str = "Rosenfeld",
+    task: str = "this task",
+    bootstrap: int = 200,
+    accelerator: str = "auto",
+    runs: str = "fedscale_sweep",
+    output: str = ".",
+    json: bool = False,
+) -> None:
+    """Train a module in several sizes, with several numbers of clients, and fit a scaling law to the runs.
+
+    Args:
+        module: class or function that makes the LightningModule of a size, such as my_package.MyModule; it is called
+            with size=.
+        data: class of the LightningDataModule, with a validation loader.
+        flops: training compute of the largest runs, of all clients together, such as 1e12.
+        sizes: values of the module's argument size; they should span a factor of ten in parameters or more.
+        clients: numbers of clients.
+        local_steps: batches of a client in a round.
+        loss: name of the logged validation loss; by default the first of the usual names.
+        law: form of the law, by name.
+        task: what the module does; the law holds for that.
+        bootstrap: number of refits behind the intervals.
+        accelerator: as of a Trainer.
+        runs: folder for the runs' table; a sweep that was interrupted goes on there.
+        output: folder for fedscale_law.json, report.md and fit.png.
+        json: print one JSON object instead of tables.
+    """
+
+    def show(row: dict[str, Any]) -> None:
+        print(
+            f"size {row['size']}, clients {row['clients']}: {row['params']:,.0f} parameters,"
+            f" {row['tokens']:,.0f} tokens or samples each, loss {row['loss']:.4f}",
+            file=sys.stderr,
+        )
+
+    table = run_sweep(
+        _named("module", module), _named("data", data), sizes, flops, clients, folder=runs, loss=loss,
+        local_steps=local_steps, trainer={"accelerator": accelerator}, each=show,
+    )  # fmt: skip
+    finish(make_fit(table, law, bootstrap=bootstrap, task=task), output, json)
+
+
+def _named(argument: str, path: str) -> Any:
+    where, _, name = path.rpartition(".")
+    try:
+        return getattr(import_module(where), name)
+    except (AttributeError, ImportError, ValueError) as error:
+        raise ValueError(f"{argument}={path!r}: cannot be imported ({error}); pass package.module.Name.") from error

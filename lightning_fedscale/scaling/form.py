@@ -1,0 +1,180 @@
+"""What can be fitted: a formula with constants, which are known, published, or found by `fit`."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from difflib import get_close_matches
+from types import SimpleNamespace
+from typing import Any, ClassVar, NamedTuple, TypeVar
+
+import numpy as np
+
+from lightning_fedscale.scaling.dual import Dual, exp
+
+
+class Unknown(NamedTuple):
+    """A constant that a fit looks for.
+
+    Attributes:
+        low: least value to start from.
+        high: largest value to start from.
+        positive: whether the constant is above 0 (and is searched on a logarithmic scale).
+        linear: whether the formula is linear in it: then no start is needed (variable projection).
+        below: what it stays below, if anything; then ``positive`` plays no part.
+    """
+
+    low: float = 0.0
+    high: float = 0.0
+    positive: bool = True
+    linear: bool = False
+    below: float | None = None
+
+    def value(self, theta: Any) -> Any:
+        """The constant by its place on the scale that is searched."""
+        if self.below is not None:
+            return self.below - exp(theta)
+        return exp(theta) if self.positive else theta
+
+    def theta(self, value: float) -> float:
+        """The place of a constant on the scale that is searched."""
+        if self.below is not None:
+            return math.log(self.below - value)
+        return math.log(max(value, 1e-300)) if self.positive else value
+
+
+LINEAR = Unknown(linear=True)
+SIGNED = Unknown(positive=False, linear=True)
+EXPONENT = Unknown(0.05, 1.5)
+
+
+class Range(NamedTuple):
+    """Where a law was fitted.
+
+    Attributes:
+        task: kind of data and model, such as "text".
+        params: smallest and largest model.
+        flops: smallest and largest compute of one client.
+        clients: fewest and most clients.
+    """
+
+    task: str
+    params: tuple[float, float] = (0.0, math.inf)
+    flops: tuple[float, float] = (0.0, math.inf)
+    clients: tuple[int, int] = (1, 1)
+
+
+class Unfitted(ValueError):
+    """A law was asked for a prediction whose constants nobody has published."""
+
+
+_Self = TypeVar("_Self", bound="Form")
+
+
+@dataclass(frozen=True)
+class Form:
+    """A formula with constants.
+
+    Fields are the constants; one that nobody has published is None, and predictions are refused until it is passed or
+    fitted.
+
+    Attributes:
+        source: where form and constants are from.
+        units: of what goes in and comes out.
+        holds: where the published constants were fitted.
+        columns: what the formula needs of every run, beside its constants.
+        unknowns: the constants that `fit` finds.
+        fitted_on: where these constants were fitted, if not where ``holds`` says.
+    """
+
+    source: ClassVar[str] = ""
+    units: ClassVar[str] = "parameters, tokens, nats per token"
+    holds: ClassVar[Range] = Range("any")
+    columns: ClassVar[tuple[str, ...]] = ()
+    unknowns: ClassVar[Mapping[str, Unknown]] = {}
+    fitted_on: Range | None = field(default=None, kw_only=True, compare=False)
+
+    @property
+    def name(self) -> str:
+        """The law's name."""
+        return type(self).__name__
+
+    @property
+    def domain(self) -> Range:
+        """Where the law was fitted."""
+        return self.fitted_on or self.holds
+
+    @property
+    def constants(self) -> dict[str, Any]:
+        """The law's constants by name."""
+        return {each.name: getattr(self, each.name) for each in dataclasses.fields(self) if not each.kw_only}
+
+    def check(self) -> None:
+        """Raise `Unfitted` if a constant is unknown."""
+        unknown = [name for name, value in self.constants.items() if value is None]
+        if unknown:
+            raise Unfitted(
+                f"{self.name}: its constants are not published ({', '.join(unknown)} unknown): fit them to runs of your"
+                f" own, or pass them, {self.name}({', '.join(f'{name}=...' for name in unknown)})."
+            )
+
+    def replace(self: _Self, **constants: Any) -> _Self:
+        """The law with other constants."""
+        return dataclasses.replace(self, **constants)
+
+    def formula(self, c: Any, run: Any) -> Any:
+        """The loss, by constants and by what is known of a run; both may be arrays, constants may be `Dual`."""
+        raise NotImplementedError
+
+    def predict(self, **run: Any) -> Any:
+        """The formula with the law's own constants, for numbers or arrays of each of ``columns``."""
+        self.check()
+        return self.formula(SimpleNamespace(**self.constants), SimpleNamespace(**run))
+
+    def fits(self) -> bool:
+        """Whether there are constants to be fitted."""
+        return bool(self.unknowns) or type(self).sought is not Form.sought
+
+    def sought(self, run: Mapping[str, Any]) -> Mapping[str, Unknown]:
+        """The constants that a fit to these runs looks for; "name.0", "name.1", ... are parts of one."""
+        return self.unknowns
+
+
+def gathered(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Constants by name, with the parts of one in a tuple.
+
+    Example:
+        >>> gathered({"E": 1.0, "gains.0": 2.0, "gains.1": 3.0})
+        {'E': 1.0, 'gains': (2.0, 3.0)}
+    """
+    found: dict[str, Any] = {}
+    for name, value in values.items():
+        whole, dot, _ = name.partition(".")
+        found[whole] = (*found.get(whole, ()), value) if dot else value
+    return found
+
+
+def duals(theta: np.ndarray[Any, np.dtype[np.float64]]) -> list[Dual]:
+    """One number for each unknown, which carries a derivative of 1 by itself."""
+    return [Dual(value, unit[:, None]) for value, unit in zip(theta, np.eye(len(theta)), strict=True)]
+
+
+def positive(name: str, value: float) -> float:
+    """The number, if it is finite and above 0.
+
+    Raises:
+        ValueError: if not.
+    """
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
+        raise ValueError(f"{name}={value!r}: pass a finite number above 0.")
+    return float(value)
+
+
+def closest(kind: str, name: str, known: Sequence[str]) -> ValueError:
+    """The error for an unknown name, with the closest match."""
+    near = get_close_matches(name.lower(), [each.lower() for each in known], 1)
+    match = next((each for each in known if near and each.lower() == near[0]), None)
+    hint = f" Did you mean {match!r}?" if match else ""
+    return ValueError(f"{kind}={name!r} is not known.{hint} Known: {', '.join(map(repr, known))}.")

@@ -1,0 +1,64 @@
+"""Which law ``law=`` means: a law knows its domain, and a project may have one of its own."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from lightning_fedscale.scaling.base import Law
+from lightning_fedscale.scaling.catalogue import LAW_FILE, law_by_name
+from lightning_fedscale.scaling.chinchilla import Chinchilla
+from lightning_fedscale.scaling.fit import law_from_file
+
+
+def project_law(folder: str | Path = ".") -> tuple[Law, float | None] | None:
+    """The law that was fitted to the project's own runs, with ``rho``; None without ``fedscale_law.json`` in there."""
+    path = Path(folder, LAW_FILE)
+    return law_from_file(path) if path.is_file() else None
+
+
+def law_of(law: Any, *, text: bool) -> tuple[Law | None, float | None]:
+    """The law that an argument names, and the ``rho`` that was fitted with it, if any.
+
+    Args:
+        law: "auto", a law's name, a file of `Fit.save`, a law, or None for none. "auto" is the project's own law, if
+            there is one, else Chinchilla's for text, else none: no published law holds for other tasks.
+        text: whether the task is text.
+
+    Raises:
+        Unfitted: for a law without constants.
+        ValueError: for an unknown name or a file that holds no law.
+        TypeError: for anything else.
+
+    Example:
+        >>> law_of("kaplan", text=True)[0].name
+        'Kaplan'
+        >>> law_of("auto", text=False)
+        (None, None)
+    """
+    if law is None:
+        return None, None
+    if isinstance(law, Law):
+        return law, None
+    if not isinstance(law, (str, Path)):
+        raise TypeError(f"law={law!r}: pass 'auto', a law's name, a file of Fit.save, a law, or None.")
+    if law == "auto":
+        return project_law() or (Chinchilla() if text else None, None)
+    if Path(law).suffix == ".json":
+        return law_from_file(law)
+    found = law_by_name(str(law))
+    found.check()
+    return found, None
+
+
+def sweep_command(module: str, data: str | None, flops: float) -> str:
+    """The command that runs the smallest sweep of a module which a law can be fitted to, and fits it.
+
+    Example:
+        >>> sweep_command("my.Module", "my.Data", 2.5e9)
+        "fedscale sweep --module my.Module --data my.Data --sizes '[8,16,32,64,128]' --clients '[1,4]' --flops 2.5e+09"
+    """
+    return (
+        f"fedscale sweep --module {module} --data {data or 'my_package.MyDataModule'} --sizes '[8,16,32,64,128]'"
+        f" --clients '[1,4]' --flops {flops:.2g}"
+    )

@@ -1,0 +1,165 @@
+"""What a fit found, as a page and a figure, with all that a scaling study must state."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from pathlib import Path
+from types import SimpleNamespace
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from lightning_fedscale.scaling.base import Law
+from lightning_fedscale.scaling.fit import Fit
+from lightning_fedscale.scaling.runs import columns_of
+from lightning_fedscale.scaling.search import HUBER
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
+def write_report(found: Fit, folder: str | Path) -> Path:
+    """Write ``report.md`` and ``fit.png`` about a fit.
+
+    Returns:
+        The page's path.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    plot_fit(found).savefig(folder / "fit.png", dpi=150)
+    page = folder / "report.md"
+    page.write_text("\n".join([*_head(found), *_constants(found), *_sizes(found), *_checklist(found), ""]), "utf-8")
+    return page
+
+
+def plot_fit(found: Fit) -> Figure:
+    """Measured against predicted loss, and the profiles at each compute with the law through them."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 3.8), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    table = found.table
+    known = columns_of(table, found.law)
+    if found.rho is not None:
+        known["tokens"] = known["tokens"] * known["clients"] ** (1.0 - found.rho.value)
+    predicted = found.law.formula(SimpleNamespace(**found.law.constants), SimpleNamespace(**known))
+    for fitted, color, label in ((True, "tab:blue", "fitted"), (False, "tab:red", "held out")):
+        rows = (table["fitted"] == fitted).to_numpy()
+        if rows.any():
+            left.plot(predicted[rows], table["loss"][rows], "o", ms=4, color=color, label=label)
+    ends = [min(predicted.min(), table["loss"].min()), max(predicted.max(), table["loss"].max())]
+    left.plot(ends, ends, color="0.5", lw=0.8)
+    left.set(xscale="log", yscale="log", xlabel=f"loss by {found.law.name}", ylabel="measured loss")
+    left.legend(frameon=False)
+    _profiles(found, right)
+    for axes in (left, right):
+        axes.spines[["top", "right"]].set_visible(False)
+    return figure
+
+
+def _profiles(found: Fit, axes: object) -> None:
+    from matplotlib import colormaps
+    from matplotlib.axes import Axes
+
+    assert isinstance(axes, Axes)
+    if found.isoflop is None or not isinstance(found.law, Law):
+        axes.set_axis_off()
+        return
+    rho, profiles = _rho(found), found.isoflop.profiles
+    for profile, share in zip(profiles, np.linspace(0.0, 0.9, len(profiles)), strict=True):
+        color = colormaps["viridis"](share)
+        axes.plot(profile.params, profile.loss, "o", ms=3, color=color)
+        sizes = np.geomspace(profile.params.min(), profile.params.max(), 50)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            losses = [
+                found.law.loss_federated(size, profile.flops / (found.law.flops_per * size * profile.clients),
+                                         profile.clients, rho)
+                for size in sizes.tolist()
+            ]  # fmt: skip
+        axes.plot(sizes, losses, color=color, lw=1, label=f"{profile.flops:.1e}, {profile.clients:,}")
+    axes.set(xscale="log", xlabel="parameters", ylabel="loss")
+    if len(profiles) <= 12:
+        axes.legend(frameon=False, title="FLOPs, clients", fontsize="x-small", title_fontsize="x-small")
+
+
+def _rho(found: Fit) -> float:
+    return 1.0 if found.rho is None else found.rho.value
+
+
+def _head(found: Fit) -> list[str]:
+    summary = type(found.law).__doc__ or ""
+    lines = [f"# {found.law.name}, fitted to {found.runs} runs", "", summary.split("\n\n")[0].strip(), ""]
+    lines += [f"Units: {found.law.units}. Form: {found.law.source}.", ""]
+    if found.problems:
+        lines += [f"**These runs do not determine a best size:** {'; '.join(found.problems)}.", ""]
+    return [*lines, "![Measured and predicted loss](fit.png)", ""]
+
+
+def _constants(found: Fit) -> list[str]:
+    rows = [f"| {name} | {each.value:.5g} | {_ends(each)} |" for name, each in found.intervals.items()]
+    if found.rho is not None:
+        rows.append(f"| rho | {found.rho.value:.4g} | {_ends(found.rho)} |")
+    return ["| constant | value | 95 % interval |", "|---|---:|---:|", *rows, ""]
+
+
+def _sizes(found: Fit) -> list[str]:
+    if found.problems or not isinstance(found.law, Law) or found.isoflop is None:
+        return []
+    lines = ["## Best sizes", "", "| FLOPs | clients | by the law | by a parabola |", "|---:|---:|---:|---:|"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for each in found.isoflop.profiles:
+            size = found.optimal(each.flops, each.clients)
+            parabola = f"{each.best:.4g}" if math.isfinite(each.best) else "none among these sizes"
+            lines.append(f"| {each.flops:.3g} | {each.clients:,} | {size} | {parabola} |")
+    second = found.isoflop
+    lines += ["", f"By parabolas, the best size grows as C^{second.p}" + (
+        "." if second.q is None else f", and falls with clients as K^-{second.q}: rho = {second.rho}."
+    )]  # fmt: skip
+    if math.isfinite(second.bias):
+        lines.append(
+            "Parabolas are biased, since the law is not symmetric in ln N: here by a factor of"
+            f" {second.bias:.3f}, if the fitted law is true."
+        )
+    return [*lines, ""]
+
+
+def _checklist(found: Fit) -> list[str]:
+    table, fitted = found.table, int(found.table["fitted"].sum())
+    lines = ["## What a scaling study must state", ""]
+    done = [f"form of the law and its source: {found.law.name}, {found.law.source}", f"units: {found.law.units}"]
+    for name in ("params", "tokens", "flops", "clients"):
+        if name in table:
+            done.append(f"range of {name}: {table[name].min():.3g} to {table[name].max():.3g}")
+    done += [
+        f"runs: {len(table)}, of which {fitted} fitted and {len(table) - fitted} of the largest compute held out",
+        f"objective: sum of Huber losses (delta {HUBER:g}) of log-loss residuals",
+        "search: least squares for linear constants at many starts (Sobol points), the best of them to a minimum with"
+        " exact gradients",
+        f"condition of the scaled Hessian: {found.condition:.2g}",
+        f"error of the log-loss: {found.error:.2g} on fitted runs"
+        + (f", {found.held_out:.2g} on held-out ones" if math.isfinite(found.held_out) else ""),
+    ]
+    if found.bootstrap:
+        done.append(f"intervals: {found.bootstrap} refits to resampled runs, 2.5 and 97.5 percent quantiles")
+    open_ = [
+        *([] if found.bootstrap else ["intervals: none were asked for"]),
+        *([] if math.isfinite(found.held_out) else ["held-out error: no scale was held out"]),
+        "data, its order, and how often it was repeated",
+        "architecture by size: what grows, and which parameters are counted (ComputeAccounting counts trained ones that"
+        " are not embeddings)",
+        "hyperparameters by size: learning rate, batch, schedule, and how they were tuned",
+        "which runs were left out of the table, and why",
+        "whether losses are of the end of training or of the way there, and on which data",
+        "number of seeds by run",
+    ]
+    return [*lines, *(f"- [x] {each}" for each in done), *(f"- [ ] {each}" for each in open_)]
+
+
+def _ends(each: object) -> str:
+    from lightning_fedscale.scaling.base import Interval
+
+    assert isinstance(each, Interval)
+    return f"{each.low:.4g} to {each.high:.4g}" if math.isfinite(each.low) else "not known"

@@ -1,0 +1,151 @@
+"""Tables of runs to fit: from a DataFrame, from CSV files, and from the logs that `ComputeAccounting` leaves."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from lightning_fedscale.scaling.form import Form
+
+LOSSES = ("val_loss", "val/loss", "valid_loss", "valid/loss", "validation_loss", "loss/val", "test_loss", "test/loss")
+"""Names of the loss that are looked for in logs, in this order."""
+_COUNTS = ("compute/params", "compute/tokens", "compute/flops_total", "compute/flops_per_client")
+_SIZES = ("params", "tokens")
+
+
+def runs_table(runs: Any, form: Form, loss: str | None = None) -> pd.DataFrame:
+    """Runs as a table with what the form needs, ``loss`` and ``clients``; tokens and FLOPs are made up from each other.
+
+    Args:
+        runs: a table (DataFrame, or mapping of columns), a path of a CSV file or of a run's directory (or of one with
+            runs in it), or several paths.
+        form: what will be fitted.
+        loss: name of the logged loss, for directories; None for the first of `LOSSES`.
+
+    Raises:
+        ValueError: for missing columns, numbers that are not positive, or too few runs.
+    """
+    if isinstance(runs, (str, Path)):
+        runs = [runs]
+    if isinstance(runs, Sequence) and all(isinstance(each, (str, Path)) for each in runs):
+        table = read_runs(runs, loss)
+    else:
+        table = pd.DataFrame(dict(runs) if isinstance(runs, Mapping) else runs).copy()
+    table = _completed(table, form)
+    for column in _needed(table, form):
+        numbers = pd.to_numeric(table[column], errors="coerce").to_numpy(dtype=np.float64)
+        wrong = ~(np.isfinite(numbers) & ((numbers > 0) | (column == "S2") | column.startswith("share.")))
+        if wrong.any():
+            row = int(wrong.argmax())
+            raise ValueError(
+                f"runs: {column}={numbers[row]:g} in row {row}: leave out runs without a finite {column} above 0."
+            )
+        table[column] = numbers
+    return table.reset_index(drop=True)
+
+
+def columns_of(table: pd.DataFrame, form: Form) -> dict[str, Any]:
+    """What the form's formula needs, by name; parts of one name in a tuple."""
+    found: dict[str, Any] = {}
+    for name in _needed(table, form):
+        whole, dot, _ = name.partition(".")
+        values = table[name].to_numpy(dtype=np.float64)
+        found[whole] = (*found.get(whole, ()), values) if dot else values
+    return found
+
+
+def read_runs(paths: Iterable[str | Path], loss: str | None = None) -> pd.DataFrame:
+    """The rows of CSV files, and a row for every run directory.
+
+    A run directory holds the scalars of `ComputeAccounting` and a loss, as TensorBoard's events or CSVLogger's
+    ``metrics.csv``; the last value of each counts. Tokens and FLOPs of the row are those of one client. A directory
+    that a sweep wrote holds ``runs.csv``.
+
+    Raises:
+        ValueError: if there are no runs, or no loss in them.
+    """
+    tables = [pd.read_csv(path) if Path(path).is_file() else _read_folder(Path(path), loss) for path in paths]
+    if not tables:
+        raise ValueError("runs=[]: pass a table, CSV files or run directories.")
+    return pd.concat(tables, ignore_index=True)
+
+
+def _needed(table: pd.DataFrame, form: Form) -> list[str]:
+    shares = [str(name) for name in table if str(name).startswith("share.")] if "share.0" in form.columns else []
+    names = [*form.columns, *shares, "loss", "clients"]
+    return list(dict.fromkeys([*names, "flops"] if set(_SIZES) <= set(form.columns) else names))
+
+
+def _completed(table: pd.DataFrame, form: Form) -> pd.DataFrame:
+    there = ", ".join(map(str, table))
+    if missing := {*form.columns, "loss"} - {*table, "tokens", "clients"}:
+        raise ValueError(f"runs: the column {', '.join(sorted(missing))} is missing; there are {there}.")
+    if "clients" not in table:
+        table["clients"] = 1
+    if "tokens" in form.columns and "tokens" not in table:
+        if not {"flops", "params"} <= set(table):
+            raise ValueError(f"runs: a column tokens or flops is missing; there are {there}.")
+        table["tokens"] = table["flops"] / (6.0 * table["params"])
+    if set(_SIZES) <= set(table) and "flops" not in table:
+        table["flops"] = 6.0 * table["params"] * table["tokens"]
+    return table
+
+
+def _read_folder(folder: Path, loss: str | None) -> pd.DataFrame:
+    if not folder.is_dir():
+        raise ValueError(f"runs={str(folder)!r}: there is no such file or directory.")
+    if (folder / "runs.csv").is_file():
+        return pd.read_csv(folder / "runs.csv")
+    logs = {path.parent for pattern in ("events.out.tfevents*", "metrics.csv") for path in folder.rglob(pattern)}
+    rows = [row for log in sorted(logs) if (row := _read_run(log, loss)) is not None]
+    if not rows:
+        raise ValueError(f"runs={str(folder)!r}: no run in there logged {_COUNTS[0]}; train with ComputeAccounting().")
+    return pd.DataFrame(rows)
+
+
+def _read_run(log: Path, loss: str | None) -> dict[str, Any] | None:
+    last = {**_from_csv(log), **_from_events(log)}
+    if not set(_COUNTS) <= set(last):
+        return None
+    names = LOSSES if loss is None else (loss,)
+    name = next((each for each in names if each in last), None)
+    if name is None:
+        others = ", ".join(sorted(set(last) - {each for each in last if each.startswith("compute/")}))
+        raise ValueError(f"loss={loss!r}: {log} has no {' or '.join(names)}; it has {others or 'no other scalar'}.")
+    clients = max(1, round(last["compute/flops_total"] / last["compute/flops_per_client"]))
+    return {
+        "run": str(log),
+        "params": last["compute/params"],
+        "tokens": last["compute/tokens"] / clients,
+        "flops": last["compute/flops_per_client"],
+        "clients": clients,
+        "loss": last[name],
+    }
+
+
+def _from_csv(log: Path) -> dict[str, float]:
+    if not (log / "metrics.csv").is_file():
+        return {}
+    table = pd.read_csv(log / "metrics.csv")
+    values = {str(name): table[name].dropna() for name in table}
+    return {name: float(column.iloc[-1]) for name, column in values.items() if len(column)}
+
+
+def _from_events(log: Path) -> dict[str, float]:
+    if not any(log.glob("events.out.tfevents*")):
+        return {}
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(log), size_guidance={"scalars": 0}).Reload()
+    found = {name: events.Scalars(name) for name in events.Tags()["scalars"]}
+    return {name: float(values[-1].value) for name, values in found.items() if values}
+
+
+def decades(values: pd.Series[float]) -> float:
+    """How many powers of ten the values span."""
+    return math.log10(values.max() / values.min())
