@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
+from functools import partial
 from statistics import NormalDist
 from typing import Any, TypeAlias
 
@@ -52,23 +53,26 @@ def attacked(aggregator: Aggregator, attack: Attack, attackers: Iterable[int]) -
     hostile = frozenset(attackers)
     if hostile and min(hostile) < 0:
         raise ValueError(f"attackers: {min(hostile)} is no client, pass numbers from 0 to num_clients - 1.")
+    finish = partial(_finish, aggregator=aggregator, attack=attack, hostile=hostile)
+    return Aggregator(aggregator.weigh, _init, _accumulate, finish, sees_all=True)
 
-    def finish(total: Tensor, cohort: Cohort) -> Tensor:
-        updates = _updates(total, cohort)
-        rows = [row for row, update in enumerate(updates) if update.client in hostile]
-        if rows:
-            stack = Stack(
-                torch.stack([update.delta for update in updates]),
-                total.new_tensor([aggregator.weigh(update) for update in updates]),
-                [cohort.place(update.client) for update in updates],
-                cohort.trainable,
-            )
-            for row, sent in zip(rows, attack(stack, rows, cohort), strict=True):
-                delta = torch.cat([sent, updates[row].delta[cohort.trainable :]])
-                updates[row] = updates[row]._replace(delta=delta, norm=norm_of(delta, cohort))
-        return fold(aggregator, updates, total.new_zeros(_length(total, cohort)), cohort)
 
-    return Aggregator(aggregator.weigh, _init, _accumulate, finish)
+def _finish(
+    total: Tensor, cohort: Cohort, *, aggregator: Aggregator, attack: Attack, hostile: frozenset[int]
+) -> Tensor:
+    updates = _updates(total, cohort)
+    rows = [row for row, update in enumerate(updates) if update.client in hostile]
+    if rows:
+        stack = Stack(
+            torch.stack([update.delta for update in updates]),
+            total.new_tensor([aggregator.weigh(update) for update in updates]),
+            [cohort.place(update.client) for update in updates],
+            cohort.trainable,
+        )
+        for row, sent in zip(rows, attack(stack, rows, cohort), strict=True):
+            delta = torch.cat([sent, updates[row].delta[cohort.trainable :]])
+            updates[row] = updates[row]._replace(delta=delta, norm=norm_of(delta, cohort))
+    return fold(aggregator, updates, total.new_zeros(_length(total, cohort)), cohort)
 
 
 _NUMBERS = 7  # of a row, behind the delta: that the client sent it, and all that its update tells in numbers
@@ -110,7 +114,11 @@ def sign_flip(scale: float = 1.0) -> Attack:
         >>> sign_flip(3.0)(stack, [1], Cohort(0, np.arange(2), 2, 1, 0)).tolist()
         [[-6.0]]
     """
-    return lambda stack, rows, cohort: -scale * _own(stack, rows)
+    return partial(_sign_flip, scale=scale)
+
+
+def _sign_flip(stack: Stack, rows: list[int], cohort: Cohort, *, scale: float) -> Tensor:
+    return -scale * _own(stack, rows)
 
 
 def gaussian(std: float) -> Attack:
@@ -127,16 +135,16 @@ def gaussian(std: float) -> Attack:
         >>> round(noise.std().item())
         20
     """
+    return partial(_gaussian, std=std)
 
-    def attack(stack: Stack, rows: list[int], cohort: Cohort) -> Tensor:
-        sent = torch.empty_like(_own(stack, rows))
-        for row, place in zip(sent, (stack.places[number] for number in rows), strict=True):
-            keys = (cohort.round, int(cohort.clients[place]))
-            draws = randomness.generator(cohort.seed, randomness.ATTACK, *keys).normal(0.0, std, stack.trainable)
-            row.copy_(torch.from_numpy(draws))
-        return sent
 
-    return attack
+def _gaussian(stack: Stack, rows: list[int], cohort: Cohort, *, std: float) -> Tensor:
+    sent = torch.empty_like(_own(stack, rows))
+    for row, place in zip(sent, (stack.places[number] for number in rows), strict=True):
+        keys = (cohort.round, int(cohort.clients[place]))
+        draws = randomness.generator(cohort.seed, randomness.ATTACK, *keys).normal(0.0, std, stack.trainable)
+        row.copy_(torch.from_numpy(draws))
+    return sent
 
 
 def model_replacement(boost: float | None = None) -> Attack:
@@ -153,12 +161,12 @@ def model_replacement(boost: float | None = None) -> Attack:
         >>> model_replacement()(stack, [2], Cohort(0, np.arange(3), 3, 1, 0)).tolist()
         [[6.0]]
     """
+    return partial(_replaced, boost=boost)
 
-    def attack(stack: Stack, rows: list[int], cohort: Cohort) -> Tensor:
-        own = stack.weights[rows].sum()
-        return _own(stack, rows) * (stack.weights.sum() / own if boost is None else boost)
 
-    return attack
+def _replaced(stack: Stack, rows: list[int], cohort: Cohort, *, boost: float | None) -> Tensor:
+    own = stack.weights[rows].sum()
+    return _own(stack, rows) * (stack.weights.sum() / own if boost is None else boost)
 
 
 def a_little_is_enough(z: float | None = None) -> Attack:
@@ -177,13 +185,13 @@ def a_little_is_enough(z: float | None = None) -> Attack:
         >>> a_little_is_enough(z=1.5)(stack, [0, 1], Cohort(0, np.arange(3), 3, 1, 0)).tolist()
         [[0.5], [0.5]]
     """
+    return partial(_a_little, z=z)
 
-    def attack(stack: Stack, rows: list[int], cohort: Cohort) -> Tensor:
-        own = _own(stack, rows)
-        away = enough(len(stack.deltas), len(rows)) if z is None else z
-        return (own.mean(dim=0) - away * own.std(dim=0, correction=0)).expand_as(own)
 
-    return attack
+def _a_little(stack: Stack, rows: list[int], cohort: Cohort, *, z: float | None) -> Tensor:
+    own = _own(stack, rows)
+    away = enough(len(stack.deltas), len(rows)) if z is None else z
+    return (own.mean(dim=0) - away * own.std(dim=0, correction=0)).expand_as(own)
 
 
 def enough(clients: int, attackers: int) -> float:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -30,7 +29,7 @@ def median() -> Aggregator:
         >>> aggregate(median(), torch.tensor([[1.0, 9.0], [2.0, 8.0], [1e9, -1e9]])).tolist()
         [2.0, 8.0]
     """
-    return stacked(mean("uniform").weigh, lambda stack, cohort: middle(stack.deltas))
+    return stacked(mean("uniform").weigh, _middle)
 
 
 def trimmed_mean(trim: float | int) -> Aggregator:
@@ -58,16 +57,20 @@ def trimmed_mean(trim: float | int) -> Aggregator:
     if isinstance(trim, float):
         if not 0.0 <= trim < 0.5:
             raise ValueError(f"trim={trim}: pass a share of the clients in [0, 0.5), cut off at each end, or an int.")
-        # A share such as 0.29 of 100 clients is 29 of them, though their product in floating point lies below.
-        return stacked(mean("uniform").weigh, partial(_read, trim=lambda clients: math.floor(trim * clients + 1e-9)))
+        return stacked(mean("uniform").weigh, partial(_read, share=trim, count=0))
     if trim < 0:
         raise ValueError(f"trim={trim}: pass the number of clients to cut off at each end, at least 0.")
-    rule = stacked(mean("uniform").weigh, partial(_read, trim=lambda clients: trim))
+    rule = stacked(mean("uniform").weigh, partial(_read, share=0.0, count=trim))
     return needing(rule, 2 * trim + 1, f"trimmed_mean(trim={trim})")
 
 
-def _read(stack: Stack, cohort: Cohort, *, trim: Callable[[int], int]) -> Tensor:
-    return _trimmed(stack.deltas, trim(len(stack.deltas)))
+def _read(stack: Stack, cohort: Cohort, *, share: float, count: int) -> Tensor:
+    # A share such as 0.29 of 100 clients is 29 of them, though their product in floating point lies below.
+    return _trimmed(stack.deltas, count + math.floor(share * len(stack.deltas) + 1e-9))
+
+
+def _middle(stack: Stack, cohort: Cohort) -> Tensor:
+    return middle(stack.deltas)
 
 
 def middle(rows: Tensor) -> Tensor:

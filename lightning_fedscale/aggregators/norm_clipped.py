@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 from torch import Tensor
 
 from lightning_fedscale.aggregators.base import Aggregator
@@ -36,12 +39,20 @@ def norm_clipped(max_norm: float, inner: Aggregator | None = None) -> Aggregator
     if not max_norm > 0:
         raise ValueError(f"max_norm={max_norm}: pass the longest norm of a client's update, above 0.")
     rule = mean() if inner is None else inner
+    return rule._replace(accumulate=partial(_accumulate, inner=rule.accumulate, max_norm=max_norm))
 
-    def accumulate(total: Tensor, update: ClientUpdate, weight: float, cohort: Cohort) -> Tensor:
-        if update.norm > max_norm:
-            delta = update.delta.clone()  # others may look at what the client sent
-            delta[: cohort.trainable] *= max_norm / update.norm
-            update = update._replace(delta=delta, norm=max_norm)
-        return rule.accumulate(total, update, weight, cohort)
 
-    return rule._replace(accumulate=accumulate)
+def _accumulate(
+    total: Tensor,
+    update: ClientUpdate,
+    weight: float,
+    cohort: Cohort,
+    *,
+    inner: Callable[[Tensor, ClientUpdate, float, Cohort], Tensor],
+    max_norm: float,
+) -> Tensor:
+    if update.norm > max_norm:
+        delta = update.delta.clone()  # others may look at what the client sent
+        delta[: cohort.trainable] *= max_norm / update.norm
+        update = update._replace(delta=delta, norm=max_norm)
+    return inner(total, update, weight, cohort)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from functools import partial
 
 import numpy as np
 import torch
@@ -68,13 +69,13 @@ def needing(rule: Aggregator, clients: int, name: str) -> Aggregator:
     Raises:
         ValueError: from ``init``; names the rule and the remedy.
     """
+    return rule._replace(init=partial(_init_enough, rule=rule, clients=clients, name=name))
 
-    def init(like: Tensor, cohort: Cohort) -> Tensor:
-        if len(cohort.clients) < clients:
-            raise ValueError(
-                f"aggregator={name} needs at least {clients} clients in a round to bear what it promises, and round"
-                f" {cohort.round} has {len(cohort.clients)}: raise clients_per_round, or lower its arguments."
-            )
-        return rule.init(like, cohort)
 
-    return rule._replace(init=init)
+def _init_enough(like: Tensor, cohort: Cohort, *, rule: Aggregator, clients: int, name: str) -> Tensor:
+    if len(cohort.clients) < clients:
+        raise ValueError(
+            f"aggregator={name} needs at least {clients} clients in a round to bear what it promises, and round"
+            f" {cohort.round} has {len(cohort.clients)}: raise clients_per_round, or lower its arguments."
+        )
+    return rule.init(like, cohort)

@@ -194,7 +194,7 @@ def test_state_is_primitives() -> None:
 
 def test_adaptive_clipping_needs_clients() -> None:
     private = dp_fed_avg(1.0, 1.0, delta=1e-5, adaptive=AdaptiveClipping())
-    with pytest.raises(ValueError, match="noise of 0.5 on the number of clients .* at least 11 clients per round"):
+    with pytest.raises(ValueError, match=r"noise of 0.5 on the number of clients .* at least 11 clients per round"):
         private.calibrated(0.1, clients=10)
     assert private.calibrated(0.1, clients=11) == private
 

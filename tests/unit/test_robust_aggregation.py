@@ -227,7 +227,7 @@ def test_one_client_and_equal_clients_pass_through(name: str) -> None:
     torch.testing.assert_close(aggregate(RULES[name], row.repeat(9, 1)), row, rtol=1e-14, atol=0)
 
 
-@pytest.mark.parametrize("name", set(RULES) - {"mean", "median", "trimmed_mean"})
+@pytest.mark.parametrize("name", sorted(set(RULES) - {"mean", "median", "trimmed_mean"}))
 def test_buffers_neither_count_in_distances_nor_get_lost(name: str) -> None:
     rows = normal(3)
     marked = np.hstack([rows, 1e6 * np.arange(9)[:, None]])
