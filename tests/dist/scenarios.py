@@ -18,13 +18,16 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset
 from torchmetrics.classification import MulticlassAccuracy
 
 from lightning_fedscale import FederatedStrategy, RoundRecord
+from lightning_fedscale.aggregators import trimmed_mean
 from lightning_fedscale.asynchrony import FedBuff
+from lightning_fedscale.attacks import attacked, sign_flip
 from lightning_fedscale.callbacks import ComputeAccounting, CriticalPhase
 from lightning_fedscale.compressors import error_feedback, power_sgd, qsgd, top_k
 from lightning_fedscale.devices import DeviceClass, Population
 from lightning_fedscale.local_rules import Ditto, fed_dyn, fed_nova, fed_prox, scaffold
 from lightning_fedscale.partitioners import DirichletPartitioner
 from lightning_fedscale.phases import page_hinkley, relative_change
+from lightning_fedscale.privacy import dp_fed_avg
 from lightning_fedscale.samplers import uniform
 from lightning_fedscale.server import fed_adam, fed_avg, from_torch
 from lightning_fedscale.types import ClientUpdate, IntArray
@@ -308,6 +311,20 @@ SCENARIOS: dict[str, Scenario] = {
         lambda: {"clients_per_round": 5, "personal": ["body.1.*", "head.*"]}, lambda: {"max_epochs": 5}
     ),
     "ditto": Scenario(lambda: {"clients_per_round": 4, "personal": Ditto(0.5)}, lambda: {"max_epochs": 4}),
+    "hostile": Scenario(
+        lambda: {"clients_per_round": 6, "aggregator": attacked(trimmed_mean(1), sign_flip(3.0), attackers=[1, 4])},
+        lambda: {"max_epochs": 4},
+    ),
+    "private": Scenario(
+        lambda: {
+            "clients_per_round": 4,
+            "sampler": "poisson",
+            "privacy": dp_fed_avg(clip_norm=0.5, noise_multiplier=0.1, delta=1e-3),
+            "personal": ["body.1.*"],
+        },
+        lambda: {"max_epochs": 5},
+        spares=True,
+    ),
     "asynchronous": Scenario(
         lambda: {
             "clients_per_round": 4,

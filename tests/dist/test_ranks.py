@@ -279,6 +279,15 @@ def test_cohort_smaller_than_the_ranks_is_refused_on_every_rank(world_size: int,
 
 
 @several
+def test_private_rounds_do_not_depend_on_ranks(world_size: int, ranks: Start) -> None:
+    one = ranks(1)[0]["private"]
+    assert reference.difference(one["weights"], one["start"]) > 1e-3
+    for rank in ranks(world_size):
+        assert_same(rank["private"]["weights"], one["weights"])
+        assert rank["private"]["records"][-1]["epsilon"] == one["records"][-1]["epsilon"] > 0
+
+
+@several
 def test_clients_of_ranks_that_would_have_none_do_not_count(world_size: int, ranks: Start) -> None:
     one = ranks(1)[0]["shrinking_cohort"]
     assert [len(record["clients"]) for record in one["records"]] == [4, 1, 1]

@@ -257,3 +257,20 @@ def top_k_with_feedback(world: World, rounds: int, k: int) -> Model:
             seen.append(sent)
         x = minus(x, mean(seen, [world.held(client) for client in cohort]))
     return x
+
+
+def dp_fed_avg(
+    world: World, cohorts: list[list[int]], clip_norm: float, expected: float, noise: Callable[[int, int], Tensor]
+) -> Model:
+    """McMahan et al. 2017 (1710.06963): clipped updates, noise on their sum, a fixed denominator."""
+    x = world.start
+    for round, cohort in enumerate(cohorts):
+        flat = torch.zeros(sum(value.numel() for value in x.values()), dtype=torch.float64)
+        for client in cohort:
+            y, _ = world.local_sgd(x, client, round)
+            delta = torch.cat([value.flatten() for value in minus(x, y).values()])
+            flat += delta * min(1.0, clip_norm / float(delta.norm()))
+        flat = (flat + noise(round, len(flat))) / expected
+        step = dict(zip(x, flat.split([value.numel() for value in x.values()]), strict=True))
+        x = {name: x[name] - step[name].view(x[name].shape) for name in x}
+    return x

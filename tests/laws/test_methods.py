@@ -11,10 +11,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from lightning_fedscale import FederatedStrategy
+from lightning_fedscale import FederatedStrategy, randomness
+from lightning_fedscale.aggregators import geometric_median
 from lightning_fedscale.asynchrony import Arrivals, FedBuff
+from lightning_fedscale.attacks import attacked, sign_flip
 from lightning_fedscale.compressors import adaptive, error_feedback, power_sgd, qsgd, random_k, sign, top_k
 from lightning_fedscale.local_rules import Ditto, fed_dyn, fed_nova, fed_prox, scaffold
+from lightning_fedscale.privacy import AdaptiveClipping, dp_fed_avg
+from lightning_fedscale.samplers import poisson, power_of_choice
 from lightning_fedscale.schedules import post_local
 from lightning_fedscale.server import fed_adam, fed_avgm
 from tests.laws import by_paper, reference
@@ -168,6 +172,15 @@ COMBINED: dict[str, Callable[[], dict[str, Any]]] = {
         "compressor": adaptive(window=2),
         "clients_per_round": 3,
     },
+    "private": lambda: {
+        "privacy": dp_fed_avg(
+            clip_norm=0.3, noise_multiplier=1.0, delta=1e-3, adaptive=AdaptiveClipping(count_noise=2.0)
+        ),
+        "sampler": "poisson",
+        "local_rule": fed_prox(0.1),
+    },
+    "hostile": lambda: {"aggregator": attacked(geometric_median(), sign_flip(2.0), attackers=[1])},
+    "hardest first": lambda: {"sampler": power_of_choice(candidates=6), "server_optimizer": "fed_yogi"},
     "post-local": lambda: {"local_steps": post_local(3, 4), "local_epochs": None, "local_rule": fed_prox(0.1)},
 }
 
@@ -190,3 +203,53 @@ def test_the_executor_does_not_matter(name: str) -> None:
     assert second.last_round is not None
     assert first.last_round.upload_bytes == second.last_round.upload_bytes
     np.testing.assert_allclose(first.last_round.delta_norms, second.last_round.delta_norms, rtol=1e-6)
+
+
+@executors
+def test_private_rounds(executor: str) -> None:
+    """Poisson samples (some of them empty), clipping that bites, noise, a fixed denominator."""
+    private = dp_fed_avg(clip_norm=0.3, noise_multiplier=0.5, delta=1e-3)
+    got, strategy = trained(executor, privacy=private, sampler="poisson", clients_per_round=2, seed=0)
+    cohorts = [poisson(seed=0, round=round, num_clients=7, clients_per_round=2).tolist() for round in range(ROUNDS)]
+    assert len({len(cohort) for cohort in cohorts}) > 1
+
+    def noise(round: int, length: int) -> Tensor:
+        draws = randomness.generator(0, randomness.PRIVACY, round).normal(0.0, 0.5 * 0.3, length)
+        return torch.from_numpy(draws)
+
+    expected = by_paper.dp_fed_avg(world(), cohorts, 0.3, expected=2 / 7 * 7, noise=noise)
+    assert same(got, expected)
+    record = strategy.last_round
+    assert record is not None
+    assert record.epsilon == pytest.approx(private.calibrated(2 / 7, 2).epsilon(ROUNDS, 2 / 7))
+    assert record.metrics()["round/epsilon"] == record.epsilon
+
+
+def test_a_budget_ends_training_before_it_is_exceeded(tmp_path: Path) -> None:
+    ready = dp_fed_avg(clip_norm=0.3, noise_multiplier=1.0, delta=1e-3).calibrated(2 / 7, 2)
+    budget = (ready.epsilon(3, 2 / 7) + ready.epsilon(4, 2 / 7)) / 2
+    private = dp_fed_avg(clip_norm=0.3, noise_multiplier=1.0, delta=1e-3, max_epsilon=budget)
+    options = {"privacy": private, "sampler": "poisson", "clients_per_round": 2}
+    _, strategy = trained("sequential", save=tmp_path / "spent.ckpt", **options)
+    assert strategy.last_round is not None
+    assert strategy.last_round.round == 2
+    assert strategy.last_round.epsilon is not None
+    assert strategy.last_round.epsilon <= budget
+    with pytest.raises(ValueError, match=r"privacy: after 3 round\(s\) epsilon is .* beyond max_epsilon"):
+        trained("sequential", ckpt_path=tmp_path / "spent.ckpt", **options)
+
+
+def test_privacy_refuses_what_it_cannot_account_for() -> None:
+    private = dp_fed_avg(clip_norm=1.0, noise_multiplier=1.0, delta=1e-3)
+    for arguments, message in (
+        ({"clients_per_round": 2}, "holds where each client takes part independently.*sampler='poisson'"),
+        ({"local_rule": "scaffold"}, "neither clipped nor noised"),
+        ({"aggregator": "median"}, "aggregator='median' with privacy"),
+        ({"mode": "async"}, "privacy with mode='async'"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            FederatedStrategy(num_clients=7, privacy=private, **arguments)  # type: ignore[arg-type]
+    module = reference.make_module(batch_norm=True)
+    strategy = FederatedStrategy(num_clients=4, privacy=private)
+    with pytest.raises(ValueError, match=r"running statistics of 'net.1' .*personal=\['net.1.\*'\]"):
+        reference.quiet_trainer(max_epochs=1, strategy=strategy).fit(module, reference.loader(reference.dataset()))
