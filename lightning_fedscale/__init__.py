@@ -5,7 +5,18 @@ Importing this package also makes ``Trainer(strategy="federated")`` known.
 
 from lightning.pytorch.strategies import StrategyRegistry
 
-from lightning_fedscale import aggregators, partitioners, samplers, server
+from lightning_fedscale import (
+    aggregators,
+    attacks,
+    compressors,
+    local_rules,
+    partitioners,
+    privacy,
+    samplers,
+    schedules,
+    server,
+)
+from lightning_fedscale.asynchrony import FedBuff
 from lightning_fedscale.partitioners import Partition
 from lightning_fedscale.strategy import FederatedStrategy
 from lightning_fedscale.types import ClientUpdate, RoundRecord
@@ -13,12 +24,18 @@ from lightning_fedscale.types import ClientUpdate, RoundRecord
 __version__ = "0.1.0"
 __all__ = [
     "ClientUpdate",
+    "FedBuff",
     "FederatedStrategy",
     "Partition",
     "RoundRecord",
     "aggregators",
+    "attacks",
+    "compressors",
+    "local_rules",
     "partitioners",
+    "privacy",
     "samplers",
+    "schedules",
     "server",
 ]
 
