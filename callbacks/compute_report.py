@@ -36,15 +36,15 @@ class ComputeCurves:
     def __init__(self) -> None:
         self.unit = 0.0
         self._sibling: SummaryWriter | None = None
-        self._warned = False
+        self._begun = self._warned = False
 
     @property
     def tag(self) -> str:
         """Under which both curves are shown."""
         return f"compute/loss_by_{_UNITS[self.unit]}"
 
-    def begin(self, trainer: pl.Trainer, flops: float) -> None:
-        """Choose the unit and tell TensorBoard what belongs together; once that much was spent."""
+    def _begin(self, trainer: pl.Trainer, flops: float) -> None:
+        """Choose the unit and tell TensorBoard what belongs together."""
         if not self.unit:
             self.unit = max((unit for unit in _UNITS if flops / unit >= _FINEST), default=1.0)
         layout: Layout = {
@@ -67,6 +67,9 @@ class ComputeCurves:
             loss: of the step or round, None if it has none.
             position: what the law says.
         """
+        if not self._begun:
+            self._begin(trainer, flops)
+            self._begun = True
         at = int(flops / self.unit)
         if loss is not None and not math.isfinite(loss):
             if not self._warned:
