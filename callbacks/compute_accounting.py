@@ -10,6 +10,7 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
@@ -141,6 +142,8 @@ class ComputeAccounting(Callback):
         if stage == "fit" and trainer.global_step == 0:
             self._counting, self._curves, self.position = Counting(Ledger()), ComputeCurves(), None
             self._logged = 0.0
+            if self._auto:
+                self._law, _ = _law_of("auto", text=False)
         self._counting.meter = Meter(trainer, pl_module, self._tokens_fn)
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -223,7 +226,7 @@ class ComputeAccounting(Callback):
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Ranks add up; where there are clients, in the next round's collective."""
-        if not trainer.sanity_checking and not (_federated(trainer) and trainer.training):
+        if not trainer.sanity_checking and not (_federated(trainer) and trainer.state.fn == TrainerFn.FITTING):
             self._counting.add_up()
 
     def on_test_batch_start(
