@@ -9,6 +9,7 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
@@ -33,6 +34,9 @@ from lightning_fedscale.scaling.ledger import Ledger
 from lightning_fedscale.strategy import FederatedStrategy
 from lightning_fedscale.types import RoundRecord
 
+_GROWTH = 1.01
+"""Compute must have grown so much for the next log: where points are closer, they only cost time."""
+
 _UNCOUNTED = 0.01
 """Share of time in operators of unknown cost from which on the count is doubted."""
 
@@ -42,8 +46,9 @@ class ComputeAccounting(Callback):
 
     FLOPs are counted from the module's own steps, once for each form of batch, on tensors without contents; and
     multiplied by what ran: by client under `FederatedStrategy`, with any executor, by step under any other strategy.
-    Ranks add up to one ledger, which checkpoints keep, so that nothing is counted twice after an interruption. What
-    Lightning's own tuner tries out is not counted.
+    It logs, as ``compute/...``, as often as the Trainer does, but no sooner than one percent more is spent. Ranks add
+    up to one ledger, which checkpoints keep, so that nothing is counted twice after an interruption. What Lightning's
+    own tuner and ``executor="auto"`` try out is not counted.
 
     A scaling law makes a position of it: the best size for this compute and so many clients, the loss that the law
     predicts there and here, and one sentence of advice at the end. A law holds for the data it was fitted on.
@@ -88,7 +93,11 @@ class ComputeAccounting(Callback):
         tokens_fn: Callable[[Any], float] | None = None,
         max_flops: float | None = None,
     ) -> None:
+<<<<<<< HEAD
         self._law, fitted_rho = law_of(law, text=False)
+=======
+        self._law, fitted_rho = _law_of(law, text=False)
+>>>>>>> i6a
         self._auto = law == "auto"
         self._rho = (1.0 if fitted_rho is None else fitted_rho) if rho is None else rho
         effective_flops(1.0, 1, self._rho)
@@ -103,6 +112,7 @@ class ComputeAccounting(Callback):
         self._trainer: pl.Trainer | None = None
         self._curves = ComputeCurves()
         self._counting = Counting(Ledger())
+        self._logged = 0.0  # FLOPs when there was last a log
         self._warned = False
         self.position: Position | None = None
 
@@ -135,6 +145,9 @@ class ComputeAccounting(Callback):
         self._trainer = trainer
         if stage == "fit" and trainer.global_step == 0:
             self._counting, self._curves, self.position = Counting(Ledger()), ComputeCurves(), None
+            self._logged = 0.0
+            if self._auto:
+                self._law, _ = _law_of("auto", text=False)
         self._counting.meter = Meter(trainer, pl_module, self._tokens_fn)
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -151,14 +164,14 @@ class ComputeAccounting(Callback):
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Say where the run stands."""
+        self._counting.end_step()
         self._counting.measure_energy()
         self._counting.add_up()
         if not self.ledger.tokens:
             return
         meter = self._counting.meter
         assert meter is not None
-        self._choose_law()
-        self._locate(trainer)
+        self._log(trainer, None)
         self._check_coverage()
         report(trainer, self.ledger, meter.size, _clients(trainer), meter.operators, self.position, self._law)
         self._curves.close()
@@ -205,12 +218,8 @@ class ComputeAccounting(Callback):
             self._counting.add_up()  # rounds have told the other ranks already
         if self.remaining == 0.0:
             trainer.should_stop = True
-        if logs and self.ledger.training_flops:
-            self._choose_law()
-            here = self._locate(trainer)
-            self._curves.begin(trainer, self.ledger.training_flops)
-            self._curves.add(trainer, self.ledger.training_flops, _loss_of(outputs), here)
-            send(trainer, self._metrics(trainer))
+        if logs and self.ledger.training_flops > _GROWTH * self._logged:
+            self._log(trainer, _loss_of(outputs))
 
     # ---- hooks: on the side
 
@@ -223,7 +232,7 @@ class ComputeAccounting(Callback):
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Ranks add up; where there are clients, in the next round's collective."""
-        if not trainer.sanity_checking and not (_federated(trainer) and trainer.training):
+        if not trainer.sanity_checking and not (_federated(trainer) and trainer.state.fn == TrainerFn.FITTING):
             self._counting.add_up()
 
     def on_test_batch_start(
@@ -248,19 +257,19 @@ class ComputeAccounting(Callback):
             self._counting.settle(self._trainer)
             self._counting.measure_energy()
             self._counting.add_up()
-        return {"ledger": self.ledger.state_dict(), "unit": self._curves.unit}
+        return {"ledger": self.ledger.state_dict(), "unit": self._curves.unit, "logged": self._logged}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on counting from there."""
         self.ledger.load_state_dict(state_dict["ledger"])
-        self._curves.unit = state_dict["unit"]
+        self._curves.unit, self._logged = state_dict["unit"], state_dict["logged"]
 
     # ---- where the run stands
 
     def _choose_law(self) -> None:
         meter = self._counting.meter
         if self._auto and self._law is None and meter is not None and meter.counts_text:
-            self._law = Chinchilla()
+            self._law, _ = _law_of("auto", text=True)
 
     def _locate(self, trainer: pl.Trainer) -> Position | None:
         """Set the position, at the end of the budget if there is one; returns that of now."""
@@ -285,6 +294,14 @@ class ComputeAccounting(Callback):
             self._warned = True
             return None
         return here
+
+    def _log(self, trainer: pl.Trainer, loss: float | None) -> None:
+        before, self._logged = self._logged, self.ledger.training_flops
+        self._choose_law()
+        here = self._locate(trainer)
+        if self._logged > before:
+            self._curves.add(trainer, self._logged, loss, here)
+            send(trainer, self._metrics(trainer))
 
     def _metrics(self, trainer: pl.Trainer) -> dict[str, float]:
         ledger, limit = self.ledger, self._max_flops or self._budget
@@ -338,8 +355,25 @@ def _loss_of(outputs: Any) -> float | None:
     return float(loss) if isinstance(loss, Tensor) and loss.numel() == 1 else None
 
 
+<<<<<<< HEAD
 def _path(what: object) -> str:
     return f"{type(what).__module__}.{type(what).__qualname__}"
+=======
+def _law_of(law: Any, *, text: bool) -> tuple[Law | None, float | None]:
+    if law is None:
+        return None, None
+    if law == "auto":
+        return (Chinchilla() if text else None), None
+    if isinstance(law, Law):
+        return law, None
+    if not isinstance(law, (str, Path)):
+        raise TypeError(f"law={law!r}: pass 'auto', a law's name, a file of Fit.save, a law, or None.")
+    if Path(law).suffix == ".json":
+        return law_from_file(law)
+    found = law_by_name(str(law))
+    found.check()
+    return found, None
+>>>>>>> i6a
 
 
 def _federated(trainer: pl.Trainer) -> bool:

@@ -34,7 +34,8 @@ class Counting:
         self.meter: Meter | None = None
         self.batch = 0.0
         self._own = Ledger()  # what this rank has spent since ranks last added up
-        self._sent = (0.0, 0.0)  # of that, what the open round has told the other ranks
+        # Of that, what the open round tells the other ranks; None if ranks have added it up in another way.
+        self._sent: tuple[float, float] | None = None
         self._step: _OpenStep | None = None
         self._record: RoundRecord | None = None  # that was counted last
         self._mark = (0.0, 0.0)  # tokens and updates when there was last an update
@@ -88,8 +89,8 @@ class Counting:
 
     def side(self) -> tuple[float, float]:
         """FLOPs that this rank spent on evaluation and on probing since the round before, for the round's table."""
-        self._sent = self._own.flops["evaluation"], self._own.flops["probing"]
-        return self._sent
+        sent = self._sent = self._own.flops["evaluation"], self._own.flops["probing"]
+        return sent
 
     def count_round(self, trainer: pl.Trainer, record: RoundRecord) -> None:
         """A round is complete."""
@@ -97,7 +98,8 @@ class Counting:
         if record is self._record:
             return
         self._record = record
-        evaluation, probing = record.side_flops
+        evaluation, probing = record.side_flops if self._sent is not None else (0.0, 0.0)
+        sent, self._sent = self._sent or (0.0, 0.0), None
         self.ledger.add(
             forward=float(record.forward_flops.sum()), backward=float(record.backward_flops.sum()),
             optimizer=float(record.optimizer_flops.sum()),
@@ -108,8 +110,7 @@ class Counting:
             download_bytes=record.download_bytes, seconds=record.seconds, updates=1.0,
         )  # fmt: skip
         self.ledger.add_clients(zip(record.clients.tolist(), record.flops.tolist(), strict=True))
-        self._own.add(evaluation=-self._sent[0], probing=-self._sent[1])
-        self._sent = (0.0, 0.0)
+        self._own.add(evaluation=-sent[0], probing=-sent[1])
         self.batch = float((record.tokens / record.local_steps).sum()) * trainer.accumulate_grad_batches
 
     def settle(self, trainer: pl.Trainer) -> None:
@@ -144,7 +145,7 @@ class Counting:
     def add_up(self) -> None:
         """Move what the ranks have spent into the ledger; to be called on all of them."""
         self.ledger.add_numbers(_summed(self._own.numbers()))
-        self._own, self._sent = Ledger(), (0.0, 0.0)
+        self._own, self._sent = Ledger(), None
         tokens, updates = self.ledger.tokens, self.ledger.updates
         if self._record is None and updates > self._mark[1]:
             self.batch = (tokens - self._mark[0]) / (updates - self._mark[1])

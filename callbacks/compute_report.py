@@ -36,15 +36,15 @@ class ComputeCurves:
     def __init__(self) -> None:
         self.unit = 0.0
         self._sibling: SummaryWriter | None = None
-        self._warned = False
+        self._begun = self._warned = False
 
     @property
     def tag(self) -> str:
         """Under which both curves are shown."""
         return f"compute/loss_by_{_UNITS[self.unit]}"
 
-    def begin(self, trainer: pl.Trainer, flops: float) -> None:
-        """Choose the unit and tell TensorBoard what belongs together; once that much was spent."""
+    def _begin(self, trainer: pl.Trainer, flops: float) -> None:
+        """Choose the unit and tell TensorBoard what belongs together."""
         if not self.unit:
             self.unit = max((unit for unit in _UNITS if flops / unit >= _FINEST), default=1.0)
         layout: Layout = {
@@ -67,6 +67,9 @@ class ComputeCurves:
             loss: of the step or round, None if it has none.
             position: what the law says.
         """
+        if not self._begun:
+            self._begin(trainer, flops)
+            self._begun = True
         at = int(flops / self.unit)
         if loss is not None and not math.isfinite(loss):
             if not self._warned:
@@ -93,7 +96,7 @@ def send(trainer: pl.Trainer, metrics: dict[str, float]) -> None:
     """Straight to the loggers, and to where callbacks look for what they monitor; ``self.log`` takes far longer."""
     for logger in trainer.loggers:
         logger.log_metrics(metrics, step=trainer.fit_loop.epoch_loop._batches_that_stepped)
-    values = {name: torch.tensor(value) for name, value in metrics.items()}
+    values = {name: torch.tensor(value, dtype=torch.float64) for name, value in metrics.items()}
     for known in (trainer._logger_connector._callback_metrics, trainer._logger_connector._logged_metrics):
         known.update(values)
 

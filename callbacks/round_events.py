@@ -26,6 +26,9 @@ class RoundEvents(Callback):
         on_server_step          the server optimizer has made its step of that
         on_round_end            the module holds the new global weights, the Trainer has counted the round
 
+    A callback that defines ``on_probe(trainer, batch=None, flops=0.0)`` is told when another one runs a training step
+    on the side, with such a batch or of so many FLOPs.
+
     ``pl_module.log`` works in ``on_round_end``; in the others Lightning refuses it.
 
     Example:

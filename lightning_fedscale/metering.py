@@ -12,7 +12,7 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
-from torch import Tensor
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
@@ -80,14 +80,18 @@ class Meter:
         self.uncounted = 0.0
         self.counts_text = False
         self.evaluations = Evaluations()
+        self._parameters: list[nn.Parameter] = []
+        self._sizes: dict[tuple[bool, ...], ParameterCounts] = {}
         self.refresh()
 
     # ---- the module as it is now
 
     def refresh(self) -> None:
         """Look again which parameters there are."""
-        self._parameters = list(self._module.parameters())
-        self._sizes: dict[tuple[bool, ...], ParameterCounts] = {}
+        named = dict(self._module.named_parameters())
+        pruned = any(name.endswith("_orig") for name in named)
+        if pruned or list(map(id, self._parameters)) != list(map(id, named.values())):
+            self._parameters, self._sizes = list(named.values()), {}
 
     @property
     def size(self) -> ParameterCounts:

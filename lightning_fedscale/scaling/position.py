@@ -172,7 +172,7 @@ def _band(loss: Callable[[float], float], best: float, least: float) -> tuple[fl
 def _solve(function: Callable[[float], float], low: float, high: float) -> float:
     """Where a function of one positive number is zero; NaN if it is not in between."""
     try:
-        return math.exp(float(brentq(lambda log: function(math.exp(log)), math.log(low), math.log(high), xtol=1e-9)))
+        return math.exp(float(brentq(lambda log: function(math.exp(log)), math.log(low), math.log(high), xtol=1e-6)))
     except ValueError:
         return math.nan
 

@@ -1,7 +1,7 @@
-"""A plain Trainer that is killed and goes on: ``python accounting.py FOLDER RANKS DIE_AFTER`` trains one stretch.
+"""A run that is killed and goes on: ``python accounting.py FOLDER RANKS DIE_AFTER STRATEGY`` trains one stretch.
 
 ``DIE_AFTER`` is the batch, counted from the stretch's beginning, after which all ranks end by SIGKILL; 0 for never. At
-the end each rank saves its ledger.
+the end each rank saves its ledger. ``STRATEGY`` is "plain" or "federated".
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from torch.utils.data.distributed import DistributedSampler
 from lightning_fedscale.callbacks import ComputeAccounting
 from tests.dist.phases import Module
 from tests.laws import reference
+from tests.strategies import sequential
 
 RANK = int(os.environ.get("LOCAL_RANK", 0))
 BATCH, EPOCHS, SAMPLES, HELD_OUT = 16, 4, 160, 48
@@ -43,18 +44,25 @@ class Evaluated(Module):
         self.log("val_loss", torch.nn.functional.cross_entropy(self.net(batch[0]), batch[1]), sync_dist=True)
 
 
-def train(folder: Path, ranks: int, die_after: int) -> ComputeAccounting:
+def train(folder: Path, ranks: int, die_after: int, kind: str) -> ComputeAccounting:
+    strategy: Any = "ddp" if ranks > 1 else "auto"
+    if kind == "federated":
+        strategy = sequential(num_clients=5, local_epochs=1)
     accounting = ComputeAccounting(law="Chinchilla")
     # At the end of epochs: within them, Lightning itself trains on the batch before a checkpoint once more.
     checkpoint = ModelCheckpoint(folder, save_last=True, save_on_train_epoch_end=True)
     trainer = reference.quiet_trainer(
-        strategy="ddp" if ranks > 1 else "auto", devices=ranks, max_epochs=EPOCHS, accumulate_grad_batches=2,
+        strategy=strategy, devices=ranks, max_epochs=EPOCHS, accumulate_grad_batches=2,
         callbacks=[Dies(die_after), accounting, checkpoint], enable_checkpointing=True,
         use_distributed_sampler=False, log_every_n_steps=3, num_sanity_val_steps=0,
     )  # fmt: skip
+    training, held_out = reference.dataset(SAMPLES, torch.float64), reference.dataset(HELD_OUT, torch.float64)
+    shares = [DistributedSampler(data, ranks, RANK, shuffle=False) for data in (training, held_out)]
     loaders = [
-        DataLoader(data, BATCH // ranks, sampler=DistributedSampler(data, ranks, RANK, shuffle=False))
-        for data in (reference.dataset(SAMPLES, torch.float64), reference.dataset(HELD_OUT, torch.float64))
+        DataLoader(training, BATCH)
+        if kind == "federated"
+        else DataLoader(training, BATCH // ranks, sampler=shares[0]),
+        DataLoader(held_out, BATCH // ranks, sampler=shares[1]),
     ]
     last = folder / "last.ckpt"
     trainer.fit(Evaluated(), *loaders, ckpt_path=str(last) if last.exists() else None, weights_only=True)
@@ -64,7 +72,7 @@ def train(folder: Path, ranks: int, die_after: int) -> ComputeAccounting:
 if __name__ == "__main__":
     torch.set_num_threads(1)
     home = Path(sys.argv[1])
-    found = train(home, int(sys.argv[2]), int(sys.argv[3]))
+    found = train(home, int(sys.argv[2]), int(sys.argv[3]), sys.argv[4])
     torch.save({**found.ledger.state_dict(), "seconds": 0.0, "energy": 0.0, "meters": 0.0}, home / f"{RANK}.pt")
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()

@@ -1,4 +1,4 @@
-"""The ledger of a plain Trainer, in one process and in two, never killed and killed by SIGKILL: the same."""
+"""The ledger in one process and in two, never killed and killed by SIGKILL: the same."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def ledgers(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     for name, deaths in (("never", ()), ("often", DEATHS)):
         folder: Path = tmp_path_factory.mktemp(f"{name}-{request.param}")
         for death in (*deaths, 0):
-            command = [processes.HERE / "accounting.py", folder, request.param, death]
+            command = [processes.HERE / "accounting.py", folder, request.param, death, "plain"]
             (done,) = processes.run([command], [processes.environment()], folder)
             if death:
                 assert done.code in (-signal.SIGKILL, 1), done.output
@@ -43,3 +43,17 @@ def test_all_ledgers_are_those_of_a_count_by_hand(ledgers: list[dict[str, Any]])
         # SGD with momentum: v = m v + g, twice an operation, and p -= lr v.
         assert ledger["flops"]["optimizer"] == updates * 3 * parameters
         assert ledger == ledgers[0]
+
+
+def test_clients_cost_the_same_on_any_number_of_ranks(tmp_path: Path) -> None:
+    ledgers = []
+    for ranks in (1, 2):
+        (folder := tmp_path / str(ranks)).mkdir()
+        command = [processes.HERE / "accounting.py", folder, ranks, 0, "federated"]
+        processes.run_well([command], [processes.environment()], folder)
+        ledgers += [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(ranks)]
+    # Validated after every round: what a round did not tell the other ranks, the end does.
+    samples = accounting.HELD_OUT * accounting.EPOCHS
+    assert ledgers[0]["flops"]["evaluation"] == samples * (2 * 12 * 16 + 2 * 16 * 4)
+    assert ledgers[0]["clients"]["ids"] == [0, 1, 2, 3, 4]
+    assert ledgers[0] == ledgers[1] == ledgers[2]

@@ -167,8 +167,8 @@ def test_the_probe_is_compared_with_the_truth(tmp_path: Path) -> None:
     assert batches["BatchSizeFinder power"] == "none" or int(batches["BatchSizeFinder power"]) <= true
 
 
-@pytest.mark.parametrize("name", ["phases", "phase_study"])
-def test_benchmarks_of_phases_run(name: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["phases", "phase_study", "accounting"])
+def test_other_benchmarks_run(name: str, tmp_path: Path) -> None:
     command = [sys.executable, "-m", f"benchmarks.{name}", "--fast", "--output", str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=250, cwd=Path(__file__).parents[2])
     assert done.returncode == 0, done.stderr

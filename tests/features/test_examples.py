@@ -200,6 +200,18 @@ def test_phases_keep_what_counts() -> None:
     assert min(late) > 90
 
 
+@pytest.mark.parametrize("arguments", [("--fast",), pytest.param((), marks=pytest.mark.slow)])
+def test_accounting_counts_what_ran(arguments: tuple[str, ...]) -> None:
+    printed = run_example("06_compute_accounting.py", *arguments)
+    samples = 1797 * (3 if arguments else 60)
+    per_sample = 2 * (64 * 128 + 128 * 10) + 2 * (64 * 128 + 2 * 128 * 10)
+    assert cells(printed)["Training FLOPs"] == [f"{samples * per_sample:.3e}"]
+    assert f"{samples * per_sample / 1e7:,.1f} MFLOPs on average" in printed
+    assert "too large for 10 clients" in printed
+    (folder,) = re.findall(r"--logdir (\S+)", printed)
+    assert {"position.json", "predicted_optimal"} <= {path.name for path in Path(folder).iterdir()}
+
+
 @needs_plays
 def test_natural_clients_learn_from_457_roles() -> None:
     done = run_changed("03_natural_clients.py", "", "--fast", "--output", "logs")

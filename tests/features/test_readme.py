@@ -42,14 +42,14 @@ def test_its_code_runs_from_top_to_bottom() -> None:
     assert len(BLOCKS) >= 3
     # Two rounds with a hundred clients, two with a probe before them; the others train without clients.
     assert trained[:2] == [2, 2]
-    assert len(trained) == 4
+    assert len(trained) == 6
     assert names["probe"].result.device_classes.keys() == {"phone", "jetson", "t4"}
     assert names["model"].best_batch(clients=4, local_steps=5) == 89
 
 
 def test_its_pictures_exist() -> None:
     pictures = re.findall(r"!\[[^\]]*\]\(([^)]+)\)", README.read_text("utf8"))
-    assert len(pictures) == 2
+    assert len(pictures) == 3
     assert all((README.parent / picture).stat().st_size > 10_000 for picture in pictures)
 
 
