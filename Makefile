@@ -7,7 +7,7 @@ RUN := $(VENV)/bin/python
 INSTALL := $(RUN) -m pip install --quiet --disable-pip-version-check -c constraints.txt
 INPUTS := pyproject.toml constraints.txt
 
-.PHONY: help demo test lint bench browser clean
+.PHONY: help demo test lint bench browser existing clean
 
 help: ## Show this list
 	@sed -n 's/^\([a-z]*\):.*## /  make \1	/p' $(MAKEFILE_LIST)
@@ -36,8 +36,25 @@ browser: ## Install Debian's chromium, if root asks, for the tests that look at 
 	  && apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq chromium chromium-driver >/dev/null; } \
 	  || echo "No chromium here: tests that need it are skipped"
 
+EXISTING := pytorch-forecasting chemprop scvi-tools
+
+existing: $(VENV)/.demo $(EXISTING:%=.existing/%/.installed) ## Other people's projects, central and federated, each in an environment of its own; 7 GB
+	.existing/pytorch-forecasting/bin/python examples/existing/forecasting.py
+	.existing/chemprop/bin/python examples/existing/molecules.py
+	.existing/scvi-tools/bin/python examples/existing/single_cells.py
+	$(RUN) examples/existing/lightning_demos.py
+
+# Where a project needs another version of what constraints.txt names, its own file has the last word.
+.existing/%/.installed: examples/existing/requirements/%.txt $(INPUTS)
+	@echo "Installing $* into .existing/$*"
+	$(PYTHON) -m venv .existing/$*
+	sed -n 's/^\([^#=]*==\).*/^\1/p' $< >.existing/$*/own
+	grep -vif .existing/$*/own constraints.txt >.existing/$*/constraints.txt
+	.existing/$*/bin/python -m pip install --quiet --disable-pip-version-check -c .existing/$*/constraints.txt -r $< -e .
+	touch $@
+
 clean: ## Remove .venv, builds, caches and what runs left behind
-	rm -rf $(VENV) .bench build dist *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) .bench .existing build dist *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	rm -rf checkpoints demo_output lightning_logs outputs
 	find . -name __pycache__ -prune -exec rm -rf {} +
 

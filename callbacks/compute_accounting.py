@@ -21,7 +21,6 @@ from lightning_fedscale.devices.operators import UNKNOWN, Operator
 from lightning_fedscale.metering import Meter
 from lightning_fedscale.refusals import check_package
 from lightning_fedscale.scaling import (
-    Chinchilla,
     Kaplan,
     Law,
     Position,
@@ -93,11 +92,7 @@ class ComputeAccounting(Callback):
         tokens_fn: Callable[[Any], float] | None = None,
         max_flops: float | None = None,
     ) -> None:
-<<<<<<< HEAD
         self._law, fitted_rho = law_of(law, text=False)
-=======
-        self._law, fitted_rho = _law_of(law, text=False)
->>>>>>> i6a
         self._auto = law == "auto"
         self._rho = (1.0 if fitted_rho is None else fitted_rho) if rho is None else rho
         effective_flops(1.0, 1, self._rho)
@@ -147,7 +142,7 @@ class ComputeAccounting(Callback):
             self._counting, self._curves, self.position = Counting(Ledger()), ComputeCurves(), None
             self._logged = 0.0
             if self._auto:
-                self._law, _ = _law_of("auto", text=False)
+                self._law, _ = law_of("auto", text=False)
         self._counting.meter = Meter(trainer, pl_module, self._tokens_fn)
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -269,7 +264,7 @@ class ComputeAccounting(Callback):
     def _choose_law(self) -> None:
         meter = self._counting.meter
         if self._auto and self._law is None and meter is not None and meter.counts_text:
-            self._law, _ = _law_of("auto", text=True)
+            self._law, _ = law_of("auto", text=True)
 
     def _locate(self, trainer: pl.Trainer) -> Position | None:
         """Set the position, at the end of the budget if there is one; returns that of now."""
@@ -355,25 +350,8 @@ def _loss_of(outputs: Any) -> float | None:
     return float(loss) if isinstance(loss, Tensor) and loss.numel() == 1 else None
 
 
-<<<<<<< HEAD
 def _path(what: object) -> str:
     return f"{type(what).__module__}.{type(what).__qualname__}"
-=======
-def _law_of(law: Any, *, text: bool) -> tuple[Law | None, float | None]:
-    if law is None:
-        return None, None
-    if law == "auto":
-        return (Chinchilla() if text else None), None
-    if isinstance(law, Law):
-        return law, None
-    if not isinstance(law, (str, Path)):
-        raise TypeError(f"law={law!r}: pass 'auto', a law's name, a file of Fit.save, a law, or None.")
-    if Path(law).suffix == ".json":
-        return law_from_file(law)
-    found = law_by_name(str(law))
-    found.check()
-    return found, None
->>>>>>> i6a
 
 
 def _federated(trainer: pl.Trainer) -> bool:

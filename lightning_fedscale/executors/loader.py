@@ -295,7 +295,13 @@ def _shuffles(loader: DataLoader[Any]) -> bool:
         return False
     if type(sampler) is RandomSampler and not sampler.replacement and sampler.num_samples == len(loader.dataset):  # type: ignore[arg-type]
         return True
-    name = type(sampler if sampler is not None else loader.batch_sampler).__name__
+    if sampler is None:
+        raise ValueError(
+            f"train_dataloader: batch_sampler={type(cutter).__name__} has no sampler whose order could be that of each"
+            " client's own samples: give it the arguments and attributes of torch.utils.data.BatchSampler, or use"
+            " batch_size and shuffle."
+        )
+    name = type(sampler).__name__
     raise ValueError(
         f"train_dataloader: sampler={name} cannot be applied to each client's own samples: use shuffle=True or"
         " shuffle=False; to favour some samples, repeat them in the dataset or weight the loss."

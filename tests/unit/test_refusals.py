@@ -15,6 +15,7 @@ import torch
 from datasets import Dataset as HfDataset
 from lightning.pytorch.accelerators import CPUAccelerator
 from lightning.pytorch.callbacks import OnExceptionCheckpoint, ThroughputMonitor
+from lightning.pytorch.demos.lstm import SequenceSampler
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.utilities import CombinedLoader
 from torch import Tensor, nn
@@ -205,6 +206,10 @@ class SameBatches(BatchSampler):
         ({"sampler": RandomSampler(range(203), replacement=True)}, "sampler=RandomSampler cannot"),
         ({"sampler": [1, 2, 3]}, "sampler=list cannot"),
         ({"sampler": BatchesOfRanks(range(203), 2, 0), "batch_size": None}, "sampler=BatchesOfRanks cannot"),
+        (
+            {"batch_sampler": SequenceSampler(range(203), 20)},
+            "batch_sampler=SequenceSampler has no sampler .*attributes of torch.utils.data.BatchSampler",
+        ),
         (
             {"batch_sampler": OwnBatches(SequentialSampler(range(203)), 4, False, 0)},
             "batch_sampler=OwnBatches cannot be built anew .*'extra'.*arguments of torch.utils.data.BatchSampler",

@@ -1,0 +1,126 @@
+"""Other people's projects, unmodified, from their own environments; and what they showed, reproduced without them."""
+
+from __future__ import annotations
+
+import ast
+import re
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+import torch
+from lightning.pytorch import Trainer
+from lightning.pytorch.demos.boring_classes import BoringModel
+from torchmetrics import MeanMetric
+
+from lightning_fedscale import FederatedStrategy
+
+ROOT = Path(__file__).resolve().parents[2]
+SCRIPTS = ROOT / "examples" / "existing"
+
+
+def python_with(project: str, package: str) -> str:
+    """A Python that has the project: that of `make existing`, or this one."""
+    own = ROOT / ".existing" / project
+    if (own / ".installed").exists():
+        return str(own / "bin" / "python")
+    if find_spec(package) is None:
+        pytest.skip(f"{project} is not installed; `make existing` does it")
+    return sys.executable
+
+
+def results(python: str, script: str) -> dict[str, tuple[float, float]]:
+    """What a script printed under ``--fast``: by name, central and federated."""
+    environment = {"PYTHONPATH": str(ROOT), "HOME": str(Path.cwd()), "PATH": "", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [python, str(SCRIPTS / script), "--fast"], env=environment, capture_output=True, text=True, timeout=280
+    )
+    assert done.returncode == 0, done.stderr
+    Path("printed.txt").write_text(done.stdout)
+    found = re.findall(r"^  (.*): (\S+) central, (\S+) federated$", done.stdout, re.MULTILINE)
+    return {name: (float(central), float(federated)) for name, central, federated in found}
+
+
+@pytest.mark.slow
+def test_forecasting() -> None:
+    found = results(python_with("pytorch-forecasting", "pytorch_forecasting"), "forecasting.py")
+    assert max(found["quantile loss of the forecasts"]) < 1.0
+
+
+@pytest.mark.slow
+def test_molecules() -> None:
+    found = results(python_with("chemprop", "chemprop"), "molecules.py")
+    (central, federated), (guess, _) = found["MAE in square angstroms"], found["MAE of the mean area"]
+    assert central < guess
+    assert federated < 1.1 * guess  # two rounds
+
+
+@pytest.mark.slow
+def test_single_cells() -> None:
+    found = results(python_with("scvi-tools", "scvi"), "single_cells.py")
+    assert min(found["types told from 5 neighbours in latent space, %"]) > 60  # by chance at most 30
+
+
+@pytest.mark.slow
+def test_lightning_demos() -> None:
+    found = results(sys.executable, "lightning_demos.py")
+    assert max(found["bits per held-out word"]) < 0.8 * min(found["bits before training"])
+    lines = Path("printed.txt").read_text().splitlines()
+    trained = [line for line in lines if ": trained, loss" in line]
+    refused = [line for line in lines if ": refused, train_dataloader: " in line]
+    assert (len(trained), len(refused)) == (4, 3)
+    assert "batch_sampler=SequenceSampler has no sampler" in refused[-1]
+
+
+@pytest.mark.parametrize("script", sorted(path.name for path in SCRIPTS.glob("*.py")))
+def test_the_projects_are_unmodified(script: str) -> None:
+    """No class of theirs is derived from, and nothing of theirs is assigned to."""
+    for node in ast.walk(ast.parse((SCRIPTS / script).read_text())):
+        assert not isinstance(node, ast.ClassDef)
+        if isinstance(node, (ast.Assign, ast.AugAssign)):
+            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+            assert not any(
+                isinstance(target, ast.Attribute) for target in targets if ast.unparse(target) not in ALLOWED
+            )
+
+
+ALLOWED = {"scvi.settings.verbosity"}  # a setting of theirs, made for it
+
+
+def test_metrics_added_up_in_inference_mode_and_settings_of_the_loss_that_change_by_epoch() -> None:
+    """As scvi-tools logs: sums kept as metrics and updated under `inference_mode`, a weight by the current epoch."""
+
+    class Annealed(BoringModel):
+        def __init__(self) -> None:
+            super().__init__()
+            self.mean = MeanMetric()
+            self.weights: set[float] = set()
+
+        def training_step(self, batch: torch.Tensor, batch_idx: int) -> torch.Tensor:
+            weight = min(1.0, self.current_epoch / 2)
+            self.weights.add(weight)
+            loss = self.step(batch)
+            self.note(loss, len(batch))
+            self.log("weight", weight, on_step=True, on_epoch=False)
+            return loss * (1 + weight)
+
+        @torch.inference_mode()
+        def note(self, loss: torch.Tensor, samples: int) -> None:
+            self.mean.update(loss)
+            self.log("mean", self.mean, on_step=False, on_epoch=True, batch_size=samples, sync_dist=True)
+
+    module = Annealed()
+    trainer = Trainer(
+        strategy=FederatedStrategy(num_clients=4),
+        max_epochs=3,
+        accelerator="cpu",
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    trainer.fit(module)
+    assert module.weights == {0.0, 0.5, 1.0}
+    assert 2 * trainer.callback_metrics["mean"].item() == pytest.approx(trainer.strategy.last_round.loss, rel=1e-5)
