@@ -50,7 +50,7 @@ from lightning_fedscale.rounds import LocalWork, RoundPlan
 from lightning_fedscale.samplers import reads_losses
 from lightning_fedscale.tree import as_real
 from lightning_fedscale.types import ClientCost, ClientUpdate, Cohort, IntArray, Params, RoundRecord
-from lightning_fedscale.uplink import PersonalModels, Sent, Uplink
+from lightning_fedscale.uplink import PersonalModels, Sent, Uplink, size_of_message, update_bytes
 from lightning_fedscale.workload import Workload
 
 
@@ -212,10 +212,14 @@ class Federation:
                 precision=str(trainer.precision),
                 accumulate=self.local_accumulation,
                 device="cpu",
-                extras=ON_CLIENT,
+                extras={**ON_CLIENT, **self._options.rules.kept_on_device},
                 trainer=trainer,
             )
-            duty = work.duty(self._exchange().message_bytes)
+            exchange = self._exchange()
+            down = self._received_bytes(exchange)
+            if (downlink := self._options.downlink_compressor) is not None:
+                down += size_of_message(downlink, exchange) - exchange.trainable_bytes
+            duty = work.duty(down, update_bytes(self._options.rules, exchange))
             work.fleet = Fleet(population, model, work.partition.num_clients, duty)
         for name, row in work.fleet.table().iterrows():
             rank_zero_info(

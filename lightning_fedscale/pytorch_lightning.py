@@ -55,6 +55,7 @@ _TWINS = {"lightning.pytorch": "pytorch_lightning", "lightning.fabric": "lightni
 KNOW_LIGHTNING = {
     "callbacks",
     "checkpointing",
+    "combinations",
     "executors",
     "federation",
     "global_model",
@@ -64,6 +65,7 @@ KNOW_LIGHTNING = {
     "refusals",
     "strategy",
     "train_data",
+    "uplink",
     "workload",
 }
 """The parts of the package that exist twice."""

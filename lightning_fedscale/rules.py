@@ -46,6 +46,18 @@ class Rules(NamedTuple):
             or (self.local is not None and self.local.keeps_state)
         )
 
+    @property
+    def kept_on_device(self) -> dict[str, float]:
+        """What a client's device keeps because of them, in bytes per parameter by name."""
+        kept: dict[str, float] = {}
+        if self.local is not None and self.local.keeps_state:
+            kept["control variates"] = 4.0 * (1 + (self.local.vectors_down - 1))
+        if self.compressor is not None and self.compressor.stateful:
+            kept["error feedback"] = 4.0
+        if self.ditto is not None:
+            kept["personal model"] = 4.0
+        return kept
+
     def weigh(self, update: ClientUpdate) -> float:
         """What a client counts in the aggregate, before normalisation."""
         return float(self.aggregator.weigh(update) if self.privacy is None else self.privacy.weigh(update))

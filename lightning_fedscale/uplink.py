@@ -6,12 +6,14 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_fedscale import randomness
 from lightning_fedscale.clients import ClientStore
+from lightning_fedscale.compressors import Compressor
 from lightning_fedscale.executors import Exchange
 from lightning_fedscale.local_rules import Correction, Ditto, LocalRule, Outcome
 from lightning_fedscale.rules import Rules
@@ -157,9 +159,25 @@ class Uplink:
         return math.ceil(encoded.bits / 8) + self._exchange.buffer_bytes + extra * self._exchange.trainable_bytes
 
     def _plain_bytes(self) -> int:
-        rule = self._rules.local
-        vectors = 1 if rule is None else rule.vectors_up
-        return self._exchange.buffer_bytes + vectors * self._exchange.trainable_bytes
+        return update_bytes(self._rules._replace(compressor=None), self._exchange)
+
+
+def update_bytes(rules: Rules, exchange: Exchange) -> int:
+    """What a client sends in a round; of compressors whose messages differ, what they make of random numbers."""
+    extra = 0 if rules.local is None else rules.local.vectors_up - 1
+    first = exchange.trainable_bytes if rules.compressor is None else size_of_message(rules.compressor, exchange)
+    return exchange.buffer_bytes + first + extra * exchange.trainable_bytes
+
+
+def size_of_message(compressor: Compressor, exchange: Exchange) -> int:
+    """Bytes of a compressed update of random numbers."""
+    generator = np.random.default_rng(0)
+    named = {
+        name: torch.from_numpy(generator.standard_normal(tuple(as_real(parameter).shape)))
+        for name, parameter in zip(exchange.names, exchange.shared, strict=True)
+    }
+    encoded, _ = compressor.encode(named, compressor.init(named), generator)
+    return math.ceil(encoded.bits / 8)
 
 
 class PersonalModels:

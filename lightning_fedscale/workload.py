@@ -118,14 +118,14 @@ class Workload:
                 f" Population(..., min_clients={self._world_size}) or use fewer devices."
             )
 
-    def duty(self, message_bytes: int) -> Duty:
+    def duty(self, message_bytes: int, update_bytes: int) -> Duty:
         """What clients do in a round, for those who simulate their hardware."""
         options, sizes = self._options, self.partition.sizes
         per_pass = float(sizes.mean()) / self.loader.batch_size
         steps = options.steps_in(0) or (options.local_epochs or 1) * per_pass
         # Where tails are dropped, a larger batch would leave the smallest client without any.
         most = int(sizes.min() if self.loader.drop_last else sizes.max())
-        return Duty(self.cohort_size, steps, self.loader.batch_size, most, message_bytes)
+        return Duty(self.cohort_size, steps, self.loader.batch_size, most, message_bytes, update_bytes)
 
     def plan(self, round: int, losses: Mapping[int, float]) -> RoundPlan:
         """The cohort of a round and where each client trains, given the clients' last known losses."""

@@ -66,16 +66,17 @@ def ar_top_k_tree(message_bytes: float, workers: int, latency: float, bandwidth:
     return broadcast(*part) + tree_all_reduce(*part)
 
 
-def star(message_bytes: float, up: float, down: float, latency: float) -> float:
-    """A client fetches a message from the server and sends one back over its own link: ``2 a + M / down + M / up``.
+def star(message_bytes: float, up: float, down: float, latency: float, answer_bytes: float | None = None) -> float:
+    """A client fetches a message from the server and sends one back over its own link: ``2 a + M / down + A / up``.
 
     Clients do not slow each other down: the server's link is taken to be wider than all of theirs together.
 
     Args:
-        message_bytes: size of the message, the same both ways.
+        message_bytes: size of the server's message.
         up: bytes per second towards the server.
         down: bytes per second from it.
         latency: seconds.
+        answer_bytes: size of the client's message; None is the server's.
 
     Returns:
         Seconds.
@@ -84,4 +85,4 @@ def star(message_bytes: float, up: float, down: float, latency: float) -> float:
         >>> star(1e6, up=1e6, down=4e6, latency=0.05)
         1.35
     """
-    return 2 * latency + message_bytes / down + message_bytes / up
+    return 2 * latency + message_bytes / down + (message_bytes if answer_bytes is None else answer_bytes) / up

@@ -26,7 +26,8 @@ class Duty(NamedTuple):
         local_steps: batches of each, at the loader's batch size.
         batch_size: the loader's.
         largest: batch that makes sense for the client that holds most.
-        message_bytes: size of the model on its way to a client, and of an update on its way back.
+        message_bytes: size of the model on its way to a client.
+        update_bytes: size of an update on its way back.
     """
 
     clients: int
@@ -34,6 +35,7 @@ class Duty(NamedTuple):
     batch_size: int
     largest: int
     message_bytes: int
+    update_bytes: int
 
 
 class Fleet:
@@ -61,7 +63,10 @@ class Fleet:
         self.batch_sizes: IntArray = np.array(self._choose(), dtype=np.int64)
         self._steps = [self._step_time(number, int(size)) for number, size in enumerate(self.batch_sizes)]
         self._messages = np.array(
-            [star(duty.message_bytes, each.up, each.down, each.latency) for each in population.classes]
+            [
+                star(duty.message_bytes, each.up, each.down, each.latency, duty.update_bytes)
+                for each in population.classes
+            ]
         )
 
     def batch_size(self, client: int) -> int:
@@ -175,7 +180,7 @@ class Fleet:
         device, duty = self.population.classes[number], self._duty
         performance = PerformanceModel(
             self._step_time(number, self._largest[number]),
-            star(duty.message_bytes, device.up, device.down, device.latency),
+            star(duty.message_bytes, device.up, device.down, device.latency, duty.update_bytes),
             self.population.noise_scale,
             self._largest[number],
         )

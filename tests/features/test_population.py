@@ -17,9 +17,11 @@ from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader, RandomSampler, TensorDataset
 
 from lightning_fedscale import FederatedStrategy
+from lightning_fedscale.compressors import error_feedback, top_k
 from lightning_fedscale.devices import ON_CLIENT, DeviceClass, Population, estimate_memory
 from lightning_fedscale.devices.communication import star
 from lightning_fedscale.devices.performance import roofline
+from lightning_fedscale.local_rules import Ditto, scaffold
 from lightning_fedscale.partitioners import SizePartitioner
 from tests.networks import Classifier, mlp, vectors
 
@@ -230,3 +232,28 @@ def test_the_fastest_batch_for_steps_that_change_is_refused() -> None:
 def test_not_a_population() -> None:
     with pytest.raises(TypeError, match=r"population=\{'phone': 1\}"):
         FederatedStrategy(population={"phone": 1})  # type: ignore[arg-type]
+
+
+def test_compressed_messages_take_less_time() -> None:
+    loader = mixed(batch_size="loader")
+    _, _, plain = fit(loader, max_epochs=1)
+    _, _, up = fit(loader, max_epochs=1, compressor=top_k(0.1))
+    _, _, both = fit(loader, max_epochs=1, compressor=top_k(0.1), downlink_compressor=top_k(0.1))
+    dense, sent = plain[0].upload_bytes / CLIENTS, up[0].upload_bytes / CLIENTS
+    assert sent < 0.2 * dense
+    assert both[0].download_bytes / CLIENTS == sent
+    speeds = np.array([1e6 if size == 20 else 1e7 for size in (20, 50)])
+    saved = plain[0].simulated.client_seconds - up[0].simulated.client_seconds
+    again = up[0].simulated.client_seconds - both[0].simulated.client_seconds
+    for found in (saved, again):  # the same link both ways
+        assert set(np.round(found * 1e9).tolist()) == set(np.round((dense - sent) / speeds * 1e9).tolist())
+
+
+def test_what_rules_keep_on_a_device_leaves_less_room() -> None:
+    roomy = Population({DeviceClass("roomy", 4 * MODEL.peak(20), 1e9, 1e9, 1e6, 1e6): 1.0}, headroom=0.0)
+    rules = {"personal": Ditto(0.1), "compressor": error_feedback(top_k(0.1)), "local_rule": scaffold("I")}
+    loader = DataLoader(DATA, 1, shuffle=True)
+    partitioner = SizePartitioner(partition_sizes=[SAMPLES // 2] * 2)
+    common = {"max_epochs": 1, "num_clients": 2, "partitioner": partitioner, "loader": loader}
+    (_, free, _), (_, full, _) = fit(roomy, **common), fit(roomy, **common, **rules)
+    assert max(full.sizes) < max(free.sizes)

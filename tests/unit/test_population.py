@@ -27,7 +27,8 @@ def device(name: str, **figures: Any) -> DeviceClass:
 
 
 SLOW, FAST = device("slow"), device("fast", memory=MODEL.peak(200), flops=8e9, memory_bandwidth=8e9, latency=0.1)
-DUTY = Duty(clients=5, local_steps=4, batch_size=32, largest=500, message_bytes=MODEL.parameter_bytes)
+SIZE = MODEL.parameter_bytes
+DUTY = Duty(clients=5, local_steps=4, batch_size=32, largest=500, message_bytes=SIZE, update_bytes=SIZE)
 
 
 # ---- who has what
