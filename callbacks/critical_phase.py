@@ -80,7 +80,7 @@ class CriticalPhase(Callback):
         every_n_steps: at ``level="step"`` without clients, steps after which gradient norms are read from the device
             and judged together; until then the last decision holds.
         noise_every: local batches after which another is cut into halves, for the part of the noise that comes from
-            sampling; each costs a further forward and backward pass. None for never.
+            sampling; each costs a further forward and backward pass, and five are needed. None for never.
         seed: of the noise that is added.
 
     Attributes:
@@ -114,7 +114,7 @@ class CriticalPhase(Callback):
         noise_in: Literal["critical", "all"] = "critical",
         scale_weight_decay: bool = False,
         every_n_steps: int = 10,
-        noise_every: int | None = 100,
+        noise_every: int | None = 200,
         seed: int = 0,
     ) -> None:
         _choice("action", action, "observe", "scale", "noise")

@@ -53,7 +53,7 @@ class TopK:
 
     def __init__(self, share):
         self.share = share  # a function: it is asked in every round
-        self.kept, self.values = {}, 0
+        self.kept, self.values = {}, 0  # of every client what it kept back; all clients train in one process here
 
     def aggregator(self):
         return mean()._replace(accumulate=self.accumulate)
