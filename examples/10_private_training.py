@@ -117,7 +117,7 @@ def main():
     parser.add_argument("--fast", action="store_true", help="fewer rounds, a smaller budget")
     parser.add_argument("--output", type=Path, default=Path("demo_output"), help="folder for the figure")
     args = parser.parse_args()
-    rounds, budget = (12, 2.0) if args.fast else (120, 4.0)
+    rounds, budget = (12, 2.0) if args.fast else (120, 2.5)
 
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     for remark in ("does not have many workers", "LeafSpec"):
@@ -127,7 +127,7 @@ def main():
     console.print(f"[bold]{CLIENTS} clients; at most {rounds} rounds, and epsilon at most {budget:g}")
 
     found = {"no privacy": train(None, rounds)}
-    for noise in (0.7, 1.2):
+    for noise in (0.8, 1.5):
         privacy = dp_fed_avg(clip_norm=CLIP, noise_multiplier=noise, delta=DELTA, max_epsilon=budget)
         found[f"noise {noise:g}"] = train(privacy, rounds)
 
