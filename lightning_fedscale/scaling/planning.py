@@ -145,7 +145,7 @@ def plan(
         >>> f"{found.params:.3g} parameters, {found.tokens_per_client:.3g} tokens each, loss {found.loss:.2f}"
         '2.62e+08 parameters, 6.36e+09 tokens each, loss 2.93'
         >>> f"{found.loss_low:.2f} to {found.loss_high:.2f}"
-        '2.91 to 2.94'
+        '2.89 to 2.95'
     """
     chosen, fitted = law_of(law, text=True)
     if chosen is None:
