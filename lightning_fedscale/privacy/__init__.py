@@ -2,5 +2,7 @@
 
 from lightning_fedscale.privacy.base import AdaptiveClipping, Privacy
 from lightning_fedscale.privacy.dp_fed_avg import dp_fed_avg
+from lightning_fedscale.privacy.refusals import refusals
+from lightning_fedscale.privacy.secure import secure_mean
 
-__all__ = ["AdaptiveClipping", "Privacy", "dp_fed_avg"]
+__all__ = ["AdaptiveClipping", "Privacy", "dp_fed_avg", "refusals", "secure_mean"]
