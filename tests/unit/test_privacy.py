@@ -77,9 +77,9 @@ def test_epsilon_agrees_with_opacus(q: float, z: float, rounds: int, delta: floa
     pytest.importorskip("dp_accounting")
     assert epsilon("rdp", z, rounds, q, delta) == pytest.approx(renyi, rel=0.01)
     assert epsilon("pld", z, rounds, q, delta) == pytest.approx(tight, rel=0.01)
-    assert epsilon("rdp", z, rounds, q, delta) == pytest.approx(
-        spent([(q, z, rounds)], delta, range(2, 257))[0], rel=0.01
-    )
+    # With whole orders only, Renyi's epsilon is a bound that is some percent higher at most.
+    bound, _ = spent([(q, z, rounds)], delta, range(2, 257))
+    assert 0.96 * bound < epsilon("rdp", z, rounds, q, delta) <= bound * (1 + 1e-9)
 
 
 @pytest.mark.parametrize("accountant", ["rdp", "pld"])
