@@ -104,7 +104,7 @@ def quantized(delta: Tensor, clip: float, bits: int) -> IntArray:
 def dequantized(total: IntArray, clients: int, clip: float, bits: int) -> FloatArray:
     """What a sum of so many clients' whole numbers stands for."""
     steps = (1 << bits) - 1
-    values: FloatArray = (2.0 * total - clients * steps) * (clip / steps)
+    values: FloatArray = (2.0 * total.astype(np.float64) - clients * steps) * (clip / steps)
     return values
 
 
