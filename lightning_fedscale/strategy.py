@@ -138,7 +138,7 @@ class FederatedStrategy(DDPStrategy):
         local_epochs: int | Literal["auto"] | None = "auto",
         local_steps: int | Callable[[int], int] | None = None,
         rounds_per_epoch: int = 1,
-        sampler: str | Sampler = samplers.uniform,
+        sampler: Sampler | str = samplers.uniform,  # in this order: configuration files name functions by their path
         local_rule: str | LocalRule | None = None,
         aggregator: str | Aggregator = "mean",
         server_optimizer: str | ServerOptimizer | None = None,
