@@ -33,19 +33,36 @@ from typing import Any
 
 from pytorch_lightning.strategies import StrategyRegistry
 
-from lightning_fedscale import aggregators, partitioners, samplers, server
+from lightning_fedscale import (
+    aggregators,
+    attacks,
+    compressors,
+    local_rules,
+    partitioners,
+    privacy,
+    samplers,
+    schedules,
+    server,
+)
+from lightning_fedscale.asynchrony import FedBuff
 from lightning_fedscale.partitioners import Partition
 from lightning_fedscale.types import ClientUpdate, RoundRecord
 
 __all__ = [
     "ClientUpdate",
+    "FedBuff",
     "FederatedStrategy",
     "Partition",
     "RoundRecord",
     "aggregators",
+    "attacks",
     "callbacks",
+    "compressors",
+    "local_rules",
     "partitioners",
+    "privacy",
     "samplers",
+    "schedules",
     "server",
 ]
 __path__: list[str] = []  # the modules below this one are no files
@@ -64,6 +81,7 @@ KNOW_LIGHTNING = {
     "progress",
     "refusals",
     "strategy",
+    "sweep",
     "train_data",
     "uplink",
     "workload",

@@ -62,7 +62,8 @@ def strategy_of(ran: LightningCLI) -> FederatedStrategy:
 
 
 def yaml_file(path: Path, **init_args: Any) -> str:
-    strategy = {"class_path": NAME, "init_args": init_args}
+    # By name: bits are compared, and "auto" goes by the clock.
+    strategy = {"class_path": NAME, "init_args": {"executor": "sequential", **init_args}}
     path.write_text(yaml.safe_dump({"trainer": {**TRAINER, "strategy": strategy}}))
     return str(path)
 

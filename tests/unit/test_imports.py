@@ -65,6 +65,7 @@ KNOW_LIGHTNING = {
     "strategy",
     "sweep",
     "train_data",
+    "uplink",
     "workload",
 }
 LIGHTNING = {"lightning", "lightning_fabric", "pytorch_lightning"}
