@@ -177,7 +177,7 @@ class Law(Form):
         Example:
             >>> from lightning_fedscale.scaling import Chinchilla
             >>> print(Chinchilla().interval_of_loss(8.535e8, 1.953e10))
-            2.553 (2.542 to 2.566)
+            2.553 (2.532 to 2.564)
         """
         found = self.loss_federated(params, tokens, clients, rho)
         with warnings.catch_warnings():

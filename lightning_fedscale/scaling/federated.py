@@ -19,7 +19,7 @@ class Federated:
         >>> from lightning_fedscale.scaling import Chinchilla
         >>> law = federated(Chinchilla(), rho=0.24)
         >>> f"{law.optimal_federated(1e20, 10).params:.3e}"
-        '6.433e+08'
+        '6.429e+08'
     """
 
     law: Law

@@ -113,7 +113,7 @@ class Problem:
     def solve(self, start: FloatArray) -> FloatArray:
         """The minimum that a start leads to."""
         found: FloatArray = minimize(
-            self.with_gradient, start, jac=True, method="BFGS", options={"maxiter": 2000, "gtol": 1e-6}
+            self.with_gradient, start, jac=True, method="BFGS", options={"maxiter": 500, "gtol": 1e-6}
         ).x
         return found
 

@@ -10,7 +10,7 @@ import pytest
 
 from lightning_fedscale import cli
 from lightning_fedscale.devices import device_class
-from lightning_fedscale.scaling import Chinchilla, Kaplan, Rosenfeld, fit, plan
+from lightning_fedscale.scaling import Chinchilla, DiLoCo, Kaplan, RepeatedData, Rosenfeld, fit, plan
 from tests.unit.test_scaling_fit import made
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*this is an extrapolation")
@@ -30,19 +30,21 @@ def test_several_numbers_of_clients_make_a_table_and_a_figure(
     code = cli.main(["plan", "--flops=1e20", "--clients=[1,10,100]", "--device=phone", f"--plot={picture}"])
     printed = capsys.readouterr().out
     assert code == 0
-    for cell in ("8.53e+08", "2.62e+08", "8.05e+07", "2.927", "100 clients", "Days"):
+    for cell in ("8.53e+08", "2.62e+08", "8.05e+07", "2.927", "100 clients", "Days", "Chinchilla (text)", "95 %"):
         assert cell in printed
-    assert "(!) more than phone holds" in printed  # 16 bytes for each of 853 M parameters
+    assert "(!) more than phone can hold" in printed  # 16 bytes for each of 853 M parameters
     assert picture.stat().st_size > 10_000
 
 
 def test_a_law_of_ones_own(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    found = fit(made(clients=(1, 8), rho=0.5), bootstrap=2)
+    found = fit(made(noise=0.003, clients=(1, 8), rho=0.5), bootstrap=10, task="leaves")
     found.save(tmp_path / "law.json")
     assert cli.main(["plan", "--flops=1e15", "--clients=8", f"--law={tmp_path / 'law.json'}", "--json"]) == 0
     shown = json.loads(capsys.readouterr().out)["8"]
-    assert shown["params"] == pytest.approx(found.optimal(1e15, 8).value)
-    assert shown["rho"] == pytest.approx(0.5, abs=0.01)
+    assert [shown[name] for name in ("params", "params_low", "params_high")] == pytest.approx(found.optimal(1e15, 8))
+    assert shown["loss_low"] < shown["loss"] < shown["loss_high"]
+    assert shown["task"] == "leaves"
+    assert shown["rho"] == pytest.approx(0.5, abs=0.03)
     assert shown["batch_per_client"] is None  # nothing is known of batches for this task
 
 
@@ -84,12 +86,67 @@ def test_few_tokens_make_a_larger_model() -> None:
     assert plan(1e20, 10, tokens=1e12) == rich
 
 
+def test_the_projects_own_law_comes_first(capsys: pytest.CaptureFixture[str]) -> None:
+    assert plan(1e20).law == "Chinchilla"
+    fit(made(), bootstrap=0, task="leaves").save("fedscale_law.json")  # tests run in an empty folder
+    assert (plan(1e15).law, plan(1e15).task) == ("Rosenfeld", "leaves")
+    assert cli.main(["plan", "--flops=1e15"]) == 0
+    assert "Rosenfeld (leaves)" in capsys.readouterr().out
+
+
+def test_the_batch_is_what_memory_and_law_admit() -> None:
+    phone, t4 = device_class("phone"), device_class("t4")
+    free = plan(1e19, 10, device_class=phone)
+    assert free.batch_limit == "critical batch"
+    tight = plan(1e19, 10, device_class=[t4, phone], activation_bytes=1e6)
+    assert tight.devices == ("t4", "phone")
+    assert tight.batch_limit == "memory"
+    assert tight.batch_per_client == pytest.approx((min(phone.memory, t4.memory) - 16 * tight.params) / 1e6)
+    assert tight.days == plan(1e19, 10, device_class=phone, activation_bytes=1e6).days  # the slower one
+    assert plan(1e22, 1, device_class=phone, activation_bytes=1e6).batch_per_client is None
+    assert plan(1e22, 1, device_class=phone).fits is False
+    few = plan(1e20, 1000, tokens=1e3)
+    assert few.batch_per_client == 1
+    replicas = plan(1e20, 4, law="DiLoCo")
+    assert replicas.batch_per_client == pytest.approx(DiLoCo(replicas=4).batch(replicas.params) / 4)
+
+
+def test_repeated_data_may_be_trained_on_again() -> None:
+    again = plan(1e20, 1, RepeatedData(), tokens=1e9)
+    assert again.tokens_per_client > 1e9
+    assert again.loss is not None
+    assert again.loss > (plan(1e20, 1, RepeatedData()).loss or 0)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"device_class": "phone"}, r"lightning_fedscale.devices.device_class\('phone'\)"),
+        ({"law": 3}, "law=3: pass 'auto', a law's name"),
+        ({"law": None}, "a plan needs a law"),
+        ({"local_steps": 0}, "local_steps=0"),
+        ({"tokens": -1.0}, "tokens=-1.0"),
+        ({"activation_bytes": 0.0}, "activation_bytes=0.0"),
+        ({"law": "ComputeOnly"}, "constants are not published"),
+        ({"law": "RoutedLM"}, "knows no trade"),
+        ({"law": "lost.json"}, "there is no such file"),
+    ],
+)
+def test_wrong_plans_get_one_message(change: dict[str, object], message: str) -> None:
+    with pytest.raises((TypeError, ValueError), match=message):
+        plan(1e20, 2, **change)  # type: ignore[arg-type]
+
+
 def test_division_costs_by_rho() -> None:
     losses = [plan(1e20, 10, rho=rho).loss for rho in (0.0, 0.24, 1.0)]
     assert losses == sorted(losses)
     assert losses[0] == Chinchilla().optimal(1e20).loss
+    assert plan(1e20, 10, law=DiLoCo()).loss == DiLoCo(replicas=10).optimal(1e20).loss
     law = Rosenfeld(E=0.1, A=10.0, B=20.0, alpha=0.5, beta=0.6)
     assert plan(1e15, 3, law).rounds is None
     with pytest.raises(ValueError, match="utilization=2"):
         plan(1e20, 1, utilization=2)
-    assert math.isfinite(plan(1e15, 3, law).loss)
+    unknown = plan(1e15, 3, law)
+    assert unknown.loss is not None
+    assert math.isfinite(unknown.loss)
+    assert unknown.loss_low is None  # nothing is known of these constants' uncertainty

@@ -27,8 +27,8 @@ from lightning_fedscale.scaling import (
     InferenceAware,
     LossToLoss,
     LRAnnealing,
-    RepeatedData,
     Rectified,
+    RepeatedData,
     Rosenfeld,
     RoutedLM,
     fit,
@@ -175,15 +175,17 @@ def test_the_price_of_division_is_found_again() -> None:
     # The second opinion: ln N* = c + p ln C - q ln K.
     second = found.isoflop
     assert second is not None
+    assert second.q is not None
     assert second.rho is not None
-    assert second.p.low < TRUTH.exponent < second.p.high
+    assert second.q.value == pytest.approx(second.rho.value * second.p.value)
     assert second.rho.low < 0.4 < second.rho.high
+    assert second.bias < 0.9  # these profiles span two and a half decades
 
 
 def test_intervals_cover() -> None:
-    """Of 30 fits to noisy runs, about 95 % of the intervals hold the truth."""
+    """Of 16 fits to noisy runs, about 95 % of the intervals hold the truth."""
     covered, asked = 0, 0
-    for seed in range(30):
+    for seed in range(16):
         found = fit(made(noise=0.01, seed=seed), holdout=False, bootstrap=40, seed=seed)
         truth = {**TRUTH.constants, "exponent": TRUTH.exponent}
         for name in ("alpha", "beta", "exponent"):
@@ -223,10 +225,14 @@ FITTED: list[tuple[Form, dict[str, Any]]] = [
 ]  # fmt: skip
 
 
+# Of these, many constants say the same, so only predictions are asked for.
+MANY_SAY_THE_SAME = ("Farseer", "DataMixture", "LossToLoss", "Rectified")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("truth", "columns"), FITTED, ids=[form.name for form, _ in FITTED])
 def test_every_form_is_found_again(truth: Form, columns: dict[str, Any]) -> None:
-    """From runs with 0.3 % of noise, predictions are good to 1 %; most true constants lie in their 95 % intervals."""
+    """From runs with 0.3 % of noise, predictions are good to 1 %, and three of four 95 % intervals hold the truth."""
     known = {name: values for name, values in columns.items() if "." not in name}
     if "share.0" in columns:
         known["share"] = (columns["share.0"], columns["share.1"])
@@ -234,13 +240,18 @@ def test_every_form_is_found_again(truth: Form, columns: dict[str, Any]) -> None
     def losses(form: Form) -> Any:
         return form.formula(SimpleNamespace(**form.constants), SimpleNamespace(**known))
 
-    noise = np.exp(0.003 * np.random.default_rng(1).normal(size=len(losses(truth))))
-    found = fit(pd.DataFrame({**columns, "loss": losses(truth) * noise}), type(truth), holdout=False, bootstrap=40)
-    assert np.abs(losses(found.law) / losses(truth) - 1).max() < 0.01
-    assert found.error < 0.004
-    if truth.name not in ("Farseer", "DataMixture"):  # of these, many constants say the same
-        held = [each.low <= truth.constants[n] <= each.high for n, each in found.intervals.items() if n != "exponent"]
-        assert np.mean(held) >= 0.5
+    held: list[bool] = []
+    predictions_only = truth.name in MANY_SAY_THE_SAME
+    for seed in range(1 if predictions_only else 10):
+        noise = np.exp(0.003 * np.random.default_rng(seed).normal(size=len(losses(truth))))
+        runs = pd.DataFrame({**columns, "loss": losses(truth) * noise})
+        found = fit(runs, type(truth), holdout=False, bootstrap=0 if predictions_only else 60, seed=seed)
+        assert np.abs(losses(found.law) / losses(truth) - 1).max() < 0.01
+        assert found.error < 0.004
+        if not predictions_only:
+            known_constants = {name: each for name, each in found.intervals.items() if name != "exponent"}
+            held += [each.low <= truth.constants[name] <= each.high for name, each in known_constants.items()]
+    assert predictions_only or np.mean(held) >= 0.75
 
 
 def test_every_form_is_tried() -> None:
@@ -306,8 +317,8 @@ def test_a_report_states_what_it_must(tmp_path: Path) -> None:
     found = fit(made(noise=0.002, clients=(1, 8), rho=0.5), bootstrap=25)
     page = write_report(found, tmp_path).read_text(encoding="utf-8")
     assert (tmp_path / "fit.png").stat().st_size > 20_000
-    for words in ("| alpha | ", "| rho | ", "## Best sizes", "biased", "- [x] runs: 70, of which 56 fitted",
-                  "- [x] intervals: 25 refits", "- [ ] hyperparameters by size", "range of params: 1e+04 to 3e+06"):  # fmt: skip
+    for words in ("| alpha | ", "| rho | ", "## Best sizes", "biased", "- [x] runs: 70, of which 63 fitted",
+                  "- [x] intervals: 25 refits", "- [ ] hyperparameters by size", "params: 1e+04 to 3e+06"):  # fmt: skip
         assert words in page
     assert "do not determine" not in page
     few = fit(made().query("params < 1e5"), bootstrap=0)
@@ -345,7 +356,7 @@ def test_what_the_runs_cannot_say_is_not_said() -> None:
         (lambda t: t.assign(loss="n/a"), "loss=nan in row 0"),
         (lambda t: t.assign(clients=0), "clients=0 in row 0"),
         (lambda t: t.assign(params=1e6), "all have 1,000,000 parameters"),
-        (lambda t: t.head(3), "3 runs for 5 constants"),
+        (lambda t: t.head(3), "runs for 5 constants: fit 10 or more"),
         (lambda t: "nowhere", "there is no such file or directory"),
         (lambda t: [], r"runs=\[\]"),
     ],
