@@ -27,7 +27,7 @@ from tests.unit.test_scaling_fit import made
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 SIZES = [2, 4, 8, 16]
-BUDGET = 2e6
+BUDGET = 3e5
 
 
 class Net(pl.LightningModule):
