@@ -61,8 +61,6 @@ class Fit:
         Raises:
             ValueError: if the data cannot support an optimum, or the law has none.
         """
-        if self.problems:
-            raise ValueError(f"fit: these runs do not determine a best size: {'; '.join(self.problems)}.")
         if not isinstance(self.law, Law):
             raise ValueError(f"fit: {self.law.name} is no law of size and data.")
         return self.law.interval_of_size(flops, clients, 1.0 if self.rho is None else self.rho.value)
@@ -153,7 +151,7 @@ def fit(
         problems = _problems(table, fitted, condition, price) if has_best else []
         second = isoflop(table, fitted, price, seed) if has_best and isinstance(fitted, Law) else None
     return Fit(
-        fitted,
+        fitted.replace(problems=tuple(problems)) if isinstance(fitted, Law) else fitted,
         intervals,
         rho,
         len(problem.log_loss),
@@ -203,6 +201,7 @@ def law_from_file(path: str | Path) -> tuple[Law, float | None]:
             ends: dict[str, Any] = {name: tuple(where[name]) for name in ("params", "flops", "clients")}
             refits = [Refit(each, math.nan if rho is None else rho) for each, rho in document.get("refits", [])]
             law = law.replace(fitted_on=Range(where["task"], **ends), refits=tuple(refits))
+        law = law.replace(problems=tuple(document.get("problems", ())))
     except FileNotFoundError:
         raise ValueError(f"law={str(path)!r}: there is no such file.") from None
     except (AssertionError, KeyError, TypeError, json.JSONDecodeError) as error:
@@ -221,7 +220,7 @@ def _problem(table: pd.DataFrame, form: Form, several: bool) -> Problem:
 def _largest(table: pd.DataFrame) -> pd.Series[bool]:
     """The runs of the largest compute, if enough others remain."""
     total = table["flops"] * table["clients"]
-    largest = total >= total.max() * 0.9
+    largest = total >= total.max() * 0.5  # a round may go beyond what was asked for
     few: pd.Series[bool] = largest if largest.sum() <= len(table) // 3 else largest & False
     return few
 

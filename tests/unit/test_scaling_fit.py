@@ -336,7 +336,7 @@ def test_what_the_runs_cannot_say_is_not_said() -> None:
     one_ratio["loss"] = [TRUTH.loss(n, d) for n, d in zip(one_ratio["params"], one_ratio["tokens"], strict=True)]
     found = fit(one_ratio, bootstrap=2)
     assert "size and data always grow together" in found.problems
-    with pytest.raises(ValueError, match=r"do not determine a best size: .*grow together"):
+    with pytest.raises(ValueError, match=r"its runs do not determine a best size: .*grow together"):
         found.optimal(1e18)
     few = made()
     few = few[few["params"] < 1e5]
