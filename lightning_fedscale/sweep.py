@@ -125,7 +125,7 @@ def _quiet() -> Iterator[None]:
     log.setLevel(logging.WARNING)
     try:
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message=".*does not have many workers")
+            warnings.filterwarnings("ignore", message=".*does not have many workers|.*LeafSpec")
             yield
     finally:
         log.setLevel(level)

@@ -88,12 +88,17 @@ class Law(Form):
         flops_per: FLOPs that one token costs per parameter in training, forward and backward; 6 for transformers and
             multilayer perceptrons, more where weights are used several times.
         refits: what the bootstrap of a fit gave, for intervals.
+        problems: why the runs that it was fitted to determine no best size, in words; then none is given.
+        spread: how far the published constants may be off, if that is known.
+        no_optimum: why the law prefers no size, if it does not.
     """
 
     columns: ClassVar[tuple[str, ...]] = ("params", "tokens")
     spread: ClassVar[Spread | None] = None
+    no_optimum: ClassVar[str] = ""
     flops_per: float = field(default=6.0, kw_only=True)
     refits: tuple[Refit, ...] = field(default=(), kw_only=True, repr=False, compare=False)
+    problems: tuple[str, ...] = field(default=(), kw_only=True, repr=False, compare=False)
 
     def loss(self, params: float, tokens: float) -> float:
         """Loss of a model of ``params`` parameters after ``tokens`` training tokens.
@@ -109,8 +114,17 @@ class Law(Form):
         return self._loss(params, tokens)
 
     def optimal(self, flops: float) -> Allocation:
-        """The best model for so much compute on a single client, from ``flops = 6 params tokens``."""
+        """The best model for so much compute on a single client, from ``flops = 6 params tokens``.
+
+        Raises:
+            Unfitted: for a law without constants.
+            ValueError: for numbers that are not positive, a law that prefers no size, or one whose runs determine none.
+        """
         self.check()
+        if self.no_optimum:
+            raise ValueError(f"{self.name}: {self.no_optimum}: choose another law for a best size.")
+        if self.problems:
+            raise ValueError(f"{self.name}: its runs do not determine a best size: {'; '.join(self.problems)}.")
         positive("flops", flops)
         params = self._best_params(flops)
         tokens = flops / (self.flops_per * params)

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from lightning_fedscale.scaling.base import Allocation, Law
+from lightning_fedscale.scaling.base import Law
 from lightning_fedscale.scaling.chinchilla import TERMS
 from lightning_fedscale.scaling.dual import exp, log
 from lightning_fedscale.scaling.form import LINEAR, SIGNED, Range, Unknown, positive
@@ -113,6 +113,7 @@ class ComputeOnly(Law):
     """
 
     source: ClassVar[str] = "form arXiv 2404.19484"
+    no_optimum: ClassVar[str] = "under this law every size is as good as another"
     unknowns: ClassVar[Mapping[str, Unknown]] = {"intercept": SIGNED, "slope": SIGNED}
 
     intercept: float | None = None
@@ -121,14 +122,6 @@ class ComputeOnly(Law):
     def formula(self, c: Any, run: Any) -> Any:
         """A line in ln C."""
         return c.intercept - c.slope * np.log(self.flops_per * run.params * run.tokens)
-
-    def optimal(self, flops: float) -> Allocation:
-        """Refused: all sizes are alike under this law.
-
-        Raises:
-            ValueError: always.
-        """
-        raise ValueError("ComputeOnly: under this law every size is as good as another: choose another law.")
 
 
 @dataclass(frozen=True)
@@ -144,6 +137,7 @@ class Henighan(Law):
     """
 
     source: ClassVar[str] = "form arXiv 2010.14701"
+    no_optimum: ClassVar[str] = "a law of one quantity knows no trade of size for data"
     unknowns: ClassVar[Mapping[str, Unknown]] = {"floor": LINEAR, "scale": LINEAR, "exponent": Unknown(0.02, 1.5)}
 
     floor: float | None = None
@@ -162,15 +156,6 @@ class Henighan(Law):
         else:
             amount = run.params if self.by == "params" else run.tokens
         return c.floor + c.scale * amount**-c.exponent
-
-    def optimal(self, flops: float) -> Allocation:
-        """Refused: a law of one quantity knows no trade.
-
-        Raises:
-            ValueError: always.
-        """
-        self.check()
-        raise ValueError(f"Henighan: a law by {self.by} alone knows no trade of size for data: choose another law.")
 
 
 @dataclass(frozen=True)
@@ -213,6 +198,7 @@ class Rectified(Law):
     """
 
     source: ClassVar[str] = "form arXiv 2402.02314"
+    no_optimum: ClassVar[str] = "size plays no part in this law"
     columns: ClassVar[tuple[str, ...]] = ("tokens",)
     unknowns: ClassVar[Mapping[str, Unknown]] = {
         "B": LINEAR, "learnt": Unknown(1.0, 1e8), "beta": Unknown(0.1, 1.5), "E": LINEAR
@@ -226,15 +212,6 @@ class Rectified(Law):
     def formula(self, c: Any, run: Any) -> Any:
         """Data beside what was learnt before."""
         return c.B / (c.learnt + run.tokens**c.beta) + c.E
-
-    def optimal(self, flops: float) -> Allocation:
-        """Refused: size plays no part.
-
-        Raises:
-            ValueError: always.
-        """
-        self.check()
-        raise ValueError("Rectified: size plays no part in this law, so none is best: choose another law.")
 
 
 @dataclass(frozen=True)
@@ -318,6 +295,7 @@ class RoutedLM(Law):
     """
 
     source: ClassVar[str] = "arXiv 2202.01169, S-BASE"
+    no_optimum: ClassVar[str] = "it was fitted on 130 B tokens only and knows no trade of size for data"
     holds: ClassVar[Range] = Range("text", params=(1.5e7, 1.3e9))
 
     columns: ClassVar[tuple[str, ...]] = ("params", "experts")
@@ -351,11 +329,3 @@ class RoutedLM(Law):
         saturated = 1.0 / (1.0 / (getattr(run, "experts", self.experts) - 1.0 + start) + 1.0 / c.E_max)
         n, e = np.log10(run.params), log(saturated) * (1.0 / math.log(10.0))
         return exp((c.a * n + c.b * e + c.c * n * e + c.d) * math.log(10.0))
-
-    def optimal(self, flops: float) -> Allocation:
-        """Refused: the law was fitted at one number of tokens.
-
-        Raises:
-            ValueError: always.
-        """
-        raise ValueError("RoutedLM: it was fitted on 130 B tokens only and knows no trade of size for data.")

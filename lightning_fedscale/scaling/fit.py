@@ -61,8 +61,6 @@ class Fit:
         Raises:
             ValueError: if the data cannot support an optimum, or the law has none.
         """
-        if self.problems:
-            raise ValueError(f"fit: these runs do not determine a best size: {'; '.join(self.problems)}.")
         if not isinstance(self.law, Law):
             raise ValueError(f"fit: {self.law.name} is no law of size and data.")
         return self.law.interval_of_size(flops, clients, 1.0 if self.rho is None else self.rho.value)
@@ -128,12 +126,13 @@ def fit(
     form = form_of(law)
     table = runs_table(runs, form, loss)
     by_size = {"params", "tokens"} <= set(form.columns)
+    has_best = by_size and isinstance(form, Law) and not form.no_optimum
     if by_size and isinstance(form, Law):
         form = form.replace(flops_per=float((table["flops"] / (table["params"] * table["tokens"])).median()))
     several = "tokens" in form.columns and "clients" not in form.columns and table["clients"].nunique() > 1
     kept_out = _largest(table) if holdout and by_size else table["loss"] < 0
     problem = _problem(table[~kept_out], form, several)
-    _enough(table, problem, by_size)
+    _enough(table, problem, has_best)
     best = problem.best()
     condition = problem.condition(best)
     draws = _bootstrap(problem, best, bootstrap, seed)
@@ -149,10 +148,10 @@ def fit(
     price = 1.0 if rho is None else rho.value
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        problems = _problems(table, fitted, condition, price) if by_size else []
-        second = isoflop(table, fitted, price, seed) if by_size and isinstance(fitted, Law) else None
+        problems = _problems(table, fitted, condition, price) if has_best else []
+        second = isoflop(table, fitted, price, seed) if has_best and isinstance(fitted, Law) else None
     return Fit(
-        fitted,
+        fitted.replace(problems=tuple(problems)) if isinstance(fitted, Law) else fitted,
         intervals,
         rho,
         len(problem.log_loss),
@@ -202,6 +201,7 @@ def law_from_file(path: str | Path) -> tuple[Law, float | None]:
             ends: dict[str, Any] = {name: tuple(where[name]) for name in ("params", "flops", "clients")}
             refits = [Refit(each, math.nan if rho is None else rho) for each, rho in document.get("refits", [])]
             law = law.replace(fitted_on=Range(where["task"], **ends), refits=tuple(refits))
+        law = law.replace(problems=tuple(document.get("problems", ())))
     except FileNotFoundError:
         raise ValueError(f"law={str(path)!r}: there is no such file.") from None
     except (AssertionError, KeyError, TypeError, json.JSONDecodeError) as error:
@@ -220,16 +220,16 @@ def _problem(table: pd.DataFrame, form: Form, several: bool) -> Problem:
 def _largest(table: pd.DataFrame) -> pd.Series[bool]:
     """The runs of the largest compute, if enough others remain."""
     total = table["flops"] * table["clients"]
-    largest = total >= total.max() * 0.9
+    largest = total >= total.max() * 0.5  # a round may go beyond what was asked for
     few: pd.Series[bool] = largest if largest.sum() <= len(table) // 3 else largest & False
     return few
 
 
-def _enough(table: pd.DataFrame, problem: Problem, by_size: bool) -> None:
+def _enough(table: pd.DataFrame, problem: Problem, has_best: bool) -> None:
     number = len(problem.unknowns)
     if len(problem.log_loss) < number:
         raise ValueError(f"runs: {len(problem.log_loss)} runs for {number} constants: fit {2 * number} or more.")
-    if by_size and table["params"].nunique() == 1:
+    if has_best and table["params"].nunique() == 1:
         raise ValueError(f"runs: all have {table['params'].iloc[0]:,.0f} parameters: a best size takes several sizes.")
 
 
@@ -275,10 +275,7 @@ def _problems(table: pd.DataFrame, law: Form, condition: float, rho: float) -> l
     if not problems and isinstance(law, Law) and len(law.refits) >= 20:
         largest = table.iloc[int((table["flops"] * table["clients"]).to_numpy().argmax())]
         flops, clients = float(largest["flops"] * largest["clients"]), int(largest["clients"])
-        try:
-            size = law.interval_of_size(flops, clients, rho)
-        except ValueError:
-            return problems  # a law without a best size
+        size = law.interval_of_size(flops, clients, rho)
         if not size.high < _WIDE * size.low:
             problems.append(
                 f"at the largest compute the best size lies anywhere from {size.low:.2g} to {size.high:.2g} parameters"

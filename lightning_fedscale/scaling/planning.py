@@ -65,7 +65,7 @@ class Plan:
         law: the law's name.
         task: what the law holds for.
         batch_per_client: tokens in a client's batch; None where no law is known, or where the device holds none.
-        batch_limit: what limits it: "critical batch", "memory", or "data".
+        batch_limit: what limits it: "critical batch" or "memory".
         local_steps: between exchanges.
         rounds: exchanges; None without a batch.
         bytes_per_client: sent and received by each over the whole run; None without a batch.
@@ -160,9 +160,7 @@ def plan(
     params, held, size, scarce = _size(chosen, flops, clients, price, tokens)
     loss = chosen.interval_of_loss(params, held, clients, price)
     text = chosen.domain.task == "text" and math.isfinite(loss.value)
-    batch, limit = (
-        _batch(chosen, params, held, loss.value, clients, devices, activation_bytes) if text else (None, None)
-    )
+    batch, limit = _batch(chosen, params, loss.value, clients, devices, activation_bytes) if text else (None, None)
     steps = local_steps if batch is None else max(1, min(local_steps, int(held / batch)))
     rounds = None if batch is None else max(1.0, held / (batch * steps))
     replicas = DiLoCo(replicas=min(clients, 8)) if text else None
@@ -251,7 +249,6 @@ def _size(
 def _batch(
     law: Law,
     params: float,
-    held: float,
     loss: float,
     clients: int,
     devices: Sequence[Device],
@@ -259,7 +256,7 @@ def _batch(
 ) -> tuple[float | None, str | None]:
     """A client's batch in tokens, and what limits it."""
     together = law.replace(replicas=clients).batch(params) if isinstance(law, DiLoCo) else Kaplan().critical_batch(loss)
-    limits = {"critical batch": together / clients, "data": held}
+    limits = {"critical batch": max(1.0, together / clients)}
     if activation_bytes is not None and devices:
         room = min(each.memory for each in devices) - _ADAM_BYTES * params
         if room < activation_bytes:

@@ -81,6 +81,8 @@ class Position:
         )
         sentence += f"; a {_short(self.optimal_params)} model would reach {self.optimal_loss:.3g}"
         sentence += f" instead of {self.predicted_loss:.3g}"
+        if not math.isfinite(self.catch_up):
+            return sentence
         if large:
             return f"{sentence}; or raise compute {self.catch_up:.1f} times"
         return f"{sentence}; this size is best for {1 / self.catch_up:.1f} times less compute"

@@ -105,6 +105,8 @@ def test_the_batch_is_what_memory_and_law_admit() -> None:
     assert tight.days == plan(1e19, 10, device_class=phone, activation_bytes=1e6).days  # the slower one
     assert plan(1e22, 1, device_class=phone, activation_bytes=1e6).batch_per_client is None
     assert plan(1e22, 1, device_class=phone).fits is False
+    few = plan(1e20, 1000, tokens=1e3)
+    assert few.batch_per_client == 1
     replicas = plan(1e20, 4, law="DiLoCo")
     assert replicas.batch_per_client == pytest.approx(DiLoCo(replicas=4).batch(replicas.params) / 4)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import importlib.util
+import json
 import re
 import subprocess
 import sys
@@ -200,16 +201,45 @@ def test_phases_keep_what_counts() -> None:
     assert min(late) > 90
 
 
-@pytest.mark.parametrize("arguments", [("--fast",), pytest.param((), marks=pytest.mark.slow)])
-def test_accounting_counts_what_ran(arguments: tuple[str, ...]) -> None:
-    printed = run_example("06_compute_accounting.py", *arguments)
-    samples = 1797 * (3 if arguments else 60)
-    per_sample = 2 * (64 * 128 + 128 * 10) + 2 * (64 * 128 + 2 * 128 * 10)
-    assert cells(printed)["Training FLOPs"] == [f"{samples * per_sample:.3e}"]
-    assert f"{samples * per_sample / 1e7:,.1f} MFLOPs on average" in printed
-    assert "too large for 10 clients" in printed
-    (folder,) = re.findall(r"--logdir (\S+)", printed)
-    assert {"position.json", "predicted_optimal"} <= {path.name for path in Path(folder).iterdir()}
+def test_a_scaling_law_of_ones_own() -> None:
+    printed = run_example("07_scaling_law.py", "--fast")
+    losses = {
+        (int(size), int(clients), int(share)): float(loss)
+        for size, clients, share, loss in re.findall(
+            r"size +(\d+), clients (\d+), +(\d+)% of the compute: loss ([\d.]+)", printed
+        )
+    }
+    assert len(losses) == 5 * 2 * 3
+    assert all(losses[size, 1, 100] < losses[size, 1, 6] for size in (8, 16, 32, 64))
+    rows = cells(printed)
+    assert set(rows) >= {"E", "A", "B", "alpha", "beta", "exponent", "rho"}
+    document = json.loads(Path("scaling_law", "fedscale_law.json").read_text("utf8"))
+    assert document["law"] == "Rosenfeld"
+    assert document["fitted_on"]["task"] == "digits"
+    assert f"{document['constants']['B']:.3g}" == rows["B"][0]
+    # Either a best size with its interval, or the reason why there is none.
+    said = re.findall(r"best size ([\d,]+) parameters \(([\d,]+) to ([\d,]+)\)", printed)
+    assert len(said) == (0 if document["problems"] else 3)
+    assert ("No best size from these runs: " in printed) == bool(document["problems"])
+    assert "# Rosenfeld, fitted to 20 runs" in Path("scaling_law", "report.md").read_text("utf8")
+    assert min(imread("scaling_law/fit.png").shape[:2]) > 500
+
+
+@pytest.mark.slow
+def test_digits_have_a_best_size() -> None:
+    printed = run_example("07_scaling_law.py", "--data", "digits")
+    sizes = [number(size) for size in re.findall(r"clients \d+: best size ([\d,]+) parameters", printed)]
+    assert len(sizes) == 3
+    assert sizes == sorted(sizes, reverse=True)  # the more clients, the smaller
+    assert 300 < sizes[0] < 5000
+    assert "Size 64 on four clients: " in printed
+
+
+def test_a_scaling_law_without_fashion_mnist_names_the_remedy() -> None:
+    done = run(str(EXAMPLES / "07_scaling_law.py"), "--images", "nowhere")
+    assert done.returncode == 2
+    assert done.stderr.startswith("Fashion-MNIST is not in nowhere: apt install dataset-fashion-mnist")
+    assert done.stdout == ""
 
 
 @needs_plays

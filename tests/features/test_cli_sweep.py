@@ -1,0 +1,223 @@
+"""``fedscale sweep`` and ``fedscale fit``: from a module with an argument ``size`` to a law that runs go by."""
+
+from __future__ import annotations
+
+import json
+import math
+import warnings
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import pandas as pd
+import pytest
+import torch
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from lightning_fedscale import FederatedStrategy, cli
+from lightning_fedscale.callbacks import ComputeAccounting
+from lightning_fedscale.scaling import Rosenfeld, fit, law_from_file, project_law, read_runs, sweep_command
+from lightning_fedscale.scaling.project import law_of
+from lightning_fedscale.sweep import LEVELS, sweep
+from tests.laws import reference
+from tests.unit.test_scaling_fit import made
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+SIZES = [2, 4, 8, 16]
+BUDGET = 3e5
+
+
+class Net(pl.LightningModule):
+    def __init__(self, size: int = 4) -> None:
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(12, size), nn.ReLU(), nn.Linear(size, 4))
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return nn.functional.cross_entropy(self.net(batch[0]), batch[1])
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        self.log("val_loss", nn.functional.cross_entropy(self.net(batch[0]), batch[1]))
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+class Data(pl.LightningDataModule):
+    def train_dataloader(self) -> DataLoader[Any]:
+        return DataLoader(reference.dataset(100), 4, shuffle=True)
+
+    def val_dataloader(self) -> DataLoader[Any]:
+        return DataLoader(reference.dataset(100), 50)
+
+
+class Fixed(Net):
+    def __init__(self) -> None:
+        super().__init__()
+
+
+class Silent(Net):
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        self.log("accuracy", 0.5)
+
+
+HERE = f"{__name__}."
+CPU = {"accelerator": "cpu"}
+
+
+def parameters(size: int) -> int:
+    return 12 * size + size + 4 * size + 4
+
+
+@pytest.fixture(scope="module")
+def swept(tmp_path_factory: pytest.TempPathFactory) -> tuple[pd.DataFrame, Path]:
+    folder = tmp_path_factory.mktemp("sweep")
+    return sweep(Net, Data, SIZES, BUDGET, clients=[1, 3], folder=folder, trainer=CPU), folder
+
+
+def test_a_sweep_spends_what_it_was_given(swept: tuple[pd.DataFrame, Path]) -> None:
+    table, folder = swept
+    assert len(table) == 2 * len(SIZES) * len(LEVELS)
+    assert pd.read_csv(folder / "runs.csv").shape == table.shape
+    for row in table.to_dict("records"):
+        assert row["params"] == parameters(row["size"])
+        per_sample = 4 * 12 * row["size"] + 6 * 4 * row["size"]  # the first layer's input has no gradient
+        assert row["flops"] == pytest.approx(per_sample * row["tokens"])
+        rounds = 5 * 4 * row["clients"] * per_sample
+        assert BUDGET * row["share"] <= row["flops"] * row["clients"] < BUDGET * row["share"] + rounds
+        assert 0 < row["loss"] < 3
+
+
+def test_more_compute_is_better_and_an_interrupted_sweep_goes_on(swept: tuple[pd.DataFrame, Path]) -> None:
+    table, folder = swept
+    losses = table.pivot_table(index=["clients", "size"], columns="share", values="loss")
+    assert (losses[1.0] < losses[LEVELS[0]]).all()
+    table.drop(index=[3, 17]).to_csv(folder / "runs.csv", index=False)
+    made_again: list[dict[str, Any]] = []
+    again = sweep(Net, Data, SIZES, BUDGET, clients=[1, 3], folder=folder, trainer=CPU, each=made_again.append)
+    assert len(made_again) == 2
+    columns = ["size", "clients", "share"]
+    pd.testing.assert_frame_equal(
+        again.sort_values(columns).reset_index(drop=True), table.sort_values(columns).reset_index(drop=True)
+    )
+    with pytest.raises(ValueError, match="holds a sweep with other flops_asked; name another folder"):
+        sweep(Net, Data, SIZES, 2 * BUDGET, clients=[1, 3], folder=folder, trainer=CPU)
+
+
+def test_the_command_makes_a_law_that_runs_go_by(
+    swept: tuple[pd.DataFrame, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    _, folder = swept
+    line = ["sweep", f"--module={HERE}Net", f"--data={HERE}Data", f"--flops={BUDGET}", "--sizes=[2,4,8,16]"]
+    line += ["--clients=[1,3]", f"--runs={folder}", "--bootstrap=20", "--accelerator=cpu", "--task=blobs", "--json"]
+    assert cli.main(line) == 0
+    said = json.loads(capsys.readouterr().out)
+    assert said["file"] == "fedscale_law.json"
+    assert said["fitted_on"]["task"] == "blobs"
+    assert set(said["intervals"]) == {"E", "A", "B", "alpha", "beta", "exponent"}
+    assert len(said["rho"]) == 3
+    assert Path("report.md").is_file()
+    assert Path("fit.png").is_file()
+    # The project has a law now, and "auto" takes it.
+    law, rho = law_of("auto", text=False)
+    assert law is not None
+    assert law.domain.task == "blobs"
+    assert rho == pytest.approx(said["rho"][0])
+    accounting = ComputeAccounting()
+    trainer = pl.Trainer(
+        max_epochs=2, callbacks=[accounting], strategy=FederatedStrategy(num_clients=3), accelerator="cpu",
+        logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
+    )  # fmt: skip
+    trainer.fit(Net(8), datamodule=Data())
+    assert accounting.law == law
+
+
+@pytest.mark.parametrize("logger", [CSVLogger, TensorBoardLogger])
+def test_run_directories_are_rows(logger: Any, tmp_path: Path) -> None:
+    for size, clients in ((4, 2), (8, 5)):
+        accounting = ComputeAccounting(law=None)
+        trainer = pl.Trainer(
+            max_epochs=3, callbacks=[accounting], strategy=FederatedStrategy(num_clients=clients), accelerator="cpu",
+            logger=logger(tmp_path, name=f"size{size}"), log_every_n_steps=1, enable_checkpointing=False,
+            enable_progress_bar=False, enable_model_summary=False,
+        )  # fmt: skip
+        trainer.fit(Net(size), datamodule=Data())
+        table = read_runs([tmp_path / f"size{size}"])
+        (row,) = table.to_dict("records")
+        assert row["params"] == parameters(size)
+        assert row["clients"] == clients
+        assert row["tokens"] == pytest.approx(300 / clients)
+        assert row["flops"] == pytest.approx(accounting.ledger.training_flops / clients, rel=1e-5)
+        assert row["loss"] == pytest.approx(float(trainer.callback_metrics["val_loss"]), rel=1e-5)
+    assert len(read_runs([tmp_path])) == 2
+    with pytest.raises(ValueError, match=r"loss='val_los': .* has no val_los; it has .*val_loss"):
+        read_runs([tmp_path], "val_los")
+
+
+def test_fit_reads_tables(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    table = made(noise=0.002, clients=(1, 4), rho=0.5)
+    table.head(35).to_csv(tmp_path / "one.csv", index=False)
+    table.tail(35).to_csv(tmp_path / "four.csv", index=False)
+    files = [str(tmp_path / "one.csv"), str(tmp_path / "four.csv")]
+    assert cli.main(["fit", *files, "--bootstrap=10", f"--output={tmp_path / 'out'}"]) == 0
+    printed = capsys.readouterr().out
+    for words in ("Rosenfeld, fitted to 63 runs", "rho", "of the largest, which were held out", "report.md"):
+        assert words in printed
+    law, rho = law_from_file(tmp_path / "out" / "fedscale_law.json")
+    expected = fit(table, bootstrap=10)
+    assert law == expected.law
+    assert expected.rho is not None
+    assert rho == expected.rho.value
+    assert project_law(tmp_path / "out") == (law, rho)
+    assert cli.main(["fit", files[0], "--json", "--law=Henighan", "--bootstrap=0", "--holdout=false"]) == 0
+    shown = json.loads(capsys.readouterr().out)
+    assert (shown["law"], shown["runs"], shown["held_out"]) == ("Henighan", 35, None)
+
+
+def test_fit_says_what_the_runs_cannot(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    made().query("params < 1e5").to_csv(tmp_path / "few.csv", index=False)
+    assert cli.main(["fit", str(tmp_path / "few.csv"), "--bootstrap=0"]) == 0
+    assert "No best size: only 3 sizes" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["fit", "nowhere.csv"], "there is no such file or directory"),
+        (["fit", "."], "no run in there logged compute/params; train with ComputeAccounting"),
+        (["sweep", "--module=lost.Module", f"--data={HERE}Data", "--flops=1e6"], "module='lost.Module': cannot be"),
+        (["sweep", "--module=Module", f"--data={HERE}Data", "--flops=1e6"], "pass package.module.Name"),
+        (["sweep", f"--module={HERE}Fixed", f"--data={HERE}Data", "--flops=1e6"], "it has no argument size"),
+        (["sweep", f"--module={HERE}Net", f"--data={HERE}Data", "--flops=0"], "flops=0.0: pass a finite number"),
+        (["sweep", f"--module={HERE}Net", f"--data={HERE}Data", "--flops=1e6", "--sizes=[1,2]"], "pass four different"),
+        (["sweep", f"--module={HERE}Net", f"--data={HERE}Data", "--flops=1e6", "--clients=[0]"], "whole numbers"),
+        (["sweep", f"--module={HERE}Silent", f"--data={HERE}Data", "--flops=1e4", "--accelerator=cpu"],
+         "validation_step logs accuracy; log the loss as val_loss"),
+    ],
+)  # fmt: skip
+def test_wrong_arguments_get_one_line(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(arguments) == 1
+    said = capsys.readouterr().err.strip().splitlines()
+    assert message in said[-1]
+
+
+def test_a_law_is_asked_for_with_the_command_that_finds_one(caplog: pytest.LogCaptureFixture) -> None:
+    accounting = ComputeAccounting()
+    trainer = pl.Trainer(
+        max_epochs=1, callbacks=[accounting], accelerator="cpu", logger=False, enable_checkpointing=False,
+        enable_progress_bar=False, enable_model_summary=False,
+    )  # fmt: skip
+    with warnings.catch_warnings(), caplog.at_level("INFO"):
+        trainer.fit(Net(), datamodule=Data())
+    assert accounting.position is None
+    spent = accounting.ledger.training_flops
+    assert sweep_command(f"{HERE}Net", f"{HERE}Data", spent) in caplog.text
+    assert math.isfinite(spent)
+
+
+def test_a_law_of_ones_own_is_no_law_of_text() -> None:
+    found = fit(made(), Rosenfeld, bootstrap=0)
+    assert found.law.domain.task == "this task"
+    assert law_of("auto", text=False) == (None, None)
