@@ -63,7 +63,7 @@ def _profiles(found: Fit, axes: object) -> None:
     from matplotlib.axes import Axes
 
     assert isinstance(axes, Axes)
-    if found.isoflop is None or not isinstance(found.law, Law):
+    if found.isoflop is None or not isinstance(found.law, Law) or found.law.missing:
         axes.set_axis_off()
         return
     rho, profiles = _rho(found), found.isoflop.profiles
@@ -105,7 +105,7 @@ def _constants(found: Fit) -> list[str]:
 
 
 def _sizes(found: Fit) -> list[str]:
-    if found.problems or not isinstance(found.law, Law) or found.isoflop is None:
+    if found.problems or not isinstance(found.law, Law) or found.law.missing or found.isoflop is None:
         return []
     lines = ["## Best sizes", "", "| FLOPs | clients | by the law | by a parabola |", "|---:|---:|---:|---:|"]
     with warnings.catch_warnings():
