@@ -63,6 +63,9 @@ def sweep(
     Raises:
         ValueError: for too few sizes, a module without ``size``, or a loss that is not logged.
     """
+    for name, given in (("module", module), ("data", data)):
+        if not callable(given):
+            raise TypeError(f"{name}={given!r}: pass a class or a function that makes it.")
     _check(module, sizes, flops, clients)
     path = Path(folder, "runs.csv")
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -149,7 +149,8 @@ def fit(
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         problems = _problems(table, fitted, condition, price) if has_best else []
-        second = isoflop(table, fitted, price, seed) if has_best and isinstance(fitted, Law) else None
+        known = fitted if isinstance(fitted, Law) and not fitted.missing else None
+        second = isoflop(table, known, price, seed) if has_best else None
     return Fit(
         fitted.replace(problems=tuple(problems)) if isinstance(fitted, Law) else fitted,
         intervals,
@@ -272,7 +273,7 @@ def _problems(table: pd.DataFrame, law: Form, condition: float, rho: float) -> l
         problems.append("size and data always grow together")
     if not condition < 1e12:
         problems.append("the constants are not told apart (a nearly singular Hessian)")
-    if not problems and isinstance(law, Law) and len(law.refits) >= 20:
+    if not problems and isinstance(law, Law) and not law.missing and len(law.refits) >= 20:
         largest = table.iloc[int((table["flops"] * table["clients"]).to_numpy().argmax())]
         flops, clients = float(largest["flops"] * largest["clients"]), int(largest["clients"])
         size = law.interval_of_size(flops, clients, rho)

@@ -111,10 +111,14 @@ class Form:
         """The law's constants by name."""
         return {each.name: getattr(self, each.name) for each in dataclasses.fields(self) if not each.kw_only}
 
+    @property
+    def missing(self) -> list[str]:
+        """Names of the constants that are not known."""
+        return [name for name, value in self.constants.items() if value is None]
+
     def check(self) -> None:
         """Raise `Unfitted` if a constant is unknown."""
-        unknown = [name for name, value in self.constants.items() if value is None]
-        if unknown:
+        if unknown := self.missing:
             raise Unfitted(
                 f"{self.name}: its constants are not published ({', '.join(unknown)} unknown): fit them to runs of your"
                 f" own, or pass them, {self.name}({', '.join(f'{name}=...' for name in unknown)})."

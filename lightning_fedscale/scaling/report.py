@@ -61,9 +61,10 @@ def plot_fit(found: Fit) -> Figure:
 def _profiles(found: Fit, axes: object) -> None:
     from matplotlib import colormaps
     from matplotlib.axes import Axes
+    from matplotlib.ticker import NullFormatter
 
     assert isinstance(axes, Axes)
-    if found.isoflop is None or not isinstance(found.law, Law):
+    if found.isoflop is None or not isinstance(found.law, Law) or found.law.missing:
         axes.set_axis_off()
         return
     rho, profiles = _rho(found), found.isoflop.profiles
@@ -79,7 +80,9 @@ def _profiles(found: Fit, axes: object) -> None:
                 for size in sizes.tolist()
             ]  # fmt: skip
         axes.plot(sizes, losses, color=color, lw=1, label=f"{profile.flops:.1e}, {profile.clients:,}")
-    axes.set(xscale="log", xlabel="parameters", ylabel="loss")
+    axes.set(xscale="log", yscale="log", xlabel="parameters", ylabel="loss")
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_minor_formatter(NullFormatter())
     if len(profiles) <= 12:
         axes.legend(frameon=False, title="FLOPs, clients", fontsize="x-small", title_fontsize="x-small")
 
@@ -91,7 +94,7 @@ def _rho(found: Fit) -> float:
 def _head(found: Fit) -> list[str]:
     summary = type(found.law).__doc__ or ""
     lines = [f"# {found.law.name}, fitted to {found.runs} runs", "", summary.split("\n\n")[0].strip(), ""]
-    lines += [f"Units: {found.law.units}. Form: {found.law.source}.", ""]
+    lines += [f"Units: {found.law.units}. Source: {found.law.source}.", ""]
     if found.problems:
         lines += [f"**These runs do not determine a best size:** {'; '.join(found.problems)}.", ""]
     return [*lines, "![Measured and predicted loss](fit.png)", ""]
@@ -105,7 +108,7 @@ def _constants(found: Fit) -> list[str]:
 
 
 def _sizes(found: Fit) -> list[str]:
-    if found.problems or not isinstance(found.law, Law) or found.isoflop is None:
+    if found.problems or not isinstance(found.law, Law) or found.law.missing or found.isoflop is None:
         return []
     lines = ["## Best sizes", "", "| FLOPs | clients | by the law | by a parabola |", "|---:|---:|---:|---:|"]
     with warnings.catch_warnings():
@@ -129,7 +132,7 @@ def _sizes(found: Fit) -> list[str]:
 def _checklist(found: Fit) -> list[str]:
     table, fitted = found.table, int(found.table["fitted"].sum())
     lines = ["## What a scaling study must state", ""]
-    done = [f"form of the law and its source: {found.law.name}, {found.law.source}", f"units: {found.law.units}"]
+    done = [f"law and its source: {found.law.name}, {found.law.source}", f"units: {found.law.units}"]
     for name in ("params", "tokens", "flops", "clients"):
         if name in table:
             done.append(f"range of {name}: {table[name].min():.3g} to {table[name].max():.3g}")

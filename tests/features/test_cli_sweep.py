@@ -189,6 +189,7 @@ def test_fit_says_what_the_runs_cannot(tmp_path: Path, capsys: pytest.CaptureFix
         (["fit", "."], "no run in there logged compute/params; train with ComputeAccounting"),
         (["sweep", "--module=lost.Module", f"--data={HERE}Data", "--flops=1e6"], "module='lost.Module': cannot be"),
         (["sweep", "--module=Module", f"--data={HERE}Data", "--flops=1e6"], "pass package.module.Name"),
+        (["sweep", "--module=os.path", f"--data={HERE}Data", "--flops=1e6"], "pass a class or a function that makes"),
         (["sweep", f"--module={HERE}Fixed", f"--data={HERE}Data", "--flops=1e6"], "it has no argument size"),
         (["sweep", f"--module={HERE}Net", f"--data={HERE}Data", "--flops=0"], "flops=0.0: pass a finite number"),
         (["sweep", f"--module={HERE}Net", f"--data={HERE}Data", "--flops=1e6", "--sizes=[1,2]"], "pass four different"),

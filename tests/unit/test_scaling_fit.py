@@ -23,6 +23,7 @@ from lightning_fedscale.scaling import (
     Farseer,
     FederatedPACBayes,
     Form,
+    Henighan,
     InferenceAware,
     LossToLoss,
     LRAnnealing,
@@ -208,6 +209,7 @@ FITTED: list[tuple[Form, dict[str, Any]]] = [
     (CompressedParameters(scale=2.0), {**SIZES, "bits": np.tile([2.0, 3, 4, 6, 8, 16], 6)}),
     (FederatedPACBayes(psi=0.01), SIZES),
     (ComputeOnly(5.0, 0.05), SIZES),
+    (Henighan(1.5, 30.0, 0.1), SIZES),
     (Rectified(1e3, 1e3, 0.5, 1.0), SIZES),
     (InferenceAware(1.7, 400.0, 400.0, 0.34, 0.28, 0.01, 0.5), {
         **SIZES, "width_over_depth": np.tile([10.0, 30, 100, 300], 9)
