@@ -58,14 +58,14 @@ class TopK:
     def aggregator(self):
         return mean()._replace(accumulate=self.accumulate)
 
-    def accumulate(self, total, update, weight):
+    def accumulate(self, total, update, weight, cohort):
         delta = update.delta + self.kept.get(update.client, 0)
         largest = delta.abs().topk(max(1, int(self.share() * delta.numel()))).indices
         sent = torch.zeros_like(delta)
         sent[largest] = delta[largest]
         self.kept[update.client] = delta - sent
         self.values += len(largest)
-        return mean().accumulate(total, update._replace(delta=sent), weight)
+        return mean().accumulate(total, update._replace(delta=sent), weight, cohort)
 
 
 class Watch(pl.Callback):

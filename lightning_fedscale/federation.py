@@ -201,8 +201,9 @@ class Federation:
             if self._budget is not None:
                 self._budget.check(trainer.global_step)
             combinations.check_model(self._options, trainer.lightning_module, self._exchange())
-            rounds = int(trainer.estimated_stepping_batches) if math.isfinite(trainer.estimated_stepping_batches) else 0
-            combinations.warn_of_lost_errors(self._options, work.partition.num_clients, work.cohort_size, rounds)
+            combinations.warn_of_lost_errors(
+                self._options, work.partition.num_clients, work.cohort_size, self._planned_rounds()
+            )
         if population is None or work is None or work.fleet is not None:
             return
         with randomness.untouched():
@@ -227,6 +228,14 @@ class Federation:
                 f" ({format_bytes(row['peak_bytes'])} of {format_bytes(row['memory'])},"
                 f" {row['samples_per_second']:,.0f} samples/s)."
             )
+
+    def _planned_rounds(self) -> int:
+        """At most so many; 0 if there is no end to them."""
+        # Not `estimated_stepping_batches`, which sets up loaders and draws random numbers for it.
+        trainer = self._trainer
+        epochs = -1 if trainer.max_epochs is None else trainer.max_epochs
+        limits = [trainer.max_steps, epochs * self._options.rounds_per_epoch]
+        return min((limit for limit in limits if limit > 0), default=0)
 
     def first_batches(self) -> Iterator[tuple[int, Any]]:
         """The first batch of each of this rank's clients in the round that has begun, on the device, made once more.

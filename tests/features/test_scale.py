@@ -141,13 +141,13 @@ def test_planning_reads_the_cohort_and_nothing_else(monkeypatch: pytest.MonkeyPa
     read: list[tuple[int, int]] = []
     plan = Workload.plan
 
-    def counted(self: Workload, round: int) -> Any:
+    def counted(self: Workload, round: int, losses: Any) -> Any:
         partition = self.partition
         offsets, indices = Counting(partition.offsets), Counting(partition.indices)
         with monkeypatch.context() as inside:
             inside.setitem(partition.__dict__, "offsets", offsets)
             inside.setitem(partition.__dict__, "indices", indices)
-            answer = plan(self, round)
+            answer = plan(self, round, losses)
         read.append((offsets.read, indices.read))
         return answer
 
