@@ -14,7 +14,9 @@ from typing import Any
 
 import lightning.pytorch as pl
 import pandas as pd
+import torch
 
+from lightning_fedscale import randomness
 from lightning_fedscale.callbacks.compute_accounting import ComputeAccounting
 from lightning_fedscale.scaling.runs import LOSSES
 from lightning_fedscale.strategy import FederatedStrategy
@@ -83,8 +85,9 @@ def sweep(
         if (size, number, share) in done:
             continue
         kind = _strategy(number, local_steps, seed) if strategy is None else strategy(number)
-        pl.seed_everything(seed, verbose=False)
-        with _quiet():
+        # Not `seed_everything`: the caller's generators and environment are not the sweep's.
+        with _quiet(), randomness.untouched():
+            randomness.seed_globals(seed, torch.device("cpu"))
             found = _train(module(size=size), data(), kind, flops * share, number, loss, trainer or {})
         rows.append({"size": size, "share": share, **asked, **found})
         pd.DataFrame(rows).to_csv(path, index=False)

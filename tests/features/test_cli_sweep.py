@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import warnings
 from pathlib import Path
 from typing import Any
@@ -96,8 +97,11 @@ def test_more_compute_is_better_and_an_interrupted_sweep_goes_on(swept: tuple[pd
     assert (losses[1.0] < losses[LEVELS[0]]).all()
     table.drop(index=[3, 17]).to_csv(folder / "runs.csv", index=False)
     made_again: list[dict[str, Any]] = []
+    outside, environment = torch.get_rng_state(), dict(os.environ)
     again = sweep(Net, Data, SIZES, BUDGET, clients=[1, 3], folder=folder, trainer=CPU, each=made_again.append)
     assert len(made_again) == 2
+    assert torch.equal(torch.get_rng_state(), outside)
+    assert dict(os.environ) == environment
     columns = ["size", "clients", "share"]
     pd.testing.assert_frame_equal(
         again.sort_values(columns).reset_index(drop=True), table.sort_values(columns).reset_index(drop=True)
