@@ -109,6 +109,27 @@ def check_resume(state: dict[str, Any], *, seed: int, num_clients: int, partitio
         )
 
 
+def refuse_other_rules(saved: dict[str, Any], now: dict[str, Any]) -> None:
+    """Refuse to go on with rules for which what clients keep means something else.
+
+    Raises:
+        ValueError: naming the argument, the saved and the present value.
+
+    Example:
+        >>> refuse_other_rules({"local_rule": "scaffold"}, {"local_rule": "fed_dyn"})
+        Traceback (most recent call last):
+        ...
+        ValueError: local_rule='fed_dyn' differs from 'scaffold' in the checkpoint: resume with that one, or start a new
+        run without ckpt_path.
+    """
+    for name in ("local_rule", "compressor"):
+        if saved.get(name) != now.get(name):
+            raise ValueError(
+                f"{name}={now.get(name)!r} differs from {saved.get(name)!r} in the checkpoint: resume with that one, or"
+                " start a new run without ckpt_path."
+            )
+
+
 def changed_settings(saved: dict[str, Any], now: dict[str, Any]) -> str | None:
     """What to tell a user who resumes with other settings; None if there is nothing to tell.
 

@@ -49,7 +49,9 @@ def _check_privacy(options: Arguments, privacy: Privacy) -> None:
             "privacy with mode='async': who arrives is no Poisson sample, and nothing is known of what that costs. Use"
             " mode='sync'."
         )
-    everybody = options.clients_per_round in (None, 1.0, options.num_clients)
+    wanted = options.clients_per_round
+    # As an int, 1 is a single client.
+    everybody = wanted is None or wanted == (1.0 if isinstance(wanted, float) else options.num_clients)
     if options.sampler is not samplers.poisson and not everybody:
         raise ValueError(
             f"privacy with sampler={options.sampler!r}: the accounting holds where each client takes part independently"

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 import lightning.pytorch as pl
 import numpy as np
@@ -18,9 +18,9 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_fedscale import collectives, combinations, randomness
+from lightning_fedscale import combinations, randomness
 from lightning_fedscale.arguments import Arguments
-from lightning_fedscale.checkpointing import changed_settings, check_resume, federated_state
+from lightning_fedscale.checkpointing import changed_settings, check_resume, federated_state, refuse_other_rules
 from lightning_fedscale.clients import ClientStore, OptimizerKeeper, StateStore, tiers_of
 from lightning_fedscale.custody import Custody
 from lightning_fedscale.devices import ON_CLIENT, estimate_memory
@@ -42,12 +42,14 @@ from lightning_fedscale.global_model import GlobalModel
 from lightning_fedscale.half_batches import mean_gradient
 from lightning_fedscale.local_rules import Ditto
 from lightning_fedscale.memory import format_bytes
+from lightning_fedscale.older_models import OlderModels
 from lightning_fedscale.partitioners import Partition
 from lightning_fedscale.privacy import PrivacyBudget
 from lightning_fedscale.progress import ClientProgress
 from lightning_fedscale.records import RoundTable
 from lightning_fedscale.rounds import LocalWork, RoundPlan
 from lightning_fedscale.samplers import reads_losses
+from lightning_fedscale.sums import RoundSums
 from lightning_fedscale.tree import as_real
 from lightning_fedscale.types import ClientCost, ClientUpdate, Cohort, IntArray, Params, RoundRecord
 from lightning_fedscale.uplink import PersonalModels, Sent, Uplink, size_of_message, update_bytes
@@ -76,14 +78,6 @@ class _OpenRound:
     started: float
     outside: randomness.GlobalState | None  # the global generators as the user left them; None if nothing draws
     inside: randomness.GlobalState | None = None  # as the first client finds them once its first batch is there
-
-
-class _Sums(NamedTuple):
-    """What adds up over clients and ranks: the aggregator's accumulator and the local rule's second vectors."""
-
-    total: Tensor
-    messages: Tensor | None
-    joint: collectives.JointBuffer | None
 
 
 class Federation:
@@ -121,14 +115,14 @@ class Federation:
         self._global = GlobalModel(options.rules, options.server_optimizer, options.downlink_compressor)
         self._resumed: dict[str, Any] | None = None
         self._open: _OpenRound | None = None
-        self._live: tuple[Exchange, Tensor] | None = None  # the global model, while the module holds a client's
+        self._live: RoundContext | None = None  # while the module holds a client's model
         self._progress: ClientProgress
         self._quiet = False  # while clients train what nobody is told of
         self._begun: list[LocalWork] = []  # what this rank does in the round that runs
         self._equipped = False
         self._budget: PrivacyBudget | None = None
         self._simulated = 0.0  # seconds, over all rounds
-        self._versions: dict[int, Tensor] = {}  # older global models from which clients have started
+        self._older = OlderModels(options.asynchrony)
         self._losses: dict[int, float] = {}  # last known of each client, if the sampler reads them
         self.local_accumulation = 1
         self.meter: Meter | None = None
@@ -351,6 +345,7 @@ class Federation:
             self._custody.fetch(opened.plan)
         states = self._global.open_round(server, exchange.view.trainable)
         guided = self._options.rules.guided or opened.plan.arrived is not None
+        own = {name: tensor.detach().clone() for name, tensor in exchange.personal.items()}
         uplink = self._uplink(opened, exchange, cohort, states) if training and guided else None
         context = RoundContext(
             opened.plan.round,
@@ -366,6 +361,7 @@ class Federation:
             partial(self._stream, opened.plan.round),
             self.meter is not None,
             uplink,
+            own,
         )
         self._progress, self._begun = ClientProgress(self._trainer, len(opened.work)), opened.work
         try:
@@ -398,13 +394,14 @@ class Federation:
             exchange.settle()
             exchange.set_trainable()
             exchange.view.write(server)
+            exchange.write_personal(own)
             self._executor.close_round()
             self._store.rollback()
             raise
         exchange.set_trainable(table.trainable())
         if training:
             self._commit(opened.plan, table)
-            self._keep_version(opened.plan, server)
+            self._older.keep(opened.plan, server)
             if self._budget is not None and not self._budget.affords(cohort.round + 1):
                 rank_zero_info(f"privacy: {self._budget.told(cohort.round + 1)}, so training ends here.")
                 self._trainer.should_stop = True
@@ -437,20 +434,21 @@ class Federation:
     ) -> tuple[Tensor, Tensor | None, RoundTable]:
         """Train this rank's clients and add up the ranks; an exception on one of them is one on all."""
         table = RoundTable(opened.plan, self._world_size, len(context.exchange.parameters))
-        sums = self._sums(context.server, table, cohort)
+        sums = RoundSums(self._options.rules, context.server, cohort, table, self._world_size)
         failure: Exception | None = None
         try:
             self._tell("on_round_start", opened.plan.round, opened.plan.cohort)
-            with self._inside_clients(context.exchange, context.server), self._log.collecting():
-                sums = self._train_clients(context, sums, table, cohort, uplink)
+            with self._inside_clients(context), self._log.collecting():
+                self._train_clients(context, sums, table, uplink)
         except Exception as error:
             # The other ranks wait for this one in the collective: there they are told.
             failure = error
         table.finish_rank(self._rank, time.perf_counter() - opened.started, failed=failure is not None)
-        table.add_executor(self._executor.slots, self._executor.ballot)
+        counts = any(item.client not in table.spare for item in context.work)  # spare ones have their rank alone
+        table.add_executor(self._executor.slots if counts else 0, self._executor.ballot)
         if self.meter is not None:
             table.add_side(self.meter.side())
-        total, messages = self._merge(sums, table)
+        total, messages = sums.merge()
         if failure is not None:
             raise failure
         if failed := table.failed_ranks():
@@ -460,20 +458,17 @@ class Federation:
             )
         return total, messages, table
 
-    def _train_clients(
-        self, context: RoundContext, sums: _Sums, table: RoundTable, cohort: Cohort, uplink: Uplink | None
-    ) -> _Sums:
-        rules, total = self._options.rules, sums.total
+    def _train_clients(self, context: RoundContext, sums: RoundSums, table: RoundTable, uplink: Uplink | None) -> None:
+        rules = self._options.rules
         plain = float(context.exchange.message_bytes)
         cursors = {item.client: item.cursor for item in context.work}
         for update in self._executor.run(context):
-            cost = ClientCost() if self.meter is None else self.meter.client(update.forms or {}, update.steps)
             if update.client in table.spare:
                 self._store.unstage(update.client)
-                cursor = self._store.cursor(update.client)
-                table.add(update, 0.0, cursor, self._executor.scaler_state(), cost)
+                table.add_spare(update.client, self._store.cursor(update.client), self._executor.scaler_state())
                 continue
             sent = Sent(update, None, rules.weigh(update), plain) if uplink is None else uplink.send(update)
+            cost = ClientCost() if self.meter is None else self.meter.client(update.forms or {}, update.steps)
             update, weight = sent.update, sent.weight
             table.add(
                 update,
@@ -485,12 +480,9 @@ class Federation:
             )
             table.add_trainable(context.exchange.trainable_now())
             if update.finite:
-                total = rules.aggregator.accumulate(total, update, weight, cohort)
-                if sums.messages is not None and sent.message is not None:
-                    sums.messages.add_(sent.message)
+                sums.add(update, weight, sent.message)
         if (ditto := rules.ditto) is not None and context.training:
             self._train_personal(ditto, context, table)
-        return sums._replace(total=total)
 
     def _train_personal(self, ditto: Ditto, context: RoundContext, table: RoundTable) -> None:
         """Once more, each client its own model: nothing of it is logged, told or sent."""
@@ -499,10 +491,11 @@ class Federation:
         try:
             with self._log.silenced():
                 for update in self._executor.run_again(context._replace(guidance=guidance)):
+                    if update.client in table.spare:
+                        continue
                     if self.meter is not None:
                         table.add_cost(update.client, self.meter.client(update.forms or {}, update.steps))
-                    if update.client not in table.spare:
-                        guidance.keep(update)
+                    guidance.keep(update)
         finally:
             self._quiet = False
 
@@ -514,21 +507,10 @@ class Federation:
             self._custody.fetch(plan)
         exchange = self._exchange()
         table = RoundTable(plan, self._world_size, len(exchange.parameters))
-        sums = self._sums(exchange.view.empty(), table, self._cohort(plan, exchange))
+        cohort = self._cohort(plan, exchange)
+        sums = RoundSums(self._options.rules, exchange.view.empty(), cohort, table, self._world_size)
         table.finish_rank(self._rank, time.perf_counter() - started, failed=True)
-        self._merge(sums, table)
-
-    def _sums(self, like: Tensor, table: RoundTable, cohort: Cohort) -> _Sums:
-        """Zeros; with several ranks they lie in the buffer in which they and the table cross them."""
-        rules = self._options.rules
-        parts = [rules.aggregator.init(like, cohort)]
-        if rules.local is not None and rules.local.sends_message:
-            parts.append(torch.zeros_like(like[: cohort.trainable]))
-        if self._world_size == 1:
-            return _Sums(parts[0], parts[1] if len(parts) == 2 else None, None)
-        joint = collectives.JointBuffer(parts[0] if len(parts) == 1 else torch.cat(parts), table.size)
-        cut = len(parts[0])
-        return _Sums(joint.vector[:cut], joint.vector[cut:] if len(parts) == 2 else None, joint)
+        sums.merge()
 
     def _cohort(self, plan: RoundPlan, exchange: Exchange) -> Cohort:
         assert self._work is not None
@@ -541,13 +523,6 @@ class Federation:
 
     def _batch_sizes(self, cohort: Cohort) -> IntArray | None:
         return None if self.fleet is None else self.fleet.batch_sizes_of(cohort.clients)
-
-    def _keep_version(self, plan: RoundPlan, server: Tensor) -> None:
-        """Clients that still train started from older models; those that nobody needs any more go."""
-        if plan.arrived is None:
-            return
-        self._versions[plan.round] = server
-        self._versions = {round: model for round, model in self._versions.items() if round >= plan.arrived.waiting}
 
     def _received_bytes(self, exchange: Exchange) -> int:
         """What a client receives, unless it is compressed."""
@@ -563,24 +538,10 @@ class Federation:
             cohort,
             self._trainer.optimizers[0],
             states,
-            start_of=self._starts_of(opened.plan),
-            stale_scale=self._stale_scale(opened.plan),
+            starts=self._older.starts(opened.plan),
+            scales=self._older.scales(opened.plan),
             gradient_of=lambda client: self._gradient(work[client], exchange),
         )
-
-    def _starts_of(self, plan: RoundPlan) -> Callable[[int], Tensor | None]:
-        """The models that clients start from; None is the present one."""
-        if (arrived := plan.arrived) is None:
-            return lambda client: None
-        versions = dict(zip(arrived.clients.tolist(), arrived.versions.tolist(), strict=True))
-        return lambda client: None if versions[client] == plan.round else self._versions[versions[client]]
-
-    def _stale_scale(self, plan: RoundPlan) -> dict[int, float]:
-        """What updates are scaled by that started from older models, by client."""
-        if (arrived := plan.arrived) is None or (asynchrony := self._options.asynchrony) is None:
-            return {}
-        pairs = zip(arrived.clients.tolist(), arrived.versions.tolist(), strict=True)
-        return {client: asynchrony.scale(plan.round - version) for client, version in pairs if version < plan.round}
 
     def _gradient(self, work: LocalWork, exchange: Exchange) -> Tensor:
         """The mean gradient of a client's batches of this round at the model that the module holds."""
@@ -592,21 +553,6 @@ class Federation:
             ready = [(self._transfer(batch), size) for batch, size in batches if batch is not None]
         found = mean_gradient(self._trainer, self._trainer.lightning_module, ready)
         return torch.cat([as_real(found[name]).flatten().double() for name in exchange.names])
-
-    def _merge(self, sums: _Sums, table: RoundTable) -> tuple[Tensor, Tensor | None]:
-        """The round's one collective: the sums and the table of all ranks are added up."""
-        if (joint := sums.joint) is None:
-            return sums.total, sums.messages
-        length = len(sums.total)
-        if sums.messages is None:
-            total, numbers = joint.sum_over_ranks(sums.total, table.pack())
-            table.unpack(numbers)
-            return total, None
-        if sums.total.data_ptr() != joint.vector.data_ptr():
-            joint.vector[:length].copy_(sums.total)
-        vector, numbers = joint.sum_over_ranks(joint.vector, table.pack())
-        table.unpack(numbers)
-        return vector[:length], vector[length:]
 
     def _commit(self, plan: RoundPlan, table: RoundTable) -> None:
         if self._options.local_steps is not None:
@@ -625,10 +571,10 @@ class Federation:
         return self._live is not None
 
     @contextmanager
-    def _inside_clients(self, exchange: Exchange, server: Tensor) -> Iterator[None]:
+    def _inside_clients(self, context: RoundContext) -> Iterator[None]:
         trainer = self._trainer
         outside = randomness.capture(self._device) if self._executor.draws_from_globals else None
-        self._live = exchange, server
+        self._live = context
         around, trainer.accumulate_grad_batches = trainer.accumulate_grad_batches, self.local_accumulation
         progress = trainer.fit_loop.epoch_loop.batch_progress
         last_round = progress.is_last_batch
@@ -645,8 +591,11 @@ class Federation:
         """A module's state dict with the global model's values in place of the client's that is training."""
         if self._live is None:
             return state
-        exchange, server = self._live
-        return exchange.view.substituted(state, server)
+        context = self._live
+        return {
+            **context.exchange.view.substituted(state, context.server),
+            **context.exchange.of_personal(state, context.own),
+        }
 
     def client_started(self, client: int) -> None:
         """See `lightning_fedscale.executors.sequential.Watcher`."""
@@ -709,13 +658,14 @@ class Federation:
             local_batches=self._log.local_batches,
             executor=self._executor.kind if self._options.executor == "auto" else None,
             simulated=self._simulated,
-            versions=self._versions,
+            versions=self._older.state_dict(),
             losses=torch.tensor(sorted(self._losses.items()), dtype=torch.float64).reshape(-1, 2),
         )
 
     def _settings(self) -> dict[str, Any]:
         """What may be changed on resume, but then the run is another one."""
         options = self._options
+        compressor = options.rules.compressor
         return {
             "clients_per_round": options.clients_per_round,
             "local_epochs": options.local_epochs,
@@ -724,6 +674,8 @@ class Federation:
             "rounds_per_epoch": options.rounds_per_epoch,
             "client_optimizer": "keep" if options.keep_optimizers else "reset",
             "population": None if options.population is None else options.population.description(),
+            "local_rule": None if options.rules.local is None else options.rules.local.name,
+            "compressor": compressor.name if compressor is not None and compressor.stateful else None,
             "mode": "sync" if options.asynchrony is None else options.asynchrony.description(),
             "personal": repr(options.rules.ditto) if options.rules.ditto else list(options.rules.personal),
             "threads": torch.get_num_threads(),
@@ -741,6 +693,7 @@ class Federation:
             ValueError: if the saved run is not this one.
         """
         self._resumed = state
+        refuse_other_rules(state["settings"], self._settings())
         if changed := changed_settings(state["settings"], self._settings()):
             rank_zero_warn(f"ckpt_path: {changed}")
         self._check_resumed()
@@ -751,7 +704,7 @@ class Federation:
         self._global.load_states(state["server"], self._device)
         self._log.local_batches = state.get("local_batches", 0)
         self._simulated = state.get("simulated", 0.0)
-        self._versions = {round: model.to(self._device) for round, model in state["versions"].items()}
+        self._older.load_state_dict(state["versions"], self._device)
         self._losses = {int(client): loss for client, loss in state["losses"].tolist()}
 
     def _check_resumed(self) -> None:

@@ -86,6 +86,14 @@ class RoundTable:
         )
         self._rows[self._row[update.client]] = values
 
+    def add_spare(self, client: int, cursor: Cursor, scaler: tuple[float, float]) -> None:
+        """Fill the row of a client that does not count: it has only where its data goes on, as before."""
+        row = self._rows[self._row[client]]
+        row[:] = 0.0
+        row[_COLUMNS.index("loss")] = math.nan
+        for name, value in zip(("pass", "batch", "scale", "growth"), (*cursor, *scaler), strict=True):
+            row[_COLUMNS.index(name)] = value
+
     def add_cost(self, client: int, cost: ClientCost) -> None:
         """Add the cost of more training of a client, which saw the same tokens again."""
         row = self._rows[self._row[client]]
@@ -225,9 +233,9 @@ class RoundTable:
             delta_norm=delta_norm,
             drift=_ratio(math.sqrt(max(0.0, square)), delta_norm),
             upload_bytes=round(_sum(self._column("bytes"))),
-            download_bytes=message_bytes * len(self._row),
+            download_bytes=message_bytes * (len(self._row) - len(self._plan.spare)),
             seconds=slowest,
-            padding=max(0.0, 1.0 - _sum(self._column("steps")) / self._slots[0]) if self._slots[0] else 0.0,
+            padding=max(0.0, 1.0 - _sum(self._column("steps")) / float(self._slots[0])) if self._slots[0] else 0.0,
             idle=1.0 - float(self._busy.mean()) / slowest if slowest > 0 else 0.0,
             simulated=self._simulated(simulated_before, batch_sizes),
             staleness=None if self._plan.arrived is None else self._plan.round - self._plan.arrived.versions,

@@ -38,20 +38,14 @@ class Rules(NamedTuple):
     @property
     def keep_state(self) -> bool:
         """Whether clients keep anything because of them."""
-        stateful = self.compressor is not None and self.compressor.stateful
-        return (
-            stateful
-            or self.ditto is not None
-            or bool(self.personal)
-            or (self.local is not None and self.local.keeps_state)
-        )
+        return bool(self.personal) or bool(self.kept_on_device)
 
     @property
     def kept_on_device(self) -> dict[str, float]:
         """What a client's device keeps because of them, in bytes per parameter by name."""
         kept: dict[str, float] = {}
         if self.local is not None and self.local.keeps_state:
-            kept["control variates"] = 4.0 * (1 + (self.local.vectors_down - 1))
+            kept["control variates"] = 4.0 * self.local.vectors_down
         if self.compressor is not None and self.compressor.stateful:
             kept["error feedback"] = 4.0
         if self.ditto is not None:

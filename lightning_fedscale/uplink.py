@@ -54,8 +54,8 @@ class Uplink:
         cohort: who takes part.
         optimizer: the clients' first one, as it is when the round begins.
         states: of the server, by rule.
-        start_of: model that a client starts from, None for the global one.
-        stale_scale: what the server scales updates by that come late, by client.
+        starts: models that clients start from other than the global one, by client.
+        scales: what the server scales these clients' updates by.
         gradient_of: mean gradient of a client's batches at the model that the module holds.
     """
 
@@ -67,8 +67,8 @@ class Uplink:
         cohort: Cohort,
         optimizer: Optimizer,
         states: dict[str, Any],
-        start_of: Callable[[int], Tensor | None],
-        stale_scale: Mapping[int, float],
+        starts: Mapping[int, Tensor],
+        scales: Mapping[int, float],
         gradient_of: Callable[[int], Tensor],
     ) -> None:
         self._rules = rules
@@ -78,12 +78,16 @@ class Uplink:
         self._states = states
         self._lr = float(optimizer.param_groups[0]["lr"])
         self._momentum = float(optimizer.param_groups[0].get("momentum", 0.0))
-        self._stale_scale = stale_scale
+        self._starts = starts
+        self._scales = scales
         self._gradient_of = gradient_of
         self._gradients: dict[int, Tensor] = {}
-        self.start = start_of
 
     # ---- before and while a client trains: see `lightning_fedscale.executors.sequential.Guidance`
+
+    def start(self, client: int) -> Tensor | None:
+        """The model that the client starts from; None is the global one."""
+        return self._starts.get(client)
 
     def correction(self, client: int) -> Correction | None:
         """What the local rule adds to the client's gradients."""
@@ -116,12 +120,14 @@ class Uplink:
         if rules.local is not None:
             message, normalizer = self._finish(rules.local, update, delta)
         sent = self._plain_bytes() if rules.compressor is None else self._compress(update.client, delta)
+        if message is not None and rules.local is not None and rules.local.vectors_up == 1:
+            message = delta.clone()  # it is the update itself, of which the server sees what was sent
         if rules.privacy is not None:
             within = float(rules.privacy.clip(delta, self._states[PRIVACY]))
-        if (scale := self._stale_scale.get(update.client)) is not None:
+        if (scale := self._scales.get(update.client)) is not None:
             update.delta.mul_(scale)
-        rounded = scale is not None or rules.privacy is not None
-        if rounded or (rules.local is not None and rules.local.changes_delta):
+        changed = scale is not None or (rules.local is not None and rules.local.changes_delta)
+        if changed or rules.privacy is not None:
             self._round(delta)
         if scale is not None or any(rule is not None for rule in rules[:3]):
             update = update._replace(norm=float(torch.linalg.vector_norm(delta)))
@@ -138,9 +144,15 @@ class Uplink:
         return report.message, report.normalizer
 
     def _round(self, vector: Tensor) -> None:
-        """To the precision in which parameters travel: sums over clients are then exact, so ranks do not matter."""
+        """To the precision in which parameters travel: sums over clients are then exact, so ranks do not matter.
+
+        Towards zero, so that what was clipped is not made longer by it.
+        """
         for view, parameter in zip(self._exchange.trainable_views(vector), self._exchange.shared, strict=True):
-            view.copy_(view.to(as_real(parameter).dtype))
+            dtype = as_real(parameter).dtype
+            near = view.to(dtype).double()
+            less = (near * (1 - torch.finfo(dtype).eps)).to(dtype).double()  # the next number towards zero
+            view.copy_(torch.where(near.abs() > view.abs(), less, near))
 
     def _compress(self, client: int, delta: Tensor) -> float:
         compressor = self._rules.compressor

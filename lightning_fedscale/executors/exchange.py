@@ -72,6 +72,18 @@ class Exchange(NamedTuple):
         views = self.view.views(vector)[: len(self.names)]
         return dict(zip(self.names, views, strict=True))
 
+    @torch.no_grad()
+    def write_personal(self, values: Mapping[str, Tensor]) -> None:
+        """Show these values of what stays with each client in the module."""
+        for name, value in values.items():
+            self.personal[name].copy_(value)
+
+    def of_personal(self, state: Mapping[str, Any], values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Those of a module's state dict that stay with each client, with these values."""
+        addresses = {self.personal[name].data_ptr(): value for name, value in values.items()}
+        tensors = {name: entry for name, entry in state.items() if isinstance(entry, Tensor)}
+        return {name: addresses[t.data_ptr()] for name, t in tensors.items() if t.data_ptr() in addresses}
+
     def settle(self) -> None:
         """Bring back what training put in a tensor's place: ``self.average = ...``, ``parameter.data = ...``.
 

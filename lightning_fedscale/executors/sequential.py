@@ -8,6 +8,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from operator import mul
+from types import MappingProxyType
 from typing import Any, NamedTuple, Protocol
 
 import lightning.pytorch as pl
@@ -65,6 +66,7 @@ class RoundContext(NamedTuple):
         reopen: the collated batches of given clients anew, in the order given or client by client.
         metered: whether updates are to say of which form their batches were.
         guidance: what is particular to each client's training; None if nothing is.
+        own: the server's values of what stays with each client, as the module was built with them, by name.
     """
 
     round: int
@@ -80,6 +82,7 @@ class RoundContext(NamedTuple):
     reopen: Callable[[list[LocalWork], Iterable[tuple[int, int]] | None], Iterator[Any]]
     metered: bool = False
     guidance: Guidance | None = None
+    own: Mapping[str, Tensor] = MappingProxyType({})
 
     def restarted(self, order: Iterable[tuple[int, int]] | None) -> RoundContext:
         """The same clients with all their batches still to come.
@@ -343,27 +346,23 @@ class Personal:
 
     def __init__(self, context: RoundContext) -> None:
         self._guidance = context.guidance
-        self._tensors = context.exchange.personal
-        self._initial = {name: tensor.detach().clone() for name, tensor in self._tensors.items()}
+        self._exchange = context.exchange
+        self._servers = context.own
 
     def load(self, client: int) -> None:
         """Show what is this client's in the module."""
-        if self._tensors and self._guidance is not None:
-            self._write(self._guidance.personal(client))
+        if self._servers and self._guidance is not None:
+            self._exchange.write_personal(self._guidance.personal(client))
 
     def keep(self, client: int, update: ClientUpdate) -> None:
         """Note what its training made of it, unless that is spoilt."""
-        if self._tensors and self._guidance is not None and update.finite:
-            self._guidance.keep_personal(client, {n: t.detach().clone() for n, t in self._tensors.items()})
+        if self._servers and self._guidance is not None and update.finite:
+            values = {name: tensor.detach().clone() for name, tensor in self._exchange.personal.items()}
+            self._guidance.keep_personal(client, values)
 
     def restore(self) -> None:
         """Show the server's own again."""
-        self._write(self._initial)
-
-    @torch.no_grad()
-    def _write(self, values: Mapping[str, Tensor]) -> None:
-        for name, value in values.items():
-            self._tensors[name].copy_(value)
+        self._exchange.write_personal(self._servers)
 
 
 def no_batch_left(work: LocalWork) -> ValueError:

@@ -50,7 +50,7 @@ class Report(NamedTuple):
     Attributes:
         state: what it keeps for its next round: tensors and primitives in dicts and lists; None keeps nothing.
         message: a second float64 vector over the trainable parameters, of which the server sees the plain sum over the
-            round's clients.
+            round's clients. With ``vectors_up=1`` it is the update once more, and the server sees it as it was sent.
         normalizer: a number of which the server sees the mean over clients, weighted as their deltas.
     """
 

@@ -301,5 +301,6 @@ def test_clients_of_ranks_that_would_have_none_do_not_count(world_size: int, ran
             assert set(record["ranks"]) == set(range(world_size))
             weights = dict(zip(record["clients"], record["weights"], strict=True))
             assert all(weights[client] == 0 for client in record["spare"])
-            for name in ("delta_norm", "loss", "upload_bytes"):
-                assert record[name] == of_one[name]
+        for numbers, of_one in zip(result["metrics"], one["metrics"], strict=True):
+            assert numbers.keys() == of_one.keys()
+            assert {name for name in numbers if numbers[name] != of_one[name]} <= TIMES

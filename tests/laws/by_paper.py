@@ -84,18 +84,23 @@ class World:
         extra: Callable[[Model], Model] | None = None,
         momentum: float = 0.0,
         lr: float = LR,
+        accumulate: int = 1,
     ) -> tuple[Model, int]:
-        """``y <- y - lr (momentum buffer of g(y) + extra(y))``; the model and the number of steps."""
+        """``y <- y - lr (momentum buffer of g(y) + extra(y))``; the model and the number of steps.
+
+        With ``accumulate``, ``g(y)`` is the sum over so many batches, each divided by that number.
+        """
         y = {name: value.clone() for name, value in start.items()}
         buffer: Model = {}
         batches = self.batches(client, round)
-        for batch in batches:
-            gradient = self.gradient(y, batch)
+        windows = [batches[i : i + accumulate] for i in range(0, len(batches), accumulate)]
+        for window in windows:
+            gradient = times(len(window) / accumulate, mean([self.gradient(y, batch) for batch in window]))
             if extra is not None:
                 gradient = plus(gradient, extra(y))
             buffer = plus(times(momentum, buffer), gradient) if buffer and momentum else gradient
             y = minus(y, times(lr, buffer))
-        return y, len(batches)
+        return y, len(windows)
 
 
 def plus(left: Model, right: Model) -> Model:
@@ -135,7 +140,7 @@ def fed_prox(world: World, rounds: int, mu: float) -> Model:
     return x
 
 
-def scaffold(world: World, rounds: int, option: str) -> Model:
+def scaffold(world: World, rounds: int, option: str, accumulate: int = 1) -> Model:
     """Karimireddy et al. 2019 (1910.06378), algorithm 1, with a global step of 1."""
     x, c = world.start, zeros(world.start)
     controls = {k: zeros(x) for k in range(world.num_clients)}
@@ -143,7 +148,7 @@ def scaffold(world: World, rounds: int, option: str) -> Model:
         cohort = world.cohort(round)
         ys, changes = [], []
         for k in cohort:
-            y, steps = world.local_sgd(x, k, round, lambda y, k=k, c=c: minus(c, controls[k]))  # type: ignore[misc]
+            y, steps = world.local_sgd(x, k, round, lambda y, k=k, c=c: minus(c, controls[k]), accumulate=accumulate)  # type: ignore[misc]
             if option == "I":
                 batches = world.batches(k, round)
                 found = [world.gradient(x, batch) for batch in batches]
@@ -158,8 +163,8 @@ def scaffold(world: World, rounds: int, option: str) -> Model:
     return x
 
 
-def fed_dyn(world: World, rounds: int, alpha: float) -> Model:
-    """Acar et al. 2021 (2111.04263), algorithm 1."""
+def fed_dyn(world: World, rounds: int, alpha: float, sent: Callable[[Model], Model] = lambda moved: moved) -> Model:
+    """Acar et al. 2021 (2111.04263), algorithm 1; ``sent`` is what the server gets to see of ``y - x``."""
     x, h = world.start, zeros(world.start)
     gradients = {k: zeros(x) for k in range(world.num_clients)}
     for round in range(rounds):
@@ -171,7 +176,7 @@ def fed_dyn(world: World, rounds: int, alpha: float) -> Model:
 
             y, _ = world.local_sgd(x, k, round, extra)
             gradients[k] = minus(gradients[k], times(alpha, minus(y, x)))
-            ys.append(y)
+            ys.append(plus(x, sent(minus(y, x))))
         moved = [minus(y, x) for y in ys]
         h = minus(h, times(alpha * len(cohort) / world.num_clients, mean(moved)))
         x = minus(mean(ys), times(1.0 / alpha, h))
@@ -238,6 +243,16 @@ def ditto(world: World, rounds: int, strength: float) -> tuple[Model, dict[int, 
     return x, own
 
 
+def largest(u: Model, k: int) -> Model:
+    """The k largest elements; values travel as float32."""
+    flat = torch.cat([value.flatten() for value in u.values()])
+    kept = torch.zeros_like(flat)
+    places = flat.abs().topk(k).indices
+    kept[places] = flat[places].float().double()
+    parts = zip(u, kept.split([value.numel() for value in u.values()]), strict=True)
+    return {name: value.view(u[name].shape) for name, value in parts}
+
+
 def top_k_with_feedback(world: World, rounds: int, k: int) -> Model:
     """Karimireddy et al. 2019 (1901.09847): the k largest of ``u = delta + e`` are sent, the rest waits."""
     x = world.start
@@ -247,12 +262,7 @@ def top_k_with_feedback(world: World, rounds: int, k: int) -> Model:
         for client in cohort:
             y, _ = world.local_sgd(x, client, round)
             u = plus(minus(x, y), errors[client])
-            flat = torch.cat([value.flatten() for value in u.values()])
-            kept = torch.zeros_like(flat)
-            largest = flat.abs().topk(k).indices
-            kept[largest] = flat[largest].float().double()  # values travel as float32
-            sent = dict(zip(u, kept.split([v.numel() for v in u.values()]), strict=True))
-            sent = {name: value.view(u[name].shape) for name, value in sent.items()}
+            sent = largest(u, k)
             errors[client] = minus(u, sent)
             seen.append(sent)
         x = minus(x, mean(seen, [world.held(client) for client in cohort]))

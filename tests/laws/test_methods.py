@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import lightning.pytorch as pl
 import numpy as np
 import pytest
 import torch
@@ -42,8 +43,9 @@ def trained(
 ) -> tuple[dict[str, Tensor], FederatedStrategy]:
     module = by_paper.Net(momentum=momentum)
     options = {"clients_per_round": 4, "local_epochs": 2, **strategy}
+    every = options.pop("accumulate_grad_batches", 1)
     made = FederatedStrategy(partitioner=reference.unequal_clients(), executor=executor, **options)  # type: ignore[arg-type]
-    trainer = reference.quiet_trainer(max_epochs=rounds, strategy=made)
+    trainer = reference.quiet_trainer(max_epochs=rounds, strategy=made, accumulate_grad_batches=every)
     data = reference.loader(reference.dataset(dtype=torch.float64), by_paper.BATCH)
     trainer.fit(module, data, ckpt_path=ckpt_path, weights_only=None if ckpt_path is None else True)
     if save is not None:
@@ -116,6 +118,20 @@ def test_scaffold(executor: str, option: str) -> None:
     assert same(got, by_paper.scaffold(world(), ROUNDS, option))
     assert strategy.last_round is not None
     assert strategy.last_round.upload_bytes == strategy.last_round.download_bytes == 4 * 2 * 140 * 8
+
+
+@executors
+def test_scaffold_counts_optimizer_steps_not_batches(executor: str) -> None:
+    got, _ = trained(executor, local_rule=scaffold(), aggregator="uniform", accumulate_grad_batches=3)
+    assert same(got, by_paper.scaffold(world(), ROUNDS, "II", accumulate=3))
+
+
+@executors
+def test_the_server_of_fed_dyn_sees_what_was_sent_and_no_more(executor: str) -> None:
+    got, strategy = trained(executor, local_rule=fed_dyn(0.1), aggregator="uniform", compressor=top_k(k=20))
+    assert same(got, by_paper.fed_dyn(world(), ROUNDS, 0.1, lambda moved: by_paper.largest(moved, 20)))
+    assert strategy.last_round is not None
+    assert strategy.last_round.upload_bytes == 4 * 100  # 20 (32 bits + 8 of an index below 140)
 
 
 @executors
@@ -239,9 +255,73 @@ def test_a_budget_ends_training_before_it_is_exceeded(tmp_path: Path) -> None:
         trained("sequential", ckpt_path=tmp_path / "spent.ckpt", **options)
 
 
+def test_a_clipped_update_is_no_longer_than_it_may_be_in_its_own_precision() -> None:
+    norms: list[float] = []
+    mean_of = FederatedStrategy(num_clients=4, privacy=dp_fed_avg(0.01, 0.0, delta=1e-3))
+    trainer = reference.quiet_trainer(max_epochs=4, strategy=mean_of)
+    seen = mean_of._options.rules.aggregator
+
+    def accumulate(total: Tensor, update: Any, weight: float, cohort: Any) -> Tensor:
+        norms.append(float(update.delta[: cohort.trainable].norm()))
+        return seen.accumulate(total, update, weight, cohort)
+
+    watched = mean_of._options.rules._replace(aggregator=seen._replace(accumulate=accumulate))
+    mean_of._options = mean_of._options._replace(rules=watched)
+    trainer.fit(reference.make_module(), reference.loader(reference.dataset()))
+    assert len(norms) == 16
+    assert 0.0099 < min(norms) <= max(norms) <= 0.01
+
+
+@pytest.mark.parametrize(
+    "other", [{"local_rule": fed_dyn(0.1)}, {"local_rule": scaffold(), "compressor": error_feedback(sign())}, {}]
+)
+def test_another_rule_is_not_resumed_with(other: dict[str, Any], tmp_path: Path) -> None:
+    trained("sequential", rounds=2, save=tmp_path / "at.ckpt", local_rule=scaffold())
+    with pytest.raises(ValueError, match=r"(local_rule|compressor)=.* differs from .* in the checkpoint: resume with"):
+        trained("sequential", ckpt_path=tmp_path / "at.ckpt", **other)
+
+
+class _Inside(pl.Callback):
+    """Saves while a client trains, or fails there."""
+
+    def __init__(self, path: Path | None) -> None:
+        self._path = path
+
+    def on_client_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, update: Any) -> None:
+        if trainer.global_step == 1:
+            if self._path is None:
+                raise LookupError("on purpose")
+            trainer.save_checkpoint(self._path)
+
+
+@executors
+def test_what_stays_with_a_client_never_passes_for_the_global_model(executor: str, tmp_path: Path) -> None:
+    def fit(callback: pl.Callback) -> by_paper.Net:
+        module = by_paper.Net()
+        made = FederatedStrategy(
+            partitioner=reference.unequal_clients(), clients_per_round=4, executor=executor, personal=["head.*"]
+        )  # type: ignore[arg-type]
+        trainer = reference.quiet_trainer(max_epochs=3, strategy=made, callbacks=[callback])
+        try:
+            trainer.fit(module, reference.loader(reference.dataset(dtype=torch.float64), by_paper.BATCH))
+        except LookupError:
+            assert callback._path is None  # type: ignore[attr-defined]
+        return module
+
+    start = by_paper.Net().state_dict()
+    failed = fit(_Inside(None)).state_dict()
+    fit(_Inside(tmp_path / "inside.ckpt"))
+    saved = torch.load(tmp_path / "inside.ckpt", weights_only=True)["state_dict"]
+    for state in (failed, saved):
+        assert torch.equal(state["head.weight"], start["head.weight"])
+        assert torch.equal(state["head.bias"], start["head.bias"])
+        assert not torch.equal(state["body.weight"], start["body.weight"])
+
+
 def test_privacy_refuses_what_it_cannot_account_for() -> None:
     private = dp_fed_avg(clip_norm=1.0, noise_multiplier=1.0, delta=1e-3)
     for arguments, message in (
+        ({"clients_per_round": 1}, "holds where each client takes part independently.*sampler='poisson'"),
         ({"clients_per_round": 2}, "holds where each client takes part independently.*sampler='poisson'"),
         ({"local_rule": "scaffold"}, "neither clipped nor noised"),
         ({"aggregator": "median"}, "aggregator='median' with privacy"),

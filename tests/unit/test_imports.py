@@ -35,7 +35,8 @@ LEVELS = [
     {"attacks", "privacy"},  # what changes or hides the updates that aggregators see
     {"rules"},
     {"arguments", "phase_keeper", "rounds"},
-    {"custody", "records"},
+    {"custody", "older_models", "records"},
+    {"sums"},
     {"executors"},
     {"combinations", "uplink"},
     {"checkpointing", "global_model", "half_batches", "metering", "progress", "refusals", "train_data", "workload"},
