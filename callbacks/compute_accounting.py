@@ -167,6 +167,7 @@ class ComputeAccounting(Callback):
         meter = self._counting.meter
         assert meter is not None
         self._log(trainer, None)
+        self._locate(trainer, interval=True)
         self._check_coverage()
         report(trainer, self.ledger, meter.size, _clients(trainer), meter.operators, self.position, self._law)
         self._curves.close()
@@ -266,7 +267,7 @@ class ComputeAccounting(Callback):
         if self._auto and self._law is None and meter is not None and meter.counts_text:
             self._law, _ = law_of("auto", text=True)
 
-    def _locate(self, trainer: pl.Trainer) -> Position | None:
+    def _locate(self, trainer: pl.Trainer, interval: bool = False) -> Position | None:
         """Set the position, at the end of the budget if there is one; returns that of now."""
         ledger = self.ledger
         if self._law is None or not ledger.training_flops:
@@ -276,7 +277,7 @@ class ComputeAccounting(Callback):
             assert self._law is not None
             return position_of(
                 self._law, params=ledger.average_params, tokens=ledger.tokens * flops / ledger.training_flops,
-                flops=flops, clients=_clients(trainer), rho=self._rho,
+                flops=flops, clients=_clients(trainer), rho=self._rho, interval=interval,
             )  # fmt: skip
 
         try:
@@ -330,7 +331,7 @@ class ComputeAccounting(Callback):
                 for noise in (phase.sampling_noise.critical_batch, phase.noise_scale.scale):
                     if noise > 0:
                         return noise * per_sample
-        if self.position is not None and self._law is not None and self._law.holds.task == "text":
+        if self.position is not None and self._law is not None and self._law.domain.task == "text":
             return Kaplan().critical_batch(self.position.predicted_loss)
         return math.nan
 

@@ -123,6 +123,8 @@ def report(
     if position is not None and law is not None:
         show(trainer, "compute/position", plot(position, law))
     for writer in writers(trainer, "add_text"):
+        if position is not None:
+            writer.add_text("compute/advice", f"{position.advice().capitalize()}.", trainer.global_step)
         writer.add_text("compute/operators", _coverage(operators), trainer.global_step)
 
 
@@ -159,7 +161,8 @@ def _table(ledger: Ledger, size: ParameterCounts, clients: int, position: Positi
     if position is not None:
         rows += [
             (f"Best size under {position.law}", f"{position.optimal_params:,.0f}"),
-            ("  within 1 % of its loss", f"{position.low:,.0f} to {position.high:,.0f}"),
+            ("  95 % interval by its constants", _ends(*position.ends)),
+            ("  within 1 % of its loss", _ends(position.low, position.high)),
             ("Predicted loss", f"{position.predicted_loss:.4g}"),
             ("  of the best size", f"{position.optimal_loss:.4g}"),
         ]
@@ -176,6 +179,10 @@ def _bytes(ledger: Ledger) -> str:
     if not ledger.upload_bytes:
         return ""
     return f"{format_bytes(int(ledger.upload_bytes))} and {format_bytes(int(ledger.download_bytes))}"
+
+
+def _ends(low: float, high: float) -> str:
+    return f"{low:,.0f} to {high:,.0f}" if math.isfinite(low + high) else ""
 
 
 def _coverage(operators: dict[str, Operator]) -> str:

@@ -2,7 +2,6 @@
 
 from lightning_fedscale.scaling.base import (
     Allocation,
-    Interval,
     Law,
     effective_flops,
     mean_flops,
@@ -31,7 +30,7 @@ from lightning_fedscale.scaling.compute import (
 from lightning_fedscale.scaling.diloco import DiLoCo
 from lightning_fedscale.scaling.federated import Federated, FederatedPACBayes, federated, information
 from lightning_fedscale.scaling.fit import Fit, fit, law_from_file
-from lightning_fedscale.scaling.form import Form, Range, Unfitted
+from lightning_fedscale.scaling.form import Form, Interval, Range, Unfitted
 from lightning_fedscale.scaling.isoflop import IsoFlop, isoflop
 from lightning_fedscale.scaling.planning import Plan, plan, plot_plans
 from lightning_fedscale.scaling.position import Position, position_of

@@ -11,8 +11,7 @@ from typing import ClassVar, NamedTuple
 import numpy as np
 from scipy.optimize import minimize_scalar
 
-from lightning_fedscale.scaling.form import Form, gathered
-from lightning_fedscale.scaling.form import positive as positive
+from lightning_fedscale.scaling.form import Form, Interval, gathered, positive
 
 
 class Allocation(NamedTuple):
@@ -31,39 +30,6 @@ class Allocation(NamedTuple):
     loss: float
     flops: float
     clients: int = 1
-
-
-class Interval(NamedTuple):
-    """A number and the ends of its 95 % interval; these are NaN where nothing is known of them."""
-
-    value: float
-    low: float
-    high: float
-
-    def __str__(self) -> str:
-        known = math.isfinite(self.low) and math.isfinite(self.high)
-        return f"{self.value:.4g} ({self.low:.4g} to {self.high:.4g})" if known else f"{self.value:.4g}"
-
-    @classmethod
-    def of(cls, value: float, draws: Sequence[float]) -> Interval:
-        """From a bootstrap's values."""
-        found = [draw for draw in draws if not math.isnan(draw)]
-        if len(found) < 2:
-            return cls(float(value), math.nan, math.nan)
-        low, high = np.quantile(found, [0.025, 0.975], method="nearest").tolist()  # some may be infinite
-        return cls(float(value), low, high)
-
-
-class Refit(NamedTuple):
-    """The constants that another sample of the same runs gave.
-
-    Attributes:
-        constants: by name.
-        rho: what division among clients costs; NaN if that was not fitted.
-    """
-
-    constants: dict[str, float]
-    rho: float = math.nan
 
 
 class Spread(NamedTuple):
@@ -87,7 +53,7 @@ class Law(Form):
     Attributes:
         flops_per: FLOPs that one token costs per parameter in training, forward and backward; 6 for transformers and
             multilayer perceptrons, more where weights are used several times.
-        refits: what the bootstrap of a fit gave, for intervals.
+        fitted_rho: what division among clients costs, if that was fitted along; else NaN.
         problems: why the runs that it was fitted to determine no best size, in words; then none is given.
         spread: how far the published constants may be off, if that is known.
         no_optimum: why the law prefers no size, if it does not.
@@ -97,7 +63,7 @@ class Law(Form):
     spread: ClassVar[Spread | None] = None
     no_optimum: ClassVar[str] = ""
     flops_per: float = field(default=6.0, kw_only=True)
-    refits: tuple[Refit, ...] = field(default=(), kw_only=True, repr=False, compare=False)
+    fitted_rho: float = field(default=math.nan, kw_only=True, repr=False, compare=False)
     problems: tuple[str, ...] = field(default=(), kw_only=True, repr=False, compare=False)
 
     def loss(self, params: float, tokens: float) -> float:
@@ -171,17 +137,22 @@ class Law(Form):
         """
         return self.loss(params, positive("tokens", tokens) * effective_flops(clients, clients, rho))
 
-    def alternatives(self) -> Iterator[tuple[Law, float]]:
-        """The law as other samples of its runs would have it, with ``rho``; nothing if that is not known."""
+    def alternatives(self, rho: float) -> Iterator[tuple[Law, float]]:
+        """The law as other samples of its runs would have it, with ``rho``; nothing if that is not known.
+
+        Args:
+            rho: its other values are those of the refits if this is the fitted one, else it is taken as known.
+        """
         if self.refits:
             for refit in self.refits:
-                yield self.replace(**gathered(refit.constants), refits=()), refit.rho
+                law = self.replace(**gathered(refit.constants), refits=())
+                yield law, refit.rho if rho == self.fitted_rho else rho
         elif self.spread is not None and all(self.constants[k] == v for k, v in self.spread.constants.items()):
             unknowns = [self.unknowns[name] for name in self.spread.constants]
             centre = [each.theta(value) for each, value in zip(unknowns, self.spread.constants.values(), strict=True)]
             for draw in np.random.default_rng(0).multivariate_normal(centre, self.spread.covariance, 200):
                 found = [float(each.value(theta)) for each, theta in zip(unknowns, draw, strict=True)]
-                yield self.replace(**dict(zip(self.spread.constants, found, strict=True))), math.nan
+                yield self.replace(**dict(zip(self.spread.constants, found, strict=True))), rho
 
     def interval_of_loss(self, params: float, tokens: float, clients: int = 1, rho: float = 1.0) -> Interval:
         """Predicted loss if each client trains on so many tokens, with what is known of its uncertainty.
@@ -196,10 +167,7 @@ class Law(Form):
         found = self.loss_federated(params, tokens, clients, rho)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            draws = [
-                _finite(law.loss_federated, params, tokens, clients, rho if math.isnan(own) else own)
-                for law, own in self.alternatives()
-            ]
+            draws = [_finite(law.loss_federated, params, tokens, clients, own) for law, own in self.alternatives(rho)]
         return Interval.of(found, draws)
 
     def interval_of_size(self, flops: float, clients: int = 1, rho: float = 1.0) -> Interval:
@@ -208,8 +176,7 @@ class Law(Form):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             draws = [
-                _finite(law._best_params, effective_flops(flops, clients, rho if math.isnan(own) else own))
-                for law, own in self.alternatives()
+                _finite(law._best_params, effective_flops(flops, clients, own)) for law, own in self.alternatives(rho)
             ]
         return Interval.of(found, draws)
 

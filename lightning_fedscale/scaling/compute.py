@@ -12,7 +12,7 @@ import numpy as np
 from lightning_fedscale.scaling.base import Law
 from lightning_fedscale.scaling.chinchilla import TERMS
 from lightning_fedscale.scaling.dual import exp, log
-from lightning_fedscale.scaling.form import LINEAR, SIGNED, Range, Unknown, positive
+from lightning_fedscale.scaling.form import EXPONENT, LINEAR, SIGNED, Range, Unknown, positive
 
 PF_DAY = 8.64e19
 """FLOPs of a petaflop/s-day, Kaplan's unit of compute."""
@@ -22,8 +22,9 @@ PF_DAY = 8.64e19
 class Kaplan(Law):
     """``L(N, D) = ((N_c / N)^(alpha_N / alpha_D) + D_c / D)^alpha_D`` with non-embedding parameters (arXiv 2001.08361).
 
-    Its best sizes, ``N* = 1.3e9 (C / PF-day)^0.73``, are for models stopped long before they converge, and superseded:
-    `Porian` says why. Its critical batch, `critical_batch`, is still of use.
+    Its published best sizes, ``N* = 1.3e9 (C / PF-day)^0.73``, are for models stopped long before they converge, and
+    superseded: `Porian` says why. With other constants, fitted or passed, best sizes are those of the formula. Its
+    critical batch, `critical_batch`, is still of use.
 
     Example:
         >>> f"{Kaplan().optimal(8.64e19).params:.2e}"  # one PF-day
@@ -34,21 +35,23 @@ class Kaplan(Law):
     holds: ClassVar[Range] = Range("text", params=(7e2, 1.5e9), flops=(1e15, 1e22))
 
     units: ClassVar[str] = "parameters without embeddings, tokens, nats per token"
-    unknowns: ClassVar[Mapping[str, Unknown]] = {}  # superseded: not to be fitted again
+    unknowns: ClassVar[Mapping[str, Unknown]] = {
+        "N_c": Unknown(1e3, 1e15), "D_c": Unknown(1e3, 1e15), "alpha_N": EXPONENT, "alpha_D": EXPONENT,
+    }  # fmt: skip
 
     N_c: float = 6.4e13
     D_c: float = 1.8e13
     alpha_N: float = 0.076
     alpha_D: float = 0.103
-    size: float = 1.3e9
-    exponent: float = 0.73
 
     def formula(self, c: Any, run: Any) -> Any:
         """Of both, size and data."""
         return ((c.N_c / run.params) ** (c.alpha_N / c.alpha_D) + c.D_c / run.tokens) ** c.alpha_D
 
     def _best_params(self, flops: float) -> float:
-        return float(self.size * (flops / PF_DAY) ** self.exponent)
+        if self.constants == Kaplan().constants:
+            return float(1.3e9 * (flops / PF_DAY) ** 0.73)
+        return super()._best_params(flops)
 
     def loss_of_params(self, params: float) -> float:
         """Loss of a model trained to convergence on endless data, ``(8.8e13 / N)^0.076``."""
@@ -76,7 +79,8 @@ class Kaplan(Law):
 class Porian(Law):
     """``N* = size C^exponent``, tuned at every scale (Porian et al., arXiv 2406.19146; refit of the authors' data).
 
-    Sizes include the head. The law says nothing about loss.
+    Sizes include the head. The law says nothing about loss; its two constants for other runs are those of
+    `isoflop(runs).law`.
 
     Example:
         >>> best = Porian().optimal(1e18)

@@ -12,11 +12,11 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from lightning_fedscale.scaling.base import Interval, Law, Refit
+from lightning_fedscale.scaling.base import Law
 from lightning_fedscale.scaling.catalogue import FORMS
 from lightning_fedscale.scaling.chinchilla import Chinchilla, Rosenfeld
 from lightning_fedscale.scaling.dual import FloatArray
-from lightning_fedscale.scaling.form import Form, Range, closest, gathered
+from lightning_fedscale.scaling.form import Form, Interval, Range, Refit, closest, gathered
 from lightning_fedscale.scaling.isoflop import IsoFlop, isoflop
 from lightning_fedscale.scaling.runs import columns_of, decades, runs_table
 from lightning_fedscale.scaling.search import Problem
@@ -146,6 +146,8 @@ def fit(
         intervals["exponent"] = Interval.of(fitted.exponent, shares)
     rho = intervals.pop("rho", None)
     price = 1.0 if rho is None else rho.value
+    if rho is not None:
+        fitted = fitted.replace(fitted_rho=price)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         problems = _problems(table, fitted, condition, price) if has_best else []
@@ -182,7 +184,8 @@ def form_of(law: str | type[Form] | Form) -> Form:
     if not isinstance(law, Form):
         raise ValueError(f"law={law!r}: pass a law, its class or its name.")
     if not law.fits():
-        raise ValueError(f"law={law.name!r} has no constants to be fitted: choose another law.")
+        hint = "isoflop(runs).law is that law of your runs" if law.name == "Porian" else "choose another law"
+        raise ValueError(f"law={law.name!r} has no constants to be fitted: {hint}.")
     return law
 
 
@@ -202,12 +205,13 @@ def law_from_file(path: str | Path) -> tuple[Law, float | None]:
             ends: dict[str, Any] = {name: tuple(where[name]) for name in ("params", "flops", "clients")}
             refits = [Refit(each, math.nan if rho is None else rho) for each, rho in document.get("refits", [])]
             law = law.replace(fitted_on=Range(where["task"], **ends), refits=tuple(refits))
-        law = law.replace(problems=tuple(document.get("problems", ())))
+        rho = None if document.get("rho") is None else float(document["rho"][0])
+        law = law.replace(problems=tuple(document.get("problems", ())), fitted_rho=math.nan if rho is None else rho)
     except FileNotFoundError:
         raise ValueError(f"law={str(path)!r}: there is no such file.") from None
     except (AssertionError, KeyError, TypeError, json.JSONDecodeError) as error:
         raise ValueError(f"law={str(path)!r} is not a law file ({error!r}): write one with Fit.save.") from error
-    return law, None if document.get("rho") is None else document["rho"][0]
+    return law, rho
 
 
 # ---- parts
@@ -247,8 +251,6 @@ def _bootstrap(problem: Problem, best: FloatArray, number: int, seed: int) -> li
 def _law(form: Form, problem: Problem, best: FloatArray, draws: list[dict[str, float]], where: Range) -> Form:
     constants = {name: float(value) for name, value in problem.constants(best).items() if name != "rho"}
     fitted = form.replace(**gathered(constants), fitted_on=where)
-    if not isinstance(fitted, Law):
-        return fitted
     refits = [Refit({k: v for k, v in draw.items() if k != "rho"}, draw.get("rho", math.nan)) for draw in draws]
     return fitted.replace(refits=tuple(refits))
 

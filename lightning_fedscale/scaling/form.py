@@ -45,6 +45,39 @@ class Unknown(NamedTuple):
         return math.log(max(value, 1e-300)) if self.positive else value
 
 
+class Interval(NamedTuple):
+    """A number and the ends of its 95 % interval; these are NaN where nothing is known of them."""
+
+    value: float
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        known = math.isfinite(self.low) and math.isfinite(self.high)
+        return f"{self.value:.4g} ({self.low:.4g} to {self.high:.4g})" if known else f"{self.value:.4g}"
+
+    @classmethod
+    def of(cls, value: float, draws: Sequence[float]) -> Interval:
+        """From a bootstrap's values."""
+        found = [draw for draw in draws if not math.isnan(draw)]
+        if len(found) < 2:
+            return cls(float(value), math.nan, math.nan)
+        low, high = np.quantile(found, [0.025, 0.975], method="nearest").tolist()  # some may be infinite
+        return cls(float(value), low, high)
+
+
+class Refit(NamedTuple):
+    """The constants that another sample of the same runs gave.
+
+    Attributes:
+        constants: by name.
+        rho: what division among clients costs; NaN if that was not fitted.
+    """
+
+    constants: dict[str, float]
+    rho: float = math.nan
+
+
 LINEAR = Unknown(linear=True)
 SIGNED = Unknown(positive=False, linear=True)
 EXPONENT = Unknown(0.05, 1.5)
@@ -87,6 +120,7 @@ class Form:
         columns: what the formula needs of every run, beside its constants.
         unknowns: the constants that `fit` finds.
         fitted_on: where these constants were fitted, if not where ``holds`` says.
+        refits: what the bootstrap of a fit gave, for intervals.
     """
 
     source: ClassVar[str] = ""
@@ -95,6 +129,7 @@ class Form:
     columns: ClassVar[tuple[str, ...]] = ()
     unknowns: ClassVar[Mapping[str, Unknown]] = {}
     fitted_on: Range | None = field(default=None, kw_only=True, compare=False)
+    refits: tuple[Refit, ...] = field(default=(), kw_only=True, repr=False, compare=False)
 
     @property
     def name(self) -> str:
@@ -136,6 +171,16 @@ class Form:
         """The formula with the law's own constants, for numbers or arrays of each of ``columns``."""
         self.check()
         return self.formula(SimpleNamespace(**self.constants), SimpleNamespace(**run))
+
+    def interval_of(self, **run: float) -> Interval:
+        """What the formula says of one run, with its 95 % interval by the fit's refits."""
+        if not self.refits:
+            self.check()
+        of_run, known = SimpleNamespace(**run), self.constants
+        samples = [known, *({**known, **gathered(each.constants)} for each in self.refits)]
+        with np.errstate(all="ignore"):
+            value, *draws = [float(self.formula(SimpleNamespace(**constants), of_run)) for constants in samples]
+        return Interval.of(value, draws)
 
     def fits(self) -> bool:
         """Whether there are constants to be fitted."""

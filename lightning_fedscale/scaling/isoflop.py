@@ -10,9 +10,10 @@ from typing import Any, NamedTuple
 import numpy as np
 import pandas as pd
 
-from lightning_fedscale.scaling.base import Interval, Law
+from lightning_fedscale.scaling.base import Law
 from lightning_fedscale.scaling.compute import Porian
 from lightning_fedscale.scaling.dual import FloatArray
+from lightning_fedscale.scaling.form import Interval
 
 _SAME = 0.2
 """Runs whose compute differs by less than this share belong to one profile."""

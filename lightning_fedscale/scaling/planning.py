@@ -7,10 +7,11 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
-from lightning_fedscale.scaling.base import Interval, Law, effective_flops, positive
+from lightning_fedscale.scaling.base import Law, effective_flops
 from lightning_fedscale.scaling.chinchilla import RepeatedData
 from lightning_fedscale.scaling.compute import Kaplan
 from lightning_fedscale.scaling.diloco import DiLoCo
+from lightning_fedscale.scaling.form import Interval, positive
 from lightning_fedscale.scaling.project import law_of
 
 if TYPE_CHECKING:

@@ -10,14 +10,17 @@ from typing import TYPE_CHECKING, Any
 
 from scipy.optimize import brentq
 
-from lightning_fedscale.scaling.base import Law, positive
+from lightning_fedscale.scaling.base import Law
 from lightning_fedscale.scaling.federated import federated
+from lightning_fedscale.scaling.form import Interval, positive
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 TOLERANCE = 0.01
 """Share of the predicted loss by which a size may be worse than the best one and still counts as good."""
+
+_UNKNOWN = Interval(math.nan, math.nan, math.nan)
 
 
 @dataclass(frozen=True)
@@ -37,6 +40,8 @@ class Position:
         predicted_loss: of this run.
         optimal_loss: of the best size.
         catch_up: how many times the compute would make this very size the best.
+        uncertainty: the best size with its 95 % interval by the law's constants; its ends are NaN where nothing is
+            known of these, and before the run's end.
     """
 
     law: str
@@ -51,6 +56,7 @@ class Position:
     predicted_loss: float
     optimal_loss: float
     catch_up: float
+    uncertainty: Interval = _UNKNOWN
 
     @property
     def size_ratio(self) -> float:
@@ -62,25 +68,31 @@ class Position:
         """What the size costs in predicted loss."""
         return self.predicted_loss - self.optimal_loss
 
+    @property
+    def ends(self) -> tuple[float, float]:
+        """Of the 95 % interval of the best size."""
+        return self.uncertainty.low, self.uncertainty.high
+
     def advice(self) -> str:
         """One sentence.
 
         Example:
             >>> from lightning_fedscale.scaling import Chinchilla
             >>> print(position_of(Chinchilla(), params=1e9, tokens=1e20 / 6e9, flops=1e20, clients=10).advice())
-            3.8 times too large for 10 clients; a 262 M model would reach 2.93 instead of 3.06; or raise compute
-            13.6 times
+            3.8 times (3.4 to 4.2) too large for 10 clients; a 262 M model would reach 2.93 instead of 3.06; or raise
+            compute 13.6 times
         """
         among = "one client" if self.clients == 1 else f"{self.clients:,} clients"
         if self.low <= self.params <= self.high:
             best = _short(self.optimal_params)
             return f"the size is right for {among}: within {TOLERANCE:.0%} of the loss of the best, {best}"
         large = self.size_ratio > 1
-        sentence = (
-            f"{max(self.size_ratio, 1 / self.size_ratio):.1f} times too {'large' if large else 'small'} for {among}"
-        )
-        sentence += f"; a {_short(self.optimal_params)} model would reach {self.optimal_loss:.3g}"
-        sentence += f" instead of {self.predicted_loss:.3g}"
+        factor, low, high = ((self.params / size) ** (1 if large else -1) for size in (self.optimal_params, *self.ends))
+        known = f" ({min(low, high):.1f} to {max(low, high):.1f})" if math.isfinite(low + high) else ""
+        sentence = f"{factor:.1f} times{known} too {'large' if large else 'small'} for {among}"
+        sentence += f"; a {_short(self.optimal_params)} model would "
+        known_loss = math.isfinite(self.optimal_loss)
+        sentence += f"reach {self.optimal_loss:.3g} instead of {self.predicted_loss:.3g}" if known_loss else "be best"
         if not math.isfinite(self.catch_up):
             return sentence
         if large:
@@ -90,16 +102,24 @@ class Position:
     def as_dict(self) -> dict[str, Any]:
         """All of it, with ratio, excess and advice; None for what is not finite."""
         found = {
-            **asdict(self),
+            **{name: value for name, value in asdict(self).items() if name != "uncertainty"},
+            "optimal_params_95": [_finite(end) for end in self.ends],
             "size_ratio": self.size_ratio,
             "excess_loss": self.excess_loss,
             "advice": self.advice(),
         }
-        return {name: None if isinstance(v, float) and not math.isfinite(v) else v for name, v in found.items()}
+        return {name: _finite(value) if isinstance(value, float) else value for name, value in found.items()}
 
 
 def position_of(
-    law: Law, *, params: float, tokens: float, flops: float, clients: int = 1, rho: float = 1.0
+    law: Law,
+    *,
+    params: float,
+    tokens: float,
+    flops: float,
+    clients: int = 1,
+    rho: float = 1.0,
+    interval: bool = True,
 ) -> Position:
     """Where a run stands under a law.
 
@@ -113,6 +133,7 @@ def position_of(
         flops: training FLOPs of all clients together.
         clients: number of clients.
         rho: see `lightning_fedscale.scaling.Law.optimal_federated`.
+        interval: whether to find the interval of the best size, which takes as long as 200 best sizes.
 
     Raises:
         Unfitted: for a law without constants.
@@ -136,6 +157,7 @@ def position_of(
         return Position(
             law.name, params, tokens, flops, clients, rho, best.params, low, high, loss(params), best.loss,
             _solve(lambda factor: best_for(factor) - params, 1e-12, 1e12),
+            *([law.interval_of_size(flops, clients, rho)] if interval else []),
         )  # fmt: skip
 
 
@@ -155,6 +177,8 @@ def plot(position: Position, law: Law) -> Figure:
     axes.axvspan(position.low, position.high, color="tab:green", alpha=0.15, label="within 1 % of the best")
     axes.plot(sizes, losses, color="tab:blue")
     axes.plot(position.optimal_params, position.optimal_loss, "o", color="tab:green", label="best size")
+    if all(map(math.isfinite, position.ends)):
+        axes.hlines(position.optimal_loss, *position.ends, color="tab:green", label="its 95 % interval")
     axes.plot(position.params, position.predicted_loss, "D", color="tab:red", label="this run")
     axes.set(xscale="log", xlabel="parameters", ylabel="predicted loss")
     axes.set_title(f"{position.law}: {position.flops:.2g} FLOPs on {position.clients:,} client(s)")
@@ -177,6 +201,10 @@ def _solve(function: Callable[[float], float], low: float, high: float) -> float
         return math.exp(float(brentq(lambda log: function(math.exp(log)), math.log(low), math.log(high), xtol=1e-6)))
     except ValueError:
         return math.nan
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None
 
 
 def _short(number: float) -> str:

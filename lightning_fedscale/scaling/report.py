@@ -162,7 +162,7 @@ def _checklist(found: Fit) -> list[str]:
 
 
 def _ends(each: object) -> str:
-    from lightning_fedscale.scaling.base import Interval
+    from lightning_fedscale.scaling.form import Interval
 
     assert isinstance(each, Interval)
     return f"{each.low:.4g} to {each.high:.4g}" if math.isfinite(each.low) else "not known"

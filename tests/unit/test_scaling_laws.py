@@ -43,6 +43,7 @@ from lightning_fedscale.scaling import (
     information,
     law_by_name,
     mean_flops,
+    position_of,
 )
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*this is an extrapolation")
@@ -125,6 +126,9 @@ def test_kaplan_and_porian() -> None:
     for flops, ratio in ((1e18, 15.3), (1e20, 15.7)):
         assert digits(porian.optimal(flops).tokens / porian.optimal(flops).params, ratio, 2)
     assert math.isnan(porian.loss(1e8, 1e9))
+    # Other constants, other best sizes: d/dN of (N_c / N)^(1/2) + 6 N D_c / C is zero at this one.
+    other = Kaplan(N_c=1e8, D_c=1e8, alpha_N=0.1, alpha_D=0.2)
+    assert other.optimal(6e16).params == pytest.approx((0.5 * 1e8**0.5 * 1e16 / 1e8) ** (2 / 3), rel=1e-4)
 
 
 # ---- DiLoCo: evaluation losses of tables 4 and 5 of arXiv 2503.09799, (data parallel), M = 1, 2, 4, 8
@@ -412,12 +416,29 @@ def test_what_is_known_of_constants_becomes_an_interval() -> None:
     assert loss.low < loss.value < loss.high < loss.value * 1.02
     assert size.low < 8.535e8 < size.high < 2 * size.low
     # The interval of the exponent, 0.513 with a standard error of 0.018 in arXiv 2404.10102.
-    exponents = [each.exponent for each, _ in law.alternatives()]  # type: ignore[attr-defined]
+    exponents = [each.exponent for each, _ in law.alternatives(1.0)]  # type: ignore[attr-defined]
     assert np.std(exponents) == pytest.approx(0.018, abs=0.006)
     assert math.isnan(Chinchilla.hoffmann().interval_of_loss(1e9, 1e10).low)
     held_out = DiLoCo().interval_of_loss(2.4e9, 12e9, clients=4)
     assert held_out.value == DiLoCo(replicas=4).loss(2.4e9, 48e9)
     assert held_out.low < held_out.value < held_out.high
+
+
+def test_a_position_has_the_interval_of_the_law() -> None:
+    run = {"params": 1e9, "tokens": 1e20 / 6e9, "flops": 1e20, "clients": 10}
+    position, size = position_of(Chinchilla(), **run), Chinchilla().interval_of_size(1e20, 10)
+    assert position.ends == pytest.approx((size.low, size.high))
+    ratios = f"{1e9 / size.value:.1f} times ({1e9 / size.high:.1f} to {1e9 / size.low:.1f}) too large"
+    assert position.advice().startswith(ratios)
+    assert position.as_dict()["optimal_params_95"] == list(position.ends)
+    unknown = position_of(Chinchilla.hoffmann(), **run)
+    assert unknown.as_dict()["optimal_params_95"] == [None, None]
+    assert "times too large for 10 clients" in unknown.advice()
+    assert math.isnan(position_of(Chinchilla(), **run, interval=False).ends[0])
+    # A law that knows no loss is not made to name one.
+    best = 0.1189 * 1e19**0.4969
+    words = f"{1e9 / best:.1f} times too large for 10 clients; a {best / 1e6:.0f} M model would be best; or raise"
+    assert position_of(Porian(), **run).advice().startswith(words)
 
 
 def test_a_form_of_losses() -> None:
