@@ -33,7 +33,7 @@ from lightning_fedscale.scaling.ledger import Ledger
 from lightning_fedscale.strategy import FederatedStrategy
 from lightning_fedscale.types import RoundRecord
 
-_GROWTH = 1.01
+_GROWTH = 1.02
 """Compute must have grown so much for the next log: where points are closer, they only cost time."""
 
 _UNCOUNTED = 0.01
@@ -45,7 +45,7 @@ class ComputeAccounting(Callback):
 
     FLOPs are counted from the module's own steps, once for each form of batch, on tensors without contents; and
     multiplied by what ran: by client under `FederatedStrategy`, with any executor, by step under any other strategy.
-    It logs, as ``compute/...``, as often as the Trainer does, but no sooner than one percent more is spent. Ranks add
+    It logs, as ``compute/...``, as often as the Trainer does, but no sooner than two percent more is spent. Ranks add
     up to one ledger, which checkpoints keep, so that nothing is counted twice after an interruption. What Lightning's
     own tuner and ``executor="auto"`` try out is not counted.
 
@@ -167,7 +167,7 @@ class ComputeAccounting(Callback):
         meter = self._counting.meter
         assert meter is not None
         self._log(trainer, None)
-        self._locate(trainer, interval=True)
+        self._locate(trainer, full=True)
         self._check_coverage()
         report(trainer, self.ledger, meter.size, _clients(trainer), meter.operators, self.position, self._law)
         self._curves.close()
@@ -267,7 +267,7 @@ class ComputeAccounting(Callback):
         if self._auto and self._law is None and meter is not None and meter.counts_text:
             self._law, _ = law_of("auto", text=True)
 
-    def _locate(self, trainer: pl.Trainer, interval: bool = False) -> Position | None:
+    def _locate(self, trainer: pl.Trainer, full: bool = False) -> Position | None:
         """Set the position, at the end of the budget if there is one; returns that of now."""
         ledger = self.ledger
         if self._law is None or not ledger.training_flops:
@@ -277,7 +277,7 @@ class ComputeAccounting(Callback):
             assert self._law is not None
             return position_of(
                 self._law, params=ledger.average_params, tokens=ledger.tokens * flops / ledger.training_flops,
-                flops=flops, clients=_clients(trainer), rho=self._rho, interval=interval,
+                flops=flops, clients=_clients(trainer), rho=self._rho, full=full,
             )  # fmt: skip
 
         try:

@@ -7,6 +7,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from difflib import get_close_matches
+from functools import cache
 from types import SimpleNamespace
 from typing import Any, ClassVar, NamedTuple, TypeVar
 
@@ -144,7 +145,8 @@ class Form:
     @property
     def constants(self) -> dict[str, Any]:
         """The law's constants by name."""
-        return {each.name: getattr(self, each.name) for each in dataclasses.fields(self) if not each.kw_only}
+        form: Any = type(self)
+        return {name: getattr(self, name) for name in _constants_of(form)}
 
     @property
     def missing(self) -> list[str]:
@@ -189,6 +191,11 @@ class Form:
     def sought(self, run: Mapping[str, Any]) -> Mapping[str, Unknown]:
         """The constants that a fit to these runs looks for; "name.0", "name.1", ... are parts of one."""
         return self.unknowns
+
+
+@cache
+def _constants_of(form: type[Any]) -> tuple[str, ...]:
+    return tuple(each.name for each in dataclasses.fields(form) if not each.kw_only)
 
 
 def gathered(values: Mapping[str, Any]) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from scipy.optimize import brentq
 
-from lightning_fedscale.scaling.base import Law
+from lightning_fedscale.scaling.base import Law, effective_flops
 from lightning_fedscale.scaling.federated import federated
 from lightning_fedscale.scaling.form import Interval, positive
 
@@ -39,9 +39,9 @@ class Position:
         high: largest such size.
         predicted_loss: of this run.
         optimal_loss: of the best size.
-        catch_up: how many times the compute would make this very size the best.
+        catch_up: how many times the compute would make this very size the best; NaN where the law does not say.
         uncertainty: the best size with its 95 % interval by the law's constants; its ends are NaN where nothing is
-            known of these, and before the run's end.
+            known of these.
     """
 
     law: str
@@ -55,7 +55,7 @@ class Position:
     high: float
     predicted_loss: float
     optimal_loss: float
-    catch_up: float
+    catch_up: float = math.nan
     uncertainty: Interval = _UNKNOWN
 
     @property
@@ -119,7 +119,7 @@ def position_of(
     flops: float,
     clients: int = 1,
     rho: float = 1.0,
-    interval: bool = True,
+    full: bool = True,
 ) -> Position:
     """Where a run stands under a law.
 
@@ -133,7 +133,7 @@ def position_of(
         flops: training FLOPs of all clients together.
         clients: number of clients.
         rho: see `lightning_fedscale.scaling.Law.optimal_federated`.
-        interval: whether to find the interval of the best size, which takes as long as 200 best sizes.
+        full: whether to find ``catch_up`` and ``uncertainty`` too, which takes as long as a few hundred best sizes.
 
     Raises:
         Unfitted: for a law without constants.
@@ -145,10 +145,11 @@ def position_of(
     seen = federated(law, rho, clients)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        best = seen.optimal(flops)
+        best, worth = seen.optimal(flops), effective_flops(flops, clients, rho)
 
         def loss(size: float) -> float:
-            return seen.loss(size, flops / (law.flops_per * size * clients))
+            # As `Law.loss_federated` has it, whose checks of its arguments would take most of the time here.
+            return law._loss(size, worth / (law.flops_per * size))
 
         def best_for(factor: float) -> float:
             return seen.optimal(flops * factor).params
@@ -156,8 +157,8 @@ def position_of(
         low, high = _band(loss, best.params, best.loss)
         return Position(
             law.name, params, tokens, flops, clients, rho, best.params, low, high, loss(params), best.loss,
-            _solve(lambda factor: best_for(factor) - params, 1e-12, 1e12),
-            *([law.interval_of_size(flops, clients, rho)] if interval else []),
+            *((_solve(lambda factor: best_for(factor) - params, 1e-12, 1e12), law.interval_of_size(flops, clients, rho))
+              if full else ()),
         )  # fmt: skip
 
 
@@ -198,7 +199,7 @@ def _band(loss: Callable[[float], float], best: float, least: float) -> tuple[fl
 def _solve(function: Callable[[float], float], low: float, high: float) -> float:
     """Where a function of one positive number is zero; NaN if it is not in between."""
     try:
-        return math.exp(float(brentq(lambda log: function(math.exp(log)), math.log(low), math.log(high), xtol=1e-6)))
+        return math.exp(float(brentq(lambda log: function(math.exp(log)), math.log(low), math.log(high), xtol=1e-5)))
     except ValueError:
         return math.nan
 

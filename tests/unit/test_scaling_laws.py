@@ -434,7 +434,7 @@ def test_a_position_has_the_interval_of_the_law() -> None:
     unknown = position_of(Chinchilla.hoffmann(), **run)
     assert unknown.as_dict()["optimal_params_95"] == [None, None]
     assert "times too large for 10 clients" in unknown.advice()
-    assert math.isnan(position_of(Chinchilla(), **run, interval=False).ends[0])
+    assert math.isnan(position_of(Chinchilla(), **run, full=False).ends[0])
     # A law that knows no loss is not made to name one.
     best = 0.1189 * 1e19**0.4969
     words = f"{1e9 / best:.1f} times too large for 10 clients; a {best / 1e6:.0f} M model would be best; or raise"
