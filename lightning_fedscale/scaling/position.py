@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import warnings
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -90,7 +91,9 @@ class Position:
         factor, low, high = ((self.params / size) ** (1 if large else -1) for size in (self.optimal_params, *self.ends))
         known = f" ({min(low, high):.1f} to {max(low, high):.1f})" if math.isfinite(low + high) else ""
         sentence = f"{factor:.1f} times{known} too {'large' if large else 'small'} for {among}"
-        sentence += f"; a {_short(self.optimal_params)} model would "
+        best = _short(self.optimal_params)
+        article = "an" if re.match(r"8|1[18]\b", best) else "a"
+        sentence += f"; {article} {best}{'' if best[-1].isalpha() else '-parameter'} model would "
         known_loss = math.isfinite(self.optimal_loss)
         sentence += f"reach {self.optimal_loss:.3g} instead of {self.predicted_loss:.3g}" if known_loss else "be best"
         if not math.isfinite(self.catch_up):

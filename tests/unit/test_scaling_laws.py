@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -435,6 +436,10 @@ def test_a_position_has_the_interval_of_the_law() -> None:
     assert unknown.as_dict()["optimal_params_95"] == [None, None]
     assert "times too large for 10 clients" in unknown.advice()
     assert math.isnan(position_of(Chinchilla(), **run, full=False).ends[0])
+    assert (
+        "; an 851-parameter model would be best"
+        in replace(position, optimal_params=851.2, optimal_loss=math.nan).advice()
+    )
     # A law that knows no loss is not made to name one.
     best = 0.1189 * 1e19**0.4969
     words = f"{1e9 / best:.1f} times too large for 10 clients; a {best / 1e6:.0f} M model would be best; or raise"
