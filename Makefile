@@ -30,6 +30,7 @@ bench: $(VENV)/.test ## Measure round times beside hand-written loops and other 
 	$(RUN) -m benchmarks.phases
 	$(RUN) -m benchmarks.phase_study
 	$(RUN) -m benchmarks.accounting
+	$(RUN) -m benchmarks.heterogeneous
 
 browser: ## Install Debian's chromium, if root asks, for the tests that look at TensorBoard; they are skipped without
 	@command -v chromium chromedriver >/dev/null || { [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null \
