@@ -50,7 +50,7 @@ class ClientMetrics(Callback):
     depend on their number, on the executor or on interruptions.
 
     Args:
-        every_n_rounds: rounds from one evaluation to the next; the first is after so many.
+        every_n_rounds: evaluate after every so many rounds, and after the first one.
         clients: how many are evaluated: None for all, a number, or a fraction in (0, 1]; others every time.
         personal: evaluate what each client has of its own by ``FederatedStrategy(personal=...)`` instead of the global
             model, and log it as ``personal/...``. None does so where layers stay with clients, since the global model
@@ -170,7 +170,7 @@ class ClientMetrics(Callback):
 
     def on_round_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, record: RoundRecord) -> None:
         """Evaluate, if it is time."""
-        if (record.round + 1) % self._every == 0:
+        if record.round == 0 or (record.round + 1) % self._every == 0:
             self.last = self._evaluate(trainer, pl_module, record.round)
             self._show(trainer, self.last)
 

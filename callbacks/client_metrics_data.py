@@ -128,7 +128,7 @@ def _trainers(trainer: pl.Trainer) -> Any:
     if not several or isinstance(several, list | tuple):
         found = f"{len(several)} validation loaders" if several else "no validation loader"
         raise ValueError(
-            f"ClientMetrics: there is {found}, and it divides the data of one among the clients: pass that one as"
+            f"ClientMetrics: found {found}, and it divides the data of one among the clients: pass that one as"
             " ClientMetrics(dataloaders=...)."
         )
     return given
