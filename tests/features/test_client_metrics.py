@@ -515,10 +515,8 @@ def test_a_client_without_a_finite_value_is_left_out_and_named() -> None:
         def on_validation_epoch_end(self) -> None:
             pass
 
-    watch = ClientMetrics()
-    trainer = reference.quiet_trainer(
-        max_epochs=1, strategy=sequential(partitioner=PathologicalPartitioner(4, num_classes_per_partition=1, class_assignment_mode="deterministic")), callbacks=[watch],
-    )  # fmt: skip
+    watch, apart = ClientMetrics(), PathologicalPartitioner(4, None, 1, class_assignment_mode="deterministic")
+    trainer = reference.quiet_trainer(max_epochs=1, strategy=sequential(partitioner=apart), callbacks=[watch])
     with pytest.warns(UserWarning, match=r"ClientMetrics: 1 of 4 clients have no finite 'val_loss' \(\d\)"):
         trainer.fit(Spoilt(), *loaders())
     assert watch.last is not None
