@@ -3,8 +3,8 @@
 python examples/09_robust_training.py          a few minutes; writes demo_output/robust_training.png
 python examples/09_robust_training.py --fast   a few rounds, to see that everything works
 
-Rules that bear attackers leave out, or hold in, what is unusual. Honest clients with unusual data are unusual too, so the
-tenth of the clients that the model serves worst is shown beside the mean: Krum, which follows a single client, costs them
+Rules that bear attackers leave out, or hold in, what is unusual. Honest clients with unusual data are unusual too, so
+the tenth of the clients that the model serves worst is shown besides: Krum, which follows a single client, costs them
 most.
 """
 
@@ -139,9 +139,7 @@ def main():
     }
     table = Table("", "accuracy", "under attack", "worst tenth of clients", "under attack")
     for label, ((before, calm), (after, hit)) in found.items():
-        table.add_row(
-            label, f"{before[-1]:.1%}", f"{after[-1]:.1%}", f"{calm.worst10:.1%}", f"{hit.worst10:.1%}"
-        )
+        table.add_row(label, f"{before[-1]:.1%}", f"{after[-1]:.1%}", f"{calm.worst10:.1%}", f"{hit.worst10:.1%}")
     console.print(table)
     args.output.mkdir(parents=True, exist_ok=True)
     draw(found, args.output / "robust_training.png")
