@@ -89,6 +89,7 @@ def train(aggregator, rounds):
             local_epochs=2,
             rounds_per_epoch=rounds,
             aggregator=aggregator,
+            executor="sequential",  # A dozen short runs: to try out both ways in each would take longer.
         ),
         max_epochs=1,
         val_check_interval=1,

@@ -178,6 +178,33 @@ def test_what_is_logged_is_the_spread_over_clients(tmp_path: Path) -> None:
 
 
 def test_each_client_is_validated_on_the_classes_it_trains_on() -> None:
+    class Shares(Module):
+        def validation_step(self, batch: list[Tensor], batch_idx: int) -> None:
+            for label in range(4):
+                self.log(f"share {label}", (batch[1] == label).float().mean())
+
+        def on_validation_epoch_end(self) -> None:
+            pass
+
+    labels = torch.arange(400) % 4
+    data = loaders(
+        TensorDataset(torch.rand(400, 12), labels), TensorDataset(torch.rand(2000, 12), torch.arange(2000) % 4)
+    )
+    strategy, watch = sequential(partitioner=DirichletPartitioner(6, alpha=0.2, seed=7)), ClientMetrics()
+    reference.quiet_trainer(max_epochs=1, strategy=strategy, callbacks=[watch], limit_val_batches=0).fit(
+        Shares(), *data
+    )
+    assert watch.last is not None
+    assert strategy.partition is not None
+    for client in range(6):
+        held = labels[strategy.partition.client(client).copy()]
+        for label in range(4):
+            share = float((held == label).float().mean())
+            assert watch.last.values[f"share {label}"][client] == pytest.approx(share, abs=0.03)
+    assert max(watch.last.values["share 0"]) - min(watch.last.values["share 0"]) > 0.5
+
+
+def test_where_clients_have_one_class_each_they_are_validated_on_it() -> None:
     watch = ClientMetrics()
     strategy = sequential(
         partitioner=PathologicalPartitioner(4, num_classes_per_partition=1, class_assignment_mode="deterministic")
