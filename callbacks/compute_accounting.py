@@ -15,8 +15,9 @@ from torch import Tensor
 
 from lightning_fedscale import collectives
 from lightning_fedscale.callbacks.compute_counting import Counting
-from lightning_fedscale.callbacks.compute_report import ComputeCurves, report, send
+from lightning_fedscale.callbacks.compute_report import ComputeCurves, report
 from lightning_fedscale.callbacks.critical_phase import CriticalPhase
+from lightning_fedscale.callbacks.tensorboard import send
 from lightning_fedscale.devices.operators import UNKNOWN, Operator
 from lightning_fedscale.metering import Meter
 from lightning_fedscale.refusals import check_package
@@ -244,6 +245,10 @@ class ComputeAccounting(Callback):
     def on_probe(self, trainer: pl.Trainer, batch: Any = None, flops: float = 0.0) -> None:
         """Another callback has run a training step on the side, with this batch or of so many FLOPs."""
         self._counting.count_probe(batch, flops)
+
+    def on_client_evaluation(self, trainer: pl.Trainer, batch: Any) -> None:
+        """Another callback has evaluated a client's model on this batch of its own."""
+        self._counting.count_evaluation(batch, "validation_step")
 
     # ---- checkpoints
 

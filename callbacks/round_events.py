@@ -27,7 +27,8 @@ class RoundEvents(Callback):
         on_round_end            the module holds the new global weights, the Trainer has counted the round
 
     A callback that defines ``on_probe(trainer, batch=None, flops=0.0)`` is told when another one runs a training step
-    on the side, with such a batch or of so many FLOPs.
+    on the side, with such a batch or of so many FLOPs; one that defines ``on_client_evaluation(trainer, batch)``, when
+    another one runs ``validation_step`` on a batch of a client's own data.
 
     ``pl_module.log`` works in ``on_round_end``; in the others Lightning refuses it.
 

@@ -16,7 +16,14 @@ from lightning_fedscale.compressors import Compressor
 from lightning_fedscale.devices import Population
 from lightning_fedscale.local_rules import Ditto, LocalRule
 from lightning_fedscale.memory import parse_bytes
-from lightning_fedscale.partitioners import Partition, Partitioner, by_name, check_partition
+from lightning_fedscale.partitioners import (
+    Partition,
+    Partitioner,
+    alike_by_labels,
+    by_name,
+    check_partition,
+    find_labels,
+)
 from lightning_fedscale.partitioners.checks import integer
 from lightning_fedscale.privacy import Privacy
 from lightning_fedscale.rules import Rules
@@ -114,6 +121,16 @@ class Arguments(NamedTuple):
                 " of the partition."
             )
         return partition
+
+    def divide_alike(self, training: Any, dataset: Any, seed: int) -> Partition:
+        """Divide further data as the training data were divided.
+
+        Raises:
+            TypeError, ValueError: if labels or ids that decide are not to be found.
+        """
+        if isinstance(self.partitioner, Partition):
+            return alike_by_labels(self.partitioner, find_labels(training), find_labels(dataset), seed)
+        return self.partitioner.divide_alike(dataset, seed)
 
 
 def check(

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import heapq
 import math
-import numbers
 from collections.abc import Callable, Sequence
 from typing import Literal, NamedTuple
 
 import numpy as np
 
-from lightning_fedscale import randomness
+from lightning_fedscale import checks, randomness
 from lightning_fedscale.types import FloatArray, IntArray
 
 Staleness = Literal["polynomial", "constant"]
@@ -47,17 +46,12 @@ class FedBuff:
         exponent: float = 0.5,
         seconds: Sequence[float] | None = None,
     ) -> None:
-        if concurrency is not None and (isinstance(concurrency, bool) or not isinstance(concurrency, int)):
-            raise TypeError(f"concurrency={concurrency!r}: pass a number of clients, or None.")
-        if concurrency is not None and concurrency < 1:
-            raise ValueError(f"concurrency={concurrency}: at least one client must train.")
         if staleness not in ("polynomial", "constant"):
             raise ValueError(f"staleness={staleness!r}: choose 'polynomial' or 'constant'.")
-        if not _is_number(exponent) or not 0 <= exponent < math.inf:
-            raise ValueError(f"exponent={exponent!r}: pass a number of at least 0; the paper's is 0.5.")
-        self.concurrency = concurrency
+        remedy = "pass a number of at least 0; the paper's is 0.5."
+        self.concurrency = None if concurrency is None else checks.integer("concurrency", concurrency)
         self.staleness = staleness
-        self.exponent = float(exponent)
+        self.exponent = checks.number("exponent", exponent, remedy, lambda number: 0 <= number < math.inf)
         self.seconds = None if seconds is None else _checked_seconds(seconds)
 
     def scale(self, rounds: int) -> float:
@@ -188,12 +182,11 @@ class Arrivals:
         self._starts += 1
 
 
-def _is_number(value: object) -> bool:
-    return isinstance(value, numbers.Real) and not isinstance(value, bool)
-
-
 def _checked_seconds(seconds: Sequence[float]) -> FloatArray:
-    values = np.asarray(seconds, dtype=np.float64)
+    try:
+        values = np.asarray(seconds, dtype=np.float64)
+    except (TypeError, ValueError):
+        values = np.empty(0)
     if values.ndim != 1 or not len(values) or not (np.isfinite(values) & (values > 0)).all():
         raise ValueError(f"seconds={seconds!r}: pass a number above 0 for each client.")
     return values

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from lightning_fedscale import randomness
+from lightning_fedscale import checks, randomness
 from lightning_fedscale.aggregators import Aggregator, Stack
 from lightning_fedscale.aggregators.rows import fold, norm_of
 from lightning_fedscale.types import ClientUpdate, Cohort, IntArray
@@ -40,7 +40,9 @@ def attacked(aggregator: Aggregator, attack: Attack, attackers: Iterable[int]) -
         attackers: the hostile clients, by number; those in a round's cohort attack.
 
     Raises:
-        ValueError: if a client's number is negative.
+        TypeError: if ``attackers`` are no client numbers.
+        ValueError: if a client's number is negative, or, at the beginning of a round, there is no such client; what the
+            aggregator refuses of a round.
 
     Example:
         >>> from lightning_fedscale.aggregators import aggregate, mean, median
@@ -50,11 +52,12 @@ def attacked(aggregator: Aggregator, attack: Attack, attackers: Iterable[int]) -
         >>> aggregate(attacked(median(), sign_flip(scale=5.0), attackers=[2]), rows).tolist()
         [1.0]
     """
-    hostile = frozenset(attackers)
-    if hostile and min(hostile) < 0:
-        raise ValueError(f"attackers: {min(hostile)} is no client, pass numbers from 0 to num_clients - 1.")
+    if not isinstance(attackers, Iterable):
+        raise TypeError(f"attackers={attackers!r}: pass the numbers of the hostile clients, such as [2, 5].")
+    hostile = frozenset(checks.integer("attackers", client, minimum=0) for client in attackers)
+    init = partial(_init, aggregator=aggregator, hostile=hostile)
     finish = partial(_finish, aggregator=aggregator, attack=attack, hostile=hostile)
-    return Aggregator(aggregator.weigh, _init, _accumulate, finish, sees_all=True)
+    return Aggregator(aggregator.weigh, init, _accumulate, finish, sees_all=True)
 
 
 def _finish(
@@ -78,7 +81,12 @@ def _finish(
 _NUMBERS = 7  # of a row, behind the delta: that the client sent it, and all that its update tells in numbers
 
 
-def _init(like: Tensor, cohort: Cohort) -> Tensor:
+def _init(like: Tensor, cohort: Cohort, *, aggregator: Aggregator, hostile: frozenset[int]) -> Tensor:
+    if hostile and max(hostile) >= cohort.registered:
+        raise ValueError(
+            f"attackers={max(hostile)}: there is no such client, pass numbers from 0 to {cohort.registered - 1}."
+        )
+    aggregator.init(like[:0], cohort)  # for what it refuses
     return torch.zeros(len(cohort.clients) * (like.numel() + _NUMBERS), dtype=like.dtype, device=like.device)
 
 
@@ -114,7 +122,7 @@ def sign_flip(scale: float = 1.0) -> Attack:
         >>> sign_flip(3.0)(stack, [1], Cohort(0, np.arange(2), 2, 1, 0)).tolist()
         [[-6.0]]
     """
-    return partial(_sign_flip, scale=scale)
+    return partial(_sign_flip, scale=checks.number("scale", scale, "pass a finite number."))
 
 
 def _sign_flip(stack: Stack, rows: list[int], cohort: Cohort, *, scale: float) -> Tensor:
@@ -135,7 +143,7 @@ def gaussian(std: float) -> Attack:
         >>> round(noise.std().item())
         20
     """
-    return partial(_gaussian, std=std)
+    return partial(_gaussian, std=checks.number("std", std, "pass a number of at least 0.", lambda number: number >= 0))
 
 
 def _gaussian(stack: Stack, rows: list[int], cohort: Cohort, *, std: float) -> Tensor:
@@ -161,6 +169,8 @@ def model_replacement(boost: float | None = None) -> Attack:
         >>> model_replacement()(stack, [2], Cohort(0, np.arange(3), 3, 1, 0)).tolist()
         [[6.0]]
     """
+    if boost is not None:
+        checks.number("boost", boost, "pass a finite number, or None.")
     return partial(_replaced, boost=boost)
 
 
@@ -185,6 +195,8 @@ def a_little_is_enough(z: float | None = None) -> Attack:
         >>> a_little_is_enough(z=1.5)(stack, [0, 1], Cohort(0, np.arange(3), 3, 1, 0)).tolist()
         [[0.5], [0.5]]
     """
+    if z is not None:
+        checks.number("z", z, "pass a finite number, or None.")
     return partial(_a_little, z=z)
 
 

@@ -10,22 +10,58 @@ from difflib import get_close_matches
 from typing import Any
 
 
-def integer(name: str, value: object, minimum: int = 1) -> int:
-    """Return ``value`` as an int of at least ``minimum``.
+def integer(name: str, value: object, minimum: int = 1, maximum: int | None = None) -> int:
+    """Return ``value`` as an int of at least ``minimum`` and at most ``maximum``, if there is one.
 
     Raises:
         TypeError: it is not an integer.
-        ValueError: it is too small.
+        ValueError: it is too small or too large.
 
     Example:
         >>> integer("num_partitions", 3)
         3
+        >>> integer("levels", 1, 2, 65536)
+        Traceback (most recent call last):
+        ValueError: levels=1: pass an integer from 2 to 65536
     """
+    remedy = (
+        f"pass an integer of at least {minimum}" if maximum is None else f"pass an integer from {minimum} to {maximum}"
+    )
     if isinstance(value, bool) or not isinstance(value, numbers.Integral):
-        raise TypeError(f"{name}={value!r}: pass an integer of at least {minimum}, not {type(value).__name__}")
-    if value < minimum:
-        raise ValueError(f"{name}={value}: pass an integer of at least {minimum}")
+        raise TypeError(f"{name}={value!r}: {remedy}, not {type(value).__name__}")
+    if int(value) < minimum or (maximum is not None and int(value) > maximum):
+        raise ValueError(f"{name}={value}: {remedy}")
     return int(value)
+
+
+def is_number(value: object) -> bool:
+    """Whether ``value`` is a real number; True and NaN are none."""
+    return isinstance(value, numbers.Real) and not isinstance(value, bool) and not math.isnan(value)
+
+
+def number(name: str, value: object, remedy: str, accepts: Callable[[float], bool] = math.isfinite) -> float:
+    """Return ``value`` as a float.
+
+    Args:
+        name: of the argument.
+        value: of it.
+        remedy: what to pass instead, from "pass" to the full stop.
+        accepts: which numbers will do.
+
+    Raises:
+        TypeError: it is not a number.
+        ValueError: it is one that will not do.
+
+    Example:
+        >>> number("strength", -1, "pass a number of at least 0.", lambda strength: strength >= 0)
+        Traceback (most recent call last):
+        ValueError: strength=-1: pass a number of at least 0.
+    """
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise TypeError(f"{name}={value!r}: {remedy}")
+    if not accepts(float(value)):
+        raise ValueError(f"{name}={value}: {remedy}")
+    return float(value)
 
 
 def in_interval(name: str, value: object, start: float, end: float, *, closed_end: bool = True) -> float:

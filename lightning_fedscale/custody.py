@@ -34,6 +34,10 @@ class Custody:
         self._device = device
         self._holder: dict[int, int] = {}  # absent: every rank has its states (from a checkpoint), or none yet
 
+    def holder(self, client: int) -> int | None:
+        """The rank that has what the client keeps; None if it makes no difference which."""
+        return self._holder.get(client)
+
     def fetch(self, plan: RoundPlan) -> None:
         """Bring what the cohort keeps to the ranks of this round; to be called on all ranks."""
         states = self._store.states

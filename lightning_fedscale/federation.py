@@ -52,7 +52,7 @@ from lightning_fedscale.samplers import reads_losses
 from lightning_fedscale.sums import RoundSums
 from lightning_fedscale.tree import as_real
 from lightning_fedscale.types import ClientCost, ClientUpdate, Cohort, IntArray, Params, RoundRecord
-from lightning_fedscale.uplink import PersonalModels, Sent, Uplink, size_of_message, update_bytes
+from lightning_fedscale.uplink import DITTO, PERSONAL, PersonalModels, Sent, Uplink, size_of_message, update_bytes
 from lightning_fedscale.workload import Workload
 
 
@@ -254,6 +254,26 @@ class Federation:
     def partition(self) -> Partition | None:
         """Which samples each client holds; None before the data was seen."""
         return None if self._work is None else self._work.partition
+
+    def divide_alike(self, dataset: Any, seed: int) -> Partition:
+        """Further data divided as the training data are; see `Arguments.divide_alike`."""
+        assert self._work is not None
+        return self._options.divide_alike(self._work.loader.dataset, dataset, seed)
+
+    def holder(self, client: int) -> int | None:
+        """The rank that has what the client keeps; None if it makes no difference which."""
+        return None if self._custody is None else self._custody.holder(client)
+
+    def personal_model(self, client: int) -> dict[str, Any] | None:
+        """The module's state dict with what is the client's own in it; None if another rank has that."""
+        if self.holder(client) not in (None, self._rank):
+            return None
+        module, exchange = self._trainer.lightning_module, self._exchange()
+        state = module.state_dict()
+        if self._options.rules.ditto is not None:
+            whole: Tensor | None = self._store.states.get(client, DITTO)
+            return state if whole is None else exchange.view.substituted(state, whole)
+        return {**state, **exchange.of_personal(state, self._store.states.get(client, PERSONAL) or {})}
 
     def close(self) -> None:
         """Stop the loader's worker processes; give up a round whose first batch never arrived."""

@@ -15,6 +15,7 @@ from torch import Tensor
 COHORT, ORDER, CLIENT, BATCH, LOADER, CACHE, HARDWARE, AVAILABILITY, NOISE = range(9)
 ATTACK, PRIVACY, MASK = range(9, 12)
 DROP_OUT, DAYTIME, COMPRESSION, DOWNLINK = range(12, 16)
+EVALUATION = 16
 
 
 def derive(seed: int, purpose: int, *keys: int) -> int:

@@ -251,6 +251,53 @@ class FederatedStrategy(DDPStrategy):
         """How many samples of a dataset each client would hold."""
         return self._options.partition(dataset).sizes
 
+    def divide_alike(self, dataset: Any, seed: int = 0) -> Partition:
+        """Further data, such as a validation set, divided as the training data are: each client gets what it trains on.
+
+        See `lightning_fedscale.partitioners.Partitioner.divide_alike`; a `Partition` goes by the labels of both.
+
+        Raises:
+            RuntimeError: before ``fit`` has seen the training data.
+            TypeError, ValueError: if the labels or ids that decide are not to be found.
+        """
+        if self._federation is None or self.partition is None:
+            raise RuntimeError("divide_alike: what clients train on is known once fit has begun.")
+        return self._federation.divide_alike(dataset, seed)
+
+    @property
+    def personal(self) -> tuple[str, ...] | Ditto | None:
+        """What each client has of its own: patterns of names, a whole model by `Ditto`, or None."""
+        return self._options.rules.ditto or self._options.rules.personal or None
+
+    def personal_model(self, client: int) -> dict[str, Any] | None:
+        """A client's own model, as a state dict of the module, for ``FederatedStrategy(personal=...)``.
+
+        Parameters and buffers that stay with the client are as its last round left them, the others are the global
+        model's; before its first round they all are. With `Ditto` it is the client's whole model. Between rounds and
+        after ``fit``.
+
+        Args:
+            client: its number.
+
+        Returns:
+            None if another rank has it, which is `holder_of`.
+
+        Raises:
+            ValueError: if clients have no models of their own.
+            RuntimeError: before ``fit`` has seen the data.
+            IndexError: if there is no such client.
+        """
+        if self.personal is None:
+            raise ValueError("personal_model: clients have none of their own; pass FederatedStrategy(personal=...).")
+        if self._federation is None or self.partition is None:
+            raise RuntimeError("personal_model: clients have one once fit has begun.")
+        self.partition.client(client)
+        return self._federation.personal_model(client)
+
+    def holder_of(self, client: int) -> int | None:
+        """The rank that has what a client keeps between rounds; None if it makes no difference which rank is asked."""
+        return None if self._federation is None else self._federation.holder(client)
+
     @property
     def server_optimizer(self) -> ServerOptimizer:
         """How the server moves the global model."""

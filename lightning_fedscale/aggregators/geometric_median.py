@@ -7,6 +7,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from lightning_fedscale import checks
 from lightning_fedscale.aggregators.base import Aggregator
 from lightning_fedscale.aggregators.coordinates import middle
 from lightning_fedscale.aggregators.mean import mean
@@ -37,6 +38,7 @@ def geometric_median(
         iterations: most iterations.
 
     Raises:
+        TypeError: for a number of another kind.
         ValueError: for another weighting, or a number that is not above 0.
 
     Example:
@@ -46,9 +48,9 @@ def geometric_median(
         >>> aggregate(geometric_median(), rows).round(decimals=3).tolist()  # the mean lies at 1.4e8
         [1.0, 1.0]
     """
-    for name, value in (("smoothing", smoothing), ("tolerance", tolerance), ("iterations", iterations)):
-        if not value > 0:
-            raise ValueError(f"{name}={value}: pass a number above 0.")
+    checks.positive("smoothing", smoothing)
+    checks.positive("tolerance", tolerance)
+    checks.integer("iterations", iterations)
     read = partial(_read, smoothing=smoothing, tolerance=tolerance, iterations=iterations)
     return stacked(mean(weighting).weigh, read)
 

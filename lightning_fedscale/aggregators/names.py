@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from difflib import get_close_matches
 
+from lightning_fedscale import checks
 from lightning_fedscale.aggregators.base import Aggregator
 from lightning_fedscale.aggregators.coordinates import median, trimmed_mean
 from lightning_fedscale.aggregators.geometric_median import geometric_median
@@ -23,31 +23,20 @@ FACTORIES: dict[str, Callable[..., Aggregator]] = {
 }
 """What makes each rule of this room; contract tests read it."""
 
-_BY_NAME: dict[str, Callable[[], Aggregator]] = {
-    "mean": mean,
-    "uniform": lambda: mean("uniform"),
-    "median": median,
-    "geometric_median": geometric_median,
-}
+_BY_NAME = {**FACTORIES, "uniform": lambda: mean("uniform")}
 
 
 def by_name(name: str) -> Aggregator:
     """The aggregator that a string argument stands for: a rule that needs no argument of its own.
 
     Raises:
-        ValueError: for another name, with the closest match.
+        ValueError: for another name, with the closest match; for a rule that needs arguments.
 
     Example:
         >>> by_name("unifrom")
         Traceback (most recent call last):
         ...
-        ValueError: aggregator='unifrom' is not known. Did you mean 'uniform'? Known: 'mean', 'uniform', 'median',
-        'geometric_median'.
+        ValueError: aggregator='unifrom' is not known. Did you mean 'uniform'? Known: 'mean', 'median', ...
     """
-    if name in _BY_NAME:
-        return _BY_NAME[name]()
-    if name in FACTORIES:
-        raise ValueError(f"aggregator={name!r} needs an argument: pass lightning_fedscale.aggregators.{name}(...).")
-    close = get_close_matches(name, _BY_NAME, n=1)
-    hint = f" Did you mean {close[0]!r}?" if close else ""
-    raise ValueError(f"aggregator={name!r} is not known.{hint} Known: {', '.join(map(repr, _BY_NAME))}.")
+    rule: Aggregator = checks.named("aggregator", name, _BY_NAME)()
+    return rule

@@ -7,6 +7,7 @@ from functools import partial
 
 from torch import Tensor
 
+from lightning_fedscale import checks
 from lightning_fedscale.aggregators.base import Aggregator
 from lightning_fedscale.aggregators.mean import mean
 from lightning_fedscale.types import ClientUpdate, Cohort
@@ -28,6 +29,7 @@ def norm_clipped(max_norm: float, inner: Aggregator | None = None) -> Aggregator
         inner: the rule over clipped updates; the mean by samples if not given.
 
     Raises:
+        TypeError: if an argument is of another kind.
         ValueError: if ``max_norm`` is not above 0.
 
     Example:
@@ -36,9 +38,10 @@ def norm_clipped(max_norm: float, inner: Aggregator | None = None) -> Aggregator
         >>> aggregate(norm_clipped(1.0), torch.tensor([[0.5, 0.0], [0.0, 4096.0]])).tolist()
         [0.25, 0.5]
     """
-    if not max_norm > 0:
-        raise ValueError(f"max_norm={max_norm}: pass the longest norm of a client's update, above 0.")
+    checks.number("max_norm", max_norm, "pass the longest norm of a client's update, above 0.", lambda norm: norm > 0)
     rule = mean() if inner is None else inner
+    if not isinstance(rule, Aggregator):
+        raise TypeError(f"inner={inner!r}: pass an aggregators.Aggregator such as aggregators.median(), or None.")
     return rule._replace(accumulate=partial(_accumulate, inner=rule.accumulate, max_norm=max_norm))
 
 

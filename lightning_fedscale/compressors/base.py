@@ -52,3 +52,27 @@ class Compressor(NamedTuple):
 
 def no_state(params: Params) -> None:
     """The state of senders that keep none."""
+
+
+def check_compressor(name: str, value: object) -> Compressor:
+    """``value``, which must be a compressor.
+
+    Raises:
+        TypeError: if it is something else.
+    """
+    if not isinstance(value, Compressor):
+        raise TypeError(f"{name}={value!r}: pass a compressor such as compressors.top_k(0.01).")
+    return value
+
+
+def check_length(payload: bytes, expected: int, name: str) -> None:
+    """Check that a message is as long as it must be.
+
+    Raises:
+        ValueError: if not.
+    """
+    if len(payload) != expected:
+        raise ValueError(
+            f"payload of {len(payload)} bytes: a message of {name} for these parameters has {expected}. It was made by"
+            " another compressor or for another model."
+        )

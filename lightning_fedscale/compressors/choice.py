@@ -9,8 +9,8 @@ from typing import Any, NamedTuple, Protocol, TypeAlias
 
 import numpy as np
 
-from lightning_fedscale.compressors import checks
-from lightning_fedscale.compressors.base import Compressor, Encoded
+from lightning_fedscale import checks
+from lightning_fedscale.compressors.base import Compressor, Encoded, check_compressor
 from lightning_fedscale.compressors.dense import identity
 from lightning_fedscale.compressors.sparse import top_k
 from lightning_fedscale.types import Params
@@ -61,7 +61,7 @@ def phase_driven(phase: HasPhase, critical: Compressor, otherwise: Compressor) -
         raise TypeError(
             f"phase={phase!r}: pass an object with an attribute critical, such as a CriticalPhase callback."
         )
-    rules = checks.compressor("critical", critical), checks.compressor("otherwise", otherwise)
+    rules = check_compressor("critical", critical), check_compressor("otherwise", otherwise)
     for rule in rules:
         if rule.keeps_error:
             raise ValueError(
@@ -152,17 +152,18 @@ def adaptive(
     if not callable(compress):
         raise TypeError(f"compress={compress!r}: pass a function, lambda factor: compressors.top_k(ratio=1 / factor).")
     bounds = "pass a compression factor above 1, at most highest."
+    most = checks.number("highest", highest, bounds, lambda factor: factor > 1)
     rule = _Rule(
         compress,
-        checks.number("threshold", threshold, 0.0, 1.0, "pass the part of the squared norm to be sent, in (0, 1]."),
-        checks.number("lowest", lowest, 1.0, checks.number("highest", highest, 1.0, np.inf, bounds), bounds),
-        float(highest),
-        checks.number("growth", growth, 1.0, np.inf, "pass a number above 1."),
-        checks.whole("window", window, 1),
-        checks.number("tolerance", tolerance, 0.0, 1.0, "pass a number in (0, 1]."),
-        checks.number("smoothing", smoothing, 0.0, 1.0, "pass a number in (0, 1]."),
+        checks.number("threshold", threshold, "pass the part of the squared norm to be sent, in (0, 1].", _is_share),
+        checks.number("lowest", lowest, bounds, lambda factor: 1 < factor <= most),
+        most,
+        checks.number("growth", growth, "pass a number above 1.", lambda factor: factor > 1),
+        checks.integer("window", window),
+        checks.number("tolerance", tolerance, "pass a number in (0, 1].", _is_share),
+        checks.number("smoothing", smoothing, "pass a number in (0, 1].", _is_share),
     )
-    first = checks.compressor("compress(lowest)", compress(rule.lowest))
+    first = check_compressor("compress(lowest)", compress(rule.lowest))
     if first.stateful:
         raise ValueError(f"compress={first.name}: it keeps a state; pass one that does not, such as top_k.")
     return Compressor(
@@ -241,3 +242,7 @@ def _headed(head: bytes, encoded: Encoded) -> Encoded:
 
 def _join(head: bytes, payload: Callable[[], bytes]) -> bytes:
     return head + payload()
+
+
+def _is_share(number: float) -> bool:
+    return 0 < number <= 1

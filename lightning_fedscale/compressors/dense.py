@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from lightning_fedscale.compressors import checks
-from lightning_fedscale.compressors.base import Compressor, Encoded, no_state
+from lightning_fedscale.compressors.base import Compressor, Encoded, check_length, no_state
 from lightning_fedscale.compressors.vectors import flatten, size, unflatten
 from lightning_fedscale.types import Params
 
@@ -32,5 +31,5 @@ def _encode(delta: Params, state: None, generator: np.random.Generator) -> tuple
 
 
 def _decode(payload: bytes, like: Params) -> Params:
-    checks.length(payload, 4 * size(like), "identity()")
+    check_length(payload, 4 * size(like), "identity()")
     return unflatten(np.frombuffer(payload, "<f4"), like)

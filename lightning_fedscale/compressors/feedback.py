@@ -8,8 +8,7 @@ from typing import Any, TypeAlias
 import numpy as np
 import torch
 
-from lightning_fedscale.compressors import checks
-from lightning_fedscale.compressors.base import Compressor, Encoded
+from lightning_fedscale.compressors.base import Compressor, Encoded, check_compressor
 from lightning_fedscale.types import Params
 
 _State: TypeAlias = dict[str, Any]
@@ -45,7 +44,7 @@ def error_feedback(compressor: Compressor) -> Compressor:
         [3.0, 0.0]
         [0.0, 4.0]
     """
-    checks.compressor("compressor", compressor)
+    check_compressor("compressor", compressor)
     if compressor.keeps_error:
         raise ValueError(f"error_feedback({compressor.name}): it keeps its errors already; leave one of the two away.")
     if not compressor.contractive:

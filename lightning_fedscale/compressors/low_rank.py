@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lightning_fedscale.compressors import checks
-from lightning_fedscale.compressors.base import Compressor, Encoded
+from lightning_fedscale import checks
+from lightning_fedscale.compressors.base import Compressor, Encoded, check_length
 from lightning_fedscale.compressors.vectors import LARGEST
 from lightning_fedscale.types import Params
 
@@ -43,10 +43,9 @@ def power_sgd(rank: int = 2, min_compression: float = 2.0) -> Compressor:
         >>> encoded.bits, torch.allclose(encoded.seen["w"], delta["w"], atol=1e-5)  # of rank 1 as it is
         (512, True)
     """
-    rank = checks.whole("rank", rank, 1)
+    rank = checks.integer("rank", rank)
     remedy = "pass a number of at least 1, 2 as the authors' code does."
-    below = np.nextafter(1.0, 0.0)  # so that 1 itself is allowed
-    plan = _Plan(rank, checks.number("min_compression", min_compression, below, np.inf, remedy))
+    plan = _Plan(rank, checks.number("min_compression", min_compression, remedy, lambda factor: factor >= 1))
     name = f"power_sgd({rank})" if plan.least == 2 else f"power_sgd({rank}, min_compression={plan.least:g})"
     return Compressor(
         name,
@@ -97,7 +96,7 @@ def _encode(delta: Params, state: _State, generator: np.random.Generator, *, pla
 
 
 def _decode(payload: bytes, like: Params, *, plan: _Plan, name: str) -> Params:
-    checks.length(payload, 4 * sum(map(plan.numbers, like.values())), name)
+    check_length(payload, 4 * sum(map(plan.numbers, like.values())), name)
     numbers = torch.from_numpy(np.frombuffer(payload, "<f4").astype(np.float32))
     parts = torch.split(numbers, [plan.numbers(tensor) for tensor in like.values()]) if like else ()
     seen = {}

@@ -8,8 +8,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from lightning_fedscale.compressors import checks
-from lightning_fedscale.compressors.base import Compressor, Encoded, no_state
+from lightning_fedscale import checks
+from lightning_fedscale.compressors.base import Compressor, Encoded, check_length, no_state
 from lightning_fedscale.compressors.bits import UnsignedArray, pack, packed_size, unpack, unsigned, width_of
 from lightning_fedscale.compressors.vectors import (
     LARGEST,
@@ -50,7 +50,7 @@ def qsgd(levels: int = 127, per_tensor: bool = False) -> Compressor:
         >>> encoded.bits, encoded.seen["w"].tolist()  # 3/5 and 4/5 of the norm are levels
         (40, [3.0, -4.0])
     """
-    levels = checks.whole("levels", levels, 1, _MOST_LEVELS)
+    levels = checks.integer("levels", levels, 1, _MOST_LEVELS)
     width = 1 + width_of(levels + 1)
     grid = _Grid(width, 1, partial(_share_of_norm, levels=levels), partial(_of_norm, levels=levels))
     name = f"qsgd({levels}, per_tensor=True)" if per_tensor else f"qsgd({levels})"
@@ -99,7 +99,7 @@ def uniform_quantization(levels: int = 256) -> Compressor:
         >>> encoded.bits, encoded.seen["w"].tolist()
         (70, [0.0, 1.0, 3.0])
     """
-    levels = checks.whole("levels", levels, 2, _MOST_LEVELS)
+    levels = checks.integer("levels", levels, 2, _MOST_LEVELS)
     grid = _Grid(width_of(levels), 2, partial(_on_grid, levels=levels), partial(_of_grid, levels=levels))
     return _compressor(f"uniform_quantization({levels})", grid, per_tensor=True, unbiased=True)
 
@@ -145,7 +145,7 @@ def _encode(
 def _decode(payload: bytes, like: Params, *, grid: _Grid, per_tensor: bool, name: str) -> Params:
     elements, groups = size(like), _groups(like, per_tensor)
     head = 4 * len(groups) * grid.scales
-    checks.length(payload, head + packed_size(elements, grid.width), name)
+    check_length(payload, head + packed_size(elements, grid.width), name)
     scales = np.frombuffer(payload[:head], "<f4").reshape(len(groups), grid.scales)
     return _restored(scales, unpack(payload[head:], elements, grid.width), like, groups, grid)
 

@@ -7,8 +7,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from lightning_fedscale.compressors import checks
-from lightning_fedscale.compressors.base import Compressor, Encoded, no_state
+from lightning_fedscale import checks
+from lightning_fedscale.compressors.base import Compressor, Encoded, check_length, no_state
 from lightning_fedscale.compressors.bits import UnsignedArray, pack, packed_size, unpack, unsigned, width_of
 from lightning_fedscale.compressors.vectors import Float32Array, flatten, rounded, size, unflatten
 from lightning_fedscale.types import IntArray, Params
@@ -25,9 +25,9 @@ class _Share(NamedTuple):
         if ratio is not None and k is not None:
             raise ValueError(f"ratio={ratio} and k={k}: give one of them.")
         if k is not None:
-            return cls(0.0, checks.whole("k", k, 1))
+            return cls(0.0, checks.integer("k", k))
         remedy = "pass a share of the elements in (0, 1], 0.01 sends one in a hundred; for their number pass k=..."
-        return cls(checks.number("ratio", 0.01 if ratio is None else ratio, 0.0, 1.0, remedy), None)
+        return cls(checks.number("ratio", 0.01 if ratio is None else ratio, remedy, lambda share: 0 < share <= 1), None)
 
     def of(self, elements: int) -> int:
         return min(elements, max(1, round(self.ratio * elements)) if self.k is None else self.k)
@@ -118,7 +118,7 @@ def _decode_top_k(payload: bytes, like: Params) -> Params:
     # How many were sent follows from the length, so that any top_k reads any other's message.
     width = width_of(elements)
     k = 8 * len(payload) // (32 + width)
-    checks.length(payload, packed_size(k, 32 + width), "top_k")
+    check_length(payload, packed_size(k, 32 + width), "top_k")
     values = np.frombuffer(payload, "<f4", k)
     return _scatter(values, unpack(payload[4 * k :], k, width), like)
 
@@ -149,7 +149,7 @@ def _encode_random_k(
 
 def _decode_random_k(payload: bytes, like: Params) -> Params:
     k = (len(payload) - 8) // 4
-    checks.length(payload, 8 + 4 * min(max(0, k), size(like)), "random_k")
+    check_length(payload, 8 + 4 * min(max(0, k), size(like)), "random_k")
     seed, values = np.frombuffer(payload, "<u8", 1), np.frombuffer(payload, "<f4", k, offset=8)
     return _scatter(values, _drawn(seed, size(like), k), like)
 

@@ -8,6 +8,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 
+from lightning_fedscale import checks
+
 _GB = 10**9
 _GBIT = _GB / 8
 _MBIT = _GBIT / 1000
@@ -53,7 +55,7 @@ class DeviceClass:
             raise TypeError(f"DeviceClass: name={self.name!r}: give it a name, such as 'phone'.")
         for field in ("memory", "flops", "memory_bandwidth", "up", "down"):
             value = getattr(self, field)
-            if not _is_number(value):
+            if not checks.is_number(value):
                 raise TypeError(f"DeviceClass {self.name!r}: {field}={value!r}: pass a number.")
             if not value > 0:
                 raise ValueError(
@@ -61,9 +63,9 @@ class DeviceClass:
                 )
         if not math.isfinite(self.memory):
             raise ValueError(f"DeviceClass {self.name!r}: memory={self.memory!r}: pass a number of bytes.")
-        if not _is_number(self.latency) or not 0 <= self.latency < math.inf:
+        if not checks.is_number(self.latency) or not 0 <= self.latency < math.inf:
             raise ValueError(f"DeviceClass {self.name!r}: latency={self.latency!r}: pass seconds, 0 or more.")
-        if not _is_number(self.availability) or not 0 < self.availability <= 1:
+        if not checks.is_number(self.availability) or not 0 < self.availability <= 1:
             raise ValueError(
                 f"DeviceClass {self.name!r}: availability={self.availability!r}: pass a probability, above 0 and at"
                 " most 1."
@@ -93,10 +95,6 @@ def device_class(which: str | DeviceClass) -> DeviceClass:
         f"device class {which!r} is not in the catalogue: {', '.join(map(repr, CATALOGUE))}.{hint} For other hardware"
         " make a DeviceClass of its figures."
     )
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and not math.isnan(value)
 
 
 _LTE = "link: nominal LTE category 4 (3GPP TS 36.306)"

@@ -8,7 +8,7 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from lightning_fedscale import randomness
+from lightning_fedscale import checks, randomness
 from lightning_fedscale.devices.classes import DeviceClass, device_class
 from lightning_fedscale.types import FloatArray, IntArray
 
@@ -65,20 +65,20 @@ class Population:
         if len(set(names)) < len(names):
             raise ValueError(f"shares: {', '.join(names)}: give every device class another name.")
         for name, share in zip(names, shares.values(), strict=True):
-            if not _is_number(share) or not 0 < share < math.inf:
+            if not checks.is_number(share) or not 0 < share < math.inf:
                 raise ValueError(f"shares: {name!r} has {share!r}: pass a share above 0, or leave the class out.")
         amounts = np.array([float(share) for share in shares.values()])
         self.shares: FloatArray = amounts / amounts.sum()
         self.batch_size = _checked_rule(batch_size, names)
-        if not _is_number(over_selection) or not 1 <= over_selection < math.inf:
+        if not checks.is_number(over_selection) or not 1 <= over_selection < math.inf:
             raise ValueError(f"over_selection={over_selection!r}: pass a factor of at least 1, such as 1.3.")
-        if deadline is not None and (not _is_number(deadline) or not deadline > 0):
+        if deadline is not None and (not checks.is_number(deadline) or not deadline > 0):
             raise ValueError(f"deadline={deadline!r}: pass seconds above 0, or None.")
         if isinstance(min_clients, bool) or not isinstance(min_clients, int) or min_clients < 1:
             raise ValueError(f"min_clients={min_clients!r}: pass a number of clients, at least 1.")
-        if noise_scale is not None and (not _is_number(noise_scale) or not noise_scale > 0):
+        if noise_scale is not None and (not checks.is_number(noise_scale) or not noise_scale > 0):
             raise ValueError(f"noise_scale={noise_scale!r}: pass samples, more than 0, or None.")
-        if not _is_number(headroom) or not 0 <= headroom < 1:
+        if not checks.is_number(headroom) or not 0 <= headroom < 1:
             raise ValueError(f"headroom={headroom!r}: pass the share of memory to leave free, in [0, 1).")
         if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
             raise ValueError(f"seed={seed!r}: pass an integer of at least 0.")
@@ -200,7 +200,3 @@ def _checked_rule(rule: object, names: list[str]) -> BatchRule | dict[str, int]:
     if rule not in RULES:
         raise ValueError(f"batch_size={rule!r}: choose {', '.join(map(repr, RULES))}, or pass numbers by device class.")
     return rule  # type: ignore[return-value]
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and not math.isnan(value)

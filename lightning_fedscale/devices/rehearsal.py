@@ -234,12 +234,12 @@ def copied(module: nn.Module, mode: FakeTensorMode | None = None) -> Any:
             twin: Any = copy.deepcopy(module)
     except Exception as error:
         raise TypeError(
-            f"module={type(module).__name__} cannot be copied, which a rehearsal of its training step needs"
+            f"module={type(module).__name__} cannot be copied, which running its steps on the side needs"
             f" ({type(error).__name__}: {error}): leave what is in the way out of its __getstate__, or open it later."
         ) from error
     if mode is not None:
         _bring_to_cpu(twin)
-    for name in ("forward", "training_step"):
+    for name in ("forward", "training_step", "validation_step"):
         if getattr(twin, "_compiler_ctx", None) is not None:
             vars(twin).pop(name, None)  # of torch.compile, which Lightning puts into the instance
     for parameter in twin.parameters():

@@ -69,6 +69,7 @@ class ClientLoader:
         share: share or number of each pass's batches to use (``limit_train_batches`` as a float, or
             ``overfit_batches``); 1.0 for all.
         merge_single: join a last batch of one sample to the batch before it, for models with BatchNorm.
+        name: what the user calls the loader.
 
     Attributes:
         cache: the dataset on the device; while it is there, batches come from it and no worker is asked.
@@ -78,27 +79,30 @@ class ClientLoader:
         ValueError: if its dataset is empty or its sampler cannot be applied to single clients.
     """
 
-    def __init__(self, loader: object, *, share: float | int = 1.0, merge_single: bool = False) -> None:
+    def __init__(
+        self, loader: object, *, share: float | int = 1.0, merge_single: bool = False, name: str = "train_dataloader"
+    ) -> None:
         if not isinstance(loader, DataLoader):
             raise TypeError(
-                f"train_dataloader={type(loader).__name__}: FederatedStrategy divides a dataset among clients by"
+                f"{name}={type(loader).__name__}: FederatedStrategy divides a dataset among clients by"
                 " index: pass a torch.utils.data.DataLoader over it."
             )
         self.dataset = loader.dataset
-        name = type(self.dataset).__name__
+        kind = type(self.dataset).__name__
         if isinstance(self.dataset, IterableDataset) or not hasattr(self.dataset, "__len__"):
             raise TypeError(
-                f"train_dataloader: dataset={name} is an IterableDataset or has no length, so it cannot be divided"
+                f"{name}: dataset={kind} is an IterableDataset or has no length, so it cannot be divided"
                 " among clients by index: use a map-style dataset with __getitem__ and __len__."
             )
         if len(self.dataset) == 0:
-            raise ValueError(f"train_dataloader: dataset={name} is empty: give it at least one sample per client.")
+            raise ValueError(f"{name}: dataset={kind} is empty: give it at least one sample per client.")
         cutter = batch_sampler_of(loader)
-        self.shuffle = _shuffles(loader)
+        self.shuffle = _shuffles(loader, name)
         self.drop_last = bool(getattr(cutter, "drop_last", loader.drop_last))
         self.batch_size = getattr(cutter, "batch_size", None) or 1
         # A user who seeds the loader's own generator expects another seed to give another order.
         self.salt = loader.generator.initial_seed() if loader.generator is not None else None
+        self._name = name
         self._share = share
         self._merge_single = merge_single
         self._template = loader
@@ -114,7 +118,7 @@ class ClientLoader:
                 self._cut_anew([0])
             except Exception as error:
                 raise ValueError(
-                    f"train_dataloader: batch_sampler={type(loader.batch_sampler).__name__} cannot be built anew for"
+                    f"{name}: batch_sampler={type(loader.batch_sampler).__name__} cannot be built anew for"
                     f" the samples of each client ({error}): give it the arguments of torch.utils.data.BatchSampler, or"
                     " build it inside train_dataloader()."
                 ) from error
@@ -139,7 +143,7 @@ class ClientLoader:
             batches = self._cut_anew(indices)
             if not batches:
                 raise ValueError(
-                    f"train_dataloader: batch_sampler={type(self._template.batch_sampler).__name__} makes no batch of a"
+                    f"{self._name}: batch_sampler={type(self._template.batch_sampler).__name__} makes no batch of a"
                     f" client with {len(indices)} samples: set drop_last=False, use a smaller batch_size, or a"
                     " partitioner with a larger min_partition_size."
                 )
@@ -284,7 +288,7 @@ def batch_sampler_of(loader: DataLoader[Any]) -> Any:
     return loader.batch_sampler
 
 
-def _shuffles(loader: DataLoader[Any]) -> bool:
+def _shuffles(loader: DataLoader[Any], name: str) -> bool:
     """Whether the user's loader shuffles; refuses samplers that cannot be applied to single clients."""
     cutter = batch_sampler_of(loader)
     sampler = loader.sampler if cutter is None else getattr(cutter, "sampler", None)
@@ -297,12 +301,11 @@ def _shuffles(loader: DataLoader[Any]) -> bool:
         return True
     if sampler is None:
         raise ValueError(
-            f"train_dataloader: batch_sampler={type(cutter).__name__} has no sampler whose order could be that of each"
+            f"{name}: batch_sampler={type(cutter).__name__} has no sampler whose order could be that of each"
             " client's own samples: give it the arguments and attributes of torch.utils.data.BatchSampler, or use"
             " batch_size and shuffle."
         )
-    name = type(sampler).__name__
     raise ValueError(
-        f"train_dataloader: sampler={name} cannot be applied to each client's own samples: use shuffle=True or"
+        f"{name}: sampler={type(sampler).__name__} cannot be applied to each client's own samples: use shuffle=True or"
         " shuffle=False; to favour some samples, repeat them in the dataset or weight the loss."
     )

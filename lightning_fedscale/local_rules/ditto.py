@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-import numbers
 
 from torch import Tensor
 
+from lightning_fedscale import checks
 from lightning_fedscale.local_rules.base import Correction
 
 
@@ -33,11 +33,8 @@ class Ditto:
     """
 
     def __init__(self, strength: float = 0.1) -> None:
-        if not _is_number(strength):
-            raise TypeError(f"strength={strength!r}: pass a number of at least 0, such as 0.1.")
-        if not 0 <= float(strength) < math.inf:
-            raise ValueError(f"strength={strength!r}: pass a number of at least 0, such as 0.1.")
-        self.strength = float(strength)
+        remedy = "pass a number of at least 0, such as 0.1."
+        self.strength = checks.number("strength", strength, remedy, lambda number: 0 <= number < math.inf)
 
     def correction(self, start: Tensor, server: Tensor) -> Correction:
         """What is added to the gradients of a personal model.
@@ -51,7 +48,3 @@ class Ditto:
 
     def __repr__(self) -> str:
         return f"Ditto({self.strength:g})"
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, numbers.Real) and not isinstance(value, bool)

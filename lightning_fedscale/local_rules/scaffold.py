@@ -23,8 +23,9 @@ def scaffold(option: str = "II") -> LocalRule:
       stable, and lets clients train with any optimizer;
 
     and :math:`c \leftarrow c + \frac{1}{K} \sum_{k \in S} (c_k^+ - c_k)`, over *all* K clients. Clients keep
-    :math:`c_k`; both directions carry two vectors. The paper's server is ``aggregator="uniform"`` with
-    ``server.fed_avg(lr)``.
+    :math:`c_k`; both directions carry two vectors. A compressor acts on the update alone: the change of :math:`c_k` is
+    sent whole, so with top-k more than half of SCAFFOLD's bytes remain. The paper's server is ``aggregator="uniform"``
+    with ``server.fed_avg(lr)``.
 
     Args:
         option: "II", which needs plain SGD on the clients, or "I".

@@ -12,6 +12,7 @@ the positions of each client's samples. Names and arguments are those of ``flwr-
 
 from __future__ import annotations
 
+from lightning_fedscale.partitioners.alike import alike_by_labels, alike_by_size
 from lightning_fedscale.partitioners.base import Partitioner
 from lightning_fedscale.partitioners.continuous import ContinuousPartitioner
 from lightning_fedscale.partitioners.dirichlet import DirichletPartitioner
@@ -60,6 +61,8 @@ __all__ = [
     "ShardPartitioner",
     "SizePartitioner",
     "SquarePartitioner",
+    "alike_by_labels",
+    "alike_by_size",
     "by_name",
     "check_partition",
     "find_labels",

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from lightning_fedscale.partitioners import checks
+from lightning_fedscale.partitioners.alike import alike_by_labels, alike_by_size
 from lightning_fedscale.partitioners.labels import Labels, find_labels, num_samples
 from lightning_fedscale.partitioners.partition import IntArray, Partition
 
@@ -83,6 +84,34 @@ class Partitioner(ABC):
             IndexError: there is no such client.
         """
         return self.partition.client(partition_id)
+
+    def divide_alike(self, dataset: Any, seed: int = 0) -> Partition:
+        """Divide further data among the same clients, such as a validation set: each gets what it has of the dataset.
+
+        By label where labels decide, see :func:`~lightning_fedscale.partitioners.alike.alike_by_labels`; to the same
+        owner where clients are natural ids; else in proportion to sizes. To assign the further data as a dataset of its
+        own would draw other clients. A client may get no sample, and samples of labels or ids that no client has are
+        left out.
+
+        Args:
+            dataset: the further data, of the same kind as the dataset that was assigned.
+            seed: equal seeds give equal divisions.
+
+        Raises:
+            AttributeError: no dataset was assigned yet.
+            TypeError, ValueError: the further data have no such labels or ids.
+
+        Example:
+            >>> from lightning_fedscale.partitioners import PathologicalPartitioner
+            >>> partitioner = PathologicalPartitioner(num_partitions=2, num_classes_per_partition=1)
+            >>> partitioner.dataset = [0, 1] * 10
+            >>> validation = [1, 1, 0, 1]
+            >>> [sorted(validation[i] for i in partitioner.divide_alike(validation).client(k)) for k in range(2)]
+            [[1, 1, 1], [0]]
+        """
+        if "partition_by" not in self._arguments():
+            return alike_by_size(self.partition, num_samples(dataset), seed)
+        return alike_by_labels(self.partition, self._labels(), find_labels(dataset, self.partition_by), seed)
 
     def __repr__(self) -> str:
         values = {name: getattr(self, name) for name in self._arguments() if name != "num_partitions"}

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 
 from lightning_fedscale.partitioners import checks
+from lightning_fedscale.partitioners.alike import alike_by_labels
 from lightning_fedscale.partitioners.base import Partitioner
 from lightning_fedscale.partitioners.grouping import deal_order, even_sizes, group
-from lightning_fedscale.partitioners.labels import Labels
+from lightning_fedscale.partitioners.labels import Labels, find_labels
 from lightning_fedscale.partitioners.partition import Partition
+
+_BINS_PER_CLIENT = 4
+"""Into so many the property is cut to say which values of further data are like a client's."""
 
 
 def continuous_partition(
@@ -90,3 +96,10 @@ class ContinuousPartitioner(Partitioner):
 
     def _split(self) -> Partition:
         return continuous_partition(self._labels(), self.num_partitions, self.strictness, self.shuffle, self.seed)
+
+    def divide_alike(self, dataset: Any, seed: int = 0) -> Partition:
+        """As of any partitioner; values of the property count as alike where few others lie between them."""
+        values = self._labels().astype(np.float64)
+        edges = np.quantile(values, np.linspace(0, 1, _BINS_PER_CLIENT * self.num_partitions + 1)[1:-1])
+        others = find_labels(dataset, self.partition_by).astype(np.float64)
+        return alike_by_labels(self.partition, np.searchsorted(edges, values), np.searchsorted(edges, others), seed)

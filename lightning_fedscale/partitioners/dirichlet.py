@@ -10,7 +10,7 @@ import numpy.typing as npt
 from lightning_fedscale.partitioners import checks
 from lightning_fedscale.partitioners.base import Partitioner
 from lightning_fedscale.partitioners.encoding import encode_classes
-from lightning_fedscale.partitioners.grouping import deal_order, group
+from lightning_fedscale.partitioners.grouping import cut, deal_order, group
 from lightning_fedscale.partitioners.labels import Labels
 from lightning_fedscale.partitioners.partition import IntArray, Partition
 
@@ -58,7 +58,7 @@ def dirichlet_partition(
         if self_balancing:
             # Not all clients can exceed the average, so some share always stays above zero.
             log_shares[sizes > len(labels) / num_partitions] = -np.inf
-        counts = _cut(log_shares, len(samples), rng)
+        counts = cut(np.exp(log_shares - log_shares.max()), len(samples), rng)
         owner[samples] = np.repeat(clients, counts)
         sizes += counts
     if sizes.min() < min_partition_size:
@@ -78,18 +78,6 @@ def log_gamma(alpha: FloatArray, rng: np.random.Generator) -> FloatArray:
     """
     # Below 1e-300 the quotient would overflow; what is drawn is one-hot long before.
     return np.log(rng.standard_gamma(alpha + 1)) - rng.standard_exponential(alpha.shape) / np.maximum(alpha, 1e-300)
-
-
-def _cut(log_shares: FloatArray, num_samples: int, rng: np.random.Generator) -> IntArray:
-    """Numbers of samples in proportion to shares given as logarithms; they add up to ``num_samples``."""
-    shares = np.exp(log_shares - log_shares.max())
-    ends = np.cumsum(shares)
-    # Without the random offset the last client would get what rounding leaves over of every class: one sample too many
-    # of each, which is most of its data if there are many clients.
-    cuts = np.minimum(ends * (num_samples / ends[-1]) + rng.random(), num_samples).astype(np.int64)
-    cuts[-1] = num_samples
-    counts: IntArray = np.diff(cuts, prepend=0)
-    return counts
 
 
 def _fill_poor(owner: IntArray, sizes: IntArray, minimum: int, order: IntArray) -> None:

@@ -8,6 +8,7 @@ a client: random when ``shuffle=True``, ascending otherwise.
 from __future__ import annotations
 
 import numpy as np
+import numpy.typing as npt
 
 from lightning_fedscale.partitioners.partition import IntArray, offsets_of
 
@@ -50,3 +51,24 @@ def even_sizes(num_samples: int, num_groups: int) -> IntArray:
     """
     small, extra = divmod(num_samples, num_groups)
     return small + (np.arange(num_groups) < extra).astype(np.int64)
+
+
+def cut(shares: npt.NDArray[np.float64], num_samples: int, rng: np.random.Generator) -> IntArray:
+    """Cut ``num_samples`` into numbers in proportion to shares, rounded so that each is right on average.
+
+    Args:
+        shares: at least 0, not all of them; they need not add up to 1.
+        num_samples: what the numbers add up to.
+        rng: decides who gets what rounding leaves over.
+
+    Example:
+        >>> cut(np.array([1.0, 0.0, 3.0]), 8, np.random.default_rng(0)).tolist()
+        [2, 0, 6]
+    """
+    ends = np.cumsum(shares)
+    # Without the random offset the last client would get what rounding leaves over of every class: one sample too many
+    # of each, which is most of its data if there are many clients.
+    cuts = np.minimum(ends * (num_samples / ends[-1]) + rng.random(), num_samples).astype(np.int64)
+    cuts[-1] = num_samples
+    counts: IntArray = np.diff(cuts, prepend=0)
+    return counts

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, Literal, TypeAlias
 
 import numpy as np
@@ -89,6 +90,12 @@ def _find_ids(dataset: Any, partition_by: str | None) -> Labels:
     return find_labels(dataset, partition_by)
 
 
+def _by_known_ids(ids: Labels, clients: Mapping[Any, int], num_clients: int) -> Partition:
+    names, codes = encode(ids)
+    of_name = np.array([clients.get(name, -1) for name in names.tolist()], dtype=np.int64)
+    return Partition(*group(of_name[codes], num_clients))
+
+
 class NaturalIdPartitioner(Partitioner):
     """One client for each distinct value of a column: the real federated split, where data have an origin.
 
@@ -118,6 +125,11 @@ class NaturalIdPartitioner(Partitioner):
         """The id of each client, by its number."""
         assert self.partition is not None  # Sets the names.
         return dict(enumerate(self._names.tolist()))
+
+    def divide_alike(self, dataset: Any, seed: int = 0) -> Partition:
+        """As of any partitioner: each sample goes to the client of its id, if there is one."""
+        clients = {name: client for client, name in self.partition_id_to_natural_id.items()}
+        return _by_known_ids(_find_ids(dataset, self.partition_by), clients, self.partition.num_clients)
 
     def _split(self) -> Partition:
         partition, self._names = natural_id_partition(_find_ids(self.dataset, self.partition_by))
@@ -178,6 +190,11 @@ class GroupedNaturalIdPartitioner(Partitioner):
         for name, client in self.natural_id_to_partition_id.items():
             members[client].append(name)
         return members
+
+    def divide_alike(self, dataset: Any, seed: int = 0) -> Partition:
+        """As of any partitioner: each sample goes to the client of its id, if there is one."""
+        ids = _find_ids(dataset, self.partition_by)
+        return _by_known_ids(ids, self.natural_id_to_partition_id, self.partition.num_clients)
 
     def _split(self) -> Partition:
         ids = _find_ids(self.dataset, self.partition_by)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import Literal
 
+from lightning_fedscale import checks
 from lightning_fedscale.privacy.accounting import Accountant
 from lightning_fedscale.privacy.base import AdaptiveClipping, Privacy
 
@@ -49,7 +50,7 @@ def dp_fed_avg(
         max_epsilon: training ends before a round would exceed it.
 
     Raises:
-        TypeError: if ``adaptive`` is no `AdaptiveClipping`.
+        TypeError: if ``adaptive`` is no `AdaptiveClipping`, or a number is none.
         ValueError: for a wrong value or combination; names the argument, the value and the remedy.
 
     Example:
@@ -64,15 +65,16 @@ def dp_fed_avg(
         >>> mean.tolist(), state["rounds"]
         ([0.30000000000000004, 0.4], 1)
     """
-    _positive("clip_norm", clip_norm)
-    if not 0 < delta < 1:
-        raise ValueError(f"delta={delta}: pass a probability in (0, 1), well below 1 / number of clients.")
+    checks.positive("clip_norm", clip_norm)
+    remedy = "pass a probability in (0, 1), well below 1 / number of clients."
+    checks.number("delta", delta, remedy, lambda probability: 0 < probability < 1)
     if (noise_multiplier is None) == (target_epsilon is None):
         raise ValueError(
             f"noise_multiplier={noise_multiplier} and target_epsilon={target_epsilon}: give exactly one of them."
         )
-    if noise_multiplier is not None and not (noise_multiplier >= 0 and math.isfinite(noise_multiplier)):
-        raise ValueError(f"noise_multiplier={noise_multiplier}: pass a number of at least 0.")
+    if noise_multiplier is not None:
+        remedy = "pass a number of at least 0."
+        checks.number("noise_multiplier", noise_multiplier, remedy, lambda number: 0 <= number < math.inf)
     if (target_epsilon is None) != (rounds is None):
         raise ValueError(f"target_epsilon={target_epsilon} and rounds={rounds}: they belong together, give both.")
     for name, value in (
@@ -82,7 +84,7 @@ def dp_fed_avg(
         ("max_epsilon", max_epsilon),
     ):
         if value is not None:
-            _positive(name, value)
+            checks.positive(name, value)
     _check_adaptive(adaptive, weight_cap)
     if noise not in ("server", "client"):
         raise ValueError(f"noise={noise!r}: choose 'server' or 'client'.")
@@ -107,17 +109,12 @@ def _check_adaptive(adaptive: AdaptiveClipping | None, weight_cap: float | None)
         return
     if not isinstance(adaptive, AdaptiveClipping):
         raise TypeError(f"adaptive={adaptive!r}: pass privacy.AdaptiveClipping(), or None.")
-    if not 0 <= adaptive.quantile <= 1:
-        raise ValueError(f"adaptive: quantile={adaptive.quantile}: pass a share of the clients in [0, 1].")
-    _positive("adaptive: rate", adaptive.rate)
+    remedy = "pass a share of the clients in [0, 1]."
+    checks.number("adaptive: quantile", adaptive.quantile, remedy, lambda share: 0 <= share <= 1)
+    checks.positive("adaptive: rate", adaptive.rate)
     if adaptive.count_noise is not None:
-        _positive("adaptive: count_noise", adaptive.count_noise)
+        checks.positive("adaptive: count_noise", adaptive.count_noise)
     if weight_cap is not None:
         raise ValueError(
             f"weight_cap={weight_cap} with adaptive clipping: the quantile counts all clients alike. Leave one out."
         )
-
-
-def _positive(name: str, value: float) -> None:
-    if not (value > 0 and math.isfinite(value)):
-        raise ValueError(f"{name}={value}: pass a number above 0.")

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lightning_fedscale import randomness
+from lightning_fedscale import checks, randomness
 from lightning_fedscale.aggregators import Aggregator, mean
 from lightning_fedscale.aggregators.rows import needing
 from lightning_fedscale.privacy import shamir
@@ -41,6 +41,7 @@ def secure_mean(clip: float, bits: int = 16, threshold: float = 2 / 3) -> Aggreg
         threshold: share of the round's clients that must send an update, so that the masks can be recovered.
 
     Raises:
+        TypeError: for an argument of another kind.
         ValueError: for a wrong value; a cohort with too many clients for ``bits`` is found at the beginning of a round,
             a round with too few updates at its end.
 
@@ -50,13 +51,11 @@ def secure_mean(clip: float, bits: int = 16, threshold: float = 2 / 3) -> Aggreg
         >>> aggregate(secure_mean(clip=1.0), rows).round(decimals=4).tolist()
         [0.5, 0.3333]
     """
-    if not (clip > 0 and math.isfinite(clip)):
-        raise ValueError(f"clip={clip}: pass the largest absolute value of an element, above 0.")
-    if isinstance(bits, bool) or not isinstance(bits, int) or not 1 <= bits <= 30:
-        raise ValueError(f"bits={bits}: pass the bits of an element, an integer from 1 to 30.")
-    if not 0 < threshold <= 1:
-        raise ValueError(f"threshold={threshold}: pass a share of the round's clients in (0, 1].")
-
+    remedy = "pass the largest absolute value of an element, above 0."
+    checks.number("clip", clip, remedy, lambda value: 0 < value < math.inf)
+    checks.integer("bits", bits, 1, 30)
+    remedy = "pass a share of the round's clients in (0, 1]."
+    checks.number("threshold", threshold, remedy, lambda share: 0 < share <= 1)
     given: dict[str, Any] = {"clip": clip, "bits": bits, "threshold": threshold}
     return needing(
         Aggregator(

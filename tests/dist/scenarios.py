@@ -21,7 +21,7 @@ from lightning_fedscale import FederatedStrategy, RoundRecord
 from lightning_fedscale.aggregators import trimmed_mean
 from lightning_fedscale.asynchrony import FedBuff
 from lightning_fedscale.attacks import attacked, sign_flip
-from lightning_fedscale.callbacks import ComputeAccounting, CriticalPhase
+from lightning_fedscale.callbacks import ClientMetrics, ComputeAccounting, CriticalPhase
 from lightning_fedscale.compressors import error_feedback, power_sgd, qsgd, top_k
 from lightning_fedscale.devices import DeviceClass, Population
 from lightning_fedscale.local_rules import Ditto, fed_dyn, fed_nova, fed_prox, scaffold
@@ -275,6 +275,23 @@ SCENARIOS: dict[str, Scenario] = {
         lambda: {"max_epochs": 3},
         callbacks=lambda: [ComputeAccounting(law="Chinchilla", rho=0.5)],
         afterwards=1,
+    ),
+    "client_metrics": Scenario(
+        lambda: {"clients_per_round": 5},
+        lambda: {"max_epochs": 5},
+        callbacks=lambda: [ClientMetrics(every_n_rounds=2)],
+        evaluate=True,
+        collectives=2,
+        afterwards=3,  # when names are first met
+    ),
+    "personal_metrics": Scenario(
+        lambda: {"clients_per_round": 4, "personal": Ditto(0.5)},
+        lambda: {"max_epochs": 5},
+        # The second evaluates fewer clients than there are ranks.
+        callbacks=lambda: [ClientMetrics(personal=True), ClientMetrics(clients=1, dataloaders=DataLoader(held_out(), 4))],
+        evaluate=True,
+        collectives=3,
+        afterwards=6,
     ),
     "scaffold": Scenario(
         lambda: {"clients_per_round": 5, "local_rule": scaffold(), "aggregator": "uniform"},

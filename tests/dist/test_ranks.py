@@ -150,6 +150,17 @@ def test_logged_metrics_are_those_of_one_process(name: str, world_size: int, ran
                 assert left[metric] == pytest.approx(right[metric], rel=1e-6, nan_ok=True), metric
 
 
+@several
+@pytest.mark.parametrize("name", ["client_metrics", "personal_metrics"])
+def test_what_clients_own_data_say_is_the_same_bit_for_bit(name: str, world_size: int, ranks: Start) -> None:
+    one = ranks(1)[0][name]["logged"]
+    for rank in ranks(world_size):
+        for left, right in zip(rank[name]["logged"], one, strict=True):
+            own = {metric for metric in right if metric.startswith(("clients/", "personal/"))}
+            assert len(own) == {"client_metrics": 7, "personal_metrics": 14}[name]
+            assert {metric: left[metric] for metric in own} == {metric: right[metric] for metric in own}
+
+
 @pytest.mark.parametrize("world_size", [1, 2, 3])
 def test_validation_and_test_see_the_global_model_and_all_samples(world_size: int, ranks: Start) -> None:
     for rank in ranks(world_size):

@@ -14,6 +14,20 @@ def assert_figure(name: str) -> None:
     assert min(imread(Path("demo_output", name)).shape[:2]) > 500
 
 
+def test_robust_rules_bear_an_attack_that_ruins_the_mean() -> None:
+    rows = cells(run_example("09_robust_training.py", "--fast"))
+    found = {name: [number(cell) for cell in row] for name, row in rows.items() if name}
+    assert found["mean"][0] > 85
+    assert found["mean"][1] < 40
+    assert len(found) == 6
+    for name in found.keys() - {"mean"}:
+        assert found[name][1] > found[name][0] - 5  # 3 in the full run, see tests/features/test_robust.py
+    for before, after, worst_before, worst_after in found.values():
+        assert worst_before < before
+        assert worst_after < after
+    assert_figure("robust_training.png")
+
+
 def test_private_training_ends_before_its_budget_is_exceeded() -> None:
     printed = run_example("10_private_training.py", "--fast")
     found = re.search(r"at most (\d+) rounds, and epsilon at most ([\d.]+)", printed)

@@ -83,6 +83,22 @@ def test_a_run_goes_on_on_the_other_side(first: str, then: str) -> None:
     assert reference.difference(weights(train(then, rounds=4, ckpt_path=f"{first}.ckpt")), whole) == 0.0
 
 
+def test_clients_own_data_say_the_same_on_either_side() -> None:
+    found = []
+    for package, ours in SIDES.values():
+        watch = ours.callbacks.ClientMetrics()
+        trainer = package.Trainer(
+            accelerator="cpu", max_epochs=2, logger=False, enable_checkpointing=False, enable_progress_bar=False,
+            enable_model_summary=False, callbacks=[watch], num_sanity_val_steps=0,
+            strategy=ours.FederatedStrategy(partitioner=DirichletPartitioner(5, alpha=0.5), executor="sequential"),
+        )  # fmt: skip
+        data = DataLoader(reference.dataset(), batch_size=8)
+        trainer.fit(module_of(package), data, data)
+        found.append(watch.last.values["val_loss"].tolist())
+    assert len(found[0]) == 5
+    assert found[0] == found[1]
+
+
 def test_the_callbacks_of_the_other_side() -> None:
     probe = twin.callbacks.MaxBatchProbe(budget="64MiB", verify=False)
     phases, accounting = twin.callbacks.CriticalPhase(), twin.callbacks.ComputeAccounting(law=None)

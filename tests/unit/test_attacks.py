@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,7 @@ from scipy.stats import norm
 from torch import Tensor
 from torch.utils.data import TensorDataset
 
-from lightning_fedscale.aggregators import Aggregator, aggregate, mean, median
+from lightning_fedscale.aggregators import Aggregator, aggregate, krum, mean, median
 from lightning_fedscale.aggregators.rows import norm_of
 from lightning_fedscale.attacks import (
     Attack,
@@ -157,9 +158,29 @@ def test_flipped_labels() -> None:
 
 
 def test_wrong_arguments() -> None:
-    with pytest.raises(ValueError, match="attackers: -1 is no client"):
+    with pytest.raises(ValueError, match="attackers=-1: pass an integer of at least 0"):
         attacked(mean(), sign_flip(), [-1])
+    with pytest.raises(TypeError, match=r"attackers=1\.5: pass an integer"):
+        attacked(mean(), sign_flip(), [1.5])  # type: ignore[list-item]
+    with pytest.raises(TypeError, match=r"attackers=3: pass the numbers of the hostile clients, such as \[2, 5\]"):
+        attacked(mean(), sign_flip(), 3)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="scale='5': pass a finite number"):
+        sign_flip("5")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="std=-1: pass a number of at least 0"):
+        gaussian(-1)
+    with pytest.raises(ValueError, match="boost=nan: pass a finite number, or None"):
+        model_replacement(math.nan)
+    with pytest.raises(ValueError, match="z=inf: pass a finite number, or None"):
+        a_little_is_enough(math.inf)
     with pytest.raises(ValueError, match="num_classes=1: pass"):
         flip_labels([], [], num_classes=1)
     with pytest.raises(TypeError, match=r"sample 0 is a dict, not a tuple \(..., label\)"):
         flip_labels([{"label": 1}], [0], num_classes=2)[0]
+
+
+def test_what_a_round_cannot_be_is_refused_at_its_beginning() -> None:
+    like, cohort = torch.zeros(3), Cohort(0, np.arange(4), 4, 3, 0)
+    with pytest.raises(ValueError, match="attackers=7: there is no such client, pass numbers from 0 to 3"):
+        attacked(mean(), sign_flip(), [7]).init(like, cohort)
+    with pytest.raises(ValueError, match=r"krum\(attackers=1\) needs at least 5 clients"):
+        attacked(krum(1), sign_flip(), [0]).init(like, cohort)

@@ -14,7 +14,7 @@ PACKAGE = "lightning_fedscale"
 # A part imports only from levels above its own, so the parts of one level never import each other.
 LEVELS = [
     {"types"},
-    {"checks", "collectives", "energy", "memory", "model_size", "randomness", "tree"},
+    {"checks", "collectives", "energy", "fairness", "memory", "model_size", "randomness", "tree"},
     # The rooms.
     {
         "aggregators",

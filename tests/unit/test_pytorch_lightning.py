@@ -151,11 +151,12 @@ PROBES: list[Callable[[Any], Any]] = [
     lambda package: package.MaxBatchProbe(budget="1GiB"),
     lambda package: package.CriticalPhase(),
     lambda package: package.ComputeAccounting(),
+    lambda package: package.ClientMetrics(),
 ]
 
 
 @pytest.mark.parametrize("strategy", ["auto", "federated"])
-@pytest.mark.parametrize("make", PROBES, ids=["MaxBatchProbe", "CriticalPhase", "ComputeAccounting"])
+@pytest.mark.parametrize("make", PROBES, ids=["MaxBatchProbe", "CriticalPhase", "ComputeAccounting", "ClientMetrics"])
 def test_a_callback_in_the_other_trainer_says_where_the_right_one_is(make: Callable[[Any], Any], strategy: str) -> None:
     wrong = (
         r"for pytorch_lightning import it from lightning_fedscale\.pytorch_lightning\.callbacks|no Callback of pytorch_"

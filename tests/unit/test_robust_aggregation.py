@@ -345,11 +345,22 @@ def test_a_cohort_that_is_too_small_is_refused(rule: Aggregator, clients: int, m
         (lambda: multi_krum(1, keep=0), ValueError, "keep=0: pass the number"),
         (lambda: multi_krum(1, keep=2.0), TypeError, "keep=2.0: pass the number"),  # type: ignore[arg-type]
         (lambda: norm_clipped(0), ValueError, "max_norm=0: pass the longest norm"),
+        (lambda: norm_clipped("1"), TypeError, "max_norm='1': pass the longest norm"),  # type: ignore[arg-type]
+        (lambda: norm_clipped(1.0, "median"), TypeError, "inner='median': pass an aggregators.Aggregator"),  # type: ignore[arg-type]
+        (lambda: geometric_median(tolerance="a"), TypeError, "tolerance='a': pass a positive number"),  # type: ignore[arg-type]
         (lambda: norm_clipped(float("nan")), ValueError, "max_norm=nan: pass"),
         (lambda: geometric_median("steps"), ValueError, "weighting='steps': choose"),
-        (lambda: geometric_median(smoothing=0), ValueError, "smoothing=0: pass a number above 0"),
+        (
+            lambda: geometric_median(smoothing=0),
+            ValueError,
+            "smoothing=0 must be positive and finite: pass a number above 0",
+        ),
         (lambda: geometric_median(iterations=0), ValueError, "iterations=0: pass"),
-        (lambda: by_name("krum"), ValueError, r"aggregator='krum' needs an argument: pass .*aggregators.krum\(...\)"),
+        (
+            lambda: by_name("krum"),
+            ValueError,
+            r"aggregator='krum' needs attackers: pass an object, krum\(attackers=...\)",
+        ),
         (lambda: by_name("medain"), ValueError, "Did you mean 'median'"),
     ],
 )

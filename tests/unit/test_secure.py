@@ -117,3 +117,12 @@ def test_wrong_arguments(options: dict[str, float]) -> None:
     ((name, value),) = options.items()
     with pytest.raises(ValueError, match=f"{name}={value}: pass"):
         secure_mean(**{"clip": 1.0, **options})  # type: ignore[arg-type]
+
+
+def test_arguments_of_another_kind() -> None:
+    with pytest.raises(TypeError, match="clip='1': pass the largest absolute value"):
+        secure_mean(clip="1")  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"bits=1\.5: pass an integer from 1 to 30"):
+        secure_mean(clip=1.0, bits=1.5)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="threshold='all': pass a share"):
+        secure_mean(clip=1.0, threshold="all")  # type: ignore[arg-type]

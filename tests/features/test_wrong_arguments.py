@@ -1,0 +1,132 @@
+"""Wrong arguments as users pass them, some of every family: one clear message, before any client trains."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from lightning_fedscale import aggregators, attacks, compressors, local_rules, privacy, samplers, schedules, server
+from lightning_fedscale.asynchrony import FedBuff
+from lightning_fedscale.callbacks import RoundEvents
+from tests.laws import reference
+from tests.strategies import sequential
+
+FOUR = 4
+
+
+class NoClientTrains(RoundEvents):
+    def on_client_start(self, *_: Any) -> None:
+        raise AssertionError("a client trains")
+
+
+def fit(**options: Any) -> None:
+    """Four clients, unless told otherwise."""
+    clients = options.pop("num_clients", FOUR)
+    trainer = reference.quiet_trainer(
+        max_epochs=2, strategy=sequential(clients, **options), callbacks=[NoClientTrains()]
+    )
+    trainer.fit(reference.make_module(), reference.loader(reference.dataset()))
+
+
+CASES: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
+    # server optimizers
+    "fed_adam": (lambda: server.fed_adam(lr=-1), ValueError, "lr=-1 must be positive"),
+    "fed_yogi": (lambda: server.fed_yogi(lr="0.1"), TypeError, "lr='0.1': pass a positive number"),  # type: ignore[arg-type]
+    "fed_avgm": (lambda: server.fed_avgm(momentum=2.0), ValueError, r"momentum=2.0: pass a number in \[0, 1\)"),
+    "fed_exp": (lambda: server.fed_exp(epsilon="a"), TypeError, "epsilon='a': pass a positive number"),  # type: ignore[arg-type]
+    "from_torch": (lambda: server.from_torch(torch.optim.SGD, lrr=1.0), TypeError, r"from_torch\(SGD, lrr=1.0\)"),
+    "chain": (lambda: server.chain("adam"), TypeError, "argument 0 is 'adam': pass server optimizers"),  # type: ignore[arg-type]
+    # local rules
+    "fed_prox": (lambda: local_rules.fed_prox(-1), ValueError, "mu=-1 must be positive"),
+    "scaffold": (lambda: local_rules.scaffold("III"), ValueError, "option='III': pass one of 'I', 'II'"),
+    "fed_dyn": (lambda: local_rules.fed_dyn("a"), TypeError, "alpha='a': pass a positive number"),  # type: ignore[arg-type]
+    "ditto": (lambda: local_rules.Ditto("a"), TypeError, "strength='a': pass a number of at least 0"),  # type: ignore[arg-type]
+    # local steps
+    "no round": (lambda: fit(local_steps=lambda: 3), TypeError, "too many positional arguments; pass a number of"),
+    "words": (lambda: fit(local_steps=lambda round: "3"), TypeError, r"local_steps\(0\)='3': pass an integer"),
+    "post_local": (
+        lambda: schedules.post_local(until=3, steps=0),
+        ValueError,
+        "steps=0: pass an integer of at least 1",
+    ),
+    # aggregators and attacks
+    "trimmed_mean": (
+        lambda: fit(aggregator=aggregators.trimmed_mean(3)),
+        ValueError,
+        r"trimmed_mean\(trim=3\) needs at least 7 clients",
+    ),
+    "krum": (
+        lambda: fit(num_clients=10, clients_per_round=4, aggregator=aggregators.krum(1)),
+        ValueError,
+        r"krum\(attackers=1\) needs at least 5 clients in a round .* round 0 has 4",
+    ),
+    "attacked krum": (
+        lambda: fit(aggregator=attacks.attacked(aggregators.krum(1), attacks.sign_flip(), [0])),
+        ValueError,
+        r"krum\(attackers=1\) needs at least 5 clients",
+    ),
+    "clipped krum": (
+        lambda: fit(aggregator=aggregators.norm_clipped(1.0, aggregators.krum(1))),
+        ValueError,
+        "needs at least 5 clients",
+    ),
+    "attackers": (
+        lambda: fit(aggregator=attacks.attacked(aggregators.mean(), attacks.sign_flip(), [7])),
+        ValueError,
+        "attackers=7: there is no such client, pass numbers from 0 to 3",
+    ),
+    "aggregator": (lambda: sequential(FOUR, aggregator=3), TypeError, "aggregator=3: pass 'mean', 'uniform' or"),  # type: ignore[arg-type]
+    # compressors
+    "top_k": (lambda: compressors.top_k(ratio=2), ValueError, "ratio=2: pass a share of the elements"),
+    "random_k": (lambda: compressors.random_k(True), TypeError, "ratio=True: pass a share of the elements"),
+    "qsgd": (lambda: compressors.qsgd(1.5), TypeError, "levels=1.5: pass an integer from 1 to 65536"),  # type: ignore[arg-type]
+    "adaptive": (lambda: compressors.adaptive(highest=1), ValueError, "highest=1: pass a compression factor above 1"),
+    "growth": (lambda: compressors.adaptive(growth=np.nan), ValueError, "growth=nan: pass a number above 1"),
+    # privacy
+    "clip_norm": (
+        lambda: privacy.dp_fed_avg(clip_norm="1", noise_multiplier=1.0, delta=1e-5),
+        TypeError,  # type: ignore[arg-type]
+        "clip_norm='1': pass a positive number",
+    ),
+    "target_epsilon": (
+        lambda: privacy.dp_fed_avg(1.0, delta=1e-5, target_epsilon="two", rounds=3),
+        TypeError,  # type: ignore[arg-type]
+        "target_epsilon='two': pass a positive number",
+    ),
+    "secure_mean": (lambda: privacy.secure_mean(clip=np.inf), ValueError, "clip=inf: pass the largest absolute value"),
+    "privacy": (lambda: sequential(FOUR, privacy=3), TypeError, "privacy=3: pass what privacy.dp_fed_avg"),  # type: ignore[arg-type]
+    # who takes part, and when
+    "seconds": (lambda: FedBuff(seconds="fast"), ValueError, "seconds='fast': pass a number above 0"),  # type: ignore[arg-type]
+    "two seconds": (lambda: fit(mode=FedBuff(seconds=[1.0, 2.0])), ValueError, "got 2 numbers for 4 clients"),
+    "mode": (lambda: sequential(FOUR, mode="asink"), ValueError, "mode='asink': choose 'sync', 'async'"),  # type: ignore[arg-type]
+    "power_of_choice": (
+        lambda: fit(clients_per_round=3, sampler=samplers.power_of_choice(candidates=2)),
+        ValueError,
+        "candidates=2 is less than clients_per_round=3",
+    ),
+    "weighted": (
+        lambda: fit(clients_per_round=2, sampler=samplers.weighted([1, 2])),
+        ValueError,
+        "got 2 for 4 clients",
+    ),
+    "trace": (lambda: fit(sampler=samplers.available(samplers.uniform, [[1, 0]])), ValueError, "it has 2 clients"),
+    "drop_out": (lambda: samplers.drop_out(3, 0.1), TypeError, "sampler=3 is no sampler"),  # type: ignore[arg-type]
+    # what stays with clients
+    "personal": (
+        lambda: sequential(FOUR, personal="head.*"),
+        TypeError,
+        r"personal='head.\*': pass a list of patterns",
+    ),
+    "no such layer": (lambda: fit(personal=["nothing.*"]), ValueError, "matches no trainable parameter or buffer"),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_one_clear_message(case: str) -> None:
+    make, error, message = CASES[case]
+    with pytest.raises(error, match=message):
+        make()
