@@ -8,7 +8,6 @@ from typing import Any
 
 import lightning.pytorch as pl
 import numpy as np
-import torch
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.model_helpers import is_overridden
@@ -18,7 +17,7 @@ from lightning_fedscale.callbacks.client_metrics_data import Loaders, OwnData, o
 from lightning_fedscale.callbacks.client_metrics_ranks import ClientTable
 from lightning_fedscale.callbacks.client_metrics_report import ClientReport, lay_out_clients, show_clients
 from lightning_fedscale.callbacks.client_metrics_twin import Found, ValidationTwin
-from lightning_fedscale.callbacks.tensorboard import send
+from lightning_fedscale.callbacks.tensorboard import publish, send
 from lightning_fedscale.executors import Transfer
 from lightning_fedscale.partitioners import Partition, Partitioner
 from lightning_fedscale.refusals import check_package
@@ -167,8 +166,7 @@ class ClientMetrics(Callback):
                 " it, or leave it out to take all."
             )
         if self.last is not None:
-            known = {name: torch.tensor(value) for name, value in self.last.metrics(self._namespace).items()}
-            trainer._logger_connector._callback_metrics.update(known)
+            publish(trainer, self.last.metrics(self._namespace))
 
     def on_round_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, record: RoundRecord) -> None:
         """Evaluate, if it is time."""

@@ -30,6 +30,11 @@ def send(trainer: pl.Trainer, metrics: dict[str, float]) -> None:
     """Straight to the loggers, and to where callbacks look for what they monitor; ``self.log`` takes far longer."""
     for logger in trainer.loggers:
         logger.log_metrics(metrics, step=trainer.fit_loop.epoch_loop._batches_that_stepped)
+    publish(trainer, metrics)
+
+
+def publish(trainer: pl.Trainer, metrics: dict[str, float]) -> None:
+    """Put values where callbacks look for what they monitor."""
     values = {name: torch.tensor(value, dtype=torch.float64) for name, value in metrics.items()}
     for known in (trainer._logger_connector._callback_metrics, trainer._logger_connector._logged_metrics):
         known.update(values)

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lightning_fedscale.fairness import jain_index, tail_mean
+from lightning_fedscale.fairness import jain_index, spread, tail_mean
 
 VALUES = st.lists(st.floats(0.001, 1000), min_size=1, max_size=40)
 
@@ -48,3 +48,24 @@ def test_bad_input_is_named():
         jain_index([])
     with pytest.raises(ValueError, match="fraction=0"):
         tail_mean([1.0], 0, highest=True)
+
+
+@given(VALUES, st.booleans(), st.integers(0, 2**32))
+def test_a_spread_is_what_numpy_says(values, higher, seed):
+    weights = np.random.default_rng(seed).integers(1, 50, len(values))
+    found, x = spread(values, weights.tolist(), higher_is_better=higher), np.array(values)
+    assert found.mean == pytest.approx(x.mean())
+    assert found.weighted_mean == pytest.approx(np.average(x, weights=weights))
+    assert found.std == pytest.approx(x.std(), abs=1e-9)
+    worst, best = np.sort(x)[:: 1 if higher else -1], np.sort(x)[:: -1 if higher else 1]
+    tenth = -(-len(x) // 10)
+    assert (found.worst10, found.best10) == pytest.approx((worst[:tenth].mean(), best[:tenth].mean()))
+    mirrored = spread([-value for value in values], weights.tolist(), higher_is_better=not higher)
+    assert mirrored.worst10 == pytest.approx(-found.worst10)
+    assert mirrored.jain == pytest.approx(found.jain)
+
+
+def test_evenness_of_values_of_both_signs_is_not_told():
+    assert np.isnan(spread([-1.0, 1.0], [1, 1], higher_is_better=True).jain)
+    with pytest.raises(ValueError, match="values"):
+        spread([], [], higher_is_better=True)
