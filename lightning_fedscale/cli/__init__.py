@@ -13,9 +13,16 @@ from lightning_fedscale.cli.arguments import parse
 from lightning_fedscale.cli.fit import fit
 from lightning_fedscale.cli.plan import plan
 from lightning_fedscale.cli.probe import probe
+from lightning_fedscale.cli.report import report
 from lightning_fedscale.cli.sweep import sweep
 
-COMMANDS: dict[str, Callable[..., None]] = {"fit": fit, "plan": plan, "probe": probe, "sweep": sweep}
+COMMANDS: dict[str, Callable[..., None]] = {
+    "fit": fit,
+    "plan": plan,
+    "probe": probe,
+    "report": report,
+    "sweep": sweep,
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -33,6 +33,7 @@ from lightning_fedscale.scaling.federated import Federated, FederatedPACBayes, f
 from lightning_fedscale.scaling.fit import Fit, fit, law_from_file
 from lightning_fedscale.scaling.form import Form, Range, Unfitted
 from lightning_fedscale.scaling.isoflop import IsoFlop, isoflop
+from lightning_fedscale.scaling.logs import Logs, has_logs, read_logs
 from lightning_fedscale.scaling.planning import Plan, plan, plot_plans
 from lightning_fedscale.scaling.position import Position, position_of
 from lightning_fedscale.scaling.project import law_of, project_law, sweep_command
@@ -64,6 +65,7 @@ __all__ = [
     "Kaplan",
     "LRAnnealing",
     "Law",
+    "Logs",
     "LossToLoss",
     "Plan",
     "Porian",
@@ -77,6 +79,7 @@ __all__ = [
     "effective_flops",
     "federated",
     "fit",
+    "has_logs",
     "inference_wedge",
     "information",
     "isoflop",
@@ -89,6 +92,7 @@ __all__ = [
     "plot_plans",
     "position_of",
     "project_law",
+    "read_logs",
     "read_runs",
     "sweep_command",
     "write_report",

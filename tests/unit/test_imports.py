@@ -32,7 +32,7 @@ LEVELS = [
         "server",
         "update_scaling",
     },
-    {"attacks", "privacy"},  # what changes or hides the updates that aggregators see
+    {"attacks", "privacy", "report"},  # what changes or hides the updates that aggregators see; a page about a run
     {"rules"},
     {"arguments", "phase_keeper", "rounds"},
     {"custody", "older_models", "records"},
