@@ -11,6 +11,7 @@ from pathlib import Path
 
 from lightning_fedscale.cli.arguments import parse
 from lightning_fedscale.cli.fit import fit
+from lightning_fedscale.cli.partition import partition
 from lightning_fedscale.cli.plan import plan
 from lightning_fedscale.cli.probe import probe
 from lightning_fedscale.cli.report import report
@@ -18,6 +19,7 @@ from lightning_fedscale.cli.sweep import sweep
 
 COMMANDS: dict[str, Callable[..., None]] = {
     "fit": fit,
+    "partition": partition,
     "plan": plan,
     "probe": probe,
     "report": report,

@@ -16,6 +16,7 @@ from lightning_fedscale.partitioners.base import Partitioner
 from lightning_fedscale.partitioners.continuous import ContinuousPartitioner
 from lightning_fedscale.partitioners.dirichlet import DirichletPartitioner
 from lightning_fedscale.partitioners.distribution import DistributionPartitioner
+from lightning_fedscale.partitioners.finished import FinishedPartitioner
 from lightning_fedscale.partitioners.holdout import split
 from lightning_fedscale.partitioners.iid import IidPartitioner
 from lightning_fedscale.partitioners.inner_dirichlet import InnerDirichletPartitioner
@@ -47,6 +48,7 @@ __all__ = [
     "DirichletPartitioner",
     "DistributionPartitioner",
     "ExponentialPartitioner",
+    "FinishedPartitioner",
     "GroupedNaturalIdPartitioner",
     "Heterogeneity",
     "IdToSizeFncPartitioner",
