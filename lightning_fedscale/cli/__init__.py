@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from lightning_fedscale.cli.arguments import parse
+from lightning_fedscale.cli.bench import bench
 from lightning_fedscale.cli.fit import fit
 from lightning_fedscale.cli.partition import partition
 from lightning_fedscale.cli.plan import plan
@@ -18,6 +19,7 @@ from lightning_fedscale.cli.report import report
 from lightning_fedscale.cli.sweep import sweep
 
 COMMANDS: dict[str, Callable[..., None]] = {
+    "bench": bench,
     "fit": fit,
     "partition": partition,
     "plan": plan,

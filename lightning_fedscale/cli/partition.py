@@ -105,9 +105,7 @@ def _labels(dataset: Any, partition_by: str | None) -> Labels | None:
 
 def _plot(partitioner: Partitioner, labels: Labels | None, file: str) -> None:
     if labels is None:
-        raise ValueError(
-            f"plot={file!r}: the data has no labels that are integers or words, or over {_MOST_LABELS:,} different ones."
-        )
+        raise ValueError(f"plot={file!r}: the data has no labels that are integers or words, or over {_MOST_LABELS:,}.")
     figure, _, _ = plot_label_distributions(
         partitioner, max_num_partitions=_MOST_PLOTTED, legend=True, title=repr(partitioner)
     )

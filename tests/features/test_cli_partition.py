@@ -135,7 +135,7 @@ def test_data_without_labels_is_divided_all_the_same(capsys: pytest.CaptureFixtu
     [
         (["--partitioner=dirichlt"], "did you mean 'dirichlet'"),
         (["--partitioner=iid", "--alpha=1"], "IidPartitioner has no argument 'alpha'"),
-        (["--partitioner=pathological"], "partitioner='pathological' needs num_classes_per_partition"),
+        (["--partitioner=pathological"], "num_classes_per_partition is missing"),
         (["--partitioner=lost.json"], "partitioner='lost.json': cannot be read: No such file"),
         (["--clients=0"], "num_partitions=0"),
         (["--alpha=-1"], "alpha=-1"),
