@@ -20,7 +20,7 @@ from lightning_fedscale.partitioners.finished import FinishedPartitioner
 from lightning_fedscale.partitioners.holdout import split
 from lightning_fedscale.partitioners.iid import IidPartitioner
 from lightning_fedscale.partitioners.inner_dirichlet import InnerDirichletPartitioner
-from lightning_fedscale.partitioners.labels import find_labels, num_samples
+from lightning_fedscale.partitioners.labels import find_labels, known_labels, num_samples
 from lightning_fedscale.partitioners.names import by_name
 from lightning_fedscale.partitioners.natural_id import GroupedNaturalIdPartitioner, NaturalIdPartitioner
 from lightning_fedscale.partitioners.partition import Partition, check_partition
@@ -69,6 +69,7 @@ __all__ = [
     "heterogeneity",
     "js_distance",
     "js_distances",
+    "known_labels",
     "label_counts",
     "num_samples",
     "plot_comparison_label_distribution",

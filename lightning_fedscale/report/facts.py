@@ -7,9 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from lightning_fedscale.report.run import Run, Series
-
-NAMESPACES = ("round", "client", "phase", "probe", "compute")
-"""Of names that this library logs; all others are the user's."""
+from lightning_fedscale.types import NAMESPACES
 
 _PARTS = ("train", "training", "val", "valid", "validation", "test", "step", "epoch", "round")
 """What a metric's name says beside which metric it is."""

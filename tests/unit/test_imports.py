@@ -14,7 +14,7 @@ PACKAGE = "lightning_fedscale"
 # A part imports only from levels above its own, so the parts of one level never import each other.
 LEVELS = [
     {"types"},
-    {"checks", "collectives", "energy", "memory", "model_size", "randomness", "tree"},
+    {"calls", "checks", "collectives", "energy", "memory", "model_size", "randomness", "tree"},
     # The rooms.
     {
         "aggregators",
@@ -35,12 +35,22 @@ LEVELS = [
     {"attacks", "privacy", "report"},  # what changes or hides the updates that aggregators see; a page about a run
     {"rules"},
     {"arguments", "phase_keeper", "rounds"},
-    {"custody", "older_models", "records"},
+    {"custody", "older_models", "records", "settings"},
     {"sums"},
     {"executors"},
     {"combinations", "uplink"},
-    {"checkpointing", "global_model", "half_batches", "metering", "progress", "refusals", "train_data", "workload"},
-    {"federation"},
+    {
+        "checkpointing",
+        "global_model",
+        "half_batches",
+        "metering",
+        "progress",
+        "refusals",
+        "tensorboard",
+        "train_data",
+        "workload",
+    },
+    {"federation", "run_board"},
     {"strategy"},
     {"callbacks"},
     {"sweep"},
@@ -63,8 +73,10 @@ KNOW_LIGHTNING = {
     "progress",
     "pytorch_lightning",
     "refusals",
+    "run_board",
     "strategy",
     "sweep",
+    "tensorboard",
     "train_data",
     "uplink",
     "workload",

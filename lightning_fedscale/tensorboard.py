@@ -1,0 +1,87 @@
+"""What loggers show beside scalars, and where a run keeps its files."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import lightning.pytorch as pl
+from lightning.fabric.utilities.logger import _convert_params, _flatten_dict
+from lightning.pytorch.core.saving import save_hparams_to_yaml
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+Layout = dict[str, dict[str, list[Any]]]
+"""For ``SummaryWriter.add_custom_scalars``: categories of charts of tags."""
+
+
+def writers(trainer: pl.Trainer, method: str) -> Iterator[Any]:
+    """The loggers' writers that have such a method; on rank 0."""
+    for logger in trainer.loggers:
+        experiment: Any = getattr(logger, "experiment", None)
+        if trainer.is_global_zero and hasattr(experiment, method):
+            yield experiment
+
+
+def show(trainer: pl.Trainer, tag: str, figure: Figure) -> None:
+    """Give a figure to the loggers that take one: TensorBoard's kind, and those with ``log_image``, as W&B's."""
+    for writer in writers(trainer, "add_figure"):
+        writer.add_figure(tag, figure, trainer.global_step)
+    for logger in trainer.loggers:
+        if trainer.is_global_zero and hasattr(logger, "log_image"):
+            logger.log_image(tag, [figure])
+
+
+def shows_figures(trainer: pl.Trainer) -> bool:
+    """Whether a figure would be seen by anybody."""
+    if any(True for _ in writers(trainer, "add_figure")):
+        return True
+    return trainer.is_global_zero and any(hasattr(logger, "log_image") for logger in trainer.loggers)
+
+
+def lay_out(trainer: pl.Trainer, layout: Layout) -> None:
+    """Tell TensorBoard which curves belong together, beside what other callbacks told it."""
+    for writer in writers(trainer, "add_custom_scalars"):
+        # Of several layouts of a run only one is shown.
+        writer.fedscale_layout = {**getattr(writer, "fedscale_layout", {}), **layout}
+        writer.add_custom_scalars(writer.fedscale_layout)
+
+
+def log_settings(trainer: pl.Trainer, settings: Mapping[str, Any]) -> None:
+    """Give hyperparameters to every logger, beside those that the module has given it."""
+    for logger in trainer.loggers:
+        logger.log_hyperparams(dict(settings))
+        if isinstance(logger, TensorBoardLogger) and trainer.is_global_zero:
+            # It writes the file once only, and has done so.
+            logger._fs.makedirs(logger.log_dir, exist_ok=True)
+            save_hparams_to_yaml(os.path.join(logger.log_dir, logger.NAME_HPARAMS_FILE), logger.hparams)
+
+
+def add_hparams(trainer: pl.Trainer, metrics: Mapping[str, float]) -> None:
+    """Give TensorBoard's HParams page a row: all settings that the logger has, and metrics by the tags of their curves.
+
+    TensorBoard reads a run's first such row only, and follows the curves to their last values.
+    """
+    from torch.utils.tensorboard.summary import hparams
+
+    for logger in trainer.loggers:
+        if isinstance(logger, TensorBoardLogger) and trainer.is_global_zero and logger.hparams:
+            settings = logger._sanitize_params(_flatten_dict(_convert_params(logger.hparams)))
+            for summary in hparams(settings, dict(metrics)):  # type: ignore[no-untyped-call]
+                logger.experiment._get_file_writer().add_summary(summary)
+
+
+def run_folder(trainer: pl.Trainer) -> Path | None:
+    """Where the first logger keeps its files of this run; None without one, or if it keeps none. For rank 0."""
+    if not trainer.loggers:
+        return None  # `trainer.log_dir` would be the current directory
+    logger = trainer.loggers[0]
+    if isinstance(logger, TensorBoardLogger | CSVLogger):
+        return Path(logger.log_dir)
+    if logger.save_dir is None:
+        return None
+    return Path(os.path.join(logger.save_dir, str(logger.name), str(logger.version)))
