@@ -16,9 +16,12 @@ def told(factory: Callable[P, R]) -> Callable[P, R]:
     """A factory whose product has in its field ``call`` how it was made.
 
     Example:
+        >>> import torch
         >>> from lightning_fedscale.server import fed_adam, from_torch
         >>> fed_adam(lr=0.1, tau=1e-4).call
-        'fed_adam(lr=0.1, tau=0.0001)'
+        'fed_adam(lr=0.1, beta1=0.9, beta2=0.99, tau=0.0001)'
+        >>> from_torch(torch.optim.SGD, lr=0.7).call
+        'from_torch(optimizer=SGD, lr=0.7)'
     """
 
     @wraps(factory)
@@ -55,8 +58,10 @@ def numbers_in(call: str) -> dict[str, float]:
 
 def _call(factory: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
     parameters = signature(factory).parameters
+    bound = signature(factory).bind(*args, **kwargs)
+    bound.apply_defaults()
     shown: list[str] = []
-    for name, value in signature(factory).bind(*args, **kwargs).arguments.items():
+    for name, value in bound.arguments.items():
         kind = parameters[name].kind
         if kind is Parameter.VAR_POSITIONAL:
             shown += map(_shown, value)

@@ -15,11 +15,11 @@ from lightning_fedscale.partitioners import (
     known_labels,
     plot_label_distributions,
 )
-from lightning_fedscale.settings import settings_of
-from lightning_fedscale.tensorboard import Layout, add_hparams, lay_out, log_settings, show, shows_figures
+from lightning_fedscale.settings import is_detail, settings_of
+from lightning_fedscale.tensorboard import FIRST, Layout, add_hparams, lay_out, log_settings, show, shows_figures
 from lightning_fedscale.types import NAMESPACES
 
-_MOST_CLIENTS, _MOST_LABELS, _MOST_SAMPLES = 100, 100, 2_000_000
+_MOST_CLIENTS, _MOST_LABELS, _MOST_SAMPLES = 200, 100, 2_000_000
 """Of the figure: clients that it shows, labels and samples up to which there is one, so that it takes no time."""
 
 _COMPARED = (
@@ -73,7 +73,7 @@ class RunBoard(Callback):
         self._compared = True
         if trainer.loggers:
             logged = {name: float(value) for name, value in trainer.logged_metrics.items()}
-            add_hparams(trainer, {name: value for name, value in logged.items() if _is_compared(name)})
+            add_hparams(trainer, {name: of for name, of in logged.items() if _is_compared(name)}, is_detail)
 
     def _layout(self) -> Layout:
         options, simulates = self._options, self._options.population is not None
@@ -90,7 +90,7 @@ class RunBoard(Callback):
             charts["privacy spent"] = ["Multiline", ["round/epsilon$"]]
         if options.asynchrony is not None:
             charts["rounds since clients started"] = ["Multiline", ["round/staleness$"]]
-        layout: Layout = {"Rounds": charts}
+        layout: Layout = {FIRST: charts}
         if options.client_log_every_n is not None:
             layout["Clients' batches"] = {"what clients log": ["Multiline", ["client/"]]}
         return layout
@@ -108,12 +108,12 @@ class RunBoard(Callback):
         holder = FinishedPartitioner(partition, column)
         holder.dataset = dataset
         shown = min(_MOST_CLIENTS, partition.num_clients)
+        of_all = "" if shown == partition.num_clients else f" of {partition.num_clients:,}"
+        # Of hundreds of clients a bar for each would take seconds.
         figure, _, _ = plot_label_distributions(
-            holder,
-            max_num_partitions=shown,
-            legend=True,
-            title=f"Labels of {shown} of {partition.num_clients:,} clients",
-        )
+            holder, plot_type="heatmap", max_num_partitions=shown, legend=True, legend_title="samples",
+            title=f"Labels of {shown}{of_all} clients",
+        )  # fmt: skip
         show(trainer, "client/labels", figure)
 
 

@@ -12,6 +12,21 @@ PREFIX = "federated/"
 NONE = "none"
 """Where there is nothing. It is named all the same: TensorBoard takes the columns of a sweep from its first run."""
 
+_OFTEN_SWEPT = ("num_clients", "clients_per_round", "params", "alpha", "lr", "mu", "noise_multiplier")
+_NOT_SWEPT = ("num_partitions", "min_partition_size", "seed")
+
+
+def is_detail(name: str) -> bool:
+    """Whether a setting is one of those that runs of a sweep seldom differ in.
+
+    Example:
+        >>> [name for name in ("lr", "federated/num_clients", "federated/mode", "federated/partitioner.alpha")
+        ...  if is_detail(name)]
+        ['federated/mode']
+    """
+    own = name.removeprefix(PREFIX)
+    return own != name and own.rpartition(".")[2] not in _OFTEN_SWEPT
+
 
 def settings_of(options: Arguments, partition: Partition, params: int) -> dict[str, Any]:
     """Settings by name, numbers and words only.
@@ -54,8 +69,7 @@ def settings_of(options: Arguments, partition: Partition, params: int) -> dict[s
         **_privacy(options),
     }
     for name, call in calls.items():
-        numbers = {f"{name}.{each}": value for each, value in numbers_in(call).items()}
-        found |= {each: value for each, value in numbers.items() if not each.endswith((".num_partitions", ".seed"))}
+        found |= {f"{name}.{each}": value for each, value in numbers_in(call).items() if each not in _NOT_SWEPT}
     return {PREFIX + name: value for name, value in found.items()}
 
 

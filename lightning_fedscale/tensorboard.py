@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +17,9 @@ if TYPE_CHECKING:
 
 Layout = dict[str, dict[str, list[Any]]]
 """For ``SummaryWriter.add_custom_scalars``: categories of charts of tags."""
+
+FIRST = "Rounds"
+"""The category that stands above all others."""
 
 
 def writers(trainer: pl.Trainer, method: str) -> Iterator[Any]:
@@ -47,7 +50,8 @@ def lay_out(trainer: pl.Trainer, layout: Layout) -> None:
     """Tell TensorBoard which curves belong together, beside what other callbacks told it."""
     for writer in writers(trainer, "add_custom_scalars"):
         # Of several layouts of a run only one is shown.
-        writer.fedscale_layout = {**getattr(writer, "fedscale_layout", {}), **layout}
+        known = {**getattr(writer, "fedscale_layout", {}), **layout}
+        writer.fedscale_layout = dict(sorted(known.items(), key=lambda item: item[0] != FIRST))
         writer.add_custom_scalars(writer.fedscale_layout)
 
 
@@ -61,18 +65,31 @@ def log_settings(trainer: pl.Trainer, settings: Mapping[str, Any]) -> None:
             save_hparams_to_yaml(os.path.join(logger.log_dir, logger.NAME_HPARAMS_FILE), logger.hparams)
 
 
-def add_hparams(trainer: pl.Trainer, metrics: Mapping[str, float]) -> None:
+def add_hparams(trainer: pl.Trainer, metrics: Mapping[str, float], behind: Callable[[str], bool]) -> None:
     """Give TensorBoard's HParams page a row: all settings that the logger has, and metrics by the tags of their curves.
 
     TensorBoard reads a run's first such row only, and follows the curves to their last values.
+
+    Args:
+        trainer: the Trainer.
+        metrics: values of now.
+        behind: whether the setting of this name comes after the others; the first five are shown.
     """
+    from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
     from torch.utils.tensorboard.summary import hparams
 
     for logger in trainer.loggers:
-        if isinstance(logger, TensorBoardLogger) and trainer.is_global_zero and logger.hparams:
-            settings = logger._sanitize_params(_flatten_dict(_convert_params(logger.hparams)))
-            for summary in hparams(settings, dict(metrics)):  # type: ignore[no-untyped-call]
-                logger.experiment._get_file_writer().add_summary(summary)
+        if not (isinstance(logger, TensorBoardLogger) and trainer.is_global_zero and logger.hparams):
+            continue
+        settings = logger._sanitize_params(_flatten_dict(_convert_params(logger.hparams)))
+        experiment, *session = hparams(settings, dict(metrics))  # type: ignore[no-untyped-call]
+        plugin = experiment.value[0].metadata.plugin_data
+        content = HParamsPluginData.FromString(plugin.content)
+        for info in content.experiment.hparam_infos:
+            info.differs = not behind(info.name)  # by which the page sorts them
+        plugin.content = content.SerializeToString()
+        for summary in (experiment, *session):
+            logger.experiment._get_file_writer().add_summary(summary)
 
 
 def run_folder(trainer: pl.Trainer) -> Path | None:
