@@ -14,12 +14,12 @@ from rich.table import Table
 from torch.utils.tensorboard import SummaryWriter
 
 from lightning_fedscale.devices.operators import Operator
+from lightning_fedscale.loggers import Layout, lay_out, run_folder, show, writers
 from lightning_fedscale.memory import format_bytes
 from lightning_fedscale.model_size import ParameterCounts
 from lightning_fedscale.scaling import Law, Position
 from lightning_fedscale.scaling.ledger import Ledger
 from lightning_fedscale.scaling.position import plot
-from lightning_fedscale.tensorboard import Layout, lay_out, run_folder, show, writers
 
 _UNITS = {1.0: "FLOPs", 1e3: "kFLOPs", 1e6: "MFLOPs", 1e9: "GFLOPs", 1e12: "TFLOPs", 1e15: "PFLOPs", 1e18: "EFLOPs"}
 _FINEST = 100

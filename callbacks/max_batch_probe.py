@@ -22,10 +22,10 @@ from lightning_fedscale.devices.performance import PerformanceModel, StepTimes
 from lightning_fedscale.devices.probe import Measure, ProbeResult, probe
 from lightning_fedscale.devices.samples import LargestSample
 from lightning_fedscale.devices.verify import RealStep, real_step, real_step_on_cuda
+from lightning_fedscale.loggers import Layout, lay_out, show, shows_figures
 from lightning_fedscale.memory import format_bytes, free_memory, parse_bytes
 from lightning_fedscale.refusals import check_package
 from lightning_fedscale.strategy import FederatedStrategy
-from lightning_fedscale.tensorboard import Layout, lay_out, show, shows_figures
 from lightning_fedscale.train_data import TrainData
 from lightning_fedscale.types import RoundRecord
 

@@ -8,6 +8,7 @@ import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Callback
 
 from lightning_fedscale.arguments import Arguments
+from lightning_fedscale.loggers import FIRST, Layout, add_hparams, lay_out, log_settings, show, shows_figures
 from lightning_fedscale.partitioners import (
     FinishedPartitioner,
     Partition,
@@ -16,7 +17,6 @@ from lightning_fedscale.partitioners import (
     plot_label_distributions,
 )
 from lightning_fedscale.settings import is_detail, settings_of
-from lightning_fedscale.tensorboard import FIRST, Layout, add_hparams, lay_out, log_settings, show, shows_figures
 from lightning_fedscale.types import NAMESPACES
 
 _MOST_CLIENTS, _MOST_LABELS, _MOST_SAMPLES = 200, 100, 2_000_000
@@ -73,7 +73,8 @@ class RunBoard(Callback):
         self._compared = True
         if trainer.loggers:
             logged = {name: float(value) for name, value in trainer.logged_metrics.items()}
-            add_hparams(trainer, {name: of for name, of in logged.items() if _is_compared(name)}, is_detail)
+            users_first = sorted(filter(_is_compared, logged), key=lambda name: name in _COMPARED)
+            add_hparams(trainer, {name: logged[name] for name in users_first}, is_detail)
 
     def _layout(self) -> Layout:
         options, simulates = self._options, self._options.population is not None

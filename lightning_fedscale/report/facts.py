@@ -40,7 +40,7 @@ def steps(run: Run) -> int:
 
 def metrics(run: Run) -> dict[str, dict[str, float]]:
     """Of the user's metrics and the rounds' loss: the last value, the lowest and the highest."""
-    shown = [name for name in run.scalars if is_metric(name)]
+    shown = sorted(filter(is_metric, run.scalars), key=lambda name: name == "round/loss")  # the user's own first
     known = {name: run.scalars[name].dropna() for name in shown}
     return {
         name: {"last": float(values.iloc[-1]), "lowest": float(values.min()), "highest": float(values.max())}
