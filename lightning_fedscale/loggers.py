@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 import lightning.pytorch as pl
 from lightning.fabric.utilities.logger import _convert_params, _flatten_dict
 from lightning.pytorch.core.saving import save_hparams_to_yaml
-from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger, WandbLogger
+from lightning.pytorch.loggers.logger import DummyLogger
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -24,26 +25,30 @@ FIRST = "Rounds"
 
 def writers(trainer: pl.Trainer, method: str) -> Iterator[Any]:
     """The loggers' writers that have such a method; on rank 0."""
-    for logger in trainer.loggers:
+    for logger in _loggers(trainer):
         experiment: Any = getattr(logger, "experiment", None)
-        if trainer.is_global_zero and hasattr(experiment, method):
+        if hasattr(experiment, method):
             yield experiment
 
 
 def show(trainer: pl.Trainer, tag: str, figure: Figure) -> None:
-    """Give a figure to the loggers that take one: TensorBoard's kind, and those with ``log_image``, as W&B's."""
+    """Give a figure to the loggers that take one: of TensorBoard's kind, and of W&B's."""
     for writer in writers(trainer, "add_figure"):
         writer.add_figure(tag, figure, trainer.global_step)
-    for logger in trainer.loggers:
-        if trainer.is_global_zero and hasattr(logger, "log_image"):
+    for logger in _loggers(trainer):
+        if isinstance(logger, WandbLogger):
             logger.log_image(tag, [figure])
 
 
 def shows_figures(trainer: pl.Trainer) -> bool:
     """Whether a figure would be seen by anybody."""
-    if any(True for _ in writers(trainer, "add_figure")):
-        return True
-    return trainer.is_global_zero and any(hasattr(logger, "log_image") for logger in trainer.loggers)
+    of_wandb = any(isinstance(logger, WandbLogger) for logger in _loggers(trainer))
+    return of_wandb or next(writers(trainer, "add_figure"), None) is not None
+
+
+def _loggers(trainer: pl.Trainer) -> list[Logger]:
+    """Those of rank 0, without Lightning's stand-in that has every method."""
+    return [each for each in trainer.loggers if trainer.is_global_zero and not isinstance(each, DummyLogger)]
 
 
 def lay_out(trainer: pl.Trainer, layout: Layout) -> None:
@@ -78,8 +83,8 @@ def add_hparams(trainer: pl.Trainer, metrics: Mapping[str, float], behind: Calla
     from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
     from torch.utils.tensorboard.summary import hparams
 
-    for logger in trainer.loggers:
-        if not (isinstance(logger, TensorBoardLogger) and trainer.is_global_zero and logger.hparams):
+    for logger in _loggers(trainer):
+        if not (isinstance(logger, TensorBoardLogger) and logger.hparams):
             continue
         settings = logger._sanitize_params(_flatten_dict(_convert_params(logger.hparams)))
         experiment, *session = hparams(settings, dict(metrics))  # type: ignore[no-untyped-call]

@@ -6,6 +6,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Callback
+from torch import Tensor
 
 from lightning_fedscale.arguments import Arguments
 from lightning_fedscale.loggers import FIRST, Layout, add_hparams, lay_out, log_settings, show, shows_figures
@@ -72,7 +73,9 @@ class RunBoard(Callback):
             return
         self._compared = True
         if trainer.loggers:
-            logged = {name: float(value) for name, value in trainer.logged_metrics.items()}
+            # Not `logged_metrics`, which would reduce anew.
+            known = trainer._logger_connector._logged_metrics
+            logged = {name: float(value) for name, value in known.items() if isinstance(value, Tensor | float)}
             users_first = sorted(filter(_is_compared, logged), key=lambda name: name in _COMPARED)
             add_hparams(trainer, {name: logged[name] for name in users_first}, is_detail)
 

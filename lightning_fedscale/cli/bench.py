@@ -8,6 +8,7 @@ import math
 import time
 import warnings
 from collections.abc import Iterator
+from dataclasses import dataclass
 from itertools import pairwise
 from statistics import median
 from typing import Any, NamedTuple
@@ -119,24 +120,23 @@ def bench(
     _show(found, fastest, contest.batches)
 
 
+@dataclass
 class _Contest:
     """The contenders, each with a copy of the module and the same data."""
 
-    def __init__(
-        self,
-        module: pl.LightningModule,
-        data: pl.LightningDataModule | None,
-        loader: DataLoader[Any],
-        clients: int,
-        cohort: int,
-        local_steps: int,
-        seconds: float,
-        accelerator: str,
-    ) -> None:
-        self._module, self._data, self._loader = module, data, loader
-        self._clients, self._cohort, self._local_steps = clients, cohort, local_steps
-        self._seconds, self._accelerator = seconds, accelerator
-        self.batches = cohort * local_steps
+    module: pl.LightningModule
+    data: pl.LightningDataModule | None
+    loader: DataLoader[Any]
+    clients: int
+    cohort: int
+    local_steps: int
+    seconds: float
+    accelerator: str
+
+    @property
+    def batches(self) -> int:
+        """In a round."""
+        return self.cohort * self.local_steps
 
     def run(self) -> dict[str, Pace]:
         """Everybody in turn, a few times."""
@@ -151,33 +151,33 @@ class _Contest:
 
     def _federated(self, executor: str) -> Pace:
         strategy = FederatedStrategy(
-            partitioner=IidPartitioner(self._clients), clients_per_round=self._cohort, local_steps=self._local_steps,
+            partitioner=IidPartitioner(self.clients), clients_per_round=self.cohort, local_steps=self.local_steps,
             executor=executor,  # type: ignore[arg-type]
         )  # fmt: skip
-        clock = _Clock(1, math.ceil(_WARM_UP / self._local_steps), self._seconds)
+        clock = _Clock(1, math.ceil(_WARM_UP / self.local_steps), self.seconds)
         with warnings.catch_warnings(record=True) as said:
             warnings.simplefilter("always")
-            self._fit(clock, self._loader, strategy=strategy)
+            self._fit(clock, self.loader, strategy=strategy)
         words = [str(each.message).partition(_NOT_POSSIBLE)[2].rstrip(".") for each in said]
         return Pace(clock.times(), next(filter(None, words), None))
 
     def _central(self) -> Pace:
-        batches = _Batches(self._loader, self._module, self._clients, self._cohort, self._local_steps)
+        batches = _Batches(self.loader, self.module, self.clients, self.cohort, self.local_steps)
         loader = DataLoader(
-            self._loader.dataset, batch_sampler=batches, collate_fn=self._loader.collate_fn,
-            num_workers=self._loader.num_workers, pin_memory=self._loader.pin_memory,
-            worker_init_fn=self._loader.worker_init_fn, timeout=self._loader.timeout,
+            self.loader.dataset, batch_sampler=batches, collate_fn=self.loader.collate_fn,
+            num_workers=self.loader.num_workers, pin_memory=self.loader.pin_memory,
+            worker_init_fn=self.loader.worker_init_fn, timeout=self.loader.timeout,
         )  # fmt: skip
-        clock = _Clock(self.batches, math.ceil(_WARM_UP / self.batches), self._seconds)
+        clock = _Clock(self.batches, math.ceil(_WARM_UP / self.batches), self.seconds)
         self._fit(clock, loader)
         return Pace(clock.times())
 
     def _fit(self, clock: _Clock, loader: DataLoader[Any], **options: Any) -> None:
         trainer = pl.Trainer(
-            accelerator=self._accelerator, devices=1, max_epochs=-1, limit_val_batches=0, callbacks=[clock],
+            accelerator=self.accelerator, devices=1, max_epochs=-1, limit_val_batches=0, callbacks=[clock],
             logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False, **options,
         )  # fmt: skip
-        module, data = copy.deepcopy(self._module), copy.copy(self._data)
+        module, data = copy.deepcopy(self.module), copy.copy(self.data)
         owner: Any = module if data is None else data  # whose hooks move batches
         owner.train_dataloader = lambda: loader
         trainer.fit(module, datamodule=data)

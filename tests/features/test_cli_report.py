@@ -127,6 +127,21 @@ def test_what_a_run_lacks_is_left_out(tmp_path: Path, capsys: pytest.CaptureFixt
     assert found["curves"]["val_loss"]["steps"] == [24, 49]
 
 
+def test_costs_of_rounds_alone(tmp_path: Path) -> None:
+    names = ("clients", "loss", "upload_bytes", "seconds", "simulated_total", "epsilon", "rejected", "dropped")
+    rows = [(4, 2.0, 1000, 0.5, 30.0, 0.5, 0, 0), (3, 1.0, 900, 0.25, 70.0, 0.75, 1, 0)]
+    lines = [",".join(["step", *(f"round/{name}" for name in names)])]
+    lines += [",".join(map(str, (step, *row))) for step, row in enumerate(rows)]
+    (tmp_path / "metrics.csv").write_text("\n".join(lines))
+    assert facts(read_run(tmp_path))["costs"] == {
+        "upload_bytes": 1900, "seconds": 0.75, "simulated_seconds": 70.0, "epsilon": 0.75, "rejected_updates": 1,
+    }  # fmt: skip
+    page = write_page(read_run(tmp_path), tmp_path / "page.html").read_text("utf-8")
+    assert "<td>Privacy spent, epsilon</td><td>0.75</td>" in page
+    drawn = [base64.b64decode(data).decode() for data in re.findall(r'svg\+xml;base64,([^"]+)"', page)]
+    assert any("simulated seconds" in picture for picture in drawn)
+
+
 def test_settings_are_read_whatever_they_are(tmp_path: Path) -> None:
     (tmp_path / "metrics.csv").write_text("epoch,step,val_loss\n0,3,0.5\n1,7,inf\n")
     (tmp_path / "hparams.yaml").write_text(

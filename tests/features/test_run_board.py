@@ -13,7 +13,7 @@ import pytest
 import torch
 import yaml
 from lightning.pytorch.callbacks import LearningRateFinder
-from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
+from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger, WandbLogger
 from tensorboard.backend.event_processing.plugin_event_accumulator import EventAccumulator
 from tensorboard.plugins.custom_scalar.layout_pb2 import Layout
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
@@ -73,12 +73,11 @@ def settings_in(folder: str) -> dict[str, Any]:
 
 
 class Kept(Logger):
-    """Logs as `WandbLogger` and `MLFlowLogger` do: an experiment without TensorBoard's methods, values by name."""
+    """Has the interface of `MLFlowLogger`: an experiment without TensorBoard's methods, settings that never change."""
 
-    name, version = "kept", 0
+    name, version, experiment = "kept", 0, object()
 
     def __init__(self) -> None:
-        self.experiment = object()
         self.settings: dict[str, Any] = {}
         self.names: set[str] = set()
 
@@ -87,12 +86,11 @@ class Kept(Logger):
         self.names |= set(metrics)
 
     def log_hyperparams(self, params: Any, *args: Any, **kwargs: Any) -> None:
-        # MLflow forbids to change a value.
         assert all(self.settings.get(name, value) == value for name, value in dict(params).items())
         self.settings |= dict(params)
 
 
-class WithImages(Kept):
+class WithImages(Kept, WandbLogger):
     """As W&B's, which takes figures by `log_image`."""
 
     def __init__(self) -> None:
@@ -102,6 +100,9 @@ class WithImages(Kept):
     def log_image(self, key: str, images: list[Any], step: int | None = None, **kwargs: Any) -> None:
         assert all(hasattr(image, "savefig") for image in images)
         self.images.add(key)
+
+    def finalize(self, status: str) -> None:
+        pass
 
 
 # ---- settings
