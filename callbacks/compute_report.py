@@ -7,7 +7,6 @@ import math
 from typing import Any
 
 import lightning.pytorch as pl
-import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from rich.console import Console
 from rich.table import Table
@@ -90,15 +89,6 @@ class ComputeCurves:
         if self._sibling is not None:
             self._sibling.close()
         self._sibling = None
-
-
-def send(trainer: pl.Trainer, metrics: dict[str, float]) -> None:
-    """Straight to the loggers, and to where callbacks look for what they monitor; ``self.log`` takes far longer."""
-    for logger in trainer.loggers:
-        logger.log_metrics(metrics, step=trainer.fit_loop.epoch_loop._batches_that_stepped)
-    values = {name: torch.tensor(value, dtype=torch.float64) for name, value in metrics.items()}
-    for known in (trainer._logger_connector._callback_metrics, trainer._logger_connector._logged_metrics):
-        known.update(values)
 
 
 def report(

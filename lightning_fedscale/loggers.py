@@ -1,4 +1,4 @@
-"""What loggers show beside scalars, and where a run keeps its files."""
+"""What callbacks give to loggers, what these show beside, and where a run keeps its files."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import lightning.pytorch as pl
+import torch
 from lightning.fabric.utilities.logger import _convert_params, _flatten_dict
 from lightning.pytorch.core.saving import save_hparams_to_yaml
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger, WandbLogger
@@ -29,6 +30,20 @@ def writers(trainer: pl.Trainer, method: str) -> Iterator[Any]:
         experiment: Any = getattr(logger, "experiment", None)
         if hasattr(experiment, method):
             yield experiment
+
+
+def send(trainer: pl.Trainer, metrics: dict[str, float]) -> None:
+    """Straight to the loggers, and to where callbacks look for what they monitor; ``self.log`` takes far longer."""
+    for logger in trainer.loggers:
+        logger.log_metrics(metrics, step=trainer.fit_loop.epoch_loop._batches_that_stepped)
+    publish(trainer, metrics)
+
+
+def publish(trainer: pl.Trainer, metrics: dict[str, float]) -> None:
+    """Put values where callbacks look for what they monitor."""
+    values = {name: torch.tensor(value, dtype=torch.float64) for name, value in metrics.items()}
+    for known in (trainer._logger_connector._callback_metrics, trainer._logger_connector._logged_metrics):
+        known.update(values)
 
 
 def show(trainer: pl.Trainer, tag: str, figure: Figure) -> None:
