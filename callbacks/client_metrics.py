@@ -17,8 +17,8 @@ from lightning_fedscale.callbacks.client_metrics_data import Loaders, OwnData, o
 from lightning_fedscale.callbacks.client_metrics_ranks import ClientTable
 from lightning_fedscale.callbacks.client_metrics_report import ClientReport, lay_out_clients, show_clients
 from lightning_fedscale.callbacks.client_metrics_twin import Found, ValidationTwin
-from lightning_fedscale.callbacks.tensorboard import publish, send
 from lightning_fedscale.executors import Transfer
+from lightning_fedscale.loggers import publish, send
 from lightning_fedscale.partitioners import Partition, Partitioner
 from lightning_fedscale.refusals import check_package
 from lightning_fedscale.rounds import place_longest_first

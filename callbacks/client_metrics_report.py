@@ -10,8 +10,8 @@ import lightning.pytorch as pl
 import numpy as np
 import torch
 
-from lightning_fedscale.callbacks.tensorboard import lay_out, writers
 from lightning_fedscale.fairness import Spread, spread
+from lightning_fedscale.loggers import lay_out, writers
 from lightning_fedscale.types import FloatArray, IntArray
 
 _SHOWN = 10

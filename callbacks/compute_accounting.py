@@ -17,8 +17,8 @@ from lightning_fedscale import collectives
 from lightning_fedscale.callbacks.compute_counting import Counting
 from lightning_fedscale.callbacks.compute_report import ComputeCurves, report
 from lightning_fedscale.callbacks.critical_phase import CriticalPhase
-from lightning_fedscale.callbacks.tensorboard import send
 from lightning_fedscale.devices.operators import UNKNOWN, Operator
+from lightning_fedscale.loggers import send
 from lightning_fedscale.metering import Meter
 from lightning_fedscale.refusals import check_package
 from lightning_fedscale.scaling import (

@@ -12,8 +12,8 @@ from rich.console import Console
 from rich.table import Table
 from torch.utils.tensorboard import SummaryWriter
 
-from lightning_fedscale.callbacks.tensorboard import Layout, lay_out, run_folder, show, writers
 from lightning_fedscale.devices.operators import Operator
+from lightning_fedscale.loggers import Layout, lay_out, run_folder, show, writers
 from lightning_fedscale.memory import format_bytes
 from lightning_fedscale.model_size import ParameterCounts
 from lightning_fedscale.scaling import Law, Position

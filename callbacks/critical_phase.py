@@ -15,7 +15,7 @@ from lightning_fedscale.callbacks.phase_client_steps import ClientStepWatch
 from lightning_fedscale.callbacks.phase_record import LAYOUT, PhaseRecord
 from lightning_fedscale.callbacks.phase_rounds import RoundWatch
 from lightning_fedscale.callbacks.phase_steps import StepWatch
-from lightning_fedscale.callbacks.tensorboard import lay_out, show
+from lightning_fedscale.loggers import lay_out, show
 from lightning_fedscale.noise import NoiseScale
 from lightning_fedscale.phase_keeper import PhaseKeeper
 from lightning_fedscale.phases import (

@@ -22,6 +22,7 @@ from lightning_fedscale.devices.performance import PerformanceModel, StepTimes
 from lightning_fedscale.devices.probe import Measure, ProbeResult, probe
 from lightning_fedscale.devices.samples import LargestSample
 from lightning_fedscale.devices.verify import RealStep, real_step, real_step_on_cuda
+from lightning_fedscale.loggers import Layout, lay_out, show, shows_figures
 from lightning_fedscale.memory import format_bytes, free_memory, parse_bytes
 from lightning_fedscale.refusals import check_package
 from lightning_fedscale.strategy import FederatedStrategy
@@ -30,6 +31,14 @@ from lightning_fedscale.types import RoundRecord
 
 _WARM_UP = 3
 """Steps or rounds that are not timed, since first ones take longer."""
+
+_LAYOUT: Layout = {
+    "MaxBatchProbe": {
+        "largest batch": ["Multiline", ["probe/max_batch", "probe/batch_size$", "probe/best_batch$"]],
+        "memory": ["Multiline", ["probe/budget_bytes$", "probe/predicted_bytes$", "probe/measured_bytes$"]],
+        "seconds of a step": ["Multiline", ["probe/step_fixed_seconds$", "probe/step_seconds_per_sample$"]],
+    }
+}
 
 
 class MaxBatchProbe(Callback):
@@ -197,11 +206,8 @@ class MaxBatchProbe(Callback):
             f" batches of {self._best(trainer):,}"
             + (", by their speed alone, as noise_scale= is not given." if self._noise_scale is None else ".")
         )
-        for logger in trainer.loggers:
-            experiment: Any = getattr(logger, "experiment", None)
-            if trainer.is_global_zero and hasattr(experiment, "add_figure"):
-                figure = self.performance().plot(*self._duty(trainer))
-                experiment.add_figure("probe/time", figure, trainer.global_step)
+        if shows_figures(trainer):
+            show(trainer, "probe/time", self.performance().plot(*self._duty(trainer)))
 
     def performance(self, sync: float | Callable[[int], float] = 0.0) -> PerformanceModel:
         """The parallel performance model, from the steps of this run.
@@ -383,10 +389,10 @@ class MaxBatchProbe(Callback):
         metrics = result.metrics()
         for logger in trainer.loggers:
             logger.log_metrics(metrics, step=trainer.global_step)
-            experiment: Any = getattr(logger, "experiment", None)
-            if self.model is not None and trainer.is_global_zero and hasattr(experiment, "add_figure"):
-                budgets = {"budget": result.budget, "with headroom": int(result.budget * (1 - result.headroom))}
-                experiment.add_figure("probe/memory", self.model.plot(budgets=budgets), trainer.global_step)
+        lay_out(trainer, _LAYOUT)
+        if self.model is not None and shows_figures(trainer):
+            budgets = {"budget": result.budget, "with headroom": int(result.budget * (1 - result.headroom))}
+            show(trainer, "probe/memory", self.model.plot(budgets=budgets))
         trainer._logger_connector._callback_metrics.update({k: torch.tensor(v) for k, v in metrics.items()})
         largest = max(result.parts, key=lambda part: result.parts[part])
         measured = "" if result.measured_bytes is None else f", measured {format_bytes(result.measured_bytes)}"

@@ -20,6 +20,7 @@ from torch.utils.data import Dataset
 from lightning_fedscale import checks, randomness
 from lightning_fedscale.aggregators import Aggregator, Stack
 from lightning_fedscale.aggregators.rows import fold, norm_of
+from lightning_fedscale.calls import told
 from lightning_fedscale.types import ClientUpdate, Cohort, IntArray
 
 Attack: TypeAlias = Callable[[Stack, list[int], Cohort], Tensor]
@@ -27,6 +28,7 @@ Attack: TypeAlias = Callable[[Stack, list[int], Cohort], Tensor]
 which are the attackers' rows in the stack of all updates as they would be without an attack."""
 
 
+@told
 def attacked(aggregator: Aggregator, attack: Attack, attackers: Iterable[int]) -> Aggregator:
     """An aggregator some of whose clients are hostile.
 

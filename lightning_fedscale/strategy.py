@@ -13,6 +13,7 @@ from lightning.fabric.plugins import CheckpointIO, ClusterEnvironment
 from lightning.fabric.strategies.registry import _StrategyRegistry
 from lightning.fabric.utilities.seed import reset_seed
 from lightning.pytorch.callbacks import GradientAccumulationScheduler
+from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.overrides.distributed import _sync_module_states
 from lightning.pytorch.plugins.io.wrapper import _WrappingCheckpointIO
 from lightning.pytorch.plugins.precision import Precision
@@ -32,6 +33,7 @@ from lightning_fedscale.federation import Federation, Meter
 from lightning_fedscale.local_rules import Ditto, LocalRule
 from lightning_fedscale.partitioners import Partition, Partitioner
 from lightning_fedscale.privacy import Privacy
+from lightning_fedscale.run_board import RunBoard
 from lightning_fedscale.samplers import Sampler
 from lightning_fedscale.server import ServerOptimizer
 from lightning_fedscale.types import ClientUpdate, IntArray, RoundRecord
@@ -426,9 +428,12 @@ class FederatedStrategy(DDPStrategy):
         hooks = LocalBatchHooks(trainer.lightning_module, lambda: federation.in_client)
         self._undo.callback(hooks.remove)
         callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
-        end = RoundEnd(federation.end_round)
-        callbacks.insert(0, end)
-        self._undo.callback(callbacks.remove, end)
+        for own in (RunBoard(self._options), RoundEnd(federation.end_round)):  # the end of the round first
+            callbacks.insert(0, own)
+            self._undo.callback(callbacks.remove, own)
+        for logger in trainer.loggers:
+            if isinstance(logger, TensorBoardLogger):  # HParams gets real metrics instead of its placeholder
+                self._set(logger, "_default_hp_metric", False)
         federation.local_accumulation = trainer.accumulate_grad_batches
         self._set(trainer, "accumulate_grad_batches", 1)
         settings: Any = trainer  # these are set from outside the class, where mypy does not see them

@@ -86,7 +86,7 @@ def sweep(
             continue
         kind = _strategy(number, local_steps, seed) if strategy is None else strategy(number)
         # Not `seed_everything`: the caller's generators and environment are not the sweep's.
-        with _quiet(), randomness.untouched():
+        with quiet(), randomness.untouched():
             randomness.seed_globals(seed, torch.device("cpu"))
             found = _train(module(size=size), data(), kind, flops * share, number, loss, trainer or {})
         rows.append({"size": size, "share": share, **asked, **found})
@@ -124,7 +124,7 @@ class _Counts(ComputeAccounting):
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Without what every Trainer says of itself."""
     log = logging.getLogger("lightning.pytorch")
     level = log.level

@@ -27,6 +27,7 @@ class Aggregator(NamedTuple):
         finish: ``(total, cohort)``: the aggregated delta, as long as the clients' ones; may work in place, the sum is
             not needed any more.
         sees_all: whether it looks at all updates at once, to bear hostile ones; their sum alone would not do.
+        call: how it was made, such as ``trimmed_mean(trim=0.2)``; for logs only.
 
     Example:
         >>> from lightning_fedscale.aggregators import mean
@@ -38,3 +39,4 @@ class Aggregator(NamedTuple):
     accumulate: Callable[[Tensor, ClientUpdate, float, Cohort], Tensor]
     finish: Callable[[Tensor, Cohort], Tensor]
     sees_all: bool = False
+    call: str = ""

@@ -12,11 +12,13 @@ from lightning_fedscale.aggregators.base import Aggregator
 from lightning_fedscale.aggregators.mean import mean
 from lightning_fedscale.aggregators.rows import needing
 from lightning_fedscale.aggregators.stacked import Stack, stacked
+from lightning_fedscale.calls import told
 from lightning_fedscale.types import Cohort
 
 _PART = 1 << 16  # coordinates at a time, so that sorting them takes no second copy of all updates
 
 
+@told
 def median() -> Aggregator:
     """The middle value of every coordinate, of an even number of clients the mean of both (Yin et al., 1803.01498).
 
@@ -32,6 +34,7 @@ def median() -> Aggregator:
     return stacked(mean("uniform").weigh, _middle)
 
 
+@told
 def trimmed_mean(trim: float | int) -> Aggregator:
     """Every coordinate's mean without its smallest and largest values (Yin et al., arXiv 1803.01498).
 

@@ -12,9 +12,11 @@ from lightning_fedscale.aggregators.base import Aggregator
 from lightning_fedscale.aggregators.coordinates import middle
 from lightning_fedscale.aggregators.mean import mean
 from lightning_fedscale.aggregators.stacked import Stack, stacked
+from lightning_fedscale.calls import told
 from lightning_fedscale.types import Cohort
 
 
+@told
 def geometric_median(
     weighting: str = "uniform", smoothing: float = 1e-6, tolerance: float = 1e-6, iterations: int = 100
 ) -> Aggregator:

@@ -11,9 +11,11 @@ from lightning_fedscale.aggregators.base import Aggregator
 from lightning_fedscale.aggregators.mean import mean
 from lightning_fedscale.aggregators.rows import needing
 from lightning_fedscale.aggregators.stacked import Stack, stacked
+from lightning_fedscale.calls import told
 from lightning_fedscale.types import Cohort
 
 
+@told
 def krum(attackers: int) -> Aggregator:
     r"""The one update that is closest to its neighbours (Blanchard et al., NeurIPS 2017, arXiv 1703.02757).
 
@@ -40,6 +42,7 @@ def krum(attackers: int) -> Aggregator:
     return _krum(attackers, 1, f"krum(attackers={attackers})")
 
 
+@told
 def multi_krum(attackers: int, keep: int) -> Aggregator:
     """The mean of the updates with the lowest scores of `krum` (Blanchard et al., 2017, section 4).
 

@@ -9,11 +9,13 @@ import torch
 from torch import Tensor
 
 from lightning_fedscale.aggregators.base import Aggregator
+from lightning_fedscale.calls import told
 from lightning_fedscale.types import ClientUpdate, Cohort
 
 _PART = 1 << 18  # elements at a time: the product then stays in the processor's cache and takes no vector of its own
 
 
+@told
 def mean(weighting: str = "samples") -> Aggregator:
     r"""FedAvg's mean, :math:`\Delta = \sum_k w_k \Delta_k / \sum_k w_k` (arXiv 1602.05629).
 

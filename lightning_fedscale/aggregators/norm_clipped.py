@@ -10,9 +10,11 @@ from torch import Tensor
 from lightning_fedscale import checks
 from lightning_fedscale.aggregators.base import Aggregator
 from lightning_fedscale.aggregators.mean import mean
+from lightning_fedscale.calls import told
 from lightning_fedscale.types import ClientUpdate, Cohort
 
 
+@told
 def norm_clipped(max_norm: float, inner: Aggregator | None = None) -> Aggregator:
     r"""Any rule over updates that are not longer than :math:`S` (Sun et al., arXiv 1911.07963).
 

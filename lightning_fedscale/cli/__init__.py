@@ -10,12 +10,23 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from lightning_fedscale.cli.arguments import parse
+from lightning_fedscale.cli.bench import bench
 from lightning_fedscale.cli.fit import fit
+from lightning_fedscale.cli.partition import partition
 from lightning_fedscale.cli.plan import plan
 from lightning_fedscale.cli.probe import probe
+from lightning_fedscale.cli.report import report
 from lightning_fedscale.cli.sweep import sweep
 
-COMMANDS: dict[str, Callable[..., None]] = {"fit": fit, "plan": plan, "probe": probe, "sweep": sweep}
+COMMANDS: dict[str, Callable[..., None]] = {
+    "bench": bench,
+    "fit": fit,
+    "partition": partition,
+    "plan": plan,
+    "probe": probe,
+    "report": report,
+    "sweep": sweep,
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -9,7 +9,8 @@ from typing import Any
 
 from jsonargparse import ArgumentParser
 
-_PATHS = ("runs", Parameter.empty)
+_PATHS = {"run": (None, "folder of a run"), "runs": ("+", "CSV files, or directories of runs")}
+"""Arguments without a flag, since a shell's pattern may have made them: how many there are, and what they are."""
 
 
 def parse(commands: Mapping[str, Callable[..., None]], arguments: Sequence[str] | None) -> tuple[str, dict[str, Any]]:
@@ -24,10 +25,11 @@ def parse(commands: Mapping[str, Callable[..., None]], arguments: Sequence[str] 
     for name, function in commands.items():
         own = ArgumentParser(description=(function.__doc__ or "").split("\n\n")[0])
         own.add_argument("--config", action="config", help="a YAML file with any of these arguments")
-        # Paths without a flag, since a shell's pattern may have made them.
-        paths = [each.name for each in signature(function).parameters.values() if (each.name, each.default) == _PATHS]
+        parameters = signature(function).parameters.values()
+        paths = [each.name for each in parameters if each.name in _PATHS and each.default is Parameter.empty]
         for each in paths:
-            own.add_argument(each, nargs="+", help="CSV files, or directories of runs")
+            number, meaning = _PATHS[each]
+            own.add_argument(each, nargs=number, help=meaning)
         own.add_function_arguments(function, fail_untyped=False, skip=set(paths))
         chosen.add_subcommand(name, own)
     given = sys.argv[1:] if arguments is None else arguments

@@ -9,8 +9,8 @@ import lightning.pytorch as pl
 import torch
 from rich.console import Console
 from rich.table import Table
-from torch.utils.data import DataLoader
 
+from lightning_fedscale.cli.projects import train_loader
 from lightning_fedscale.devices import MemoryModel, ProbeResult, device_class, estimate_memory
 from lightning_fedscale.devices import probe as find_batch
 from lightning_fedscale.devices.samples import largest_sample
@@ -63,19 +63,7 @@ def _bytes(budget: str) -> int:
 
 def _batch(module: pl.LightningModule, data: pl.LightningDataModule | None) -> Any:
     """Two of the largest samples, as the project's own loader puts them together."""
-    if data is not None:
-        data.prepare_data()
-        data.setup("fit")
-    owner: Any = module if data is None else data
-    try:
-        loader = owner.train_dataloader()
-    except Exception as error:
-        raise ValueError(
-            f"{type(owner).__name__}.train_dataloader: {error}. Pass --data, a LightningDataModule, or give the module"
-            " a train_dataloader that needs no Trainer."
-        ) from error
-    if not isinstance(loader, DataLoader):
-        raise TypeError(f"train_dataloader returns {type(loader).__name__}: this command needs a DataLoader.")
+    loader = train_loader(module, data)
     sample = largest_sample(loader.dataset).sample
     return loader.collate_fn(sample if loader.batch_sampler is None else [sample] * 2)
 

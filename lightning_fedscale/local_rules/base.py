@@ -96,6 +96,7 @@ class LocalRule(NamedTuple):
         knows_momentum: whether a rule that ``needs_sgd`` also bears ``Outcome.momentum``, though neither dampening nor
             Nesterov.
         changes_delta: whether ``finish`` changes ``Outcome.delta``.
+        call: how it was made, such as ``fed_prox(mu=0.1)``; for logs only.
     """
 
     name: str
@@ -111,3 +112,4 @@ class LocalRule(NamedTuple):
     needs_sgd: bool = False
     knows_momentum: bool = False
     changes_delta: bool = False
+    call: str = ""

@@ -9,9 +9,11 @@ import torch
 from torch import Tensor
 
 from lightning_fedscale import checks
+from lightning_fedscale.calls import told
 from lightning_fedscale.local_rules.base import Correction, LocalRule, Merged, Outcome, Report
 
 
+@told
 def fed_dyn(alpha: float) -> LocalRule:
     r"""FedDyn (arXiv 2111.04263): clients minimise :math:`f_k(y) - \lambda_k^\top y + \frac\alpha2 \|y - x\|^2`.
 

@@ -8,9 +8,11 @@ from typing import Any
 from torch import Tensor
 
 from lightning_fedscale import checks
+from lightning_fedscale.calls import told
 from lightning_fedscale.local_rules.base import Correction, LocalRule, Merged, Outcome, Report
 
 
+@told
 def fed_nova(proximal: float = 0.0) -> LocalRule:
     r"""FedNova (arXiv 2007.07481): deltas are divided by the length of the client's way before they are averaged.
 

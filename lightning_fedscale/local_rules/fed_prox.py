@@ -8,9 +8,11 @@ from typing import Any
 from torch import Tensor
 
 from lightning_fedscale import checks
+from lightning_fedscale.calls import told
 from lightning_fedscale.local_rules.base import Correction, LocalRule, Merged, Outcome, Report
 
 
+@told
 def fed_prox(mu: float) -> LocalRule:
     r"""FedProx (arXiv 1812.06127): clients minimise :math:`f_k(y) + \frac{\mu}{2} \|y - x\|^2`.
 

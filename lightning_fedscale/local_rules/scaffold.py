@@ -9,9 +9,11 @@ import torch
 from torch import Tensor
 
 from lightning_fedscale import checks
+from lightning_fedscale.calls import told
 from lightning_fedscale.local_rules.base import Correction, LocalRule, Merged, Outcome, Report
 
 
+@told
 def scaffold(option: str = "II") -> LocalRule:
     r"""SCAFFOLD (arXiv 1910.06378): every local gradient becomes :math:`g - c_k + c`.
 

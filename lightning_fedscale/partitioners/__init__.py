@@ -17,10 +17,11 @@ from lightning_fedscale.partitioners.base import Partitioner
 from lightning_fedscale.partitioners.continuous import ContinuousPartitioner
 from lightning_fedscale.partitioners.dirichlet import DirichletPartitioner
 from lightning_fedscale.partitioners.distribution import DistributionPartitioner
+from lightning_fedscale.partitioners.finished import FinishedPartitioner
 from lightning_fedscale.partitioners.holdout import split
 from lightning_fedscale.partitioners.iid import IidPartitioner
 from lightning_fedscale.partitioners.inner_dirichlet import InnerDirichletPartitioner
-from lightning_fedscale.partitioners.labels import find_labels, num_samples
+from lightning_fedscale.partitioners.labels import find_labels, known_labels, num_samples
 from lightning_fedscale.partitioners.names import by_name
 from lightning_fedscale.partitioners.natural_id import GroupedNaturalIdPartitioner, NaturalIdPartitioner
 from lightning_fedscale.partitioners.partition import Partition, check_partition
@@ -48,6 +49,7 @@ __all__ = [
     "DirichletPartitioner",
     "DistributionPartitioner",
     "ExponentialPartitioner",
+    "FinishedPartitioner",
     "GroupedNaturalIdPartitioner",
     "Heterogeneity",
     "IdToSizeFncPartitioner",
@@ -70,6 +72,7 @@ __all__ = [
     "heterogeneity",
     "js_distance",
     "js_distances",
+    "known_labels",
     "label_counts",
     "num_samples",
     "plot_comparison_label_distribution",

@@ -58,6 +58,22 @@ def find_labels(dataset: Any, partition_by: str | None = None) -> Labels:
     return labels
 
 
+def known_labels(dataset: Any, partition_by: str | None = None) -> Labels | None:
+    """The labels, where `find_labels` finds them without reading samples; None elsewhere.
+
+    Example:
+        >>> known_labels([("image a", 7), ("image b", 3)]) is None
+        True
+        >>> known_labels(["cat", "dog"]).tolist()
+        ['cat', 'dog']
+    """
+    try:
+        labels = _look_up(dataset, partition_by)
+    except (TypeError, ValueError):
+        return None
+    return labels if labels is not None and labels.shape == (len(dataset),) else None
+
+
 def num_samples(dataset: Any) -> int:
     """Return the length of a dataset.
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from lightning_fedscale import checks, randomness
 from lightning_fedscale.aggregators import Aggregator, mean
 from lightning_fedscale.aggregators.rows import needing
+from lightning_fedscale.calls import told
 from lightning_fedscale.privacy import shamir
 from lightning_fedscale.types import ClientUpdate, Cohort, FloatArray, IntArray
 
@@ -23,6 +24,7 @@ FIELD = (1 << 31) - 1
 _BASE = 3  # of the key agreement
 
 
+@told
 def secure_mean(clip: float, bits: int = 16, threshold: float = 2 / 3) -> Aggregator:
     """The uniform mean under masks that cancel in the sum (Bonawitz et al., CCS 2017, as a simulation).
 

@@ -32,6 +32,7 @@ from lightning_fedscale.scaling.federated import Federated, FederatedPACBayes, f
 from lightning_fedscale.scaling.fit import Fit, fit, law_from_file
 from lightning_fedscale.scaling.form import Form, Interval, Range, Unfitted
 from lightning_fedscale.scaling.isoflop import IsoFlop, isoflop
+from lightning_fedscale.scaling.logs import Logs, has_logs, read_logs
 from lightning_fedscale.scaling.planning import Plan, plan, plot_plans
 from lightning_fedscale.scaling.position import Position, position_of
 from lightning_fedscale.scaling.project import law_of, project_law, sweep_command
@@ -63,6 +64,7 @@ __all__ = [
     "Kaplan",
     "LRAnnealing",
     "Law",
+    "Logs",
     "LossToLoss",
     "Plan",
     "Porian",
@@ -76,6 +78,7 @@ __all__ = [
     "effective_flops",
     "federated",
     "fit",
+    "has_logs",
     "inference_wedge",
     "information",
     "isoflop",
@@ -88,6 +91,7 @@ __all__ = [
     "plot_plans",
     "position_of",
     "project_law",
+    "read_logs",
     "read_runs",
     "sweep_command",
     "write_report",

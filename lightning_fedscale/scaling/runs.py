@@ -11,6 +11,7 @@ import numpy as np
 import pandas as pd
 
 from lightning_fedscale.scaling.form import Form
+from lightning_fedscale.scaling.logs import EVENTS, TABLE, read_logs
 
 LOSSES = ("val_loss", "val/loss", "valid_loss", "valid/loss", "validation_loss", "loss/val", "test_loss", "test/loss")
 """Names of the loss that are looked for in logs, in this order."""
@@ -101,7 +102,7 @@ def _read_folder(folder: Path, loss: str | None) -> pd.DataFrame:
         raise ValueError(f"runs={str(folder)!r}: there is no such file or directory.")
     if (folder / "runs.csv").is_file():
         return pd.read_csv(folder / "runs.csv")
-    logs = {path.parent for pattern in ("events.out.tfevents*", "metrics.csv") for path in folder.rglob(pattern)}
+    logs = {path.parent for pattern in (EVENTS, TABLE) for path in folder.rglob(pattern)}
     rows = [row for log in sorted(logs) if (row := _read_run(log, loss)) is not None]
     if not rows:
         raise ValueError(f"runs={str(folder)!r}: no run in there logged {_COUNTS[0]}; train with ComputeAccounting().")
@@ -109,7 +110,7 @@ def _read_folder(folder: Path, loss: str | None) -> pd.DataFrame:
 
 
 def _read_run(log: Path, loss: str | None) -> dict[str, Any] | None:
-    last = {**_from_csv(log), **_from_events(log)}
+    last = {name: float(values.iloc[-1]) for name, values in read_logs(log).scalars.items()}
     if not set(_COUNTS) <= set(last):
         return None
     names = LOSSES if loss is None else (loss,)
@@ -126,24 +127,6 @@ def _read_run(log: Path, loss: str | None) -> dict[str, Any] | None:
         "clients": clients,
         "loss": last[name],
     }
-
-
-def _from_csv(log: Path) -> dict[str, float]:
-    if not (log / "metrics.csv").is_file():
-        return {}
-    table = pd.read_csv(log / "metrics.csv")
-    values = {str(name): table[name].dropna() for name in table}
-    return {name: float(column.iloc[-1]) for name, column in values.items() if len(column)}
-
-
-def _from_events(log: Path) -> dict[str, float]:
-    if not any(log.glob("events.out.tfevents*")):
-        return {}
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    events = EventAccumulator(str(log), size_guidance={"scalars": 0}).Reload()
-    found = {name: events.Scalars(name) for name in events.Tags()["scalars"]}
-    return {name: float(values[-1].value) for name, values in found.items() if values}
 
 
 def decades(values: pd.Series[float]) -> float:

@@ -9,12 +9,14 @@ import torch
 from torch import Tensor
 
 from lightning_fedscale import checks
+from lightning_fedscale.calls import told
 from lightning_fedscale.server.base import ServerOptimizer
 from lightning_fedscale.server.chain import chain
 from lightning_fedscale.server.per_parameter import Moments, per_parameter
 from lightning_fedscale.server.scale import scale
 
 
+@told
 def fed_adagrad(lr: float = 0.01, beta1: float = 0.0, tau: float = 1e-3) -> ServerOptimizer:
     r"""FedAdagrad (arXiv 2003.00295): :math:`x \leftarrow x - \eta\, m / (\sqrt v + \tau)`, with a sum in v.
 
@@ -40,6 +42,7 @@ def fed_adagrad(lr: float = 0.01, beta1: float = 0.0, tau: float = 1e-3) -> Serv
     return chain(scale_by_adagrad(beta1, tau), scale(checks.positive("lr", lr)))
 
 
+@told
 def fed_adam(lr: float = 0.01, beta1: float = 0.9, beta2: float = 0.99, tau: float = 1e-3) -> ServerOptimizer:
     r"""FedAdam (arXiv 2003.00295): :math:`x \leftarrow x - \eta\, m / (\sqrt v + \tau)`, both averages of deltas.
 
@@ -65,6 +68,7 @@ def fed_adam(lr: float = 0.01, beta1: float = 0.9, beta2: float = 0.99, tau: flo
     return chain(scale_by_adam(beta1, beta2, tau), scale(checks.positive("lr", lr)))
 
 
+@told
 def fed_yogi(lr: float = 0.01, beta1: float = 0.9, beta2: float = 0.99, tau: float = 1e-3) -> ServerOptimizer:
     r"""FedYogi (arXiv 2003.00295): FedAdam whose :math:`v` changes by :math:`(1 - \beta_2) \Delta^2`, no more.
 
@@ -89,6 +93,7 @@ def fed_yogi(lr: float = 0.01, beta1: float = 0.9, beta2: float = 0.99, tau: flo
     return chain(scale_by_yogi(beta1, beta2, tau), scale(checks.positive("lr", lr)))
 
 
+@told
 def scale_by_adagrad(beta1: float = 0.0, tau: float = 1e-3) -> ServerOptimizer:
     """`fed_adagrad` before its learning rate: a link of `chain`.
 
@@ -100,6 +105,7 @@ def scale_by_adagrad(beta1: float = 0.0, tau: float = 1e-3) -> ServerOptimizer:
     return _adaptive("scale_by_adagrad", _sum, beta1, 0.0, tau)
 
 
+@told
 def scale_by_adam(beta1: float = 0.9, beta2: float = 0.99, tau: float = 1e-3) -> ServerOptimizer:
     """`fed_adam` before its learning rate: a link of `chain`.
 
@@ -111,6 +117,7 @@ def scale_by_adam(beta1: float = 0.9, beta2: float = 0.99, tau: float = 1e-3) ->
     return _adaptive("scale_by_adam", _average, beta1, beta2, tau)
 
 
+@told
 def scale_by_yogi(beta1: float = 0.9, beta2: float = 0.99, tau: float = 1e-3) -> ServerOptimizer:
     """`fed_yogi` before its learning rate: a link of `chain`.
 

@@ -19,11 +19,13 @@ class ServerOptimizer(NamedTuple):
             ``reads_norms``, ``(delta, state, params, mean_square)``.
         reads_norms: whether ``update`` also takes the weighted mean of the clients' squared norms,
             ``sum_k p_k |delta_k|^2``.
+        call: how it was made, such as ``fed_adam(lr=0.01)``; for logs only.
     """
 
     init: Callable[[Params], Any]
     update: Callable[..., tuple[Params, Any]]
     reads_norms: bool = False
+    call: str = ""
 
 
 def own_state(state: Any, name: str) -> dict[str, Any]:

@@ -5,10 +5,12 @@ from __future__ import annotations
 from functools import partial
 from typing import Any
 
+from lightning_fedscale.calls import told
 from lightning_fedscale.server.base import ServerOptimizer, own_state
 from lightning_fedscale.types import Params
 
 
+@told
 def chain(*rules: ServerOptimizer) -> ServerOptimizer:
     """The step of each rule is the delta of the next; that of the last moves the global model.
 

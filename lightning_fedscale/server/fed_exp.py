@@ -5,10 +5,12 @@ from __future__ import annotations
 from functools import partial
 
 from lightning_fedscale import checks
+from lightning_fedscale.calls import told
 from lightning_fedscale.server.base import ServerOptimizer
 from lightning_fedscale.types import Params
 
 
+@told
 def fed_exp(epsilon: float = 1e-3) -> ServerOptimizer:
     r"""FedExP (arXiv 2301.09604): a server learning rate from the clients' disagreement, each round anew.
 

@@ -8,10 +8,12 @@ import torch
 from torch import Tensor
 
 from lightning_fedscale import checks
+from lightning_fedscale.calls import told
 from lightning_fedscale.server.base import ServerOptimizer
 from lightning_fedscale.server.per_parameter import Moments, per_parameter
 
 
+@told
 def trace(momentum: float = 0.9, nesterov: bool = False) -> ServerOptimizer:
     r"""Heavy-ball momentum, :math:`v \leftarrow \beta v + \Delta`: step by :math:`v`, or :math:`\Delta + \beta v`.
 

@@ -5,10 +5,12 @@ from __future__ import annotations
 from functools import partial
 
 from lightning_fedscale import checks
+from lightning_fedscale.calls import told
 from lightning_fedscale.server.base import ServerOptimizer
 from lightning_fedscale.types import Params
 
 
+@told
 def scale(factor: float) -> ServerOptimizer:
     r"""Multiply what comes in: :math:`\eta\,\Delta`. The last link of most chains; alone it is `fed_avg`.
 

@@ -9,10 +9,12 @@ from typing import Any
 import torch
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
+from lightning_fedscale.calls import told
 from lightning_fedscale.server.base import ServerOptimizer, own_state
 from lightning_fedscale.types import Params
 
 
+@told
 def scheduled(rule: ServerOptimizer, scheduler: Callable[..., LRScheduler], **options: Any) -> ServerOptimizer:
     """Multiply a rule's steps as a torch scheduler would multiply a learning rate of 1, stepped once per server step.
 

@@ -11,10 +11,12 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from lightning_fedscale.calls import told
 from lightning_fedscale.server.base import ServerOptimizer, own_state
 from lightning_fedscale.types import Params
 
 
+@told
 def from_torch(optimizer: Callable[..., Optimizer], **options: Any) -> ServerOptimizer:
     """Feed the aggregated delta to a torch optimizer as its gradient.
 

@@ -49,7 +49,7 @@ def test_its_code_runs_from_top_to_bottom() -> None:
 
 def test_its_pictures_exist() -> None:
     pictures = re.findall(r"!\[[^\]]*\]\(([^)]+)\)", README.read_text("utf8"))
-    assert len(pictures) == 3
+    assert len(pictures) == 5
     assert all((README.parent / picture).stat().st_size > 10_000 for picture in pictures)
 
 

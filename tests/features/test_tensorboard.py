@@ -1,4 +1,4 @@
-"""What `ComputeAccounting` draws, seen in TensorBoard in a real browser."""
+"""What runs show in TensorBoard, and their reports, seen in a real browser."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ import pytest
 from lightning.pytorch.loggers import TensorBoardLogger
 
 from lightning_fedscale import FederatedStrategy
-from lightning_fedscale.callbacks import ComputeAccounting, CriticalPhase
+from lightning_fedscale.callbacks import ComputeAccounting, CriticalPhase, MaxBatchProbe
+from lightning_fedscale.report import read_run, write_page
 from lightning_fedscale.scaling import Rosenfeld
 from tests.browser import MISSING, Browser, wait
 from tests.dist.processes import free_port
@@ -25,24 +26,30 @@ DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
 
 @pytest.fixture(scope="module")
-def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """TensorBoard over a run with two callbacks that lay out charts."""
+def shown(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, Path]]:
+    """TensorBoard over a run with three callbacks that lay out charts."""
     folder, port = tmp_path_factory.mktemp("logs"), free_port()
     accounting = ComputeAccounting(law=Rosenfeld(E=0.6, A=3.0, B=8.0, alpha=0.4, beta=0.35))
     run = trainer(
-        CriticalPhase(action="observe"), accounting, max_epochs=25, logger=TensorBoardLogger(folder, name="run"),
-        strategy=FederatedStrategy(num_clients=7, executor="sequential"),
+        MaxBatchProbe(budget="1GiB", apply=False), CriticalPhase(action="observe"), accounting, max_epochs=25,
+        logger=TensorBoardLogger(folder, name="run"), strategy=FederatedStrategy(num_clients=7, executor="sequential"),
     )  # fmt: skip
-    run.fit(Net(), data(200))
+    run.fit(Net(), data(200), data(50))
+    write_page(read_run(folder / "run"), folder / "report.html")
     command = ["-m", "tensorboard.main", "--logdir", folder, "--port", port, "--host", "127.0.0.1", "--load_fast=false"]
     with (folder / "output.txt").open("wb") as output:
         board = subprocess.Popen([sys.executable, *map(str, command)], stdout=output, stderr=output)
     try:
         wait(lambda: DIRECT.open(f"http://127.0.0.1:{port}/data/runs", timeout=5).status == 200)
-        yield f"http://127.0.0.1:{port}/"
+        yield f"http://127.0.0.1:{port}/", folder / "report.html"
     finally:
         board.terminate()
         board.wait(10)
+
+
+@pytest.fixture
+def address(shown: tuple[str, Path]) -> str:
+    return shown[0]
 
 
 @pytest.fixture(scope="module")
@@ -66,14 +73,15 @@ def test_loss_against_compute_lies_over_the_predicted_optimum(browser: Browser, 
     assert colours(browser, tmp_path / "loss.png").std() > 0.1
 
 
-def test_both_callbacks_have_their_charts_and_the_margin_is_drawn(
+def test_rounds_and_callbacks_have_their_charts_and_the_margin_is_drawn(
     browser: Browser, address: str, tmp_path: Path
 ) -> None:
     browser.open(f"{address}#custom_scalars")
     wait(lambda: "parameters in the optimal band" in browser.text())
     wait(lambda: browser.count("path.area") == 1)  # the band; where steps do not match, TensorBoard draws none
     text = browser.text()
-    for title in ("ComputeAccounting", "CriticalPhase", "loss against compute", "size ratio", "gradient norm"):
+    categories = ("Rounds", "ComputeAccounting", "CriticalPhase", "MaxBatchProbe")
+    for title in (*categories, "distance of clients", "loss against compute", "gradient norm", "largest batch"):
         assert title in text
     assert "do not match" not in text
     assert colours(browser, tmp_path / "charts.png").std() > 0.1
@@ -83,3 +91,28 @@ def test_the_figure_is_there(browser: Browser, address: str, tmp_path: Path) -> 
     browser.open(f"{address}#images")
     wait(lambda: "compute/position" in browser.text() and browser.count("img") >= 2)
     assert colours(browser, tmp_path / "position.png").std() > 0.1
+
+
+def test_settings_and_metrics_are_columns_of_hparams(browser: Browser, address: str, tmp_path: Path) -> None:
+    browser.open(f"{address}#hparams")
+    wait(lambda: "federated/num_clients" in browser.text() and "run/version_0" in browser.text())
+    text = browser.text()
+    for column in ("federated/clients_per_round", "federated/params", "val_loss", "round/loss", "compute/size_ratio"):
+        assert column in text
+    assert "hp_metric" not in text
+    assert colours(browser, tmp_path / "hparams.png").std() > 0.1
+
+
+def test_labels_of_clients_are_a_figure(browser: Browser, address: str) -> None:
+    browser.open(f"{address}#images&tagFilter=client")
+    wait(lambda: "client/labels" in browser.text() and browser.count("img") >= 1)
+
+
+def test_a_report_shows_all_its_pictures(browser: Browser, shown: tuple[str, Path], tmp_path: Path) -> None:
+    browser.open(shown[1].as_uri())
+    wait(lambda: "What it cost" in browser.text())
+    loaded = "return [...document.images].map(image => image.complete && image.naturalWidth > 100)"
+    wait(lambda: all(browser.run(loaded)))
+    assert len(browser.run(loaded)) >= 8
+    assert browser.run("return document.documentElement.scrollWidth <= window.innerWidth")  # nothing sticks out
+    assert colours(browser, tmp_path / "report.png").std() > 0.05  # mostly paper

@@ -14,7 +14,7 @@ PACKAGE = "lightning_fedscale"
 # A part imports only from levels above its own, so the parts of one level never import each other.
 LEVELS = [
     {"types"},
-    {"checks", "collectives", "energy", "fairness", "memory", "model_size", "randomness", "tree"},
+    {"calls", "checks", "collectives", "energy", "fairness", "memory", "model_size", "randomness", "tree"},
     # The rooms.
     {
         "aggregators",
@@ -32,15 +32,25 @@ LEVELS = [
         "server",
         "update_scaling",
     },
-    {"attacks", "privacy"},  # what changes or hides the updates that aggregators see
+    {"attacks", "privacy", "report"},  # what changes or hides the updates that aggregators see; a page about a run
     {"rules"},
     {"arguments", "phase_keeper", "rounds"},
-    {"custody", "older_models", "records"},
+    {"custody", "older_models", "records", "settings"},
     {"sums"},
     {"executors"},
     {"combinations", "uplink"},
-    {"checkpointing", "global_model", "half_batches", "metering", "progress", "refusals", "train_data", "workload"},
-    {"federation"},
+    {
+        "checkpointing",
+        "global_model",
+        "half_batches",
+        "loggers",
+        "metering",
+        "progress",
+        "refusals",
+        "train_data",
+        "workload",
+    },
+    {"federation", "run_board"},
     {"strategy"},
     {"callbacks"},
     {"sweep"},
@@ -59,10 +69,12 @@ KNOW_LIGHTNING = {
     "federation",
     "global_model",
     "half_batches",
+    "loggers",
     "metering",
     "progress",
     "pytorch_lightning",
     "refusals",
+    "run_board",
     "strategy",
     "sweep",
     "train_data",

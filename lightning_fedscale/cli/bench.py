@@ -1,0 +1,261 @@
+"""``fedscale bench``: which executor is fastest here, and what federation costs."""
+
+from __future__ import annotations
+
+import copy
+import json as json_format
+import math
+import time
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import pairwise
+from statistics import median
+from typing import Any, NamedTuple
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.callbacks import Callback
+from rich.console import Console
+from rich.table import Table
+from torch.utils.data import DataLoader
+
+from lightning_fedscale.cli.digits import Classifier, Digits
+from lightning_fedscale.cli.projects import train_loader
+from lightning_fedscale.executors import ClientLoader
+from lightning_fedscale.partitioners import IidPartitioner, Partition
+from lightning_fedscale.partitioners.checks import integer
+from lightning_fedscale.rounds import pass_order, steps_from
+from lightning_fedscale.strategy import FederatedStrategy
+from lightning_fedscale.sweep import quiet
+from lightning_fedscale.types import Cursor
+
+_TURNS = 3
+"""Of each contender, one after the other, so that a machine that slows down does so for all."""
+
+_WARM_UP = 25
+"""Steps that are not timed: side by side, those of one form are recorded the twentieth time."""
+
+_FEWEST_ROUNDS = 3
+"""To be timed in a turn, however long they take."""
+
+_NAMES = {
+    "central": "plain Trainer, as many batches",
+    "sequential": "one after the other",
+    "vectorized": "side by side",
+}
+_NOT_POSSIBLE = "side by side they cannot: "
+
+
+class Pace(NamedTuple):
+    """How fast rounds are.
+
+    Attributes:
+        seconds: of every round that was timed; of the plain Trainer, of as many batches.
+        obstacle: why this executor cannot train this module; None if it can.
+    """
+
+    seconds: list[float]
+    obstacle: str | None = None
+
+    def facts(self, batches: int, central: float) -> dict[str, Any]:
+        """In numbers, given the batches of a round and the seconds that these take centrally."""
+        if self.obstacle is not None:
+            return {"obstacle": self.obstacle}
+        each = median(self.seconds)
+        return {
+            "seconds_per_round": each,
+            "rounds_per_second": 1 / each,
+            "batches_per_second": batches / each,
+            "times_central": each / central,
+            "rounds": len(self.seconds),
+        }
+
+
+def bench(
+    module: pl.LightningModule | None = None,
+    data: pl.LightningDataModule | None = None,
+    clients: int = 10,
+    clients_per_round: int | None = None,
+    local_steps: int = 10,
+    seconds: float = 1.0,
+    accelerator: str = "auto",
+    json: bool = False,
+) -> None:
+    """Time rounds with each executor against plain steps on as many batches of the same sizes.
+
+    Args:
+        module: class of the LightningModule, such as my_package.MyModule; its arguments follow as --module.name. By
+            default a perceptron that reads scikit-learn's digits.
+        data: class of the LightningDataModule, if the module has no train_dataloader of its own.
+        clients: number of clients, among whom the training data is divided equally.
+        clients_per_round: how many of them train in a round; all by default.
+        local_steps: batches of a client in a round.
+        seconds: how long each of three turns lasts, for each executor and for the plain Trainer.
+        accelerator: as of a Trainer.
+        json: print one JSON object instead of a table.
+    """
+    if not isinstance(seconds, (int, float)) or not 0 < seconds < math.inf:
+        raise ValueError(f"seconds={seconds!r}: pass a finite number above 0.")
+    clients, local_steps = integer("clients", clients), integer("local_steps", local_steps)
+    cohort = clients if clients_per_round is None else integer("clients_per_round", clients_per_round)
+    if module is None and data is None:
+        module, data = Classifier(), Digits()
+    elif module is None:
+        raise ValueError("module: pass --module, the class of the LightningModule that is trained on --data.")
+    loader = train_loader(module, data)
+    if loader.batch_sampler is None:
+        raise ValueError("train_dataloader: batch_size=None; this command needs a DataLoader that makes the batches.")
+    contest = _Contest(module, data, loader, clients, cohort, local_steps, seconds, accelerator)
+    with quiet():
+        paces = contest.run()
+    central = median(paces["central"].seconds)
+    found = {name: pace.facts(contest.batches, central) for name, pace in paces.items()}
+    able = [name for name in ("sequential", "vectorized") if paces[name].obstacle is None]
+    fastest = min(able, key=lambda name: found[name]["seconds_per_round"])
+    if json:
+        settings = {"clients": clients, "clients_per_round": cohort, "local_steps": local_steps}
+        print(json_format.dumps({**settings, "batches_per_round": contest.batches, **found, "fastest": fastest}))
+        return
+    _show(found, fastest, contest.batches)
+
+
+@dataclass
+class _Contest:
+    """The contenders, each with a copy of the module and the same data."""
+
+    module: pl.LightningModule
+    data: pl.LightningDataModule | None
+    loader: DataLoader[Any]
+    clients: int
+    cohort: int
+    local_steps: int
+    seconds: float
+    accelerator: str
+
+    @property
+    def batches(self) -> int:
+        """In a round."""
+        return self.cohort * self.local_steps
+
+    def run(self) -> dict[str, Pace]:
+        """Everybody in turn, a few times."""
+        found: dict[str, Pace] = {name: Pace([]) for name in _NAMES}
+        for _ in range(_TURNS):
+            # Refusals of what cannot be federated come first.
+            for name in ("sequential", "vectorized", "central"):
+                if found[name].obstacle is None:
+                    turn = self._central() if name == "central" else self._federated(name)
+                    found[name] = Pace(found[name].seconds + turn.seconds, turn.obstacle)
+        return found
+
+    def _federated(self, executor: str) -> Pace:
+        strategy = FederatedStrategy(
+            partitioner=IidPartitioner(self.clients), clients_per_round=self.cohort, local_steps=self.local_steps,
+            executor=executor,  # type: ignore[arg-type]
+        )  # fmt: skip
+        clock = _Clock(1, math.ceil(_WARM_UP / self.local_steps), self.seconds)
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            self._fit(clock, self.loader, strategy=strategy)
+        words = [str(each.message).partition(_NOT_POSSIBLE)[2].rstrip(".") for each in said]
+        return Pace(clock.times(), next(filter(None, words), None))
+
+    def _central(self) -> Pace:
+        batches = _Batches(self.loader, self.module, self.clients, self.cohort, self.local_steps)
+        loader = DataLoader(
+            self.loader.dataset, batch_sampler=batches, collate_fn=self.loader.collate_fn,
+            num_workers=self.loader.num_workers, pin_memory=self.loader.pin_memory,
+            worker_init_fn=self.loader.worker_init_fn, timeout=self.loader.timeout,
+        )  # fmt: skip
+        clock = _Clock(self.batches, math.ceil(_WARM_UP / self.batches), self.seconds)
+        self._fit(clock, loader)
+        return Pace(clock.times())
+
+    def _fit(self, clock: _Clock, loader: DataLoader[Any], **options: Any) -> None:
+        trainer = pl.Trainer(
+            accelerator=self.accelerator, devices=1, max_epochs=-1, limit_val_batches=0, callbacks=[clock],
+            logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False, **options,
+        )  # fmt: skip
+        module, data = copy.deepcopy(self.module), copy.copy(self.data)
+        owner: Any = module if data is None else data  # whose hooks move batches
+        owner.train_dataloader = lambda: loader
+        trainer.fit(module, datamodule=data)
+
+
+class _Clock(Callback):
+    """Notes when rounds end, and ends training when enough of them were timed.
+
+    Args:
+        every: steps of the Trainer in a round.
+        warm_up: rounds that are not timed.
+        seconds: how long to time.
+    """
+
+    def __init__(self, every: int, warm_up: int, seconds: float) -> None:
+        self._every, self._warm_up, self._seconds = every, warm_up + 1, seconds
+        self._ends: list[float] = []
+
+    def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
+        """A step is over."""
+        if trainer.global_step % self._every:
+            return
+        if trainer.strategy.root_device.type == "cuda":
+            torch.cuda.synchronize(trainer.strategy.root_device)
+        self._ends.append(time.perf_counter())
+        timed = self._ends[self._warm_up - 1 :]
+        trainer.should_stop = len(timed) > _FEWEST_ROUNDS and timed[-1] - timed[0] >= self._seconds
+
+    def times(self) -> list[float]:
+        """Seconds of each round that was timed."""
+        timed = self._ends[self._warm_up - 1 :]
+        return [after - before for before, after in pairwise(timed)]
+
+
+class _Batches:
+    """The batches of endless rounds, one after the other: of the sizes that clients have, from their own samples."""
+
+    def __init__(
+        self, loader: DataLoader[Any], module: pl.LightningModule, clients: int, cohort: int, local_steps: int
+    ) -> None:
+        norms = torch.nn.modules.batchnorm._BatchNorm
+        self._cut = ClientLoader(loader, merge_single=any(isinstance(part, norms) for part in module.modules()))
+        partitioner = IidPartitioner(clients)
+        partitioner.dataset = loader.dataset
+        self._partition: Partition = partitioner.partition
+        self._cohort, self._steps = cohort, local_steps
+
+    def __iter__(self) -> Iterator[list[int]]:
+        cursors: dict[int, Cursor] = {}
+        turn = 0
+        while True:
+            client = turn % self._partition.num_clients
+            batches, cursors[client] = steps_from(
+                cursors.get(client, (0, 0)), self._steps, lambda number, client=client: self._of(client, number)  # type: ignore[misc]
+            )  # fmt: skip
+            yield from batches
+            turn += 1
+
+    def _of(self, client: int, number: int) -> list[list[int]]:
+        """The batches of a client's pass over its data."""
+        samples = self._partition.client(client)
+        order = pass_order(samples, shuffle=self._cut.shuffle, seed=0, client=client, number=number)
+        return self._cut.batches(order)
+
+
+def _show(found: dict[str, dict[str, Any]], fastest: str, batches: int) -> None:
+    console = Console(soft_wrap=True, highlight=False)
+    table = Table("", "Seconds a round", "Rounds/s", "Batches/s", "Times central", title=f"{batches:,} batches a round")
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for name, of in found.items():
+        if "obstacle" in of:
+            table.add_row(_NAMES[name], "not possible", "", "", "")
+            continue
+        numbers = (of["seconds_per_round"], of["rounds_per_second"], of["batches_per_second"])
+        table.add_row(_NAMES[name], *(f"{each:.3g}" for each in numbers), f"{of['times_central']:.2f}")
+    console.print(table)
+    if obstacle := found["vectorized"].get("obstacle"):
+        console.print(f"Side by side clients cannot train: {obstacle}.")
+    times = found[fastest]["times_central"]
+    console.print(f"Fastest here: executor={fastest!r}, {times:.2f} times as long as the plain Trainer takes.")

@@ -1,0 +1,171 @@
+"""``fedscale partition``: who holds what, before anything is trained."""
+
+from __future__ import annotations
+
+import json as json_format
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from lightning_fedscale.cli.digits import Digits
+from lightning_fedscale.cli.projects import train_loader
+from lightning_fedscale.partitioners import (
+    FinishedPartitioner,
+    Partition,
+    Partitioner,
+    by_name,
+    find_labels,
+    gini,
+    heterogeneity,
+    label_counts,
+    plot_label_distributions,
+)
+from lightning_fedscale.partitioners.encoding import encode_classes
+from lightning_fedscale.partitioners.labels import Labels
+
+_MOST_SHOWN = 20
+"""Clients that the table has a row for, and labels that it has a column for."""
+
+_MOST_LABELS = 1000
+"""Of more different ones it is doubted that they are labels at all."""
+
+_MOST_PLOTTED = 200
+
+
+def partition(
+    data: pl.LightningDataModule | None = None,
+    partitioner: Partitioner | str = "dirichlet",
+    clients: int = 10,
+    alpha: float | None = None,
+    partition_by: str | None = None,
+    seed: int | None = None,
+    plot: str | None = None,
+    save: str | None = None,
+    json: bool = False,
+) -> None:
+    """Show how a partitioner divides the training data among clients, as numbers and as a figure.
+
+    Args:
+        data: class of the LightningDataModule, such as my_package.MyData; its arguments follow as --data.name. By
+            default scikit-learn's digits.
+        partitioner: a name such as 'iid', 'dirichlet' or 'natural_id', the class of one with arguments of its own,
+            --partitioner lightning_fedscale.partitioners.ShardPartitioner --partitioner.num_partitions 10, or a file of
+            Partition.save.
+        clients: number of clients, for a partitioner given by name.
+        alpha: of 'dirichlet': the smaller, the fewer labels for each client; 0.5 by default.
+        partition_by: column, key or attribute with the labels or ids, for a partitioner given by name.
+        seed: of a partitioner given by name; its own default is 42.
+        plot: file for a figure of which client holds how much of which label.
+        save: file for the partition, which Partition.load reads.
+        json: print one JSON object instead of tables.
+    """
+    dataset = train_loader(None, Digits() if data is None else data).dataset
+    options = {"alpha": alpha, "partition_by": partition_by, "seed": seed}
+    made = _made(partitioner, clients, {name: value for name, value in options.items() if value is not None})
+    made.dataset = dataset
+    found = made.partition
+    labels = _labels(dataset, made.partition_by)
+    if plot is not None:
+        _plot(made, labels, plot)
+    if save is not None:
+        _written("save", save, lambda: found.save(save))
+    if json:
+        print(json_format.dumps(_facts(made, labels)))
+        return
+    console = Console(soft_wrap=True, highlight=False)
+    _show(console, made, labels)
+    if found.num_clients <= _MOST_SHOWN:
+        _show_clients(console, found, labels)
+
+
+def _made(partitioner: Partitioner | str, clients: int, options: dict[str, Any]) -> Partitioner:
+    if not isinstance(partitioner, str):
+        return partitioner
+    if not partitioner.endswith(".json"):
+        return by_name(partitioner, clients, **options)
+    try:
+        return FinishedPartitioner(Partition.load(partitioner), options.get("partition_by"))
+    except OSError as error:
+        raise ValueError(f"partitioner={partitioner!r}: cannot be read: {error.strerror}.") from None
+
+
+def _labels(dataset: Any, partition_by: str | None) -> Labels | None:
+    """The labels; None if there are none, or so many different ones that they are none."""
+    try:
+        labels = find_labels(dataset, partition_by)
+        return labels if len(encode_classes(labels)[0]) <= _MOST_LABELS else None
+    except (TypeError, ValueError):
+        return None
+
+
+def _plot(partitioner: Partitioner, labels: Labels | None, file: str) -> None:
+    if labels is None:
+        raise ValueError(f"plot={file!r}: the data has no labels that are integers or words, or over {_MOST_LABELS:,}.")
+    figure, _, _ = plot_label_distributions(
+        partitioner, max_num_partitions=_MOST_PLOTTED, legend=True, title=repr(partitioner)
+    )
+    _written("plot", file, lambda: figure.savefig(file, dpi=150))
+
+
+def _written(argument: str, file: str, write: Callable[[], None]) -> None:
+    try:
+        Path(file).parent.mkdir(parents=True, exist_ok=True)
+        write()
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{argument}={file!r}: cannot be written: {error}.") from None
+
+
+def _facts(made: Partitioner, labels: Labels | None) -> dict[str, Any]:
+    found = made.partition
+    facts: dict[str, Any] = {
+        "partitioner": repr(made), "clients": found.num_clients, "samples": found.num_samples,
+        "sizes": found.sizes.tolist(), "fingerprint": found.fingerprint,
+    }  # fmt: skip
+    if labels is not None:
+        facts |= {
+            "heterogeneity": heterogeneity(found, labels)._asdict(),
+            "labels": encode_classes(labels)[0].tolist(),
+            "label_counts": label_counts(found, labels).tolist(),
+        }
+    return facts
+
+
+def _show(console: Console, made: Partitioner, labels: Labels | None) -> None:
+    found, sizes = made.partition, made.partition.sizes
+    rows = {
+        "Clients": f"{found.num_clients:,}",
+        "  without samples": f"{int((sizes == 0).sum()):,}",
+        "Samples": f"{found.num_samples:,}",
+        "  of the smallest, median, largest client": f"{sizes.min():,}, {np.median(sizes):,.0f}, {sizes.max():,}",
+        "Gini coefficient of the sizes, 0 if equal": f"{gini(sizes):.3f}",
+    }
+    if labels is not None:
+        skew = heterogeneity(found, labels)
+        rows |= {
+            "Different labels of a client, mean": f"{skew.mean_num_labels:.1f}",
+            "Jensen-Shannon distance to all labels, 0 (iid) to 1": f"{skew.mean_js_distance:.3f}",
+        }
+    table = Table(title=repr(made), show_header=False)
+    table.add_column()
+    table.add_column(justify="right")
+    for name, value in rows.items():
+        table.add_row(name, value)
+    console.print(table)
+
+
+def _show_clients(console: Console, found: Partition, labels: Labels | None) -> None:
+    """A row for each client, where there are few."""
+    names = [] if labels is None else encode_classes(labels)[0].tolist()
+    shown = names if len(names) <= _MOST_SHOWN else []
+    table = Table("Client", "Samples", *(str(name) for name in shown))
+    for column in table.columns:
+        column.justify = "right"
+    counts = label_counts(found, labels).tolist() if shown and labels is not None else [[]] * found.num_clients
+    for client, (size, of_labels) in enumerate(zip(found.sizes.tolist(), counts, strict=True)):
+        table.add_row(str(client), f"{size:,}", *(f"{each:,}" if each else "" for each in of_labels))
+    console.print(table)

@@ -1,0 +1,35 @@
+"""A partition that was made before, where a partitioner is asked for."""
+
+from __future__ import annotations
+
+from lightning_fedscale.partitioners.base import Partitioner
+from lightning_fedscale.partitioners.partition import Partition, check_partition
+
+
+class FinishedPartitioner(Partitioner):
+    """Hands out a partition that is there already, such as one read from a file, to be looked at or plotted.
+
+    Args:
+        partition: who holds what.
+        partition_by: column, key or attribute with the labels, for plots.
+
+    Raises:
+        ValueError: once a dataset is assigned and asked about, if the partition is not one of it.
+
+    Example:
+        >>> partitioner = FinishedPartitioner(Partition.from_lists([[0, 2], [1]]))
+        >>> partitioner.dataset = ["cat", "dog", "cat"]
+        >>> partitioner.load_partition(0)
+        array([0, 2])
+    """
+
+    def __init__(self, partition: Partition, partition_by: str | None = None) -> None:
+        super().__init__(partition.num_clients, partition_by)
+        self._finished = partition
+
+    def _split(self) -> Partition:
+        check_partition(self._finished, self._num_samples())
+        return self._finished
+
+    def __repr__(self) -> str:
+        return repr(self._finished)

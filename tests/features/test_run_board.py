@@ -1,0 +1,289 @@
+"""What loggers are told of a federated run: settings, HParams, curves that belong together, who holds what."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import matplotlib.image
+import numpy as np
+import pytest
+import torch
+import yaml
+from lightning.pytorch.callbacks import LearningRateFinder
+from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger, WandbLogger
+from tensorboard.backend.event_processing.plugin_event_accumulator import EventAccumulator
+from tensorboard.plugins.custom_scalar.layout_pb2 import Layout
+from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
+from torch.utils.data import DataLoader, Dataset
+
+from lightning_fedscale import FederatedStrategy, compressors, local_rules, privacy, server
+from lightning_fedscale.callbacks import ComputeAccounting, CriticalPhase, MaxBatchProbe
+from lightning_fedscale.cli.digits import Classifier, Digits
+from lightning_fedscale.partitioners import DirichletPartitioner, Partition
+from lightning_fedscale.scaling import Rosenfeld, read_logs
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+LAW = Rosenfeld(E=0.6, A=3.0, B=8.0, alpha=0.4, beta=0.35)
+
+
+class Net(Classifier):
+    def __init__(self, width: int = 8, lr: float = 0.1) -> None:
+        super().__init__(width, lr)
+        self.save_hyperparameters()
+
+
+class Chatty(Net):
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        loss = super().training_step(batch, batch_idx)
+        self.log("batch_loss", loss)
+        return loss
+
+
+def train(
+    logger: Any, *callbacks: pl.Callback, module: pl.LightningModule | None = None, data: Any = None, rounds: int = 3,
+    **options: Any,
+) -> pl.Trainer:  # fmt: skip
+    strategy = {"num_clients": 6, "clients_per_round": 3, "executor": "sequential", **options}
+    trainer = pl.Trainer(
+        max_epochs=rounds, logger=logger, callbacks=list(callbacks), log_every_n_steps=1, accelerator="cpu",
+        strategy=FederatedStrategy(**strategy), enable_checkpointing=False, enable_progress_bar=False,
+        enable_model_summary=False,
+    )  # fmt: skip
+    trainer.fit(Net() if module is None else module, Digits(100) if data is None else data)
+    return trainer
+
+
+def events(folder: str) -> EventAccumulator:
+    return EventAccumulator(folder, size_guidance={"tensors": 0, "images": 0}).Reload()
+
+
+def hparams(folder: str, part: str) -> Any:
+    """What HParams reads: the first summary of the name."""
+    content = events(folder).SummaryMetadata(f"_hparams_/{part}").plugin_data.content
+    return getattr(HParamsPluginData.FromString(content), part)
+
+
+def settings_in(folder: str) -> dict[str, Any]:
+    found = hparams(folder, "session_start_info").hparams
+    return {name: getattr(value, str(value.WhichOneof("kind"))) for name, value in found.items()}
+
+
+class Kept(Logger):
+    """Has the interface of `MLFlowLogger`: an experiment without TensorBoard's methods, settings that never change."""
+
+    name, version, experiment = "kept", 0, object()
+
+    def __init__(self) -> None:
+        self.settings: dict[str, Any] = {}
+        self.names: set[str] = set()
+
+    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+        assert all(isinstance(value, (int, float)) for value in metrics.values())
+        self.names |= set(metrics)
+
+    def log_hyperparams(self, params: Any, *args: Any, **kwargs: Any) -> None:
+        assert all(self.settings.get(name, value) == value for name, value in dict(params).items())
+        self.settings |= dict(params)
+
+
+class WithImages(Kept, WandbLogger):
+    """As W&B's, which takes figures by `log_image`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.images: set[str] = set()
+
+    def log_image(self, key: str, images: list[Any], step: int | None = None, **kwargs: Any) -> None:
+        assert all(hasattr(image, "savefig") for image in images)
+        self.images.add(key)
+
+    def finalize(self, status: str) -> None:
+        pass
+
+
+# ---- settings
+
+
+def test_every_logger_gets_the_settings_beside_the_modules_own(tmp_path: Path) -> None:
+    board, table, kept = TensorBoardLogger(tmp_path, "tb"), CSVLogger(tmp_path, "csv"), Kept()
+    partitioner = DirichletPartitioner(6, alpha=0.3, min_partition_size=1)
+    options: dict[str, Any] = {
+        "num_clients": None, "partitioner": partitioner, "server_optimizer": server.fed_adam(lr=0.02),
+        "local_rule": local_rules.fed_prox(mu=0.5), "compressor": compressors.qsgd(levels=127), "local_steps": 4,
+    }  # fmt: skip
+    trainer = train([board, table, kept], **options)
+    expected = {
+        "width": 8,
+        "lr": 0.1,
+        "federated/num_clients": 6,
+        "federated/clients_per_round": 3,
+        "federated/samples": 1200,
+        "federated/params": 64 * 8 + 8 + 8 * 10 + 10,
+        "federated/local_epochs": 0,
+        "federated/local_steps": 4,
+        "federated/partitioner.alpha": 0.3,
+        "federated/server_optimizer": "fed_adam(lr=0.02, beta1=0.9, beta2=0.99, tau=0.001)",
+        "federated/server_optimizer.lr": 0.02,
+        "federated/local_rule": "fed_prox(mu=0.5)",
+        "federated/local_rule.mu": 0.5,
+        "federated/compressor": compressors.qsgd(levels=127).name,
+        "federated/privacy": "none",
+        "federated/client_optimizer": "reset",
+        "federated/seed": 0,
+    }
+    files = [yaml.safe_load(Path(str(each.log_dir), "hparams.yaml").read_text()) for each in (board, table)]
+    for found in (*files, kept.settings, settings_in(board.log_dir)):
+        assert {name: found.get(name) for name in expected} == pytest.approx(expected)
+    assert trainer.lightning_module.hparams == {"width": 8, "lr": 0.1}
+
+
+def test_words_for_what_has_no_numbers(tmp_path: Path) -> None:
+    kept = Kept()
+    held = Partition.from_lists(np.array_split(np.arange(1200), 6))
+    train(kept, partitioner=held, num_clients=None, local_steps=lambda round: 1, personal=["net.2.*"])
+    found = {name.removeprefix("federated/"): value for name, value in kept.settings.items()}
+    assert (found["partitioner"], found["local_steps"], found["personal"]) == ("Partition", -1, "net.2.*")
+    noisy = Kept()
+    train(noisy, privacy=privacy.dp_fed_avg(clip_norm=0.5, noise_multiplier=0.1, delta=1e-3), sampler="poisson")
+    assert noisy.settings["federated/privacy.clip_norm"] == 0.5
+    assert noisy.settings["federated/sampler"] == "poisson"
+
+
+# ---- HParams
+
+
+def test_hparams_show_the_users_metrics_and_no_placeholder(tmp_path: Path) -> None:
+    logger = TensorBoardLogger(tmp_path)
+    train(logger, ComputeAccounting(law=LAW))
+    shown = {info.name.tag for info in hparams(logger.log_dir, "experiment").metric_infos}
+    assert {"val_loss", "val_accuracy", "round/loss", "compute/size_ratio", "compute/flops_total"} <= shown
+    assert not shown & {"hp_metric", "round/seconds", "compute/tokens"}
+    scalars = read_logs(logger.log_dir).scalars
+    assert shown <= set(scalars)
+    assert "hp_metric" not in scalars
+    assert len(scalars["val_loss"]) == 3  # no points but those that were measured
+    first = {info.name for info in hparams(logger.log_dir, "experiment").hparam_infos if info.differs}
+    assert {"width", "lr", "federated/num_clients", "federated/server_optimizer.lr"} <= first
+    assert "federated/mode" not in first
+    assert logger._default_hp_metric  # the logger is as it was
+
+
+@pytest.mark.parametrize("rounds", [1, 2])
+def test_a_run_that_ends_early_is_compared_too(rounds: int, tmp_path: Path) -> None:
+    logger = TensorBoardLogger(tmp_path)
+    train(logger, rounds=rounds)
+    assert "val_loss" in {info.name.tag for info in hparams(logger.log_dir, "experiment").metric_infos}
+
+
+def test_an_interrupted_run_is_compared_as_far_as_it_came(tmp_path: Path) -> None:
+    class Stop(pl.Callback):
+        def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
+            if trainer.current_epoch == 2:
+                raise RuntimeError("pulled the plug")
+
+    logger = TensorBoardLogger(tmp_path)
+    with pytest.raises(RuntimeError, match="pulled"):
+        train(logger, Stop())
+    logger.experiment.flush()
+    assert "val_loss" in {info.name.tag for info in hparams(logger.log_dir, "experiment").metric_infos}
+    assert logger._default_hp_metric
+
+
+def test_a_search_for_a_learning_rate_does_not_spend_the_row(tmp_path: Path) -> None:
+    logger = TensorBoardLogger(tmp_path)
+    train(logger, LearningRateFinder(num_training_steps=3, min_lr=0.01, max_lr=0.1))
+    assert "val_loss" in {info.name.tag for info in hparams(logger.log_dir, "experiment").metric_infos}
+
+
+def test_what_the_user_gives_to_hparams_comes_first(tmp_path: Path) -> None:
+    class Own(Net):
+        def on_train_start(self) -> None:
+            assert isinstance(self.logger, TensorBoardLogger)
+            self.logger.log_hyperparams(self.hparams, {"hp/mine": 0.5})
+
+    logger = TensorBoardLogger(tmp_path)
+    train(logger, module=Own())
+    assert [info.name.tag for info in hparams(logger.log_dir, "experiment").metric_infos] == ["hp/mine"]
+
+
+# ---- the same scalars everywhere
+
+
+def test_all_loggers_get_the_same_scalars(tmp_path: Path) -> None:
+    board, table, kept, images = TensorBoardLogger(tmp_path, "tb"), CSVLogger(tmp_path, "csv"), Kept(), WithImages()
+    callbacks = [MaxBatchProbe(budget="1GiB", apply=False), CriticalPhase(action="observe"), ComputeAccounting(law=LAW)]
+    train([board, table, kept, images], *callbacks, module=Chatty(), rounds=6, client_log_every_n=2)
+    written = set(read_logs(table.log_dir).scalars)
+    for namespace in ("round", "client", "phase", "probe", "compute"):
+        assert any(name.startswith(f"{namespace}/") for name in written)
+    assert kept.names - {"epoch"} == written == images.names - {"epoch"}
+    curves = {name for name in read_logs(board.log_dir).scalars if name.startswith("compute/loss_by_")}
+    assert set(read_logs(board.log_dir).scalars) - curves == written
+    for name, values in read_logs(board.log_dir).scalars.items():
+        if name not in curves:
+            assert values.to_numpy() == pytest.approx(read_logs(table.log_dir).scalars[name].to_numpy(), rel=1e-5)
+    assert {"client/labels", "phase/course", "compute/position", "probe/memory"} <= images.images
+    assert images.images == set(read_logs(board.log_dir).pictures)
+
+
+# ---- layouts and figures
+
+
+def test_curves_that_belong_together_are_on_one_page(tmp_path: Path) -> None:
+    logger = TensorBoardLogger(tmp_path)
+    callbacks = [MaxBatchProbe(budget="1GiB", apply=False), CriticalPhase(action="observe"), ComputeAccounting(law=LAW)]
+    train(logger, *callbacks, client_log_every_n=2)
+    shown = events(logger.log_dir).Tensors("custom_scalars__config__")[-1].tensor_proto.string_val[0]
+    layout = Layout.FromString(shown)
+    titles = [category.title for category in layout.category]
+    assert titles[0] == "Rounds"
+    assert set(titles) == {"Rounds", "Clients' batches", "MaxBatchProbe", "CriticalPhase", "ComputeAccounting"}
+    (rounds,) = (category for category in layout.category if category.title == "Rounds")
+    patterns = {tag.rstrip("$") for chart in rounds.chart for tag in chart.multiline.tag}
+    assert patterns <= set(read_logs(logger.log_dir).scalars)  # no chart of what this run does not have
+
+
+def test_who_holds_what_is_a_figure(tmp_path: Path) -> None:
+    logger = TensorBoardLogger(tmp_path)
+    train(logger)
+    picture = read_logs(logger.log_dir).pictures["client/labels"]
+    assert matplotlib.image.imread(io.BytesIO(picture)).std() > 0.1
+
+
+class Unread(Dataset[Any]):
+    """Whose labels are known only to those who read every sample."""
+
+    def __init__(self) -> None:
+        self.reads = 0
+
+    def __len__(self) -> int:
+        return 60
+
+    def __getitem__(self, index: int) -> Any:
+        self.reads += 1
+        return torch.full((64,), float(index)) / 60, index % 10
+
+
+def test_no_sample_is_read_for_a_figure(tmp_path: Path) -> None:
+    reads = []
+    for logger in (False, TensorBoardLogger(tmp_path)):
+        data = Unread()
+        train(logger, data=DataLoader(data, 10, shuffle=True))
+        reads.append(data.reads)
+    assert reads[0] == reads[1]
+    assert read_logs(tmp_path / "lightning_logs" / "version_0").pictures == {}
+
+
+def test_without_a_logger_nothing_is_written(tmp_path: Path) -> None:
+    trainer = train(False)
+    assert trainer.global_step == 3
+    assert list(Path.cwd().iterdir()) == []
+
+
+def test_the_trainer_gets_its_callbacks_back(tmp_path: Path) -> None:
+    trainer = train(TensorBoardLogger(tmp_path))
+    assert "RunBoard" not in {type(each).__name__ for each in trainer.callbacks}  # type: ignore[attr-defined]
