@@ -73,13 +73,15 @@ def _overrides(arguments: Sequence[str]) -> list[str]:
     """In Hydra's words: classes of one's own have arguments of their own, and not those of the digits.
 
     Example:
-        >>> _overrides(["-m", "model._target_=my.Module", "model.depth=2,4", "strategy.num_clients=3"])
+        >>> _overrides(["model._target_=my.Module", "model.depth=2,4", "-m", "strategy.num_clients=3"])
         ['-m', '++model._target_=my.Module', '++model.depth=2,4', 'strategy.num_clients=3', 'model=own']
     """
     own = dict.fromkeys(found[1] for each in arguments if (found := _OWN.match(each)))
     chosen = {each.partition("=")[0] for each in arguments}
     groups = [f"{name}=own" for name in own if name not in chosen]
-    return [*(f"++{each}" if _FREE.match(each) else each for each in arguments), *groups]
+    flags = [each for each in arguments if each in ("-m", "--multirun")]  # argparse wants none between overrides
+    others = [f"++{each}" if _FREE.match(each) else each for each in arguments if each not in flags]
+    return [*flags, *others, *groups]
 
 
 def _run(config: DictConfig) -> float | None:

@@ -48,10 +48,13 @@ ROOMS: dict[str, tuple[ModuleType, str]] = {
     "scale_rule": (phases, "ScaleRule"),
 }
 WITHOUT_FILE = {
-    "by_name", "detector_by_name",  # of what has a file
-    "per_parameter", "stacked", "weighted_sum",  # of functions that one writes
+    "by_name",
+    "detector_by_name",  # of what has a file
+    "per_parameter",
+    "stacked",
+    "weighted_sum",  # of functions that one writes
     "phase_driven",  # of another callback's object
-}  # fmt: skip
+}
 BY_FIT = {"fitted_on", "refits", "problems"}  # what a fit tells of the law that it makes
 BY_TRAINER = {"accelerator", "parallel_devices", "cluster_environment", "checkpoint_io", "precision_plugin"}
 
@@ -59,14 +62,37 @@ LIGHTNINGS = ("callbacks/default",)
 
 # Values for what a file leaves to be given, and for what decides between ways to give it.
 GIVEN: dict[str, Any] = {
-    "alpha": 0.5, "attackers": [1], "batch": 64.0, "clip": 1.0, "clip_norm": 1.0, "delta": 1e-5, "factor": 0.5,
-    "keep": 2, "limit": 2.0, "max_norm": 1.0, "mu": 0.1, "num_classes_per_partition": 2, "candidates": 4,
-    "num_unique_labels_per_partition": 1, "partition_sizes": [3, 5], "period": 24, "probability": 0.1,
-    "preassigned_num_samples_per_label": 1, "reference": 8.0, "shares": {"phone": 0.5, "jetson": 0.5}, "stages": {0: 1, 3: 2}, "std": 1.0, "steps": 2,
-    "strictness": 0.5, "trace": [[1, 0, 1], [1, 1, 0]], "trim": 0.2, "until": 3, "weights": [1.0, 2.0, 3.0],
+    "alpha": 0.5,
+    "attackers": [1],
+    "batch": 64.0,
+    "clip": 1.0,
+    "clip_norm": 1.0,
+    "delta": 1e-5,
+    "factor": 0.5,
+    "keep": 2,
+    "limit": 2.0,
+    "max_norm": 1.0,
+    "mu": 0.1,
+    "num_classes_per_partition": 2,
+    "candidates": 4,
+    "num_unique_labels_per_partition": 1,
+    "partition_sizes": [3, 5],
+    "period": 24,
+    "probability": 0.1,
+    "preassigned_num_samples_per_label": 1,
+    "reference": 8.0,
+    "shares": {"phone": 0.5, "jetson": 0.5},
+    "stages": {0: 1, 3: 2},
+    "std": 1.0,
+    "steps": 2,
+    "strictness": 0.5,
+    "trace": [[1, 0, 1], [1, 1, 0]],
+    "trim": 0.2,
+    "until": 3,
+    "weights": [1.0, 2.0, 3.0],
     "partition_id_to_size_fn": {"_target_": "hydra.utils.get_method", "path": "math.sqrt"},
     "distribution_array": {"_target_": "numpy.ones", "shape": [2, 4]},
-}  # fmt: skip
+}
 ALSO_GIVEN: dict[str, dict[str, Any]] = {
     "strategy/aggregator/krum": {"attackers": 1},
     "strategy/aggregator/multi_krum": {"attackers": 1},
@@ -218,11 +244,16 @@ def test_each_makes_what_its_factory_makes(name: str) -> None:
     made = instantiate(whole.part)
     group = name.rpartition("/")[0]
     kinds: dict[str, Any] = {
-        "strategy/server_optimizer": server.ServerOptimizer, "strategy/aggregator": aggregators.Aggregator,
-        "strategy/compressor": compressors.Compressor, "strategy/local_rule": local_rules.LocalRule,
-        "strategy/partitioner": partitioners.Partitioner, "strategy/privacy": privacy.Privacy,
-        "detector": phases.Detector, "law": scaling.Law, "strategy/population": devices.Population,
-    }  # fmt: skip
+        "strategy/server_optimizer": server.ServerOptimizer,
+        "strategy/aggregator": aggregators.Aggregator,
+        "strategy/compressor": compressors.Compressor,
+        "strategy/local_rule": local_rules.LocalRule,
+        "strategy/partitioner": partitioners.Partitioner,
+        "strategy/privacy": privacy.Privacy,
+        "detector": phases.Detector,
+        "law": scaling.Law,
+        "strategy/population": devices.Population,
+    }
     if group in kinds:
         assert isinstance(made, kinds[group])
     else:
@@ -272,18 +303,29 @@ def test_the_strategy_shows_all_its_arguments_at_their_defaults() -> None:
 
 @pytest.mark.parametrize(
     ("base", "at", "group"),
-    [("+strategy=federated", "strategy", "strategy"), ("+trainer/strategy=federated", "trainer.strategy", "trainer/strategy")],
-)  # fmt: skip
+    [
+        ("+strategy=federated", "strategy", "strategy"),
+        ("+trainer/strategy=federated", "trainer.strategy", "trainer/strategy"),
+    ],
+)
 def test_groups_and_arguments_from_the_command_line(base: str, at: str, group: str) -> None:
     made = strategy_of(
-        f"{group}/partitioner=dirichlet", f"{at}.num_clients=16", f"{at}.partitioner.alpha=0.3",
-        f"{group}/server_optimizer=fed_adam", f"{at}.server_optimizer.lr=0.5",
-        f"{group}/local_rule=fed_prox", f"{at}.local_rule.mu=0.1",
-        f"{group}/compressor=error_feedback", f"{group}/aggregator=norm_clipped", f"{at}.aggregator.max_norm=1.0",
-        f"strategy/compressor@{at}.compressor.compressor=top_k", f"{at}.compressor.compressor.ratio=0.25",
+        f"{group}/partitioner=dirichlet",
+        f"{at}.num_clients=16",
+        f"{at}.partitioner.alpha=0.3",
+        f"{group}/server_optimizer=fed_adam",
+        f"{at}.server_optimizer.lr=0.5",
+        f"{group}/local_rule=fed_prox",
+        f"{at}.local_rule.mu=0.1",
+        f"{group}/compressor=error_feedback",
+        f"{group}/aggregator=norm_clipped",
+        f"{at}.aggregator.max_norm=1.0",
+        f"strategy/compressor@{at}.compressor.compressor=top_k",
+        f"{at}.compressor.compressor.ratio=0.25",
         f"strategy/aggregator@{at}.aggregator.inner=median",
-        base=(base,), at=at,
-    )._options  # fmt: skip
+        base=(base,),
+        at=at,
+    )._options
     assert made.num_clients == 16
     assert repr(made.partitioner) == "DirichletPartitioner(num_partitions=16, alpha=0.3, min_partition_size=1)"
     assert made.rules.local.name == "fed_prox"
@@ -294,32 +336,66 @@ def test_groups_and_arguments_from_the_command_line(base: str, at: str, group: s
 @pytest.mark.parametrize(
     ("overrides", "check"),
     [
-        (["strategy.local_rule=scaffold", "strategy.aggregator=uniform"], lambda made: made.rules.local.name == "scaffold"),
+        (
+            ["strategy.local_rule=scaffold", "strategy.aggregator=uniform"],
+            lambda made: made.rules.local.name == "scaffold",
+        ),
         (["strategy.partitioner=shard", "strategy.partitioner=iid"], lambda made: made.num_clients == 10),
-        (["strategy/local_steps=post_local", "strategy.local_steps.until=2", "strategy.local_steps.steps=4"],
-         lambda made: [made.steps_in(round) for round in (0, 2)] == [1, 4] and made.local_epochs is None),
+        (
+            ["strategy/local_steps=post_local", "strategy.local_steps.until=2", "strategy.local_steps.steps=4"],
+            lambda made: [made.steps_in(round) for round in (0, 2)] == [1, 4] and made.local_epochs is None,
+        ),
         (["strategy.local_steps=3"], lambda made: (made.local_steps, made.local_epochs) == (3, None)),
         (["strategy.personal=[head.*]"], lambda made: made.rules.personal == ("head.*",)),
         (["strategy/personal=ditto"], lambda made: made.rules.ditto.strength == 0.1),
-        (["strategy/mode=fed_buff", "strategy.mode.seconds=[1,2,3]", "strategy.num_clients=3"],
-         lambda made: made.asynchrony.seconds is not None),
-        (["strategy/sampler=poisson", "strategy/privacy=dp_fed_avg", "strategy.privacy.clip_norm=1",
-          "strategy.privacy.noise_multiplier=1", "strategy.privacy.delta=1e-5",
-          "strategy/privacy/adaptive=adaptive_clipping"],
-         lambda made: made.sampler is samplers.poisson and made.rules.privacy.adaptive.quantile == 0.5),
-        (["strategy/population=population", "strategy.population.shares={phone: 0.7, jetson: 0.3}"],
-         lambda made: made.population is not None),
-        (["strategy/compressor@strategy.downlink_compressor=qsgd"], lambda made: "qsgd" in made.downlink_compressor.name),
+        (
+            ["strategy/mode=fed_buff", "strategy.mode.seconds=[1,2,3]", "strategy.num_clients=3"],
+            lambda made: made.asynchrony.seconds is not None,
+        ),
+        (
+            [
+                "strategy/sampler=poisson",
+                "strategy/privacy=dp_fed_avg",
+                "strategy.privacy.clip_norm=1",
+                "strategy.privacy.noise_multiplier=1",
+                "strategy.privacy.delta=1e-5",
+                "strategy/privacy/adaptive=adaptive_clipping",
+            ],
+            lambda made: made.sampler is samplers.poisson and made.rules.privacy.adaptive.quantile == 0.5,
+        ),
+        (
+            ["strategy/population=population", "strategy.population.shares={phone: 0.7, jetson: 0.3}"],
+            lambda made: made.population is not None,
+        ),
+        (
+            ["strategy/compressor@strategy.downlink_compressor=qsgd"],
+            lambda made: "qsgd" in made.downlink_compressor.name,
+        ),
         (["strategy/partitioner=natural_id", "strategy.num_clients=null"], lambda made: made.num_clients is None),
-        (["strategy/partitioner=size", "strategy.num_clients=null", "strategy.partitioner.partition_sizes=[3,4]"],
-         lambda made: made.num_clients == 2),
-        (["strategy/sampler=drop_out", "strategy.sampler.probability=0.1",
-          "strategy/sampler@strategy.sampler.sampler=round_robin"], lambda made: callable(made.sampler)),
-        (["strategy/aggregator=attacked", "strategy.aggregator.attackers=[1,2]",
-          "strategy/aggregator/attack=gaussian", "strategy.aggregator.attack.std=2",
-          "strategy/aggregator@strategy.aggregator.aggregator=median"], lambda made: made.rules.aggregator.sees_all),
+        (
+            ["strategy/partitioner=size", "strategy.num_clients=null", "strategy.partitioner.partition_sizes=[3,4]"],
+            lambda made: made.num_clients == 2,
+        ),
+        (
+            [
+                "strategy/sampler=drop_out",
+                "strategy.sampler.probability=0.1",
+                "strategy/sampler@strategy.sampler.sampler=round_robin",
+            ],
+            lambda made: callable(made.sampler),
+        ),
+        (
+            [
+                "strategy/aggregator=attacked",
+                "strategy.aggregator.attackers=[1,2]",
+                "strategy/aggregator/attack=gaussian",
+                "strategy.aggregator.attack.std=2",
+                "strategy/aggregator@strategy.aggregator.aggregator=median",
+            ],
+            lambda made: made.rules.aggregator.sees_all,
+        ),
     ],
-)  # fmt: skip
+)
 def test_parts_of_the_strategy(overrides: list[str], check: Callable[[Any], bool]) -> None:
     assert check(strategy_of(*overrides)._options)
 
@@ -327,11 +403,14 @@ def test_parts_of_the_strategy(overrides: list[str], check: Callable[[Any], bool
 def test_laws_detectors_and_scale_rules_of_callbacks() -> None:
     found = compose(
         overrides=[
-            "+callbacks=[compute_accounting,critical_phase]", "law@callbacks.compute_accounting.law=Kaplan",
-            "detector@callbacks.critical_phase.detector=page_hinkley", "scale_rule@callbacks.critical_phase.scale=capped",
-            "scale_rule@callbacks.critical_phase.scale.rule=linear_ramp", "callbacks.critical_phase.scale.limit=1.5",
+            "+callbacks=[compute_accounting,critical_phase]",
+            "law@callbacks.compute_accounting.law=Kaplan",
+            "detector@callbacks.critical_phase.detector=page_hinkley",
+            "scale_rule@callbacks.critical_phase.scale=capped",
+            "scale_rule@callbacks.critical_phase.scale.rule=linear_ramp",
+            "callbacks.critical_phase.scale.limit=1.5",
         ]
-    ).callbacks  # fmt: skip
+    ).callbacks
     assert instantiate(found.compute_accounting).law == scaling.Kaplan()
     assert instantiate(found.critical_phase) is not None
     assert found.critical_phase.scale.rule._target_.endswith("linear_ramp")
