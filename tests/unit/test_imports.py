@@ -34,7 +34,7 @@ LEVELS = [
     },
     {"attacks", "privacy"},  # what changes or hides the updates that aggregators see
     {"rules"},
-    {"arguments", "phase_keeper", "rounds"},
+    {"arguments", "class_paths", "phase_keeper", "rounds"},
     {"custody", "older_models", "records"},
     {"sums"},
     {"executors"},
