@@ -59,7 +59,11 @@ PARTS: list[tuple[dict[str, Any], Callable[[], dict[str, Any]]]] = [
         lambda: {"server_optimizer": server.from_torch(torch.optim.SGD, lr=0.7, momentum=0.9, nesterov=True)},
     ),
     (
-        {"server_optimizer": part("server.chain", rules=[part("server.trace", momentum=0.5), part("server.scale", factor=0.1)])},
+        {
+            "server_optimizer": part(
+                "server.chain", rules=[part("server.trace", momentum=0.5), part("server.scale", factor=0.1)]
+            )
+        },
         lambda: {"server_optimizer": server.chain(server.trace(0.5), server.scale(0.1))},
     ),
     (
@@ -74,16 +78,24 @@ PARTS: list[tuple[dict[str, Any], Callable[[], dict[str, Any]]]] = [
         lambda: {"local_steps": schedules.post_local(until=1, steps=3)},
     ),
     (
-        {"sampler": part("samplers.drop_out", sampler="lightning_fedscale.samplers.round_robin", probability=0.5),
-         "clients_per_round": 3},
+        {
+            "sampler": part("samplers.drop_out", sampler="lightning_fedscale.samplers.round_robin", probability=0.5),
+            "clients_per_round": 3,
+        },
         lambda: {"sampler": samplers.drop_out(samplers.round_robin, 0.5), "clients_per_round": 3},
     ),
     (
-        {"aggregator": part("attacks.attacked", aggregator=part("aggregators.median"),
-                            attack=part("attacks.sign_flip", scale=3.0), attackers=[1])},
+        {
+            "aggregator": part(
+                "attacks.attacked",
+                aggregator=part("aggregators.median"),
+                attack=part("attacks.sign_flip", scale=3.0),
+                attackers=[1],
+            )
+        },
         lambda: {"aggregator": attacked()},
     ),
-]  # fmt: skip
+]
 
 
 def attacked() -> Any:
@@ -149,11 +161,12 @@ def test_configurations_with_parts_are_saved_and_run_again(tmp_path: Path, capsy
 def test_parts_on_the_command_line() -> None:
     ran = cli(
         [
-            f"--trainer.strategy={NAME}", "--trainer.strategy.local_rule=fed_nova",
-            '--trainer.strategy.server_optimizer={class_path: lightning_fedscale.server.fed_avgm, init_args: {momentum: 0.5}}',
+            f"--trainer.strategy={NAME}",
+            "--trainer.strategy.local_rule=fed_nova",
+            "--trainer.strategy.server_optimizer={class_path: lightning_fedscale.server.fed_avgm, init_args: {momentum: 0.5}}",
         ],
         run=False,
-    )  # fmt: skip
+    )
     options = strategy_of(ran)._options
     assert options.rules.local is not None
     assert options.rules.local.name == "fed_nova"
