@@ -8,6 +8,7 @@ from lightning.pytorch.strategies import StrategyRegistry
 from lightning_fedscale import (
     aggregators,
     attacks,
+    class_paths,
     compressors,
     local_rules,
     partitioners,
@@ -40,3 +41,4 @@ __all__ = [
 ]
 
 FederatedStrategy.register_strategies(StrategyRegistry)
+class_paths.register()

@@ -88,7 +88,7 @@ class FederatedStrategy(DDPStrategy):
             `lightning_fedscale.privacy`.
         personal: names of parameters and buffers that stay with each client, as patterns ("head.*"): FedPer, FedBN. In
             the global model they keep the values with which the module was built. `local_rules.Ditto` gives each client
-            a whole model of its own besides.
+            a whole model of its own besides. None or () is nothing.
         mode: "sync" waits for all clients of a round; "async" buffers updates as they arrive in simulated time, see
             `lightning_fedscale.asynchrony.FedBuff`, which may also be given. Needs a ``population`` or
             ``FedBuff(seconds=...)`` to know how long clients take.
@@ -147,7 +147,7 @@ class FederatedStrategy(DDPStrategy):
         compressor: str | Compressor | None = None,
         downlink_compressor: str | Compressor | None = None,
         privacy: Privacy | None = None,
-        personal: Sequence[str] | Ditto = (),
+        personal: Sequence[str] | Ditto | None = (),
         mode: Literal["sync", "async"] | FedBuff = "sync",
         client_optimizer: Literal["reset", "keep"] = "reset",
         executor: Literal["auto", "sequential", "vectorized"] = "auto",

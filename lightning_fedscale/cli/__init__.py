@@ -1,6 +1,7 @@
 """The command ``fedscale``.
 
-One file per sub-command; its arguments are those of a function, with the types and the words of its docstring.
+One file per sub-command; its arguments are those of a function, with the types and the words of its docstring. Only
+``train`` has Hydra's command line.
 """
 
 from __future__ import annotations
@@ -40,7 +41,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     if (here := str(Path.cwd())) not in sys.path:
         sys.path.insert(0, here)  # where the user's own modules are, as for a script
-    command, values = parse(COMMANDS, arguments)
+    given = sys.argv[1:] if arguments is None else arguments
+    if given and given[0] == "train":
+        from lightning_fedscale.cli.train import train  # not before it is wanted: Hydra takes a while
+
+        return train(given[1:])
+    command, values = parse(COMMANDS, given)
     try:
         COMMANDS[command](**values)
     except (TypeError, ValueError) as error:

@@ -34,7 +34,7 @@ LEVELS = [
     },
     {"attacks", "privacy", "report"},  # what changes or hides the updates that aggregators see; a page about a run
     {"rules"},
-    {"arguments", "phase_keeper", "rounds"},
+    {"arguments", "class_paths", "phase_keeper", "rounds"},
     {"custody", "older_models", "records", "settings"},
     {"sums"},
     {"executors"},

@@ -1,0 +1,199 @@
+"""``fedscale train``: a Hydra application over any LightningModule and its data."""
+
+from __future__ import annotations
+
+import io
+import re
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext, redirect_stdout
+from pathlib import Path
+from typing import Any
+
+import hydra
+import lightning.pytorch as pl
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import CompactHydraException
+from hydra.types import RunMode
+from hydra.utils import instantiate
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
+from omegaconf import DictConfig, OmegaConf
+from rich.console import Console
+from rich.table import Table
+
+_FREE = re.compile(r"(model|data|trainer)\.")
+_CHECKPOINTS = ("last", "hpc")  # that Lightning finds itself
+_OWN = re.compile(r"(model|data)\._target_=")
+
+
+class Refused(CompactHydraException):
+    """What the user can mend: Hydra prints its words, without a traceback, and exits with 1."""
+
+
+def train(arguments: Sequence[str]) -> int:
+    """Run ``fedscale train``.
+
+    Args:
+        arguments: what follows ``fedscale train``, in Hydra's syntax.
+
+    Returns:
+        The exit code: 0, or 1 if what was asked for is not possible. Wrong flags exit with 2.
+    """
+    before = sys.argv
+
+    def run(config: DictConfig) -> float | None:
+        # Lightning starts the other processes of this run, and not of a whole sweep, by this line.
+        sys.argv = [before[0], "train", *HydraConfig.get().overrides.task]
+        return _run(config)
+
+    sys.argv = ["fedscale train", *_overrides(arguments)]
+    try:
+        with _help() if {"-h", "--help"} & set(arguments) else nullcontext():
+            hydra.main(config_path="pkg://lightning_fedscale.conf", config_name="train", version_base="1.3")(run)()
+    except SystemExit as stopped:
+        return stopped.code if isinstance(stopped.code, int) else int(stopped.code is not None)
+    finally:
+        sys.argv = before
+    return 0
+
+
+@contextmanager
+def _help() -> Iterator[None]:
+    """The groups of ``trainer/strategy``, for applications of others, are those of ``strategy`` once more."""
+    text = io.StringIO()
+    try:
+        with redirect_stdout(text):
+            yield
+    finally:
+        print("".join(line for line in text.getvalue().splitlines(True) if not line.startswith("trainer/strategy")))
+
+
+def _overrides(arguments: Sequence[str]) -> list[str]:
+    """In Hydra's words: classes of one's own have arguments of their own, and not those of the digits.
+
+    Example:
+        >>> _overrides(["model._target_=my.Module", "model.depth=2,4", "-m", "strategy.num_clients=3"])
+        ['-m', '++model._target_=my.Module', '++model.depth=2,4', 'strategy.num_clients=3', 'model=own']
+    """
+    own = dict.fromkeys(found[1] for each in arguments if (found := _OWN.match(each)))
+    chosen = {each.partition("=")[0] for each in arguments}
+    groups = [f"{name}=own" for name in own if name not in chosen]
+    flags = [each for each in arguments if each in ("-m", "--multirun")]  # argparse wants none between overrides
+    others = [f"++{each}" if _FREE.match(each) else each for each in arguments if each not in flags]
+    return [*flags, *others, *groups]
+
+
+def _run(config: DictConfig) -> float | None:
+    """Train, test if asked, say what came out.
+
+    Returns:
+        The metric that a sweeper asked for, by its name.
+    """
+    if missing := sorted(OmegaConf.missing_keys(config)):
+        raise Refused(f"fedscale train: {missing[0]} has no default here: pass {missing[0]}=...")
+    path = config.ckpt_path
+    if path is not None and path not in _CHECKPOINTS and "://" not in path and not Path(path).exists():
+        raise Refused(f"fedscale train: ckpt_path={path!r}: there is no such file.")
+    if config.seed is not None:
+        pl.seed_everything(config.seed, workers=True, verbose=False)
+    data = _make(config, "data", pl.LightningDataModule)
+    model = _make(config, "model", pl.LightningModule)
+    trainer = _trainer(config)
+    hyperparameters = OmegaConf.to_container(config, resolve=True)
+    for logger in trainer.loggers:
+        logger.log_hyperparams(hyperparameters)  # type: ignore[arg-type]
+    with _told():
+        trainer.fit(model, datamodule=data, ckpt_path=config.ckpt_path)
+        metrics = _numbers(trainer)
+        if config.test:
+            trainer.test(model, datamodule=data, verbose=False)
+            metrics |= _numbers(trainer)
+    if trainer.is_global_zero:
+        _show(metrics, HydraConfig.get().runtime.output_dir)
+    return _optimized(metrics, config.optimized_metric)
+
+
+def _trainer(config: DictConfig) -> pl.Trainer:
+    strategy = _make(config, "strategy", pl.strategies.Strategy)
+    # Objects do not go through the configuration, which would copy them.
+    objects: dict[str, Any] = {} if strategy is None else {"strategy": strategy}
+    objects["callbacks"] = [_make(config, f"callbacks.{name}", pl.Callback) for name in config.get("callbacks") or ()]
+    loggers = [_make(config, f"logger.{name}", pl.loggers.Logger) for name in config.get("logger") or ()]
+    with _told("trainer: "):
+        trainer: pl.Trainer = instantiate(config.trainer, _partial_=True)(**objects, logger=loggers or False)
+    _check_processes(trainer)
+    return trainer
+
+
+def _check_processes(trainer: pl.Trainer) -> None:
+    strategy: Any = trainer.strategy
+    if (
+        HydraConfig.get().mode == RunMode.MULTIRUN
+        and isinstance(strategy.launcher, _SubprocessScriptLauncher)
+        and not strategy.cluster_environment.creates_processes_externally
+    ):
+        raise Refused(
+            f"fedscale train: {trainer.world_size} devices with --multirun: processes that Lightning starts by command"
+            " live as long as this one. Pass strategy.start_method=fork, or spawn where there are GPUs."
+        )
+
+
+def _make(config: DictConfig, name: str, kind: type[Any]) -> Any:
+    """What a part of the configuration says; None where there is none."""
+    node = OmegaConf.select(config, name)
+    if node is None:
+        return None
+    with _told(f"{name}: "):
+        made = instantiate(node)
+    if not isinstance(made, kind):
+        raise Refused(f"fedscale train: {name}: {node} makes {made!r}, which is no {kind.__name__}.")
+    return made
+
+
+@contextmanager
+def _told(what: str = "") -> Iterator[None]:
+    """Errors of arguments are told in their own words; a traceback is left to errors of the module and its data."""
+    try:
+        yield
+    except CompactHydraException as error:
+        cause = error.__cause__ or error
+        raise Refused(f"fedscale train: {what}{cause}") from error
+    except (TypeError, ValueError, MisconfigurationException) as error:
+        if not what and not _is_told(error):
+            raise
+        raise Refused(f"fedscale train: {what}{error}") from error
+
+
+def _is_told(error: Exception) -> bool:
+    """Whether this package, or Lightning, said that something cannot be."""
+    if isinstance(error, MisconfigurationException):
+        return True
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    return trace is not None and str(trace.tb_frame.f_globals.get("__name__")).startswith("lightning_fedscale.")
+
+
+def _numbers(trainer: pl.Trainer) -> dict[str, float]:
+    return {name: float(value) for name, value in trainer.callback_metrics.items()}
+
+
+def _optimized(metrics: dict[str, float], name: str | None) -> float | None:
+    if name is not None and name not in metrics:
+        raise Refused(
+            f"fedscale train: optimized_metric={name!r} was not logged; there are {', '.join(sorted(metrics))}."
+        )
+    return None if name is None else metrics[name]
+
+
+def _show(metrics: dict[str, float], folder: str) -> None:
+    console = Console(soft_wrap=True, highlight=False)
+    table = Table("Metric", "Last value")
+    table.columns[1].justify = "right"
+    for name, value in metrics.items():
+        if "/" not in name:  # those of rounds and callbacks have been shown
+            table.add_row(name, f"{value:.4g}")
+    if table.rows:
+        console.print(table)
+    console.print(f"Run: {folder}")
