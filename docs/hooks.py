@@ -1,8 +1,8 @@
 """What `mkdocs build` does beyond the pages: parts of the README, the list of messages, files that lie elsewhere.
 
-A page says ``<!-- readme: Heading -->`` where that section of README.md is to stand, and ``<!-- messages -->`` where
-all errors and warnings are, and
-``<!-- papers: ROOM ROOM -->`` where the public names of rooms and their papers are. Nothing that is written elsewhere is written a second time.
+A page says ``<!-- readme: Heading -->`` where that section of README.md is to stand, ``<!-- messages -->`` where all
+errors and warnings are, and ``<!-- papers: ROOM ROOM -->`` where the public names of rooms and their papers are. So
+nothing that is written elsewhere is written a second time.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 
 import messages  # docs/messages.py, and so on: mkdocs puts this folder on the path
 import papers
-from formulas import readable
+from api import readable
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.exceptions import PluginError
 from mkdocs.structure.files import File, Files
@@ -55,7 +55,7 @@ def section(heading: str, up: str = "") -> str:
     if heading == "Introduction":
         text = README.partition("\n\n")[2].partition("\n## ")[0]
     else:
-        before, found, after = README.partition(f"\n## {heading}\n")
+        _, found, after = README.partition(f"\n## {heading}\n")
         if not found:
             raise PluginError(f"README.md has no section {heading!r}")
         text = re.split(r"^## ", after, maxsplit=1, flags=re.M)[0]

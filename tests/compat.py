@@ -155,7 +155,8 @@ def install(name: str, row: Row) -> Path:
 
 
 def _run(command: list[str]) -> str:
-    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PIP_DISABLE_PIP_VERSION_CHECK": "1"})
+    environment = {**os.environ, "PIP_DISABLE_PIP_VERSION_CHECK": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
     if done.returncode:
         lines = [line for line in done.stderr.splitlines() if line.startswith("ERROR")] or [done.stderr.strip()]
         raise CannotRun(lines[-1][:300])
@@ -198,8 +199,8 @@ def table(results: dict[str, dict[str, Any]]) -> str:
     lines = [
         "# Versions that were tested",
         "",
-        "Written by `make compat`, which runs on Linux what versions can break: the laws, callbacks, logging, optimizers,",
-        "checkpoints, configuration and several processes. `make test` runs everything, on one Python.",
+        "Written by `make compat`, which runs on Linux what versions can break: the laws, callbacks, logging,",
+        "optimizers, checkpoints, configuration and several processes. `make test` runs everything, on one Python.",
         "",
         "| | held to | Python | torch | lightning | numpy | tests |",
         "|---|---|---|---|---|---|---|",
