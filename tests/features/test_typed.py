@@ -49,7 +49,8 @@ strategy = FederatedStrategy(
     server_optimizer=server.chain(server.trace(0.9), server.scale(0.1)), compressor=compressors.top_k(0.01),
     privacy=privacy.dp_fed_avg(1.0, 1.0, delta=1e-5), mode=FedBuff(), population=Population({"phone": 1.0}),
 )
-trainer = Trainer(strategy=strategy, callbacks=[Diary(), CriticalPhase(), MaxBatchProbe(), ComputeAccounting(), ServerEMA()])
+callbacks: list[Callback] = [Diary(), CriticalPhase(), MaxBatchProbe(), ComputeAccounting(), ServerEMA()]
+trainer = Trainer(strategy=strategy, callbacks=callbacks)
 last: RoundRecord | None = strategy.last_round
 planned: Plan = plan(1e14, clients=10, law=Chinchilla())
 best: float = Chinchilla().optimal_federated(1e20, clients=10).params
