@@ -4,7 +4,7 @@
 
 Each way begins with a stock project: a plain script, a LightningCLI project, one in the shape of
 lightning-hydra-template. It is trained as it is, then made federated by what README.md says, and nothing else; then
-TensorBoard shows the run in a browser, and `fedscale report` writes its page. FOLDER (from_nothing) must not have these.
+TensorBoard shows the run in a browser, and `fedscale report` writes its page. FOLDER is from_nothing by default.
 """
 
 from __future__ import annotations
@@ -145,7 +145,7 @@ def look(run_folder: Path, picture: Path) -> list[str]:
         names: list[str] = wait(tags)
         if not MISSING:
             with Browser(picture.parent / "browser", (1400, 1500)) as browser:
-                browser.open(f"{at}#scalars&tagFilter=round%7Ccompute")
+                browser.open(f"{at}#scalars&tagFilter=round")
                 wait(lambda: "round/loss" in browser.text() and browser.count(".line-plot") > 1)
                 browser.screenshot(picture)
             shutil.rmtree(picture.parent / "browser", ignore_errors=True)
