@@ -84,7 +84,8 @@ def _change_script(folder: Path) -> None:
     script.write_text(text.replace(OLD, NEW))
 
 
-HYDRA = ["src/train.py", "logger=tensorboard", "seed=1"]
+# No test afterwards: the template keeps its network among the hyperparameters, which torch.load refuses from a checkpoint.
+HYDRA = ["src/train.py", "logger=tensorboard", "seed=1", "test=False"]
 WAYS = {
     "plain": Way(_copy("plain"), ["train.py"], _change_script, ["train.py"]),
     "cli": Way(
