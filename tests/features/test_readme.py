@@ -3,43 +3,19 @@
 from __future__ import annotations
 
 import re
-from pathlib import Path
-from typing import Any
-
-import torch
-from lightning.pytorch import LightningDataModule
-from torch.utils.data import DataLoader
 
 import lightning_fedscale
+from tests.features import executed
 from tests.laws import reference
 
-README = Path(__file__).parents[2] / "README.md"
-BLOCKS = re.findall(r"```python\n(.*?)```", README.read_text("utf8"), re.S)
-
-
-class Data(LightningDataModule):
-    def train_dataloader(self) -> DataLoader[list[torch.Tensor]]:
-        return reference.loader(reference.dataset())
+README = executed.ROOT / "README.md"
 
 
 def test_its_code_runs_from_top_to_bottom() -> None:
     trained: list[int] = []
-
-    def trainer(**options: Any) -> Any:
-        run = reference.quiet_trainer(**{**options, "max_epochs": 2})
-        fit = run.fit
-
-        def watched(*arguments: Any, **named: Any) -> None:
-            fit(*arguments, **named)
-            trained.append(run.global_step)
-
-        run.fit = watched  # type: ignore[method-assign]
-        return run
-
-    names: dict[str, Any] = {"Trainer": trainer, "module": reference.make_module(), "datamodule": Data()}
-    for block in BLOCKS:
-        exec(compile(block, str(README), "exec"), names)
-    assert len(BLOCKS) >= 3
+    names = executed.project(trained, max_epochs=2)
+    executed.execute(README, names)
+    assert len(executed.blocks(README)) >= 3
     # Two rounds with a hundred clients, two with a probe before them; the others train without clients.
     assert trained[:2] == [2, 2]
     assert len(trained) == 6

@@ -14,7 +14,7 @@ from torch.nn.utils import prune
 from torch.utils.flop_counter import FlopCounterMode
 
 from lightning_fedscale.devices import operators
-from lightning_fedscale.devices.batches import form_of
+from lightning_fedscale.devices.batches import Form, form_of
 from lightning_fedscale.metering import Meter
 from lightning_fedscale.model_size import count_parameters
 from tests.networks import KINDS, Classifier
@@ -330,3 +330,21 @@ def test_lbfgs_does_not_stop_the_count() -> None:
 def test_what_is_free_is_not_unknown(name: str) -> None:
     operator = getattr(torch.ops.aten, name.removeprefix("aten::"))
     assert operators._kind(getattr(operator, operator.overloads()[0]), 0.0) == "free"
+
+
+def test_forms_are_keys_also_where_their_nesting_has_no_hash() -> None:
+    """As in older releases of torch."""
+
+    class Nesting:
+        __hash__ = None  # type: ignore[assignment]
+
+        def __init__(self, name: str) -> None:
+            self.name = name
+
+        def __eq__(self, other: object) -> bool:
+            return isinstance(other, Nesting) and other.name == self.name
+
+    leaves = form_of(torch.ones(2)).leaves
+    known = {Form(Nesting("list"), leaves): 1, Form(Nesting("dict"), leaves): 2}
+    assert known[Form(Nesting("list"), leaves)] == 1
+    assert Form(Nesting("set"), leaves) not in known

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from typing import Any
+
+import pytest
+from packaging.version import Version
 
 import lightning_fedscale
 from tests.unit.test_imports import PACKAGE, ROOT, files
@@ -54,5 +58,47 @@ def test_types_are_announced() -> None:
     assert (ROOT / PACKAGE / "py.typed").is_file()
 
 
-def test_version_is_the_declared_one() -> None:
-    assert lightning_fedscale.__version__ == PYPROJECT["project"]["version"]
+def test_the_version_is_in_one_place() -> None:
+    assert "version" not in PYPROJECT["project"]
+    assert PYPROJECT["project"]["dynamic"] == ["version"]
+    assert SETUPTOOLS["dynamic"]["version"] == {"attr": f"{PACKAGE}.__version__"}
+    assert str(Version(lightning_fedscale.__version__)) == lightning_fedscale.__version__
+
+
+def complaint_about(changelog: str, version: Version) -> str:
+    """What is wrong with a changelog for this version; nothing if it is as it should be."""
+    headings = re.findall(r"^## (.*)$", changelog, re.M)
+    if headings[:1] != ["[Unreleased]"]:
+        return "its first heading must be [Unreleased]"
+    released = re.findall(r"^## \[([^\]]+)\] - \d{4}-\d\d-\d\d$", changelog, re.M)
+    if len(released) != len(headings) - 1:
+        return "every other heading must be like [1.2.0] - 2027-01-31"
+    if version.is_devrelease:
+        if version.base_version in released:
+            return f"{version.base_version} is released: the next version is a higher one"
+        unreleased = changelog.partition("## [Unreleased]")[2].partition("\n## ")[0]
+        return "" if re.search(r"^- ", unreleased, re.M) else "[Unreleased] says nothing of this version"
+    return "" if released[:1] == [str(version)] else f"the first release must be [{version}], with its date"
+
+
+def test_the_changelog_has_an_entry_for_this_version() -> None:
+    changelog = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+    assert complaint_about(changelog, Version(lightning_fedscale.__version__)) == ""
+
+
+@pytest.mark.parametrize(
+    ("changelog", "version", "complaint"),
+    [
+        ("## [Unreleased]\n\n- new\n\n## [0.1.0] - 2027-01-31\n", "0.2.0.dev0", ""),
+        ("## [Unreleased]\n\n## [0.1.0] - 2027-01-31\n\n- new\n", "0.1.0", ""),
+        ("## [Unreleased]\n\n- new\n", "0.1.0", "first release"),
+        ("## [Unreleased]\n\n## [0.1.0] - soon\n", "0.1.0", "every other heading"),
+        ("## [Unreleased]\n\n## [0.1.0] - 2027-01-31\n\n- new\n", "0.2.0.dev0", "says nothing"),
+        ("## [Unreleased]\n\n- new\n\n## [0.1.0] - 2027-01-31\n", "0.1.0.dev0", "is released"),
+        ("## [0.1.0] - 2027-01-31\n", "0.1.0", "first heading"),
+    ],
+)
+def test_wrong_changelogs_are_found(changelog: str, version: str, complaint: str) -> None:
+    found = complaint_about(changelog, Version(version))
+    assert complaint in found
+    assert bool(complaint) == bool(found)

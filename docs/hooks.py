@@ -1,0 +1,86 @@
+"""What `mkdocs build` does beyond the pages: parts of the README, the list of messages, files that lie elsewhere.
+
+A page says ``<!-- readme: Heading -->`` where that section of README.md is to stand, ``<!-- messages -->`` where all
+errors and warnings are, and ``<!-- papers: ROOM ROOM -->`` where the public names of rooms and their papers are. So
+nothing that is written elsewhere is written a second time.
+"""
+
+from __future__ import annotations
+
+import html
+import re
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import messages  # docs/messages.py, and so on: mkdocs puts this folder on the path
+import papers
+from api import readable
+from mkdocs.config.defaults import MkDocsConfig
+from mkdocs.exceptions import PluginError
+from mkdocs.structure.files import File, Files
+from mkdocs.structure.pages import Page
+
+ROOT = Path(__file__).resolve().parents[1]
+README = (ROOT / "README.md").read_text("utf8")
+# Pages and pictures of the repository that are part of the site, at the place where they lie there.
+ELSEWHERE = ("CHANGELOG.md", "benchmarks/README.md", "benchmarks/results", "examples/README.md", "examples/pictures",
+             "examples/existing/README.md")  # fmt: skip
+
+
+def on_files(files: Files, config: MkDocsConfig) -> Files:
+    """Add what lies outside of docs/."""
+    for name in ELSEWHERE:
+        path = ROOT / name
+        for file in [path] if path.is_file() else sorted(path.iterdir()):
+            if file.suffix in (".md", ".png", ".svg"):
+                files.append(File.generated(config, file.relative_to(ROOT).as_posix(), abs_src_path=str(file)))
+    return files
+
+
+def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
+    """Fill in what a page takes from elsewhere."""
+    up = "../" * page.file.src_uri.count("/")
+    markdown = re.sub(r"<!-- readme: (.+?) -->", lambda found: section(found[1], up), markdown)
+    markdown = re.sub(r"<!-- papers: (.+?) -->", lambda found: sources(found[1].split()), markdown)
+    return re.sub(r"<!-- messages -->", lambda _: listed(), markdown)
+
+
+def section(heading: str, up: str = "") -> str:
+    """A section of the README without its heading, with links as they are from a page so deep down.
+
+    Raises:
+        PluginError: if there is none.
+    """
+    if heading == "Introduction":
+        text = README.partition("\n\n")[2].partition("\n## ")[0]
+    else:
+        _, found, after = README.partition(f"\n## {heading}\n")
+        if not found:
+            raise PluginError(f"README.md has no section {heading!r}")
+        text = re.split(r"^## ", after, maxsplit=1, flags=re.M)[0]
+    return re.sub(r"\]\((?!https?:|#)", f"]({up}", text.strip())
+
+
+def sources(rooms: list[str]) -> str:
+    """The public names of these rooms whose docstrings name papers."""
+    rows = ["| paper | name | what it is |", "|---|---|---|"]
+    for source in papers.collect():
+        if source.name.partition(".")[0] in rooms:
+            links = ", ".join(f"[{number}](https://arxiv.org/abs/{number})" for number in source.papers)
+            rows.append(f"| {links} | `{source.name}` | {readable(source.about)} |")
+    return "\n".join(rows)
+
+
+def listed() -> str:
+    """All messages, by the part of the package that gives them."""
+    parts = []
+    for room, told in groupby(messages.collect(), key=lambda message: message.room):
+        rows: list[Any] = [f"## {room}", "", "| kind | message |", "|---|---|"]
+        rows += [f"| {each.kind} | {_code(each.text)} |" for each in told]
+        parts.append("\n".join(rows))
+    return "\n\n".join(parts)
+
+
+def _code(text: str) -> str:
+    return f"<code>{html.escape(text).replace('|', '&#124;').replace('*', '&#42;').replace('_', '&#95;')}</code>"
