@@ -163,7 +163,8 @@ def test_parts_on_the_command_line() -> None:
         [
             f"--trainer.strategy={NAME}",
             "--trainer.strategy.local_rule=fed_nova",
-            "--trainer.strategy.server_optimizer={class_path: lightning_fedscale.server.fed_avgm, init_args: {momentum: 0.5}}",
+            "--trainer.strategy.server_optimizer="
+            "{class_path: lightning_fedscale.server.fed_avgm, init_args: {momentum: 0.5}}",
         ],
         run=False,
     )

@@ -84,7 +84,7 @@ def _change_script(folder: Path) -> None:
     script.write_text(text.replace(OLD, NEW))
 
 
-# No test afterwards: the template keeps its network among the hyperparameters, which torch.load refuses from a checkpoint.
+# No test afterwards: the template keeps its network among the hyperparameters, which torch.load refuses to read.
 HYDRA = ["src/train.py", "logger=tensorboard", "seed=1", "test=False"]
 WAYS = {
     "plain": Way(_copy("plain"), ["train.py"], _change_script, ["train.py"]),
