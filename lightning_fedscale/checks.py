@@ -24,13 +24,11 @@ def integer(name: str, value: object, minimum: int = 1, maximum: int | None = No
         Traceback (most recent call last):
         ValueError: levels=1: pass an integer from 2 to 65536
     """
-    remedy = (
-        f"pass an integer of at least {minimum}" if maximum is None else f"pass an integer from {minimum} to {maximum}"
-    )
+    allowed = f"an integer of at least {minimum}" if maximum is None else f"an integer from {minimum} to {maximum}"
     if isinstance(value, bool) or not isinstance(value, numbers.Integral):
-        raise TypeError(f"{name}={value!r}: {remedy}, not {type(value).__name__}")
+        raise TypeError(f"{name}={value!r}: pass {allowed}, not {type(value).__name__}")
     if int(value) < minimum or (maximum is not None and int(value) > maximum):
-        raise ValueError(f"{name}={value}: {remedy}")
+        raise ValueError(f"{name}={value}: pass {allowed}")
     return int(value)
 
 

@@ -17,29 +17,34 @@ from functools import partial
 from importlib import import_module
 from typing import Any
 
-from jsonargparse import ArgumentParser, Namespace
+from jsonargparse import ArgumentParser, Namespace, set_parsing_settings
 from jsonargparse.typing import register_type
 
 from lightning_fedscale.aggregators import Aggregator
 from lightning_fedscale.compressors import Compressor
 from lightning_fedscale.local_rules import LocalRule
 from lightning_fedscale.phases import Detector
+from lightning_fedscale.scaling import Law
 from lightning_fedscale.server import ServerOptimizer
 
 KINDS: tuple[type[Any], ...] = (Aggregator, Compressor, Detector, LocalRule, ServerOptimizer)
 
 
-def _remembering(kind: type[Any]) -> type[Any]:
-    """The same kind of tuple, with room for how it was given, so that configurations can be saved."""
-    return type(kind.__name__, (kind,), {"__module__": __name__, "__doc__": kind.__doc__})
+def _remembering(kind: type[Any], given: dict[str, Any]) -> type[Any]:
+    """The same kind of tuple, whose class knows how it was given, so that configurations can be saved.
 
+    The class, since jsonargparse makes new tuples of the values of those that it is given.
+    """
 
-REMEMBERING = {kind: _remembering(kind) for kind in KINDS}
-globals().update({kind.__name__: made for kind, made in REMEMBERING.items()})  # where pickle looks for them
+    def reduced(part: Any) -> tuple[Any, ...]:
+        return made_by_path, (kind, given)
+
+    return type(kind.__name__, (kind,), {"__doc__": kind.__doc__, "given": given, "__reduce__": reduced})
 
 
 def register() -> None:
-    """Let jsonargparse make parts by the path of their factories."""
+    """Let jsonargparse make parts by the path of their factories, and laws, which are dataclasses, by their classes."""
+    set_parsing_settings(subclasses_enabled=[Law])
     for kind in KINDS:
         register_type(
             kind,
@@ -76,9 +81,7 @@ def made_by_path(kind: type[Any], given: Any) -> Any:
     made = _call(_function(path), path, kind, dict(given.get("init_args") or {}), given.get("dict_kwargs") or {})
     if not isinstance(made, kind):
         raise ValueError(f"class_path={path!r} makes a {type(made).__name__}, not a {kind.__name__}.")
-    remembering = REMEMBERING[kind](*made)
-    remembering.given = dict(given)
-    return remembering
+    return _remembering(kind, dict(given))(*made)
 
 
 def _given(kind: type[Any], value: Any) -> Any:
@@ -107,7 +110,7 @@ def _call(
     parser = ArgumentParser(exit_on_error=False)
     parser.add_function_arguments(function, fail_untyped=False)
     try:
-        arguments = parser.instantiate_classes(parser.parse_object(given))
+        arguments = parser.instantiate(parser.parse_object(given))
     except ArgumentError as error:
         raise ValueError(f"init_args of {path}: {error}") from None
     return function(*several, **arguments.as_dict(), **more)

@@ -35,7 +35,7 @@ def median() -> Aggregator:
 
 
 @told
-def trimmed_mean(trim: float | int) -> Aggregator:
+def trimmed_mean(trim: int | float) -> Aggregator:
     """Every coordinate's mean without its smallest and largest values (Yin et al., arXiv 1803.01498).
 
     **Bears as many attackers as it cuts off at each end**: then every coordinate of the result lies between two honest

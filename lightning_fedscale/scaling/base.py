@@ -53,7 +53,7 @@ class Law(Form):
     Attributes:
         flops_per: FLOPs that one token costs per parameter in training, forward and backward; 6 for transformers and
             multilayer perceptrons, more where weights are used several times.
-        fitted_rho: what division among clients costs, if that was fitted along; else NaN.
+        fitted_rho: what division among clients costs, if that was fitted along.
         problems: why the runs that it was fitted to determine no best size, in words; then none is given.
         spread: how far the published constants may be off, if that is known.
         no_optimum: why the law prefers no size, if it does not.
@@ -63,7 +63,7 @@ class Law(Form):
     spread: ClassVar[Spread | None] = None
     no_optimum: ClassVar[str] = ""
     flops_per: float = field(default=6.0, kw_only=True)
-    fitted_rho: float = field(default=math.nan, kw_only=True, repr=False, compare=False)
+    fitted_rho: float | None = field(default=None, kw_only=True, repr=False, compare=False)
     problems: tuple[str, ...] = field(default=(), kw_only=True, repr=False, compare=False)
 
     def loss(self, params: float, tokens: float) -> float:

@@ -206,7 +206,7 @@ def law_from_file(path: str | Path) -> tuple[Law, float | None]:
             refits = [Refit(each, math.nan if rho is None else rho) for each, rho in document.get("refits", [])]
             law = law.replace(fitted_on=Range(where["task"], **ends), refits=tuple(refits))
         rho = None if document.get("rho") is None else float(document["rho"][0])
-        law = law.replace(problems=tuple(document.get("problems", ())), fitted_rho=math.nan if rho is None else rho)
+        law = law.replace(problems=tuple(document.get("problems", ())), fitted_rho=rho)
     except FileNotFoundError:
         raise ValueError(f"law={str(path)!r}: there is no such file.") from None
     except (AssertionError, KeyError, TypeError, json.JSONDecodeError) as error:

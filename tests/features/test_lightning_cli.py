@@ -124,7 +124,7 @@ def test_privacy_and_buffered_rounds_from_a_file(tmp_path: Path) -> None:
     private = yaml_file(
         tmp_path / "private.yaml", num_clients=4, clients_per_round=2, sampler="poisson",
         privacy=part("privacy.dp_fed_avg", clip_norm=1.0, noise_multiplier=1.0, delta=1e-5,
-                     adaptive={"quantile": 0.7}),
+                     adaptive={"quantile": 0.7, "count_noise": 1.0}),
     )  # fmt: skip
     ran = cli(["fit", f"--config={private}"], save_config_callback=None)
     adaptive = strategy_of(ran)._options.rules.privacy.adaptive  # type: ignore[union-attr]
@@ -232,7 +232,7 @@ HELP = {
     ],
     "callbacks.help=lightning_fedscale.callbacks.ComputeAccounting": [
         "--trainer.callbacks.max_flops MAX_FLOPS stop training at the end of the step, or round,",
-        "(type: Union[float, null], default: null)",
+        "null, default: null)",
     ],
     "callbacks.help=lightning_fedscale.callbacks.CriticalPhase": ["--trainer.callbacks.level {round,step}"],
     "callbacks.help=lightning_fedscale.callbacks.MaxBatchProbe": ["--trainer.callbacks.headroom HEADROOM"],
