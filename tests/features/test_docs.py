@@ -21,7 +21,7 @@ from lightning.pytorch.loggers import CSVLogger
 
 from lightning_fedscale import FederatedStrategy, aggregators, compressors, partitioners, privacy, server
 from lightning_fedscale.callbacks import ComputeAccounting, CriticalPhase, MaxBatchProbe
-from lightning_fedscale.cli import COMMANDS
+from lightning_fedscale.cli import COMMANDS, main
 from lightning_fedscale.cli.arguments import parse
 from lightning_fedscale.devices import Population
 from lightning_fedscale.scaling import plan
@@ -85,6 +85,9 @@ def test_commands_are_understood(command: str, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.syspath_prepend(str(Path.cwd()))
     monkeypatch.delitem(sys.modules, "my_package", raising=False)
     words = shlex.split(command, comments=True)
+    if words[1] == "train":  # a Hydra application: the configuration that it would run with, the first one of a sweep
+        assert main([*(word.partition(",")[0] for word in words[1:] if word != "-m"), "--cfg", "job"]) == 0
+        return
     name, _ = parse(COMMANDS, words[1:])
     assert name == words[1]
 
