@@ -74,14 +74,17 @@ def _overrides(arguments: Sequence[str]) -> list[str]:
 
     Example:
         >>> _overrides(["model._target_=my.Module", "model.depth=2,4", "-m", "strategy.num_clients=3"])
-        ['-m', '++model._target_=my.Module', '++model.depth=2,4', 'strategy.num_clients=3', 'model=own']
+        ['-m', 'model=own', '++model._target_=my.Module', '++model.depth=2,4', 'strategy.num_clients=3']
+        >>> _overrides(["--cfg", "job", "model._target_=my.Module"])
+        ['--cfg', 'job', 'model=own', '++model._target_=my.Module']
     """
     own = dict.fromkeys(found[1] for each in arguments if (found := _OWN.match(each)))
     chosen = {each.partition("=")[0] for each in arguments}
     groups = [f"{name}=own" for name in own if name not in chosen]
     flags = [each for each in arguments if each in ("-m", "--multirun")]  # argparse wants none between overrides
     others = [f"++{each}" if _FREE.match(each) else each for each in arguments if each not in flags]
-    return [*flags, *others, *groups]
+    first = next((i for i, each in enumerate(others) if "=" in each and not each.startswith("-")), len(others))
+    return [*flags, *others[:first], *groups, *others[first:]]
 
 
 def _run(config: DictConfig) -> float | None:
