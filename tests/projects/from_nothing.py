@@ -96,7 +96,7 @@ WAYS = {
     "hydra": Way(
         _write_template, HYDRA, lambda folder: None,
         [*HYDRA, "hydra.searchpath=[pkg://lightning_fedscale.conf]", "+trainer/strategy=federated",
-         "trainer.strategy.num_clients=20", "trainer.max_epochs=30",
+         "trainer.strategy.num_clients=20", "trainer.max_epochs=100",
          "+callbacks.accounting._target_=lightning_fedscale.callbacks.ComputeAccounting",
          "+callbacks.accounting.law=Chinchilla"],
     ),
