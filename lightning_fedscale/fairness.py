@@ -30,6 +30,18 @@ class Spread(NamedTuple):
     jain: float
 
 
+def part_of_spread(name: str) -> tuple[str, str] | None:
+    """Which value's spread, and which part of it, a name says that `ClientMetrics` logged; None for other names.
+
+    Example:
+        >>> part_of_spread("clients/val/acc/worst10"), part_of_spread("clients/evaluated"), part_of_spread("val_acc")
+        (('clients/val/acc', 'worst10'), None, None)
+    """
+    value, _, part = name.rpartition("/")
+    is_one = value.startswith(("clients/", "personal/")) and part in Spread._fields
+    return (value, part) if is_one else None
+
+
 def spread(values: Sequence[float], weights: Sequence[float], *, higher_is_better: bool) -> Spread:
     """How a value is spread over clients.
 

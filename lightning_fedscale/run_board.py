@@ -9,6 +9,7 @@ from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 
 from lightning_fedscale.arguments import Arguments
+from lightning_fedscale.fairness import part_of_spread
 from lightning_fedscale.loggers import FIRST, Layout, add_hparams, lay_out, log_settings, show, shows_figures
 from lightning_fedscale.partitioners import (
     FinishedPartitioner,
@@ -122,4 +123,6 @@ class RunBoard(Callback):
 
 
 def _is_compared(name: str) -> bool:
+    if (of_clients := part_of_spread(name)) is not None:
+        return of_clients[1] in ("mean", "worst10")
     return name in _COMPARED or name.partition("/")[0] not in NAMESPACES

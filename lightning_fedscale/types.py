@@ -17,7 +17,7 @@ Params: TypeAlias = Mapping[str, Tensor]
 IntArray: TypeAlias = npt.NDArray[np.int64]
 FloatArray: TypeAlias = npt.NDArray[np.float64]
 
-NAMESPACES = ("round", "client", "phase", "probe", "compute")
+NAMESPACES = ("round", "client", "clients", "personal", "phase", "probe", "compute")
 """What the names of logged values begin with that are not the user's."""
 
 Cursor: TypeAlias = tuple[int, int]

@@ -27,6 +27,7 @@ else:
 ROOT = Path(__file__).resolve().parents[1]
 FOLDER = ROOT / ".compat"
 TABLE = ROOT / "benchmarks" / "results" / "compat.md"
+RESULTS = TABLE.with_suffix(".json")
 PROJECT: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text("utf8"))["project"]
 
 TOOLS = ["hypothesis>=6.100", "pytest>=8.0", "pytest-timeout>=2.3", "scikit-learn>=1.5"]
@@ -225,13 +226,14 @@ def main() -> int:
         print(f"{', '.join(unknown)}: no such row; there are {', '.join(MATRIX)}", file=sys.stderr)
         return 2
     FOLDER.mkdir(exist_ok=True)
-    kept = FOLDER / "results.json"
     for name in wanted:
         result = check(name, MATRIX[name])
-        results = json.loads(kept.read_text()) if kept.exists() else {}  # read anew: another row may be running
+        results = (
+            json.loads(RESULTS.read_text("utf8")) if RESULTS.exists() else {}
+        )  # read anew: another row may be running
         results[name] = result
-        kept.write_text(json.dumps(results, indent=1))
-        TABLE.write_text(table(results))
+        RESULTS.write_text(json.dumps(results, indent=1) + "\n", "utf8")
+        TABLE.write_text(table(results), "utf8")
         print(f"  {result['outcome']}", flush=True)
     return int(any(result.get("failed") for name, result in results.items() if name in wanted))
 

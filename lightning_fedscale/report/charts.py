@@ -7,8 +7,9 @@ from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
+import pandas as pd
 
-from lightning_fedscale.report.facts import is_metric, kind_of
+from lightning_fedscale.report.facts import clients, is_metric, kind_of
 from lightning_fedscale.report.run import Run, Series, along
 
 if TYPE_CHECKING:
@@ -67,6 +68,17 @@ def client_charts(run: Run) -> list[Picture]:
     """What was logged of clients, a chart for each name."""
     names = [name for name in run.scalars if name.startswith("client/")]
     return _charts(run, {name: (name.removeprefix("client/"), (name,)) for name in names})
+
+
+def spread_charts(run: Run) -> list[Picture]:
+    """How a value is spread over clients: their mean, and the worst and the best tenth of them."""
+    found = []
+    for name in clients(run):
+        parts = {part: run.scalars.get(f"{name}/{part}") for part in ("mean", "worst10", "best10")}
+        known = {part: values for part, values in parts.items() if values is not None}
+        if len(known) == len(parts):
+            found.append(_spread(run, name, pd.DataFrame(known).dropna()))
+    return found
 
 
 def phase_charts(run: Run) -> list[Picture]:
@@ -133,6 +145,15 @@ def _chart(run: Run, title: str, label: str, curves: Mapping[str, Series[float]]
     batches = title.startswith("client/") and _counts_batches(run, curves.values())
     axes.set(xlabel="local batch" if batches else run.unit, ylabel=label)
     return Picture(title, _svg(figure), "svg")
+
+
+def _spread(run: Run, name: str, parts: pd.DataFrame) -> Picture:
+    figure = _figure(1)
+    axes = figure.subplots()
+    axes.fill_between(parts.index, parts["worst10"], parts["best10"], color="tab:blue", alpha=0.15, linewidth=0)
+    _draw(axes, {"mean": parts["mean"], "worst tenth": parts["worst10"], "best tenth": parts["best10"]})
+    axes.set(xlabel=run.unit, ylabel=name.partition("/")[2])
+    return Picture(name, _svg(figure), "svg")
 
 
 def _counts_batches(run: Run, curves: Iterable[Series[float]]) -> bool:

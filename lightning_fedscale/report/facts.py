@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from lightning_fedscale.fairness import part_of_spread
 from lightning_fedscale.report.run import Run, Series
 from lightning_fedscale.types import NAMESPACES
 
@@ -19,6 +20,7 @@ def facts(run: Run) -> dict[str, Any]:
         "run": str(run.folder),
         f"{run.unit}s": steps(run),
         "metrics": metrics(run),
+        "clients": clients(run),
         "costs": costs(run),
         "phases": phases(run),
         "position": position(run),
@@ -72,6 +74,15 @@ def kind_of(name: str) -> str:
     return "_".join(words) or name
 
 
+def clients(run: Run) -> dict[str, dict[str, float]]:
+    """How the values that `ClientMetrics` took are spread over clients in the end."""
+    found: dict[str, dict[str, float]] = {}
+    for name, values in run.scalars.items():
+        if (of := part_of_spread(name)) is not None:
+            found.setdefault(of[0], {})[of[1]] = float(values.iloc[-1])
+    return found
+
+
 def costs(run: Run) -> dict[str, float]:
     """What the run cost; of the ledger of `ComputeAccounting` where there is one, else as far as rounds told it."""
     ledger, by_purpose = run.position, run.position.get("flops_by_purpose", {})
@@ -108,11 +119,11 @@ def phases(run: Run) -> dict[str, Any]:
 
 def position(run: Run) -> dict[str, Any]:
     """Where the run stands under a law; nothing without a law."""
-    names = ("law", "rho", "params", "optimal_params", "low", "high", "size_ratio", "predicted_loss", "optimal_loss",
-             "excess_loss", "catch_up", "advice")  # fmt: skip
+    names = ("law", "rho", "params", "optimal_params", "optimal_params_95", "low", "high", "size_ratio",
+             "predicted_loss", "optimal_loss", "excess_loss", "catch_up", "advice")  # fmt: skip
     if run.position.get("law") is None:
         return {}
-    return {name: run.position[name] for name in names if run.position.get(name) is not None}
+    return {name: run.position[name] for name in names if run.position.get(name) not in (None, [None, None])}
 
 
 def _sum(run: Run, name: str) -> float | None:

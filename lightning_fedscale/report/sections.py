@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any, NamedTuple
 
+from lightning_fedscale.fairness import Spread
 from lightning_fedscale.memory import format_bytes
 from lightning_fedscale.report.charts import (
     Picture,
@@ -13,8 +14,9 @@ from lightning_fedscale.report.charts import (
     phase_charts,
     position_chart,
     round_charts,
+    spread_charts,
 )
-from lightning_fedscale.report.facts import costs, metrics, phases, position, steps
+from lightning_fedscale.report.facts import clients, costs, metrics, phases, position, steps
 from lightning_fedscale.report.run import Run
 
 _COSTS = {
@@ -45,6 +47,7 @@ _POSITION = {
     "rho": "rho, what division among clients costs",
     "params": "Parameters",
     "optimal_params": "Best size for this compute",
+    "optimal_params_95": "  between, by the law's constants (95 %)",
     "low": "  within 1 % of its loss, from",
     "high": "  to",
     "size_ratio": "Times too large",
@@ -52,6 +55,15 @@ _POSITION = {
     "optimal_loss": "  of the best size",
     "excess_loss": "  difference",
     "catch_up": "Times the compute that would make this size the best",
+}
+
+_SPREAD = {
+    "mean": "mean",
+    "weighted_mean": "weighted by samples",
+    "worst10": "worst tenth",
+    "best10": "best tenth",
+    "std": "standard deviation",
+    "jain": "Jain's index",
 }
 
 
@@ -133,12 +145,16 @@ def _phases(run: Run) -> Section:
 def _position(run: Run) -> Section:
     found = position(run)
     advice = str(found.get("advice", ""))
-    rows = [(label, number(found[name])) for name, label in _POSITION.items() if name in found]
+    rows = [(label, _range(found[name])) for name, label in _POSITION.items() if name in found]
     pictures = _logged(run, "compute/")
     if not pictures and (drawn := position_chart(found)):
         pictures = [drawn]
     text = (f"{advice[0].upper()}{advice[1:]}.",) if advice else ()
     return Section("Is the model of the right size?", text, (("", ""), *rows) if rows else (), tuple(pictures))
+
+
+def _range(value: Any) -> str:
+    return " to ".join(map(number, value)) if isinstance(value, list) else number(value)
 
 
 def _costs(run: Run) -> Section:
@@ -152,7 +168,11 @@ def _rounds(run: Run) -> Section:
 
 
 def _clients(run: Run) -> Section:
-    return Section("Clients", pictures=(*_logged(run, "client/"), *client_charts(run)))
+    found = clients(run)
+    rows = [(name, *(number(of.get(part)) for part in Spread._fields)) for name, of in found.items()]
+    head = ("", *(_SPREAD[part] for part in Spread._fields))
+    pictures = (*spread_charts(run), *_logged(run, "client/"), *client_charts(run))
+    return Section("Clients", rows=(head, *rows) if rows else (), pictures=pictures)
 
 
 def _probe(run: Run) -> Section:

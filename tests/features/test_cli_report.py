@@ -13,8 +13,9 @@ import pytest
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 
 from lightning_fedscale import FederatedStrategy, cli
-from lightning_fedscale.callbacks import ComputeAccounting, CriticalPhase, MaxBatchProbe
+from lightning_fedscale.callbacks import ClientMetrics, ComputeAccounting, CriticalPhase, MaxBatchProbe
 from lightning_fedscale.report import facts, read_run, write_page
+from lightning_fedscale.report.sections import number
 from lightning_fedscale.scaling import Rosenfeld
 from tests.features.test_cli_sweep import Data, Net
 
@@ -50,8 +51,12 @@ def ran(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
     folder = tmp_path_factory.mktemp("logs")
     records, phase, accounting = Records(), CriticalPhase(action="observe"), ComputeAccounting(law=LAW)
     probe = MaxBatchProbe(budget="1GiB", apply=False)
-    trainer = train(request.param(folder, name="run"), records, phase, accounting, probe)
-    said = {"trainer": trainer, "records": records, "phase": phase, "accounting": accounting, "probe": probe}
+    watch = ClientMetrics()
+    trainer = train(request.param(folder, name="run"), records, phase, accounting, probe, watch)
+    said = {
+        "trainer": trainer, "records": records, "phase": phase, "accounting": accounting, "probe": probe,
+        "clients": watch,
+    }  # fmt: skip
     return folder, said
 
 
@@ -79,6 +84,10 @@ def test_numbers_are_those_of_the_run(
     assert [tuple(span) for span in found["phases"]["spans"]] == [tuple(span) for span in said["phase"].record.spans]
     assert found["probe"]["max_batch"] == said["probe"].result.max_batch
     assert found["page"] == str(tmp_path / "out" / "page.html")
+    assert found["clients"]["clients/val_loss"] == pytest.approx(
+        said["clients"].last.spread("val_loss")._asdict(), rel=1e-5
+    )
+    assert set(found["metrics"]) == {"val_loss", "round/loss"}
     # Lists of a page that a machine reads hold numbers, or nothing.
     assert "NaN" not in json.dumps(found)
 
@@ -86,7 +95,8 @@ def test_numbers_are_those_of_the_run(
 def test_the_page_holds_everything(ran: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
     folder, said = ran
     page = write_page(read_run(folder), tmp_path / "page.html").read_text("utf-8")
-    titles = ("Metrics", "Critical phases", "Is the model of the right size?", "What it cost", "How large a batch fits")
+    titles = ("Metrics", "Critical phases", "Is the model of the right size?", "What it cost", "How large a batch fits",
+              "Clients")  # fmt: skip
     for title in titles:
         assert f"<h2>{title}</h2>" in page
     assert said["accounting"].position.advice()[1:] in page
@@ -99,6 +109,17 @@ def test_the_page_holds_everything(ran: tuple[Path, dict[str, Any]], tmp_path: P
     assert not re.findall(r'(?:src|href)="(?!data:)', page)
     drawn = "".join(base64.b64decode(data).decode() for kind, data in pictures if kind == "svg+xml")
     assert "training FLOPs" in drawn
+    assert "worst tenth" in drawn
+    assert "<th>worst tenth</th>" in page
+
+
+def test_the_interval_of_the_best_size_is_shown(tmp_path: Path) -> None:
+    train(CSVLogger(tmp_path, name="run"), ComputeAccounting(law="Chinchilla"), rounds=2)
+    run = read_run(tmp_path)
+    low, high = facts(run)["position"]["optimal_params_95"]
+    assert low < facts(run)["position"]["optimal_params"] < high
+    page = write_page(run, tmp_path / "page.html").read_text("utf-8")
+    assert f"<td>{number(low)} to {number(high)}</td>" in page
 
 
 def test_markdown_has_its_pictures_beside_it(ran: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:

@@ -18,12 +18,14 @@ from xml.etree import ElementTree
 import pytest
 import yaml
 from lightning.pytorch.loggers import CSVLogger
+from torch import Tensor, nn
 
 from lightning_fedscale import FederatedStrategy, aggregators, compressors, partitioners, privacy, server
-from lightning_fedscale.callbacks import ComputeAccounting, CriticalPhase, MaxBatchProbe
+from lightning_fedscale.callbacks import ClientMetrics, ComputeAccounting, CriticalPhase, MaxBatchProbe
 from lightning_fedscale.cli import COMMANDS, main
 from lightning_fedscale.cli.arguments import parse
 from lightning_fedscale.devices import Population
+from lightning_fedscale.fairness import Spread
 from lightning_fedscale.scaling import plan
 from tests.features import executed
 from tests.laws import reference
@@ -32,7 +34,7 @@ ROOT = executed.ROOT
 DOCS = ROOT / "docs"
 PAGES = sorted(path.relative_to(DOCS).as_posix() for path in DOCS.rglob("*.md"))
 WITH_CODE = [page for page in PAGES if executed.blocks(DOCS / page)]
-NAMESPACES = "round|client|probe|phase|compute"
+NAMESPACES = "round|client|clients|personal|probe|phase|compute"
 
 
 def tool(name: str) -> ModuleType:
@@ -170,7 +172,9 @@ def test_every_logged_name_of_the_code_is_on_the_page() -> None:
 def test_the_page_names_nothing_else() -> None:
     known = names_in_code()
     statistics = {f"phase/{name}" for name in ("relative_change", "cumulative_sum")}
-    assert documented() - known <= statistics
+    spreads = {f"{model}/{{}}/{part}" for model in ("clients", "personal") for part in (*Spread._fields, "worst")}
+    counts = {"clients/evaluated", "personal/evaluated"}
+    assert documented() - known <= statistics | spreads | counts
 
 
 STRATEGIES: dict[str, Callable[[], dict[str, Any]]] = {
@@ -183,16 +187,24 @@ STRATEGIES: dict[str, Callable[[], dict[str, Any]]] = {
 }  # fmt: skip
 
 
+class Validated(reference.Classifier):
+    """The reference module with a metric of its own."""
+
+    def validation_step(self, batch: list[Tensor], batch_idx: int) -> None:
+        self.log("val_loss", nn.functional.cross_entropy(self.net(batch[0]), batch[1]))
+
+
 @pytest.mark.parametrize("kind", STRATEGIES)
 def test_what_a_run_logs_is_on_the_page(kind: str) -> None:
     logger = CSVLogger("logs")
     callbacks = [MaxBatchProbe(budget="1GiB", device_classes=["phone"], apply=False), CriticalPhase(action="observe"),
-                 ComputeAccounting(law="Chinchilla", max_flops=1e12)]  # fmt: skip
+                 ComputeAccounting(law="Chinchilla", max_flops=1e12), ClientMetrics()]  # fmt: skip
     run = reference.quiet_trainer(
         max_epochs=3, logger=logger, log_every_n_steps=1, callbacks=callbacks,
         strategy=FederatedStrategy(num_clients=6, executor="sequential", **STRATEGIES[kind]()),
     )  # fmt: skip
-    run.fit(reference.make_module(), reference.loader(reference.dataset()))
+    data = reference.dataset()
+    run.fit(Validated(), reference.loader(data), reference.loader(data, shuffle=False))
     table = Path(logger.log_dir, "metrics.csv").read_text()
     logged = {name for name in table.splitlines()[0].split(",") if re.match(rf"(?:{NAMESPACES})/", name)}
     assert len(logged) > 20

@@ -20,7 +20,7 @@ from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 from torch.utils.data import DataLoader, Dataset
 
 from lightning_fedscale import FederatedStrategy, compressors, local_rules, privacy, server
-from lightning_fedscale.callbacks import ComputeAccounting, CriticalPhase, MaxBatchProbe
+from lightning_fedscale.callbacks import ClientMetrics, ComputeAccounting, CriticalPhase, MaxBatchProbe
 from lightning_fedscale.cli.digits import Classifier, Digits
 from lightning_fedscale.partitioners import DirichletPartitioner, Partition
 from lightning_fedscale.scaling import Rosenfeld, read_logs
@@ -158,8 +158,10 @@ def test_words_for_what_has_no_numbers(tmp_path: Path) -> None:
 
 def test_hparams_show_the_users_metrics_and_no_placeholder(tmp_path: Path) -> None:
     logger = TensorBoardLogger(tmp_path)
-    train(logger, ComputeAccounting(law=LAW))
+    train(logger, ComputeAccounting(law=LAW), ClientMetrics())
     shown = {info.name.tag for info in hparams(logger.log_dir, "experiment").metric_infos}
+    of_clients = {"clients/val_accuracy/worst10", "clients/val_accuracy/mean"}
+    assert {name for name in shown if name.startswith("clients/val_accuracy")} == of_clients
     assert {"val_loss", "val_accuracy", "round/loss", "compute/size_ratio", "compute/flops_total"} <= shown
     assert not shown & {"hp_metric", "round/seconds", "compute/tokens"}
     scalars = read_logs(logger.log_dir).scalars
