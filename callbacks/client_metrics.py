@@ -15,7 +15,7 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning_fedscale import checks, collectives, randomness
 from lightning_fedscale.callbacks.client_metrics_data import Loaders, OwnData, own_data
 from lightning_fedscale.callbacks.client_metrics_ranks import ClientTable
-from lightning_fedscale.callbacks.client_metrics_report import ClientReport, lay_out_clients, show_clients
+from lightning_fedscale.callbacks.client_metrics_report import ClientReport, draw_clients, lay_out_clients, show_clients
 from lightning_fedscale.callbacks.client_metrics_twin import Found, ValidationTwin
 from lightning_fedscale.executors import Transfer
 from lightning_fedscale.loggers import publish, send
@@ -38,7 +38,7 @@ class ClientMetrics(Callback):
     (mean of the worst and of the best tenth of the clients), ``std``, and Jain's fairness index ``jain``
     (`lightning_fedscale.fairness`); ``clients/evaluated`` is how many were. They can be monitored:
     ``ModelCheckpoint(monitor="clients/val_acc/worst10", mode="max")``. TensorBoard also gets a histogram over clients,
-    a table of the ten worst, and a chart of the mean between both tenths.
+    a table of the ten worst, a chart of the mean between both tenths, and in the end a figure of all clients.
 
     **Whose data.** The Trainer's validation set is divided as the training data are: each client gets of every label
     the share that it has of the training samples, with natural ids the samples of its id. Partitioners that look at no
@@ -173,6 +173,11 @@ class ClientMetrics(Callback):
         if record.round == 0 or (record.round + 1) % self._every == 0:
             self.last = self._evaluate(trainer, pl_module, record.round)
             self._show(trainer, self.last)
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Draw the last evaluation."""
+        if self.last is not None:
+            draw_clients(trainer, self.last, self._namespace)
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         """As `teardown`, which the Trainer leaves out then."""

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import lightning.pytorch as pl
 import numpy as np
 import torch
 
-from lightning_fedscale.fairness import Spread, spread
-from lightning_fedscale.loggers import lay_out, writers
+from lightning_fedscale.fairness import TAIL, Spread, spread
+from lightning_fedscale.loggers import lay_out, show, shows_figures, writers
 from lightning_fedscale.types import FloatArray, IntArray
 
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
 _SHOWN = 10
-"""Clients in the table of the worst ones."""
+"""Clients that are named in the table and the figure of the worst ones."""
 
 
 @dataclass(frozen=True)
@@ -51,6 +54,26 @@ class ClientReport:
         badness = -values if self.higher_is_better[metric] else values
         order = np.argsort(-np.where(np.isfinite(values), badness, np.inf), kind="stable")[:count]
         return [(int(self.clients[i]), int(self.samples[i]), float(values[i])) for i in order]
+
+    def plot(self, metric: str) -> Figure:
+        """Every client's value, the worst one first, with the worst tenth and the mean; numbers name the worst ten."""
+        from matplotlib.figure import Figure
+
+        values = self.values[metric][np.isfinite(self.values[metric])]
+        clients = self.clients[np.isfinite(self.values[metric])]
+        order = np.argsort(values if self.higher_is_better[metric] else -values, kind="stable")
+        places = np.arange(len(order))
+        figure = Figure(figsize=(6, 4), layout="constrained")
+        axes = figure.subplots()
+        axes.fill_between(places, values[order], step="mid", color="tab:blue", alpha=0.3)
+        axes.plot(places, values[order], drawstyle="steps-mid", color="tab:blue", label="client")
+        tail = slice(0, max(1, int(TAIL * len(order))))
+        axes.plot(places[tail], values[order][tail], "o", color="tab:red", label="worst tenth")
+        axes.axhline(float(values.mean()), color="black", linestyle=":", label="mean")
+        axes.set_xticks(places[:_SHOWN], list(map(str, clients[order][:_SHOWN].tolist())), rotation=90)
+        axes.set(xlabel="clients, the worst first", ylabel=metric, title=f"after round {self.round:,}")
+        axes.legend(frameon=False)
+        return figure
 
     def metrics(self, namespace: str) -> dict[str, float]:
         """What is logged."""
@@ -88,6 +111,13 @@ def show_clients(trainer: pl.Trainer, report: ClientReport, namespace: str) -> N
             writer.add_histogram(f"{namespace}/{metric}", known, step)
         for writer in writers(trainer, "add_text"):
             writer.add_text(f"{namespace}/{metric}/worst", _table(metric, report.worst(metric)), step)
+
+
+def draw_clients(trainer: pl.Trainer, report: ClientReport, namespace: str) -> None:
+    """A figure of all clients, for each metric."""
+    for metric, values in report.values.items() if shows_figures(trainer) else ():
+        if np.isfinite(values).any():
+            show(trainer, f"{namespace}/{metric}", report.plot(metric))
 
 
 def lay_out_clients(trainer: pl.Trainer, report: ClientReport, namespace: str) -> None:

@@ -36,7 +36,8 @@ _LAYOUT: Layout = {
     "MaxBatchProbe": {
         "largest batch": ["Multiline", ["probe/max_batch", "probe/batch_size$", "probe/best_batch$"]],
         "memory": ["Multiline", ["probe/budget_bytes$", "probe/predicted_bytes$", "probe/measured_bytes$"]],
-        "seconds of a step": ["Multiline", ["probe/step_fixed_seconds$", "probe/step_seconds_per_sample$"]],
+        "seconds of a step beside its samples": ["Multiline", ["probe/step_fixed_seconds$"]],
+        "seconds of a sample": ["Multiline", ["probe/step_seconds_per_sample$"]],
     }
 }
 
@@ -197,7 +198,9 @@ class MaxBatchProbe(Callback):
             logger.log_metrics(metrics, step=trainer.global_step)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Show time against batch size, where it could be told."""
+        """Draw what was found up to here, and time against batch size where it could be told."""
+        if self.result is not None:
+            self._log(trainer, self.result)  # TensorBoard's charts show nothing of a single value
         if not self.times.measurements or not (step := self.times.fit()).identified:
             return
         rank_zero_info(
@@ -385,10 +388,14 @@ class MaxBatchProbe(Callback):
             result = ProbeResult(**{**result.state_dict(), **agreed})
         return result
 
-    def _report(self, trainer: pl.Trainer, result: ProbeResult) -> None:
+    def _log(self, trainer: pl.Trainer, result: ProbeResult) -> dict[str, float]:
         metrics = result.metrics()
         for logger in trainer.loggers:
             logger.log_metrics(metrics, step=trainer.global_step)
+        return metrics
+
+    def _report(self, trainer: pl.Trainer, result: ProbeResult) -> None:
+        metrics = self._log(trainer, result)
         lay_out(trainer, _LAYOUT)
         if self.model is not None and shows_figures(trainer):
             budgets = {"budget": result.budget, "with headroom": int(result.budget * (1 - result.headroom))}

@@ -11,7 +11,7 @@ import lightning.pytorch as pl
 import torch
 from lightning.fabric.utilities.logger import _convert_params, _flatten_dict
 from lightning.pytorch.core.saving import save_hparams_to_yaml
-from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger, WandbLogger
+from lightning.pytorch.loggers import CSVLogger, Logger, MLFlowLogger, TensorBoardLogger, WandbLogger
 from lightning.pytorch.loggers.logger import DummyLogger
 
 if TYPE_CHECKING:
@@ -47,18 +47,20 @@ def publish(trainer: pl.Trainer, metrics: dict[str, float]) -> None:
 
 
 def show(trainer: pl.Trainer, tag: str, figure: Figure) -> None:
-    """Give a figure to the loggers that take one: of TensorBoard's kind, and of W&B's."""
+    """Give a figure to the loggers that take one: of TensorBoard's kind, W&B's and MLflow's."""
     for writer in writers(trainer, "add_figure"):
         writer.add_figure(tag, figure, trainer.global_step)
     for logger in _loggers(trainer):
         if isinstance(logger, WandbLogger):
             logger.log_image(tag, [figure])
+        if isinstance(logger, MLFlowLogger):
+            logger.experiment.log_figure(logger.run_id, figure, f"{tag}.png")
 
 
 def shows_figures(trainer: pl.Trainer) -> bool:
     """Whether a figure would be seen by anybody."""
-    of_wandb = any(isinstance(logger, WandbLogger) for logger in _loggers(trainer))
-    return of_wandb or next(writers(trainer, "add_figure"), None) is not None
+    by_their_own_way = any(isinstance(logger, WandbLogger | MLFlowLogger) for logger in _loggers(trainer))
+    return by_their_own_way or next(writers(trainer, "add_figure"), None) is not None
 
 
 def _loggers(trainer: pl.Trainer) -> list[Logger]:

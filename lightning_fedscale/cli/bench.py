@@ -20,11 +20,11 @@ from rich.console import Console
 from rich.table import Table
 from torch.utils.data import DataLoader
 
+from lightning_fedscale.checks import integer
 from lightning_fedscale.cli.digits import Classifier, Digits
 from lightning_fedscale.cli.projects import train_loader
 from lightning_fedscale.executors import ClientLoader
 from lightning_fedscale.partitioners import IidPartitioner, Partition
-from lightning_fedscale.partitioners.checks import integer
 from lightning_fedscale.rounds import pass_order, steps_from
 from lightning_fedscale.strategy import FederatedStrategy
 from lightning_fedscale.sweep import quiet

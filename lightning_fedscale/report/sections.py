@@ -171,7 +171,8 @@ def _clients(run: Run) -> Section:
     found = clients(run)
     rows = [(name, *(number(of.get(part)) for part in Spread._fields)) for name, of in found.items()]
     head = ("", *(_SPREAD[part] for part in Spread._fields))
-    pictures = (*spread_charts(run), *_logged(run, "client/"), *client_charts(run))
+    drawn = [picture for namespace in ("client/", "clients/", "personal/") for picture in _logged(run, namespace)]
+    pictures = (*spread_charts(run), *drawn, *client_charts(run))
     return Section("Clients", rows=(head, *rows) if rows else (), pictures=pictures)
 
 

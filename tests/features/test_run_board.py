@@ -13,7 +13,7 @@ import pytest
 import torch
 import yaml
 from lightning.pytorch.callbacks import LearningRateFinder
-from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger, WandbLogger
+from lightning.pytorch.loggers import CSVLogger, Logger, MLFlowLogger, TensorBoardLogger, WandbLogger
 from tensorboard.backend.event_processing.plugin_event_accumulator import EventAccumulator
 from tensorboard.plugins.custom_scalar.layout_pb2 import Layout
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
@@ -100,6 +100,28 @@ class WithImages(Kept, WandbLogger):
     def log_image(self, key: str, images: list[Any], step: int | None = None, **kwargs: Any) -> None:
         assert all(hasattr(image, "savefig") for image in images)
         self.images.add(key)
+
+    def finalize(self, status: str) -> None:
+        pass
+
+
+class WithFigures(Kept, MLFlowLogger):
+    """As MLflow's, whose client takes figures by `log_figure`."""
+
+    run_id = "run"
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.images: set[str] = set()
+
+    @property
+    def experiment(self) -> Any:
+        return self
+
+    def log_figure(self, run_id: str, figure: Any, artifact_file: str) -> None:
+        assert run_id == self.run_id
+        assert hasattr(figure, "savefig")
+        self.images.add(artifact_file.removesuffix(".png"))
 
     def finalize(self, status: str) -> None:
         pass
@@ -216,20 +238,24 @@ def test_what_the_user_gives_to_hparams_comes_first(tmp_path: Path) -> None:
 
 
 def test_all_loggers_get_the_same_scalars(tmp_path: Path) -> None:
-    board, table, kept, images = TensorBoardLogger(tmp_path, "tb"), CSVLogger(tmp_path, "csv"), Kept(), WithImages()
-    callbacks = [MaxBatchProbe(budget="1GiB", apply=False), CriticalPhase(action="observe"), ComputeAccounting(law=LAW)]
-    train([board, table, kept, images], *callbacks, module=Chatty(), rounds=6, client_log_every_n=2)
+    board, table, kept = TensorBoardLogger(tmp_path, "tb"), CSVLogger(tmp_path, "csv"), Kept()
+    of_wandb, of_mlflow = WithImages(), WithFigures()
+    callbacks = [MaxBatchProbe(budget="1GiB", apply=False), CriticalPhase(action="observe"), ComputeAccounting(law=LAW),
+                 ClientMetrics()]  # fmt: skip
+    train([board, table, kept, of_wandb, of_mlflow], *callbacks, module=Chatty(), rounds=6, client_log_every_n=2)
     written = set(read_logs(table.log_dir).scalars)
-    for namespace in ("round", "client", "phase", "probe", "compute"):
+    for namespace in ("round", "client", "clients", "phase", "probe", "compute"):
         assert any(name.startswith(f"{namespace}/") for name in written)
-    assert kept.names - {"epoch"} == written == images.names - {"epoch"}
+    for logger in (kept, of_wandb, of_mlflow):
+        assert logger.names - {"epoch"} == written
     curves = {name for name in read_logs(board.log_dir).scalars if name.startswith("compute/loss_by_")}
     assert set(read_logs(board.log_dir).scalars) - curves == written
     for name, values in read_logs(board.log_dir).scalars.items():
         if name not in curves:
             assert values.to_numpy() == pytest.approx(read_logs(table.log_dir).scalars[name].to_numpy(), rel=1e-5)
-    assert {"client/labels", "phase/course", "compute/position", "probe/memory"} <= images.images
-    assert images.images == set(read_logs(board.log_dir).pictures)
+    figures = {"client/labels", "clients/val_loss", "phase/course", "compute/position", "probe/memory"}
+    assert figures <= of_wandb.images
+    assert of_wandb.images == of_mlflow.images == set(read_logs(board.log_dir).pictures)
 
 
 # ---- layouts and figures

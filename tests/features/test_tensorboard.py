@@ -14,7 +14,7 @@ import pytest
 from lightning.pytorch.loggers import TensorBoardLogger
 
 from lightning_fedscale import FederatedStrategy
-from lightning_fedscale.callbacks import ComputeAccounting, CriticalPhase, MaxBatchProbe
+from lightning_fedscale.callbacks import ClientMetrics, ComputeAccounting, CriticalPhase, MaxBatchProbe
 from lightning_fedscale.report import read_run, write_page
 from lightning_fedscale.scaling import Rosenfeld
 from tests.browser import MISSING, Browser, wait
@@ -27,11 +27,12 @@ DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
 @pytest.fixture(scope="module")
 def shown(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, Path]]:
-    """TensorBoard over a run with three callbacks that lay out charts."""
+    """TensorBoard over a run with the callbacks that lay out charts."""
     folder, port = tmp_path_factory.mktemp("logs"), free_port()
     accounting = ComputeAccounting(law=Rosenfeld(E=0.6, A=3.0, B=8.0, alpha=0.4, beta=0.35))
     run = trainer(
-        MaxBatchProbe(budget="1GiB", apply=False), CriticalPhase(action="observe"), accounting, max_epochs=25,
+        MaxBatchProbe(budget="1GiB", apply=False), CriticalPhase(action="observe"), accounting, ClientMetrics(),
+        max_epochs=25,
         logger=TensorBoardLogger(folder, name="run"), strategy=FederatedStrategy(num_clients=7, executor="sequential"),
     )  # fmt: skip
     run.fit(Net(), data(200), data(50))
@@ -78,9 +79,11 @@ def test_rounds_and_callbacks_have_their_charts_and_the_margin_is_drawn(
 ) -> None:
     browser.open(f"{address}#custom_scalars")
     wait(lambda: "parameters in the optimal band" in browser.text())
-    wait(lambda: browser.count("path.area") == 1)  # the band; where steps do not match, TensorBoard draws none
+    wait(
+        lambda: browser.count("path.area") == 2
+    )  # the band, and the spread of clients; where steps do not match, TensorBoard draws none
     text = browser.text()
-    categories = ("Rounds", "ComputeAccounting", "CriticalPhase", "MaxBatchProbe")
+    categories = ("Rounds", "ComputeAccounting", "CriticalPhase", "MaxBatchProbe", "ClientMetrics: clients")
     for title in (*categories, "distance of clients", "loss against compute", "gradient norm", "largest batch"):
         assert title in text
     assert "do not match" not in text
@@ -106,6 +109,19 @@ def test_settings_and_metrics_are_columns_of_hparams(browser: Browser, address: 
 def test_labels_of_clients_are_a_figure(browser: Browser, address: str) -> None:
     browser.open(f"{address}#images&tagFilter=client")
     wait(lambda: "client/labels" in browser.text() and browser.count("img") >= 1)
+
+
+def test_all_clients_are_a_figure_and_the_worst_ones_a_table(browser: Browser, address: str) -> None:
+    browser.open(f"{address}#images&tagFilter=clients")
+    wait(lambda: "clients/val_loss" in browser.text() and browser.count("img") >= 1)
+    browser.open(f"{address}#text")
+    wait(lambda: "clients/val_loss/worst" in browser.text() and browser.count("table") >= 1)
+
+
+def test_phases_and_memory_are_figures(browser: Browser, address: str) -> None:
+    for tag in ("phase/course", "probe/memory"):
+        browser.open(f"{address}#images&tagFilter={tag.partition('/')[0]}")
+        wait(lambda tag=tag: tag in browser.text() and browser.count("img") >= 1)
 
 
 def test_a_report_shows_all_its_pictures(browser: Browser, shown: tuple[str, Path], tmp_path: Path) -> None:
