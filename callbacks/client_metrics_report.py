@@ -117,7 +117,7 @@ def draw_clients(trainer: pl.Trainer, report: ClientReport, namespace: str) -> N
     """A figure of all clients, for each metric."""
     for metric, values in report.values.items() if shows_figures(trainer) else ():
         if np.isfinite(values).any():
-            show(trainer, f"{namespace}/{metric}", report.plot(metric))
+            show(trainer, f"{namespace}/{metric}/sorted", report.plot(metric))  # the histogram has the shorter name
 
 
 def lay_out_clients(trainer: pl.Trainer, report: ClientReport, namespace: str) -> None:

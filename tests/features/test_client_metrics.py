@@ -514,7 +514,7 @@ def test_tensorboard_shows_histograms_and_the_worst_clients(tmp_path: Path) -> N
     header, _, *rows = text.splitlines()
     assert header == "| client | samples | val_loss |"
     assert [int(row.split("|")[1]) for row in rows] == last.clients[np.argsort(-last.values["val_loss"])].tolist()
-    assert [image.step for image in found.Images("clients/val_loss")] == [3]  # one, in the end
+    assert [image.step for image in found.Images("clients/val_loss/sorted")] == [3]  # one, in the end
     layout = found.Tensors("custom_scalars__config__")[-1].tensor_proto.string_val[0]
     assert b"clients/val_loss/best10" in layout
     # The module's own writing in validation is that of the Trainer's validation alone.

@@ -253,7 +253,7 @@ def test_all_loggers_get_the_same_scalars(tmp_path: Path) -> None:
     for name, values in read_logs(board.log_dir).scalars.items():
         if name not in curves:
             assert values.to_numpy() == pytest.approx(read_logs(table.log_dir).scalars[name].to_numpy(), rel=1e-5)
-    figures = {"client/labels", "clients/val_loss", "phase/course", "compute/position", "probe/memory"}
+    figures = {"client/labels", "clients/val_loss/sorted", "phase/course", "compute/position", "probe/memory"}
     assert figures <= of_wandb.images
     assert of_wandb.images == of_mlflow.images == set(read_logs(board.log_dir).pictures)
 

@@ -91,7 +91,7 @@ def test_rounds_and_callbacks_have_their_charts_and_the_margin_is_drawn(
 
 
 def test_the_figure_is_there(browser: Browser, address: str, tmp_path: Path) -> None:
-    browser.open(f"{address}#images")
+    browser.open(f"{address}#images&tagFilter=compute")
     wait(lambda: "compute/position" in browser.text() and browser.count("img") >= 2)
     assert colours(browser, tmp_path / "position.png").std() > 0.1
 
@@ -113,7 +113,7 @@ def test_labels_of_clients_are_a_figure(browser: Browser, address: str) -> None:
 
 def test_all_clients_are_a_figure_and_the_worst_ones_a_table(browser: Browser, address: str) -> None:
     browser.open(f"{address}#images&tagFilter=clients")
-    wait(lambda: "clients/val_loss" in browser.text() and browser.count("img") >= 1)
+    wait(lambda: "clients/val_loss/sorted" in browser.text() and browser.count("img") >= 1)
     browser.open(f"{address}#text")
     wait(lambda: "clients/val_loss/worst" in browser.text() and browser.count("table") >= 1)
 
