@@ -1,8 +1,8 @@
 """What `mkdocs build` does beyond the pages: parts of the README, the list of messages, files that lie elsewhere.
 
 A page says ``<!-- readme: Heading -->`` where that section of README.md is to stand, ``<!-- messages -->`` where all
-errors and warnings are, and ``<!-- papers: ROOM ROOM -->`` where the public names of rooms and their papers are. So
-nothing that is written elsewhere is written a second time.
+errors and warnings are, and ``<!-- papers: ROOM ROOM -->`` where the public names of rooms and their papers are, and
+``<!-- groups -->`` where Hydra's groups are. So nothing that is written elsewhere is written a second time.
 """
 
 from __future__ import annotations
@@ -10,10 +10,12 @@ from __future__ import annotations
 import html
 import re
 from itertools import groupby
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
-import messages  # docs/messages.py, and so on: mkdocs puts this folder on the path
+import groups  # docs/groups.py, and so on: mkdocs puts this folder on the path
+import messages
 import papers
 from api import readable
 from mkdocs.config.defaults import MkDocsConfig
@@ -43,6 +45,7 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
     up = "../" * page.file.src_uri.count("/")
     markdown = re.sub(r"<!-- readme: (.+?) -->", lambda found: section(found[1], up), markdown)
     markdown = re.sub(r"<!-- papers: (.+?) -->", lambda found: sources(found[1].split()), markdown)
+    markdown = re.sub(r"<!-- groups -->", lambda _: options(), markdown)
     return re.sub(r"<!-- messages -->", lambda _: listed(), markdown)
 
 
@@ -70,6 +73,16 @@ def sources(rooms: list[str]) -> str:
             links = ", ".join(f"[{number}](https://arxiv.org/abs/{number})" for number in source.papers)
             rows.append(f"| {links} | `{source.name}` | {readable(source.about)} |")
     return "\n".join(rows)
+
+
+def options() -> str:
+    """Hydra's groups and what can be chosen of each."""
+    parts = []
+    for group, of in groupby(groups.collect(), key=attrgetter("group")):
+        rows = ["| option | what it is |", "|---|---|"]
+        rows += [f"| `{each.name}` | {each.about.replace('|', '&#124;').replace('*', '&#42;')} |" for each in of]
+        parts.append("\n".join([f"### `{group}`", "", *rows]))
+    return "\n\n".join(parts)
 
 
 def listed() -> str:

@@ -87,6 +87,8 @@ def test_commands_are_understood(command: str, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.syspath_prepend(str(Path.cwd()))
     monkeypatch.delitem(sys.modules, "my_package", raising=False)
     words = shlex.split(command, comments=True)
+    Path("conf", "experiment").mkdir(parents=True)  # a reader's own
+    Path("conf", "experiment", "mine.yaml").write_text("# @package _global_\nseed: 1\n")
     if words[1] == "train":  # a Hydra application: the configuration that it would run with, the first one of a sweep
         assert main([*(word.partition(",")[0] for word in words[1:] if word != "-m"), "--cfg", "job"]) == 0
         return
@@ -167,6 +169,15 @@ def test_every_logged_name_of_the_code_is_on_the_page() -> None:
     missing = {name for name in names_in_code() - named if not is_documented(name.replace("{}", "x"))}
     # The statistic of a detector; the page has both that there are.
     assert missing <= {"phase/{}"}, "docs/logged-names.md: add a row"
+
+
+def test_hydras_groups_are_listed_with_what_each_option_is() -> None:
+    options = list(tool("groups").collect())
+    assert {"strategy/partitioner", "strategy/aggregator/attack", "callbacks", "law"} <= {
+        each.group for each in options
+    }
+    assert all(len(each.about.split()) >= 3 for each in options)
+    assert ("strategy/partitioner", "dirichlet") in {each[:2] for each in options}
 
 
 def test_the_page_names_nothing_else() -> None:
@@ -287,5 +298,5 @@ def test_it_is_built_strictly_and_the_reference_has_every_public_name(tmp_path: 
     assert "pass an integer of at least" in errors
     assert "fed_adam" in (site / "papers.html").read_text("utf8")
     everything = [path.read_text("utf8") for path in site.rglob("*.html")]
-    assert not any(re.search("<!-- (?:readme|messages|papers)", page) for page in everything)
+    assert not any(re.search("<!-- (?:readme|messages|papers|groups)", page) for page in everything)
     assert not any(re.search(r'(?:src|rel="stylesheet" href)="https?://', page) for page in everything)

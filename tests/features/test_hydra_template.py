@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -439,6 +440,20 @@ def test_an_unmodified_project_becomes_federated(project: Path) -> None:
     column = read_csv(table)["train/loss"].dropna()
     assert len(column) == 3
     assert column.iloc[-1] == pytest.approx(float(by_hand.stdout.splitlines()[-1]), rel=1e-6)
+
+
+def test_the_experiment_of_the_documentation(project: Path) -> None:
+    page = (ROOT / "docs" / "how-to" / "hydra.md").read_text("utf8")
+    files = re.findall(r"```yaml\n# configs/(?:train|experiment/federated).yaml\n(.*?)```", page, re.S)
+    search, experiment = files
+    with (project / "configs/train.yaml").open("a") as file:
+        file.write(search)
+    (project / "configs/experiment/federated.yaml").write_text(experiment)
+    done = run(project, "experiment=federated", "trainer.max_epochs=1", "trainer.strategy.num_clients=5")
+    assert done.returncode == 0, done.stderr
+    assert "Federated: 5 clients hold 160 samples" in done.stderr + done.stdout
+    (ledger,) = outputs(project, "runs")[0].rglob("position.json")
+    assert json.loads(ledger.read_text())["clients"] == 5
 
 
 def test_parts_by_group_in_place_of_ddp(project: Path) -> None:
