@@ -46,7 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         from lightning_fedscale.cli.train import train  # not before it is wanted: Hydra takes a while
 
         return train(given[1:])
-    command, values = parse(COMMANDS, given)
+    command, values = parse(COMMANDS, given, {"train": "Train a module and its data on federated clients, by Hydra."})
     try:
         COMMANDS[command](**values)
     except (TypeError, ValueError) as error:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import io
+import json
+import math
 import re
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext, redirect_stdout
 from pathlib import Path
-from typing import Any
+from types import UnionType
+from typing import Any, Union, get_args, get_origin, get_type_hints
 
 import hydra
 import lightning.pytorch as pl
@@ -23,6 +26,7 @@ from rich.console import Console
 from rich.table import Table
 
 _FREE = re.compile(r"(model|data|trainer)\.")
+_UNIONS = (Union, UnionType)
 _CHECKPOINTS = ("last", "hpc")  # that Lightning finds itself
 _OWN = re.compile(r"(model|data)\._target_=")
 
@@ -77,7 +81,10 @@ def _overrides(arguments: Sequence[str]) -> list[str]:
         ['-m', 'model=own', '++model._target_=my.Module', '++model.depth=2,4', 'strategy.num_clients=3']
         >>> _overrides(["--cfg", "job", "model._target_=my.Module"])
         ['--cfg', 'job', 'model=own', '++model._target_=my.Module']
+        >>> _overrides(["--json", "seed=1"])
+        ['json=true', 'seed=1']
     """
+    arguments = ["json=true" if each == "--json" else each for each in arguments]
     own = dict.fromkeys(found[1] for each in arguments if (found := _OWN.match(each)))
     chosen = {each.partition("=")[0] for each in arguments}
     groups = [f"{name}=own" for name in own if name not in chosen]
@@ -98,6 +105,14 @@ def _run(config: DictConfig) -> float | None:
     path = config.ckpt_path
     if path is not None and path not in _CHECKPOINTS and "://" not in path and not Path(path).exists():
         raise Refused(f"fedscale train: ckpt_path={path!r}: there is no such file.")
+    with redirect_stdout(sys.stderr) if config.json else nullcontext():
+        trainer, metrics = _fit(config)
+    if trainer.is_global_zero:
+        (_print if config.json else _show)(metrics, HydraConfig.get().runtime.output_dir)
+    return _optimized(metrics, config.optimized_metric)
+
+
+def _fit(config: DictConfig) -> tuple[pl.Trainer, dict[str, float]]:
     if config.seed is not None:
         pl.seed_everything(config.seed, workers=True, verbose=False)
     data = _make(config, "data", pl.LightningDataModule)
@@ -112,9 +127,7 @@ def _run(config: DictConfig) -> float | None:
         if config.test:
             trainer.test(model, datamodule=data, verbose=False)
             metrics |= _numbers(trainer)
-    if trainer.is_global_zero:
-        _show(metrics, HydraConfig.get().runtime.output_dir)
-    return _optimized(metrics, config.optimized_metric)
+    return trainer, metrics
 
 
 def _trainer(config: DictConfig) -> pl.Trainer:
@@ -123,10 +136,34 @@ def _trainer(config: DictConfig) -> pl.Trainer:
     objects: dict[str, Any] = {} if strategy is None else {"strategy": strategy}
     objects["callbacks"] = [_make(config, f"callbacks.{name}", pl.Callback) for name in config.get("callbacks") or ()]
     loggers = [_make(config, f"logger.{name}", pl.loggers.Logger) for name in config.get("logger") or ()]
+    _check_trainer(config.trainer)
     with _told("trainer: "):
         trainer: pl.Trainer = instantiate(config.trainer, _partial_=True)(**objects, logger=loggers or False)
     _check_processes(trainer)
     return trainer
+
+
+def _check_trainer(config: DictConfig) -> None:
+    """Lightning looks at few of these before it runs into them."""
+    hints = get_type_hints(pl.Trainer.__init__)
+    for name, value in ((str(name), value) for name, value in config.items()):
+        admitted = _classes(hints.get(name))
+        if admitted and isinstance(value, (str, bool, int, float)) and not isinstance(value, admitted):
+            wanted = " or ".join(sorted({each.__name__ for each in admitted if each is not type(None)}))
+            raise Refused(f"fedscale train: trainer.{name}={value!r}: pass {wanted}.")
+
+
+def _classes(hint: Any) -> tuple[type, ...]:
+    """The classes that a hint admits; none where it says more than that.
+
+    Example:
+        >>> _classes(int | None), _classes(Any)
+        ((<class 'int'>, <class 'NoneType'>), ())
+    """
+    parts = [get_origin(each) or each for each in (get_args(hint) if get_origin(hint) in _UNIONS else (hint,))]
+    if Any in parts or not all(isinstance(each, type) for each in parts):
+        return ()
+    return (*parts, int) if float in parts else tuple(parts)
 
 
 def _check_processes(trainer: pl.Trainer) -> None:
@@ -188,6 +225,11 @@ def _optimized(metrics: dict[str, float], name: str | None) -> float | None:
             f"fedscale train: optimized_metric={name!r} was not logged; there are {', '.join(sorted(metrics))}."
         )
     return None if name is None else metrics[name]
+
+
+def _print(metrics: dict[str, float], folder: str) -> None:
+    known = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
+    print(json.dumps({"run": folder, "metrics": known}), flush=True)
 
 
 def _show(metrics: dict[str, float], folder: str) -> None:

@@ -159,10 +159,20 @@ def test_a_sweep_leaves_a_ledger_of_each_run_that_fit_reads(capsys: pytest.Captu
     capsys.readouterr()
     (sweep,) = {str(run.parent) for run in found}
     assert cli.main(["fit", sweep, "--bootstrap=5", "--task=digits", "--json"]) == 0
-    said = json.loads(capsys.readouterr().out.splitlines()[-1])  # Hydra has set up logging to stdout
+    said = json.loads(capsys.readouterr().out)
     assert (said["runs"], said["fitted_on"]["task"]) == (9, "digits")  # three are of the largest compute, held out
     assert Path("fedscale_law.json").is_file()
     assert Path("report.md").is_file()
+
+
+def test_json_is_all_that_is_printed(capfd: pytest.CaptureFixture[str]) -> None:
+    assert train("-m", *SHORT, "--json", "strategy.num_clients=2,3") == 0
+    lines = capfd.readouterr().out.splitlines()
+    assert len(lines) == 2
+    for line, run in zip(map(json.loads, lines), runs("multirun"), strict=True):
+        assert line["run"] == str(run.resolve())
+        assert 0 < line["metrics"]["val_loss"] < 10
+        assert line["metrics"]["compute/flops_total"] == ledger(run)["flops"]
 
 
 @pytest.mark.usefixtures("mine")
@@ -244,6 +254,8 @@ def test_help_shows_groups_and_arguments(capsys: pytest.CaptureFixture[str]) -> 
         (["model._target_=mine.Module", "model.depth=3"], "unexpected keyword argument 'depth'"),
         (["model._target_=mine.Data"], "which is no LightningModule"),
         (["trainer.max_epoch=3"], "trainer: Trainer.__init__() got an unexpected keyword argument 'max_epoch'"),
+        (["trainer.min_epochs=zwei"], "trainer.min_epochs='zwei': pass int"),
+        (["trainer.limit_val_batches=some"], "trainer.limit_val_batches='some': pass float or int"),
         (["trainer.precision=8"], "trainer: "),  # never many devices: they would start as many processes
         (["ckpt_path=nowhere.ckpt"], "ckpt_path='nowhere.ckpt': there is no such file"),
         (["optimized_metric=val_los"], "optimized_metric='val_los' was not logged; there are"),
