@@ -25,6 +25,8 @@ from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 from rich.table import Table
 
+from lightning_fedscale.types import NAMESPACES
+
 _FREE = re.compile(r"(model|data|trainer)\.")
 _UNIONS = (Union, UnionType)
 _CHECKPOINTS = ("last", "hpc")  # that Lightning finds itself
@@ -237,7 +239,7 @@ def _show(metrics: dict[str, float], folder: str) -> None:
     table = Table("Metric", "Last value")
     table.columns[1].justify = "right"
     for name, value in metrics.items():
-        if "/" not in name:  # those of rounds and callbacks have been shown
+        if name.partition("/")[0] not in NAMESPACES:  # those of rounds and callbacks have been shown
             table.add_row(name, f"{value:.4g}")
     if table.rows:
         console.print(table)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensorMode
 from torch.optim import Optimizer
+from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_iter, tree_map_only
 
 from lightning_fedscale.devices.batches import resized, samples_in
@@ -230,7 +231,7 @@ class _Play:
 def copied(module: nn.Module, mode: FakeTensorMode | None = None) -> Any:
     """A copy with fake tensors in place of all of its own; a real copy without a mode."""
     try:
-        with nullcontext() if mode is None else FakeCopyMode(mode):
+        with _DetachedCopyMode() if mode is None else FakeCopyMode(mode):
             twin: Any = copy.deepcopy(module)
     except Exception as error:
         raise TypeError(
@@ -245,6 +246,18 @@ def copied(module: nn.Module, mode: FakeTensorMode | None = None) -> Any:
     for parameter in twin.parameters():
         parameter.grad = None
     return twin
+
+
+class _DetachedCopyMode(TorchFunctionMode):
+    """Copies what is left of a graph, such as the last loss in a metric, which `copy.deepcopy` refuses to do."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is Tensor.__deepcopy__ and not args[0].is_leaf:
+            tensor, memo = args
+            if id(tensor) not in memo:
+                memo[id(tensor)] = tensor.detach().clone()
+            return memo[id(tensor)]
+        return func(*args, **(kwargs or {}))
 
 
 def _bring_to_cpu(module: nn.Module) -> None:

@@ -7,10 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-import numpy as np
-
 from lightning_fedscale.scaling.base import Allocation, Law, Spread
-from lightning_fedscale.scaling.dual import exp
+from lightning_fedscale.scaling.dual import exp, value_of, where
 from lightning_fedscale.scaling.form import EXPONENT, LINEAR, Range, Unknown, positive
 
 PARAMS_PER_TOKEN = 0.051
@@ -150,7 +148,7 @@ class RepeatedData(Chinchilla):
 
 def _saturated(amount: Any, unique: Any, half_life: Any) -> Any:
     # Where nothing is repeated, the amount itself.
-    unique = np.where(amount > unique, unique, amount)
+    unique = where(value_of(amount) > unique, unique, amount)
     return unique + unique * half_life * (1.0 - exp(-(amount / unique - 1.0) / half_life))
 
 

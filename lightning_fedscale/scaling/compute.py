@@ -125,7 +125,7 @@ class ComputeOnly(Law):
 
     def formula(self, c: Any, run: Any) -> Any:
         """A line in ln C."""
-        return c.intercept - c.slope * np.log(self.flops_per * run.params * run.tokens)
+        return c.intercept - c.slope * log(self.flops_per * run.params * run.tokens)
 
 
 @dataclass(frozen=True)
@@ -190,7 +190,7 @@ class Farseer(Law):
         """A floor by size, and a power of data whose scale and exponent depend on size."""
         decline = exp(c.a1 * run.params**c.alpha + c.b1)
         return exp(c.a3 * run.params**c.gamma + c.b3) + exp(
-            c.a2 * run.params**c.beta + c.b2 - decline * np.log(run.tokens)
+            c.a2 * run.params**c.beta + c.b2 - decline * log(run.tokens)
         )
 
 

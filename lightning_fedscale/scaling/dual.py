@@ -79,3 +79,20 @@ def exp(x: Any) -> Any:
 def log(x: Any) -> Any:
     """Of a number, an array or a `Dual`."""
     return Dual(np.log(x.value), x.slope / x.value) if isinstance(x, Dual) else np.log(x)
+
+
+def where(condition: Any, x: Any, y: Any) -> Any:
+    """Of numbers, arrays or `Dual`, chosen by a condition of no unknown."""
+    chosen = np.where(condition, value_of(x), value_of(y))
+    if not isinstance(x, Dual) and not isinstance(y, Dual):
+        return chosen
+    return Dual(chosen, np.where(condition, _slope_of(x), _slope_of(y)))
+
+
+def value_of(x: Any) -> Any:
+    """Without derivatives."""
+    return x.value if isinstance(x, Dual) else x
+
+
+def _slope_of(x: Any) -> Any:
+    return x.slope if isinstance(x, Dual) else 0.0

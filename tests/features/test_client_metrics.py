@@ -18,12 +18,12 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset, SubsetRandomSampler, TensorDataset
-from torchmetrics import MetricCollection
+from torchmetrics import MeanMetric, MetricCollection
 from torchmetrics.classification import MulticlassAccuracy, MulticlassF1Score
 from torchmetrics.functional.classification import multiclass_accuracy, multiclass_f1_score
 
 from lightning_fedscale import FederatedStrategy, Partition
-from lightning_fedscale.callbacks import ClientMetrics, ComputeAccounting, RoundEvents
+from lightning_fedscale.callbacks import ClientMetrics, ComputeAccounting, CriticalPhase, MaxBatchProbe, RoundEvents
 from lightning_fedscale.local_rules import Ditto
 from lightning_fedscale.partitioners import (
     DirichletPartitioner,
@@ -666,3 +666,32 @@ def test_nothing_is_warned_of() -> None:
         warnings.filterwarnings("error", message=".*ClientMetrics.*")
         warnings.filterwarnings("error", message=".*before the ``update``.*")
         fit(ClientMetrics(), rounds=1)
+
+
+class KeepsItsLoss(Module):
+    """As lightning-hydra-template's own module: a metric is given the loss with its graph, and keeps it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mean_loss = MeanMetric()
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        self.loss = super().training_step(batch, batch_idx)
+        self.mean_loss(self.loss)
+        self.log("mean_loss", self.mean_loss, on_step=False, on_epoch=True)
+        return self.loss
+
+
+@pytest.mark.parametrize("executor", ["sequential", "vectorized"])
+def test_a_module_that_keeps_its_loss_is_copied_and_trains_on(executor: Any) -> None:
+    everything = [
+        ClientMetrics(), ComputeAccounting(), CriticalPhase(action="observe", noise_every=1),
+        MaxBatchProbe(budget="1GiB", apply=False),
+    ]  # fmt: skip
+    found = []
+    for callbacks in ([], everything):
+        module = KeepsItsLoss()
+        strategy = FederatedStrategy(num_clients=CLIENTS, executor=executor)
+        reference.quiet_trainer(max_epochs=3, callbacks=callbacks, strategy=strategy).fit(module, *loaders())
+        found.append(dict(module.state_dict()))
+    assert reference.difference(*found) == 0.0

@@ -43,7 +43,7 @@ class Module(pl.LightningModule):
         return torch.nn.functional.cross_entropy(self.net(batch[0]), batch[1])
 
     def validation_step(self, batch, batch_idx):
-        self.log("val_loss", torch.nn.functional.cross_entropy(self.net(batch[0]), batch[1]))
+        self.log("val/loss", torch.nn.functional.cross_entropy(self.net(batch[0]), batch[1]))
 
     def configure_optimizers(self):
         return torch.optim.SGD(self.parameters(), 0.1)
@@ -181,7 +181,7 @@ def test_any_module_and_its_data(capsys: pytest.CaptureFixture[str]) -> None:
     assert train(*SHORT, *own, "strategy.num_clients=3", "strategy/partitioner=dirichlet") == 0
     (run,) = runs()
     assert (ledger(run)["samples"], ledger(run)["params"]) == (120, 3 * 6 + 6 + 6 * 2 + 2)
-    assert "val_loss" in capsys.readouterr().out
+    assert "val/loss" in capsys.readouterr().out
 
 
 @pytest.mark.usefixtures("mine")

@@ -264,6 +264,25 @@ def test_every_form_is_found_again(truth: Form, columns: dict[str, Any]) -> None
     assert np.mean(held) >= 0.75
 
 
+DIVIDED = [(form, columns) for form, columns in FITTED if "tokens" in columns and "tokens" in form.columns]
+
+
+@pytest.mark.parametrize(("truth", "columns"), DIVIDED, ids=[form.name for form, _ in DIVIDED])
+def test_every_form_finds_what_division_costs(truth: Form, columns: dict[str, Any]) -> None:
+    """Derivatives go through the tokens, which then depend on ``rho``."""
+    clients = np.resize([1, 4, 16], len(columns["tokens"]))
+    known = {name: values for name, values in columns.items() if "." not in name}
+    if "share.0" in columns:
+        known["share"] = (columns["share.0"], columns["share.1"])
+    seen = SimpleNamespace(**{**known, "tokens": columns["tokens"] * clients ** (1 - 0.6)})
+    runs = pd.DataFrame(
+        {**columns, "clients": clients, "loss": truth.formula(SimpleNamespace(**truth.constants), seen)}
+    )
+    found = fit(runs, type(truth), holdout=False, bootstrap=0)
+    assert found.rho is not None
+    assert found.rho.value == pytest.approx(0.6, abs=0.03)
+
+
 def test_every_form_is_tried() -> None:
     tried = {form.name for form, _ in FITTED} | {"Chinchilla", "AverageParameters"}
     assert tried == {name for name, form in FORMS.items() if form().fits()}
