@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable
 from typing import Any
@@ -36,6 +37,9 @@ from lightning_fedscale.types import RoundRecord
 
 _GROWTH = 1.02
 """Compute must have grown so much for the next log: where points are closer, they only cost time."""
+
+_SIZES = ("size", "width", "hidden_size", "hidden_dim", "d_model", "n_embd", "dim", "channels", "depth", "num_layers")
+"""What modules usually call the argument that makes them larger."""
 
 _UNCOUNTED = 0.01
 """Share of time in operators of unknown cost from which on the count is doubted."""
@@ -172,19 +176,21 @@ class ComputeAccounting(Callback):
         self._check_coverage()
         report(trainer, self.ledger, meter.size, _clients(trainer), meter.operators, self.position, self._law)
         self._curves.close()
-        if self.position is None and self._auto:
-            data: Any = getattr(trainer, "datamodule", None)
-            line = sweep_command(_path(pl_module), None if data is None else _path(data), self.ledger.training_flops)
-            rank_zero_info(
-                "ComputeAccounting: no law for this task yet: fit one. If the module has an argument size, this trains"
-                f" the smallest sweep that can identify a law, and fits it:\n    {line}"
-            )
+        if self._law is None and self._auto:
+            rank_zero_info(f"ComputeAccounting: no law for this task yet: fit one. {self._sweep(trainer, pl_module)}")
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Leave the Trainer's callbacks as they were."""
         meter, callbacks = self._counting.meter, trainer.callbacks  # type: ignore[attr-defined]
         if meter is not None and meter.evaluations in callbacks:
             callbacks.remove(meter.evaluations)
+
+    def _sweep(self, trainer: pl.Trainer, module: pl.LightningModule) -> str:
+        data: Any = getattr(trainer, "datamodule", None)
+        argument = next((name for name in _SIZES if name in inspect.signature(type(module)).parameters), None)
+        line = sweep_command(_path(module), _path(data), self.ledger.training_flops, argument or "NAME")
+        named = "" if argument else ", where NAME is the module's argument that makes it larger"
+        return f"This trains the smallest sweep that can identify a law, and fits it{named}:\n    {line}"
 
     # ---- hooks: training
 
@@ -356,8 +362,11 @@ def _loss_of(outputs: Any) -> float | None:
     return float(loss) if isinstance(loss, Tensor) and loss.numel() == 1 else None
 
 
-def _path(what: object) -> str:
-    return f"{type(what).__module__}.{type(what).__qualname__}"
+def _path(what: object) -> str | None:
+    """Where an object's class is imported from; None where that cannot be."""
+    of = type(what)
+    is_elsewhere = what is not None and of.__module__ != "__main__" and "<" not in of.__qualname__
+    return f"{of.__module__}.{of.__qualname__}" if is_elsewhere else None
 
 
 def _federated(trainer: pl.Trainer) -> bool:

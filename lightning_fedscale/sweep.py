@@ -32,6 +32,7 @@ def sweep(
     flops: float,
     clients: Sequence[int] = (1, 4),
     *,
+    argument: str = "size",
     folder: str | Path = "fedscale_sweep",
     loss: str | None = None,
     local_steps: int = 5,
@@ -46,11 +47,12 @@ def sweep(
     written as they come; a sweep that was interrupted goes on with what is missing.
 
     Args:
-        module: makes the module of a size: a class or function with an argument ``size``.
+        module: makes the module of a size: a class or function.
         data: makes the data module; it needs a validation loader.
         sizes: four or more, that span a factor of ten in parameters at least.
         flops: training compute of the largest runs, of all clients together; others take a quarter and a sixteenth.
         clients: numbers of clients.
+        argument: of ``module``, which makes the model larger or smaller.
         folder: where ``runs.csv`` goes.
         loss: name of the logged validation loss; None for the first of the usual names.
         local_steps: batches of a client in a round.
@@ -63,18 +65,18 @@ def sweep(
         A row per run: ``size``, ``params``, ``clients``, ``tokens`` and ``flops`` (of one client), ``loss``, ``share``.
 
     Raises:
-        ValueError: for too few sizes, a module without ``size``, or a loss that is not logged.
+        ValueError: for too few sizes, a module without that argument, or a loss that is not logged.
     """
     for name, given in (("module", module), ("data", data)):
         if not callable(given):
             raise TypeError(f"{name}={given!r}: pass a class or a function that makes it.")
-    _check(module, sizes, flops, clients)
+    _check(module, argument, sizes, flops, clients)
     path = Path(folder, "runs.csv")
     path.parent.mkdir(parents=True, exist_ok=True)
     rows: list[dict[str, Any]] = []
     if path.is_file():
         rows = [{str(name): value for name, value in row.items()} for row in pd.read_csv(path).to_dict("records")]
-    asked = {"flops_asked": flops, "local_steps": local_steps, "seed": seed}
+    asked = {"argument": argument, "flops_asked": flops, "local_steps": local_steps, "seed": seed}
     for row in rows:
         if changed := [name for name, value in asked.items() if row.get(name) != value]:
             raise ValueError(
@@ -88,7 +90,7 @@ def sweep(
         # Not `seed_everything`: the caller's generators and environment are not the sweep's.
         with quiet(), randomness.untouched():
             randomness.seed_globals(seed, torch.device("cpu"))
-            found = _train(module(size=size), data(), kind, flops * share, number, loss, trainer or {})
+            found = _train(module(**{argument: size}), data(), kind, flops * share, number, loss, trainer or {})
         rows.append({"size": size, "share": share, **asked, **found})
         pd.DataFrame(rows).to_csv(path, index=False)
         if each is not None:
@@ -96,7 +98,9 @@ def sweep(
     return pd.DataFrame(rows)
 
 
-def _check(module: Callable[..., Any], sizes: Sequence[int], flops: float, clients: Sequence[int]) -> None:
+def _check(
+    module: Callable[..., Any], argument: str, sizes: Sequence[int], flops: float, clients: Sequence[int]
+) -> None:
     if len(set(sizes)) < 4:
         raise ValueError(f"sizes={list(sizes)}: pass four different ones or more; fewer determine no law.")
     if not isinstance(flops, (int, float)) or not 0 < flops < math.inf:
@@ -104,9 +108,12 @@ def _check(module: Callable[..., Any], sizes: Sequence[int], flops: float, clien
     if not clients or any(isinstance(each, bool) or not isinstance(each, int) or each < 1 for each in clients):
         raise ValueError(f"clients={list(clients)}: pass whole numbers, at least 1.")
     parameters = inspect.signature(module).parameters
-    if "size" not in parameters and not any(each.kind is each.VAR_KEYWORD for each in parameters.values()):
+    if argument not in parameters and not any(each.kind is each.VAR_KEYWORD for each in parameters.values()):
         name = getattr(module, "__qualname__", repr(module))
-        raise ValueError(f"module={name}: it has no argument size. Add one that makes the model larger or smaller.")
+        raise ValueError(
+            f"module={name}: it has no argument {argument}: pass argument=, the name of the one that makes the model"
+            f" larger or smaller; there are {', '.join(parameters) or 'none'}."
+        )
 
 
 def _strategy(clients: int, local_steps: int, seed: int) -> FederatedStrategy:

@@ -52,7 +52,7 @@ def finish(found: Fit, output: str, json: bool) -> None:
     table = Table("Constant", "Value", "95 % interval", title=f"{found.law.name}, fitted to {found.runs} runs")
     rows = {**found.intervals, **({} if found.rho is None else {"rho": found.rho})}
     for name, each in rows.items():
-        table.add_row(name, f"{each.value:.4g}", f"{each.low:.4g} to {each.high:.4g}" if each.low == each.low else "")
+        table.add_row(name, f"{each.value:.4g}", each.ends if found.bootstrap else "")
     for column in table.columns[1:]:
         column.justify = "right"
     console.print(table)
@@ -60,4 +60,4 @@ def finish(found: Fit, output: str, json: bool) -> None:
     console.print(f"Error of the log-loss: {found.error:.2g} of the runs that were fitted{held_out}")
     if found.problems:
         console.print(f"No best size: {'; '.join(found.problems)}. Add sizes, data or compute to the sweep.")
-    console.print(f"Law: {law}, for law=; report: {page}")
+    console.print(f"Law: {law} (law='auto' takes it, in its folder); report: {page}")

@@ -17,6 +17,7 @@ def sweep(
     flops: float,
     sizes: list[int] = [8, 16, 32, 64, 128],  # noqa: B006  # jsonargparse shows it as the default
     clients: list[int] = [1, 4],  # noqa: B006
+    argument: str = "size",
     local_steps: int = 5,
     loss: str | None = None,
     law: str = "Rosenfeld",
@@ -30,12 +31,12 @@ def sweep(
     """Train a module in several sizes, with several numbers of clients, and fit a scaling law to the runs.
 
     Args:
-        module: class or function that makes the LightningModule of a size, such as my_package.MyModule; it is called
-            with size=.
+        module: class or function that makes the LightningModule of a size, such as my_package.MyModule.
         data: class of the LightningDataModule, with a validation loader.
         flops: training compute of the largest runs, of all clients together, such as 1e12.
-        sizes: values of the module's argument size; they should span a factor of ten in parameters or more.
+        sizes: values of the module's argument; they should span a factor of ten in parameters or more.
         clients: numbers of clients.
+        argument: name of the module's argument that makes the model larger or smaller.
         local_steps: batches of a client in a round.
         loss: name of the logged validation loss; by default the first of the usual names.
         law: form of the law, by name.
@@ -55,8 +56,8 @@ def sweep(
         )
 
     table = run_sweep(
-        _named("module", module), _named("data", data), sizes, flops, clients, folder=runs, loss=loss,
-        local_steps=local_steps, trainer={"accelerator": accelerator}, each=show,
+        _named("module", module), _named("data", data), sizes, flops, clients, argument=argument, folder=runs,
+        loss=loss, local_steps=local_steps, trainer={"accelerator": accelerator}, each=show,
     )  # fmt: skip
     finish(make_fit(table, law, bootstrap=bootstrap, task=task), output, json)
 

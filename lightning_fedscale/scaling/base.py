@@ -90,7 +90,10 @@ class Law(Form):
         if self.no_optimum:
             raise ValueError(f"{self.name}: {self.no_optimum}: choose another law for a best size.")
         if self.problems:
-            raise ValueError(f"{self.name}: its runs do not determine a best size: {'; '.join(self.problems)}.")
+            raise ValueError(
+                f"{self.name}: its runs do not determine a best size: {'; '.join(self.problems)}: add sizes, data or"
+                " compute to them and fit anew, or name another law."
+            )
         positive("flops", flops)
         params = self._best_params(flops)
         tokens = flops / (self.flops_per * params)

@@ -46,12 +46,30 @@ class Unknown(NamedTuple):
         return math.log(max(value, 1e-300)) if self.positive else value
 
 
+_ANYTHING = 1e4
+"""Ends of an interval that are so many times apart tell nothing."""
+
+
 class Interval(NamedTuple):
     """A number and the ends of its 95 % interval; these are NaN where nothing is known of them."""
 
     value: float
     low: float
     high: float
+
+    @property
+    def ends(self) -> str:
+        """Both ends in words; a value outside of them, or ends that are many times apart, say that it may be anything.
+
+        Example:
+            >>> Interval(0.35, 0.31, 0.4).ends, Interval(0.07, 2e20, 2e48).ends, Interval(1.0, math.nan, math.nan).ends
+            ('0.31 to 0.4', 'not determined', 'not known')
+        """
+        if not (math.isfinite(self.low) and math.isfinite(self.high)):
+            return "not known" if math.isnan(self.low) else "not determined"
+        holds = self.low <= self.value <= self.high
+        apart = self.low > 0 and self.high > _ANYTHING * self.low
+        return f"{self.low:.4g} to {self.high:.4g}" if holds and not apart else "not determined"
 
     def __str__(self) -> str:
         known = math.isfinite(self.low) and math.isfinite(self.high)

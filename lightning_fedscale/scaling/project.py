@@ -51,14 +51,21 @@ def law_of(law: Any, *, text: bool) -> tuple[Law | None, float | None]:
     return found, None
 
 
-def sweep_command(module: str, data: str | None, flops: float) -> str:
+def sweep_command(module: str | None, data: str | None, flops: float, argument: str = "size") -> str:
     """The command that runs the smallest sweep of a module which a law can be fitted to, and fits it.
+
+    Args:
+        module: path of its class; None for a name to be replaced.
+        data: path of the data module's class; None likewise.
+        flops: of the largest runs.
+        argument: of the module, that makes it larger.
 
     Example:
         >>> sweep_command("my.Module", "my.Data", 2.5e9)
         "fedscale sweep --module my.Module --data my.Data --sizes '[8,16,32,64,128]' --clients '[1,4]' --flops 2.5e+09"
     """
     return (
-        f"fedscale sweep --module {module} --data {data or 'my_package.MyDataModule'} --sizes '[8,16,32,64,128]'"
-        f" --clients '[1,4]' --flops {flops:.2g}"
+        f"fedscale sweep --module {module or 'my_package.MyModule'} --data {data or 'my_package.MyDataModule'}"
+        " --sizes '[8,16,32,64,128]'"
+        f" --clients '[1,4]' --flops {flops:.2g}" + ("" if argument == "size" else f" --argument {argument}")
     )

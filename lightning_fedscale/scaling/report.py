@@ -101,9 +101,9 @@ def _head(found: Fit) -> list[str]:
 
 
 def _constants(found: Fit) -> list[str]:
-    rows = [f"| {name} | {each.value:.5g} | {_ends(each)} |" for name, each in found.intervals.items()]
+    rows = [f"| {name} | {each.value:.5g} | {each.ends} |" for name, each in found.intervals.items()]
     if found.rho is not None:
-        rows.append(f"| rho | {found.rho.value:.4g} | {_ends(found.rho)} |")
+        rows.append(f"| rho | {found.rho.value:.4g} | {found.rho.ends} |")
     return ["| constant | value | 95 % interval |", "|---|---:|---:|", *rows, ""]
 
 
@@ -159,10 +159,3 @@ def _checklist(found: Fit) -> list[str]:
         "number of seeds by run",
     ]
     return [*lines, *(f"- [x] {each}" for each in done), *(f"- [ ] {each}" for each in open_)]
-
-
-def _ends(each: object) -> str:
-    from lightning_fedscale.scaling.form import Interval
-
-    assert isinstance(each, Interval)
-    return f"{each.low:.4g} to {each.high:.4g}" if math.isfinite(each.low) else "not known"

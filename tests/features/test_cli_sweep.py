@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import shlex
 import warnings
 from pathlib import Path
 from typing import Any
@@ -195,6 +196,9 @@ def test_fit_says_what_the_runs_cannot(tmp_path: Path, capsys: pytest.CaptureFix
         (["sweep", "--module=Module", f"--data={HERE}Data", "--flops=1e6"], "pass package.module.Name"),
         (["sweep", "--module=os.path", f"--data={HERE}Data", "--flops=1e6"], "pass a class or a function that makes"),
         (["sweep", f"--module={HERE}Fixed", f"--data={HERE}Data", "--flops=1e6"], "it has no argument size"),
+        (["sweep", f"--module={HERE}Net", f"--data={HERE}Data", "--flops=1e6", "--argument=width"],
+         "it has no argument width: pass argument=, the name of the one that makes the model larger or smaller; there"
+         " are size"),
         (["sweep", f"--module={HERE}Net", f"--data={HERE}Data", "--flops=0"], "flops=0.0: pass a finite number"),
         (["sweep", f"--module={HERE}Net", f"--data={HERE}Data", "--flops=1e6", "--sizes=[1,2]"], "pass four different"),
         (["sweep", f"--module={HERE}Net", f"--data={HERE}Data", "--flops=1e6", "--clients=[0]"], "whole numbers"),
@@ -220,6 +224,58 @@ def test_a_law_is_asked_for_with_the_command_that_finds_one(caplog: pytest.LogCa
     spent = accounting.ledger.training_flops
     assert sweep_command(f"{HERE}Net", f"{HERE}Data", spent) in caplog.text
     assert math.isfinite(spent)
+
+
+class Broad(Net):
+    def __init__(self, width: int = 4) -> None:
+        super().__init__(width)
+
+
+def advice(module: pl.LightningModule, caplog: pytest.LogCaptureFixture) -> str:
+    trainer = reference.quiet_trainer(max_steps=2, callbacks=[ComputeAccounting()])
+    with caplog.at_level("INFO"):
+        trainer.fit(module, datamodule=Data())
+    return caplog.text
+
+
+def test_the_command_names_the_argument_that_the_module_has(caplog: pytest.LogCaptureFixture, tmp_path: Path) -> None:
+    assert f"--module {HERE}Broad" in advice(Broad(), caplog)
+    assert "--argument width" in caplog.text
+    # And it can be run as it stands.
+    command = shlex.split(next(line for line in caplog.text.splitlines() if line.strip().startswith("fedscale sweep")))
+    few = [
+        "--flops",
+        "2e5",
+        "--bootstrap",
+        "0",
+        "--accelerator",
+        "cpu",
+        "--output",
+        str(tmp_path),
+        "--runs",
+        str(tmp_path),
+    ]
+    assert cli.main([*command[1:], *few]) == 0
+    assert (tmp_path / "fedscale_law.json").is_file()
+
+
+def test_a_class_that_cannot_be_imported_gets_no_command_of_its_own(caplog: pytest.LogCaptureFixture) -> None:
+    class Here(Net):
+        def __init__(self, breadth: int = 4) -> None:
+            super().__init__(breadth)
+
+    assert "--module my_package.MyModule" in advice(Here(), caplog)
+    assert "where NAME is the module's argument that makes it larger" in caplog.text
+
+
+def test_a_law_that_determines_no_size_is_not_called_missing(
+    caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
+) -> None:
+    made().query("params < 1e5").to_csv("runs.csv", index=False)
+    assert cli.main(["fit", "runs.csv", "--bootstrap=3"]) == 0
+    assert "No best size: " in capsys.readouterr().out
+    with pytest.warns(UserWarning, match="do not determine a best size: .*: add sizes, data or compute to them"):
+        assert "no law for this task yet" not in advice(Net(), caplog)
 
 
 def test_a_law_of_ones_own_is_no_law_of_text() -> None:
