@@ -106,7 +106,7 @@ def report(
     console = Console()
     console.print(_table(ledger, size, clients, position))
     if position is not None:
-        console.print(f"{position.advice().capitalize()}.", highlight=False)
+        console.print(position.sentences(), highlight=False)
     if (folder := run_folder(trainer)) is not None:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "position.json").write_text(json.dumps(_facts(ledger, size, clients, position), indent=1), "utf8")
@@ -114,7 +114,7 @@ def report(
         show(trainer, "compute/position", plot(position, law))
     for writer in writers(trainer, "add_text"):
         if position is not None:
-            writer.add_text("compute/advice", f"{position.advice().capitalize()}.", trainer.global_step)
+            writer.add_text("compute/advice", position.sentences(), trainer.global_step)
         writer.add_text("compute/operators", _coverage(operators), trainer.global_step)
 
 

@@ -120,10 +120,10 @@ def phases(run: Run) -> dict[str, Any]:
 def position(run: Run) -> dict[str, Any]:
     """Where the run stands under a law; nothing without a law."""
     names = ("law", "rho", "params", "optimal_params", "optimal_params_95", "low", "high", "size_ratio",
-             "predicted_loss", "optimal_loss", "excess_loss", "catch_up", "advice")  # fmt: skip
+             "predicted_loss", "optimal_loss", "excess_loss", "catch_up", "advice", "outside")  # fmt: skip
     if run.position.get("law") is None:
         return {}
-    return {name: run.position[name] for name in names if run.position.get(name) not in (None, [None, None])}
+    return {name: run.position[name] for name in names if run.position.get(name) not in (None, [], [None, None])}
 
 
 def _sum(run: Run, name: str) -> float | None:

@@ -19,7 +19,9 @@ h1 + p { margin: 0 0 20px; color: #555; }
 section { background: #fff; border: 1px solid #e3e6ea; border-radius: 8px; padding: 4px 20px 16px; margin: 0 0 16px; }
 h2 { font-size: 18px; margin: 12px 0 8px; }
 table { border-collapse: collapse; margin: 8px 0; }
-th, td { padding: 3px 20px 3px 0; border-bottom: 1px solid #eef0f3; text-align: left; overflow-wrap: anywhere; }
+th, td { padding: 3px 20px 3px 0; border-bottom: 1px solid #eef0f3; text-align: left; vertical-align: top; }
+td { overflow-wrap: anywhere; }
+td:first-child { min-width: 12em; }
 th { font-weight: 600; color: #555; }
 td:not(:first-child), th:not(:first-child) { text-align: right; font-variant-numeric: tabular-nums; }
 .pictures { display: flex; flex-wrap: wrap; gap: 12px; }

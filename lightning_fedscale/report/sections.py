@@ -44,18 +44,51 @@ _COSTS = {
 
 _POSITION = {
     "law": "Law",
-    "rho": "rho, what division among clients costs",
+    "rho": "rho: k clients with compute C are worth C / k^rho",
     "params": "Parameters",
-    "optimal_params": "Best size for this compute",
-    "optimal_params_95": "  between, by the law's constants (95 %)",
-    "low": "  within 1 % of its loss, from",
-    "high": "  to",
-    "size_ratio": "Times too large",
+    "optimal_params": "Best number of parameters for this compute",
+    "optimal_params_95": "Its 95 % interval, by the law's constants",
+    "band": "Sizes within 1 % of the best loss",
+    "size_ratio": "Size over best size",
     "predicted_loss": "Predicted loss",
-    "optimal_loss": "  of the best size",
-    "excess_loss": "  difference",
-    "catch_up": "Times the compute that would make this size the best",
+    "optimal_loss": "Predicted loss of the best size",
+    "excess_loss": "Difference of these two",
+    "catch_up": "This size would be the best for so many times the compute",
 }
+
+_PHASES = {
+    "scale": "Updates are multiplied by",
+    "noise_scale": "Gradient noise scale, in samples",
+    "noise_scale_low": "At least, with 95 % confidence",
+    "noise_scale_high": "At most, with 95 % confidence",
+    "critical_batch": "Critical batch, in samples",
+    "critical_cohort": "Critical cohort, in clients",
+}
+
+_PROBE = {
+    "max_batch": "Largest batch that fits, in samples",
+    "batch_size": "Batch that training took, in samples",
+    "budget_bytes": "Memory that may be used",
+    "predicted_bytes": "Predicted peak at the largest batch",
+    "measured_bytes": "Measured peak",
+    "bytes_per_sample": "Memory of one more sample",
+    "real_steps": "Steps that the probe ran",
+    "seconds": "Seconds that the probe took",
+    "step_fixed_seconds": "Seconds of a step beside its samples",
+    "step_seconds_per_sample": "Seconds of a sample",
+    "step_residual": "Relative error of these",
+    "steps_timed": "Steps that were timed",
+    "best_batch": "Batch that reaches a target first, in samples",
+}
+
+_FIGURES = {
+    "client/labels": "who holds which labels",
+    "compute/position": "predicted loss of other sizes at this compute",
+    "phase/course": "gradient norm, and what the detector made of it",
+    "probe/memory": "memory against batch size",
+    "probe/time": "time against batch size",
+}
+"""Captions of what callbacks draw."""
 
 _SPREAD = {
     "mean": "mean",
@@ -135,9 +168,9 @@ def _phases(run: Run) -> Section:
     more = "" if len(found["spans"]) <= 10 else f" and {len(found['spans']) - 10} more"
     said = f"{found['critical_share']:.0%} of the {run.unit}s that were logged were critical"
     text = f"{said}: {run.unit}s {spans}{more}." if spans else f"{said}."
-    rows = [
-        (name.replace("_", " "), number(of)) for name, of in found.items() if name not in ("spans", "critical_share")
-    ]
+    if found["spans"] and found["spans"][0][0] == 0:
+        text += " Until a detector has seen enough, everything counts as critical."
+    rows = [(label, number(found[name])) for name, label in _PHASES.items() if name in found]
     pictures = [*phase_charts(run), *_logged(run, "phase/")]
     return Section("Critical phases", (text,), (("", ""), *rows), tuple(pictures))
 
@@ -145,16 +178,21 @@ def _phases(run: Run) -> Section:
 def _position(run: Run) -> Section:
     found = position(run)
     advice = str(found.get("advice", ""))
-    rows = [(label, _range(found[name])) for name, label in _POSITION.items() if name in found]
+    shown = {**found, **({"band": [found["low"], found["high"]]} if {"low", "high"} <= set(found) else {})}
+    sizes = ("params", "optimal_params", "optimal_params_95", "band")
+    rows = [(label, _range(shown[name], whole=name in sizes)) for name, label in _POSITION.items() if name in shown]
     pictures = _logged(run, "compute/")
     if not pictures and (drawn := position_chart(found)):
         pictures = [drawn]
-    text = (f"{advice[0].upper()}{advice[1:]}.",) if advice else ()
+    text: tuple[str, ...] = (f"{advice[0].upper()}{advice[1:]}.",) if advice else ()
+    if outside := found.get("outside"):
+        text += (f"This is an extrapolation of {found['law']}: {' and '.join(outside)}, where it was fitted.",)
     return Section("Is the model of the right size?", text, (("", ""), *rows) if rows else (), tuple(pictures))
 
 
-def _range(value: Any) -> str:
-    return " to ".join(map(number, value)) if isinstance(value, list) else number(value)
+def _range(value: Any, *, whole: bool) -> str:
+    known = value if isinstance(value, list) else [value]
+    return " to ".join(number(round(each) if whole else each) for each in known)
 
 
 def _costs(run: Run) -> Section:
@@ -178,9 +216,11 @@ def _clients(run: Run) -> Section:
 
 def _probe(run: Run) -> Section:
     found = {name.removeprefix("probe/"): run.last(name) or 0.0 for name in run.scalars if name.startswith("probe/")}
+    of_classes = {name: f"{_PROBE['max_batch']}: {name.partition('/')[2]}" for name in found if "/" in name}
     rows = [
-        (name.replace("_", " "), format_bytes(value) if "bytes" in name else number(value))
-        for name, value in found.items()
+        (label, format_bytes(found[name]) if "bytes" in name else number(found[name]))
+        for name, label in {**_PROBE, **of_classes}.items()
+        if name in found
     ]
     return Section("How large a batch fits", rows=(("", ""), *rows), pictures=tuple(_logged(run, "probe/")))
 
@@ -190,4 +230,13 @@ def _settings(run: Run) -> Section:
 
 
 def _logged(run: Run, namespace: str) -> list[Picture]:
-    return [Picture(name, data, "png") for name, data in sorted(run.pictures.items()) if name.startswith(namespace)]
+    return [
+        Picture(_caption(name), data, "png")
+        for name, data in sorted(run.pictures.items())
+        if name.startswith(namespace)
+    ]
+
+
+def _caption(name: str) -> str:
+    value, _, last = name.rpartition("/")
+    return f"{value} of every client" if last == "sorted" else _FIGURES.get(name, name)

@@ -185,14 +185,23 @@ class Law(Form):
 
     def warn_outside(self, *, params: float = math.nan, flops: float = math.nan, clients: float = math.nan) -> None:
         """Warn if one of these lies outside of what the law was fitted on."""
-        for what, value in (("params", params), ("flops", flops), ("clients", clients)):
-            low, high = getattr(self.domain, what)
-            if value < low or value > high:
-                warnings.warn(
-                    f"{self.name}: {what}={value:.3g} lies outside of {low:.3g} to {high:.3g}, where the law was"
-                    " fitted: this is an extrapolation.",
-                    stacklevel=3,
-                )
+        for said in self.outside(params=params, flops=flops, clients=clients):
+            warnings.warn(f"{self.name}: {said}, where the law was fitted: this is an extrapolation.", stacklevel=3)
+
+    def outside(self, **given: float) -> list[str]:
+        """Which of these, ``params``, ``flops`` and ``clients``, lie outside of what the law was fitted on.
+
+        Example:
+            >>> from lightning_fedscale.scaling import Chinchilla
+            >>> Chinchilla().outside(params=97.0, flops=1e20)
+            ['params=97 lies outside of 4e+07 to 2e+10']
+        """
+        ends = {what: getattr(self.domain, what) for what in given}
+        return [
+            f"{what}={value:.3g} lies outside of {ends[what][0]:.3g} to {ends[what][1]:.3g}"
+            for what, value in given.items()
+            if value < ends[what][0] or value > ends[what][1]
+        ]
 
     def _loss(self, params: float, tokens: float) -> float:
         return float(self.predict(params=params, tokens=tokens))

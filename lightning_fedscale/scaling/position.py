@@ -6,7 +6,7 @@ import math
 import re
 import warnings
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from scipy.optimize import brentq
@@ -43,6 +43,7 @@ class Position:
         catch_up: how many times the compute would make this very size the best; NaN where the law does not say.
         uncertainty: the best size with its 95 % interval by the law's constants; its ends are NaN where nothing is
             known of these.
+        outside: which numbers of the run lie outside of what the law was fitted on.
     """
 
     law: str
@@ -58,6 +59,7 @@ class Position:
     optimal_loss: float
     catch_up: float = math.nan
     uncertainty: Interval = _UNKNOWN
+    outside: tuple[str, ...] = ()
 
     @property
     def size_ratio(self) -> float:
@@ -102,10 +104,19 @@ class Position:
             return f"{sentence}; or raise compute {self.catch_up:.1f} times"
         return f"{sentence}; this size is best for {1 / self.catch_up:.1f} times less compute"
 
+    def sentences(self) -> str:
+        """The advice, and whether it is an extrapolation."""
+        advice = self.advice()
+        words = f"{advice[0].upper()}{advice[1:]}."
+        if not self.outside:
+            return words
+        return f"{words} This is an extrapolation of {self.law}: {' and '.join(self.outside)}, where it was fitted."
+
     def as_dict(self) -> dict[str, Any]:
         """All of it, with ratio, excess and advice; None for what is not finite."""
         found = {
             **{name: value for name, value in asdict(self).items() if name != "uncertainty"},
+            "outside": list(self.outside),
             "optimal_params_95": [_finite(end) for end in self.ends],
             "size_ratio": self.size_ratio,
             "excess_loss": self.excess_loss,
@@ -158,11 +169,14 @@ def position_of(
             return seen.optimal(flops * factor).params
 
         low, high = _band(loss, best.params, best.loss)
-        return Position(
+        here = Position(
             law.name, params, tokens, flops, clients, rho, best.params, low, high, loss(params), best.loss,
-            *((_solve(lambda factor: best_for(factor) - params, 1e-12, 1e12), law.interval_of_size(flops, clients, rho))
-              if full else ()),
+            outside=tuple(law.outside(params=params, flops=flops)),
         )  # fmt: skip
+        if not full:
+            return here
+        catch_up = _solve(lambda factor: best_for(factor) - params, 1e-12, 1e12)
+        return replace(here, catch_up=catch_up, uncertainty=law.interval_of_size(flops, clients, rho))
 
 
 def plot(position: Position, law: Law) -> Figure:
@@ -215,4 +229,4 @@ def _short(number: float) -> str:
     for size, name in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
         if number >= size:
             return f"{number / size:.3g} {name}"
-    return f"{number:.3g}"
+    return f"{number:.0f}" if number >= 1 else f"{number:.3g}"

@@ -15,7 +15,6 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning_fedscale import FederatedStrategy, cli
 from lightning_fedscale.callbacks import ClientMetrics, ComputeAccounting, CriticalPhase, MaxBatchProbe
 from lightning_fedscale.report import facts, read_run, write_page
-from lightning_fedscale.report.sections import number
 from lightning_fedscale.scaling import Rosenfeld
 from tests.features.test_cli_sweep import Data, Net
 
@@ -119,7 +118,10 @@ def test_the_interval_of_the_best_size_is_shown(tmp_path: Path) -> None:
     low, high = facts(run)["position"]["optimal_params_95"]
     assert low < facts(run)["position"]["optimal_params"] < high
     page = write_page(run, tmp_path / "page.html").read_text("utf-8")
-    assert f"<td>{number(low)} to {number(high)}</td>" in page
+    outside = facts(run)["position"]["outside"]
+    assert "params=" in outside[0]
+    assert f"This is an extrapolation of Chinchilla: {' and '.join(outside)}, where it was fitted." in page
+    assert f"<td>{low:.0f} to {high:.0f}</td>" in page
 
 
 def test_markdown_has_its_pictures_beside_it(ran: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:

@@ -432,6 +432,10 @@ def test_a_position_has_the_interval_of_the_law() -> None:
     ratios = f"{1e9 / size.value:.1f} times ({1e9 / size.high:.1f} to {1e9 / size.low:.1f}) too large"
     assert position.advice().startswith(ratios)
     assert position.as_dict()["optimal_params_95"] == list(position.ends)
+    assert position.sentences() == f"{position.advice()}."  # with its units as they are
+    assert "; a 262 M model would" in position.sentences()
+    beyond = position_of(Chinchilla(), **{**run, "params": 97.0}).sentences()
+    assert "This is an extrapolation of Chinchilla: params=97 lies outside of 4e+07 to 2e+10, where" in beyond
     unknown = position_of(Chinchilla.hoffmann(), **run)
     assert unknown.as_dict()["optimal_params_95"] == [None, None]
     assert "times too large for 10 clients" in unknown.advice()
