@@ -60,16 +60,17 @@ class CriticalPhase(Callback):
     and from both halves of a batch now and then; see ``noise_every``.
 
     Args:
-        detector: "relative_change", "accordion", "page_hinkley", "federated_gradient_norm", "fisher_trace", or one made
-            by `lightning_fedscale.phases` with arguments of its own.
+        detector: how critical phases are told: "relative_change", "accordion", "page_hinkley",
+            "federated_gradient_norm", "fisher_trace", or one made by `lightning_fedscale.phases` with arguments of its
+            own.
         threshold: of a detector given by name: relative change from which on a phase is critical; for "page_hinkley"
             false alarms in 1,000 observations. What is best depends on the model; the paper's own is not public. The
             default is SelSync's, which the norm as smoothed by ``relative_change`` hardly reaches after the first 25.
         scale: what to multiply updates by outside of critical phases, or a rule of `lightning_fedscale.phases`:
             ``step``, ``linear_ramp``, ``adascale``, ``capped``.
-        action: "scale"; "noise" adds what the updates of a batch of ``target_batch`` samples have in noise beyond the
+        action: what to do: "scale" updates outside of critical phases; "noise" adds what the updates of a batch of ``target_batch`` samples have in noise beyond the
             present ones; "observe" changes nothing.
-        level: "round" or "step".
+        level: where to look: at the update of each "round", or the gradients of each "step".
         target_batch: for ``action="noise"``: samples whose noise is wanted.
         noise: how it is made: "reweighting" weighs clients at random, at no cost but an update's memory; "diagonal"
             is normal with the running variance of every parameter's gradient, at twice the model's memory. None takes
