@@ -68,8 +68,8 @@ class CriticalPhase(Callback):
             default is SelSync's, which the norm as smoothed by ``relative_change`` hardly reaches after the first 25.
         scale: what to multiply updates by outside of critical phases, or a rule of `lightning_fedscale.phases`:
             ``step``, ``linear_ramp``, ``adascale``, ``capped``.
-        action: what to do: "scale" updates outside of critical phases; "noise" adds what the updates of a batch of ``target_batch`` samples have in noise beyond the
-            present ones; "observe" changes nothing.
+        action: what to do: "scale" updates outside of critical phases; "noise" adds what the updates of a batch of
+            ``target_batch`` samples have in noise beyond the present ones; "observe" changes nothing.
         level: where to look: at the update of each "round", or the gradients of each "step".
         target_batch: for ``action="noise"``: samples whose noise is wanted.
         noise: how it is made: "reweighting" weighs clients at random, at no cost but an update's memory; "diagonal"
