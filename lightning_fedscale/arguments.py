@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import inspect
 import numbers
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeAlias
 
-from lightning_fedscale import aggregators, compressors, local_rules, samplers, server
+from lightning_fedscale import aggregators, checks, compressors, local_rules, samplers, server
 from lightning_fedscale.aggregators import Aggregator, weighted_sum
 from lightning_fedscale.asynchrony import FedBuff
 from lightning_fedscale.compressors import Compressor
@@ -108,7 +108,10 @@ class Arguments(NamedTuple):
                     f" most {samples} clients."
                 )
             self.partitioner.dataset = dataset
-            partition = self.partitioner.partition
+            try:
+                partition = self.partitioner.partition
+            except ValueError as error:
+                raise ValueError(f"partitioner={self.partitioner!r}: {error}") from error
         try:
             check_partition(partition, samples)
         except ValueError as error:
@@ -208,12 +211,10 @@ def check(
             f"aggregator={aggregator!r} with privacy: noise is made for a sum of clipped updates over a fixed number,"
             " and for nothing else. Leave aggregator out; privacy has weights of its own."
         )
-    if isinstance(aggregator, str):
-        aggregator = aggregators.by_name(aggregator)
-    elif not isinstance(aggregator, Aggregator):
-        raise TypeError(f"aggregator={aggregator!r}: pass 'mean', 'uniform' or an aggregators.Aggregator.")
+    aggregator = aggregators.aggregator_of(aggregator)
     if isinstance(server_optimizer, str):
         server_optimizer = server.by_name(server_optimizer)
+    checks.called("server_optimizer", server_optimizer, "server", server.FACTORIES)
     if not isinstance(server_optimizer, ServerOptimizer):
         raise TypeError(
             f"server_optimizer={server_optimizer!r}: pass a server.ServerOptimizer such as server.fed_avg(), or wrap a"
@@ -274,6 +275,7 @@ def _checked_compressor(argument: str, value: object) -> Compressor | None:
         return compressors.by_name(value, argument)
     if value is None or isinstance(value, Compressor):
         return value
+    checks.called(argument, value, "compressors", {**compressors.FACTORIES, **compressors.WRAPPERS})
     raise TypeError(f"{argument}={value!r}: pass a compressor such as compressors.top_k(0.01), its name, or None.")
 
 
@@ -286,6 +288,7 @@ def _rules(
 ) -> Rules:
     if isinstance(local_rule, str):
         local_rule = local_rules.by_name(local_rule)
+    checks.called("local_rule", local_rule, "local_rules", local_rules.FACTORIES)
     if local_rule is not None and not isinstance(local_rule, LocalRule):
         raise TypeError(
             f"local_rule={local_rule!r}: pass a local_rules.LocalRule such as local_rules.fed_prox(0.1), its name, or"
@@ -297,7 +300,11 @@ def _rules(
         aggregator = weighted_sum(privacy.weigh)
     if isinstance(personal, Ditto):
         return Rules(local_rule, compressor, privacy, aggregator, ditto=personal)
-    if isinstance(personal, str) or not all(isinstance(pattern, str) for pattern in personal):
+    if (
+        isinstance(personal, str)
+        or not isinstance(personal, Iterable)
+        or not all(isinstance(pattern, str) for pattern in personal)
+    ):
         raise TypeError(
             f"personal={personal!r}: pass a list of patterns of names, such as ['head.*'], or local_rules.Ditto(0.1)."
         )

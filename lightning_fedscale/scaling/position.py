@@ -14,6 +14,7 @@ from scipy.optimize import brentq
 from lightning_fedscale.scaling.base import Law, effective_flops
 from lightning_fedscale.scaling.federated import federated
 from lightning_fedscale.scaling.form import Interval, positive
+from lightning_fedscale.scaling.project import needed_law
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -115,7 +116,7 @@ class Position:
 
 
 def position_of(
-    law: Law,
+    law: Any,
     *,
     params: float,
     tokens: float,
@@ -130,7 +131,7 @@ def position_of(
     kind of model are compared at the same compute.
 
     Args:
-        law: any law with a best size.
+        law: any law with a best size, its name, or a file of `Fit.save`.
         params: model size.
         tokens: tokens of all clients together.
         flops: training FLOPs of all clients together.
@@ -140,8 +141,10 @@ def position_of(
 
     Raises:
         Unfitted: for a law without constants.
-        ValueError: for numbers that are not positive.
+        TypeError: for something else than a law.
+        ValueError: for numbers that are not positive, or an unknown name.
     """
+    law = needed_law(law)
     for name, value in (("params", params), ("tokens", tokens), ("flops", flops)):
         positive(name, value)
     law = law.replace(flops_per=flops / (params * tokens))
