@@ -164,7 +164,8 @@ class PerformanceModel:
         max_batch: largest batch that fits; None for any.
 
     Raises:
-        ValueError: for a noise scale or a largest batch that is not positive.
+        TypeError: for a step that is no `StepTime`, and for what should be a number and is none.
+        ValueError: for an exchange below 0 seconds, a noise scale or a largest batch that is not positive.
 
     Example:
         >>> model = PerformanceModel(StepTime(fixed=0.02, per_sample=0.001), sync=0.1, noise_scale=800)

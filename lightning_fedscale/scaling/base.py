@@ -120,10 +120,11 @@ class Law(Form):
             '2.622e+08'
         """
         if isinstance(flops, Sequence) and not isinstance(flops, str):
-            if clients not in (None, len(flops)) and len(flops):
-                raise ValueError(f"clients={clients!r}: there is compute of {len(flops)}, leave it out.")
-            clients, each = len(flops), mean_flops(flops, mean)
-            total, effective = math.fsum(flops), effective_flops(each * clients, clients, rho)
+            average = mean_flops(flops, mean)
+            if clients not in (None, len(flops)):
+                raise ValueError(f"clients={clients!r}: there is compute of {len(flops)}: leave clients out.")
+            clients, total = len(flops), math.fsum(flops)
+            effective = effective_flops(average * clients, clients, rho)
         else:
             clients, total = 1 if clients is None else clients, flops
             effective = effective_flops(flops, clients, rho)

@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_fedscale import FederatedStrategy
 from lightning_fedscale.callbacks import ComputeAccounting, CriticalPhase, MaxBatchProbe
-from lightning_fedscale.scaling import Chinchilla, Farseer, Rosenfeld, Unfitted, position_of
+from lightning_fedscale.scaling import Chinchilla, ComputeOnly, Farseer, Rosenfeld, Unfitted, position_of
 from tests.laws import reference
 from tests.networks import GPT, Classifier, tokens
 
@@ -403,6 +403,7 @@ def test_logs_reach_any_logger(tmp_path: Path) -> None:
     [
         ({"law": "chinchila"}, ValueError, "Did you mean 'Chinchilla'"),
         ({"law": "Farseer"}, Unfitted, "constants are not published"),
+        ({"law": Farseer()}, Unfitted, "Farseer: its constants are not published"),
         ({"law": 3}, TypeError, "law=3: pass 'auto'"),
         ({"rho": float("nan")}, ValueError, "rho=nan"),
         ({"budget": 0}, ValueError, "budget=0: pass a number of FLOPs above 0"),
@@ -416,7 +417,7 @@ def test_bad_arguments_are_named(options: dict[str, Any], kind: type[Exception],
 
 
 def test_a_law_that_cannot_place_the_run_says_so() -> None:
-    accounting = ComputeAccounting(law=Farseer())
-    with pytest.warns(UserWarning, match="no position under Farseer"):
+    accounting = ComputeAccounting(law=ComputeOnly(3.0, 0.05))
+    with pytest.warns(UserWarning, match="no position under ComputeOnly: under this law every size is as good"):
         trainer(accounting).fit(Net(), data())
     assert accounting.position is None
