@@ -9,6 +9,8 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeAlias
 
+from torch import distributed
+
 from lightning_fedscale import aggregators, checks, compressors, local_rules, samplers, server
 from lightning_fedscale.aggregators import Aggregator, weighted_sum
 from lightning_fedscale.asynchrony import FedBuff
@@ -311,18 +313,26 @@ def _rules(
     return Rules(local_rule, compressor, privacy, aggregator, tuple(personal))
 
 
-def check_processes(start_method: str, timeout: timedelta) -> None:
-    """Check how processes are to be started and how long they may wait.
+def check_processes(start_method: str, timeout: timedelta, backend: str | None) -> None:
+    """Check how processes are to be started, how long they may wait, and by what they speak.
 
     Raises:
         TypeError: if ``timeout`` is no timedelta.
-        ValueError: if the start method is unknown.
+        ValueError: if the start method or the backend is unknown.
     """
     known = ("popen", "fork", "spawn", "forkserver")
     if start_method not in known:
         raise ValueError(f"start_method={start_method!r}: choose one of {', '.join(map(repr, known))}.")
     if not isinstance(timeout, timedelta):
         raise TypeError(f"timeout={timeout!r}: pass a datetime.timedelta, such as timedelta(minutes=30).")
+    if backend is not None and distributed.is_available():
+        backends = [each for each in distributed.Backend.backend_list if each != distributed.Backend.UNDEFINED]
+        # One for all devices, "gloo", or one for each, "cpu:gloo,cuda:nccl".
+        if not all(each.rpartition(":")[2].lower() in backends for each in str(backend).split(",")):
+            raise ValueError(
+                f"process_group_backend={backend!r}: choose one of {', '.join(map(repr, backends))}, or None, which"
+                " chooses by device."
+            )
 
 
 def name_clients(clients: IntArray) -> str:

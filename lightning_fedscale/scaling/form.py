@@ -169,7 +169,8 @@ class Form:
             )
 
     def _check_numbers(self) -> None:
-        for name in _numbers_of(type(self)):
+        form: Any = type(self)
+        for name in _numbers_of(form):
             value = getattr(self, name)
             several = isinstance(value, Sequence) and not isinstance(value, str)
             for each in value if several else (value,):

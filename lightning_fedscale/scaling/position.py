@@ -144,26 +144,25 @@ def position_of(
         TypeError: for something else than a law.
         ValueError: for numbers that are not positive, or an unknown name.
     """
-    law = needed_law(law)
     for name, value in (("params", params), ("tokens", tokens), ("flops", flops)):
         positive(name, value)
-    law = law.replace(flops_per=flops / (params * tokens))
-    seen = federated(law, rho, clients)
+    known = needed_law(law).replace(flops_per=flops / (params * tokens))
+    seen = federated(known, rho, clients)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         best, worth = seen.optimal(flops), effective_flops(flops, clients, rho)
 
         def loss(size: float) -> float:
             # As `Law.loss_federated` has it, whose checks of its arguments would take most of the time here.
-            return law._loss(size, worth / (law.flops_per * size))
+            return known._loss(size, worth / (known.flops_per * size))
 
         def best_for(factor: float) -> float:
             return seen.optimal(flops * factor).params
 
         low, high = _band(loss, best.params, best.loss)
         return Position(
-            law.name, params, tokens, flops, clients, rho, best.params, low, high, loss(params), best.loss,
-            *((_solve(lambda factor: best_for(factor) - params, 1e-12, 1e12), law.interval_of_size(flops, clients, rho))
+            known.name, params, tokens, flops, clients, rho, best.params, low, high, loss(params), best.loss,
+            *((_solve(lambda factor: best_for(factor) - params, 1e-12, 1e12), known.interval_of_size(flops, clients, rho))
               if full else ()),
         )  # fmt: skip
 

@@ -43,6 +43,9 @@ WHOLE = "pass an integer of at least 1"
         ({"partitioner": None}, TypeError, "partitioner=None: pass a name such as 'iid'"),
         ({"partitioner": {0: [1]}}, TypeError, "Partition.from_lists makes one of index lists"),
         ({"start_method": "thread"}, ValueError, "start_method='thread': choose one of 'popen', 'fork'"),
+        ({"process_group_backend": "x"}, ValueError, r"process_group_backend='x': choose one of .*'gloo'.*, or None"),
+        ({"process_group_backend": 3}, ValueError, "process_group_backend=3: choose one of"),
+        ({"process_group_backend": "cpu:gloo,cuda:x"}, ValueError, "process_group_backend='cpu:gloo,cuda:x': choose"),
         ({"timeout": 30}, TypeError, "timeout=30: pass a datetime.timedelta"),
         (
             {"partitioner": partitioners.IidPartitioner},
@@ -205,6 +208,7 @@ def test_server_optimizers_refuse_before_training(build: Any, kind: type[Excepti
         {"partitioner": reference.unequal_clients(), "clients_per_round": 2, "sampler": samplers.uniform},
         {"local_steps": 3, "server_optimizer": server.from_torch(torch.optim.Adam, lr=0.1), "seed": 2**70},
         {"server_optimizer": server.fed_avg(0.5), "client_optimizer": "keep", "start_method": "spawn"},
+        {"process_group_backend": "cpu:gloo,cuda:nccl"},
     ],
     ids=stable,
 )
