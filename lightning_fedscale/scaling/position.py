@@ -146,23 +146,23 @@ def position_of(
     """
     for name, value in (("params", params), ("tokens", tokens), ("flops", flops)):
         positive(name, value)
-    known = needed_law(law).replace(flops_per=flops / (params * tokens))
-    seen = federated(known, rho, clients)
+    own = needed_law(law).replace(flops_per=flops / (params * tokens))
+    seen = federated(own, rho, clients)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         best, worth = seen.optimal(flops), effective_flops(flops, clients, rho)
 
         def loss(size: float) -> float:
             # As `Law.loss_federated` has it, whose checks of its arguments would take most of the time here.
-            return known._loss(size, worth / (known.flops_per * size))
+            return own._loss(size, worth / (own.flops_per * size))
 
         def best_for(factor: float) -> float:
             return seen.optimal(flops * factor).params
 
         low, high = _band(loss, best.params, best.loss)
         return Position(
-            known.name, params, tokens, flops, clients, rho, best.params, low, high, loss(params), best.loss,
-            *((_solve(lambda factor: best_for(factor) - params, 1e-12, 1e12), known.interval_of_size(flops, clients, rho))
+            own.name, params, tokens, flops, clients, rho, best.params, low, high, loss(params), best.loss,
+            *((_solve(lambda factor: best_for(factor) - params, 1e-12, 1e12), own.interval_of_size(flops, clients, rho))
               if full else ()),
         )  # fmt: skip
 
