@@ -159,8 +159,7 @@ class ComputeAccounting(Callback):
         if any(isinstance(optimizer, torch.optim.LBFGS) for optimizer in trainer.optimizers):
             meter.evaluations.counting = True
             trainer.callbacks.append(meter.evaluations)  # type: ignore[attr-defined]
-        if self.remaining == 0.0:
-            trainer.should_stop = True
+        self._stop_if_spent(trainer)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Say where the run stands."""
@@ -219,8 +218,7 @@ class ComputeAccounting(Callback):
             self._counting.measure_energy()
         if alone or (not _federated(trainer) and (logs or self._max_flops is not None)):
             self._counting.add_up()  # rounds have told the other ranks already
-        if self.remaining == 0.0:
-            trainer.should_stop = True
+        self._stop_if_spent(trainer)
         if logs and self.ledger.training_flops > _GROWTH * self._logged:
             self._log(trainer, _loss_of(outputs))
 
@@ -272,6 +270,13 @@ class ComputeAccounting(Callback):
         self._curves.unit, self._logged = state_dict["unit"], state_dict["logged"]
 
     # ---- where the run stands
+
+    def _stop_if_spent(self, trainer: pl.Trainer) -> None:
+        if self.remaining > 0.0 or trainer.should_stop:
+            return
+        trainer.should_stop = True
+        spent = self.ledger.training_flops
+        rank_zero_info(f"ComputeAccounting: training ends, for {spent:.3g} of max_flops={self._max_flops:g} are spent.")
 
     def _choose_law(self) -> None:
         meter = self._counting.meter

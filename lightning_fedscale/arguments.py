@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import inspect
 import numbers
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeAlias
 
-from lightning_fedscale import aggregators, compressors, local_rules, samplers, server
+from torch import distributed
+
+from lightning_fedscale import aggregators, checks, compressors, local_rules, samplers, server
 from lightning_fedscale.aggregators import Aggregator, weighted_sum
 from lightning_fedscale.asynchrony import FedBuff
 from lightning_fedscale.compressors import Compressor
@@ -108,7 +110,10 @@ class Arguments(NamedTuple):
                     f" most {samples} clients."
                 )
             self.partitioner.dataset = dataset
-            partition = self.partitioner.partition
+            try:
+                partition = self.partitioner.partition
+            except ValueError as error:
+                raise ValueError(f"partitioner={self.partitioner!r}: {error}") from error
         try:
             check_partition(partition, samples)
         except ValueError as error:
@@ -208,12 +213,10 @@ def check(
             f"aggregator={aggregator!r} with privacy: noise is made for a sum of clipped updates over a fixed number,"
             " and for nothing else. Leave aggregator out; privacy has weights of its own."
         )
-    if isinstance(aggregator, str):
-        aggregator = aggregators.by_name(aggregator)
-    elif not isinstance(aggregator, Aggregator):
-        raise TypeError(f"aggregator={aggregator!r}: pass 'mean', 'uniform' or an aggregators.Aggregator.")
+    aggregator = aggregators.aggregator_of(aggregator)
     if isinstance(server_optimizer, str):
         server_optimizer = server.by_name(server_optimizer)
+    checks.called("server_optimizer", server_optimizer, "server", server.FACTORIES)
     if not isinstance(server_optimizer, ServerOptimizer):
         raise TypeError(
             f"server_optimizer={server_optimizer!r}: pass a server.ServerOptimizer such as server.fed_avg(), or wrap a"
@@ -274,6 +277,7 @@ def _checked_compressor(argument: str, value: object) -> Compressor | None:
         return compressors.by_name(value, argument)
     if value is None or isinstance(value, Compressor):
         return value
+    checks.called(argument, value, "compressors", {**compressors.FACTORIES, **compressors.WRAPPERS})
     raise TypeError(f"{argument}={value!r}: pass a compressor such as compressors.top_k(0.01), its name, or None.")
 
 
@@ -286,6 +290,7 @@ def _rules(
 ) -> Rules:
     if isinstance(local_rule, str):
         local_rule = local_rules.by_name(local_rule)
+    checks.called("local_rule", local_rule, "local_rules", local_rules.FACTORIES)
     if local_rule is not None and not isinstance(local_rule, LocalRule):
         raise TypeError(
             f"local_rule={local_rule!r}: pass a local_rules.LocalRule such as local_rules.fed_prox(0.1), its name, or"
@@ -297,25 +302,37 @@ def _rules(
         aggregator = weighted_sum(privacy.weigh)
     if isinstance(personal, Ditto):
         return Rules(local_rule, compressor, privacy, aggregator, ditto=personal)
-    if isinstance(personal, str) or not all(isinstance(pattern, str) for pattern in personal):
+    if (
+        isinstance(personal, str)
+        or not isinstance(personal, Iterable)
+        or not all(isinstance(pattern, str) for pattern in personal)
+    ):
         raise TypeError(
             f"personal={personal!r}: pass a list of patterns of names, such as ['head.*'], or local_rules.Ditto(0.1)."
         )
     return Rules(local_rule, compressor, privacy, aggregator, tuple(personal))
 
 
-def check_processes(start_method: str, timeout: timedelta) -> None:
-    """Check how processes are to be started and how long they may wait.
+def check_processes(start_method: str, timeout: timedelta, backend: str | None) -> None:
+    """Check how processes are to be started, how long they may wait, and by what they speak.
 
     Raises:
         TypeError: if ``timeout`` is no timedelta.
-        ValueError: if the start method is unknown.
+        ValueError: if the start method or the backend is unknown.
     """
     known = ("popen", "fork", "spawn", "forkserver")
     if start_method not in known:
         raise ValueError(f"start_method={start_method!r}: choose one of {', '.join(map(repr, known))}.")
     if not isinstance(timeout, timedelta):
         raise TypeError(f"timeout={timeout!r}: pass a datetime.timedelta, such as timedelta(minutes=30).")
+    if backend is not None and distributed.is_available():
+        backends = [each for each in distributed.Backend.backend_list if each != distributed.Backend.UNDEFINED]
+        # One for all devices, "gloo", or one for each, "cpu:gloo,cuda:nccl".
+        if not all(each.rpartition(":")[2].lower() in backends for each in str(backend).split(",")):
+            raise ValueError(
+                f"process_group_backend={backend!r}: choose one of {', '.join(map(repr, backends))}, or None, which"
+                " chooses by device."
+            )
 
 
 def name_clients(clients: IntArray) -> str:

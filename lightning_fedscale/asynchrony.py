@@ -47,7 +47,10 @@ class FedBuff:
         seconds: Sequence[float] | None = None,
     ) -> None:
         if staleness not in ("polynomial", "constant"):
-            raise ValueError(f"staleness={staleness!r}: choose 'polynomial' or 'constant'.")
+            raise ValueError(
+                f"staleness={staleness!r}: choose 'polynomial', an update counts the less the older its start, or"
+                " 'constant', all count alike; how much less is exponent=0.5."
+            )
         remedy = "pass a number of at least 0; the paper's is 0.5."
         self.concurrency = None if concurrency is None else checks.integer("concurrency", concurrency)
         self.staleness = staleness

@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable, Iterable
 from functools import partial
@@ -18,7 +19,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from lightning_fedscale import checks, randomness
-from lightning_fedscale.aggregators import Aggregator, Stack
+from lightning_fedscale.aggregators import Aggregator, Stack, aggregator_of
 from lightning_fedscale.aggregators.rows import fold, norm_of
 from lightning_fedscale.calls import told
 from lightning_fedscale.types import ClientUpdate, Cohort, IntArray
@@ -29,7 +30,7 @@ which are the attackers' rows in the stack of all updates as they would be witho
 
 
 @told
-def attacked(aggregator: Aggregator, attack: Attack, attackers: Iterable[int]) -> Aggregator:
+def attacked(aggregator: str | Aggregator, attack: Attack, attackers: Iterable[int]) -> Aggregator:
     """An aggregator some of whose clients are hostile.
 
     All updates are collected, the attackers' ones are replaced, and the aggregator sees the result. So it works under
@@ -37,14 +38,15 @@ def attacked(aggregator: Aggregator, attack: Attack, attackers: Iterable[int]) -
     record tells of single clients (norms, losses) is from before the attack. Attackers leave buffers as they are.
 
     Args:
-        aggregator: the rule under attack.
+        aggregator: the rule under attack, or its name.
         attack: what attackers send, one of this module's or your own.
         attackers: the hostile clients, by number; those in a round's cohort attack.
 
     Raises:
-        TypeError: if ``attackers`` are no client numbers.
-        ValueError: if a client's number is negative, or, at the beginning of a round, there is no such client; what the
-            aggregator refuses of a round.
+        TypeError: if ``aggregator`` is none, ``attack`` is no function of its three arguments, or ``attackers`` are no
+            client numbers.
+        ValueError: if the aggregator's name is unknown or a client's number is negative, or, at the beginning of a
+            round, there is no such client; what the aggregator refuses of a round.
 
     Example:
         >>> from lightning_fedscale.aggregators import aggregate, mean, median
@@ -54,6 +56,13 @@ def attacked(aggregator: Aggregator, attack: Attack, attackers: Iterable[int]) -
         >>> aggregate(attacked(median(), sign_flip(scale=5.0), attackers=[2]), rows).tolist()
         [1.0]
     """
+    aggregator = aggregator_of(aggregator)
+    try:
+        inspect.signature(attack).bind(None, [], None)
+    except TypeError:
+        raise TypeError(
+            f"attack={attack!r}: pass an attack such as attacks.sign_flip(), or a function of (stack, rows, cohort)."
+        ) from None
     if not isinstance(attackers, Iterable):
         raise TypeError(f"attackers={attackers!r}: pass the numbers of the hostile clients, such as [2, 5].")
     hostile = frozenset(checks.integer("attackers", client, minimum=0) for client in attackers)

@@ -119,10 +119,43 @@ def named(argument: str, name: str, factories: Mapping[str, Callable[..., Any]])
         close = get_close_matches(name, factories, n=1)
         hint = f" Did you mean {close[0]!r}?" if close else ""
         raise ValueError(f"{argument}={name!r} is not known.{hint} Known: {', '.join(map(repr, factories))}.")
-    variadic = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
-    parameters = inspect.signature(factories[name]).parameters.values()
-    missing = [p.name for p in parameters if p.default is p.empty and p.kind not in variadic]
+    missing = needed(factories[name])
     if missing:
-        call = ", ".join(f"{parameter}=..." for parameter in missing)
-        raise ValueError(f"{argument}={name!r} needs {', '.join(missing)}: pass an object, {name}({call}).")
+        raise ValueError(f"{argument}={name!r} needs {', '.join(missing)}: pass an object, {_call(name, missing)}.")
     return factories[name]
+
+
+def called(argument: str, value: object, room: str, factories: Mapping[str, Callable[..., Any]]) -> None:
+    """Check that ``value`` is none of the factories themselves, whose call was forgotten.
+
+    Args:
+        argument: what the user calls the argument.
+        value: of it.
+        room: the module in which users find the factories.
+        factories: all that there are, by name.
+
+    Raises:
+        TypeError: if it is one.
+
+    Example:
+        >>> from lightning_fedscale import local_rules
+        >>> called("local_rule", local_rules.fed_prox, "local_rules", local_rules.FACTORIES)
+        Traceback (most recent call last):
+        ...
+        TypeError: local_rule=fed_prox is a function: call it, local_rules.fed_prox(mu=...).
+    """
+    for name, factory in factories.items():
+        if value is factory:
+            call = _call(f"{room}.{name}", needed(factory))
+            raise TypeError(f"{argument}={name} is a function: call it, {call}.")
+
+
+def needed(factory: Callable[..., Any]) -> list[str]:
+    """Names of the arguments that a factory cannot do without."""
+    variadic = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    parameters = inspect.signature(factory).parameters.values()
+    return [p.name for p in parameters if p.default is p.empty and p.kind not in variadic]
+
+
+def _call(name: str, arguments: Sequence[str]) -> str:
+    return f"{name}({', '.join(f'{argument}=...' for argument in arguments)})"

@@ -441,8 +441,19 @@ class Federation:
         What is saved or interrupted from here on belongs to the next round.
         """
         if (record := self.last_round) is not None:
+            self._warn_of_no_loss(record)
             self._report(record)
             self._tell("on_round_end", record)
+
+    def _warn_of_no_loss(self, record: RoundRecord) -> None:
+        """Once: a ``training_step`` that returns nothing may skip a batch, but to skip all of them is a mistake."""
+        if record.round or not self._trainer.lightning_module.automatic_optimization:
+            return
+        if len(record.clients) and np.isnan(record.losses).all() and not record.delta_norms.any():
+            rank_zero_warn(
+                "training_step returned None for every batch of the first round, so no client has learnt anything:"
+                " return the loss, or set automatic_optimization=False to step optimizers yourself."
+            )
 
     def _next_round(self) -> int:
         loop = self._trainer.fit_loop

@@ -57,8 +57,8 @@ def settings_of(options: Arguments, partition: Partition, params: int) -> dict[s
         "samples": partition.num_samples,
         "params": params,
         # Clients count one or the other.
-        "local_epochs": options.local_epochs or 0,
-        "local_steps": -1 if callable(options.local_steps) else options.local_steps or 0,
+        "local_epochs": options.local_epochs or NONE,
+        "local_steps": -1 if callable(options.local_steps) else options.local_steps or NONE,
         "rounds_per_epoch": options.rounds_per_epoch,
         "client_optimizer": "keep" if options.keep_optimizers else "reset",
         "sampler": getattr(options.sampler, "__name__", type(options.sampler).__name__),

@@ -166,7 +166,7 @@ class FederatedStrategy(DDPStrategy):
         timeout: timedelta = _THIRTY_MINUTES,
         start_method: Literal["popen", "spawn", "fork", "forkserver"] = "popen",
     ) -> None:
-        arguments.check_processes(start_method, timeout)
+        arguments.check_processes(start_method, timeout, process_group_backend)
         super().__init__(
             accelerator=accelerator,
             parallel_devices=parallel_devices,

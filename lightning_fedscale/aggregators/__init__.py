@@ -5,7 +5,7 @@ from lightning_fedscale.aggregators.coordinates import median, trimmed_mean
 from lightning_fedscale.aggregators.geometric_median import geometric_median
 from lightning_fedscale.aggregators.krum import krum, multi_krum
 from lightning_fedscale.aggregators.mean import mean, weighted_sum
-from lightning_fedscale.aggregators.names import FACTORIES, by_name
+from lightning_fedscale.aggregators.names import FACTORIES, aggregator_of, by_name
 from lightning_fedscale.aggregators.norm_clipped import norm_clipped
 from lightning_fedscale.aggregators.rows import aggregate
 from lightning_fedscale.aggregators.stacked import Stack, stacked
@@ -15,6 +15,7 @@ __all__ = [
     "Aggregator",
     "Stack",
     "aggregate",
+    "aggregator_of",
     "by_name",
     "geometric_median",
     "krum",

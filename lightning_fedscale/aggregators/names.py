@@ -40,3 +40,27 @@ def by_name(name: str) -> Aggregator:
     """
     rule: Aggregator = checks.named("aggregator", name, _BY_NAME)()
     return rule
+
+
+def aggregator_of(value: object) -> Aggregator:
+    """What ``aggregator=`` stands for: an aggregator, or the name of one that needs no argument of its own.
+
+    Raises:
+        TypeError: for anything else, such as a rule of this room that was not called.
+        ValueError: for a name that is unknown or not enough.
+
+    Example:
+        >>> aggregator_of(median)
+        Traceback (most recent call last):
+        ...
+        TypeError: aggregator=median is a function: call it, aggregators.median().
+    """
+    if isinstance(value, str):
+        return by_name(value)
+    checks.called("aggregator", value, "aggregators", FACTORIES)
+    if not isinstance(value, Aggregator):
+        names = ", ".join(repr(name) for name, make in _BY_NAME.items() if not checks.needed(make))
+        raise TypeError(
+            f"aggregator={value!r}: pass one of {names}, or an aggregators.Aggregator such as aggregators.krum(1)."
+        )
+    return value

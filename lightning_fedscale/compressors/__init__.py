@@ -6,11 +6,12 @@ from lightning_fedscale.compressors.dense import identity
 from lightning_fedscale.compressors.feedback import error_feedback
 from lightning_fedscale.compressors.low_rank import power_sgd
 from lightning_fedscale.compressors.quantize import qsgd, sign, uniform_quantization
-from lightning_fedscale.compressors.registry import FACTORIES, by_name
+from lightning_fedscale.compressors.registry import FACTORIES, WRAPPERS, by_name
 from lightning_fedscale.compressors.sparse import random_k, top_k
 
 __all__ = [
     "FACTORIES",
+    "WRAPPERS",
     "Compressor",
     "Encoded",
     "adaptive",

@@ -6,8 +6,9 @@ from collections.abc import Callable
 
 from lightning_fedscale import checks
 from lightning_fedscale.compressors.base import Compressor
-from lightning_fedscale.compressors.choice import adaptive
+from lightning_fedscale.compressors.choice import adaptive, phase_driven
 from lightning_fedscale.compressors.dense import identity
+from lightning_fedscale.compressors.feedback import error_feedback
 from lightning_fedscale.compressors.low_rank import power_sgd
 from lightning_fedscale.compressors.quantize import qsgd, sign, uniform_quantization
 from lightning_fedscale.compressors.sparse import random_k, top_k
@@ -24,6 +25,9 @@ FACTORIES: dict[str, Callable[..., Compressor]] = {
 }
 """What makes a compressor, by name; all of them also without arguments."""
 
+WRAPPERS: dict[str, Callable[..., Compressor]] = {"error_feedback": error_feedback, "phase_driven": phase_driven}
+"""What makes a compressor of others: a name alone does not say of which."""
+
 
 def by_name(name: str, argument: str = "compressor") -> Compressor:
     """The compressor that a string argument stands for, with its default arguments.
@@ -33,7 +37,7 @@ def by_name(name: str, argument: str = "compressor") -> Compressor:
         argument: which one it is, for the message.
 
     Raises:
-        ValueError: for another name, with the closest match.
+        ValueError: for another name, with the closest match, or one of `WRAPPERS`.
 
     Example:
         >>> by_name("top_k").name
@@ -43,5 +47,9 @@ def by_name(name: str, argument: str = "compressor") -> Compressor:
         ...
         ValueError: compressor='topk' is not known. Did you mean 'top_k'? Known: 'identity', 'top_k', ...
     """
-    compressor: Compressor = checks.named(argument, name, FACTORIES)()
+    if name == "error_feedback":
+        raise ValueError(
+            f"{argument}={name!r} wraps another one: pass an object, compressors.{name}(compressors.top_k(0.1))."
+        )
+    compressor: Compressor = checks.named(argument, name, {**FACTORIES, **WRAPPERS})()
     return compressor

@@ -60,6 +60,7 @@ def estimate_memory(
         trainer: what the module finds as ``self.trainer``.
 
     Raises:
+        TypeError: if the module is none.
         ValueError: if the batch cannot be resized, or for an unknown precision or device.
         Exception: whatever ``training_step`` itself raises.
 
@@ -71,6 +72,8 @@ def estimate_memory(
         >>> model.max_batch(100_000)
         586
     """
+    if not isinstance(module, nn.Module):
+        raise TypeError(f"module={module!r}: pass a LightningModule.")
     if device not in ("auto", "cpu", "cuda"):
         raise ValueError(f"device={device!r}: choose 'auto', 'cpu' or 'cuda'.")
     if isinstance(accumulate, bool) or not isinstance(accumulate, int) or accumulate < 1:

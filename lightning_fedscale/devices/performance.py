@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
+from lightning_fedscale import checks
 from lightning_fedscale.devices.classes import DeviceClass
 from lightning_fedscale.devices.costs import StepCost
 
@@ -15,7 +16,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
-class StepTime(NamedTuple):
+@dataclass(frozen=True)
+class StepTime:
     """Seconds of a local step as a line in its batch, ``fixed + per_sample * batch``.
 
     Attributes:
@@ -25,6 +27,10 @@ class StepTime(NamedTuple):
         identified: whether the measurements tell the two apart. If all batches were of one size they do not, and only
             times of that size mean anything.
         measurements: how many there were.
+
+    Raises:
+        TypeError: for seconds that are no numbers.
+        ValueError: for seconds below 0.
     """
 
     fixed: float
@@ -32,6 +38,10 @@ class StepTime(NamedTuple):
     residual: float = 0.0
     identified: bool = True
     measurements: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("fixed", "per_sample"):
+            checks.number(name, getattr(self, name), "pass seconds, at least 0.", lambda seconds: seconds >= 0)
 
     def seconds(self, samples: float, steps: float = 1) -> float:
         """Time of so many steps over so many samples in all."""
@@ -134,7 +144,7 @@ def roofline_step_time(cost_of: Callable[[int], StepCost], device: DeviceClass, 
     """
     low, high = batches
     first, last = roofline(cost_of(low), device), roofline(cost_of(high), device)
-    per_sample = (last - first) / (high - low)
+    per_sample = max(0.0, (last - first) / (high - low))
     return StepTime(max(0.0, first - per_sample * low), per_sample)
 
 
@@ -154,7 +164,8 @@ class PerformanceModel:
         max_batch: largest batch that fits; None for any.
 
     Raises:
-        ValueError: for a noise scale or a largest batch that is not positive.
+        TypeError: for a step that is no `StepTime`, and for what should be a number and is none.
+        ValueError: for an exchange below 0 seconds, a noise scale or a largest batch that is not positive.
 
     Example:
         >>> model = PerformanceModel(StepTime(fixed=0.02, per_sample=0.001), sync=0.1, noise_scale=800)
@@ -170,10 +181,15 @@ class PerformanceModel:
     max_batch: int | None = None
 
     def __post_init__(self) -> None:
+        if not isinstance(self.step, StepTime):
+            raise TypeError(f"step={self.step!r}: pass a StepTime, such as fit_step_time(batches, seconds).")
+        if not callable(self.sync):
+            remedy = "pass seconds, at least 0, or a function of the number of clients."
+            checks.number("sync", self.sync, remedy, lambda seconds: seconds >= 0)
         for name in ("noise_scale", "max_batch"):
             value = getattr(self, name)
-            if value is not None and not value > 0:
-                raise ValueError(f"{name}={value!r}: pass more than 0, or None if it is not known.")
+            if value is not None:
+                checks.number(name, value, "pass more than 0, or None if it is not known.", lambda number: number > 0)
 
     def time_per_round(self, batch: int, clients: int, local_steps: int = 1) -> float:
         """Seconds of a round: all clients compute at the same time, then exchange."""

@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from lightning_fedscale.checks import in_interval, integer, one_of
-from lightning_fedscale.partitioners.partition import IntArray
+from lightning_fedscale.partitioners.partition import IntArray, Partition
 
 __all__ = [
     "column",
@@ -20,6 +20,7 @@ __all__ = [
     "one_of",
     "seed_value",
     "sizes",
+    "whole_partition",
 ]
 
 
@@ -27,6 +28,16 @@ def seed_value(seed: object) -> None:
     """Check a seed: a non-negative integer, or None for a fresh one at each computation."""
     if seed is not None:
         integer("seed", seed, minimum=0)
+
+
+def whole_partition(value: object) -> None:
+    """Check a ``partition``.
+
+    Raises:
+        TypeError: it is something else.
+    """
+    if not isinstance(value, Partition):
+        raise TypeError(f"partition={value!r}: pass a Partition, such as partitioner.partition or Partition.from_lists")
 
 
 def column(partition_by: object) -> None:

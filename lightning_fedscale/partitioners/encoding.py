@@ -51,7 +51,8 @@ def encode_classes(labels: npt.NDArray[Any]) -> tuple[npt.NDArray[Any], IntArray
     if labels.dtype.kind in "fcmM":
         raise ValueError(
             f"labels have dtype {labels.dtype}, but classes are needed: pass integers or strings "
-            "(labels.astype(int)), or use ContinuousPartitioner for a real-valued target"
+            "(labels.astype(int)), name another column with partition_by, or use ContinuousPartitioner for a "
+            "real-valued target"
         )
     return encode(labels)
 

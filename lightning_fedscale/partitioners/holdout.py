@@ -39,6 +39,7 @@ def split(
         ``(train, validation)``.
 
     Raises:
+        TypeError: an argument is of another kind.
         ValueError: an argument is out of range, or there is one client only and ``by="client"``.
 
     Example:
@@ -46,6 +47,7 @@ def split(
         >>> train.sizes.tolist(), validation.sizes.tolist()
         ([2, 1], [2, 0])
     """
+    checks.whole_partition(partition)
     checks.in_interval("fraction", fraction, 0.0, 1.0, closed_end=False)
     checks.one_of("by", by, ("sample", "client"))
     checks.seed_value(seed)

@@ -8,7 +8,7 @@ import json
 import operator
 import os
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -71,6 +71,7 @@ class Partition:
             clients: a sequence, or a mapping with the keys ``0 .. num_clients - 1`` in any order.
 
         Raises:
+            TypeError: there are no lists at all.
             ValueError: a key is missing, a position is not an integer, or a sample appears twice.
 
         Example:
@@ -83,6 +84,8 @@ class Partition:
                     f"clients has the keys {sorted(clients)[:10]}: number the clients 0 .. num_clients - 1"
                 )
             clients = [clients[i] for i in range(len(clients))]
+        if not isinstance(clients, Iterable):
+            raise TypeError(f"clients={clients!r}: pass a list of sample positions for each client, [[0, 2], [1]]")
         arrays = [np.asarray(client) for client in clients]
         for i, array in enumerate(arrays):
             if array.ndim != 1 or (array.size and array.dtype.kind not in "iu"):
@@ -174,6 +177,7 @@ class Partition:
         """Read a partition that :meth:`save` wrote, and verify its hash.
 
         Raises:
+            FileNotFoundError: there is no such file.
             ValueError: the file is not such a partition, or it was changed since it was saved.
         """
         remedy = "restore the file, or split the dataset again and save that partition"
@@ -183,6 +187,10 @@ class Partition:
             if version != _FORMAT_VERSION:
                 raise ValueError(f"version={version}, this library reads version {_FORMAT_VERSION}")
             partition = cls(np.array(content["indices"], np.int64), np.array(content["offsets"], np.int64))
+        except FileNotFoundError as error:
+            missing = FileNotFoundError(f"path={os.fspath(path)!r}: there is no such file; save a partition first")
+            missing.strerror = error.strerror  # for those who tell the reason only
+            raise missing from None
         except (KeyError, TypeError, OverflowError, ValueError) as error:
             raise ValueError(f"{os.fspath(path)} is not a saved partition ({error}): {remedy}") from error
         if partition.fingerprint != fingerprint:

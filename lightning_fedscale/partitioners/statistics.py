@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from lightning_fedscale.partitioners import checks
 from lightning_fedscale.partitioners.encoding import encode_classes
 from lightning_fedscale.partitioners.partition import IntArray, Partition
 
@@ -132,6 +133,7 @@ def heterogeneity(partition: Partition, labels: npt.ArrayLike) -> Heterogeneity:
 
 
 def _encode(partition: Partition, labels: npt.ArrayLike) -> tuple[npt.NDArray[Any], IntArray]:
+    checks.whole_partition(partition)
     labels = np.asarray(labels)
     needed = int(partition.indices.max()) + 1 if partition.num_samples else 1
     if labels.ndim != 1 or len(labels) < needed:
@@ -144,6 +146,7 @@ def _encode(partition: Partition, labels: npt.ArrayLike) -> tuple[npt.NDArray[An
 
 def _cells(partition: Partition, labels: npt.ArrayLike) -> tuple[IntArray, IntArray, IntArray]:
     """The non-zero cells of the table of label counts: ``(client, class, count)``."""
+    checks.whole_partition(partition)
     if not partition.num_samples:
         raise ValueError("the partition holds no samples: there is no label mix to compare")
     classes, codes = _encode(partition, labels)

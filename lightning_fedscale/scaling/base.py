@@ -122,11 +122,12 @@ class Law(Form):
             >>> f"{Chinchilla().optimal_federated([1e18, 4e18, 25e18]).params:.3e}"  # as three of 1e19
             '2.622e+08'
         """
-        if isinstance(flops, Sequence):
+        if isinstance(flops, Sequence) and not isinstance(flops, str):
+            average = mean_flops(flops, mean)
             if clients not in (None, len(flops)):
-                raise ValueError(f"clients={clients!r}: there is compute of {len(flops)}.")
+                raise ValueError(f"clients={clients!r}: there is compute of {len(flops)}: leave clients out.")
             clients, total = len(flops), math.fsum(flops)
-            effective = effective_flops(mean_flops(flops, mean) * clients, clients, rho)
+            effective = effective_flops(average * clients, clients, rho)
         else:
             clients, total = 1 if clients is None else clients, flops
             effective = effective_flops(flops, clients, rho)

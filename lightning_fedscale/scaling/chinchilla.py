@@ -210,6 +210,7 @@ class AverageParameters(Chinchilla):
     sizes: tuple[float, ...] = (1.0,)
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if len(self.shares) != len(self.sizes) or not math.isclose(math.fsum(self.shares), 1.0):
             raise ValueError(f"shares={self.shares}, sizes={self.sizes}: pass a size for each share; shares sum to 1.")
 

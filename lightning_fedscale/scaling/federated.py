@@ -43,16 +43,23 @@ class Federated:
         return self.law.optimal_federated(flops, clients, self.rho, mean)
 
 
-def federated(law: Law, rho: float = 1.0, clients: int = 1) -> Federated:
+def federated(law: Any, rho: float = 1.0, clients: int = 1) -> Federated:
     """Let a law be seen by clients.
 
     Args:
-        law: any law.
+        law: any law, its name, or a file of `Fit.save`.
         rho: 1 as arXiv 2511.12188, about 0.24 as DiLoCo's replicas, 0 as data parallelism, or fitted.
         clients: number of clients, where none is passed later.
+
+    Raises:
+        Unfitted: for a law without constants.
+        TypeError: for something else than a law.
+        ValueError: for an unknown name, or numbers that cannot be.
     """
+    from lightning_fedscale.scaling.project import needed_law  # it knows all laws, one of which is below
+
     effective_flops(1.0, clients, rho)
-    return Federated(law, rho, clients)
+    return Federated(needed_law(law), rho, clients)
 
 
 @dataclass(frozen=True)

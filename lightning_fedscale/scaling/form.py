@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import numbers
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from difflib import get_close_matches
@@ -122,6 +123,7 @@ class Unfitted(ValueError):
     """A law was asked for a prediction whose constants nobody has published."""
 
 
+_NUMBERS = ("float", "int", "tuple[float, ...]")
 _Self = TypeVar("_Self", bound="Form")
 
 
@@ -150,6 +152,10 @@ class Form:
     fitted_on: Range | None = field(default=None, kw_only=True, compare=False)
     refits: tuple[Refit, ...] = field(default=(), kw_only=True, repr=False, compare=False)
 
+    def __post_init__(self) -> None:
+        """Check that constants are numbers."""
+        self._check_numbers()
+
     @property
     def name(self) -> str:
         """The law's name."""
@@ -172,12 +178,22 @@ class Form:
         return [name for name, value in self.constants.items() if value is None]
 
     def check(self) -> None:
-        """Raise `Unfitted` if a constant is unknown."""
+        """Raise `Unfitted` if a constant is unknown, TypeError if one is no number."""
+        self._check_numbers()  # here too: a law with a ``__post_init__`` of its own may not ask ours
         if unknown := self.missing:
             raise Unfitted(
                 f"{self.name}: its constants are not published ({', '.join(unknown)} unknown): fit them to runs of your"
                 f" own, or pass them, {self.name}({', '.join(f'{name}=...' for name in unknown)})."
             )
+
+    def _check_numbers(self) -> None:
+        form: Any = type(self)
+        for name in _numbers_of(form):
+            value = getattr(self, name)
+            several = isinstance(value, Sequence) and not isinstance(value, str)
+            for each in value if several else (value,):
+                if each is not None and (isinstance(each, bool) or not isinstance(each, numbers.Real)):
+                    raise TypeError(f"{self.name}: {name}={value!r}: pass {'numbers' if several else 'a number'}.")
 
     def replace(self: _Self, **constants: Any) -> _Self:
         """The law with other constants."""
@@ -214,6 +230,12 @@ class Form:
 @cache
 def _constants_of(form: type[Any]) -> tuple[str, ...]:
     return tuple(each.name for each in dataclasses.fields(form) if not each.kw_only)
+
+
+@cache
+def _numbers_of(form: type[Any]) -> tuple[str, ...]:
+    """Fields that hold a number, several, or None."""
+    return tuple(each.name for each in dataclasses.fields(form) if str(each.type).removesuffix(" | None") in _NUMBERS)
 
 
 def gathered(values: Mapping[str, Any]) -> dict[str, Any]:

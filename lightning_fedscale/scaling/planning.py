@@ -151,6 +151,7 @@ def plan(
     chosen, fitted = law_of(law, text=True)
     if chosen is None:
         raise ValueError("law=None: a plan needs a law; fit one to runs of your own (fedscale sweep).")
+    positive("flops", flops)
     price = (1.0 if fitted is None else fitted) if rho is None else rho
     _check(local_steps, utilization, activation_bytes)
     devices = _devices(device_class)

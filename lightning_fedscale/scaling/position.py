@@ -14,6 +14,7 @@ from scipy.optimize import brentq
 from lightning_fedscale.scaling.base import Law, effective_flops
 from lightning_fedscale.scaling.federated import federated
 from lightning_fedscale.scaling.form import Interval, positive
+from lightning_fedscale.scaling.project import needed_law
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -126,7 +127,7 @@ class Position:
 
 
 def position_of(
-    law: Law,
+    law: Any,
     *,
     params: float,
     tokens: float,
@@ -141,7 +142,7 @@ def position_of(
     kind of model are compared at the same compute.
 
     Args:
-        law: any law with a best size.
+        law: any law with a best size, its name, or a file of `Fit.save`.
         params: model size.
         tokens: tokens of all clients together.
         flops: training FLOPs of all clients together.
@@ -151,32 +152,33 @@ def position_of(
 
     Raises:
         Unfitted: for a law without constants.
-        ValueError: for numbers that are not positive.
+        TypeError: for something else than a law.
+        ValueError: for numbers that are not positive, or an unknown name.
     """
     for name, value in (("params", params), ("tokens", tokens), ("flops", flops)):
         positive(name, value)
-    law = law.replace(flops_per=flops / (params * tokens))
-    seen = federated(law, rho, clients)
+    own = needed_law(law).replace(flops_per=flops / (params * tokens))
+    seen = federated(own, rho, clients)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         best, worth = seen.optimal(flops), effective_flops(flops, clients, rho)
 
         def loss(size: float) -> float:
             # As `Law.loss_federated` has it, whose checks of its arguments would take most of the time here.
-            return law._loss(size, worth / (law.flops_per * size))
+            return own._loss(size, worth / (own.flops_per * size))
 
         def best_for(factor: float) -> float:
             return seen.optimal(flops * factor).params
 
         low, high = _band(loss, best.params, best.loss)
         here = Position(
-            law.name, params, tokens, flops, clients, rho, best.params, low, high, loss(params), best.loss,
-            outside=tuple(law.outside(params=params, flops=flops)),
+            own.name, params, tokens, flops, clients, rho, best.params, low, high, loss(params), best.loss,
+            outside=tuple(own.outside(params=params, flops=flops)),
         )  # fmt: skip
         if not full:
             return here
         catch_up = _solve(lambda factor: best_for(factor) - params, 1e-12, 1e12)
-        return replace(here, catch_up=catch_up, uncertainty=law.interval_of_size(flops, clients, rho))
+        return replace(here, catch_up=catch_up, uncertainty=own.interval_of_size(flops, clients, rho))
 
 
 def plot(position: Position, law: Law) -> Figure:

@@ -39,6 +39,7 @@ def law_of(law: Any, *, text: bool) -> tuple[Law | None, float | None]:
     if law is None:
         return None, None
     if isinstance(law, Law):
+        law.check()
         return law, None
     if not isinstance(law, (str, Path)):
         raise TypeError(f"law={law!r}: pass 'auto', a law's name, a file of Fit.save, a law, or None.")
@@ -49,6 +50,18 @@ def law_of(law: Any, *, text: bool) -> tuple[Law | None, float | None]:
     found = law_by_name(str(law))
     found.check()
     return found, None
+
+
+def needed_law(law: Any) -> Law:
+    """The law that an argument names, as `law_of` has it for text, where there must be one.
+
+    Raises:
+        Unfitted, ValueError, TypeError: as `law_of`, and for None.
+    """
+    found, _ = law_of(law, text=True)
+    if found is None:
+        raise ValueError("law=None: pass a law, its name, or a file of Fit.save.")
+    return found
 
 
 def sweep_command(module: str | None, data: str | None, flops: float, argument: str = "size") -> str:

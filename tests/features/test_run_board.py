@@ -145,7 +145,7 @@ def test_every_logger_gets_the_settings_beside_the_modules_own(tmp_path: Path) -
         "federated/clients_per_round": 3,
         "federated/samples": 1200,
         "federated/params": 64 * 8 + 8 + 8 * 10 + 10,
-        "federated/local_epochs": 0,
+        "federated/local_epochs": "none",
         "federated/local_steps": 4,
         "federated/partitioner.alpha": 0.3,
         "federated/server_optimizer": "fed_adam(lr=0.02, beta1=0.9, beta2=0.99, tau=0.001)",

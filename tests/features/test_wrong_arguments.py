@@ -9,7 +9,19 @@ import numpy as np
 import pytest
 import torch
 
-from lightning_fedscale import aggregators, attacks, compressors, local_rules, privacy, samplers, schedules, server
+from lightning_fedscale import (
+    Partition,
+    aggregators,
+    attacks,
+    compressors,
+    devices,
+    local_rules,
+    partitioners,
+    privacy,
+    samplers,
+    schedules,
+    server,
+)
 from lightning_fedscale.asynchrony import FedBuff
 from lightning_fedscale.callbacks import RoundEvents
 from tests.laws import reference
@@ -79,13 +91,73 @@ CASES: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
         ValueError,
         "attackers=7: there is no such client, pass numbers from 0 to 3",
     ),
-    "aggregator": (lambda: sequential(FOUR, aggregator=3), TypeError, "aggregator=3: pass 'mean', 'uniform' or"),  # type: ignore[arg-type]
+    "aggregator": (
+        lambda: sequential(FOUR, aggregator=3),  # type: ignore[arg-type]
+        TypeError,
+        "aggregator=3: pass one of 'mean', 'median', 'geometric_median', 'uniform', or",
+    ),
+    "no rule": (
+        lambda: attacks.attacked(3, attacks.sign_flip(), [0]),  # type: ignore[arg-type]
+        TypeError,
+        "aggregator=3: pass one of 'mean'",
+    ),
+    "no attack": (
+        lambda: attacks.attacked("median", "sign_flip", [0]),  # type: ignore[arg-type]
+        TypeError,
+        r"attack='sign_flip': pass an attack such as attacks.sign_flip\(\)",
+    ),
+    "uncalled attack": (
+        lambda: attacks.attacked("median", attacks.sign_flip, [0]),  # type: ignore[arg-type]
+        TypeError,
+        "attack=.*pass an attack such as",
+    ),
+    # parentheses forgotten
+    "median": (
+        lambda: sequential(FOUR, aggregator=aggregators.median),  # type: ignore[arg-type]
+        TypeError,
+        r"aggregator=median is a function: call it, aggregators.median\(\)",
+    ),
+    "krum uncalled": (
+        lambda: attacks.attacked(aggregators.krum, attacks.sign_flip(), [0]),  # type: ignore[arg-type]
+        TypeError,
+        r"aggregator=krum is a function: call it, aggregators.krum\(attackers=...\)",
+    ),
+    "top_k uncalled": (
+        lambda: sequential(FOUR, compressor=compressors.top_k),  # type: ignore[arg-type]
+        TypeError,
+        r"compressor=top_k is a function: call it, compressors.top_k\(\)",
+    ),
+    "error_feedback uncalled": (
+        lambda: sequential(FOUR, downlink_compressor=compressors.error_feedback),  # type: ignore[arg-type]
+        TypeError,
+        r"downlink_compressor=error_feedback is a function: call it, compressors.error_feedback\(compressor=...\)",
+    ),
+    "fed_adam uncalled": (
+        lambda: sequential(FOUR, server_optimizer=server.fed_adam),  # type: ignore[arg-type]
+        TypeError,
+        r"server_optimizer=fed_adam is a function: call it, server.fed_adam\(\)",
+    ),
+    "fed_prox uncalled": (
+        lambda: sequential(FOUR, local_rule=local_rules.fed_prox),  # type: ignore[arg-type]
+        TypeError,
+        r"local_rule=fed_prox is a function: call it, local_rules.fed_prox\(mu=...\)",
+    ),
     # compressors
     "top_k": (lambda: compressors.top_k(ratio=2), ValueError, "ratio=2: pass a share of the elements"),
     "random_k": (lambda: compressors.random_k(True), TypeError, "ratio=True: pass a share of the elements"),
     "qsgd": (lambda: compressors.qsgd(1.5), TypeError, "levels=1.5: pass an integer from 1 to 65536"),  # type: ignore[arg-type]
     "adaptive": (lambda: compressors.adaptive(highest=1), ValueError, "highest=1: pass a compression factor above 1"),
     "growth": (lambda: compressors.adaptive(growth=np.nan), ValueError, "growth=nan: pass a number above 1"),
+    "error_feedback": (
+        lambda: sequential(FOUR, compressor="error_feedback"),
+        ValueError,
+        r"compressor='error_feedback' wraps another one: .* compressors.error_feedback\(compressors.top_k\(0.1\)\)",
+    ),
+    "phase_driven": (
+        lambda: sequential(FOUR, compressor="phase_driven"),
+        ValueError,
+        "compressor='phase_driven' needs phase, critical, otherwise: pass an object",
+    ),
     # privacy
     "clip_norm": (
         lambda: privacy.dp_fed_avg(clip_norm="1", noise_multiplier=1.0, delta=1e-5),
@@ -102,6 +174,11 @@ CASES: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     # who takes part, and when
     "seconds": (lambda: FedBuff(seconds="fast"), ValueError, "seconds='fast': pass a number above 0"),  # type: ignore[arg-type]
     "two seconds": (lambda: fit(mode=FedBuff(seconds=[1.0, 2.0])), ValueError, "got 2 numbers for 4 clients"),
+    "staleness": (
+        lambda: FedBuff(5, 0),  # type: ignore[arg-type]
+        ValueError,
+        "staleness=0: choose 'polynomial', an update counts .*, or 'constant', .*exponent=0.5",
+    ),
     "mode": (lambda: sequential(FOUR, mode="asink"), ValueError, "mode='asink': choose 'sync', 'async'"),  # type: ignore[arg-type]
     "power_of_choice": (
         lambda: fit(clients_per_round=3, sampler=samplers.power_of_choice(candidates=2)),
@@ -121,6 +198,24 @@ CASES: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
         TypeError,
         r"personal='head.\*': pass a list of patterns",
     ),
+    "personal number": (
+        lambda: sequential(FOUR, personal=3),  # type: ignore[arg-type]
+        TypeError,
+        "personal=3: pass a list of patterns",
+    ),
+    # who holds what
+    "split": (lambda: partitioners.split(5, 0.1), TypeError, "partition=5: pass a Partition, such as"),  # type: ignore[arg-type]
+    "heterogeneity": (lambda: partitioners.heterogeneity(5, [0]), TypeError, "partition=5: pass a Partition"),  # type: ignore[arg-type]
+    "label_counts": (lambda: partitioners.label_counts(5, [0]), TypeError, "partition=5: pass a Partition"),  # type: ignore[arg-type]
+    "from_lists": (lambda: Partition.from_lists(5), TypeError, "clients=5: pass a list of sample positions for each"),  # type: ignore[arg-type]
+    "load": (lambda: Partition.load("nope.json"), FileNotFoundError, "^path='nope.json': there is no such file; save"),
+    "real labels": (
+        lambda: sequential(FOUR, partitioner="dirichlet").client_sizes(np.linspace(0, 1, 20)),
+        ValueError,
+        r"^partitioner=DirichletPartitioner\(.*\): labels have dtype float64, .* name another column with partition_by",
+    ),
+    # devices
+    "estimate_memory": (lambda: devices.estimate_memory(3, 4), TypeError, "module=3: pass a LightningModule"),  # type: ignore[arg-type]
     "no such layer": (lambda: fit(personal=["nothing.*"]), ValueError, "matches no trainable parameter or buffer"),
 }
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -190,3 +191,20 @@ def test_table_and_plot() -> None:
         (axis,) = shown.plot(clients=4, local_steps=5).axes
         texts = [text.get_text() for text in axis.get_legend().get_texts()]
         assert f"best: {shown.best_batch(4, 5)}" in texts
+
+
+@pytest.mark.parametrize(
+    ("make", "kind", "message"),
+    [
+        (lambda: PerformanceModel(3), TypeError, "step=3: pass a StepTime"),  # type: ignore[arg-type]
+        (lambda: PerformanceModel(StepTime(1, 1), sync=-1), ValueError, "sync=-1: pass seconds, at least 0, or"),
+        (lambda: PerformanceModel(StepTime(1, 1), sync="a"), TypeError, "sync='a': pass seconds"),  # type: ignore[arg-type]
+        (lambda: PerformanceModel(StepTime(1, 1), noise_scale="a"), TypeError, "noise_scale='a': pass more than 0"),  # type: ignore[arg-type]
+        (lambda: StepTime(fixed=-1, per_sample=1), ValueError, "fixed=-1: pass seconds, at least 0"),
+        (lambda: StepTime(fixed="x", per_sample=1), TypeError, "fixed='x': pass seconds"),  # type: ignore[arg-type]
+        (lambda: StepTime(0, math.nan), ValueError, "per_sample=nan: pass seconds"),
+    ],
+)
+def test_what_takes_no_time_is_refused(make: Any, kind: type[Exception], message: str) -> None:
+    with pytest.raises(kind, match=message):
+        make()

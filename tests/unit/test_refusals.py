@@ -628,6 +628,32 @@ def test_nothing_is_rejected_in_a_healthy_run() -> None:
     assert strategy.last_round.rejected == ()
 
 
+class SometimesNone(Counting):
+    """Returns a loss for batches of these numbers only."""
+
+    def __init__(self, *batches: int, automatic: bool = True) -> None:
+        super().__init__()
+        self.batches, self.automatic_optimization = batches, automatic
+
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor | None:  # type: ignore[override]
+        return super().training_step(batch, batch_idx) if batch_idx in self.batches else None
+
+
+@pytest.mark.parametrize("executor", ["sequential", "auto"])
+@pytest.mark.parametrize(
+    ("module", "warns"),
+    [(SometimesNone(), True), (SometimesNone(0), False), (SometimesNone(automatic=False), False)],
+    ids=["never", "once", "manual"],
+)
+def test_a_training_step_that_never_returns_a_loss(module: SometimesNone, warns: bool, executor: Any) -> None:
+    trainer = reference.quiet_trainer(strategy=FederatedStrategy(executor=executor), max_epochs=2)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        trainer.fit(module, reference.loader(reference.dataset()))
+    told = [str(each.message) for each in caught if "training_step returned None for every" in str(each.message)]
+    assert len(told) == warns
+
+
 class StepsEveryThird(Counting):
     def configure_optimizers(self) -> dict[str, Any]:  # type: ignore[override]
         optimizer = torch.optim.SGD(self.parameters(), lr=0.1)

@@ -44,6 +44,7 @@ from lightning_fedscale.scaling import (
     information,
     law_by_name,
     mean_flops,
+    plan,
     position_of,
 )
 
@@ -393,6 +394,16 @@ def test_extrapolation_is_said() -> None:
         (lambda: federated(Chinchilla(), math.inf), "rho=inf"),
         (lambda: mean_flops([1.0], "median"), "how='median'"),
         (lambda: mean_flops([]), "one client or more"),
+        (lambda: Chinchilla().optimal_federated([]), "one client or more"),
+        (lambda: Chinchilla().optimal_federated([], 1), "one client or more"),
+        (lambda: Chinchilla().optimal_federated("1e20"), "flops='1e20': pass a finite number above 0"),  # type: ignore[arg-type]
+        (lambda: plan("1e20"), "flops='1e20': pass a finite number above 0"),  # type: ignore[arg-type]
+        (lambda: plan([1e20, 1e20]), "flops=.*: pass a finite number above 0"),  # type: ignore[arg-type]
+        (lambda: federated("chinchila"), "law='chinchila' is not known. Did you mean 'Chinchilla'"),
+        (lambda: federated(None), "law=None: pass a law, its name"),
+        (lambda: federated(Rosenfeld()), "Rosenfeld: its constants are not published"),
+        (lambda: position_of("x", params=1e6, tokens=1e9, flops=1e12), "law='x' is not known"),
+        (lambda: position_of(Farseer(), params=1e6, tokens=1e9, flops=1e12), "Farseer: its constants are not"),
         (lambda: law_by_name("kaplann"), "Did you mean 'Kaplan'"),
         (lambda: RoutedLM().optimal(1e20), "130 B tokens"),
     ],
@@ -400,6 +411,29 @@ def test_extrapolation_is_said() -> None:
 def test_bad_input_is_named(ask: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         ask()
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: Chinchilla(E="x"), "Chinchilla: E='x': pass a number"),  # type: ignore[arg-type]
+        (lambda: Chinchilla(flops_per="6"), "Chinchilla: flops_per='6': pass a number"),  # type: ignore[arg-type]
+        (lambda: Kaplan().replace(alpha_N=[1.0, "a"]), r"Kaplan: alpha_N=\[1.0, 'a'\]: pass"),
+        (lambda: DiLoCo(replicas="4"), "DiLoCo: replicas='4': pass a number"),  # type: ignore[arg-type]
+        (lambda: AverageParameters(shares=("1",)), r"AverageParameters: shares=\('1',\): pass numbers"),  # type: ignore[arg-type]
+        (lambda: Henighan("a", 1.0, 1.0).loss(1e6, 1e9), "Henighan: floor='a': pass a number"),  # type: ignore[arg-type]
+        (lambda: federated(3), "law=3: pass 'auto', a law's name"),
+    ],
+)
+def test_constants_are_numbers(make: Any, message: str) -> None:
+    with pytest.raises(TypeError, match=message):
+        make()
+
+
+def test_a_law_goes_by_its_name() -> None:
+    run = {"params": 1e9, "tokens": 1e10, "flops": 6e19}
+    assert federated("chinchilla", 0.5, 3) == federated(Chinchilla(), 0.5, 3)
+    assert position_of("Chinchilla", **run, full=False) == position_of(Chinchilla(), **run, full=False)
 
 
 def test_every_law_says_where_it_is_from() -> None:
