@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from lightning_fedscale.checks import integer
 from lightning_fedscale.scaling.base import Law
 from lightning_fedscale.scaling.catalogue import FORMS
 from lightning_fedscale.scaling.chinchilla import Chinchilla, Rosenfeld
@@ -123,7 +124,7 @@ def fit(
         >>> round(found.law.alpha, 3), round(found.law.beta, 3)
         (0.4, 0.3)
     """
-    form = form_of(law)
+    form, bootstrap = form_of(law), integer("bootstrap", bootstrap, 0)
     table = runs_table(runs, form, loss)
     by_size = {"params", "tokens"} <= set(form.columns)
     has_best = by_size and isinstance(form, Law) and not form.no_optimum

@@ -16,7 +16,8 @@ import torch
 
 from lightning_fedscale import FederatedStrategy, cli
 from lightning_fedscale.cli.digits import Classifier, Digits
-from lightning_fedscale.cli.train import Refused, _is_told, _optimized
+from lightning_fedscale.cli.told import is_told
+from lightning_fedscale.cli.train import Refused, _optimized
 from lightning_fedscale.scaling import read_runs
 
 ROOT = Path(__file__).parents[2]
@@ -299,8 +300,8 @@ def test_only_refusals_of_this_package_are_told_plainly() -> None:
             return error
         raise AssertionError
 
-    assert _is_told(error_of(lambda: FederatedStrategy(num_clients=0)))
-    assert not _is_told(error_of(lambda: int("one")))
+    assert is_told(error_of(lambda: FederatedStrategy(num_clients=0)))
+    assert not is_told(error_of(lambda: int("one")))
 
 
 def fedscale(*arguments: str) -> subprocess.CompletedProcess[str]:
