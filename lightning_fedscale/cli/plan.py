@@ -63,7 +63,7 @@ def plan(
 
 def _show(console: Console, plans: list[Plan]) -> None:
     table = _table(plans)
-    if Measurement.get(console, console.options, table).maximum <= console.width:
+    if Measurement.get(console, console.options.update(max_width=10_000), table).maximum <= console.width:
         console.print(table)
     else:
         for each in plans:

@@ -21,7 +21,7 @@ from lightning_fedscale.memory import format_bytes, free_memory, parse_bytes
 def probe(
     module: pl.LightningModule,
     data: pl.LightningDataModule | None = None,
-    budget: str | list[str] = "auto",
+    budget: str | list[int | str] = "auto",
     headroom: float = 0.1,
     precision: str = "32-true",
     max_samples: int | None = None,
@@ -40,7 +40,7 @@ def probe(
         json: print one JSON object instead of tables.
     """
     limit = None if max_samples is None else integer("max_samples", max_samples)
-    budgets = {name: _bytes(name) for name in ([budget] if isinstance(budget, str) else budget)}
+    budgets = {str(name): _bytes(str(name)) for name in ([budget] if isinstance(budget, str) else budget)}
     if not budgets:
         raise ValueError("budget=[]: pass an amount of memory, or several in a list.")
     model = estimate_memory(module, _batch(module, data), precision=precision)

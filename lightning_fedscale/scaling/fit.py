@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from lightning_fedscale.checks import integer
 from lightning_fedscale.scaling.base import Law
 from lightning_fedscale.scaling.catalogue import FORMS
 from lightning_fedscale.scaling.chinchilla import Chinchilla, Rosenfeld
@@ -124,7 +123,9 @@ def fit(
         >>> round(found.law.alpha, 3), round(found.law.beta, 3)
         (0.4, 0.3)
     """
-    form, bootstrap = form_of(law), integer("bootstrap", bootstrap, 0)
+    if isinstance(bootstrap, bool) or not isinstance(bootstrap, int) or bootstrap < 0:
+        raise ValueError(f"bootstrap={bootstrap!r}: pass a number of refits, at least 0.")
+    form = form_of(law)
     table = runs_table(runs, form, loss)
     by_size = {"params", "tokens"} <= set(form.columns)
     has_best = by_size and isinstance(form, Law) and not form.no_optimum

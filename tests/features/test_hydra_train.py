@@ -241,7 +241,15 @@ def test_help_shows_groups_and_arguments(capsys: pytest.CaptureFixture[str]) -> 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["strategy.num_clients=0"], "strategy: num_partitions=0: pass an integer of at least 1"),
+        (["strategy.num_clients=0"], "strategy.num_clients=0: pass an integer of at least 1"),
+        (["strategy.num_clients=abc"], "strategy.num_clients='abc': pass an integer of at least 1"),
+        (["seed=abc"], "seed='abc': pass an integer from 0"),
+        (["data.batch_size=0"], "data: batch_size=0: pass an integer of at least 1"),
+        (["model.lr=abc"], "model: lr='abc': pass a number of at least 0"),
+        (["hydra.run.dir=/dev/null/x"], "hydra.run.dir='/dev/null/x': the folder cannot be made"),
+        (["model._target_=mine.Module"], "needs its data: pass data._target_=..., or data=digits"),
+        (["data._target_=mine.Module"], "data._target_=mine.Module: is a Module, which is no LightningDataModule"),
+        (["strategy.num_client=3"], "Did you mean num_clients?"),
         (["strategy.clients_per_round=11"], "clients_per_round=11 is more than num_clients=10"),
         (["strategy.num_clients=1300"], "num_clients=1300 is more than the 1200 samples"),
         (
