@@ -108,6 +108,12 @@ def test_one_budget_or_several(budget: str, names: list[str], capsys: pytest.Cap
     assert list(json.loads(capsys.readouterr().out)) == names
 
 
+def test_the_end_of_the_search_is_no_limit_of_memory(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["probe", "--module", MODULE, "--budget", "1000000GiB", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)["1000000GiB"]
+    assert (found["max_batch"], found["limited_by"]) == (2**24, "search")
+
+
 class Mistaken(Project):
     def train_dataloader(self) -> Any:
         raise ValueError("my own mistake")

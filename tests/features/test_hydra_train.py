@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -186,6 +187,14 @@ def test_any_module_and_its_data(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 @pytest.mark.usefixtures("mine")
+def test_a_module_with_its_own_loader_needs_no_data() -> None:
+    Path("mine.py").write_text(f"{MINE}\n\nclass Own(Module):\n    train_dataloader = Data(30).train_dataloader\n")
+    assert train(*SHORT, "model._target_=mine.Own", "strategy.num_clients=3") == 0
+    (run,) = runs()
+    assert ledger(run)["samples"] == 60
+
+
+@pytest.mark.usefixtures("mine")
 def test_a_mistake_of_ones_own_module_keeps_its_traceback(capsys: pytest.CaptureFixture[str]) -> None:
     assert train(*SHORT, "model._target_=mine.Module", "data._target_=mine.Data", "model.wrong=true") == 1
     said = capsys.readouterr().err
@@ -235,6 +244,9 @@ def test_help_shows_groups_and_arguments(capsys: pytest.CaptureFixture[str]) -> 
     assert "strategy/partitioner: continuous, dirichlet," in groups
     assert "trainer/strategy" not in printed
     assert "  clients_per_round: null" in printed
+    for line in re.findall(r"fedscale train (.*detector@.*|law@.*)", printed):
+        assert train("--cfg", "job", *line.split()) == 0
+    assert "law@callbacks.compute_accounting.law=Chinchilla" in printed
 
 
 @pytest.mark.usefixtures("mine")
