@@ -18,6 +18,7 @@ from lightning_fedscale.cli.plan import plan
 from lightning_fedscale.cli.probe import probe
 from lightning_fedscale.cli.report import report
 from lightning_fedscale.cli.sweep import sweep
+from lightning_fedscale.cli.told import INTERRUPTED, is_interruption, is_told, nobody_reads
 
 COMMANDS: dict[str, Callable[..., None]] = {
     "bench": bench,
@@ -29,6 +30,9 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "sweep": sweep,
 }
 
+_AFTERWARDS = {"sweep": " Runs that were finished are kept: the same command goes on with those that are missing."}
+"""What is left by a command that was interrupted."""
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line.
@@ -37,11 +41,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: what follows ``fedscale``; None for those of this process.
 
     Returns:
-        The exit code: 0, or 1 if what was asked for is not possible. Wrong arguments exit with 2.
+        The exit code: 0, 1 if what was asked for is not possible, or 130 after Ctrl-C. Wrong arguments exit with 2.
     """
+    try:
+        try:
+            return _run(sys.argv[1:] if arguments is None else arguments)
+        finally:
+            sys.stdout.flush()
+    except BrokenPipeError:
+        return nobody_reads()
+
+
+def _run(given: Sequence[str]) -> int:
     if (here := str(Path.cwd())) not in sys.path:
         sys.path.insert(0, here)  # where the user's own modules are, as for a script
-    given = sys.argv[1:] if arguments is None else arguments
     if given and given[0] == "train":
         from lightning_fedscale.cli.train import train  # not before it is wanted: Hydra takes a while
 
@@ -49,7 +62,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     command, values = parse(COMMANDS, given, {"train": "Train a module and its data on federated clients, by Hydra."})
     try:
         COMMANDS[command](**values)
-    except (TypeError, ValueError) as error:
+    except (KeyboardInterrupt, SystemExit) as stopped:
+        if not is_interruption(stopped):
+            raise
+        print(f"fedscale {command}: interrupted.{_AFTERWARDS.get(command, '')}", file=sys.stderr)
+        return INTERRUPTED
+    except Exception as error:
+        if not is_told(error):
+            raise
         print(f"fedscale {command}: {error}", file=sys.stderr)
         return 1
     return 0

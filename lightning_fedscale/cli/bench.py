@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader
 
 from lightning_fedscale.checks import integer
 from lightning_fedscale.cli.digits import Classifier, Digits
-from lightning_fedscale.cli.projects import train_loader
+from lightning_fedscale.cli.projects import check_accelerator, train_loader
 from lightning_fedscale.executors import ClientLoader
 from lightning_fedscale.partitioners import IidPartitioner, Partition
 from lightning_fedscale.rounds import pass_order, steps_from
@@ -99,6 +99,7 @@ def bench(
         raise ValueError(f"seconds={seconds!r}: pass a finite number above 0.")
     clients, local_steps = integer("clients", clients), integer("local_steps", local_steps)
     cohort = clients if clients_per_round is None else integer("clients_per_round", clients_per_round)
+    check_accelerator(accelerator)
     if module is None and data is None:
         module, data = Classifier(), Digits()
     elif module is None:

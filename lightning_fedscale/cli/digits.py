@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import math
+
 import lightning.pytorch as pl
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
+
+from lightning_fedscale.checks import integer, number
 
 _TRAIN, _VAL = 1200, 297  # of 1,797 images in a fixed random order; the last 300 are for testing
 
@@ -29,6 +33,7 @@ class Digits(pl.LightningDataModule):
 
     def __init__(self, batch_size: int = 8) -> None:
         super().__init__()
+        self.batch_size = integer("batch_size", batch_size)
         try:
             from sklearn.datasets import load_digits
         except ImportError:
@@ -39,7 +44,6 @@ class Digits(pl.LightningDataModule):
         pixels, digits = load_digits(return_X_y=True)
         order = torch.randperm(len(digits), generator=torch.Generator().manual_seed(0))
         images, labels = torch.tensor(pixels / 16, dtype=torch.float32)[order], torch.tensor(digits)[order]
-        self.batch_size = batch_size
         self.train, self.val, self.test = (
             TensorDataset(*parts)
             for parts in zip(
@@ -74,7 +78,8 @@ class Classifier(pl.LightningModule):
 
     def __init__(self, width: int = 32, lr: float = 0.1) -> None:
         super().__init__()
-        self.lr = lr
+        integer("width", width)
+        self.lr = number("lr", lr, "pass a number of at least 0.", lambda lr: 0 <= lr < math.inf)
         self.net = nn.Sequential(nn.Linear(64, width), nn.ReLU(), nn.Linear(width, 10))
 
     def forward(self, images: Tensor) -> Tensor:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json as json_format
+from glob import glob
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
+from lightning_fedscale.cli.files import made, written
 from lightning_fedscale.scaling import LAW_FILE, Fit, write_report
 from lightning_fedscale.scaling import fit as make_fit
 
@@ -26,7 +28,8 @@ def fit(
     """Fit a scaling law to runs, and write it, a report and a figure.
 
     Args:
-        runs: CSV files, or directories of runs that were trained with ComputeAccounting.
+        runs: CSV files, or directories of runs that were trained with ComputeAccounting; patterns such as 'multirun/*'
+            will do.
         law: form of the law, by name.
         loss: name of the logged loss; by default the first of the usual names.
         task: what the runs did; the law holds for that.
@@ -35,14 +38,24 @@ def fit(
         output: folder for fedscale_law.json, report.md and fit.png.
         json: print one JSON object instead of tables.
     """
-    finish(make_fit(runs, law, holdout=holdout, bootstrap=bootstrap, loss=loss, task=task), output, json)
+    made("output", output)
+    finish(make_fit(_expanded(runs), law, holdout=holdout, bootstrap=bootstrap, loss=loss, task=task), output, json)
+
+
+def _expanded(runs: list[str]) -> list[str]:
+    """Patterns that no shell has expanded; what matches nothing stays as it is, to be named."""
+    return [
+        path
+        for each in runs
+        for path in ([each] if Path(each).exists() else sorted(glob(each, recursive=True)) or [each])
+    ]
 
 
 def finish(found: Fit, output: str, json: bool) -> None:
     """Write a fit's law and report, and show it."""
-    page = write_report(found, output)
-    law = Path(output, LAW_FILE)
-    found.save(law)
+    page, law = Path(output, "report.md"), Path(output, LAW_FILE)
+    written("output", str(page), lambda: write_report(found, output))
+    written("output", str(law), lambda: found.save(law))
     if json:
         document: dict[str, Any] = json_format.loads(law.read_text(encoding="utf-8"))
         document.pop("refits")

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json as json_format
-from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
@@ -12,7 +10,9 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from lightning_fedscale.checks import integer
 from lightning_fedscale.cli.digits import Digits
+from lightning_fedscale.cli.files import written
 from lightning_fedscale.cli.projects import train_loader
 from lightning_fedscale.partitioners import (
     FinishedPartitioner,
@@ -73,7 +73,7 @@ def partition(
     if plot is not None:
         _plot(made, labels, plot)
     if save is not None:
-        _written("save", save, lambda: found.save(save))
+        written("save", save, lambda: found.save(save))
     if json:
         print(json_format.dumps(_facts(made, labels)))
         return
@@ -87,7 +87,7 @@ def _made(partitioner: Partitioner | str, clients: int, options: dict[str, Any])
     if not isinstance(partitioner, str):
         return partitioner
     if not partitioner.endswith(".json"):
-        return by_name(partitioner, clients, **options)
+        return by_name(partitioner, integer("clients", clients), **options)
     try:
         return FinishedPartitioner(Partition.load(partitioner), options.get("partition_by"))
     except OSError as error:
@@ -109,15 +109,7 @@ def _plot(partitioner: Partitioner, labels: Labels | None, file: str) -> None:
     figure, _, _ = plot_label_distributions(
         partitioner, max_num_partitions=_MOST_PLOTTED, legend=True, title=repr(partitioner)
     )
-    _written("plot", file, lambda: figure.savefig(file, dpi=150))
-
-
-def _written(argument: str, file: str, write: Callable[[], None]) -> None:
-    try:
-        Path(file).parent.mkdir(parents=True, exist_ok=True)
-        write()
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{argument}={file!r}: cannot be written: {error}.") from None
+    written("plot", file, lambda: figure.savefig(file, dpi=150))
 
 
 def _facts(made: Partitioner, labels: Labels | None) -> dict[str, Any]:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import json as json_format
 
 from rich.console import Console
+from rich.measure import Measurement
 from rich.table import Table
 
+from lightning_fedscale.cli.files import written
 from lightning_fedscale.devices import device_class
 from lightning_fedscale.memory import format_bytes
 from lightning_fedscale.scaling import Plan, plot_plans
@@ -44,12 +46,15 @@ def plan(
         json: print one JSON object instead of a table.
     """
     kinds = [device_class(name) for name in ([device] if isinstance(device, str) else device or [])]
+    numbers = [clients] if isinstance(clients, int) else clients
+    if not numbers:
+        raise ValueError("clients=[]: pass a number of clients, or several in a list.")
     plans = [
         make_plan(flops, number, law, rho, kinds, tokens, local_steps, utilization, activation_bytes)
-        for number in ([clients] if isinstance(clients, int) else clients)
+        for number in numbers
     ]
     if plot is not None:
-        plot_plans(plans).savefig(plot, dpi=150)
+        written("plot", plot, lambda: plot_plans(plans).savefig(plot, dpi=150))
     if json:
         print(json_format.dumps({str(found.clients): found.as_dict() for found in plans}))
         return
@@ -57,19 +62,30 @@ def plan(
 
 
 def _show(console: Console, plans: list[Plan]) -> None:
+    table = _table(plans)
+    if Measurement.get(console, console.options.update(max_width=10_000), table).maximum <= console.width:
+        console.print(table)
+    else:
+        for each in plans:
+            console.print(_table([each]))
+    if any(each.fits is False for each in plans):
+        console.print(f"(!) more than {', '.join(plans[0].devices)} can hold")
+
+
+def _table(plans: list[Plan]) -> Table:
     first = plans[0]
     devices = ", ".join(first.devices)
     title = f"{first.flops:.3g} FLOPs, {first.law} ({first.task}), rho {first.rho:g}" + (devices and f", {devices}")
     table = Table("", *(f"{each.clients:,} client{'s' if each.clients > 1 else ''}" for each in plans), title=title)
     for column in table.columns[1:]:
         column.justify = "right"
+    for column in table.columns:
+        column.overflow = "fold"  # numbers that are cut off are wrong
     cells = [_cells(each) for each in plans]
     for name in cells[0]:
         if any(row := [each[name] for each in cells]):
             table.add_row(name, *row)
-    console.print(table)
-    if any(each.fits is False for each in plans):
-        console.print(f"(!) more than {devices} can hold")
+    return table
 
 
 def _cells(plan: Plan) -> dict[str, str]:

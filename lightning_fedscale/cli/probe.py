@@ -10,6 +10,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from lightning_fedscale.checks import integer
 from lightning_fedscale.cli.projects import train_loader
 from lightning_fedscale.devices import MemoryModel, ProbeResult, device_class, estimate_memory
 from lightning_fedscale.devices import probe as find_batch
@@ -20,7 +21,7 @@ from lightning_fedscale.memory import format_bytes, free_memory, parse_bytes
 def probe(
     module: pl.LightningModule,
     data: pl.LightningDataModule | None = None,
-    budget: list[str] = ["auto"],  # noqa: B006  # jsonargparse shows it as the default
+    budget: str | list[int | str] = "auto",
     headroom: float = 0.1,
     precision: str = "32-true",
     max_samples: int | None = None,
@@ -35,20 +36,24 @@ def probe(
             here; several in a list, '[8GiB, phone, t4]'.
         headroom: share of each budget to leave free.
         precision: as of a Trainer.
-        max_samples: largest batch that is wanted.
+        max_samples: largest batch that is wanted; without it none above 16,777,216 is looked for.
         json: print one JSON object instead of tables.
     """
+    limit = None if max_samples is None else integer("max_samples", max_samples)
+    budgets = {str(name): _bytes(str(name)) for name in ([budget] if isinstance(budget, str) else budget)}
+    if not budgets:
+        raise ValueError("budget=[]: pass an amount of memory, or several in a list.")
     model = estimate_memory(module, _batch(module, data), precision=precision)
-    found = {name: _find(model, name, headroom, max_samples) for name in budget}
+    found = {name: _find(model, name, amount, headroom, limit) for name, amount in budgets.items()}
     if json:
         print(json_format.dumps({name: result.state_dict() for name, result in found.items()}))
         return
     _show(Console(soft_wrap=True), model, found)
 
 
-def _find(model: MemoryModel, budget: str, headroom: float, limit: int | None) -> ProbeResult:
+def _find(model: MemoryModel, budget: str, amount: int, headroom: float, limit: int | None) -> ProbeResult:
     try:
-        return find_batch(model, _bytes(budget), headroom=headroom, limit=limit)
+        return find_batch(model, amount, headroom=headroom, limit=limit)
     except ValueError as error:
         raise ValueError(f"budget={budget}: {error}") from None
 
@@ -57,7 +62,10 @@ def _bytes(budget: str) -> int:
     try:
         amount = parse_bytes("budget", budget)
     except ValueError:
-        return device_class(budget).memory
+        try:
+            return device_class(budget).memory
+        except ValueError as error:
+            raise ValueError(f"budget={budget}: no amount of memory such as '8GiB' or 'auto', and {error}") from None
     return free_memory(torch.device("cuda" if torch.cuda.is_available() else "cpu")) if amount is None else amount
 
 

@@ -5,7 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import lightning.pytorch as pl
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch.utils.data import DataLoader
+
+from lightning_fedscale.cli.told import is_raised_in
+from lightning_fedscale.sweep import quiet
 
 
 def train_loader(module: pl.LightningModule | None, data: pl.LightningDataModule | None) -> DataLoader[Any]:
@@ -26,6 +30,8 @@ def train_loader(module: pl.LightningModule | None, data: pl.LightningDataModule
     try:
         loader = owner.train_dataloader()
     except Exception as error:
+        if not is_raised_in(error, "lightning"):
+            raise  # a mistake of the project's own
         raise ValueError(
             f"{type(owner).__name__}.train_dataloader: {error}. Pass --data, a LightningDataModule, or give the module"
             " a train_dataloader that needs no Trainer."
@@ -33,3 +39,16 @@ def train_loader(module: pl.LightningModule | None, data: pl.LightningDataModule
     if not isinstance(loader, DataLoader):
         raise TypeError(f"train_dataloader returns {type(loader).__name__}: this command needs a DataLoader.")
     return loader
+
+
+def check_accelerator(accelerator: str) -> None:
+    """Refuse an accelerator that is not there before anything else is done.
+
+    Raises:
+        ValueError: if it is not there, or unknown; names the argument.
+    """
+    try:
+        with quiet():
+            pl.Trainer(accelerator=accelerator, devices=1, barebones=True)
+    except (MisconfigurationException, RuntimeError, ValueError) as error:
+        raise ValueError(f"accelerator={accelerator!r}: {error}") from None

@@ -6,7 +6,10 @@ import sys
 from importlib import import_module
 from typing import Any
 
+from lightning_fedscale.checks import integer
+from lightning_fedscale.cli.files import made
 from lightning_fedscale.cli.fit import finish
+from lightning_fedscale.cli.projects import check_accelerator
 from lightning_fedscale.scaling import fit as make_fit
 from lightning_fedscale.sweep import sweep as run_sweep
 
@@ -55,6 +58,10 @@ def sweep(
             file=sys.stderr,
         )
 
+    check_accelerator(accelerator)
+    bootstrap = integer("bootstrap", bootstrap, 0)
+    for name, folder in (("runs", runs), ("output", output)):
+        made(name, folder)
     table = run_sweep(
         _named("module", module), _named("data", data), sizes, flops, clients, argument=argument, folder=runs,
         loss=loss, local_steps=local_steps, trainer={"accelerator": accelerator}, each=show,

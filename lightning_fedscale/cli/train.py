@@ -9,6 +9,7 @@ import re
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext, redirect_stdout
+from difflib import get_close_matches
 from pathlib import Path
 from types import UnionType
 from typing import Any, Union, get_args, get_origin, get_type_hints
@@ -21,15 +22,20 @@ from hydra.types import RunMode
 from hydra.utils import instantiate
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
+from lightning.pytorch.utilities.model_helpers import is_overridden
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 from rich.table import Table
 
+from lightning_fedscale.checks import integer
+from lightning_fedscale.cli.files import made
+from lightning_fedscale.cli.told import INTERRUPTED, is_interruption, is_told, nobody_reads
 from lightning_fedscale.types import NAMESPACES
 
 _FREE = re.compile(r"(model|data|trainer)\.")
 _UNIONS = (Union, UnionType)
 _CHECKPOINTS = ("last", "hpc")  # that Lightning finds itself
+_DIGITS = "lightning_fedscale.cli.digits.Classifier"
 _OWN = re.compile(r"(model|data)\._target_=")
 
 
@@ -44,7 +50,7 @@ def train(arguments: Sequence[str]) -> int:
         arguments: what follows ``fedscale train``, in Hydra's syntax.
 
     Returns:
-        The exit code: 0, or 1 if what was asked for is not possible. Wrong flags exit with 2.
+        The exit code: 0, 1 if what was asked for is not possible, or 130 after Ctrl-C. Wrong flags exit with 2.
     """
     before = sys.argv
 
@@ -55,13 +61,48 @@ def train(arguments: Sequence[str]) -> int:
 
     sys.argv = ["fedscale train", *_overrides(arguments)]
     try:
+        _check_folders(arguments)
         with _help() if {"-h", "--help"} & set(arguments) else nullcontext():
             hydra.main(config_path="pkg://lightning_fedscale.conf", config_name="train", version_base="1.3")(run)()
+    except Refused as error:
+        print(error, file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return _interrupted()
     except SystemExit as stopped:
+        if is_interruption(stopped):
+            return _interrupted()
+        if hint := _did_you_mean(stopped.__context__):
+            print(hint, file=sys.stderr)
         return stopped.code if isinstance(stopped.code, int) else int(stopped.code is not None)
     finally:
         sys.argv = before
     return 0
+
+
+def _interrupted() -> int:
+    print("fedscale train: interrupted.", file=sys.stderr)
+    return INTERRUPTED
+
+
+def _check_folders(arguments: Sequence[str]) -> None:
+    """Hydra makes them, and shows a traceback where it cannot."""
+    if any(each.startswith("-") and each not in ("-m", "--multirun", "--json") for each in arguments):
+        return  # nothing may be run at all, such as with --cfg job
+    for name, _, folder in (each.partition("=") for each in arguments):
+        if name in ("hydra.run.dir", "hydra.sweep.dir") and "$" not in folder:
+            try:
+                made(name, folder.strip("'\""))
+            except ValueError as error:
+                raise Refused(f"fedscale train: {error}") from error
+
+
+def _did_you_mean(error: BaseException | None) -> str:
+    """For a key that does not exist, one that does."""
+    cause = None if error is None else error.__cause__ or error
+    key, parent = getattr(cause, "key", None), getattr(cause, "parent_node", None)
+    close = get_close_matches(str(key), list(map(str, parent)), n=1) if isinstance(parent, DictConfig) else []
+    return f"Did you mean {close[0]}?" if close else ""
 
 
 @contextmanager
@@ -110,15 +151,25 @@ def _run(config: DictConfig) -> float | None:
     with redirect_stdout(sys.stderr) if config.json else nullcontext():
         trainer, metrics = _fit(config)
     if trainer.is_global_zero:
-        (_print if config.json else _show)(metrics, HydraConfig.get().runtime.output_dir)
+        try:
+            (_print if config.json else _show)(metrics, HydraConfig.get().runtime.output_dir)
+        except BrokenPipeError:
+            sys.exit(nobody_reads())  # Hydra would show a traceback
     return _optimized(metrics, config.optimized_metric)
 
 
 def _fit(config: DictConfig) -> tuple[pl.Trainer, dict[str, float]]:
     if config.seed is not None:
-        pl.seed_everything(config.seed, workers=True, verbose=False)
-    data = _make(config, "data", pl.LightningDataModule)
+        with _told():
+            pl.seed_everything(integer("seed", config.seed, 0, 2**32 - 1), workers=True, verbose=False)
+    unnamed = _unnamed_data(config)
+    data = None if unnamed else _make(config, "data", pl.LightningDataModule)
     model = _make(config, "model", pl.LightningModule)
+    if unnamed and not is_overridden("train_dataloader", model):
+        raise Refused(
+            f"fedscale train: model._target_={config.model._target_} needs its data: pass data._target_=..., or"
+            " data=digits to take the digits."
+        )
     trainer = _trainer(config)
     hyperparameters = OmegaConf.to_container(config, resolve=True)
     for logger in trainer.loggers:
@@ -132,7 +183,17 @@ def _fit(config: DictConfig) -> tuple[pl.Trainer, dict[str, float]]:
     return trainer, metrics
 
 
+def _unnamed_data(config: DictConfig) -> bool:
+    """Whether there is a model of one's own, and of data only the default, which is for the model of the digits."""
+    choices, overrides = HydraConfig.get().runtime.choices, HydraConfig.get().overrides.task
+    default = choices.get("data") == "digits" and "data=digits" not in overrides
+    return default and OmegaConf.select(config, "model._target_") not in (None, _DIGITS)
+
+
 def _trainer(config: DictConfig) -> pl.Trainer:
+    if (clients := OmegaConf.select(config, "strategy.num_clients")) is not None:
+        with _told():  # here, since the partitioner has it by another name
+            integer("strategy.num_clients", clients)
     strategy = _make(config, "strategy", pl.strategies.Strategy)
     # Objects do not go through the configuration, which would copy them.
     objects: dict[str, Any] = {} if strategy is None else {"strategy": strategy}
@@ -187,10 +248,13 @@ def _make(config: DictConfig, name: str, kind: type[Any]) -> Any:
     if node is None:
         return None
     with _told(f"{name}: "):
-        made = instantiate(node)
-    if not isinstance(made, kind):
-        raise Refused(f"fedscale train: {name}: {node} makes {made!r}, which is no {kind.__name__}.")
-    return made
+        found = instantiate(node)
+    if not isinstance(found, kind):
+        what = type(found).__name__
+        raise Refused(
+            f"fedscale train: {name}._target_={node.get('_target_')}: is a {what}, which is no {kind.__name__}."
+        )
+    return found
 
 
 @contextmanager
@@ -202,19 +266,9 @@ def _told(what: str = "") -> Iterator[None]:
         cause = error.__cause__ or error
         raise Refused(f"fedscale train: {what}{cause}") from error
     except (TypeError, ValueError, MisconfigurationException) as error:
-        if not what and not _is_told(error):
+        if not what and not is_told(error):
             raise
         raise Refused(f"fedscale train: {what}{error}") from error
-
-
-def _is_told(error: Exception) -> bool:
-    """Whether this package, or Lightning, said that something cannot be."""
-    if isinstance(error, MisconfigurationException):
-        return True
-    trace = error.__traceback__
-    while trace is not None and trace.tb_next is not None:
-        trace = trace.tb_next
-    return trace is not None and str(trace.tb_frame.f_globals.get("__name__")).startswith("lightning_fedscale.")
 
 
 def _numbers(trainer: pl.Trainer) -> dict[str, float]:

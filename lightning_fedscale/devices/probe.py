@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
 from lightning_fedscale.devices.classes import DeviceClass
-from lightning_fedscale.devices.memory import MemoryModel, usable_bytes
+from lightning_fedscale.devices.memory import UNLIMITED, MemoryModel, usable_bytes
 from lightning_fedscale.devices.verify import RealStep
 from lightning_fedscale.memory import format_bytes
 
@@ -28,7 +28,8 @@ class ProbeResult:
         measured_bytes: peak of the last real step that fitted, None if none was run or its memory could not be read.
         measured_batch: batch of that step.
         parts: the predicted bytes by what they are for.
-        limited_by: "memory", or "samples" if more would fit than there are.
+        limited_by: "memory", "samples" if more would fit than there are, or "search" if more would fit than is looked
+            for without a number of samples.
         bytes_per_sample: how fast the predicted peak grows at ``max_batch``.
         predicted: predicted peaks by batch size, of all sizes that were rehearsed.
         real_steps: how many real steps were run, at most two.
@@ -128,7 +129,7 @@ def probe(
         measured_bytes=check.measured_bytes,
         measured_batch=check.measured_batch,
         parts=model.breakdown(batch),
-        limited_by="samples" if batch == limit else "memory",
+        limited_by=_limit_of(batch, limit),
         bytes_per_sample=float(more - model.peak(batch)),
         predicted={size: model.peak(size) for size in model.sizes},
         real_steps=check.real_steps,
@@ -138,6 +139,12 @@ def probe(
         device_classes=classes,
         seconds=time.perf_counter() - started,
     )
+
+
+def _limit_of(batch: int, limit: int | None) -> str:
+    if limit is None:
+        return "search" if batch == UNLIMITED else "memory"
+    return "samples" if batch == limit else "memory"
 
 
 class _Confirmation(NamedTuple):

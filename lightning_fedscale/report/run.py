@@ -90,6 +90,8 @@ def along(values: Series[float], axis: Series[float]) -> Series[float]:
 
 
 def _only_run(folder: Path) -> Path:
+    if folder.is_file():
+        raise ValueError(f"run={str(folder)!r}: is a file; pass the folder that a logger wrote.")
     if not folder.is_dir():
         raise ValueError(f"run={str(folder)!r}: there is no such directory.")
     if has_logs(folder):

@@ -123,6 +123,8 @@ def fit(
         >>> round(found.law.alpha, 3), round(found.law.beta, 3)
         (0.4, 0.3)
     """
+    if isinstance(bootstrap, bool) or not isinstance(bootstrap, int) or bootstrap < 0:
+        raise ValueError(f"bootstrap={bootstrap!r}: pass a number of refits, at least 0.")
     form = form_of(law)
     table = runs_table(runs, form, loss)
     by_size = {"params", "tokens"} <= set(form.columns)

@@ -36,7 +36,7 @@ def runs_table(runs: Any, form: Form, loss: str | None = None) -> pd.DataFrame:
     if isinstance(runs, Sequence) and all(isinstance(each, (str, Path)) for each in runs):
         table = read_runs(runs, loss)
     else:
-        table = pd.DataFrame(dict(runs) if isinstance(runs, Mapping) else runs).copy()
+        table = _as_table(runs)
     table = _completed(table, form)
     for column in _needed(table, form):
         numbers = pd.to_numeric(table[column], errors="coerce").to_numpy(dtype=np.float64)
@@ -60,7 +60,7 @@ def columns_of(table: pd.DataFrame, form: Form) -> dict[str, Any]:
     return found
 
 
-def read_runs(paths: Iterable[str | Path], loss: str | None = None) -> pd.DataFrame:
+def read_runs(paths: str | Path | Iterable[str | Path], loss: str | None = None) -> pd.DataFrame:
     """The rows of CSV files, and a row for every run directory.
 
     A run directory holds the scalars of `ComputeAccounting` and a loss, as TensorBoard's events or CSVLogger's
@@ -70,10 +70,36 @@ def read_runs(paths: Iterable[str | Path], loss: str | None = None) -> pd.DataFr
     Raises:
         ValueError: if there are no runs, or no loss in them.
     """
-    tables = [pd.read_csv(path) if Path(path).is_file() else _read_folder(Path(path), loss) for path in paths]
+    if not isinstance(paths, (str, Path, Iterable)):
+        raise TypeError(f"runs={paths!r}: pass paths of CSV files or run directories.")
+    tables = [_read(each, loss) for each in ([paths] if isinstance(paths, (str, Path)) else paths)]
     if not tables:
         raise ValueError("runs=[]: pass a table, CSV files or run directories.")
     return pd.concat(tables, ignore_index=True)
+
+
+def _read(path: str | Path, loss: str | None) -> pd.DataFrame:
+    if not isinstance(path, (str, Path)):
+        raise TypeError(f"runs: {path!r} is no path of a CSV file or a run directory.")
+    return _read_table(Path(path)) if Path(path).is_file() else _read_folder(Path(path), loss)
+
+
+def _as_table(runs: Any) -> pd.DataFrame:
+    if isinstance(runs, (pd.DataFrame, Mapping)):
+        return pd.DataFrame(dict(runs) if isinstance(runs, Mapping) else runs).copy()
+    if not isinstance(runs, Sequence) or not all(isinstance(each, Mapping) for each in runs):
+        raise TypeError(f"runs={runs!r}: pass a table, CSV files or run directories.")
+    return pd.DataFrame(list(runs))
+
+
+def _read_table(file: Path) -> pd.DataFrame:
+    try:
+        table = pd.read_csv(file)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"runs={str(file)!r}: not readable as CSV: {error}") from None
+    if table.empty:
+        raise ValueError(f"runs={str(file)!r}: there is no run in it.")
+    return table
 
 
 def _needed(table: pd.DataFrame, form: Form) -> list[str]:
@@ -85,7 +111,8 @@ def _needed(table: pd.DataFrame, form: Form) -> list[str]:
 def _completed(table: pd.DataFrame, form: Form) -> pd.DataFrame:
     there = ", ".join(map(str, table))
     if missing := {*form.columns, "loss"} - {*table, "tokens", "clients"}:
-        raise ValueError(f"runs: the column {', '.join(sorted(missing))} is missing; there are {there}.")
+        names = f"column {missing.pop()} is" if len(missing) == 1 else f"columns {', '.join(sorted(missing))} are"
+        raise ValueError(f"runs: the {names} missing; there are {there or 'none'}.")
     if "clients" not in table:
         table["clients"] = 1
     if "tokens" in form.columns and "tokens" not in table:
@@ -101,7 +128,7 @@ def _read_folder(folder: Path, loss: str | None) -> pd.DataFrame:
     if not folder.is_dir():
         raise ValueError(f"runs={str(folder)!r}: there is no such file or directory.")
     if (folder / "runs.csv").is_file():
-        return pd.read_csv(folder / "runs.csv")
+        return _read_table(folder / "runs.csv")
     logs = {path.parent for pattern in (EVENTS, TABLE) for path in folder.rglob(pattern)}
     rows = [row for log in sorted(logs) if (row := _read_run(log, loss)) is not None]
     if not rows:

@@ -122,6 +122,7 @@ def test_a_data_modules_hooks_take_part(capsys: pytest.CaptureFixture[str]) -> N
         (["--clients=5000"], "5000"),
         (["--local_steps=0"], "local_steps=0"),
         (["--seconds=0"], "seconds=0"),
+        (["--accelerator=toaster"], "accelerator='toaster': "),
         ([f"--data={HERE}Data"], "module: pass --module"),
         ([f"--module={HERE}Sizes", f"--data={HERE}Whole"], "batch_size=None; this command needs"),
         (["--module=tests.features.test_cli_probe.Bare"], "Pass --data"),

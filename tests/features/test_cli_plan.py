@@ -36,6 +36,17 @@ def test_several_numbers_of_clients_make_a_table_and_a_figure(
     assert picture.stat().st_size > 10_000
 
 
+def test_a_narrow_terminal_loses_no_numbers(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "40")
+    assert cli.main(["plan", "--flops=1e20", "--clients=[1,10,100]"]) == 0
+    printed = capsys.readouterr().out
+    assert "…" not in printed
+    for number in ("8.53e+08", "2.62e+08", "8.05e+07"):
+        assert number in printed
+
+
 def test_a_law_of_ones_own(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     found = fit(made(noise=0.003, clients=(1, 8), rho=0.5), bootstrap=10, task="leaves")
     found.save(tmp_path / "law.json")
@@ -53,6 +64,9 @@ def test_a_law_of_ones_own(capsys: pytest.CaptureFixture[str], tmp_path: Path) -
     [
         (["--flops=0", "--clients=2"], "flops=0.0: pass a finite number above 0"),
         (["--flops=1e20", "--clients=0"], "clients=0: pass a whole number"),
+        (["--flops=1e20", "--clients=[]"], "clients=[]: pass a number of clients"),
+        (["--flops=1e20", "--plot=/dev/null/x.png"], "plot='/dev/null/x.png': cannot be written"),
+        (["--flops=1e20", "--plot=x.xyz"], "plot='x.xyz': cannot be written: Format 'xyz' is not supported"),
         (["--flops=1e20", "--law=chinchila"], "Did you mean 'Chinchilla'"),
         (["--flops=1e20", "--law=Farseer"], "constants are not published"),
         (["--flops=1e20", "--device=phoen"], "Did you mean 'phone'"),

@@ -86,6 +86,9 @@ def test_arguments_of_the_module_and_a_file(tmp_path: Path, capsys: pytest.Captu
     [
         (["--budget", "[1KiB]"], "budget=1KiB: a step with one sample takes"),
         (["--budget", "[toaster]"], "device class 'toaster' is not in the catalogue"),
+        (["--budget", "lots"], "budget=lots: no amount of memory such as '8GiB'"),
+        (["--budget", "10"], "budget=10: a step with one sample takes"),
+        (["--max_samples", "0"], "max_samples=0: pass an integer of at least 1"),
         (["--precision", "3"], "precision='3'"),
     ],
 )
@@ -97,6 +100,60 @@ def test_what_is_not_possible_exits_with_1(
     assert printed.out == ""
     assert message in printed.err
     assert "Traceback" not in printed.err
+
+
+@pytest.mark.parametrize(("budget", "names"), [("8MiB", ["8MiB"]), ("[2000000, phone]", ["2000000", "phone"])])
+def test_one_budget_or_several(budget: str, names: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["probe", "--module", MODULE, "--budget", budget, "--json"]) == 0
+    assert list(json.loads(capsys.readouterr().out)) == names
+
+
+def test_the_end_of_the_search_is_no_limit_of_memory(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["probe", "--module", MODULE, "--budget", "1000000GiB", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)["1000000GiB"]
+    assert (found["max_batch"], found["limited_by"]) == (2**24, "search")
+
+
+class Mistaken(Project):
+    def train_dataloader(self) -> Any:
+        raise ValueError("my own mistake")
+
+
+def test_a_mistake_of_ones_own_module_keeps_its_line() -> None:
+    with pytest.raises(ValueError, match=r"^my own mistake$"):
+        cli.main(["probe", "--module", "tests.features.test_cli_probe.Mistaken"])
+
+
+def test_what_is_missing_is_named_as_it_is_typed(capsys: pytest.CaptureFixture[str]) -> None:
+    for command, missing in (("probe", "--module"), ("plan", "--flops"), ("fit", "runs")):
+        with pytest.raises(SystemExit):
+            cli.main([command])
+        said = capsys.readouterr().err
+        assert said.endswith(f"required: {missing}\n")
+        assert f"run: fedscale {command} --help" in said
+        assert "[--json]" in said
+
+
+def test_ctrl_c_says_so(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def interrupted(flops: float) -> None:
+        try:
+            raise KeyboardInterrupt
+        except KeyboardInterrupt:
+            sys.exit(1)  # as Lightning does
+
+    monkeypatch.setitem(cli.COMMANDS, "sweep", interrupted)
+    assert cli.main(["sweep", "--flops=1"]) == 130
+    assert "fedscale sweep: interrupted. Runs that were finished are kept" in capsys.readouterr().err
+
+
+def test_a_reader_that_goes_away_is_no_error() -> None:
+    command = f"{Path(sys.executable).with_name('fedscale')} plan --flops=1e20 --json"
+    process = subprocess.Popen(command.split(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    assert process.stderr is not None
+    process.stdout.close()
+    assert process.stderr.read() == ""
+    assert process.wait() == 141
 
 
 def test_no_data_names_the_remedy(capsys: pytest.CaptureFixture[str]) -> None:

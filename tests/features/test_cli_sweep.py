@@ -191,6 +191,14 @@ def test_fit_says_what_the_runs_cannot(tmp_path: Path, capsys: pytest.CaptureFix
     ("arguments", "message"),
     [
         (["fit", "nowhere.csv"], "there is no such file or directory"),
+        (["fit", "nowhere*/*"], "runs='nowhere*/*': there is no such file or directory"),
+        (["fit", "empty.csv"], "runs='empty.csv': not readable as CSV"),
+        (["fit", "bytes.csv"], "runs='bytes.csv': not readable as CSV"),
+        (["fit", "header.csv"], "runs='header.csv': there is no run in it"),
+        (["fit", "other.csv"], "runs: the columns loss, params are missing; there are a, b."),
+        (["fit", "*er.csv"], "runs='header.csv': there is no run in it"),
+        (["fit", "other.csv", "--bootstrap=-1"], "bootstrap=-1: pass a number of refits, at least 0"),
+        (["fit", "other.csv", "--output=/dev/null/x"], "output='/dev/null/x': the folder cannot be made"),
         (["fit", "."], "no run in there logged compute/params; train with ComputeAccounting"),
         (["sweep", "--module=lost.Module", f"--data={HERE}Data", "--flops=1e6"], "module='lost.Module': cannot be"),
         (["sweep", "--module=Module", f"--data={HERE}Data", "--flops=1e6"], "pass package.module.Name"),
@@ -207,9 +215,25 @@ def test_fit_says_what_the_runs_cannot(tmp_path: Path, capsys: pytest.CaptureFix
     ],
 )  # fmt: skip
 def test_wrong_arguments_get_one_line(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    if arguments != ["fit", "."]:
+        for name, content in (
+            ("empty", b""),
+            ("bytes", b"\xff\xfe\x00"),
+            ("header", b"a,b\n"),
+            ("other", b"a,b\n1,2\n"),
+        ):
+            Path(f"{name}.csv").write_bytes(content)
     assert cli.main(arguments) == 1
     said = capsys.readouterr().err.strip().splitlines()
     assert message in said[-1]
+
+
+@pytest.mark.parametrize("runs", [None, 3, [1, 2, 3]])
+def test_what_is_no_run_is_told(runs: Any) -> None:
+    with pytest.raises(TypeError, match="run directories"):
+        fit(runs)
+    with pytest.raises(TypeError, match="run director"):
+        read_runs(runs)
 
 
 def test_a_law_is_asked_for_with_the_command_that_finds_one(caplog: pytest.LogCaptureFixture) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -16,7 +17,8 @@ import torch
 
 from lightning_fedscale import FederatedStrategy, cli
 from lightning_fedscale.cli.digits import Classifier, Digits
-from lightning_fedscale.cli.train import Refused, _is_told, _optimized
+from lightning_fedscale.cli.told import is_told
+from lightning_fedscale.cli.train import Refused, _optimized
 from lightning_fedscale.scaling import read_runs
 
 ROOT = Path(__file__).parents[2]
@@ -185,6 +187,14 @@ def test_any_module_and_its_data(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 @pytest.mark.usefixtures("mine")
+def test_a_module_with_its_own_loader_needs_no_data() -> None:
+    Path("mine.py").write_text(f"{MINE}\n\nclass Own(Module):\n    train_dataloader = Data(30).train_dataloader\n")
+    assert train(*SHORT, "model._target_=mine.Own", "strategy.num_clients=3") == 0
+    (run,) = runs()
+    assert ledger(run)["samples"] == 60
+
+
+@pytest.mark.usefixtures("mine")
 def test_a_mistake_of_ones_own_module_keeps_its_traceback(capsys: pytest.CaptureFixture[str]) -> None:
     assert train(*SHORT, "model._target_=mine.Module", "data._target_=mine.Data", "model.wrong=true") == 1
     said = capsys.readouterr().err
@@ -234,13 +244,24 @@ def test_help_shows_groups_and_arguments(capsys: pytest.CaptureFixture[str]) -> 
     assert "strategy/partitioner: continuous, dirichlet," in groups
     assert "trainer/strategy" not in printed
     assert "  clients_per_round: null" in printed
+    for line in re.findall(r"fedscale train (.*detector@.*|law@.*)", printed):
+        assert train("--cfg", "job", *line.split()) == 0
+    assert "law@callbacks.compute_accounting.law=Chinchilla" in printed
 
 
 @pytest.mark.usefixtures("mine")
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["strategy.num_clients=0"], "strategy: num_partitions=0: pass an integer of at least 1"),
+        (["strategy.num_clients=0"], "strategy.num_clients=0: pass an integer of at least 1"),
+        (["strategy.num_clients=abc"], "strategy.num_clients='abc': pass an integer of at least 1"),
+        (["seed=abc"], "seed='abc': pass an integer from 0"),
+        (["data.batch_size=0"], "data: batch_size=0: pass an integer of at least 1"),
+        (["model.lr=abc"], "model: lr='abc': pass a number of at least 0"),
+        (["hydra.run.dir=/dev/null/x"], "hydra.run.dir='/dev/null/x': the folder cannot be made"),
+        (["model._target_=mine.Module"], "needs its data: pass data._target_=..., or data=digits"),
+        (["data._target_=mine.Module"], "data._target_=mine.Module: is a Module, which is no LightningDataModule"),
+        (["strategy.num_client=3"], "Did you mean num_clients?"),
         (["strategy.clients_per_round=11"], "clients_per_round=11 is more than num_clients=10"),
         (["strategy.num_clients=1300"], "num_clients=1300 is more than the 1200 samples"),
         (
@@ -299,8 +320,8 @@ def test_only_refusals_of_this_package_are_told_plainly() -> None:
             return error
         raise AssertionError
 
-    assert _is_told(error_of(lambda: FederatedStrategy(num_clients=0)))
-    assert not _is_told(error_of(lambda: int("one")))
+    assert is_told(error_of(lambda: FederatedStrategy(num_clients=0)))
+    assert not is_told(error_of(lambda: int("one")))
 
 
 def fedscale(*arguments: str) -> subprocess.CompletedProcess[str]:
