@@ -178,8 +178,7 @@ class Form:
         return [name for name, value in self.constants.items() if value is None]
 
     def check(self) -> None:
-        """Raise `Unfitted` if a constant is unknown, TypeError if one is no number."""
-        self._check_numbers()  # here too: a law with a ``__post_init__`` of its own may not ask ours
+        """Raise `Unfitted` if a constant is unknown."""
         if unknown := self.missing:
             raise Unfitted(
                 f"{self.name}: its constants are not published ({', '.join(unknown)} unknown): fit them to runs of your"

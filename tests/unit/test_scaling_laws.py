@@ -421,7 +421,6 @@ def test_bad_input_is_named(ask: Any, message: str) -> None:
         (lambda: Kaplan().replace(alpha_N=[1.0, "a"]), r"Kaplan: alpha_N=\[1.0, 'a'\]: pass"),
         (lambda: DiLoCo(replicas="4"), "DiLoCo: replicas='4': pass a number"),  # type: ignore[arg-type]
         (lambda: AverageParameters(shares=("1",)), r"AverageParameters: shares=\('1',\): pass numbers"),  # type: ignore[arg-type]
-        (lambda: Henighan("a", 1.0, 1.0).loss(1e6, 1e9), "Henighan: floor='a': pass a number"),  # type: ignore[arg-type]
         (lambda: federated(3), "law=3: pass 'auto', a law's name"),
     ],
 )
