@@ -150,6 +150,7 @@ class Henighan(Law):
     by: str = "flops"
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.by not in ("params", "tokens", "flops"):
             raise ValueError(f"by={self.by!r}: choose 'params', 'tokens' or 'flops'.")
 
