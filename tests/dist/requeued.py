@@ -26,7 +26,7 @@ ROUNDS = 6
 
 
 class Preempted(pl.Callback):
-    """SLURM's signal comes inside the second of the rank's clients, or, on all ranks or none, at a round's end."""
+    """SLURM's signal comes in the second of the rank's clients; the end, once there is a checkpoint."""
 
     def __init__(self, hears: list[int], folder: Path) -> None:
         self._hears, self._folder = hears, folder

@@ -19,16 +19,24 @@ Start: TypeAlias = Callable[[int], list[dict[str, Any]]]
 
 NAMES = ("reset", "keep")
 TRAIN = processes.HERE / "train.py"
-JOB = {
-    "SLURM_JOB_ID": 4242,
-    "SLURM_JOB_NAME": "federated",
-    "SLURM_NTASKS": 2,
-    "SLURM_NTASKS_PER_NODE": 1,
-    "SLURM_NNODES": 2,
-    "SLURM_NODELIST": "127.0.0.1",
-    "SLURM_LOCALID": 0,
-}
-"""What srun tells the two tasks of a job, each on its node."""
+REQUEUED = processes.HERE / "requeued.py"
+
+
+def tasks(**extra: object) -> list[dict[str, str]]:
+    """The environments of the two tasks of a job, each on its node, as srun sets them."""
+    job = {
+        "SLURM_JOB_ID": 4242,
+        "SLURM_JOB_NAME": "federated",
+        "SLURM_NTASKS": 2,
+        "SLURM_NTASKS_PER_NODE": 1,
+        "SLURM_NNODES": 2,
+        "SLURM_NODELIST": "127.0.0.1",
+        "SLURM_LOCALID": 0,
+        "MASTER_PORT": processes.free_port(),
+        **extra,
+    }
+    return [processes.environment(**job, SLURM_PROCID=task, SLURM_NODEID=task) for task in range(2)]
+
 
 
 def assert_same_as_one_process(results: list[dict[str, Any]], ranks: Start) -> None:
@@ -77,48 +85,41 @@ def test_torchrun_on_two_nodes(tmp_path: Path, ranks: Start) -> None:
 
 
 def test_slurm_on_two_nodes(tmp_path: Path, ranks: Start) -> None:
-    job = {**JOB, "MASTER_PORT": processes.free_port()}
-    processes.run_well(
-        [[TRAIN, tmp_path, "popen", 1, 2, *NAMES]] * 2,
-        [processes.environment(**job, SLURM_PROCID=task, SLURM_NODEID=task) for task in range(2)],
-        tmp_path,
-    )
+    processes.run_well([[TRAIN, tmp_path, "popen", 1, 2, *NAMES]] * 2, tasks(), tmp_path)
     assert_same_as_one_process(load(tmp_path, 2), ranks)
 
 
-@pytest.mark.parametrize("hears", [[0], [1], [0, 1]])
-def test_a_signal_of_slurm_in_a_round_is_one_to_all_ranks_and_the_run_goes_on_exactly(
-    hears: list[int], tmp_path: Path
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    folder = tmp_path_factory.mktemp("uninterrupted")
+    processes.run_well([[REQUEUED, folder, 1, 1]], [processes.environment()], folder)
+    found: dict[str, Any] = torch.load(folder / "end-0.pt", weights_only=True)
+    return found
+
+
+@pytest.mark.parametrize("hears", [0, 1])
+def test_a_signal_of_slurm_to_one_rank_is_one_to_all_and_the_run_goes_on_exactly(
+    hears: int, tmp_path: Path, uninterrupted: dict[str, Any]
 ) -> None:
     """Lightning saves a checkpoint and has SLURM run the job again, which finds it: here at the end of the round."""
     (tmp_path / "bin").mkdir()
     scontrol, told = tmp_path / "bin" / "scontrol", tmp_path / "told"
-    scontrol.write_text(f'#!/bin/sh\necho "$@" >>{told}\n')
+    scontrol.write_text(f'#!/bin/sh\necho "$@" >>"{told}"\n')
     scontrol.chmod(0o755)
     path = f"{scontrol.parent}:{os.environ['PATH']}"
-    command = [processes.HERE / "requeued.py", tmp_path, 1, 2]
-
-    def tasks() -> list[dict[str, str]]:
-        job = {**JOB, "MASTER_PORT": processes.free_port()}
-        return [processes.environment(**job, PATH=path, SLURM_PROCID=n, SLURM_NODEID=n) for n in range(2)]
-
-    ended = processes.run_well([[*command, *hears]] * 2, tasks(), tmp_path)
-    for one in ended:
+    command = [REQUEUED, tmp_path, 1, 2]
+    for one in processes.run_well([[*command, hears]] * 2, tasks(PATH=path), tmp_path):
         assert "round 2 ended" in one.output
         assert "round 3 ended" not in one.output
         assert "killed by SLURM" in one.output
     assert told.read_text() == "requeue 4242\n"
     saved = torch.load(tmp_path / "hpc_ckpt_1.ckpt", weights_only=True)
     assert saved["global_step"] == saved["federated"]["round"] == 3
-    processes.run_well([command] * 2, tasks(), tmp_path)
-    alone = tmp_path / "alone"
-    alone.mkdir()
-    processes.run_well([[command[0], alone, 1, 1]], [processes.environment()], tmp_path)
-    (one,) = (torch.load(alone / "end-0.pt", weights_only=True),)
+    processes.run_well([command] * 2, tasks(PATH=path), tmp_path)
     for rank in range(2):
         end = torch.load(tmp_path / f"end-{rank}.pt", weights_only=True)
-        assert (end["resumed"], end["rounds"]) == (True, one["rounds"])
-        assert_same(end["weights"], one["weights"])
+        assert (end["resumed"], end["rounds"]) == (True, uninterrupted["rounds"])
+        assert_same(end["weights"], uninterrupted["weights"])
 
 
 @pytest.mark.parametrize(("rank", "what"), [(0, "data"), (1, "client")])
