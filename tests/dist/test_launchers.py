@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -82,6 +83,28 @@ def test_torchrun_on_two_nodes(tmp_path: Path, ranks: Start) -> None:
         tmp_path,
     )
     assert_same_as_one_process(load(tmp_path, 2), ranks)
+
+
+def test_the_command_under_torchrun_on_two_nodes(tmp_path: Path) -> None:
+    pytest.importorskip("sklearn", reason="pip install 'lightning-fedscale[examples]'")
+    script = tmp_path / "fedscale.py"
+    script.write_text("import sys\nfrom lightning_fedscale.cli import main\nsys.exit(main())\n")
+    options = ["trainer.accelerator=cpu", "trainer.max_epochs=2", "model.width=8"]
+    options += ["strategy.num_clients=3", "strategy.executor=sequential"]
+    torchrun = ["-m", "torch.distributed.run", "--nnodes=2", "--nproc_per_node=1", "--master_addr=127.0.0.1"]
+    torchrun.append(f"--master_port={processes.free_port()}")
+    together = [script, "train", *options, "trainer.num_nodes=2", "hydra.run.dir=together"]
+    nodes = [[*torchrun, f"--node_rank={node}", *together] for node in range(2)]
+    first, second = processes.run_well(nodes, [processes.environment()] * 2, tmp_path)
+    assert ("Run: " in first.output, "Run: " in second.output) == (True, False)
+    processes.run_well([[script, "train", *options, "hydra.run.dir=alone"]], [processes.environment()], tmp_path)
+    left, right = (
+        torch.load(tmp_path / run / "checkpoints" / "epoch=1-step=2.ckpt", weights_only=True)["state_dict"]
+        for run in ("together", "alone")
+    )
+    assert_same(left, right)
+    ledgers = [json.loads((tmp_path / run / "position.json").read_text()) for run in ("together", "alone")]
+    assert ledgers[0]["flops"] == ledgers[1]["flops"]
 
 
 def test_slurm_on_two_nodes(tmp_path: Path, ranks: Start) -> None:
