@@ -47,6 +47,7 @@ from lightning_fedscale.partitioners import Partition
 from lightning_fedscale.privacy import PrivacyBudget
 from lightning_fedscale.progress import ClientProgress
 from lightning_fedscale.records import RoundTable
+from lightning_fedscale.requeue import Requeue
 from lightning_fedscale.rounds import LocalWork, RoundPlan
 from lightning_fedscale.samplers import reads_losses
 from lightning_fedscale.sums import RoundSums
@@ -124,6 +125,7 @@ class Federation:
         self._simulated = 0.0  # seconds, over all rounds
         self._older = OlderModels(options.asynchrony)
         self._losses: dict[int, float] = {}  # last known of each client, if the sampler reads them
+        self.requeue = Requeue(trainer)
         self.local_accumulation = 1
         self.meter: Meter | None = None
         self.last_round: RoundRecord | None = None
@@ -474,12 +476,14 @@ class Federation:
         except Exception as error:
             # The other ranks wait for this one in the collective: there they are told.
             failure = error
-        table.finish_rank(self._rank, time.perf_counter() - opened.started, failed=failure is not None)
+        seconds, leaves = time.perf_counter() - opened.started, self.requeue.heard
+        table.finish_rank(self._rank, seconds, failed=failure is not None, leaves=leaves)
         counts = any(item.client not in table.spare for item in context.work)  # spare ones have their rank alone
         table.add_executor(self._executor.slots if counts else 0, self._executor.ballot)
         if self.meter is not None:
             table.add_side(self.meter.side())
         total, messages = sums.merge()
+        self.requeue.agreed = table.leaves()
         if failure is not None:
             raise failure
         if failed := table.failed_ranks():

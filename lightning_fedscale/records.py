@@ -44,9 +44,9 @@ class RoundTable:
         self._row = {client: row for row, client in enumerate(plan.cohort.tolist())}
         cells = len(self._row) * len(_COLUMNS)
         # numpy, since torch takes several times as long to write a few numbers.
-        parts = [cells, world_size, world_size, num_parameters, 1, _SIDE]
+        parts = [cells, world_size, world_size, num_parameters, 1, 1, _SIDE]
         self._numbers = np.zeros(sum(parts) + _BALLOT)
-        rows, self._busy, self._failed, self._trainable, self._slots, self._side, self._ballot = np.split(
+        rows, self._busy, self._failed, self._trainable, self._slots, self._leave, self._side, self._ballot = np.split(
             self._numbers, np.cumsum(parts)
         )
         self._rows = rows.reshape(-1, len(_COLUMNS))
@@ -109,10 +109,11 @@ class RoundTable:
         flags: list[bool] = (self._trainable > 0).tolist()
         return flags
 
-    def finish_rank(self, rank: int, seconds: float, *, failed: bool) -> None:
-        """Note how long this rank worked, and whether an exception ended its work."""
+    def finish_rank(self, rank: int, seconds: float, *, failed: bool, leaves: bool = False) -> None:
+        """Note how long this rank worked, whether an exception ended its work, and whether its job is to end soon."""
         self._busy[rank] = seconds
         self._failed[rank] = float(failed)
+        self._leave[0] = float(leaves)
 
     def add_side(self, flops: Sequence[float]) -> None:
         """Note what this rank spent besides training since the last round: on evaluation, on probing."""
@@ -150,6 +151,10 @@ class RoundTable:
         """The ranks whose work ended in an exception."""
         ranks: list[int] = self._failed.nonzero()[0].tolist()
         return ranks
+
+    def leaves(self) -> bool:
+        """Whether any rank was told that its job is to end soon."""
+        return bool(self._leave[0] > 0)
 
     @property
     def round(self) -> int:

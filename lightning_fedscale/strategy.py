@@ -431,6 +431,9 @@ class FederatedStrategy(DDPStrategy):
         for own in (RunBoard(self._options), RoundEnd(federation.end_round)):  # the end of the round first
             callbacks.insert(0, own)
             self._undo.callback(callbacks.remove, own)
+        callbacks.append(federation.requeue)  # what it saves has every callback's state after the round
+        self._undo.callback(callbacks.remove, federation.requeue)
+        self._set(trainer._signal_connector, "_slurm_sigusr_handler_fn", federation.requeue.hear)
         for logger in trainer.loggers:
             if isinstance(logger, TensorBoardLogger):  # HParams gets real metrics instead of its placeholder
                 self._set(logger, "_default_hp_metric", False)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -18,6 +20,24 @@ Start: TypeAlias = Callable[[int], list[dict[str, Any]]]
 
 NAMES = ("reset", "keep")
 TRAIN = processes.HERE / "train.py"
+REQUEUED = processes.HERE / "requeued.py"
+
+
+def tasks(**extra: object) -> list[dict[str, str]]:
+    """The environments of the two tasks of a job, each on its node, as srun sets them."""
+    job = {
+        "SLURM_JOB_ID": 4242,
+        "SLURM_JOB_NAME": "federated",
+        "SLURM_NTASKS": 2,
+        "SLURM_NTASKS_PER_NODE": 1,
+        "SLURM_NNODES": 2,
+        "SLURM_NODELIST": "127.0.0.1",
+        "SLURM_LOCALID": 0,
+        "MASTER_PORT": processes.free_port(),
+        **extra,
+    }
+    return [processes.environment(**job, SLURM_PROCID=task, SLURM_NODEID=task) for task in range(2)]
+
 
 
 def assert_same_as_one_process(results: list[dict[str, Any]], ranks: Start) -> None:
@@ -65,23 +85,64 @@ def test_torchrun_on_two_nodes(tmp_path: Path, ranks: Start) -> None:
     assert_same_as_one_process(load(tmp_path, 2), ranks)
 
 
-def test_slurm_on_two_nodes(tmp_path: Path, ranks: Start) -> None:
-    job = {
-        "SLURM_JOB_ID": 4242,
-        "SLURM_JOB_NAME": "federated",
-        "SLURM_NTASKS": 2,
-        "SLURM_NTASKS_PER_NODE": 1,
-        "SLURM_NNODES": 2,
-        "SLURM_NODELIST": "127.0.0.1",
-        "SLURM_LOCALID": 0,
-        "MASTER_PORT": processes.free_port(),
-    }
-    processes.run_well(
-        [[TRAIN, tmp_path, "popen", 1, 2, *NAMES]] * 2,
-        [processes.environment(**job, SLURM_PROCID=task, SLURM_NODEID=task) for task in range(2)],
-        tmp_path,
+def test_the_command_under_torchrun_on_two_nodes(tmp_path: Path) -> None:
+    pytest.importorskip("sklearn", reason="pip install 'lightning-fedscale[examples]'")
+    script = tmp_path / "fedscale.py"
+    script.write_text("import sys\nfrom lightning_fedscale.cli import main\nsys.exit(main())\n")
+    options = ["trainer.accelerator=cpu", "trainer.max_epochs=2", "model.width=8"]
+    options += ["strategy.num_clients=3", "strategy.executor=sequential"]
+    torchrun = ["-m", "torch.distributed.run", "--nnodes=2", "--nproc_per_node=1", "--master_addr=127.0.0.1"]
+    torchrun.append(f"--master_port={processes.free_port()}")
+    together = [script, "train", *options, "trainer.num_nodes=2", "hydra.run.dir=together"]
+    nodes = [[*torchrun, f"--node_rank={node}", *together] for node in range(2)]
+    first, second = processes.run_well(nodes, [processes.environment()] * 2, tmp_path)
+    assert ("Run: " in first.output, "Run: " in second.output) == (True, False)
+    processes.run_well([[script, "train", *options, "hydra.run.dir=alone"]], [processes.environment()], tmp_path)
+    left, right = (
+        torch.load(tmp_path / run / "checkpoints" / "epoch=1-step=2.ckpt", weights_only=True)["state_dict"]
+        for run in ("together", "alone")
     )
+    assert_same(left, right)
+    ledgers = [json.loads((tmp_path / run / "position.json").read_text()) for run in ("together", "alone")]
+    assert ledgers[0]["flops"] == ledgers[1]["flops"]
+
+
+def test_slurm_on_two_nodes(tmp_path: Path, ranks: Start) -> None:
+    processes.run_well([[TRAIN, tmp_path, "popen", 1, 2, *NAMES]] * 2, tasks(), tmp_path)
     assert_same_as_one_process(load(tmp_path, 2), ranks)
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    folder = tmp_path_factory.mktemp("uninterrupted")
+    processes.run_well([[REQUEUED, folder, 1, 1]], [processes.environment()], folder)
+    found: dict[str, Any] = torch.load(folder / "end-0.pt", weights_only=True)
+    return found
+
+
+@pytest.mark.parametrize("hears", [0, 1])
+def test_a_signal_of_slurm_to_one_rank_is_one_to_all_and_the_run_goes_on_exactly(
+    hears: int, tmp_path: Path, uninterrupted: dict[str, Any]
+) -> None:
+    """Lightning saves a checkpoint and has SLURM run the job again, which finds it: here at the end of the round."""
+    (tmp_path / "bin").mkdir()
+    scontrol, told = tmp_path / "bin" / "scontrol", tmp_path / "told"
+    scontrol.write_text(f'#!/bin/sh\necho "$@" >>"{told}"\n')
+    scontrol.chmod(0o755)
+    path = f"{scontrol.parent}:{os.environ['PATH']}"
+    command = [REQUEUED, tmp_path, 1, 2]
+    for one in processes.run_well([[*command, hears]] * 2, tasks(PATH=path), tmp_path):
+        assert "round 2 ended" in one.output
+        assert "round 3 ended" not in one.output
+        assert "killed by SLURM" in one.output
+    assert told.read_text() == "requeue 4242\n"
+    saved = torch.load(tmp_path / "hpc_ckpt_1.ckpt", weights_only=True)
+    assert saved["global_step"] == saved["federated"]["round"] == 3
+    processes.run_well([command] * 2, tasks(PATH=path), tmp_path)
+    for rank in range(2):
+        end = torch.load(tmp_path / f"end-{rank}.pt", weights_only=True)
+        assert (end["resumed"], end["rounds"]) == (True, uninterrupted["rounds"])
+        assert_same(end["weights"], uninterrupted["weights"])
 
 
 @pytest.mark.parametrize(("rank", "what"), [(0, "data"), (1, "client")])

@@ -90,6 +90,8 @@ def test_commands_are_understood(command: str, monkeypatch: pytest.MonkeyPatch) 
     Path("conf", "experiment").mkdir(parents=True)  # a reader's own
     Path("conf", "experiment", "mine.yaml").write_text("# @package _global_\nseed: 1\n")
     if words[1] == "train":  # a Hydra application: the configuration that it would run with, the first one of a sweep
+        if "hydra/launcher=joblib" not in words:  # the others are plugins that are not installed here
+            words = [word for word in words if not re.match(r"\+?hydra[./]launcher", word)]
         assert main([*(word.partition(",")[0] for word in words[1:] if word != "-m"), "--cfg", "job"]) == 0
         return
     name, _ = parse(COMMANDS, words[1:])
