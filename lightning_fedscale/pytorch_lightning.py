@@ -81,6 +81,7 @@ KNOW_LIGHTNING = {
     "metering",
     "progress",
     "refusals",
+    "requeue",
     "run_board",
     "strategy",
     "sweep",
