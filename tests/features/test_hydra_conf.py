@@ -48,6 +48,7 @@ ROOMS: dict[str, tuple[ModuleType, str]] = {
     "scale_rule": (phases, "ScaleRule"),
 }
 WITHOUT_FILE = {
+    "aggregator_of",
     "by_name",
     "detector_by_name",  # of what has a file
     "per_parameter",
