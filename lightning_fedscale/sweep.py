@@ -78,7 +78,7 @@ def sweep(
         rows = [{str(name): value for name, value in row.items()} for row in pd.read_csv(path).to_dict("records")]
     asked = {"argument": argument, "flops_asked": flops, "local_steps": local_steps, "seed": seed}
     for row in rows:
-        if changed := [name for name, value in asked.items() if row.get(name) != value]:
+        if changed := [name for name, value in asked.items() if {"argument": "size", **row}.get(name) != value]:
             raise ValueError(
                 f"folder={str(folder)!r}: holds a sweep with other {', '.join(changed)}; name another folder."
             )

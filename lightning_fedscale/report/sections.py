@@ -18,6 +18,7 @@ from lightning_fedscale.report.charts import (
 )
 from lightning_fedscale.report.facts import clients, costs, metrics, phases, position, steps
 from lightning_fedscale.report.run import Run
+from lightning_fedscale.scaling.position import in_sentences
 
 _COSTS = {
     "flops": "Training FLOPs",
@@ -184,9 +185,7 @@ def _position(run: Run) -> Section:
     pictures = _logged(run, "compute/")
     if not pictures and (drawn := position_chart(found)):
         pictures = [drawn]
-    text: tuple[str, ...] = (f"{advice[0].upper()}{advice[1:]}.",) if advice else ()
-    if outside := found.get("outside"):
-        text += (f"This is an extrapolation of {found['law']}: {' and '.join(outside)}, where it was fitted.",)
+    text = (in_sentences(advice, found["law"], found.get("outside", ())),) if advice else ()
     return Section("Is the model of the right size?", text, (("", ""), *rows) if rows else (), tuple(pictures))
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -107,11 +107,7 @@ class Position:
 
     def sentences(self) -> str:
         """The advice, and whether it is an extrapolation."""
-        advice = self.advice()
-        words = f"{advice[0].upper()}{advice[1:]}."
-        if not self.outside:
-            return words
-        return f"{words} This is an extrapolation of {self.law}: {' and '.join(self.outside)}, where it was fitted."
+        return in_sentences(self.advice(), self.law, self.outside)
 
     def as_dict(self) -> dict[str, Any]:
         """All of it, with ratio, excess and advice; None for what is not finite."""
@@ -179,6 +175,22 @@ def position_of(
             return here
         catch_up = _solve(lambda factor: best_for(factor) - params, 1e-12, 1e12)
         return replace(here, catch_up=catch_up, uncertainty=own.interval_of_size(flops, clients, rho))
+
+
+def in_sentences(advice: str, law: str, outside: Sequence[str]) -> str:
+    """Advice as it is shown, with the numbers that lie outside of what the law was fitted on, if any.
+
+    Example:
+        >>> in_sentences("a 2 M model would be best", "Kaplan", ["params=97 lies outside of 768 to 1.5e+09"])
+        'A 2 M model would be best. This is an extrapolation of Kaplan: params=97 lies outside of 768 to 1.5e+09, where
+        it was fitted.'
+    """
+    words = f"{advice[0].upper()}{advice[1:]}."
+    return (
+        f"{words} This is an extrapolation of {law}: {' and '.join(outside)}, where it was fitted."
+        if outside
+        else words
+    )
 
 
 def plot(position: Position, law: Law) -> Figure:
