@@ -52,7 +52,7 @@ class Browser:
         ]  # fmt: skip
         options = {"goog:chromeOptions": {"binary": CHROMIUM, "args": arguments}}
         try:
-            wait(lambda: self._call("GET", "/status")["ready"])
+            wait(lambda: self._call("GET", "/status")["ready"], self._driver)
             session = self._call("POST", "/session", {"capabilities": {"alwaysMatch": options}})["sessionId"]
         except BaseException:
             self._driver.kill()
@@ -83,7 +83,7 @@ class Browser:
     def _call(self, method: str, path: str, body: dict[str, Any] | None = None) -> Any:
         data = None if body is None else json.dumps(body).encode()
         request = urllib.request.Request(self._at + path, data, {"Content-Type": "application/json"}, method=method)
-        with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(request, timeout=60) as answer:
+        with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(request) as answer:
             return json.load(answer)["value"]
 
     def __enter__(self) -> Browser:
@@ -96,21 +96,22 @@ class Browser:
             self._call("DELETE", "")
         finally:
             self._driver.terminate()
-            self._driver.wait(10)
+            self._driver.wait()
 
 
-def wait(ready: Callable[[], Any], seconds: float = 60.0) -> Any:
-    """The first true answer.
+def wait(ready: Callable[[], Any], *servers: subprocess.Popen[bytes]) -> Any:
+    """The first true answer; where none comes, pytest ends the test.
 
-    Raises:
-        TimeoutError: if there is none in time.
+    Args:
+        ready: what to ask.
+        servers: processes that must go on meanwhile.
     """
-    end = time.monotonic() + seconds
-    while time.monotonic() < end:
+    while True:
         try:
             if answer := ready():
                 return answer
         except (urllib.error.URLError, ConnectionError, TimeoutError):
             pass
+        for server in servers:
+            assert server.poll() is None, f"{server.args!r} ended with {server.returncode}"
         time.sleep(0.2)
-    raise TimeoutError("nothing came")

@@ -10,10 +10,14 @@ from unittest import mock
 import pytest
 import torch
 import torch.distributed as dist
-from hypothesis import settings
+from hypothesis import HealthCheck, settings
+
+from tests import clock as clocks
 
 # No test may fail by the clock, and the same commit must always give the same verdict.
-settings.register_profile("lightning_fedscale", deadline=None, derandomize=True)
+settings.register_profile(
+    "lightning_fedscale", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow]
+)
 settings.load_profile("lightning_fedscale")
 
 
@@ -31,3 +35,9 @@ def clean_process() -> Iterator[None]:
         yield
         if dist.is_available() and dist.is_initialized():
             dist.destroy_process_group()
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> clocks.Clock:
+    """The package's and Lightning's clock, which stands still unless the test moves it."""
+    return clocks.stop(monkeypatch)

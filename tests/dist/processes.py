@@ -8,14 +8,12 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 HERE = Path(__file__).parent
 REPOSITORY = HERE.parent.parent
-TIMEOUT = 120.0
 
 # What Lightning, torchrun and SLURM tell processes about each other: a test says it itself or not at all.
 _ABOUT_OTHERS = ("SLURM_", "TORCHELASTIC_", "PL_", "OMPI_", "PMI_", "GROUP_", "ROLE_")
@@ -31,18 +29,26 @@ _ABOUT_OTHERS_EXACTLY = (
 
 
 class Finished(NamedTuple):
-    """How a process ended; ``code`` is None when it had to be stopped."""
+    """How a process ended."""
 
-    code: int | None
+    code: int
     output: str
 
 
+_RESERVED: list[socket.socket] = []
+
+
 def free_port() -> int:
-    """A port on this machine that nobody listens on."""
-    with socket.socket() as bound:
-        bound.bind(("127.0.0.1", 0))
-        port: int = bound.getsockname()[1]
-        return port
+    """A port on this machine that nobody listens on, and that no other process is given before this one ends.
+
+    The socket stays bound and never listens: a server that sets SO_REUSEADDR, as all do here, can still have the port.
+    """
+    bound = socket.socket()
+    bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    bound.bind(("127.0.0.1", 0))
+    _RESERVED.append(bound)
+    port: int = bound.getsockname()[1]
+    return port
 
 
 def environment(**extra: object) -> dict[str, str]:
@@ -66,7 +72,9 @@ def environment(**extra: object) -> dict[str, str]:
 def run(
     commands: Sequence[Sequence[object]], environments: Sequence[Mapping[str, str]], folder: Path
 ) -> list[Finished]:
-    """Run Python with each of the arguments at the same time and wait for all; those that hang are stopped.
+    """Run Python with each of the arguments at the same time and wait for all.
+
+    Where one hangs, pytest ends the test; then all are stopped, and the report has what they printed.
 
     Args:
         commands: arguments of each process.
@@ -88,8 +96,11 @@ def run(
                         start_new_session=True,  # one group with all that the process starts
                     )
                 )
-        deadline = time.monotonic() + TIMEOUT
-        codes = [_wait(process, deadline) for process in started]
+        codes = [process.wait() for process in started]
+    except BaseException:
+        for log in logs[: len(started)]:
+            print(f"---- {log.name}\n{log.read_text(errors='replace')[-6000:]}")
+        raise
     finally:
         for process in started:
             _stop(process)
@@ -104,13 +115,6 @@ def run_well(
     for number, one in enumerate(ended):
         assert one.code == 0, f"process {number} ended with {one.code}:\n{one.output[-6000:]}"
     return ended
-
-
-def _wait(process: subprocess.Popen[bytes], deadline: float) -> int | None:
-    try:
-        return process.wait(max(0.0, deadline - time.monotonic()))
-    except subprocess.TimeoutExpired:
-        return None
 
 
 def _stop(process: subprocess.Popen[bytes]) -> None:

@@ -7,7 +7,6 @@ import itertools
 from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import lightning.pytorch as pl
@@ -40,6 +39,7 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import StepLR
 
 from lightning_fedscale import server
+from tests.clock import Clock, Minutes
 from tests.features import by_hand
 from tests.laws import reference
 from tests.strategies import sequential
@@ -57,17 +57,6 @@ def validation_losses(rounds: int) -> list[float]:
 
 def mean_of(states: list[by_hand.State]) -> by_hand.State:
     return {name: torch.stack([state[name] for state in states]).mean(0) for name in states[0]}
-
-
-class Minutes(pl.Callback):
-    """A clock on which every round takes a minute."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, module: str) -> None:
-        self.now = 0.0
-        monkeypatch.setattr(f"lightning.pytorch.callbacks.{module}.time", SimpleNamespace(monotonic=lambda: self.now))
-
-    def on_train_batch_start(self, *args: object) -> None:
-        self.now += 60
 
 
 class Memory(Logger):
@@ -118,10 +107,9 @@ def test_model_checkpoint_saves_the_global_model_after_these_rounds(
     assert all(by_hand.same(state, expected[round]) for round, state in saved.items())
 
 
-def test_model_checkpoint_by_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_model_checkpoint_by_time(tmp_path: Path, clock: Clock) -> None:
     save = ModelCheckpoint(tmp_path, save_top_k=-1, train_time_interval=timedelta(minutes=1.5))
-    clock = Minutes(monkeypatch, "model_checkpoint")
-    by_hand.fit(enable_checkpointing=True, callbacks=[save, clock], max_epochs=6)
+    by_hand.fit(enable_checkpointing=True, callbacks=[save, Minutes(clock)], max_epochs=6)
     saved, expected = states_in(tmp_path), by_hand.models(6)
     assert saved.keys() == {2, 4, 6}
     assert all(by_hand.same(state, expected[round]) for round, state in saved.items())

@@ -30,7 +30,7 @@ def run(*command: str) -> subprocess.CompletedProcess[str]:
         "LC_ALL": "C.UTF-8",
         "OMP_NUM_THREADS": "1",  # Tests share the cores.
     }
-    return subprocess.run([sys.executable, *command], env=environment, capture_output=True, text=True, timeout=280)
+    return subprocess.run([sys.executable, *command], env=environment, capture_output=True, text=True)
 
 
 def run_example(name: str, *arguments: str) -> str:

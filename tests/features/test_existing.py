@@ -34,9 +34,7 @@ def python_with(project: str, package: str) -> str:
 def results(python: str, script: str) -> dict[str, tuple[float, float]]:
     """What a script printed under ``--fast``: by name, central and federated."""
     environment = {"PYTHONPATH": str(ROOT), "HOME": str(Path.cwd()), "PATH": "", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [python, str(SCRIPTS / script), "--fast"], env=environment, capture_output=True, text=True, timeout=280
-    )
+    done = subprocess.run([python, str(SCRIPTS / script), "--fast"], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     Path("printed.txt").write_text(done.stdout)
     found = re.findall(r"^  (.*): (\S+) central, (\S+) federated$", done.stdout, re.MULTILINE)

@@ -410,7 +410,7 @@ def run(project: Path, *arguments: str, script: str = "src/train.py") -> subproc
     environment["TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"] = "1"
     return subprocess.run(
         [sys.executable, script, *arguments],
-        cwd=project, env=environment, capture_output=True, text=True, timeout=280,
+        cwd=project, env=environment, capture_output=True, text=True,
     )  # fmt: skip
 
 

@@ -330,7 +330,7 @@ def fedscale(*arguments: str) -> subprocess.CompletedProcess[str]:
     script.write_text("import sys\nfrom lightning_fedscale.cli import main\nsys.exit(main())\n")
     environment = {"PYTHONPATH": ":".join([str(ROOT), *filter(None, sys.path)]), "OMP_NUM_THREADS": "1", "PATH": "/bin"}
     return subprocess.run(
-        [sys.executable, str(script), "train", *arguments], capture_output=True, text=True, env=environment, timeout=280
+        [sys.executable, str(script), "train", *arguments], capture_output=True, text=True, env=environment
     )
 
 

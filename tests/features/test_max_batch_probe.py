@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import random
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -27,6 +26,7 @@ from lightning_fedscale.callbacks.max_batch_probe import _check_strategy
 from lightning_fedscale.devices import DeviceClass, estimate_memory
 from lightning_fedscale.devices.verify import real_step, true_max_batch
 from lightning_fedscale.partitioners import SizePartitioner
+from tests.clock import Clock
 from tests.networks import Classifier, mlp
 
 SAMPLES = 600
@@ -543,12 +543,12 @@ def test_logged(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("strategy", ["auto", "federated"])
-def test_step_times_are_fitted_while_training(strategy: str, tmp_path: Path) -> None:
-    class Sleepy(WithAttribute):
+def test_step_times_are_fitted_while_training(strategy: str, tmp_path: Path, clock: Clock) -> None:
+    class Timed(WithAttribute):
         """Takes 2 ms and 0.2 ms for each sample."""
 
         def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-            time.sleep(0.002 + 0.0002 * len(batch[0]))
+            clock.now += 0.002 + 0.0002 * len(batch[0])
             return super().training_step(batch, batch_idx)
 
     logger = TensorBoardLogger(tmp_path)
@@ -557,10 +557,11 @@ def test_step_times_are_fitted_while_training(strategy: str, tmp_path: Path) -> 
     if strategy == "federated":
         partitioner = SizePartitioner([30, 200, 370])
         options["strategy"] = FederatedStrategy(partitioner=partitioner, executor="sequential", rounds_per_epoch=3)
-    trainer(probe, **options).fit(Sleepy())
+    trainer(probe, **options).fit(Timed())
     step = probe.times.fit()
     assert step.identified
-    assert step.seconds(64) == pytest.approx(0.002 + 0.0002 * 64, rel=0.6)  # the machine adds its own
+    assert (step.fixed, step.per_sample) == pytest.approx((0.002, 0.0002), rel=1e-6)
+    assert step.residual == pytest.approx(0, abs=1e-6)
     model = probe.performance(sync=0.1)
     assert model.max_batch == 64
     assert model.noise_scale == 500.0

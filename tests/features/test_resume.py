@@ -369,7 +369,6 @@ def test_plain_lightning_reads_the_checkpoint_without_this_package(tmp_path: Pat
         env=environment,
         capture_output=True,
         text=True,
-        timeout=120,
         check=False,
     )
     assert done.returncode == 0, done.stderr[-2000:]

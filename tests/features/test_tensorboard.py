@@ -41,11 +41,11 @@ def shown(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, Path]
     with (folder / "output.txt").open("wb") as output:
         board = subprocess.Popen([sys.executable, *map(str, command)], stdout=output, stderr=output)
     try:
-        wait(lambda: DIRECT.open(f"http://127.0.0.1:{port}/data/runs", timeout=5).status == 200)
+        wait(lambda: DIRECT.open(f"http://127.0.0.1:{port}/data/runs").status == 200, board)
         yield f"http://127.0.0.1:{port}/", folder / "report.html"
     finally:
         board.terminate()
-        board.wait(10)
+        board.wait()
 
 
 @pytest.fixture

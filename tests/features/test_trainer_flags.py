@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from contextlib import nullcontext
 from datetime import timedelta
-from types import SimpleNamespace
 
 import lightning.pytorch as pl
 import pytest
@@ -17,6 +16,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import lightning_fedscale
 from lightning_fedscale import FederatedStrategy
+from tests.clock import Clock, Minutes
 from tests.features import by_hand
 from tests.laws import reference
 from tests.strategies import sequential
@@ -109,23 +109,11 @@ def test_max_steps_counts_rounds() -> None:
     assert by_hand.same(module.state_dict(), by_hand.models(3)[-1])
 
 
-class Minute(pl.Callback):
-    """A clock on which every round takes a minute."""
-
-    def __init__(self) -> None:
-        self.now = 0.0
-
-    def on_train_batch_start(self, *args: object) -> None:
-        self.now += 60
-
-
 @pytest.mark.parametrize(("options", "rounds"), [({}, 3), ({"min_epochs": 5}, 5), ({"min_steps": 4}, 4)])
 def test_max_time_stops_between_rounds_but_not_before_the_minimum(
-    monkeypatch: pytest.MonkeyPatch, options: dict[str, int], rounds: int
+    clock: Clock, options: dict[str, int], rounds: int
 ) -> None:
-    clock = Minute()
-    monkeypatch.setattr("lightning.pytorch.callbacks.timer.time", SimpleNamespace(monotonic=lambda: clock.now))
-    trainer, module = fit(max_time=timedelta(minutes=2.5), max_epochs=10, callbacks=[clock], **options)
+    trainer, module = fit(max_time=timedelta(minutes=2.5), max_epochs=10, callbacks=[Minutes(clock)], **options)
     assert trainer.global_step == rounds
     assert by_hand.same(module.state_dict(), by_hand.models(rounds)[-1])
 

@@ -139,11 +139,11 @@ def look(run_folder: Path, picture: Path) -> list[str]:
     at = f"http://127.0.0.1:{port}/"
 
     def tags() -> list[str]:
-        with DIRECT.open(f"{at}data/plugin/scalars/tags", timeout=5) as answer:
+        with DIRECT.open(f"{at}data/plugin/scalars/tags") as answer:
             return sorted({tag for run in json.load(answer).values() for tag in run})
 
     try:
-        names: list[str] = wait(tags)
+        names: list[str] = wait(tags, board)
         if not MISSING:
             with Browser(picture.parent / "browser", (1400, 1500)) as browser:
                 browser.open(f"{at}#scalars&tagFilter=round")
@@ -152,7 +152,7 @@ def look(run_folder: Path, picture: Path) -> list[str]:
             shutil.rmtree(picture.parent / "browser", ignore_errors=True)
     finally:
         board.terminate()
-        board.wait(10)
+        board.wait()
     return names
 
 

@@ -7,7 +7,6 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 
 import pytest
 import torch
@@ -55,7 +54,7 @@ def test_its_own_error() -> None:
 
 
 def test_one_that_hangs_is_killed() -> None:
-    done = real_step(lambda: time.sleep(60), 2**28, timeout=0.3)
+    done = real_step(signal.pause, 2**28, timeout=0.3)
     assert (done.fits, done.out_of_memory) == (False, False)
     assert "killed after 0.3 s" in done.reason
 
@@ -128,7 +127,7 @@ def test_a_tighter_limit_of_the_process_itself_is_kept() -> None:
         "done = real_step(lambda: None, 2**40)\n"
         "assert done.fits, done\n"
     )
-    subprocess.run([sys.executable, "-c", program], check=True, timeout=120)
+    subprocess.run([sys.executable, "-c", program], check=True)
 
 
 @pytest.mark.parametrize(
