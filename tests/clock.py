@@ -1,28 +1,30 @@
-"""A clock that stands still: what a test asserts about time does not depend on the machine or on what else it does."""
+"""The tests' own clock: nothing that a test finds depends on the machine or on what else the machine does."""
 
 from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Callable
 from typing import Any
 
 import lightning.pytorch as pl
-import pytest
 
 READERS = ("lightning_fedscale", "lightning", "pytorch_lightning")
 
 
 class Clock:
-    """Stands in for the module ``time``.
+    """Stands in for the module ``time``: seconds are counted, not measured.
 
     Attributes:
-        now: what every reading gives; a test moves it on.
+        now: the time, which a test may move on.
+        tick: what each reading moves it by; 0 stops it.
     """
 
     def __init__(self) -> None:
-        self.now = 0.0
+        self.now, self.tick = 0.0, 1e-3
 
     def perf_counter(self) -> float:
+        self.now += self.tick
         return self.now
 
     monotonic = perf_counter
@@ -31,20 +33,21 @@ class Clock:
         return getattr(time, name)
 
 
-def stop(monkeypatch: pytest.MonkeyPatch) -> Clock:
-    """Give one stopped clock to all modules of the package and of Lightning that read the time."""
+def install(put: Callable[[Any, str, Any], None] = setattr) -> Clock:
+    """Give one clock to all modules of the package and of Lightning that read the time."""
     clock = Clock()
     for name, module in list(sys.modules.items()):
-        if name.split(".")[0] in READERS and vars(module).get("time") is time:
-            monkeypatch.setattr(module, "time", clock)
+        if name.partition(".")[0] in READERS and vars(module).get("time") is time:
+            put(module, "time", clock)
     return clock
 
 
 class Minutes(pl.Callback):
-    """On whose clock every round takes a minute."""
+    """On whose clock every round takes a minute, and nothing else takes any time."""
 
     def __init__(self, clock: Clock) -> None:
         self._clock = clock
+        clock.tick = 0.0
 
     def on_train_batch_start(self, *args: object) -> None:
         self._clock.now += 60

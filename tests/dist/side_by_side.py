@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from lightning_fedscale import FederatedStrategy
+from tests import clock
 from tests.laws import reference
 
 
@@ -29,6 +30,7 @@ def weights(executor: str, ranks: int, folder: Path) -> None:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
+    clock.install()
     weights(sys.argv[1], int(sys.argv[2]), Path(sys.argv[3]))
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()  # whose threads can otherwise abort the process as it exits

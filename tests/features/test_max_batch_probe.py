@@ -551,6 +551,7 @@ def test_step_times_are_fitted_while_training(strategy: str, tmp_path: Path, clo
             clock.now += 0.002 + 0.0002 * len(batch[0])
             return super().training_step(batch, batch_idx)
 
+    clock.tick = 0.0
     logger = TensorBoardLogger(tmp_path)
     probe = MaxBatchProbe(budget="1GiB", max_samples=64, noise_scale=500.0)
     options: dict[str, Any] = {"max_epochs": 4, "logger": logger}

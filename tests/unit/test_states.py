@@ -330,7 +330,7 @@ def _spill_and_end(store: StateStore | None) -> None:
 def test_the_folder_goes_with_a_process_that_multiprocessing_started(method: str, temporary: Path) -> None:
     process = multiprocessing.get_context(method).Process(target=_spill_and_end, args=(None,))
     process.start()
-    process.join(60)
+    process.join()
     assert process.exitcode == 0
     assert folders() == set()
 
@@ -340,7 +340,7 @@ def test_the_folder_stays_when_a_forked_worker_lets_go_of_its_copy(temporary: Pa
     store.put(0, "a", state(0))
     worker = multiprocessing.get_context("fork").Process(target=_spill_and_end, args=(store,))
     worker.start()
-    worker.join(60)
+    worker.join()
     assert worker.exitcode == 0
     assert same(store.get(0, "a"), state(0))
 
