@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import numbers
 from collections.abc import Callable, Iterable, Sequence
@@ -109,9 +110,8 @@ class Arguments(NamedTuple):
                     f"num_clients={self.num_clients} is more than the {samples} samples of the training dataset: use at"
                     f" most {samples} clients."
                 )
-            self.partitioner.dataset = dataset
             try:
-                partition = self.partitioner.partition
+                partition = self._partitioner_of(dataset).partition
             except ValueError as error:
                 raise ValueError(f"partitioner={self.partitioner!r}: {error}") from error
         try:
@@ -135,7 +135,14 @@ class Arguments(NamedTuple):
         """
         if isinstance(self.partitioner, Partition):
             return alike_by_labels(self.partitioner, find_labels(training), find_labels(dataset), seed)
-        return self.partitioner.divide_alike(dataset, seed)
+        return self._partitioner_of(training).divide_alike(dataset, seed)
+
+    def _partitioner_of(self, dataset: Any) -> Partitioner:
+        # A copy, since the user's may be in several strategies, and is not to hold their data.
+        assert isinstance(self.partitioner, Partitioner)
+        mine = copy.copy(self.partitioner)
+        mine.dataset = dataset
+        return mine
 
 
 def check(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import math
 import numbers
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from difflib import get_close_matches
 from typing import Any
 
@@ -148,6 +148,31 @@ def called(argument: str, value: object, room: str, factories: Mapping[str, Call
         if value is factory:
             call = _call(f"{room}.{name}", needed(factory))
             raise TypeError(f"{argument}={name} is a function: call it, {call}.")
+
+
+def known_arguments(caller: str, factory: Callable[..., Any], arguments: Iterable[str]) -> None:
+    """Check that a factory has all these arguments.
+
+    Args:
+        caller: what the message begins with.
+        factory: to be called.
+        arguments: names of what it is to be given.
+
+    Raises:
+        TypeError: if it has not.
+
+    Example:
+        >>> known_arguments("register('fed5')", dict.fromkeys, {"itterable": 3})
+        Traceback (most recent call last):
+        ...
+        TypeError: register('fed5'): fromkeys has no argument 'itterable'. Did you mean 'iterable'?
+    """
+    known = list(inspect.signature(factory).parameters)
+    for name in arguments:
+        if name not in known:
+            close = get_close_matches(name, known, n=1)
+            hint = f" Did you mean {close[0]!r}?" if close else f" It has {', '.join(known)}."
+            raise TypeError(f"{caller}: {factory.__name__} has no argument {name!r}.{hint}")
 
 
 def needed(factory: Callable[..., Any]) -> list[str]:

@@ -77,6 +77,7 @@ KNOW_LIGHTNING = {
     "federation",
     "global_model",
     "half_batches",
+    "handover",
     "loggers",
     "metering",
     "progress",

@@ -11,18 +11,17 @@ import lightning.pytorch as pl
 import torch
 from lightning.fabric.plugins import CheckpointIO, ClusterEnvironment
 from lightning.fabric.strategies.registry import _StrategyRegistry
-from lightning.fabric.utilities.seed import reset_seed
 from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.overrides.distributed import _sync_module_states
 from lightning.pytorch.plugins.io.wrapper import _WrappingCheckpointIO
 from lightning.pytorch.plugins.precision import Precision
-from lightning.pytorch.strategies import DDPStrategy
+from lightning.pytorch.strategies import DDPStrategy, StrategyRegistry
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
-from lightning_fedscale import arguments, combinations, refusals, samplers, server
+from lightning_fedscale import arguments, checks, combinations, randomness, refusals, samplers, server
 from lightning_fedscale.aggregators import Aggregator
 from lightning_fedscale.asynchrony import FedBuff
 from lightning_fedscale.checkpointing import AtomicCheckpointIO
@@ -30,6 +29,7 @@ from lightning_fedscale.compressors import Compressor
 from lightning_fedscale.devices import Population
 from lightning_fedscale.executors import LocalBatchHooks, RoundEnd, RoundLoops, close_finished_epoch
 from lightning_fedscale.federation import Federation, Meter
+from lightning_fedscale.handover import ReusableStrategy
 from lightning_fedscale.local_rules import Ditto, LocalRule
 from lightning_fedscale.partitioners import Partition, Partitioner
 from lightning_fedscale.privacy import Privacy
@@ -44,7 +44,7 @@ if TYPE_CHECKING:
 _THIRTY_MINUTES = timedelta(minutes=30)
 
 
-class FederatedStrategy(DDPStrategy):
+class FederatedStrategy(ReusableStrategy):
     """Trains an unchanged LightningModule and its data by federated learning, simulated on one or many devices.
 
     The module lives on the clients; the Trainer, its callbacks and its loggers live on the server. **One Trainer step
@@ -59,7 +59,8 @@ class FederatedStrategy(DDPStrategy):
     ``on_client_start``, ``on_client_end``, ``on_before_server_step``, ``on_server_step`` and ``on_round_end``; see
     `lightning_fedscale.callbacks.RoundEvents`.
 
-    A strategy object belongs to one Trainer: make a new one for the next.
+    A strategy object serves one Trainer after the other, and every ``fit`` starts afresh; it can be pickled and copied.
+    `register` gives a strategy with its arguments a name, for whoever builds several Trainers from one dict.
 
     ``last_round`` holds the `RoundRecord` of the finished round; its scalars are logged every round as ``round/...``.
 
@@ -328,22 +329,16 @@ class FederatedStrategy(DDPStrategy):
 
     # ---- processes
 
-    @property
-    def _processes(self) -> int:
-        return self.num_nodes * self.num_processes
-
-    def _configure_launcher(self) -> None:
-        # A single process needs no launcher and no sockets; so it also runs in notebooks.
-        if self._processes > 1:
-            super()._configure_launcher()
-
     def setup_distributed(self) -> None:
-        """Join the other ranks, if there are any."""
-        if self._processes > 1:
-            super().setup_distributed()
-        else:
-            reset_seed()
+        """Join the other ranks, if there are any, and draw the same random numbers as they."""
+        if self._processes == 1:
             self.set_world_ranks()
+            return
+        # Not from the last `seed_everything` anew, as with DDP: the ranks take up the global generators where rank 0
+        # has them, which is where a single process would be.
+        drawn = randomness.capture(self.root_device)
+        super().setup_distributed()
+        randomness.restore(self.broadcast(drawn), self.root_device)
 
     def _setup_model(self, model: nn.Module) -> nn.Module:  # type: ignore[override]
         # No DistributedDataParallel: clients must not exchange gradients. Same start on all ranks, that is all.
@@ -478,8 +473,12 @@ class FederatedStrategy(DDPStrategy):
 
     def teardown(self) -> None:
         """Put the Trainer back as it was; ``last_round`` and what checkpoints need stay readable."""
-        self._close_fit()
+        if not self._refused:
+            self._close_fit()
         super().teardown()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "_federation": None, "_undo": None}
 
     # ---- a client is alone: inside it, collectives concern nobody else
 
@@ -536,7 +535,8 @@ class FederatedStrategy(DDPStrategy):
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
         """Save with ``checkpoint["federated"]``; to be called on all ranks."""
-        if self._federation is not None and "optimizer_states" in checkpoint:
+        # Without optimizers the federation is that of an earlier Trainer.
+        if self._federation is not None and self.optimizers and "optimizer_states" in checkpoint:
             state = self._federation.state_dict()
             if state is not None:
                 checkpoint["federated"] = state
@@ -557,6 +557,41 @@ class FederatedStrategy(DDPStrategy):
                 "ckpt_path: the checkpoint was not written by FederatedStrategy. Model and counters are restored;"
                 " server and clients start afresh."
             )
+
+    @classmethod
+    def register(cls, name: str, *, override: bool = False, **arguments: Any) -> None:
+        """Give a strategy with these arguments a name: ``Trainer(strategy=name)``, in any library, builds a new one.
+
+        The name is known to Trainers of the package that this class is for: ``lightning.pytorch``, or
+        ``pytorch_lightning`` for ``lightning_fedscale.pytorch_lightning.FederatedStrategy``.
+
+        Args:
+            name: what ``Trainer(strategy=...)`` will be given; case does not matter, as for all strategies.
+            override: replace a strategy that has this name already; the same arguments once more need no leave.
+            **arguments: those of the strategy; they are checked at once.
+
+        Raises:
+            TypeError: for an argument that there is not, or one of the wrong kind.
+            ValueError: for a wrong value, or a name that is taken.
+
+        Example:
+            >>> from lightning.pytorch import Trainer
+            >>> FederatedStrategy.register("phones", num_clients=5, clients_per_round=3)
+            >>> Trainer(strategy="phones", accelerator="cpu", logger=False).strategy.num_clients
+            5
+        """
+        if not isinstance(name, str) or not name.strip():
+            raise TypeError(f"name={name!r}: pass a word for Trainer(strategy=...), such as 'fed5'.")
+        checks.known_arguments(f"register({name!r})", cls, arguments)
+        cls(**arguments)  # raises what it would in the Trainer
+        name, written = name.lower(), repr(arguments)  # small letters, as the Trainer makes them
+        if name == "auto":
+            raise ValueError("name='auto' is a strategy already: choose another one.")
+        if name in StrategyRegistry and not override:
+            known = StrategyRegistry[name]
+            if (known["strategy"], known["description"]) != (cls, written):  # a notebook's cell runs more than once
+                raise ValueError(f"name={name!r} is a strategy already: choose another one, or pass override=True.")
+        StrategyRegistry.register(name, cls, description=written, override=True, **arguments)
 
     @classmethod
     def register_strategies(cls, strategy_registry: _StrategyRegistry) -> None:

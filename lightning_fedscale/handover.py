@@ -1,0 +1,144 @@
+"""A strategy object from Trainer to Trainer: what one of them set in it is taken out again for the next."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import lightning.pytorch as pl
+from lightning.pytorch.strategies import DDPStrategy
+from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
+
+_SET_BY_TRAINER = ("_accelerator", "_checkpoint_io", "_precision_plugin", "_parallel_devices", "cluster_environment")
+_OF_A_FIT = ("_optimizers", "_lightning_optimizers", "lr_scheduler_configs")
+
+
+class ReusableStrategy(DDPStrategy):
+    """A `DDPStrategy` whose object serves one Trainer after the other, and can be pickled and copied at any time.
+
+    Lightning's own strategies keep the accelerator, devices and plugins of their first Trainer, and the next one takes
+    them for the user's. So libraries that build one Trainer for ``fit`` and another for ``predict`` from the same
+    arguments fail with such an object.
+
+    Args:
+        **kwargs: those of `DDPStrategy`.
+    """
+
+    def __init__(self, **kwargs: Any) -> None:
+        self._given: dict[str, Any] = {}
+        self._taken: dict[str, Any] = {}
+        self._in_use: tuple[pl.Trainer, pl.LightningModule] | None = None
+        self._refused = False
+        self._backend = kwargs.get("process_group_backend")
+        super().__init__(**kwargs)
+
+    # A Trainer that is being built reads `_accelerator` before all else, and nobody else does, since the property
+    # `accelerator` does not: this is how a strategy learns that another Trainer wants it.
+
+    @property
+    def _accelerator(self) -> pl.accelerators.Accelerator | None:
+        self._let_go()
+        return self.accelerator
+
+    @_accelerator.setter
+    def _accelerator(self, accelerator: pl.accelerators.Accelerator | None) -> None:
+        vars(self)["_accelerator"] = accelerator
+
+    @property
+    def accelerator(self) -> pl.accelerators.Accelerator | None:
+        """As for DDP; set by the Trainer."""
+        found: pl.accelerators.Accelerator | None = vars(self)["_accelerator"]
+        return found
+
+    @accelerator.setter
+    def accelerator(self, accelerator: pl.accelerators.Accelerator) -> None:
+        self._accelerator = accelerator
+
+    @property
+    def _processes(self) -> int:
+        return self.num_nodes * self.num_processes
+
+    def _let_go(self) -> None:
+        """Be as the user made it, for another Trainer.
+
+        Raises:
+            RuntimeError: if a Trainer is running with it.
+        """
+        if self._in_use is not None:
+            self._raise_in_use()
+        self._take_out()
+        self._lightning_module = self._model = None
+        vars(self).update({name: [] for name in _OF_A_FIT})
+
+    def _take_out(self) -> None:
+        own = vars(self)
+        for name, value in self._taken.items():
+            if own[name] is value:  # else the user has set another one since
+                own[name] = self._given[name]
+        self._given, self._taken = {name: own[name] for name in _SET_BY_TRAINER}, {}
+        self._process_group_backend, self._launcher = self._backend, None
+
+    def _configure_launcher(self) -> None:
+        """The Trainer has set all that it sets."""
+        _ = self.checkpoint_io  # which makes one if there is none
+        self._taken = {name: vars(self)[name] for name in _SET_BY_TRAINER}
+        # A single process needs no launcher and no sockets; so it also runs in notebooks.
+        if self._processes > 1:
+            super()._configure_launcher()
+
+    def setup_environment(self) -> None:
+        """A Trainer begins to run.
+
+        Raises:
+            RuntimeError: if another one is running with this object, or has set it up for other processes.
+        """
+        module = self._lightning_module
+        if module is not None and (trainer := module._trainer) is not None:
+            if self._in_use is not None and self._in_use[0] is not trainer:
+                self._refuse()
+            self._belong_to(trainer)
+            self._in_use = trainer, module
+        super().setup_environment()
+
+    def _belong_to(self, trainer: pl.Trainer) -> None:
+        """Take back what the Trainer had set, if another one was built since."""
+        connector = trainer._accelerator_connector
+        if self.accelerator is connector.accelerator and self.parallel_devices is connector._parallel_devices:
+            return
+        before = self._processes or 1
+        self._take_out()
+        connector._lazy_init_strategy()
+        if (now := self._processes) != before:
+            raise RuntimeError(
+                f"strategy: a Trainer that was built later has set up this {type(self).__name__} object for {before}"
+                f" process(es), and this Trainer has {now}: give each Trainer an object of its own."
+            )
+
+    def _refuse(self) -> None:
+        """The Trainer that is running goes on as if nobody had asked."""
+        assert self._in_use is not None
+        trainer, module = self._in_use
+        self.connect(module)
+        module.trainer = trainer
+        self._refused = True
+        self._raise_in_use()
+
+    def _raise_in_use(self) -> None:
+        raise RuntimeError(
+            f"strategy: a Trainer is running with this {type(self).__name__} object, and no other can use it before"
+            " that one has ended: give each Trainer an object of its own."
+        )
+
+    def teardown(self) -> None:
+        """The Trainer has ended, in whatever way."""
+        if self._refused:  # it is not the one that is running
+            self._refused = False
+            return
+        self._in_use = None
+        super().teardown()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What a copy has, in this process or another: arguments, what the Trainer set, and nothing of a fit."""
+        state = {**vars(self), "_in_use": None, **{name: [] for name in _OF_A_FIT}}
+        if isinstance(self._launcher, _SubprocessScriptLauncher):
+            state["_launcher"] = None  # it holds the processes that it started
+        return state
