@@ -189,6 +189,10 @@ class ClientMetrics(Callback):
             self._data.close()
             self._data = None
 
+    def __getstate__(self) -> dict[str, Any]:
+        """What a copy has: all that was found out, and nothing that belongs to a Trainer."""
+        return {**vars(self), "_data": None, "_table": None}
+
     def state_dict(self) -> dict[str, Any]:
         """The last evaluation; the next ones need nothing of those before."""
         return {} if self.last is None else self.last.state_dict()

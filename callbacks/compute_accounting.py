@@ -178,6 +178,10 @@ class ComputeAccounting(Callback):
         if self._law is None and self._auto:
             rank_zero_info(f"ComputeAccounting: no law for this task yet: fit one. {self._sweep(trainer, pl_module)}")
 
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        """As `teardown`, which the Trainer leaves out then."""
+        self.teardown(trainer, pl_module, "fit")
+
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Leave the Trainer's callbacks as they were."""
         meter, callbacks = self._counting.meter, trainer.callbacks  # type: ignore[attr-defined]
@@ -255,6 +259,10 @@ class ComputeAccounting(Callback):
         self._counting.count_evaluation(batch, "validation_step")
 
     # ---- checkpoints
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What a copy has: all that was found out, and nothing that belongs to a Trainer."""
+        return {**vars(self), "_trainer": None}
 
     def state_dict(self) -> dict[str, Any]:
         """The ledger, for the checkpoint; to be called on all ranks, as checkpoints are."""

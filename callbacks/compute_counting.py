@@ -41,6 +41,9 @@ class Counting:
         self._mark = (0.0, 0.0)  # tokens and updates when there was last an update
         self._energy: EnergyMeter | None = None
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "meter": None, "_step": None, "_energy": None}
+
     def begin_fit(self, trainer: pl.Trainer) -> None:
         """Have clients metered, and energy."""
         assert self.meter is not None

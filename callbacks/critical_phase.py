@@ -208,7 +208,7 @@ class CriticalPhase(Callback):
             return
         self._undo.close()
         self._round = None
-        before = None if self._watch is None else self._watch.state_dict()
+        before = None if self._watch is None else self._watch.saved_state()
         if trainer.global_step == 0:  # else a run goes on that this callback has already seen
             self._keeper, self.record = PhaseKeeper(self.detector, self._rule), PhaseRecord()
             self._norm, before = math.nan, None
@@ -224,7 +224,7 @@ class CriticalPhase(Callback):
         kind = self._noise or ("reweighting" if isinstance(watch, RoundWatch) else "diagonal")
         watch.check(trainer, pl_module, kind)
         if before is not None:
-            watch.load_state_dict(before)
+            watch.load_saved_state(before)
         self._watch = watch
         callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
         for helper in watch.helpers(trainer, kind):
@@ -237,7 +237,7 @@ class CriticalPhase(Callback):
         if self._resumed is not None:
             self._keeper.load_state_dict(self._resumed["keeper"])
             self.record.load_state_dict(self._resumed["record"])
-            self._watch.load_state_dict(self._resumed["watch"])
+            self._watch.load_saved_state(self._resumed["watch"])
             self._norm, self._resumed = self._resumed["norm"], None
         how = self._watch.attach(trainer, pl_module)
         if self.action == "scale":
@@ -273,6 +273,10 @@ class CriticalPhase(Callback):
             self._watch.detach()
         self._undo.close()
 
+    def __getstate__(self) -> dict[str, Any]:
+        """What a copy has: all that was found out, and nothing that belongs to a Trainer."""
+        return {**vars(self), "_watch": None, "_round": None, "_undo": ExitStack()}
+
     def state_dict(self) -> dict[str, Any]:
         """What a run needs to go on exactly; within a round, what it began with."""
         if self._resumed is not None:
@@ -286,7 +290,7 @@ class CriticalPhase(Callback):
         self._resumed = state_dict
 
     def _state(self) -> dict[str, Any]:
-        watch = {} if self._watch is None else self._watch.state_dict()
+        watch = {} if self._watch is None else self._watch.saved_state()
         return {"keeper": self._keeper.state_dict(), "watch": watch, "norm": self._norm}
 
     # ---- for what watches

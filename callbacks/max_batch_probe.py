@@ -235,6 +235,10 @@ class MaxBatchProbe(Callback):
             self._undo()
             self._undo = None
 
+    def __getstate__(self) -> dict[str, Any]:
+        """What a copy has: all that was found out, and nothing that belongs to a Trainer, its module or its data."""
+        return {**vars(self), "_undo": None, "model": None}
+
     def state_dict(self) -> dict[str, Any]:
         """The result, for the checkpoint."""
         return {} if self.result is None else {"result": self.result.state_dict()}

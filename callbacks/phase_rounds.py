@@ -114,7 +114,7 @@ class RoundWatch(Callback):
     def after_batch(self, trainer: pl.Trainer) -> None:
         """A round is over."""
 
-    def state_dict(self) -> dict[str, Any]:
+    def saved_state(self) -> dict[str, Any]:
         """For the checkpoint."""
         return {
             "since_look": self._since_look,
@@ -123,7 +123,7 @@ class RoundWatch(Callback):
             "diagonal": None if self._diagonal is None else list(self._diagonal),
         }
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_saved_state(self, state: dict[str, Any]) -> None:
         """Go on from there."""
         self._since_look, self._summed, self._sums = state["since_look"], state["summed"], state["sums"]
         self._diagonal = None if state["diagonal"] is None else Diagonal(*state["diagonal"])

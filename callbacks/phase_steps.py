@@ -167,7 +167,7 @@ class StepWatch(Callback):
         if self._unseen >= _PATIENCE * trainer.accumulate_grad_batches:
             raise RuntimeError(NOT_SEEN.format(self._unseen))
 
-    def state_dict(self) -> dict[str, Any]:
+    def saved_state(self) -> dict[str, Any]:
         """Norms that wait are numbers in it."""
         return {
             "pending": [norms.tolist() for norms in self._pending],
@@ -179,7 +179,7 @@ class StepWatch(Callback):
             "diagonal": None if self._diagonal is None else list(self._diagonal),
         }
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_saved_state(self, state: dict[str, Any]) -> None:
         """Go on from there."""
         self._pending = [torch.tensor(norms, dtype=torch.float64) for norms in state["pending"]]
         self._steps, self._since_look, self._summed = state["steps"], state["since_look"], state["summed"]

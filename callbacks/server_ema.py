@@ -63,6 +63,8 @@ class ServerEMA(WeightAveraging):
                 f"ServerEMA averages over rounds, but strategy={type(trainer.strategy).__name__} has none: pass"
                 " Trainer(strategy=FederatedStrategy(...)), or use Lightning's EMAWeightAveraging."
             )
+        if trainer.global_step == 0:  # Lightning's own goes on counting where an earlier Trainer stopped
+            self._latest_update_step, self._latest_update_epoch = 0, -1
         super().setup(trainer, pl_module, stage)
 
     def on_train_batch_end(

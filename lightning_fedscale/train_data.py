@@ -12,6 +12,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.data import BatchSampler, DataLoader
 
 from lightning_fedscale.devices.samples import LargestSample, is_map_style, largest_sample
+from lightning_fedscale.executors.hooks import as_it_was
 
 NAMES = "batch_size", "train_batch_size", "per_device_batch_size"
 """Under which projects keep their batch size, in the order in which they are looked for."""
@@ -226,11 +227,8 @@ def _wrap_hook(owner: Any, size: int) -> Callable[[], None]:
     original = owner.train_dataloader
     _with_batch_size(original(), size)  # raises here and now what it would later
 
-    def train_dataloader() -> Any:
-        return _with_batch_size(original(), size)
-
     kept = vars(owner).get("train_dataloader")
-    object.__setattr__(owner, "train_dataloader", train_dataloader)
+    object.__setattr__(owner, "train_dataloader", _ResizedLoader(original, size))
 
     def undo() -> None:
         if kept is None:
@@ -239,6 +237,20 @@ def _wrap_hook(owner: Any, size: int) -> Callable[[], None]:
             object.__setattr__(owner, "train_dataloader", kept)
 
     return undo
+
+
+class _ResizedLoader:
+    """Stands in for a project's ``train_dataloader()``, which a copy of the project has again."""
+
+    def __init__(self, original: Callable[[], Any], size: int) -> None:
+        self.__wrapped__ = original
+        self._size = size
+
+    def __call__(self) -> Any:
+        return _with_batch_size(self.__wrapped__(), self._size)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return as_it_was, (self.__wrapped__,)
 
 
 def _nothing() -> None:

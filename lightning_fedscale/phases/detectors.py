@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from difflib import get_close_matches
+from functools import partial
 from typing import Any, NamedTuple, TypeAlias
 
 from scipy.special import ndtri, stdtr
@@ -102,21 +103,24 @@ def relative_change(threshold: float = 0.3, window: int = 25, alpha: float = 0.0
     if not 0 <= alpha < 1:
         raise ValueError(f"alpha={alpha!r}: pass a number in [0, 1).")
 
-    def init() -> State:
-        return {"norms": [], "changes": [], "smoothed": math.nan, "seen": 0}
+    start: State = {"norms": [], "changes": [], "smoothed": math.nan, "seen": 0}
+    return Detector(
+        partial(dict, start), partial(_update_relative_change, threshold=threshold, window=window, alpha=alpha)
+    )
 
-    def update(state: State, observation: Observation) -> tuple[Decision, State]:
-        norms = [*state["norms"], _total(observation)][-window:]
-        smoothed = _smoothed(norms, alpha)
-        changes = state["changes"]
-        if state["seen"]:
-            changes = [*changes, _relative(smoothed, state["smoothed"])][-window:]
-        change = _smoothed(changes, alpha) if changes else math.nan
-        critical = state["seen"] < window or change >= threshold
-        state = {"norms": norms, "changes": changes, "smoothed": smoothed, "seen": state["seen"] + 1}
-        return Decision(critical, change, threshold), state
 
-    return Detector(init, update)
+def _update_relative_change(
+    state: State, observation: Observation, *, threshold: float, window: int, alpha: float
+) -> tuple[Decision, State]:
+    norms = [*state["norms"], _total(observation)][-window:]
+    smoothed = _smoothed(norms, alpha)
+    changes = state["changes"]
+    if state["seen"]:
+        changes = [*changes, _relative(smoothed, state["smoothed"])][-window:]
+    change = _smoothed(changes, alpha) if changes else math.nan
+    critical = state["seen"] < window or change >= threshold
+    state = {"norms": norms, "changes": changes, "smoothed": smoothed, "seen": state["seen"] + 1}
+    return Decision(critical, change, threshold), state
 
 
 def accordion(threshold: float = 0.5, interval: int = 10, accumulate: int = 1) -> Detector:
@@ -136,28 +140,30 @@ def accordion(threshold: float = 0.5, interval: int = 10, accumulate: int = 1) -
     whole("interval", interval)
     whole("accumulate", accumulate)
 
-    def init() -> State:
-        return {"norms": [], "seen": 0, "critical": True, "change": math.nan, "learning_rate": math.nan}
+    start: State = {"norms": [], "seen": 0, "critical": True, "change": math.nan, "learning_rate": math.nan}
+    update = partial(_update_accordion, threshold=threshold, interval=interval)
+    return Detector(partial(dict, start), update, accumulate=accumulate)
 
-    def update(state: State, observation: Observation) -> tuple[Decision, State]:
-        norms, before = list(observation.layer_norms), state["norms"]
-        critical, change = state["critical"], state["change"]
-        if state["seen"] % interval == 0:
-            if before and len(before) == len(norms):
-                change = max(map(_relative, norms, before))
-                critical = change >= threshold
-            before = norms
-        critical = critical or observation.learning_rate < state["learning_rate"]
-        state = {
-            "norms": before,
-            "seen": state["seen"] + 1,
-            "critical": critical,
-            "change": change,
-            "learning_rate": observation.learning_rate,
-        }
-        return Decision(critical, change, threshold), state
 
-    return Detector(init, update, accumulate=accumulate)
+def _update_accordion(
+    state: State, observation: Observation, *, threshold: float, interval: int
+) -> tuple[Decision, State]:
+    norms, before = list(observation.layer_norms), state["norms"]
+    critical, change = state["critical"], state["change"]
+    if state["seen"] % interval == 0:
+        if before and len(before) == len(norms):
+            change = max(map(_relative, norms, before))
+            critical = change >= threshold
+        before = norms
+    critical = critical or observation.learning_rate < state["learning_rate"]
+    state = {
+        "norms": before,
+        "seen": state["seen"] + 1,
+        "critical": critical,
+        "change": change,
+        "learning_rate": observation.learning_rate,
+    }
+    return Decision(critical, change, threshold), state
 
 
 def page_hinkley(false_alarms: float = 1.0, drift: float = 0.5, hold: int = 25) -> Detector:
@@ -192,26 +198,29 @@ def page_hinkley(false_alarms: float = 1.0, drift: float = 0.5, hold: int = 25) 
     positive("drift", drift)
     whole("hold", hold)
     limit = alarm_limit(1000 / false_alarms - _UNSCORED, drift)
+    update = partial(_update_page_hinkley, limit=limit, drift=drift, hold=hold)
+    return Detector(_init_page_hinkley, update, statistic="cumulative_sum")
 
-    def init() -> State:
-        return {"count": 0, "mean": 0.0, "squares": 0.0, "up": 0.0, "down": 0.0, "quiet": 0}
 
-    def update(state: State, observation: Observation) -> tuple[Decision, State]:
-        norm = _total(observation)
-        value = math.log(max(norm, 1e-300))
-        score = _score(value, state["count"], state["mean"], state["squares"])
-        up, down = max(0.0, state["up"] + score - drift), max(0.0, state["down"] - score - drift)
-        statistic, quiet = max(up, down), state["quiet"] + 1
-        if statistic > limit:
-            state = {**init()}
-            return Decision(True, statistic, limit), state
-        count = state["count"] + 1
-        mean = state["mean"] + (value - state["mean"]) / count
-        squares = state["squares"] + (value - state["mean"]) * (value - mean)
-        state = {"count": count, "mean": mean, "squares": squares, "up": up, "down": down, "quiet": quiet}
-        return Decision(quiet <= hold, statistic, limit), state
+def _init_page_hinkley() -> State:
+    return {"count": 0, "mean": 0.0, "squares": 0.0, "up": 0.0, "down": 0.0, "quiet": 0}
 
-    return Detector(init, update, statistic="cumulative_sum")
+
+def _update_page_hinkley(
+    state: State, observation: Observation, *, limit: float, drift: float, hold: int
+) -> tuple[Decision, State]:
+    norm = _total(observation)
+    value = math.log(max(norm, 1e-300))
+    score = _score(value, state["count"], state["mean"], state["squares"])
+    up, down = max(0.0, state["up"] + score - drift), max(0.0, state["down"] - score - drift)
+    statistic, quiet = max(up, down), state["quiet"] + 1
+    if statistic > limit:
+        return Decision(True, statistic, limit), _init_page_hinkley()
+    count = state["count"] + 1
+    mean = state["mean"] + (value - state["mean"]) / count
+    squares = state["squares"] + (value - state["mean"]) * (value - mean)
+    state = {"count": count, "mean": mean, "squares": squares, "up": up, "down": down, "quiet": quiet}
+    return Decision(quiet <= hold, statistic, limit), state
 
 
 def federated_gradient_norm(threshold: float = 0.01, window: int = 1) -> Detector:
@@ -282,21 +291,22 @@ _UNSCORED = 2
 def _growth(field: str, threshold: float, window: int) -> Detector:
     positive("threshold", threshold)
     whole("window", window)
+    update = partial(_update_growth, field=field, threshold=threshold, window=window)
+    start: State = {"values": [], "before": math.nan}
+    return Detector(partial(dict, start), update, needs=field)
 
-    def init() -> State:
-        return {"values": [], "before": math.nan}
 
-    def update(state: State, observation: Observation) -> tuple[Decision, State]:
-        value = getattr(observation, field)
-        if math.isnan(value):  # nothing is known yet
-            return Decision(True, math.nan, threshold), state
-        values = [*state["values"], value][-window:]
-        mean, before = math.fsum(values) / len(values), state["before"]
-        growth = math.nan if math.isnan(before) else math.copysign(_relative(mean, before), mean - before)
-        critical = math.isnan(growth) or growth >= threshold
-        return Decision(critical, growth, threshold), {"values": values, "before": mean}
-
-    return Detector(init, update, needs=field)
+def _update_growth(
+    state: State, observation: Observation, *, field: str, threshold: float, window: int
+) -> tuple[Decision, State]:
+    value = getattr(observation, field)
+    if math.isnan(value):  # nothing is known yet
+        return Decision(True, math.nan, threshold), state
+    values = [*state["values"], value][-window:]
+    mean, before = math.fsum(values) / len(values), state["before"]
+    growth = math.nan if math.isnan(before) else math.copysign(_relative(mean, before), mean - before)
+    critical = math.isnan(growth) or growth >= threshold
+    return Decision(critical, growth, threshold), {"values": values, "before": mean}
 
 
 def _total(observation: Observation) -> float:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple, TypeAlias
 
 from lightning_fedscale.phases.checks import positive, whole
@@ -36,7 +37,11 @@ def step(factor: float = 2.0) -> ScaleRule:
         (1.0, 3.0)
     """
     positive("scale", factor)
-    return lambda phase: 1.0 if phase.critical else float(factor)
+    return partial(_step, factor=float(factor))
+
+
+def _step(phase: Phase, *, factor: float) -> float:
+    return 1.0 if phase.critical else factor
 
 
 def linear_ramp(factor: float = 2.0, length: int = 100) -> ScaleRule:
@@ -49,7 +54,11 @@ def linear_ramp(factor: float = 2.0, length: int = 100) -> ScaleRule:
     """
     positive("scale", factor)
     whole("length", length)
-    return lambda phase: 1.0 if phase.critical else 1.0 + (factor - 1.0) * min(1.0, phase.quiet / length)
+    return partial(_linear_ramp, factor=factor, length=length)
+
+
+def _linear_ramp(phase: Phase, *, factor: float, length: int) -> float:
+    return 1.0 if phase.critical else 1.0 + (factor - 1.0) * min(1.0, phase.quiet / length)
 
 
 def adascale(batch: float, reference: float) -> ScaleRule:
@@ -73,15 +82,15 @@ def adascale(batch: float, reference: float) -> ScaleRule:
     positive("reference", reference)
     if reference > batch:
         raise ValueError(f"reference={reference!r}: pass at most batch={batch!r}, the samples behind one update.")
+    return partial(_adascale, batch=batch, reference=reference)
 
-    def rule(phase: Phase) -> float:
-        if phase.critical or not phase.noise_scale >= 0:
-            return 1.0
-        if math.isinf(phase.noise_scale):
-            return batch / reference
-        return (phase.noise_scale / reference + 1.0) / (phase.noise_scale / batch + 1.0)
 
-    return rule
+def _adascale(phase: Phase, *, batch: float, reference: float) -> float:
+    if phase.critical or not phase.noise_scale >= 0:
+        return 1.0
+    if math.isinf(phase.noise_scale):
+        return batch / reference
+    return (phase.noise_scale / reference + 1.0) / (phase.noise_scale / batch + 1.0)
 
 
 def reads_noise(rule: ScaleRule) -> bool:
@@ -118,4 +127,8 @@ def capped(rule: ScaleRule, limit: float) -> ScaleRule:
         4.0
     """
     positive("limit", limit)
-    return lambda phase: min(rule(phase), float(limit))
+    return partial(_capped, rule=rule, limit=float(limit))
+
+
+def _capped(phase: Phase, *, rule: ScaleRule, limit: float) -> float:
+    return min(rule(phase), limit)
