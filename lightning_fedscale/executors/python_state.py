@@ -2,107 +2,220 @@
 
 from __future__ import annotations
 
-import enum
+import sys
 import types
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
-import lightning.pytorch as pl
 import torch
 from torch import Tensor, nn
-from torchmetrics import Metric
 
-_ATOMS = (
-    type(None), bool, int, str, bytes, complex, enum.Enum, type, types.FunctionType, types.BuiltinFunctionType,
-    torch.dtype, torch.device,
-)  # fmt: skip
-_DEPTH, _ENTRIES = 4, 10_000
-# What torch and Lightning themselves keep; "training" counts.
-_NOT_THE_USERS = (vars(pl.LightningModule()).keys() | {"_current_fx_name", "_trainer", "log"}) - {"training"}
+from lightning_fedscale.executors.python_objects import TENSORS, Closed, Part, parts_of, parts_of_type
+
+# Compared as they are. Neither `bool` nor `float` is here, since 1 == True == 1.0 and nan != nan.
+_PLAIN = {int, str, bytes, type(None), types.EllipsisType, torch.dtype, torch.device, types.CodeType}
+_TRUE, _FALSE, _REGISTERED, _OPENED = object(), object(), object(), object()
+_MOST = 10_000
 
 
-class PythonState:
-    """A snapshot of a module's Python attributes, to be compared with another one.
-
-    Numbers, strings and the like count by value, containers and plain objects by what is in them, tensors and
-    everything else by identity. Parameters, buffers and metrics do not count.
-
-    Args:
-        module: the user's.
+class _Node(NamedTuple):
+    """An object that was opened.
 
     Attributes:
-        complete: False if there was too much to look at; then nothing can be said about it.
-
-    Example:
-        >>> module = pl.LightningModule()
-        >>> module.seen = [1]
-        >>> before = PythonState(module)
-        >>> module.seen.append(2)
-        >>> before == PythonState(module)
-        False
+        value: the object.
+        held: what it held, with the part that reads and writes it.
+        compared: its type, and what is compared of each part.
     """
 
-    def __init__(self, module: nn.Module) -> None:
-        self._kept: list[Any] = []  # alive, so that an address stands for one object
-        self._entries = 0
+    value: Any
+    held: list[tuple[Part, Any]]
+    compared: list[Any]
+
+
+class Snapshot:
+    """What can be reached from some objects, at any depth, to be compared with what can be reached later.
+
+    Numbers, strings and the like count by value, containers and other objects by what is in them, tensors and arrays
+    by identity and by value, generators by their state. Parameters, buffers and metrics of ``module`` do not count,
+    nor what torch, Lightning and this package keep for themselves.
+
+    Args:
+        roots: where to begin, by name.
+        module: its parameters and buffers are looked after by others.
+        exact: open large containers and arrays too, and compare the values of large tensors. It takes as much time
+            and memory as they do, so it is for proofs; compare it with what is exact as well.
+
+    Attributes:
+        complete: False if something cannot be opened or is too large to be; it may then change unnoticed.
+    """
+
+    def __init__(self, roots: Mapping[str, Any], module: nn.Module | None = None, *, exact: bool = False) -> None:
         self.complete = True
-        self._parts = [
-            (
-                id(part),
-                {name: self._atom(value, _DEPTH) for name, value in vars(part).items() if name not in _NOT_THE_USERS},
-            )
-            for part in module.modules()
-            if not isinstance(part, Metric)
-        ]
-        self._flags = [parameter.requires_grad for parameter in module.parameters()]
-        self._values = [
-            (
-                part,
-                {name: (value, _contents(value)) for name, value in vars(part).items() if name not in _NOT_THE_USERS},
-            )
-            for part in module.modules()
-            if not isinstance(part, Metric)
-        ]
+        self._exact = exact
+        self._room = sys.maxsize if exact else _MOST
+        self._numbers: dict[int, int] = {}
+        self._found: list[Any] = []
+        self._parameters, buffers = ([], []) if module is None else _registered(module)
+        self._own = {*map(id, self._parameters), *map(id, buffers)}
+        self._flags = [(p.requires_grad, p._backward_hooks, p._post_accumulate_grad_hooks) for p in self._parameters]
+        self._names = list(roots)
+        self._roots = [self._token(value) for value in roots.values()]
+        # While they are opened more are found.
+        self._nodes = [self._open(value) for value in self._found]
+        self._compared = [node.compared for node in self._nodes]
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, PythonState) and (self._parts, self._flags) == (other._parts, other._flags)
+        return isinstance(other, Snapshot) and (
+            (self._names, self._roots, self._flags, self._compared)
+            == (other._names, other._roots, other._flags, other._compared)
+        )
 
     __hash__ = None  # type: ignore[assignment]
 
+    def difference(self, other: Snapshot) -> str | None:
+        """Where the first difference is, such as "cfg.loss.kl.beta" or "net.0.table"; None if there is none."""
+        if self == other:
+            return None
+        if self._flags != other._flags:
+            return "requires_grad or the hooks of a parameter"
+        paths: dict[int, str] = {}
+        for name, one, two in zip(self._names, self._roots, other._roots, strict=False):
+            if one != two:
+                return name
+            _note(paths, one, name)
+        for number, (one, two) in enumerate(zip(self._nodes, other._nodes, strict=False)):
+            path = paths.get(number, "")
+            if one.compared[0] is not two.compared[0] or len(one.held) != len(two.held):
+                return path
+            if not one.held and one.compared != two.compared:
+                return path
+            for i, (mine, theirs) in enumerate(zip(one.compared[1:], two.compared[1:], strict=False)):
+                if isinstance(mine, list) and isinstance(theirs, list):
+                    mine, theirs = _named(one.held[i], mine), _named(two.held[i], theirs)
+                if not isinstance(mine, dict) or not isinstance(theirs, dict):
+                    if mine != theirs:
+                        return path
+                    continue
+                for name in (*mine, *theirs):
+                    if name not in mine or name not in theirs or mine[name] != theirs[name]:
+                        return _joined(path, name)
+                    _note(paths, mine[name], _joined(path, name))
+            if one.compared != two.compared:
+                return path
+        return next(iter(self._names), None)
+
     def restore(self) -> None:
-        """Give every attribute the value that it had, and lists, dicts and sets among them the members they had."""
-        for part, values in self._values:
-            for name in vars(part).keys() - values.keys() - _NOT_THE_USERS:
-                object.__delattr__(part, name)
-            for name, (value, contents) in values.items():
-                object.__setattr__(part, name, value)
-                if isinstance(value, list):
-                    value[:] = contents
-                elif isinstance(value, dict | set) and value != contents:
-                    value.clear()
-                    value.update(contents)
+        """Put everything back: attributes, members of containers, values of tensors and arrays, generators' states."""
+        for parameter, (flag, *_) in zip(self._parameters, self._flags, strict=True):
+            if parameter.requires_grad != flag:
+                parameter.requires_grad_(flag)
+        for value, held, _ in self._nodes:
+            for part, inside in held:
+                part.write(value, inside)
 
-    def _atom(self, value: Any, depth: int) -> Any:
-        if isinstance(value, _ATOMS):
+    def _token(self, value: Any) -> Any:
+        """What stands for a value in comparisons; an object is opened later, once."""
+        kind = type(value)
+        if kind in _PLAIN:
             return value
-        if isinstance(value, float):
-            return value if value == value else "nan"
-        self._kept.append(value)
-        self._entries += 1
-        if isinstance(value, Tensor | nn.Module):
-            return id(value)
-        if self._entries > _ENTRIES or depth == 0:
+        if kind is bool:
+            return _TRUE if value else _FALSE
+        if kind is float:
+            return (value if value == value and value else repr(value),)
+        if kind is types.FunctionType and not (
+            value.__closure__ or value.__defaults__ or value.__kwdefaults__ or value.__dict__
+        ):
+            return value, value.__code__
+        number = self._numbers.get(id(value))
+        if number is None:
+            number = self._numbers[id(value)] = len(self._found)
+            self._found.append(value)
+        return _OPENED, number
+
+    def _tokens(self, held: Any, part: Part) -> Any:
+        """What is compared of what a part holds."""
+        if type(held) is dict:
+            self._room -= len(held)
+            if part is TENSORS:
+                return {n: _REGISTERED if id(v) in self._own else self._token(v) for n, v in held.items()}
+            return {n: v if type(v) in _PLAIN else self._token(v) for n, v in held.items()}
+        if type(held) is list:
+            self._room -= len(held)
+            if self._room < 0:
+                raise Closed
+            return [v if type(v) in _PLAIN else self._token(v) for v in held]
+        return held
+
+    def _open(self, value: Any) -> _Node:
+        kind, closed = type(value), _Node(value, [], [type(value), id(value)])
+        if id(value) in self._own:
+            return closed
+        try:
+            parts = parts_of(value)
+            if parts == ():
+                return closed
+            if parts is None or self._room < 0:
+                raise Closed
+            held = [(p, p.read(value, self._exact) if p.valued else p.read(value)) for p in parts]
+            return _Node(value, held, [kind, *[self._tokens(inside, part) for part, inside in held]])
+        except Exception:
             self.complete = False
-            return id(value)
-        if isinstance(value, dict):
-            return [(self._atom(k, depth - 1), self._atom(v, depth - 1)) for k, v in value.items()]
-        if isinstance(value, list | tuple):
-            return [self._atom(v, depth - 1) for v in value]
-        if isinstance(value, set | frozenset):
-            return frozenset(v if isinstance(v, _ATOMS) else id(v) for v in value)
-        if hasattr(value, "__dict__") and not callable(value):
-            return id(value), self._atom(vars(value), depth - 1)
-        return id(value)
+            return closed
 
 
-def _contents(value: Any) -> Any:
-    return value.copy() if isinstance(value, list | dict | set) else None
+class PythonState(Snapshot):
+    """A snapshot of a module's Python attributes, of what they refer to, and of the classes that they are of.
+
+    Args:
+        module: the user's.
+        exact: see `Snapshot`.
+
+    Example:
+        >>> module = nn.Module()
+        >>> module.seen = [{"step": 1}]
+        >>> before = PythonState(module)
+        >>> module.seen[0]["step"] = 2
+        >>> before.difference(PythonState(module))
+        'seen[0].step'
+        >>> before.restore()
+        >>> before == PythonState(module)
+        True
+    """
+
+    def __init__(self, module: nn.Module, *, exact: bool = False) -> None:
+        super().__init__({"": module}, module, exact=exact)
+
+
+def _registered(module: nn.Module) -> tuple[list[nn.Parameter], list[Tensor]]:
+    """Parameters and buffers of all parts that are no metrics, faster than `named_parameters` finds them."""
+    parts = {module: None}
+    parameters: list[nn.Parameter] = []
+    buffers: list[Tensor] = []
+    stack = [module]
+    for part in stack:
+        parameters += [p for p in part._parameters.values() if p is not None]
+        buffers += [b for b in part._buffers.values() if b is not None]
+        for child in part._modules.values():
+            kind: Any = type(child)
+            if child is not None and child not in parts and parts_of_type(kind):
+                parts[child] = None
+                stack.append(child)
+    return parameters, buffers
+
+
+def _named(held: tuple[Part, Any], tokens: list[Any]) -> dict[str, Any]:
+    return dict(zip(held[0].names(held[1]), tokens, strict=True))
+
+
+_UNNAMED = ("_modules", "_content", "_val", "__class__")
+
+
+def _joined(path: str, name: str) -> str:
+    if name in _UNNAMED or not name:
+        return path
+    return f"{path}{name}" if not path or name.startswith("[") else f"{path}.{name}"
+
+
+def _note(paths: dict[int, str], token: Any, path: str) -> None:
+    if type(token) is tuple and token[0] is _OPENED:
+        paths.setdefault(token[1], path)

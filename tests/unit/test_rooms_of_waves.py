@@ -7,14 +7,13 @@ from collections.abc import Callable
 import lightning.pytorch as pl
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.func import vmap
 from torch.nn import functional
 
 from lightning_fedscale import randomness
 from lightning_fedscale.executors.capture import Recording, Seen, unseen
 from lightning_fedscale.executors.draws import ClientStreams, DrawPerClient
-from lightning_fedscale.executors.python_state import PythonState
 from lightning_fedscale.executors.rows import Rows
 
 CPU = torch.device("cpu")
@@ -118,50 +117,6 @@ def test_a_recorded_step_sees_no_trainer() -> None:
 def test_a_recorded_step_cannot_use_the_number_of_its_batch(use: Callable[[object], object]) -> None:
     with unseen(pl.LightningModule()) as number, pytest.raises((Seen, TypeError)):
         use(number)
-
-
-class Kept(pl.LightningModule):
-    def __init__(self) -> None:
-        super().__init__()
-        self.net = nn.Linear(2, 2)
-        self.number, self.names, self.table, self.group = 1.0, ["a"], {"b": [1]}, {3}
-        self.tensor = torch.zeros(2)
-
-
-CHANGES: dict[str, Callable[[Kept], object]] = {
-    "number": lambda m: setattr(m, "number", 2.0),
-    "list": lambda m: m.names.append("b"),
-    "dict": lambda m: m.table.update(c=[]),
-    "set": lambda m: m.group.add(4),
-    "tensor": lambda m: setattr(m, "tensor", torch.zeros(2)),
-    "new": lambda m: setattr(m, "other", None),
-    "gone": lambda m: delattr(m, "number"),
-    "inner": lambda m: setattr(m.net, "factor", 3),
-}
-
-
-@pytest.mark.parametrize("change", CHANGES)
-def test_python_state_notices_and_undoes(change: str) -> None:
-    module = Kept()
-    before = PythonState(module)
-    assert before == PythonState(module)
-    CHANGES[change](module)
-    assert before != PythonState(module)
-    before.restore()
-    assert before == PythonState(module)
-
-
-def test_python_state_notices_what_lies_deeper_and_modes() -> None:
-    module = Kept()
-    before = PythonState(module)
-    module.table["b"].append(2)
-    assert before != PythonState(module)
-    before = PythonState(module)
-    module.net.weight.requires_grad_(False)
-    assert before != PythonState(module)
-    before = PythonState(module)
-    module.net.eval()
-    assert before != PythonState(module)
 
 
 @pytest.mark.parametrize("indices", [[0], [1, 2, 3], [0, 3], [0, 1, 2, 3, 4]])

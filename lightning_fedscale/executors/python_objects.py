@@ -1,0 +1,436 @@
+"""What objects of each type hold: how to read it, and how to put it back."""
+
+from __future__ import annotations
+
+import collections
+import datetime
+import decimal
+import enum
+import functools
+import logging
+import pathlib
+import random
+import re
+import sys
+import types
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from typing import Any, NamedTuple
+
+import lightning.pytorch as pl
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils.weak import WeakTensorKeyDictionary
+from torchmetrics import Metric
+
+_PACKAGES = {
+    *sys.stdlib_module_names, "torch", "torchmetrics", "lightning", "pytorch_lightning", "lightning_fabric",
+    "lightning_utilities", "lightning_fedscale", "numpy", "omegaconf",
+}  # fmt: skip
+# They cannot change, or what they hold is not the module's: metrics have states of their own.
+_FIXED = (
+    enum.Enum, re.Pattern, range, slice, datetime.date, datetime.time, datetime.timedelta, datetime.tzinfo,
+    decimal.Decimal, torch.layout, torch.memory_format, np.dtype, np.ufunc, types.CodeType, types.ModuleType,
+    types.GetSetDescriptorType, types.MemberDescriptorType, types.WrapperDescriptorType, types.MethodDescriptorType,
+    types.ClassMethodDescriptorType, types.MethodWrapperType, types.GenericAlias, types.UnionType, logging.Logger,
+    type(collections.namedtuple("_", "name").name),  # type: ignore[attr-defined]
+)  # fmt: skip
+# What torch and Lightning keep for themselves. "training" counts, and so do submodules and hooks.
+_NOT_THE_USERS = (vars(pl.LightningModule()).keys() | {"_current_fx_name", "_trainer", "log"}) - {"training"}
+_STRUCTURE = {"_modules"} | {n for n in vars(nn.Module()) if "_hooks" in n and "state_dict" not in n}
+_OF_CLASSES = {
+    "__dict__", "__weakref__", "__doc__", "__module__", "__annotations__", "__orig_bases__", "__parameters__",
+    "__abstractmethods__", "_abc_impl", "__firstlineno__", "__static_attributes__", "__annotate__", "__slots__",
+    "__annotate_func__", "__annotations_cache__", "__dataclass_fields__", "__dataclass_params__", "__match_args__",
+}  # fmt: skip
+_OF_FUNCTIONS = ("__code__", "__defaults__", "__kwdefaults__")
+_CACHES = {"_flags_cache"}  # of OmegaConf, written when a value is read
+_LARGE = 1 << 16  # bytes
+
+
+class Closed(Exception):
+    """An object that cannot be opened, or is too large to be."""
+
+
+def _numbered(held: list[Any]) -> list[str]:
+    return [f"[{i}]" for i in range(len(held))]
+
+
+class Part(NamedTuple):
+    """One of the ways in which objects of a type hold something.
+
+    Attributes:
+        read: gives a dict by name or a list of what is held, or anything else that is compared as it is.
+        write: puts what was read back.
+        names: how the entries of a list are called, given the list.
+        valued: ``read`` is also told whether large values are to be read.
+    """
+
+    read: Callable[..., Any]
+    write: Callable[[Any, Any], object]
+    names: Callable[[list[Any]], list[str]] = _numbered
+    valued: bool = False
+
+
+def is_library(module: Any) -> bool:
+    """Whether a Python module, by its dotted name, is part of Python, torch, Lightning, numpy or this package."""
+    return isinstance(module, str) and module.partition(".")[0] in _PACKAGES
+
+
+def parts_of(value: Any) -> tuple[Part, ...] | None:
+    """How an object holds what it holds: nothing for one that cannot change, None if that cannot be said."""
+    kind: Any = type(value)
+    parts = parts_of_type(kind)
+    return () if parts == (_CLASS,) and is_library(value.__module__) else parts
+
+
+@functools.lru_cache(4096)
+def parts_of_type(kind: Any) -> tuple[Part, ...] | None:
+    """How instances of a type hold what they hold; see `parts_of`."""
+    if issubclass(kind, type):
+        return (_CLASS,)
+    if issubclass(kind, (Metric, *_FIXED)):
+        return ()
+    if issubclass(kind, Tensor):
+        return (_TENSOR,)
+    if issubclass(kind, nn.Module):
+        return _with_class(kind, (_IDENTITY, _MODULE, TENSORS))
+    package = str(kind.__module__).partition(".")[0]
+    if package == "lightning_fedscale":
+        return ()
+    special = next((part for base, part in _SPECIAL.items() if issubclass(kind, base)), None)
+    if special is None and package in ("lightning", "pytorch_lightning", "lightning_fabric"):
+        return None
+    slots = [slot for base in kind.__mro__ for slot in _slots_of(base)]
+    parts = [] if special is None else [special]
+    if kind.__dictoffset__:
+        parts.append(_ATTRIBUTES)
+    if slots:
+        parts.append(_slot_part(slots))
+    if special is None:
+        size = object.__basicsize__ + 8 * (len(slots) + (kind.__dictoffset__ > 0) + (kind.__weakrefoffset__ > 0))
+        if kind.__basicsize__ > size or kind.__itemsize__:
+            return None  # as `object.__reduce__` finds out that an object has more to it than Python can see
+    return _with_class(kind, tuple(parts))
+
+
+def _with_class(kind: type, parts: tuple[Part, ...]) -> tuple[Part, ...]:
+    return parts if is_library(kind.__module__) else (*parts, _OWN_CLASS)
+
+
+# ---- attributes
+
+
+def _read_attributes(value: Any) -> dict[str, Any]:
+    held = {name: v for name, v in vars(value).items() if name not in _CACHES}
+    if type(value).__module__.startswith("omegaconf") and re.search(r"\$\{[\w.]+:", str(held.get("_val"))):
+        raise Closed  # a resolver may read anything
+    return held
+
+
+def _write_attributes(value: Any, held: dict[str, Any], others: Callable[[str], bool] = _CACHES.__contains__) -> None:
+    now = vars(value)
+    mine = [(name, v) for name, v in now.items() if not others(name)]
+    if len(mine) != len(held) or any(
+        one[0] != two[0] or one[1] is not two[1] for one, two in zip(mine, held.items(), strict=True)
+    ):
+        kept = {name: v for name, v in now.items() if others(name)}
+        now.clear()
+        now.update(kept)
+        now.update(held)
+
+
+def _read_module(value: Any) -> dict[str, Any]:
+    return {n: v for n, v in vars(value).items() if n not in _NOT_THE_USERS or (v and n in _STRUCTURE)}
+
+
+def _write_module(value: Any, held: dict[str, Any]) -> None:
+    _write_attributes(value, {n: v for n, v in held.items() if n not in _STRUCTURE}, _NOT_THE_USERS.__contains__)
+    for name in _STRUCTURE - held.keys():
+        if vars(value).get(name):
+            vars(value)[name].clear()
+
+
+def _write_tensors(value: Any, held: dict[str, Any]) -> None:
+    groups = value._parameters, value._buffers
+    for group in groups:
+        for name in list(group):
+            if name not in held:
+                del group[name]
+            elif group[name] is not held[name]:
+                group[name] = held[name]
+    for name in held.keys() - value._parameters.keys() - value._buffers.keys():
+        groups[not isinstance(held[name], nn.Parameter)][name] = held[name]
+
+
+def _read_class(value: Any) -> dict[str, Any]:
+    held = {name: v for name, v in vars(value).items() if name not in _OF_CLASSES}
+    held["__bases__"] = value.__bases__
+    return held
+
+
+def _write_class(value: Any, held: dict[str, Any]) -> None:
+    for name in [name for name in vars(value) if name not in _OF_CLASSES and name not in held]:
+        type.__delattr__(value, name)
+    for name, v in held.items():
+        if name != "__bases__" and vars(value).get(name, held) is not v:
+            type.__setattr__(value, name, v)
+
+
+def _slots_of(kind: type) -> Iterator[tuple[str, Any]]:
+    """The slots that a class in Python adds to its instances."""
+    names = vars(kind).get("__slots__", ())
+    for name in [names] if isinstance(names, str) else names:
+        mangled = f"_{kind.__name__.lstrip('_')}{name}" if name.startswith("__") and not name.endswith("__") else name
+        slot = vars(kind).get(mangled)
+        if isinstance(slot, types.MemberDescriptorType):
+            yield name, slot
+
+
+def _slot_part(slots: list[tuple[str, Any]]) -> Part:
+    def read(value: Any) -> dict[str, Any]:
+        held = {}
+        for name, slot in slots:
+            with suppress(AttributeError):
+                held[name] = slot.__get__(value)
+        return held
+
+    def write(value: Any, held: dict[str, Any]) -> None:
+        for name, slot in slots:
+            if name in held:
+                slot.__set__(value, held[name])
+            else:
+                with suppress(AttributeError):
+                    slot.__delete__(value)
+
+    return Part(read, write)
+
+
+# ---- containers
+
+
+def _write_list(value: Any, held: list[Any]) -> None:
+    if len(value) != len(held) or any(one is not two for one, two in zip(value, held, strict=True)):
+        list.__setitem__(value, slice(None), held)
+
+
+def _write_deque(value: Any, held: list[Any]) -> None:
+    collections.deque.clear(value)
+    collections.deque.extend(value, held)
+
+
+def _base_of(value: Any) -> Any:
+    return collections.OrderedDict if isinstance(value, collections.OrderedDict) else dict
+
+
+def _read_dict(value: Any) -> list[Any]:
+    base = _base_of(value)
+    return [*base.values(value), *base.keys(value), getattr(value, "default_factory", None)]
+
+
+def _write_dict(value: Any, held: list[Any]) -> None:
+    now, base = _read_dict(value), _base_of(value)
+    if len(now) != len(held) or any(one is not two for one, two in zip(now, held, strict=True)):
+        base.clear(value)
+        half = len(held) // 2
+        for key, v in zip(held[half:-1], held[:half], strict=True):
+            base.__setitem__(value, key, v)
+
+
+def _names_in_dict(held: list[Any]) -> list[str]:
+    half = len(held) // 2
+    names = [key if isinstance(key, str) else f"[{key!r}]" for key in held[half:-1]]
+    return [*names, *(f"key {i}" for i in range(half)), "default_factory"]
+
+
+def _read_set(value: Any) -> Any:
+    return frozenset(value) if {type(v) for v in value} <= {int, str} else list(value)
+
+
+def _write_set(value: Any, held: Any) -> None:
+    if isinstance(value, set) and (len(value) != len(held) or any(v not in value for v in held)):
+        set.clear(value)
+        set.update(value, held)
+
+
+def _nothing(value: Any, held: Any) -> None:
+    """It cannot change."""
+
+
+# ---- functions
+
+
+def _read_function(value: Any) -> dict[str, Any]:
+    cells = dict(zip(value.__code__.co_freevars, value.__closure__ or (), strict=True))
+    return {**cells, **{name: getattr(value, name) for name in _OF_FUNCTIONS}}
+
+
+def _write_function(value: Any, held: dict[str, Any]) -> None:
+    for name in _OF_FUNCTIONS:
+        if getattr(value, name) is not held[name]:
+            setattr(value, name, held[name])
+
+
+def _read_cell(value: Any) -> list[Any]:
+    try:
+        return [value.cell_contents]
+    except ValueError:
+        return []
+
+
+def _write_cell(value: Any, held: list[Any]) -> None:
+    if held:
+        value.cell_contents = held[0]
+    else:
+        with suppress(ValueError):
+            del value.cell_contents
+
+
+def _read_builtin(value: Any) -> list[Any]:
+    return [] if isinstance(value.__self__, types.ModuleType) else [value.__self__]
+
+
+# ---- tensors, arrays and generators
+
+
+class TensorValue:
+    """A tensor's identity, layout and values, as they were.
+
+    The values of small ones on the CPU are compared to the bit. Of others the version counter tells whether they were
+    written to, which writes through ``.data`` escape; ``exact`` compares their values as well. Large ones are copied
+    once, and again when they were written to.
+    """
+
+    def __init__(self, tensor: Tensor, exact: bool) -> None:
+        wrapped = torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+        if wrapped or type(tensor).__torch_dispatch__ != Tensor.__torch_dispatch__:
+            raise Closed
+        self._exact = exact
+        self._kind = id(tensor), tensor.dtype, tensor.device, tensor.shape, tensor.requires_grad, tensor.layout
+        self._alias, self._bytes = tensor.detach(), None
+        self._copy: Any = None
+        self._version = tensor._version, 0
+        if tensor.layout is not torch.strided:
+            return
+        self._version = tensor._version, tensor.data_ptr()
+        if tensor.device.type == "cpu" and tensor.numel() * tensor.element_size() <= _LARGE:
+            self._copy = self._alias.clone()
+            self._bytes = _bits(self._copy).numpy().tobytes()
+        else:
+            self._copy = self._large(tensor)
+
+    def _large(self, tensor: Tensor) -> Any:
+        version, copy = _copies.get(tensor, (None, self._alias))  # type: ignore[no-untyped-call]
+        if version != self._version or (self._exact and not torch.equal(_bits(copy), _bits(self._alias))):
+            copy = self._alias.clone()
+            _copies[tensor] = self._version, copy
+        return copy
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, TensorValue) or self._kind != other._kind:
+            return False
+        if self._bytes is not None or self._copy is None or not (self._exact and other._exact):
+            return self._bytes == other._bytes if self._bytes is not None else self._version == other._version
+        return self._copy is other._copy or torch.equal(_bits(self._copy), _bits(other._copy))
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def write(self, tensor: Tensor) -> None:
+        """Put the values back, if others are there now."""
+        if self._copy is None:
+            return
+        if tensor.data_ptr() != self._alias.data_ptr() or tensor.shape != self._alias.shape:
+            tensor.data = self._alias
+        if not torch.equal(_bits(self._alias), _bits(self._copy)):
+            self._alias.data.copy_(self._copy)
+
+
+_copies = WeakTensorKeyDictionary()
+
+
+def _bits(tensor: Tensor) -> Tensor:
+    return tensor.resolve_conj().resolve_neg().reshape(-1).view(torch.uint8)
+
+
+class ArrayValue:
+    """A numpy array's identity, layout and values, as they were; a large one is opened only if it is to be exact."""
+
+    def __init__(self, array: Any, exact: bool) -> None:
+        if isinstance(array, np.memmap) or array.dtype.hasobject or (array.nbytes > _LARGE and not exact):
+            raise Closed
+        self._copy = array.copy()
+        self._key = id(array), array.dtype.str, array.shape, array.tobytes()
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, ArrayValue) and self._key == other._key
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def write(self, array: Any) -> None:
+        """Put the values back, if others are there now."""
+        if array.tobytes() != self._key[-1]:
+            array[...] = self._copy
+
+
+class _State:
+    """The state of one of numpy's generators."""
+
+    def __init__(self, state: Any) -> None:
+        self.state = state
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _State) and _flat(self.state) == _flat(other.state)
+
+    __hash__ = None  # type: ignore[assignment]
+
+
+def _flat(state: Any) -> Any:
+    if isinstance(state, dict):
+        return [(key, _flat(v)) for key, v in state.items()]
+    return state.tobytes() if isinstance(state, np.ndarray) else state
+
+
+# ---- which type holds things in which way
+
+_TENSOR = Part(TensorValue, lambda value, held: held.write(value), valued=True)
+_ATTRIBUTES = Part(_read_attributes, _write_attributes)
+_IDENTITY = Part(id, _nothing)
+_MODULE = Part(_read_module, _write_module)
+TENSORS = Part(lambda module: {**module._parameters, **module._buffers}, _write_tensors)
+_CLASS = Part(_read_class, _write_class)
+_OWN_CLASS = Part(lambda value: {"__class__": type(value)}, _nothing)
+_SPECIAL: dict[Any, Part] = {
+    np.ndarray: Part(ArrayValue, lambda value, held: held.write(value), valued=True),
+    np.generic: Part(lambda value: (value.dtype.str, value.tobytes()), _nothing),
+    dict: Part(_read_dict, _write_dict, _names_in_dict),
+    types.MappingProxyType: Part(lambda value: [*value.values(), *value.keys(), None], _nothing, _names_in_dict),
+    list: Part(list, _write_list),
+    tuple: Part(list, _nothing),
+    (set, frozenset): Part(_read_set, _write_set),
+    collections.deque: Part(list, _write_deque),
+    bytearray: Part(bytes, lambda value, held: value.__setitem__(slice(None), held)),
+    pathlib.PurePath: Part(str, _nothing),
+    **{base: Part(base.__repr__, _nothing) for base in (str, bytes, int, float, complex)},
+    types.FunctionType: Part(_read_function, _write_function),
+    types.MethodType: Part(lambda value: {"__self__": value.__self__, "__func__": value.__func__}, _nothing),
+    types.BuiltinFunctionType: Part(_read_builtin, _nothing),
+    types.CellType: Part(_read_cell, _write_cell, lambda held: [""]),
+    functools.partial: Part(lambda value: [value.func, value.args, value.keywords], _nothing),
+    property: Part(lambda value: [value.fget, value.fset, value.fdel], _nothing),
+    (staticmethod, classmethod): Part(lambda value: [value.__func__], _nothing),
+    weakref.ReferenceType: Part(lambda value: [value()], _nothing),
+    torch.Generator: Part(
+        lambda value: value.get_state().numpy().tobytes(),
+        lambda value, held: value.set_state(torch.frombuffer(bytearray(held), dtype=torch.uint8)),
+    ),
+    random.Random: Part(random.Random.getstate, random.Random.setstate),
+    np.random.RandomState: Part(
+        lambda value: _State(value.get_state(legacy=False)), lambda value, held: value.set_state(held.state)
+    ),
+    np.random.Generator: Part(lambda value: [value.bit_generator], _nothing),
+    np.random.BitGenerator: Part(
+        lambda value: _State(value.state), lambda value, held: setattr(value, "state", held.state)
+    ),
+}
