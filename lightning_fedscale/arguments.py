@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 import numbers
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeAlias
@@ -15,6 +15,8 @@ from torch import distributed
 from lightning_fedscale import aggregators, checks, compressors, local_rules, samplers, server
 from lightning_fedscale.aggregators import Aggregator, weighted_sum
 from lightning_fedscale.asynchrony import FedBuff
+from lightning_fedscale.buffers import Policy
+from lightning_fedscale.buffers import checked as checked_buffers
 from lightning_fedscale.compressors import Compressor
 from lightning_fedscale.devices import Population
 from lightning_fedscale.local_rules import Ditto, LocalRule
@@ -161,6 +163,7 @@ def check(
     downlink_compressor: str | Compressor | None,
     privacy: Privacy | None,
     personal: Sequence[str] | Ditto | None,
+    buffers: Mapping[str, Policy] | None,
     mode: Literal["sync", "async"] | FedBuff,
     client_optimizer: Literal["reset", "keep"],
     executor: Literal["auto", "sequential", "vectorized"],
@@ -256,7 +259,7 @@ def check(
             privacy,
             aggregator,
             () if personal is None else personal,
-        ),
+        )._replace(buffers=checked_buffers(buffers)),
         server_optimizer=server_optimizer,
         downlink_compressor=_checked_compressor("downlink_compressor", downlink_compressor),
         asynchrony=_checked_mode(mode),

@@ -175,6 +175,17 @@ def known_arguments(caller: str, factory: Callable[..., Any], arguments: Iterabl
             raise TypeError(f"{caller}: {factory.__name__} has no argument {name!r}.{hint}")
 
 
+def enumerated(names: Sequence[str], most: int = 5) -> str:
+    """The first few names, for a message.
+
+    Example:
+        >>> enumerated(["queue", "bank", "seen"], most=2)
+        "'queue', 'bank' and 1 more"
+    """
+    shown = ", ".join(map(repr, names[:most]))
+    return shown if len(names) <= most else f"{shown} and {len(names) - most} more"
+
+
 def needed(factory: Callable[..., Any]) -> list[str]:
     """Names of the arguments that a factory cannot do without."""
     variadic = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)

@@ -58,9 +58,7 @@ class JointBuffer:
 
 def send(value: Any, to: int, device: torch.device) -> None:
     """Send tensors and primitives to another rank, which must call `receive`."""
-    buffer = io.BytesIO()
-    torch.save(value, buffer)
-    data = torch.frombuffer(bytearray(buffer.getvalue()), dtype=torch.uint8).to(device)
+    data = _packed(value, device)
     dist.send(torch.tensor([data.numel()], dtype=torch.int64, device=device), to)
     dist.send(data, to)
 
@@ -71,7 +69,26 @@ def receive(sender: int, device: torch.device) -> Any:
     dist.recv(length, sender)
     data = torch.empty(int(length), dtype=torch.uint8, device=device)
     dist.recv(data, sender)
+    return _unpacked(data, device)
 
+
+def broadcast(value: Any, sender: int, device: torch.device) -> Any:
+    """What the sender gives, tensors and primitives, on all ranks; to be called on all of them."""
+    if world_size() == 1:
+        return value
+    mine = dist.get_rank() == sender
+    data = _packed(value, device) if mine else torch.empty(0, dtype=torch.uint8, device=device)
+    length = int(sum_over_ranks(torch.tensor([len(data)], dtype=torch.int64, device=device)))
+    return _unpacked(sum_over_ranks(data if mine else data.new_zeros(length)), device)
+
+
+def _packed(value: Any, device: torch.device) -> Tensor:
+    buffer = io.BytesIO()
+    torch.save(value, buffer)
+    return torch.frombuffer(bytearray(buffer.getvalue()), dtype=torch.uint8).to(device)
+
+
+def _unpacked(data: Tensor, device: torch.device) -> Any:
     def place(storage: Any, was_on: str) -> Any:
         return storage if was_on == "cpu" else default_restore_location(storage, str(device))  # type: ignore[no-untyped-call]
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from difflib import get_close_matches
+from fnmatch import fnmatchcase
+
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
@@ -9,9 +12,11 @@ from torch.optim import SGD, Optimizer
 
 from lightning_fedscale import samplers
 from lightning_fedscale.arguments import Arguments
+from lightning_fedscale.checks import enumerated
 from lightning_fedscale.executors import Exchange
 from lightning_fedscale.local_rules import LocalRule
 from lightning_fedscale.privacy import Privacy
+from lightning_fedscale.rules import Rules
 
 
 def check_arguments(options: Arguments) -> None:
@@ -30,6 +35,9 @@ def check_arguments(options: Arguments) -> None:
             "personal=Ditto(...) with client_optimizer='keep': which of its two models would a client's optimizer"
             " belong to? Use client_optimizer='reset'."
         )
+    if rules.aggregator.hides_clients:
+        reason = "the server would see what one client sends"
+        _refuse_policies(rules, ("largest",), f"aggregator={rules.aggregator.call}", reason)
     if rules.local is not None and rules.local.sends_message and rules.aggregator.sees_all:
         rank_zero_warn(
             f"local_rule={rules.local.name!r}: its second vector is summed plainly, so hostile clients reach the server"
@@ -37,8 +45,18 @@ def check_arguments(options: Arguments) -> None:
         )
 
 
+def _refuse_policies(rules: Rules, policies: tuple[str, ...], rule: str, reason: str) -> None:
+    for pattern, policy in rules.buffers:
+        if policy in policies:
+            raise ValueError(
+                f"buffers={{{pattern!r}: {policy!r}}} with {rule}: {reason}. Use 'client', which keeps it there, or"
+                " 'server', which keeps what the module was built with."
+            )
+
+
 def _check_privacy(options: Arguments, privacy: Privacy) -> None:
     rules = options.rules
+    _refuse_policies(rules, ("mean", "largest"), "privacy", "it would leave the clients neither clipped nor noised")
     if rules.local is not None and (rules.local.sends_message or rules.local.needs_sgd):
         raise ValueError(
             f"privacy with local_rule={rules.local.name!r}: what the rule sends beside the update is neither clipped"
@@ -90,6 +108,7 @@ def check_model(options: Arguments, module: nn.Module, exchange: Exchange) -> No
         ValueError: with the reason and the remedy.
     """
     personal = options.rules.personal
+    _check_buffers(options.rules, module, exchange)
     if personal and not exchange.personal:
         names = [name for name, _ in module.named_parameters()][:3]
         raise ValueError(
@@ -98,18 +117,43 @@ def check_model(options: Arguments, module: nn.Module, exchange: Exchange) -> No
         )
     if personal and not exchange.names:
         raise ValueError(f"personal={list(personal)!r} matches all trainable parameters: nothing is left to be shared.")
-    if options.rules.privacy is not None and (name := _norm_that_learns(module, exchange)) is not None:
+    if options.rules.privacy is not None and (name := _norm_that_learns(options, module, exchange)) is not None:
         raise ValueError(
             f"privacy: the running statistics of {name!r} would leave the clients unclipped. Keep them there, personal="
             f"['{name}.*'], or use GroupNorm or LayerNorm."
         )
 
 
-def _norm_that_learns(module: nn.Module, exchange: Exchange) -> str | None:
+def _check_buffers(rules: Rules, module: nn.Module, exchange: Exchange) -> None:
+    names = [*exchange.kinds, *_not_there_yet(module)]
+    for pattern, policy in rules.buffers:
+        given = f"buffers={{{pattern!r}: {policy!r}}}"
+        matching = [name for name in names if fnmatchcase(name, pattern)]
+        if not matching:
+            close = get_close_matches(pattern.strip("*."), names, n=1)
+            hint = f" Did you mean {close[0]!r}?" if close else ""
+            known = f"The names are {enumerated(names)}" if names else "The module has none"
+            raise ValueError(f"{given} matches no buffer.{hint} {known}: correct the pattern or leave it out.")
+        both = [name for name in matching if any(fnmatchcase(name, own) for own in rules.personal)]
+        if both and policy != "client":
+            raise ValueError(
+                f"{given} and personal={list(rules.personal)!r} both decide about {both[0]!r}: let only one of them"
+                " match it."
+            )
+
+
+def _not_there_yet(module: nn.Module) -> list[str]:
+    """Names of buffers that are None until training fills them."""
+    parts = [(f"{path}." if path else "", part) for path, part in module.named_modules()]
+    return [prefix + name for prefix, part in parts for name, buffer in part._buffers.items() if buffer is None]
+
+
+def _norm_that_learns(options: Arguments, module: nn.Module, exchange: Exchange) -> str | None:
     own = {id(tensor) for tensor in exchange.personal.values()}
     for name, part in module.named_modules():
         mean = part.running_mean if isinstance(part, nn.modules.batchnorm._NormBase) else None
-        if mean is not None and id(mean) not in own:
+        asked = options.rules.buffer_policies.asked([f"{name}.running_mean" if name else "running_mean"])
+        if mean is not None and id(mean) not in own and asked != "server":
             return str(name)
     return None
 

@@ -18,9 +18,10 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_fedscale import combinations, randomness
+from lightning_fedscale import collectives, combinations, randomness
 from lightning_fedscale.arguments import Arguments
 from lightning_fedscale.checkpointing import changed_settings, check_resume, federated_state, refuse_other_rules
+from lightning_fedscale.checks import enumerated
 from lightning_fedscale.clients import ClientStore, OptimizerKeeper, StateStore, tiers_of
 from lightning_fedscale.custody import Custody
 from lightning_fedscale.devices import ON_CLIENT, estimate_memory
@@ -30,6 +31,7 @@ from lightning_fedscale.executors import (
     ClientLog,
     Exchange,
     ExecutorChoice,
+    LargestClient,
     RoundContext,
     RoundLoader,
     SequentialExecutor,
@@ -53,7 +55,16 @@ from lightning_fedscale.samplers import reads_losses
 from lightning_fedscale.sums import RoundSums
 from lightning_fedscale.tree import as_real
 from lightning_fedscale.types import ClientCost, ClientUpdate, Cohort, IntArray, Params, RoundRecord
-from lightning_fedscale.uplink import DITTO, PERSONAL, PersonalModels, Sent, Uplink, size_of_message, update_bytes
+from lightning_fedscale.uplink import (
+    DITTO,
+    DITTO_BUFFERS,
+    PERSONAL,
+    PersonalModels,
+    Sent,
+    Uplink,
+    size_of_message,
+    update_bytes,
+)
 from lightning_fedscale.workload import Workload
 
 
@@ -124,6 +135,7 @@ class Federation:
         self._budget: PrivacyBudget | None = None
         self._simulated = 0.0  # seconds, over all rounds
         self._older = OlderModels(options.asynchrony)
+        self._averaged: set[str] = set()  # buffers of which the user was told
         self._losses: dict[int, float] = {}  # last known of each client, if the sampler reads them
         self.requeue = Requeue(trainer)
         self.local_accumulation = 1
@@ -274,7 +286,12 @@ class Federation:
         state = module.state_dict()
         if self._options.rules.ditto is not None:
             whole: Tensor | None = self._store.states.get(client, DITTO)
-            return state if whole is None else exchange.view.substituted(state, whole)
+            if whole is not None:
+                state = exchange.view.substituted(state, whole)
+            return {
+                **state,
+                **exchange.of_personal(module.state_dict(), self._store.states.get(client, DITTO_BUFFERS) or {}),
+            }
         return {**state, **exchange.of_personal(state, self._store.states.get(client, PERSONAL) or {})}
 
     def close(self) -> None:
@@ -384,10 +401,12 @@ class Federation:
             self.meter is not None,
             uplink,
             own,
+            LargestClient() if exchange.largest else None,
         )
         self._progress, self._begun = ClientProgress(self._trainer, len(opened.work)), opened.work
         try:
             total, messages, table = self._train_together(context, opened, cohort, uplink)
+            largest = self._of_largest(context, opened.plan, table)
             aggregate = self._global.aggregate(server, total, table, cohort, messages)
             norm = float(torch.linalg.vector_norm(aggregate[: exchange.view.trainable]))
             record = table.record(
@@ -408,6 +427,11 @@ class Federation:
                 mean_square=table.mean_square(),
                 on_step=self._tell_of_server_step,
             )
+            self._warn_of_averages(exchange.changed_unsure(server))
+            if training:
+                with randomness.untouched():
+                    exchange.refit()
+            exchange.write_largest(largest)
             if bits is not None:
                 uncompressed = self._received_bytes(exchange) - exchange.trainable_bytes
                 received = (uncompressed + math.ceil(bits / 8)) * len(cohort.clients)
@@ -446,6 +470,26 @@ class Federation:
             self._warn_of_no_loss(record)
             self._report(record)
             self._tell("on_round_end", record)
+
+    def _of_largest(self, context: RoundContext, plan: RoundPlan, table: RoundTable) -> dict[str, Tensor]:
+        """The buffers that are taken from the client with the most samples; to be called on all ranks."""
+        assert self._work is not None
+        if context.largest is None or (rank := table.rank_of_largest(self._work.held(plan.cohort))) is None:
+            return {}
+        values: dict[str, Tensor] = collectives.broadcast(context.largest.values, rank, self._device)
+        return values
+
+    def _warn_of_averages(self, names: list[str]) -> None:
+        """Once for each buffer: it is averaged, and nobody but the user knows whether that is right."""
+        if new := [name for name in names if name not in self._averaged]:
+            self._averaged.update(new)
+            rank_zero_warn(
+                f"buffers: {enumerated(new)} changed while clients trained, and the global model takes the clients'"
+                " mean, which is right for a quantity and wrong for a queue, a table or a flag. Say which with"
+                f" FederatedStrategy(buffers={{{new[0]!r}: ...}}): 'mean', 'largest' (of the client with the most"
+                " samples; give what belongs together, such as a queue and its pointer, the same), 'server' (as it is)"
+                " or 'client' (each its own)."
+            )
 
     def _warn_of_no_loss(self, record: RoundRecord) -> None:
         """Once: a ``training_step`` that returns nothing may skip a batch, but to skip all of them is a mistake."""
@@ -515,6 +559,7 @@ class Federation:
             )
             table.add_trainable(context.exchange.trainable_now())
             if update.finite:
+                context.exchange.strip(update.delta)
                 sums.add(update, weight, sent.message)
         if (ditto := rules.ditto) is not None and context.training:
             self._train_personal(ditto, context, table)
@@ -525,7 +570,7 @@ class Federation:
         self._quiet = True
         try:
             with self._log.silenced():
-                for update in self._executor.run_again(context._replace(guidance=guidance)):
+                for update in self._executor.run_again(context._replace(guidance=guidance, largest=None)):
                     if update.client in table.spare:
                         continue
                     if self.meter is not None:
@@ -554,7 +599,8 @@ class Federation:
         return Cohort(plan.round, clients, registered, exchange.view.trainable, self._options.seed)
 
     def _exchange(self) -> Exchange:
-        return exchange_of(self._trainer.lightning_module, self._options.rules.personal)
+        rules = self._options.rules
+        return exchange_of(self._trainer.lightning_module, rules.personal, rules.buffer_policies)
 
     def _batch_sizes(self, cohort: Cohort) -> IntArray | None:
         return None if self.fleet is None else self.fleet.batch_sizes_of(cohort.clients)
@@ -712,6 +758,7 @@ class Federation:
             "local_rule": None if options.rules.local is None else options.rules.local.name,
             "compressor": compressor.name if compressor is not None and compressor.stateful else None,
             "mode": "sync" if options.asynchrony is None else options.asynchrony.description(),
+            "buffers": dict(options.rules.buffers) or None,
             "personal": repr(options.rules.ditto) if options.rules.ditto else list(options.rules.personal),
             "threads": torch.get_num_threads(),
         }

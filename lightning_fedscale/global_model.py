@@ -33,7 +33,7 @@ class GlobalModel:
     Args:
         rules: of the way up: the aggregator reads the aggregate off the sum over clients, the local rule and privacy
             have their say in it.
-        optimizer: how trainable parameters move; buffers and frozen parameters take the clients' mean.
+        optimizer: how trainable parameters move; averaged buffers and frozen parameters take the clients' mean.
         downlink: compresses the server's step on its way to the clients; None sends the model itself.
 
     Attributes:
@@ -121,7 +121,7 @@ class GlobalModel:
             steps = [step[name] for name in params]
         else:
             steps = [server.new_zeros(())] * len(params)
-        # Buffers and frozen parameters take the clients' mean.
+        # Averaged buffers and frozen parameters take the clients' mean.
         steps += exchange.view.views(aggregate)[len(params) :]
         if not _subtract(exchange, server, steps):
             raise RuntimeError(
@@ -208,10 +208,11 @@ def _subtract(exchange: Exchange, server: Tensor, steps: list[Tensor]) -> bool:
         exchange.view.write_one(number, value)
         return value.sum()
 
+    moved = [number for number in range(len(befores)) if number not in exchange.unmoved]
     # If all sums are finite, so is every element, and finding out takes no memory.
-    if torch.stack([write(number) for number in range(len(befores))]).isfinite().all():
+    if torch.stack([write(number) for number in moved]).isfinite().all():
         return True
-    return all((after(i).isfinite() | ~before.isfinite()).all() for i, before in enumerate(befores))
+    return all((after(number).isfinite() | ~befores[number].isfinite()).all() for number in moved)
 
 
 def _checked(answer: Any, params: Params) -> tuple[Params, Any]:

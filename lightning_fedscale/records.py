@@ -175,6 +175,18 @@ class RoundTable:
         """The clients whose update was not finite."""
         return tuple(self._plan.cohort[self._column("rejected") > 0].tolist())
 
+    def rank_of_largest(self, held: IntArray) -> int | None:
+        """The rank of the client with the most samples whose update counts; None if there is none.
+
+        Args:
+            held: samples of each client of the round.
+        """
+        counts = ((self._column("rejected") == 0) & (self._column("steps") > 0)).nonzero()[0]
+        if not len(counts):
+            return None
+        place = counts[held[counts].argmax()]  # of equal ones the first, which has the lowest number
+        return int(self._plan.ranks[place])
+
     def smallest_scale(self) -> tuple[float, float]:
         """Scale and growth counter that no client would find too large: the smallest ones left by any."""
         scale = self._column("scale")

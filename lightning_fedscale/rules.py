@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from lightning_fedscale.aggregators import Aggregator
+from lightning_fedscale.buffers import BufferPolicies, Policy
 from lightning_fedscale.compressors import Compressor
 from lightning_fedscale.local_rules import Ditto, LocalRule
 from lightning_fedscale.privacy import Privacy
@@ -21,6 +22,7 @@ class Rules(NamedTuple):
         aggregator: turns updates into one.
         personal: patterns of names that stay with each client.
         ditto: each client trains a model of its own besides.
+        buffers: patterns of names of buffers and what becomes of them.
     """
 
     local: LocalRule | None
@@ -29,16 +31,27 @@ class Rules(NamedTuple):
     aggregator: Aggregator
     personal: tuple[str, ...] = ()
     ditto: Ditto | None = None
+    buffers: tuple[tuple[str, Policy], ...] = ()
+
+    @property
+    def own(self) -> tuple[str, ...]:
+        """Patterns of all that stays with each client."""
+        return (*self.personal, *(pattern for pattern, policy in self.buffers if policy == "client"))
+
+    @property
+    def buffer_policies(self) -> BufferPolicies:
+        """What becomes of each buffer."""
+        return BufferPolicies(self.buffers, self.aggregator.hides_clients, self.privacy is not None)
 
     @property
     def guided(self) -> bool:
         """Whether a client does anything else than FedAvg's."""
-        return bool(self.personal) or any(rule is not None for rule in (self.local, self.compressor, self.privacy))
+        return bool(self.own) or any(rule is not None for rule in (self.local, self.compressor, self.privacy))
 
     @property
     def keep_state(self) -> bool:
         """Whether clients keep anything because of them."""
-        return bool(self.personal) or bool(self.kept_on_device)
+        return bool(self.own) or bool(self.kept_on_device)
 
     @property
     def kept_on_device(self) -> dict[str, float]:

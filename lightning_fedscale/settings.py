@@ -66,6 +66,7 @@ def settings_of(options: Arguments, partition: Partition, params: int) -> dict[s
         "seed": options.seed,
         **calls,
         "personal": repr(rules.ditto) if rules.ditto else ", ".join(rules.personal) or NONE,
+        "buffers": ", ".join(f"{pattern}: {policy}" for pattern, policy in rules.buffers) or NONE,
         **_privacy(options),
     }
     for name, call in calls.items():

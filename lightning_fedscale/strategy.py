@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from lightning_fedscale import arguments, checks, combinations, randomness, refusals, samplers, server
 from lightning_fedscale.aggregators import Aggregator
 from lightning_fedscale.asynchrony import FedBuff
+from lightning_fedscale.buffers import Policy
 from lightning_fedscale.checkpointing import AtomicCheckpointIO
 from lightning_fedscale.compressors import Compressor
 from lightning_fedscale.devices import Population
@@ -90,6 +91,11 @@ class FederatedStrategy(ReusableStrategy):
         personal: names of parameters and buffers that stay with each client, as patterns ("head.*"): FedPer, FedBN. In
             the global model they keep the values with which the module was built. `local_rules.Ditto` gives each client
             a whole model of its own besides. None or () is nothing.
+        buffers: what becomes of buffers at the end of a round, by patterns of names, of which the first that matches
+            decides: "mean" over clients, "server" (as it is), "largest" (of the client with the most samples), "client"
+            (stays with each, like ``personal``). Otherwise floats are averaged (with a warning unless they are running
+            statistics), integers and booleans but ``num_batches_tracked`` are those of the largest client, and vectors
+            of spectral norm and other parametrizations are computed from the new weights.
         mode: "sync" waits for all clients of a round; "async" buffers updates as they arrive in simulated time, see
             `lightning_fedscale.asynchrony.FedBuff`, which may also be given. Needs a ``population`` or
             ``FedBuff(seconds=...)`` to know how long clients take.
@@ -149,6 +155,7 @@ class FederatedStrategy(ReusableStrategy):
         downlink_compressor: str | Compressor | None = None,
         privacy: Privacy | None = None,
         personal: Sequence[str] | Ditto | None = (),
+        buffers: Mapping[str, Policy] | None = None,
         mode: Literal["sync", "async"] | FedBuff = "sync",
         client_optimizer: Literal["reset", "keep"] = "reset",
         executor: Literal["auto", "sequential", "vectorized"] = "auto",
@@ -193,6 +200,7 @@ class FederatedStrategy(ReusableStrategy):
             downlink_compressor=downlink_compressor,
             privacy=privacy,
             personal=personal,
+            buffers=buffers,
             mode=mode,
             client_optimizer=client_optimizer,
             executor=executor,
@@ -270,7 +278,7 @@ class FederatedStrategy(ReusableStrategy):
     @property
     def personal(self) -> tuple[str, ...] | Ditto | None:
         """What each client has of its own: patterns of names, a whole model by `Ditto`, or None."""
-        return self._options.rules.ditto or self._options.rules.personal or None
+        return self._options.rules.ditto or self._options.rules.own or None
 
     def personal_model(self, client: int) -> dict[str, Any] | None:
         """A client's own model, as a state dict of the module, for ``FederatedStrategy(personal=...)``.

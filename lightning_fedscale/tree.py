@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -37,8 +38,10 @@ class FlatView:
         self.size = self.trainable + sum(_width(tensor) for tensor in carried)
         self._tensors = [as_real(tensor) for tensor in (*trainable, *carried)]
         self._sizes = [tensor.numel() for tensor in self._tensors]
+        self._starts = list(accumulate(self._sizes, initial=0))
         self._floats = [i for i, tensor in enumerate(self._tensors) if tensor.is_floating_point()]
         self._integers = sorted(set(range(len(self._tensors))) - set(self._floats))
+        self._exact: dict[int, Tensor] = {}
         self._cut: dict[int, list[Tensor]] = {}
 
     def empty(self) -> Tensor:
@@ -56,12 +59,21 @@ class FlatView:
             self._cut[vector.data_ptr()] = views
         return views
 
+    def elements(self, number: int) -> slice:
+        """Where in the vector the tensor of this number lies."""
+        return slice(self._starts[number], self._starts[number + 1])
+
+    def value(self, number: int) -> Tensor:
+        """The value of the tensor of this number, as the vector would hold it."""
+        return self._tensors[number].double()
+
     def forget(self, vector: Tensor) -> None:
         """Let go of a vector that is no longer needed, so that its memory can be used again."""
         self._cut.pop(vector.data_ptr(), None)
 
     def read(self) -> Tensor:
-        """A new vector with the tensors' values."""
+        """A new vector with the tensors' values; integers are also remembered as they are."""
+        self._exact = {i: self._tensors[i].clone() for i in self._integers}
         return self._read_into(self.empty())
 
     def write(self, vector: Tensor) -> None:
@@ -74,27 +86,21 @@ class FlatView:
 
     def write_one(self, number: int, value: Tensor) -> None:
         """`write` for the tensor of this number alone, counted in the vector's order."""
-        tensor = self._tensors[number]
-        if not tensor.is_floating_point():
-            # What did not change keeps its bits, also where float64 cannot hold them.
-            value = torch.where(value == tensor.double(), tensor, value.round().to(tensor.dtype))
-        tensor.copy_(value)
+        self._tensors[number].copy_(self._narrow(number, value))
 
     def substituted(self, state: Mapping[str, Any], vector: Tensor) -> dict[str, Any]:
         """``state`` with every entry that shares memory with one of the tensors replaced by its value in ``vector``."""
-        values = {
-            (tensor.data_ptr(), tensor.shape): view
-            for view, tensor in zip(self.views(vector), self._tensors, strict=True)
-        }
+        views = self.views(vector)
+        numbers = {(tensor.data_ptr(), tensor.shape): number for number, tensor in enumerate(self._tensors)}
 
         def substitute(entry: Any) -> Any:
             if not isinstance(entry, Tensor):
                 return entry
             real = as_real(entry)
-            if (view := values.get((real.data_ptr(), real.shape))) is None:
+            if (number := numbers.get((real.data_ptr(), real.shape))) is None:
                 return entry
             # A copy, also since a complex number may not start at an odd position of the vector.
-            value = (view if real.is_floating_point() else view.round()).to(real.dtype, copy=True)
+            value = self._narrow(number, views[number]).to(real.dtype, copy=True)
             return torch.view_as_complex(value) if entry.is_complex() else value.to(entry.dtype)
 
         return {name: substitute(entry) for name, entry in state.items()}
@@ -103,6 +109,14 @@ class FlatView:
         """``out = vector - tensors``, the delta of a client whose model the tensors hold."""
         # Widened first and in place: `torch.sub` of float64 and float32 would make a wide copy of its own.
         return torch.sub(vector, self._read_into(out), out=out)
+
+    def _narrow(self, number: int, value: Tensor) -> Tensor:
+        tensor = self._tensors[number]
+        if tensor.is_floating_point():
+            return value
+        # What is as it was read keeps its bits, also where float64 cannot hold them.
+        exact = self._exact.get(number, tensor)
+        return torch.where(value == exact.double(), exact, value.round().to(tensor.dtype))
 
     def _read_into(self, vector: Tensor) -> Tensor:
         torch._foreach_copy_(self.views(vector), self._tensors)

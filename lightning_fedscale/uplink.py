@@ -21,6 +21,7 @@ from lightning_fedscale.tree import as_real
 from lightning_fedscale.types import ClientUpdate, Cohort
 
 RULE, RESIDUAL, PERSONAL, DITTO, PRIVACY = "local_rule", "compressor", "personal", "ditto", "privacy"
+DITTO_BUFFERS = "ditto_buffers"
 """Names of what clients and the server keep."""
 
 
@@ -168,7 +169,7 @@ class Uplink:
             view.copy_(encoded.seen[name])
         rule = self._rules.local
         extra = 0 if rule is None else rule.vectors_up - 1
-        return math.ceil(encoded.bits / 8) + self._exchange.buffer_bytes + extra * self._exchange.trainable_bytes
+        return math.ceil(encoded.bits / 8) + self._exchange.sent_buffer_bytes + extra * self._exchange.trainable_bytes
 
     def _plain_bytes(self) -> int:
         return update_bytes(self._rules._replace(compressor=None), self._exchange)
@@ -178,7 +179,7 @@ def update_bytes(rules: Rules, exchange: Exchange) -> int:
     """What a client sends in a round; of compressors whose messages differ, what they make of random numbers."""
     extra = 0 if rules.local is None else rules.local.vectors_up - 1
     first = exchange.trainable_bytes if rules.compressor is None else size_of_message(rules.compressor, exchange)
-    return exchange.buffer_bytes + first + extra * exchange.trainable_bytes
+    return exchange.sent_buffer_bytes + first + extra * exchange.trainable_bytes
 
 
 def size_of_message(compressor: Compressor, exchange: Exchange) -> int:
@@ -219,11 +220,12 @@ class PersonalModels:
         return self._ditto.correction((self._server if own is None else own)[:cut], self._server[:cut])
 
     def personal(self, client: int) -> dict[str, Tensor]:
-        """All of the model is its own."""
-        return {}
+        """All of the model is its own; buffers that are not in its vector are kept apart."""
+        return self._store.states.get(client, DITTO_BUFFERS) or {}
 
     def keep_personal(self, client: int, values: dict[str, Tensor]) -> None:
-        """All of the model is its own."""
+        """Note what the client's training made of these buffers."""
+        self._store.states.stage(client, DITTO_BUFFERS, values)
 
     def keep(self, update: ClientUpdate) -> None:
         """Note the model that training came to, unless it is spoilt."""

@@ -209,14 +209,19 @@ class Workload:
             self._passes[held, batch_size] = len(batches), sum(map(len, batches))
         return self._passes[held, batch_size]
 
-    def _held(self, clients: IntArray) -> Iterator[tuple[int, int]]:
-        offsets = self.partition.offsets
-        return zip(clients.tolist(), (offsets[clients + 1] - offsets[clients]).tolist(), strict=True)
-
-    def _cost(self, local_steps: int | None, clients: IntArray) -> IntArray:
-        # By samples; with local_steps every client does the same work. Not `partition.sizes`: that is of all clients.
+    def held(self, clients: IntArray) -> IntArray:
+        """Samples that each of these clients holds."""
+        # Not `partition.sizes`: that is of all clients.
         offsets = self.partition.offsets
         sizes: IntArray = offsets[clients + 1] - offsets[clients]
+        return sizes
+
+    def _held(self, clients: IntArray) -> Iterator[tuple[int, int]]:
+        return zip(clients.tolist(), self.held(clients).tolist(), strict=True)
+
+    def _cost(self, local_steps: int | None, clients: IntArray) -> IntArray:
+        # By samples; with local_steps every client does the same work.
+        sizes = self.held(clients)
         return sizes if local_steps is None else sizes * 0 + local_steps
 
     def of_client(self, client: int, plan: RoundPlan, cursor: Cursor) -> LocalWork:

@@ -28,6 +28,7 @@ class Aggregator(NamedTuple):
             not needed any more.
         sees_all: whether it looks at all updates at once, to bear hostile ones; their sum alone would not do.
         call: how it was made, such as ``trimmed_mean(trim=0.2)``; for logs only.
+        hides_clients: whether the server learns nothing but the sum, and so takes no buffer of a single client.
 
     Example:
         >>> from lightning_fedscale.aggregators import mean
@@ -40,3 +41,4 @@ class Aggregator(NamedTuple):
     finish: Callable[[Tensor, Cohort], Tensor]
     sees_all: bool = False
     call: str = ""
+    hides_clients: bool = False

@@ -7,7 +7,7 @@ from lightning_fedscale.executors.exchange import Exchange, exchange_of
 from lightning_fedscale.executors.hooks import LocalBatchHooks, RoundEnd
 from lightning_fedscale.executors.loader import ClientLoader, RoundLoader
 from lightning_fedscale.executors.loops import RoundLoops, close_finished_epoch
-from lightning_fedscale.executors.sequential import RoundContext, SequentialExecutor, no_batch_left
+from lightning_fedscale.executors.sequential import LargestClient, RoundContext, SequentialExecutor, no_batch_left
 from lightning_fedscale.executors.transfer import Transfer
 from lightning_fedscale.executors.vectorized import VectorizedExecutor
 
@@ -18,6 +18,7 @@ __all__ = [
     "DeviceData",
     "Exchange",
     "ExecutorChoice",
+    "LargestClient",
     "LocalBatchHooks",
     "RoundContext",
     "RoundEnd",

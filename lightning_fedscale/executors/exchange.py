@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torchmetrics import Metric
 
+from lightning_fedscale.buffers import DEFAULTS, FITTED, BufferPolicies, Fit, Kind, fits_of, refit
 from lightning_fedscale.tree import FlatView, as_real
 from lightning_fedscale.types import Params
 
@@ -23,6 +24,14 @@ class _Place(NamedTuple):
     memory: Tensor
 
 
+class _Home(NamedTuple):
+    """The part of a module that holds a buffer, its name there, and its names in the module."""
+
+    part: nn.Module
+    name: str
+    names: list[str]
+
+
 class Exchange(NamedTuple):
     """The exchanged tensors of a module at the start of a round.
 
@@ -33,11 +42,17 @@ class Exchange(NamedTuple):
         buffers: the buffers, in the same order.
         frozen: the frozen parameters.
         trainable_bytes: size of the trainable, shared parameters in their own precision.
-        buffer_bytes: size of the shared buffers. Frozen parameters are carried along (some modules write to them) but
-            do not travel.
+        buffer_bytes: size of the shared buffers, which a client receives. Frozen parameters are carried along (some
+            modules write to them) but do not travel.
+        sent_buffer_bytes: size of those that a client sends.
         places: where the module holds them.
         parameters: all parameters among them, and whether each was trainable when the round began.
         personal: of ``trainable`` and ``buffers``, by name, what stays with each client and is not in the vector.
+        kinds: what becomes of each buffer, under all its names.
+        largest: shared buffers by name that take the value of the client with the most samples.
+        unsure: shared buffers that are averaged since nobody said otherwise, by name, with their number in the vector.
+        unmoved: numbers in the vector of what clients change for themselves only, and the elements that it takes there.
+        fits: how to bring vectors up to date that belong to weights.
     """
 
     view: FlatView
@@ -47,14 +62,20 @@ class Exchange(NamedTuple):
     frozen: Sequence[Tensor]
     trainable_bytes: int
     buffer_bytes: int
+    sent_buffer_bytes: int
     places: list[_Place]
     parameters: list[tuple[nn.Parameter, bool]]
     personal: dict[str, Tensor]
+    kinds: dict[str, Kind]
+    largest: dict[str, Tensor]
+    unsure: dict[str, int]
+    unmoved: dict[int, slice]
+    fits: list[Fit]
 
     @property
     def message_bytes(self) -> int:
-        """Size of what a client sends and receives, unless it is compressed."""
-        return self.trainable_bytes + self.buffer_bytes
+        """Size of what a client sends, unless it is compressed."""
+        return self.trainable_bytes + self.sent_buffer_bytes
 
     @property
     def shared(self) -> Sequence[Tensor]:
@@ -98,6 +119,37 @@ class Exchange(NamedTuple):
             tensor.data = memory
             owner[name] = tensor
 
+    def strip(self, delta: Tensor) -> None:
+        """Take out of a client's delta what does not reach the server's sum."""
+        for elements in self.unmoved.values():
+            delta[elements].zero_()
+
+    def copy_largest(self) -> dict[str, Tensor]:
+        """The values of `largest` in the module."""
+        return {name: buffer.detach().clone() for name, buffer in self.largest.items()}
+
+    @torch.no_grad()
+    def write_largest(self, values: Mapping[str, Tensor]) -> None:
+        """Show these values of `largest` in the module; those that are not given stay as they are."""
+        for name, value in values.items():
+            self.largest[name].copy_(value)
+
+    def refit(self) -> None:
+        """Bring vectors that belong to weights up to date with the weights that the module holds."""
+        refit(self.fits)
+        if self.fits:
+            self.settle()
+
+    def changed_unsure(self, server: Tensor) -> list[str]:
+        """Names in `unsure` of buffers that are not as in this vector any more."""
+        views = self.view.views(server)
+
+        def changed(number: int) -> bool:
+            now, before = self.view.value(number), views[number]
+            return not bool(((now == before) | (now.isnan() & before.isnan())).all())
+
+        return [name for name, number in self.unsure.items() if changed(number)]
+
     def trainable_now(self) -> list[bool]:
         """Which parameters are trainable at the moment; a client's training may freeze and unfreeze some."""
         return [parameter.requires_grad for parameter, _ in self.parameters]
@@ -123,7 +175,7 @@ class Exchange(NamedTuple):
         return origin
 
 
-def exchange_of(module: nn.Module, personal: Sequence[str] = ()) -> Exchange:
+def exchange_of(module: nn.Module, personal: Sequence[str] = (), policies: BufferPolicies = DEFAULTS) -> Exchange:
     """Parameters and buffers of ``module``, without those of torchmetrics, whose state Lightning looks after.
 
     Read anew every round: callbacks freeze and unfreeze parameters, pruning replaces them.
@@ -131,17 +183,21 @@ def exchange_of(module: nn.Module, personal: Sequence[str] = ()) -> Exchange:
     Args:
         module: the user's.
         personal: patterns of names (`fnmatch`, as in a shell) of parameters and buffers that stay with each client.
+        policies: what becomes of the other buffers.
     """
     places: list[_Place] = []
     parameters: dict[str, nn.Parameter] = {}
     buffers: dict[str, Tensor] = {}
+    homes: dict[int, _Home] = {}
     seen: set[int] = set()
     left_out: set[int] = set()
+    fits: list[Fit] = []
     # In the order of `named_parameters` and `buffers`, which would each walk through all modules.
     for path, part in module.named_modules():
         if isinstance(part, Metric):
             left_out |= {id(tensor) for tensor in (*part.parameters(), *part.buffers())}
         prefix = f"{path}." if path else ""
+        fits += fits_of(part)
         for name, parameter in part._parameters.items():
             if parameter is not None:
                 places.append(_Place(part._parameters, name, parameter, parameter.detach()))
@@ -153,6 +209,7 @@ def exchange_of(module: nn.Module, personal: Sequence[str] = ()) -> Exchange:
                 if _is_constant(buffer):
                     left_out.add(id(buffer))
                 places.append(_Place(part._buffers, name, buffer, buffer.detach()))
+                homes.setdefault(id(buffer), _Home(part, name, [])).names.append(prefix + name)
                 if id(buffer) not in seen:
                     seen.add(id(buffer))
                     buffers[prefix + name] = buffer
@@ -163,18 +220,36 @@ def exchange_of(module: nn.Module, personal: Sequence[str] = ()) -> Exchange:
     trainable = {name: p for name, p in parameters.items() if p.requires_grad}
     frozen = [p for p in parameters.values() if not p.requires_grad]
     moving, own = _apart(trainable, personal)
-    kept, own_buffers = _apart(buffers, personal)
+    policies = policies.with_personal(personal)
+    fitted = {id(buffer) for fit in fits for buffer in fit.buffers}
+    kinds: dict[str, Kind] = {}
+    for buffer in buffers.values():
+        part, name, names = homes[id(buffer)]
+        kinds |= dict.fromkeys(names, policies.kind(names, part, name, buffer, id(buffer) in fitted))
+    own_buffers = {name: buffer for name, buffer in buffers.items() if kinds[name].policy == "client"}
+    kept = {name: buffer for name, buffer in buffers.items() if name not in own_buffers}
+    view = FlatView(list(moving.values()), [*kept.values(), *frozen])
+    numbers = {name: number for number, name in enumerate(kept, len(moving))}
+    unmoved = {name for name in kept if kinds[name].policy != "mean"}
+    sent = {name: buffer for name, buffer in kept.items() if kinds[name].policy in ("mean", "largest")}
+    fitting = {id(buffer) for name, buffer in kept.items() if kinds[name].policy == FITTED}
     return Exchange(
-        FlatView(list(moving.values()), [*kept.values(), *frozen]),
+        view,
         list(moving),
         [*moving.values(), *own.values()],
         [*kept.values(), *own_buffers.values()],
         frozen,
         _bytes_of(moving),
         _bytes_of(kept),
+        _bytes_of(sent),
         places,
         [(p, p.requires_grad) for p in parameters.values()],
         {**own, **own_buffers},
+        kinds,
+        {name: buffer for name, buffer in kept.items() if kinds[name].policy == "largest"},
+        {name: numbers[name] for name in kept if not kinds[name].sure},
+        {numbers[name]: view.elements(numbers[name]) for name in unmoved},
+        [fit for fit in fits if any(id(buffer) in fitting for buffer in fit.buffers)],
     )
 
 

@@ -48,6 +48,25 @@ class Guidance(Protocol):
         """Note what the client's training made of it."""
 
 
+class LargestClient:
+    """The buffers of the client with the most samples of this rank; of equal ones, the one with the lower number."""
+
+    def __init__(self) -> None:
+        self._key: tuple[int, int] | None = None
+        self.values: dict[str, Tensor] = {}
+
+    def offer(self, update: ClientUpdate, values: Callable[[], dict[str, Tensor]]) -> None:
+        """Note a client's buffers, unless there is a larger one or its update is left out.
+
+        Args:
+            update: what the client sends.
+            values: copies of its buffers, by name.
+        """
+        key = (update.held, -update.client)
+        if update.finite and (self._key is None or key >= self._key):
+            self._key, self.values = key, values()
+
+
 class RoundContext(NamedTuple):
     """What an executor needs for the clients of one rank in one round.
 
@@ -67,6 +86,7 @@ class RoundContext(NamedTuple):
         metered: whether updates are to say of which form their batches were.
         guidance: what is particular to each client's training; None if nothing is.
         own: the server's values of what stays with each client, as the module was built with them, by name.
+        largest: notes the buffers of the client with the most samples; None if nobody asks for them.
     """
 
     round: int
@@ -83,6 +103,7 @@ class RoundContext(NamedTuple):
     metered: bool = False
     guidance: Guidance | None = None
     own: Mapping[str, Tensor] = MappingProxyType({})
+    largest: LargestClient | None = None
 
     def restarted(self, order: Iterable[tuple[int, int]] | None) -> RoundContext:
         """The same clients with all their batches still to come.
@@ -208,6 +229,8 @@ class SequentialExecutor:
                 optimizer_steps=trained.optimizer_steps,
             )
             own.keep(work.client, update)
+            if context.largest is not None:
+                context.largest.offer(update, context.exchange.copy_largest)
             if self._keep and context.training:
                 # An update that is not finite has spoilt the optimizer's state too: that client starts afresh.
                 states = [keeper.unload() for keeper in self._keepers] if update.finite else None

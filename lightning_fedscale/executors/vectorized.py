@@ -7,6 +7,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from itertools import accumulate
 from typing import Any, NamedTuple
 
@@ -444,7 +445,9 @@ class VectorizedExecutor:
                     optimizer_steps=trained.optimizer_steps[row],
                 )
                 if context.guidance is not None and exchange.personal and update.finite:
-                    context.guidance.keep_personal(work.client, self._wave.personal(exchange, row))
+                    context.guidance.keep_personal(work.client, self._wave.of_client(exchange, exchange.personal, row))
+                if context.largest is not None:
+                    context.largest.offer(update, partial(self._wave.of_client, exchange, exchange.largest, row))
                 if self._keep:
                     state = {
                         "state": self._wave.optimizer_state(row),

@@ -104,10 +104,11 @@ class Wave:
             if (name := self._personal.get(id(tensor))) is not None and name in start.personal:
                 self._stacks[number][row].copy_(start.personal[name])
 
-    def personal(self, exchange: Exchange, row: int) -> dict[str, Tensor]:
-        """What stays with a client, by name, the caller's own."""
-        tensors = zip(self._stacks, [*exchange.trainable, *exchange.buffers], strict=True)
-        return {self._personal[id(t)]: stack[row].clone() for stack, t in tensors if id(t) in self._personal}
+    def of_client(self, exchange: Exchange, tensors: Mapping[str, Tensor], row: int) -> dict[str, Tensor]:
+        """A client's values of some of the exchange's tensors, by name, the caller's own."""
+        names = {id(tensor): name for name, tensor in tensors.items()}
+        stacks = zip(self._stacks, [*exchange.trainable, *exchange.buffers], strict=True)
+        return {names[id(tensor)]: stack[row].clone() for stack, tensor in stacks if id(tensor) in names}
 
     def rows(self, indices: Sequence[int]) -> Rows:
         """The selection of these rows, always the same object."""

@@ -35,7 +35,8 @@ def secure_mean(clip: float, bits: int = 16, threshold: float = 2 / 3) -> Aggreg
 
     All parts of the protocol run (key agreement, masks, shares, recovery), but in one process and with keys that follow
     from the strategy's seed and toy-sized groups: it shows what the protocol does to training, it protects nothing.
-    Buffers are rounded as parameters are, within the same ``clip``. Time grows with the square of the cohort.
+    Averaged buffers are rounded as parameters are, within the same ``clip``; others keep the server's values. Time
+    grows with the square of the cohort.
 
     Args:
         clip: largest absolute value of an element of an update; what exceeds it is cut off.
@@ -61,7 +62,11 @@ def secure_mean(clip: float, bits: int = 16, threshold: float = 2 / 3) -> Aggreg
     given: dict[str, Any] = {"clip": clip, "bits": bits, "threshold": threshold}
     return needing(
         Aggregator(
-            mean("uniform").weigh, partial(_init, bits=bits), partial(_accumulate, **given), partial(_finish, **given)
+            mean("uniform").weigh,
+            partial(_init, bits=bits),
+            partial(_accumulate, **given),
+            partial(_finish, **given),
+            hides_clients=True,
         ),
         2,
         f"secure_mean(clip={clip:g})",

@@ -119,6 +119,27 @@ class Module(pl.LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": torch.optim.lr_scheduler.StepLR(optimizer, 2, 0.7)}
 
 
+class Buffered(Module):
+    """A queue with a pointer, a flag and words of bits that float64 does not hold, and a layer with spectral norm."""
+
+    def __init__(self) -> None:
+        super().__init__("plain")
+        self.head = nn.utils.parametrizations.spectral_norm(self.head)
+        self.register_buffer("queue", torch.zeros(10, 12))
+        self.register_buffer("pointer", torch.zeros(1, dtype=torch.int64))
+        self.register_buffer("bits", torch.tensor([2**62 + 1]))
+        self.register_buffer("seen", torch.tensor(False))
+        self.register_buffer("own", torch.zeros(12))
+
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+        self.queue[int(self.pointer)] = batch[0].mean(0)
+        self.pointer[0] = (self.pointer[0] + 1) % len(self.queue)
+        self.bits[0] ^= 1 << (len(batch[0]) + 4 * batch_idx)
+        self.seen.fill_(True)
+        self.own += batch[0].mean(0)
+        return super().training_step(batch, batch_idx)
+
+
 class Noisy(Dataset[tuple[Tensor, Tensor]]):
     """Augments at random where the sample is fetched, that is in a worker process."""
 
@@ -326,6 +347,12 @@ SCENARIOS: dict[str, Scenario] = {
     ),
     "personal": Scenario(
         lambda: {"clients_per_round": 5, "personal": ["body.1.*", "head.*"]}, lambda: {"max_epochs": 5}
+    ),
+    "buffers": Scenario(
+        lambda: {"clients_per_round": 5, "buffers": {"queue": "largest", "own": "client", "*num_batches*": "server"}},
+        lambda: {"max_epochs": 5},
+        Buffered,
+        collectives=3,
     ),
     "ditto": Scenario(lambda: {"clients_per_round": 4, "personal": Ditto(0.5)}, lambda: {"max_epochs": 4}),
     "hostile": Scenario(

@@ -76,21 +76,28 @@ def rounds(
             torch.manual_seed(client_seed(0, round, client))
             batches = [[convert(data.tensors[0][b]), data.tensors[1][b]] for b in cut(client, round)]
             if local(round, client, batches) is not False:
-                updates.append((weigh(len(clients.client(client))), by_hand.state_of(module)))
+                held = len(clients.client(client))
+                updates.append((held, weigh(held), by_hand.state_of(module)))
         models.append(_merged(models[-1], updates, server))
     return models
 
 
-def _merged(start: State, updates: list[tuple[float, State]], server: Server | None) -> State:
-    total = sum(weight for weight, _ in updates)
+def _merged(start: State, updates: list[tuple[int, float, State]], server: Server | None) -> State:
+    total = sum(weight for _, weight, _ in updates)
     base = {name: _wide(value) for name, value in start.items()}
     delta: State = {
-        name: sum(weight * (base[name] - _wide(state[name])) for weight, state in updates) / total  # type: ignore[misc]
+        name: sum(weight * (base[name] - _wide(state[name])) for _, weight, state in updates) / total  # type: ignore[misc]
         for name in start
     }
     moved = {name: base[name] - delta[name] for name in start} if server is None else server(base, delta)
-    unmoved = {name for name in start if all(torch.equal(state[name], start[name]) for _, state in updates)}
-    return {name: start[name] if name in unmoved else _narrow(value, start[name]) for name, value in moved.items()}
+    unmoved = {name for name in start if all(torch.equal(state[name], start[name]) for _, _, state in updates)}
+    largest = max(updates, key=lambda update: update[0])[2]
+    averaged = {name: start[name] if name in unmoved else _narrow(value, start[name]) for name, value in moved.items()}
+    return {name: value if _is_quantity(name, value) else largest[name] for name, value in averaged.items()}
+
+
+def _is_quantity(name: str, value: Tensor) -> bool:
+    return value.is_floating_point() or value.is_complex() or name.endswith("num_batches_tracked")
 
 
 def _wide(value: Tensor) -> Tensor:

@@ -351,6 +351,7 @@ def test_groups_and_arguments_from_the_command_line(base: str, at: str, group: s
         ),
         (["strategy.local_steps=3"], lambda made: (made.local_steps, made.local_epochs) == (3, None)),
         (["strategy.personal=[head.*]"], lambda made: made.rules.personal == ("head.*",)),
+        (["+strategy.buffers={queue*:client}"], lambda made: made.rules.own == ("queue*",)),
         (["strategy/personal=ditto"], lambda made: made.rules.ditto.strength == 0.1),
         (
             ["strategy/mode=fed_buff", "strategy.mode.seconds=[1,2,3]", "strategy.num_clients=3"],

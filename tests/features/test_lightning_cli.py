@@ -139,6 +139,14 @@ def test_privacy_and_buffered_rounds_from_a_file(tmp_path: Path) -> None:
     assert "round/staleness" in record.metrics()
 
 
+def test_buffers_from_a_file_and_on_the_command_line(tmp_path: Path) -> None:
+    file = yaml_file(tmp_path / "run.yaml", num_clients=4, buffers={"bank": "client", "queue*": "largest"})
+    ran = cli([f"--config={file}"], save_config_callback=None, run=False)
+    assert strategy_of(ran)._options.rules.buffers == (("bank", "client"), ("queue*", "largest"))
+    with pytest.raises(SystemExit):
+        cli([f"--config={file}", "--trainer.strategy.buffers.bank=avg"], save_config_callback=None, run=False)
+
+
 def test_configurations_with_parts_are_saved_and_run_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     written = {
         "server_optimizer": part("server.fed_adam", lr=0.3),

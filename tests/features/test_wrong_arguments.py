@@ -203,6 +203,21 @@ CASES: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
         TypeError,
         "personal=3: pass a list of patterns",
     ),
+    "buffers": (
+        lambda: sequential(FOUR, buffers="queue"),  # type: ignore[arg-type]
+        TypeError,
+        "buffers='queue': pass a dict of patterns",
+    ),
+    "buffers policy": (
+        lambda: sequential(FOUR, buffers={"queue": "avg"}),  # type: ignore[dict-item]
+        ValueError,
+        r"buffers\['queue'\]='avg': pass one of 'mean', 'server', 'largest', 'client'",
+    ),
+    "no such buffer": (
+        lambda: fit(buffers={"queue": "mean"}),
+        ValueError,
+        "matches no buffer. The module has none: correct",
+    ),
     # who holds what
     "split": (lambda: partitioners.split(5, 0.1), TypeError, "partition=5: pass a Partition, such as"),  # type: ignore[arg-type]
     "heterogeneity": (lambda: partitioners.heterogeneity(5, [0]), TypeError, "partition=5: pass a Partition"),  # type: ignore[arg-type]

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_fedscale.aggregators import mean
+from lightning_fedscale.buffers import BufferPolicies
 from lightning_fedscale.executors import exchange_of
 from lightning_fedscale.executors.sequential import _norm
 from lightning_fedscale.global_model import GlobalModel
@@ -36,7 +37,7 @@ class Model(nn.Module):
 
 def moved(model: Model, delta: list[float], rule: ServerOptimizer | None = None, training: bool = True) -> Tensor:
     """Move by the delta of a single client; returns the aggregate."""
-    exchange = exchange_of(model)
+    exchange = exchange_of(model, policies=BufferPolicies((("counter", "mean"),)))
     server = exchange.view.read()
     kept = server.clone()
     plan = RoundPlan(4, np.array([0]), np.array([0]))

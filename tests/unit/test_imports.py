@@ -19,6 +19,7 @@ LEVELS = [
     {
         "aggregators",
         "asynchrony",
+        "buffers",
         "clients",
         "compressors",
         "devices",
