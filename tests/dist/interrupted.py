@@ -14,9 +14,7 @@ import json
 import os
 import signal
 import sys
-import traceback
 from collections import Counter
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
@@ -32,6 +30,7 @@ from lightning_fedscale.phases import relative_change
 from lightning_fedscale.server import from_torch
 from lightning_fedscale.types import ClientUpdate
 from tests.dist import processes, scenarios
+from tests.dist.forks import be_rank, end, fork, prepare
 from tests.laws import reference
 from tests.strategies import sequential
 
@@ -194,40 +193,18 @@ def start(folder: Path, death: Death | None, ranks: int) -> list[tuple[int, int]
     started = []
     for rank in range(ranks):
         here, there = os.pipe()
-        if (child := os.fork()) == 0:
-            os.close(here)
-            run_child(lambda there=there, rank=rank: rank_main(folder, death, ranks, rank, port, there))  # type: ignore[misc]
+        child = fork(lambda there=there, rank=rank: rank_main(folder, death, ranks, rank, port, there))  # type: ignore[misc]
         os.close(there)
         started.append((child, here))
     return started
 
 
 def rank_main(folder: Path, death: Death | None, ranks: int, rank: int, port: int, pipe: int) -> None:
-    if ranks > 1:
-        # As Lightning's own launcher tells its children.
-        os.environ.update(LOCAL_RANK=str(rank), NODE_RANK="0", WORLD_SIZE=str(ranks), MASTER_PORT=str(port))
+    be_rank(rank, ranks, port)
     train(folder, ranks, Moments(pipe, death, rank))
     if dist.is_initialized():
         dist.barrier()
         dist.destroy_process_group()
-
-
-def run_child(main: Callable[[], None]) -> NoReturn:
-    code = 1
-    try:
-        main()
-        code = 0
-    except BaseException:
-        traceback.print_exc()
-    finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
-
-
-def end(child: int) -> int:
-    """The child's exit code, or the negative signal that ended it."""
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
 def kill(folder: Path, death: Death) -> dict[str, Any]:
@@ -276,8 +253,7 @@ def finish(folder: Path, ranks: int) -> list[int]:
 
 
 def main(folder: Path) -> None:
-    torch.set_num_threads(1)
-    torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)  # imports what torch would import in every child
+    prepare()
     folders = {name: folder / name for name in ("never", "often")}
     for made in folders.values():
         made.mkdir()

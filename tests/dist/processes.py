@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import signal
 import socket
@@ -112,9 +113,36 @@ def run_well(
 ) -> list[Finished]:
     """`run`, and all must end well."""
     ended = run(commands, environments, folder)
+    assert_well(ended)
+    return ended
+
+
+def run_forked(runs: Sequence[Sequence[object]], folder: Path) -> list[list[Finished]]:
+    """Run scripts one after the other, each on its ranks, in copies of one process that imports everything once.
+
+    Args:
+        runs: a script of this folder, its number of ranks, its arguments.
+        folder: where their output goes.
+
+    Returns:
+        How each rank of each run ended.
+    """
+    named = [[str(HERE / str(script)), ranks, *map(str, arguments)] for script, ranks, *arguments in runs]
+    (folder / "runs.json").write_text(json.dumps(named))
+    run_well([["-m", "tests.dist.forks", folder]], [environment()], folder)
+    return [
+        [
+            Finished(code, (folder / f"output-{number}-{rank}.txt").read_text(errors="replace"))
+            for rank, code in enumerate(codes)
+        ]
+        for number, codes in enumerate(json.loads((folder / "codes.json").read_text()))
+    ]
+
+
+def assert_well(ended: Sequence[Finished]) -> None:
+    """All must have ended well."""
     for number, one in enumerate(ended):
         assert one.code == 0, f"process {number} ended with {one.code}:\n{one.output[-6000:]}"
-    return ended
 
 
 def _stop(process: subprocess.Popen[bytes]) -> None:

@@ -16,18 +16,15 @@ DEATHS = (3, 14, 12, 5)  # batches into each stretch, of which ten are an epoch
 
 @pytest.fixture(scope="module", params=[1, 2])
 def ledgers(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    found = []
-    for name, deaths in (("never", ()), ("often", DEATHS)):
-        folder: Path = tmp_path_factory.mktemp(f"{name}-{request.param}")
-        for death in (*deaths, 0):
-            command = [processes.HERE / "accounting.py", folder, request.param, death, "plain"]
-            (done,) = processes.run([command], [processes.environment()], folder)
-            if death:
-                assert done.code in (-signal.SIGKILL, 1), done.output
-            else:
-                assert done.code == 0, done.output
-        found += [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(request.param)]
-    return found
+    ranks, folder = request.param, tmp_path_factory.mktemp("accounting")
+    deaths = {"never": [0], "often": [*DEATHS, 0]}
+    for name in deaths:
+        (folder / name).mkdir()
+    runs = [("accounting.py", ranks, folder / name, ranks, death, "plain") for name in deaths for death in deaths[name]]
+    for (*_, death, _), ended in zip(runs, processes.run_forked(runs, folder), strict=True):
+        for one in ended:
+            assert one.code in ((-signal.SIGKILL, 1) if death else (0,)), one.output
+    return [torch.load(folder / name / f"{rank}.pt", weights_only=True) for name in deaths for rank in range(ranks)]
 
 
 def test_all_ledgers_are_those_of_a_count_by_hand(ledgers: list[dict[str, Any]]) -> None:
@@ -46,12 +43,12 @@ def test_all_ledgers_are_those_of_a_count_by_hand(ledgers: list[dict[str, Any]])
 
 
 def test_clients_cost_the_same_on_any_number_of_ranks(tmp_path: Path) -> None:
-    ledgers = []
     for ranks in (1, 2):
-        (folder := tmp_path / str(ranks)).mkdir()
-        command = [processes.HERE / "accounting.py", folder, ranks, 0, "federated"]
-        processes.run_well([command], [processes.environment()], folder)
-        ledgers += [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(ranks)]
+        (tmp_path / str(ranks)).mkdir()
+    runs = [("accounting.py", ranks, tmp_path / str(ranks), ranks, 0, "federated") for ranks in (1, 2)]
+    for ended in processes.run_forked(runs, tmp_path):
+        processes.assert_well(ended)
+    ledgers = [torch.load(tmp_path / of, weights_only=True) for of in ("1/0.pt", "2/0.pt", "2/1.pt")]
     # Validated after every round: what a round did not tell the other ranks, the end does.
     samples = accounting.HELD_OUT * accounting.EPOCHS
     assert ledgers[0]["flops"]["evaluation"] == samples * (2 * 12 * 16 + 2 * 16 * 4)

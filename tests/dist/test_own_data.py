@@ -12,18 +12,17 @@ from torch import Tensor
 from tests.dist import processes
 
 
-def run(folder: Path, *arguments: object) -> None:
-    processes.run_well([[processes.HERE / "own_data.py", folder, *arguments]], [processes.environment()], folder)
-
-
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of six rounds, and one that was stopped on two ranks after four and went on on one and on three."""
+    """A run of six rounds, and one that was stopped on two ranks after four and went on on one and on three.
+
+    And one of which a rank fails.
+    """
     folder = tmp_path_factory.mktemp("own_data")
-    run(folder, 1, 6, "-", "whole")
-    run(folder, 2, 4, "-", "half")
-    for ranks in (1, 3):
-        run(folder, ranks, 6, "half", f"on_{ranks}")
+    runs = [(1, 6, "-", "whole"), (2, 4, "-", "half"), (1, 6, "half", "on_1"), (3, 6, "half", "on_3")]
+    runs.append((2, 4, "-", "failed", "FAILS"))
+    for ended in processes.run_forked([("own_data.py", ranks, folder, ranks, *rest) for ranks, *rest in runs], folder):
+        processes.assert_well(ended)
     return folder
 
 
@@ -43,7 +42,6 @@ def test_personal_models_move_with_their_clients(folder: Path, ranks: int) -> No
         assert equal(left, right)
 
 
-def test_a_rank_that_fails_takes_the_others_with_it(tmp_path: Path) -> None:
-    run(tmp_path, 2, 4, "-", "failed", "FAILS")
-    assert (tmp_path / "failed-1.txt").read_text() == "KeyError: 'lost'"
-    assert "an exception ended the evaluation of round 1 on another rank" in (tmp_path / "failed-0.txt").read_text()
+def test_a_rank_that_fails_takes_the_others_with_it(folder: Path) -> None:
+    assert (folder / "failed-1.txt").read_text() == "KeyError: 'lost'"
+    assert "an exception ended the evaluation of round 1 on another rank" in (folder / "failed-0.txt").read_text()

@@ -15,16 +15,25 @@ from tests.networks import Classifier, mlp, vectors
 EXTRAS = {"ddp": {"gradient buckets": 4}, "federated": SIMULATED}
 
 
-def found(kind: str, budgets: tuple[int, int], folder: Path) -> list[dict[str, Any]]:
-    script = processes.HERE / "probing.py"
-    processes.run([[script, kind, *budgets, folder]], [processes.environment()], folder)
-    return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(2)]
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder, runs = tmp_path_factory.mktemp("probing"), []
+    for kind, extras in EXTRAS.items():
+        model = estimate_memory(Classifier(mlp()), vectors(2), extras=extras)
+        for name, budgets in (("enough", (model.peak(60), model.peak(30))), ("none", (10**8, 1000))):
+            (into := folder / f"{kind}-{name}").mkdir()
+            runs.append(("probing.py", 2, kind, *budgets, into))
+    processes.run_forked(runs, folder)
+    return folder
+
+
+def found(folder: Path, kind: str, name: str) -> list[dict[str, Any]]:
+    return [json.loads((folder / f"{kind}-{name}" / f"{rank}.json").read_text()) for rank in range(2)]
 
 
 @pytest.mark.parametrize("kind", ["ddp", "federated"])
-def test_the_smallest_of_all_ranks(kind: str, tmp_path: Path) -> None:
-    model = estimate_memory(Classifier(mlp()), vectors(2), extras=EXTRAS[kind])
-    first, second = found(kind, (model.peak(60), model.peak(30)), tmp_path)
+def test_the_smallest_of_all_ranks(kind: str, folder: Path) -> None:
+    first, second = found(folder, kind, "enough")
     assert first["max_batch"] == second["max_batch"] == 30
     assert (first["limited_by"], second["limited_by"]) == ("another rank", "memory")
     for rank in (first, second):
@@ -32,7 +41,7 @@ def test_the_smallest_of_all_ranks(kind: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["ddp", "federated"])
-def test_one_rank_without_room_for_a_sample(kind: str, tmp_path: Path) -> None:
-    first, second = found(kind, (10**8, 1000), tmp_path)
+def test_one_rank_without_room_for_a_sample(kind: str, folder: Path) -> None:
+    first, second = found(folder, kind, "none")
     assert "failed on another rank" in first["error"]
     assert "a step with one sample takes" in second["error"]

@@ -11,14 +11,20 @@ from tests.dist import processes
 from tests.laws import reference
 
 
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("side_by_side")
+    kinds = [("sequential", 1), *((executor, ranks) for executor in ("vectorized", "auto") for ranks in (1, 2, 3))]
+    for ended in processes.run_forked([("side_by_side.py", ranks, kind, ranks, folder) for kind, ranks in kinds], folder):
+        processes.assert_well(ended)
+    return folder
+
+
 @pytest.mark.parametrize("executor", ["vectorized", "auto"])
-def test_ranks_and_executors_agree(executor: str, tmp_path: Path) -> None:
-    for kind, ranks in (("sequential", 1), (executor, 1), (executor, 2), (executor, 3)):
-        script = processes.HERE / "side_by_side.py"
-        processes.run_well([[script, kind, ranks, tmp_path]], [processes.environment()], tmp_path)
-    expected = torch.load(tmp_path / "sequential-1-0.pt")["weights"]
+def test_ranks_and_executors_agree(executor: str, folder: Path) -> None:
+    expected = torch.load(folder / "sequential-1-0.pt")["weights"]
     for ranks in (1, 2, 3):
-        ends = [torch.load(tmp_path / f"{executor}-{ranks}-{rank}.pt") for rank in range(ranks)]
+        ends = [torch.load(folder / f"{executor}-{ranks}-{rank}.pt") for rank in range(ranks)]
         assert {end["kind"] for end in ends} == {"vectorized"}
         for end in ends:
             assert reference.difference(end["weights"], ends[0]["weights"]) == 0.0
