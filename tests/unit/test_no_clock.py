@@ -13,6 +13,7 @@ MAY = {
     "browser.py": "asks a page again and again until it is there, without a limit",
     "clock.py": "is the clock",
     "compat.py": "says how long a command took",
+    "lightning_suite/__main__.py": "ends a test of somebody else's that trains for ever",
     "projects/from_nothing.py": "says how long a command took",
     "unit/test_no_clock.py": "names what is forbidden",
 }
