@@ -337,6 +337,28 @@ class FederatedStrategy(ReusableStrategy):
 
     # ---- processes
 
+    # A single process is rank 0 of 1, whatever the variables of a job's environment say or leave out.
+
+    @property
+    def global_rank(self) -> int:
+        """Number of this process among all."""
+        return super().global_rank if self._processes > 1 else 0
+
+    @property
+    def local_rank(self) -> int:
+        """Number of this process on its machine."""
+        return super().local_rank if self._processes > 1 else 0
+
+    @property
+    def node_rank(self) -> int:
+        """Number of its machine."""
+        return super().node_rank if self._processes > 1 else 0
+
+    @property
+    def world_size(self) -> int:
+        """Number of processes."""
+        return super().world_size if self._processes > 1 else 1
+
     def setup_distributed(self) -> None:
         """Join the other ranks, if there are any, and draw the same random numbers as they."""
         if self._processes == 1:

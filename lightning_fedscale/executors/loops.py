@@ -60,9 +60,11 @@ class _RoundAutomatic(_AutomaticOptimization):
     def run(self, optimizer: Optimizer, batch_idx: int, kwargs: OrderedDict[str, Any]) -> dict[str, Any]:
         if self._skip_backward:
             return self._run_round(kwargs["batch"], training=False)
-        step = self.optim_progress.optimizer.step
+        step, zero_grad = self.optim_progress.optimizer.step, self.optim_progress.optimizer.zero_grad
         step.increment_ready()
         outputs = self._run_round(kwargs["batch"], training=True)
+        for count in (zero_grad.increment_ready, zero_grad.increment_started, zero_grad.increment_completed):
+            count()
         step.increment_completed()
         return outputs
 

@@ -5,10 +5,12 @@ from __future__ import annotations
 import math
 from contextlib import nullcontext
 from datetime import timedelta
+from pathlib import Path
 
 import lightning.pytorch as pl
 import pytest
 import torch
+from lightning.fabric.plugins.environments import SLURMEnvironment
 from lightning.pytorch.callbacks import EarlyStopping
 from lightning.pytorch.profilers import SimpleProfiler
 from torch import Tensor
@@ -319,6 +321,31 @@ def test_trainer_and_module_are_left_as_a_plain_fit_leaves_them(fails: bool) -> 
         assert by_hand.same(module.state_dict(), by_hand.models(0)[0])
 
 
+@pytest.mark.parametrize("automatic", [True, False])
+def test_a_checkpoints_counters_are_those_of_a_plain_run_of_as_many_steps(automatic: bool, tmp_path: Path) -> None:
+    class Module(Validated):
+        def __init__(self) -> None:
+            super().__init__()
+            self.automatic_optimization = automatic
+
+        def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+            loss = super().training_step(batch, batch_idx)
+            if not automatic:
+                optimizer = self.optimizers()
+                optimizer.zero_grad()
+                self.manual_backward(loss)
+                optimizer.step()
+            return loss
+
+    counters = []
+    for strategy in ("auto", sequential(partitioner=by_hand.partition(), rounds_per_epoch=3)):
+        trainer = reference.quiet_trainer(strategy=strategy, max_epochs=2, limit_train_batches=3)
+        trainer.fit(Module(), reference.loader(by_hand.data()))
+        trainer.save_checkpoint(tmp_path / "saved.ckpt")
+        counters.append(torch.load(tmp_path / "saved.ckpt", weights_only=True)["loops"]["fit_loop"])
+    assert counters[0] == counters[1]
+
+
 def test_a_module_that_was_federated_trains_plainly_as_ever() -> None:
     module, loader = make(), reference.loader(by_hand.data(), shuffle=False)
     fit(module, max_epochs=1)
@@ -345,6 +372,25 @@ def test_strategy_by_name() -> None:
     next(run)
     # From the second round on clients may train side by side, which rounds differently.
     assert reference.difference(module.state_dict(), next(run)) < 1e-6
+
+
+@pytest.mark.parametrize(
+    "job", [{}, {"SLURM_NTASKS": "1", "SLURM_PROCID": "3", "SLURM_LOCALID": "1", "SLURM_NODEID": "1"}]
+)
+def test_a_single_process_is_rank_0_of_1_whatever_the_job_says(
+    job: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in {"SLURM_JOB_ID": "7", **job}.items():
+        monkeypatch.setenv(name, value)
+    seen = []
+
+    class Watch(pl.Callback):
+        def on_train_batch_end(self, trainer: pl.Trainer, *_: object) -> None:
+            seen.append((trainer.global_rank, trainer.local_rank, trainer.node_rank, trainer.world_size))
+
+    _, module = fit(max_epochs=2, plugins=[SLURMEnvironment(auto_requeue=False)], callbacks=[Watch()])
+    assert seen == [(0, 0, 0, 1)] * 2
+    assert by_hand.same(module.state_dict(), by_hand.models(2)[-1])
 
 
 def test_deterministic_detect_anomaly_and_profiler_change_no_number() -> None:
