@@ -22,6 +22,7 @@ from lightning_fedscale.devices.performance import PerformanceModel, StepTimes
 from lightning_fedscale.devices.probe import Measure, ProbeResult, probe
 from lightning_fedscale.devices.samples import LargestSample
 from lightning_fedscale.devices.verify import RealStep, real_step, real_step_on_cuda
+from lightning_fedscale.foreign import is_really
 from lightning_fedscale.loggers import Layout, lay_out, show, shows_figures
 from lightning_fedscale.memory import format_bytes, free_memory, parse_bytes
 from lightning_fedscale.refusals import check_package
@@ -456,7 +457,7 @@ def _accumulation(trainer: pl.Trainer) -> int:
     """Batches per optimizer step, the most that there will ever be."""
     counts = [getattr(trainer.strategy, "local_accumulation", trainer.accumulate_grad_batches)]
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
-        if isinstance(callback, GradientAccumulationScheduler):
+        if is_really(callback, GradientAccumulationScheduler):
             counts += callback.scheduling.values()
     return max(counts)
 

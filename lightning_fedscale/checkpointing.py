@@ -65,6 +65,8 @@ def federated_state(
     simulated: float,
     losses: torch.Tensor,
     versions: dict[int, torch.Tensor],
+    accumulation: list[int],
+    flags: dict[str, Any],
 ) -> dict[str, Any]:
     """What ``checkpoint["federated"]`` holds: tensors and primitives, loadable with ``weights_only=True``."""
     return {
@@ -81,6 +83,8 @@ def federated_state(
         "simulated": simulated,
         "losses": losses,
         "versions": versions,
+        "accumulation": accumulation,
+        "flags": flags,
     }
 
 

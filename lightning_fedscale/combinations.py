@@ -112,11 +112,11 @@ def check_model(options: Arguments, module: nn.Module, exchange: Exchange) -> No
     if personal and not exchange.personal:
         names = [name for name, _ in module.named_parameters()][:3]
         raise ValueError(
-            f"personal={list(personal)!r} matches no trainable parameter or buffer; their names are like"
+            f"personal={list(personal)!r} matches no parameter or buffer; their names are like"
             f" {', '.join(map(repr, names))}."
         )
-    if personal and not exchange.names:
-        raise ValueError(f"personal={list(personal)!r} matches all trainable parameters: nothing is left to be shared.")
+    if personal and not exchange.names and not exchange.frozen:
+        raise ValueError(f"personal={list(personal)!r} matches all parameters: nothing is left to be shared.")
     if options.rules.privacy is not None and (name := _norm_that_learns(options, module, exchange)) is not None:
         raise ValueError(
             f"privacy: the running statistics of {name!r} would leave the clients unclipped. Keep them there, personal="

@@ -44,11 +44,13 @@ from lightning_fedscale.global_model import GlobalModel
 from lightning_fedscale.half_batches import mean_gradient
 from lightning_fedscale.local_rules import Ditto
 from lightning_fedscale.memory import format_bytes
+from lightning_fedscale.module_flags import flags_of, restore_flags, restore_groups
 from lightning_fedscale.older_models import OlderModels
 from lightning_fedscale.partitioners import Partition
 from lightning_fedscale.privacy import PrivacyBudget
 from lightning_fedscale.progress import ClientProgress
 from lightning_fedscale.records import RoundTable
+from lightning_fedscale.refusals import check_trainable
 from lightning_fedscale.requeue import Requeue
 from lightning_fedscale.rounds import LocalWork, RoundPlan
 from lightning_fedscale.samplers import reads_losses
@@ -138,7 +140,7 @@ class Federation:
         self._averaged: set[str] = set()  # buffers of which the user was told
         self._losses: dict[int, float] = {}  # last known of each client, if the sampler reads them
         self.requeue = Requeue(trainer)
-        self.local_accumulation = 1
+        self.local_accumulation = self._accumulation_asked = trainer.accumulate_grad_batches
         self.meter: Meter | None = None
         self.last_round: RoundRecord | None = None
 
@@ -204,6 +206,8 @@ class Federation:
         """
         population, work = self._options.population, self._work
         trainer = self._trainer
+        if not any(parameter.requires_grad for parameter in trainer.lightning_module.parameters()):
+            return  # a callback may unfreeze layers when the first epoch begins
         if work is not None and not self._equipped:
             self._equipped = True
             if self._budget is not None:
@@ -308,6 +312,7 @@ class Federation:
     def open_round(self) -> Any:
         """Plan the next round and fetch the first batch of this rank's first client, under that client's randomness."""
         assert self._work is not None
+        check_trainable(self._trainer.lightning_module)
         self.equip()
         round, started = self._next_round(), time.perf_counter()
         plan = self._work.plan(round, self._losses)
@@ -740,8 +745,18 @@ class Federation:
             executor=self._executor.kind if self._options.executor == "auto" else None,
             simulated=self._simulated,
             versions=self._older.state_dict(),
+            accumulation=[self._accumulation_asked, self.local_accumulation],
+            flags=self._flags(),
             losses=torch.tensor(sorted(self._losses.items()), dtype=torch.float64).reshape(-1, 2),
         )
+
+    def _flags(self) -> dict[str, Any]:
+        """What is frozen at the moment; while a client trains, when the round began."""
+        trainer = self._trainer
+        at_start = () if self._live is None else self._live.exchange.parameters
+        # Validation, in whose end checkpoints are saved, has all of the module in evaluation mode.
+        modes = trainer.fit_loop.epoch_loop.val_loop._module_mode.mode if trainer.evaluating else {}
+        return flags_of(trainer.lightning_module, trainer.optimizers, {id(p): flag for p, flag in at_start}, modes)
 
     def _settings(self) -> dict[str, Any]:
         """What may be changed on resume, but then the run is another one."""
@@ -768,6 +783,11 @@ class Federation:
         if self.in_client:
             self._executor.rewind_checkpoint(checkpoint)
 
+    def load_groups(self, state: dict[str, Any]) -> None:
+        """Before the optimizers are loaded: callbacks may have added groups of parameters to them."""
+        if (flags := state.get("flags")) is not None:
+            restore_groups(flags, self._trainer.lightning_module, self._trainer.optimizers)
+
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from a checkpoint, on any number of ranks.
 
@@ -788,6 +808,19 @@ class Federation:
         self._simulated = state.get("simulated", 0.0)
         self._older.load_state_dict(state["versions"], self._device)
         self._losses = {int(client): loss for client, loss in state["losses"].tolist()}
+        self._load_flags(state)
+
+    def _load_flags(self, state: dict[str, Any]) -> None:
+        if (flags := state.get("flags")) is None:
+            return  # written by an earlier version
+        asked, last = state["accumulation"]
+        if asked == self._accumulation_asked:  # otherwise the Trainer is asked for another one from now on
+            self.local_accumulation = last
+        if changed := restore_flags(flags, self._trainer.lightning_module):
+            rank_zero_info(
+                f"Federated: {len(changed)} parameters are frozen or trainable as in the checkpoint, not as the module"
+                f" was built: {', '.join(changed[:5])}{', ...' if len(changed) > 5 else ''}."
+            )
 
     def _check_resumed(self) -> None:
         # A checkpoint from before the data was seen (a learning-rate search writes one) has nothing to compare.

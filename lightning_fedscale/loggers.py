@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
 
 import lightning.pytorch as pl
 import torch
@@ -13,6 +14,8 @@ from lightning.fabric.utilities.logger import _convert_params, _flatten_dict
 from lightning.pytorch.core.saving import save_hparams_to_yaml
 from lightning.pytorch.loggers import CSVLogger, Logger, MLFlowLogger, TensorBoardLogger, WandbLogger
 from lightning.pytorch.loggers.logger import DummyLogger
+
+from lightning_fedscale.foreign import attribute_of, is_really
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -23,12 +26,15 @@ Layout = dict[str, dict[str, list[Any]]]
 FIRST = "Rounds"
 """The category that stands above all others."""
 
+_layouts: WeakKeyDictionary[Any, Layout] = WeakKeyDictionary()
+"""What each writer was told so far."""
+
 
 def writers(trainer: pl.Trainer, method: str) -> Iterator[Any]:
     """The loggers' writers that have such a method; on rank 0."""
     for logger in _loggers(trainer):
-        experiment: Any = getattr(logger, "experiment", None)
-        if hasattr(experiment, method):
+        experiment = attribute_of(logger, "experiment")
+        if attribute_of(experiment, method) is not None:
             yield experiment
 
 
@@ -51,15 +57,17 @@ def show(trainer: pl.Trainer, tag: str, figure: Figure) -> None:
     for writer in writers(trainer, "add_figure"):
         writer.add_figure(tag, figure, trainer.global_step)
     for logger in _loggers(trainer):
-        if isinstance(logger, WandbLogger):
+        if is_really(logger, WandbLogger):
             logger.log_image(tag, [figure])
-        if isinstance(logger, MLFlowLogger):
+        if is_really(logger, MLFlowLogger):
             logger.experiment.log_figure(logger.run_id, figure, f"{tag}.png")
 
 
 def shows_figures(trainer: pl.Trainer) -> bool:
     """Whether a figure would be seen by anybody."""
-    by_their_own_way = any(isinstance(logger, WandbLogger | MLFlowLogger) for logger in _loggers(trainer))
+    by_their_own_way = any(
+        is_really(logger, WandbLogger) or is_really(logger, MLFlowLogger) for logger in _loggers(trainer)
+    )
     return by_their_own_way or next(writers(trainer, "add_figure"), None) is not None
 
 
@@ -72,16 +80,16 @@ def lay_out(trainer: pl.Trainer, layout: Layout) -> None:
     """Tell TensorBoard which curves belong together, beside what other callbacks told it."""
     for writer in writers(trainer, "add_custom_scalars"):
         # Of several layouts of a run only one is shown.
-        known = {**getattr(writer, "fedscale_layout", {}), **layout}
-        writer.fedscale_layout = dict(sorted(known.items(), key=lambda item: item[0] != FIRST))
-        writer.add_custom_scalars(writer.fedscale_layout)
+        known = _layouts.setdefault(writer, {})
+        known.update(layout)
+        writer.add_custom_scalars(dict(sorted(known.items(), key=lambda item: item[0] != FIRST)))
 
 
 def log_settings(trainer: pl.Trainer, settings: Mapping[str, Any]) -> None:
     """Give hyperparameters to every logger, beside those that the module has given it."""
     for logger in trainer.loggers:
         logger.log_hyperparams(dict(settings))
-        if isinstance(logger, TensorBoardLogger) and trainer.is_global_zero:
+        if is_really(logger, TensorBoardLogger) and trainer.is_global_zero:
             # It writes the file once only, and has done so.
             logger._fs.makedirs(logger.log_dir, exist_ok=True)
             save_hparams_to_yaml(os.path.join(logger.log_dir, logger.NAME_HPARAMS_FILE), logger.hparams)
@@ -101,7 +109,7 @@ def add_hparams(trainer: pl.Trainer, metrics: Mapping[str, float], behind: Calla
     from torch.utils.tensorboard.summary import hparams
 
     for logger in _loggers(trainer):
-        if not (isinstance(logger, TensorBoardLogger) and logger.hparams):
+        if not (is_really(logger, TensorBoardLogger) and logger.hparams):
             continue
         settings = logger._sanitize_params(_flatten_dict(_convert_params(logger.hparams)))
         experiment, *session = hparams(settings, dict(metrics))  # type: ignore[no-untyped-call]
@@ -118,9 +126,9 @@ def run_folder(trainer: pl.Trainer) -> Path | None:
     """Where the first logger keeps its files of this run; None without one, or if it keeps none. For rank 0."""
     if not trainer.loggers:
         return None  # `trainer.log_dir` would be the current directory
-    logger = trainer.loggers[0]
-    if isinstance(logger, TensorBoardLogger | CSVLogger):
+    logger: Any = trainer.loggers[0]
+    if is_really(logger, TensorBoardLogger) or is_really(logger, CSVLogger):
         return Path(logger.log_dir)
-    if logger.save_dir is None:
+    if not isinstance(logger.save_dir, str | Path):
         return None
     return Path(os.path.join(logger.save_dir, str(logger.name), str(logger.version)))

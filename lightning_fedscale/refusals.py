@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.callbacks import ThroughputMonitor
+from lightning.pytorch.callbacks import GradientAccumulationScheduler, ThroughputMonitor
 from lightning.pytorch.core.optimizer import _MockOptimizer
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from torch import nn
 from torch.optim import Optimizer
 from torchmetrics import Metric
+
+from lightning_fedscale.foreign import is_really
 
 _OURS = {"lightning.pytorch": "lightning_fedscale", "pytorch_lightning": "lightning_fedscale.pytorch_lightning"}
 """For each of Lightning's two packages, which do not mix, the one of ours."""
@@ -69,12 +71,8 @@ def check_fit(
             "the model has lazy layers whose parameters have no shape yet: run a forward pass on one batch in"
             " LightningModule.configure_model, so that all clients start from the same weights."
         )
-    if not any(p.requires_grad for p in module.parameters()):
-        total = len(list(module.parameters()))
-        raise ValueError(
-            f"the model has {total} parameter tensors and none is trainable, so clients have nothing to learn: "
-            + ("set requires_grad=True for those that should train." if total else "give it layers as attributes.")
-        )
+    if next(module.parameters(), None) is None:
+        raise ValueError("the model has no parameters, so clients have nothing to learn: give it layers as attributes.")
     if is_param_in_hook_signature(module.training_step, "dataloader_iter", explicit=True):
         raise ValueError(
             "training_step(self, dataloader_iter) is not supported: clients are fed batch by batch. Use"
@@ -92,12 +90,17 @@ def check_fit(
             f" FederatedStrategy(rounds_per_epoch={every}), or Trainer(check_val_every_n_epoch={every}) without it."
         )
     callbacks: list[object] = trainer.callbacks  # type: ignore[attr-defined]
-    if (foreign := next((c for c in callbacks if not isinstance(c, pl.Callback)), None)) is not None:
+    if (foreign := next((c for c in callbacks if _is_of_other_package(c)), None)) is not None:
         raise TypeError(
             f"callbacks: {type(foreign).__name__} is no Callback of {pl.__name__}, which this Trainer is of: import it"
             " (or what it is made from) from there."
         )
-    if any(isinstance(callback, ThroughputMonitor) for callback in callbacks):
+    if trainer.accumulate_grad_batches != 1 and any(is_really(c, GradientAccumulationScheduler) for c in callbacks):
+        raise ValueError(
+            f"Trainer(accumulate_grad_batches={trainer.accumulate_grad_batches}) and the callback"
+            " GradientAccumulationScheduler, which sets it for every epoch: remove one of them."
+        )
+    if any(is_really(callback, ThroughputMonitor) for callback in callbacks):
         raise ValueError(
             "callbacks: ThroughputMonitor counts one batch per step, but a step is a round here. Remove it;"
             " round/samples, round/local_steps and round/seconds are logged every round."
@@ -108,6 +111,27 @@ def check_fit(
             f"metric {synced[0]!r} has dist_sync_on_step=True, but clients train independently and may take"
             " different numbers of steps: set it to False; it is still reduced over ranks at the epoch's end."
         )
+
+
+def check_trainable(module: nn.Module) -> None:
+    """Check, when a round begins, that something can be learnt in it; callbacks freeze and unfreeze between rounds.
+
+    Raises:
+        ValueError: with the remedy.
+    """
+    if not any(parameter.requires_grad for parameter in module.parameters()):
+        raise ValueError(
+            f"the model has {len(list(module.parameters()))} parameter tensors and none is trainable, so clients have"
+            " nothing to learn: set requires_grad=True for those that should train, before the round begins."
+        )
+
+
+def _is_of_other_package(callback: object) -> bool:
+    """Whether it is a Callback of Lightning's other package; what merely acts as one, as a mock does, is welcome."""
+    packages = {name.partition(".")[0] for name in _OURS}
+    return not isinstance(callback, pl.Callback) and any(
+        kind.__name__ == "Callback" and kind.__module__.partition(".")[0] in packages for kind in type(callback).__mro__
+    )
 
 
 def check_optimizers(module: pl.LightningModule, optimizers: list[Optimizer]) -> None:

@@ -11,7 +11,6 @@ import lightning.pytorch as pl
 import torch
 from lightning.fabric.plugins import CheckpointIO, ClusterEnvironment
 from lightning.fabric.strategies.registry import _StrategyRegistry
-from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.overrides.distributed import _sync_module_states
 from lightning.pytorch.plugins.io.wrapper import _WrappingCheckpointIO
@@ -28,8 +27,15 @@ from lightning_fedscale.buffers import Policy
 from lightning_fedscale.checkpointing import AtomicCheckpointIO
 from lightning_fedscale.compressors import Compressor
 from lightning_fedscale.devices import Population
-from lightning_fedscale.executors import LocalBatchHooks, RoundEnd, RoundLoops, close_finished_epoch
+from lightning_fedscale.executors import (
+    NO_ACCUMULATION,
+    LocalBatchHooks,
+    RoundEnd,
+    RoundLoops,
+    close_finished_epoch,
+)
 from lightning_fedscale.federation import Federation, Meter
+from lightning_fedscale.foreign import is_really
 from lightning_fedscale.handover import ReusableStrategy
 from lightning_fedscale.local_rules import Ditto, LocalRule
 from lightning_fedscale.partitioners import Partition, Partitioner
@@ -425,11 +431,10 @@ class FederatedStrategy(ReusableStrategy):
         """Gradient accumulation happens inside clients; a round is never accumulated."""
         trainer, federation = self._trainer_of_fit, self._federation
         assert federation is not None
-        for callback in trainer.callbacks:  # type: ignore[attr-defined]
-            if isinstance(callback, GradientAccumulationScheduler):
-                federation.local_accumulation = callback.get_accumulate_grad_batches(trainer.current_epoch)
-        if not trainer.fit_loop._skip_backward:
-            trainer.accumulate_grad_batches = 1
+        if trainer.accumulate_grad_batches is not NO_ACCUMULATION and not trainer.fit_loop._skip_backward:
+            # A callback has set it, such as GradientAccumulationScheduler.
+            federation.local_accumulation = trainer.accumulate_grad_batches
+            trainer.accumulate_grad_batches = NO_ACCUMULATION
 
     def batch_to_device(self, batch: Any, device: torch.device | None = None, dataloader_idx: int = 0) -> Any:
         """Move a batch; for the first of a round this is where the Trainer's loop ends and the client's begins."""
@@ -460,10 +465,9 @@ class FederatedStrategy(ReusableStrategy):
         self._undo.callback(callbacks.remove, federation.requeue)
         self._set(trainer._signal_connector, "_slurm_sigusr_handler_fn", federation.requeue.hear)
         for logger in trainer.loggers:
-            if isinstance(logger, TensorBoardLogger):  # HParams gets real metrics instead of its placeholder
+            if is_really(logger, TensorBoardLogger):  # HParams gets real metrics instead of its placeholder
                 self._set(logger, "_default_hp_metric", False)
-        federation.local_accumulation = trainer.accumulate_grad_batches
-        self._set(trainer, "accumulate_grad_batches", 1)
+        self._set(trainer, "accumulate_grad_batches", NO_ACCUMULATION)
         settings: Any = trainer  # these are set from outside the class, where mypy does not see them
         self._set(trainer, "log_every_n_steps", min(settings.log_every_n_steps, self._options.rounds_per_epoch))
         # As a float it is a share of every client's batches; as an int it counts steps, that is rounds.
@@ -550,8 +554,8 @@ class FederatedStrategy(ReusableStrategy):
         """The user's, or an atomic one."""
         if self._checkpoint_io is None:
             self._checkpoint_io = AtomicCheckpointIO()
-        elif isinstance(self._checkpoint_io, _WrappingCheckpointIO) and self._checkpoint_io.checkpoint_io is None:
-            self._checkpoint_io.checkpoint_io = AtomicCheckpointIO()
+        elif isinstance(self._checkpoint_io, _WrappingCheckpointIO):
+            self._checkpoint_io.checkpoint_io = AtomicCheckpointIO()  # goes innermost, if nothing is there
         return self._checkpoint_io
 
     @checkpoint_io.setter
@@ -577,10 +581,13 @@ class FederatedStrategy(ReusableStrategy):
 
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
         """Restore optimizers and the federation's own state."""
+        assert self._federation is not None
+        state = checkpoint.get("federated")
+        if state is not None:
+            self._federation.load_groups(state)
         super().load_optimizer_state_dict(checkpoint)
         close_finished_epoch(self._trainer_of_fit)
-        assert self._federation is not None
-        if (state := checkpoint.get("federated")) is not None:
+        if state is not None:
             self._federation.load_state_dict(state)
         else:
             rank_zero_warn(

@@ -39,15 +39,16 @@ class Exchange(NamedTuple):
         view: all of them as one vector: trainable parameters, buffers, frozen parameters.
         names: names of the trainable parameters that are shared, in the vector's order.
         trainable: the trainable parameters: those that are shared, then those that stay with each client.
-        buffers: the buffers, in the same order.
-        frozen: the frozen parameters.
+        buffers: the buffers, in the same order, and the frozen parameters that stay with each client.
+        frozen: the frozen parameters that are shared.
         trainable_bytes: size of the trainable, shared parameters in their own precision.
         buffer_bytes: size of the shared buffers, which a client receives. Frozen parameters are carried along (some
             modules write to them) but do not travel.
         sent_buffer_bytes: size of those that a client sends.
         places: where the module holds them.
         parameters: all parameters among them, and whether each was trainable when the round began.
-        personal: of ``trainable`` and ``buffers``, by name, what stays with each client and is not in the vector.
+        personal: of ``trainable`` and ``buffers``, by name, what stays with each client and is not in the vector. A
+            tensor of several names is there under its first one.
         kinds: what becomes of each buffer, under all its names.
         largest: shared buffers by name that take the value of the client with the most samples.
         unsure: shared buffers that are averaged since nobody said otherwise, by name, with their number in the vector.
@@ -184,6 +185,9 @@ def exchange_of(module: nn.Module, personal: Sequence[str] = (), policies: Buffe
         module: the user's.
         personal: patterns of names (`fnmatch`, as in a shell) of parameters and buffers that stay with each client.
         policies: what becomes of the other buffers.
+
+    Raises:
+        ValueError: if what stays with each client is shared under another name.
     """
     places: list[_Place] = []
     parameters: dict[str, nn.Parameter] = {}
@@ -218,8 +222,9 @@ def exchange_of(module: nn.Module, personal: Sequence[str] = (), policies: Buffe
         parameters = {name: p for name, p in parameters.items() if id(p) not in left_out}
         buffers = {name: b for name, b in buffers.items() if id(b) not in left_out}
     trainable = {name: p for name, p in parameters.items() if p.requires_grad}
-    frozen = [p for p in parameters.values() if not p.requires_grad]
-    moving, own = _apart(trainable, personal)
+    own_ids = _own(module, personal) if personal else set()
+    moving, own = _apart(trainable, own_ids)
+    frozen, own_frozen = _apart({name: p for name, p in parameters.items() if not p.requires_grad}, own_ids)
     policies = policies.with_personal(personal)
     fitted = {id(buffer) for fit in fits for buffer in fit.buffers}
     kinds: dict[str, Kind] = {}
@@ -228,7 +233,9 @@ def exchange_of(module: nn.Module, personal: Sequence[str] = (), policies: Buffe
         kinds |= dict.fromkeys(names, policies.kind(names, part, name, buffer, id(buffer) in fitted))
     own_buffers = {name: buffer for name, buffer in buffers.items() if kinds[name].policy == "client"}
     kept = {name: buffer for name, buffer in buffers.items() if name not in own_buffers}
-    view = FlatView(list(moving.values()), [*kept.values(), *frozen])
+    if personal:
+        _check_apart(personal, {**own, **own_buffers, **own_frozen}, {**moving, **kept, **frozen})
+    view = FlatView(list(moving.values()), [*kept.values(), *frozen.values()])
     numbers = {name: number for number, name in enumerate(kept, len(moving))}
     unmoved = {name for name in kept if kinds[name].policy != "mean"}
     sent = {name: buffer for name, buffer in kept.items() if kinds[name].policy in ("mean", "largest")}
@@ -237,14 +244,14 @@ def exchange_of(module: nn.Module, personal: Sequence[str] = (), policies: Buffe
         view,
         list(moving),
         [*moving.values(), *own.values()],
-        [*kept.values(), *own_buffers.values()],
-        frozen,
+        [*kept.values(), *own_buffers.values(), *own_frozen.values()],
+        list(frozen.values()),
         _bytes_of(moving),
         _bytes_of(kept),
         _bytes_of(sent),
         places,
         [(p, p.requires_grad) for p in parameters.values()],
-        {**own, **own_buffers},
+        {**own, **own_buffers, **own_frozen},
         kinds,
         {name: buffer for name, buffer in kept.items() if kinds[name].policy == "largest"},
         {name: numbers[name] for name in kept if not kinds[name].sure},
@@ -257,12 +264,49 @@ def _bytes_of(tensors: Mapping[str, Tensor]) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
 
 
-def _apart(tensors: dict[str, Any], personal: Sequence[str]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Those that are shared and those whose name matches one of the patterns."""
-    if not personal:
-        return tensors, {}
-    own = {name: t for name, t in tensors.items() if any(fnmatchcase(name, pattern) for pattern in personal)}
-    return {name: t for name, t in tensors.items() if name not in own}, own
+def _apart(tensors: dict[str, Any], own: set[int]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Those that are shared and those that stay with each client."""
+    mine = {name: tensor for name, tensor in tensors.items() if id(tensor) in own}
+    return {name: tensor for name, tensor in tensors.items() if name not in mine}, mine
+
+
+def _own(module: nn.Module, personal: Sequence[str]) -> set[int]:
+    """Ids of the tensors of which all names match the patterns."""
+    names: dict[int, dict[str, bool]] = {}
+    for tensors in (module.named_parameters, module.named_buffers):
+        for name, tensor in tensors(remove_duplicate=False):
+            names.setdefault(id(tensor), {})[name] = any(fnmatchcase(name, pattern) for pattern in personal)
+    for matches in names.values():
+        if len(set(matches.values())) > 1:
+            own, shared = (next(name for name, match in matches.items() if match is which) for which in (True, False))
+            raise ValueError(
+                f"personal={list(personal)!r} matches {own!r}, which is one tensor with {shared!r}, and that is not"
+                f" matched: add {shared!r} to keep the tensor with each client under all its names, or untie them."
+            )
+    return {number for number, matches in names.items() if all(matches.values())}
+
+
+def _check_apart(personal: Sequence[str], own: Mapping[str, Tensor], others: Mapping[str, Tensor]) -> None:
+    """Refuse memory that both stays and is shared: parameters tied by their ``.data``, buffers that are views."""
+    reach = {True: (0, ""), False: (0, "")}  # of those that stay and of those that are shared, so far
+    tensors = [(tensor, name, mine) for mine, part in ((True, own), (False, others)) for name, tensor in part.items()]
+    for start, end, name, mine in sorted((*_span(tensor), name, mine) for tensor, name, mine in tensors):
+        until, other = reach[not mine]
+        if start < until:
+            kept, shared = (name, other) if mine else (other, name)
+            raise ValueError(
+                f"personal={list(personal)!r} matches {kept!r}, which lies in one memory with {shared!r}, and that is"
+                f" not matched: add {shared!r} to keep both with each client, or give them memory of their own."
+            )
+        reach[mine] = max(reach[mine], (end, name))
+
+
+def _span(tensor: Tensor) -> tuple[int, int]:
+    """The addresses between which it lies."""
+    if not tensor.numel():
+        return 0, 0
+    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return tensor.data_ptr(), tensor.data_ptr() + (last + 1) * tensor.element_size()
 
 
 def _is_constant(buffer: Tensor) -> bool:

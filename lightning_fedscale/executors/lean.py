@@ -8,6 +8,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.loops.optimization.automatic import Closure, ClosureResult
 from lightning.pytorch.plugins.precision import DoublePrecision, HalfPrecision, MixedPrecision, Precision
 from lightning.pytorch.profilers import PassThroughProfiler
@@ -69,10 +70,10 @@ def why_not_lean(trainer: pl.Trainer) -> str | None:
 
 
 def _overridden(instance: object, base: type, names: Sequence[str]) -> str | None:
-    """The first of the methods that is not the base's own."""
+    """The first of the methods that is not the base's own; a mock has its own of each, since it counts calls."""
     kind = type(instance)
     return next(
-        (name for name in names if name in vars(instance) or getattr(kind, name) is not getattr(base, name)), None
+        (name for name in names if name in vars(instance) or getattr(kind, name, None) is not getattr(base, name)), None
     )
 
 
@@ -116,7 +117,7 @@ class LeanStep:
         return outputs
 
     def _step_by_closure(self, batch: Any, batch_idx: int, window: int) -> dict[str, Any]:
-        outputs: dict[str, Any] = {}
+        outputs: dict[str, Any] | None = None
 
         def closure() -> Tensor | None:
             nonlocal outputs
@@ -126,6 +127,11 @@ class LeanStep:
             return None if loss is None else loss.detach()
 
         self._optimizer.step(closure)  # type: ignore[arg-type]
+        if outputs is None:
+            raise MisconfigurationException(
+                f"The closure hasn't been executed: {type(self._optimizer).__name__}.step(closure) must call the"
+                " closure that it is given, which runs training_step and the backward pass."
+            )
         return outputs
 
     def _forward_backward(self, batch: Any, batch_idx: int, window: int) -> tuple[Tensor | None, dict[str, Any]]:
@@ -171,12 +177,16 @@ class LeanStep:
 
 def _wants_closure(optimizer: Optimizer) -> bool:
     """Whether the optimizer, which Lightning lets ask for the gradients, may do more than ask first and once."""
-    kind = type(optimizer)
-    step = vars(optimizer).get("step", kind.step)
-    # Schedulers put a step in place that notes the call and goes on to the class's own.
-    own_step = kind.step in (step, getattr(step, "__wrapped__", None))
     hooks = optimizer._optimizer_step_pre_hooks or _global_optimizer_pre_hooks
-    return kind not in _GRADIENTS_FIRST or not own_step or bool(hooks)
+    return type(optimizer) not in _GRADIENTS_FIRST or is_patched(optimizer) or bool(hooks)
+
+
+def is_patched(optimizer: Optimizer) -> bool:
+    """Whether the object steps or forgets gradients in another way than its class."""
+    kind, own = type(optimizer), vars(optimizer)
+    # Schedulers put a step in place that notes the call and goes on to the class's own.
+    step = own.get("step", kind.step)
+    return kind.step not in (step, getattr(step, "__wrapped__", None)) or "zero_grad" in own
 
 
 def outputs_of(result: ClosureResult, window: int) -> dict[str, Any]:

@@ -24,6 +24,15 @@ from lightning_fedscale.executors.correction import ClientCorrection
 from lightning_fedscale.executors.lean import LeanStep, outputs_of, why_not_lean
 
 
+class _Once(int):
+    """An int that can be told from every other one."""
+
+
+NO_ACCUMULATION: int = _Once(1)
+"""What the Trainer has as ``accumulate_grad_batches``, since rounds are not accumulated; anything else was set by a
+callback, and is meant for the local batches."""
+
+
 class RunRound(Protocol):
     """Runs a round; ``training`` is False when nothing may learn (an epoch that only feeds BatchNorm)."""
 

@@ -12,12 +12,16 @@ import numpy as np
 import torch
 import torchmetrics
 from lightning.pytorch.utilities.model_helpers import is_overridden
+from torch import nn
+from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
 from lightning_fedscale.executors.hooks import PER_LOCAL_BATCH
-from lightning_fedscale.executors.lean import why_not_lean
+from lightning_fedscale.executors.lean import is_patched, why_not_lean
 from lightning_fedscale.executors.python_state import PythonState
 from lightning_fedscale.executors.side_by_side import Obstacle
 from lightning_fedscale.executors.stacked_optimizer import ELEMENTWISE
+
+_GLOBAL_HOOKS = (_global_optimizer_pre_hooks, _global_optimizer_post_hooks)
 
 
 def why_not(trainer: pl.Trainer) -> str | None:
@@ -30,10 +34,19 @@ def why_not(trainer: pl.Trainer) -> str | None:
     optimizer: Any = trainer.optimizers[0]
     if type(optimizer) not in ELEMENTWISE:
         return f"{type(optimizer).__name__} is none of torch's optimizers that treat every element alone"
-    if optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks:
+    if is_patched(optimizer):
+        return f"the step of this {type(optimizer).__name__} is not that of its class"
+    if any((optimizer._optimizer_step_pre_hooks, optimizer._optimizer_step_post_hooks, *_GLOBAL_HOOKS)):
         return "the optimizer has step hooks"
     if any(group.get("differentiable") for group in optimizer.param_groups):
         return "the optimizer is differentiable"
+    for name, parameter in module.named_parameters():
+        hooked: Any = parameter
+        if hooked._backward_hooks or hooked._post_accumulate_grad_hooks:
+            return f"there is a hook on the gradient of {name!r}"
+    for name, part in module.named_modules():
+        if isinstance(part, nn.Embedding | nn.EmbeddingBag) and part.sparse:
+            return f"the gradient of {name!r} is sparse"
     if hook := next((hook for hook in PER_LOCAL_BATCH if is_overridden(hook, module)), None):
         return f"the module has its own {hook}"
     if type(module).log is not pl.LightningModule.log:

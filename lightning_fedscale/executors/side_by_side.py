@@ -85,7 +85,8 @@ class SideBySide:
         own = {id(tensor): i for i, tensor in enumerate(moving)}
         self._places = [(p.owner, p.name, p.tensor, own[id(p.tensor)]) for p in exchange.places if id(p.tensor) in own]
         self._parameters = exchange.trainable
-        self._of = [(id(place.owner), place.name, id(place.tensor)) for place in exchange.places], list(own)
+        places = [(id(place.owner), place.name, id(place.tensor)) for place in exchange.places]
+        self._of = places, list(own), len(exchange.trainable)
         self._buffers = range(len(exchange.trainable), len(moving))
         members = {
             id(metric)
@@ -104,7 +105,7 @@ class SideBySide:
         """Whether ``exchange`` is about the same tensors in the same places."""
         moving = [*exchange.trainable, *exchange.buffers]
         places = [(id(place.owner), place.name, id(place.tensor)) for place in exchange.places]
-        return self._of == (places, [id(tensor) for tensor in moving])
+        return self._of == (places, [id(tensor) for tensor in moving], len(exchange.trainable))
 
     def run(
         self,

@@ -44,9 +44,10 @@ class Wave:
     """
 
     def __init__(self, optimizer: Optimizer) -> None:
-        self._of_optimizer = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        self._template = optimizer
         self._optimizer = StackedOptimizer(optimizer)
         self._memory: list[Tensor] = []
+        self._trainable = 0
         self._stacks: list[Tensor] = []
         self._rows: dict[tuple[int, ...], Rows] = {}
         self._leaves: dict[Rows, list[Tensor]] = {}
@@ -74,6 +75,8 @@ class Wave:
         ].data_ptr():
             self._stacks = [memory[:width] for memory in self._memory]
             self._rows, self._leaves = {}, {}
+        if self._trainable != len(exchange.trainable):
+            self._trainable, self._leaves = len(exchange.trainable), {}
         for stack, tensor in zip(self._stacks, tensors, strict=True):
             stack.copy_(tensor.detach())
         self._personal = {id(tensor): name for name, tensor in exchange.personal.items()}
@@ -84,12 +87,11 @@ class Wave:
         if any(each is not None for each in corrections):
             shared = self._stacks[: len(exchange.shared)]
             self._correction = WaveCorrection(exchange, shared, [each or Correction() for each in corrections])
-        self._trainable = len(exchange.trainable)
         places = {id(parameter): i for i, parameter in enumerate(exchange.trainable)}
-        self._moved = [places[id(p)] for p in self._of_optimizer if id(p) in places]
-        self._optimizer.begin(
-            [self._stacks[places[id(p)]] if id(p) in places else None for p in self._of_optimizer], states
-        )
+        # Callbacks may have added groups of parameters.
+        of_optimizer = [parameter for group in self._template.param_groups for parameter in group["params"]]
+        self._moved = [places[id(p)] for p in of_optimizer if id(p) in places]
+        self._optimizer.begin([self._stacks[places[id(p)]] if id(p) in places else None for p in of_optimizer], states)
         self._sums = [None] * self._trainable
 
     def _place(self, exchange: Exchange, tensors: Sequence[Tensor], row: int, start: ClientStart) -> None:

@@ -9,6 +9,7 @@ from typing import Any, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
+from lightning_fedscale.foreign import attribute_of
 from lightning_fedscale.partitioners import checks
 
 Labels: TypeAlias = npt.NDArray[Any]
@@ -112,12 +113,12 @@ def class_names(dataset: Any, partition_by: str | None = None) -> list[str] | No
         dataset = dataset.dataset
     if _is_torch(dataset, "ConcatDataset"):
         return class_names(dataset.datasets[0], partition_by)
-    features = getattr(dataset, "features", None)
+    features = attribute_of(dataset, "features")
     if isinstance(features, Mapping):
         key = partition_by or next((key for key in _KEYS if key in features), None)
         names = getattr(features.get(key), "names", None)
     else:
-        names = getattr(dataset, "classes", None) if partition_by in (None, *_ATTRIBUTES) else None
+        names = attribute_of(dataset, "classes") if partition_by in (None, *_ATTRIBUTES) else None
     return [str(name) for name in names] if isinstance(names, (list, tuple)) else None
 
 
@@ -160,7 +161,7 @@ def _look_up(dataset: Any, key: str | None) -> Labels | None:
 
 def _attribute(dataset: Any, key: str | None) -> Labels | None:
     for name in _ATTRIBUTES if key is None else (key,):
-        value = getattr(dataset, name, None)
+        value = attribute_of(dataset, name)
         # Another length means another thing: all labels of a dataset of which this one is a part, say.
         if value is not None and hasattr(value, "__len__") and len(value) == len(dataset):
             return _as_array(value)
@@ -170,14 +171,14 @@ def _attribute(dataset: Any, key: str | None) -> Labels | None:
 
 
 def _columns(dataset: Any) -> list[str] | None:
-    names = getattr(dataset, "column_names", None)
-    if names is None and hasattr(dataset, "iloc"):
+    names = attribute_of(dataset, "column_names")
+    if names is None and attribute_of(dataset, "iloc") is not None:
         names = list(dataset.columns)
     return list(names) if isinstance(names, Sequence) else None
 
 
 def _column(dataset: Any, name: str) -> Labels:
-    if hasattr(dataset, "with_format"):
+    if attribute_of(dataset, "with_format") is not None:
         # Whatever format (torch, images, ...) the user set, one column as NumPy decodes nothing else.
         dataset = dataset.select_columns([name]).with_format("numpy")
         return np.asarray(dataset[name][:])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import lightning.pytorch as pl
 import pytest
 import torch
 from lightning.pytorch.callbacks import GradientAccumulationScheduler
@@ -105,6 +106,38 @@ def test_accumulation_schedule() -> None:
     for got, right in zip(snapshots.after_round, expected[1:], strict=True):
         assert reference.difference(got, right) == 0.0
     assert reference.difference(expected[-1], loop(4)[-1]) > 1e-4
+
+
+class Doubling(pl.Callback):
+    """A project's own schedule, set where Lightning reads it."""
+
+    def __init__(self, hook: str, epochs: dict[int, int]) -> None:
+        setattr(self, hook, lambda trainer, *_: self.choose(trainer))
+        self.epochs = epochs
+
+    def choose(self, trainer: pl.Trainer) -> None:
+        if trainer.current_epoch in self.epochs:
+            trainer.accumulate_grad_batches = self.epochs[trainer.current_epoch]
+
+
+@pytest.mark.parametrize(
+    "hook", ["on_train_start", "on_train_epoch_start", "on_train_batch_start", "on_train_epoch_end"]
+)
+def test_accumulation_set_by_a_callback_of_the_projects_own(hook: str) -> None:
+    """Also back to 1, which is what the Trainer has for rounds."""
+    module, snapshots = local_loops.make(Module), by_hand.Snapshots()
+    chosen = Doubling(hook, {0: 2, 2: 1} if hook != "on_train_start" else {0: 2})
+    local_loops.fit(module, 4, callbacks=[chosen, snapshots], accumulate_grad_batches=3)
+    every = {"on_train_start": [2] * 4, "on_train_epoch_end": [3, 2, 2, 1]}.get(hook, [2, 2, 1, 1])
+    expected = loop(4, accumulate=lambda round: every[round])
+    for got, right in zip(snapshots.after_round, expected[1:], strict=True):
+        assert reference.difference(got, right) == 0.0
+
+
+@pytest.mark.parametrize("kind", [GradientAccumulationScheduler, type("Own", (GradientAccumulationScheduler,), {})])
+def test_accumulation_asked_for_in_two_places_is_refused(kind: type[GradientAccumulationScheduler]) -> None:
+    with pytest.raises(ValueError, match=r"accumulate_grad_batches=2\) and the callback GradientAccumulationScheduler"):
+        local_loops.fit(local_loops.make(Module), 1, callbacks=[kind({0: 4})], accumulate_grad_batches=2)
 
 
 def test_losses_are_reported_whole_under_accumulation() -> None:

@@ -6,10 +6,13 @@ from collections.abc import Callable
 from typing import Any
 
 import lightning.pytorch as pl
+import pytest
 import torch
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 from torch.optim import Optimizer
 
+from lightning_fedscale import FederatedStrategy
 from tests.features import by_hand, local_loops
 from tests.features.local_loops import Batches
 from tests.laws import reference
@@ -159,3 +162,54 @@ def test_backward_hooks() -> None:
         optimizer.step()
 
     assert reference.difference(module.state_dict(), loop(2, step)) < 1e-7
+
+
+# ---- optimizers that do not do what they are for
+
+
+class Forgetful(torch.optim.SGD):
+    """Steps without asking for gradients."""
+
+    def step(self, closure: Any = None) -> Any:
+        return super().step()
+
+
+class Sometimes(torch.optim.SGD):
+    """Asks for gradients in the first two steps only."""
+
+    asked = 0
+
+    def step(self, closure: Any = None) -> Any:
+        self.asked += 1
+        return super().step(closure if self.asked < 3 else None)
+
+
+def patched(parameters: Any, lr: float) -> Optimizer:
+    optimizer = torch.optim.SGD(parameters, lr)
+    optimizer.step = lambda closure=None: None  # type: ignore[method-assign]
+    return optimizer
+
+
+class Stepping(reference.Classifier):
+    """Its own ``optimizer_step`` leaves out the closure."""
+
+    def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None) -> None:
+        optimizer.step = lambda closure=None: None
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize("executor", ["sequential", "vectorized", "auto"])
+@pytest.mark.parametrize("make", [Forgetful, Sometimes, patched, "module"])
+def test_a_step_that_does_not_run_the_closure_is_an_error(make: Any, executor: str, accumulate: int) -> None:
+    """As in the plain Trainer: nothing would be learnt, and nobody would know."""
+    module = local_loops.make(reference.Classifier if make != "module" else Stepping)
+    if make != "module":
+        module.configure_optimizers = lambda: make(module.parameters(), lr=0.1)
+    before = by_hand.state_of(module)
+    for strategy in ("auto", FederatedStrategy(num_clients=2, executor=executor)):  # type: ignore[arg-type]
+        trainer = reference.quiet_trainer(max_epochs=1, strategy=strategy, accumulate_grad_batches=accumulate)
+        with pytest.raises(MisconfigurationException, match="closure hasn't been executed"):
+            trainer.fit(module, reference.loader(by_hand.data()))
+        if strategy == "auto":
+            module.load_state_dict(before)
+    assert by_hand.same(by_hand.state_of(module), before)

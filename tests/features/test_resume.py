@@ -18,6 +18,8 @@ import pytest
 import torch
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
+from lightning.pytorch.plugins.io import AsyncCheckpointIO
+from lightning.pytorch.plugins.io.wrapper import _WrappingCheckpointIO
 from torch import Tensor
 from torch.optim.lr_scheduler import OneCycleLR, StepLR
 from torch.utils.data import DataLoader, Dataset, TensorDataset
@@ -541,4 +543,35 @@ def test_the_users_own_writer_is_kept(tmp_path: Path) -> None:
     )
     trainer.fit(reference.make_module(), reference.loader(by_hand.data()))
     assert writer.written == 2
+    assert by_hand.same(read(tmp_path / "2.ckpt")["state_dict"], by_hand.models(2)[-1])
+
+
+class Wrapping(_WrappingCheckpointIO):
+    """A project's wrapper: it counts what passes through it."""
+
+    passed = 0
+
+    def save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        self.passed += 1
+        super().save_checkpoint(*args, **kwargs)
+
+
+@pytest.mark.parametrize("given", ["plugins", "strategy"])
+@pytest.mark.parametrize("base", [None, TorchCheckpointIO])
+@pytest.mark.parametrize("depth", [1, 2, 3])
+def test_wrapped_writers_end_in_a_base(tmp_path: Path, given: str, base: type[Any] | None, depth: int) -> None:
+    wrappers: list[Any] = [Wrapping(base() if base else None)]
+    for _ in range(depth - 1):
+        wrappers.append((AsyncCheckpointIO if len(wrappers) == 1 else Wrapping)(wrappers[-1]))
+    own = {"checkpoint_io": wrappers[-1]} if given == "strategy" else {}
+    trainer = reference.quiet_trainer(
+        strategy=sequential(partitioner=by_hand.partition(), **own),
+        enable_checkpointing=True,
+        callbacks=[Every(tmp_path)],
+        max_epochs=2,
+        plugins=[wrappers[-1]] if given == "plugins" else [],
+    )
+    trainer.fit(reference.make_module(), reference.loader(by_hand.data()))
+    assert wrappers[0].passed == 2
+    assert type(wrappers[0].checkpoint_io) is (base or AtomicCheckpointIO)
     assert by_hand.same(read(tmp_path / "2.ckpt")["state_dict"], by_hand.models(2)[-1])

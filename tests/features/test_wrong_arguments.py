@@ -231,7 +231,7 @@ CASES: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     ),
     # devices
     "estimate_memory": (lambda: devices.estimate_memory(3, 4), TypeError, "module=3: pass a LightningModule"),  # type: ignore[arg-type]
-    "no such layer": (lambda: fit(personal=["nothing.*"]), ValueError, "matches no trainable parameter or buffer"),
+    "no such layer": (lambda: fit(personal=["nothing.*"]), ValueError, "matches no parameter or buffer"),
 }
 
 

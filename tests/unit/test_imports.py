@@ -14,7 +14,7 @@ PACKAGE = "lightning_fedscale"
 # A part imports only from levels above its own, so the parts of one level never import each other.
 LEVELS = [
     {"types"},
-    {"calls", "checks", "collectives", "energy", "fairness", "memory", "model_size", "randomness", "tree"},
+    {"calls", "checks", "collectives", "energy", "fairness", "foreign", "memory", "model_size", "randomness", "tree"},
     # The rooms.
     {
         "aggregators",
@@ -47,6 +47,7 @@ LEVELS = [
         "handover",
         "loggers",
         "metering",
+        "module_flags",
         "progress",
         "refusals",
         "requeue",
