@@ -28,8 +28,8 @@ from lightning_fedscale.checkpointing import AtomicCheckpointIO
 from lightning_fedscale.compressors import Compressor
 from lightning_fedscale.devices import Population
 from lightning_fedscale.executors import (
-    NO_ACCUMULATION,
     LocalBatchHooks,
+    NoAccumulation,
     RoundEnd,
     RoundLoops,
     close_finished_epoch,
@@ -431,10 +431,10 @@ class FederatedStrategy(ReusableStrategy):
         """Gradient accumulation happens inside clients; a round is never accumulated."""
         trainer, federation = self._trainer_of_fit, self._federation
         assert federation is not None
-        if trainer.accumulate_grad_batches is not NO_ACCUMULATION and not trainer.fit_loop._skip_backward:
+        every = trainer.accumulate_grad_batches
+        if not isinstance(every, NoAccumulation) and not trainer.fit_loop._skip_backward:
             # A callback has set it, such as GradientAccumulationScheduler.
-            federation.local_accumulation = trainer.accumulate_grad_batches
-            trainer.accumulate_grad_batches = NO_ACCUMULATION
+            federation.local_accumulation, trainer.accumulate_grad_batches = every, NoAccumulation(1)
 
     def batch_to_device(self, batch: Any, device: torch.device | None = None, dataloader_idx: int = 0) -> Any:
         """Move a batch; for the first of a round this is where the Trainer's loop ends and the client's begins."""
@@ -467,7 +467,7 @@ class FederatedStrategy(ReusableStrategy):
         for logger in trainer.loggers:
             if is_really(logger, TensorBoardLogger):  # HParams gets real metrics instead of its placeholder
                 self._set(logger, "_default_hp_metric", False)
-        self._set(trainer, "accumulate_grad_batches", NO_ACCUMULATION)
+        self._set(trainer, "accumulate_grad_batches", NoAccumulation(1))
         settings: Any = trainer  # these are set from outside the class, where mypy does not see them
         self._set(trainer, "log_every_n_steps", min(settings.log_every_n_steps, self._options.rounds_per_epoch))
         # As a float it is a share of every client's batches; as an int it counts steps, that is rounds.

@@ -6,13 +6,12 @@ from lightning_fedscale.executors.client_log import ClientLog
 from lightning_fedscale.executors.exchange import Exchange, exchange_of
 from lightning_fedscale.executors.hooks import LocalBatchHooks, RoundEnd
 from lightning_fedscale.executors.loader import ClientLoader, RoundLoader
-from lightning_fedscale.executors.loops import NO_ACCUMULATION, RoundLoops, close_finished_epoch
+from lightning_fedscale.executors.loops import NoAccumulation, RoundLoops, close_finished_epoch
 from lightning_fedscale.executors.sequential import LargestClient, RoundContext, SequentialExecutor, no_batch_left
 from lightning_fedscale.executors.transfer import Transfer
 from lightning_fedscale.executors.vectorized import VectorizedExecutor
 
 __all__ = [
-    "NO_ACCUMULATION",
     "Ballot",
     "ClientLoader",
     "ClientLog",
@@ -21,6 +20,7 @@ __all__ = [
     "ExecutorChoice",
     "LargestClient",
     "LocalBatchHooks",
+    "NoAccumulation",
     "RoundContext",
     "RoundEnd",
     "RoundLoader",

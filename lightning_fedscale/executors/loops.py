@@ -24,13 +24,11 @@ from lightning_fedscale.executors.correction import ClientCorrection
 from lightning_fedscale.executors.lean import LeanStep, outputs_of, why_not_lean
 
 
-class _Once(int):
-    """An int that can be told from every other one."""
+class NoAccumulation(int):
+    """The 1 that the Trainer has as ``accumulate_grad_batches``, since rounds are not accumulated.
 
-
-NO_ACCUMULATION: int = _Once(1)
-"""What the Trainer has as ``accumulate_grad_batches``, since rounds are not accumulated; anything else was set by a
-callback, and is meant for the local batches."""
+    Any other number, also another 1, was set by a callback, and is meant for the local batches.
+    """
 
 
 class RunRound(Protocol):
