@@ -72,7 +72,9 @@ def check_fit(
             " LightningModule.configure_model, so that all clients start from the same weights."
         )
     if next(module.parameters(), None) is None:
-        raise ValueError("the model has no parameters, so clients have nothing to learn: give it layers as attributes.")
+        raise ValueError(
+            "the model has 0 parameter tensors to train, so clients learn nothing: give it layers as attributes."
+        )
     if is_param_in_hook_signature(module.training_step, "dataloader_iter", explicit=True):
         raise ValueError(
             "training_step(self, dataloader_iter) is not supported: clients are fed batch by batch. Use"
