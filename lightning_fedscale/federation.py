@@ -14,6 +14,7 @@ from typing import Any, Protocol
 import lightning.pytorch as pl
 import numpy as np
 import torch
+from lightning.pytorch.trainer.connectors.data_connector import _worker_check
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from torch.optim import Optimizer
@@ -182,6 +183,8 @@ class Federation:
             device=self._device,
             show_progress=trainer.is_global_zero and trainer.progress_bar_callback is not None,
         )
+        if workload.loader.cache is None:
+            _worker_check(trainer, loader, "train_dataloader")  # Lightning looks at a DataLoader only
         self.close()
         self._work = workload
         self._calibrate(workload)

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Literal, NamedTuple
 
 import torch
+from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.combined_loader import _shutdown_workers_and_reset_iterator
 from lightning.pytorch.utilities.data import _dataloader_init_kwargs_resolve_sampler
 from torch.utils.data import (
@@ -112,6 +113,7 @@ class ClientLoader:
         self._relay = _Relay()
         self._pool_generator = torch.Generator()
         self._loader: DataLoader[Any] | None = None
+        self._yielded_none = False
         self.cache: DeviceData | None = None
         if self._custom:
             try:
@@ -199,7 +201,14 @@ class ClientLoader:
             seeds = [randomness.derive(of_clients[number], randomness.BATCH, batch) for number, batch in order]
             items = list(map(Seeded, items, seeds))
         self._relay.items = items
-        return iter(self._loader)
+        return self._passed_on(iter(self._loader))
+
+    def _passed_on(self, batches: Iterator[Any]) -> Iterator[Any]:
+        for batch in batches:
+            if batch is None and not self._yielded_none:
+                self._yielded_none = True
+                rank_zero_warn(f"{self._name} yielded None. If this was on purpose, ignore this warning...")
+            yield batch
 
     def example(self) -> Any:
         """A batch of the largest sample twice, made in this process; of any where the dataset makes the batches."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from lightning.pytorch.callbacks import OnExceptionCheckpoint
+from lightning.pytorch.trainer.connectors import data_connector
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, default_collate
 
@@ -241,6 +243,22 @@ def test_kept_options_survive_a_round_that_fails() -> None:
         keeper.close_round()
 
 
+# ---- what Lightning says of loaders
+
+
+@pytest.mark.parametrize(("workers", "cache", "said"), [(0, False, True), (2, False, False), (0, True, False)])
+def test_few_workers_are_spoken_of_as_by_a_plain_trainer_unless_none_works(
+    workers: int, cache: bool, said: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(data_connector, "suggested_max_num_workers", lambda devices: 8)
+    loader = DataLoader(reference.dataset(24), batch_size=8, num_workers=workers)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        fit(make(), loader=loader, strategy={"num_clients": 2, "cache_dataset": cache})
+    found = [str(each.message) for each in caught if "does not have many workers" in str(each.message)]
+    assert [message[:22] for message in found] == ["The 'train_dataloader'"] * said
+
+
 # ---- batches that are None
 
 
@@ -264,7 +282,12 @@ def test_batches_that_are_none_are_skipped(bad: set[int]) -> None:
     loader = DataLoader(numbered(24), batch_size=8, collate_fn=none_for(bad))
     plain, federated = make(), make()
     reference.quiet_trainer(max_epochs=1).fit(plain, loader)
-    trainer = fit(federated, epochs=1, loader=loader, strategy={"num_clients": 1, "client_optimizer": "keep"})
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        trainer = fit(federated, epochs=1, loader=loader, strategy={"num_clients": 1, "client_optimizer": "keep"})
+    assert [str(each.message)[:30] for each in said if "None" in str(each.message)] == [
+        "train_dataloader yielded None."
+    ]
     assert reference.difference(federated.state_dict(), plain.state_dict()) == 0.0
     record = trainer.strategy.last_round  # type: ignore[attr-defined]
     assert (record.local_steps.tolist(), record.samples.tolist()) == ([3 - len(bad)], [24 - 8 * len(bad)])
