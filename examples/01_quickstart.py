@@ -175,6 +175,7 @@ def main():
     started = time.perf_counter()
     trainer.fit(Classifier(), datamodule=Digits())
     console.print(summary(watch, time.perf_counter() - started))
+    partitioner.dataset = trainer.datamodule.train  # The strategy has divided them with a copy of its own.
     draw(partitioner, watch, args.output)
 
     # The full path helps those who ran this without activating its environment.
