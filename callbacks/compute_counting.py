@@ -114,7 +114,9 @@ class Counting:
         )  # fmt: skip
         self.ledger.add_clients(zip(record.clients.tolist(), record.flops.tolist(), strict=True))
         self._own.add(evaluation=-sent[0], probing=-sent[1])
-        self.batch = float((record.tokens / record.local_steps).sum()) * trainer.accumulate_grad_batches
+        if (trained := record.local_steps > 0).any():
+            per_step = record.tokens[trained] / record.local_steps[trained]
+            self.batch = float(per_step.sum()) * trainer.accumulate_grad_batches
 
     def settle(self, trainer: pl.Trainer) -> None:
         """Count what is over and was not counted yet: other callbacks may save a checkpoint before this one is told."""

@@ -262,7 +262,8 @@ class MaxBatchProbe(Callback):
         record = getattr(trainer.strategy, "last_round", None)
         if record is None:
             return trainer.world_size, 1
-        return len(record.clients), max(1, round(float(record.local_steps.mean())))
+        steps = record.local_steps[record.local_steps > 0]
+        return max(1, len(steps)), max(1, round(float(steps.mean()))) if len(steps) else 1
 
     # ---- one rank
 

@@ -63,6 +63,8 @@ class ClientStepWatch(StepWatch):
     ) -> None:
         """All clients have trained: share what was seen, and decide."""
         self._owner.begin_round(trainer)
+        if record.empty:
+            return
         self._keeper.look_at_clients(record)
         rows = {client: row for row, client in enumerate(record.clients.tolist())}
         table = torch.zeros(len(rows), 2 * int(record.local_steps.max()), dtype=torch.float64)

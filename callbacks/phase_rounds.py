@@ -99,16 +99,17 @@ class RoundWatch(Callback):
     def on_before_server_step(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, record: RoundRecord, delta: Params
     ) -> None:
-        """All clients have trained: look, decide, and change the update."""
+        """All clients have trained: look, decide, and change the update; a round of nobody shows nothing."""
         self._owner.begin_round(trainer)
-        self._look(record)
-        if self._owner.detector.accumulate == 1:
-            self._observe(trainer, record, list(delta.values()))
-        elif self._add_up(delta):
-            self._observe(trainer, record, self._sums)
+        if not record.empty:
+            self._look(record)
+            if self._owner.detector.accumulate == 1:
+                self._observe(trainer, record, list(delta.values()))
+            elif self._add_up(delta):
+                self._observe(trainer, record, self._sums)
         if self._owner.action == "scale" and self._scales_delta:
             torch._foreach_mul_(list(delta.values()), self._owner.scale)
-        elif self._owner.action == "noise":
+        elif self._owner.action == "noise" and not record.empty:
             self._make_noisy(record, delta)
 
     def after_batch(self, trainer: pl.Trainer) -> None:
@@ -242,8 +243,9 @@ class _SignedUpdates(Callback):
     def noise(self, record: RoundRecord, delta: Params, batch: float, target: float) -> list[Tensor]:
         """What to add to the aggregated update."""
         sizes = [tensor.numel() for tensor in delta.values()]
-        assert self._sum is not None
-        joint = torch.cat([self._sum[: sum(sizes)], self._sum.new_tensor([self._total])])
+        like = next(iter(delta.values()))
+        mine = like.new_zeros(sum(sizes)) if self._sum is None else self._sum[: sum(sizes)]  # a rank may have no client
+        joint = torch.cat([mine, mine.new_tensor([self._total])])
         self._sum = None
         joint = collectives.sum_over_ranks(joint)
         weights = record.weights

@@ -68,9 +68,8 @@ def attacked(aggregator: str | Aggregator, attack: Attack, attackers: Iterable[i
     hostile = frozenset(checks.integer("attackers", client, minimum=0) for client in attackers)
     init = partial(_init, aggregator=aggregator, hostile=hostile)
     finish = partial(_finish, aggregator=aggregator, attack=attack, hostile=hostile)
-    return Aggregator(
-        aggregator.weigh, init, _accumulate, finish, sees_all=True, hides_clients=aggregator.hides_clients
-    )
+    made = Aggregator(aggregator.weigh, init, _accumulate, finish, sees_all=True)
+    return made._replace(hides_clients=aggregator.hides_clients, needs=aggregator.needs)
 
 
 def _finish(

@@ -39,7 +39,6 @@ from lightning_fedscale.executors import (
     Transfer,
     VectorizedExecutor,
     exchange_of,
-    no_batch_left,
 )
 from lightning_fedscale.global_model import GlobalModel
 from lightning_fedscale.half_batches import mean_gradient
@@ -69,6 +68,8 @@ from lightning_fedscale.uplink import (
     update_bytes,
 )
 from lightning_fedscale.workload import Workload
+
+_SAMPLED = 16  # rounds, of which one must be large enough for the aggregator before training begins
 
 
 class Meter(Protocol):
@@ -216,6 +217,8 @@ class Federation:
             if self._budget is not None:
                 self._budget.check(trainer.global_step)
             combinations.check_model(self._options, trainer.lightning_module, self._exchange())
+            first = trainer.global_step
+            work.check_cohorts(range(first, first + min(self._planned_rounds() or _SAMPLED, _SAMPLED)))
             combinations.warn_of_lost_errors(
                 self._options, work.partition.num_clients, work.cohort_size, self._planned_rounds()
             )
@@ -326,24 +329,26 @@ class Federation:
         outside = randomness.capture(device) if draws else None
         try:
             work = [self._work.of_client(client, plan, self._store.cursor(client)) for client in clients]
-            order = self._executor.order(work)
-            first_client, most = work[0], len(work[0].batches)
+            # A rank without a client shows the Trainer a batch all the same, of a client that does not train.
+            shown = work or [self._work.of_client(0, plan, (0, 0))]
+            order = self._executor.order(shown)
+            first_client, its_batches = shown[0], len(shown[0].batches)
             if order is not None:
                 number, batch_idx = next(order)
-                first_client, most = work[number], sum(len(item.batches) for item in work)
+                first_client, its_batches = shown[number], 1
                 # Of cached data, executors that do not go client by client cut the other batches out themselves.
                 order = chain([(number, batch_idx)], order if draws else ())
-            batches = self._stream(round, work, order)
+            batches = self._stream(round, shown, order)
             if draws:
                 randomness.seed_globals(first_client.seed, device)
-            first, skipped = _first_batch(batches, first_client, most)
+            first, skipped = _first_batch(batches, sum(len(item.batches) for item in shown))
         except BaseException as error:
             if outside is not None:
                 randomness.restore(outside, device)
             if isinstance(error, Exception):
                 self._fail_together(plan, started)
             raise
-        if skipped and order is not None:
+        if not work or skipped >= its_batches:
             # Not the first client's batch: it is shown to the Trainer, and training begins with a new stream.
             batches = self._stream(round, work, self._executor.order(work))
             self._open = _OpenRound(plan, work, None, batches, 0, started, outside)
@@ -354,6 +359,8 @@ class Federation:
     def _stream(self, round: int, work: list[LocalWork], order: Iterable[tuple[int, int]] | None) -> Iterator[Any]:
         """The collated batches of these clients, in the given order or client by client."""
         assert self._work is not None
+        if not work:
+            return iter(())
         loader = self._work.loader
         batches = loader.stream(
             work,
@@ -362,11 +369,19 @@ class Federation:
         )
         return self._transfer.ahead(batches) if loader.in_workers else batches
 
-    def first_batch_arrived(self) -> None:
-        """The first batch is on the device: what its transfer drew is part of the first client's randomness."""
-        if (opened := self._open) is not None and opened.inside is None and opened.outside is not None:
+    def first_batch_arrived(self, batch: Any) -> Any:
+        """The first batch is on the device: what its transfer drew is part of the first client's randomness.
+
+        Returns:
+            The batch; in place of None, where this rank's clients have nothing else, a tensor of one zero: the Trainer
+            passes over a step whose batch is None, and the other ranks wait for this one.
+        """
+        if (opened := self._open) is None:
+            return batch
+        if opened.inside is None and opened.outside is not None:
             opened.inside = randomness.capture(self._device)
             randomness.restore(opened.outside, self._device)
+        return torch.zeros(1, device=self._device) if batch is None else batch
 
     def run_round(self, batch: Any, *, training: bool) -> dict[str, Any]:
         """Train the cohort, merge the ranks, move the global model.
@@ -518,7 +533,7 @@ class Federation:
         self, context: RoundContext, opened: _OpenRound, cohort: Cohort, uplink: Uplink | None
     ) -> tuple[Tensor, Tensor | None, RoundTable]:
         """Train this rank's clients and add up the ranks; an exception on one of them is one on all."""
-        table = RoundTable(opened.plan, self._world_size, len(context.exchange.parameters))
+        table = self._table(opened.plan, context.exchange)
         sums = RoundSums(self._options.rules, context.server, cohort, table, self._world_size)
         failure: Exception | None = None
         try:
@@ -530,8 +545,7 @@ class Federation:
             failure = error
         seconds, leaves = time.perf_counter() - opened.started, self.requeue.heard
         table.finish_rank(self._rank, seconds, failed=failure is not None, leaves=leaves)
-        counts = any(item.client not in table.spare for item in context.work)  # spare ones have their rank alone
-        table.add_executor(self._executor.slots if counts else 0, self._executor.ballot)
+        table.add_executor(self._executor.slots, self._executor.ballot)
         if self.meter is not None:
             table.add_side(self.meter.side())
         total, messages = sums.merge()
@@ -550,10 +564,6 @@ class Federation:
         plain = float(context.exchange.message_bytes)
         cursors = {item.client: item.cursor for item in context.work}
         for update in self._executor.run(context):
-            if update.client in table.spare:
-                self._store.unstage(update.client)
-                table.add_spare(update.client, self._store.cursor(update.client), self._executor.scaler_state())
-                continue
             sent = Sent(update, None, rules.weigh(update), plain) if uplink is None else uplink.send(update)
             cost = ClientCost() if self.meter is None else self.meter.client(update.forms or {}, update.steps)
             update, weight = sent.update, sent.weight
@@ -563,9 +573,10 @@ class Federation:
                 cursors[update.client],
                 self._executor.scaler_state(),
                 cost,
-                (sent.bytes, sent.normalizer, sent.within),
+                (0.0 if update.without_batches else sent.bytes, sent.normalizer, sent.within),
             )
-            table.add_trainable(context.exchange.trainable_now())
+            if not update.without_batches:
+                table.add_trainable(context.exchange.trainable_now())
             if update.finite:
                 context.exchange.strip(update.delta)
                 sums.add(update, weight, sent.message)
@@ -579,8 +590,6 @@ class Federation:
         try:
             with self._log.silenced():
                 for update in self._executor.run_again(context._replace(guidance=guidance, largest=None)):
-                    if update.client in table.spare:
-                        continue
                     if self.meter is not None:
                         table.add_cost(update.client, self.meter.client(update.forms or {}, update.steps))
                     guidance.keep(update)
@@ -594,7 +603,7 @@ class Federation:
         if self._custody is not None:
             self._custody.fetch(plan)
         exchange = self._exchange()
-        table = RoundTable(plan, self._world_size, len(exchange.parameters))
+        table = self._table(plan, exchange)
         cohort = self._cohort(plan, exchange)
         sums = RoundSums(self._options.rules, exchange.view.empty(), cohort, table, self._world_size)
         table.finish_rank(self._rank, time.perf_counter() - started, failed=True)
@@ -603,8 +612,10 @@ class Federation:
     def _cohort(self, plan: RoundPlan, exchange: Exchange) -> Cohort:
         assert self._work is not None
         registered = self._work.partition.num_clients
-        clients = plan.cohort[~np.isin(plan.cohort, list(plan.spare))] if plan.spare else plan.cohort
-        return Cohort(plan.round, clients, registered, exchange.view.trainable, self._options.seed)
+        return Cohort(plan.round, plan.cohort, registered, exchange.view.trainable, self._options.seed)
+
+    def _table(self, plan: RoundPlan, exchange: Exchange) -> RoundTable:
+        return RoundTable(plan, self._world_size, len(exchange.parameters))
 
     def _exchange(self) -> Exchange:
         rules = self._options.rules
@@ -718,7 +729,8 @@ class Federation:
             logger.log_metrics(metrics, step=trainer.fit_loop.epoch_loop._batches_that_stepped)
         values = {name: torch.tensor(value) for name, value in metrics.items()}
         for known in (trainer._logger_connector._callback_metrics, trainer._logger_connector._logged_metrics):
-            known.pop("round/loss", None)  # else a round without a loss would show that of an earlier one
+            if not record.empty:  # of nobody nothing is known anew, and callbacks that watch a loss go on with the last
+                known.pop("round/loss", None)  # else a round without a loss would show that of an earlier one
             known.update(values)
 
     # ---- checkpoints
@@ -836,13 +848,9 @@ class Federation:
             )
 
 
-def _first_batch(batches: Iterator[Any], work: LocalWork, most: int) -> tuple[Any, int]:
-    """The first batch, and how many that are None were passed over; such batches are skipped in training.
-
-    Raises:
-        ValueError: if there is none among the first ``most``.
-    """
+def _first_batch(batches: Iterator[Any], most: int) -> tuple[Any, int]:
+    """The first batch that is not None, None if all are, and how many were passed over; training skips those too."""
     for skipped in range(most):
         if (batch := next(batches)) is not None:
             return batch, skipped
-    raise no_batch_left(work)
+    return None, most

@@ -155,19 +155,28 @@ class GlobalModel:
             RuntimeError: if no client's update is finite.
             ValueError: if the aggregator returns something of another shape.
         """
-        rejected = table.rejected()
-        if len(rejected) == table.cohort_size:
+        absent = table.without_batches()
+        spoilt = tuple(client for client in table.rejected() if client not in absent)
+        if spoilt and len(spoilt) + len(absent) == table.cohort_size:
             raise RuntimeError(
-                f"round {table.round}: the updates of all {len(rejected)} clients have NaN or infinite values, so the"
+                f"round {table.round}: the updates of all {len(spoilt)} clients have NaN or infinite values, so the"
                 " global model stays as it was before this round. Lower the learning rate, clip gradients"
                 " (Trainer(gradient_clip_val=1.0)) or look for bad samples."
             )
-        if rejected:
-            rank_zero_warn(
-                f"round {table.round}: left out {len(rejected)} client(s) whose update has NaN or infinite values:"
-                f" {', '.join(map(str, rejected[:10]))}{', ...' if len(rejected) > 10 else ''}."
-            )
-        aggregate = self._rules.aggregator.finish(total, cohort) if table.accepted else torch.zeros_like(server)
+        for left_out, why in (
+            (spoilt, "whose update has NaN or infinite values"),
+            (absent, "for whom the collate function returned None for every batch"),
+        ):
+            if left_out:
+                rank_zero_warn(
+                    f"round {table.round}: left out {len(left_out)} client(s) {why}:"
+                    f" {', '.join(map(str, left_out[:10]))}{', ...' if len(left_out) > 10 else ''}."
+                )
+        if table.accepted:
+            aggregate = self._rules.aggregator.finish(total, cohort)
+        else:  # of nobody there is no aggregate: the server optimizer sees a delta of zero
+            aggregate = torch.zeros_like(server)
+            aggregate[cohort.trainable :] = _still(server[cohort.trainable :])
         if aggregate.shape != server.shape:
             raise ValueError(
                 f"aggregator: finish returned a tensor of shape {tuple(aggregate.shape)}, not one as long as the"
@@ -176,7 +185,7 @@ class GlobalModel:
         moved = aggregate[: cohort.trainable]
         if (privacy := self._rules.privacy) is not None:
             # What is not clipped may not leave the clients.
-            aggregate[cohort.trainable :] = 0.0
+            aggregate[cohort.trainable :] = _still(server[cohort.trainable :])
             state, generator = self._next[PRIVACY], randomness.generator(cohort.seed, randomness.PRIVACY, cohort.round)
             private, self._next[PRIVACY] = privacy.finish(
                 moved, table.within(), state, cohort, self._expected_weight, generator
@@ -187,6 +196,11 @@ class GlobalModel:
             delta, self._next[RULE] = rule.merge(merged, self._next[RULE])
             moved.copy_(delta)
         return aggregate
+
+
+def _still(carried: Tensor) -> Tensor:
+    """The delta of buffers and frozen parameters that do not change, counted from `Exchange.origin`."""
+    return torch.where(carried.isfinite(), torch.zeros_like(carried), -carried)
 
 
 def _is_tensor(leaf: Any) -> bool:

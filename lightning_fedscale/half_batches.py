@@ -95,7 +95,7 @@ def mean_gradient(
             for name, gradient in (twin.gradient(batch, batch_idx) or {}).items():
                 total[name] = gradient * size if name not in total else total[name].add_(gradient, alpha=size)
             samples += size
-    return {name: gradient / samples for name, gradient in total.items()}
+    return {n: total[n] / samples if n in total else torch.zeros_like(p) for n, p in twin.parameters.items()}
 
 
 class _Twin:
@@ -107,7 +107,7 @@ class _Twin:
         self._module.train()
         silence(self._module, trainer)
         self._takes_index = is_param_in_hook_signature(module.training_step, "batch_idx", min_args=2)
-        self._parameters = {name: p for name, p in self._module.named_parameters() if p.requires_grad}
+        self.parameters = {name: p for name, p in self._module.named_parameters() if p.requires_grad}
 
     def gradient(self, batch: Any, batch_idx: int) -> dict[str, Tensor] | None:
         """By name; None if there is no loss."""
@@ -117,8 +117,8 @@ class _Twin:
         if loss is None:
             return None
         loss.backward()
-        found = {n: torch.zeros_like(p) if p.grad is None else p.grad.detach() for n, p in self._parameters.items()}
-        for parameter in self._parameters.values():
+        found = {n: torch.zeros_like(p) if p.grad is None else p.grad.detach() for n, p in self.parameters.items()}
+        for parameter in self.parameters.values():
             parameter.grad = None
         return found
 

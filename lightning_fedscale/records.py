@@ -44,11 +44,10 @@ class RoundTable:
         self._row = {client: row for row, client in enumerate(plan.cohort.tolist())}
         cells = len(self._row) * len(_COLUMNS)
         # numpy, since torch takes several times as long to write a few numbers.
-        parts = [cells, world_size, world_size, num_parameters, 1, 1, _SIDE]
+        parts = [cells, world_size, world_size, num_parameters + 1, 1, 1, _SIDE]
         self._numbers = np.zeros(sum(parts) + _BALLOT)
-        rows, self._busy, self._failed, self._trainable, self._slots, self._leave, self._side, self._ballot = np.split(
-            self._numbers, np.cumsum(parts)
-        )
+        rows, self._busy, self._failed, self._trainable, *others = np.split(self._numbers, np.cumsum(parts))
+        self._slots, self._leave, self._side, self._ballot = others
         self._rows = rows.reshape(-1, len(_COLUMNS))
 
     def add(
@@ -86,14 +85,6 @@ class RoundTable:
         )
         self._rows[self._row[update.client]] = values
 
-    def add_spare(self, client: int, cursor: Cursor, scaler: tuple[float, float]) -> None:
-        """Fill the row of a client that does not count: it has only where its data goes on, as before."""
-        row = self._rows[self._row[client]]
-        row[:] = 0.0
-        row[_COLUMNS.index("loss")] = math.nan
-        for name, value in zip(("pass", "batch", "scale", "growth"), (*cursor, *scaler), strict=True):
-            row[_COLUMNS.index(name)] = value
-
     def add_cost(self, client: int, cost: ClientCost) -> None:
         """Add the cost of more training of a client, which saw the same tokens again."""
         row = self._rows[self._row[client]]
@@ -101,13 +92,13 @@ class RoundTable:
             row[_COLUMNS.index(name)] += getattr(cost, name)
 
     def add_trainable(self, flags: list[bool]) -> None:
-        """Count the parameters that a client left trainable."""
-        self._trainable += flags
+        """Count the parameters that a client left trainable, and the client."""
+        self._trainable += [*flags, True]
 
-    def trainable(self) -> list[bool]:
-        """The parameters that are trainable from now on: those that any client left so."""
-        flags: list[bool] = (self._trainable > 0).tolist()
-        return flags
+    def trainable(self) -> list[bool] | None:
+        """The parameters that are trainable from now on: those that any client left so; None if no client trained."""
+        *flags, anybody = (self._trainable > 0).tolist()
+        return flags if anybody else None
 
     def finish_rank(self, rank: int, seconds: float, *, failed: bool, leaves: bool = False) -> None:
         """Note how long this rank worked, whether an exception ended its work, and whether its job is to end soon."""
@@ -142,11 +133,6 @@ class RoundTable:
         """Take over the sum."""
         self.pack().copy_(packed)
 
-    @property
-    def spare(self) -> frozenset[int]:
-        """Clients whose updates do not count."""
-        return self._plan.spare
-
     def failed_ranks(self) -> list[int]:
         """The ranks whose work ended in an exception."""
         ranks: list[int] = self._failed.nonzero()[0].tolist()
@@ -172,8 +158,12 @@ class RoundTable:
         return {client: (int(p), int(b)) for client, (p, b) in zip(self._row, pairs, strict=True)}
 
     def rejected(self) -> tuple[int, ...]:
-        """The clients whose update was not finite."""
+        """The clients that are left out, see `RoundRecord.rejected`."""
         return tuple(self._plan.cohort[self._column("rejected") > 0].tolist())
+
+    def without_batches(self) -> tuple[int, ...]:
+        """Those of them all of whose batches were None."""
+        return tuple(self._plan.cohort[(self._column("rejected") > 0) & (self._column("steps") == 0)].tolist())
 
     def rank_of_largest(self, held: IntArray) -> int | None:
         """The rank of the client with the most samples whose update counts; None if there is none.
@@ -188,8 +178,9 @@ class RoundTable:
         return int(self._plan.ranks[place])
 
     def smallest_scale(self) -> tuple[float, float]:
-        """Scale and growth counter that no client would find too large: the smallest ones left by any."""
-        scale = self._column("scale")
+        """Scale and growth counter that no client would find too large: the smallest left by any; zeros by nobody."""
+        if not len(scale := self._column("scale")):
+            return 0.0, 0.0
         return float(scale.min()), float(self._column("growth")[scale == scale.min()].min())
 
     def mean_square(self) -> float:
@@ -231,7 +222,7 @@ class RoundTable:
         weights, norms, losses = self._column("weight"), self._column("norm"), self._column("loss")
         samples = self._column("samples")
         weights /= _sum(weights) or 1.0
-        accepted = (self._column("rejected") == 0) & ~np.isin(self._plan.cohort, list(self._plan.spare))
+        accepted = self._column("rejected") == 0
         known = accepted & ~np.isnan(losses)
         square = _sum(weights[accepted] * norms[accepted] ** 2) - delta_norm**2
         slowest = float(self._busy.max())
@@ -250,7 +241,7 @@ class RoundTable:
             delta_norm=delta_norm,
             drift=_ratio(math.sqrt(max(0.0, square)), delta_norm),
             upload_bytes=round(_sum(self._column("bytes"))),
-            download_bytes=message_bytes * (len(self._row) - len(self._plan.spare)),
+            download_bytes=message_bytes * len(self._row),
             seconds=slowest,
             padding=max(0.0, 1.0 - _sum(self._column("steps")) / float(self._slots[0])) if self._slots[0] else 0.0,
             idle=1.0 - float(self._busy.mean()) / slowest if slowest > 0 else 0.0,
@@ -261,7 +252,6 @@ class RoundTable:
             optimizer_flops=self._column("optimizer"),
             tokens=self._column("tokens"),
             side_flops=(float(self._side[0]), float(self._side[1])),
-            spare=tuple(sorted(self._plan.spare)),
             epsilon=epsilon,
         )
 
@@ -272,12 +262,8 @@ class RoundTable:
         if self._plan.simulated is None:
             return None
         selection, chosen = self._plan.simulated
-        seconds = selection.round_seconds
-        dropped = tuple(selection.dropped.tolist())
-        counted = ~np.isin(self._plan.cohort, list(self._plan.spare))
-        sizes, times = np.zeros(len(counted), dtype=np.int64), np.zeros(len(counted))
-        sizes[counted], times[counted] = chosen, selection.seconds
-        return SimulatedRound(seconds, before + seconds, sizes, times, dropped)
+        seconds, dropped = selection.round_seconds, tuple(selection.dropped.tolist())
+        return SimulatedRound(seconds, before + seconds, chosen, selection.seconds, dropped)
 
     def _column(self, name: str) -> FloatArray:
         return self._rows[:, _COLUMNS.index(name)].copy()

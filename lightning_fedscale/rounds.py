@@ -23,18 +23,16 @@ class Simulated(NamedTuple):
 
 
 class RoundPlan(NamedTuple):
-    """The cohort of a round and the rank that trains each client.
+    """The cohort of a round and the rank that trains each client; both may be empty, and ranks may be without a client.
 
-    With simulated hardware, how that turned out; ``local_steps`` is None where passes over the data are counted.
-    ``spare`` are clients that only train so that no rank is without one: their updates do not count. In asynchronous
-    training, ``arrived`` says when this cohort's updates were there, and from which models they started.
+    With simulated hardware, how that turned out; ``local_steps`` is None where passes over the data are counted. In
+    asynchronous training, ``arrived`` says when this cohort's updates were there, and from which models they started.
     """
 
     round: int
     cohort: IntArray
     ranks: IntArray
     simulated: Simulated | None = None
-    spare: frozenset[int] = frozenset()
     arrived: Flush | None = None
     local_steps: int | None = None
 
@@ -86,8 +84,8 @@ def plan_round(
 ) -> RoundPlan:
     """Sample the cohort of a round and place it on the ranks, in time proportional to the cohort.
 
-    A sampler may choose fewer clients than there are ranks, or none (Poisson sampling, availability). Then the first
-    of the others train too, so that every rank has one, but only as ``spare``.
+    A sampler may choose fewer clients than there are ranks, or none (Poisson sampling, availability). The ranks that
+    get none then have nothing to train in this round.
 
     Args:
         round: index of the round, from 0.
@@ -111,6 +109,23 @@ def plan_round(
         >>> plan.clients_of(0), plan.clients_of(1)
         ([0, 3], [1, 2])
     """
+    cohort = sampled(sampler, seed, round, num_clients, clients_per_round, losses)
+    simulated = None
+    if simulate is not None:
+        simulated = simulate(cohort) if len(cohort) else nobody_simulated()
+        cohort = simulated.selection.clients
+    return RoundPlan(round, cohort, place_longest_first(cost(cohort), world_size), simulated)
+
+
+def sampled(
+    sampler: Sampler,
+    seed: int,
+    round: int,
+    num_clients: int,
+    clients_per_round: int,
+    losses: Mapping[int, float] | None = None,
+) -> IntArray:
+    """The clients that a sampler chooses; arguments and errors are those of `plan_round`."""
     known = {"losses": losses or {}} if reads_losses(sampler) else {}
     chosen = sampler(seed=seed, round=round, num_clients=num_clients, clients_per_round=clients_per_round, **known)
     cohort = np.asarray(chosen)
@@ -125,24 +140,13 @@ def plan_round(
             f"sampler={sampler!r} must return distinct clients below {num_clients} in ascending order, got"
             f" {cohort.tolist()[:10]} for round {round}."
         )
-    simulated = None if simulate is None or not len(cohort) else simulate(cohort)
-    if simulated is not None:
-        cohort = simulated.selection.clients
-    spare = first_others(cohort, num_clients, world_size - len(cohort))
-    cohort = np.sort(np.concatenate([cohort, spare]))
-    ranks = place_longest_first(cost(cohort), world_size)
-    return RoundPlan(round, cohort, ranks, simulated, frozenset(spare.tolist()))
+    return cohort
 
 
-def first_others(clients: IntArray, num_clients: int, count: int) -> IntArray:
-    """The first ``count`` clients that are not among the given ones.
-
-    Example:
-        >>> first_others(np.array([0, 2]), num_clients=5, count=2).tolist()
-        [1, 3]
-    """
-    candidates = np.arange(min(num_clients, len(clients) + max(count, 0)), dtype=np.int64)
-    return candidates[~np.isin(candidates, clients)][: max(count, 0)]
+def nobody_simulated() -> Simulated:
+    """A round in which nobody takes part: it takes no time."""
+    nobody = np.zeros(0, dtype=np.int64)
+    return Simulated(Selection(nobody, np.zeros(0), nobody, 0.0), nobody)
 
 
 def place_longest_first(costs: IntArray, world_size: int) -> IntArray:

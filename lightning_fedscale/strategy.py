@@ -439,9 +439,7 @@ class FederatedStrategy(ReusableStrategy):
     def batch_to_device(self, batch: Any, device: torch.device | None = None, dataloader_idx: int = 0) -> Any:
         """Move a batch; for the first of a round this is where the Trainer's loop ends and the client's begins."""
         batch = super().batch_to_device(batch, device, dataloader_idx)
-        if self._federation is not None:
-            self._federation.first_batch_arrived()
-        return batch
+        return batch if self._federation is None else self._federation.first_batch_arrived(batch)
 
     @property
     def _trainer_of_fit(self) -> pl.Trainer:

@@ -28,7 +28,7 @@ class RoundSums:
         self._aggregator = rules.aggregator
         self._cohort = cohort
         self._table = table
-        self._total = self._aggregator.init(like, cohort)
+        self._total = self._aggregator.init(like, cohort) if len(cohort.clients) else like.new_zeros(0)
         self._messages: Tensor | None = None
         self._joint: collectives.JointBuffer | None = None
         if rules.local is not None and rules.local.sends_message:

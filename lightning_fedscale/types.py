@@ -48,7 +48,8 @@ class ClientUpdate(NamedTuple):
         delta: pseudo-gradient ``server - client`` as one float64 vector over everything that is exchanged; the
             first ``trainable`` elements belong to trainable parameters, the rest to buffers and frozen parameters.
             It is a scratch buffer: copy it to keep it.
-        norm: L2 norm of the trainable part; not finite when any element of ``delta`` is not.
+        norm: L2 norm of the trainable part; not finite when any element of ``delta`` is not, or when the client had no
+            batch to train on.
         held: number of samples that the client holds (FedAvg's weight).
         samples: number of samples that it trained on in this round, every pass counted.
         steps: number of local batches.
@@ -74,13 +75,18 @@ class ClientUpdate(NamedTuple):
         """Whether the server may use the update; one that is not finite is left out of the round."""
         return math.isfinite(self.norm)
 
+    @property
+    def without_batches(self) -> bool:
+        """Whether the client could not train, since all its batches are None; it is left out as well."""
+        return not self.finite and not self.steps
+
 
 class Cohort(NamedTuple):
     """Who takes part in a round, for rules that need to know.
 
     Attributes:
         round: index of the round, from 0.
-        clients: the clients, ascending; those whose update is not finite among them.
+        clients: the clients, ascending; those whose update is not finite among them. There may be none.
         registered: number of registered clients, most of which may not take part.
         trainable: how many of a delta's elements belong to trainable parameters: the first ones.
         seed: the strategy's seed.
@@ -119,7 +125,8 @@ class SimulatedRound(NamedTuple):
 class RoundRecord:
     """What happened in a finished round; the same on every rank, as ``trainer.strategy.last_round``.
 
-    Arrays have one entry per client of the cohort, in the order of ``clients``.
+    Arrays have one entry per client of the cohort, in the order of ``clients``; none in a round that nobody took part
+    in.
 
     Attributes:
         round: index of the round, from 0.
@@ -131,7 +138,7 @@ class RoundRecord:
         losses: mean training loss of each client, NaN when unknown.
         delta_norms: L2 norm of each client's pseudo-gradient over trainable parameters; NaN when rejected.
         client_seconds: time each client took.
-        rejected: clients left out because their update was not finite.
+        rejected: clients left out because their update was not finite, or because all their batches were None.
         loss: mean training loss per sample over accepted clients, NaN when unknown.
         delta_norm: L2 norm of the aggregated pseudo-gradient.
         drift: root-mean-square distance of client deltas from their mean, relative to the mean's norm:
@@ -149,7 +156,6 @@ class RoundRecord:
         tokens: tokens, or samples, that it trained on.
         side_flops: what all ranks spent on evaluation and on probing since the round before.
         epsilon: differential privacy's budget that is spent; None without.
-        spare: clients that trained only since their rank had no other: their updates do not count.
         staleness: how many rounds ago each client had started; None unless training is asynchronous.
     """
 
@@ -178,8 +184,17 @@ class RoundRecord:
     tokens: FloatArray = field(default_factory=lambda: np.zeros(0))
     side_flops: tuple[float, float] = (0.0, 0.0)
     epsilon: float | None = None
-    spare: tuple[int, ...] = ()
     staleness: IntArray | None = None
+
+    @property
+    def empty(self) -> bool:
+        """Whether no client's update counts: nobody took part, or all who did were left out."""
+        return not (self.weights > 0).any()
+
+    @property
+    def spare(self) -> tuple[int, ...]:
+        """Always empty, since a rank without a client trains none; here for scripts that read it."""
+        return ()
 
     @property
     def flops(self) -> FloatArray:
@@ -190,7 +205,7 @@ class RoundRecord:
         """The scalars that are logged every round, by their logged names; an unknown loss is left out."""
         values = {
             "round/loss": self.loss,
-            "round/clients": float(len(self.clients) - len(self.rejected) - len(self.spare)),
+            "round/clients": float(len(self.clients) - len(self.rejected)),
             "round/rejected": float(len(self.rejected)),
             "round/samples": float(self.samples.sum()),
             "round/local_steps": float(self.local_steps.sum()),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from functools import partial
 
 import numpy as np
@@ -19,12 +19,14 @@ from lightning_fedscale.rounds import (
     RoundPlan,
     Simulated,
     epochs_from,
+    nobody_simulated,
     pass_order,
     place_longest_first,
     plan_round,
+    sampled,
     steps_from,
 )
-from lightning_fedscale.types import Cursor, FloatArray, IntArray
+from lightning_fedscale.types import Cohort, Cursor, FloatArray, IntArray
 
 
 class Workload:
@@ -132,9 +134,8 @@ class Workload:
         steps = self._options.steps_in(round)
         if self._options.asynchrony is not None:
             return self._plan_of_arrivals(self._options.asynchrony, round, steps)
-        asked, simulate = self.cohort_size, None
+        asked, simulate = self._asked(), None
         if (fleet := self.fleet) is not None:
-            asked = fleet.population.asked(self.cohort_size, self.partition.num_clients)
             simulate = partial(self._simulate, fleet, round, steps)
         plan = plan_round(
             round,
@@ -147,7 +148,42 @@ class Workload:
             simulate=simulate,
             losses=losses,
         )
-        return plan._replace(local_steps=steps)
+        return self._enough(plan)._replace(local_steps=steps)
+
+    def _asked(self) -> int:
+        population, clients = self._options.population, self.partition.num_clients
+        return self.cohort_size if population is None else population.asked(self.cohort_size, clients)
+
+    def _enough(self, plan: RoundPlan) -> RoundPlan:
+        """The plan, or that of an empty round where the sampler found fewer clients than the aggregator needs."""
+        rule, clients = self._options.rules.aggregator, len(plan.cohort)
+        if clients == 0 or clients >= rule.needs:
+            return plan
+        rank_zero_warn(
+            f"round {plan.round}: aggregator={rule.call} needs at least {rule.needs} clients, and {clients} can take"
+            " part, so nobody trains in this round."
+        )
+        simulated = None if plan.simulated is None else nobody_simulated()
+        return plan._replace(cohort=plan.cohort[:0], ranks=plan.ranks[:0], simulated=simulated)
+
+    def check_cohorts(self, rounds: Iterable[int]) -> None:
+        """Refuse an aggregator that needs more clients than any of these rounds has.
+
+        Raises:
+            ValueError: names the aggregator, the number and the remedy.
+        """
+        options, count = self._options, self.partition.num_clients
+        rule, largest, at = options.rules.aggregator, 0, 0
+        for round in rounds if rule.needs else ():
+            clients = self.cohort_size
+            if options.asynchrony is None:
+                clients = len(sampled(options.sampler, options.seed, round, count, self._asked()))
+            if clients >= rule.needs:
+                return
+            if clients > largest:
+                largest, at = clients, round
+        if largest:
+            rule.init(torch.zeros(0, dtype=torch.float64), Cohort(at, np.arange(largest), count, 0, options.seed))
 
     def _plan_of_arrivals(self, asynchrony: FedBuff, round: int, local_steps: int | None) -> RoundPlan:
         if self._arrivals is None:

@@ -18,6 +18,9 @@ class Aggregator(NamedTuple):
     accumulator is additive. A rule that must see all updates at once gives each client a place of its own in it (see
     `lightning_fedscale.aggregators.stacked`), which other ranks leave zero.
 
+    Of nobody there is no aggregate: in a round in which no client's update counts, ``finish`` is not called, and the
+    aggregated delta is zero under any rule. The server optimizer sees that zero as it sees any other delta.
+
     Attributes:
         weigh: weight of a client, before normalisation: handed to ``accumulate`` and reported in
             ``RoundRecord.weights``.
@@ -29,6 +32,7 @@ class Aggregator(NamedTuple):
         sees_all: whether it looks at all updates at once, to bear hostile ones; their sum alone would not do.
         call: how it was made, such as ``trimmed_mean(trim=0.2)``; for logs only.
         hides_clients: whether the server learns nothing but the sum, and so takes no buffer of a single client.
+        needs: fewest clients of a round with which it bears what it promises. Where fewer are sampled, nobody trains.
 
     Example:
         >>> from lightning_fedscale.aggregators import mean
@@ -42,3 +46,4 @@ class Aggregator(NamedTuple):
     sees_all: bool = False
     call: str = ""
     hides_clients: bool = False
+    needs: int = 0

@@ -41,7 +41,7 @@ def aggregate(
 
 
 def fold(rule: Aggregator, updates: Iterable[ClientUpdate], like: Tensor, cohort: Cohort) -> Tensor:
-    """Accumulate and finish, as a round on one rank does.
+    """Accumulate and finish, as a round on one rank does; zero if there is no update.
 
     Args:
         rule: the rule.
@@ -49,11 +49,11 @@ def fold(rule: Aggregator, updates: Iterable[ClientUpdate], like: Tensor, cohort
         like: a vector as long as an update.
         cohort: who takes part.
     """
-    total = rule.init(like, cohort)
+    total, anybody = rule.init(like, cohort), False
     for update in updates:
         if update.finite:
-            total = rule.accumulate(total, update, float(rule.weigh(update)), cohort)
-    return rule.finish(total, cohort)
+            total, anybody = rule.accumulate(total, update, float(rule.weigh(update)), cohort), True
+    return rule.finish(total, cohort) if anybody else torch.zeros_like(like)
 
 
 def norm_of(delta: Tensor, cohort: Cohort) -> float:
@@ -64,16 +64,16 @@ def norm_of(delta: Tensor, cohort: Cohort) -> float:
 
 
 def needing(rule: Aggregator, clients: int, name: str) -> Aggregator:
-    """The rule, refusing cohorts of fewer clients at the beginning of a round, when none has trained yet.
+    """The rule, refusing cohorts of fewer clients when it is applied to them.
 
     Raises:
         ValueError: from ``init``; names the rule and the remedy.
     """
-    return rule._replace(init=partial(_init_enough, rule=rule, clients=clients, name=name))
+    return rule._replace(init=partial(_init_enough, rule=rule, clients=clients, name=name), needs=clients)
 
 
 def _init_enough(like: Tensor, cohort: Cohort, *, rule: Aggregator, clients: int, name: str) -> Tensor:
-    if len(cohort.clients) < clients:
+    if 0 < len(cohort.clients) < clients:
         raise ValueError(
             f"aggregator={name} needs at least {clients} clients in a round to bear what it promises, and round"
             f" {cohort.round} has {len(cohort.clients)}: raise clients_per_round, or lower its arguments."

@@ -207,14 +207,6 @@ class StateStore:
         self._staged[name, client] = None if state is None else self._join(_Entry(state))
         self._make_room()
 
-    def unstage(self, client: int) -> None:
-        """Forget what was staged of this client."""
-        for name, staged in list(self._staged):
-            if staged == client:
-                self._discard(self._staged.pop((name, client)))
-                if (kept := self._committed.get(name, {}).get(client)) is not None:
-                    self._join(kept)
-
     def put(self, client: int, name: str, state: Any | None) -> None:
         """Set the client's committed state at once; None forgets it."""
         entries = self._committed.setdefault(name, {})

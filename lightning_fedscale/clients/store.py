@@ -54,11 +54,6 @@ class ClientStore:
         """Note the client's optimizer states after this round; None forgets them."""
         self.states.stage(client, OPTIMIZERS, states)
 
-    def unstage(self, client: int) -> None:
-        """Forget what was staged of this client: it trained, but that does not count."""
-        self._staged_cursors.pop(client, None)
-        self.states.unstage(client)
-
     def keepers(self) -> Iterable[int]:
         """The clients whose optimizer states are here."""
         return self.states.clients(OPTIMIZERS)

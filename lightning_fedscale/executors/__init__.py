@@ -7,7 +7,7 @@ from lightning_fedscale.executors.exchange import Exchange, exchange_of
 from lightning_fedscale.executors.hooks import LocalBatchHooks, RoundEnd
 from lightning_fedscale.executors.loader import ClientLoader, RoundLoader
 from lightning_fedscale.executors.loops import NoAccumulation, RoundLoops, close_finished_epoch
-from lightning_fedscale.executors.sequential import LargestClient, RoundContext, SequentialExecutor, no_batch_left
+from lightning_fedscale.executors.sequential import LargestClient, RoundContext, SequentialExecutor
 from lightning_fedscale.executors.transfer import Transfer
 from lightning_fedscale.executors.vectorized import VectorizedExecutor
 
@@ -30,5 +30,4 @@ __all__ = [
     "VectorizedExecutor",
     "close_finished_epoch",
     "exchange_of",
-    "no_batch_left",
 ]

@@ -80,9 +80,11 @@ class ExecutorChoice:
             self.ballot = self._rehearse(context)
             times: list[float] = []
             for update in self._sequential.run(context):
-                times.append(update.seconds / update.steps)
+                if update.steps:
+                    times.append(update.seconds / update.steps)
                 yield update
-            self.ballot = self.ballot._replace(sequential=statistics.median(times))
+            # Clients without a batch say nothing: then the next round decides.
+            self.ballot = self.ballot._replace(sequential=statistics.median(times)) if times else Ballot()
         elif self.kind != "vectorized":
             yield from self._sequential.run(context)
         elif not context.training:

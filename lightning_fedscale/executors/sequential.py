@@ -219,7 +219,7 @@ class SequentialExecutor:
             update = ClientUpdate(
                 client=work.client,
                 delta=delta,
-                norm=_norm(delta, context.server, view.trainable),
+                norm=_norm(delta, context.server, view.trainable) if trained.had_batch else math.nan,
                 held=work.held,
                 samples=trained.samples,
                 steps=trained.steps,
@@ -231,7 +231,7 @@ class SequentialExecutor:
             own.keep(work.client, update)
             if context.largest is not None:
                 context.largest.offer(update, context.exchange.copy_largest)
-            if self._keep and context.training:
+            if self._keep and context.training and trained.had_batch:
                 # An update that is not finite has spoilt the optimizer's state too: that client starts afresh.
                 states = [keeper.unload() for keeper in self._keepers] if update.finite else None
                 self._store.stage_optimizers(work.client, states)
@@ -311,6 +311,7 @@ class SequentialExecutor:
             batch = next(context.batches)
             if batch is None:
                 continue  # as the Trainer's own loop does
+            trained.had_batch = True
             # What the module reads as `trainer.is_last_batch` goes with the client's `batch_idx`.
             progress.is_last_batch = last = batch_idx == last_idx
             if trained.steps or work is not context.first:
@@ -331,8 +332,6 @@ class SequentialExecutor:
             if context.metered:
                 trained.forms[form_of(batch).anonymous()] += 1
             self._watcher.client_stepped(number, loss)
-        if not trained.steps:
-            raise no_batch_left(work)
         return trained
 
     def _call(self, hook: str, *values: Any) -> Any:
@@ -344,6 +343,7 @@ class _Trained:
 
     def __init__(self) -> None:
         self.samples = self.steps = self.optimizer_steps = 0
+        self.had_batch = False  # that is not None
         self.forms: Counter[Form] = Counter()
         self._losses: list[Tensor] = []
         self._weights: list[int] = []
@@ -386,14 +386,6 @@ class Personal:
     def restore(self) -> None:
         """Show the server's own again."""
         self._exchange.write_personal(self._servers)
-
-
-def no_batch_left(work: LocalWork) -> ValueError:
-    """The error for a client that cannot train since all its batches are None."""
-    return ValueError(
-        f"train_dataloader: the collate function returned None for all {len(work.batches)} batches of client"
-        f" {work.client}: leave this client out of the partition."
-    )
 
 
 def _norm(delta: Tensor, server: Tensor, trainable: int) -> float:

@@ -35,7 +35,6 @@ from lightning_fedscale.executors.sequential import (
     RoundContext,
     SequentialExecutor,
     Watcher,
-    no_batch_left,
 )
 from lightning_fedscale.executors.side_by_side import Logged, Obstacle, SideBySide
 from lightning_fedscale.executors.snapshots import MetricStates, SavedBytes
@@ -354,8 +353,6 @@ class VectorizedExecutor:
             raise Obstacle("training_step changes attributes of the module")
         self._proven = True
         self._count(wave, sum(steps))
-        if 0 in steps:
-            raise no_batch_left(wave[steps.index(0)])
         means = [total / weight if weight else math.nan for total, weight in zip(losses.tolist(), weights, strict=True)]
         return _Trained(means, samples, steps, notes, time.perf_counter() - started, forms, optimizer_steps)
 
@@ -431,16 +428,16 @@ class VectorizedExecutor:
             spoilt = (~torch.isfinite(deltas[:, cut:]) & torch.isfinite(server[cut:])).any(dim=1)
             for delta, norm in zip(deltas, torch.where(spoilt, math.nan, norms).tolist(), strict=True):
                 row += 1
-                work = wave[row]
+                work, trained_any = wave[row], trained.steps[row] > 0  # else all its batches were None
                 update = ClientUpdate(
                     client=work.client,
                     delta=delta,
-                    norm=norm if math.isfinite(norm) else math.nan,
+                    norm=norm if trained_any and math.isfinite(norm) else math.nan,
                     held=work.held,
                     samples=trained.samples[row],
                     steps=trained.steps[row],
                     loss=trained.losses[row],
-                    seconds=trained.seconds * trained.steps[row] / sum(trained.steps),
+                    seconds=trained.seconds * trained.steps[row] / (sum(trained.steps) or 1),
                     forms=trained.forms[row],
                     optimizer_steps=trained.optimizer_steps[row],
                 )
@@ -448,7 +445,7 @@ class VectorizedExecutor:
                     context.guidance.keep_personal(work.client, self._wave.of_client(exchange, exchange.personal, row))
                 if context.largest is not None:
                     context.largest.offer(update, partial(self._wave.of_client, exchange, exchange.largest, row))
-                if self._keep:
+                if self._keep and trained_any:
                     state = {
                         "state": self._wave.optimizer_state(row),
                         "options": [{} for _ in self._trainer.optimizers[0].param_groups],

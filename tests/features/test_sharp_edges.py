@@ -293,14 +293,6 @@ def test_batches_that_are_none_are_skipped(bad: set[int]) -> None:
     assert (record.local_steps.tolist(), record.samples.tolist()) == ([3 - len(bad)], [24 - 8 * len(bad)])
 
 
-@pytest.mark.parametrize("bad", [0, 1])
-def test_a_client_with_nothing_but_none_is_refused(bad: int) -> None:
-    loader = DataLoader(numbered(32), batch_size=8, collate_fn=none_for({16 * bad, 16 * bad + 8}))
-    partition = Partition.from_lists([range(16), range(16, 32)])
-    with pytest.raises(ValueError, match=f"None for all 2 batches of client {bad}"):
-        fit(make(), loader=loader, strategy={"partitioner": partition})
-
-
 # ---- what a module reads off the Trainer
 
 
