@@ -128,10 +128,10 @@ class Fit(NamedTuple):
 
 def fits_of(owner: nn.Module) -> Iterator[Fit]:
     """The weights of this part of a module that are computed from others with the help of buffers."""
-    parametrizations = owner._modules.get("parametrizations")
-    for name, parametrization in () if parametrizations is None else parametrizations.named_children():
-        if isinstance(parametrization, ParametrizationList) and (buffers := list(parametrization.buffers())):
-            yield Fit(partial(getattr, owner, name), buffers)
+    if "parametrizations" in owner._modules:
+        for name, parametrization in owner.get_submodule("parametrizations").named_children():
+            if isinstance(parametrization, ParametrizationList) and (buffers := list(parametrization.buffers())):
+                yield Fit(partial(getattr, owner, name), buffers)
     for hook in owner._forward_pre_hooks.values():
         if isinstance(hook, SpectralNorm):
             vectors = [owner._buffers[f"{hook.name}_{vector}"] for vector in "uv"]

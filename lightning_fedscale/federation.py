@@ -139,7 +139,8 @@ class Federation:
         self._budget: PrivacyBudget | None = None
         self._simulated = 0.0  # seconds, over all rounds
         self._older = OlderModels(options.asynchrony)
-        self._averaged: set[str] = set()  # buffers of which the user was told
+        self._told: set[str] = set()  # buffers about which the user was warned
+        self._caches: set[str] = set()  # buffers that each rank has for itself
         self._losses: dict[int, float] = {}  # last known of each client, if the sampler reads them
         self.requeue = Requeue(trainer)
         self.local_accumulation = self._accumulation_asked = trainer.accumulate_grad_batches
@@ -424,7 +425,7 @@ class Federation:
             self.meter is not None,
             uplink,
             own,
-            LargestClient() if exchange.largest else None,
+            LargestClient(),
         )
         self._progress, self._begun = ClientProgress(self._trainer, len(opened.work)), opened.work
         try:
@@ -461,6 +462,7 @@ class Federation:
                 record = replace(record, download_bytes=received)
         except BaseException:
             exchange.settle()
+            exchange.restore()
             exchange.set_trainable()
             exchange.view.write(server)
             exchange.write_personal(own)
@@ -494,18 +496,37 @@ class Federation:
             self._report(record)
             self._tell("on_round_end", record)
 
-    def _of_largest(self, context: RoundContext, plan: RoundPlan, table: RoundTable) -> dict[str, Tensor]:
+    def _of_largest(self, context: RoundContext, plan: RoundPlan, table: RoundTable) -> Mapping[str, Tensor | None]:
         """The buffers that are taken from the client with the most samples; to be called on all ranks."""
         assert self._work is not None
-        if context.largest is None or (rank := table.rank_of_largest(self._work.held(plan.cohort))) is None:
+        assert context.largest is not None
+        exchange, odd = context.exchange, table.odd_buffers()
+        if odd:
+            for names in collectives.gather_over_ranks(exchange.caches(), self._device):
+                self._caches.update(names)
+        rank = table.rank_of_largest(self._work.held(plan.cohort))
+        if rank is None or not (exchange.largest or odd):
             return {}
-        values: dict[str, Tensor] = collectives.broadcast(context.largest.values, rank, self._device)
+        values: Mapping[str, Tensor | None] = collectives.broadcast(context.largest.values, rank, self._device)
+        self._check_shapes([name for name in values if name not in exchange.largest])
         return values
+
+    def _check_shapes(self, names: list[str]) -> None:
+        if new := self._not_told(names):
+            said = f"buffers: {enumerated(new)} came up, went or changed shape while a client trained"
+            if self._options.asynchrony is not None or self._options.rules.ditto is not None:
+                raise ValueError(
+                    f"{said}, which models of single clients cannot follow: give them 'server' or 'client' in"
+                    f" FederatedStrategy(buffers={{{new[0]!r}: 'server'}}), or one shape."
+                )
+            rank_zero_warn(
+                f"{said}, and so there is no mean over clients: they are those of the client with the most samples."
+                f" FederatedStrategy(buffers={{{new[0]!r}: 'client'}}) lets each keep its own."
+            )
 
     def _warn_of_averages(self, names: list[str]) -> None:
         """Once for each buffer: it is averaged, and nobody but the user knows whether that is right."""
-        if new := [name for name in names if name not in self._averaged]:
-            self._averaged.update(new)
+        if new := self._not_told(names):
             rank_zero_warn(
                 f"buffers: {enumerated(new)} changed while clients trained, and the global model takes the clients'"
                 " mean, which is right for a quantity and wrong for a queue, a table or a flag. Say which with"
@@ -513,6 +534,11 @@ class Federation:
                 " samples; give what belongs together, such as a queue and its pointer, the same), 'server' (as it is)"
                 " or 'client' (each its own)."
             )
+
+    def _not_told(self, names: list[str]) -> list[str]:
+        new = [name for name in names if name not in self._told]
+        self._told.update(new)
+        return new
 
     def _warn_of_no_loss(self, record: RoundRecord) -> None:
         """Once: a ``training_step`` that returns nothing may skip a batch, but to skip all of them is a mistake."""
@@ -544,7 +570,11 @@ class Federation:
             # The other ranks wait for this one in the collective: there they are told.
             failure = error
         seconds, leaves = time.perf_counter() - opened.started, self.requeue.heard
-        table.finish_rank(self._rank, seconds, failed=failure is not None, leaves=leaves)
+        assert context.largest is not None
+        odd = bool({*context.exchange.caches()} - self._caches) or bool(
+            {*context.largest.values} - {*context.exchange.largest}
+        )
+        table.finish_rank(self._rank, seconds, failed=failure is not None, leaves=leaves, odd_buffers=odd)
         table.add_executor(self._executor.slots, self._executor.ballot)
         if self.meter is not None:
             table.add_side(self.meter.side())
@@ -619,7 +649,7 @@ class Federation:
 
     def _exchange(self) -> Exchange:
         rules = self._options.rules
-        return exchange_of(self._trainer.lightning_module, rules.personal, rules.buffer_policies)
+        return exchange_of(self._trainer.lightning_module, rules.personal, rules.buffer_policies, self._caches)
 
     def _batch_sizes(self, cohort: Cohort) -> IntArray | None:
         return None if self.fleet is None else self.fleet.batch_sizes_of(cohort.clients)
@@ -692,6 +722,7 @@ class Federation:
         if self._live is None:
             return state
         context = self._live
+        state = context.exchange.regular(state)
         return {
             **context.exchange.view.substituted(state, context.server),
             **context.exchange.of_personal(state, context.own),

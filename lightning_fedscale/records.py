@@ -44,10 +44,10 @@ class RoundTable:
         self._row = {client: row for row, client in enumerate(plan.cohort.tolist())}
         cells = len(self._row) * len(_COLUMNS)
         # numpy, since torch takes several times as long to write a few numbers.
-        parts = [cells, world_size, world_size, num_parameters + 1, 1, 1, _SIDE]
+        parts = [cells, world_size, world_size, num_parameters + 1, 1, 1, 1, _SIDE]
         self._numbers = np.zeros(sum(parts) + _BALLOT)
         rows, self._busy, self._failed, self._trainable, *others = np.split(self._numbers, np.cumsum(parts))
-        self._slots, self._leave, self._side, self._ballot = others
+        self._slots, self._leave, self._odd, self._side, self._ballot = others
         self._rows = rows.reshape(-1, len(_COLUMNS))
 
     def add(
@@ -100,11 +100,22 @@ class RoundTable:
         *flags, anybody = (self._trainable > 0).tolist()
         return flags if anybody else None
 
-    def finish_rank(self, rank: int, seconds: float, *, failed: bool, leaves: bool = False) -> None:
-        """Note how long this rank worked, whether an exception ended its work, and whether its job is to end soon."""
+    def finish_rank(
+        self, rank: int, seconds: float, *, failed: bool, leaves: bool = False, odd_buffers: bool = False
+    ) -> None:
+        """Note how long this rank worked.
+
+        Args:
+            rank: this one.
+            seconds: of work.
+            failed: whether an exception ended it.
+            leaves: whether the rank's job is to end soon.
+            odd_buffers: whether buffers came, went, or changed their shape.
+        """
         self._busy[rank] = seconds
         self._failed[rank] = float(failed)
         self._leave[0] = float(leaves)
+        self._odd[0] = float(odd_buffers)
 
     def add_side(self, flops: Sequence[float]) -> None:
         """Note what this rank spent besides training since the last round: on evaluation, on probing."""
@@ -137,6 +148,10 @@ class RoundTable:
         """The ranks whose work ended in an exception."""
         ranks: list[int] = self._failed.nonzero()[0].tolist()
         return ranks
+
+    def odd_buffers(self) -> bool:
+        """Whether on any rank buffers came, went, or changed their shape."""
+        return bool(self._odd[0] > 0)
 
     def leaves(self) -> bool:
         """Whether any rank was told that its job is to end soon."""

@@ -100,7 +100,7 @@ class Uplink:
 
     def personal(self, client: int) -> dict[str, Tensor]:
         """What of the module stays with the client."""
-        return self._store.states.get(client, PERSONAL) or {} if self._exchange.personal else {}
+        return self._store.states.get(client, PERSONAL) or {} if self._rules.own else {}
 
     def keep_personal(self, client: int, values: dict[str, Tensor]) -> None:
         """Note what the client's training made of it."""

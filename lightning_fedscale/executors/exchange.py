@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, MutableMapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, MutableMapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Any, NamedTuple
 
@@ -22,6 +22,52 @@ class _Place(NamedTuple):
     name: str
     tensor: Tensor
     memory: Tensor
+
+
+class _Part(NamedTuple):
+    """A part of a module, and each of its buffers with its memory when the round began; None where there was none."""
+
+    module: nn.Module
+    buffers: dict[str, tuple[Tensor, Tensor] | None]
+
+    def odd(self) -> list[str]:
+        """Buffers that are there no more, are there now, or have another shape."""
+        now, before = self.module._buffers, self.buffers
+        if len(now) == len(before) and all(name in now and _same(now[name], entry) for name, entry in before.items()):
+            return []
+        now = dict(now.items())
+        return [name for name in {**before, **now} if not _same(now.get(name), before.get(name))]
+
+    def is_cache(self, name: str) -> bool:
+        """Whether a buffer is one that the module can make again."""
+        return name in self.module._non_persistent_buffers_set
+
+    def restore(self, name: str) -> None:
+        """Put a buffer back that the round began with."""
+        if (entry := self.buffers.get(name)) is not None:
+            tensor, memory = entry
+            tensor.data = memory
+            self.module._buffers[name] = tensor
+        elif name in self.buffers:
+            self.module._buffers[name] = None
+        else:
+            del self.module._buffers[name]
+
+    def put(self, name: str, value: Tensor | None) -> None:
+        """Put a buffer of any shape, or None, where there may be one of another shape, or none."""
+        if value is not None and (entry := self.buffers.get(name)) is not None:
+            entry[0].data = value.to(entry[0].dtype, copy=True)
+            value = entry[0]
+        elif value is not None:
+            value = value.clone()
+        if name in self.module._buffers:
+            self.module._buffers[name] = value
+        else:
+            self.module.register_buffer(name, value)
+
+
+def _same(now: Tensor | None, entry: tuple[Tensor, Tensor] | None) -> bool:
+    return now is None if entry is None else now is entry[0] and now.shape == entry[1].shape
 
 
 class _Home(NamedTuple):
@@ -54,6 +100,8 @@ class Exchange(NamedTuple):
         unsure: shared buffers that are averaged since nobody said otherwise, by name, with their number in the vector.
         unmoved: numbers in the vector of what clients change for themselves only, and the elements that it takes there.
         fits: how to bring vectors up to date that belong to weights.
+        parts: the parts of the module by their names, with their buffers.
+        policies: decide about buffers that only come up in training.
     """
 
     view: FlatView
@@ -72,6 +120,8 @@ class Exchange(NamedTuple):
     unsure: dict[str, int]
     unmoved: dict[int, slice]
     fits: list[Fit]
+    parts: dict[str, _Part]
+    policies: BufferPolicies
 
     @property
     def message_bytes(self) -> int:
@@ -97,23 +147,28 @@ class Exchange(NamedTuple):
     @torch.no_grad()
     def write_personal(self, values: Mapping[str, Tensor]) -> None:
         """Show these values of what stays with each client in the module."""
-        for name, value in values.items():
-            self.personal[name].copy_(value)
+        self._show(self.personal, values)
+
+    def copy_personal(self) -> dict[str, Tensor]:
+        """The module's values of what stays with each client."""
+        own = {name: tensor.detach().clone() for name, tensor in self.personal.items()}
+        return {**own, **{name: value.clone() for name, value in self._odd("client").items() if value is not None}}
 
     def of_personal(self, state: Mapping[str, Any], values: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Those of a module's state dict that stay with each client, with these values."""
-        addresses = {self.personal[name].data_ptr(): value for name, value in values.items()}
+        known = {name: value for name, value in values.items() if name in self.personal}
+        addresses = {self.personal[name].data_ptr(): value for name, value in known.items()}
         tensors = {name: entry for name, entry in state.items() if isinstance(entry, Tensor)}
-        return {name: addresses[t.data_ptr()] for name, t in tensors.items() if t.data_ptr() in addresses}
+        own = {name: addresses[t.data_ptr()] for name, t in tensors.items() if t.data_ptr() in addresses}
+        return {**own, **{name: value for name, value in values.items() if name not in known}}
 
     def settle(self) -> None:
         """Bring back what training put in a tensor's place: ``self.average = ...``, ``parameter.data = ...``.
 
-        The value goes into the exchanged tensor and that back into the module. A buffer of another shape stays; it is
-        exchanged from the next round on.
+        The value goes into the exchanged tensor and that back into the module. A buffer of another shape stays.
         """
         for owner, name, tensor, memory in self.places:
-            now = owner.get(name)
+            now = owner[name] if name in owner else None  # noqa: SIM401 (scripted modules' have no `get`)
             if now is None or (now is tensor and now.data_ptr() == memory.data_ptr()) or now.shape != memory.shape:
                 continue
             memory.copy_(now.detach())
@@ -125,15 +180,70 @@ class Exchange(NamedTuple):
         for elements in self.unmoved.values():
             delta[elements].zero_()
 
-    def copy_largest(self) -> dict[str, Tensor]:
-        """The values of `largest` in the module."""
-        return {name: buffer.detach().clone() for name, buffer in self.largest.items()}
+    def copy_largest(self) -> dict[str, Tensor | None]:
+        """The module's values of `largest`, and of what has come, gone, or changed its shape."""
+        odd = {name: None if value is None else value.clone() for name, value in self._odd("largest").items()}
+        return {**{name: buffer.detach().clone() for name, buffer in self.largest.items()}, **odd}
 
     @torch.no_grad()
-    def write_largest(self, values: Mapping[str, Tensor]) -> None:
+    def write_largest(self, values: Mapping[str, Tensor | None]) -> None:
         """Show these values of `largest` in the module; those that are not given stay as they are."""
-        for name, value in values.items():
-            self.largest[name].copy_(value)
+        self._show(self.largest, values)
+
+    def odd(self) -> list[str]:
+        """Names of all buffers that have come, gone, or changed their shape since the round began."""
+        return [f"{path}.{name}" if path else name for path, part in self.parts.items() for name in part.odd()]
+
+    def caches(self) -> list[str]:
+        """Those of `odd` that the module makes again itself: each rank has its own, and they are not exchanged."""
+        return [path for path in self.odd() if self._policy(path) is None]
+
+    def restore(self) -> None:
+        """Put back the buffers that the round began with, but for `caches`, which the next client may go on with."""
+        for path in self.odd():
+            if self._policy(path) is not None:
+                part, name = self._find(path)
+                part.restore(name)
+
+    def regular(self, state: Mapping[str, Any]) -> dict[str, Any]:
+        """A module's state dict with the buffers that the round began with."""
+        state = dict(state)
+        for path in self.odd():
+            part, name = self._find(path)
+            if (entry := part.buffers.get(name)) is not None:
+                state[path] = entry[1]
+            else:
+                state.pop(path, None)
+        return state
+
+    def _show(self, known: Mapping[str, Tensor], values: Mapping[str, Tensor | None]) -> None:
+        for path, value in values.items():
+            if value is not None and path in known and known[path].shape == value.shape:
+                known[path].copy_(value)
+            else:
+                part, name = self._find(path)
+                part.put(name, value)
+
+    def _odd(self, policy: str) -> dict[str, Tensor | None]:
+        found = {path: self._find(path) for path in self.odd() if self._policy(path) == policy}
+        return {path: part.module._buffers.get(name) for path, (part, name) in found.items()}
+
+    def _policy(self, path: str) -> str | None:
+        """What becomes of a buffer whose shape is not always the same; None if it is a cache."""
+        part, name = self._find(path)
+        if self.policies.asked([path]) is None and part.is_cache(name):
+            return None
+        tensor = part.module._buffers.get(name)
+        if path in self.kinds or tensor is None:
+            policy = self.kinds[path].policy if path in self.kinds else "largest"
+        else:
+            policy = self.policies.kind([path], part.module, name, tensor, fitted=False).policy
+        private = self.policies.sums_only or self.policies.parameters_only
+        return policy if policy in ("client", "server") else "server" if private else "largest"
+
+    def _find(self, path: str) -> tuple[_Part, str]:
+        owner, _, name = path.rpartition(".")
+        return self.parts[owner], name
 
     def refit(self) -> None:
         """Bring vectors that belong to weights up to date with the weights that the module holds."""
@@ -176,7 +286,12 @@ class Exchange(NamedTuple):
         return origin
 
 
-def exchange_of(module: nn.Module, personal: Sequence[str] = (), policies: BufferPolicies = DEFAULTS) -> Exchange:
+def exchange_of(
+    module: nn.Module,
+    personal: Sequence[str] = (),
+    policies: BufferPolicies = DEFAULTS,
+    caches: Collection[str] = (),
+) -> Exchange:
     """Parameters and buffers of ``module``, without those of torchmetrics, whose state Lightning looks after.
 
     Read anew every round: callbacks freeze and unfreeze parameters, pruning replaces them.
@@ -185,6 +300,7 @@ def exchange_of(module: nn.Module, personal: Sequence[str] = (), policies: Buffe
         module: the user's.
         personal: patterns of names (`fnmatch`, as in a shell) of parameters and buffers that stay with each client.
         policies: what becomes of the other buffers.
+        caches: names of buffers that are not exchanged.
 
     Raises:
         ValueError: if what stays with each client is shared under another name.
@@ -196,10 +312,13 @@ def exchange_of(module: nn.Module, personal: Sequence[str] = (), policies: Buffe
     seen: set[int] = set()
     left_out: set[int] = set()
     fits: list[Fit] = []
+    parts: dict[str, _Part] = {}
+    metrics: set[nn.Module] = set()
     # In the order of `named_parameters` and `buffers`, which would each walk through all modules.
     for path, part in module.named_modules():
         if isinstance(part, Metric):
             left_out |= {id(tensor) for tensor in (*part.parameters(), *part.buffers())}
+            metrics.update(part.modules())
         prefix = f"{path}." if path else ""
         fits += fits_of(part)
         for name, parameter in part._parameters.items():
@@ -210,13 +329,15 @@ def exchange_of(module: nn.Module, personal: Sequence[str] = (), policies: Buffe
                     parameters[prefix + name] = parameter
         for name, buffer in part._buffers.items():
             if buffer is not None:
-                if _is_constant(buffer):
+                if _is_constant(buffer) or prefix + name in caches:
                     left_out.add(id(buffer))
                 places.append(_Place(part._buffers, name, buffer, buffer.detach()))
                 homes.setdefault(id(buffer), _Home(part, name, [])).names.append(prefix + name)
                 if id(buffer) not in seen:
                     seen.add(id(buffer))
                     buffers[prefix + name] = buffer
+        if part not in metrics:
+            parts[path] = _Part(part, {n: None if b is None else (b, b.detach()) for n, b in part._buffers.items()})
     if left_out:
         places = [place for place in places if id(place.tensor) not in left_out]
         parameters = {name: p for name, p in parameters.items() if id(p) not in left_out}
@@ -229,8 +350,9 @@ def exchange_of(module: nn.Module, personal: Sequence[str] = (), policies: Buffe
     fitted = {id(buffer) for fit in fits for buffer in fit.buffers}
     kinds: dict[str, Kind] = {}
     for buffer in buffers.values():
-        part, name, names = homes[id(buffer)]
-        kinds |= dict.fromkeys(names, policies.kind(names, part, name, buffer, id(buffer) in fitted))
+        home = homes[id(buffer)]
+        kind = policies.kind(home.names, home.part, home.name, buffer, id(buffer) in fitted)
+        kinds |= dict.fromkeys(home.names, kind)
     own_buffers = {name: buffer for name, buffer in buffers.items() if kinds[name].policy == "client"}
     kept = {name: buffer for name, buffer in buffers.items() if name not in own_buffers}
     if personal:
@@ -257,6 +379,8 @@ def exchange_of(module: nn.Module, personal: Sequence[str] = (), policies: Buffe
         {name: numbers[name] for name in kept if not kinds[name].sure},
         {numbers[name]: view.elements(numbers[name]) for name in unmoved},
         [fit for fit in fits if any(id(buffer) in fitting for buffer in fit.buffers)],
+        parts,
+        policies,
     )
 
 

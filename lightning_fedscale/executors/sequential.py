@@ -53,14 +53,14 @@ class LargestClient:
 
     def __init__(self) -> None:
         self._key: tuple[int, int] | None = None
-        self.values: dict[str, Tensor] = {}
+        self.values: Mapping[str, Tensor | None] = {}
 
-    def offer(self, update: ClientUpdate, values: Callable[[], dict[str, Tensor]]) -> None:
+    def offer(self, update: ClientUpdate, values: Callable[[], Mapping[str, Tensor | None]]) -> None:
         """Note a client's buffers, unless there is a larger one or its update is left out.
 
         Args:
             update: what the client sends.
-            values: copies of its buffers, by name.
+            values: gives copies of its buffers, by name; None for one that is not there any more.
         """
         key = (update.held, -update.client)
         if update.finite and (self._key is None or key >= self._key):
@@ -237,6 +237,7 @@ class SequentialExecutor:
                 self._store.stage_optimizers(work.client, states)
             self._watcher.client_ended(update)
             yield update
+            context.exchange.restore()
             view.write(context.server)
             own.restore()
             context.exchange.set_trainable()
@@ -374,13 +375,12 @@ class Personal:
 
     def load(self, client: int) -> None:
         """Show what is this client's in the module."""
-        if self._servers and self._guidance is not None:
+        if self._guidance is not None:
             self._exchange.write_personal(self._guidance.personal(client))
 
     def keep(self, client: int, update: ClientUpdate) -> None:
         """Note what its training made of it, unless that is spoilt."""
-        if self._servers and self._guidance is not None and update.finite:
-            values = {name: tensor.detach().clone() for name, tensor in self._exchange.personal.items()}
+        if self._guidance is not None and update.finite and (values := self._exchange.copy_personal()):
             self._guidance.keep_personal(client, values)
 
     def restore(self) -> None:

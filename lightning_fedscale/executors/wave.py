@@ -80,6 +80,7 @@ class Wave:
         for stack, tensor in zip(self._stacks, tensors, strict=True):
             stack.copy_(tensor.detach())
         self._personal = {id(tensor): name for name, tensor in exchange.personal.items()}
+        self._shapes = {name: tensor.shape for name, tensor in exchange.personal.items()}
         for row, start in enumerate(starts):
             self._place(exchange, tensors, row, start)
         corrections = [start.correction for start in starts]
@@ -96,6 +97,8 @@ class Wave:
 
     def _place(self, exchange: Exchange, tensors: Sequence[Tensor], row: int, start: ClientStart) -> None:
         """Put what is a client's own into its row."""
+        if any(self._shapes.get(name) != value.shape for name, value in start.personal.items()):
+            raise ValueError("a client's own buffers do not have the shape of the module's")
         shared = [number for number, tensor in enumerate(tensors) if id(tensor) not in self._personal]
         if start.model is not None:
             views = exchange.view.views(start.model)

@@ -120,7 +120,8 @@ class Module(pl.LightningModule):
 
 
 class Buffered(Module):
-    """A queue with a pointer, a flag and words of bits that float64 does not hold, and a layer with spectral norm."""
+    """A queue with a pointer, a flag and words of bits that float64 does not hold, a layer with spectral norm, and
+    buffers that grow, come up, and can be made again."""
 
     def __init__(self) -> None:
         super().__init__("plain")
@@ -130,6 +131,8 @@ class Buffered(Module):
         self.register_buffer("bits", torch.tensor([2**62 + 1]))
         self.register_buffer("seen", torch.tensor(False))
         self.register_buffer("own", torch.zeros(12))
+        self.register_buffer("memory", torch.zeros(0, 12))
+        self.register_buffer("cache", torch.arange(1.0), persistent=False)
 
     def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
         self.queue[int(self.pointer)] = batch[0].mean(0)
@@ -137,6 +140,12 @@ class Buffered(Module):
         self.bits[0] ^= 1 << (len(batch[0]) + 4 * batch_idx)
         self.seen.fill_(True)
         self.own += batch[0].mean(0)
+        self.memory = torch.cat([self.memory, batch[0][:1]])[-6:]
+        if not hasattr(self, "bank"):
+            self.register_buffer("bank", batch[0][0].clone())
+        if len(self.cache) < len(batch[0]):
+            self.register_buffer("cache", torch.arange(float(len(batch[0]))), persistent=False)
+        assert torch.equal(self.cache, torch.arange(float(len(self.cache))))
         return super().training_step(batch, batch_idx)
 
 
@@ -352,7 +361,7 @@ SCENARIOS: dict[str, Scenario] = {
         lambda: {"clients_per_round": 5, "buffers": {"queue": "largest", "own": "client", "*num_batches*": "server"}},
         lambda: {"max_epochs": 5},
         Buffered,
-        collectives=3,
+        collectives=5,
     ),
     "ditto": Scenario(lambda: {"clients_per_round": 4, "personal": Ditto(0.5)}, lambda: {"max_epochs": 4}),
     "hostile": Scenario(

@@ -338,6 +338,115 @@ def test_buffers_of_odd_kinds() -> None:
     assert module.hidden.item() == 2 * SIZES[LARGEST] / 8
 
 
+# ---- what does not stay as it was
+
+
+class Growing(Counting):
+    """Buffers that grow, come up, are filled, go, and change their shape in place."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("memory", torch.zeros(0, 4))
+        self.register_buffer("filled", None)
+        self.register_buffer("goes", torch.ones(2))
+        self.register_buffer("lowest", torch.tensor([]))
+        self.started: list[tuple[int, bool, bool, bool, int]] = []
+
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+        if batch_idx == 0:
+            there = hasattr(self, "lazy")
+            self.started.append((len(self.memory), self.filled is None, self.goes is None, there, self.lowest.numel()))
+        self.memory = torch.cat([self.memory, batch[0]])
+        self.filled = batch[2][:1].clone()
+        self.goes = None
+        if not hasattr(self, "lazy"):
+            self.register_buffer("lazy", batch[2][:2].clone())
+        self.lowest.resize_(4).copy_(batch[0].min(0).values)
+        return super().training_step(batch, batch_idx)
+
+
+@EXECUTORS
+def test_buffers_without_one_shape_are_those_of_the_largest_client(executor: str) -> None:
+    module = Growing()
+    told = warned(lambda: fit(module, 3, executor=executor, buffers={"real": "mean"}))
+    assert [message.partition(" came up")[0] for message in told if " came up" in message] == [
+        "buffers: 'memory', 'filled', 'goes', 'lowest', 'lazy'"
+    ]
+    size = SIZES[LARGEST]
+    assert module.started == [
+        (round * size, round == 0, round > 0, round > 0, 4 if round else 0) for round in range(3) for _ in SIZES
+    ]
+    assert len(module.memory) == 3 * size
+    assert module.goes is None
+    assert module.filled.tolist() == [LARGEST]
+    assert module.lazy.tolist() == [LARGEST, LARGEST]
+    assert module.lowest.shape == (4,)
+
+
+@EXECUTORS
+def test_each_client_keeps_buffers_without_one_shape_if_asked(executor: str) -> None:
+    module = Growing()
+    asked = dict.fromkeys(["memory", "filled"], "client") | dict.fromkeys(["goes", "lowest"], "server")
+    trainer = fit(module, 3, executor=executor, buffers={**asked, "real": "mean"})
+    assert [start[0] for start in module.started] == [round * size for round in range(3) for size in SIZES]
+    assert (len(module.memory), module.filled, module.lowest.numel()) == (0, None, 0)
+    assert module.goes.tolist() == [1.0, 1.0]
+    for client, size in enumerate(SIZES):
+        own = trainer.strategy.personal_model(client)  # type: ignore[attr-defined]
+        assert (len(own["memory"]), own["filled"].tolist()) == (3 * size, [client])
+
+
+def test_a_checkpoint_inside_a_client_has_buffers_of_the_global_models_shape() -> None:
+    states: list[dict[str, Tensor]] = []
+
+    class Peek(pl.Callback):
+        def on_client_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, update: object) -> None:
+            states.append(trainer.strategy.lightning_module_state_dict())
+
+    fit(Growing(), 1, trainer={"callbacks": [Peek()]})
+    plain = Growing().state_dict()
+    assert all(state.keys() == plain.keys() for state in states)
+    assert all(state[name].shape == value.shape for state in states for name, value in plain.items())
+
+
+@pytest.mark.parametrize("options", [{"personal": Ditto(0.1)}, {"mode": FedBuff(seconds=[1.0, 2.0, 3.0, 4.0])}])
+def test_models_of_single_clients_need_buffers_of_one_shape(options: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=r"buffers: 'memory', .* give them 'server' or 'client'"):
+        fit(Growing(), 3, clients_per_round=2, **options)
+
+
+class Cached(Counting):
+    """Makes a table anew when it is too short, and remembers its length beside it, as rotary embeddings do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("table", torch.arange(1.0), persistent=False)
+        self.length, self.made = 1, 0
+
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+        wanted = int(batch[2][0]) + 2
+        if wanted > self.length:
+            self.length, self.made = wanted, self.made + 1
+            self.register_buffer("table", torch.arange(float(wanted)), persistent=False)
+        assert torch.equal(self.table[:wanted], torch.arange(float(wanted)))
+        return super().training_step(batch, batch_idx)
+
+
+def test_a_cache_that_is_made_anew_stays() -> None:
+    module = Cached()
+    assert warned(lambda: fit(module, 3, buffers={"real": "mean"})) == []
+    assert module.made == len(SIZES)
+    assert len(module.table) == module.length == len(SIZES) + 1
+
+
+def test_scripted_layers_train() -> None:
+    module = Counting()
+    module.layer = torch.jit.script(nn.Sequential(nn.BatchNorm1d(4), nn.Linear(4, 3)))
+    before = saved(module)
+    fit(module, 1, buffers={"real": "mean"})
+    assert not torch.equal(saved(module)["layer.0.running_mean"], before["layer.0.running_mean"])
+
+
 # ---- with everything else
 
 
