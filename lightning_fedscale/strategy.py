@@ -14,7 +14,7 @@ from lightning.fabric.strategies.registry import _StrategyRegistry
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.overrides.distributed import _sync_module_states
 from lightning.pytorch.plugins.io.wrapper import _WrappingCheckpointIO
-from lightning.pytorch.plugins.precision import Precision
+from lightning.pytorch.plugins.precision import DoublePrecision, Precision
 from lightning.pytorch.strategies import DDPStrategy, StrategyRegistry
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
@@ -564,6 +564,13 @@ class FederatedStrategy(ReusableStrategy):
         """The global model's state, also while a client trains."""
         state = super().lightning_module_state_dict()
         return state if self._federation is None else self._federation.global_state_dict(state)
+
+    def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
+        """Load the global model, in the Trainer's precision: Lightning converts the module only later, and by rounding."""
+        if isinstance(self.precision_plugin, DoublePrecision):
+            assert self.lightning_module is not None
+            self.precision_plugin.convert_module(self.lightning_module)
+        super().load_model_state_dict(checkpoint, strict)
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
         """Save with ``checkpoint["federated"]``; to be called on all ranks."""

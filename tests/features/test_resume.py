@@ -135,6 +135,7 @@ RUNS: dict[str, tuple[Callable[[], pl.LightningModule], dict[str, Any], dict[str
     "manual": (Manual, {**SOME, "client_optimizer": "keep"}, {}),
     "average": (Adam, SOME, {"callbacks": lambda: [EMAWeightAveraging(decay=0.8)]}),
     "workers": (Adam, SOME, {"workers": 2}),
+    "double precision": (Adam, {**SOME, "client_optimizer": "keep"}, {"flags": {"precision": "64-true"}}),
     "everything": (
         Cycle,
         {

@@ -1,0 +1,98 @@
+"""All ways to execute a random training agree; ``python -m tests.fuzz --seeds 5000`` looks at more of them."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.dist import processes
+from tests.fuzz import batches, habits, layers
+from tests.fuzz.check import check, draw_of, rank_differences, spreads
+from tests.fuzz.recipes import Recipe, draw, read, shrink, simpler
+from tests.fuzz.regressions import REGRESSIONS
+from tests.fuzz.runs import difference, run
+
+SEEDS = 200
+CHUNK = 10
+
+
+@pytest.fixture(autouse=True)
+def said_nothing() -> Iterator[None]:
+    """Lightning says hello in every training."""
+    logger = logging.getLogger("lightning.pytorch")
+    before = logger.level
+    logger.setLevel(logging.ERROR)
+    yield
+    logger.setLevel(before)
+
+
+@pytest.mark.parametrize("start", range(0, SEEDS, CHUNK))
+def test_all_ways_agree(start: int) -> None:
+    verdicts = [(draw_of(seed), check(draw_of(seed))) for seed in range(start, start + CHUNK)]
+    failures = [
+        f"{failure}\n    python -m tests.fuzz --recipe {str(recipe)!r}"
+        for recipe, v in verdicts
+        for failure in v.failures
+    ]
+    assert not failures, "\n\n".join(failures)
+    # Otherwise agreement says little.
+    assert sum(verdict.vectorized for _, verdict in verdicts) >= 2
+    assert sum(verdict.refused or verdict.meaningless is not None for _, verdict in verdicts) <= 5
+
+
+@pytest.mark.parametrize("name", REGRESSIONS)
+def test_what_failed_once(name: str) -> None:
+    verdict = check(REGRESSIONS[name])
+    assert not verdict.failures, "\n\n".join(map(str, verdict.failures))
+    assert verdict.meaningless is None
+
+
+def test_two_ranks_agree_with_one(tmp_path: Path) -> None:
+    seeds = [seed for seed in range(0, SEEDS, 10) if spreads(draw_of(seed))]
+    assert len(seeds) >= 10
+    script = Path(__file__).with_name("ranks.py")
+    for executor, some in {"sequential": seeds[::2], "vectorized": seeds[1::2]}.items():
+        folder = tmp_path / executor
+        folder.mkdir()
+        processes.run_well([[script, folder, 2, executor, *some]], [processes.environment()], folder)
+        ranks = [torch.load(folder / f"rank-{rank}.pt", weights_only=False) for rank in range(2)]
+        failures = [how for seed in some if (how := rank_differences(draw_of(seed), [rank[seed] for rank in ranks]))]
+        assert not failures, "\n\n".join(failures)
+
+
+def test_a_recipe_is_a_function_of_its_seed_and_can_be_read_again() -> None:
+    for seed in range(100):
+        recipe = draw(seed)
+        assert draw(seed) == recipe == read(str(recipe))
+    assert len({str(draw(seed)) for seed in range(100)}) == 100
+
+
+def test_everything_is_drawn_sooner_or_later() -> None:
+    drawn = set().union(*(draw(seed).features for seed in range(3000)))
+    everything = {
+        "inputs": layers.ON_INPUTS, "tokens": layers.ON_TOKENS, "blocks": layers.BLOCKS, "states": habits.STATES,
+        "logs": habits.LOGS, "loss": habits.LOSSES, "hooks": habits.HOOKS, "batch": batches.FORMS,
+    }  # fmt: skip
+    missing = {f"{kind}:{name}" for kind, names in everything.items() for name in names} - drawn
+    assert not missing
+
+
+def test_a_failing_recipe_is_made_as_simple_as_it_can_be() -> None:
+    recipe = next(r for r in map(draw, range(1000)) if len(r.blocks) == 3 and "linear" in r.blocks)
+    small = shrink(recipe, lambda other: "linear" in other.blocks and other.epochs > 2)
+    assert small == Recipe(seed=recipe.seed, blocks=("linear",))
+    assert all(other.blocks == () or other.epochs == 2 for other in simpler(small))
+
+
+def test_a_difference_is_noticed() -> None:
+    """A fuzzer that sees nothing finds nothing."""
+    one, other = (run(Recipe(optimizer=f"SGD(lr={lr})"), "sequential") for lr in (0.1, 0.100001))
+    assert difference(one, run(Recipe(), "sequential"), 0.0) is None
+    assert "tensors.on_inputs.weight" in str(difference(one, other, 1e-8))
+    changed = dataclasses.replace(one, logged=[*one.logged[:-1], {**one.logged[-1], "loss": 3.0}])
+    assert "logged[3]" in str(difference(one, changed, 1e-8))
