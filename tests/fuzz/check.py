@@ -10,7 +10,7 @@ from tests.fuzz import plain
 from tests.fuzz.habits import WRITTEN
 from tests.fuzz.known import KNOWN
 from tests.fuzz.recipes import Recipe, draw
-from tests.fuzz.runs import TOLERANCES, Outcome, difference, middle, run
+from tests.fuzz.runs import TOLERANCES, Outcome, difference, run
 
 
 class Failure(NamedTuple):
@@ -96,7 +96,7 @@ def _check(recipe: Recipe, law: str | None, folder: Path) -> Verdict:
             if whole.error or (law is None and (executor == "vectorized") != odd):
                 continue
             again = run(recipe, executor, resume=folder / f"{executor}.ckpt", record=records["vectorized"])
-            how = difference(whole, again, 0.0, epochs=recipe.epochs - 1 - middle(recipe))
+            how = difference(whole, again, 0.0, epochs=len(again.logged))
             if how is not None:
                 failures.append(Failure("resumed == never stopped", f"{executor}: {how}\n{again.where}"))
     return Verdict(failures, vectorized.vectorized, sequential=sequential)

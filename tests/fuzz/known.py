@@ -22,6 +22,11 @@ KNOWN: dict[str, str] = {
     "strategy:sampler='poisson'": "an empty cohort freezes the model",
     "strategy:sampler=samplers.drop_out(samplers.uniform, 0.3)": "an empty cohort freezes the model",
     "strategy:privacy=privacy.dp_fed_avg(0.5, 1.0, delta=1e-2, accountant='rdp')": "an empty cohort freezes the model",
+    "tokens:sparse_embedding": "local rules do not know sparse gradients",
+    "tokens:sparse_bag": "local rules do not know sparse gradients",
+    "strategy:personal=local_rules.Ditto(0.1)": "the vectorized executor gives up and draws from global generators",
+    "states:frozen_then_free": "flags are not part of a checkpoint",
+    "trainer:callbacks=[SWA()]": "a resumed training differs",
     **{
         f"states:{name}": _MISSED
         for name in (
