@@ -7,7 +7,7 @@ RUN := $(VENV)/bin/python
 INSTALL := $(RUN) -m pip install --quiet --disable-pip-version-check -c constraints.txt
 INPUTS := pyproject.toml constraints.txt
 
-.PHONY: help demo test stress lint docs compat bench browser existing clean
+.PHONY: help demo test stress fuzz lint docs compat bench browser existing clean
 
 help: ## Show this list
 	@sed -n 's/^\([a-z]*\):.*## /  make \1	/p' $(MAKEFILE_LIST)
@@ -22,6 +22,9 @@ test: lint ## Lint, types and all tests
 stress: $(VENV)/.test ## All tests three times, beside as many processes that never rest as there are workers
 	@busy=; for worker in $$(seq $(WORKERS)); do $(RUN) -c "while True: pass" & busy="$$busy $$!"; done; \
 	trap "kill $$busy" EXIT; for turn in 1 2 3; do $(RUN) -m pytest -n $(WORKERS) || exit 1; done
+
+fuzz: $(VENV)/.test ## Train 5,000 random projects in all ways, which must agree; three hours
+	$(RUN) -m tests.fuzz --seeds 5000
 
 lint: $(VENV)/.test ## Lint and types only
 	$(RUN) -m ruff check

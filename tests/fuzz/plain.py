@@ -66,7 +66,9 @@ def fed_avg(recipe: Recipe) -> Outcome:
     outcome, single = Outcome(), recipe.precision == "32-true"
     with quiet():
         module, loader, _ = build(recipe)
-        module.to(torch.float32 if single else torch.float64).train()
+        module.train()
+        if not single:
+            module.double()
         strategy, trainer = evaluated(recipe.strategy, recipe), evaluated(recipe.trainer, recipe)
         count, epochs, per_epoch = (strategy.get(n, 1) for n in ("num_clients", "local_epochs", "rounds_per_epoch"))
         cohort_size = strategy.get("clients_per_round", count)

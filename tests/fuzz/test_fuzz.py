@@ -17,7 +17,7 @@ from tests.fuzz.recipes import Recipe, draw, read, shrink, simpler
 from tests.fuzz.regressions import REGRESSIONS
 from tests.fuzz.runs import difference, run
 
-SEEDS = 200
+SEEDS = 40
 CHUNK = 10
 
 
@@ -54,7 +54,7 @@ def test_what_failed_once(name: str) -> None:
 
 def test_two_ranks_agree_with_one(tmp_path: Path) -> None:
     seeds = [seed for seed in range(0, SEEDS, 10) if spreads(draw_of(seed))]
-    assert len(seeds) >= 10
+    assert len(seeds) >= SEEDS // 20
     script = Path(__file__).with_name("ranks.py")
     for executor, some in {"sequential": seeds[::2], "vectorized": seeds[1::2]}.items():
         folder = tmp_path / executor
@@ -83,7 +83,7 @@ def test_everything_is_drawn_sooner_or_later() -> None:
 
 
 def test_a_failing_recipe_is_made_as_simple_as_it_can_be() -> None:
-    recipe = next(r for r in map(draw, range(1000)) if len(r.blocks) == 3 and "linear" in r.blocks)
+    recipe = next(r for r in map(draw, range(1000)) if len(r.blocks) == 2 and "linear" in r.blocks)
     small = shrink(recipe, lambda other: "linear" in other.blocks and other.epochs > 2)
     assert small == Recipe(seed=recipe.seed, blocks=("linear",))
     assert all(other.blocks == () or other.epochs == 2 for other in simpler(small))
