@@ -566,7 +566,7 @@ class FederatedStrategy(ReusableStrategy):
         return state if self._federation is None else self._federation.global_state_dict(state)
 
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
-        """Load the global model, in the Trainer's precision: Lightning converts the module only later, and by rounding."""
+        """Load the global model in the precision of the Trainer, to which Lightning converts the module only later."""
         if isinstance(self.precision_plugin, DoublePrecision):
             assert self.lightning_module is not None
             self.precision_plugin.convert_module(self.lightning_module)
