@@ -117,10 +117,17 @@ class _Twin:
         if loss is None:
             return None
         loss.backward()
-        found = {n: torch.zeros_like(p) if p.grad is None else p.grad.detach() for n, p in self.parameters.items()}
+        found = {name: _dense(parameter) for name, parameter in self.parameters.items()}
         for parameter in self.parameters.values():
             parameter.grad = None
         return found
+
+
+def _dense(parameter: Tensor) -> Tensor:
+    """A parameter's gradient; of zeros if it took no part."""
+    if parameter.grad is None:
+        return torch.zeros_like(parameter)
+    return parameter.grad.detach().to_dense()
 
 
 def no_halves(error: Exception) -> str:

@@ -6,6 +6,7 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import GradientAccumulationScheduler, ThroughputMonitor
 from lightning.pytorch.core.optimizer import _MockOptimizer
+from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from torch import nn
 from torch.optim import Optimizer
@@ -80,6 +81,15 @@ def check_fit(
             "training_step(self, dataloader_iter) is not supported: clients are fed batch by batch. Use"
             " training_step(self, batch, batch_idx)."
         )
+    if trainer.gradient_clip_val and not is_overridden("configure_gradient_clipping", module):
+        kinds = (nn.Embedding, nn.EmbeddingBag)
+        if (
+            name := next((n for n, m in module.named_modules() if isinstance(m, kinds) and m.sparse), None)
+        ) is not None:
+            raise ValueError(
+                f"Trainer(gradient_clip_val={trainer.gradient_clip_val}): the gradient of {name!r} is sparse, and torch"
+                " clips none that is: pass sparse=False to it, or clip in your own configure_gradient_clipping."
+            )
     every, epoch = trainer.val_check_interval, rounds_per_epoch
     if (
         isinstance(every, int)

@@ -43,7 +43,13 @@ class ClientCorrection:
         own = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
         # A parameter without a gradient takes no part in the step.
         chosen = [i for i, p in enumerate(self._parameters) if p.grad is not None and id(p) in own]
+        sparse = {i: _fill(self._parameters[i]) for i in chosen if self._parameters[i].grad.is_sparse}  # type: ignore[union-attr]
         gradients = [as_real(self._parameters[i].grad) for i in chosen]  # type: ignore[arg-type]
+        self._add(chosen, gradients)
+        for i, dimensions in sparse.items():  # as which optimizers such as SparseAdam want it
+            self._parameters[i].grad = self._parameters[i].grad.to_sparse(dimensions)  # type: ignore[union-attr]
+
+    def _add(self, chosen: list[int], gradients: list[Tensor]) -> None:
         if gradients and self._shifts:
             torch._foreach_add_(gradients, [self._shifts[i] for i in chosen])
         if gradients and self._proximal:
@@ -61,6 +67,14 @@ class ClientCorrection:
             yield
         finally:
             callbacks.remove(hook)
+
+
+def _fill(parameter: Tensor) -> int:
+    """Make a sparse gradient dense, since a correction has no zeros; returns its number of sparse dimensions."""
+    sparse = parameter.grad
+    assert sparse is not None
+    parameter.grad = sparse.to_dense()
+    return sparse.sparse_dim()
 
 
 class _Hook(pl.Callback):
