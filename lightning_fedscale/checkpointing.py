@@ -67,6 +67,7 @@ def federated_state(
     versions: dict[int, torch.Tensor],
     accumulation: list[int],
     flags: dict[str, Any],
+    trained: list[str] | None,
 ) -> dict[str, Any]:
     """What ``checkpoint["federated"]`` holds: tensors and primitives, loadable with ``weights_only=True``."""
     return {
@@ -85,6 +86,7 @@ def federated_state(
         "versions": versions,
         "accumulation": accumulation,
         "flags": flags,
+        "trained": trained,
     }
 
 

@@ -136,6 +136,7 @@ class Federation:
         self._quiet = False  # while clients train what nobody is told of
         self._begun: list[LocalWork] = []  # what this rank does in the round that runs
         self._equipped = False
+        self._trained: list[str] | None = None  # which parameters the last round moved
         self._budget: PrivacyBudget | None = None
         self._simulated = 0.0  # seconds, over all rounds
         self._older = OlderModels(options.asynchrony)
@@ -402,6 +403,7 @@ class Federation:
         assert opened is not None
         assert self._work is not None
         exchange = self._exchange()
+        self._check_trained(exchange)
         server = exchange.view.read()
         cohort = self._cohort(opened.plan, exchange)
         if self._custody is not None:
@@ -485,6 +487,29 @@ class Federation:
             self._simulated += 0.0 if record.simulated is None else record.simulated.seconds
             self._log.commit(int(record.local_steps.sum()))
         return {} if record.loss != record.loss else {"loss": torch.tensor(record.loss, device=self._device)}
+
+    def _check_trained(self, exchange: Exchange) -> None:
+        """Refuse other trainable parameters than in the round before where something is kept for these.
+
+        Raises:
+            ValueError: naming the argument and a parameter.
+        """
+        before, self._trained = self._trained, exchange.names
+        if before is None or before == exchange.names:
+            return
+        downlink, options = self._options.downlink_compressor, self._options
+        keeper = options.rules.bound_to_parameters
+        if keeper is None and downlink is not None and downlink.stateful:
+            keeper = f"downlink_compressor={downlink.name}"
+        if keeper is None and options.asynchrony is not None:
+            keeper = "mode='async'"
+        if keeper is not None:
+            one = min(set(before) ^ set(exchange.names))
+            raise ValueError(
+                f"{keeper}: what is kept for it is for the {len(before)} parameters that were trainable in the round"
+                f" before, and {one!r} is {'' if one in exchange.names else 'not '}trainable now: do not freeze or"
+                " unfreeze layers while it is used."
+            )
 
     def end_round(self) -> None:
         """Log the round and tell callbacks, now that the Trainer has counted it and stepped its schedules.
@@ -793,6 +818,7 @@ class Federation:
             versions=self._older.state_dict(),
             accumulation=[self._accumulation_asked, self.local_accumulation],
             flags=self._flags(),
+            trained=self._trained,
             losses=torch.tensor(sorted(self._losses.items()), dtype=torch.float64).reshape(-1, 2),
         )
 
@@ -859,6 +885,7 @@ class Federation:
     def _load_flags(self, state: dict[str, Any]) -> None:
         if (flags := state.get("flags")) is None:
             return  # written by an earlier version
+        self._trained = state["trained"]
         asked, last = state["accumulation"]
         if asked == self._accumulation_asked:  # otherwise the Trainer is asked for another one from now on
             self.local_accumulation = last

@@ -65,6 +65,17 @@ class Rules(NamedTuple):
             kept["personal model"] = 4.0
         return kept
 
+    @property
+    def bound_to_parameters(self) -> str | None:
+        """The argument because of which clients or server keep what is for certain parameters; None if nothing is."""
+        if self.ditto is not None:
+            return f"personal={self.ditto!r}"
+        if self.local is not None and (self.local.keeps_state or self.local.sends_message):
+            return f"local_rule={self.local.name!r}"
+        if self.compressor is not None and self.compressor.stateful:
+            return f"compressor={self.compressor.name}"
+        return None
+
     def weigh(self, update: ClientUpdate) -> float:
         """What a client counts in the aggregate, before normalisation."""
         return float(self.aggregator.weigh(update) if self.privacy is None else self.privacy.weigh(update))

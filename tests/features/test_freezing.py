@@ -13,7 +13,10 @@ from lightning.pytorch.callbacks import BackboneFinetuning, BaseFinetuning, Call
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import weight_norm
 
-from lightning_fedscale import FederatedStrategy
+from lightning_fedscale import FederatedStrategy, aggregators, compressors, local_rules, server
+from lightning_fedscale.asynchrony import FedBuff
+from lightning_fedscale.callbacks import CriticalPhase
+from lightning_fedscale.checks import needed
 from tests.features import by_hand
 from tests.laws import reference
 
@@ -212,6 +215,67 @@ def test_one_client_learns_what_the_plain_trainer_learns(name: str) -> None:
         results.append(outcome(trainer))
     assert by_hand.same(results[0]["model"], results[1]["model"])
     assert results[0]["trainable"] == results[1]["trainable"]
+
+
+ROOMS: dict[str, Any] = {
+    "server_optimizer": server,
+    "local_rule": local_rules,
+    "compressor": compressors,
+    "downlink_compressor": compressors,
+    "aggregator": aggregators,
+}
+GIVEN: dict[str, Callable[[], Any]] = {
+    "error_feedback": lambda: compressors.error_feedback(compressors.top_k()),
+    "phase_driven": lambda: compressors.phase_driven(CriticalPhase(), compressors.top_k(), compressors.sign()),
+    "krum": lambda: aggregators.krum(0),
+    "multi_krum": lambda: aggregators.multi_krum(0, 2),
+    "from_torch": lambda: server.from_torch(torch.optim.SGD, lr=0.7, momentum=0.9),
+    "chain": lambda: server.chain(server.trace(0.9), server.scale(0.5)),
+    "scheduled": lambda: server.scheduled(server.fed_avg(), torch.optim.lr_scheduler.StepLR, step_size=1, gamma=0.5),
+}
+METHODS: dict[str, Callable[[], dict[str, Any]]] = {
+    **{
+        f"{argument}={name}": lambda argument=argument, name=name, factory=factory: {  # type: ignore[misc]
+            argument: GIVEN[name]() if name in GIVEN else factory(*[0.1 for _ in needed(factory)])
+        }
+        for argument, room in ROOMS.items()
+        for name, factory in room.FACTORIES.items()
+    },
+    "personal=Ditto": lambda: {"personal": local_rules.Ditto(0.1)},
+    "mode=async": lambda: {"mode": FedBuff(seconds=[1.0, 2.0, 3.0])},
+    "compressor=error_feedback": lambda: {"compressor": GIVEN["error_feedback"]()},
+}
+
+
+class Exactly(Model):
+    """With the one optimizer that every local rule knows."""
+
+    optimizer = staticmethod(lambda p: torch.optim.SGD(p, lr=0.1))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_goes_on_when_layers_are_unfrozen_or_says_that_it_cannot(
+    method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is kept for some parameters must not be taken for others."""
+
+    def run(**options: Any) -> dict[str, Any]:
+        monkeypatch.setitem(RUNS, "method", (Exactly, lambda: [Backbone()], METHODS[method]()))
+        return outcome(fit("method", **options))
+
+    whole, refusal = None, ""
+    try:
+        whole = run(folder=tmp_path)
+    except ValueError as error:
+        refusal = str(error)
+    if whole is not None:
+        assert "backbone.0.bias" in whole["trainable"]
+        assert same(run(ckpt=tmp_path / "4.ckpt"), whole)
+        return
+    assert f"{method.partition('=')[0]}=" in refusal
+    assert "'backbone.0.bias' is trainable now: do not freeze or unfreeze layers while it is used" in refusal
+    with pytest.raises(ValueError, match=r"'backbone\.0\.bias' is trainable now"):
+        run(ckpt=tmp_path / "2.ckpt")
 
 
 class Saving(InClients):
