@@ -885,7 +885,7 @@ class Federation:
     def _load_flags(self, state: dict[str, Any]) -> None:
         if (flags := state.get("flags")) is None:
             return  # written by an earlier version
-        self._trained = state["trained"]
+        self._trained = state.get("trained")
         asked, last = state["accumulation"]
         if asked == self._accumulation_asked:  # otherwise the Trainer is asked for another one from now on
             self.local_accumulation = last
