@@ -17,6 +17,7 @@ from lightning_fedscale.aggregators import Aggregator, weighted_sum
 from lightning_fedscale.asynchrony import FedBuff
 from lightning_fedscale.buffers import Policy
 from lightning_fedscale.buffers import checked as checked_buffers
+from lightning_fedscale.checks import flag
 from lightning_fedscale.compressors import Compressor
 from lightning_fedscale.devices import Population
 from lightning_fedscale.local_rules import Ditto, LocalRule
@@ -63,6 +64,7 @@ class Arguments(NamedTuple):
     keep_optimizers: bool
     executor: Literal["auto", "sequential", "vectorized"]
     clients_per_wave: int | None
+    verify_executor: bool
     cache_dataset: bool | Literal["auto"]
     client_log_every_n: int | None
     client_state_memory: int | None
@@ -168,6 +170,7 @@ def check(
     client_optimizer: Literal["reset", "keep"],
     executor: Literal["auto", "sequential", "vectorized"],
     clients_per_wave: int | None,
+    verify_executor: bool,
     cache_dataset: bool | Literal["auto"],
     client_log_every_n: int | None,
     client_state_memory: int | str,
@@ -266,6 +269,7 @@ def check(
         keep_optimizers=client_optimizer == "keep",
         executor=executor,
         clients_per_wave=None if clients_per_wave is None else integer("clients_per_wave", clients_per_wave),
+        verify_executor=flag("verify_executor", verify_executor),
         cache_dataset=cache_dataset if cache_dataset == "auto" else bool(cache_dataset),
         client_log_every_n=None if client_log_every_n is None else integer("client_log_every_n", client_log_every_n),
         client_state_memory=parse_bytes("client_state_memory", client_state_memory),

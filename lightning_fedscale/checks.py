@@ -32,6 +32,21 @@ def integer(name: str, value: object, minimum: int = 1, maximum: int | None = No
     return int(value)
 
 
+def flag(name: str, value: object) -> bool:
+    """A value that must be True or False.
+
+    Args:
+        name: the argument.
+        value: what the user gave.
+
+    Raises:
+        TypeError: if it is neither.
+    """
+    if not isinstance(value, bool):
+        raise TypeError(f"{name}={value!r}: pass True or False.")
+    return value
+
+
 def is_number(value: object) -> bool:
     """Whether ``value`` is a real number; True and NaN are none."""
     return isinstance(value, numbers.Real) and not isinstance(value, bool) and not math.isnan(value)

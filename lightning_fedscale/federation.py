@@ -163,7 +163,13 @@ class Federation:
         }
         corrects = options.rules.local is not None or options.rules.ditto is not None
         sequential = SequentialExecutor(self._trainer, **parts, corrects=corrects)
-        vectorized = VectorizedExecutor(self._trainer, sequential, **parts, clients_per_wave=options.clients_per_wave)
+        vectorized = VectorizedExecutor(
+            self._trainer,
+            sequential,
+            **parts,
+            clients_per_wave=options.clients_per_wave,
+            verify=options.verify_executor,
+        )
         self._executor = ExecutorChoice(options.executor, sequential, vectorized)
 
     def attach_data(self, loader: object, share: float | int) -> RoundLoader:

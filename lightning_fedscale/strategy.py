@@ -110,6 +110,10 @@ class FederatedStrategy(ReusableStrategy):
         executor: how the clients of a rank train: "sequential", one after the other; "vectorized", many side by side in
             one `torch.func.vmap`; "auto" tries both in the first round and keeps the faster.
         clients_per_wave: most clients that train side by side; None takes as many as fit into memory.
+        verify_executor: whether, while clients train side by side, one of them is now and then held against the same
+            training alone (in rounds 1, 2, 4, 8 and so on, and after the module has changed); if they differ by more
+            than rounding, the round is repeated one client after the other, and so are all that follow. False trusts
+            the comparison that comes before the first such round.
         cache_dataset: keep the training data on the device and cut batches out of it without a DataLoader: "auto" does
             so for a plain `TensorDataset` with the default collate function if it fits, True for any dataset whose
             samples are tensors that do not change, False never.
@@ -166,6 +170,7 @@ class FederatedStrategy(ReusableStrategy):
         client_optimizer: Literal["reset", "keep"] = "reset",
         executor: Literal["auto", "sequential", "vectorized"] = "auto",
         clients_per_wave: int | None = None,
+        verify_executor: bool = True,
         cache_dataset: bool | Literal["auto"] = "auto",
         client_log_every_n: int | None = None,
         client_state_memory: int | str = "auto",
@@ -211,6 +216,7 @@ class FederatedStrategy(ReusableStrategy):
             client_optimizer=client_optimizer,
             executor=executor,
             clients_per_wave=clients_per_wave,
+            verify_executor=verify_executor,
             cache_dataset=cache_dataset,
             client_log_every_n=client_log_every_n,
             client_state_memory=client_state_memory,

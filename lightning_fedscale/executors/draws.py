@@ -53,13 +53,13 @@ class ClientStreams:
     def of(self, client: int) -> Iterator[None]:
         """The global generators are this client's; afterwards they are whose they were before."""
         outside = randomness.capture(self._device)
-        if client in self._hosts:
-            python, numpy = self._hosts[client]
-            cpu = self.generator(client, torch.device("cpu")).get_state()
-            device = None if outside.device is None else self.generator(client, self._device).get_state()
-            randomness.restore(randomness.GlobalState(python, numpy, cpu, device), self._device)
-        else:
-            randomness.seed_globals(self._seed_of(client), self._device)
+        if client not in self._hosts:  # Python's and numpy's streams begin here; torch's may be under way
+            randomness.seed_globals(self._seed_of(client), torch.device("cpu"))
+            begun = randomness.capture(torch.device("cpu"))
+            self._hosts[client] = begun.python, begun.numpy
+        cpu = self.generator(client, torch.device("cpu")).get_state()
+        device = None if outside.device is None else self.generator(client, self._device).get_state()
+        randomness.restore(randomness.GlobalState(*self._hosts[client], cpu, device), self._device)
         try:
             yield
         finally:

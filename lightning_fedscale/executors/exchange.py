@@ -22,6 +22,7 @@ class _Place(NamedTuple):
     name: str
     tensor: Tensor
     memory: Tensor
+    path: str
 
 
 class _Part(NamedTuple):
@@ -124,6 +125,12 @@ class Exchange(NamedTuple):
     policies: BufferPolicies
 
     @property
+    def all_names(self) -> list[str]:
+        """Where the module holds the trainable parameters, then the buffers; for messages."""
+        paths = {id(place.tensor): place.path for place in reversed(self.places)}
+        return [paths[id(tensor)] for tensor in (*self.trainable, *self.buffers)]
+
+    @property
     def message_bytes(self) -> int:
         """Size of what a client sends, unless it is compressed."""
         return self.trainable_bytes + self.sent_buffer_bytes
@@ -167,7 +174,7 @@ class Exchange(NamedTuple):
 
         The value goes into the exchanged tensor and that back into the module. A buffer of another shape stays.
         """
-        for owner, name, tensor, memory in self.places:
+        for owner, name, tensor, memory, _ in self.places:
             now = owner[name] if name in owner else None  # noqa: SIM401 (scripted modules' have no `get`)
             if now is None or (now is tensor and now.data_ptr() == memory.data_ptr()) or now.shape != memory.shape:
                 continue
@@ -261,6 +268,17 @@ class Exchange(NamedTuple):
 
         return [name for name, number in self.unsure.items() if changed(number)]
 
+    def put_back(self) -> None:
+        """Bring back the tensors that training put something in the place of, with their own values."""
+        for path in self.odd():
+            part, name = self._find(path)
+            part.restore(name)
+        for owner, name, tensor, memory, _ in self.places:
+            if tensor.data_ptr() != memory.data_ptr():
+                tensor.data = memory
+            if name not in owner or owner[name] is not tensor:
+                owner[name] = tensor
+
     def trainable_now(self) -> list[bool]:
         """Which parameters are trainable at the moment; a client's training may freeze and unfreeze some."""
         return [parameter.requires_grad for parameter, _ in self.parameters]
@@ -323,7 +341,7 @@ def exchange_of(
         fits += fits_of(part)
         for name, parameter in part._parameters.items():
             if parameter is not None:
-                places.append(_Place(part._parameters, name, parameter, parameter.detach()))
+                places.append(_Place(part._parameters, name, parameter, parameter.detach(), prefix + name))
                 if id(parameter) not in seen:
                     seen.add(id(parameter))
                     parameters[prefix + name] = parameter
@@ -331,8 +349,8 @@ def exchange_of(
             if buffer is not None:
                 if _is_constant(buffer) or prefix + name in caches:
                     left_out.add(id(buffer))
-                places.append(_Place(part._buffers, name, buffer, buffer.detach()))
                 homes.setdefault(id(buffer), _Home(part, name, [])).names.append(prefix + name)
+                places.append(_Place(part._buffers, name, buffer, buffer.detach(), prefix + name))
                 if id(buffer) not in seen:
                     seen.add(id(buffer))
                     buffers[prefix + name] = buffer

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 import traceback
 from pathlib import Path
 from typing import Any
@@ -12,14 +11,14 @@ import numpy as np
 import torch
 import torchmetrics
 from lightning.pytorch.utilities.model_helpers import is_overridden
-from torch import nn
+from torch import Tensor, nn
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
+from lightning_fedscale import randomness
 from lightning_fedscale.executors.hooks import PER_LOCAL_BATCH
 from lightning_fedscale.executors.lean import is_patched, why_not_lean
-from lightning_fedscale.executors.python_state import PythonState
-from lightning_fedscale.executors.side_by_side import Obstacle
 from lightning_fedscale.executors.stacked_optimizer import ELEMENTWISE
+from lightning_fedscale.executors.stacking import Obstacle
 
 _GLOBAL_HOOKS = (_global_optimizer_pre_hooks, _global_optimizer_post_hooks)
 
@@ -57,37 +56,55 @@ def why_not(trainer: pl.Trainer) -> str | None:
     return None
 
 
-class SharedState:
-    """Looks for what a module does beside its tensors, which would be shared by clients that train side by side."""
+class Surroundings:
+    """What training should leave alone when clients train side by side, since all of them would share it.
 
-    def __init__(self, module: pl.LightningModule, state: PythonState) -> None:
+    Args:
+        module: the user's.
+        device: where it trains.
+    """
+
+    def __init__(self, module: pl.LightningModule, device: torch.device) -> None:
         self._module = module
-        self._state = state
-        self._draws = _draws()
+        self._device = device
+        self._generators: randomness.GlobalState | None = None
+        self._versions: list[int] = []
+
+    def note(self) -> None:
+        """Something is about to run."""
+        if self._generators is None:
+            self._generators = randomness.capture(self._device)
         self._versions = self._versions_now()
 
     def check(self) -> None:
-        """After a step.
+        """After it has run.
 
         Raises:
             Obstacle: if these clients must train one after the other.
         """
+        if self._generators is None:
+            return
         if self._versions_now() != self._versions:
             raise Obstacle("training_step writes to tensors that all clients share")
-        if _draws() != self._draws:
+        now = randomness.capture(self._device)
+        if not all(map(_is_same_generator, now, self._generators)):
             raise Obstacle("training_step draws from Python's or numpy's random numbers")
-        if PythonState(self._module) != self._state:
-            raise Obstacle("training_step changes attributes of the module")
+
+    def restore(self) -> None:
+        """The global generators are where they were."""
+        if self._generators is not None:
+            randomness.restore(self._generators, self._device)
 
     def _versions_now(self) -> list[int]:
         tensors = (*self._module.parameters(), *self._module.buffers())
         return [tensor._version for tensor in tensors]
 
 
-def _draws() -> tuple[Any, bytes, Any]:
-    """The state of Python's and numpy's global generators."""
-    numpy: Any = np.random.get_state(legacy=False)
-    return random.getstate(), numpy["state"]["key"].tobytes(), (numpy["state"]["pos"], numpy["has_gauss"])
+def _is_same_generator(mine: Any, theirs: Any) -> bool:
+    if isinstance(mine, Tensor):
+        return torch.equal(mine, theirs)
+    # numpy's state holds an array.
+    return all(np.array_equal(a, b) for a, b in zip(mine, theirs, strict=True)) if mine is not None else theirs is None
 
 
 def explained(error: Exception) -> str:

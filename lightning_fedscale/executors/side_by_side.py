@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import accumulate
 from typing import Any, Final, NamedTuple
@@ -12,8 +12,8 @@ from typing import Any, Final, NamedTuple
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
-from torch import Tensor
-from torch.func import vmap
+from torch import Tensor, nn
+from torch.func import vjp, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 from torchmetrics import Metric, MetricCollection
@@ -21,16 +21,14 @@ from torchmetrics import Metric, MetricCollection
 from lightning_fedscale.executors.capture import Recording, unseen
 from lightning_fedscale.executors.draws import ClientStreams, DrawPerClient
 from lightning_fedscale.executors.exchange import Exchange
+from lightning_fedscale.executors.stacking import Obstacle, Opened
 
 _LOG_ARGUMENTS = list(inspect.signature(pl.LightningModule.log).parameters)[3:]
 _PER_CLIENT: Final = object()
 # Recording costs about as much as this many steps.
 _RECORD_AT = 20
+_LISTS = ("_flat_weights", "_flat_weight_refs")
 _FORGOTTEN_TOO_OFTEN = 3
-
-
-class Obstacle(RuntimeError):
-    """Why clients of this module cannot train side by side."""
 
 
 class Logged(NamedTuple):
@@ -58,7 +56,10 @@ class StepResult(NamedTuple):
 
 
 class SideBySide:
-    """Runs one local batch of several clients in one go: forward under `torch.func.vmap`, backward as ever.
+    """Runs one local batch of several clients in one go: forward and backward pass under `torch.func.vmap`.
+
+    The gradient is taken inside, for each client: some operators (an embedding's ``padding_idx``, say) follow another
+    rule backwards than forwards, and autograd outside would not know of the clients.
 
     Args:
         trainer: the Trainer.
@@ -67,6 +68,7 @@ class SideBySide:
     Attributes:
         record_at: how many times a step of one form is taken before it is recorded.
         ran_python: set when a step ran the module's own code, rather than a recording.
+        about_to_run_python: called just before that.
     """
 
     def __init__(self, trainer: pl.Trainer, exchange: Exchange) -> None:
@@ -76,18 +78,18 @@ class SideBySide:
         self._draws: bool | None = None  # unknown before the first run
         self.record_at = _RECORD_AT
         self.ran_python = False
+        self.about_to_run_python: Callable[[], None] = lambda: None
         self._recordable = True
         self._recorded: dict[Any, Callable[..., StepResult]] = {}
         self._uses: dict[Any, int] = {}
-        self._specs: list[TreeSpec] = []  # seen so far; in older releases of torch they have no hash
         self._forgotten = 0
         moving = [*exchange.trainable, *exchange.buffers]
         own = {id(tensor): i for i, tensor in enumerate(moving)}
         self._places = [(p.owner, p.name, p.tensor, own[id(p.tensor)]) for p in exchange.places if id(p.tensor) in own]
-        self._parameters = exchange.trainable
         places = [(id(place.owner), place.name, id(place.tensor)) for place in exchange.places]
         self._of = places, list(own), len(exchange.trainable)
         self._buffers = range(len(exchange.trainable), len(moving))
+        self._recurrent = [part for part in self._module.modules() if isinstance(part, nn.RNNBase)]
         members = {
             id(metric)
             for part in self._module.modules()
@@ -111,7 +113,7 @@ class SideBySide:
         self,
         parameters: Sequence[Tensor],
         buffers: Sequence[Tensor],
-        batch: Any,
+        batch: Opened,
         batch_idx: int,
         clients: Sequence[int],
         streams: ClientStreams,
@@ -121,29 +123,37 @@ class SideBySide:
         """Loss, gradients, buffers and logged values of one batch of every client.
 
         Args:
-            parameters: stacked, leaves that require gradients.
+            parameters: stacked.
             buffers: stacked.
-            batch: leaves are stacked; others are shared.
+            batch: its tensors are stacked; what else is in it is the same for all clients.
             batch_idx: number of the batch within the client's round.
             clients: the rows' clients, by their number in ``streams``.
             streams: random streams of the clients.
             share: the loss's factor in the gradient.
         """
-        leaves, spec = tree_flatten(batch)
-        which = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
-        tensors = [leaves[i] for i in which]
-        form = self._form(len(clients), leaves, spec, share)
+        tensors = batch.tensors
+        form = self._form(len(clients), batch, share)
         if (recorded := self._recorded.get(form)) is not None:
             return recorded(parameters, buffers, tensors, streams, clients)
         notes: list[Logged] = []
+        taking_part: list[bool] = []
 
         def one(
             batch_idx: Any, parameters: list[Tensor], buffers: list[Tensor], tensors: list[Tensor]
-        ) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
-            own = list(leaves)
-            for i, tensor in zip(which, tensors, strict=True):
-                own[i] = tensor
-            return self._local_step(parameters, buffers, tree_unflatten(own, spec), batch_idx, notes)
+        ) -> tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor]]:
+            def step(parameters: list[Tensor]) -> tuple[Tensor, Any]:
+                loss, new, values = self._local_step(parameters, buffers, batch.close(tensors), batch_idx, notes)
+                found: Sequence[Tensor | None] = [None] * len(parameters)
+                if loss and loss[0].requires_grad:
+                    scaled = loss[0] if share == 1.0 else loss[0] * share
+                    found = torch.autograd.grad(scaled, parameters, allow_unused=True)
+                taking_part[:] = [gradient is not None for gradient in found]
+                gradients = [gradient for gradient in found if gradient is not None]
+                return torch.zeros(()), (loss, gradients, new, values)
+
+            # For its tape alone: the gradient was taken where it is known which parameters took part.
+            results: Any = vjp(step, parameters, has_aux=True)
+            return results[2]  # type: ignore[no-any-return]
 
         def everyone(
             batch_idx: Any, parameters: Sequence[Tensor], buffers: Sequence[Tensor], tensors: list[Tensor]
@@ -152,16 +162,15 @@ class SideBySide:
             randomness = "error" if self._draws is False else "different"
             # Not a partial, which some releases of torch would print with the number of the batch.
             mapped = vmap(lambda *given: one(batch_idx, *given), randomness=randomness)
-            losses, new, values = mapped(list(parameters), list(buffers), tensors)
-            gradients: list[Tensor | None] = [None] * len(parameters)
-            if losses and losses[0].requires_grad:
-                total = losses[0].sum() if share == 1.0 else losses[0].sum() * share
-                if self._draws is None:
-                    self._check_references(total)
-                gradients = list(torch.autograd.grad(total, parameters, allow_unused=True))
-            return [loss.detach() for loss in losses], gradients, new, values
+            losses, found, new, values = mapped([p.detach() for p in parameters], list(buffers), tensors)
+            if any(loss.requires_grad for loss in losses):  # the clients' own are none of autograd's out here
+                raise Obstacle("training_step uses a parameter by a second reference, past the module")
+            following = iter(found)
+            losses = [loss.detach() for loss in losses]
+            return losses, [next(following) if part else None for part in taking_part], new, values
 
         self.ran_python = True
+        self.about_to_run_python()
         self._uses[form] = uses = self._uses.get(form, 0) + 1
         before = streams.copy() if form and uses == self.record_at and self._recordable else None
         with self._trainer.precision_plugin.train_step_context(), _batched_kernels(parameters[0].device):
@@ -174,13 +183,6 @@ class SideBySide:
             if before is not None:
                 self._record(form, everyone, results, notes, parameters, buffers, tensors, before, clients)
         return _result_of(results, notes)
-
-    def _check_references(self, total: Tensor) -> None:
-        """The module's own parameters should have had no part in it."""
-        shared = [parameter for parameter in self._parameters if parameter.requires_grad]
-        gradients = torch.autograd.grad(total, shared, allow_unused=True, retain_graph=True)
-        if any(gradient is not None for gradient in gradients):
-            raise Obstacle("training_step uses a parameter by a second reference, past the module")
 
     def _record(
         self,
@@ -201,8 +203,7 @@ class SideBySide:
 
         def flat(*given: Tensor) -> list[Tensor | None]:
             parameters, buffers, tensors = _split(given, counts)
-            leaves = [parameter.detach().requires_grad_() for parameter in parameters]
-            return [value for part in function(nothing, leaves, buffers, tensors) for value in part]
+            return [value for part in function(nothing, parameters, buffers, tensors) for value in part]
 
         given = [*(p.detach() for p in parameters), *buffers, *tensors]
         try:
@@ -236,17 +237,10 @@ class SideBySide:
 
         self._recorded[form] = replay
 
-    def _form(self, width: int, leaves: Sequence[Any], spec: TreeSpec, share: float) -> Any:
+    def _form(self, width: int, batch: Opened, share: float) -> Any:
         """What a recording depends on besides the module."""
-        if spec not in self._specs:
-            self._specs.append(spec)
-        described = [(leaf.shape, leaf.dtype) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
-        try:
-            form = (width, share, self._specs.index(spec), *described)
-            hash(form)
-        except TypeError:
-            return None
-        return form
+        guard = batch.guard()
+        return None if guard is None else (width, share, guard)
 
     def forget_recordings(self) -> None:
         """What was recorded does not hold any more."""
@@ -261,24 +255,26 @@ class SideBySide:
         """Of one client, as vmap sees it: loss (or none), buffers afterwards, logged tensors."""
         values: list[Tensor] = []
 
-        def log(name: str, value: Any, *args: Any, **kwargs: Any) -> None:
-            options = {**dict(zip(_LOG_ARGUMENTS, args, strict=False)), **kwargs}
-            if isinstance(value, Tensor):
-                values.append(value.detach())
-                value = _PER_CLIENT
-            notes.append(Logged(name, value, options))
+        def note(logged: Logged) -> None:
+            if isinstance(logged.values, Tensor):
+                values.append(logged.values)
+                logged = logged._replace(values=_PER_CLIENT)
+            notes.append(logged)
 
-        with self._holding([*parameters, *(buffer.clone() for buffer in buffers)]) as now, self._standing_in(log):
+        holding = self._holding([*parameters, *(buffer.clone() for buffer in buffers)])
+        with holding as now, self._asking_metrics_in_turn(), logging_to(self._module, note):
             arguments = (batch, batch_idx) if self._takes_batch_idx else (batch,)
             output = self._module.training_step(*arguments)
             new = [now(i) for i in self._buffers]
-        loss: Any = output["loss"] if isinstance(output, dict) else output
+        loss = loss_of(output)
         return [] if loss is None else [loss.reshape(())], [buffer.detach() for buffer in new], values
 
     @contextmanager
     def _holding(self, tensors: Sequence[Tensor]) -> Iterator[Callable[[int], Tensor]]:
         """The module has these tensors in place of its own; what it puts in their place can be read."""
         seat: dict[int, tuple[Any, str]] = {}
+        # Recurrent layers keep their weights in lists besides, which they bring up to date when they run.
+        lists = [(part, name, vars(part)[name]) for part in self._recurrent for name in _LISTS if name in vars(part)]
         for owner, name, _, i in self._places:
             owner[name] = tensors[i]
             seat[i] = owner, name
@@ -287,31 +283,51 @@ class SideBySide:
         finally:
             for owner, name, tensor, _ in self._places:
                 owner[name] = tensor
+            for part, name, weights in lists:
+                vars(part)[name] = weights
 
     @contextmanager
-    def _standing_in(self, log: Callable[..., None]) -> Iterator[None]:
-        """``self.log`` and metrics understand values of many clients."""
-        module = self._module
-        outside = {name: vars(module)[name] for name in ("log",) if name in vars(module)}
-        object.__setattr__(module, "log", log)
+    def _asking_metrics_in_turn(self) -> Iterator[None]:
+        """Metrics understand values of many clients."""
         patched: list[tuple[Any, str, Any]] = []
         for metric in self._metrics:
             for name in ("forward", "update"):
                 original = getattr(metric, name)
                 patched.append((metric, name, vars(metric).get(name, patched)))
                 object.__setattr__(metric, name, _ForEachClient(self, original))
-        module._current_fx_name = "training_step"
         try:
             yield
         finally:
-            module._current_fx_name = None
             for metric, name, before in patched:
                 if before is patched:
                     object.__delattr__(metric, name)
                 else:
                     object.__setattr__(metric, name, before)
-            object.__delattr__(module, "log")
-            vars(module).update(outside)
+
+
+@contextmanager
+def logging_to(module: pl.LightningModule, note: Callable[[Logged], None]) -> Iterator[None]:
+    """While active, what ``training_step`` logs goes to ``note``, tensors without their graph."""
+
+    def log(name: str, value: Any, *args: Any, **kwargs: Any) -> None:
+        options = {**dict(zip(_LOG_ARGUMENTS, args, strict=False)), **kwargs}
+        note(Logged(name, value.detach() if isinstance(value, Tensor) else value, options))
+
+    outside = {name: vars(module)[name] for name in ("log",) if name in vars(module)}
+    object.__setattr__(module, "log", log)
+    module._current_fx_name = "training_step"
+    try:
+        yield
+    finally:
+        module._current_fx_name = None
+        object.__delattr__(module, "log")
+        vars(module).update(outside)
+
+
+def loss_of(output: Any) -> Tensor | None:
+    """The loss among what ``training_step`` returned; None if there is none."""
+    loss: Tensor | None = output["loss"] if isinstance(output, Mapping) else output
+    return loss
 
 
 @contextmanager
@@ -354,7 +370,7 @@ class _ForEachClient:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         leaves, spec = tree_flatten((args, kwargs))
         tensors = [leaf.detach() for leaf in leaves if isinstance(leaf, Tensor)]
-        if not any(map(torch._C._functorch.is_batchedtensor, tensors)):
+        if not any(map(torch._C._functorch.is_functorch_wrapped_tensor, tensors)):
             return self._method(*args, **kwargs)
         self._owner._recordable = False  # what a metric does is not only a matter of tensors
         forms: list[TreeSpec] = []

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import lightning.pytorch as pl
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
@@ -28,6 +30,18 @@ class MetricStates:
             for name, before in state.items():
                 setattr(metric, name, before)
             metric._update_count, metric._forward_cache, metric._computed = count, cache, None
+
+    def agree(self, other: MetricStates, close: Callable[[Tensor, Tensor], bool]) -> bool:
+        """Whether the metrics know the same, values as close as asked."""
+        for (_, mine, count, _), (_, theirs, other_count, _) in zip(self._states, other._states, strict=True):
+            if count != other_count:
+                return False
+            for name, value in mine.items():
+                pairs = value, theirs[name]
+                left, right = ([each] if isinstance(each, Tensor) else list(each) for each in pairs)
+                if len(left) != len(right) or not all(map(close, left, right)):
+                    return False
+        return True
 
 
 class SavedBytes(saved_tensors_hooks):

@@ -5,10 +5,10 @@ from __future__ import annotations
 import math
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
-from itertools import accumulate
+from itertools import accumulate, cycle, islice
 from typing import Any, NamedTuple
 
 import lightning.pytorch as pl
@@ -16,17 +16,18 @@ import torch
 from lightning.pytorch.utilities.data import extract_batch_size
 from lightning.pytorch.utilities.memory import is_oom_error
 from torch import Tensor
-from torch.utils._pytree import tree_flatten, tree_unflatten
 from torchmetrics import Metric
 
 from lightning_fedscale import randomness
 from lightning_fedscale.clients import ClientStore, OptimizerKeeper
 from lightning_fedscale.devices.batches import Form, form_of
+from lightning_fedscale.executors.cache import DeviceData
 from lightning_fedscale.executors.client_log import ClientLog
 from lightning_fedscale.executors.clipping import clip_of
 from lightning_fedscale.executors.draws import ClientStreams
 from lightning_fedscale.executors.exchange import Exchange
-from lightning_fedscale.executors.obstacles import SharedState, explained, why_not
+from lightning_fedscale.executors.obstacles import Surroundings, explained, why_not
+from lightning_fedscale.executors.proof import Proofs, difference, is_close, step_alone, tolerance_of
 from lightning_fedscale.executors.python_state import PythonState
 from lightning_fedscale.executors.rows import Rows
 from lightning_fedscale.executors.sequential import (
@@ -36,8 +37,9 @@ from lightning_fedscale.executors.sequential import (
     SequentialExecutor,
     Watcher,
 )
-from lightning_fedscale.executors.side_by_side import Logged, Obstacle, SideBySide
-from lightning_fedscale.executors.snapshots import MetricStates, SavedBytes
+from lightning_fedscale.executors.side_by_side import Logged, SideBySide, StepResult
+from lightning_fedscale.executors.snapshots import MetricStates
+from lightning_fedscale.executors.stacking import Obstacle, Opened, opened, stacked
 from lightning_fedscale.executors.transfer import Transfer
 from lightning_fedscale.executors.wave import ClientStart, Wave
 from lightning_fedscale.memory import free_memory
@@ -47,15 +49,21 @@ from lightning_fedscale.types import ClientUpdate
 # Of the model: a client's own, its gradients, its optimizer's state, and as much again for what comes and goes.
 _COPIES = 6
 _SHARE_OF_MEMORY = 0.5
+_REHEARSED = 3  # clients, and at most one step more
 
 
 class _Group(NamedTuple):
     """A batch of each of some clients, all of one form."""
 
     rows: Rows
-    batch: Any
+    batch: Opened  # stacked
+    alone: Callable[[int], Any]  # each one's batch as it would come to it alone
     samples: list[int]
     batch_size: int  # as Lightning would read it off each batch
+
+    def form(self) -> Form:
+        """Of each of the batches."""
+        return form_of(self.batch.close(self.batch.tensors)).without_rows().anonymous()
 
     def weight(self, device: torch.device) -> Tensor | int:
         """Samples in each batch, one number if they are the same."""
@@ -110,6 +118,8 @@ class VectorizedExecutor:
         log: collects what clients log.
         transfer: brings batches to the device.
         clients_per_wave: most clients in a wave, None for as many as fit into memory.
+        verify: whether clients' steps are held against the same steps alone not only before the first wave but now and
+            then while training, too.
     """
 
     def __init__(
@@ -124,6 +134,7 @@ class VectorizedExecutor:
         log: ClientLog,
         transfer: Transfer,
         clients_per_wave: int | None,
+        verify: bool,
     ) -> None:
         self._trainer = trainer
         self._module = trainer.lightning_module
@@ -139,7 +150,9 @@ class VectorizedExecutor:
         self._wave = Wave(trainer.optimizers[0])
         self._side: SideBySide | None = None
         self._state: PythonState | None = None
-        self._proven = self._prepared = False
+        self._proofs = Proofs(while_training=verify)
+        self._seconds_alone = 0.0  # of what a wave took, for the comparison with clients alone
+        self._prepared = False
         self._step_seconds = 0.0
         self._starts: list[ClientStart] = []
         self._shown = any(hasattr(callback, "on_client_end") for callback in trainer.callbacks)  # type: ignore[attr-defined]
@@ -176,6 +189,7 @@ class VectorizedExecutor:
                 strict=False,
             )
         )
+        self._proofs.open_round()
         while context.work:
             wave = [context.work[i] for i in self._next_wave(context.work)]
             done = {work.client for work in wave}
@@ -184,6 +198,7 @@ class VectorizedExecutor:
                 alone = context._replace(work=wave)
                 yield from self.one_by_one(alone.restarted(None) if self._cuts_itself(context) else alone, positions)
             else:
+                self._proofs.choose(wave[0].seed % len(wave))
                 attempt = self._attempt(context, wave)
                 if attempt.out_of_memory:
                     self._width = len(wave) // 2
@@ -193,6 +208,7 @@ class VectorizedExecutor:
                     self.obstacle = attempt.obstacle
                     yield from self.one_by_one(context.restarted(None), positions)
                     return
+                self._proofs.close_wave()
                 yield from self._updates(context, wave, attempt.trained)
                 self._report(attempt.trained.notes, wave, positions)
             rest = [work for work in context.work if work.client not in done]
@@ -211,12 +227,25 @@ class VectorizedExecutor:
     def _attempt(self, context: RoundContext, wave: list[LocalWork]) -> _Attempt:
         """Train a wave; what goes wrong is said, and then nothing has happened."""
         metrics, state = MetricStates(self._module), PythonState(self._module)
+        side, around = self._side_of(context.exchange, state), Surroundings(self._module, self._device)
+        if exact := self._proofs.due:  # then large tensors must be equal to the last element, too
+            state = PythonState(self._module, exact=True)
         try:
-            return _Attempt(self._train(context, wave, state))
+            trained = self._train(context, wave, side, around)
+            if side.ran_python:
+                around.check()
+                if (changed := state.difference(PythonState(self._module, exact=exact))) is not None:
+                    raise Obstacle(f"training_step changes attributes of the module: {changed}")
+            return _Attempt(trained)
         except Exception as error:
             attempt = _Attempt(None, is_oom_error(error) and len(wave) > 1, explained(error))
+        context.exchange.put_back()
+        context.exchange.set_trainable()
+        context.exchange.view.write(context.server)
+        context.exchange.write_personal(context.own)
         metrics.restore()
         state.restore()
+        around.restore()
         # Past the handler, where no traceback holds the wave's memory any more.
         if self._device.type == "cuda" and attempt.out_of_memory:
             torch.cuda.empty_cache()
@@ -258,25 +287,29 @@ class VectorizedExecutor:
         self.obstacle = why_not(self._trainer)
         if self.obstacle is not None:
             return
-        pair = [context.work[i] for i in self._next_wave(context.work)[:2]]
-        saved = SavedBytes()
-        with saved:
-            attempt = self._rehearse(context, pair, 1)
+        some = _alike(context.work)[:_REHEARSED]
+        with self._proofs.of_everything() as saved:
+            while (attempt := self._rehearse(context, some, self._rehearsed_steps())).out_of_memory:
+                some.pop()
         if attempt.trained is None:
             self.obstacle = attempt.obstacle
             return
-        self._step_seconds = attempt.trained.seconds / 2
+        self._step_seconds = attempt.trained.seconds / sum(attempt.trained.steps)
         if self._width is None:
             model = sum(t.numel() * t.element_size() for t in (*context.exchange.trainable, *context.exchange.buffers))
-            each = _COPIES * model + saved.bytes / 2
+            each = _COPIES * model + saved.bytes
             share = _SHARE_OF_MEMORY / (
                 1 if self._device.type == "cuda" else getattr(self._trainer.strategy, "num_processes", 1)
             )
             self._width = max(1, int(free_memory(self._device) * share / each))
 
+    def _rehearsed_steps(self) -> int:
+        """Enough for the clients' models to differ, as long as that is not too many."""
+        return min(self._trainer.accumulate_grad_batches, _REHEARSED) + 1
+
     def _rehearse(self, context: RoundContext, wave: list[LocalWork], steps: int) -> _Attempt:
-        """Train the first steps of some clients and forget it."""
-        wave = [work._replace(batches=work.batches[:steps]) for work in wave]
+        """Train the first steps of some clients, those with fewer from the start again, and forget it."""
+        wave = [work._replace(batches=list(islice(cycle(work.batches), steps))) for work in wave]
         order = [work.batches[i] for i in range(steps) for work in wave if i < len(work.batches)]
         context = context._replace(work=wave, batches=map(context.fetch, order), randomness=None, first=None)
         metrics, counted = MetricStates(self._module), (self.slots, self.steps)
@@ -294,12 +327,11 @@ class VectorizedExecutor:
 
     # ---- a wave
 
-    def _train(self, context: RoundContext, wave: list[LocalWork], state: PythonState) -> _Trained:
+    def _train(self, context: RoundContext, wave: list[LocalWork], side: SideBySide, around: Surroundings) -> _Trained:
+        self._seconds_alone = 0.0
         started, width = time.perf_counter(), len(wave)
         lengths = [len(work.batches) for work in wave]
-        side = self._side_of(context.exchange, state)
-        side.ran_python = False
-        check = None if self._proven else SharedState(self._module, state)
+        side.ran_python, side.about_to_run_python = False, around.note
         states = [self._start_of(work.client) for work in wave]
         self._starts = [_start(context.guidance, work.client) for work in wave] if context.guidance is not None else []
         self._wave.begin(context.exchange, states, self._starts)
@@ -316,10 +348,7 @@ class VectorizedExecutor:
             for group in self._groups(context, wave, active, batch_idx, streams):
                 rows = group.rows
                 parameters = self._wave.parameters(rows)
-                result = side.run(
-                    parameters, self._wave.buffers(rows), group.batch, batch_idx, rows.indices, streams,
-                    share=1.0 / every,
-                )  # fmt: skip
+                result = self._step(context, side, group, batch_idx, streams, around)
                 self._wave.set_buffers(rows, result.buffers)
                 if every == 1:
                     self._wave.step(rows, parameters, result.gradients, clip)
@@ -341,20 +370,54 @@ class VectorizedExecutor:
                 if result.logged:
                     notes.append(_Note(result.logged, rows, batch_idx, group.batch_size))
                 if context.metered:
-                    form = form_of(group.batch).without_rows().anonymous()
+                    form = group.form()
                     for row in rows.indices:
                         forms[row][form] += 1
-                if check is not None and batch_idx == 0:
-                    check.check()
             self._watcher.client_stepped(sum(length <= batch_idx for length in lengths), None)
-        if check is not None:
-            check.check()
-        elif side.ran_python and PythonState(self._module) != state:
-            raise Obstacle("training_step changes attributes of the module")
-        self._proven = True
         self._count(wave, sum(steps))
         means = [total / weight if weight else math.nan for total, weight in zip(losses.tolist(), weights, strict=True)]
-        return _Trained(means, samples, steps, notes, time.perf_counter() - started, forms, optimizer_steps)
+        seconds = time.perf_counter() - started - self._seconds_alone
+        return _Trained(means, samples, steps, notes, seconds, forms, optimizer_steps)
+
+    def _step(
+        self,
+        context: RoundContext,
+        side: SideBySide,
+        group: _Group,
+        batch_idx: int,
+        streams: ClientStreams,
+        around: Surroundings,
+    ) -> StepResult:
+        """One local batch of some clients; where that is due, held against the same batch of some of them alone.
+
+        Raises:
+            Obstacle: if the two differ by more than rounding.
+        """
+        rows, exchange, share = group.rows, context.exchange, 1.0 / self._trainer.accumulate_grad_batches
+        parameters, buffers = self._wave.parameters(rows), self._wave.buffers(rows)
+        watched = self._proofs.watched(rows.indices, group.batch.form, batch_idx)
+        if not watched:
+            return side.run(parameters, buffers, group.batch, batch_idx, rows.indices, streams, share=share)
+        started, before, alone = time.perf_counter(), MetricStates(self._module), dict[int, StepResult]()
+        for i in watched:
+            own = [p[i] for p in parameters], [b[i] for b in buffers]
+            with streams.copy().of(rows.indices[i]), self._proofs.measuring():
+                alone[i] = step_alone(self._trainer, exchange, *own, group.alone(i), batch_idx, share)
+        expected = MetricStates(self._module)
+        before.restore()
+        around.note()
+        self._seconds_alone += time.perf_counter() - started
+        result = side.run(parameters, buffers, group.batch, batch_idx, rows.indices, streams, share=share)
+        around.check()
+        started, tolerance = time.perf_counter(), tolerance_of(self._trainer, exchange)
+        for i, each in alone.items():
+            if (told := difference(result, i, each, exchange.all_names, tolerance)) is not None:
+                raise Obstacle(f"a step of theirs is not what it is alone: {told}")
+        every = len(alone) == len(rows)
+        if every and not MetricStates(self._module).agree(expected, partial(is_close, tolerance=tolerance)):
+            raise Obstacle("a metric is not what it is if they train one after the other")
+        self._seconds_alone += time.perf_counter() - started
+        return result
 
     def _count(self, wave: list[LocalWork], steps: int) -> None:
         self.slots += len(wave) * len(wave[0].batches)
@@ -371,6 +434,7 @@ class VectorizedExecutor:
             self._side = SideBySide(self._trainer, exchange)
         elif self._state != state:
             self._side.forget_recordings()
+            self._proofs.demand()
         self._state = state
         return self._side
 
@@ -388,11 +452,16 @@ class VectorizedExecutor:
             for row in active:
                 by_size.setdefault(len(wave[row].batches[batch_idx]), []).append(row)
             for size, members in by_size.items():
-                batch = context.cache.stacked([wave[row].batches[batch_idx] for row in members])
-                batch = self._trainer.precision_plugin.convert_input(batch)
-                yield _Group(self._wave.rows(members), batch, [size] * len(members), size)
+                indices = [wave[row].batches[batch_idx] for row in members]
+                convert = self._trainer.precision_plugin.convert_input
+                batch = opened(convert(context.cache.stacked(indices)))
+
+                def cut(position: int, cache: DeviceData = context.cache, indices: list[list[int]] = indices) -> Any:
+                    return self._trainer.precision_plugin.convert_input(cache.batch(indices[position]))
+
+                yield _Group(self._wave.rows(members), batch, cut, [size] * len(members), size)
             return
-        found: list[tuple[Any, list[int], list[Any]]] = []
+        found: dict[Any, tuple[list[int], list[Any], list[Opened]]] = {}
         for row in active:
             with streams.of(row):
                 batch = next(context.batches)
@@ -401,17 +470,13 @@ class VectorizedExecutor:
                 if batch_idx or wave[row] is not context.first:
                     # The very first batch of a round has come this way already, through the Trainer's own loop.
                     batch = self._transfer(batch)
-            form = form_of(batch)
-            for other, members, batches in found:
-                if other == form:
-                    members.append(row)
-                    batches.append(batch)
-                    break
-            else:
-                found.append((form, [row], [batch]))
-        for _, members, batches in found:
+            parts = opened(batch)
+            members, batches, each = found.setdefault(parts.form, ([], [], []))
+            members.append(row), batches.append(batch), each.append(parts)
+        for members, batches, each in found.values():
             samples = [len(wave[row].batches[batch_idx]) for row in members]
-            yield _Group(self._wave.rows(members), _stacked(batches), samples, extract_batch_size(batches[0]))
+            size = extract_batch_size(batches[0])
+            yield _Group(self._wave.rows(members), stacked(each), batches.__getitem__, samples, size)
 
     # ---- after a wave
 
@@ -493,7 +558,8 @@ def _start(guidance: Guidance, client: int) -> ClientStart:
     return ClientStart(guidance.start(client), guidance.personal(client), guidance.correction(client))
 
 
-def _stacked(batches: list[Any]) -> Any:
-    columns = zip(*[tree_flatten(batch)[0] for batch in batches], strict=True)
-    leaves = [torch.stack(column) if isinstance(column[0], Tensor) else column[0] for column in columns]
-    return tree_unflatten(leaves, tree_flatten(batches[0])[1])
+def _alike(work: Sequence[LocalWork]) -> list[LocalWork]:
+    """The clients whose first batches have the most common size: only such share a step."""
+    sizes = [len(each.batches[0]) for each in work]
+    common = Counter(sizes).most_common(1)[0][0]
+    return [each for each, size in zip(work, sizes, strict=True) if size == common]

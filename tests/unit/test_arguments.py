@@ -100,6 +100,7 @@ WHOLE = "pass an integer of at least 1"
         ({"executor": "parallel"}, ValueError, "executor='parallel': choose 'auto', 'sequential' or 'vectorized'"),
         ({"clients_per_wave": 0}, ValueError, "clients_per_wave=0"),
         ({"clients_per_wave": 2.5}, TypeError, "clients_per_wave=2.5"),
+        ({"verify_executor": "no"}, TypeError, "verify_executor='no': pass True or False"),
         ({"cache_dataset": "yes"}, ValueError, "cache_dataset='yes': choose 'auto', True or False"),
         ({"client_log_every_n": 0}, ValueError, "client_log_every_n=0"),
         ({"client_state_memory": "4 apples"}, ValueError, "client_state_memory='4 apples': pass a number of bytes"),

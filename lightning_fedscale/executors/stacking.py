@@ -1,0 +1,250 @@
+"""Batches of several clients as one: opened, compared, stacked, and closed again in their own types."""
+
+from __future__ import annotations
+
+import collections
+import datetime
+import decimal
+import enum
+import fractions
+import pathlib
+import types
+import uuid
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils import _pytree
+
+_ATOMS = frozenset((
+    type(None), bool, int, float, complex, str, bytes, range, type, types.FunctionType, torch.dtype, torch.device,
+    torch.Size, torch.layout, decimal.Decimal, fractions.Fraction, datetime.date, datetime.datetime, datetime.time,
+    datetime.timedelta, uuid.UUID,
+))  # fmt: skip
+_KINDS_OF_ATOMS = (enum.Enum, np.generic, np.dtype, pathlib.PurePath)
+_HEAP_TYPE = 1 << 9  # of `type.__flags__`: a class that was made at run time, by Python's ``class`` as a rule
+_OWN = (dict, collections.OrderedDict, collections.defaultdict, list, tuple, collections.deque)
+_BARE = (object, types.SimpleNamespace)  # attributes and nothing else
+_Build = Callable[[Sequence[Tensor], dict[int, Any]], Any]
+
+
+class Obstacle(RuntimeError):
+    """Why clients of this module cannot train side by side."""
+
+
+class Opened(NamedTuple):
+    """A batch taken apart.
+
+    Attributes:
+        tensors: those in it, each once.
+        form: types, keys and nesting of everything, and shape, type and device of the tensors; can be a key of a dict.
+        rest: what is no tensor, each with its place in the batch.
+        close: the batch again, newly made and in its own types, around other tensors.
+    """
+
+    tensors: list[Tensor]
+    form: Any
+    rest: list[tuple[str, Any]]
+    close: Callable[[Sequence[Tensor]], Any]
+
+    def guard(self) -> Any:
+        """What a step with such a batch may depend on besides the tensors' values; None if it cannot be compared."""
+        guard = self.form, tuple((type(value), _comparable(value)) for _, value in self.rest)
+        try:
+            hash(guard)
+        except TypeError:
+            return None
+        return guard
+
+
+def opened(batch: Any) -> Opened:
+    """Take a batch apart.
+
+    Opened are tensors, numbers, texts and the like; dicts, lists, tuples, named tuples, dataclasses, mappings and other
+    objects with attributes, whatever they are derived from; and what is registered with torch's pytree. What appears
+    twice in a batch appears twice in the closed one.
+
+    Raises:
+        Obstacle: if there is something else in it.
+
+    Example:
+        >>> batch = opened({"x": torch.zeros(2, 3), "name": "a"})
+        >>> batch.close([torch.ones(1)])
+        {'x': tensor([1.]), 'name': 'a'}
+    """
+    opening = _Opening()
+    build, form = opening.open(batch, "batch")
+    return Opened(opening.tensors, form, opening.rest, lambda tensors: build(tensors, {}))
+
+
+def stacked(batches: Sequence[Opened]) -> Opened:
+    """Batches of one form as one: every tensor has the batches along a new first dimension.
+
+    Raises:
+        Obstacle: if they differ in something that is no tensor.
+    """
+    first, *others = batches
+    for other in others:
+        for (place, mine), (_, theirs) in zip(first.rest, other.rest, strict=True):
+            if not _same(mine, theirs):
+                raise Obstacle(f"{place} is no tensor and differs between clients ({mine!r:.40} and {theirs!r:.40})")
+    columns = zip(*(batch.tensors for batch in batches), strict=True)
+    return first._replace(tensors=[torch.stack(column) for column in columns])
+
+
+class _Opening:
+    """Collects what is found in a batch on the way through it."""
+
+    def __init__(self) -> None:
+        self.tensors: list[Tensor] = []
+        self.rest: list[tuple[str, Any]] = []
+        self._met: dict[int, tuple[_Build, Any]] = {}  # with what was met, which keeps its address
+        self._within: set[int] = set()
+
+    def open(self, value: Any, place: str) -> tuple[_Build, Any]:
+        """How to build such a value, and its form."""
+        if _is_atom(value):
+            self.rest.append((place, value))
+            return lambda tensors, made: value, type(value)
+        key = id(value)
+        if key in self._met:
+            return self._met[key][0], ("again", list(self._met).index(key))
+        if key in self._within:
+            raise Obstacle(f"{place} contains itself")
+        self._within.add(key)
+        build, form = self._open_tensor(value, place) if isinstance(value, Tensor) else self._open(value, place)
+
+        def once(tensors: Sequence[Tensor], made: dict[int, Any]) -> Any:
+            if key not in made:
+                made[key] = build(tensors, made)
+            return made[key]
+
+        self._met[key] = once, value
+        return once, form
+
+    def _open_tensor(self, value: Tensor, place: str) -> tuple[_Build, Any]:
+        if type(value) is not Tensor or vars(value):
+            raise Obstacle(f"{place} is a {type(value).__name__} with more to it than a tensor")
+        if value.layout != torch.strided or value.requires_grad:
+            raise Obstacle(f"{place} is a tensor that is {'part of a graph' if value.requires_grad else value.layout}")
+        self.tensors.append(value)
+        number = len(self.tensors) - 1
+        return lambda tensors, made: tensors[number], (value.shape, value.dtype, value.device)
+
+    def _open(self, value: Any, place: str) -> tuple[_Build, Any]:
+        kind = type(value)
+        if kind is types.MappingProxyType:
+            build, form = self.open(dict(value), place)
+            return lambda tensors, made: types.MappingProxyType(build(tensors, made)), (kind, form)
+        if kind is set or kind is frozenset:
+            if not all(map(_is_atom, value)):
+                raise Obstacle(f"{place} is a {kind.__name__} of more than numbers and texts")
+            self.rest.append((place, frozenset(value)))
+            return lambda tensors, made: kind(value), kind
+        if kind not in _OWN and kind in _pytree.SUPPORTED_NODES:
+            return self._open_node(value, place)
+        return self._open_object(value, place)
+
+    def _open_node(self, value: Any, place: str) -> tuple[_Build, Any]:
+        """What somebody registered with pytree."""
+        kind = type(value)
+        node = _pytree.SUPPORTED_NODES[kind]
+        children, context = node.flatten_fn(value)
+        self.rest.append((place, context))
+        builds, forms = self._each([(f"{place}.{i}", child) for i, child in enumerate(children)])
+        return lambda tensors, made: node.unflatten_fn([build(tensors, made) for build in builds], context), (
+            kind, *forms,
+        )  # fmt: skip
+
+    def _open_object(self, value: Any, place: str) -> tuple[_Build, Any]:
+        """Anything that Python made: members, if it is a container, and attributes."""
+        kind = type(value)
+        base: Any = next(parent for parent in kind.__mro__ if not parent.__flags__ & _HEAP_TYPE)
+        attributes = _attributes_of(value)
+        if base not in (*_OWN, *_BARE) or (base is object and not _is_python(kind)):
+            raise Obstacle(f"{place} is a {kind.__name__}, which cannot be taken apart")
+        members, keys = [], list[Any]()
+        if issubclass(base, dict):
+            keys = list(dict.keys(value))
+            members = [(f"{place}[{key!r}]", dict.__getitem__(value, key)) for key in keys]
+        elif base not in _BARE:
+            members = [(f"{place}[{i}]", member) for i, member in enumerate(base.__iter__(value))]
+        if not all(_is_atom(key) or isinstance(key, tuple) for key in keys):
+            raise Obstacle(f"{place} has keys that are neither numbers nor texts")
+        builds, forms = self._each([*members, *((f"{place}.{name}", each) for name, each in attributes.items())])
+        options = _options_of(base, value)
+
+        def build(tensors: Sequence[Tensor], made: dict[int, Any]) -> Any:
+            values = (build(tensors, made) for build in builds)
+            new = _new(base, kind, keys, [next(values) for _ in members], options)
+            for name in attributes:
+                object.__setattr__(new, name, next(values))
+            return new
+
+        return build, (kind, *((type(key), key) for key in keys), *attributes, repr(options), *forms)
+
+    def _each(self, members: Sequence[tuple[str, Any]]) -> tuple[list[_Build], list[Any]]:
+        found = [self.open(member, place) for place, member in members]
+        return [build for build, _ in found], [form for _, form in found]
+
+
+def _new(base: Any, kind: Any, keys: Sequence[Any], members: list[Any], options: Any) -> Any:
+    """An object of a class with these members, past what the class does when it is called."""
+    if base is tuple:
+        return tuple.__new__(kind, members)
+    new = base.__new__(kind)
+    if base is collections.deque:
+        collections.deque.__init__(new, members, options)
+    elif base is list:
+        list.extend(new, members)
+    elif base not in _BARE:
+        if base is collections.defaultdict:
+            new.default_factory = options
+        for key, member in zip(keys, members, strict=True):
+            base.__setitem__(new, key, member)
+    return new
+
+
+def _options_of(base: Any, value: Any) -> Any:
+    """What a container of the standard library keeps besides its members."""
+    if base is collections.deque:
+        return value.maxlen
+    return value.default_factory if base is collections.defaultdict else None
+
+
+def _attributes_of(value: Any) -> dict[str, Any]:
+    found = dict(vars(value)) if type(value).__dictoffset__ else {}
+    for parent in type(value).__mro__:
+        for name, slot in vars(parent).items() if parent.__flags__ & _HEAP_TYPE else ():
+            if isinstance(slot, types.MemberDescriptorType):
+                with suppress(AttributeError):  # a slot may be empty
+                    found[name] = slot.__get__(value)
+    return found
+
+
+def _is_atom(value: Any) -> bool:
+    return type(value) in _ATOMS or isinstance(value, _KINDS_OF_ATOMS)
+
+
+def _is_python(kind: type) -> bool:
+    """Whether instances have attributes that Python can see, in a ``__dict__`` or in slots."""
+    return any("__dict__" in vars(parent) or "__slots__" in vars(parent) for parent in kind.__mro__)
+
+
+def _same(mine: Any, theirs: Any) -> bool:
+    if mine is theirs:
+        return True
+    if type(mine) is not type(theirs):
+        return False
+    try:
+        return bool(_comparable(mine) == _comparable(theirs))
+    except Exception:
+        return False  # such as arrays in what pytree was told
+
+
+def _comparable(value: Any) -> Any:
+    """Equal to what cannot be told apart from it: NaN from NaN, but 0.0 from -0.0."""
+    return repr(value) if isinstance(value, float | complex | np.inexact) else value
