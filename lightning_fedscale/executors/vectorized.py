@@ -472,7 +472,9 @@ class VectorizedExecutor:
                     batch = self._transfer(batch)
             parts = opened(batch)
             members, batches, each = found.setdefault(parts.form, ([], [], []))
-            members.append(row), batches.append(batch), each.append(parts)
+            members.append(row)
+            batches.append(batch)
+            each.append(parts)
         for members, batches, each in found.values():
             samples = [len(wave[row].batches[batch_idx]) for row in members]
             size = extract_batch_size(batches[0])
