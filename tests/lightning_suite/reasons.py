@@ -95,9 +95,11 @@ REFUSED = (
     Reason("a sampler of one's own", said="cannot be applied to each client's own samples"),
     Reason("training_step(dataloader_iter)", said=r"training_step\(self, dataloader_iter\) is not supported"),
     Reason("no optimizer", said="configure_optimizers returned no optimizer"),
-    Reason("ThroughputMonitor", tests="throughput_monitor"),
+    Reason("ThroughputMonitor", said="ThroughputMonitor counts"),
     Reason(
-        "BatchSizeFinder, which Lightning has for its plain strategies only", tests="scale_batch_size|batch_size_finder"
+        "BatchSizeFinder, which Lightning itself refuses for what it knows as several processes",
+        tests="tuner|scale_batch_size",
+        said="[Bb]atch size (finder )?is (currently )?not supported",
     ),
 )
 """What README.md names as not supported; raised before training."""
@@ -105,26 +107,41 @@ REFUSED = (
 DIFFERS = (
     Reason(
         "a round of one batch has nothing to accumulate: accumulation is the client's",
-        "accumulat|_ema|_swa|test_train_loop_system|test_backward_count_with_closure|exceed_data_length"
+        tests="test_trainer_accumulate|with_accumulated|gradient_accumulation|grad_accumulation|accumulation_and_early"
+        r"|test_swa_(callback\[|callback_scheduler|resume)|test_ema(\[|_resume|_configure_model)"
+        r"|test_train_loop_system|test_backward_count_with_closure|exceed_data_length_correct\[2"
         r"|test_loop_state_on_exception\[.-.-[23]\]",
     ),
-    Reason("manual optimization: a step of the Trainer is a round, whatever the client steps in it",
-           "manual_call_counts|different_frequencies|multi_lrs"),
-    Reason("on_train_batch_start that returns -1 ends the client's round, not the Trainer's epoch", "return_minus_one"),
-    Reason("the order of samples is the client's, not the sampler's", "sampler_set_epoch_called"),
-    Reason("workers start anew in every round, unless they are persistent", r"test_workers_are_shutdown\[False"),
-    Reason("trainer.train_dataloader iterates over rounds", "train_dataloader_passed_to_fit|limit_percent_batches"),
+    Reason(
+        "manual optimization: a step of the Trainer is a round, whatever the client steps in it",
+        tests="test_multiple_optimizers_manual_call_counts|closure_with_different_frequencies|multi_lrs",
+    ),
+    Reason("on_train_batch_start that returns -1 ends the client's round, not the epoch", tests="return_minus_one"),
+    Reason("the order of samples is the client's, not the sampler's", tests="loop_sampler_set_epoch_called"),
+    Reason("workers that are not persistent start anew in every round", tests=r"test_workers_are_shutdown\[False"),
+    Reason(
+        "trainer.train_dataloader is the loader of rounds",
+        tests=r"test_train_dataloader_passed_to_fit|limit_percent_batches\[0.2",
+    ),
     Reason(
         "the loop's state names the loader of rounds, whose own is empty and not saved",
-        r"test_loop_state_on_exception\[.-.-1\]",
+        tests=r"test_loop_state_on_exception\[.-.-1\]",
     ),
-    Reason("a checkpoint has an entry for the federation", "fit_no_val_and_resume"),
-    Reason("a round resumes exactly, so that a checkpoint within an epoch needs no warning", "restarting_mid_epoch"),
-    Reason("the test looks at the class of the strategy, or sets what only the plain one lets set",
-           "test_trainer_config_strategy|calls_strategy_on_exception|training_step_not_allowed|storage_options"),
-    Reason("the loop that the test calls by itself knows the strategy as one of several processes",
-           r"test_trainer_predict_cpu|test_overfit_batch_limits_eval"),
-)  # fmt: skip
+    Reason("callbacks of rounds are among the Trainer's while it fits", tests="test_callbacks_state_fit_ckpt_path"),
+    Reason("a checkpoint has an entry for the federation", tests="hook_system_fit_no_val_and_resume"),
+    Reason(
+        "a round resumes exactly, so that a checkpoint within an epoch needs no warning",
+        tests="test_restarting_mid_epoch_raises_warning",
+    ),
+    Reason(
+        "the test looks at the class of the strategy or of what writes checkpoints, or sets what only others let set",
+        tests="test_trainer_config_strategy|calls_strategy_on_exception|training_step_not_allowed|storage_options",
+    ),
+    Reason(
+        "the test takes the strategy for one of several processes",
+        tests="test_trainer_predict_cpu|test_overfit_batch_limits_eval",
+    ),
+)
 """What is no defect, and asks for no refusal."""
 
 
