@@ -198,7 +198,12 @@ class Federation:
         self._work = workload
         self._calibrate(workload)
         self._check_resumed()
-        return RoundLoader(workload.loader, self._options.rounds_per_epoch, self.open_round)
+        return RoundLoader(loader, self._options.rounds_per_epoch, self.open_round, self._is_trainers)
+
+    def _is_trainers(self, iterator: Iterator[Any]) -> bool:
+        """Whether the Trainer itself asks an iterator over the train loader for batches."""
+        running = getattr(self._trainer.fit_loop._combined_loader, "_iterator", None)
+        return running is None or any(each is iterator for each in running.iterators)
 
     def _calibrate(self, work: Workload) -> None:
         """Make privacy ready for these clients."""

@@ -257,24 +257,38 @@ class ClientLoader:
 class RoundLoader:
     """What the Trainer iterates over: ``rounds_per_epoch`` items, each the first batch of the rank's round.
 
+    To all others it is the user's loader: attributes are that loader's, and so are the batches that a callback sees
+    which iterates over ``trainer.train_dataloader`` itself. Only the length counts rounds.
+
     Args:
-        client_loader: where the batches come from; its dataset and batch size are shown as this loader's.
+        loader: the user's.
         rounds_per_epoch: the length.
         open_round: plans the next round and returns its first batch; called when the Trainer asks for it.
+        is_trainers: whether an iterator is one that the Trainer asks.
     """
 
-    def __init__(self, client_loader: ClientLoader, rounds_per_epoch: int, open_round: Callable[[], Any]) -> None:
-        self.dataset = client_loader.dataset
-        self.batch_size = client_loader.batch_size
+    def __init__(
+        self,
+        loader: Any,
+        rounds_per_epoch: int,
+        open_round: Callable[[], Any],
+        is_trainers: Callable[[Iterator[Any]], bool],
+    ) -> None:
+        self._loader = loader
         self._rounds_per_epoch = rounds_per_epoch
         self._open_round = open_round
+        self._is_trainers = is_trainers
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("_"):
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+        return getattr(self._loader, name)
 
     def __len__(self) -> int:
         return self._rounds_per_epoch
 
     def __iter__(self) -> Iterator[Any]:
-        for _ in range(self._rounds_per_epoch):
-            yield self._open_round()
+        return _RoundIterator(self)
 
     # Every round is a function of its number, so there is nothing to save; Lightning takes a loader without these
     # for one that cannot be resumed within an epoch.
@@ -284,6 +298,26 @@ class RoundLoader:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Nothing to do."""
+
+
+class _RoundIterator(Iterator[Any]):
+    """Decides at the first item, since the Trainer takes note of its iterators only after it has made them."""
+
+    def __init__(self, loader: RoundLoader) -> None:
+        self._loader = loader
+        self._rounds: Iterator[Any] | None = None
+        self._batches: Iterator[Any] | None = None
+
+    def __next__(self) -> Any:
+        loader = self._loader
+        if self._rounds is None and self._batches is None and loader._is_trainers(self):
+            self._rounds = (loader._open_round() for _ in range(len(loader)))
+        if self._rounds is not None:
+            return next(self._rounds)
+        with randomness.untouched():  # a client may be training, whose random numbers these would be
+            if self._batches is None:
+                self._batches = iter(loader._loader)
+            return next(self._batches)
 
 
 def batch_sampler_of(loader: DataLoader[Any]) -> Any:
