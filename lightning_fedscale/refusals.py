@@ -90,7 +90,8 @@ def check_fit(
                 f"Trainer(gradient_clip_val={trainer.gradient_clip_val}): the gradient of {name!r} is sparse, and torch"
                 " clips none that is: pass sparse=False to it, or clip in your own configure_gradient_clipping."
             )
-    every, epoch = trainer.val_check_interval, rounds_per_epoch
+    # A Trainer that validates by time has no such attribute.
+    every, epoch = getattr(trainer, "val_check_interval", None), rounds_per_epoch
     if (
         isinstance(every, int)
         and every > epoch

@@ -472,6 +472,11 @@ class FederatedStrategy(ReusableStrategy):
             if is_really(logger, TensorBoardLogger):  # HParams gets real metrics instead of its placeholder
                 self._set(logger, "_default_hp_metric", False)
         self._set(trainer, "accumulate_grad_batches", NoAccumulation(1))
+        if self._processes > 1 and getattr(trainer, "_val_check_time_interval", None) is not None:
+            # By clocks of their own, one rank would validate and wait for the others, which train and wait for it.
+            epoch_loop = trainer.fit_loop.epoch_loop
+            is_time = epoch_loop._should_check_val_fx
+            self._set(epoch_loop, "_should_check_val_fx", lambda fetcher: self.broadcast(is_time(fetcher)))
         settings: Any = trainer  # these are set from outside the class, where mypy does not see them
         self._set(trainer, "log_every_n_steps", min(settings.log_every_n_steps, self._options.rounds_per_epoch))
         # As a float it is a share of every client's batches; as an int it counts steps, that is rounds.

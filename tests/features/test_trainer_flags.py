@@ -433,3 +433,34 @@ def test_barebones_gives_the_same_model() -> None:
     )
     trainer.fit(module, reference.loader(by_hand.data()))
     assert by_hand.same(module.state_dict(), by_hand.models(2)[-1])
+
+
+# ---- validation by time
+
+
+class Validations(Minutes):
+    """After which rounds there were some."""
+
+    def __init__(self, clock: Clock) -> None:
+        super().__init__(clock)
+        self.after: list[int] = []
+
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.after.append(trainer.global_step)
+
+
+@pytest.mark.parametrize("every", ["00:00:03:00", timedelta(minutes=3), {"minutes": 3}])
+@pytest.mark.parametrize(
+    ("rounds_per_epoch", "options"), [(1, {}), (4, {}), (4, {"check_val_every_n_epoch": None}), (3, {"max_steps": 7})]
+)
+def test_validation_by_time_is_after_the_rounds_in_which_it_is_time(
+    every: object, rounds_per_epoch: int, options: dict[str, int | None], clock: Clock
+) -> None:
+    """After those steps after which a plain Trainer has it, with as many batches in an epoch."""
+    options = {"max_epochs": 8 // rounds_per_epoch, "val_check_interval": every, **options}  # type: ignore[dict-item]
+    plain, federated = Validations(clock), Validations(clock)
+    trainer = reference.quiet_trainer(limit_train_batches=rounds_per_epoch, callbacks=[plain], **options)
+    trainer.fit(make(), reference.loader(by_hand.data()), validation_loader())
+    assert plain.after[:2] == [3, 6]
+    fit(rounds_per_epoch=rounds_per_epoch, validate=True, callbacks=[federated], **options)
+    assert federated.after == plain.after
