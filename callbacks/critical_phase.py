@@ -155,6 +155,7 @@ class CriticalPhase(Callback):
         self._round: _OpenRound | None = None
         self._unit = "step"
         self._undo = ExitStack()
+        self.listeners: list[Any] = []  # that hear of rounds as this one does
 
     # ---- what others may follow
 
@@ -226,8 +227,13 @@ class CriticalPhase(Callback):
         if before is not None:
             watch.load_saved_state(before)
         self._watch = watch
+        helpers = watch.helpers(trainer, kind)
+        if isinstance(watch, RoundWatch):
+            self.listeners = helpers
+            self._undo.callback(setattr, self, "listeners", [])
+            return
         callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
-        for helper in watch.helpers(trainer, kind):
+        for helper in helpers:
             callbacks.insert(callbacks.index(self) + 1, helper)
             self._undo.callback(callbacks.remove, helper)
 
@@ -275,7 +281,7 @@ class CriticalPhase(Callback):
 
     def __getstate__(self) -> dict[str, Any]:
         """What a copy has: all that was found out, and nothing that belongs to a Trainer."""
-        return {**vars(self), "_watch": None, "_round": None, "_undo": ExitStack()}
+        return {**vars(self), "_watch": None, "_round": None, "_undo": ExitStack(), "listeners": []}
 
     def state_dict(self) -> dict[str, Any]:
         """What a run needs to go on exactly; within a round, what it began with."""

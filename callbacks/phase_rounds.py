@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 import lightning.pytorch as pl
 import numpy as np
 import torch
-from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
@@ -32,7 +31,7 @@ if TYPE_CHECKING:
     from lightning_fedscale.callbacks.critical_phase import CriticalPhase
 
 
-class RoundWatch(Callback):
+class RoundWatch:
     """Looks at the aggregated update of every round, and scales it or makes it noisy.
 
     Args:
@@ -62,10 +61,10 @@ class RoundWatch(Callback):
         if self._owner.detector.needs == "fisher_trace" and self._owner.noise_every is None:
             raise ValueError("noise_every=None: detector 'fisher_trace' reads what is measured there; pass a number.")
 
-    def helpers(self, trainer: pl.Trainer, noise: str) -> list[Callback]:
-        """The callbacks that do the work; those that cost something only if they are needed."""
+    def helpers(self, trainer: pl.Trainer, noise: str) -> list[Any]:
+        """What listens to the events of a round; what costs something only if it is needed."""
         strategy: Any = trainer.strategy
-        found: list[Callback] = [self]
+        found: list[Any] = [self]
         rule, with_decay = strategy.server_optimizer, self._owner.scale_weight_decay
         self._scales_delta = follows_scale(rule) and not with_decay
         if self._owner.action == "scale" and not self._scales_delta:
@@ -183,7 +182,7 @@ class RoundWatch(Callback):
             torch._foreach_add_(updates, diagonal_noise(self._diagonal, batch, target, generator))
 
 
-class _StepScaling(Callback):
+class _StepScaling:
     """Multiplies the server's step, where it does not follow the update's size.
 
     Args:
@@ -210,7 +209,7 @@ class _StepScaling(Callback):
                 value.sub_(self._weights[name], alpha=(factor - 1.0) * self._decay)
 
 
-class _SignedUpdates(Callback):
+class _SignedUpdates:
     """The sum of clients' updates under random signs, beside their aggregate: all that reweighting takes.
 
     With weights ``p_k`` and signs ``xi_k``, the change of the mean under the weights ``p_k (1 + s (xi_k - sum p xi))``

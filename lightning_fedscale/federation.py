@@ -39,6 +39,7 @@ from lightning_fedscale.executors import (
     Transfer,
     VectorizedExecutor,
     exchange_of,
+    listeners,
 )
 from lightning_fedscale.global_model import GlobalModel
 from lightning_fedscale.half_batches import mean_gradient
@@ -777,13 +778,13 @@ class Federation:
         self._tell("on_client_end", update)
 
     def _tell(self, event: str, *values: Any) -> None:
-        for callback in () if self._quiet else self._trainer.callbacks:  # type: ignore[attr-defined]
-            if (hook := getattr(callback, event, None)) is not None:
+        for each in () if self._quiet else listeners(self._trainer):
+            if (hook := getattr(each, event, None)) is not None:
                 hook(self._trainer, self._trainer.lightning_module, *values)
 
     def _tell_of_server_step(self, step: Params) -> Params:
         """Let callbacks change the step; what they get is theirs, since a server optimizer may keep its own."""
-        if any(hasattr(callback, "on_server_step") for callback in self._trainer.callbacks):  # type: ignore[attr-defined]
+        if any(hasattr(each, "on_server_step") for each in listeners(self._trainer)):
             step = {name: value.clone() for name, value in step.items()}
             self._tell("on_server_step", step)
         return step

@@ -4,7 +4,7 @@ from lightning_fedscale.executors.cache import DeviceData
 from lightning_fedscale.executors.choice import Ballot, ExecutorChoice
 from lightning_fedscale.executors.client_log import ClientLog
 from lightning_fedscale.executors.exchange import Exchange, exchange_of
-from lightning_fedscale.executors.hooks import LocalBatchHooks, RoundEnd
+from lightning_fedscale.executors.hooks import LocalBatchHooks, RoundEnd, listeners
 from lightning_fedscale.executors.loader import ClientLoader, RoundLoader
 from lightning_fedscale.executors.loops import NoAccumulation, RoundLoops, close_finished_epoch
 from lightning_fedscale.executors.sequential import LargestClient, RoundContext, SequentialExecutor
@@ -30,4 +30,5 @@ __all__ = [
     "VectorizedExecutor",
     "close_finished_epoch",
     "exchange_of",
+    "listeners",
 ]

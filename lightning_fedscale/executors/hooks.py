@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import lightning.pytorch as pl
@@ -35,6 +35,16 @@ class LocalBatchHooks:
             delattr(self._module, name)
         for name, hook in self._own.items():
             setattr(self._module, name, hook)
+
+
+def listeners(trainer: pl.Trainer) -> Iterator[Any]:
+    """Who hears of the events of a round: the Trainer's callbacks, each followed by what it keeps in ``listeners``.
+
+    Those do not show up in ``trainer.callbacks``, where others look, or in checkpoints.
+    """
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        yield callback
+        yield from vars(callback).get("listeners", ())
 
 
 class RoundEnd(Callback):

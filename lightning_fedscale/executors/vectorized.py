@@ -26,6 +26,7 @@ from lightning_fedscale.executors.client_log import ClientLog
 from lightning_fedscale.executors.clipping import clip_of
 from lightning_fedscale.executors.draws import ClientStreams
 from lightning_fedscale.executors.exchange import Exchange
+from lightning_fedscale.executors.hooks import listeners
 from lightning_fedscale.executors.obstacles import Surroundings, explained, why_not
 from lightning_fedscale.executors.proof import Proofs, difference, is_close, step_alone, tolerance_of
 from lightning_fedscale.executors.python_state import PythonState
@@ -155,7 +156,7 @@ class VectorizedExecutor:
         self._prepared = False
         self._step_seconds = 0.0
         self._starts: list[ClientStart] = []
-        self._shown = any(hasattr(callback, "on_client_end") for callback in trainer.callbacks)  # type: ignore[attr-defined]
+        self._shown = any(hasattr(each, "on_client_end") for each in listeners(trainer))
         self.obstacle: str | None = None
         self.slots = self.steps = 0
 

@@ -287,3 +287,20 @@ def test_a_checkpoint_asks_for_no_callback_that_is_internal(
     plain.fit(BoringModel(), ckpt_path=tmp_path / "run.ckpt")
     assert [each for each in said if "callbacks" in each and given.state_key not in each] == []
     assert rank_zero.rank_zero_only.rank == 0
+
+
+@pytest.mark.parametrize(("name", "options"), CALLBACKS)
+def test_what_watches_rounds_is_not_among_the_trainers_callbacks(name: str, options: dict[str, Any]) -> None:
+    """Others go through them: libraries, loggers, tests. What takes part in Lightning's own hooks has to be there."""
+    if options.get("level") == "step":
+        options = {**options, "level": "round"}
+    seen: set[type] = set()
+
+    class Sees(pl.Callback):
+        def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
+            seen.update(type(each) for each in trainer.callbacks)  # type: ignore[attr-defined]
+
+    given = build(name, options)
+    trainer_of(sequential(num_clients=3), given, Sees()).fit(BoringModel())
+    ours = {each.__name__ for each in seen if each.__module__.startswith("lightning_fedscale")}
+    assert ours == {type(given).__name__, "RunBoard", "RoundEnd", "Requeue"}
