@@ -318,6 +318,11 @@ class Federation:
             }
         return {**state, **exchange.of_personal(state, self._store.states.get(client, PERSONAL) or {})}
 
+    def end(self) -> None:
+        """The run is over: let go of workers and of what was recorded."""
+        self.close()
+        self._executor.close()
+
     def close(self) -> None:
         """Stop the loader's worker processes; give up a round whose first batch never arrived."""
         if self._open is not None and self._open.inside is None:

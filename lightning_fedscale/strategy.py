@@ -456,7 +456,7 @@ class FederatedStrategy(ReusableStrategy):
         """Prepare the Trainer for rounds, and note how to put everything back."""
         federation = Federation(trainer, self._options, self.global_rank, self._processes)
         self._federation, self._undo = federation, ExitStack()
-        self._undo.callback(federation.close)
+        self._undo.callback(federation.end)
         loops = RoundLoops(trainer, federation.run_round)
         self._undo.callback(loops.remove)
         hooks = LocalBatchHooks(trainer.lightning_module, lambda: federation.in_client)

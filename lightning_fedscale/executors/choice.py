@@ -113,6 +113,10 @@ class ExecutorChoice:
         """See `SequentialExecutor.set_scaler_state`."""
         self._sequential.set_scaler_state(scale, growth)
 
+    def close(self) -> None:
+        """The run is over; see `VectorizedExecutor.close`."""
+        self._vectorized.close()
+
     def close_round(self) -> None:
         """See `SequentialExecutor.close_round`."""
         self._sequential.close_round()

@@ -82,6 +82,8 @@ def is_library(module: Any) -> bool:
 def parts_of(value: Any) -> tuple[Part, ...] | None:
     """How an object holds what it holds: nothing for one that cannot change, None if that cannot be said."""
     kind: Any = type(value)
+    if kind is types.ModuleType:
+        return () if is_library(value.__name__) else None
     parts = parts_of_type(kind)
     return () if parts == (_CLASS,) and is_library(value.__module__) else parts
 

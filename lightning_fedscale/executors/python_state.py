@@ -104,6 +104,10 @@ class Snapshot:
                 return path
         return next(iter(self._names), None)
 
+    def reaches(self, value: Any) -> bool:
+        """Whether an object is among what was opened."""
+        return id(value) in self._numbers
+
     def restore(self) -> None:
         """Put everything back: attributes, members of containers, values of tensors and arrays, generators' states."""
         for parameter, (flag, *_) in zip(self._parameters, self._flags, strict=True):

@@ -5,7 +5,8 @@ from __future__ import annotations
 import inspect
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from functools import partial
 from itertools import accumulate
 from typing import Any, Final, NamedTuple
 
@@ -21,14 +22,13 @@ from torchmetrics import Metric, MetricCollection
 from lightning_fedscale.executors.capture import Recording, unseen
 from lightning_fedscale.executors.draws import ClientStreams, DrawPerClient
 from lightning_fedscale.executors.exchange import Exchange
+from lightning_fedscale.executors.guards import NoValues, Reads
+from lightning_fedscale.executors.recordings import Recordings
 from lightning_fedscale.executors.stacking import Obstacle, Opened
 
 _LOG_ARGUMENTS = list(inspect.signature(pl.LightningModule.log).parameters)[3:]
 _PER_CLIENT: Final = object()
-# Recording costs about as much as this many steps.
-_RECORD_AT = 20
 _LISTS = ("_flat_weights", "_flat_weight_refs")
-_FORGOTTEN_TOO_OFTEN = 3
 
 
 class Logged(NamedTuple):
@@ -66,7 +66,7 @@ class SideBySide:
         exchange: the module's tensors: every client has its own of the trainable parameters and the buffers.
 
     Attributes:
-        record_at: how many times a step of one form is taken before it is recorded.
+        recordings: of its steps.
         ran_python: set when a step ran the module's own code, rather than a recording.
         about_to_run_python: called just before that.
     """
@@ -76,18 +76,13 @@ class SideBySide:
         self._module = trainer.lightning_module
         self._takes_batch_idx = is_param_in_hook_signature(self._module.training_step, "batch_idx", min_args=2)
         self._draws: bool | None = None  # unknown before the first run
-        self.record_at = _RECORD_AT
+        self.recordings = Recordings(self._module)
         self.ran_python = False
         self.about_to_run_python: Callable[[], None] = lambda: None
-        self._recordable = True
-        self._recorded: dict[Any, Callable[..., StepResult]] = {}
-        self._uses: dict[Any, int] = {}
-        self._forgotten = 0
         moving = [*exchange.trainable, *exchange.buffers]
         own = {id(tensor): i for i, tensor in enumerate(moving)}
         self._places = [(p.owner, p.name, p.tensor, own[id(p.tensor)]) for p in exchange.places if id(p.tensor) in own]
-        places = [(id(place.owner), place.name, id(place.tensor)) for place in exchange.places]
-        self._of = places, list(own), len(exchange.trainable)
+        self._of = _described(exchange)
         self._buffers = range(len(exchange.trainable), len(moving))
         self._recurrent = [part for part in self._module.modules() if isinstance(part, nn.RNNBase)]
         members = {
@@ -105,9 +100,7 @@ class SideBySide:
 
     def is_of(self, exchange: Exchange) -> bool:
         """Whether ``exchange`` is about the same tensors in the same places."""
-        moving = [*exchange.trainable, *exchange.buffers]
-        places = [(id(place.owner), place.name, id(place.tensor)) for place in exchange.places]
-        return self._of == (places, [id(tensor) for tensor in moving], len(exchange.trainable))
+        return self._of == _described(exchange)
 
     def run(
         self,
@@ -133,8 +126,9 @@ class SideBySide:
         """
         tensors = batch.tensors
         form = self._form(len(clients), batch, share)
-        if (recorded := self._recorded.get(form)) is not None:
-            return recorded(parameters, buffers, tensors, streams, clients)
+        if (recorded := self.recordings.find(form)) is not None:
+            result: StepResult = recorded(parameters, buffers, tensors, streams, clients)
+            return result
         notes: list[Logged] = []
         taking_part: list[bool] = []
 
@@ -171,59 +165,55 @@ class SideBySide:
 
         self.ran_python = True
         self.about_to_run_python()
-        self._uses[form] = uses = self._uses.get(form, 0) + 1
-        before = streams.copy() if form and uses == self.record_at and self._recordable else None
+        reads, before = (Reads(), streams.copy()) if self.recordings.is_due(form) else (None, None)
         with self._trainer.precision_plugin.train_step_context(), _batched_kernels(parameters[0].device):
-            if self._draws is False:
-                results = everyone(batch_idx, parameters, buffers, tensors)
-            else:
-                with DrawPerClient(streams, clients) as drawing:
+            with nullcontext() if reads is None else reads.watching():
+                if self._draws is False:
                     results = everyone(batch_idx, parameters, buffers, tensors)
-                self._draws = drawing.noticed
-            if before is not None:
-                self._record(form, everyone, results, notes, parameters, buffers, tensors, before, clients)
+                else:
+                    with DrawPerClient(streams, clients) as drawing:
+                        results = everyone(batch_idx, parameters, buffers, tensors)
+                    self._draws = drawing.noticed
+            if reads is not None and before is not None:
+                given = [*(p.detach() for p in parameters), *buffers, *tensors]
+                counts = [len(parameters), len(buffers), len(tensors)]
+                record = partial(self._record, everyone, results, notes, given, counts, before, clients)
+                self.recordings.add(form, record, reads)
         return _result_of(results, notes)
 
     def _record(
         self,
-        form: Any,
         function: Callable[..., Any],
         results: tuple[list[Tensor], list[Tensor | None], list[Tensor], list[Tensor]],
         notes: list[Logged],
-        parameters: Sequence[Tensor],
-        buffers: Sequence[Tensor],
-        tensors: list[Tensor],
+        given: list[Tensor],
+        counts: list[int],
         streams: ClientStreams,
         clients: Sequence[int],
-    ) -> None:
-        """Record a step that has been taken often enough, if that is the same to the last bit."""
-        counts = [len(parameters), len(buffers), len(tensors)]
+    ) -> Callable[..., StepResult]:
+        """Record a step, if that is the same to the last bit; gives what replays it."""
         lengths = [len(part) for part in results]
         kept = list(notes)
 
         def flat(*given: Tensor) -> list[Tensor | None]:
             parameters, buffers, tensors = _split(given, counts)
-            return [value for part in function(nothing, parameters, buffers, tensors) for value in part]
+            with NoValues():  # type: ignore[no-untyped-call]
+                return [value for part in function(nothing, parameters, buffers, tensors) for value in part]
 
-        given = [*(p.detach() for p in parameters), *buffers, *tensors]
         try:
             with unseen(self._module) as nothing:
-                recording = Recording(flat, [tensor.clone() for tensor in given], parameters[0].device)
-            expected = [value for part in results for value in part]
+                recording = Recording(flat, [tensor.clone() for tensor in given], given[0].device)
+        finally:
+            notes[:] = kept
+        expected = [value for part in results for value in part]
 
-            def is_same() -> bool:
-                again = recording.replay([tensor.clone() for tensor in given], streams.copy(), clients)
-                return all(map(_same_bits, again, expected))
+        def is_same() -> bool:
+            again = recording.replay([tensor.clone() for tensor in given], streams.copy(), clients)
+            return all(map(_same_bits, again, expected))
 
-            same = is_same()
-            if same:
-                recording.improve(is_same)
-        except Exception:
-            same = False
-        notes[:] = kept
-        if not same:
-            self._recordable = False
-            return
+        if not is_same():
+            raise RuntimeError("the recorded step gives other bits")
+        recording.improve(is_same)
 
         def replay(
             parameters: Sequence[Tensor],
@@ -235,19 +225,12 @@ class SideBySide:
             given = [*(p.detach() for p in parameters), *buffers, *tensors]
             return _result_of(_split(recording.replay(given, streams, clients), lengths), kept)
 
-        self._recorded[form] = replay
+        return replay
 
     def _form(self, width: int, batch: Opened, share: float) -> Any:
         """What a recording depends on besides the module."""
         guard = batch.guard()
         return None if guard is None else (width, share, guard)
-
-    def forget_recordings(self) -> None:
-        """What was recorded does not hold any more."""
-        self._recorded, self._uses = {}, {}
-        self._forgotten += 1
-        if self._forgotten >= _FORGOTTEN_TOO_OFTEN:
-            self._recordable = False
 
     def _local_step(
         self, parameters: Sequence[Tensor], buffers: Sequence[Tensor], batch: Any, batch_idx: int, notes: list[Logged]
@@ -330,6 +313,11 @@ def loss_of(output: Any) -> Tensor | None:
     return loss
 
 
+def _described(exchange: Exchange) -> tuple[Any, ...]:
+    places = [(id(p.owner), p.name, id(p.tensor), p.tensor.shape, p.tensor.dtype) for p in exchange.places]
+    return places, [id(t) for t in exchange.trainable], [id(t) for t in exchange.buffers]
+
+
 @contextmanager
 def _batched_kernels(device: torch.device) -> Iterator[None]:
     """Operators that work on all clients at once, where vmap would otherwise take one after the other."""
@@ -372,7 +360,7 @@ class _ForEachClient:
         tensors = [leaf.detach() for leaf in leaves if isinstance(leaf, Tensor)]
         if not any(map(torch._C._functorch.is_functorch_wrapped_tensor, tensors)):
             return self._method(*args, **kwargs)
-        self._owner._recordable = False  # what a metric does is not only a matter of tensors
+        self._owner.recordings.stop("it asks a metric")
         forms: list[TreeSpec] = []
 
         def call_once(tensors: Sequence[Tensor]) -> list[Tensor]:

@@ -150,7 +150,6 @@ class VectorizedExecutor:
         self._width = clients_per_wave
         self._wave = Wave(trainer.optimizers[0])
         self._side: SideBySide | None = None
-        self._state: PythonState | None = None
         self._proofs = Proofs(while_training=verify)
         self._seconds_alone = 0.0  # of what a wave took, for the comparison with clients alone
         self._prepared = False
@@ -268,12 +267,12 @@ class VectorizedExecutor:
         if self.obstacle is not None:
             return None
         side = self._side_of(context.exchange, PythonState(self._module))
-        side.record_at, usual = 1, side.record_at
+        side.recordings.record_at, usual = 1, side.recordings.record_at
         wave = [context.work[i] for i in self._next_wave(context.work)]
         while (first := self._rehearse(context, wave, steps)).out_of_memory:
             self._width = len(wave) // 2
             wave = [context.work[i] for i in self._next_wave(context.work)]
-        side.record_at = usual
+        side.recordings.record_at = usual
         if first.trained is None:
             self.obstacle = first.obstacle
             return None
@@ -404,6 +403,7 @@ class VectorizedExecutor:
             own = [p[i] for p in parameters], [b[i] for b in buffers]
             with streams.copy().of(rows.indices[i]), self._proofs.measuring():
                 alone[i] = step_alone(self._trainer, exchange, *own, group.alone(i), batch_idx, share)
+        side.recordings.suspect()
         expected = MetricStates(self._module)
         before.restore()
         around.note()
@@ -430,14 +430,19 @@ class VectorizedExecutor:
         return state
 
     def _side_of(self, exchange: Exchange, state: PythonState) -> SideBySide:
-        """The module as a function; what it recorded holds as long as nothing in the module changes in Python."""
+        """The module as a function; what it recorded holds as long as nothing that it reads in Python changes."""
         if self._side is None or not self._side.is_of(exchange):
+            if self._side is not None:
+                self._proofs.demand()
             self._side = SideBySide(self._trainer, exchange)
-        elif self._state != state:
-            self._side.forget_recordings()
+        if self._side.recordings.open_wave(state):
             self._proofs.demand()
-        self._state = state
         return self._side
+
+    def close(self) -> None:
+        """The run is over: let go of what was recorded."""
+        if self._side is not None:
+            self._side.recordings.close()
 
     def _cuts_itself(self, context: RoundContext) -> bool:
         """Whether batches are cut out of cached data for many clients at once, rather than taken as they come."""
@@ -471,6 +476,8 @@ class VectorizedExecutor:
                 if batch_idx or wave[row] is not context.first:
                     # The very first batch of a round has come this way already, through the Trainer's own loop.
                     batch = self._transfer(batch)
+            if self._side is not None:
+                self._side.recordings.suspect()  # the loader and the hooks of the transfer are the user's
             parts = opened(batch)
             members, batches, each = found.setdefault(parts.form, ([], [], []))
             members.append(row)

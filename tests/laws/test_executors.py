@@ -314,8 +314,8 @@ def test_recorded_steps_equal_others_and_follow_attributes() -> None:
     vectorized, sequential = both(lambda: Annealed(dropout=0.2), **options)
     side = vectorized.strategy._federation._executor._vectorized._side  # type: ignore[union-attr]
     assert side is not None
-    assert side._forgotten == 1
-    assert side._recorded
+    assert side.recordings.forgotten == 1
+    assert side.recordings.made == 2
     assert_alike(vectorized, sequential, rtol=1e-6)
 
 
