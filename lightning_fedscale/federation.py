@@ -45,7 +45,7 @@ from lightning_fedscale.global_model import GlobalModel
 from lightning_fedscale.half_batches import mean_gradient
 from lightning_fedscale.local_rules import Ditto
 from lightning_fedscale.memory import format_bytes
-from lightning_fedscale.module_flags import flags_of, restore_flags, restore_groups
+from lightning_fedscale.module_flags import flags_of, restore_flags, restore_groups, restore_pruning
 from lightning_fedscale.older_models import OlderModels
 from lightning_fedscale.partitioners import Partition
 from lightning_fedscale.privacy import PrivacyBudget
@@ -845,7 +845,9 @@ class Federation:
         at_start = () if self._live is None else self._live.exchange.parameters
         # Validation, in whose end checkpoints are saved, has all of the module in evaluation mode.
         modes = trainer.fit_loop.epoch_loop.val_loop._module_mode.mode if trainer.evaluating else {}
-        return flags_of(trainer.lightning_module, trainer.optimizers, {id(p): flag for p, flag in at_start}, modes)
+        module = trainer.lightning_module
+        state = self.global_state_dict(module.state_dict())
+        return flags_of(module, trainer.optimizers, state, {id(p): flag for p, flag in at_start}, modes)
 
     def _settings(self) -> dict[str, Any]:
         """What may be changed on resume, but then the run is another one."""
@@ -875,6 +877,7 @@ class Federation:
     def load_groups(self, state: dict[str, Any]) -> None:
         """Before the optimizers are loaded: callbacks may have added groups of parameters to them."""
         if (flags := state.get("flags")) is not None:
+            restore_pruning(flags, self._trainer.lightning_module)
             restore_groups(flags, self._trainer.lightning_module, self._trainer.optimizers)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

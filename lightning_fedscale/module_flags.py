@@ -1,4 +1,4 @@
-"""What callbacks change of a module and its optimizers besides values: what is frozen, and who holds what."""
+"""What callbacks change of a module and its optimizers besides values: what is frozen or pruned, and who holds what."""
 
 from __future__ import annotations
 
@@ -7,22 +7,33 @@ from typing import Any
 
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.utils import prune
 from torch.optim import Optimizer
 
 
 def flags_of(
-    module: nn.Module, optimizers: Sequence[Optimizer], trainable: Mapping[int, bool], training: Mapping[str, bool]
+    module: nn.Module,
+    optimizers: Sequence[Optimizer],
+    state: Mapping[str, Any],
+    trainable: Mapping[int, bool],
+    training: Mapping[str, bool],
 ) -> dict[str, Any]:
-    """All of it by name, in primitives.
+    """All of it by name, in primitives and tensors.
 
     Args:
         module: the user's.
         optimizers: its optimizers.
+        state: its state dict.
         trainable: parameters, by id, that count as trainable or frozen whatever they are now.
         training: submodules, by name, that count as in training or evaluation mode whatever they are now.
     """
     names = {id(parameter): name for name, parameter in module.named_parameters()}
     return {
+        "pruned": {
+            f"{path}.{tensor}".lstrip("."): [state[f"{path}.{tensor}_{kind}".lstrip(".")] for kind in ("orig", "mask")]
+            for path, part in module.named_modules()
+            for tensor in _pruned(part)
+        },
         "trainable": {name: trainable.get(id(p), p.requires_grad) for name, p in module.named_parameters()},
         "training": {name: training.get(name, part.training) for name, part in module.named_modules()},
         "statistics": {name: part.track_running_stats for name, part in _norms(module)},
@@ -31,6 +42,17 @@ def flags_of(
             for optimizer in optimizers
         ],
     }
+
+
+def restore_pruning(flags: Mapping[str, Any], module: nn.Module) -> None:
+    """Prune again what was pruned; Lightning's `ModelPruning` saves models in which pruning is permanent."""
+    for name, (original, mask) in flags.get("pruned", {}).items():
+        path, _, tensor = name.rpartition(".")
+        part = module.get_submodule(path)
+        if tensor not in _pruned(part):
+            parameter = getattr(part, tensor)
+            parameter.data.copy_(original)
+            prune.custom_from_mask(part, tensor, mask.to(parameter.device))  # type: ignore[no-untyped-call]
 
 
 def restore_groups(flags: Mapping[str, Any], module: nn.Module, optimizers: Sequence[Optimizer]) -> None:
@@ -59,6 +81,12 @@ def restore_flags(flags: Mapping[str, Any], module: nn.Module) -> list[str]:
     for name, part in _norms(module):
         part.track_running_stats = flags["statistics"].get(name, part.track_running_stats)
     return changed
+
+
+def _pruned(part: nn.Module) -> list[str]:
+    """Names of the tensors of this part of a module that torch prunes in every forward pass."""
+    hooks: Any = part._forward_pre_hooks.values()
+    return [hook._tensor_name for hook in hooks if isinstance(hook, prune.BasePruningMethod)]
 
 
 def _norms(module: nn.Module) -> list[tuple[str, _NormBase]]:

@@ -9,7 +9,7 @@ from typing import Any
 import lightning.pytorch as pl
 import pytest
 import torch
-from lightning.pytorch.callbacks import BackboneFinetuning, BaseFinetuning, Callback, ModelCheckpoint
+from lightning.pytorch.callbacks import BackboneFinetuning, BaseFinetuning, Callback, ModelCheckpoint, ModelPruning
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import weight_norm
 
@@ -131,6 +131,14 @@ class HeadFirst(Model):
         return self.optimizer(self.head.parameters())
 
 
+class Flat(Model):
+    """Without layers whose weights are parametrized, which cannot be pruned."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.backbone = nn.Sequential(nn.Linear(12, 8), nn.ReLU())
+
+
 RUNS: dict[str, tuple[type[Model], Callable[[], list[Callback]], dict[str, Any]]] = {
     "backbone": (Model, lambda: [Backbone()], {}),
     "backbone, kept": (Scheduled, lambda: [Backbone()], {"client_optimizer": "keep"}),
@@ -158,7 +166,10 @@ def fit(
                      "every_n_epochs": 1, "save_on_train_epoch_end": False}))  # type: ignore[arg-type]  # fmt: skip
     made = FederatedStrategy(partitioner=reference.equal_clients(3, 16), executor=executor, **strategy)  # type: ignore[arg-type]
     trainer = reference.quiet_trainer(
-        max_epochs=EPOCHS, strategy=made, callbacks=every, enable_checkpointing=folder is not None, **options
+        max_epochs=EPOCHS,
+        strategy=made,
+        callbacks=every,
+        **{"enable_checkpointing": folder is not None, **options},
     )
     data = reference.dataset(48)
     trainer.fit(module, reference.loader(data), reference.loader(data, shuffle=False), ckpt_path=ckpt)
@@ -276,6 +287,33 @@ def test_every_method_goes_on_when_layers_are_unfrozen_or_says_that_it_cannot(
     assert "'backbone.0.bias' is trainable now: do not freeze or unfreeze layers while it is used" in refusal
     with pytest.raises(ValueError, match=r"'backbone\.0\.bias' is trainable now"):
         run(ckpt=tmp_path / "2.ckpt")
+
+
+@pytest.mark.parametrize("executor", ["sequential", "vectorized"])
+@pytest.mark.parametrize("ticket", [True, False])
+def test_pruned_models_resume_pruned(
+    ticket: bool, executor: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Lightning saves them in another form, from which it would train all of the weights again."""
+    # A second ticket is not the first weights in a run that is not resumed: Lightning's copy of them is trained along.
+    epochs = (1,) if ticket else (1, 3)
+
+    def callbacks() -> list[Callback]:
+        return [
+            ModelPruning(
+                "l1_unstructured",
+                amount=lambda epoch: 0.3 if epoch in epochs else 0,
+                use_lottery_ticket_hypothesis=ticket,
+            ),
+            ModelCheckpoint(tmp_path, "{epoch}", save_top_k=-1, save_on_train_epoch_end=True),
+        ]
+
+    monkeypatch.setitem(RUNS, "pruned", (Flat, callbacks, {"client_optimizer": "keep"}))
+    whole = outcome(fit("pruned", executor, enable_checkpointing=True))
+    assert (whole["model"]["backbone.0.weight"] == 0).any()
+    for epoch in range(EPOCHS - 1):
+        again = fit("pruned", executor, enable_checkpointing=True, ckpt=tmp_path / f"epoch={epoch}.ckpt")
+        assert same(outcome(again), whole), epoch
 
 
 class Saving(InClients):
