@@ -136,6 +136,34 @@ def refuse_other_rules(saved: dict[str, Any], now: dict[str, Any]) -> None:
             )
 
 
+def refuse_other_owners(saved: dict[str, Any], now: dict[str, Any]) -> None:
+    """Refuse to go on with whole models of clients or earlier rounds if other parts stay with each client now.
+
+    Raises:
+        ValueError: naming the arguments, the saved and the present patterns.
+
+    Example:
+        >>> refuse_other_owners({"personal": []}, {"personal": [], "buffers": {"queue": "client"}})
+        Traceback (most recent call last):
+        ...
+        ValueError: buffers and personal keep ['queue'] with each client and [] in the checkpoint, whose models of
+        clients or earlier rounds have other parts: resume with the same, or start a new run without ckpt_path.
+    """
+    before, after = _owned(saved), _owned(now)
+    if before != after:
+        raise ValueError(
+            f"buffers and personal keep {after} with each client and {before} in the checkpoint, whose models of"
+            " clients or earlier rounds have other parts: resume with the same, or start a new run without ckpt_path."
+        )
+
+
+def _owned(settings: dict[str, Any]) -> list[str]:
+    """Patterns of what stays with each client."""
+    layers, buffers = settings.get("personal"), settings.get("buffers") or {}
+    kept = layers if isinstance(layers, list) else []
+    return [*kept, *(pattern for pattern, policy in buffers.items() if policy == "client")]
+
+
 def changed_settings(saved: dict[str, Any], now: dict[str, Any]) -> str | None:
     """What to tell a user who resumes with other settings; None if there is nothing to tell.
 

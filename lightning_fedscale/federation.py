@@ -21,7 +21,13 @@ from torch.optim import Optimizer
 
 from lightning_fedscale import collectives, combinations, randomness
 from lightning_fedscale.arguments import Arguments
-from lightning_fedscale.checkpointing import changed_settings, check_resume, federated_state, refuse_other_rules
+from lightning_fedscale.checkpointing import (
+    changed_settings,
+    check_resume,
+    federated_state,
+    refuse_other_owners,
+    refuse_other_rules,
+)
 from lightning_fedscale.checks import enumerated
 from lightning_fedscale.clients import ClientStore, OptimizerKeeper, StateStore, tiers_of
 from lightning_fedscale.custody import Custody
@@ -888,6 +894,8 @@ class Federation:
         """
         self._resumed = state
         refuse_other_rules(state["settings"], self._settings())
+        if state["versions"] or DITTO in state["clients"]:
+            refuse_other_owners(state["settings"], self._settings())
         if changed := changed_settings(state["settings"], self._settings()):
             rank_zero_warn(f"ckpt_path: {changed}")
         self._check_resumed()

@@ -481,6 +481,15 @@ def test_resume_with_other_policies_is_said(tmp_path: Path) -> None:
         fit(Counting(), 2, ckpt_path=tmp_path / "a.ckpt", buffers={"whole": "server"})
 
 
+@pytest.mark.parametrize("options", [{"personal": Ditto(0.1)}, {"mode": FedBuff(seconds=[1.0, 3.0, 1.5, 7.0])}])
+def test_whole_models_are_not_resumed_with_other_parts(options: dict[str, Any], tmp_path: Path) -> None:
+    options |= {"clients_per_round": 2}
+    fit(Counting(), 4, **options).save_checkpoint(tmp_path / "a.ckpt")
+    with pytest.raises(ValueError, match=r"buffers and personal keep \['whole'\] with each client and \[\] in the"):
+        fit(Counting(), 5, ckpt_path=tmp_path / "a.ckpt", buffers={"whole": "client"}, **options)
+    fit(Counting(), 5, ckpt_path=tmp_path / "a.ckpt", buffers={"whole": "mean"}, **options)
+
+
 def test_a_checkpoint_inside_a_client_has_the_global_models_buffers() -> None:
     states: list[dict[str, Tensor]] = []
 
