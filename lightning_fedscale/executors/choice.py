@@ -103,7 +103,8 @@ class ExecutorChoice:
         """Train the same clients once more in this round; what `run` found out stays."""
         vectorized = self.kind == "vectorized"
         context = context.restarted(self._vectorized.order(context.work) if vectorized else None)
-        yield from (self._vectorized if vectorized else self._sequential).run(context)
+        # The round may have begun side by side, when nobody kept the global generators.
+        yield from (self._vectorized.run if vectorized else self._vectorized.one_by_one)(context)
 
     def scaler_state(self) -> tuple[float, float]:
         """See `SequentialExecutor.scaler_state`."""

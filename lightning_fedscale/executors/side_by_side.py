@@ -127,7 +127,8 @@ class SideBySide:
         tensors = batch.tensors
         form = self._form(len(clients), batch, share)
         if (recorded := self.recordings.find(form)) is not None:
-            result: StepResult = recorded(parameters, buffers, tensors, streams, clients)
+            with self._trainer.precision_plugin.train_step_context():
+                result: StepResult = recorded(parameters, buffers, tensors, streams, clients)
             return result
         notes: list[Logged] = []
         taking_part: list[bool] = []

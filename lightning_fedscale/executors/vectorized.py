@@ -152,6 +152,7 @@ class VectorizedExecutor:
         self._side: SideBySide | None = None
         self._proofs = Proofs(while_training=verify)
         self._seconds_alone = 0.0  # of what a wave took, for the comparison with clients alone
+        self._recorded = 0
         self._prepared = False
         self._step_seconds = 0.0
         self._starts: list[ClientStart] = []
@@ -209,6 +210,9 @@ class VectorizedExecutor:
                     yield from self.one_by_one(context.restarted(None), positions)
                     return
                 self._proofs.close_wave()
+                if self._side is not None and self._side.recordings.made > self._recorded:
+                    self._recorded = self._side.recordings.made
+                    self._proofs.demand()
                 yield from self._updates(context, wave, attempt.trained)
                 self._report(attempt.trained.notes, wave, positions)
             rest = [work for work in context.work if work.client not in done]
@@ -348,7 +352,8 @@ class VectorizedExecutor:
             for group in self._groups(context, wave, active, batch_idx, streams):
                 rows = group.rows
                 parameters = self._wave.parameters(rows)
-                result = self._step(context, side, group, batch_idx, streams, around)
+                last = [batch_idx + 1 == lengths[row] for row in rows.indices]
+                result = self._step(context, side, group, batch_idx, last, streams, around)
                 self._wave.set_buffers(rows, result.buffers)
                 if every == 1:
                     self._wave.step(rows, parameters, result.gradients, clip)
@@ -385,6 +390,7 @@ class VectorizedExecutor:
         side: SideBySide,
         group: _Group,
         batch_idx: int,
+        last: list[bool],
         streams: ClientStreams,
         around: Surroundings,
     ) -> StepResult:
@@ -395,15 +401,19 @@ class VectorizedExecutor:
         """
         rows, exchange, share = group.rows, context.exchange, 1.0 / self._trainer.accumulate_grad_batches
         parameters, buffers = self._wave.parameters(rows), self._wave.buffers(rows)
+        progress: Any = self._trainer.fit_loop.epoch_loop.batch_progress
+        progress.is_last_batch = together = last[0] if len(set(last)) == 1 else _Unequal()
         watched = self._proofs.watched(rows.indices, group.batch.form, batch_idx)
         if not watched:
             return side.run(parameters, buffers, group.batch, batch_idx, rows.indices, streams, share=share)
         started, before, alone = time.perf_counter(), MetricStates(self._module), dict[int, StepResult]()
         for i in watched:
             own = [p[i] for p in parameters], [b[i] for b in buffers]
+            progress.is_last_batch = last[i]
             with streams.copy().of(rows.indices[i]), self._proofs.measuring():
                 alone[i] = step_alone(self._trainer, exchange, *own, group.alone(i), batch_idx, share)
         side.recordings.suspect()
+        progress.is_last_batch = together
         expected = MetricStates(self._module)
         before.restore()
         around.note()
@@ -552,6 +562,13 @@ class VectorizedExecutor:
                 rest = dict(options)
                 size = rest.pop("batch_size", None) or note.batch_size
                 self._log.add_stacked(name, each, [size] * len(rows), rest, positions=places)
+
+
+class _Unequal:
+    """Whether a batch is its client's last, where that is not the same for all clients of a step."""
+
+    def __bool__(self) -> bool:
+        raise Obstacle("training_step asks for trainer.is_last_batch, which differs between clients of one step")
 
 
 @contextmanager

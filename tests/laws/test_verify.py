@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import re
 import warnings
 from collections.abc import Callable
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.data import TensorDataset
 
-from lightning_fedscale import Partition
+from lightning_fedscale import Partition, local_rules
 from lightning_fedscale.executors.proof import Proofs
 from tests.laws.test_executors import Run, assert_alike
 from tests.unit.test_stacking import KINDS
@@ -59,7 +60,7 @@ class InPlace(nn.Module):
         return x.mul(2).add_(1).relu_()
 
 
-class Last(nn.Module):
+class Final(nn.Module):
     def __init__(self, kind: type[nn.RNNBase]) -> None:
         super().__init__()
         self.rnn = kind(8, 8, batch_first=True)
@@ -85,8 +86,8 @@ MODULES: dict[str, Callable[[], pl.LightningModule]] = {
     "weight norm": lambda: Words(embedding(), normed(nn.utils.parametrizations.weight_norm)),
     "scatter": lambda: Words(embedding(), Scatter),
     "in place": lambda: Words(embedding(), InPlace),
-    "lstm": lambda: Words(embedding(), lambda: Last(nn.LSTM)),
-    "rnn": lambda: Words(embedding(), lambda: Last(nn.RNN)),
+    "lstm": lambda: Words(embedding(), lambda: Final(nn.LSTM)),
+    "rnn": lambda: Words(embedding(), lambda: Final(nn.RNN)),
     "group norm": lambda: Words(embedding(), lambda: nn.GroupNorm(5, 5)),
     "attention": lambda: Words(embedding(), lambda: nn.TransformerEncoderLayer(8, 2, 16, 0.2, batch_first=True)),
 }
@@ -269,6 +270,41 @@ def test_an_attempt_that_fails_leaves_nothing_behind(name: str) -> None:
     assert mine.kept["count"] == theirs.kept["count"]
     assert torch.equal(mine.draws.get_state(), theirs.draws.get_state())
     assert vectorized.trainer.callback_metrics["mean"] == sequential.trainer.callback_metrics["mean"]
+
+
+class Last(Words):
+    """The client's last batch counts for more."""
+
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+        return super().training_step(batch, batch_idx) * (3.0 if self.trainer.is_last_batch else 1.0)
+
+
+@pytest.mark.parametrize("alike", [True, False])
+def test_the_last_batch_is_each_clients_own(alike: bool) -> None:
+    sizes = [16] * CLIENTS if alike else [8, 16, 16, 24]
+    partition = Partition.from_lists([range(i * 24, i * 24 + size) for i, size in enumerate(sizes)])
+    vectorized, sequential = pair(lambda: Last(embedding()), partition=partition)
+    assert_alike(vectorized, sequential, rtol=1e-7)
+    assert vectorized.kind == ("vectorized" if alike else "sequential")
+    assert alike or "trainer.is_last_batch" in vectorized.warnings[0]
+
+
+def test_a_second_training_in_a_round_that_fell_back_leaves_the_generators() -> None:
+    class Drops(Words):
+        def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+            loss = functional.dropout(super().training_step(batch, batch_idx), 0.1)
+            return loss + 0.0 * float(loss)  # which vmap refuses
+
+    states = []
+    for executor in ("vectorized", "sequential"):
+        run = Run(
+            executor, lambda: Drops(embedding()), data=sentences(), rounds=2, personal=local_rules.Ditto(0.1),
+            partition=Partition.from_lists([range(i * 24, i * 24 + 16) for i in range(CLIENTS)]), clients_per_round=None,
+        )  # fmt: skip
+        assert run.kind == "sequential"
+        states.append((torch.get_rng_state(), random.getstate()))
+    assert torch.equal(states[0][0], states[1][0])
+    assert states[0][1] == states[1][1]
 
 
 def test_when_a_client_is_watched() -> None:
