@@ -299,7 +299,8 @@ def test_a_second_training_in_a_round_that_fell_back_leaves_the_generators() -> 
     for executor in ("vectorized", "sequential"):
         run = Run(
             executor, lambda: Drops(embedding()), data=sentences(), rounds=2, personal=local_rules.Ditto(0.1),
-            partition=Partition.from_lists([range(i * 24, i * 24 + 16) for i in range(CLIENTS)]), clients_per_round=None,
+            clients_per_round=None,
+            partition=Partition.from_lists([range(i * 24, i * 24 + 16) for i in range(CLIENTS)]),
         )  # fmt: skip
         assert run.kind == "sequential"
         states.append((torch.get_rng_state(), random.getstate()))
