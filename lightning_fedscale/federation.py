@@ -131,7 +131,7 @@ class Federation:
         self._store = ClientStore(StateStore(tiers_of(self._device, options.client_state_memory, processes)))
         keeps = options.keep_optimizers or options.rules.keep_state
         self._custody = Custody(self._store, rank, world_size, self._device) if keeps else None
-        self._log = ClientLog(trainer, options.client_log_every_n)
+        self._log = ClientLog(trainer, options.client_log_every_n, world_size)
         self._transfer = Transfer(trainer)
         self._executor: ExecutorChoice
         self._work: Workload | None = None
@@ -614,6 +614,8 @@ class Federation:
             self._tell("on_round_start", opened.plan.round, opened.plan.cohort)
             with self._inside_clients(context), self._log.collecting():
                 self._train_clients(context, sums, table, uplink)
+            if self._world_size > 1:
+                table.set_logged(self._log.joint.pack(self._log.last_clients()))
         except Exception as error:
             # The other ranks wait for this one in the collective: there they are told.
             failure = error
@@ -635,6 +637,8 @@ class Federation:
                 f"round {opened.plan.round}: an exception ended the work of rank {', '.join(map(str, failed))} (see"
                 " there), so the global model stays as it was before this round."
             )
+        if self._world_size > 1:
+            self._log.joint.merge(table.logged)
         return total, messages, table
 
     def _train_clients(self, context: RoundContext, sums: RoundSums, table: RoundTable, uplink: Uplink | None) -> None:
@@ -693,7 +697,7 @@ class Federation:
         return Cohort(plan.round, plan.cohort, registered, exchange.view.trainable, self._options.seed)
 
     def _table(self, plan: RoundPlan, exchange: Exchange) -> RoundTable:
-        return RoundTable(plan, self._world_size, len(exchange.parameters))
+        return RoundTable(plan, self._world_size, len(exchange.parameters), self._log.joint.size)
 
     def _exchange(self) -> Exchange:
         rules = self._options.rules

@@ -37,17 +37,18 @@ class RoundTable:
         plan: the round's plan.
         world_size: number of ranks.
         num_parameters: number of parameter tensors that clients may freeze or unfreeze.
+        num_logged: how many numbers the clients' logged values take, see `set_logged`.
     """
 
-    def __init__(self, plan: RoundPlan, world_size: int, num_parameters: int = 0) -> None:
+    def __init__(self, plan: RoundPlan, world_size: int, num_parameters: int = 0, num_logged: int = 0) -> None:
         self._plan = plan
         self._row = {client: row for row, client in enumerate(plan.cohort.tolist())}
         cells = len(self._row) * len(_COLUMNS)
         # numpy, since torch takes several times as long to write a few numbers.
-        parts = [cells, world_size, world_size, num_parameters + 1, 1, 1, 1, _SIDE]
-        self._numbers = np.zeros(sum(parts) + _BALLOT)
+        parts = [cells, world_size, world_size, num_parameters + 1, 1, 1, 1, _SIDE, _BALLOT]
+        self._numbers = np.zeros(sum(parts) + num_logged)
         rows, self._busy, self._failed, self._trainable, *others = np.split(self._numbers, np.cumsum(parts))
-        self._slots, self._leave, self._odd, self._side, self._ballot = others
+        self._slots, self._leave, self._odd, self._side, self._ballot, self.logged = others
         self._rows = rows.reshape(-1, len(_COLUMNS))
 
     def add(
@@ -84,6 +85,10 @@ class RoundTable:
             *sent,
         )
         self._rows[self._row[update.client]] = values
+
+    def set_logged(self, numbers: FloatArray) -> None:
+        """Note what the clients of this rank logged; ``logged`` is then the sum over ranks."""
+        self.logged[:] = numbers
 
     def add_cost(self, client: int, cost: ClientCost) -> None:
         """Add the cost of more training of a client, which saw the same tokens again."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
+from collections import defaultdict
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import NoneType
@@ -15,6 +17,7 @@ from torch import Tensor
 from torchmetrics import Metric
 
 from lightning_fedscale.executors.hooks import as_it_was
+from lightning_fedscale.executors.log_ranks import RankLog
 from lightning_fedscale.executors.snapshots import MetricStates
 from lightning_fedscale.types import FloatArray
 
@@ -49,26 +52,30 @@ class ClientLog:
 
     Args:
         trainer: the Trainer, about to fit.
+        ranks: number of processes.
         every_n: also send the step values of every n-th local batch to the loggers, as ``client/...`` over local
             batches.
 
     Attributes:
         local_batches: local batches of all ranks in all complete rounds, where the x-axis of ``client/...`` goes on.
         position: number of the current local batch within the rank's round, to be set by whoever runs it.
+        joint: brings the ranks together.
     """
 
-    def __init__(self, trainer: pl.Trainer, every_n: int | None = None) -> None:
+    def __init__(self, trainer: pl.Trainer, every_n: int | None = None, ranks: int = 1) -> None:
         self.local_batches = 0
         self.position = 0
         self._trainer = trainer
         self._module = trainer.lightning_module
         self._connector = trainer._logger_connector
         self._results: Any = trainer.fit_loop.epoch_loop._results
+        self.joint = RankLog(self._module, self._results, ranks, trainer.global_rank)
         self._every_n = every_n
         self._series: dict[str, _Series] = {}
         self._known: dict[_Key, _Series] = {}
         self._waiting = 0
         self._silent = False
+        self._clients: dict[int, int] = {}  # by the number of their first local batch within the rank's round
         self._picked: list[tuple[str, list[int], Any]] = []  # for the loggers: name, positions, values
         self._points: dict[int, dict[str, float]] = {}
 
@@ -78,6 +85,8 @@ class ClientLog:
     def collecting(self) -> Iterator[None]:
         """Collect what is logged inside, for the clients of one round; if they fail, what waits is dropped."""
         self._forget()
+        self._clients = {}
+        self.joint.open_round()
         fields, results, look = vars(self._module), vars(self._results), self._results.metrics
         # A `log` of the user's own does more than we know, and stays.
         stands_in = "log" not in fields and type(self._module).log is pl.LightningModule.log
@@ -116,6 +125,19 @@ class ClientLog:
                 del fields["log"]
             else:
                 fields["log"] = around
+
+    def place(self, client: int, position: int) -> None:
+        """The client's local batches are numbered from this position on within the rank's round."""
+        self._clients[position] = client
+
+    def last_clients(self) -> dict[str, int]:
+        """Of each name, by the key of Lightning's result, the client that logged it last in this round."""
+        starts = sorted(self._clients)
+        last = defaultdict(lambda: self._clients[starts[-1]])  # where Lightning alone saw the values
+        for key, series in self._series.items():
+            if series.latest >= 0:
+                last[key] = self._clients[starts[bisect_right(starts, series.latest) - 1]]
+        return last
 
     def start_batch(self, batch: Any) -> None:
         """A local batch begins that has not come through the Trainer's own loop; sizes are read off it if needed."""
@@ -167,7 +189,7 @@ class ClientLog:
         else:
             self._enter(series.hook)
             if isinstance(value, Metric):
-                series.show(value)
+                series.show(value, self.position)
             else:
                 value = value.detach().clone() if isinstance(value, Tensor) else float(value)
                 series.add(self.position, value, self._size(series, batch_size))
@@ -354,8 +376,9 @@ class _Series:
         self._sizes += sizes
         self._widen(values)
 
-    def show(self, metric: Metric) -> None:
+    def show(self, metric: Metric, position: int) -> None:
         """A torchmetrics object reduces for itself; Lightning asks it when needed."""
+        self.latest = position
         self.result.value, self.result._forward_cache = metric, metric._forward_cache
         self._updated(1)
 

@@ -212,7 +212,9 @@ class SequentialExecutor:
             own.load(work.client)
             self._watcher.client_started(work.client)
             started = time.perf_counter()
-            trained = self._train(context, number, positions[work.client] if positions else position)
+            start = positions[work.client] if positions else position
+            self._log.place(work.client, start)
+            trained = self._train(context, number, start)
             position += trained.steps
             context.exchange.settle()
             view.subtract_from(origin, out=delta)

@@ -190,6 +190,8 @@ class VectorizedExecutor:
                 strict=False,
             )
         )
+        for client, start in positions.items():
+            self._log.place(client, start)
         self._proofs.open_round()
         while context.work:
             wave = [context.work[i] for i in self._next_wave(context.work)]

@@ -23,7 +23,7 @@ from tests.laws import reference
 from tests.strategies import sequential
 from tests.unit.test_contracts import METHODS, example
 
-CLIENTS, SAMPLES = 8, 6
+CLIENTS, SAMPLES = 8, 8
 EMPTY = 1  # the round of nobody
 
 
