@@ -199,7 +199,7 @@ class Federation:
             device=self._device,
             show_progress=trainer.is_global_zero and trainer.progress_bar_callback is not None,
         )
-        if workload.loader.cache is None:
+        if workload.loader.cache is None and self._work is None:  # once, however often loaders are reloaded
             _worker_check(trainer, loader, "train_dataloader")  # Lightning looks at a DataLoader only
         self.close()
         self._work = workload
