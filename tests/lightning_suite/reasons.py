@@ -117,7 +117,6 @@ DIFFERS = (
         tests="test_multiple_optimizers_manual_call_counts|closure_with_different_frequencies|multi_lrs",
     ),
     Reason("on_train_batch_start that returns -1 ends the client's round, not the epoch", tests="return_minus_one"),
-    Reason("the order of samples is the client's, not the sampler's", tests="loop_sampler_set_epoch_called"),
     Reason("workers that are not persistent start anew in every round", tests=r"test_workers_are_shutdown\[False"),
     Reason(
         "trainer.train_dataloader is the loader of rounds",
