@@ -262,33 +262,32 @@ def draw(seed: int, without: Collection[str] = ()) -> Recipe:
 
     Args:
         seed: any integer.
-        without: `Recipe.features` that must not be in it.
+        without: `Recipe.features` that are left out; all else stays as it was drawn.
     """
     rng = random.Random(seed)
     side_by_side = rng.random() < 0.7
-    without = {*without, *(ONE_BY_ONE if side_by_side else ())}
+    rarely: Collection[str] = ONE_BY_ONE if side_by_side else ()
 
     def some(field: str, names: Collection[str], most: int) -> tuple[str, ...]:
-        names = [name for name in names if f"{field}:{name}" not in without]
+        names = [name for name in names if f"{field}:{name}" not in rarely]
         return tuple(rng.sample(names, min(len(names), rng.randint(0, most))))
 
     def one(field: str, names: Collection[str]) -> str:
-        return rng.choice([name for name in names if f"{field}:{name}" not in without])
+        return rng.choice([name for name in names if f"{field}:{name}" not in rarely])
 
-    def perhaps(field: str, options: Mapping[str, Sequence[str]], share: float) -> dict[str, str]:
+    def perhaps(options: Mapping[str, Sequence[str]], share: float) -> dict[str, str]:
         taken = [name for name in options if rng.random() < share]
-        pairs = [(name, rng.choice(options[name])) for name in taken]
-        return {name: value for name, value in pairs if f"{field}:{name}={value}" not in without}
+        return {name: rng.choice(options[name]) for name in taken}
 
     states = some("states", READ, 2) if rng.random() < 0.6 else ()
     if not side_by_side:
         states += some("states", WRITTEN, 1) if rng.random() < 0.5 else ()
         states += some("states", TENSORS_WRITTEN, 1) if rng.random() < 0.3 else ()
     precision = rng.choice(PRECISIONS)
-    strategy = {"num_clients": str(rng.choice((3, 4, 5))), **perhaps("strategy", STRATEGY, 0.12)}
+    strategy = {"num_clients": str(rng.choice((3, 4, 5))), **perhaps(STRATEGY, 0.12)}
     if "partitioner" in strategy and "from_lists" in strategy["partitioner"]:
         del strategy["num_clients"]
-    return sensible(
+    drawn = sensible(
         Recipe(
             seed=seed,
             inputs=one("inputs", ON_INPUTS),
@@ -307,10 +306,25 @@ def draw(seed: int, without: Collection[str] = ()) -> Recipe:
             epochs=rng.choice((3, 4, 6)),
             optimizer=one("optimizer", OPTIMIZERS) if rng.random() < 0.6 else "SGD(lr=0.1)",
             scheduler=one("scheduler", SCHEDULERS) if rng.random() < 0.2 else "",
-            trainer={"precision": repr(precision), **perhaps("trainer", TRAINER, 0.1)},
+            trainer={"precision": repr(precision), **perhaps(TRAINER, 0.1)},
             strategy=strategy,
         )
     )
+    return sensible(left_out(drawn, without))
+
+
+def left_out(recipe: Recipe, without: Collection[str]) -> Recipe:
+    """The recipe without these features, which become the plainest ones."""
+    changed: dict[str, Any] = {}
+    for f in fields(recipe):
+        value, usual = getattr(recipe, f.name), getattr(Recipe(), f.name)
+        if isinstance(value, tuple):
+            changed[f.name] = tuple(entry for entry in value if f"{f.name}:{entry}" not in without)
+        elif isinstance(value, Mapping):
+            changed[f.name] = {k: v for k, v in value.items() if f"{f.name}:{k}={v}" not in without}
+        elif f"{f.name}:{value}" in without:
+            changed[f.name] = usual
+    return replace(recipe, **changed)
 
 
 def sensible(recipe: Recipe) -> Recipe:

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 import lightning_fedscale
-from lightning_fedscale.executors import choice, side_by_side
+from lightning_fedscale.executors import choice, recordings
 from tests.fuzz.build import build, make_strategy, make_trainer
 from tests.fuzz.habits import GLOBALS
 from tests.fuzz.recipes import Recipe
@@ -187,9 +187,9 @@ def quiet() -> Iterator[list[warnings.WarningMessage]]:
 @contextmanager
 def eager(record: bool) -> Iterator[None]:
     """Steps are recorded soon, and "auto" takes the vectorized executor wherever it can: clocks decide nothing."""
-    usual = side_by_side._RECORD_AT
+    usual = recordings._RECORD_AT
     with (
-        mock.patch.object(side_by_side, "_RECORD_AT", 2 if record else usual),
+        mock.patch.object(recordings, "_RECORD_AT", 2 if record else usual),
         mock.patch.object(choice, "_MARGIN", 0.0),
     ):
         yield
