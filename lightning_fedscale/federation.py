@@ -841,6 +841,7 @@ class Federation:
             clients=clients,
             local_batches=self._log.local_batches,
             executor=self._executor.kind if self._options.executor == "auto" else None,
+            gave_up=self._executor.gave_up,
             simulated=self._simulated,
             versions=self._older.state_dict(),
             accumulation=[self._accumulation_asked, self.local_accumulation],
@@ -903,7 +904,7 @@ class Federation:
         if changed := changed_settings(state["settings"], self._settings()):
             rank_zero_warn(f"ckpt_path: {changed}")
         self._check_resumed()
-        self._executor.resume(state.get("executor"))
+        self._executor.resume(state.get("executor"), gave_up=state.get("gave_up", False))
         self._store.load_state_dict(state["clients"])
         if self._custody is not None:
             self._custody.reset()

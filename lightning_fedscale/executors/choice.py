@@ -126,10 +126,17 @@ class ExecutorChoice:
         """See `SequentialExecutor.rewind_checkpoint`."""
         self._sequential.rewind_checkpoint(checkpoint)
 
-    def resume(self, kind: Kind | None) -> None:
-        """Go on with what was found out before the run was interrupted."""
+    @property
+    def gave_up(self) -> bool:
+        """Whether clients that were to train side by side train one after the other, since they cannot."""
+        return self._wanted == "vectorized" and self.kind == "sequential"
+
+    def resume(self, kind: Kind | None, *, gave_up: bool) -> None:
+        """Go on with what was found out before the run was interrupted, which decides about the bits."""
         if self.kind is None:
             self.kind = kind
+        elif self._wanted == "vectorized" and gave_up:
+            self.kind = "sequential"
 
     def settle(self, ballots: Ballot) -> None:
         """Decide, given the sum of all ranks' ballots."""

@@ -192,7 +192,7 @@ class VectorizedExecutor:
         )
         for client, start in positions.items():
             self._log.place(client, start)
-        self._proofs.open_round()
+        self._proofs.open_round(context.round)
         while context.work:
             wave = [context.work[i] for i in self._next_wave(context.work)]
             done = {work.client for work in wave}

@@ -391,7 +391,7 @@ SCENARIOS: dict[str, Scenario] = {
         lambda: {
             "clients_per_round": 4,
             "sampler": "poisson",
-            "privacy": dp_fed_avg(clip_norm=0.5, noise_multiplier=0.1, delta=1e-3),
+            "privacy": dp_fed_avg(clip_norm=0.5, noise_multiplier=0.1, delta=1e-3, accountant="rdp"),
             "personal": ["body.1.*"],
         },
         lambda: {"max_epochs": 5},

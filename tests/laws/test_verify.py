@@ -6,6 +6,7 @@ import random
 import re
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
@@ -314,7 +315,7 @@ def test_when_a_client_is_watched() -> None:
         assert proofs.watched([0, 1, 2], "form", 0) == [0, 1, 2]
     steps = {}
     for round in range(1, 20):
-        proofs.open_round()
+        proofs.open_round(round - 1)
         if round == 11:
             proofs.demand()
         proofs.choose(2)
@@ -323,6 +324,9 @@ def test_when_a_client_is_watched() -> None:
     assert {round: count for round, count in steps.items() if count} == {1: 3, 2: 3, 4: 3, 8: 3, 11: 1, 16: 3}
     assert proofs.watched([0, 1], "another form", 5) == [0]
     assert proofs.watched([0, 1], "another form", 5) == []
+    resumed = Proofs(while_training=True)
+    resumed.open_round(20)
+    assert resumed.due
     assert Proofs(while_training=False).watched([0, 1], "form", 0) == []
 
 
@@ -335,3 +339,18 @@ def test_the_comparison_changes_no_bit() -> None:
     ]  # fmt: skip
     assert runs[0].kind == runs[1].kind == "vectorized"
     torch.testing.assert_close(runs[0].state, runs[1].state, rtol=0, atol=0)
+
+
+def test_a_run_that_gave_up_is_resumed_as_it_went_on(tmp_path: Path) -> None:
+    options: dict[str, Any] = {
+        "data": sentences(),
+        "partition": Partition.from_lists([range(24 * i, 24 * i + 24) for i in range(CLIENTS)]),
+        "clients_per_round": None,
+    }
+    FirstOnly.lies = True
+    whole, half = (Run("vectorized", Believer, rounds=rounds, **options) for rounds in (4, 2))
+    half.trainer.save_checkpoint(tmp_path / "half.ckpt")
+    FirstOnly.lies = False  # so that a new rehearsal would find nothing
+    resumed = Run("vectorized", Believer, rounds=4, ckpt_path=str(tmp_path / "half.ckpt"), **options)
+    assert resumed.kind == "sequential"
+    torch.testing.assert_close(resumed.state, whole.state, rtol=0, atol=0)
