@@ -47,7 +47,12 @@ def assert_same(left: dict[str, Tensor], right: dict[str, Tensor]) -> None:
 def test_weights_are_those_of_one_process_bit_for_bit(name: str, world_size: int, ranks: Start) -> None:
     one = ranks(1)[0][name]
     # The run did something: otherwise equality says nothing.
-    assert reference.difference(one["weights"], one["start"]) > 1e-3
+    moved = [
+        reference.difference({"": one["weights"][key]}, {"": start})
+        for key, start in one["start"].items()
+        if one["weights"][key].shape == start.shape  # buffers may grow
+    ]
+    assert max(moved) > 1e-3
     for rank in ranks(world_size):
         assert_same(rank[name]["weights"], one["weights"])
 
@@ -114,7 +119,8 @@ def test_records_are_those_of_one_process(name: str, world_size: int, ranks: Sta
         assert left.keys() == right.keys() >= differs
         for field in left.keys() - differs:
             np.testing.assert_equal(left[field], right[field])
-        assert set(left["ranks"]) == set(range(world_size))
+        clients = len(left["clients"])
+        assert set(left["ranks"]) == set(range(min(world_size, clients)))
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3])
@@ -147,7 +153,8 @@ def test_logged_metrics_are_those_of_one_process(name: str, world_size: int, ran
         for left, right in zip(rank[name]["logged"], one, strict=True):
             assert left.keys() == right.keys()
             for metric in left.keys() - TIMES:
-                assert left[metric] == pytest.approx(right[metric], rel=1e-6, nan_ok=True), metric
+                # Lightning adds up in float32, where terms of about 1 that cancel leave this much.
+                assert left[metric] == pytest.approx(right[metric], rel=1e-6, abs=1e-7, nan_ok=True), metric
 
 
 @several
@@ -292,7 +299,12 @@ def test_cohort_smaller_than_the_ranks_is_refused_on_every_rank(world_size: int,
 @several
 def test_private_rounds_do_not_depend_on_ranks(world_size: int, ranks: Start) -> None:
     one = ranks(1)[0]["private"]
-    assert reference.difference(one["weights"], one["start"]) > 1e-3
+    moved = [
+        reference.difference({"": one["weights"][key]}, {"": start})
+        for key, start in one["start"].items()
+        if one["weights"][key].shape == start.shape  # buffers may grow
+    ]
+    assert max(moved) > 1e-3
     for rank in ranks(world_size):
         assert_same(rank["private"]["weights"], one["weights"])
         assert rank["private"]["records"][-1]["epsilon"] == one["records"][-1]["epsilon"] > 0
