@@ -17,7 +17,7 @@ from tests.fuzz.recipes import Recipe, draw, read, shrink, simpler
 from tests.fuzz.regressions import REGRESSIONS
 from tests.fuzz.runs import difference, run
 
-SEEDS = 40
+SEEDS = 200
 CHUNK = 10
 
 
