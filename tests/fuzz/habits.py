@@ -539,7 +539,10 @@ class _Manual:
 
 class _Evaluated:
     def validation_step(self, batch: Any, batch_idx: int) -> None:
-        self.log("val_loss", self.evaluate(batch), sync_dist=True, batch_size=1)  # type: ignore[attr-defined]
+        with torch.random.fork_rng():  # what evaluation draws is the user's, and in no checkpoint
+            torch.manual_seed(batch_idx)
+            loss = self.evaluate(batch)  # type: ignore[attr-defined]
+        self.log("val_loss", loss, sync_dist=True, batch_size=1)  # type: ignore[attr-defined]
 
 
 HOOKS: dict[str, type] = {

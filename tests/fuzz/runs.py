@@ -9,7 +9,7 @@ import traceback
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -133,6 +133,8 @@ def run(
         options: other arguments of the Trainer.
     """
     outcome = Outcome()
+    # In order: what a loader shuffles by is the user's, and in no checkpoint.
+    others = [build(replace(recipe, shuffle=False, noisy=False)).loader] if "evaluated" in recipe.hooks else []
     module, loader, _ = build(recipe)
     callbacks: list[pl.Callback] = [Notes(outcome), Metrics(outcome)]
     if save is not None:
@@ -141,8 +143,7 @@ def run(
         try:
             strategy = "auto" if executor == "none" else make_strategy(recipe, executor)
             trainer = make_trainer(recipe, strategy, callbacks, **options)
-            loaders = (loader,) * (1 + ("evaluated" in recipe.hooks))
-            trainer.fit(module, *loaders, ckpt_path=None if resume is None else str(resume), weights_only=True)
+            trainer.fit(module, loader, *others, ckpt_path=None if resume is None else str(resume), weights_only=True)
         except Exception as error:
             outcome.error = stable(f"{type(error).__name__}: {error}")
             frames = traceback.extract_tb(error.__traceback__)
