@@ -327,7 +327,8 @@ class Federation:
     def end(self) -> None:
         """The run is over: let go of workers and of what was recorded."""
         self.close()
-        self._executor.close()
+        if hasattr(self, "_executor"):  # not if training was refused before its optimizers were built
+            self._executor.close()
 
     def close(self) -> None:
         """Stop the loader's worker processes; give up a round whose first batch never arrived."""
