@@ -196,10 +196,10 @@ def test_early_stopping_loses_patience_with_the_rounds_own_loss() -> None:
     assert stop.best_score == pytest.approx(losses[0], rel=1e-6)
 
 
-def test_timer_stops_between_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_timer_stops_between_rounds(clock: Clock) -> None:
     timer = Timer(timedelta(minutes=3.5), interval="step")
     trainer, module = by_hand.fit(
-        strategy={"rounds_per_epoch": 3}, callbacks=[Minutes(monkeypatch, "timer"), timer], max_epochs=9
+        strategy={"rounds_per_epoch": 3}, callbacks=[Minutes(clock), timer], max_epochs=9
     )
     assert trainer.global_step == 4
     assert timer.time_elapsed("train") == 240
