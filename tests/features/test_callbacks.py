@@ -198,9 +198,7 @@ def test_early_stopping_loses_patience_with_the_rounds_own_loss() -> None:
 
 def test_timer_stops_between_rounds(clock: Clock) -> None:
     timer = Timer(timedelta(minutes=3.5), interval="step")
-    trainer, module = by_hand.fit(
-        strategy={"rounds_per_epoch": 3}, callbacks=[Minutes(clock), timer], max_epochs=9
-    )
+    trainer, module = by_hand.fit(strategy={"rounds_per_epoch": 3}, callbacks=[Minutes(clock), timer], max_epochs=9)
     assert trainer.global_step == 4
     assert timer.time_elapsed("train") == 240
     assert by_hand.same(module.state_dict(), by_hand.models(4)[-1])
