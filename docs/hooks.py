@@ -62,7 +62,7 @@ def section(heading: str, up: str = "") -> str:
         if not found:
             raise PluginError(f"README.md has no section {heading!r}")
         text = re.split(r"^## ", after, maxsplit=1, flags=re.M)[0]
-    return re.sub(r"\]\((?!https?:|#)", f"]({up}", text.strip())
+    return re.sub(r"\]\((?!https?:|#)(?:docs/)?", f"]({up}", text.strip())
 
 
 def sources(rooms: list[str]) -> str:
