@@ -519,6 +519,10 @@ class FederatedStrategy(ReusableStrategy):
         if not self._refused:
             self._close_fit()
         super().teardown()
+        # Lightning ends the outermost writer only; one inside that writes in the background may not be done yet.
+        writer: Any = self._checkpoint_io
+        while isinstance(writer, _WrappingCheckpointIO) and (writer := writer.checkpoint_io) is not None:
+            writer.teardown()
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "_federation": None, "_undo": None}
