@@ -478,7 +478,7 @@ class Federation:
                 on_step=self._tell_of_server_step,
             )
             self._warn_of_averages(exchange.changed_unsure(server))
-            if training:
+            if training and exchange.fits:
                 with randomness.untouched():
                     exchange.refit()
             exchange.write_largest(largest)

@@ -255,8 +255,7 @@ class Exchange(NamedTuple):
     def refit(self) -> None:
         """Bring vectors that belong to weights up to date with the weights that the module holds."""
         refit(self.fits)
-        if self.fits:
-            self.settle()
+        self.settle()
 
     def changed_unsure(self, server: Tensor) -> list[str]:
         """Names in `unsure` of buffers that are not as in this vector any more."""
