@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import builtins
 import collections
-import dis
 import gc
 import operator
 import sys
@@ -18,12 +17,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from lightning_fedscale.executors.outside import names_in, resolved
 from lightning_fedscale.executors.python_objects import is_library
-from lightning_fedscale.executors.python_state import PythonState, Snapshot
+from lightning_fedscale.executors.python_state import Place, PythonState, Snapshot, is_fixed
 
-_MISSING = object()
-_READ_GLOBAL = {"LOAD_GLOBAL", "LOAD_NAME", "STORE_GLOBAL", "DELETE_GLOBAL"}
-_READ_ATTRIBUTE = {"LOAD_ATTR", "LOAD_METHOD", "IMPORT_FROM"}
 # Builtins whose results depend on their arguments alone. The others print, open, look around or draw.
 _PURE = {
     "abs", "all", "any", "bin", "callable", "chr", "divmod", "format", "getattr", "hasattr", "hash", "hex",
@@ -111,7 +108,7 @@ class Reads:
             ):
                 self.obstacle = self.obstacle or f"it calls {module}.{name}"
 
-    def sources(self) -> tuple[list[tuple[dict[str, Any], str]], list[Any]]:
+    def sources(self) -> tuple[list[Place], list[Any]]:
         """Where the code that ran may read what it is not given: names in dicts of variables, classes and functions.
 
         Raises:
@@ -119,36 +116,13 @@ class Reads:
         """
         if self.obstacle is not None:
             raise Unguarded(self.obstacle)
-        places: dict[tuple[int, str], tuple[dict[str, Any], str]] = {}
-        modules: dict[int, types.ModuleType] = {}
-        attributes: set[str] = set()
-        for code, variables in self._ran.values():
-            for instruction in dis.get_instructions(code):
-                name = instruction.argval
-                if instruction.opname in _READ_GLOBAL:
-                    places[id(variables), name] = variables, name
-                elif instruction.opname in _READ_ATTRIBUTE:
-                    attributes.add(name)
-                elif instruction.opname == "IMPORT_NAME":
-                    module = sys.modules.get(name)
-                    if module is None:
-                        raise Unguarded(f"it imports {name}")
-                    modules[id(module)] = module
-        pending = [v for v in (held.get(name) for held, name in places.values()) if isinstance(v, types.ModuleType)]
-        pending += modules.values()
-        seen: set[int] = set()
-        for module in pending:
-            if id(module) in seen:
-                continue
-            seen.add(id(module))
-            if self._dynamic and not is_library(module.__name__):
-                raise Unguarded(f"it may read anything in {module.__name__}")
-            variables = vars(module)
-            for name in attributes & variables.keys():
-                places[id(variables), name] = variables, name
-                if isinstance(variables[name], types.ModuleType):
-                    pending.append(variables[name])
-        return list(places.values()), [*self._classes, *self._functions()]
+        codes = self._ran.values()
+        if missing := {name for code, _ in codes for name in names_in(code).imports} - sys.modules.keys():
+            raise Unguarded(f"it imports {min(missing)}")
+        places, modules = resolved(codes)
+        if self._dynamic and (open_ones := [m.__name__ for m in modules if not is_library(m.__name__)]):
+            raise Unguarded(f"it may read anything in {open_ones[0]}")
+        return places, [*self._classes, *self._functions()]
 
     def _functions(self) -> list[types.FunctionType]:
         """The functions that ran and have something of their own to read, wherever they are kept."""
@@ -171,7 +145,7 @@ class Guard:
 
     def __init__(self, module: nn.Module) -> None:
         self._module = module
-        self._places: list[tuple[dict[str, Any], str]] = []
+        self._places: list[Place] = []
         self._objects: list[Any] = []
         self._then = self._now()
 
@@ -184,7 +158,7 @@ class Guard:
         if not state.complete:
             raise Unguarded("the module keeps what cannot be opened")
         places, objects = reads.sources()
-        self._places += [p for p in places if not any(p[0] is q[0] and p[1] == q[1] for q in self._places)]
+        self._places = list({(id(place.variables), place.name): place for place in (*self._places, *places)}.values())
         known = {*map(id, self._objects)}
         self._objects += [one for one in objects if id(one) not in known and not state.reaches(one)]
         self._then = self._now()
@@ -204,12 +178,11 @@ class Guard:
     def _now(self) -> tuple[Snapshot, list[Any], Any]:
         fixed: list[Any] = []
         roots = {str(number): value for number, value in enumerate(self._objects)}
-        for number, (variables, name) in enumerate(self._places):
-            value = variables.get(name, _MISSING)
-            if _is_fixed(value):
+        for number, place in enumerate(self._places):
+            if is_fixed(value := place.value):
                 fixed += [number, value]
             else:
-                roots[f"{name} {number}"] = value
+                roots[f"{place.name} {number}"] = value
         return Snapshot(roots, self._module if roots else None), fixed, _flags()
 
 
@@ -222,15 +195,6 @@ class NoValues(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if torch.Tag.data_dependent_output in func.tags or torch.Tag.dynamic_output_shape in func.tags:
             raise Unguarded(f"it reads the result of {func}")
         return func(*args, **kwargs or {})
-
-
-def _is_fixed(value: Any) -> bool:
-    """Whether a value of a global name is known by its identity: nothing, modules, and functions of libraries."""
-    if value is _MISSING or isinstance(value, types.ModuleType | torch._ops.OpOverload | torch._ops.OpOverloadPacket):
-        return True
-    if isinstance(value, types.BuiltinFunctionType):
-        return isinstance(value.__self__, types.ModuleType | type | None)
-    return isinstance(value, types.FunctionType | type) and is_library(value.__module__)
 
 
 def _is_pure(function: Any) -> bool:

@@ -2,20 +2,48 @@
 
 from __future__ import annotations
 
+import functools
 import sys
 import types
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from lightning_fedscale.executors.python_objects import TENSORS, Closed, Part, parts_of, parts_of_type
+from lightning_fedscale.executors.python_objects import TENSORS, Closed, Part, is_library, parts_of, parts_of_type
 
 # Compared as they are. Neither `bool` nor `float` is here, since 1 == True == 1.0 and nan != nan.
 _PLAIN = {int, str, bytes, type(None), types.EllipsisType, torch.dtype, torch.device, types.CodeType}
 _TRUE, _FALSE, _REGISTERED, _OPENED = object(), object(), object(), object()
 _MOST = 10_000
+_WRAPPERS = (functools._lru_cache_wrapper, staticmethod, classmethod)
+MISSING = object()
+"""Stands for what is not there."""
+
+
+class Place(NamedTuple):
+    """A global variable.
+
+    Attributes:
+        variables: all of its Python module.
+        name: its own.
+    """
+
+    variables: dict[str, Any]
+    name: str
+
+    @property
+    def value(self) -> Any:
+        """What it refers to; `MISSING` if there is none of this name."""
+        return self.variables.get(self.name, MISSING)
+
+    def write(self, value: Any) -> None:
+        """Have it refer to this again."""
+        if value is MISSING:
+            self.variables.pop(self.name, None)
+        elif self.value is not value:
+            self.variables[self.name] = value
 
 
 class _Node(NamedTuple):
@@ -47,14 +75,18 @@ class Snapshot:
 
     Attributes:
         complete: False if something cannot be opened or is too large to be; it may then change unnoticed.
+        iterators: types of what goes on when it is asked for the next value and cannot be opened, so that nothing can
+            bring it back to where it was, such as generators and files.
     """
 
     def __init__(self, roots: Mapping[str, Any], module: nn.Module | None = None, *, exact: bool = False) -> None:
         self.complete = True
+        self.iterators: list[type] = []
         self._exact = exact
         self._room = sys.maxsize if exact else _MOST
         self._numbers: dict[int, int] = {}
         self._found: list[Any] = []
+        self._bare: list[types.FunctionType] = []  # with no attributes
         self._parameters, buffers = ([], []) if module is None else _registered(module)
         self._own = {*map(id, self._parameters), *map(id, buffers)}
         self._flags = [(p.requires_grad, p._backward_hooks, p._post_accumulate_grad_hooks) for p in self._parameters]
@@ -108,11 +140,22 @@ class Snapshot:
         """Whether an object is among what was opened."""
         return id(value) in self._numbers
 
+    def functions(self) -> Iterator[types.FunctionType]:
+        """Those written in Python among what was opened and what it holds."""
+        for value, held, _ in self._nodes:
+            inside = [one for _, each in held if isinstance(each, dict | list) for one in _members(each)]
+            for one in (value, *inside):
+                function = getattr(one, "__wrapped__", None) if type(one) in _WRAPPERS else one
+                if isinstance(function, types.FunctionType):
+                    yield function
+
     def restore(self) -> None:
         """Put everything back: attributes, members of containers, values of tensors and arrays, generators' states."""
         for parameter, (flag, *_) in zip(self._parameters, self._flags, strict=True):
             if parameter.requires_grad != flag:
                 parameter.requires_grad_(flag)
+        for function in self._bare:
+            function.__dict__.clear()
         for value, held, _ in self._nodes:
             for part, inside in held:
                 part.write(value, inside)
@@ -129,6 +172,7 @@ class Snapshot:
         if kind is types.FunctionType and not (
             value.__closure__ or value.__defaults__ or value.__kwdefaults__ or value.__dict__
         ):
+            self._bare.append(value)
             return value, value.__code__
         number = self._numbers.get(id(value))
         if number is None:
@@ -164,6 +208,8 @@ class Snapshot:
             return _Node(value, held, [kind, *[self._tokens(inside, part) for part, inside in held]])
         except Exception:
             self.complete = False
+            if hasattr(kind, "__next__"):
+                self.iterators.append(kind)
             return closed
 
 
@@ -172,6 +218,7 @@ class PythonState(Snapshot):
 
     Args:
         module: the user's.
+        places: global variables that belong to it as well.
         exact: see `Snapshot`.
 
     Example:
@@ -179,15 +226,41 @@ class PythonState(Snapshot):
         >>> module.seen = [{"step": 1}]
         >>> before = PythonState(module)
         >>> module.seen[0]["step"] = 2
-        >>> before.difference(PythonState(module))
+        >>> before.difference(before.again())
         'seen[0].step'
         >>> before.restore()
-        >>> before == PythonState(module)
+        >>> before == before.again()
         True
     """
 
-    def __init__(self, module: nn.Module, *, exact: bool = False) -> None:
-        super().__init__({"": module}, module, exact=exact)
+    def __init__(self, module: nn.Module, places: Sequence[Place] = (), *, exact: bool = False) -> None:
+        self._module, self._places = module, places
+        self._values = [place.value for place in places]
+        roots = {
+            f"{place.variables.get('__name__')}.{place.name}": value
+            for place, value in zip(places, self._values, strict=True)
+            if not is_fixed(value) or value is MISSING
+        }
+        super().__init__({"": module, **roots}, module, exact=exact)
+
+    def again(self) -> PythonState:
+        """The same of now."""
+        return PythonState(self._module, self._places, exact=self._exact)
+
+    def restore(self) -> None:
+        """Put everything back, and have the global variables refer to what they did."""
+        for place, value in zip(self._places, self._values, strict=True):
+            place.write(value)
+        super().restore()
+
+
+def is_fixed(value: Any) -> bool:
+    """Whether the value of a global variable cannot change: nothing, modules, and functions of libraries."""
+    if value is MISSING or isinstance(value, types.ModuleType | torch._ops.OpOverload | torch._ops.OpOverloadPacket):
+        return True
+    if isinstance(value, types.BuiltinFunctionType):
+        return isinstance(value.__self__, types.ModuleType | type | None)
+    return isinstance(value, types.FunctionType | type) and is_library(value.__module__)
 
 
 def _registered(module: nn.Module) -> tuple[list[nn.Parameter], list[Tensor]]:
@@ -205,6 +278,10 @@ def _registered(module: nn.Module) -> tuple[list[nn.Parameter], list[Tensor]]:
                 parts[child] = None
                 stack.append(child)
     return parameters, buffers
+
+
+def _members(held: dict[str, Any] | list[Any]) -> Iterable[Any]:
+    return held.values() if isinstance(held, dict) else held
 
 
 def _named(held: tuple[Part, Any], tokens: list[Any]) -> dict[str, Any]:

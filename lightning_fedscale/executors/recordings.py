@@ -66,7 +66,7 @@ class Recordings:
         """The recorded step of a form, if there is one that holds."""
         if form in self._steps and self._suspect:
             self._suspect = False
-            if PythonState(self._module) != self._state or not self._guard.holds():
+            if self._state is None or self._state.again() != self._state or not self._guard.holds():
                 self._forget()
         return self._steps.get(form)
 

@@ -28,8 +28,9 @@ from lightning_fedscale.executors.draws import ClientStreams
 from lightning_fedscale.executors.exchange import Exchange
 from lightning_fedscale.executors.hooks import listeners
 from lightning_fedscale.executors.obstacles import Surroundings, explained, why_not
+from lightning_fedscale.executors.outside import places_of
 from lightning_fedscale.executors.proof import Proofs, difference, is_close, step_alone, tolerance_of
-from lightning_fedscale.executors.python_state import PythonState
+from lightning_fedscale.executors.python_state import Place, PythonState
 from lightning_fedscale.executors.rows import Rows
 from lightning_fedscale.executors.sequential import (
     Guidance,
@@ -151,6 +152,7 @@ class VectorizedExecutor:
         self._wave = Wave(trainer.optimizers[0])
         self._side: SideBySide | None = None
         self._proofs = Proofs(while_training=verify)
+        self._outside: list[Place] = []
         self._seconds_alone = 0.0  # of what a wave took, for the comparison with clients alone
         self._recorded = 0
         self._prepared = False
@@ -232,16 +234,20 @@ class VectorizedExecutor:
 
     def _attempt(self, context: RoundContext, wave: list[LocalWork]) -> _Attempt:
         """Train a wave; what goes wrong is said, and then nothing has happened."""
-        metrics, state = MetricStates(self._module), PythonState(self._module)
+        if self._proofs.due:
+            self._outside = places_of(self._module)
+        metrics, state = MetricStates(self._module), PythonState(self._module, self._outside)
         side, around = self._side_of(context.exchange, state), Surroundings(self._module, self._device)
-        if exact := self._proofs.due:  # then large tensors must be equal to the last element, too
-            state = PythonState(self._module, exact=True)
+        if self._proofs.due:  # then large tensors must be equal to the last element, too
+            state = PythonState(self._module, self._outside, exact=True)
         try:
+            if state.iterators:
+                raise Obstacle(f"the module keeps a {state.iterators[0].__name__}, which cannot be brought back")
             trained = self._train(context, wave, side, around)
             if side.ran_python:
                 around.check()
-                if (changed := state.difference(PythonState(self._module, exact=exact))) is not None:
-                    raise Obstacle(f"training_step changes attributes of the module: {changed}")
+                if (changed := state.difference(state.again())) is not None:
+                    raise Obstacle(f"training_step changes attributes of the module, or global variables: {changed}")
             return _Attempt(trained)
         except Exception as error:
             attempt = _Attempt(None, is_oom_error(error) and len(wave) > 1, explained(error))
@@ -272,7 +278,7 @@ class VectorizedExecutor:
             self.obstacle = f"a local batch takes {self._step_seconds:.1f} s, so there is little overhead to share"
         if self.obstacle is not None:
             return None
-        side = self._side_of(context.exchange, PythonState(self._module))
+        side = self._side_of(context.exchange, PythonState(self._module, self._outside))
         side.recordings.record_at, usual = 1, side.recordings.record_at
         wave = [context.work[i] for i in self._next_wave(context.work)]
         while (first := self._rehearse(context, wave, steps)).out_of_memory:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import functools
+import itertools
 import random
 import re
+import types
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +27,7 @@ from tests.laws.test_executors import Run, assert_alike
 from tests.unit.test_stacking import KINDS
 
 CLIENTS = 4
+PARTS = Partition.from_lists([range(i * 24, i * 24 + 16 + 2 * i) for i in range(CLIENTS)])
 
 
 def sentences() -> TensorDataset:
@@ -97,7 +101,7 @@ MODULES: dict[str, Callable[[], pl.LightningModule]] = {
 def pair(make: Callable[[], pl.LightningModule], **options: Any) -> tuple[Run, Run]:
     options = {
         "data": sentences(),
-        "partition": Partition.from_lists([range(i * 24, i * 24 + 16 + 2 * i) for i in range(CLIENTS)]),
+        "partition": PARTS,
         "clients_per_round": None,
         **options,
     }
@@ -271,6 +275,95 @@ def test_an_attempt_that_fails_leaves_nothing_behind(name: str) -> None:
     assert mine.kept["count"] == theirs.kept["count"]
     assert torch.equal(mine.draws.get_state(), theirs.draws.get_state())
     assert vectorized.trainer.callback_metrics["mean"] == sequential.trainer.callback_metrics["mean"]
+
+
+COUNT = 0
+COUNTS = {"steps": 0}
+SETTINGS = types.ModuleType("settings_of_the_user")
+
+
+class Counter:
+    """Counts in its class, where no instance is at hand."""
+
+    count = 0
+
+
+def count_up() -> int:
+    global COUNT
+    COUNT += 1
+    return COUNT
+
+
+def count_in_itself() -> int:
+    count_in_itself.count = vars(count_in_itself).get("count", 0) + 1  # type: ignore[attr-defined]
+    return int(vars(count_in_itself)["count"])
+
+
+@functools.lru_cache
+def cached_counts() -> list[int]:
+    return [0]
+
+
+def counted(holder: Any, name: str) -> int:
+    setattr(holder, name, getattr(holder, name) + 1)
+    return int(getattr(holder, name))
+
+
+class Drifting(Words):
+    """What it counts outside of itself, or cannot be brought back, changes a step by less than rounding."""
+
+    def __init__(self, count: Callable[[Drifting], float]) -> None:
+        super().__init__(embedding())
+        global COUNT
+        COUNT = Counter.count = COUNTS["steps"] = 0
+        vars(count_in_itself).clear()
+        vars(SETTINGS)["count"] = 0
+        self.count = count
+
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+        return super().training_step(batch, batch_idx) * (1 + 1e-13 * self.count(self))
+
+
+class Iterating(Drifting):
+    def __init__(self, numbers: Callable[[], Iterator[int]]) -> None:
+        super().__init__(lambda module: next(module.numbers))  # type: ignore[arg-type,call-overload]
+        self.numbers = numbers()
+
+
+def lines() -> Iterator[int]:
+    number = 0
+    while True:
+        number += 1
+        yield number
+
+
+DRIFTS: dict[str, Callable[[], Drifting]] = {
+    "a global variable": lambda: Drifting(lambda _: count_up()),
+    "a global dict": lambda: Drifting(lambda _: COUNTS.update(steps=COUNTS["steps"] + 1) or COUNTS["steps"]),
+    "an attribute of a class": lambda: Drifting(lambda _: counted(Counter, "count")),
+    "an attribute of a function": lambda: Drifting(lambda _: count_in_itself()),
+    "an attribute of a Python module": lambda: Drifting(lambda _: counted(SETTINGS, "count")),
+    "a generator": lambda: Iterating(lines),
+    "a counter of itertools": lambda: Iterating(itertools.count),
+    "a cycle": lambda: Iterating(lambda: itertools.cycle(range(1000))),
+    "an iterator of a list": lambda: Iterating(lambda: iter(list(range(1000)))),
+}
+
+
+@pytest.mark.parametrize("executor", ["vectorized", "auto"])
+@pytest.mark.parametrize("name", DRIFTS)
+def test_what_a_step_counts_outside_of_its_module_is_counted_once_for_every_step(name: str, executor: str) -> None:
+    _, sequential = pair(DRIFTS[name])
+    counted_alone = COUNT, Counter.count, COUNTS["steps"], vars(SETTINGS)["count"]
+    run = Run(executor, DRIFTS[name], data=sentences(), partition=PARTS, clients_per_round=None)
+    assert run.kind == "sequential"
+    assert (COUNT, Counter.count, COUNTS["steps"], vars(SETTINGS)["count"]) == counted_alone
+    torch.testing.assert_close(run.state, sequential.state, rtol=0, atol=0)
+
+
+def test_global_variables_that_stay_do_not_keep_clients_from_training_side_by_side() -> None:
+    vectorized, _ = pair(lambda: Drifting(lambda _: COUNTS["steps"] + cached_counts()[0] + Counter.count))
+    assert vectorized.kind == "vectorized"
 
 
 class Last(Words):
