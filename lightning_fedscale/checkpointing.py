@@ -69,6 +69,7 @@ def federated_state(
     accumulation: list[int],
     flags: dict[str, Any],
     trained: list[str] | None,
+    monitored: dict[str, torch.Tensor],
 ) -> dict[str, Any]:
     """What ``checkpoint["federated"]`` holds: tensors and primitives, loadable with ``weights_only=True``."""
     return {
@@ -89,6 +90,7 @@ def federated_state(
         "accumulation": accumulation,
         "flags": flags,
         "trained": trained,
+        "monitored": monitored,
     }
 
 

@@ -52,6 +52,7 @@ from lightning_fedscale.half_batches import mean_gradient
 from lightning_fedscale.local_rules import Ditto
 from lightning_fedscale.memory import format_bytes
 from lightning_fedscale.module_flags import flags_of, restore_flags, restore_groups, restore_pruning
+from lightning_fedscale.monitors import Monitors
 from lightning_fedscale.older_models import OlderModels
 from lightning_fedscale.partitioners import Partition
 from lightning_fedscale.privacy import PrivacyBudget
@@ -132,6 +133,7 @@ class Federation:
         keeps = options.keep_optimizers or options.rules.keep_state
         self._custody = Custody(self._store, rank, world_size, self._device) if keeps else None
         self._log = ClientLog(trainer, options.client_log_every_n, world_size)
+        self._monitors = Monitors(trainer)
         self._transfer = Transfer(trainer)
         self._executor: ExecutorChoice
         self._work: Workload | None = None
@@ -327,6 +329,7 @@ class Federation:
     def end(self) -> None:
         """The run is over: let go of workers and of what was recorded."""
         self.close()
+        self._monitors.close()
         if hasattr(self, "_executor"):  # not if training was refused before its optimizers were built
             self._executor.close()
 
@@ -816,6 +819,7 @@ class Federation:
             if not record.empty:  # of nobody nothing is known anew, and callbacks that watch a loss go on with the last
                 known.pop("round/loss", None)  # else a round without a loss would show that of an earlier one
             known.update(values)
+        self._monitors.end_round(empty=record.empty)
 
     # ---- checkpoints
 
@@ -849,6 +853,7 @@ class Federation:
             flags=self._flags(),
             trained=self._trained,
             losses=torch.tensor(sorted(self._losses.items()), dtype=torch.float64).reshape(-1, 2),
+            monitored=self._monitors.state_dict(),
         )
 
     def _flags(self) -> dict[str, Any]:
@@ -914,6 +919,7 @@ class Federation:
         self._simulated = state.get("simulated", 0.0)
         self._older.load_state_dict(state["versions"], self._device)
         self._losses = {int(client): loss for client, loss in state["losses"].tolist()}
+        self._monitors.load_state_dict(state.get("monitored", {}))
         self._load_flags(state)
 
     def _load_flags(self, state: dict[str, Any]) -> None:

@@ -217,6 +217,40 @@ def test_watchers_of_a_loss_keep_the_last_one_that_is_known(tmp_path: Path) -> N
     assert seen[0] == seen[EMPTY] != seen[2]
 
 
+@pytest.mark.parametrize("empty", [(0,), (0, 1), (2,)], ids=str)
+def test_who_watches_a_loss_waits_for_the_first_one_and_resumes_with_the_last(
+    empty: tuple[int, ...], tmp_path: Path
+) -> None:
+    class Scheduled(Module):
+        def configure_optimizers(self) -> Any:
+            optimizer = torch.optim.SGD(self.net[4].parameters(), lr=0.1)
+            scheduler = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, factor=0.5, patience=0, threshold=10.0)
+            return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "monitor": "train_loss"}}
+
+    def fit(monitor: str = "train_loss", ckpt: Path | None = None) -> tuple[pl.Trainer, EarlyStopping]:
+        stopping = EarlyStopping(monitor, patience=10, min_delta=10.0, check_on_train_epoch_end=True)
+        keep = ModelCheckpoint(tmp_path, "{epoch}", save_top_k=-1, save_on_train_epoch_end=True)
+        trainer = reference.quiet_trainer(
+            strategy=sequential(num_clients=4, sampler=EmptyAt(*empty)), max_epochs=4,
+            callbacks=[stopping, keep], enable_checkpointing=True,
+        )  # fmt: skip
+        trainer.fit(Scheduled(), reference.loader(reference.dataset(40)), ckpt_path=ckpt)
+        return trainer, stopping
+
+    whole, stopping = fit()
+    waited = 0 if empty == (2,) else len(empty)
+    assert stopping.strict
+    assert stopping.wait_count == 3 - waited
+    assert whole.optimizers[0].param_groups[0]["lr"] == 0.1 * 0.5 ** (
+        4 - waited
+    )  # nothing is better by a threshold of 10
+    for number in range(3):
+        _, again = fit(ckpt=tmp_path / f"epoch={number}.ckpt")
+        assert again.wait_count == stopping.wait_count
+    with pytest.raises(RuntimeError, match="train_lost"):
+        fit("train_lost")
+
+
 # ---- callbacks
 
 CALLBACKS: dict[str, Callable[[], pl.Callback]] = {
