@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from unittest import mock
@@ -10,9 +11,14 @@ from unittest import mock
 import pytest
 import torch
 import torch.distributed as dist
+from absl import logging as absl_logging
 from hypothesis import HealthCheck, settings
 
 from tests import clock as clocks
+
+# Of dp-accounting. It keeps the first error stream that it sees, which is pytest's, and closes it as soon as Hydra sets
+# up logging anew; Python's own it leaves open.
+absl_logging.get_absl_handler().python_handler.stream = sys.__stderr__
 
 # No test may fail by the clock, and the same commit must always give the same verdict.
 settings.register_profile(

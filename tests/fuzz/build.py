@@ -29,6 +29,7 @@ from tests.fuzz.batches import FORMS, Columns
 from tests.fuzz.habits import GLOBALS, HOOKS, LOGS, LOSSES, STATES, make_metrics
 from tests.fuzz.layers import BLOCKS, CLASSES, INPUTS, ON_INPUTS, ON_TOKENS, TOKENS, VOCABULARY, WIDTH
 from tests.fuzz.recipes import Recipe
+from tests.laws.reference import quiet_trainer
 
 
 class Fuzzed(pl.LightningModule):
@@ -216,14 +217,5 @@ def make_strategy(recipe: Recipe, executor: str) -> FederatedStrategy:
 def make_trainer(recipe: Recipe, strategy: Any, callbacks: list[pl.Callback], **options: Any) -> pl.Trainer:
     given = evaluated(recipe.trainer, recipe)
     callbacks = [Anneal(recipe), *given.pop("callbacks", []), *callbacks]
-    settings: dict[str, Any] = {
-        "accelerator": "cpu",
-        "devices": 1,
-        "logger": False,
-        "enable_checkpointing": False,
-        "enable_progress_bar": False,
-        "enable_model_summary": False,
-        "num_sanity_val_steps": 0,
-        "max_epochs": recipe.epochs,
-    }
-    return pl.Trainer(**{**settings, **given, **options}, strategy=strategy, callbacks=callbacks)
+    options = {"max_epochs": recipe.epochs, **given, **options}
+    return quiet_trainer(**options, strategy=strategy, callbacks=callbacks)
