@@ -65,7 +65,7 @@ class Part(NamedTuple):
         read: gives a dict by name or a list of what is held, or anything else that is compared as it is.
         write: puts what was read back.
         names: how the entries of a list are called, given the list.
-        valued: ``read`` is also told whether large values are to be read.
+        valued: ``read`` is also told whether large values are to be read, and how many bytes may be copied.
     """
 
     read: Callable[..., Any]
@@ -302,10 +302,10 @@ class TensorValue:
 
     The values of small ones on the CPU are compared to the bit. Of others the version counter tells whether they were
     written to, which writes through ``.data`` escape; ``exact`` compares their values as well. Large ones are copied
-    once, and again when they were written to.
+    once, and again when they were written to; those of more than ``most`` bytes are not, and cannot be put back.
     """
 
-    def __init__(self, tensor: Tensor, exact: bool) -> None:
+    def __init__(self, tensor: Tensor, exact: bool, most: int) -> None:
         wrapped = torch._C._functorch.is_functorch_wrapped_tensor(tensor)
         if wrapped or type(tensor).__torch_dispatch__ != Tensor.__torch_dispatch__:
             raise Closed
@@ -317,10 +317,10 @@ class TensorValue:
         if tensor.layout is not torch.strided:
             return
         self._version = tensor._version, tensor.data_ptr()
-        if tensor.device.type == "cpu" and tensor.numel() * tensor.element_size() <= _LARGE:
+        if tensor.device.type == "cpu" and tensor.nbytes <= _LARGE:
             self._copy = self._alias.clone()
             self._bytes = _bits(self._copy).numpy().tobytes()
-        else:
+        elif tensor.nbytes <= most:
             self._copy = self._large(tensor)
 
     def _large(self, tensor: Tensor) -> Any:
@@ -347,6 +347,8 @@ class TensorValue:
             tensor.data = self._alias
         if not torch.equal(_bits(self._alias), _bits(self._copy)):
             self._alias.data.copy_(self._copy)
+            if tensor in _copies:  # the version counter goes on as if nothing had been written
+                _copies[tensor] = (tensor._version, tensor.data_ptr()), self._copy
 
 
 _copies = WeakTensorKeyDictionary()
@@ -359,7 +361,7 @@ def _bits(tensor: Tensor) -> Tensor:
 class ArrayValue:
     """A numpy array's identity, layout and values, as they were; a large one is opened only if it is to be exact."""
 
-    def __init__(self, array: Any, exact: bool) -> None:
+    def __init__(self, array: Any, exact: bool, most: int) -> None:
         if isinstance(array, np.memmap) or array.dtype.hasobject or (array.nbytes > _LARGE and not exact):
             raise Closed
         self._copy = array.copy()

@@ -18,6 +18,7 @@ _PLAIN = {int, str, bytes, type(None), types.EllipsisType, torch.dtype, torch.de
 _TRUE, _FALSE, _REGISTERED, _OPENED = object(), object(), object(), object()
 _MOST = 10_000
 _WRAPPERS = (functools._lru_cache_wrapper, staticmethod, classmethod)
+_MOST_OUTSIDE = 1 << 24  # bytes
 MISSING = object()
 """Stands for what is not there."""
 
@@ -72,6 +73,7 @@ class Snapshot:
         module: its parameters and buffers are looked after by others.
         exact: open large containers and arrays too, and compare the values of large tensors. It takes as much time
             and memory as they do, so it is for proofs; compare it with what is exact as well.
+        most: bytes of the largest tensor that is copied, to be put back.
 
     Attributes:
         complete: False if something cannot be opened or is too large to be; it may then change unnoticed.
@@ -79,10 +81,18 @@ class Snapshot:
             bring it back to where it was, such as generators and files.
     """
 
-    def __init__(self, roots: Mapping[str, Any], module: nn.Module | None = None, *, exact: bool = False) -> None:
+    def __init__(
+        self,
+        roots: Mapping[str, Any],
+        module: nn.Module | None = None,
+        *,
+        exact: bool = False,
+        most: int = sys.maxsize,
+    ) -> None:
         self.complete = True
         self.iterators: list[type] = []
         self._exact = exact
+        self._most = most
         self._room = sys.maxsize if exact else _MOST
         self._numbers: dict[int, int] = {}
         self._found: list[Any] = []
@@ -106,7 +116,7 @@ class Snapshot:
 
     def difference(self, other: Snapshot) -> str | None:
         """Where the first difference is, such as "cfg.loss.kl.beta" or "net.0.table"; None if there is none."""
-        if self == other:
+        if Snapshot.__eq__(self, other):
             return None
         if self._flags != other._flags:
             return "requires_grad or the hooks of a parameter"
@@ -204,7 +214,7 @@ class Snapshot:
                 return closed
             if parts is None or self._room < 0:
                 raise Closed
-            held = [(p, p.read(value, self._exact) if p.valued else p.read(value)) for p in parts]
+            held = [(p, p.read(value, self._exact, self._most) if p.valued else p.read(value)) for p in parts]
             return _Node(value, held, [kind, *[self._tokens(inside, part) for part, inside in held]])
         except Exception:
             self.complete = False
@@ -234,6 +244,7 @@ class PythonState(Snapshot):
     """
 
     def __init__(self, module: nn.Module, places: Sequence[Place] = (), *, exact: bool = False) -> None:
+        super().__init__({"": module}, module, exact=exact)
         self._module, self._places = module, places
         self._values = [place.value for place in places]
         roots = {
@@ -241,16 +252,30 @@ class PythonState(Snapshot):
             for place, value in zip(places, self._values, strict=True)
             if not is_fixed(value) or value is MISSING
         }
-        super().__init__({"": module, **roots}, module, exact=exact)
+        # A global variable may be the data that all train on: never exact, and not copied if it is large.
+        self._outside = Snapshot(roots, module if roots else None, most=_MOST_OUTSIDE)
+        self.iterators += self._outside.iterators
+
+    def __eq__(self, other: object) -> bool:
+        return super().__eq__(other) and isinstance(other, PythonState) and self._outside == other._outside
+
+    __hash__ = None
 
     def again(self) -> PythonState:
         """The same of now."""
         return PythonState(self._module, self._places, exact=self._exact)
 
+    def difference(self, other: Snapshot) -> str | None:
+        """Where the first difference is; see `Snapshot`."""
+        assert isinstance(other, PythonState)
+        own = super().difference(other)
+        return own if own is not None else self._outside.difference(other._outside)
+
     def restore(self) -> None:
         """Put everything back, and have the global variables refer to what they did."""
         for place, value in zip(self._places, self._values, strict=True):
             place.write(value)
+        self._outside.restore()
         super().restore()
 
 

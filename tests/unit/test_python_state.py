@@ -20,7 +20,8 @@ import torch
 from omegaconf import OmegaConf
 from torch import Tensor, nn
 
-from lightning_fedscale.executors.python_state import PythonState
+from lightning_fedscale.executors import python_objects
+from lightning_fedscale.executors.python_state import Place, PythonState
 
 
 @dataclasses.dataclass
@@ -319,3 +320,26 @@ def test_hooks_of_parameters_count(hook: str) -> None:
     before = PythonState(module)
     getattr(module.weight, hook)(lambda gradient: None)
     assert before != PythonState(module)
+
+
+def test_large_data_in_a_global_variable_is_watched_but_not_copied() -> None:
+    data, small = torch.zeros(1 << 23), torch.zeros(1 << 15)
+    variables = {"__name__": "mine", "data": data, "small": small, "count": 1}
+    places = [Place(variables, name) for name in ("data", "small", "count", "later")]
+    for exact in (False, True):
+        state = PythonState(nn.Linear(1, 1), places, exact=exact)
+        assert state == state.again()
+        assert data not in python_objects._copies
+        for name, change in {
+            "data": lambda: data.add_(1),
+            "small": lambda: small.add_(1),
+            "count": lambda: variables.update(count=2),
+            "later": lambda: variables.update(later=[]),
+        }.items():
+            change()
+            assert state != state.again()
+            assert state.difference(state.again()) == f"mine.{name}"
+            state.restore()
+            assert small.sum() == 0
+            state = state.again()  # version counters do not go back
+    assert variables.keys() == {"__name__", "data", "small", "count"}
