@@ -10,6 +10,7 @@ Accountant: TypeAlias = Literal["pld", "rdp"]
 
 # Without orders below 2, for which dp-accounting's series often does not converge; they decide for large epsilon only.
 _ORDERS = (*(2 + quarter / 4 for quarter in range(12)), *range(5, 65), 80, 96, 128, 256, 512, 1024)
+_STEP = 1e-4  # of the grid of privacy losses, dp-accounting's own
 _CLOSE = 1e-3  # relative, of a noise multiplier that was searched for
 
 
@@ -92,8 +93,14 @@ def _epsilon(accountant: Accountant, noise_multiplier: float, rounds: int, q: fl
 @lru_cache(maxsize=64)
 def _loss_distribution(noise_multiplier: float, q: float) -> Any:
     """Of one round: what takes most of the time."""
+    # With little noise losses spread further: so many steps of the grid as with a multiplier of 1 are enough for them,
+    # and every grid gives an upper bound. A fixed one would take minutes and gigabytes.
+    spread = 10 / noise_multiplier + 0.5 / noise_multiplier**2
+    step = _STEP * max(1.0, spread / 10.5)
     module = _package().pld.privacy_loss_distribution
-    return module.from_gaussian_mechanism(noise_multiplier, sampling_prob=q, use_connect_dots=True)
+    return module.from_gaussian_mechanism(
+        noise_multiplier, sampling_prob=q, use_connect_dots=True, value_discretization_interval=step
+    )
 
 
 def _package() -> Any:

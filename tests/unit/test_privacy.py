@@ -9,12 +9,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from dp_accounting.pld import privacy_loss_distribution
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.special import gammaln, logsumexp
 
 from lightning_fedscale.privacy import AdaptiveClipping, Privacy, dp_fed_avg
-from lightning_fedscale.privacy.accounting import epsilon, noise_multiplier
+from lightning_fedscale.privacy.accounting import _loss_distribution, epsilon, noise_multiplier
 from lightning_fedscale.types import ClientUpdate, Cohort
 
 
@@ -111,6 +112,19 @@ def test_a_budget_ends_training_before_it_is_exceeded() -> None:
 def test_no_rounds_cost_nothing_and_no_noise_everything() -> None:
     assert epsilon("pld", 1.0, 0, 0.1, 1e-5) == 0
     assert epsilon("pld", 0.0, 1, 0.1, 1e-5) == math.inf
+
+
+@pytest.mark.parametrize("z", [0.5, 0.25])
+def test_a_coarser_grid_for_little_noise_stays_above_the_fine_one_and_close_to_it(z: float) -> None:
+    losses = _loss_distribution(z, 0.05)
+    fine = privacy_loss_distribution.from_gaussian_mechanism(z, sampling_prob=0.05, use_connect_dots=True)
+    truth = fine.self_compose(10).get_epsilon_for_delta(1e-5)
+    assert truth <= losses.self_compose(10).get_epsilon_for_delta(1e-5) <= truth * (1 + 1e-6)
+
+
+@pytest.mark.parametrize("z", [1.0, 0.3, 0.05, 0.01])
+def test_the_grid_does_not_grow_as_noise_gets_less(z: float) -> None:
+    assert _loss_distribution(z, 0.05)._pmf_remove.size < 300_000
 
 
 def test_without_the_package_the_remedy_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
