@@ -80,6 +80,7 @@ KNOW_LIGHTNING = {
     "handover",
     "loggers",
     "metering",
+    "monitors",
     "progress",
     "refusals",
     "requeue",
