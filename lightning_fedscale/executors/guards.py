@@ -5,7 +5,6 @@ from __future__ import annotations
 import builtins
 import collections
 import gc
-import operator
 import sys
 import types
 from collections.abc import Iterator
@@ -19,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_fedscale.executors.outside import names_in, resolved
 from lightning_fedscale.executors.python_objects import is_library
-from lightning_fedscale.executors.python_state import Place, PythonState, Snapshot, is_fixed
+from lightning_fedscale.executors.python_state import Place, PythonState, Variables
 
 # Builtins whose results depend on their arguments alone. The others print, open, look around or draw.
 _PURE = {
@@ -120,8 +119,8 @@ class Reads:
         if missing := {name for code, _ in codes for name in names_in(code).imports} - sys.modules.keys():
             raise Unguarded(f"it imports {min(missing)}")
         places, modules = resolved(codes)
-        if self._dynamic and (open_ones := [m.__name__ for m in modules if not is_library(m.__name__)]):
-            raise Unguarded(f"it may read anything in {open_ones[0]}")
+        if self._dynamic and (own := [module.__name__ for module in modules if not is_library(module.__name__)]):
+            raise Unguarded(f"it may read anything in {own[0]}")
         return places, [*self._classes, *self._functions()]
 
     def _functions(self) -> list[types.FunctionType]:
@@ -167,23 +166,10 @@ class Guard:
 
     def holds(self) -> bool:
         """Whether all of it is unchanged."""
-        snapshot, fixed, flags = self._now()
-        return (
-            self._then[0] == snapshot
-            and len(self._then[1]) == len(fixed)
-            and all(map(operator.is_, self._then[1], fixed))
-            and self._then[2] == flags
-        )
+        return self._then == self._now()
 
-    def _now(self) -> tuple[Snapshot, list[Any], Any]:
-        fixed: list[Any] = []
-        roots = {str(number): value for number, value in enumerate(self._objects)}
-        for number, place in enumerate(self._places):
-            if is_fixed(value := place.value):
-                fixed += [number, value]
-            else:
-                roots[f"{place.name} {number}"] = value
-        return Snapshot(roots, self._module if roots else None), fixed, _flags()
+    def _now(self) -> tuple[Variables, Any]:
+        return Variables(self._places, self._objects, self._module), _flags()
 
 
 class NoValues(TorchDispatchMode):  # type: ignore[no-untyped-call]

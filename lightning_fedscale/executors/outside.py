@@ -91,7 +91,7 @@ def places_of(module: nn.Module) -> list[Place]:
     while True:
         roots: Mapping[str, Any] = {"": module, **{str(i): place.value for i, place in enumerate(places)}}
         known = len(codes)
-        for function in Snapshot(roots, module).functions():
+        for function in Snapshot(roots, module, most=0).functions():
             if not is_library(function.__module__):
                 code = function.__code__, function.__globals__
                 codes.setdefault((code[0], id(code[1])), code)

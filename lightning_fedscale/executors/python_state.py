@@ -18,7 +18,7 @@ _PLAIN = {int, str, bytes, type(None), types.EllipsisType, torch.dtype, torch.de
 _TRUE, _FALSE, _REGISTERED, _OPENED = object(), object(), object(), object()
 _MOST = 10_000
 _WRAPPERS = (functools._lru_cache_wrapper, staticmethod, classmethod)
-_MOST_OUTSIDE = 1 << 24  # bytes
+_MOST_OUTSIDE = 1 << 24  # bytes of a tensor in a global variable that is copied, to be put back
 MISSING = object()
 """Stands for what is not there."""
 
@@ -100,7 +100,7 @@ class Snapshot:
         self._parameters, buffers = ([], []) if module is None else _registered(module)
         self._own = {*map(id, self._parameters), *map(id, buffers)}
         self._flags = [(p.requires_grad, p._backward_hooks, p._post_accumulate_grad_hooks) for p in self._parameters]
-        self._names = list(roots)
+        self._names, self._begun_with = list(roots), list(roots.values())
         self._roots = [self._token(value) for value in roots.values()]
         # While they are opened more are found.
         self._nodes = [self._open(value) for value in self._found]
@@ -151,13 +151,18 @@ class Snapshot:
         return id(value) in self._numbers
 
     def functions(self) -> Iterator[types.FunctionType]:
-        """Those written in Python among what was opened and what it holds."""
-        for value, held, _ in self._nodes:
-            inside = [one for _, each in held if isinstance(each, dict | list) for one in _members(each)]
-            for one in (value, *inside):
-                function = getattr(one, "__wrapped__", None) if type(one) in _WRAPPERS else one
-                if isinstance(function, types.FunctionType):
-                    yield function
+        """Those written in Python among the roots, what was opened and what it holds."""
+        inside = [
+            one
+            for node in self._nodes
+            for _, held in node.held
+            if isinstance(held, dict | list)
+            for one in _members(held)
+        ]
+        for one in (*self._begun_with, *(node.value for node in self._nodes), *inside):
+            function = getattr(one, "__wrapped__", None) if type(one) in _WRAPPERS else one
+            if isinstance(function, types.FunctionType):
+                yield function
 
     def restore(self) -> None:
         """Put everything back: attributes, members of containers, values of tensors and arrays, generators' states."""
@@ -223,13 +228,79 @@ class Snapshot:
             return closed
 
 
+class Variables(Snapshot):
+    """A snapshot of global variables, and of what can be reached from them.
+
+    Args:
+        places: the variables.
+        others: further objects that count.
+        module: see `Snapshot`.
+        most: see `Snapshot`.
+
+    Example:
+        >>> variables = {"__name__": "mine", "count": 1, "activation": torch.relu}
+        >>> before = Variables([Place(variables, name) for name in ("count", "activation")])
+        >>> variables["activation"] = torch.sigmoid
+        >>> before.difference(before.again())
+        'mine.activation'
+        >>> before.restore()
+        >>> variables["activation"] is torch.relu
+        True
+    """
+
+    def __init__(
+        self,
+        places: Sequence[Place],
+        others: Sequence[Any] = (),
+        module: nn.Module | None = None,
+        *,
+        most: int = sys.maxsize,
+    ) -> None:
+        self._given = places, others, module
+        self._values = [place.value for place in places]
+        self._fixed = [value if is_fixed(value) else None for value in self._values]
+        roots = {str(number): value for number, value in enumerate(others)}
+        for number, (place, value) in enumerate(zip(places, self._values, strict=True)):
+            if not is_fixed(value):
+                name = _name_of(place)
+                roots[name if name not in roots else f"{name} {number}"] = value
+        super().__init__(roots, module if roots else None, most=most)
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Variables) or len(self._fixed) != len(other._fixed):
+            return False
+        return super().__eq__(other) and self._rebound(other) is None
+
+    __hash__ = None
+
+    def _rebound(self, other: Variables) -> str | None:
+        """The first variable that refers to another function, class or module of a library."""
+        pairs = zip(self._given[0], self._fixed, other._fixed, strict=True)
+        return next((_name_of(place) for place, mine, theirs in pairs if mine is not theirs), None)
+
+    def again(self) -> Variables:
+        """The same of now."""
+        return Variables(*self._given, most=self._most)
+
+    def difference(self, other: Snapshot) -> str | None:
+        """Where the first difference is; see `Snapshot`."""
+        assert isinstance(other, Variables)
+        return rebound if (rebound := self._rebound(other)) is not None else super().difference(other)
+
+    def restore(self) -> None:
+        """Put everything back, and have the variables refer to what they did."""
+        for place, value in zip(self._given[0], self._values, strict=True):
+            place.write(value)
+        super().restore()
+
+
 class PythonState(Snapshot):
     """A snapshot of a module's Python attributes, of what they refer to, and of the classes that they are of.
 
     Args:
         module: the user's.
         places: global variables that belong to it as well.
-        exact: see `Snapshot`.
+        exact: see `Snapshot`; not of the variables, which may be the data that all train on.
 
     Example:
         >>> module = nn.Module()
@@ -246,14 +317,7 @@ class PythonState(Snapshot):
     def __init__(self, module: nn.Module, places: Sequence[Place] = (), *, exact: bool = False) -> None:
         super().__init__({"": module}, module, exact=exact)
         self._module, self._places = module, places
-        self._values = [place.value for place in places]
-        roots = {
-            f"{place.variables.get('__name__')}.{place.name}": value
-            for place, value in zip(places, self._values, strict=True)
-            if not is_fixed(value) or value is MISSING
-        }
-        # A global variable may be the data that all train on: never exact, and not copied if it is large.
-        self._outside = Snapshot(roots, module if roots else None, most=_MOST_OUTSIDE)
+        self._outside = Variables(places, (), module, most=_MOST_OUTSIDE)
         self.iterators += self._outside.iterators
 
     def __eq__(self, other: object) -> bool:
@@ -272,9 +336,7 @@ class PythonState(Snapshot):
         return own if own is not None else self._outside.difference(other._outside)
 
     def restore(self) -> None:
-        """Put everything back, and have the global variables refer to what they did."""
-        for place, value in zip(self._places, self._values, strict=True):
-            place.write(value)
+        """Put everything back."""
         self._outside.restore()
         super().restore()
 
@@ -303,6 +365,10 @@ def _registered(module: nn.Module) -> tuple[list[nn.Parameter], list[Tensor]]:
                 parts[child] = None
                 stack.append(child)
     return parameters, buffers
+
+
+def _name_of(place: Place) -> str:
+    return f"{place.variables.get('__name__')}.{place.name}"
 
 
 def _members(held: dict[str, Any] | list[Any]) -> Iterable[Any]:

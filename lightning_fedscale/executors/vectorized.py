@@ -242,7 +242,8 @@ class VectorizedExecutor:
             state = PythonState(self._module, self._outside, exact=True)
         try:
             if state.iterators:
-                raise Obstacle(f"the module keeps a {state.iterators[0].__name__}, which cannot be brought back")
+                kind = state.iterators[0].__name__
+                raise Obstacle(f"training_step can reach a {kind}, which cannot be put back to where it was")
             trained = self._train(context, wave, side, around)
             if side.ran_python:
                 around.check()

@@ -6,6 +6,7 @@ import collections
 import dataclasses
 import functools
 import itertools
+import math
 import random
 import threading
 import types
@@ -21,6 +22,7 @@ from omegaconf import OmegaConf
 from torch import Tensor, nn
 
 from lightning_fedscale.executors import python_objects
+from lightning_fedscale.executors.outside import places_of
 from lightning_fedscale.executors.python_state import Place, PythonState
 
 
@@ -343,3 +345,46 @@ def test_large_data_in_a_global_variable_is_watched_but_not_copied() -> None:
             assert small.sum() == 0
             state = state.again()  # version counters do not go back
     assert variables.keys() == {"__name__", "data", "small", "count"}
+
+
+DATA = torch.zeros(1 << 15)
+
+
+def activation(x: Tensor) -> Tensor:
+    return torch.relu(x)
+
+
+class Reading(nn.Module):
+    """Its methods name data, and call a function that names more."""
+
+    def data(self) -> Tensor:
+        return DATA
+
+    def forward(self, x: Tensor) -> Tensor:
+        return activation(x)
+
+
+def test_variables_are_found_through_calls_and_nothing_large_is_copied_for_it() -> None:
+    places = {place.name: place for place in places_of(Reading())}
+    assert {"DATA", "activation", "torch"} <= places.keys()
+    assert places["DATA"].value is DATA
+    assert DATA not in python_objects._copies
+
+
+@pytest.mark.parametrize(("before", "after"), [(torch.relu, torch.sigmoid), (nn.ReLU, nn.GELU), (math, torch)])
+def test_a_variable_that_refers_to_another_part_of_a_library_is_noticed_and_put_back(before: Any, after: Any) -> None:
+    variables = {"__name__": "mine", "chosen": before}
+    state = PythonState(nn.Linear(1, 1), [Place(variables, "chosen")])
+    variables["chosen"] = after
+    assert state != state.again()
+    assert state.difference(state.again()) == "mine.chosen"
+    state.restore()
+    assert variables["chosen"] is before
+    assert state == state.again()
+
+
+def test_states_of_other_variables_differ() -> None:
+    module, variables = nn.Linear(1, 1), {"__name__": "mine", "one": math, "two": math}
+    assert PythonState(module, [Place(variables, "one")]) != PythonState(
+        module, [Place(variables, n) for n in variables]
+    )
