@@ -27,9 +27,13 @@ class Monitors:
         self._waiting: list[Any] = []
 
     def state_dict(self) -> dict[str, Tensor]:
-        """The last values of what is watched."""
+        """The last values of all that callbacks can watch, but for what every round has of its own."""
         known = {**self._last, **self._trainer._logger_connector._callback_metrics}
-        return {each.monitor: known[each.monitor].detach().cpu() for each in self._watchers() if each.monitor in known}
+        return {
+            name: value.detach().cpu()
+            for name, value in known.items()
+            if name == "round/loss" or not name.startswith("round/")
+        }
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Go on with these."""

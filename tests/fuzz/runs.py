@@ -93,10 +93,6 @@ class Metrics(pl.Callback):
     def _take(self, trainer: pl.Trainer) -> None:
         if self.outcome.logged and not self.outcome.logged[-1]:
             metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
-            if metrics.get("round/clients") == 0:
-                # Of a round without clients the Trainer shows what it knew before, which a resumed one does not.
-                metrics = {name: value for name, value in metrics.items() if name.startswith("round/")}
-                metrics.pop("round/loss", None)
             self.outcome.logged[-1] = {name: value for name, value in metrics.items() if not _OF_EXECUTORS.match(name)}
 
     def on_train_epoch_start(self, trainer: pl.Trainer, *_: Any) -> None:
