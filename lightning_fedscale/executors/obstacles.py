@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import traceback
 from pathlib import Path
 from typing import Any
@@ -68,12 +69,13 @@ class Surroundings:
         self._module = module
         self._device = device
         self._generators: randomness.GlobalState | None = None
+        self._environment: dict[str, str] = {}
         self._versions: list[int] = []
 
     def note(self) -> None:
         """Something is about to run."""
         if self._generators is None:
-            self._generators = randomness.capture(self._device)
+            self._generators, self._environment = randomness.capture(self._device), dict(os.environ)
         self._versions = self._versions_now()
 
     def check(self) -> None:
@@ -86,14 +88,20 @@ class Surroundings:
             return
         if self._versions_now() != self._versions:
             raise Obstacle("training_step writes to tensors that all clients share")
+        if os.environ != self._environment:
+            raise Obstacle("training_step changes environment variables")
         now = randomness.capture(self._device)
         if not all(map(_is_same_generator, now, self._generators)):
             raise Obstacle("training_step draws from Python's or numpy's random numbers")
 
     def restore(self) -> None:
-        """The global generators are where they were."""
-        if self._generators is not None:
-            randomness.restore(self._generators, self._device)
+        """The global generators are where they were, and environment variables as they were."""
+        if self._generators is None:
+            return
+        randomness.restore(self._generators, self._device)
+        if os.environ != self._environment:
+            os.environ.clear()
+            os.environ.update(self._environment)
 
     def _versions_now(self) -> list[int]:
         tensors = (*self._module.parameters(), *self._module.buffers())

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import array
 import collections
+import contextvars
 import datetime
 import decimal
 import enum
@@ -12,6 +14,7 @@ import pathlib
 import random
 import re
 import sys
+import threading
 import types
 import weakref
 from collections.abc import Callable, Iterator
@@ -290,6 +293,22 @@ def _write_cell(value: Any, held: list[Any]) -> None:
             del value.cell_contents
 
 
+def _read_context(value: Any) -> list[Any]:
+    try:
+        return [value.get()]
+    except LookupError:
+        return []
+
+
+def _write_context(value: Any, held: list[Any]) -> None:
+    if held and value.get() is not held[0]:
+        value.set(held[0])
+
+
+def _write_array(value: Any, held: Any) -> None:
+    value[:] = array.array(*held)
+
+
 def _read_builtin(value: Any) -> list[Any]:
     return [] if isinstance(value.__self__, types.ModuleType) else [value.__self__]
 
@@ -420,6 +439,9 @@ _SPECIAL: dict[Any, Part] = {
     types.FunctionType: Part(_read_function, _write_function),
     types.MethodType: Part(lambda value: {"__self__": value.__self__, "__func__": value.__func__}, _nothing),
     types.BuiltinFunctionType: Part(_read_builtin, _nothing),
+    threading.local: _ATTRIBUTES,
+    contextvars.ContextVar: Part(_read_context, _write_context, lambda held: [""]),
+    array.array: Part(lambda value: (value.typecode, value.tobytes()), _write_array),
     types.CellType: Part(_read_cell, _write_cell, lambda held: [""]),
     functools.partial: Part(lambda value: [value.func, value.args, value.keywords], _nothing),
     property: Part(lambda value: [value.fget, value.fset, value.fdel], _nothing),

@@ -416,6 +416,7 @@ class VectorizedExecutor:
         if not watched:
             return side.run(parameters, buffers, group.batch, batch_idx, rows.indices, streams, share=share)
         started, before, alone = time.perf_counter(), MetricStates(self._module), dict[int, StepResult]()
+        around.note()
         for i in watched:
             own = [p[i] for p in parameters], [b[i] for b in buffers]
             progress.is_last_batch = last[i]

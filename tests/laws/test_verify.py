@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextvars
 import functools
 import itertools
+import os
 import random
 import re
+import threading
 import types
 import warnings
 from collections.abc import Callable, Iterator
@@ -279,6 +282,8 @@ def test_an_attempt_that_fails_leaves_nothing_behind(name: str) -> None:
 
 COUNT = 0
 COUNTS = {"steps": 0}
+OF_THREAD = threading.local()
+OF_CONTEXT: contextvars.ContextVar[int] = contextvars.ContextVar("count", default=0)
 SETTINGS = types.ModuleType("settings_of_the_user")
 
 
@@ -314,7 +319,24 @@ def from_zero() -> None:
     global COUNT
     COUNT = Counter.count = COUNTS["steps"] = 0
     vars(count_in_itself).clear()
-    vars(SETTINGS)["count"] = 0
+    vars(SETTINGS)["count"] = OF_THREAD.count = 0
+    OF_CONTEXT.set(0)
+    os.environ["STEPS_OF_A_TEST"] = "0"
+
+
+def all_counts() -> list[Any]:
+    own = dict(vars(count_in_itself)), vars(SETTINGS)["count"], OF_THREAD.count, OF_CONTEXT.get()
+    return [COUNT, Counter.count, COUNTS["steps"], *own, os.environ["STEPS_OF_A_TEST"]]
+
+
+def count_in_context() -> int:
+    OF_CONTEXT.set(OF_CONTEXT.get() + 1)
+    return OF_CONTEXT.get()
+
+
+def count_in_environment() -> int:
+    os.environ["STEPS_OF_A_TEST"] = str(int(os.environ["STEPS_OF_A_TEST"]) + 1)
+    return int(os.environ["STEPS_OF_A_TEST"])
 
 
 class Drifting(Words):
@@ -347,6 +369,9 @@ DRIFTS: dict[str, Callable[[], Drifting]] = {
     "an attribute of a class": lambda: Drifting(lambda _: counted(Counter, "count")),
     "an attribute of a function": lambda: Drifting(lambda _: count_in_itself()),
     "an attribute of a Python module": lambda: Drifting(lambda _: counted(SETTINGS, "count")),
+    "a thread's own variable": lambda: Drifting(lambda _: counted(OF_THREAD, "count")),
+    "a context variable": lambda: Drifting(lambda _: count_in_context()),
+    "an environment variable": lambda: Drifting(lambda _: count_in_environment()),
     "a generator": lambda: Iterating(lines),
     "a counter of itertools": lambda: Iterating(itertools.count),
     "a cycle": lambda: Iterating(lambda: itertools.cycle(range(1000))),
@@ -361,7 +386,7 @@ def test_what_a_step_counts_outside_of_its_module_is_counted_once_for_every_step
     for each in ("sequential", executor):
         from_zero()
         runs.append(Run(each, DRIFTS[name], data=sentences(), partition=PARTS, clients_per_round=None))
-        counts.append((COUNT, Counter.count, COUNTS["steps"], vars(SETTINGS)["count"], dict(vars(count_in_itself))))
+        counts.append(all_counts())
     assert runs[1].kind == "sequential"
     assert counts[0] == counts[1]
     torch.testing.assert_close(runs[1].state, runs[0].state, rtol=0, atol=0)
