@@ -814,7 +814,7 @@ class Federation:
         trainer, metrics = self._trainer, record.metrics()
         for logger in trainer.loggers:
             logger.log_metrics(metrics, step=trainer.fit_loop.epoch_loop._batches_that_stepped)
-        values = {name: torch.tensor(value) for name, value in metrics.items()}
+        values = dict(zip(metrics, torch.tensor([*metrics.values()]).unbind(), strict=True))
         for known in (trainer._logger_connector._callback_metrics, trainer._logger_connector._logged_metrics):
             if not record.empty:  # of nobody nothing is known anew, and callbacks that watch a loss go on with the last
                 known.pop("round/loss", None)  # else a round without a loss would show that of an earlier one

@@ -54,11 +54,13 @@ def _init(like: Tensor, cohort: Cohort) -> Tensor:
 
 
 def _accumulate(total: Tensor, update: ClientUpdate, weight: float, cohort: Cohort) -> Tensor:
-    delta = update.delta
-    for start in range(0, delta.numel(), _PART):
-        length = min(_PART, delta.numel() - start)
+    delta, sums = update.delta, total[:-1]
+    parts = [(sums, delta)]
+    if delta.numel() > _PART:
+        parts = list(zip(torch.split(sums, _PART), torch.split(delta, _PART), strict=True))
+    for part, own in parts:
         # Not add_(alpha=...): whether that rounds once or twice depends on the machine and on the element's position.
-        total.narrow(0, start, length).add_(weight * delta.narrow(0, start, length))
+        part.add_(weight * own)
     total[-1].add_(weight)
     return total
 

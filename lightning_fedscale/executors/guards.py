@@ -166,7 +166,8 @@ class Guard:
 
     def holds(self) -> bool:
         """Whether all of it is unchanged."""
-        return self._then == self._now()
+        variables, flags = self._then
+        return flags == _flags() and variables == variables.again()
 
     def _now(self) -> tuple[Variables, Any]:
         return Variables(self._places, self._objects, self._module), _flags()
@@ -203,7 +204,7 @@ def _is_pure(function: Any) -> bool:
 
 def _flags() -> tuple[Any, ...]:
     """What torch's operators read from the process, where it may change which of them are called."""
-    hooks = torch.nn.modules.module
+    hooks, modes = torch.nn.modules.module, torch._C._len_torch_function_stack()
     return (
         torch.get_default_dtype(),
         torch.is_grad_enabled(),
@@ -213,8 +214,8 @@ def _flags() -> tuple[Any, ...]:
         torch.is_deterministic_algorithms_warn_only_enabled(),
         torch.get_float32_matmul_precision(),
         torch.is_anomaly_enabled(),
-        torch._C._len_torch_function_stack(),
-        torch.get_default_device(),
+        modes,
+        torch.get_default_device() if modes else None,  # the default device is a mode
         *(len(getattr(hooks, name)) for name in _GLOBAL_HOOKS),
     )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import operator
 import sys
 import types
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -17,6 +18,9 @@ from lightning_fedscale.executors.python_objects import TENSORS, Closed, Part, i
 _PLAIN = {int, str, bytes, type(None), types.EllipsisType, torch.dtype, torch.device, types.CodeType}
 _TRUE, _FALSE, _REGISTERED, _OPENED = object(), object(), object(), object()
 _MOST = 10_000
+_FIXED = (types.ModuleType, torch._ops.OpOverload, torch._ops.OpOverloadPacket)
+_OWNERS_OF_FIXED = (types.ModuleType, type, type(None))
+_WITH_A_MODULE = (types.FunctionType, type)
 _WRAPPERS = (functools._lru_cache_wrapper, staticmethod, classmethod)
 _MOST_OUTSIDE = 1 << 24  # bytes of a tensor in a global variable that is copied, to be put back
 MISSING = object()
@@ -96,10 +100,10 @@ class Snapshot:
         self._room = sys.maxsize if exact else _MOST
         self._numbers: dict[int, int] = {}
         self._found: list[Any] = []
-        self._bare: list[types.FunctionType] = []  # with no attributes
+        self._bare: list[tuple[types.FunctionType, types.CodeType]] = []  # those with nothing to open
         self._parameters, buffers = ([], []) if module is None else _registered(module)
         self._own = {*map(id, self._parameters), *map(id, buffers)}
-        self._flags = [(p.requires_grad, p._backward_hooks, p._post_accumulate_grad_hooks) for p in self._parameters]
+        self._flags = [_flags_of(parameter) for parameter in self._parameters]
         self._names, self._begun_with = list(roots), list(roots.values())
         self._roots = [self._token(value) for value in roots.values()]
         # While they are opened more are found.
@@ -107,12 +111,34 @@ class Snapshot:
         self._compared = [node.compared for node in self._nodes]
 
     def __eq__(self, other: object) -> bool:
+        if self is other:
+            return True
         return isinstance(other, Snapshot) and (
             (self._names, self._roots, self._flags, self._compared)
             == (other._names, other._roots, other._flags, other._compared)
         )
 
     __hash__ = None  # type: ignore[assignment]
+
+    def still_holds(self) -> bool:
+        """Whether everything is certainly as it was: the same objects in the same places; much cheaper than anew.
+
+        False says nothing: a number may have been computed anew, and what cannot be opened may have changed.
+        """
+        if not self.complete or self._flags != [_flags_of(parameter) for parameter in self._parameters]:
+            return False
+        for function, code in self._bare:
+            if function.__code__ is not code or not _is_bare(function):
+                return False
+        try:
+            for value, parts, _ in self._nodes:
+                for part, held in parts:
+                    now = part.read(value, self._exact, self._most) if part.valued else part.read(value)
+                    if not _identical(held, now):
+                        return False
+        except Exception:  # it cannot be opened any more
+            return False
+        return True
 
     def difference(self, other: Snapshot) -> str | None:
         """Where the first difference is, such as "cfg.loss.kl.beta" or "net.0.table"; None if there is none."""
@@ -169,7 +195,7 @@ class Snapshot:
         for parameter, (flag, *_) in zip(self._parameters, self._flags, strict=True):
             if parameter.requires_grad != flag:
                 parameter.requires_grad_(flag)
-        for function in self._bare:
+        for function, _ in self._bare:
             function.__dict__.clear()
         for value, held, _ in self._nodes:
             for part, inside in held:
@@ -184,11 +210,9 @@ class Snapshot:
             return _TRUE if value else _FALSE
         if kind is float:
             return (value if value == value and value else repr(value),)
-        if kind is types.FunctionType and not (
-            value.__closure__ or value.__defaults__ or value.__kwdefaults__ or value.__dict__
-        ):
-            self._bare.append(value)
-            return value, value.__code__
+        if kind is types.FunctionType and _is_bare(value):
+            self._bare.append((value, value.__code__))
+            return self._bare[-1]
         number = self._numbers.get(id(value))
         if number is None:
             number = self._numbers[id(value)] = len(self._found)
@@ -260,13 +284,15 @@ class Variables(Snapshot):
         self._values = [place.value for place in places]
         self._fixed = [value if is_fixed(value) else None for value in self._values]
         roots = {str(number): value for number, value in enumerate(others)}
-        for number, (place, value) in enumerate(zip(places, self._values, strict=True)):
-            if not is_fixed(value):
+        for number, (place, value, fixed) in enumerate(zip(places, self._values, self._fixed, strict=True)):
+            if fixed is None:
                 name = _name_of(place)
                 roots[name if name not in roots else f"{name} {number}"] = value
         super().__init__(roots, module if roots else None, most=most)
 
     def __eq__(self, other: object) -> bool:
+        if self is other:
+            return True
         if not isinstance(other, Variables) or len(self._fixed) != len(other._fixed):
             return False
         return super().__eq__(other) and self._rebound(other) is None
@@ -278,9 +304,17 @@ class Variables(Snapshot):
         pairs = zip(self._given[0], self._fixed, other._fixed, strict=True)
         return next((_name_of(place) for place, mine, theirs in pairs if mine is not theirs), None)
 
+    def still_holds(self) -> bool:
+        """See `Snapshot`."""
+        places = self._given[0]
+        for place, value in zip(places, self._values, strict=True):
+            if place.variables.get(place.name, MISSING) is not value:
+                return False
+        return super().still_holds()
+
     def again(self) -> Variables:
-        """The same of now."""
-        return Variables(*self._given, most=self._most)
+        """The same of now: this very one, if it certainly holds."""
+        return self if self.still_holds() else Variables(*self._given, most=self._most)
 
     def difference(self, other: Snapshot) -> str | None:
         """Where the first difference is; see `Snapshot`."""
@@ -325,9 +359,17 @@ class PythonState(Snapshot):
 
     __hash__ = None
 
+    def still_holds(self) -> bool:
+        """See `Snapshot`."""
+        return super().still_holds() and self._outside.still_holds()
+
     def again(self) -> PythonState:
-        """The same of now."""
-        return PythonState(self._module, self._places, exact=self._exact)
+        """The same of now: this very one, if it certainly holds."""
+        return self if self.still_holds() else PythonState(self._module, self._places, exact=self._exact)
+
+    def exactly(self) -> PythonState:
+        """An exact one of now; see `Snapshot`."""
+        return PythonState(self._module, self._places, exact=True)
 
     def difference(self, other: Snapshot) -> str | None:
         """Where the first difference is; see `Snapshot`."""
@@ -343,11 +385,28 @@ class PythonState(Snapshot):
 
 def is_fixed(value: Any) -> bool:
     """Whether the value of a global variable cannot change: nothing, modules, and functions of libraries."""
-    if value is MISSING or isinstance(value, types.ModuleType | torch._ops.OpOverload | torch._ops.OpOverloadPacket):
-        return True
+    if isinstance(value, _WITH_A_MODULE):
+        return is_library(value.__module__)
     if isinstance(value, types.BuiltinFunctionType):
-        return isinstance(value.__self__, types.ModuleType | type | None)
-    return isinstance(value, types.FunctionType | type) and is_library(value.__module__)
+        return isinstance(value.__self__, _OWNERS_OF_FIXED)
+    return value is MISSING or isinstance(value, _FIXED)
+
+
+def _flags_of(parameter: nn.Parameter) -> tuple[Any, ...]:
+    hooks = parameter._backward_hooks, parameter._post_accumulate_grad_hooks
+    return parameter.requires_grad, *(each and tuple(each.items()) for each in hooks)
+
+
+def _is_bare(function: types.FunctionType) -> bool:
+    return not (function.__closure__ or function.__defaults__ or function.__kwdefaults__ or function.__dict__)
+
+
+def _identical(held: Any, now: Any) -> bool:
+    if type(held) is dict:
+        return held.keys() == now.keys() and all(map(operator.is_, held.values(), now.values()))
+    if type(held) is list:
+        return type(now) is list and len(held) == len(now) and all(map(operator.is_, held, now))
+    return bool(held == now)
 
 
 def _registered(module: nn.Module) -> tuple[list[nn.Parameter], list[Tensor]]:

@@ -75,6 +75,11 @@ def opened(batch: Any) -> Opened:
         >>> batch.close([torch.ones(1)])
         {'x': tensor([1.]), 'name': 'a'}
     """
+    kind = type(batch)
+    if (kind is list or kind is tuple) and batch and _all_plain(batch):
+        # The usual batch, opened as the rest of this module would; there may be one for each client and step.
+        forms = [(tensor.shape, tensor.dtype, tensor.device) for tensor in batch]
+        return Opened(list(batch), (kind, repr(None), *forms), [], kind)
     opening = _Opening()
     build, form = opening.open(batch, "batch")
     return Opened(opening.tensors, form, opening.rest, lambda tensors: build(tensors, {}))
@@ -93,6 +98,14 @@ def stacked(batches: Sequence[Opened]) -> Opened:
                 raise Obstacle(f"{place} is no tensor and differs between clients ({mine!r:.40} and {theirs!r:.40})")
     columns = zip(*(batch.tensors for batch in batches), strict=True)
     return first._replace(tensors=[torch.stack(column) for column in columns])
+
+
+def _all_plain(batch: Sequence[Any]) -> bool:
+    """Whether they are tensors with nothing more to them, none of which comes twice."""
+    for value in batch:
+        if type(value) is not Tensor or value.layout is not torch.strided or value.requires_grad or vars(value):
+            return False
+    return len({*map(id, batch)}) == len(batch)
 
 
 class _Opening:
@@ -162,8 +175,11 @@ class _Opening:
     def _open_object(self, value: Any, place: str) -> tuple[_Build, Any]:
         """Anything that Python made: members, if it is a container, and attributes."""
         kind = type(value)
-        base: Any = next(parent for parent in kind.__mro__ if not parent.__flags__ & _HEAP_TYPE)
-        attributes = _attributes_of(value)
+        base: Any = kind
+        attributes: dict[str, Any] = {}  # Python's own containers have none, and most batches are of these
+        if kind not in _OWN or kind.__dictoffset__:
+            base = next(parent for parent in kind.__mro__ if not parent.__flags__ & _HEAP_TYPE)
+            attributes = _attributes_of(value)
         if base not in (*_OWN, *_BARE) or (base is object and not _is_python(kind)):
             raise Obstacle(f"{place} is a {kind.__name__}, which cannot be taken apart")
         members, keys = [], list[Any]()

@@ -30,7 +30,7 @@ from lightning_fedscale.executors.hooks import listeners
 from lightning_fedscale.executors.obstacles import Surroundings, explained, why_not
 from lightning_fedscale.executors.outside import places_of
 from lightning_fedscale.executors.proof import Proofs, difference, is_close, step_alone, tolerance_of
-from lightning_fedscale.executors.python_state import Place, PythonState
+from lightning_fedscale.executors.python_state import PythonState
 from lightning_fedscale.executors.rows import Rows
 from lightning_fedscale.executors.sequential import (
     Guidance,
@@ -152,7 +152,7 @@ class VectorizedExecutor:
         self._wave = Wave(trainer.optimizers[0])
         self._side: SideBySide | None = None
         self._proofs = Proofs(while_training=verify)
-        self._outside: list[Place] = []
+        self._state: PythonState | None = None
         self._seconds_alone = 0.0  # of what a wave took, for the comparison with clients alone
         self._recorded = 0
         self._prepared = False
@@ -235,11 +235,11 @@ class VectorizedExecutor:
     def _attempt(self, context: RoundContext, wave: list[LocalWork]) -> _Attempt:
         """Train a wave; what goes wrong is said, and then nothing has happened."""
         if self._proofs.due:
-            self._outside = places_of(self._module)
-        metrics, state = MetricStates(self._module), PythonState(self._module, self._outside)
+            self._state = PythonState(self._module, places_of(self._module))
+        metrics, state = MetricStates(self._module), self._state_now()
         side, around = self._side_of(context.exchange, state), Surroundings(self._module, self._device)
         if self._proofs.due:  # then large tensors must be equal to the last element, too
-            state = PythonState(self._module, self._outside, exact=True)
+            state = state.exactly()
         try:
             if state.iterators:
                 kind = state.iterators[0].__name__
@@ -279,7 +279,7 @@ class VectorizedExecutor:
             self.obstacle = f"a local batch takes {self._step_seconds:.1f} s, so there is little overhead to share"
         if self.obstacle is not None:
             return None
-        side = self._side_of(context.exchange, PythonState(self._module, self._outside))
+        side = self._side_of(context.exchange, self._state_now())
         side.recordings.record_at, usual = 1, side.recordings.record_at
         wave = [context.work[i] for i in self._next_wave(context.work)]
         while (first := self._rehearse(context, wave, steps)).out_of_memory:
@@ -448,6 +448,10 @@ class VectorizedExecutor:
         kept = self._store.optimizers(client) if self._keep else None
         state: dict[Any, Any] = self._keepers[0].fresh if kept is None else kept[0]["state"]
         return state
+
+    def _state_now(self) -> PythonState:
+        self._state = PythonState(self._module) if self._state is None else self._state.again()
+        return self._state
 
     def _side_of(self, exchange: Exchange, state: PythonState) -> SideBySide:
         """The module as a function; what it recorded holds as long as nothing that it reads in Python changes."""
