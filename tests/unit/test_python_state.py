@@ -193,9 +193,12 @@ def test_a_change_is_noticed_named_and_undone(path: str, number: int, exact: boo
     assert before.complete
     assert before == PythonState(module, exact=exact)
     assert before.difference(before) is None
+    assert before.still_holds()
+    assert before.again() is before
     CHANGES[path][number](module)
     after = PythonState(module, exact=exact)
     try:
+        assert not before.still_holds()
         assert before != after
         assert before.difference(after) == path
     finally:
@@ -321,7 +324,10 @@ def test_hooks_of_parameters_count(hook: str) -> None:
     module = nn.Linear(2, 2)
     before = PythonState(module)
     getattr(module.weight, hook)(lambda gradient: None)
-    assert before != PythonState(module)
+    one = before.again()
+    assert before != one
+    getattr(module.weight, hook)(lambda gradient: None)
+    assert one != one.again()
 
 
 def test_large_data_in_a_global_variable_is_watched_but_not_copied() -> None:
@@ -338,6 +344,7 @@ def test_large_data_in_a_global_variable_is_watched_but_not_copied() -> None:
             "count": lambda: variables.update(count=2),
             "later": lambda: variables.update(later=[]),
         }.items():
+            assert state.still_holds()
             change()
             assert state != state.again()
             assert state.difference(state.again()) == f"mine.{name}"
