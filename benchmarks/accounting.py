@@ -11,8 +11,8 @@ import logging
 import statistics
 import time
 import warnings
-from collections.abc import Callable
-from contextlib import redirect_stdout
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stdout
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -25,8 +25,8 @@ from torch.utils.data import DataLoader, TensorDataset
 from benchmarks.phases import RESULTS
 from lightning_fedscale import FederatedStrategy
 from lightning_fedscale.callbacks import ComputeAccounting
-from lightning_fedscale.devices.batches import form_of
-from lightning_fedscale.metering import Meter
+from lightning_fedscale.metering import MeteredStep
+from lightning_fedscale.model_size import count_parameters
 from lightning_fedscale.scaling import Chinchilla
 from tests.networks import GPT, KINDS, Classifier, images, mlp, resnet18, tokens, vectors
 
@@ -56,35 +56,28 @@ def ratios() -> list[str]:
     """Counted FLOPs over 6 N D, by active and by all parameters."""
     rows = []
     for name, (make, batch_of) in MODELS.items():
-        module, began = Classifier(make()), time.perf_counter()
-        meter = Meter(quiet(), module)
-        cost = meter.training(form_of(batch_of(SAMPLES)))
-        took, size = time.perf_counter() - began, meter.size
-        six = 6 * cost.tokens
+        module, accounting = Classifier(make()), ComputeAccounting(law=None)
+        with redirect_stdout(StringIO()):
+            loader = DataLoader(TensorDataset(*batch_of(SAMPLES)), SAMPLES)
+            quiet(callbacks=[accounting], max_steps=1).fit(module, loader)
+        ledger, size = accounting.ledger, count_parameters(module)
+        flops, six = ledger.training_flops, 6 * ledger.tokens
         rows.append(
-            f"| {name} | {size.active:,} | {cost.flops / cost.tokens:.4g} | {cost.backward / cost.forward:.2f} |"
-            f" {cost.flops / (six * size.active):.2f} | {cost.flops / (six * size.total):.2f} | {took:.2f} s |"
+            f"| {name} | {size.active:,} | {flops / ledger.tokens:.4g} |"
+            f" {ledger.flops['backward'] / ledger.flops['forward']:.2f} |"
+            f" {flops / (six * size.active):.2f} | {flops / (six * size.total):.2f} |"
         )
     return rows
 
 
 class Timed(ComputeAccounting):
-    """Times its own work in each step or round, the clients' costs included."""
+    """Times its own work between steps, in processor time."""
 
     def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)
-        self.seconds: list[float] = []
-        self._spent = 0.0
+        self.seconds = 0.0
         for hook in ("on_train_epoch_start", "on_train_batch_start", "on_round_end", "on_train_batch_end"):
             setattr(self, hook, self._timed(getattr(self, hook)))
-        end = self.on_train_batch_end
-
-        def last(*values: Any) -> None:
-            end(*values)
-            self.seconds.append(self._spent)
-            self._spent = 0.0
-
-        self.on_train_batch_end = last  # type: ignore[method-assign]
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         super().on_fit_start(trainer, pl_module)
@@ -92,38 +85,52 @@ class Timed(ComputeAccounting):
 
     def _timed(self, work: Callable[..., Any]) -> Callable[..., Any]:
         def timed(*values: Any) -> Any:
-            began = time.perf_counter()
+            began = time.process_time()
             try:
                 return work(*values)
             finally:
-                self._spent += time.perf_counter() - began
+                self.seconds += time.process_time() - began
 
         return timed
 
 
-class Clock(pl.Callback):
-    """Times steps, or rounds."""
+@contextmanager
+def timed_steps() -> Iterator[dict[bool, list[float]]]:
+    """Processor time of the steps inside, of those that are counted and of the others."""
+    found: dict[bool, list[float]] = {True: [], False: []}
+    enter, leave, began = MeteredStep.__enter__, MeteredStep.__exit__, [0.0]
 
-    def __init__(self) -> None:
-        self.seconds: list[float] = []
+    def timed_enter(step: MeteredStep) -> MeteredStep:
+        began[0] = time.process_time()
+        return enter(step)
 
-    def on_train_batch_start(self, *_: Any) -> None:
-        self._begun = time.perf_counter()
+    def timed_leave(step: MeteredStep, *error: Any) -> None:
+        leave(step, *error)
+        found[step.cost.counted].append(time.process_time() - began[0])
 
-    def on_train_batch_end(self, *_: Any) -> None:
-        self.seconds.append(time.perf_counter() - self._begun)
+    MeteredStep.__enter__, MeteredStep.__exit__ = timed_enter, timed_leave  # type: ignore[method-assign, assignment]
+    try:
+        yield found
+    finally:
+        MeteredStep.__enter__, MeteredStep.__exit__ = enter, leave  # type: ignore[method-assign]
 
 
 def overhead(steps: int, clients: int = 0, batches: int = 1) -> str:
-    """The callback's own time as a share of a step or round, and what the first one takes more, once."""
-    clock, own = Clock(), Timed(Chinchilla())
+    """The callback's own work as a share of all steps or rounds: between steps, and what counted steps take more."""
+    own = Timed(Chinchilla())
     strategy: Any = FederatedStrategy(num_clients=clients, executor="sequential") if clients else "auto"
-    trainer = quiet(callbacks=[own, clock], max_steps=steps, max_epochs=-1, strategy=strategy)
+    trainer = quiet(callbacks=[own], max_steps=steps, max_epochs=-1, strategy=strategy)
     samples = [tensor.repeat(clients * batches or steps, *[1] * (tensor.ndim - 1)) for tensor in images(SAMPLES)]
-    with redirect_stdout(StringIO()):
+    with redirect_stdout(StringIO()), timed_steps() as found:
         trainer.fit(Classifier(resnet18(16 if clients else 64)), DataLoader(TensorDataset(*samples), SAMPLES))
-    each = statistics.mean(own.seconds[2:])
-    return f"{each * 1e3:.2f} ms | {each / statistics.mean(clock.seconds[2:]):.2%} | {own.seconds[0]:.2f} s"
+    counted, others = len(found[True]), len(found[False])
+    usual = statistics.median(found[False])
+    whole, more = usual * (counted + others), statistics.median(found[True]) - usual
+    between = own.seconds / (counted + others)
+    return (
+        f"{between * 1e3:.3f} ms | {between / usual:.2%} | {counted} of {counted + others} | {more / usual:.0%} |"
+        f" {(own.seconds + more * counted) / whole:.2%}"
+    )
 
 
 def main() -> None:
@@ -136,12 +143,15 @@ def main() -> None:
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     torch.set_num_threads(1)
     options.output.mkdir(parents=True, exist_ok=True)
-    steps, rounds = (5, 5) if options.fast else (60, 200)
+    steps, rounds = (12, 12) if options.fast else (60, 200)
     report = REPORT.format(
         ratios="\n".join(ratios()),
         plain=overhead(steps),
         short=overhead(rounds, 4, 1),
         long=overhead(max(rounds // 2, 4), 4, 8),
+        steps=steps,
+        rounds=rounds,
+        long_rounds=max(rounds // 2, 4),
         torch=torch.__version__,
     )
     (options.output / "accounting.md").write_text(report)
@@ -154,26 +164,27 @@ Made by `python -m benchmarks.accounting`, torch {torch}, one core.
 
 ## Counted FLOPs against 6 N D
 
-Of forward and backward, per token (of text) or sample. N is the number of active parameters (trainable, outside of
-embedding tables), or of all. 6 N D holds for transformers; it is too much where the first layer, which sends no
-gradient back, is a good part of the model, and far too little where weights are used many times, as in convolutions
-and over time. The last column is what counting once takes.
+Of forward and backward of one step, per token (of text) or sample. N is the number of active parameters (trainable,
+outside of embedding tables that are only looked up), or of all. 6 N D holds for transformers; it is too much where the
+first layer, which sends no gradient back, is a good part of the model, and far too little where weights are used many
+times, as in convolutions and over time.
 
-| model | N | FLOPs per token | backward / forward | of 6 N D | of 6 N D, all parameters | once |
-|---|---:|---:|---:|---:|---:|---:|
+| model | N | FLOPs per token | backward / forward | of 6 N D | of 6 N D, all parameters |
+|---|---:|---:|---:|---:|---:|
 {ratios}
 
 ## What it costs
 
-The callback's own time, with a law, in a step or round: the mean over 60 steps, and 200 and 100
-rounds, without the first two; its share of theirs; and what it takes once, in the first. Each shape of batches is
-counted once.
+Operators are counted while the run's own steps execute: the first eight of each form of batch, then one each time
+before their number has doubled. In processor time: the callback's own work in every batch and its share of a step, a
+law included; how many steps were counted; how much longer such a step takes; and all of it as a share of the run's
+steps, which goes on falling.
 
-| | in each | share | once |
-|---|---:|---:|---:|
-| step of ResNet18, batches of 32, plain Trainer | {plain} |
-| round of ResNet18 with width 16, 4 clients with a batch of 32 each | {short} |
-| round of the same, 4 clients with 8 such batches each | {long} |
+| | own work in each | share | counted | these take longer by | all, of these steps |
+|---|---:|---:|---:|---:|---:|
+| {steps} steps of ResNet18, batches of 32, plain Trainer | {plain} |
+| {rounds} rounds of ResNet18 with width 16, 4 clients with a batch of 32 each | {short} |
+| {long_rounds} rounds of the same, 4 clients with 8 such batches each | {long} |
 """
 
 

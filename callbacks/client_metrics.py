@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, ExitStack
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -238,9 +239,12 @@ class ClientMetrics(Callback):
             if (hook := getattr(callback, "on_client_evaluation", None)) is not None
         ]
 
-        def tell(batch: Any) -> None:
+        def tell(batch: Any) -> AbstractContextManager[Any]:
+            around = ExitStack()
             for hook in listeners:
-                hook(trainer, batch)
+                if isinstance(context := hook(trainer, batch), AbstractContextManager):
+                    around.enter_context(context)
+            return around
 
         for work, batches in self._data.of(mine, round):
             randomness.seed_globals(work.seed, strategy.root_device)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import lightning.pytorch as pl
@@ -70,13 +71,13 @@ class ValidationTwin:
 
     @torch.no_grad()
     def evaluate(
-        self, batches: Iterable[Any], on_batch: Callable[[Any], None] = lambda batch: None
+        self, batches: Iterable[Any], on_batch: Callable[[Any], AbstractContextManager[Any]] = nullcontext
     ) -> dict[str, Found]:
         """What the module logs of a client's batches, by name.
 
         Args:
             batches: on the device; None is passed over.
-            on_batch: is told of each.
+            on_batch: is told of each, and gives what is to be active while it is evaluated.
         """
         results = self._view.open_results()
         for metric in self._metrics:
@@ -87,9 +88,9 @@ class ValidationTwin:
             if batch is not None:
                 results.batch, results.batch_size = batch, None
                 self._call("on_validation_batch_start", batch, index)
-                outputs = self._step(batch, index)
+                with on_batch(batch):
+                    outputs = self._step(batch, index)
                 self._call("on_validation_batch_end", outputs, batch, index)
-                on_batch(batch)
         results.batch = results.batch_size = None
         self._call("on_validation_epoch_end")
         found = _read(results)

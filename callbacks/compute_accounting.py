@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any
 
 import lightning.pytorch as pl
@@ -41,6 +42,9 @@ _GROWTH = 1.02
 _SIZES = ("size", "width", "hidden_size", "hidden_dim", "d_model", "n_embd", "dim", "channels", "depth", "num_layers")
 """What modules usually call the argument that makes them larger."""
 
+_LOOKS = 4
+"""After so many steps in which nothing was found to count, nothing will be."""
+
 _UNCOUNTED = 0.01
 """Share of time in operators of unknown cost from which on the count is doubted."""
 
@@ -48,11 +52,12 @@ _UNCOUNTED = 0.01
 class ComputeAccounting(Callback):
     """Counts what training costs, and says where the run stands against the best model size for that.
 
-    FLOPs are counted from the module's own steps, once for each form of batch, on tensors without contents; and
-    multiplied by what ran: by client under `FederatedStrategy`, with any executor, by step under any other strategy.
-    It logs, as ``compute/...``, as often as the Trainer does, but no sooner than two percent more is spent. Ranks add
-    up to one ledger, which checkpoints keep, so that nothing is counted twice after an interruption. What Lightning's
-    own tuner and ``executor="auto"`` try out is not counted.
+    FLOPs are counted while the module's own steps run: the first ones of every form of batch, then a sample of them,
+    and the others cost what these say; where they differ, with an interval (`Ledger.flops_interval`). They are added
+    up by client under `FederatedStrategy`, with any executor, by step under any other strategy. It logs, as
+    ``compute/...``, as often as the Trainer does, but no sooner than two percent more is spent. Ranks add up to one
+    ledger, which checkpoints keep, so that nothing is counted twice after an interruption. What Lightning's own tuner
+    and ``executor="auto"`` try out is not counted.
 
     A scaling law makes a position of it: the best size for this compute and so many clients, the loss that the law
     predicts there and here, and one sentence of advice at the end. A law holds for the data it was fitted on.
@@ -65,8 +70,8 @@ class ComputeAccounting(Callback):
             (arXiv 2511.12188), 0 all of it, about 0.24 as DiLoCo. None takes that of the law file, else 1.
         budget: FLOPs that the run is meant to take in all; the position is then that at its end, from now on at the
             present ratio of tokens to FLOPs.
-        tokens_fn: tokens in a batch, told from the shapes of its tensors, which have no contents when it is called.
-            None counts the entries of the first tensor if these are integers in two dimensions, else samples.
+        tokens_fn: a function of a batch: how many tokens are in it, as a number. It is asked of batches whose step is
+            counted. None counts the entries of the first tensor if these are integers in two dimensions, else samples.
         max_flops: stop training at the end of the step, or round, in which so many training FLOPs are spent. With
             several processes and no clients, every step then ends in a small collective.
 
@@ -76,7 +81,7 @@ class ComputeAccounting(Callback):
 
     Raises:
         TypeError, ValueError: for arguments that cannot be; from ``fit``, before the first step, for a ``tokens_fn``
-            that does not tell a number above 0.
+            that does not tell a number above 0; after it, for ``max_flops`` where nothing in the step can be counted.
 
     Example:
         >>> from lightning.pytorch.demos.boring_classes import BoringModel
@@ -164,10 +169,13 @@ class ComputeAccounting(Callback):
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Say where the run stands."""
         self._counting.end_step()
+        self._counting.drop_step()
         self._counting.measure_energy()
         self._counting.add_up()
         if not self.ledger.tokens:
             return
+        if not self.ledger.training_flops:
+            rank_zero_warn(f"ComputeAccounting: {self._nothing()}, so the FLOPs of this run are not known.")
         meter = self._counting.meter
         assert meter is not None
         self._log(trainer, None)
@@ -184,6 +192,7 @@ class ComputeAccounting(Callback):
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Leave the Trainer's callbacks as they were."""
+        self._counting.drop_step()
         meter, callbacks = self._counting.meter, trainer.callbacks  # type: ignore[attr-defined]
         if meter is not None and meter.evaluations in callbacks:
             callbacks.remove(meter.evaluations)
@@ -206,7 +215,7 @@ class ComputeAccounting(Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         """A step begins."""
-        self._counting.begin_step(trainer, batch)
+        self._counting.begin_step(trainer, batch, batch_idx)
 
     def on_round_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, record: RoundRecord) -> None:
         """A round is complete."""
@@ -222,6 +231,11 @@ class ComputeAccounting(Callback):
             self._counting.measure_energy()
         if alone or (not _federated(trainer) and (logs or self._max_flops is not None)):
             self._counting.add_up()  # rounds have told the other ranks already
+        if self._max_flops is not None and self.ledger.steps >= _LOOKS and not self.ledger.training_flops:
+            raise ValueError(
+                f"max_flops={self._max_flops:g}: {self._nothing()}, so that training would never end: pass max_steps,"
+                " max_epochs or max_time to the Trainer instead."
+            )
         self._stop_if_spent(trainer)
         if logs and self.ledger.training_flops > _GROWTH * self._logged:
             self._log(trainer, _loss_of(outputs))
@@ -233,7 +247,19 @@ class ComputeAccounting(Callback):
     ) -> None:
         """Evaluation is counted apart."""
         if not trainer.sanity_checking:
-            self._counting.count_evaluation(batch, "validation_step")
+            self._counting.begin_evaluation(batch, "validation_step")
+
+    def on_validation_batch_end(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """It is over."""
+        self._counting.end_evaluation()
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Ranks add up; where there are clients, in the next round's collective."""
@@ -244,7 +270,19 @@ class ComputeAccounting(Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
         """Evaluation is counted apart."""
-        self._counting.count_evaluation(batch, "test_step")
+        self._counting.begin_evaluation(batch, "test_step")
+
+    def on_test_batch_end(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """It is over."""
+        self._counting.end_evaluation()
 
     def on_test_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Ranks add up."""
@@ -254,9 +292,9 @@ class ComputeAccounting(Callback):
         """Another callback has run a training step on the side, with this batch or of so many FLOPs."""
         self._counting.count_probe(batch, flops)
 
-    def on_client_evaluation(self, trainer: pl.Trainer, batch: Any) -> None:
-        """Another callback has evaluated a client's model on this batch of its own."""
-        self._counting.count_evaluation(batch, "validation_step")
+    def on_client_evaluation(self, trainer: pl.Trainer, batch: Any) -> AbstractContextManager[Any]:
+        """Another callback evaluates a client's model on this batch of its own, while what this returns is active."""
+        return self._counting.evaluation(batch)
 
     # ---- checkpoints
 
@@ -270,12 +308,16 @@ class ComputeAccounting(Callback):
             self._counting.settle(self._trainer)
             self._counting.measure_energy()
             self._counting.add_up()
-        return {"ledger": self.ledger.state_dict(), "unit": self._curves.unit, "logged": self._logged}
+        state = {"ledger": self.ledger.state_dict(), "unit": self._curves.unit, "logged": self._logged}
+        meter = self._counting.meter
+        return state if meter is None else {**state, "costs": meter.state_dict()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on counting from there."""
         self.ledger.load_state_dict(state_dict["ledger"])
         self._curves.unit, self._logged = state_dict["unit"], state_dict["logged"]
+        if self._counting.meter is not None and "costs" in state_dict:
+            self._counting.meter.load_state_dict(state_dict["costs"])
 
     # ---- where the run stands
 
@@ -285,6 +327,11 @@ class ComputeAccounting(Callback):
         trainer.should_stop = True
         spent = self.ledger.training_flops
         rank_zero_info(f"ComputeAccounting: training ends, for {spent:.3g} of max_flops={self._max_flops:g} are spent.")
+
+    def _nothing(self) -> str:
+        unknown = ", ".join(name for name, seen in self.operators.items() if seen.kind == UNKNOWN)
+        found = f"only operators whose FLOPs are not known ({unknown})" if unknown else "no product of matrices"
+        return f"in the steps of {type(self._trainer.lightning_module).__name__} there is {found}"  # type: ignore[union-attr]
 
     def _choose_law(self) -> None:
         meter = self._counting.meter

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections import Counter
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import lightning.pytorch as pl
 import torch
+from torch.utils._pytree import tree_leaves
+from torch.utils.data import BatchSampler
 
 from lightning_fedscale import collectives
 from lightning_fedscale.devices.batches import Form, form_of
 from lightning_fedscale.energy import EnergyMeter
-from lightning_fedscale.metering import Meter
+from lightning_fedscale.metering import BatchCost, Meter, MeteredStep, Tally
 from lightning_fedscale.scaling.ledger import Ledger
 from lightning_fedscale.strategy import FederatedStrategy
 from lightning_fedscale.types import ClientCost, RoundRecord
@@ -36,13 +39,16 @@ class Counting:
         self._own = Ledger()  # what this rank has spent since ranks last added up
         # Of that, what the open round tells the other ranks; None if ranks have added it up in another way.
         self._sent: tuple[float, float] | None = None
+        self._clients = [0.0] * 5  # what the table of the open round does not say of this rank's clients
         self._step: _OpenStep | None = None
+        self._evaluation: MeteredStep | None = None
+        self._later: Counter[Form] = Counter()  # probing with batches of which nothing is known yet
         self._record: RoundRecord | None = None  # that was counted last
         self._mark = (0.0, 0.0)  # tokens and updates when there was last an update
         self._energy: EnergyMeter | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "meter": None, "_step": None, "_energy": None}
+        return {**vars(self), "meter": None, "_step": None, "_evaluation": None, "_energy": None}
 
     def begin_fit(self, trainer: pl.Trainer) -> None:
         """Have clients metered, and energy."""
@@ -57,14 +63,17 @@ class Counting:
 
     # ---- steps
 
-    def begin_step(self, trainer: pl.Trainer, batch: Any) -> None:
-        """A batch is about to be trained on; what it will cost is known before."""
+    def begin_step(self, trainer: pl.Trainer, batch: Any, batch_idx: int) -> None:
+        """A batch is about to be trained on."""
         assert self.meter is not None
-        form = form_of(batch)
-        self.meter.training(form, batch)
-        if not isinstance(trainer.strategy, FederatedStrategy):
-            self.meter.evaluations.take()
-            self._step = _OpenStep(trainer, form, _progress(trainer), time.perf_counter())
+        if isinstance(trainer.strategy, FederatedStrategy):
+            if not self.ledger.updates:
+                self.meter.check_tokens(batch)  # before anything is trained; rounds count for themselves
+            return
+        self.drop_step()
+        samples = None if form_of(batch).first is not None else _loaded(trainer.train_dataloader, batch_idx)
+        step = self.meter.step(batch, samples, backward=not trainer.fit_loop._skip_backward)
+        self._step = _OpenStep(trainer, step.__enter__(), _progress(trainer), time.perf_counter())
 
     def end_step(self) -> None:
         """Count the open step if it is over; a checkpoint may ask before the Trainer tells."""
@@ -72,28 +81,56 @@ class Counting:
         if step is None or meter is None or not step.over:
             return
         self._step = None
-        cost, automatic = meter.training(step.form), step.trainer.lightning_module.automatic_optimization
+        step.metered.__exit__()
+        cost, automatic = step.metered.cost, step.trainer.lightning_module.automatic_optimization
         stepped = not automatic or not step.trainer.fit_loop.epoch_loop._should_accumulate()
-        repeats = max(1, meter.evaluations.take()) if meter.evaluations.counting else 1
         first = step.trainer.is_global_zero  # the other ranks make the same update at the same time
         self._own.add(
-            forward=cost.forward * repeats, backward=cost.backward * repeats,
-            optimizer=cost.optimizer if stepped and first else 0.0, samples=cost.samples, tokens=cost.tokens,
-            size=meter.size.active, seconds=time.perf_counter() - step.begun if first else 0.0,
-            updates=float(stepped and first),
+            forward=cost.forward, backward=cost.backward, samples=cost.samples, tokens=cost.tokens,
+            optimizer=cost.optimizer + meter.optimizer_cost() if stepped and first else 0.0,
+            size=cost.size, seconds=time.perf_counter() - step.begun if first else 0.0,
+            updates=float(stepped and first), error=cost.error, steps=1.0, counted=float(cost.counted),
         )  # fmt: skip
+
+    def drop_step(self) -> None:
+        """Whatever is still open has not come to its end: it is over, and says nothing."""
+        for step in (None if self._step is None else self._step.metered, self._evaluation):
+            if step is not None:
+                step.__exit__(RuntimeError)
+        self._step = self._evaluation = None
 
     # ---- rounds
 
-    def client(self, forms: Mapping[Form, int], steps: int) -> ClientCost:
-        """The cost of a client's training, for the round's table."""
+    def client(self) -> Tally:
+        """A client is about to train; what it costs is for the round's table."""
         assert self.meter is not None
-        return self.meter.client(forms, steps)
+        return Tally(self.meter, self._note_client)
 
-    def side(self) -> tuple[float, float]:
-        """FLOPs that this rank spent on evaluation and on probing since the round before, for the round's table."""
+    def alone(self, batch: Any, samples: int) -> AbstractContextManager[Any]:
+        """See `Meter.alone`."""
+        assert self.meter is not None
+        return self.meter.alone(batch, samples)
+
+    def wants(self, form: Form, samples: int) -> bool:
+        """See `Meter.wants`."""
+        assert self.meter is not None
+        return self.meter.wants(form, samples)
+
+    def optimizer_step(self, clients: int) -> AbstractContextManager[Any]:
+        """See `Meter.optimizer_step`."""
+        assert self.meter is not None
+        return self.meter.optimizer_step(clients)
+
+    def side(self) -> tuple[float, ...]:
+        """For the round's table: see `RoundRecord.side`."""
+        self._count_later()
         sent = self._sent = self._own.flops["evaluation"], self._own.flops["probing"]
-        return sent
+        clients, self._clients = self._clients, [0.0] * 5
+        return (*sent, *clients)
+
+    def _note_client(self, tally: Tally, cost: ClientCost) -> None:
+        mine = tally.error, tally.counted, tally.steps, tally.size_tokens, cost.tokens
+        self._clients = [before + more for before, more in zip(self._clients, mine, strict=True)]
 
     def count_round(self, trainer: pl.Trainer, record: RoundRecord) -> None:
         """A round is complete."""
@@ -101,7 +138,9 @@ class Counting:
         if record is self._record:
             return
         self._record = record
-        evaluation, probing = record.side_flops if self._sent is not None else (0.0, 0.0)
+        evaluation, probing, error, counted, steps, size_tokens, tokens = record.side
+        if self._sent is None:
+            evaluation = probing = 0.0
         sent, self._sent = self._sent or (0.0, 0.0), None
         self.ledger.add(
             forward=float(record.forward_flops.sum()), backward=float(record.backward_flops.sum()),
@@ -109,8 +148,9 @@ class Counting:
             # A multiplication and an addition for every number received.
             aggregation=2.0 * self.meter.size.total * len(record.clients),
             evaluation=evaluation, probing=probing, samples=float(record.samples.sum()),
-            tokens=float(record.tokens.sum()), size=self.meter.size.active, upload_bytes=record.upload_bytes,
-            download_bytes=record.download_bytes, seconds=record.seconds, updates=1.0,
+            tokens=float(record.tokens.sum()), size=size_tokens / tokens if tokens else self.meter.size.active,
+            upload_bytes=record.upload_bytes, download_bytes=record.download_bytes, seconds=record.seconds,
+            updates=1.0, error=error, steps=steps, counted=counted,
         )  # fmt: skip
         self.ledger.add_clients(zip(record.clients.tolist(), record.flops.tolist(), strict=True))
         self._own.add(evaluation=-sent[0], probing=-sent[1])
@@ -128,17 +168,40 @@ class Counting:
 
     # ---- on the side
 
-    def count_evaluation(self, batch: Any, step: str) -> None:
-        """A batch of validation or test."""
+    def begin_evaluation(self, batch: Any, name: str) -> None:
+        """A batch of validation or test is about to run."""
+        self.end_evaluation()
         if self.meter is not None:
-            self._own.add(evaluation=self.meter.evaluation(form_of(batch), batch, step))
+            step = self.meter.step(batch, name=name, charge=self._note_evaluation)
+            self._evaluation = step.__enter__()
+
+    def end_evaluation(self) -> None:
+        """It has run."""
+        step, self._evaluation = self._evaluation, None
+        if step is not None:
+            step.__exit__()
+
+    def evaluation(self, batch: Any) -> AbstractContextManager[Any]:
+        """To be active while another callback evaluates such a batch."""
+        if self.meter is None:
+            return nullcontext()
+        return self.meter.step(batch, name="validation_step", everything=True, charge=self._note_evaluation)
+
+    def _note_evaluation(self, cost: BatchCost) -> None:
+        self._own.add(evaluation=cost.flops)
 
     def count_probe(self, batch: Any, flops: float) -> None:
         """A training step on the side, with this batch or of so many FLOPs."""
-        if self.meter is not None and batch is not None:
-            cost = self.meter.training(form_of(batch), batch)
-            flops += cost.flops
         self._own.add(probing=flops)
+        if self.meter is not None and batch is not None:
+            self._later[form_of(batch).anonymous()] += 1
+
+    def _count_later(self) -> None:
+        """Batches that were probed with cost what the run's own do, once one of them has run."""
+        for form, number in list(self._later.items()):
+            if self.meter is not None and (cost := self.meter.expected(form)) is not None:
+                self._own.add(probing=number * cost.flops)
+                del self._later[form]
 
     def measure_energy(self) -> None:
         """Read the counters of energy."""
@@ -149,6 +212,7 @@ class Counting:
 
     def add_up(self) -> None:
         """Move what the ranks have spent into the ledger; to be called on all of them."""
+        self._count_later()
         self.ledger.add_numbers(_summed(self._own.numbers()))
         self._own, self._sent = Ledger(), None
         tokens, updates = self.ledger.tokens, self.ledger.updates
@@ -162,13 +226,13 @@ class _OpenStep(NamedTuple):
 
     Attributes:
         trainer: the Trainer.
-        form: of its batch.
+        metered: counts it.
         before: how many batches had been started, and processed.
         begun: when.
     """
 
     trainer: pl.Trainer
-    form: Form
+    metered: MeteredStep
     before: tuple[int, int]
     begun: float
 
@@ -181,6 +245,20 @@ class _OpenStep(NamedTuple):
 def _progress(trainer: pl.Trainer) -> tuple[int, int]:
     total: Any = trainer.fit_loop.epoch_loop.batch_progress.total
     return total.started, total.processed
+
+
+def _loaded(loaders: Any, batch_idx: int) -> int | None:
+    """The samples that a loader has put into a batch which cannot be opened; None if it does not know either."""
+    loader = next(iter(tree_leaves(loaders)), None)
+    size, sampler = getattr(loader, "batch_size", None), getattr(loader, "sampler", None)
+    try:
+        if isinstance(size, int):
+            usual = type(getattr(loader, "batch_sampler", None)) is BatchSampler
+            left = len(sampler) - batch_idx * size if usual and sampler is not None else size
+            return min(size, left) if left > 0 else size
+        return max(1, round(len(loader.dataset) / len(loader)))  # type: ignore[union-attr, arg-type]
+    except (AttributeError, TypeError, NotImplementedError, ZeroDivisionError):
+        return size if isinstance(size, int) else None
 
 
 def _summed(numbers: list[float]) -> list[float]:

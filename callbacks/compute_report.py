@@ -125,6 +125,7 @@ def _facts(ledger: Ledger, size: ParameterCounts, clients: int, position: Positi
         "samples": ledger.samples, "seconds": ledger.seconds, "joules": ledger.joules,
         "upload_bytes": ledger.upload_bytes, "download_bytes": ledger.download_bytes,
         "flops_by_purpose": ledger.flops, "parameters": size._asdict(),
+        "flops_interval": list(ledger.flops_interval), "steps": ledger.steps, "counted_steps": ledger.counted,
     }  # fmt: skip
     # A position may be that at the end of a budget; what was spent is spent.
     return {"law": None, **({} if position is None else position.as_dict()), **facts}
@@ -134,12 +135,14 @@ def _table(ledger: Ledger, size: ParameterCounts, clients: int, position: Positi
     table = Table(title="What the run cost", show_header=False)
     table.add_column()
     table.add_column(justify="right")
-    flops, ratio = ledger.flops, ledger.six_n_ratio
+    flops, ratio, (low, high) = ledger.flops, ledger.six_n_ratio, ledger.flops_interval
     rows = [
         ("Active parameters, mean over tokens", f"{ledger.average_params:,.0f}"),
         ("  of all parameters", f"{size.total:,}"),
         ("Tokens or samples", f"{ledger.tokens:,.0f}"),
         ("Training FLOPs", f"{ledger.training_flops:.3e}"),
+        ("  95 % interval, since steps differ", f"{low:.3e} to {high:.3e}" if low < high else ""),
+        ("  counted in", f"{ledger.counted:,.0f} of {ledger.steps:,.0f} steps" if ledger.steps else ""),
         ("  forward and backward", f"{flops['forward']:.2e} and {flops['backward']:.2e}"),
         ("  of 6 x parameters x tokens", "" if math.isnan(ratio) else f"{ratio:.2f} times"),
         (f"  mean of {clients:,} clients" if clients > 1 else "", f"{ledger.training_flops / clients:.3e}"),

@@ -28,7 +28,8 @@ class RoundEvents(Callback):
 
     A callback that defines ``on_probe(trainer, batch=None, flops=0.0)`` is told when another one runs a training step
     on the side, with such a batch or of so many FLOPs; one that defines ``on_client_evaluation(trainer, batch)``, when
-    another one runs ``validation_step`` on a batch of a client's own data.
+    another one is about to run ``validation_step`` on a batch of a client's own data. It may return a context manager,
+    which is then active meanwhile.
 
     ``pl_module.log`` works in ``on_round_end``; in the others Lightning refuses it.
 

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain
-from typing import Any, Protocol
+from typing import Any
 
 import lightning.pytorch as pl
 import numpy as np
@@ -47,6 +47,7 @@ from lightning_fedscale.executors import (
     exchange_of,
     listeners,
 )
+from lightning_fedscale.executors.meter import Meter
 from lightning_fedscale.global_model import GlobalModel
 from lightning_fedscale.half_batches import mean_gradient
 from lightning_fedscale.local_rules import Ditto
@@ -78,16 +79,6 @@ from lightning_fedscale.uplink import (
 from lightning_fedscale.workload import Workload
 
 _SAMPLED = 16  # rounds, of which one must be large enough for the aggregator before training begins
-
-
-class Meter(Protocol):
-    """What says what things cost."""
-
-    def client(self, forms: Mapping[Any, int], steps: int) -> ClientCost:
-        """The cost of a client's training, from how many of its batches had which form, and their number."""
-
-    def side(self) -> tuple[float, float]:
-        """FLOPs that this rank spent on evaluation and on probing since the round before."""
 
 
 @dataclass
@@ -451,7 +442,7 @@ class Federation:
             training,
             self._work.loader.fetch,
             partial(self._stream, opened.plan.round),
-            self.meter is not None,
+            self.meter,
             uplink,
             own,
             LargestClient(),
@@ -651,7 +642,7 @@ class Federation:
         cursors = {item.client: item.cursor for item in context.work}
         for update in self._executor.run(context):
             sent = Sent(update, None, rules.weigh(update), plain) if uplink is None else uplink.send(update)
-            cost = ClientCost() if self.meter is None else self.meter.client(update.forms or {}, update.steps)
+            cost = update.cost or ClientCost()
             update, weight = sent.update, sent.weight
             table.add(
                 update,
@@ -676,8 +667,8 @@ class Federation:
         try:
             with self._log.silenced():
                 for update in self._executor.run_again(context._replace(guidance=guidance, largest=None)):
-                    if self.meter is not None:
-                        table.add_cost(update.client, self.meter.client(update.forms or {}, update.steps))
+                    if update.cost is not None:
+                        table.add_cost(update.client, update.cost)
                     guidance.keep(update)
         finally:
             self._quiet = False

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from lightning_fedscale.rounds import RoundPlan
 from lightning_fedscale.types import (
+    SIDE,
     ClientCost,
     ClientUpdate,
     Cursor,
@@ -25,7 +26,6 @@ _COLUMNS = (
     *ClientCost._fields, "bytes", "normalizer", "within",
 )  # fmt: skip
 _BALLOT = 4
-_SIDE = 2
 
 
 class RoundTable:
@@ -45,7 +45,7 @@ class RoundTable:
         self._row = {client: row for row, client in enumerate(plan.cohort.tolist())}
         cells = len(self._row) * len(_COLUMNS)
         # numpy, since torch takes several times as long to write a few numbers.
-        parts = [cells, world_size, world_size, num_parameters + 1, 1, 1, 1, _SIDE, _BALLOT]
+        parts = [cells, world_size, world_size, num_parameters + 1, 1, 1, 1, SIDE, _BALLOT]
         self._numbers = np.zeros(sum(parts) + num_logged)
         rows, self._busy, self._failed, self._trainable, *others = np.split(self._numbers, np.cumsum(parts))
         self._slots, self._leave, self._odd, self._side, self._ballot, self.logged = others
@@ -122,9 +122,9 @@ class RoundTable:
         self._leave[0] = float(leaves)
         self._odd[0] = float(odd_buffers)
 
-    def add_side(self, flops: Sequence[float]) -> None:
-        """Note what this rank spent besides training since the last round: on evaluation, on probing."""
-        self._side[:] = flops
+    def add_side(self, side: Sequence[float]) -> None:
+        """Note what this rank spent and counted besides since the last round, see `RoundRecord.side`."""
+        self._side[:] = side
 
     def add_executor(self, slots: int, ballot: Sequence[float]) -> None:
         """Note how many local steps this rank had room for, and what it found out about its executors."""
@@ -271,7 +271,7 @@ class RoundTable:
             backward_flops=self._column("backward"),
             optimizer_flops=self._column("optimizer"),
             tokens=self._column("tokens"),
-            side_flops=(float(self._side[0]), float(self._side[1])),
+            side=tuple(self._side.tolist()),
             epsilon=epsilon,
         )
 

@@ -34,7 +34,8 @@ from lightning_fedscale.executors import (
     RoundLoops,
     close_finished_epoch,
 )
-from lightning_fedscale.federation import Federation, Meter
+from lightning_fedscale.executors.meter import Meter
+from lightning_fedscale.federation import Federation
 from lightning_fedscale.foreign import is_really
 from lightning_fedscale.handover import ReusableStrategy
 from lightning_fedscale.local_rules import Ditto, LocalRule

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, TypeAlias
+from typing import NamedTuple, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -22,6 +22,10 @@ NAMESPACES = ("round", "client", "clients", "personal", "phase", "probe", "compu
 
 Cursor: TypeAlias = tuple[int, int]
 """Where a client's data goes on: (pass over its data, batch within that pass)."""
+
+
+SIDE = 7
+"""How many numbers there are in `RoundRecord.side`."""
 
 
 class ClientCost(NamedTuple):
@@ -55,7 +59,7 @@ class ClientUpdate(NamedTuple):
         steps: number of local batches.
         loss: mean training loss per sample over the round, NaN when ``training_step`` returned none.
         seconds: time the client took on its rank.
-        forms: how many of its batches had which form; None unless somebody meters.
+        cost: of its training; None unless somebody meters.
         optimizer_steps: number of optimizer steps; 0 in manual optimization, where nobody counts them.
     """
 
@@ -67,7 +71,7 @@ class ClientUpdate(NamedTuple):
     steps: int
     loss: float
     seconds: float
-    forms: Mapping[Any, int] | None = None
+    cost: ClientCost | None = None
     optimizer_steps: int = 0
 
     @property
@@ -154,7 +158,9 @@ class RoundRecord:
         backward_flops: FLOPs of its backward passes.
         optimizer_flops: operations of its optimizer.
         tokens: tokens, or samples, that it trained on.
-        side_flops: what all ranks spent on evaluation and on probing since the round before.
+        side: what all ranks spent on evaluation and on probing since the round before; the standard error of the FLOPs
+            of clients' training; how many of their batches were counted, and how many there were; sums of active
+            parameters times tokens, and of these tokens.
         epsilon: differential privacy's budget that is spent; None without.
         staleness: how many rounds ago each client had started; None unless training is asynchronous.
     """
@@ -182,7 +188,7 @@ class RoundRecord:
     backward_flops: FloatArray = field(default_factory=lambda: np.zeros(0))
     optimizer_flops: FloatArray = field(default_factory=lambda: np.zeros(0))
     tokens: FloatArray = field(default_factory=lambda: np.zeros(0))
-    side_flops: tuple[float, float] = (0.0, 0.0)
+    side: tuple[float, ...] = (0.0,) * SIDE
     epsilon: float | None = None
     staleness: IntArray | None = None
 

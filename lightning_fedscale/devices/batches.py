@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only
 
 _REMEDY = "pass make_batch=, a function of the number of samples that returns such a batch."
 
@@ -35,15 +36,18 @@ class Form(NamedTuple):
         return Form(self.spec, tuple(leaf if isinstance(leaf, _PLAIN) else type(leaf) for leaf in self.leaves))
 
     @property
-    def known(self) -> bool:
-        """Whether `empty` gives a whole batch; not where something is known by its type only."""
-        return not any(isinstance(leaf, type) for leaf in self.leaves)
+    def first(self) -> _TensorForm | None:
+        """Of the first tensor that has a dimension; None in a batch that cannot be opened."""
+        return next((leaf for leaf in self.leaves if isinstance(leaf, _TensorForm) and leaf.shape), None)
 
-    def empty(self) -> Any:
-        """A batch of this form, full of zeros."""
-        return tree_unflatten(
-            [_zeros(leaf) if isinstance(leaf, _TensorForm) else leaf for leaf in self.leaves], self.spec
-        )
+    @property
+    def elements(self) -> int:
+        """How many numbers there are in the tensors."""
+        return sum(math.prod(leaf.shape) for leaf in self.leaves if isinstance(leaf, _TensorForm))
+
+    def without_sizes(self) -> Form:
+        """What batches of all sizes have in common."""
+        return Form(self.spec, tuple((len(f.shape), f.dtype) if isinstance(f, _TensorForm) else f for f in self.leaves))
 
 
 class _TensorForm(NamedTuple):
@@ -83,10 +87,6 @@ def _form_of_leaf(leaf: Any) -> Any:
 
 def _without_rows(leaf: Any) -> Any:
     return leaf._replace(shape=leaf.shape[1:]) if isinstance(leaf, _TensorForm) else leaf
-
-
-def _zeros(form: _TensorForm) -> Tensor:
-    return torch.zeros(form.shape, dtype=form.dtype)
 
 
 def samples_in(batch: Any) -> int:

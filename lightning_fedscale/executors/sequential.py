@@ -5,8 +5,8 @@ from __future__ import annotations
 import copy
 import math
 import time
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from operator import mul
 from types import MappingProxyType
 from typing import Any, NamedTuple, Protocol
@@ -19,17 +19,19 @@ from torch import Tensor
 
 from lightning_fedscale import randomness
 from lightning_fedscale.clients import ClientStore, OptimizerKeeper
-from lightning_fedscale.devices.batches import Form, form_of
 from lightning_fedscale.executors.cache import DeviceData
 from lightning_fedscale.executors.client_log import ClientLog
 from lightning_fedscale.executors.correction import ClientCorrection
 from lightning_fedscale.executors.exchange import Exchange
 from lightning_fedscale.executors.hooks import PER_LOCAL_BATCH
 from lightning_fedscale.executors.loops import LocalStep, local_step
+from lightning_fedscale.executors.meter import ClientMeter, Meter
 from lightning_fedscale.executors.transfer import Transfer
 from lightning_fedscale.local_rules import Correction
 from lightning_fedscale.rounds import LocalWork
 from lightning_fedscale.types import ClientUpdate
+
+_UNMETERED: AbstractContextManager[Any] = nullcontext()
 
 
 class Guidance(Protocol):
@@ -83,7 +85,7 @@ class RoundContext(NamedTuple):
         training: False runs forward passes only.
         fetch: one batch of these dataset positions, made here and now.
         reopen: the collated batches of given clients anew, in the order given or client by client.
-        metered: whether updates are to say of which form their batches were.
+        meter: says what clients' training costs; None if nobody asks.
         guidance: what is particular to each client's training; None if nothing is.
         own: the server's values of what stays with each client, as the module was built with them, by name.
         largest: notes the buffers of the client with the most samples; None if nobody asks for them.
@@ -100,7 +102,7 @@ class RoundContext(NamedTuple):
     training: bool
     fetch: Callable[[list[int]], Any]
     reopen: Callable[[list[LocalWork], Iterable[tuple[int, int]] | None], Iterator[Any]]
-    metered: bool = False
+    meter: Meter | None = None
     guidance: Guidance | None = None
     own: Mapping[str, Tensor] = MappingProxyType({})
     largest: LargestClient | None = None
@@ -214,7 +216,8 @@ class SequentialExecutor:
             started = time.perf_counter()
             start = positions[work.client] if positions else position
             self._log.place(work.client, start)
-            trained = self._train(context, number, start)
+            tally = None if context.meter is None else context.meter.client()
+            trained = self._train(context, number, start, tally)
             position += trained.steps
             context.exchange.settle()
             view.subtract_from(origin, out=delta)
@@ -227,7 +230,7 @@ class SequentialExecutor:
                 steps=trained.steps,
                 loss=trained.mean_loss(),
                 seconds=time.perf_counter() - started,
-                forms=trained.forms,
+                cost=None if tally is None else tally.total(trained.optimizer_steps),
                 optimizer_steps=trained.optimizer_steps,
             )
             own.keep(work.client, update)
@@ -303,7 +306,7 @@ class SequentialExecutor:
         for parameter in self._parameters:
             parameter.grad = None
 
-    def _train(self, context: RoundContext, number: int, position: int) -> _Trained:
+    def _train(self, context: RoundContext, number: int, position: int, tally: ClientMeter | None) -> _Trained:
         """The local batches of a client, of which the first is number ``position`` of the rank's round."""
         assert self._step is not None
         trainer, step, work = self._trainer, self._step, context.work[number]
@@ -326,14 +329,14 @@ class SequentialExecutor:
                 for _ in range(batch_idx, last_idx):
                     next(context.batches)
                 return trained
-            outputs = step.step(batch, batch_idx, last=last, training=context.training)
+            # Before the step, which may change its batch.
+            with _UNMETERED if tally is None else tally.batch(batch, len(indices), training=context.training):
+                outputs = step.step(batch, batch_idx, last=last, training=context.training)
             self._call("on_train_batch_end", outputs, batch, batch_idx)
             loss = outputs.get("loss")
             trained.add(len(indices), loss)
             if automatic and (last or (batch_idx + 1) % window == 0):
                 trained.optimizer_steps += 1
-            if context.metered:
-                trained.forms[form_of(batch).anonymous()] += 1
             self._watcher.client_stepped(number, loss)
         return trained
 
@@ -347,7 +350,6 @@ class _Trained:
     def __init__(self) -> None:
         self.samples = self.steps = self.optimizer_steps = 0
         self.had_batch = False  # that is not None
-        self.forms: Counter[Form] = Counter()
         self._losses: list[Tensor] = []
         self._weights: list[int] = []
 

@@ -6,7 +6,7 @@ import math
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from itertools import accumulate, cycle, islice
 from typing import Any, NamedTuple
@@ -27,6 +27,7 @@ from lightning_fedscale.executors.clipping import clip_of
 from lightning_fedscale.executors.draws import ClientStreams
 from lightning_fedscale.executors.exchange import Exchange
 from lightning_fedscale.executors.hooks import listeners
+from lightning_fedscale.executors.meter import ClientMeter
 from lightning_fedscale.executors.obstacles import Surroundings, explained, why_not
 from lightning_fedscale.executors.outside import places_of
 from lightning_fedscale.executors.proof import Proofs, difference, is_close, step_alone, tolerance_of
@@ -91,7 +92,7 @@ class _Trained(NamedTuple):
     steps: list[int]
     notes: list[_Note]
     seconds: float
-    forms: list[Counter[Form]]
+    tallies: list[ClientMeter]
     optimizer_steps: list[int]
 
 
@@ -355,7 +356,8 @@ class VectorizedExecutor:
         losses = torch.zeros(width, dtype=torch.float64, device=self._device)
         weights, samples, steps, notes = [0] * width, [0] * width, [0] * width, list[_Note]()
         optimizer_steps = [0] * width
-        forms = [Counter[Form]() for _ in wave]
+        meter = context.meter
+        tallies = [] if meter is None else [meter.client() for _ in wave]
         for batch_idx in range(lengths[0]):
             active = [row for row in range(width) if batch_idx < lengths[row]]
             for group in self._groups(context, wave, active, batch_idx, streams):
@@ -364,13 +366,13 @@ class VectorizedExecutor:
                 last = [batch_idx + 1 == lengths[row] for row in rows.indices]
                 result = self._step(context, side, group, batch_idx, last, streams, around)
                 self._wave.set_buffers(rows, result.buffers)
-                if every == 1:
-                    self._wave.step(rows, parameters, result.gradients, clip)
-                    due = list(rows.indices)
-                else:
+                due = [r for r in rows.indices if (batch_idx + 1) % every == 0 or batch_idx + 1 == lengths[r]]
+                if every > 1:
                     self._wave.accumulate(rows, result.gradients)
-                    due = [r for r in rows.indices if (batch_idx + 1) % every == 0 or batch_idx + 1 == lengths[r]]
-                    if due:
+                with nullcontext() if meter is None or not due else meter.optimizer_step(len(due)):
+                    if every == 1:
+                        self._wave.step(rows, parameters, result.gradients, clip)
+                    elif due:
                         self._wave.step_accumulated(self._wave.rows(due), clip)
                 for row in due:
                     optimizer_steps[row] += 1
@@ -383,15 +385,15 @@ class VectorizedExecutor:
                     rows.add(losses, result.losses.double() * group.weight(self._device))
                 if result.logged:
                     notes.append(_Note(result.logged, rows, batch_idx, group.batch_size))
-                if context.metered:
+                if tallies:
                     form = group.form()
-                    for row in rows.indices:
-                        forms[row][form] += 1
+                    for row, size in zip(rows.indices, group.samples, strict=True):
+                        tallies[row].add(form, size)
             self._watcher.client_stepped(sum(length <= batch_idx for length in lengths), None)
         self._count(wave, sum(steps))
         means = [total / weight if weight else math.nan for total, weight in zip(losses.tolist(), weights, strict=True)]
         seconds = time.perf_counter() - started - self._seconds_alone
-        return _Trained(means, samples, steps, notes, seconds, forms, optimizer_steps)
+        return _Trained(means, samples, steps, notes, seconds, tallies, optimizer_steps)
 
     def _step(
         self,
@@ -413,6 +415,8 @@ class VectorizedExecutor:
         progress: Any = self._trainer.fit_loop.epoch_loop.batch_progress
         progress.is_last_batch = together = last[0] if len(set(last)) == 1 else _Unequal()
         watched = self._proofs.watched(rows.indices, group.batch.form, batch_idx)
+        if not watched and context.meter is not None and context.meter.wants(group.form(), group.samples[0]):
+            watched = [0]  # what it costs is counted alone
         if not watched:
             return side.run(parameters, buffers, group.batch, batch_idx, rows.indices, streams, share=share)
         started, before, alone = time.perf_counter(), MetricStates(self._module), dict[int, StepResult]()
@@ -420,8 +424,10 @@ class VectorizedExecutor:
         for i in watched:
             own = [p[i] for p in parameters], [b[i] for b in buffers]
             progress.is_last_batch = last[i]
-            with streams.copy().of(rows.indices[i]), self._proofs.measuring():
-                alone[i] = step_alone(self._trainer, exchange, *own, group.alone(i), batch_idx, share)
+            batch = group.alone(i)
+            metered = nullcontext() if context.meter is None else context.meter.alone(batch, group.samples[i])
+            with streams.copy().of(rows.indices[i]), self._proofs.measuring(), metered:
+                alone[i] = step_alone(self._trainer, exchange, *own, batch, batch_idx, share)
         side.recordings.suspect()
         progress.is_last_batch = together
         expected = MetricStates(self._module)
@@ -537,7 +543,7 @@ class VectorizedExecutor:
                     steps=trained.steps[row],
                     loss=trained.losses[row],
                     seconds=trained.seconds * trained.steps[row] / (sum(trained.steps) or 1),
-                    forms=trained.forms[row],
+                    cost=trained.tallies[row].total(trained.optimizer_steps[row]) if trained.tallies else None,
                     optimizer_steps=trained.optimizer_steps[row],
                 )
                 if context.guidance is not None and exchange.personal and update.finite:

@@ -10,7 +10,8 @@ PURPOSES = ("forward", "backward", "optimizer", "aggregation", "evaluation", "pr
 convolutions, attention and recurrent layers, a multiplication and an addition as two. Optimizer and aggregation
 are counted element by element. Evaluation is validation and test. Probing is what callbacks run on the side."""
 
-_SUMS = ("samples", "tokens", "size_tokens", "upload_bytes", "download_bytes", "seconds", "updates", "energy", "meters")
+_SUMS = ("samples", "tokens", "size_tokens", "upload_bytes", "download_bytes", "seconds", "updates", "energy", "meters",
+         "steps", "counted", "error")  # fmt: skip
 
 
 class Ledger:
@@ -28,6 +29,9 @@ class Ledger:
         updates: optimizer steps; rounds where there are clients.
         energy: in joules, as far as it was measured.
         meters: how many readings `energy` is of; 0 where nothing can be read.
+        steps: batches trained on.
+        counted: those of them whose FLOPs were counted while they ran; the others cost what the counted ones say.
+        error: standard error of training FLOPs for that, 0 where steps cost the same: the sum of all steps' errors.
 
     Example:
         >>> ledger = Ledger()
@@ -42,11 +46,17 @@ class Ledger:
         self.samples = self.tokens = self.size_tokens = 0.0
         self.upload_bytes = self.download_bytes = self.seconds = self.updates = 0.0
         self.energy = self.meters = 0.0
+        self.steps = self.counted = self.error = 0.0
 
     @property
     def training_flops(self) -> float:
         """Forward and backward: what scaling laws mean by compute."""
         return self.flops["forward"] + self.flops["backward"]
+
+    @property
+    def flops_interval(self) -> tuple[float, float]:
+        """95 % interval of training FLOPs, which are estimated where steps cost differently; no wider than that."""
+        return max(0.0, self.training_flops - 1.96 * self.error), self.training_flops + 1.96 * self.error
 
     @property
     def average_params(self) -> float:
@@ -104,5 +114,5 @@ class Ledger:
         """Go on from there."""
         self.flops = {**state["flops"]}
         for name in _SUMS:
-            setattr(self, name, state[name])
+            setattr(self, name, state.get(name, 0.0))  # an older checkpoint says nothing of some
         self.clients = dict(zip(state["clients"]["ids"], state["clients"]["flops"], strict=True))

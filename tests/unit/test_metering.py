@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
+import io
 from collections import UserDict
-from dataclasses import dataclass
+from collections.abc import Callable
 from typing import Any
 
 import lightning.pytorch as pl
@@ -11,11 +13,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import prune
-from torch.utils.flop_counter import FlopCounterMode
 
-from lightning_fedscale.devices import operators
+from lightning_fedscale.devices import costs, operators
 from lightning_fedscale.devices.batches import Form, form_of
-from lightning_fedscale.metering import Meter
+from lightning_fedscale.metering import BatchCost, Meter, Tally
 from lightning_fedscale.model_size import count_parameters
 from tests.networks import KINDS, Classifier
 
@@ -23,6 +24,23 @@ from tests.networks import KINDS, Classifier
 def meter_of(module: pl.LightningModule, **options: Any) -> Meter:
     trainer = pl.Trainer(accelerator="cpu", devices=1, logger=False, enable_checkpointing=False)
     return Meter(trainer, module, **options)
+
+
+def run(module: Any, batch: Any, meter: Meter, name: str = "training_step", samples: int | None = None) -> BatchCost:
+    """A real step, as Lightning runs it, and what it cost."""
+    optimizer = module.configure_optimizers()
+    with meter.step(batch, samples, name=name) as step:
+        module._current_fx_name = name
+        output = getattr(module, name)(*((batch, 0) if name == "training_step" else (batch,)))
+        module._current_fx_name = None
+        if isinstance(output, Tensor) and module.automatic_optimization:
+            output.backward()
+            optimizer.step(lambda: output.detach())
+    return step.cost
+
+
+def cost_of(module: Any, batch: Any, **options: Any) -> BatchCost:
+    return run(module, batch, meter_of(module), **options)
 
 
 class Wrapped(pl.LightningModule):
@@ -37,7 +55,7 @@ class Wrapped(pl.LightningModule):
         return (output[0] if isinstance(output, tuple) else output).sum()
 
     def validation_step(self, batch: Any) -> None:
-        self.log("loss", self.network(batch).sum())
+        self.network(batch).sum()
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return torch.optim.SGD(self.parameters(), lr=0.1)
@@ -45,98 +63,27 @@ class Wrapped(pl.LightningModule):
 
 def test_multilayer_perceptron() -> None:
     module = Wrapped(nn.Sequential(nn.Linear(10, 20), nn.ReLU(), nn.Linear(20, 5)))
-    cost = meter_of(module).training(form_of(torch.zeros(8, 10)))
+    cost = cost_of(module, torch.zeros(8, 10))
     first, second = 2 * 8 * 10 * 20, 2 * 8 * 20 * 5
     assert cost.forward == first + second
     assert cost.backward == first + 2 * second  # nobody asks for the gradient of the inputs
     assert (cost.samples, cost.tokens) == (8, 8.0)
-    assert cost.optimizer == 10 * 20 + 20 + 20 * 5 + 5  # SGD: p += -lr * gradient, one operation an element
-    assert meter_of(module).evaluation(form_of(torch.zeros(4, 10))) == (first + second) / 2
-
-
-def test_convolutions() -> None:
-    module = Wrapped(nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 4, 3, stride=2, padding=1)))
-    cost = meter_of(module).training(form_of(torch.zeros(2, 3, 16, 16)))
-    first, second = 2 * 2 * 16 * 16 * 9 * 3 * 8, 2 * 2 * 8 * 8 * 9 * 8 * 4
-    assert cost.forward == first + second
-    assert cost.backward == first + 2 * second
-
-
-class Attention(nn.Module):
-    def forward(self, inputs: Tensor) -> Tensor:
-        return nn.functional.scaled_dot_product_attention(inputs, inputs, inputs)
-
-
-def test_attention() -> None:
-    """On a CPU, where torch counts none."""
-    module = Wrapped(nn.Sequential(nn.Linear(8, 8, bias=False), Attention()))
-    batch, heads, length, width = 2, 3, 16, 8
-    cost = meter_of(module).training(form_of(torch.zeros(batch, heads, length, width)))
-    products = 2 * batch * heads * length * length * width  # one of the two products of attention
-    linear = 2 * batch * heads * length * width * width
-    assert cost.forward == linear + 2 * products
-    # The fused backward recomputes the scores: five products.
-    assert cost.backward == linear + 5 * products
-
-
-def test_recurrent_layers() -> None:
-    module = Wrapped(nn.LSTM(6, 7, batch_first=True))
-    cost = meter_of(module).training(form_of(torch.zeros(2, 5, 6)))
-    assert cost.forward == 2 * (2 * 5) * 4 * 7 * (6 + 7)
-    assert cost.backward == 2 * cost.forward
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_cost_is_linear_in_the_batch_and_leaves_no_trace(kind: str) -> None:
-    make, batch_of = KINDS[kind]
-    module = Classifier(make())
-    before = {name: value.clone() for name, value in module.state_dict().items()}
-    meter, forms = meter_of(module), [form_of(batch_of(n)) for n in (4, 12)]
-    state = torch.get_rng_state()
-    one, three = map(meter.training, forms)
-    assert 3 * one.flops == three.flops > 0
-    assert one.samples == 4
-    assert all(seen.kind != "unknown" for seen in meter.operators.values())
-    assert meter.uncounted == 0.0
-    assert torch.equal(torch.get_rng_state(), state)
-    assert all(torch.equal(value, before[name]) for name, value in module.state_dict().items())
+    meter = meter_of(module)
+    run(module, torch.zeros(8, 10), meter)
+    assert meter.optimizer_cost() == 10 * 20 + 20 + 20 * 5 + 5  # SGD: p += -lr * gradient, one operation an element
+    assert cost_of(module, torch.zeros(4, 10), name="validation_step").forward == (first + second) / 2
 
 
 def test_text_counts_tokens_and_six_flops_per_parameter() -> None:
     make, batch_of = KINDS["gpt"]
     module = Classifier(make())
     meter = meter_of(module)
-    cost = meter.training(form_of(batch_of(4)))
+    module.log = lambda *_: None  # type: ignore[method-assign]
+    cost = run(module, batch_of(4), meter)
     assert cost.tokens == 4 * 32
     assert meter.counts_text
     # The table of positions is no embedding layer but a few numbers; attention comes on top.
     assert 0.9 < cost.flops / (6 * count_parameters(module).active * cost.tokens) < 1.2
-
-
-def test_steps_that_look_at_their_data_run_on_zeros() -> None:
-    class Looks(Wrapped):
-        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-            return self.network(batch).sum() * (2.0 if batch.abs().max().item() > 1 else 1.0)
-
-    cost = meter_of(Looks(nn.Linear(4, 3))).training(form_of(torch.ones(5, 4)))
-    assert cost.forward == 2 * 5 * 4 * 3
-
-
-def test_manual_optimization_counts_all_of_its_step() -> None:
-    class Manual(Wrapped):
-        def __init__(self) -> None:
-            super().__init__(nn.Linear(4, 3))
-            self.automatic_optimization = False
-
-        def training_step(self, batch: Any, batch_idx: int) -> None:  # type: ignore[override]
-            optimizer = self.optimizers()
-            optimizer.zero_grad()
-            self.manual_backward(self.network(batch).sum())
-            optimizer.step()
-
-    cost = meter_of(Manual()).training(form_of(torch.ones(5, 4)))
-    assert cost.forward == cost.backward == 2 * 5 * 4 * 3
-    assert cost.optimizer == 4 * 3 + 3
 
 
 def test_unknown_operators_are_told() -> None:
@@ -145,7 +92,7 @@ def test_unknown_operators_are_told() -> None:
             return torch.fft.rfft(inputs).abs()
 
     meter = meter_of(Wrapped(nn.Sequential(nn.Linear(64, 64), Spectral())))
-    assert meter.training(form_of(torch.zeros(8, 64))).flops > 0
+    assert run(meter._module, torch.zeros(8, 64), meter).flops > 0
     assert any("fft" in name for name, seen in meter.operators.items() if seen.kind == "unknown")
     assert 0.01 < meter.uncounted < 1.0
 
@@ -173,26 +120,6 @@ def test_adapters_alone_are_active() -> None:
     assert count_parameters(module) == (104, 32, 104, 32)
 
 
-def test_tokens_by_the_users_own_rule() -> None:
-    module = Wrapped(nn.Linear(4, 3))
-    assert meter_of(module, tokens_fn=lambda batch: batch.numel()).training(form_of(torch.ones(5, 4))).tokens == 20
-
-
-@pytest.mark.parametrize(
-    ("tokens_fn", "message"),
-    [
-        *((lambda batch, value=value: value, "tokens_fn returned .* above 0") for value in (-1, 0, None, "many", True)),
-        (lambda batch: float("nan"), "tokens_fn returned nan"),
-        (lambda batch: (batch != 0).sum(), "tokens_fn returned a tensor, whose contents are not known"),
-        (lambda batch: int((batch != 0).sum()), "tokens_fn failed .* tell the number of tokens from shapes"),
-        (lambda batch: batch["text"].numel(), "tokens_fn failed"),
-    ],
-)
-def test_tokens_that_cannot_be(tokens_fn: Any, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        meter_of(Wrapped(nn.Linear(4, 3)), tokens_fn=tokens_fn).training(form_of(torch.ones(5, 4)))
-
-
 @pytest.mark.parametrize(
     ("batch", "text"),
     [
@@ -210,7 +137,7 @@ def test_integers_in_two_dimensions_are_text(batch: Any, text: bool) -> None:
             return self.network(torch.ones(4, 4)).sum()
 
     meter = meter_of(Odd(nn.Linear(4, 3)))
-    assert meter.training(form_of(batch)).tokens == (28 if text else 4)
+    assert run(meter._module, batch, meter).tokens == (28 if text else 4)
     assert meter.counts_text == text
 
 
@@ -223,89 +150,8 @@ def test_any_mapping_is_a_batch() -> None:
         def training_step(self, batch: Any, batch_idx: int) -> Tensor:
             return self.network(batch["x"]).sum()
 
-    cost = meter_of(Reads(nn.Linear(4, 3))).training(form_of(Encoding(x=torch.ones(5, 4))))
+    cost = cost_of(Reads(nn.Linear(4, 3)), Encoding(x=torch.ones(5, 4)))
     assert (cost.forward, cost.samples) == (2 * 5 * 4 * 3, 5)
-
-
-@dataclass
-class Graph:
-    nodes: Tensor
-
-
-def test_objects_are_counted_by_the_first_one() -> None:
-    class Reads(Wrapped):
-        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-            return self.network(batch.nodes).sum()
-
-    meter = meter_of(Reads(nn.Linear(4, 3)))
-    for nodes in (5, 9):
-        graph = Graph(torch.ones(nodes, 4))
-        assert meter.training(form_of(graph), graph).forward == 2 * 5 * 4 * 3
-
-
-def test_texts_make_no_new_forms() -> None:
-    class Reads(Wrapped):
-        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-            runs.append(batch[1])
-            return self.network(batch[0]).sum()
-
-    runs: list[Any] = []
-    meter = meter_of(Reads(nn.Linear(4, 3)))
-    for text in ("a", "b", "c"):
-        batch = [torch.ones(2, 4), [text, text]]
-        assert meter.training(form_of(batch), batch).forward == 2 * 2 * 4 * 3
-    assert runs == [["a", "a"]]
-
-
-def test_a_step_that_cannot_be_copied_is_told_and_left_out() -> None:
-    class Fails(Wrapped):
-        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-            raise OSError("no such file")
-
-    with pytest.warns(UserWarning, match="the FLOPs of training_step are left out, .*OSError: no such file"):
-        cost = meter_of(Fails(nn.Linear(4, 3))).training(form_of(torch.ones(5, 4)))
-    assert (cost.flops, cost.samples) == (0, 5)
-
-
-def test_what_is_frozen_is_counted_anew() -> None:
-    module = Wrapped(nn.Sequential(nn.Linear(4, 6), nn.Linear(6, 2)))
-    meter, form = meter_of(module), form_of(torch.ones(5, 4))
-    first, second = 2 * 5 * 4 * 6, 2 * 5 * 6 * 2
-    assert meter.training(form).backward == first + 2 * second
-    assert meter.size.active == 30 + 14
-    module.network[0].requires_grad_(False)
-    assert meter.training(form).backward == second
-    assert meter.size.active == 14
-    assert meter.training(form).optimizer == 14
-
-
-def test_evaluation_of_transformers_is_counted() -> None:
-    """Torch runs their layers in one fused operator then, whose products it does not count."""
-    layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
-    batch, length, width = 3, 5, 8
-    linear = 2 * batch * length * (4 * width * width + 2 * width * 16)
-    attention = 2 * (2 * batch * length * length * width)
-    assert meter_of(Wrapped(layer)).evaluation(form_of(torch.zeros(batch, length, width))) == linear + attention
-    assert torch.backends.mha.get_fastpath_enabled()
-
-
-def test_attention_on_meta_is_that_on_a_cpu() -> None:
-    """Counted by torch itself where it can: forward the same, and backward without the scores computed again."""
-    inputs = torch.zeros(2, 3, 16, 8, device="meta", requires_grad=True)
-    with FlopCounterMode(display=False) as counter:
-        nn.functional.scaled_dot_product_attention(inputs, inputs, inputs).sum().backward()
-    products = 2 * 2 * 3 * 16 * 16 * 8
-    module = Wrapped(nn.Sequential(nn.Linear(8, 8, bias=False), Attention()))
-    cost = meter_of(module).training(form_of(torch.zeros(2, 3, 16, 8)))
-    linear = 2 * 2 * 3 * 16 * 8 * 8
-    assert counter.get_total_flops() == 6 * products == (cost.flops - 2 * linear) - products
-
-
-@pytest.mark.parametrize("layer", [nn.GRU, nn.RNN])
-def test_other_recurrent_layers(layer: Any) -> None:
-    cost = meter_of(Wrapped(layer(6, 7, batch_first=True))).training(form_of(torch.zeros(2, 5, 6)))
-    gates = 3 if layer is nn.GRU else 1
-    assert cost.forward == 2 * (2 * 5) * gates * 7 * (6 + 7)
 
 
 @pytest.mark.parametrize("options", [{}, {"foreach": True}, {"fused": True}])
@@ -315,7 +161,9 @@ def test_an_optimizer_costs_the_same_fused_or_not(options: dict[str, Any]) -> No
         def configure_optimizers(self) -> torch.optim.Optimizer:
             return torch.optim.SGD(self.parameters(), lr=0.1, **options)
 
-    assert meter_of(Fused(nn.Linear(4, 3))).training(form_of(torch.ones(5, 4))).optimizer == 15
+    meter = meter_of(module := Fused(nn.Linear(4, 3)))
+    run(module, torch.ones(5, 4), meter)
+    assert meter.optimizer_cost() == 15
 
 
 def test_lbfgs_does_not_stop_the_count() -> None:
@@ -323,13 +171,13 @@ def test_lbfgs_does_not_stop_the_count() -> None:
         def configure_optimizers(self) -> torch.optim.Optimizer:
             return torch.optim.LBFGS(self.parameters())
 
-    assert meter_of(Whole(nn.Linear(4, 3))).training(form_of(torch.ones(5, 4))).flops == 2 * 2 * 5 * 4 * 3
+    assert cost_of(Whole(nn.Linear(4, 3)), torch.ones(5, 4)).flops == 2 * 2 * 5 * 4 * 3
 
 
 @pytest.mark.parametrize("name", ["aten::upsample_bilinear2d", "aten::linalg_vector_norm", "aten::add", "aten::relu"])
 def test_what_is_free_is_not_unknown(name: str) -> None:
     operator = getattr(torch.ops.aten, name.removeprefix("aten::"))
-    assert operators._kind(getattr(operator, operator.overloads()[0]), 0.0) == "free"
+    assert operators._kind(getattr(operator, operator.overloads()[0])) == "free"
 
 
 def test_forms_are_keys_also_where_their_nesting_has_no_hash() -> None:
@@ -348,3 +196,229 @@ def test_forms_are_keys_also_where_their_nesting_has_no_hash() -> None:
     known = {Form(Nesting("list"), leaves): 1, Form(Nesting("dict"), leaves): 2}
     assert known[Form(Nesting("list"), leaves)] == 1
     assert Form(Nesting("set"), leaves) not in known
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_cost_is_linear_in_the_batch_and_changes_nothing(kind: str) -> None:
+    make, batch_of = KINDS[kind]
+    torch.manual_seed(0)
+    module, batches = Classifier(make()), [batch_of(n) for n in (4, 12)]
+    module.log = lambda *_: None  # type: ignore[method-assign]
+    twin, meter = copy.deepcopy(module), meter_of(module)
+    state = torch.get_rng_state()
+    one, three = (run(module, batch, meter) for batch in batches)
+    drawn, costs = torch.get_rng_state(), (one.flops, three.flops)
+    torch.set_rng_state(state)
+    for batch in batches:
+        optimizer = twin.configure_optimizers()
+        twin.training_step(batch, 0).backward()
+        optimizer.step()
+    assert 3 * costs[0] == costs[1] > 0
+    assert (one.samples, one.counted) == (4, True)
+    assert all(seen.kind != "unknown" for seen in meter.operators.values())
+    assert meter.uncounted == 0.0
+    assert torch.equal(torch.get_rng_state(), drawn)
+    for (name, mine), theirs in zip(module.state_dict().items(), twin.state_dict().values(), strict=True):
+        assert torch.equal(mine, theirs), name
+
+
+def test_tokens_by_the_users_own_rule() -> None:
+    module = Wrapped(nn.Linear(4, 3))
+    meter = meter_of(module, tokens_fn=lambda batch: int((batch > 0).sum()))
+    assert [run(module, batch, meter).tokens for batch in (torch.ones(5, 4), torch.eye(4))] == [20, 4]
+
+
+@pytest.mark.parametrize(
+    ("tokens_fn", "message"),
+    [
+        *((lambda batch, value=value: value, "tokens_fn returned .* above 0") for value in (-1, 0, None, "many", True)),
+        (lambda batch: float("nan"), "tokens_fn returned nan"),
+        (lambda batch: (batch != 0).sum(), "tokens_fn returned a tensor: return a number"),
+        (lambda batch: batch["text"].numel(), "tokens_fn failed on a batch"),
+    ],
+)
+def test_tokens_that_cannot_be(tokens_fn: Any, message: str) -> None:
+    module = Wrapped(nn.Linear(4, 3))
+    with pytest.raises(ValueError, match=message):
+        run(module, torch.ones(5, 4), meter_of(module, tokens_fn=tokens_fn))
+
+
+def test_what_is_frozen_is_counted_anew() -> None:
+    module, batch = Wrapped(nn.Sequential(nn.Linear(4, 6), nn.Linear(6, 2))), torch.ones(5, 4)
+    meter = meter_of(module)
+    first, second = 2 * 5 * 4 * 6, 2 * 5 * 6 * 2
+    assert run(module, batch, meter).backward == first + 2 * second
+    assert meter.size.active == 30 + 14
+    module.network[0].requires_grad_(False)
+    module.zero_grad()
+    assert run(module, batch, meter).backward == second
+    assert meter.size.active == 14
+    assert meter.optimizer_cost() == 14
+
+
+@pytest.mark.parametrize("inference", [True, False])
+@pytest.mark.parametrize("padded", [True, False])
+def test_evaluation_of_transformers_is_counted(inference: bool, padded: bool) -> None:
+    """Torch runs their layers in one operator then, padding left out, and in inference mode takes others apart late."""
+    batch, length, width, lengths = 3, 5, 8, [5, 2, 4]
+    mask = torch.arange(length)[None] >= torch.tensor(lengths)[:, None] if padded else None
+    encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(width, 2, 16, batch_first=True), 2)
+
+    class Evaluated(Wrapped):
+        def validation_step(self, batch: Any) -> None:
+            self.network[1](self.network[0](batch, src_key_padding_mask=mask))
+
+    module = Evaluated(nn.ModuleList([encoder, nn.Linear(width, 3)])).eval()
+    with torch.inference_mode() if inference else torch.no_grad():
+        cost = cost_of(module, torch.zeros(batch, length, width), name="validation_step")
+    rows, pairs = (sum(lengths), sum(n * n for n in lengths)) if padded else (15, 75)
+    layer = 2 * rows * (4 * width * width + 2 * width * 16) + 2 * (2 * pairs * width)
+    assert cost.forward == 2 * layer + 2 * batch * length * width * 3
+    assert torch.backends.mha.get_fastpath_enabled()
+
+
+class Costs:
+    """A module of one product whose cost is told from outside, and the numbers of the steps that were counted."""
+
+    def __init__(self, wide: Callable[[int], int]) -> None:
+        class Told(Wrapped):
+            def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+                return self.network(batch[:1].expand(wide(number), -1)).sum()
+
+        self.module, number = Told(nn.Linear(4, 3)), 0
+        self.meter = meter_of(self.module)
+        self.costs, self.counted = [], []
+        for number in range(600):
+            cost = run(self.module, torch.ones(5, 4), self.meter)
+            self.costs.append(cost)
+            self.counted += [number] * cost.counted
+        self.truth = [2 * 2 * wide(number) * 4 * 3 for number in range(600)]
+
+
+def test_steps_that_cost_the_same_are_counted_less_and_less() -> None:
+    found = Costs(lambda number: 5)
+    assert [cost.flops for cost in found.costs] == found.truth
+    assert not any(cost.error for cost in found.costs)
+    assert found.counted[:8] == list(range(8))
+    # Then one each time before their number has doubled.
+    octaves = [sum(low <= number < 2 * low for number in found.counted) for low in (8, 16, 32, 64, 128, 256)]
+    assert octaves == [1] * 6
+
+
+@pytest.mark.parametrize(
+    "wide",
+    [
+        lambda number: 9 if number % 5 == 0 else 2,  # such as a generator and its critic
+        lambda number: 9 if number % 7 == 6 else 2,
+        lambda number: 1 + (number * 2654435761 >> 7) % 8,  # such as random depth
+        lambda number: 1 + number // 60,  # growing
+    ],
+    ids=["period of 5", "end of 7", "random", "growing"],
+)
+def test_costs_that_vary_have_a_mean_and_an_interval(wide: Callable[[int], int]) -> None:
+    found = Costs(wide)
+    total, truth = sum(cost.flops for cost in found.costs), sum(found.truth)
+    error = sum(cost.error for cost in found.costs)
+    assert all(cost.flops == found.truth[number] for number, cost in enumerate(found.costs) if cost.counted)
+    assert len(found.counted) < 250
+    assert 0 < error < 0.3 * truth
+    assert abs(total - truth) < 2 * error
+
+
+def test_what_is_known_outlives_an_interruption() -> None:
+    """The same steps are counted, and the others cost the same to the last bit, if the run goes on elsewhere."""
+
+    def wide(number: int) -> int:
+        return 1 + (number * 2654435761 >> 7) % 8
+
+    class Told(Wrapped):
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            return self.network(batch[:1].expand(wide(number), -1)).sum()
+
+    def go_on(module: Any, meter: Meter, numbers: Any) -> list[BatchCost]:
+        nonlocal number
+        found = []
+        for one in numbers:
+            number = one
+            found.append(run(module, torch.ones(5, 4), meter))
+        return found
+
+    number, module = 0, Told(nn.Linear(4, 3))
+    whole = go_on(module, meter_of(module), range(200))
+    go_on(module, meter := meter_of(module), range(90))
+    state = io.BytesIO()
+    torch.save(meter.state_dict(), state)
+    state.seek(0)
+    resumed = meter_of(Told(nn.Linear(4, 3)))
+    resumed.load_state_dict(torch.load(state, weights_only=True))
+    assert go_on(resumed._module, resumed, range(90, 200)) == whole[90:]
+
+
+def test_many_sizes_are_told_by_those_before() -> None:
+    """Batches of more sizes than can be counted: the others by what each number in them costs."""
+    module = Wrapped(nn.Linear(4, 3))
+    meter = meter_of(module)
+    costs = [run(module, torch.ones(rows, 4), meter) for rows in range(1, 301)]
+    assert [cost.flops for cost in costs] == pytest.approx([2 * 2 * rows * 4 * 3 for rows in range(1, 301)])
+    assert sum(cost.counted for cost in costs) < 100
+
+
+def test_a_formula_that_fails_ends_no_training(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*_: Any, **__: Any) -> int:
+        raise AssertionError("such shapes are not known")
+
+    monkeypatch.setitem(costs._OWN, torch.ops.aten.addmm, fails)
+    meter = meter_of(module := Wrapped(nn.Linear(4, 3)))
+    assert run(module, torch.ones(5, 4), meter).forward == 0
+    assert meter.operators["aten.addmm"].kind == "unknown"
+
+
+def test_other_code_in_a_step_is_none_of_its_cost() -> None:
+    """Such as a callback that trains something on the side, in a hook of its own."""
+    module = Wrapped(nn.Linear(4, 3))
+    meter = meter_of(module)
+    with meter.step(torch.ones(5, 4)) as step:
+        module._current_fx_name = "on_before_backward"
+        nn.Linear(4, 4)(torch.ones(2, 4)).sum().backward()
+        module._current_fx_name = "training_step"
+        loss = module.training_step(torch.ones(5, 4), 0)
+        module._current_fx_name = "backward"
+        loss.backward()
+        module._current_fx_name = None
+    assert step.cost.forward == step.cost.backward == 2 * 5 * 4 * 3
+
+
+def test_a_step_that_fails_says_nothing() -> None:
+    meter = meter_of(module := Wrapped(nn.Linear(4, 3)))
+    with pytest.raises(OSError, match="no such file"), meter.step(torch.ones(5, 4)):
+        raise OSError("no such file")
+    assert meter.expected(form_of(torch.ones(5, 4))) is None
+    assert run(module, torch.ones(5, 4), meter).flops == 2 * 2 * 5 * 4 * 3
+
+
+def test_batches_side_by_side_cost_what_one_alone_did() -> None:
+    module, told = Wrapped(nn.Linear(4, 3)), []
+    meter = meter_of(module)
+    tally, form = Tally(meter, lambda *both: told.append(both)), form_of(torch.ones(5, 4))
+    tally.add(form, 5)  # before anything is known
+    with meter.alone(torch.ones(5, 4), 5):
+        module._current_fx_name = "training_step"
+        module.training_step(torch.ones(5, 4), 0).backward()
+    module._current_fx_name = None
+    tally.add(form, 5)
+    tally.add(form_of(torch.ones(10, 4)), 10)  # like nothing that was counted: by samples
+    cost = tally.total(3)
+    assert (cost.forward, cost.backward, cost.tokens) == (20 * 24, 20 * 24, 20)
+    assert told == [(tally, cost)]
+
+
+def test_what_is_compiled_stays_compiled_and_is_counted() -> None:
+    compiled = []
+
+    def backend(graph: Any, examples: Any) -> Any:
+        compiled.append(graph)
+        return graph.forward
+
+    module = Wrapped(torch.compile(nn.Linear(4, 3), backend=backend))  # type: ignore[arg-type]
+    assert cost_of(module, torch.ones(5, 4)).flops == 2 * 2 * 5 * 4 * 3
+    assert len(compiled) == 1
