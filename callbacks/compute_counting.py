@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections import Counter
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any, NamedTuple
 
 import lightning.pytorch as pl
@@ -71,8 +72,8 @@ class Counting:
                 self.meter.check_tokens(batch)  # before anything is trained; rounds count for themselves
             return
         self.drop_step()
-        samples = None if form_of(batch).first is not None else _loaded(trainer.train_dataloader, batch_idx)
-        step = self.meter.step(batch, samples, backward=not trainer.fit_loop._skip_backward)
+        loaded = partial(_loaded, trainer.train_dataloader, batch_idx)
+        step = self.meter.step(batch, loaded=loaded, backward=not trainer.fit_loop._skip_backward)
         self._step = _OpenStep(trainer, step.__enter__(), _progress(trainer), time.perf_counter())
 
     def end_step(self) -> None:
@@ -129,7 +130,9 @@ class Counting:
         return (*sent, *clients)
 
     def _note_client(self, tally: Tally, cost: ClientCost) -> None:
-        mine = tally.error, tally.counted, tally.steps, tally.size_tokens, cost.tokens
+        assert self.meter is not None
+        counted = tally.counted + self.meter.take_alone()
+        mine = tally.error, counted, tally.steps, tally.size_tokens, cost.tokens
         self._clients = [before + more for before, more in zip(self._clients, mine, strict=True)]
 
     def count_round(self, trainer: pl.Trainer, record: RoundRecord) -> None:

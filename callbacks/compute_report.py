@@ -142,7 +142,7 @@ def _table(ledger: Ledger, size: ParameterCounts, clients: int, position: Positi
         ("Tokens or samples", f"{ledger.tokens:,.0f}"),
         ("Training FLOPs", f"{ledger.training_flops:.3e}"),
         ("  95 % interval, since steps differ", f"{low:.3e} to {high:.3e}" if low < high else ""),
-        ("  counted in", f"{ledger.counted:,.0f} of {ledger.steps:,.0f} steps" if ledger.steps else ""),
+        ("  counted in steps", f"{ledger.counted:,.0f} for {ledger.steps:,.0f}" if ledger.steps else ""),
         ("  forward and backward", f"{flops['forward']:.2e} and {flops['backward']:.2e}"),
         ("  of 6 x parameters x tokens", "" if math.isnan(ratio) else f"{ratio:.2f} times"),
         (f"  mean of {clients:,} clients" if clients > 1 else "", f"{ledger.training_flops / clients:.3e}"),

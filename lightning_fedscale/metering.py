@@ -155,6 +155,7 @@ class Meter:
         self._restored: dict[str, Any] = {}
         self._multiplied: set[str] = set()
         self._uncounted = math.nan
+        self._alone = 0
         self.operators: dict[str, Operator] = {}
         self.counts_text = False
         self.evaluations = Evaluations()
@@ -200,6 +201,7 @@ class Meter:
         batch: Any,
         samples: int | None = None,
         *,
+        loaded: Callable[[], int | None] = lambda: None,
         name: str = "training_step",
         backward: bool = True,
         optimizes: bool = True,
@@ -211,6 +213,7 @@ class Meter:
         Args:
             batch: of the step, as it is before.
             samples: in the batch; None reads them off it.
+            loaded: tells them where the batch cannot be opened.
             name: "training_step", "validation_step" or "test_step".
             backward: whether it is more than the forward pass.
             optimizes: whether optimizers may step in it.
@@ -218,6 +221,8 @@ class Meter:
             charge: is told what it cost.
         """
         form, flags = form_of(batch).anonymous(), self._flags()
+        if samples is None and form.first is None:
+            samples = loaded()
         counted, scale = self._of(name if backward else f"{name} forward", form, flags, samples)
         training = name == "training_step"
         due = counted.is_due()
@@ -235,7 +240,15 @@ class Meter:
 
     def alone(self, batch: Any, samples: int) -> AbstractContextManager[Any]:
         """To be active while a client's batch that counts elsewhere runs by itself, for a proof: it tells the cost."""
-        return self.step(batch, samples, optimizes=False)
+        return self.step(batch, samples, optimizes=False, charge=self._note_alone)
+
+    def _note_alone(self, cost: BatchCost) -> None:
+        self._alone += cost.counted
+
+    def take_alone(self) -> int:
+        """How many steps were counted alone since the last time."""
+        number, self._alone = self._alone, 0
+        return number
 
     def wants(self, form: Form, samples: int) -> bool:
         """Whether no such batch was counted yet."""

@@ -78,6 +78,7 @@ class ExecutorChoice:
         compare = self.kind is None and context.training and len(context.work) > 1
         if compare:
             self.ballot = self._rehearse(context)
+            context = context._replace(timed=self.ballot.able > 0)
             times: list[float] = []
             for update in self._sequential.run(context):
                 if update.steps:

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from lightning_fedscale import randomness
 from lightning_fedscale.clients import ClientStore, OptimizerKeeper
+from lightning_fedscale.devices.batches import form_of
 from lightning_fedscale.executors.cache import DeviceData
 from lightning_fedscale.executors.client_log import ClientLog
 from lightning_fedscale.executors.correction import ClientCorrection
@@ -89,6 +90,7 @@ class RoundContext(NamedTuple):
         guidance: what is particular to each client's training; None if nothing is.
         own: the server's values of what stays with each client, as the module was built with them, by name.
         largest: notes the buffers of the client with the most samples; None if nobody asks for them.
+        timed: whether local batches are timed, so that those whose cost is known should not be counted anew.
     """
 
     round: int
@@ -106,6 +108,7 @@ class RoundContext(NamedTuple):
     guidance: Guidance | None = None
     own: Mapping[str, Tensor] = MappingProxyType({})
     largest: LargestClient | None = None
+    timed: bool = False
 
     def restarted(self, order: Iterable[tuple[int, int]] | None) -> RoundContext:
         """The same clients with all their batches still to come.
@@ -330,7 +333,12 @@ class SequentialExecutor:
                     next(context.batches)
                 return trained
             # Before the step, which may change its batch.
-            with _UNMETERED if tally is None else tally.batch(batch, len(indices), training=context.training):
+            metered = _UNMETERED
+            if tally is not None and context.timed:
+                tally.add(form_of(batch).anonymous(), len(indices))
+            elif tally is not None:
+                metered = tally.batch(batch, len(indices), training=context.training)
+            with metered:
                 outputs = step.step(batch, batch_idx, last=last, training=context.training)
             self._call("on_train_batch_end", outputs, batch, batch_idx)
             loss = outputs.get("loss")

@@ -30,7 +30,8 @@ class Ledger:
         energy: in joules, as far as it was measured.
         meters: how many readings `energy` is of; 0 where nothing can be read.
         steps: batches trained on.
-        counted: those of them whose FLOPs were counted while they ran; the others cost what the counted ones say.
+        counted: steps whose FLOPs were counted while they ran, those included that only proved what clients do side by
+            side; the others cost what the counted ones say.
         error: standard error of training FLOPs for that, 0 where steps cost the same: the sum of all steps' errors.
 
     Example:

@@ -138,10 +138,10 @@ def test_what_ran_is_counted(strategy: str, module: type[Net], collate: Any, rec
     assert ledger.tokens == ledger.samples == 3 * SAMPLES
     assert ledger.average_params == WIDTH * OUT + OUT
     assert ledger.error == 0
-    assert 0 < ledger.counted < ledger.steps
+    assert ledger.counted > 0
     assert not [str(w.message) for w in recwarn if "ComputeAccounting" in str(w.message)]
     if strategy in ("plain", "sequential"):
-        assert len(calls) == ledger.steps  # and none of its own
+        assert len(calls) == ledger.steps > ledger.counted  # and none of its own
 
 
 class Adversaries(Net):

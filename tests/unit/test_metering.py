@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import prune
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_fedscale.devices import costs, operators
 from lightning_fedscale.devices.batches import Form, form_of
@@ -421,4 +422,5 @@ def test_what_is_compiled_stays_compiled_and_is_counted() -> None:
 
     module = Wrapped(torch.compile(nn.Linear(4, 3), backend=backend))  # type: ignore[arg-type]
     assert cost_of(module, torch.ones(5, 4)).flops == 2 * 2 * 5 * 4 * 3
-    assert len(compiled) == 1
+    # Releases of torch that cannot compile while operators are seen run it as it is.
+    assert len(compiled) == hasattr(TorchDispatchMode, "ignore_compile_internals")
