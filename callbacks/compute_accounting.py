@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import inspect
 import math
+from collections import deque
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any
@@ -16,9 +16,12 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
 from lightning_fedscale import collectives
+from lightning_fedscale.callbacks.compute_advice import sweep_advice
 from lightning_fedscale.callbacks.compute_counting import Counting
 from lightning_fedscale.callbacks.compute_report import ComputeCurves, report
+from lightning_fedscale.callbacks.compute_task import has_targets_for_tokens, predicts_its_tokens, size_by
 from lightning_fedscale.callbacks.critical_phase import CriticalPhase
+from lightning_fedscale.checks import integer
 from lightning_fedscale.devices.operators import UNKNOWN, Operator
 from lightning_fedscale.loggers import send
 from lightning_fedscale.metering import Meter
@@ -27,20 +30,21 @@ from lightning_fedscale.scaling import (
     Kaplan,
     Law,
     Position,
-    effective_flops,
     law_of,
     position_of,
-    sweep_command,
 )
+from lightning_fedscale.scaling.applies import why_another_loss, why_far, why_frozen
 from lightning_fedscale.scaling.ledger import Ledger
+from lightning_fedscale.scaling.rho import Rho, rho_of
+from lightning_fedscale.scaling.runs import LOSSES
 from lightning_fedscale.strategy import FederatedStrategy
 from lightning_fedscale.types import RoundRecord
 
 _GROWTH = 1.02
 """Compute must have grown so much for the next log: where points are closer, they only cost time."""
 
-_SIZES = ("size", "width", "hidden_size", "hidden_dim", "d_model", "n_embd", "dim", "channels", "depth", "num_layers")
-"""What modules usually call the argument that makes them larger."""
+_LAST = 20
+"""Steps, or rounds, whose mean loss is compared with the law's."""
 
 _LOOKS = 4
 """After so many steps in which nothing was found to count, nothing will be."""
@@ -61,13 +65,19 @@ class ComputeAccounting(Callback):
 
     A scaling law makes a position of it: the best size for this compute and so many clients, the loss that the law
     predicts there and here, and one sentence of advice at the end. A law holds for the data it was fitted on.
-    ``law="auto"`` takes Chinchilla's for batches of tokens and none otherwise; then counts are reported, and that a law
-    of the task's own is to be fitted (`lightning_fedscale.scaling.fit`).
+    ``law="auto"`` takes the project's own, else Chinchilla's for language modelling, else none. There is no position,
+    but the counts and the reason, where a law says nothing of the run: more than 100 times outside of what it was
+    fitted on, with a loss of more than twice, or less than half, what it predicts, or with most parameters frozen. Then
+    a law of the task's own is to be fitted (`lightning_fedscale.scaling.fit`).
 
     Args:
         law: "auto", the name of a law, a file of `Fit.save`, a law, or None for counts only.
         rho: what division among clients costs, ``C_eff = C clients**-rho``: 1 counts the average client's compute
-            (arXiv 2511.12188), 0 all of it, about 0.24 as DiLoCo. None takes that of the law file, else 1.
+            (arXiv 2511.12188), 0 all of it; or the two ends of a span. "auto" takes the one that was measured with the
+            law, with its interval. Without, all of 0 to 1 is possible, and there is a verdict only where it is the same
+            everywhere.
+        clients: number of clients that the law is asked about. None counts those that train in a round, since those who
+            are registered and wait take no part of its data and compute; pass a number to ask about another division.
         budget: FLOPs that the run is meant to take in all; the position is then that at its end, from now on at the
             present ratio of tokens to FLOPs.
         tokens_fn: a function of a batch: how many tokens are in it, as a number. It is asked of batches whose step is
@@ -76,8 +86,9 @@ class ComputeAccounting(Callback):
             several processes and no clients, every step then ends in a small collective.
 
     Attributes:
-        position: a `Position`, once something was spent and if there is a law. It is also, with the ledger's sums, in
+        position: a `Position`, once something was spent, if a law applies. It is also, with the ledger's sums, in
             ``position.json`` in the run's folder.
+        no_position: why there is none, in words; empty if there is one, or no law.
 
     Raises:
         TypeError, ValueError: for arguments that cannot be; from ``fit``, before the first step, for a ``tokens_fn``
@@ -97,15 +108,19 @@ class ComputeAccounting(Callback):
     def __init__(
         self,
         law: str | Law | None = "auto",
-        rho: float | None = None,
+        rho: float | tuple[float, float] | Rho | str | None = "auto",
         budget: float | None = None,
         tokens_fn: Callable[[Any], float] | None = None,
         max_flops: float | None = None,
+        clients: int | None = None,
     ) -> None:
-        self._law, fitted_rho = law_of(law, text=False)
-        self._auto = law == "auto"
-        self._rho = (1.0 if fitted_rho is None else fitted_rho) if rho is None else rho
-        effective_flops(1.0, 1, self._rho)
+        self._law, _ = law_of(law, text=False)
+        self._auto = isinstance(law, str) and law == "auto"
+        self._rho = rho
+        rho_of(rho)
+        if clients is not None:
+            integer("clients", clients, 1)
+        self._asked_clients = clients
         for name, value in (("budget", budget), ("max_flops", max_flops)):
             if value is not None and not (isinstance(value, (int, float)) and 0 < value < math.inf):
                 raise ValueError(f"{name}={value!r}: pass a number of FLOPs above 0, or None.")
@@ -118,8 +133,16 @@ class ComputeAccounting(Callback):
         self._curves = ComputeCurves()
         self._counting = Counting(Ledger())
         self._logged = 0.0  # FLOPs when there was last a log
-        self._warned = False
+        self._losses: deque[Tensor] = deque(maxlen=_LAST)  # of the last steps or rounds
+        self._reads_tokens: bool | None = None  # None before the first batch
+        self._module: pl.LightningModule | None = None
         self.position: Position | None = None
+        self.no_position = ""
+
+    @property
+    def clients(self) -> int:
+        """Clients that the position is about: those that train in a round, unless others were asked for."""
+        return self._asked_clients or self.ledger.average_cohort
 
     @property
     def law(self) -> Law | None:
@@ -147,10 +170,11 @@ class ComputeAccounting(Callback):
         """Begin a ledger, unless a run goes on."""
         if stage == "predict":
             return
-        self._trainer = trainer
+        self._trainer, self._module = trainer, pl_module
         if stage == "fit" and trainer.global_step == 0:
             self._counting, self._curves, self.position = Counting(Ledger()), ComputeCurves(), None
-            self._logged = 0.0
+            self._logged, self.no_position, self._reads_tokens = 0.0, "", None
+            self._losses.clear()
             if self._auto:
                 self._law, _ = law_of("auto", text=False)
         self._counting.meter = Meter(trainer, pl_module, self._tokens_fn)
@@ -181,10 +205,15 @@ class ComputeAccounting(Callback):
         self._log(trainer, None)
         self._locate(trainer, full=True)
         self._check_coverage()
-        report(trainer, self.ledger, meter.size, _clients(trainer), meter.operators, self.position, self._law)
+        report(
+            trainer, self.ledger, meter.size, self.clients, meter.operators, self.position, self._law, self.no_position
+        )  # fmt: skip
         self._curves.close()
-        if self._law is None and self._auto:
-            rank_zero_info(f"ComputeAccounting: no law for this task yet: fit one. {self._sweep(trainer, pl_module)}")
+        if self.no_position and self._law is not None and not (self._auto and self._law.fitted_on is None):
+            rank_zero_warn(f"ComputeAccounting: no position under {self._law.name}: {self.no_position}")
+        if self.position is None and self._auto and (self._law is None or not self._law.problems):
+            advice = sweep_advice(trainer, pl_module, self.ledger.training_flops)
+            rank_zero_info(f"ComputeAccounting: no law for this task yet: fit one. {advice}")
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         """As `teardown`, which the Trainer leaves out then."""
@@ -197,13 +226,6 @@ class ComputeAccounting(Callback):
         if meter is not None and meter.evaluations in callbacks:
             callbacks.remove(meter.evaluations)
 
-    def _sweep(self, trainer: pl.Trainer, module: pl.LightningModule) -> str:
-        data: Any = getattr(trainer, "datamodule", None)
-        argument = next((name for name in _SIZES if name in inspect.signature(type(module)).parameters), None)
-        line = sweep_command(_path(module), _path(data), self.ledger.training_flops, argument or "NAME")
-        named = "" if argument else ", where NAME is the module's argument that makes it larger"
-        return f"This trains the smallest sweep that can identify a law, and fits it{named}:\n    {line}"
-
     # ---- hooks: training
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -215,6 +237,8 @@ class ComputeAccounting(Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         """A step begins."""
+        if self._reads_tokens is None:
+            self._reads_tokens = has_targets_for_tokens(batch)
         self._counting.begin_step(trainer, batch, batch_idx)
 
     def on_round_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, record: RoundRecord) -> None:
@@ -237,8 +261,10 @@ class ComputeAccounting(Callback):
                 " max_epochs or max_time to the Trainer instead."
             )
         self._stop_if_spent(trainer)
+        if (loss := _loss_of(outputs)) is not None:
+            self._losses.append(loss)
         if logs and self.ledger.training_flops > _GROWTH * self._logged:
-            self._log(trainer, _loss_of(outputs))
+            self._log(trainer, None if loss is None else float(loss))
 
     # ---- hooks: on the side
 
@@ -300,7 +326,7 @@ class ComputeAccounting(Callback):
 
     def __getstate__(self) -> dict[str, Any]:
         """What a copy has: all that was found out, and nothing that belongs to a Trainer."""
-        return {**vars(self), "_trainer": None}
+        return {**vars(self), "_trainer": None, "_module": None}
 
     def state_dict(self) -> dict[str, Any]:
         """The ledger, for the checkpoint; to be called on all ranks, as checkpoints are."""
@@ -308,7 +334,10 @@ class ComputeAccounting(Callback):
             self._counting.settle(self._trainer)
             self._counting.measure_energy()
             self._counting.add_up()
-        state = {"ledger": self.ledger.state_dict(), "unit": self._curves.unit, "logged": self._logged}
+        state = {
+            "ledger": self.ledger.state_dict(), "unit": self._curves.unit, "logged": self._logged,
+            "losses": [float(loss) for loss in self._losses],
+        }  # fmt: skip
         meter = self._counting.meter
         return state if meter is None else {**state, "costs": meter.state_dict()}
 
@@ -318,6 +347,7 @@ class ComputeAccounting(Callback):
         self._curves.unit, self._logged = state_dict["unit"], state_dict["logged"]
         if self._counting.meter is not None and "costs" in state_dict:
             self._counting.meter.load_state_dict(state_dict["costs"])
+        self._losses.extend(map(torch.tensor, state_dict.get("losses", ())))
 
     # ---- where the run stands
 
@@ -334,33 +364,55 @@ class ComputeAccounting(Callback):
         return f"in the steps of {type(self._trainer.lightning_module).__name__} there is {found}"  # type: ignore[union-attr]
 
     def _choose_law(self) -> None:
-        meter = self._counting.meter
-        if self._auto and self._law is None and meter is not None and meter.counts_text:
-            self._law, _ = law_of("auto", text=True)
+        meter, module = self._counting.meter, self._module
+        if self._auto and self._law is None and self._reads_tokens and meter is not None and module is not None:
+            self._law, _ = law_of("auto", text=predicts_its_tokens(module, meter.size))
 
     def _locate(self, trainer: pl.Trainer, full: bool = False) -> Position | None:
         """Set the position, at the end of the budget if there is one; returns that of now."""
-        ledger = self.ledger
-        if self._law is None or not ledger.training_flops:
+        ledger, meter = self.ledger, self._counting.meter
+        self.position, self.no_position = None, ""
+        if self._law is None or not ledger.training_flops or meter is None or self._module is None:
             return None
+        law, size = self._law, meter.size
+        params = size_by(law, ledger.average_params, self._module, size)
 
         def position(flops: float) -> Position:
-            assert self._law is not None
             return position_of(
-                self._law, params=ledger.average_params, tokens=ledger.tokens * flops / ledger.training_flops,
-                flops=flops, clients=_clients(trainer), rho=self._rho, full=full,
+                law, params=params, tokens=ledger.tokens * flops / ledger.training_flops,
+                flops=flops, clients=self.clients, rho=self._rho, full=full,
             )  # fmt: skip
 
         try:
-            here = position(ledger.training_flops)
-            self.position = here if self._budget is None else position(self._budget)
-        except ValueError as error:
-            self.position = None
-            if not self._warned:
-                rank_zero_warn(f"ComputeAccounting: no position under {self._law.name}: {error}")
-            self._warned = True
+            reason = why_frozen(law, trained=size.trainable, total=size.total)
+            if reason is None and not law.problems:  # which the law tells by itself
+                reason = why_far(law, params=params, flops=self._budget or ledger.training_flops)
+            if reason is None:
+                here = position(ledger.training_flops)
+                reason = self._why_another_loss(trainer, law, here)
+            if reason is None:
+                self.position = here if self._budget is None else position(self._budget)
+                return here
+        except (ValueError, ArithmeticError) as error:
+            reason = str(error).rstrip(".")
+        self.no_position = reason
+        return None
+
+    def _why_another_loss(self, trainer: pl.Trainer, law: Law, here: Position) -> str | None:
+        known = trainer.callback_metrics
+        name = next((each for each in LOSSES if each in known), None)
+        if name is not None:
+            observed = float(known[name])
+        elif self._losses:
+            observed = sum(map(float, self._losses)) / len(self._losses)
+        else:
             return None
-        return here
+        # Of a span, the reading that is nearest.
+        reasons = [
+            why_another_loss(law, predicted=each.predicted_loss, observed=observed, validated=name is not None)
+            for each in (here, *here.readings)
+        ]
+        return None if None in reasons else reasons[0]
 
     def _log(self, trainer: pl.Trainer, loss: float | None) -> None:
         before, self._logged = self._logged, self.ledger.training_flops
@@ -374,20 +426,25 @@ class ComputeAccounting(Callback):
         ledger, limit = self.ledger, self._max_flops or self._budget
         values = {
             "compute/flops_total": ledger.training_flops,
-            "compute/flops_per_client": ledger.training_flops / _clients(trainer),
+            "compute/flops_per_client": ledger.training_flops / self.clients,
             **{f"compute/flops_{purpose}": spent for purpose, spent in ledger.flops.items()},
             "compute/tokens": ledger.tokens,
             "compute/params": ledger.average_params,
+            "compute/clients": self.clients,
+            "compute/learning_rate": _rate(trainer),
             "compute/budget_used": math.nan if limit is None else ledger.training_flops / limit,
             "compute/critical_batch_ratio": self._counting.batch / self._critical_batch(trainer),
             "compute/joules": math.nan if ledger.joules is None else ledger.joules,
         }
         if (position := self.position) is not None:
+            readings = position.readings or (position,)
             values |= {
                 "compute/optimal_params": position.optimal_params,
-                "compute/optimal_params_low": position.low,
-                "compute/optimal_params_high": position.high,
+                "compute/optimal_params_low": min(each.low for each in readings),
+                "compute/optimal_params_high": max(each.high for each in readings),
                 "compute/size_ratio": position.size_ratio,
+                "compute/size_ratio_low": min(each.size_ratio for each in readings),
+                "compute/size_ratio_high": max(each.size_ratio for each in readings),
                 "compute/predicted_loss": position.predicted_loss,
                 "compute/optimal_loss": position.optimal_loss,
                 "compute/excess_loss": position.excess_loss,
@@ -402,7 +459,8 @@ class ComputeAccounting(Callback):
                 for noise in (phase.sampling_noise.critical_batch, phase.noise_scale.scale):
                     if noise > 0:
                         return noise * per_sample
-        if self.position is not None and self._law is not None and self._law.domain.task == "text":
+        known = self.position is not None and math.isfinite(self.position.predicted_loss)
+        if known and self.position is not None and self._law is not None and self._law.domain.task == "text":
             return Kaplan().critical_batch(self.position.predicted_loss)
         return math.nan
 
@@ -417,23 +475,16 @@ class ComputeAccounting(Callback):
             )
 
 
-def _loss_of(outputs: Any) -> float | None:
+def _loss_of(outputs: Any) -> Tensor | None:
     loss = outputs.get("loss") if isinstance(outputs, dict) else outputs
-    return float(loss) if isinstance(loss, Tensor) and loss.numel() == 1 else None
+    return loss.detach() if isinstance(loss, Tensor) and loss.numel() == 1 else None
 
 
-def _path(what: object) -> str | None:
-    """Where an object's class is imported from; None where that cannot be."""
-    of = type(what)
-    is_elsewhere = what is not None and of.__module__ != "__main__" and "<" not in of.__qualname__
-    return f"{of.__module__}.{of.__qualname__}" if is_elsewhere else None
+def _rate(trainer: pl.Trainer) -> float:
+    """The learning rate that the first optimizer began with."""
+    groups = [group for optimizer in trainer.optimizers[:1] for group in optimizer.param_groups]
+    return float(groups[0].get("initial_lr", groups[0].get("lr", math.nan))) if groups else math.nan
 
 
 def _federated(trainer: pl.Trainer) -> bool:
     return isinstance(trainer.strategy, FederatedStrategy)
-
-
-def _clients(trainer: pl.Trainer) -> int:
-    strategy = trainer.strategy
-    number = strategy.num_clients if isinstance(strategy, FederatedStrategy) else None
-    return 1 if number is None else number

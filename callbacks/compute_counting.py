@@ -153,7 +153,7 @@ class Counting:
             evaluation=evaluation, probing=probing, samples=float(record.samples.sum()),
             tokens=float(record.tokens.sum()), size=size_tokens / tokens if tokens else self.meter.size.active,
             upload_bytes=record.upload_bytes, download_bytes=record.download_bytes, seconds=record.seconds,
-            updates=1.0, error=error, steps=steps, counted=counted,
+            cohort=int((record.local_steps > 0).sum()), updates=1.0, error=error, steps=steps, counted=counted,
         )  # fmt: skip
         self.ledger.add_clients(zip(record.clients.tolist(), record.flops.tolist(), strict=True))
         self._own.add(evaluation=-sent[0], probing=-sent[1])

@@ -99,6 +99,7 @@ def report(
     operators: dict[str, Operator],
     position: Position | None,
     law: Law | None,
+    no_position: str = "",
 ) -> None:
     """Table and advice in the terminal, figure and operators in TensorBoard, ``position.json`` in the run's folder."""
     if not trainer.is_global_zero:
@@ -107,9 +108,12 @@ def report(
     console.print(_table(ledger, size, clients, position))
     if position is not None:
         console.print(position.sentences(), highlight=False)
+    elif no_position:
+        console.print(f"No position: {no_position}.", highlight=False)
     if (folder := run_folder(trainer)) is not None:
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "position.json").write_text(json.dumps(_facts(ledger, size, clients, position), indent=1), "utf8")
+        facts = _facts(ledger, size, clients, position, no_position)
+        (folder / "position.json").write_text(json.dumps(facts, indent=1), "utf8")
     if position is not None and law is not None:
         show(trainer, "compute/position", plot(position, law))
     for writer in writers(trainer, "add_text"):
@@ -118,7 +122,9 @@ def report(
         writer.add_text("compute/operators", _coverage(operators), trainer.global_step)
 
 
-def _facts(ledger: Ledger, size: ParameterCounts, clients: int, position: Position | None) -> dict[str, Any]:
+def _facts(
+    ledger: Ledger, size: ParameterCounts, clients: int, position: Position | None, no_position: str
+) -> dict[str, Any]:
     """What a fit needs to know of the run, what it cost, and where it stands if a law says so."""
     facts: dict[str, Any] = {
         "params": ledger.average_params, "tokens": ledger.tokens, "flops": ledger.training_flops, "clients": clients,
@@ -128,7 +134,7 @@ def _facts(ledger: Ledger, size: ParameterCounts, clients: int, position: Positi
         "flops_interval": list(ledger.flops_interval), "steps": ledger.steps, "counted_steps": ledger.counted,
     }  # fmt: skip
     # A position may be that at the end of a budget; what was spent is spent.
-    return {"law": None, **({} if position is None else position.as_dict()), **facts}
+    return {"law": None, "no_position": no_position, **({} if position is None else position.as_dict()), **facts}
 
 
 def _table(ledger: Ledger, size: ParameterCounts, clients: int, position: Position | None) -> Table:
@@ -145,20 +151,24 @@ def _table(ledger: Ledger, size: ParameterCounts, clients: int, position: Positi
         ("  counted in steps", f"{ledger.counted:,.0f} for {ledger.steps:,.0f}" if ledger.steps else ""),
         ("  forward and backward", f"{flops['forward']:.2e} and {flops['backward']:.2e}"),
         ("  of 6 x parameters x tokens", "" if math.isnan(ratio) else f"{ratio:.2f} times"),
-        (f"  mean of {clients:,} clients" if clients > 1 else "", f"{ledger.training_flops / clients:.3e}"),
+        (f"  mean of {clients:,} clients a round" if clients > 1 else "", f"{ledger.training_flops / clients:.3e}"),
         *((f"FLOPs of {purpose}", f"{flops[purpose]:.2e}") for purpose in flops if purpose not in _TRAINING),
         ("Seconds", f"{ledger.seconds:,.1f}"),
         ("Energy", "" if ledger.joules is None else f"{ledger.joules:,.0f} J"),
         ("Sent and received", _bytes(ledger)),
     ]
     if position is not None:
-        rows += [
-            (f"Best size under {position.law}", f"{position.optimal_params:,.0f}"),
-            ("  95 % interval by its constants", _ends(*position.ends)),
-            ("  within 1 % of its loss", _ends(position.low, position.high)),
-            ("Predicted loss", f"{position.predicted_loss:.4g}"),
-            ("  of the best size", f"{position.optimal_loss:.4g}"),
-        ]
+        for each in position.readings if position.known_rho and position.known_rho.is_span else (position,):
+            at = f", rho {each.rho:g}" if position.known_rho else ""
+            rows += [
+                (f"Best size under {each.law}{at}", f"{each.optimal_params:,.0f}"),
+                ("  95 % interval by its constants", _ends(*each.ends)),
+                ("  within 1 % of its loss", _ends(each.low, each.high)),
+                ("Predicted loss", _number(each.predicted_loss)),
+                ("  of the best size", _number(each.optimal_loss)),
+            ]
+        if round(position.params) != round(ledger.average_params):
+            rows.append((f"Parameters as {position.law} counts them", f"{position.params:,.0f}"))
     for name, value in rows:
         if name and value and value != f"{0:.2e}":
             table.add_row(name, value)
@@ -166,6 +176,10 @@ def _table(ledger: Ledger, size: ParameterCounts, clients: int, position: Positi
 
 
 _TRAINING = ("forward", "backward")
+
+
+def _number(value: float) -> str:
+    return f"{value:.4g}" if math.isfinite(value) else ""
 
 
 def _bytes(ledger: Ledger) -> str:

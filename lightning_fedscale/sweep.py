@@ -8,6 +8,7 @@ import math
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -15,14 +16,18 @@ from typing import Any
 import lightning.pytorch as pl
 import pandas as pd
 import torch
+from torch.utils._pytree import tree_leaves
 
 from lightning_fedscale import randomness
 from lightning_fedscale.callbacks.compute_accounting import ComputeAccounting
+from lightning_fedscale.checks import integer
+from lightning_fedscale.scaling.project import LEVELS
 from lightning_fedscale.scaling.runs import LOSSES
+from lightning_fedscale.scaling.tuning import best_rate, tuned
 from lightning_fedscale.strategy import FederatedStrategy
 
-LEVELS = (1 / 16, 1 / 4, 1.0)
-"""Shares of the compute that are trained with: a law of size and data takes several amounts of both."""
+_WIDEN = 6
+"""At most so many more learning rates where the best is at an end of the grid."""
 
 
 def sweep(
@@ -37,6 +42,8 @@ def sweep(
     loss: str | None = None,
     local_steps: int = 5,
     seed: int = 0,
+    seeds: int = 1,
+    rates: Sequence[float] = (0.5, 1.0, 2.0),
     strategy: Callable[[int], FederatedStrategy] | None = None,
     trainer: dict[str, Any] | None = None,
     each: Callable[[dict[str, Any]], None] | None = None,
@@ -46,23 +53,30 @@ def sweep(
     Each run stops at its share of the compute, counted in FLOPs of its own step, and is then validated. Rows are
     written as they come; a sweep that was interrupted goes on with what is missing.
 
+    The learning rate is tuned for every size, number of clients and amount of compute, with the first seed; where the
+    best is at an end of the grid, more are tried beyond it. With several seeds, those after the first train at the best
+    rate and count. Clients take fewer steps each, and at one rate for all what division costs comes out anywhere.
+
     Args:
         module: makes the module of a size: a class or function.
         data: makes the data module; it needs a validation loader.
         sizes: four or more, that span a factor of ten in parameters at least.
         flops: training compute of the largest runs, of all clients together; others take a quarter and a sixteenth.
-        clients: numbers of clients.
+        clients: numbers of clients that train in a round.
         argument: of ``module``, which makes the model larger or smaller.
-        folder: where ``runs.csv`` goes.
+        folder: where ``runs.csv`` goes, with every run at every rate.
         loss: name of the logged validation loss; None for the first of the usual names.
         local_steps: batches of a client in a round.
-        seed: of weights, partition and order.
-        strategy: makes the strategy for a number of clients; None for equal parts and `local_steps`.
+        seed: of weights, partition and order, the first of ``seeds``.
+        seeds: how many; the first is there to tune where there are several.
+        rates: to try, as multiples of the module's own learning rate. One of them alone tunes nothing.
+        strategy: makes the strategy in which so many clients train a round; None for equal parts and `local_steps`.
         trainer: arguments of the Trainer.
         each: called with every new row.
 
     Returns:
-        A row per run: ``size``, ``params``, ``clients``, ``tokens`` and ``flops`` (of one client), ``loss``, ``share``.
+        A row per run that counts: ``size``, ``params``, ``clients``, ``tokens`` and ``flops`` (of one client),
+        ``loss``, ``share``, ``seed``, ``learning_rate`` (a multiple of the module's own).
 
     Raises:
         ValueError: for too few sizes, a module without that argument, or a loss that is not logged.
@@ -71,31 +85,85 @@ def sweep(
         if not callable(given):
             raise TypeError(f"{name}={given!r}: pass a class or a function that makes it.")
     _check(module, argument, sizes, flops, clients)
+    grid = _grid(rates)
+    seeds = integer("seeds", seeds, 1)
     path = Path(folder, "runs.csv")
     path.parent.mkdir(parents=True, exist_ok=True)
     rows: list[dict[str, Any]] = []
     if path.is_file():
         rows = [{str(name): value for name, value in row.items()} for row in pd.read_csv(path).to_dict("records")]
-    asked = {"argument": argument, "flops_asked": flops, "local_steps": local_steps, "seed": seed}
+    asked = {"argument": argument, "flops_asked": flops, "local_steps": local_steps}
     for row in rows:
         if changed := [name for name, value in asked.items() if {"argument": "size", **row}.get(name) != value]:
             raise ValueError(
                 f"folder={str(folder)!r}: holds a sweep with other {', '.join(changed)}; name another folder."
             )
-    done = {(row["size"], row["clients"], row["share"]) for row in rows}
-    for number, size, share in product(clients, sizes, LEVELS):
-        if (size, number, share) in done:
-            continue
-        kind = _strategy(number, local_steps, seed) if strategy is None else strategy(number)
+    keys = ("size", "clients", "share", "seed", "learning_rate")
+    done = {tuple({"learning_rate": 1.0, **row}[name] for name in keys): float(row["loss"]) for row in rows}
+
+    def loss_of(size: int, number: int, share: float, own: int, rate: float) -> float:
+        key = (size, number, share, own, rate)
+        if key in done:
+            return done[key]
+        kind = _strategy(number, local_steps, own) if strategy is None else strategy(number)
         # Not `seed_everything`: the caller's generators and environment are not the sweep's.
         with quiet(), randomness.untouched():
-            randomness.seed_globals(seed, torch.device("cpu"))
-            found = _train(module(**{argument: size}), data(), kind, flops * share, number, loss, trainer or {})
-        rows.append({"size": size, "share": share, **asked, **found})
+            randomness.seed_globals(own, torch.device("cpu"))
+            net = _at_rate(module(**{argument: size}), rate)
+            found = _train(net, data(), kind, flops * share, number, loss, trainer or {})
+        rows.append({"size": size, "share": share, **asked, "seed": own, "learning_rate": rate, **found})
         pd.DataFrame(rows).to_csv(path, index=False)
         if each is not None:
             each(rows[-1])
-    return pd.DataFrame(rows)
+        done[key] = float(found["loss"])
+        return done[key]
+
+    for number, size, share in product(clients, sizes, LEVELS):
+        best = _tune(grid, partial(loss_of, size, number, share, seed))
+        for own in range(seed + 1, seed + seeds):
+            loss_of(size, number, share, own, best)
+    return tuned(pd.DataFrame(rows)).table.reset_index(drop=True)
+
+
+def _tune(grid: Sequence[float], loss_at: Callable[[float], float]) -> float:
+    """The rate with the least loss, of a grid that goes on as long as the best is at its end."""
+    tried = {rate: loss_at(rate) for rate in grid}
+    for _ in range(_WIDEN):
+        best, is_end = best_rate(list(tried), list(tried.values()))
+        if not is_end:
+            break
+        ordered = sorted(tried)
+        beyond = ordered[-1] ** 2 / ordered[-2] if best == ordered[-1] else ordered[0] ** 2 / ordered[1]
+        tried[beyond] = loss_at(beyond)
+    return best_rate(list(tried), list(tried.values()))[0]
+
+
+def _grid(rates: Sequence[float]) -> list[float]:
+    if not rates or any(isinstance(each, bool) or not isinstance(each, (int, float)) or each <= 0 for each in rates):
+        raise ValueError(f"rates={rates!r}: pass multiples of the module's own learning rate, such as [0.5, 1, 2].")
+    return sorted({float(each) for each in rates})
+
+
+def _at_rate(module: pl.LightningModule, factor: float) -> pl.LightningModule:
+    """The module with its learning rates times a factor, those of its schedulers too."""
+    if factor == 1.0:
+        return module
+    configure = module.configure_optimizers
+
+    def configured() -> Any:
+        found = configure()
+        for part in tree_leaves(found, is_leaf=lambda leaf: hasattr(leaf, "param_groups") or hasattr(leaf, "base_lrs")):
+            for group in getattr(part, "param_groups", ()):
+                group.update({name: group[name] * factor for name in _RATES if name in group})
+            if hasattr(part, "base_lrs"):
+                part.base_lrs = [rate * factor for rate in part.base_lrs]
+        return found
+
+    module.configure_optimizers = configured  # type: ignore[method-assign]
+    return module
+
+
+_RATES = ("lr", "initial_lr", "max_lr", "min_lr")
 
 
 def _check(

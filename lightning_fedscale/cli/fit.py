@@ -22,6 +22,7 @@ def fit(
     task: str = "this task",
     holdout: bool = True,
     bootstrap: int = 200,
+    flops_per: float | None = None,
     output: str = ".",
     json: bool = False,
 ) -> None:
@@ -35,11 +36,15 @@ def fit(
         task: what the runs did; the law holds for that.
         holdout: keep the runs of the largest compute out and report their error.
         bootstrap: number of refits behind the intervals.
+        flops_per: FLOPs per parameter and token, where these are right and far from 6.
         output: folder for fedscale_law.json, report.md and fit.png.
         json: print one JSON object instead of tables.
     """
     made("output", output)
-    finish(make_fit(_expanded(runs), law, holdout=holdout, bootstrap=bootstrap, loss=loss, task=task), output, json)
+    found = make_fit(
+        _expanded(runs), law, holdout=holdout, bootstrap=bootstrap, loss=loss, task=task, flops_per=flops_per
+    )  # fmt: skip
+    finish(found, output, json)
 
 
 def _expanded(runs: list[str]) -> list[str]:
@@ -71,6 +76,10 @@ def finish(found: Fit, output: str, json: bool) -> None:
     console.print(table)
     held_out = "" if found.held_out != found.held_out else f", {found.held_out:.2g} of the largest, which were held out"
     console.print(f"Error of the log-loss: {found.error:.2g} of the runs that were fitted{held_out}")
+    if found.rho is not None:
+        console.print(f"rho: {found.learning_rate}")
+    for note in found.notes:
+        console.print(f"Note: {note}")
     if found.problems:
-        console.print(f"No best size: {'; '.join(found.problems)}. Add sizes, data or compute to the sweep.")
+        console.print(f"No best size: {'; '.join(found.problems)}. Mend the table, or add runs to it.")
     console.print(f"Law: {law} (law='auto' takes it, in its folder); report: {page}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json as json_format
+from typing import Literal
 
 from rich.console import Console
 from rich.measure import Measurement
@@ -19,7 +20,7 @@ def plan(
     flops: float,
     clients: int | list[int] = 1,
     law: str = "auto",
-    rho: float | None = None,
+    rho: float | list[float] | Literal["auto"] = "auto",
     device: str | list[str] | None = None,
     tokens: float | None = None,
     local_steps: int = 30,
@@ -32,11 +33,11 @@ def plan(
 
     Args:
         flops: training compute of all clients together, such as 1e20.
-        clients: number of clients; several in a list, '[1, 10, 100]'.
+        clients: number of clients that train in a round; several in a list, '[1, 10, 100]'.
         law: a scaling law by name, or a file of fedscale fit; by default fedscale_law.json of this folder, if there is
             one, else Chinchilla's, which holds for text.
-        rho: what division among clients costs: 1 counts the average client's compute, 0 all of it; by default that of
-            the law's file, else 1.
+        rho: what division among clients costs: 1 counts the average client's compute, 0 all of it; the two ends of a
+            span in a list; by default the one that was measured with the law, else 0 to 1, and the plan is for 1.
         device: what the clients are, such as 'phone', for memory and time; several in a list, '[phone, jetson]'.
         tokens: that each client holds, if that is few.
         local_steps: batches between exchanges.
@@ -75,7 +76,7 @@ def _show(console: Console, plans: list[Plan]) -> None:
 def _table(plans: list[Plan]) -> Table:
     first = plans[0]
     devices = ", ".join(first.devices)
-    title = f"{first.flops:.3g} FLOPs, {first.law} ({first.task}), rho {first.rho:g}" + (devices and f", {devices}")
+    title = f"{first.flops:.3g} FLOPs, {first.law} ({first.task}), {plans[-1].of_rho}" + (devices and f", {devices}")
     table = Table("", *(f"{each.clients:,} client{'s' if each.clients > 1 else ''}" for each in plans), title=title)
     for column in table.columns[1:]:
         column.justify = "right"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 from lightning_fedscale.checks import integer
@@ -22,6 +23,8 @@ def sweep(
     clients: list[int] = [1, 4],  # noqa: B006
     argument: str = "size",
     local_steps: int = 5,
+    rates: list[float] = [0.5, 1.0, 2.0],  # noqa: B006
+    seeds: int = 1,
     loss: str | None = None,
     law: str = "Rosenfeld",
     task: str = "this task",
@@ -38,9 +41,12 @@ def sweep(
         data: class of the LightningDataModule, with a validation loader.
         flops: training compute of the largest runs, of all clients together, such as 1e12.
         sizes: values of the module's argument; they should span a factor of ten in parameters or more.
-        clients: numbers of clients.
+        clients: numbers of clients that train in a round.
         argument: name of the module's argument that makes the model larger or smaller.
         local_steps: batches of a client in a round.
+        rates: learning rates to try for each size and number of clients, as multiples of the module's own; more are
+            tried where the best is the first or the last.
+        seeds: how many; where several, the first is there to find the learning rate, and the others count.
         loss: name of the logged validation loss; by default the first of the usual names.
         law: form of the law, by name.
         task: what the module does; the law holds for that.
@@ -53,8 +59,8 @@ def sweep(
 
     def show(row: dict[str, Any]) -> None:
         print(
-            f"size {row['size']}, clients {row['clients']}: {row['params']:,.0f} parameters,"
-            f" {row['tokens']:,.0f} tokens or samples each, loss {row['loss']:.4f}",
+            f"size {row['size']}, clients {row['clients']}, rate {row['learning_rate']:g}: {row['params']:,.0f}"
+            f" parameters, {row['tokens']:,.0f} tokens or samples each, loss {row['loss']:.4f}",
             file=sys.stderr,
         )
 
@@ -62,11 +68,11 @@ def sweep(
     bootstrap = integer("bootstrap", bootstrap, 0)
     for name, folder in (("runs", runs), ("output", output)):
         made(name, folder)
-    table = run_sweep(
+    run_sweep(
         _named("module", module), _named("data", data), sizes, flops, clients, argument=argument, folder=runs,
-        loss=loss, local_steps=local_steps, trainer={"accelerator": accelerator}, each=show,
+        loss=loss, local_steps=local_steps, rates=rates, seeds=seeds, trainer={"accelerator": accelerator}, each=show,
     )  # fmt: skip
-    finish(make_fit(table, law, bootstrap=bootstrap, task=task), output, json)
+    finish(make_fit([str(Path(runs, "runs.csv"))], law, bootstrap=bootstrap, task=task), output, json)
 
 
 def _named(argument: str, path: str) -> Any:

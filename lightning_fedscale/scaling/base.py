@@ -12,6 +12,7 @@ import numpy as np
 from scipy.optimize import minimize_scalar
 
 from lightning_fedscale.scaling.form import Form, Interval, gathered, positive
+from lightning_fedscale.scaling.rho import Rho
 
 
 class Allocation(NamedTuple):
@@ -54,16 +55,23 @@ class Law(Form):
         flops_per: FLOPs that one token costs per parameter in training, forward and backward; 6 for transformers and
             multilayer perceptrons, more where weights are used several times.
         fitted_rho: what division among clients costs, if that was fitted along.
+        counts: which parameters its sizes count: "all", with embedding tables; "head", without the tables of the
+            input; "blocks", without both tables of the vocabulary; "active", as `ComputeAccounting` counts them.
+        knows_clients: whether the number of clients is in its formula, so that ``rho`` plays no part.
         problems: why the runs that it was fitted to determine no best size, in words; then none is given.
         spread: how far the published constants may be off, if that is known.
         no_optimum: why the law prefers no size, if it does not.
+        no_loss: why the law does not predict the loss of every run, if so.
     """
 
     columns: ClassVar[tuple[str, ...]] = ("params", "tokens")
     spread: ClassVar[Spread | None] = None
     no_optimum: ClassVar[str] = ""
+    no_loss: ClassVar[str] = ""
+    counts: ClassVar[str] = "active"
+    knows_clients: ClassVar[bool] = False
     flops_per: float = field(default=6.0, kw_only=True)
-    fitted_rho: float | None = field(default=None, kw_only=True, repr=False, compare=False)
+    fitted_rho: Rho | None = field(default=None, kw_only=True, repr=False, compare=False)
     problems: tuple[str, ...] = field(default=(), kw_only=True, repr=False, compare=False)
 
     def loss(self, params: float, tokens: float) -> float:
@@ -107,7 +115,7 @@ class Law(Form):
 
         Federated compute counts as ``flops * clients**-rho`` of a single client's: all of it for data parallelism
         (``rho=0``), the average client's for ``rho=1``, as arXiv 2511.12188 says that the optimal size is to be
-        estimated; what `DiLoCo` replicas lose in loss amounts to about 0.24.
+        estimated. What `DiLoCo` replicas lose reads as 0.24 along its own 20 tokens per parameter, see `federated`.
 
         Args:
             flops: of all clients together, or of each of them if they are unequal.
@@ -150,7 +158,7 @@ class Law(Form):
         if self.refits:
             for refit in self.refits:
                 law = self.replace(**gathered(refit.constants), refits=())
-                yield law, refit.rho if rho == self.fitted_rho else rho
+                yield law, refit.rho if self.fitted_rho is not None and rho == self.fitted_rho.value else rho
         elif self.spread is not None and all(self.constants[k] == v for k, v in self.spread.constants.items()):
             unknowns = [self.unknowns[name] for name in self.spread.constants]
             centre = [each.theta(value) for each, value in zip(unknowns, self.spread.constants.values(), strict=True)]
@@ -206,6 +214,10 @@ class Law(Form):
 
     def _loss(self, params: float, tokens: float) -> float:
         return float(self.predict(params=params, tokens=tokens))
+
+    def _loss_federated(self, params: float, tokens: float, clients: int, rho: float) -> float:
+        """As `loss_federated`, unchecked; NaN where the law says nothing."""
+        return self._loss(params, tokens * effective_flops(clients, clients, rho))
 
     def _best_params(self, flops: float) -> float:
         return minimiser(

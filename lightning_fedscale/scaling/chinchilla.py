@@ -45,6 +45,7 @@ class Chinchilla(Law):
 
     source: ClassVar[str] = "form arXiv 2203.15556, constants arXiv 2404.10102"
     holds: ClassVar[Range] = Range("text", params=(4e7, 2e10), flops=(1e18, 1e24))
+    counts: ClassVar[str] = "all"  # arXiv 2406.12907, on why Kaplan's sizes and these differ
     unknowns: ClassVar[Mapping[str, Unknown]] = TERMS
     spread: ClassVar[Spread | None] = SPREAD
 
@@ -163,6 +164,7 @@ class Rosenfeld(Chinchilla):
     source: ClassVar[str] = "form arXiv 1909.12673"
     units: ClassVar[str] = "parameters, samples, loss"
     holds: ClassVar[Range] = Range("any")
+    counts: ClassVar[str] = "active"
     spread: ClassVar[Spread | None] = None
 
     E: float = None  # type: ignore[assignment]

@@ -33,6 +33,7 @@ class Kaplan(Law):
 
     source: ClassVar[str] = "arXiv 2001.08361"
     holds: ClassVar[Range] = Range("text", params=(7e2, 1.5e9), flops=(1e15, 1e22))
+    counts: ClassVar[str] = "blocks"
 
     units: ClassVar[str] = "parameters without embeddings, tokens, nats per token"
     unknowns: ClassVar[Mapping[str, Unknown]] = {
@@ -90,6 +91,8 @@ class Porian(Law):
 
     source: ClassVar[str] = "arXiv 2406.19146, refit of its data files"
     holds: ClassVar[Range] = Range("text", params=(5e6, 9e8), flops=(1e16, 2e19))
+    counts: ClassVar[str] = "head"
+    no_loss: ClassVar[str] = "it is a law of best sizes"
 
     size: float = 0.1189
     exponent: float = 0.4969

@@ -44,6 +44,10 @@ class DiLoCo(Law):
 
     source: ClassVar[str] = "arXiv 2503.09799, refit of its tables with a floor"
     holds: ClassVar[Range] = Range("text", params=(3.5e7, 1e10), clients=(1, 8))
+    # Its 35 M, 90 M and 180 M are 12 layers width^2 and one table of 32,768 tokens together.
+    counts: ClassVar[str] = "all"
+    knows_clients: ClassVar[bool] = True
+    no_loss: ClassVar[str] = "it was fitted at 20 tokens of all replicas together per parameter"
     columns: ClassVar[tuple[str, ...]] = ("params", "clients")
     unknowns: ClassVar[Mapping[str, Unknown]] = {
         "A": LINEAR, "alpha": Unknown(-0.5, -0.05, positive=False), "beta": Unknown(0.0, 0.1, positive=False),
@@ -62,14 +66,25 @@ class DiLoCo(Law):
         """Table 10's power law, ``19.226 N^-0.0985 M^0.0116``."""
         return cls(19.226, -0.0985, 0.0116, 0.0, replicas)
 
-    def _loss(self, params: float, tokens: float) -> float:
-        # The law knows one ratio of tokens to parameters only.
-        self.warn_outside(clients=self.replicas)
-        if not 0.99 < tokens / (20.0 * params) < 1.01:
+    def loss(self, params: float, tokens: float) -> float:
+        """Loss of a model of ``params`` parameters after ``20 params`` tokens of all replicas.
+
+        Raises:
+            ValueError: for another number of tokens: the law knows one ratio only.
+        """
+        found = super().loss(params, tokens)
+        if math.isnan(found):
             raise ValueError(
                 f"tokens={tokens:.4g}: DiLoCo's law holds for 20 tokens per parameter, {20 * params:.4g} here."
             )
-        return float(self.predict(params=params))
+        return found
+
+    def _loss(self, params: float, tokens: float) -> float:
+        self.warn_outside(clients=self.replicas)
+        return float(self.predict(params=params)) if 0.99 < tokens / (20.0 * params) < 1.01 else math.nan
+
+    def _loss_federated(self, params: float, tokens: float, clients: int, rho: float) -> float:
+        return self.replace(replicas=clients)._loss(params, tokens * clients)
 
     def formula(self, c: Any, run: Any) -> Any:
         """``A N^alpha M^beta + floor``; a fit takes the replicas from the runs' clients."""

@@ -20,6 +20,9 @@ class Federated:
         >>> law = federated(Chinchilla(), rho=0.24)
         >>> f"{law.optimal_federated(1e20, 10).params:.3e}"
         '6.429e+08'
+        >>> from lightning_fedscale.scaling import DiLoCo
+        >>> print(f"{2 * 0.0116 / -DiLoCo.published().alpha:.2f}")  # where that rho is from
+        0.24
     """
 
     law: Law
@@ -48,7 +51,10 @@ def federated(law: Any, rho: float = 1.0, clients: int = 1) -> Federated:
 
     Args:
         law: any law, its name, or a file of `Fit.save`.
-        rho: 1 as arXiv 2511.12188, about 0.24 as DiLoCo's replicas, 0 as data parallelism, or fitted.
+        rho: 1 as arXiv 2511.12188, 0 as data parallelism, or fitted. 0.24 is DiLoCo's law read along its own frontier:
+            there ``D = 20 N``, so that loss falls as ``C**-0.049``, and ``M**0.0116`` for M replicas is worth
+            ``C M**-0.24``. It is no property of all federated training, nor of DiLoCo at a fixed size, where the same
+            tables read 0.08 to 0.17, more with more replicas: choose a size for replicas by `DiLoCo` itself.
         clients: number of clients, where none is passed later.
 
     Raises:

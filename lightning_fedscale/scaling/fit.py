@@ -18,8 +18,11 @@ from lightning_fedscale.scaling.chinchilla import Chinchilla, Rosenfeld
 from lightning_fedscale.scaling.dual import FloatArray
 from lightning_fedscale.scaling.form import Form, Interval, Range, Refit, closest, gathered
 from lightning_fedscale.scaling.isoflop import IsoFlop, isoflop
-from lightning_fedscale.scaling.runs import columns_of, decades, runs_table
+from lightning_fedscale.scaling.rho import Rho
+from lightning_fedscale.scaling.runs import columns_of, decades, runs_to_fit
 from lightning_fedscale.scaling.search import Problem
+from lightning_fedscale.scaling.tuning import NOT_TOLD, NOT_TUNED
+from lightning_fedscale.scaling.units import doubt_of_rho, doubts_of_flops
 
 _WIDE = 10.0
 """Ends of the interval of a best size that are further apart than this factor determine none."""
@@ -41,6 +44,8 @@ class Fit:
         table: the runs, with a column "fitted" (else held out).
         condition: of the Hessian, scaled: how hard the constants are to tell apart.
         bootstrap: number of refits behind the intervals.
+        learning_rate: whether it was tuned, in words, which matters to ``rho`` most.
+        notes: what is doubtful about the runs, in words, without ruling a best size out.
     """
 
     law: Any
@@ -54,6 +59,8 @@ class Fit:
     table: pd.DataFrame = field(repr=False)
     condition: float
     bootstrap: int
+    learning_rate: str = NOT_TOLD
+    notes: tuple[str, ...] = ()
 
     def optimal(self, flops: float, clients: int = 1) -> Interval:
         """The best model size for so much compute of all clients together, with its interval.
@@ -79,6 +86,8 @@ class Fit:
             "error": self.error,
             "held_out": self.held_out,
             "problems": list(self.problems),
+            "learning_rate": self.learning_rate,
+            "notes": list(self.notes),
         }
         Path(path).write_text(json.dumps(_plain(document), indent=1), encoding="utf-8")
 
@@ -92,6 +101,7 @@ def fit(
     seed: int = 0,
     loss: str | None = None,
     task: str = "this task",
+    flops_per: float | None = None,
 ) -> Fit:
     """Fit a law to runs.
 
@@ -103,7 +113,9 @@ def fit(
     Args:
         runs: a table (DataFrame, or mapping of columns), a CSV file, or directories of runs that were trained with
             `ComputeAccounting`. Columns: ``loss``, what the law needs (``params`` and ``tokens``, as a rule; ``flops``
-            will do for tokens), and ``clients``; tokens and FLOPs are those of one client.
+            will do for tokens), and ``clients``, those that train in a round; tokens and FLOPs are those of one of
+            them. With ``learning_rate`` (or ``lr``), and ``seed``, the runs at the best rate of each size and number of
+            clients count.
         law: `Rosenfeld` (any task), `Chinchilla` (text), or any form with constants to be found: a class, its name, or
             an object whose other constants count.
         holdout: keep the runs of the largest compute out and report their error.
@@ -111,6 +123,8 @@ def fit(
         seed: of the resampling.
         loss: name of the logged loss, for directories.
         task: what the runs did; the law holds for that.
+        flops_per: FLOPs per parameter and token, where these are right and far from 6, as with convolutions over large
+            images; None takes them from the runs, and doubts what is far off.
 
     Raises:
         ValueError: for runs without the columns, with numbers that are not positive, too few, or of one size only.
@@ -126,7 +140,8 @@ def fit(
     if isinstance(bootstrap, bool) or not isinstance(bootstrap, int) or bootstrap < 0:
         raise ValueError(f"bootstrap={bootstrap!r}: pass a number of refits, at least 0.")
     form = form_of(law)
-    table = runs_table(runs, form, loss)
+    runs_found = runs_to_fit(runs, form, loss)
+    table = runs_found.table
     by_size = {"params", "tokens"} <= set(form.columns)
     has_best = by_size and isinstance(form, Law) and not form.no_optimum
     if by_size and isinstance(form, Law):
@@ -148,11 +163,21 @@ def fit(
         intervals["exponent"] = Interval.of(fitted.exponent, shares)
     rho = intervals.pop("rho", None)
     price = 1.0 if rho is None else rho.value
-    if rho is not None:
-        fitted = fitted.replace(fitted_rho=price)
+    notes = list(runs_found.notes)
+    if rho is not None and isinstance(fitted, Law):
+        fitted = fitted.replace(fitted_rho=_measured(rho, runs_found.said))
+        if runs_found.said == NOT_TUNED:
+            notes.append(
+                "rho at one learning rate says little: clients take fewer steps each, and at a rate that is too small"
+                " loss depends on steps alone, which makes rho 1; try several rates (fedscale sweep does)"
+            )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         problems = _problems(table, fitted, condition, price) if has_best else []
+        if has_best:
+            problems += doubts_of_flops(table, flops_per)
+        if rho is not None and (doubt := doubt_of_rho(rho)) is not None:
+            problems.append(doubt)
         known = fitted if isinstance(fitted, Law) and not fitted.missing else None
         second = isoflop(table, known, price, seed) if has_best else None
     return Fit(
@@ -167,6 +192,8 @@ def fit(
         table.assign(fitted=~kept_out),
         condition,
         bootstrap,
+        runs_found.said,
+        tuple(notes),
     )
 
 
@@ -207,16 +234,26 @@ def law_from_file(path: str | Path) -> tuple[Law, float | None]:
             ends: dict[str, Any] = {name: tuple(where[name]) for name in ("params", "flops", "clients")}
             refits = [Refit(each, math.nan if rho is None else rho) for each, rho in document.get("refits", [])]
             law = law.replace(fitted_on=Range(where["task"], **ends), refits=tuple(refits))
-        rho = None if document.get("rho") is None else float(document["rho"][0])
-        law = law.replace(problems=tuple(document.get("problems", ())), fitted_rho=rho)
+        law = law.replace(problems=tuple(document.get("problems", ())), fitted_rho=_rho_of(document))
     except FileNotFoundError:
         raise ValueError(f"law={str(path)!r}: there is no such file.") from None
     except (AssertionError, KeyError, TypeError, json.JSONDecodeError) as error:
         raise ValueError(f"law={str(path)!r} is not a law file ({error!r}): write one with Fit.save.") from error
-    return law, rho
+    return law, None if law.fitted_rho is None else law.fitted_rho.value
 
 
 # ---- parts
+
+
+def _measured(rho: Interval, learning_rate: str) -> Rho:
+    return Rho(*rho, f"measured, {learning_rate}", is_measured=True)
+
+
+def _rho_of(document: dict[str, Any]) -> Rho | None:
+    if document.get("rho") is None:
+        return None
+    ends = [math.nan if end is None else float(end) for end in document["rho"]]
+    return _measured(Interval(*ends), document.get("learning_rate", NOT_TOLD))
 
 
 def _problem(table: pd.DataFrame, form: Form, several: bool) -> Problem:

@@ -10,8 +10,10 @@ PURPOSES = ("forward", "backward", "optimizer", "aggregation", "evaluation", "pr
 convolutions, attention and recurrent layers, a multiplication and an addition as two. Optimizer and aggregation
 are counted element by element. Evaluation is validation and test. Probing is what callbacks run on the side."""
 
-_SUMS = ("samples", "tokens", "size_tokens", "upload_bytes", "download_bytes", "seconds", "updates", "energy", "meters",
-         "steps", "counted", "error")  # fmt: skip
+_SUMS = (
+    "samples", "tokens", "size_tokens", "cohort_tokens", "upload_bytes", "download_bytes", "seconds", "updates",
+    "energy", "meters", "steps", "counted", "error",
+)  # fmt: skip
 
 
 class Ledger:
@@ -23,6 +25,7 @@ class Ledger:
         samples: trained on, every pass counted.
         tokens: the same in tokens.
         size_tokens: sum of active parameters times tokens.
+        cohort_tokens: sum of a round's clients times its tokens; 0 without clients.
         upload_bytes: sent by clients.
         download_bytes: sent to clients.
         seconds: of training.
@@ -44,7 +47,7 @@ class Ledger:
     def __init__(self) -> None:
         self.flops = dict.fromkeys(PURPOSES, 0.0)
         self.clients: dict[int, float] = {}
-        self.samples = self.tokens = self.size_tokens = 0.0
+        self.samples = self.tokens = self.size_tokens = self.cohort_tokens = 0.0
         self.upload_bytes = self.download_bytes = self.seconds = self.updates = 0.0
         self.energy = self.meters = 0.0
         self.steps = self.counted = self.error = 0.0
@@ -65,6 +68,11 @@ class Ledger:
         return self.size_tokens / self.tokens if self.tokens else 0.0
 
     @property
+    def average_cohort(self) -> int:
+        """Clients that train in a round, averaged over tokens, to the nearest whole number; 1 without clients."""
+        return max(1, round(self.cohort_tokens / self.tokens)) if self.tokens else 1
+
+    @property
     def six_n_ratio(self) -> float:
         """Training FLOPs over ``6 parameters tokens``: near 1 for transformers, more where weights are used often."""
         return self.training_flops / (6.0 * self.size_tokens) if self.size_tokens else float("nan")
@@ -74,12 +82,13 @@ class Ledger:
         """Energy, None where it cannot be read."""
         return self.energy if self.meters else None
 
-    def add(self, *, tokens: float = 0.0, size: float = 0.0, **amounts: float) -> None:
+    def add(self, *, tokens: float = 0.0, size: float = 0.0, cohort: int = 0, **amounts: float) -> None:
         """Add what was spent: FLOPs by purpose, and the sums by name.
 
         Args:
             tokens: trained on.
             size: active parameters of the model that they trained.
+            cohort: clients that trained on them.
             amounts: of `PURPOSES`, or of what this class sums up.
         """
         for name, amount in amounts.items():
@@ -89,6 +98,7 @@ class Ledger:
                 setattr(self, name, getattr(self, name) + amount)
         self.tokens += tokens
         self.size_tokens += size * tokens
+        self.cohort_tokens += cohort * tokens
 
     def add_clients(self, flops: Iterable[tuple[int, float]]) -> None:
         """Note the training FLOPs of clients, which `add` has got as a sum."""
@@ -114,6 +124,8 @@ class Ledger:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from there."""
         self.flops = {**state["flops"]}
+        # An older checkpoint says nothing of some, and of the cohort no more than who has trained.
+        known = {"cohort_tokens": len(state["clients"]["ids"]) * state["tokens"], **state}
         for name in _SUMS:
-            setattr(self, name, state.get(name, 0.0))  # an older checkpoint says nothing of some
+            setattr(self, name, known.get(name, 0.0))
         self.clients = dict(zip(state["clients"]["ids"], state["clients"]["flops"], strict=True))

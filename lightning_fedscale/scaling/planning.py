@@ -13,6 +13,7 @@ from lightning_fedscale.scaling.compute import Kaplan
 from lightning_fedscale.scaling.diloco import DiLoCo
 from lightning_fedscale.scaling.form import Interval, positive
 from lightning_fedscale.scaling.project import law_of
+from lightning_fedscale.scaling.rho import Rho, rho_of
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -53,7 +54,7 @@ class Plan:
 
     Attributes:
         flops: training compute of all clients together.
-        clients: number of clients, all of which train.
+        clients: number of clients that train in a round.
         params: model size.
         params_low: least size that the uncertainty of the law's constants admits as best; None where not known, or
             where the size follows from ``tokens``.
@@ -76,6 +77,9 @@ class Plan:
         training_bytes: weights, gradients and Adam's moments; activations come on top.
         fits: whether all devices hold these, and a batch of one token where its bytes are known.
         days: of computing and exchanging on the slowest of the devices; None without one.
+        rho_low: least that ``rho`` may be; the intervals are of all from there.
+        rho_high: most that it may be.
+        rho_source: how it is known.
     """
 
     flops: float
@@ -101,6 +105,23 @@ class Plan:
     training_bytes: float
     fits: bool | None
     days: float | None
+    rho_low: float
+    rho_high: float
+    rho_source: str
+
+    @property
+    def of_rho(self) -> str:
+        """What was assumed, in words.
+
+        Example:
+            >>> plan(1e20, 10).of_rho, plan(1e20, 10, rho=0.5).of_rho
+            ('rho 1, the upper end of 0 to 1 (not measured)', 'rho 0.5')
+        """
+        if self.rho_low == self.rho_high:
+            return f"rho {self.rho:g}"
+        if self.rho == self.rho_high:
+            return f"rho {self.rho:g}, the upper end of {self.rho_low:g} to {self.rho_high:g} ({self.rho_source})"
+        return f"rho {self.rho:.3g}, {self.rho_low:.3g} to {self.rho_high:.3g} ({self.rho_source})"
 
     def as_dict(self) -> dict[str, Any]:
         """Numbers by name."""
@@ -111,7 +132,7 @@ def plan(
     flops: float,
     clients: int = 1,
     law: Any = "auto",
-    rho: float | None = None,
+    rho: float | Sequence[float] | Rho | str | None = "auto",
     device_class: Device | Sequence[Device] = (),
     tokens: float | None = None,
     local_steps: int = 30,
@@ -126,9 +147,11 @@ def plan(
 
     Args:
         flops: training compute of all clients together.
-        clients: number of clients.
+        clients: number of clients that train in a round; who is registered and waits does not count.
         law: a law with a best size, its name, a file of `Fit.save`, or "auto": the project's own, else `Chinchilla`.
-        rho: what division among clients costs; None for that of the law's file, else 1.
+        rho: what division among clients costs: a number, the two ends of a span, or "auto" for the one that was
+            measured with the law, and 0 to 1 without. Of a span the plan is that for its upper end, the most careful
+            one, and the intervals are of all of it.
         device_class: what the clients are, for memory and time; of several, the slowest and the smallest count.
         tokens: that each client holds; the model is then as large as the compute allows on these, if that is smaller
             than what the law would take. Under `RepeatedData` they may be repeated instead.
@@ -146,13 +169,14 @@ def plan(
         >>> f"{found.params:.3g} parameters, {found.tokens_per_client:.3g} tokens each, loss {found.loss:.2f}"
         '2.62e+08 parameters, 6.36e+09 tokens each, loss 2.93'
         >>> f"{found.loss_low:.2f} to {found.loss_high:.2f}"
-        '2.89 to 2.95'
+        '2.60 to 2.95'
     """
-    chosen, fitted = law_of(law, text=True)
+    chosen, _ = law_of(law, text=True)
     if chosen is None:
         raise ValueError("law=None: a plan needs a law; fit one to runs of your own (fedscale sweep).")
     positive("flops", flops)
-    price = (1.0 if fitted is None else fitted) if rho is None else rho
+    known = rho_of(rho, chosen.fitted_rho)
+    price = known.value
     _check(local_steps, utilization, activation_bytes)
     devices = _devices(device_class)
     if tokens is not None:
@@ -161,6 +185,11 @@ def plan(
             chosen = chosen.replace(unique_tokens=tokens * effective_flops(clients, clients, price))
     params, held, size, scarce = _size(chosen, flops, clients, price, tokens)
     loss = chosen.interval_of_loss(params, held, clients, price)
+    is_open = clients > 1 and known.low < known.high and not chosen.knows_clients
+    if is_open and not (known.is_measured and chosen.refits):  # which have a rho each
+        ends = known.low, known.high
+        size = _over([chosen.interval_of_size(flops, clients, end) for end in ends], size)
+        loss = _over([chosen.interval_of_loss(params, held, clients, end) for end in ends], loss)
     text = chosen.domain.task == "text" and math.isfinite(loss.value)
     batch, limit = _batch(chosen, params, loss.value, clients, devices, activation_bytes) if text else (None, None)
     steps = local_steps if batch is None else max(1, min(local_steps, int(held / batch)))
@@ -191,6 +220,9 @@ def plan(
         training_bytes=_ADAM_BYTES * params,
         fits=all(params * _ADAM_BYTES + token <= each.memory for each in devices) if devices else None,
         days=_days(devices, flops / clients, utilization, params, rounds),
+        rho_low=known.low if is_open else price,
+        rho_high=known.high if is_open else price,
+        rho_source=known.source or "passed",
     )
 
 
@@ -211,11 +243,17 @@ def plot_plans(plans: Sequence[Plan]) -> Figure:
         axes.spines[["top", "right"]].set_visible(False)
     left.set(xscale="log", yscale="log", xlabel="clients", ylabel="best size in parameters")
     right.set(xscale="log", xlabel="clients", ylabel="predicted loss")
-    figure.suptitle(f"{plans[0].flops:.3g} FLOPs in all, {plans[0].law}, rho {plans[0].rho:g}")
+    figure.suptitle(f"{plans[0].flops:.3g} FLOPs in all, {plans[0].law}, {plans[-1].of_rho}")
     return figure
 
 
 # ---- parts
+
+
+def _over(intervals: Sequence[Interval], middle: Interval) -> Interval:
+    """The interval that holds all of several, values as well as ends."""
+    found = [number for each in intervals for number in each if math.isfinite(number)]
+    return Interval(middle.value, min(found), max(found)) if found else middle
 
 
 def _check(local_steps: int, utilization: float, activation_bytes: float | None) -> None:

@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any
 
 from scipy.optimize import brentq
 
-from lightning_fedscale.scaling.base import Law, effective_flops
-from lightning_fedscale.scaling.federated import federated
+from lightning_fedscale.scaling.base import Law
 from lightning_fedscale.scaling.form import Interval, positive
 from lightning_fedscale.scaling.project import needed_law
+from lightning_fedscale.scaling.rho import Rho, rho_of
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -22,19 +22,27 @@ if TYPE_CHECKING:
 TOLERANCE = 0.01
 """Share of the predicted loss by which a size may be worse than the best one and still counts as good."""
 
+_FLAT = 2.0
+"""Under a law that knows no loss, sizes within this factor of the best count as good: under Chinchilla's, 1 % of the
+loss is a factor of 1.8 either way at 1e18 FLOPs, and 2.7 at 1e22."""
+
 _UNKNOWN = Interval(math.nan, math.nan, math.nan)
+_ENDS = {0.0: "as data parallelism", 1.0: "the average client's compute"}
 
 
 @dataclass(frozen=True)
 class Position:
     """A run and the best size for what it costs, under a law.
 
+    What division among clients costs may be known as a span only. Then the single numbers here are those of its upper
+    end, `readings` has both, and `advice` gives a verdict only where all of the span agrees.
+
     Attributes:
         law: the law's name.
-        params: model size.
+        params: model size, as the law counts it.
         tokens: tokens, or samples, that all clients trained on.
         flops: training FLOPs of all clients.
-        clients: number of clients.
+        clients: number of clients that train in a round.
         rho: what division among clients costs, ``C_eff = C clients**-rho``.
         optimal_params: the best size for this compute and so many clients.
         low: smallest size whose predicted loss is within 1 % of the best.
@@ -42,9 +50,13 @@ class Position:
         predicted_loss: of this run.
         optimal_loss: of the best size.
         catch_up: how many times the compute would make this very size the best; NaN where the law does not say.
-        uncertainty: the best size with its 95 % interval by the law's constants; its ends are NaN where nothing is
-            known of these.
+        uncertainty: the best size with its 95 % interval by the law's constants and by ``rho``; its ends are NaN where
+            nothing is known of these.
         outside: which numbers of the run lie outside of what the law was fitted on.
+        no_loss: why the law predicts no loss of this run, if it does not.
+        known_rho: ``rho`` with its ends, and how it is known.
+        readings: the positions at both ends of ``rho``, lower end first; empty where it is one number, and for one
+            client.
     """
 
     law: str
@@ -61,6 +73,9 @@ class Position:
     catch_up: float = math.nan
     uncertainty: Interval = _UNKNOWN
     outside: tuple[str, ...] = ()
+    no_loss: str = ""
+    known_rho: Rho | None = None
+    readings: tuple[Position, ...] = ()
 
     @property
     def size_ratio(self) -> float:
@@ -77,49 +92,137 @@ class Position:
         """Of the 95 % interval of the best size."""
         return self.uncertainty.low, self.uncertainty.high
 
+    @property
+    def verdict(self) -> str | None:
+        """Whether the size is too large, too small or right; None where constants, or ``rho``, leave it open."""
+        if self.readings and self.known_rho is not None and self.known_rho.is_span:
+            found = {each.verdict for each in self.readings}
+            return found.pop() if len(found) == 1 else None
+        verdict, (low, high) = self._verdict(self.optimal_params), self.ends
+        if verdict == "right":
+            is_open = any(math.isfinite(end) and self._verdict(end) != "right" for end in (low, high))
+        else:
+            is_open = low <= self.params <= high
+        return None if is_open else verdict
+
+    def _verdict(self, best: float) -> str:
+        # The band of good sizes moves with the best one.
+        low = 1 / _FLAT if math.isnan(self.low) else self.low / self.optimal_params
+        high = _FLAT if math.isnan(self.high) else self.high / self.optimal_params
+        ratio = self.params / best
+        return "too large" if ratio > high else "too small" if ratio < low else "right"
+
     def advice(self) -> str:
         """One sentence.
 
         Example:
             >>> from lightning_fedscale.scaling import Chinchilla
-            >>> print(position_of(Chinchilla(), params=1e9, tokens=1e20 / 6e9, flops=1e20, clients=10).advice())
-            3.8 times (3.4 to 4.2) too large for 10 clients; a 262 M model would reach 2.93 instead of 3.06; or raise
-            compute 13.6 times
+            >>> run = {"params": 1e9, "tokens": 1e20 / 6e9, "flops": 1e20, "clients": 10}
+            >>> print(position_of(Chinchilla(), **run, rho=1.0).advice())
+            3.8 times (3.4 to 4.2) too large for 10 clients (rho 1); a 262 M model would reach 2.93 instead of 3.06; or
+            raise compute 13.6 times
+            >>> print(position_of(Chinchilla(), **run).advice())
+            no verdict for 10 clients, since what they cost is not known: with rho 0 (as data parallelism) the size is
+            right, and 853 M the best; with rho 1 (the average client's compute) it is 3.8 times (3.4 to 4.2) too large,
+            and 262 M the best; measure rho with fedscale sweep
         """
-        among = "one client" if self.clients == 1 else f"{self.clients:,} clients"
-        if self.low <= self.params <= self.high:
-            best = _short(self.optimal_params)
-            return f"the size is right for {among}: within {TOLERANCE:.0%} of the loss of the best, {best}"
-        large = self.size_ratio > 1
-        factor, low, high = ((self.params / size) ** (1 if large else -1) for size in (self.optimal_params, *self.ends))
-        known = f" ({min(low, high):.1f} to {max(low, high):.1f})" if math.isfinite(low + high) else ""
-        sentence = f"{factor:.1f} times{known} too {'large' if large else 'small'} for {among}"
+        if self.known_rho is not None and self.known_rho.is_span and self.readings:
+            return self._over_the_span(self.known_rho)
+        among, verdict = self._among(), self.verdict
         best = _short(self.optimal_params)
+        if verdict == "right":
+            return f"the size is right for {among}: {self._good()} the best, {best}"
+        if verdict is None:
+            least, most = map(_short, self.ends)
+            return f"no verdict for {among}: the best size is anywhere from {least} to {most}"
+        sentence = f"{self._factor()} {verdict} for {among}"
         article = "an" if re.match(r"8|1[18]\b", best) else "a"
-        sentence += f"; {article} {best}{'' if best[-1].isalpha() else '-parameter'} model would "
-        known_loss = math.isfinite(self.optimal_loss)
-        sentence += f"reach {self.optimal_loss:.3g} instead of {self.predicted_loss:.3g}" if known_loss else "be best"
+        sentence += f"; {article} {best}{'' if best[-1].isalpha() else '-parameter'} model would {self._gain()}"
         if not math.isfinite(self.catch_up):
             return sentence
-        if large:
+        if verdict == "too large":
             return f"{sentence}; or raise compute {self.catch_up:.1f} times"
         return f"{sentence}; this size is best for {1 / self.catch_up:.1f} times less compute"
 
+    def _over_the_span(self, rho: Rho) -> str:
+        lower, upper = self.readings
+        clients = _clients(self.clients)
+        sizes = f"{_short(lower.optimal_params)} (rho {rho.low:g}) to {_short(upper.optimal_params)} (rho {rho.high:g})"
+        how = f"{rho}; measure it with fedscale sweep"
+        if self.verdict == "right":
+            return f"the size is right for {clients}, whatever they cost ({rho}): {self._good()} the best, {sizes}"
+        if self.verdict is None:
+            told = "; ".join(each._told() for each in self.readings)
+            return (
+                f"no verdict for {clients}, since what they cost is not known: {told}; measure rho with fedscale sweep"
+            )
+        factors = sorted(max(each.size_ratio, 1 / each.size_ratio) for each in self.readings)
+        sentence = (
+            f"{factors[0]:.1f} to {factors[1]:.1f} times {self.verdict}, depending on what {clients} cost ({how})"
+        )
+        if not math.isfinite(self.optimal_loss):
+            return f"{sentence}; {sizes} would be best"
+        gains = " to ".join(
+            f"{_short(each.optimal_params)} (rho {each.rho:g}: {each._losses()})" for each in self.readings
+        )
+        return f"{sentence}; best would be {gains}"
+
+    def _told(self) -> str:
+        """One end of a span."""
+        named = f" ({_ENDS[self.rho]})" if self.rho in _ENDS else ""
+        verdict, best = self.verdict, _short(self.optimal_params)
+        if verdict is None:
+            said = f"the best size is anywhere from {' to '.join(map(_short, self.ends))}"
+        else:
+            subject = "the size is right" if verdict == "right" else f"it is {self._factor()} {verdict}"
+            said = f"{subject}, and {best} the best"
+        return f"with rho {self.rho:g}{named} {said}"
+
+    def _among(self) -> str:
+        among = _clients(self.clients)
+        return among if self.clients == 1 or self.known_rho is None else f"{among} ({self.known_rho})"
+
+    def _factor(self) -> str:
+        sign = 1 if self.size_ratio > 1 else -1
+        factor, *ends = ((self.params / size) ** sign for size in (self.optimal_params, *self.ends))
+        known = f" ({min(ends):.1f} to {max(ends):.1f})" if math.isfinite(sum(ends)) and min(ends) < max(ends) else ""
+        return f"{factor:.1f} times{known}"
+
+    def _good(self) -> str:
+        known = math.isfinite(self.optimal_loss) and math.isfinite(self.low + self.high)
+        return f"within {TOLERANCE:.0%} of the loss of" if known else f"within a factor of {_FLAT:g} of"
+
+    def _gain(self) -> str:
+        return f"reach {self._losses()}" if math.isfinite(self.optimal_loss) else "be best"
+
+    def _losses(self) -> str:
+        if not math.isfinite(self.predicted_loss):
+            return f"{self.optimal_loss:.3g}"
+        return f"{self.optimal_loss:.3g} instead of {self.predicted_loss:.3g}"
+
     def sentences(self) -> str:
         """The advice, and whether it is an extrapolation."""
-        return in_sentences(self.advice(), self.law, self.outside)
+        said = in_sentences(self.advice(), self.law, self.outside)
+        return f"{said} {self.law} predicts no loss of this run: {self.no_loss}." if self.no_loss else said
 
     def as_dict(self) -> dict[str, Any]:
         """All of it, with ratio, excess and advice; None for what is not finite."""
         found = {
-            **{name: value for name, value in asdict(self).items() if name != "uncertainty"},
+            **{name: value for name, value in asdict(replace(self, readings=())).items() if name not in _NESTED},
             "outside": list(self.outside),
             "optimal_params_95": [_finite(end) for end in self.ends],
+            "rho_ends": None if self.known_rho is None else [_finite(end) for end in self.known_rho[1:3]],
+            "rho_source": None if self.known_rho is None else self.known_rho.source or "passed",
             "size_ratio": self.size_ratio,
             "excess_loss": self.excess_loss,
+            "verdict": self.verdict,
             "advice": self.advice(),
+            "readings": [each.as_dict() for each in self.readings],
         }
         return {name: _finite(value) if isinstance(value, float) else value for name, value in found.items()}
+
+
+_NESTED = ("uncertainty", "known_rho", "readings")
 
 
 def position_of(
@@ -129,7 +232,7 @@ def position_of(
     tokens: float,
     flops: float,
     clients: int = 1,
-    rho: float = 1.0,
+    rho: float | tuple[float, float] | Rho | str | None = "auto",
     full: bool = True,
 ) -> Position:
     """Where a run stands under a law.
@@ -139,11 +242,12 @@ def position_of(
 
     Args:
         law: any law with a best size, its name, or a file of `Fit.save`.
-        params: model size.
+        params: model size, as the law counts it (`Law.counts`).
         tokens: tokens of all clients together.
         flops: training FLOPs of all clients together.
-        clients: number of clients.
-        rho: see `lightning_fedscale.scaling.Law.optimal_federated`.
+        clients: number of clients that train in a round.
+        rho: what division among clients costs: a number; the two ends of a span; "auto" for the one that was measured
+            with the law, with its interval, and 0 to 1 without.
         full: whether to find ``catch_up`` and ``uncertainty`` too, which takes as long as a few hundred best sizes.
 
     Raises:
@@ -154,27 +258,45 @@ def position_of(
     for name, value in (("params", params), ("tokens", tokens), ("flops", flops)):
         positive(name, value)
     own = needed_law(law).replace(flops_per=flops / (params * tokens))
-    seen = federated(own, rho, clients)
+    # One client shares nothing, and a law of clients knows by itself what division costs.
+    known = None if clients == 1 or own.knows_clients else rho_of(rho, own.fitted_rho)
+
+    def reading(at: float) -> Position:
+        return _reading(own, params, tokens, flops, clients, at, full)
+
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        best, worth = seen.optimal(flops), effective_flops(flops, clients, rho)
+        here = reading(0.0 if known is None else known.value)
+        if known is None or not known.low < known.high:
+            return replace(here, known_rho=known)
+        readings = tuple(replace(reading(end), known_rho=Rho(end, end, end)) for end in (known.low, known.high))
+    ends = here.ends
+    if not (known.is_measured and own.refits):  # refits have a rho each, so that their interval has it already
+        sizes = [size for each in readings for size in (each.optimal_params, *each.ends) if math.isfinite(size)]
+        ends = min(sizes), max(sizes)
+    return replace(
+        here, known_rho=known, readings=readings, uncertainty=Interval(here.optimal_params, *ends) if full else _UNKNOWN
+    )
 
-        def loss(size: float) -> float:
-            # As `Law.loss_federated` has it, whose checks of its arguments would take most of the time here.
-            return own._loss(size, worth / (own.flops_per * size))
 
-        def best_for(factor: float) -> float:
-            return seen.optimal(flops * factor).params
+def _reading(own: Law, params: float, tokens: float, flops: float, clients: int, rho: float, full: bool) -> Position:
+    """The position for one ``rho``."""
+    best = own.optimal_federated(flops, clients, rho)
 
-        low, high = _band(loss, best.params, best.loss)
-        here = Position(
-            own.name, params, tokens, flops, clients, rho, best.params, low, high, loss(params), best.loss,
-            outside=tuple(own.outside(params=params, flops=flops)),
-        )  # fmt: skip
-        if not full:
-            return here
-        catch_up = _solve(lambda factor: best_for(factor) - params, 1e-12, 1e12)
-        return replace(here, catch_up=catch_up, uncertainty=own.interval_of_size(flops, clients, rho))
+    def loss(size: float) -> float:
+        return own._loss_federated(size, flops / (own.flops_per * size * clients), clients, rho)
+
+    low, high = _band(loss, best.params, best.loss)
+    here = Position(
+        own.name, params, tokens, flops, clients, rho, best.params, low, high, loss(params), best.loss,
+        outside=tuple(own.outside(params=params, flops=flops)),
+    )  # fmt: skip
+    if math.isnan(here.predicted_loss):
+        here = replace(here, no_loss=own.no_loss)
+    if not full:
+        return here
+    catch_up = _solve(lambda factor: own.optimal_federated(flops * factor, clients, rho).params - params, 1e-12, 1e12)
+    return replace(here, catch_up=catch_up, uncertainty=own.interval_of_size(flops, clients, rho))
 
 
 def in_sentences(advice: str, law: str, outside: Sequence[str]) -> str:
@@ -198,22 +320,28 @@ def plot(position: Position, law: Law) -> Figure:
     from matplotlib.figure import Figure
 
     law = law.replace(flops_per=position.flops / (position.params * position.tokens))
-    seen = federated(law, position.rho, position.clients)
-    span = max(10.0, 2 * max(position.size_ratio, 1 / position.size_ratio))
-    sizes = [position.optimal_params * span ** (i / 50 - 1) for i in range(101)]
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        losses = [seen.loss(size, position.flops / (law.flops_per * size * position.clients)) for size in sizes]
     figure = Figure(figsize=(6, 4), layout="constrained")
     axes = figure.subplots()
-    axes.axvspan(position.low, position.high, color="tab:green", alpha=0.15, label="within 1 % of the best")
-    axes.plot(sizes, losses, color="tab:blue")
-    axes.plot(position.optimal_params, position.optimal_loss, "o", color="tab:green", label="best size")
-    if all(map(math.isfinite, position.ends)):
-        axes.hlines(position.optimal_loss, *position.ends, color="tab:green", label="its 95 % interval")
-    axes.plot(position.params, position.predicted_loss, "D", color="tab:red", label="this run")
+    is_span = position.known_rho is not None and position.known_rho.is_span
+    for each, color in zip(position.readings if is_span else (position,), ("tab:cyan", "tab:blue"), strict=False):
+        span = max(10.0, 2 * max(each.size_ratio, 1 / each.size_ratio))
+        sizes = [each.optimal_params * span ** (i / 50 - 1) for i in range(101)]
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            tokens = [position.flops / (law.flops_per * size * position.clients) for size in sizes]
+            losses = [
+                law._loss_federated(size, data, position.clients, each.rho)
+                for size, data in zip(sizes, tokens, strict=True)
+            ]
+        named = f" (rho {each.rho:g})" if is_span else ""
+        axes.axvspan(each.low, each.high, color="tab:green", alpha=0.15, label=f"within 1 % of the best{named}")
+        axes.plot(sizes, losses, color=color)
+        axes.plot(each.optimal_params, each.optimal_loss, "o", color="tab:green", label=f"best size{named}")
+        if all(map(math.isfinite, each.ends)):
+            axes.hlines(each.optimal_loss, *each.ends, color="tab:green", label=f"its 95 % interval{named}")
+        axes.plot(each.params, each.predicted_loss, "D", color="tab:red", label=f"this run{named}")
     axes.set(xscale="log", xlabel="parameters", ylabel="predicted loss")
-    axes.set_title(f"{position.law}: {position.flops:.2g} FLOPs on {position.clients:,} client(s)")
+    axes.set_title(f"{position.law}: {position.flops:.2g} FLOPs on {position._among()}")
     axes.legend(frameon=False)
     return figure
 
@@ -233,6 +361,10 @@ def _solve(function: Callable[[float], float], low: float, high: float) -> float
         return math.exp(float(brentq(lambda log: function(math.exp(log)), math.log(low), math.log(high), xtol=1e-5)))
     except ValueError:
         return math.nan
+
+
+def _clients(number: int) -> str:
+    return "one client" if number == 1 else f"{number:,} clients"
 
 
 def _finite(value: float) -> float | None:

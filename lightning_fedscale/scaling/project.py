@@ -10,6 +10,9 @@ from lightning_fedscale.scaling.catalogue import LAW_FILE, law_by_name
 from lightning_fedscale.scaling.chinchilla import Chinchilla
 from lightning_fedscale.scaling.fit import law_from_file
 
+LEVELS = (1 / 16, 1 / 4, 1.0)
+"""Shares of the compute that a sweep trains with: a law of size and data takes several amounts of both."""
+
 
 def project_law(folder: str | Path = ".") -> tuple[Law, float | None] | None:
     """The law that was fitted to the project's own runs, with ``rho``; None without ``fedscale_law.json`` in there."""

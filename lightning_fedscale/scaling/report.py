@@ -14,6 +14,7 @@ from lightning_fedscale.scaling.base import Law
 from lightning_fedscale.scaling.fit import Fit
 from lightning_fedscale.scaling.runs import columns_of
 from lightning_fedscale.scaling.search import HUBER
+from lightning_fedscale.scaling.tuning import TUNED
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -103,7 +104,7 @@ def _head(found: Fit) -> list[str]:
 def _constants(found: Fit) -> list[str]:
     rows = [f"| {name} | {each.value:.5g} | {each.ends} |" for name, each in found.intervals.items()]
     if found.rho is not None:
-        rows.append(f"| rho | {found.rho.value:.4g} | {found.rho.ends} |")
+        rows.append(f"| rho ({found.learning_rate}) | {found.rho.value:.4g} | {found.rho.ends} |")
     return ["| constant | value | 95 % interval |", "|---|---:|---:|", *rows, ""]
 
 
@@ -141,6 +142,7 @@ def _checklist(found: Fit) -> list[str]:
         f"objective: sum of Huber losses (delta {HUBER:g}) of log-loss residuals",
         "search: least squares for linear constants at many starts (Sobol points), the best of them to a minimum with"
         " exact gradients",
+        *(["learning rate: tuned for each size and number of clients"] if found.learning_rate == TUNED else []),
         f"condition of the scaled Hessian: {found.condition:.2g}",
         f"error of the log-loss: {found.error:.2g} on fitted runs"
         + (f", {found.held_out:.2g} on held-out ones" if math.isfinite(found.held_out) else ""),
@@ -153,7 +155,8 @@ def _checklist(found: Fit) -> list[str]:
         "data, its order, and how often it was repeated",
         "architecture by size: what grows, and which parameters are counted (ComputeAccounting counts trained ones that"
         " are not embeddings)",
-        "hyperparameters by size: learning rate, batch, schedule, and how they were tuned",
+        f"hyperparameters by size: batch, schedule, and how they were tuned; the learning rate: {found.learning_rate}",
+        *found.notes,
         "which runs were left out of the table, and why",
         "whether losses are of the end of training or of the way there, and on which data",
         "number of seeds by run",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,15 +13,26 @@ import pandas as pd
 
 from lightning_fedscale.scaling.form import Form
 from lightning_fedscale.scaling.logs import EVENTS, TABLE, read_logs
+from lightning_fedscale.scaling.tuning import RATES, Tuned, tuned
+from lightning_fedscale.scaling.units import notes_of_rows
 
 LOSSES = ("val_loss", "val/loss", "valid_loss", "valid/loss", "validation_loss", "loss/val", "test_loss", "test/loss")
 """Names of the loss that are looked for in logs, in this order."""
 _COUNTS = ("compute/params", "compute/tokens", "compute/flops_total", "compute/flops_per_client")
+_RATE = "compute/learning_rate"
 _SIZES = ("params", "tokens")
+_NUMBERS = (*_SIZES, "flops", "clients", "loss", *RATES)
 
 
 def runs_table(runs: Any, form: Form, loss: str | None = None) -> pd.DataFrame:
+    """The table of `runs_to_fit`."""
+    return runs_to_fit(runs, form, loss).table
+
+
+def runs_to_fit(runs: Any, form: Form, loss: str | None = None) -> Tuned:
     """Runs as a table with what the form needs, ``loss`` and ``clients``; tokens and FLOPs are made up from each other.
+
+    Of runs at several learning rates the best ones count, see `lightning_fedscale.scaling.tuning`.
 
     Args:
         runs: a table (DataFrame, or mapping of columns), a path of a CSV file or of a run's directory (or of one with
@@ -37,17 +49,54 @@ def runs_table(runs: Any, form: Form, loss: str | None = None) -> pd.DataFrame:
         table = read_runs(runs, loss)
     else:
         table = _as_table(runs)
+    for column in {*form.columns, *_NUMBERS} & set(table):
+        _read_words(table, column)
+    notes = notes_of_rows(table)
     table = _completed(table, form)
     for column in _needed(table, form):
-        numbers = pd.to_numeric(table[column], errors="coerce").to_numpy(dtype=np.float64)
-        wrong = ~(np.isfinite(numbers) & ((numbers > 0) | (column == "S2") | column.startswith("share.")))
-        if wrong.any():
-            row = int(wrong.argmax())
-            raise ValueError(
-                f"runs: {column}={numbers[row]:g} in row {row}: leave out runs without a finite {column} above 0."
-            )
-        table[column] = numbers
-    return table.reset_index(drop=True)
+        if column != "loss":
+            _check_column(table, column)
+    found = tuned(table)  # before losses are checked: some rates diverge
+    table = found.table
+    _check_column(table, "loss")
+    return Tuned(table.reset_index(drop=True), found.said, (*notes, *found.notes))
+
+
+def _read_words(table: pd.DataFrame, column: str) -> None:
+    """Make numbers of a column's words, if there are any.
+
+    Raises:
+        ValueError: for words that are no number.
+    """
+    given = table[column]
+    words = np.array([isinstance(each, str) for each in given], dtype=bool)
+    if not words.any():
+        return
+    numbers = pd.to_numeric(given, errors="coerce").to_numpy(dtype=np.float64)
+    if (wrong := words & ~np.isfinite(numbers)).any():
+        row = int(wrong.argmax())
+        raise ValueError(f"runs: {column}={given.iloc[row]!r} in row {row} is no number: write it as 12000 or 1.2e4.")
+    warnings.warn(f"runs: the column {column} holds text, which is read as numbers.", stacklevel=4)
+    table[column] = numbers
+
+
+def _check_column(table: pd.DataFrame, column: str) -> None:
+    """Make floats of a column.
+
+    Raises:
+        ValueError: for a number that cannot be.
+    """
+    numbers = pd.to_numeric(table[column], errors="coerce").to_numpy(dtype=np.float64)
+    wrong = ~(np.isfinite(numbers) & ((numbers > 0) | (column == "S2") | column.startswith("share.")))
+    if wrong.any():
+        row = int(wrong.argmax())
+        raise ValueError(
+            f"runs: {column}={numbers[row]:g} in row {row}: leave out runs without a finite {column} above 0."
+        )
+    if column == "clients" and (wrong := (numbers < 1) | (numbers % 1 != 0)).any():
+        row = int(wrong.argmax())
+        raise ValueError(f"runs: clients={numbers[row]:g} in row {row}: pass whole numbers, at least 1.")
+    table[column] = numbers
 
 
 def columns_of(table: pd.DataFrame, form: Form) -> dict[str, Any]:
@@ -130,10 +179,13 @@ def _read_folder(folder: Path, loss: str | None) -> pd.DataFrame:
     if (folder / "runs.csv").is_file():
         return _read_table(folder / "runs.csv")
     logs = {path.parent for pattern in (EVENTS, TABLE) for path in folder.rglob(pattern)}
-    rows = [row for log in sorted(logs) if (row := _read_run(log, loss)) is not None]
+    rows = {log: row for log in sorted(logs) if (row := _read_run(log, loss)) is not None}
     if not rows:
         raise ValueError(f"runs={str(folder)!r}: no run in there logged {_COUNTS[0]}; train with ComputeAccounting().")
-    return pd.DataFrame(rows)
+    parts, counted = ({str(log.relative_to(folder)).split("/")[0] for log in found} for found in (logs, rows))
+    if others := ", ".join(sorted(parts - counted)):
+        warnings.warn(f"runs={str(folder)!r}: {others} did not log {_COUNTS[0]}, and is left out.", stacklevel=4)
+    return pd.DataFrame(list(rows.values()))
 
 
 def _read_run(log: Path, loss: str | None) -> dict[str, Any] | None:
@@ -145,6 +197,7 @@ def _read_run(log: Path, loss: str | None) -> dict[str, Any] | None:
     if name is None:
         others = ", ".join(sorted(set(last) - {each for each in last if each.startswith("compute/")}))
         raise ValueError(f"loss={loss!r}: {log} has no {' or '.join(names)}; it has {others or 'no other scalar'}.")
+    # That train in a round, as `ComputeAccounting` divides by.
     clients = max(1, round(last["compute/flops_total"] / last["compute/flops_per_client"]))
     return {
         "run": str(log),
@@ -153,6 +206,7 @@ def _read_run(log: Path, loss: str | None) -> dict[str, Any] | None:
         "flops": last["compute/flops_per_client"],
         "clients": clients,
         "loss": last[name],
+        **({"learning_rate": last[_RATE]} if _RATE in last else {}),
     }
 
 

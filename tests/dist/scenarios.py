@@ -22,6 +22,7 @@ from lightning_fedscale.aggregators import trimmed_mean
 from lightning_fedscale.asynchrony import FedBuff
 from lightning_fedscale.attacks import attacked, sign_flip
 from lightning_fedscale.callbacks import ClientMetrics, ComputeAccounting, CriticalPhase
+from lightning_fedscale.scaling import Rosenfeld
 from lightning_fedscale.compressors import error_feedback, power_sgd, qsgd, top_k
 from lightning_fedscale.devices import DeviceClass, Population
 from lightning_fedscale.local_rules import Ditto, fed_dyn, fed_nova, fed_prox, scaffold
@@ -322,7 +323,7 @@ SCENARIOS: dict[str, Scenario] = {
     "accounting": Scenario(
         lambda: {"clients_per_round": 5, "local_epochs": 2},
         lambda: {"max_epochs": 3},
-        callbacks=lambda: [ComputeAccounting(law="Chinchilla", rho=0.5)],
+        callbacks=lambda: [ComputeAccounting(law=Rosenfeld(E=0.2, A=5.0, B=20.0, alpha=0.4, beta=0.4), rho=0.5)],
         afterwards=1,
     ),
     "client_metrics": Scenario(

@@ -160,7 +160,10 @@ def test_division_costs_by_rho() -> None:
     assert plan(1e15, 3, law).rounds is None
     with pytest.raises(ValueError, match="utilization=2"):
         plan(1e20, 1, utilization=2)
-    unknown = plan(1e15, 3, law)
+    spanned = plan(1e15, 3, law)
+    best = law.loss_federated(spanned.params, spanned.tokens_per_client, 3, rho=0.0)
+    assert (spanned.loss_low, spanned.loss_high) == pytest.approx((best, spanned.loss))
+    unknown = plan(1e15, 3, law, rho=1.0)
     assert unknown.loss is not None
     assert math.isfinite(unknown.loss)
     assert unknown.loss_low is None  # nothing is known of these constants' uncertainty

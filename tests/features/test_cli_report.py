@@ -16,11 +16,12 @@ from lightning_fedscale import FederatedStrategy, cli
 from lightning_fedscale.callbacks import ClientMetrics, ComputeAccounting, CriticalPhase, MaxBatchProbe
 from lightning_fedscale.report import facts, read_run, write_page
 from lightning_fedscale.scaling import Rosenfeld
+from lightning_fedscale.scaling.form import Range, Refit
 from tests.features.test_cli_sweep import Data, Net
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
-LAW = Rosenfeld(E=0.6, A=3.0, B=8.0, alpha=0.4, beta=0.35)
+LAW = Rosenfeld(E=0.6, A=1.0, B=0.5, alpha=0.4, beta=0.35)
 
 
 class Records(pl.Callback):
@@ -113,14 +114,16 @@ def test_the_page_holds_everything(ran: tuple[Path, dict[str, Any]], tmp_path: P
 
 
 def test_the_interval_of_the_best_size_is_shown(tmp_path: Path) -> None:
-    train(CSVLogger(tmp_path, name="run"), ComputeAccounting(law="Chinchilla"), rounds=2)
+    others = tuple(Refit({**LAW.constants, "A": A}) for A in (0.8, 0.95, 1.05, 1.2))
+    law = LAW.replace(refits=others, fitted_on=Range("digits", params=(1e4, 1e6), flops=(1e4, 1e12)))
+    train(CSVLogger(tmp_path, name="run"), ComputeAccounting(law=law, rho=1.0), rounds=2)
     run = read_run(tmp_path)
     low, high = facts(run)["position"]["optimal_params_95"]
     assert low < facts(run)["position"]["optimal_params"] < high
     page = write_page(run, tmp_path / "page.html").read_text("utf-8")
     outside = facts(run)["position"]["outside"]
     assert "params=" in outside[0]
-    assert f"This is an extrapolation of Chinchilla: {' and '.join(outside)}, where it was fitted." in page
+    assert f"This is an extrapolation of Rosenfeld: {' and '.join(outside)}, where it was fitted." in page
     assert f"<td>{low:.0f} to {high:.0f}</td>" in page
 
 

@@ -76,7 +76,7 @@ def parameters(size: int) -> int:
 @pytest.fixture(scope="module")
 def swept(tmp_path_factory: pytest.TempPathFactory) -> tuple[pd.DataFrame, Path]:
     folder = tmp_path_factory.mktemp("sweep")
-    return sweep(Net, Data, SIZES, BUDGET, clients=[1, 3], folder=folder, trainer=CPU), folder
+    return sweep(Net, Data, SIZES, BUDGET, clients=[1, 3], folder=folder, rates=[1.0], trainer=CPU), folder
 
 
 def test_a_sweep_spends_what_it_was_given(swept: tuple[pd.DataFrame, Path]) -> None:
@@ -99,7 +99,9 @@ def test_more_compute_is_better_and_an_interrupted_sweep_goes_on(swept: tuple[pd
     table.drop(index=[3, 17]).to_csv(folder / "runs.csv", index=False)
     made_again: list[dict[str, Any]] = []
     outside, environment = torch.get_rng_state(), dict(os.environ)
-    again = sweep(Net, Data, SIZES, BUDGET, clients=[1, 3], folder=folder, trainer=CPU, each=made_again.append)
+    again = sweep(
+        Net, Data, SIZES, BUDGET, clients=[1, 3], folder=folder, rates=[1.0], trainer=CPU, each=made_again.append
+    )  # fmt: skip
     assert len(made_again) == 2
     assert torch.equal(torch.get_rng_state(), outside)
     assert dict(os.environ) == environment
@@ -116,7 +118,15 @@ def test_the_command_makes_a_law_that_runs_go_by(
 ) -> None:
     _, folder = swept
     line = ["sweep", f"--module={HERE}Net", f"--data={HERE}Data", f"--flops={BUDGET}", "--sizes=[2,4,8,16]"]
-    line += ["--clients=[1,3]", f"--runs={folder}", "--bootstrap=20", "--accelerator=cpu", "--task=blobs", "--json"]
+    line += [
+        "--rates=[1.0]",
+        "--clients=[1,3]",
+        f"--runs={folder}",
+        "--bootstrap=20",
+        "--accelerator=cpu",
+        "--task=blobs",
+        "--json",
+    ]
     assert cli.main(line) == 0
     said = json.loads(capsys.readouterr().out)
     assert said["file"] == "fedscale_law.json"
@@ -268,6 +278,8 @@ def test_the_command_names_the_argument_that_the_module_has(caplog: pytest.LogCa
     # And it can be run as it stands.
     command = shlex.split(next(line for line in caplog.text.splitlines() if line.strip().startswith("fedscale sweep")))
     few = [
+        "--rates",
+        "[1.0]",
         "--flops",
         "2e5",
         "--bootstrap",

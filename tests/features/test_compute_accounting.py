@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_fedscale import FederatedStrategy
 from lightning_fedscale.callbacks import ComputeAccounting, CriticalPhase, MaxBatchProbe
-from lightning_fedscale.scaling import Chinchilla, ComputeOnly, Farseer, Rosenfeld, Unfitted, position_of
+from lightning_fedscale.scaling import Chinchilla, ComputeOnly, Farseer, Porian, Range, Rosenfeld, Unfitted, position_of
 from tests.laws import reference
 from tests.networks import GPT, Classifier, tokens
 
@@ -27,6 +27,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*this is an extrapolation")
 
 FORWARD, BACKWARD = 2 * (12 * 16 + 16 * 4), 2 * (12 * 16 + 2 * 16 * 4)
 PER_SAMPLE = FORWARD + BACKWARD
+LAW = Rosenfeld(E=0.6, A=1.0, B=0.5, alpha=0.4, beta=0.4)
 PARAMETERS = 12 * 16 + 16 + 16 * 4 + 4
 
 
@@ -131,7 +132,8 @@ def test_sequences_of_any_length_are_counted() -> None:
 @pytest.mark.parametrize("strategy", ["auto", "federated"])
 def test_nothing_is_counted_twice_after_an_interruption(strategy: str, tmp_path: Path) -> None:
     def run(epochs: int, checkpoint: Path | None = None) -> tuple[ComputeAccounting, pl.Trainer]:
-        accounting = ComputeAccounting(law="Chinchilla")
+        # A law of sizes, which no loss speaks against.
+        accounting = ComputeAccounting(law=Porian(size=1.0).replace(fitted_on=Range("any")))
         kind: Any = federated(executor="sequential") if strategy == "federated" else "auto"
         fit = trainer(accounting, strategy=kind, max_epochs=epochs)
         fit.fit(Net(), data(), data(16), ckpt_path=None if checkpoint is None else str(checkpoint), weights_only=True)
@@ -143,6 +145,7 @@ def test_nothing_is_counted_twice_after_an_interruption(strategy: str, tmp_path:
     resumed, _ = run(6, tmp_path / "stop.ckpt")
     mine, theirs = resumed.ledger.state_dict(), whole.ledger.state_dict()
     assert {**mine, "seconds": 0} == {**theirs, "seconds": 0}
+    assert resumed.position is not None
     assert resumed.position == whole.position
 
 
@@ -205,10 +208,12 @@ def test_a_law_knows_its_domain(capsys: pytest.CaptureFixture[str]) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         trainer(accounting).fit(Classifier(GPT()), DataLoader(text, 8))
+    # Text, and no run that the law says anything of.
     assert accounting.law == Chinchilla()
-    assert accounting.position is not None
+    assert accounting.position is None
+    assert "times less than the least of those that Chinchilla was fitted on" in accounting.no_position
     assert accounting.ledger.tokens == 2 * 24 * 32
-    assert "Best size under Chinchilla" in capsys.readouterr().out
+    assert "No position: " in capsys.readouterr().out
 
 
 def test_a_fitted_law_is_read_from_its_file(tmp_path: Path) -> None:
@@ -380,13 +385,13 @@ def test_nonsense_about_tokens_ends_the_run_before_it_begins(strategy: str, toke
 
 def test_all_promised_names_are_logged() -> None:
     run = trainer(
-        CriticalPhase(action="observe"), ComputeAccounting(law="Chinchilla", budget=1e9), strategy=federated(),
+        CriticalPhase(action="observe"), ComputeAccounting(law=LAW, budget=1e9), strategy=federated(),
         max_epochs=10,
     )  # fmt: skip
     run.fit(Net(), data(112, 8))
     names = (
         "flops_total flops_per_client tokens params optimal_params size_ratio predicted_loss excess_loss budget_used"
-        " critical_batch_ratio"
+        " critical_batch_ratio clients learning_rate size_ratio_low size_ratio_high"
     )
     assert {f"compute/{name}" for name in names.split()} <= set(run.callback_metrics)
     values = {name: float(value) for name, value in run.callback_metrics.items()}
@@ -409,6 +414,9 @@ def test_logs_reach_any_logger(tmp_path: Path) -> None:
         ({"law": Farseer()}, Unfitted, "Farseer: its constants are not published"),
         ({"law": 3}, TypeError, "law=3: pass 'auto'"),
         ({"rho": float("nan")}, ValueError, "rho=nan"),
+        ({"rho": "automatic"}, ValueError, "rho='automatic': pass a number"),
+        ({"rho": (0.5, 1.0, 2.0)}, ValueError, "rho="),
+        ({"clients": 0}, ValueError, "clients=0"),
         ({"budget": 0}, ValueError, "budget=0: pass a number of FLOPs above 0"),
         ({"max_flops": -1}, ValueError, "max_flops=-1"),
         ({"tokens_fn": 3}, TypeError, "tokens_fn=3"),

@@ -225,7 +225,7 @@ def test_callbacks_from_a_file(tmp_path: Path) -> None:
     made = {type(each).__name__: each for each in ran.trainer.callbacks}  # type: ignore[attr-defined]
     assert {"CriticalPhase", "ComputeAccounting", "ServerEMA", "MaxBatchProbe"} <= set(made)
     assert made["ComputeAccounting"].law == Kaplan()
-    assert made["ComputeAccounting"].position is not None
+    assert "fitted on" in made["ComputeAccounting"].no_position  # a model this small is none of Kaplan's
     assert isinstance(made["CriticalPhase"].detector, phases.Detector)
     assert made["MaxBatchProbe"].result.budget == 2**20
 

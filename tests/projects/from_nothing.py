@@ -29,13 +29,14 @@ ROOT = Path(__file__).resolve().parents[2]
 DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 SHOWN = ("round/loss", "round/drift", "compute/flops_total", "compute/size_ratio")
 
-# Chinchilla's law is one of text: here it shows what a report looks like, not how large a model for digits should be.
+# A law made up for this: it shows what a report looks like, not how large a model for digits should be.
 OLD = "trainer = pl.Trainer(max_epochs=10, "
 NEW = """from lightning_fedscale import FederatedStrategy
     from lightning_fedscale.callbacks import ComputeAccounting
+    from lightning_fedscale.scaling import Rosenfeld
 
     strategy = FederatedStrategy(num_clients=20, clients_per_round=10, partitioner="dirichlet")
-    accounting = ComputeAccounting(law="Chinchilla")
+    accounting = ComputeAccounting(law=Rosenfeld(E=0.2, A=50.0, B=200.0, alpha=0.5, beta=0.5))
     trainer = pl.Trainer(max_epochs=30, strategy=strategy, callbacks=[accounting], """
 
 YAML = """
@@ -46,7 +47,10 @@ trainer:
     init_args: {num_clients: 20, clients_per_round: 10, partitioner: dirichlet}
   callbacks:
     - class_path: lightning_fedscale.callbacks.ComputeAccounting
-      init_args: {law: Chinchilla}
+      init_args:
+        law:
+          class_path: lightning_fedscale.scaling.Rosenfeld
+          init_args: {E: 0.2, A: 50.0, B: 200.0, alpha: 0.5, beta: 0.5}
 """
 
 

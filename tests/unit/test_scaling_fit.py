@@ -348,7 +348,7 @@ def test_a_report_states_what_it_must(tmp_path: Path) -> None:
     found = fit(made(noise=0.002, clients=(1, 8), rho=0.5), bootstrap=25)
     page = write_report(found, tmp_path).read_text(encoding="utf-8")
     assert (tmp_path / "fit.png").stat().st_size > 20_000
-    for words in ("| alpha | ", "| rho | ", "## Best sizes", "biased", "- [x] runs: 70, of which 63 fitted",
+    for words in ("| alpha | ", "| rho (", "## Best sizes", "biased", "- [x] runs: 70, of which 63 fitted",
                   "- [x] intervals: 25 refits", "- [ ] hyperparameters by size", "params: 1e+04 to 3e+06"):  # fmt: skip
         assert words in page
     assert "do not determine" not in page
@@ -384,7 +384,8 @@ def test_what_the_runs_cannot_say_is_not_said() -> None:
         (lambda t: t.drop(columns="loss"), "the column loss is missing; there are params, tokens, clients"),
         (lambda t: t.drop(columns="tokens"), "a column tokens or flops is missing"),
         (lambda t: t.assign(loss=math.nan), "loss=nan in row 0"),
-        (lambda t: t.assign(loss="n/a"), "loss=nan in row 0"),
+        (lambda t: t.assign(loss="n/a"), "loss='n/a' in row 0 is no number: write it as"),
+        (lambda t: t.assign(clients=1.5), "clients=1.5 in row 0: pass whole numbers"),
         (lambda t: t.assign(clients=0), "clients=0 in row 0"),
         (lambda t: t.assign(params=1e6), "all have 1,000,000 parameters"),
         (lambda t: t.head(3), "runs for 5 constants: fit 10 or more"),

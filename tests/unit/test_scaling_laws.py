@@ -459,7 +459,7 @@ def test_what_is_known_of_constants_becomes_an_interval() -> None:
 
 
 def test_a_position_has_the_interval_of_the_law() -> None:
-    run = {"params": 1e9, "tokens": 1e20 / 6e9, "flops": 1e20, "clients": 10}
+    run: Any = {"params": 1e9, "tokens": 1e20 / 6e9, "flops": 1e20, "clients": 10, "rho": 1.0}
     position, size = position_of(Chinchilla(), **run), Chinchilla().interval_of_size(1e20, 10)
     assert position.ends == pytest.approx((size.low, size.high))
     ratios = f"{1e9 / size.value:.1f} times ({1e9 / size.high:.1f} to {1e9 / size.low:.1f}) too large"

@@ -1,0 +1,159 @@
+"""The command at the end of a run without a law: a sweep of this very project, which can be run as it is printed."""
+
+from __future__ import annotations
+
+import inspect
+import re
+import shlex
+import sys
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+from torch import nn
+
+from lightning_fedscale.scaling.project import LEVELS, sweep_command
+from lightning_fedscale.scaling.tuning import RATES
+
+_SIZES = ("size", "width", "hidden_size", "hidden_dim", "d_model", "n_embd", "dim", "channels", "depth", "num_layers")
+"""What modules usually call the argument that makes them larger."""
+_LARGER = re.compile(r"width|hidden|depth|size|dim|channels|features|units|embd|d_model|layers")
+_FIXED = re.compile(r"(^|_)(in|out|input|output|num|n|vocab|image|img|batch|kernel|patch|seq|target)(_|$)|classes")
+_FOLDER = "fedscale_sweep"
+
+
+def sweep_advice(trainer: pl.Trainer, module: pl.LightningModule, flops: float) -> str:
+    """How to get a law of this task, in words and as a command.
+
+    Args:
+        trainer: of the run.
+        module: of the run.
+        flops: that the run took, and the largest runs of the sweep will.
+    """
+    arguments = inspect.signature(type(module)).parameters
+    argument = next((name for name in _SIZES if name in arguments), None)
+    given = _missing(arguments, argument)
+    if (argument is None or given) and (command := _multirun(trainer, module, flops)) is not None:
+        return f"This trains a sweep that can identify a law, and fits it:\n    {command}"
+    data: Any = getattr(trainer, "datamodule", None)
+    line = sweep_command(_path(module), _path(data), flops, argument or "NAME")
+    stands = [] if argument else ["NAME is the module's argument that makes it larger"]
+    if _path(module) is None:
+        stands.append("my_package.MyModule is the module's class, in a file that can be imported")
+    elif given:
+        name = f"{type(module).__module__}.make"
+        line = line.replace(f"--module {_path(module)}", f"--module {name}")
+        own = ", ".join(given)
+        stands.append(
+            f"{name} is a function of {argument or 'NAME'} that you add, which makes the module with its {own}"
+        )
+    if _path(data) is None:
+        stands.append("my_package.MyDataModule is a LightningDataModule with a validation loader")
+    elif needed := _missing(inspect.signature(type(data)).parameters, None):
+        stands.append(f"{_path(data)} needs a function around it that passes {', '.join(needed)}")
+    named = f", where {'; '.join(stands)}" if stands else ""
+    return f"This trains the smallest sweep that can identify a law, and fits it{named}:\n    {line}"
+
+
+def _missing(arguments: Mapping[str, inspect.Parameter], known: str | None) -> list[str]:
+    """Arguments that must be given, but for one."""
+    kinds = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    return [
+        name for name, each in arguments.items() if each.kind in kinds and each.default is each.empty and name != known
+    ]
+
+
+def _path(what: object) -> str | None:
+    """Where an object's class is imported from; None where that cannot be."""
+    of = type(what)
+    is_elsewhere = what is not None and of.__module__ != "__main__" and "<" not in of.__qualname__
+    return f"{of.__module__}.{of.__qualname__}" if is_elsewhere else None
+
+
+# ---- projects that Hydra puts together
+
+
+def _multirun(trainer: pl.Trainer, module: pl.LightningModule, flops: float) -> str | None:
+    """The project's own script over sizes, compute, clients and learning rates; None without Hydra."""
+    if "hydra" not in sys.modules:
+        return None
+    from hydra.core.hydra_config import HydraConfig
+    from omegaconf import OmegaConf
+
+    if not HydraConfig.initialized():
+        return None
+    hydra = HydraConfig.get()
+    file = Path(hydra.runtime.output_dir, hydra.output_subdir or "", "config.yaml")
+    if not file.is_file():
+        return None
+    config = OmegaConf.to_container(OmegaConf.load(file), resolve=False)
+    nodes = dict(_nodes(config, ""))
+    size = _size(nodes, module)
+    counts = next((key for key, node in nodes.items() if node["_target_"].endswith("ComputeAccounting")), None)
+    if size is None or counts is None:
+        return None
+    swept = {**size, f"++{counts}.max_flops": ",".join(f"{flops * level:.2g}" for level in LEVELS)}
+    rate = next(
+        ((f"{key}.{name}", node[name]) for key, node in nodes.items() for name in RATES if name in node),
+        None,
+    )
+    if rate is not None and isinstance(rate[1], (int, float)):
+        swept[rate[0]] = ",".join(f"{rate[1] * factor:g}" for factor in (0.5, 1.0, 2.0))
+    if (strategy := next((key for key, node in nodes.items() if "num_clients" in node), None)) is not None:
+        swept |= {f"{strategy}.num_clients": "1,4", f"++{strategy}.clients_per_round": "null"}
+    swept["++trainer.max_epochs" if "trainer" in nodes else "++max_epochs"] = "-1"
+    if isinstance(config, dict) and "logger" in config and not trainer.loggers:
+        swept["logger"] = "csv"
+    swept["hydra.sweep.dir"] = _FOLDER
+    names = {name.lstrip("+") for name in swept}
+    kept = [
+        each for each in (*hydra.overrides.hydra, *hydra.overrides.task)
+        if each.split("=")[0].lstrip("+") not in {*names, "hydra.mode", "hydra.run.dir"}
+    ]  # fmt: skip
+    line = [*_script(hydra.runtime.cwd), "-m", *kept, *(f"{name}={value}" for name, value in swept.items())]
+    loss = next((name for name in trainer.callback_metrics if re.search(r"val.*loss|loss.*val", name)), None)
+    law = f"fedscale fit {_FOLDER}" + ("" if loss is None else f" --loss={loss}")
+    return f"{shlex.join(line)} && {law}"
+
+
+def _script(folder: str) -> list[str]:
+    script = Path(sys.argv[0])
+    if script.name == "fedscale":
+        return ["fedscale", "train"]
+    at = script.resolve()
+    return ["python", str(at.relative_to(folder) if at.is_relative_to(folder) else at)]
+
+
+def _nodes(config: Any, path: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Everything with a target, by where it is."""
+    if not isinstance(config, dict):
+        return
+    if "_target_" in config:
+        yield path, config
+    for name, part in config.items():
+        yield from _nodes(part, f"{path}.{name}" if path else str(name))
+
+
+def _size(nodes: Mapping[str, dict[str, Any]], module: pl.LightningModule) -> dict[str, str] | None:
+    """What makes the model larger, with five values; other widths of the same network follow the first."""
+    from hydra.utils import get_class
+
+    parts = [type(part) for part in module.modules() if isinstance(part, nn.Module)]
+    for key, node in nodes.items():
+        try:
+            is_part = get_class(node["_target_"]) in parts
+        except Exception:
+            continue  # a function
+        names = [
+            name for name, value in node.items()
+            if isinstance(value, int) and not isinstance(value, bool) and value > 1
+            and _LARGER.search(name) and not _FIXED.search(name)
+        ]  # fmt: skip
+        if is_part and names:
+            first, *others = sorted(names, key=lambda name: _SIZES.index(name) if name in _SIZES else len(_SIZES))
+            widths = [name for name in others if "layers" not in name and "depth" not in name]
+            values = sorted({max(1, round(node[first] * factor)) for factor in (0.25, 0.5, 1, 2, 4)})
+            follow = {f"{key}.{name}": f"${{{key}.{first}}}" for name in widths}
+            return {f"{key}.{first}": ",".join(map(str, values)), **follow}
+    return None
