@@ -156,6 +156,7 @@ class Meter:
         self._multiplied: set[str] = set()
         self._uncounted = math.nan
         self._alone = 0
+        self._last: tuple[Form, int, _Counted, BatchCost | None] | None = None
         self.operators: dict[str, Operator] = {}
         self.counts_text = False
         self.evaluations = Evaluations()
@@ -275,9 +276,13 @@ class Meter:
             return self._scaled(form, samples, name)
         return self._estimate(counted, scale, form, samples, flags)
 
-    def met(self, form: Form, samples: int) -> None:
-        """A batch that `expected` told of is one more of its kind."""
-        self._of("training_step", form, self._flags(), samples)[0].steps += 1
+    def side_by_side(self, form: Form, samples: int) -> BatchCost | None:
+        """What one of several batches costs that share a form, the same object, and a step."""
+        if self._last is None or self._last[0] is not form or self._last[1] != samples or self._last[3] is None:
+            counted = self._of("training_step", form, self._flags(), samples)[0]
+            self._last = form, samples, counted, self.expected(form, samples)
+        self._last[2].steps += 1
+        return self._last[3]
 
     def optimizer_cost(self) -> float:
         """Operations of an optimizer step, once its state is there; 0 where batches tell themselves."""
@@ -312,14 +317,15 @@ class Meter:
 
     def _of(self, name: str, form: Form, flags: tuple[bool, ...], samples: int | None = None) -> tuple[_Counted, float]:
         """What is known of a signature, and what that is to be multiplied by."""
+        exact = form
         if form.first is None and samples is not None:
-            form = Form(form.spec, (*form.leaves, samples))  # all that is known of its size
-        key = name, form, flags
+            exact = Form(form.spec, (*form.leaves, samples))  # all that is known of its size
+        key = name, exact, flags
         if (known := self._known.get(key)) is not None:
             return known, 1.0
         number, scale = self._signatures.get(name, 0), 1.0
-        if number >= _SIGNATURES and form.elements:
-            key, scale = (f"{name} of any size", form.without_sizes(), flags), float(form.elements)
+        if number >= _SIGNATURES:
+            key, scale = (f"{name} of any size", form.without_sizes(), flags), float(form.elements or samples or 1)
         if (known := self._known.get(key)) is None:
             known = self._known[key] = _Counted()
             self._signatures[name] = number + 1
@@ -490,8 +496,7 @@ class Tally:
 
     def add(self, form: Form, samples: int) -> None:
         """A batch of this form ran side by side with those of others."""
-        self._meter.met(form, samples)
-        if (cost := self._meter.expected(form, samples)) is None:
+        if (cost := self._meter.side_by_side(form, samples)) is None:
             self._lacking.append((form, samples))
         else:
             self._add(cost)

@@ -46,8 +46,8 @@ class Form(NamedTuple):
         return sum(math.prod(leaf.shape) for leaf in self.leaves if isinstance(leaf, _TensorForm))
 
     def without_sizes(self) -> Form:
-        """What batches of all sizes have in common."""
-        return Form(self.spec, tuple((len(f.shape), f.dtype) if isinstance(f, _TensorForm) else f for f in self.leaves))
+        """What batches of all sizes, and with any numbers beside their tensors, have in common."""
+        return Form(self.spec, tuple(map(_without_size, self.leaves)))
 
 
 class _TensorForm(NamedTuple):
@@ -83,6 +83,12 @@ def _form_of_leaf(leaf: Any) -> Any:
     except TypeError:
         return type(leaf)
     return leaf
+
+
+def _without_size(leaf: Any) -> Any:
+    if isinstance(leaf, _TensorForm):
+        return len(leaf.shape), leaf.dtype
+    return leaf if isinstance(leaf, type) else type(leaf)
 
 
 def _without_rows(leaf: Any) -> Any:

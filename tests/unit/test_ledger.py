@@ -50,3 +50,10 @@ def test_sizes_are_averaged_over_tokens() -> None:
     assert ledger.joules is None
     ledger.add(energy=0.0, meters=1.0)
     assert ledger.joules == 0.0
+
+
+def test_a_ledger_of_an_older_checkpoint_goes_on() -> None:
+    old = {name: value for name, value in Ledger().state_dict().items() if name not in ("steps", "counted", "error")}
+    ledger = Ledger()
+    ledger.load_state_dict({**old, "tokens": 5.0})
+    assert (ledger.tokens, ledger.steps, ledger.counted, ledger.error) == (5.0, 0.0, 0.0, 0.0)

@@ -364,6 +364,26 @@ def test_many_sizes_are_told_by_those_before() -> None:
     assert sum(cost.counted for cost in costs) < 100
 
 
+@pytest.mark.parametrize(
+    "beside", [float, lambda rows: Graph(rows), lambda rows: float("nan")], ids=["number", "object", "nan"]
+)
+def test_whatever_is_beside_the_tensors_is_not_counted_for_ever(beside: Callable[[int], Any]) -> None:
+    class Reads(Wrapped):
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            return self.network(batch[0]).sum()
+
+    meter = meter_of(module := Reads(nn.Linear(4, 3)))
+    costs = [run(module, [torch.ones(5, 4), beside(number)], meter) for number in range(300)]
+    assert {cost.flops for cost in costs} == {2 * 2 * 5 * 4 * 3}
+    assert sum(cost.counted for cost in costs) < 90
+    assert len(meter.state_dict()["known"]) < 70
+
+
+class Graph:
+    def __init__(self, nodes: int) -> None:
+        self.nodes = nodes
+
+
 def test_a_formula_that_fails_ends_no_training(monkeypatch: pytest.MonkeyPatch) -> None:
     def fails(*_: Any, **__: Any) -> int:
         raise AssertionError("such shapes are not known")
