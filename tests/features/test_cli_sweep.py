@@ -8,7 +8,7 @@ import os
 import shlex
 import warnings
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import lightning.pytorch as pl
 import pandas as pd
@@ -22,7 +22,8 @@ from lightning_fedscale import FederatedStrategy, cli
 from lightning_fedscale.callbacks import ComputeAccounting
 from lightning_fedscale.scaling import Rosenfeld, fit, law_from_file, project_law, read_runs, sweep_command
 from lightning_fedscale.scaling.project import law_of
-from lightning_fedscale.sweep import LEVELS, sweep
+from lightning_fedscale.scaling.tuning import NOT_TUNED, tuned
+from lightning_fedscale.sweep import LEVELS, _at_rate, sweep
 from tests.laws import reference
 from tests.unit.test_scaling_fit import made
 
@@ -318,3 +319,82 @@ def test_a_law_of_ones_own_is_no_law_of_text() -> None:
     found = fit(made(), Rosenfeld, bootstrap=0)
     assert found.law.domain.task == "this task"
     assert law_of("auto", text=False) == (None, None)
+
+
+# ---- learning rates
+
+
+class Found(NamedTuple):
+    """Runs that a sweep would make."""
+
+    rates: list[tuple[int, int, float, float]]
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> Found:
+    """A sweep whose runs take no time: loss is least at twice the module's rate for one client, at 16 for four."""
+    found = Found([])
+
+    def train(module: Any, data: Any, strategy: Any, flops: float, clients: int, loss: Any, options: Any) -> Any:
+        configured = module.configure_optimizers()
+        rate = configured.param_groups[0]["lr"] / 0.1
+        size = module.net[0].out_features
+        found.rates.append((size, clients, flops, round(rate, 6)))
+        apart = math.log2(rate / (2 if clients == 1 else 16))
+        value = math.nan if rate > 40 else 1.0 + 0.01 * apart**2
+        return {
+            "params": parameters(size),
+            "clients": clients,
+            "tokens": 100.0,
+            "flops": flops / clients,
+            "loss": value,
+        }
+
+    monkeypatch.setattr("lightning_fedscale.sweep._train", train)
+    return found
+
+
+def test_the_rate_is_tuned_for_every_size_and_number_of_clients(quick: Found, tmp_path: Path) -> None:
+    asked: dict[str, Any] = {"sizes": SIZES, "flops": BUDGET, "clients": [1, 4], "folder": tmp_path}
+    table = sweep(Net, Data, **asked)
+    assert len(table) == 2 * len(SIZES) * len(LEVELS)
+    assert set(zip(table.clients, table.learning_rate, strict=True)) == {(1, 2.0), (4, 16.0)}
+    every = pd.read_csv(tmp_path / "runs.csv")
+    for (size, clients, share), rows in every.groupby(["size", "clients", "share"]):
+        # The grid went on until the best was inside of it.
+        assert sorted(rows.learning_rate) == [0.5, 1, 2, 4] + ([8, 16, 32] if clients == 4 else []), (size, share)
+    before = len(quick.rates)
+    pd.testing.assert_frame_equal(sweep(Net, Data, **asked)[table.columns], table, check_dtype=False)
+    assert len(quick.rates) == before  # nothing is missing, and so nothing is trained
+
+
+def test_other_seeds_train_at_the_best_rate_and_count(quick: Found, tmp_path: Path) -> None:
+    table = sweep(Net, Data, SIZES, BUDGET, folder=tmp_path, seeds=3)
+    assert set(table.seed) == {1, 2}
+    assert set(zip(table.clients, table.learning_rate, strict=True)) == {(1, 2.0), (4, 16.0)}
+    assert len(table) == 2 * 2 * len(SIZES) * len(LEVELS)
+
+
+def test_one_rate_is_said_to_be_none_that_was_tuned(quick: Found, tmp_path: Path) -> None:
+    table = sweep(Net, Data, SIZES, BUDGET, folder=tmp_path, rates=[2.0])
+    assert set(table.learning_rate) == {2.0}
+    assert tuned(table).said == NOT_TUNED
+    for wrong in ([], [0.0], [True], ["1"]):
+        with pytest.raises(ValueError, match="rates="):
+            sweep(Net, Data, SIZES, BUDGET, folder=tmp_path, rates=wrong)  # type: ignore[arg-type]
+
+
+def test_rates_of_schedulers_move_along() -> None:
+    class Scheduled(Net):
+        def configure_optimizers(self) -> Any:
+            optimizer = torch.optim.SGD(self.parameters(), lr=0.1)
+            cycle = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.4, total_steps=10)
+            return {"optimizer": optimizer, "lr_scheduler": {"scheduler": cycle, "interval": "step"}}
+
+    plain, moved = Scheduled().configure_optimizers(), _at_rate(Scheduled(), 2.0).configure_optimizers()
+    for _ in range(9):
+        rates = [each["optimizer"].param_groups[0]["lr"] for each in (plain, moved)]
+        assert rates[1] == pytest.approx(2 * rates[0])
+        for each in (plain, moved):
+            each["optimizer"].step()
+            each["lr_scheduler"]["scheduler"].step()

@@ -9,12 +9,15 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 from pandas import read_csv
+
+from lightning_fedscale.scaling import read_runs
 
 ROOT = Path(__file__).parents[2]
 
@@ -488,3 +491,30 @@ def test_without_our_words_it_is_what_it_was(project: Path) -> None:
     done = run(project, "experiment=example", "trainer.max_epochs=1")
     assert done.returncode == 0, done.stderr
     assert "Federated" not in done.stderr + done.stdout
+
+
+def test_the_advice_at_the_end_can_be_followed(project: Path) -> None:
+    """A module that is given its network has no argument for a size: the command is the project's own script."""
+    arguments = ["trainer.max_epochs=1", "test=False", *FEDERATED, "callbacks=[default,compute_accounting]"]
+    done = run(project, "logger=csv", "trainer.strategy.executor=sequential", *arguments)
+    assert done.returncode == 0, done.stderr
+    said = done.stdout + done.stderr
+    (line,) = [each.strip() for each in said.splitlines() if each.strip().startswith("python src/train.py")]
+    command, _, law = line.partition(" && ")
+    assert law == "fedscale fit fedscale_sweep --loss=val/loss"
+    words = shlex.split(command)
+    assert words[:3] == ["python", "src/train.py", "-m"]
+    swept = dict(word.lstrip("+").split("=", 1) for word in words[3:])
+    assert swept["model.net.width"] == "4,8,16,32,64"
+    assert swept["trainer.strategy.num_clients"] == "1,4"
+    assert swept["model.optimizer.lr"] == "0.005,0.01,0.02"
+    # As printed, but one of each.
+    one = [word if word.startswith(("hydra", "callbacks=")) else word.split(",")[0] for word in words[2:]]
+    followed = run(project, *one)
+    assert followed.returncode == 0, followed.stderr
+    (ledger,) = (project / "fedscale_sweep").rglob("position.json")
+    assert json.loads(ledger.read_text())["flops"] >= float(
+        swept["callbacks.compute_accounting.max_flops"].split(",")[0]
+    )
+    row = read_runs(project / "fedscale_sweep", "val/loss").to_dict("records")[0]
+    assert (row["clients"], row["learning_rate"]) == (1, 0.005)
