@@ -1,6 +1,8 @@
 """The largest batch under a real memory limit: `MaxBatchProbe`, Lightning's `BatchSizeFinder`, and the truth.
 
     python -m benchmarks.probe                  six models on the CPU, four minutes
+    python -m benchmarks.probe --promise        what the prediction alone promises, for ten published networks as well
+                                                (pip install --no-deps pytorchcv)
     python -m benchmarks.probe --device cuda --precisions 32-true bf16-mixed
                                                 the same on a GPU, to its own out-of-memory
 
@@ -11,6 +13,8 @@ memory is real and harms nobody. Truth is found by bisection to out-of-memory.
 from __future__ import annotations
 
 import argparse
+import importlib
+import importlib.util
 import json
 import logging
 import tempfile
@@ -24,14 +28,46 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import BatchSizeFinder
 from lightning.pytorch.tuner import batch_size_scaling
+from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_fedscale.callbacks import MaxBatchProbe
+from lightning_fedscale.devices import estimate_memory
 from lightning_fedscale.devices.verify import is_out_of_memory, real_step
-from tests.networks import KINDS, Classifier
+from tests.networks import KINDS, Classifier, images
 
 RESULT = Path(__file__).parent / "results" / "probe.md"
+PROMISE = "## The promise of the prediction alone"
 CEILING = 2**17  # the finder's own is 8192
+
+
+# Of pytorchcv: where a network is, what makes it, and the size of its images.
+_PUBLISHED = [
+    ("mobilenetv2", "mobilenetv2_w1", 64), ("mobilenetv3", "mobilenetv3_small_w1", 64),
+    ("densenet_cifar", "densenet40_k12_cifar10", 32), ("resnext_cifar", "resnext20_16x4d_cifar10", 32),
+    ("shufflenetv2", "shufflenetv2_wd2", 64), ("efficientnet", "efficientnet_b0", 64),
+    ("ghostnet", "ghostnet", 64), ("seresnet_cifar", "seresnet20_cifar10", 32),
+    ("nin_cifar", "nin_cifar10", 32), ("regnet", "regnetx002", 64),
+]  # fmt: skip
+
+
+def published(file: str, name: str, size: int) -> tuple[Callable[[], nn.Module], Callable[[int], Any]]:
+    """As `KINDS` has it."""
+
+    def make() -> nn.Module:
+        network: nn.Module = getattr(importlib.import_module(f"pytorchcv.models.{file}"), name)(
+            num_classes=10, in_size=(size, size)
+        )
+        if hasattr(network.features, "final_pool"):  # of a fixed size, for larger images
+            network.features.final_pool = nn.AdaptiveAvgPool2d(1)
+        return network
+
+    return make, lambda samples: images(samples, size)
+
+
+ZOO = dict(KINDS)
+if importlib.util.find_spec("pytorchcv") is not None:
+    ZOO |= {name: published(file, name, size) for file, name, size in _PUBLISHED}
 
 
 class Setting(NamedTuple):
@@ -62,7 +98,7 @@ class Project(Classifier):
     """A module with a batch size and more samples than fit anywhere, which take no memory."""
 
     def __init__(self, kind: str) -> None:
-        make, batch_of = KINDS[kind]
+        make, batch_of = ZOO[kind]
         super().__init__(make())
         self.batch_size = 2
         self._sample = [tensor[:1] for tensor in batch_of(1)]
@@ -181,6 +217,54 @@ def measure(settings: Iterable[Setting]) -> list[Row]:
     return rows
 
 
+class Kept(NamedTuple):
+    """How the batch that was only predicted to fit with 10 % headroom went in truth.
+
+    Attributes:
+        batch: that batch.
+        needed: of the budget, by real steps in less and less memory.
+        of_truth: share of the largest batch that fits, which follows from what is needed.
+    """
+
+    model: str
+    batch: int
+    needed: float
+    of_truth: float
+    seconds: float
+
+
+def kept(setting: Setting) -> Kept:
+    make, batch_of = ZOO[setting.kind]
+    started = time.perf_counter()
+    model = estimate_memory(Classifier(make()), batch_of(2), precision=setting.precision)
+    batch = model.max_batch(setting.budget, headroom=0.1)
+    seconds = time.perf_counter() - started
+    low, high = 0.8, 1.2
+    while high - low > 0.0125:
+        middle = (low + high) / 2
+        fits = real_step(model.real_step(batch), int(middle * setting.budget)).fits
+        low, high = (low, middle) if fits else (middle, high)
+    true = model.max_batch(int(model.peak(batch) / high), headroom=0.0)
+    row = Kept(setting.model, batch, high, batch / true, seconds)
+    print(*row, sep="\t", flush=True)
+    return row
+
+
+def promise(rows: list[Kept], budget: int) -> str:
+    lines = [
+        PROMISE,
+        f"\ncpu, budget {budget / 2**20:.0f} MiB, AdamW, torch {torch.__version__}; made by `python -m benchmarks.probe"
+        " --promise`. No real step takes part in the choice (`verify=False`, `headroom=0.1`); what it"
+        " needs is measured afterwards, to 1 %, by the limits under which real steps run out of memory.\n",
+        "| model | predicted largest batch | needed of the budget | of the true maximum | seconds |",
+        "|---|---:|---:|---:|---:|",
+    ]
+    lines += [
+        f"| {row.model} | {row.batch} | {row.needed:.2f} | {row.of_truth:.2f} | {row.seconds:.1f} |" for row in rows
+    ]
+    return "\n".join(lines) + "\n"
+
+
 def table(rows: list[Row]) -> str:
     true = {row.model: row.batch for row in rows if row.how.startswith("truth")}
     lines = [
@@ -202,7 +286,8 @@ def main() -> None:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--budget", type=int, default=2**28, help="bytes; on CUDA what is free, if 0")
     parser.add_argument("--precisions", nargs="+", default=["32-true"], help="as of a Trainer: 32-true bf16-mixed")
-    parser.add_argument("--models", nargs="+", choices=KINDS, default=list(KINDS))
+    parser.add_argument("--models", nargs="+", choices=ZOO)
+    parser.add_argument("--promise", action="store_true", help="only what the prediction alone promises, on the CPU")
     parser.add_argument("--output", type=Path, default=RESULT)
     args = parser.parse_args()
     warnings.filterwarnings("ignore")
@@ -215,15 +300,21 @@ def main() -> None:
     budget = args.budget or torch.cuda.mem_get_info()[0]
     if args.device == "cuda":  # so that a smaller budget is a limit there as well
         torch.cuda.set_per_process_memory_fraction(budget / torch.cuda.get_device_properties(0).total_memory)
-    rows = measure(
-        Setting(kind, args.device, budget, precision) for precision in args.precisions for kind in args.models
-    )
+    before, _, after = (args.output.read_text() if args.output.exists() else "").partition(PROMISE)
+    if args.promise:
+        names = args.models or list(ZOO)
+        found = [kept(Setting(kind, "cpu", budget, precision)) for precision in args.precisions for kind in names]
+        args.output.write_text(f"{before}{promise(found, budget)}")
+        print(f"Written: {args.output}")
+        return
+    names = args.models or list(KINDS)
+    rows = measure(Setting(kind, args.device, budget, precision) for precision in args.precisions for kind in names)
     other = "The same table of a GPU: not run." if args.device == "cpu" else "This table is of a GPU."
     args.output.write_text(
         f"# The largest batch that fits\n\n{args.device}, budget {budget / 2**20:.0f} MiB, AdamW, torch"
         f" {torch.__version__}; made by `python -m benchmarks.probe`. {other}\n\nReal trials of MaxBatchProbe are"
         " single steps (with optimizer state: two), those of BatchSizeFinder three steps each. 'Of the truth' above 1"
-        f" means that training would run out of memory.\n\n{table(rows)}\n"
+        f" means that training would run out of memory.\n\n{table(rows)}\n" + (f"\n{PROMISE}{after}" if after else "")
     )
     print(f"Written: {args.output}")
 

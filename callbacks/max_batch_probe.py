@@ -13,6 +13,8 @@ import torch
 from lightning.pytorch.callbacks import Callback, GradientAccumulationScheduler
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from lightning_fedscale import collectives, randomness
 from lightning_fedscale.devices import DeviceClass, MemoryModel, device_class, estimate_memory
@@ -26,6 +28,7 @@ from lightning_fedscale.foreign import is_really
 from lightning_fedscale.loggers import Layout, lay_out, show, shows_figures
 from lightning_fedscale.memory import format_bytes, free_memory, parse_bytes
 from lightning_fedscale.refusals import check_package
+from lightning_fedscale.side_effects import undone
 from lightning_fedscale.strategy import FederatedStrategy
 from lightning_fedscale.train_data import TrainData
 from lightning_fedscale.types import RoundRecord
@@ -62,7 +65,7 @@ class MaxBatchProbe(Callback):
         verify: run real steps: "auto" does on CUDA. True on a CPU runs them in a child process whose address space is
             limited to the budget.
         apply: set the batch size where the project keeps it: attribute or hyperparameter of the data module or module,
-            else in the loader itself. False only reports.
+            else in the loader itself. False only reports, and never ends a training: what fails is one warning.
         device_classes: for which the largest batch is reported as well, by name or as objects; None for those of the
             strategy's population.
         batch_arg_name: name under which the project keeps its batch size, if not a usual one.
@@ -78,8 +81,9 @@ class MaxBatchProbe(Callback):
         times: the steps timed since training began, without the first few; `performance` makes a model of them.
 
     Raises:
-        TypeError, ValueError: for arguments that cannot be, and in ``fit``: if not even one sample fits, if there is no
-            batch size to set, or if no batch can be made.
+        TypeError, ValueError: for arguments that cannot be, and in ``fit``, with ``apply=True``: if not even one sample
+            fits, if there is no batch size to set, or if no batch can be made.
+        RuntimeError: with ``apply=True``, if a step on a copy of the module fails.
 
     Example:
         >>> from lightning.pytorch.demos.boring_classes import BoringDataModule, BoringModel
@@ -144,16 +148,20 @@ class MaxBatchProbe(Callback):
         check_package(self, trainer)
         self.model, self.times = None, StepTimes()
         with randomness.untouched():
-            self._prepare(trainer, pl_module)
+            try:
+                self._prepare(trainer, pl_module)
+            except Exception as error:
+                if self._apply:
+                    raise _clear(error) from error
+                rank_zero_warn(f"MaxBatchProbe: nothing was probed, and training is as without it: {_reason(error)}")
 
     def _prepare(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        data = TrainData(trainer, need_samples=self._make_batch is None)
-        data.keepers(self._batch_arg_name)
-        if self._resumed is not None:
-            found, self._resumed = self._resumed, None
-            rank_zero_info(f"MaxBatchProbe: goes on with the checkpoint's batch size, {found.max_batch}.")
+        resumed, self._resumed = self._resumed, None
+        if resumed is None:
+            found, data = self._agree(trainer, lambda: self._look(trainer, pl_module))
         else:
-            found = self._agree(trainer, lambda: self._probe(trainer, pl_module, data))
+            found, data = resumed, self._data(trainer)
+            rank_zero_info(f"MaxBatchProbe: goes on with the checkpoint's batch size, {found.max_batch}.")
         previous = data.batch_size
         if self._apply:
             self._undo = data.set_batch_size(found.max_batch, self._batch_arg_name)
@@ -177,7 +185,7 @@ class MaxBatchProbe(Callback):
     ) -> None:
         """Outside of federated rounds: a step ends."""
         if not isinstance(trainer.strategy, FederatedStrategy) and batch_idx >= _WARM_UP:
-            with suppress(ValueError):  # batches whose size nobody knows are not timed
+            with suppress(Exception):  # batches whose size nobody knows are not timed
                 self._time(1, samples_in(batch), time.perf_counter() - self._begun)
 
     def on_round_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, record: RoundRecord) -> None:
@@ -267,9 +275,19 @@ class MaxBatchProbe(Callback):
 
     # ---- one rank
 
+    def _data(self, trainer: pl.Trainer) -> TrainData:
+        data = TrainData(trainer, need_samples=self._make_batch is None)
+        data.keepers(self._batch_arg_name)
+        return data
+
+    def _look(self, trainer: pl.Trainer, module: pl.LightningModule) -> tuple[ProbeResult, TrainData]:
+        _check_strategy(trainer)
+        with undone(trainer):
+            data = self._data(trainer)
+            return self._probe(trainer, module, data), data
+
     def _probe(self, trainer: pl.Trainer, module: pl.LightningModule, data: TrainData) -> ProbeResult:
         device = trainer.strategy.root_device
-        _check_strategy(trainer)
         batch, make_batch, note = self._batches(data)
         self.model = model = estimate_memory(
             module,
@@ -279,6 +297,7 @@ class MaxBatchProbe(Callback):
             accumulate=_accumulation(trainer),
             extras=_extras(trainer),
             trainer=trainer,
+            usual=data.batch_size,
         )
         for found in note:
             if found.total is not None and 64 < found.looked_at < found.total:
@@ -310,15 +329,16 @@ class MaxBatchProbe(Callback):
             return self._make_batch(2), self._make_batch, []
         make, note = data.largest()
         batch = make(2)
-        rows = _rows(batch)
-        if rows == 2 or data.gives_batches:
+        if data.gives_batches:
             return batch, None, note
-        if rows is not None and rows == _rows(make(4)):
+        other = make(4)
+        if _numbers(batch) == _numbers(other) > 0:
             raise ValueError(
-                f"collate_fn: of 2 samples and of 4 it makes {rows} rows, so batches cannot be resized: pass"
+                f"collate_fn: of 2 samples and of 4 it makes {_rows(batch)} rows, so batches cannot be resized: pass"
                 " make_batch=, a function of the number of samples that returns such a batch."
             )
-        return batch, make, note
+        # What is no tensor, such as a list of names, has to keep its length in step: then batches are collated.
+        return batch, None if _rows(batch) == 2 and _others(batch) == _others(other) is not None else make, note
 
     def _bytes(self, trainer: pl.Trainer, device: torch.device) -> int:
         if self._budget is not None:
@@ -368,31 +388,38 @@ class MaxBatchProbe(Callback):
 
     # ---- all ranks
 
-    def _agree(self, trainer: pl.Trainer, work: Callable[[], ProbeResult]) -> ProbeResult:
+    def _agree(
+        self, trainer: pl.Trainer, work: Callable[[], tuple[ProbeResult, TrainData]]
+    ) -> tuple[ProbeResult, TrainData]:
         """The smallest batch of all ranks; what failed on one of them fails on all, and nobody waits in vain."""
         failure: Exception | None = None
         result: ProbeResult | None = None
         try:
-            result = work()
+            result, data = work()
         except Exception as error:
             failure = error
         own = result.max_batch if result is not None else 0
-        smallest = int(collectives.min_over_ranks(torch.tensor([own], device=trainer.strategy.root_device)))
+        answers = collectives.gather_over_ranks(
+            [own, "" if failure is None else _reason(failure)], trainer.strategy.root_device
+        )
         if failure is not None:
             raise failure
+        for rank, (_, reason) in enumerate(answers):
+            if reason:
+                raise RuntimeError(f"MaxBatchProbe: the probe failed on another rank ({rank}): {reason}")
         assert result is not None
-        if smallest == 0:
-            raise RuntimeError("MaxBatchProbe: the probe failed on another rank; its message is there.")
-        if smallest < own:
+        if (smallest := min(batch for batch, _ in answers)) < own:
             assert self.model is not None
+            with undone(trainer):
+                predicted, parts = self.model.peak(smallest), self.model.breakdown(smallest)
             agreed = {
                 "max_batch": smallest,
-                "predicted_bytes": self.model.peak(smallest),
-                "parts": self.model.breakdown(smallest),
+                "predicted_bytes": predicted,
+                "parts": parts,
                 "limited_by": "another rank",
             }
             result = ProbeResult(**{**result.state_dict(), **agreed})
-        return result
+        return result, data
 
     def _log(self, trainer: pl.Trainer, result: ProbeResult) -> dict[str, float]:
         metrics = result.metrics()
@@ -452,6 +479,41 @@ def _rows(batch: Any) -> int | None:
         return samples_in(batch)
     except ValueError:
         return None
+
+
+def _numbers(batch: Any) -> int:
+    return sum(leaf.numel() for leaf in tree_leaves(batch) if isinstance(leaf, Tensor))
+
+
+def _others(batch: Any) -> list[Any] | None:
+    """What is in a batch besides tensors; None if some of it may have a size of its own."""
+    found = [leaf for leaf in tree_leaves(batch) if not isinstance(leaf, Tensor)]
+    return found if all(leaf is None or isinstance(leaf, (bool, int, float, str)) for leaf in found) else None
+
+
+def _reason(error: Exception) -> str:
+    """One line that says what failed and what to do."""
+    text = " ".join(str(error).split())
+    if _is_ours(error):
+        return text
+    return (
+        f"a training step on a copy of the module fails ({type(error).__name__}: {text:.300}). Pass make_batch=, a"
+        " function of the number of samples that returns a batch which training_step takes, or leave the probe out."
+    )
+
+
+def _clear(error: Exception) -> Exception:
+    if _is_ours(error):
+        return error
+    return RuntimeError(f"MaxBatchProbe: {_reason(error)} With apply=False training goes on without it.")
+
+
+def _is_ours(error: Exception) -> bool:
+    """Whether this package raised it, and so explains itself; the project's and torch's errors need an introduction."""
+    frame = error.__traceback__
+    while frame is not None and frame.tb_next is not None:
+        frame = frame.tb_next
+    return frame is not None and str(frame.tb_frame.f_globals.get("__name__")).startswith("lightning_fedscale.")
 
 
 def _accumulation(trainer: pl.Trainer) -> int:

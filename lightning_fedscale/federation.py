@@ -63,6 +63,7 @@ from lightning_fedscale.refusals import check_trainable
 from lightning_fedscale.requeue import Requeue
 from lightning_fedscale.rounds import LocalWork, RoundPlan
 from lightning_fedscale.samplers import reads_losses
+from lightning_fedscale.side_effects import undone
 from lightning_fedscale.sums import RoundSums
 from lightning_fedscale.tree import as_real
 from lightning_fedscale.types import ClientCost, ClientUpdate, Cohort, IntArray, Params, RoundRecord
@@ -237,7 +238,7 @@ class Federation:
             )
         if population is None or work is None or work.fleet is not None:
             return
-        with randomness.untouched():
+        with randomness.untouched(), undone(trainer):
             model = estimate_memory(
                 trainer.lightning_module,
                 work.loader.example(),

@@ -38,13 +38,15 @@ def estimate_memory(
     device: str = "auto",
     extras: Mapping[str, float] | None = None,
     trainer: Any = None,
+    usual: int | None = None,
 ) -> MemoryModel:
     """Predict the memory of a module's training step, for any batch size, without using that memory.
 
     The unchanged ``training_step``, backward and the optimizer run twice on a copy whose tensors have no contents,
-    while every storage is followed from its birth to its death. Nothing is logged, no random number is drawn, and the
-    module stays as it is. A module whose computation depends on its data cannot run so; then real tensors on a real
-    copy are followed instead, ``MemoryModel.exact`` is False, and ``MemoryModel.fallback`` says why.
+    while every storage is followed from its birth to its death. What operators take while they run is learned by
+    running each of them once on a few samples, on a CPU; of CUDA's it is not known. Nothing is logged, no random number
+    is drawn, and the module stays as it is. A module whose computation depends on its data cannot run so; then real
+    tensors on a real copy are followed instead, ``MemoryModel.exact`` is False, and ``MemoryModel.fallback`` says why.
 
     Args:
         module: a LightningModule, or anything with its ``training_step`` and ``configure_optimizers``. It may be on the
@@ -58,6 +60,7 @@ def estimate_memory(
         extras: what else training keeps, as bytes per exchanged number by name: `SIMULATED` or `ON_CLIENT`, or
             ``{"control variates": 8, "error feedback": 4}``.
         trainer: what the module finds as ``self.trainer``.
+        usual: batch size with which it is known to train, in case that it takes neither one sample nor two.
 
     Raises:
         TypeError: if the module is none.
@@ -90,7 +93,7 @@ def estimate_memory(
         cuda=device == "cuda",
         trainer=trainer,
     )
-    return MemoryModel(rehearsal, module, extras or {})
+    return MemoryModel(rehearsal, module, extras or {}, usual)
 
 
 SIMULATED: Mapping[str, float] = {"global model": 8, "delta": 8, "accumulator": 8}
@@ -112,11 +115,13 @@ class MemoryModel:
         fallback: why real tensors were needed; empty if they were not.
         trainable: number of trainable parameters.
         parameter_bytes: bytes of all parameters and buffers, which is what a message carries.
-        smallest: the smallest batch that the module takes: 2 where BatchNorm refuses a single sample.
+        smallest: the smallest batch that the module is known to take: 2 where BatchNorm refuses a single sample.
         sizes: the batch sizes that have been run so far, ascending.
     """
 
-    def __init__(self, rehearsal: Rehearsal, module: nn.Module, extras: Mapping[str, float]) -> None:
+    def __init__(
+        self, rehearsal: Rehearsal, module: nn.Module, extras: Mapping[str, float], usual: int | None = None
+    ) -> None:
         self._rehearsal = rehearsal
         parameters = list(module.parameters())
         self._device = next((p.device for p in parameters if p.device.type != "meta"), torch.device("cpu"))
@@ -127,20 +132,23 @@ class MemoryModel:
         self._extras = {name: round(each * numbers) for name, each in extras.items()}
         self._known: dict[int, Rehearsed] = {}
         self.exact, self.fallback = True, ""
-        self.smallest = self._begin()
+        self.smallest = self._begin(usual)
 
-    def _begin(self) -> int:
+    def _begin(self, usual: int | None) -> int:
         """Run the smallest batch that the module takes, on fake tensors if that is possible."""
         imagined: Exception | None = None
         for fake in (True, False):
-            for smallest in (1, 2):  # BatchNorm may refuse a single sample
+            for smallest in (1, 2, *([usual] if usual is not None and usual > 2 else [])):  # BatchNorm may refuse one
                 try:
                     self._known[smallest] = self._rehearsal.run(smallest, fake=fake)
                 except Exception as error:
                     imagined = imagined or error
                     own = error
                 else:
-                    if not fake:
+                    if fake:
+                        self._rehearsal.learn(self._known[smallest], smallest)
+                        self._known[smallest] = self._rehearsal.run(smallest)
+                    else:
                         self.exact, self.fallback = False, f"{type(imagined).__name__}: {imagined}".splitlines()[0]
                     return smallest
         raise own

@@ -2,33 +2,73 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import inspect
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.optim import Optimizer
 from torchmetrics import Metric, MetricCollection
+
+from lightning_fedscale.devices.tracker import OverBudget
 
 _SPOKEN = "log", "log_dict", "print", "clip_gradients", "toggle_optimizer", "untoggle_optimizer"
 
 
 def silence(module: Any, trainer: Any) -> None:
-    """Nothing that the module says or counts leaves it."""
+    """Nothing that the module says or counts leaves it.
+
+    Args:
+        module: a copy that nobody else sees.
+        trainer: what it finds as ``self.trainer``: a `TrainerView`, or a Trainer to make one of.
+    """
+    view = trainer if isinstance(trainer, TrainerView) else TrainerView(trainer)
+    for part in module.modules():
+        if part is module or hasattr(type(part), "trainer"):
+            _silence(part, view)
+        if isinstance(part, (Metric, MetricCollection)):
+            _quieten(part)
+
+
+def _silence(module: Any, view: TrainerView) -> None:
     for name in _SPOKEN:
         if hasattr(module, name):
             setattr(module, name, _ANYTHING)
     module.lr_schedulers = lambda: _SOMETHING
-    module.manual_backward = lambda loss, *args, **kwargs: loss.backward(*args, **kwargs)
+    module.manual_backward = partial(_backward, module)
     if hasattr(type(module), "trainer"):
-        module._trainer = TrainerView(trainer)
-    for part in module.modules():
-        if isinstance(part, (Metric, MetricCollection)):
-            zero = torch.zeros(())
-            value = dict.fromkeys(part.keys(), zero) if isinstance(part, MetricCollection) else zero
-            for name in ("forward", "compute"):
-                setattr(part, name, lambda *args, value=value, **kwargs: value)
-            setattr(part, "update", _ANYTHING)  # noqa: B010
+        module._trainer = view
+
+
+def _backward(module: Any, loss: Tensor, *args: Any, **kwargs: Any) -> None:
+    if hasattr(type(module), "backward"):
+        module.backward(loss, *args, **kwargs)
+    else:
+        loss.backward(*args, **kwargs)  # type: ignore[no-untyped-call]
+
+
+def _quieten(metric: Any) -> None:
+    """Let a metric compute, since it may be the loss, but concern no other rank, and give 0 if it needs contents."""
+    metric.distributed_available_fn = lambda: False
+    zero = torch.zeros(())
+    instead = dict.fromkeys(metric.keys(), zero) if isinstance(metric, MetricCollection) else zero
+    for name, default in (("forward", instead), ("compute", instead), ("update", None)):
+        setattr(metric, name, _attempt(getattr(metric, name), default))
+
+
+def _attempt(own: Callable[..., Any], instead: Any) -> Callable[..., Any]:
+    def attempt(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return own(*args, **kwargs)
+        except Exception as error:
+            if isinstance(error, (OverBudget, MemoryError, torch.OutOfMemoryError)):
+                raise
+            return instead
+
+    return attempt
 
 
 class _Anything:
@@ -44,6 +84,11 @@ class _Anything:
 
     def __iter__(self) -> Iterator[Any]:
         return iter(())
+
+
+class _Profiler(_Anything):
+    def profile(self, action: str) -> AbstractContextManager[None]:
+        return nullcontext()
 
 
 _ANYTHING, _SOMETHING = _Anything(), _Anything()
@@ -82,15 +127,33 @@ class TrainerView:
     def __init__(self, trainer: Any) -> None:
         vars(self)["_real"] = trainer
 
+    def replace(self, **attributes: Any) -> None:
+        """Show these in place of the Trainer's own."""
+        vars(self).update(attributes)
+
+    def outside(self) -> dict[int, Any]:
+        """What a module may hold on to and a copy of it does not have copies of, by address: what it has instead."""
+        real = self._real
+        if real is None:
+            return {}
+        shared = [real.datamodule, *real.callbacks]
+        return {
+            **{id(each): each for each in shared if each is not None},
+            **{id(logger): _SOMETHING for logger in real.loggers},
+            id(real.strategy): self.strategy,
+            id(real): self,
+        }
+
     def __getattr__(self, name: str) -> Any:
         if name == "estimated_stepping_batches":
             return 1000  # the Trainer's would load the data; schedules take no memory
         if name == "strategy":
             return _Alone(None if self._real is None else self._real.strategy)
-        if name in ("logger", "loggers", "should_stop"):
-            return {"logger": _SOMETHING, "loggers": [], "should_stop": False}[name]
+        if name in ("logger", "loggers", "should_stop", "profiler"):
+            return {"logger": _SOMETHING, "loggers": [], "should_stop": False, "profiler": _Profiler()}[name]
         if self._real is not None:
-            return getattr(self._real, name)
+            found = getattr(self._real, name)
+            return _ANYTHING if inspect.ismethod(found) and found.__self__ is self._real else found
         try:
             return _AT_START[name]
         except KeyError:
@@ -132,3 +195,16 @@ class ManualOptimizer:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.optimizer, name)
+
+
+class ManualScheduler:
+    """A learning rate scheduler as manual optimization sees it: it is asked, and does not move."""
+
+    def __init__(self, scheduler: Any) -> None:
+        self.scheduler = scheduler
+
+    def step(self, *args: Any, **kwargs: Any) -> None:
+        """Rates take no memory, and what some schedulers step by has no contents here."""
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.scheduler, name)

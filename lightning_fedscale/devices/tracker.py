@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
 from lightning_fedscale.devices.costs import StepCost, bytes_moved_by, flops_of
+from lightning_fedscale.devices.scratch import Scratch, watched
 from lightning_fedscale.devices.workspaces import with_workspace
 
 PARAMETERS, GRADIENTS, OPTIMIZER, ACTIVATIONS, TEMPORARIES, BATCH = KINDS = (
@@ -45,6 +46,8 @@ class MemoryTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
     Args:
         granularity: storages take multiples of so many bytes; CUDA's allocator gives out blocks of 512.
         stop_at: raise `OverBudget` as soon as more bytes than this are alive.
+        scratch: tells what operators take while they run; None where nothing is known of it.
+        fake: whether the tensors are fake; what operators take on real ones is seen, not looked up.
 
     Example:
         >>> with MemoryTracker() as tracker:
@@ -54,8 +57,17 @@ class MemoryTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
         12000
     """
 
-    def __init__(self, granularity: int = 1, stop_at: int | None = None) -> None:
+    def __init__(
+        self,
+        granularity: int = 1,
+        stop_at: int | None = None,
+        scratch: Scratch | None = None,
+        *,
+        fake: bool = False,
+    ) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
+        self._fake = fake
+        self._scratch = scratch
         self._granularity = granularity
         self._stop_at = stop_at
         self._numbers: dict[int, int] = {}  # address of each living storage -> its number
@@ -100,13 +112,23 @@ class MemoryTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         self._note_backward()
-        result = func(*args, **kwargs)
+        hidden = 0
         if isinstance(func, torch._ops.HigherOrderOperator):
-            return result
+            return func(*args, **kwargs)
+        if self._scratch is not None and not self._fake:
+            result, hidden = watched(lambda: func(*args, **kwargs))
+        else:
+            result = func(*args, **kwargs)
         result = with_workspace(func, args, result)
         outputs = [leaf for leaf in tree_iter(result) if isinstance(leaf, Tensor)]
         for tensor in outputs:
             self._number_of(tensor)
+        if self._scratch is not None and self._fake:
+            hidden = self._scratch.hidden(func, args, kwargs, result)
+        if hidden:
+            number = self._born(hidden)
+            self._log += [number, ~number]
+            self._check(hidden)
         self._flops += flops_of(func, args, kwargs, result)
         inputs = (leaf for leaf in tree_iter((args, kwargs)) if isinstance(leaf, Tensor))
         self._bytes_moved += bytes_moved_by(func, inputs, outputs)
@@ -127,16 +149,22 @@ class MemoryTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
         address = storage._cdata
         if (number := self._numbers.get(address)) is not None:
             return number
-        size = -(-storage.nbytes() // self._granularity) * self._granularity
-        number = self._numbers[address] = len(self._sizes)
-        self._sizes.append(size)
-        self._kinds.append(None)
+        number = self._numbers[address] = self._born(storage.nbytes())
         self._log.append(number)
-        self._alive += size
+        self._alive += self._sizes[number]
         self._watched[address] = weakref.ref(storage, lambda _: self._died(address))
-        if self._stop_at is not None and self._alive > self._stop_at:
-            raise OverBudget
+        self._check()
         return number
+
+    def _born(self, size: int) -> int:
+        """The number of new memory."""
+        self._sizes.append(-(-size // self._granularity) * self._granularity)
+        self._kinds.append(None)
+        return len(self._sizes) - 1
+
+    def _check(self, more: int = 0) -> None:
+        if self._stop_at is not None and self._alive + more > self._stop_at:
+            raise OverBudget
 
     def _of_parts(self, tensor: Tensor) -> int:
         """Sparse tensors own two dense ones."""

@@ -20,9 +20,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder, runs = tmp_path_factory.mktemp("probing"), []
     for kind, extras in EXTRAS.items():
         model = estimate_memory(Classifier(mlp()), vectors(2), extras=extras)
-        for name, budgets in (("enough", (model.peak(60), model.peak(30))), ("none", (10**8, 1000))):
+        for name, budgets, use in (
+            ("enough", (model.peak(60), model.peak(30)), "apply"),
+            ("none", (10**8, 1000), "apply"),
+            ("none but asked", (10**8, 1000), "report"),
+        ):
             (into := folder / f"{kind}-{name}").mkdir()
-            runs.append(("probing.py", 2, kind, *budgets, into))
+            runs.append(("probing.py", 2, kind, *budgets, use, into))
     processes.run_forked(runs, folder)
     return folder
 
@@ -45,3 +49,14 @@ def test_one_rank_without_room_for_a_sample(kind: str, folder: Path) -> None:
     first, second = found(folder, kind, "none")
     assert "failed on another rank" in first["error"]
     assert "a step with one sample takes" in second["error"]
+
+
+@pytest.mark.parametrize("kind", ["ddp", "federated"])
+def test_one_rank_that_fails_and_only_reports_ends_no_training(kind: str, folder: Path) -> None:
+    first, second = found(folder, kind, "none but asked")
+    (line,) = (line for line in first["told"] if "MaxBatchProbe" in line)
+    assert "training is as without it" in line
+    assert "failed on another rank (1): a step with one sample takes" in line
+    assert not any("MaxBatchProbe" in line for line in second["told"])  # one line for all ranks
+    for rank in (first, second):
+        assert rank["sizes"] == [4] * 50

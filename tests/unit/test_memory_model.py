@@ -1,10 +1,11 @@
-"""The memory model against torch's own tracker, which follows real tensors and was written by others."""
+"""The memory model against the account that torch's own allocator keeps of real steps."""
 
 from __future__ import annotations
 
 import copy
 import random
 import threading
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -13,15 +14,25 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
-from torch.distributed._tools.mem_tracker import MemTracker
 from torch.utils._pytree import tree_leaves
 from torchmetrics import Accuracy, MetricCollection
 
-from lightning_fedscale.devices import ON_CLIENT, SIMULATED, estimate_memory
+from lightning_fedscale.devices import ON_CLIENT, SIMULATED, estimate_memory, scratch
 from lightning_fedscale.devices.batches import resized, samples_in
 from lightning_fedscale.devices.search import largest_within
 from lightning_fedscale.memory import format_bytes
 from tests.networks import GPT, KINDS, Classifier, mlp, resnet18, tokens, vectors
+
+
+def given_out(step: Callable[[], object]) -> int:
+    """The most bytes that torch's allocator has given out in a step, by its own account, hidden copies included."""
+    torch._C._autograd._enable_profiler_legacy(scratch._MEMORY)
+    try:
+        step()
+    finally:
+        threads = torch._C._autograd._disable_profiler_legacy()
+    alive = [event.cpu_memory_usage() for thread in threads for event in thread if event.kind() == "memory_alloc"]
+    return int(np.cumsum(alive).max())
 
 
 def tracked(module: Any, batch: Any, *, accumulate: int = 1, dtype: torch.dtype | None = None) -> int:
@@ -29,8 +40,7 @@ def tracked(module: Any, batch: Any, *, accumulate: int = 1, dtype: torch.dtype 
     module = copy.deepcopy(module)
     module.log = lambda *args, **kwargs: None
     optimizer = module.configure_optimizers()
-    tracker = MemTracker()
-    tracker.track_external(module, optimizer, *tree_leaves(batch))
+    there = [*module.parameters(), *module.buffers(), *tree_leaves(batch)]
 
     def closure(drop: bool) -> Tensor:
         with torch.autocast("cpu", dtype or torch.bfloat16, enabled=dtype is not None):
@@ -40,15 +50,15 @@ def tracked(module: Any, batch: Any, *, accumulate: int = 1, dtype: torch.dtype 
         (loss / accumulate).backward()
         return loss
 
-    with tracker:
+    def steps() -> None:
         for batches in (1, accumulate):
             for number in range(batches):
-                tracker.reset_mod_stats()
                 if number < batches - 1:
                     closure(number == 0)
                 else:
                     optimizer.step(lambda drop=batches == 1: closure(drop))
-    return max(each["Total"] for each in tracker.get_tracker_snapshot("peak").values())
+
+    return given_out(steps) + sum(tensor.numel() * tensor.element_size() for tensor in there)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -68,8 +78,10 @@ def test_predicted_is_tracked(kind: str, optimizer: Any, options: dict[str, Any]
     module = Classifier(make(), optimizer, **options)
     model = estimate_memory(module, batch_of(2))
     assert model.exact
+    # Each checkpoint keeps the state of the generator, which no operator makes.
+    states = 4 * len(torch.get_rng_state()) if kind == "gpt with checkpointing" else 0
     for batch in (2, 6, 33):
-        assert model.peak(batch) == pytest.approx(tracked(module, batch_of(batch)), rel=0.01)
+        assert model.peak(batch) == pytest.approx(tracked(module, batch_of(batch)) - states, rel=0.01)
 
 
 @pytest.mark.parametrize("precision", ["bf16-mixed", "16-mixed"])
@@ -143,6 +155,85 @@ def test_cuda_rounds_to_blocks_and_updates_at_once() -> None:
     one_by_one = estimate_memory(module, vectors(2), device="cpu")
     assert at_once.peak(1) < there.peak(1) < at_once.peak(1) + 512 * 60
     assert at_once.breakdown(1)["temporaries"] != one_by_one.breakdown(1)["temporaries"]
+
+
+class Network(nn.Module):
+    """Layers in a row, their outputs flattened to ten numbers."""
+
+    def __init__(self, *layers: nn.Module) -> None:
+        super().__init__()
+        self.layers, self.head = nn.Sequential(*layers), nn.LazyLinear(10)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return self.head(self.layers(inputs).flatten(1))
+
+
+class Last(nn.Module):
+    """A recurrent layer whose states are left out."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return self.layer(inputs)[0]
+
+
+LAYERS: dict[str, tuple[Callable[[], list[nn.Module]], tuple[int, ...]]] = {
+    "plain convolutions": (lambda: [nn.Conv2d(3, 32, 3), nn.ReLU(), nn.Conv2d(32, 32, 3), nn.ReLU()], (3, 16, 16)),
+    "without bias": (lambda: [nn.Conv2d(8, 24, 3, bias=False), nn.Conv2d(24, 24, 1, bias=False)], (8, 12, 12)),
+    "depthwise": (lambda: [nn.Conv2d(16, 32, 1), nn.Conv2d(32, 32, 3, groups=32), nn.Conv2d(32, 8, 1)], (16, 12, 12)),
+    "grouped and dilated": (lambda: [nn.Conv2d(16, 32, 3, groups=4), nn.Conv2d(32, 32, 3, dilation=2)], (16, 14, 14)),
+    "strided": (
+        lambda: [nn.Conv2d(3, 32, 4, stride=4), nn.GroupNorm(1, 32), nn.Conv2d(32, 64, 2, stride=2)],
+        (3, 32, 32),
+    ),
+    "transposed": (lambda: [nn.Conv2d(4, 16, 3), nn.ConvTranspose2d(16, 16, 2, stride=2)], (4, 12, 12)),
+    "one dimension": (
+        lambda: [nn.Conv1d(8, 32, 5), nn.BatchNorm1d(32), nn.Conv1d(32, 32, 3), nn.MaxPool1d(2)],
+        (8, 64),
+    ),
+    "three dimensions": (
+        lambda: [nn.Conv3d(2, 16, 3), nn.ReLU(), nn.Conv3d(16, 16, 3), nn.AvgPool3d(2)],
+        (2, 8, 12, 12),
+    ),
+    "norms": (lambda: [nn.BatchNorm2d(8), nn.ReLU(), nn.InstanceNorm2d(8), nn.LocalResponseNorm(3)], (8, 16, 16)),
+    "upsampling": (
+        lambda: [nn.Upsample(scale_factor=2, mode="bicubic"), nn.ReflectionPad2d(2), nn.AvgPool2d(4)],
+        (4, 12, 12),
+    ),
+    "lstm": (lambda: [Last(nn.LSTM(16, 32, 2, batch_first=True)), nn.ReLU()], (20, 16)),
+    "both directions": (lambda: [Last(nn.LSTM(8, 24, bidirectional=True, batch_first=True))], (12, 8)),
+    "gru": (lambda: [Last(nn.GRU(16, 32, batch_first=True)), nn.ReLU()], (20, 16)),
+    "attention": (lambda: [nn.TransformerEncoderLayer(32, 4, 64, batch_first=True)], (12, 32)),
+    "gates": (lambda: [nn.Linear(64, 64), nn.Softmax(-1), nn.GLU(), nn.Mish(), nn.LayerNorm(32)], (64,)),
+}
+
+
+@pytest.mark.parametrize(
+    ("kind", "dtype"),
+    [*((kind, torch.float32) for kind in LAYERS), ("plain convolutions", torch.bfloat16), ("strided", torch.float64)],
+)
+def test_what_operators_take_while_they_run(kind: str, dtype: torch.dtype) -> None:
+    make, shape = LAYERS[kind]
+    module = Classifier(Network(*make()).to(dtype))
+    module.network(torch.randn(2, *shape, dtype=dtype))  # its last layer now knows its size
+
+    def batch_of(samples: int) -> Any:
+        return torch.randn(samples, *shape, dtype=dtype), torch.randint(10, (samples,))
+
+    model = estimate_memory(module.to(dtype), batch_of(2))
+    assert model.exact
+    for batch in (24, 70):
+        assert model.peak(batch) == pytest.approx(tracked(module, batch_of(batch)), rel=0.03)
+
+
+def test_what_operators_take_is_learned_under_a_profiler_too() -> None:
+    module, batch = Classifier(Network(nn.Conv2d(3, 32, 3), nn.ReLU())), KINDS["resnet18"][1](2)
+    module.network(batch[0])
+    expected = estimate_memory(module, batch).peak(40)
+    with torch.profiler.profile():
+        assert estimate_memory(module, batch).peak(40) == expected
 
 
 # ---- the reverse
@@ -432,7 +523,7 @@ def test_make_batch() -> None:
 
     model = estimate_memory(Classifier(mlp()), None, make_batch=make)
     assert model.peak(9) == estimate_memory(Classifier(mlp()), vectors(2)).peak(9)
-    assert sizes == [1, 9]
+    assert max(sizes) == 9
     # Such batches are real, so the search feels its way up instead of leaping.
     best = model.max_batch(10**7)
     assert max(sizes) <= 2 * best
