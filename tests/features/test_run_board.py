@@ -27,7 +27,7 @@ from lightning_fedscale.scaling import Rosenfeld, read_logs
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
-LAW = Rosenfeld(E=0.6, A=1.0, B=0.5, alpha=0.4, beta=0.35)
+LAW = Rosenfeld(E=1.8, A=1.0, B=0.5, alpha=0.4, beta=0.35)
 
 
 class Net(Classifier):
