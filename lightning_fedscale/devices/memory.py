@@ -148,6 +148,8 @@ class MemoryModel:
                     if fake:
                         self._rehearsal.learn(self._known[smallest], smallest)
                         self._known[smallest] = self._rehearsal.run(smallest)
+                        if code := self._rehearsal.code_bytes:
+                            self._extras["compiled code"] = code
                     else:
                         self.exact, self.fallback = False, f"{type(imagined).__name__}: {imagined}".splitlines()[0]
                     return smallest

@@ -153,6 +153,11 @@ class Rehearsal:
                 self.run(samples, learning=True)
                 self._learned_up_to = samples
 
+    @property
+    def code_bytes(self) -> int:
+        """What libraries keep of the code that they compile for a step; 0 if nothing was learned."""
+        return 0 if self._scratch is None else self._scratch.code_bytes
+
     def real_step(self, samples: int) -> Callable[[], None]:
         """Two real steps of a fresh copy, to be called where their memory is to be measured."""
 

@@ -20,6 +20,9 @@ _FREE = {
 _PRODUCTS = {"mm", "addmm", "bmm", "baddbmm"}
 _WHOLE = {torch.float32, torch.float64}
 
+# What oneDNN keeps for each shape that it has compiled code for, measured by the limits under which real steps fail.
+_CODE = {"convolution": 2**19, "convolution_backward": 5 * 2**18}
+
 
 class _Call(NamedTuple):
     operator: Any
@@ -35,6 +38,9 @@ class Scratch:
     samples runs for real, apart from the module, on tensors that have the shapes and no meaning. The calls of larger
     steps are matched by their order; what they take follows the bytes of their arguments and results.
 
+    Attributes:
+        code_bytes: what is kept of the code that is compiled for a step, whatever its batch.
+
     Example:
         >>> scratch, images, weights = Scratch(), torch.ones(16, 32, 8, 8), torch.ones(32, 32, 3, 3)
         >>> scratch.begin(learning=True)
@@ -49,14 +55,17 @@ class Scratch:
         self._steps: list[list[_Call]] = []
         self._calls: list[_Call] = []
         self._learning = False
+        self._compiled: dict[Any, int] = {}
+        self.code_bytes = 0
 
     def begin(self, *, learning: bool = False) -> None:
         """A rehearsal on fake tensors begins, whose operators are run for real or looked up."""
-        self._calls, self._learning = [], learning
+        self._calls, self._learning, self._compiled = [], learning, {}
 
     def learned(self) -> None:
         """The rehearsal is over; others follow it."""
         self._steps.append(self._calls)
+        self.code_bytes = sum(self._compiled.values())
 
     def hidden(self, operator: Any, args: Any, kwargs: Any, result: Any) -> int:
         """Bytes that a call takes at most beside its arguments and results."""
@@ -82,6 +91,8 @@ class Scratch:
 
     def _measure(self, operator: Any, args: Any, kwargs: Any) -> int:
         key = operator, *map(_told_by, tree_leaves((args, kwargs)))
+        if (code := _CODE.get(operator._overloadpacket.__name__)) is not None:
+            self._compiled[key] = code
         if key not in self._measured:
             self._measured[key] = _run(operator, args, kwargs)
         return self._measured[key]

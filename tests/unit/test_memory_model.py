@@ -61,6 +61,12 @@ def tracked(module: Any, batch: Any, *, accumulate: int = 1, dtype: torch.dtype 
     return given_out(steps) + sum(tensor.numel() * tensor.element_size() for tensor in there)
 
 
+def allocated(model: Any, batch: int) -> int:
+    """What of a peak torch's allocator gives out: all but the code that oneDNN compiles."""
+    peak: int = model.peak(batch)
+    return peak - model.breakdown(batch).get("compiled code", 0)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(
     ("optimizer", "options"),
@@ -81,7 +87,7 @@ def test_predicted_is_tracked(kind: str, optimizer: Any, options: dict[str, Any]
     # Each checkpoint keeps the state of the generator, which no operator makes.
     states = 4 * len(torch.get_rng_state()) if kind == "gpt with checkpointing" else 0
     for batch in (2, 6, 33):
-        assert model.peak(batch) == pytest.approx(tracked(module, batch_of(batch)) - states, rel=0.01)
+        assert allocated(model, batch) == pytest.approx(tracked(module, batch_of(batch)) - states, rel=0.01)
 
 
 @pytest.mark.parametrize("precision", ["bf16-mixed", "16-mixed"])
@@ -92,9 +98,8 @@ def test_mixed_precision(kind: str, precision: str) -> None:
     dtype = torch.bfloat16 if precision == "bf16-mixed" else torch.float16
     for batch in (2, 17):
         expected = tracked(module, batch_of(batch), dtype=dtype)
-        assert estimate_memory(module, batch_of(2), precision=precision).peak(batch) == pytest.approx(
-            expected, rel=0.01
-        )
+        model = estimate_memory(module, batch_of(2), precision=precision)
+        assert allocated(model, batch) == pytest.approx(expected, rel=0.01)
 
 
 @pytest.mark.parametrize(("precision", "dtype"), [("bf16-true", torch.bfloat16), ("64-true", torch.float64)])
@@ -225,7 +230,7 @@ def test_what_operators_take_while_they_run(kind: str, dtype: torch.dtype) -> No
     model = estimate_memory(module.to(dtype), batch_of(2))
     assert model.exact
     for batch in (24, 70):
-        assert model.peak(batch) == pytest.approx(tracked(module, batch_of(batch)), rel=0.03)
+        assert allocated(model, batch) == pytest.approx(tracked(module, batch_of(batch)), rel=0.03)
 
 
 def test_what_operators_take_is_learned_under_a_profiler_too() -> None:
