@@ -23,6 +23,7 @@ from lightning_fedscale import FederatedStrategy
 from lightning_fedscale.callbacks import MaxBatchProbe
 from lightning_fedscale.devices import estimate_memory
 from lightning_fedscale.devices.stubs import TrainerView
+from tests.ids import stable
 
 ROWS, FEATURES = 24, 6
 COLLECTED: list[float] = []
@@ -511,7 +512,7 @@ def test_a_failure_to_set_the_batch_size_is_one_clear_error(kind: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "options", [{"budget": 200}, {"batch_arg_name": "size"}, {"make_batch": lambda samples: 1 / 0}], ids=str
+    "options", [{"budget": 200}, {"batch_arg_name": "size"}, {"make_batch": lambda samples: 1 / 0}], ids=stable
 )
 def test_whatever_fails_only_reporting_goes_on(options: dict[str, Any]) -> None:
     probe = MaxBatchProbe(**{"budget": "1GiB", "apply": False, **options})
