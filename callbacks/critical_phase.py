@@ -60,12 +60,13 @@ class CriticalPhase(Callback):
     and from both halves of a batch now and then; see ``noise_every``.
 
     Args:
-        detector: how critical phases are told: "relative_change", "accordion", "page_hinkley",
+        detector: how critical phases are told: "page_hinkley", "relative_change", "accordion",
             "federated_gradient_norm", "fisher_trace", or one made by `lightning_fedscale.phases` with arguments of its
             own.
-        threshold: of a detector given by name: relative change from which on a phase is critical; for "page_hinkley"
-            false alarms in 1,000 observations. What is best depends on the model; the paper's own is not public. The
-            default is SelSync's, which the norm as smoothed by ``relative_change`` hardly reaches after the first 25.
+        threshold: of a detector given by name: for "page_hinkley", which calibrates itself on the run's own noise, the
+            false alarms in 1,000 observations (1); for others the relative change from which on a phase is critical.
+            None is the detector's own default. SelSync's 0.3 for ``relative_change`` is hardly reached by its smoothed
+            norm after the first 25 observations.
         scale: what to multiply updates by outside of critical phases, or a rule of `lightning_fedscale.phases`:
             ``step``, ``linear_ramp``, ``adascale``, ``capped``.
         action: what to do: "scale" updates outside of critical phases; "noise" adds what the updates of a batch of
@@ -93,7 +94,7 @@ class CriticalPhase(Callback):
 
     Example:
         >>> from lightning.pytorch.demos.boring_classes import BoringModel
-        >>> phase = CriticalPhase(threshold=100.0, scale=1.5)  # nothing is critical but the first 25 steps
+        >>> phase = CriticalPhase("relative_change", threshold=100.0, scale=1.5)  # critical in the first 25 steps
         >>> trainer = pl.Trainer(max_steps=40, callbacks=[phase], accelerator="cpu", logger=False,
         ...                      enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False)
         >>> trainer.fit(BoringModel())
@@ -105,8 +106,8 @@ class CriticalPhase(Callback):
 
     def __init__(
         self,
-        detector: str | Detector = "relative_change",
-        threshold: float = 0.3,
+        detector: str | Detector = "page_hinkley",
+        threshold: float | None = None,
         scale: float | ScaleRule = 2.0,
         action: Literal["observe", "scale", "noise"] = "scale",
         level: Literal["round", "step"] = "round",

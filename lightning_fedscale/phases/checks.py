@@ -11,7 +11,7 @@ def positive(name: str, value: float) -> None:
         raise ValueError(f"{name}={value!r}: pass a number above 0.")
 
 
-def whole(name: str, value: int) -> None:
-    """Check that ``value`` is a whole number of at least 1."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ValueError(f"{name}={value!r}: pass a whole number, at least 1.")
+def whole(name: str, value: int, least: int = 1) -> None:
+    """Check that ``value`` is a whole number of at least ``least``."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ValueError(f"{name}={value!r}: pass a whole number, at least {least}.")
