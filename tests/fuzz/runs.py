@@ -202,7 +202,9 @@ TOLERANCES = {"64-true": 1e-8, "32-true": 1e-3, "bf16-mixed": 0.1, "bf16-true": 
 """Of differences relative to the values, or to 1 where these are smaller; rounding errors grow while models train."""
 
 
-def difference(left: Outcome, right: Outcome, tolerance: float, *, python: bool = True, epochs: int = 0) -> str | None:
+def difference(
+    left: Outcome, right: Outcome, tolerance: float, *, python: bool = True, epochs: int | None = None
+) -> str | None:
     """What differs by more than ``tolerance``, in one line; None if nothing does.
 
     Args:
@@ -210,18 +212,19 @@ def difference(left: Outcome, right: Outcome, tolerance: float, *, python: bool 
         right: another one.
         tolerance: 0 asks for the same bits.
         python: whether attributes count.
-        epochs: only the last so many epochs of what was logged are compared; 0 for all.
+        epochs: only the last so many epochs of what was logged are compared; None for all.
     """
     if left.error or right.error:
         return None if left.error == right.error else f"errors: {left.error} | {right.error}"
-    pairs: list[tuple[str, Any, Any]] = [
-        ("tensors", left.tensors, right.tensors),
-        ("logged", left.logged[-epochs:], right.logged[-epochs:]),
-        ("records", left.records[-1:] if epochs else left.records, right.records[-1:] if epochs else right.records),
-    ]
+    pairs: list[tuple[str, Any, Any]] = [("tensors", left.tensors, right.tensors)]
+    if epochs is None:
+        pairs += [("logged", left.logged, right.logged), ("records", left.records, right.records)]
+    elif epochs:
+        pairs += [("logged", left.logged[-epochs:], right.logged[-epochs:])]
+        pairs += [("records", left.records[-1:], right.records[-1:])]
     if python:
         pairs += [("python", left.python, right.python)]
-    if not epochs:
+    if epochs is None:
         pairs += [("drawn", left.drawn, right.drawn)]
     for name, one, other in pairs:
         # Lightning and torchmetrics add up in single precision, and Lightning the first value of a run otherwise.
