@@ -438,10 +438,15 @@ class ComputeAccounting(Callback):
         }
         if (position := self.position) is not None:
             readings = position.readings or (position,)
-            values |= {
-                "compute/optimal_params": position.optimal_params,
+            band = {
+                "compute/params_by_law": position.params,
                 "compute/optimal_params_low": min(each.low for each in readings),
                 "compute/optimal_params_high": max(each.high for each in readings),
+            }
+            if all(map(math.isfinite, band.values())):  # TensorBoard draws a band only of what has the same steps
+                values |= band
+            values |= {
+                "compute/optimal_params": position.optimal_params,
                 "compute/size_ratio": position.size_ratio,
                 "compute/size_ratio_low": min(each.size_ratio for each in readings),
                 "compute/size_ratio_high": max(each.size_ratio for each in readings),

@@ -50,7 +50,7 @@ class ComputeCurves:
             "ComputeAccounting": {
                 "loss against compute": ["Multiline", [f"{self.tag}$"]],
                 "parameters in the optimal band": [
-                    "Margin", ["compute/params", "compute/optimal_params_low", "compute/optimal_params_high"],
+                    "Margin", ["compute/params_by_law", "compute/optimal_params_low", "compute/optimal_params_high"],
                 ],
                 "size ratio": ["Multiline", ["compute/size_ratio$"]],
             }

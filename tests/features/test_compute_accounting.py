@@ -193,6 +193,9 @@ def test_the_position_is_that_of_the_law(tmp_path: Path) -> None:
         "compute/flops_total", "compute/flops_per_client", "compute/tokens", "compute/params",
         "compute/optimal_params", "compute/size_ratio", "compute/predicted_loss", "compute/excess_loss",
     } <= set(events.Tags()["scalars"])  # fmt: skip
+    band = ("compute/params_by_law", "compute/optimal_params_low", "compute/optimal_params_high")
+    (steps,) = {tuple(event.step for event in events.Scalars(tag)) for tag in band}  # TensorBoard draws no other band
+    assert steps
     totals = [event.value for event in events.Scalars("compute/flops_total")]
     assert totals == pytest.approx([200 * (i + 1) * PER_SAMPLE for i in range(4)])
     assert "compute/position" in events.Tags()["images"]
