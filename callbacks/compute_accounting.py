@@ -456,6 +456,10 @@ class ComputeAccounting(Callback):
             }
         return {name: value for name, value in values.items() if math.isfinite(value)}
 
+    def metrics_to_come(self) -> tuple[str, ...]:
+        """What may be logged later than the rest, where runs are compared: a position is not there from the start."""
+        return () if self._law is None else ("compute/size_ratio", "compute/excess_loss")
+
     def _critical_batch(self, trainer: pl.Trainer) -> float:
         """In tokens: as `CriticalPhase` measures it, else as Kaplan's law of text has it at the predicted loss."""
         per_sample = self.ledger.tokens / self.ledger.samples

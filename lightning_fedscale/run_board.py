@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator
 from typing import Any
 
 import lightning.pytorch as pl
@@ -77,8 +79,9 @@ class RunBoard(Callback):
             # Not `logged_metrics`, which would reduce anew.
             known = trainer._logger_connector._logged_metrics
             logged = {name: float(value) for name, value in known.items() if isinstance(value, Tensor | float)}
-            users_first = sorted(filter(_is_compared, logged), key=lambda name: name in _COMPARED)
-            add_hparams(trainer, {name: logged[name] for name in users_first}, is_detail)
+            names = [*filter(_is_compared, logged), *(name for name in _to_come(trainer) if name not in logged)]
+            users_first = sorted(names, key=lambda name: name in _COMPARED)
+            add_hparams(trainer, {name: logged.get(name, math.nan) for name in users_first}, is_detail)
 
     def _layout(self) -> Layout:
         options, simulates = self._options, self._options.population is not None
@@ -120,6 +123,13 @@ class RunBoard(Callback):
             title=f"Labels of {shown}{of_all} clients",
         )  # fmt: skip
         show(trainer, "client/labels", figure)
+
+
+def _to_come(trainer: pl.Trainer) -> Iterator[str]:
+    """What callbacks will log later on, perhaps: the columns of the page are those that a run has at first."""
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if (names := getattr(type(callback), "metrics_to_come", None)) is not None:  # of mocks every attribute is there
+            yield from names(callback)
 
 
 def _is_compared(name: str) -> bool:

@@ -11,7 +11,6 @@ from typing import Any
 
 import matplotlib.image
 import pytest
-import torch
 from lightning.pytorch.loggers import TensorBoardLogger
 
 from lightning_fedscale import FederatedStrategy
@@ -31,13 +30,12 @@ DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 def shown(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, Path]]:
     """TensorBoard over a run with the callbacks that lay out charts."""
     folder, port = tmp_path_factory.mktemp("logs"), free_port()
-    accounting = ComputeAccounting(law=Rosenfeld(E=0.6, A=3.0, B=8.0, alpha=0.4, beta=0.35))
+    accounting = ComputeAccounting(law=Rosenfeld(E=0.05, A=0.3, B=0.8, alpha=0.4, beta=0.35))
     run = trainer(
         MaxBatchProbe(budget="1GiB", apply=False), CriticalPhase(action="observe"), accounting, ClientMetrics(),
         max_epochs=25,
         logger=TensorBoardLogger(folder, name="run"), strategy=FederatedStrategy(num_clients=7, executor="sequential"),
     )  # fmt: skip
-    torch.manual_seed(0)
     run.fit(Net(), data(200), data(50))
     write_page(read_run(folder / "run"), folder / "report.html")
     command = ["-m", "tensorboard.main", "--logdir", folder, "--port", port, "--host", "127.0.0.1", "--load_fast=false"]
