@@ -50,12 +50,12 @@ class Way(NamedTuple):
 
 
 def _step(threshold: float, factor: float) -> Callable[[int], CriticalPhase]:
-    return lambda seed: CriticalPhase(threshold=threshold, scale=factor, noise_every=None, every_n_steps=1)
+    return lambda seed: CriticalPhase("relative_change", threshold, scale=factor, noise_every=None, every_n_steps=1)
 
 
 def _adascale(seed: int) -> CriticalPhase:
     rule = phases.adascale(batch=LARGE, reference=SMALL)
-    return CriticalPhase(threshold=THRESHOLD, scale=rule, noise_every=10, every_n_steps=1)
+    return CriticalPhase("relative_change", THRESHOLD, scale=rule, noise_every=10, every_n_steps=1)
 
 
 def _noise(seed: int) -> CriticalPhase:

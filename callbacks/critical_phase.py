@@ -51,6 +51,13 @@ class CriticalPhase(Callback):
 
     Without `FederatedStrategy` both are the same: the Trainer's optimizer steps.
 
+    With several optimizers (manual optimization: GANs, steps now and then or past Lightning) the gradients of each are
+    a sequence of their own, since the norms of two networks in turns would be noise to a detector. The phase is
+    critical if it is so for any optimizer, by its last step; one that has not stepped for 100 steps of the others is
+    not heard. All updates are scaled alike, so that the balance between networks stays; noise is each optimizer's own.
+    Norm and phase of each are logged as ``phase/grad_norm/0``, ``phase/critical/0`` and so on. At ``level="round"`` the
+    update is that of all of them together.
+
     Scaling comes after clipping, which therefore cannot undo it. SGD's gradients are multiplied, or a linear server's
     update; Adam and others, whose steps do not follow the gradients' size, take their step with a multiplied learning
     rate, and adaptive servers have theirs multiplied. Which it is is said when training begins. Schedulers, monitors
@@ -90,7 +97,6 @@ class CriticalPhase(Callback):
 
     Raises:
         TypeError, ValueError: for arguments that cannot be; in ``fit`` for a Trainer that it cannot work with.
-        RuntimeError: in ``fit``, if no gradients come to be seen.
 
     Example:
         >>> from lightning.pytorch.demos.boring_classes import BoringModel
@@ -260,7 +266,7 @@ class CriticalPhase(Callback):
         self._settle()
         if not trainer._logger_connector.should_update_logs:
             return
-        values = {**self._keeper.metrics(), "phase/scale": self.scale}
+        values = {**self._keeper.metrics(), **self._watch.metrics(), "phase/scale": self.scale}
         if math.isfinite(self._norm):
             values["phase/grad_norm"] = self._norm
         pl_module.log_dict(values, on_step=True, on_epoch=False, batch_size=1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from typing import TYPE_CHECKING, Any
 
 import lightning.pytorch as pl
@@ -11,10 +12,9 @@ import torch
 from torch import Tensor
 
 from lightning_fedscale import collectives
-from lightning_fedscale.callbacks.phase_gradients import NOT_SEEN
-from lightning_fedscale.callbacks.phase_steps import StepWatch
-from lightning_fedscale.phase_keeper import PhaseKeeper
-from lightning_fedscale.phases import Observation
+from lightning_fedscale.callbacks.phase_steps import Seen, StepWatch
+from lightning_fedscale.phase_keeper import PhaseKeeper, joined
+from lightning_fedscale.phases import Decision, Observation
 from lightning_fedscale.types import IntArray, Params, RoundRecord
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ class ClientStepWatch(StepWatch):
     def __init__(self, owner: CriticalPhase, keeper: PhaseKeeper) -> None:
         super().__init__(owner, keeper)
         self._client = -1
-        self._norms: dict[int, list[Tensor]] = {}
+        self._norms: dict[int, list[Tensor]] = {}  # of a client's steps: optimizer, total of norms, squared norm
 
     def check(self, trainer: pl.Trainer, module: pl.LightningModule, noise: str) -> None:
         """See `StepWatch.check`."""
@@ -67,29 +67,41 @@ class ClientStepWatch(StepWatch):
             return
         self._keeper.look_at_clients(record)
         rows = {client: row for row, client in enumerate(record.clients.tolist())}
-        table = torch.zeros(len(rows), 2 * int(record.local_steps.max()), dtype=torch.float64)
-        for client, norms in self._norms.items():
-            if norms:
-                totals = torch.stack(norms).cpu()
-                table[rows[client], : 2 * len(totals)] = totals.flatten()
         # Gradients may be on a device whose communication knows no other tensors.
         device = trainer.strategy.root_device
-        table = collectives.sum_over_ranks(table.to(device)).cpu().reshape(len(rows), -1, 2)
-        decisions, squares = [], []
-        for client, steps in zip(rows, table.numpy(), strict=True):
-            # Total of the layers' norms, and squared norm; a step without gradients leaves zeros.
-            seen = steps[(steps[:, 0] > 0) & np.isfinite(steps[:, 0])]
-            if len(seen):
-                squares.append(float(seen[:, 1].mean()))
-                decisions.append([self._keeper.detect(Observation([total]), client) for total in seen[:, 0]][-1])
-        if not decisions:
-            raise RuntimeError(NOT_SEEN.format(int(record.local_steps.sum())))
-        self._owner.judge(record.round, math.sqrt(math.fsum(squares) / len(squares)), decisions)
+        steps = int(record.local_steps.max())
+        if not pl_module.automatic_optimization:  # the module may make any number of steps for a batch
+            most = torch.tensor(float(max(map(len, self._norms.values()), default=0)), device=device)
+            steps = -int(collectives.min_over_ranks(-most))
+        table = torch.zeros(len(rows), 3 * steps, dtype=torch.float64)
+        for client, norms in self._norms.items():
+            if norms:
+                table[rows[client], : 3 * len(norms)] = torch.stack(norms).cpu().flatten()
+        shared = collectives.sum_over_ranks(table.to(device)).cpu().numpy().reshape(len(rows), steps, 3)
+        found: defaultdict[int, list[tuple[float, Decision]]] = defaultdict(list)
+        for client, row in zip(rows, shared, strict=True):
+            # A step without gradients leaves zeros.
+            seen = row[(row[:, 1] > 0) & np.isfinite(row[:, 1])]
+            for number in np.unique(seen[:, 0]).astype(int).tolist():
+                _, totals, squares = seen[seen[:, 0] == number].T
+                sequence = self._sequence(number, client)
+                decisions = [self._keeper.detect(Observation([total]), sequence) for total in totals]
+                found[number].append((float(squares.mean()), decisions[-1]))
+        if not found:
+            self._warn_if_unseen(trainer, int(record.local_steps.sum()))
+            return
+        self._unseen = 0
+        for number, clients in found.items():
+            norm = math.sqrt(math.fsum(square for square, _ in clients) / len(clients))
+            self._seen[number] = Seen(record.round, norm, joined([decision for _, decision in clients]))
+        now = [self._seen[number] for number in found]
+        self._owner.judge(record.round, math.hypot(*(seen.norm for seen in now)), [seen.decision for seen in now])
 
     def after_batch(self, trainer: pl.Trainer) -> None:
         """A round is over."""
-        assert self._scaling is not None
-        self._scaling.restore()
+        for hold in self._holds:
+            hold.scaling.restore()
 
-    def _seen(self, trainer: pl.Trainer, gradients: list[Tensor], norms: Tensor) -> None:
-        self._norms[self._client].append(torch.stack([norms.sum(), norms.square().sum()]))
+    def _see(self, trainer: pl.Trainer, number: int, gradients: dict[int, Tensor], norms: Tensor) -> None:
+        row = [norms.new_full((), number), norms.sum(), norms.square().sum()]
+        self._norms[self._client].append(torch.stack(row))

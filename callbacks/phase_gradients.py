@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import lightning.pytorch as pl
@@ -15,37 +15,37 @@ from torch.optim import Optimizer
 from lightning_fedscale import collectives
 
 NOT_SEEN = (
-    "CriticalPhase: no gradients were seen in {} batches. In manual optimization, step optimizers that come from"
-    " self.optimizers() as they are, without use_pl_optimizer=False; and training_step must return a loss that depends"
-    " on parameters of the optimizer."
+    "CriticalPhase: no gradients were seen in {} batches, and the phase stays as it was, critical={}. If the module"
+    " does train: step the optimizers of configure_optimizers, without a closure if by use_pl_optimizer=False."
 )
 
 
-def gradients_of(optimizer: Optimizer) -> Iterator[Tensor]:
-    """One for each parameter that has one.
+def gradients_of(optimizer: Optimizer) -> dict[int, Tensor]:
+    """Those that parameters have, by the parameter's place in the optimizer.
 
     Raises:
         ValueError: for a sparse one.
     """
-    for group in optimizer.param_groups:
-        for parameter in group["params"]:
-            if parameter.grad is None:
-                continue
-            if parameter.grad.is_sparse:
-                raise ValueError(
-                    "CriticalPhase: a gradient is sparse, and its norm over steps is not that of a dense one: pass"
-                    " sparse=False to nn.Embedding."
-                )
-            yield parameter.grad
+    found = {}
+    for place, parameter in enumerate(p for group in optimizer.param_groups for p in group["params"]):
+        if parameter.grad is None:
+            continue
+        if parameter.grad.is_sparse:
+            raise ValueError(
+                "CriticalPhase: a gradient is sparse, and its norm over steps is not that of a dense one: pass"
+                " sparse=False to nn.Embedding."
+            )
+        found[place] = parameter.grad
+    return found
 
 
-def layer_norms(trainer: pl.Trainer, gradients: list[Tensor]) -> Tensor:
+def layer_norms(trainer: pl.Trainer, optimizer: Optimizer, gradients: list[Tensor]) -> Tensor:
     """The L2 norm of each, on their device, in float64."""
     norms = torch.stack([_whole(norm) for norm in torch._foreach_norm(gradients)]).double()
     if isinstance(trainer.strategy, FSDPStrategy):  # every rank holds a part of each
         norms = collectives.sum_over_ranks(norms.square()).sqrt()
     scaler = getattr(trainer.precision_plugin, "scaler", None)
-    if scaler is not None and getattr(trainer.optimizers[0], "_step_supports_amp_scaling", False):
+    if scaler is not None and getattr(optimizer, "_step_supports_amp_scaling", False):
         norms = norms / scaler._scale  # fused optimizers unscale by themselves, later
     return norms
 

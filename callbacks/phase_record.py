@@ -13,7 +13,7 @@ _SMALL = 0.01
 
 LAYOUT = {
     "CriticalPhase": {
-        "critical": ["Multiline", ["phase/critical$", "phase/scale$"]],
+        "critical": ["Multiline", [r"phase/critical(/\d+)?$", "phase/scale$"]],
         "change and threshold": ["Multiline", ["phase/relative_change", "phase/cumulative_sum", "phase/threshold"]],
         "gradient norm": ["Multiline", ["phase/grad_norm"]],
         # No margin: where evidence lacks, one of the three is missing, and TensorBoard draws nothing then.

@@ -114,6 +114,10 @@ class RoundWatch:
     def after_batch(self, trainer: pl.Trainer) -> None:
         """A round is over."""
 
+    def metrics(self) -> dict[str, float]:
+        """Nothing beyond what is logged of every phase: the update is that of all optimizers."""
+        return {}
+
     def saved_state(self) -> dict[str, Any]:
         """For the checkpoint."""
         return {

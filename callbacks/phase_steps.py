@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any
+from collections import defaultdict
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import lightning.pytorch as pl
 import numpy as np
@@ -16,23 +17,44 @@ from torch.optim import Optimizer
 
 from lightning_fedscale import collectives, randomness
 from lightning_fedscale.callbacks.phase_gradients import NOT_SEEN, AfterClipping, gradients_of, layer_norms
+from lightning_fedscale.callbacks.phase_optimizers import GradientMemory, StepHold
 from lightning_fedscale.devices.batches import samples_in
 from lightning_fedscale.half_batches import half_gradients, no_halves
-from lightning_fedscale.noise import Diagonal, diagonal_init, diagonal_noise, diagonal_update, look_at_halves
+from lightning_fedscale.noise import look_at_halves
 from lightning_fedscale.phase_keeper import PhaseKeeper
-from lightning_fedscale.phases import Observation
+from lightning_fedscale.phases import Decision, Observation
 from lightning_fedscale.types import FloatArray
-from lightning_fedscale.update_scaling import UpdateScaling
 
 if TYPE_CHECKING:
     from lightning_fedscale.callbacks.critical_phase import CriticalPhase
 
 _PATIENCE = 25
-"""Batches without a gradient after which it is clear that none will come."""
+"""Batches without a gradient after which it is said that none came."""
+
+_HEARD = 100
+"""Steps of all optimizers together for which an optimizer's decision counts."""
+
+
+class Seen(NamedTuple):
+    """What was last made of the gradients of an optimizer.
+
+    Attributes:
+        at: number of the step or round.
+        norm: L2 norm of its gradient.
+        decision: what the detector says.
+    """
+
+    at: int
+    norm: float
+    decision: Decision
 
 
 class StepWatch(Callback):
     """Looks at the gradients of every optimizer step, and scales them or makes them noisy once they are clipped.
+
+    Each optimizer's gradients are a sequence of their own, with a state of the detector of its own: of two networks
+    that take turns, the norms of both together would be noise. The phase is critical if the last decision on any of
+    them is, and all updates are scaled alike, so that the balance between networks stays.
 
     Args:
         owner: decides.
@@ -42,18 +64,18 @@ class StepWatch(Callback):
     def __init__(self, owner: CriticalPhase, keeper: PhaseKeeper) -> None:
         self._owner = owner
         self._keeper = keeper
-        self._scaling: UpdateScaling | None = None
+        self._holds: list[StepHold] = []
+        self._memories: defaultdict[int, GradientMemory] = defaultdict(GradientMemory)  # by number of the optimizer
+        self._seen: dict[int, Seen] = {}  # likewise
         self._module: pl.LightningModule | None = None
-        self._pending: list[Tensor] = []  # norms of the layers, of steps that are not judged yet
+        self._pending: list[tuple[int, Tensor]] = []  # optimizer and norms of the layers, of steps not judged yet
         self._steps = 0  # judged or not
         self._unseen = 0  # batches since the last gradient
+        self._warned = False
         self._since_look = 0
         self._samples = 0.0  # in the present batch
         self._open_look: Tensor | None = None  # of the present batch, its gradient is yet to come
         self._looks: list[Tensor] = []  # that were not read yet
-        self._sums: list[Tensor] = []
-        self._summed = 0
-        self._diagonal: Diagonal | None = None
 
     # ---- before training
 
@@ -92,32 +114,25 @@ class StepWatch(Callback):
         return [self]
 
     def attach(self, trainer: pl.Trainer, module: pl.LightningModule) -> str:
-        """Take hold of the optimizer, and say how its updates are scaled.
-
-        Raises:
-            ValueError: with several optimizers.
-        """
-        if len(trainer.optimizers) != 1:
-            raise ValueError(
-                f"CriticalPhase: the module has {len(trainer.optimizers)} optimizers, and one sequence of gradients is"
-                " what it watches; with FederatedStrategy, level='round' looks at the update of all."
-            )
+        """Take hold of the optimizers, and say how their updates are scaled."""
         self._module = module
-        self._sums = [tensor.to(module.device) for tensor in self._sums]
-        self._diagonal = None if self._diagonal is None else self._diagonal.to(module.device)
-        self._scaling = UpdateScaling(trainer.optimizers[0], self._owner.scale_weight_decay)
+        for memory in self._memories.values():
+            memory.to(module.device)
+        with_decay = self._owner.scale_weight_decay
+        self._holds = [StepHold(each, with_decay, self._on_unannounced_step) for each in trainer.optimizers]
         if self._owner.action == "scale":
-            self._scaling.check()
+            for hold in self._holds:
+                hold.scaling.check()
         if module.automatic_optimization and self._owner.action != "observe":
             # Callbacks are told before gradients are clipped.
             vars(module)["configure_gradient_clipping"] = AfterClipping(module.configure_gradient_clipping, self._act)
-        return self._scaling.describe()
+        return "; ".join(dict.fromkeys(hold.scaling.describe() for hold in self._holds))
 
     def detach(self) -> None:
-        """Module and optimizer are as they were."""
-        if self._scaling is not None:
-            self._scaling.remove()
-            self._scaling = None
+        """Module and optimizers are as they were."""
+        for hold in self._holds:
+            hold.remove()
+        self._holds = []
         if self._module is not None:
             if isinstance(vars(self._module).get("configure_gradient_clipping"), AfterClipping):
                 del vars(self._module)["configure_gradient_clipping"]
@@ -143,64 +158,87 @@ class StepWatch(Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
     ) -> None:
         """The gradients are complete: accumulated, reduced over ranks, unscaled, and not clipped yet."""
-        gradients = list(gradients_of(optimizer))
-        if not gradients:
+        if (number := self._number(optimizer)) is None:
             return
-        self._unseen = 0
-        norms = layer_norms(trainer, gradients)
-        if self._open_look is not None:
-            self._looks.append(torch.cat([self._open_look, norms.square().sum()[None]]))
-            self._open_look = None
-        self._seen(trainer, gradients, norms)
+        if self._holds[number].announce():
+            self._look(trainer, number)
         if not pl_module.automatic_optimization:
             self._act(optimizer)  # the user has clipped them
 
-    def after_batch(self, trainer: pl.Trainer) -> None:
-        """A batch is over.
+    def _on_unannounced_step(self, optimizer: Optimizer) -> None:
+        """As `on_before_optimizer_step`, for a step that the module makes past Lightning."""
+        assert self._module is not None
+        if (number := self._number(optimizer)) is not None:
+            self._look(self._module.trainer, number)
+            self._act(optimizer)
 
-        Raises:
-            RuntimeError: if no gradients come to be seen.
-        """
-        assert self._scaling is not None
-        self._scaling.restore()  # if the step was skipped
-        self._unseen += 1
-        if self._unseen >= _PATIENCE * trainer.accumulate_grad_batches:
-            raise RuntimeError(NOT_SEEN.format(self._unseen))
+    def _number(self, optimizer: Optimizer) -> int | None:
+        """Of an optimizer of the Trainer's; modules may have more."""
+        return next((i for i, hold in enumerate(self._holds) if hold.optimizer is optimizer), None)
+
+    def _look(self, trainer: pl.Trainer, number: int) -> None:
+        optimizer = self._holds[number].optimizer
+        if not (gradients := gradients_of(optimizer)):
+            return
+        self._unseen = 0
+        norms = layer_norms(trainer, optimizer, list(gradients.values()))
+        if self._open_look is not None:
+            self._looks.append(torch.cat([self._open_look, norms.square().sum()[None]]))
+            self._open_look = None
+        self._see(trainer, number, gradients, norms)
+
+    def after_batch(self, trainer: pl.Trainer) -> None:
+        """A batch is over."""
+        for hold in self._holds:
+            hold.scaling.restore()  # if the step was skipped
+        self._warn_if_unseen(trainer, 1)
+
+    def _warn_if_unseen(self, trainer: pl.Trainer, batches: int) -> None:
+        self._unseen += batches
+        if self._unseen >= _PATIENCE * trainer.accumulate_grad_batches and not self._warned:
+            self._warned = True
+            rank_zero_warn(NOT_SEEN.format(self._unseen, self._owner.critical))
+
+    def metrics(self) -> dict[str, float]:
+        """What is known of each optimizer, if there are several."""
+        if len(self._holds) < 2:
+            return {}
+        norms = {f"phase/grad_norm/{number}": seen.norm for number, seen in self._seen.items()}
+        flags = {f"phase/critical/{number}": float(seen.decision.critical) for number, seen in self._seen.items()}
+        return {**norms, **flags}
 
     def saved_state(self) -> dict[str, Any]:
         """Norms that wait are numbers in it."""
         return {
-            "pending": [norms.tolist() for norms in self._pending],
+            "pending": [[number, norms.tolist()] for number, norms in self._pending],
             "steps": self._steps,
             "since_look": self._since_look,
             "looks": [look.tolist() for look in self._looks],
-            "sums": list(self._sums),
-            "summed": self._summed,
-            "diagonal": None if self._diagonal is None else list(self._diagonal),
+            "optimizers": [[number, memory.state_dict()] for number, memory in self._memories.items()],
+            "seen": [[number, seen.at, seen.norm, list(seen.decision)] for number, seen in self._seen.items()],
         }
 
     def load_saved_state(self, state: dict[str, Any]) -> None:
-        """Go on from there."""
-        self._pending = [torch.tensor(norms, dtype=torch.float64) for norms in state["pending"]]
-        self._steps, self._since_look, self._summed = state["steps"], state["since_look"], state["summed"]
+        """Go on from there; earlier versions watched one optimizer."""
+        pending = state["pending"] if "optimizers" in state else [[0, norms] for norms in state["pending"]]
+        self._pending = [(number, torch.tensor(norms, dtype=torch.float64)) for number, norms in pending]
+        self._steps, self._since_look = state["steps"], state["since_look"]
         self._looks = [torch.tensor(look, dtype=torch.float64) for look in state["looks"]]
-        self._sums = state["sums"]
-        self._diagonal = None if state["diagonal"] is None else Diagonal(*state["diagonal"])
+        self._memories.clear()
+        for number, memory in state.get("optimizers", [[0, state]]):
+            self._memories[number].load_state_dict(memory)
+        self._seen = {n: Seen(at, norm, Decision(*decision)) for n, at, norm, decision in state.get("seen", [])}
 
     # ---- what is seen
 
-    def _seen(self, trainer: pl.Trainer, gradients: list[Tensor], norms: Tensor) -> None:
+    def _see(self, trainer: pl.Trainer, number: int, gradients: dict[int, Tensor], norms: Tensor) -> None:
         if self._owner.action == "noise":
-            self._take_in(gradients, norms)
-        if self._owner.detector.accumulate > 1:
-            if not self._summed:
-                self._sums = [torch.zeros_like(g) for g in gradients]
-            torch._foreach_add_(self._sums, gradients)
-            self._summed += 1
-            if self._summed < self._owner.detector.accumulate:
+            self._memories[number].take_in(gradients, norms.isfinite().all())
+        if (steps := self._owner.detector.accumulate) > 1:
+            if (sums := self._memories[number].add_up(gradients, steps)) is None:
                 return
-            norms, self._summed, self._sums = layer_norms(trainer, self._sums), 0, []
-        self._pending.append(norms)
+            norms = layer_norms(trainer, self._holds[number].optimizer, sums)
+        self._pending.append((number, norms))
         self._steps += 1
         if len(self._pending) >= self._owner.every_n_steps:
             self._read(trainer)
@@ -209,20 +247,33 @@ class StepWatch(Callback):
         """Judge the steps that wait, with one read from the device."""
         pending, self._pending = self._pending, []
         looks, self._looks = self._looks, []
-        device = pending[-1].device
+        device = pending[-1][1].device
         if looks:
             shared = collectives.sum_over_ranks(torch.stack([look.to(device) for look in looks]).flatten())
-        numbers = torch.cat([*(norms.to(device) for norms in pending), *([shared] if looks else [])]).cpu().numpy()
-        *steps, seen = np.split(numbers, np.cumsum([len(norms) for norms in pending]))
+        parts = [*(norms.to(device) for _, norms in pending), *([shared] if looks else [])]
+        numbers = torch.cat(parts).cpu().numpy()
+        *steps, seen = np.split(numbers, np.cumsum([len(norms) for _, norms in pending]))
         for row in seen.reshape(-1, _LOOK):
             self._take_look(trainer, *row.tolist())
         first = self._steps - len(pending)
         # Mixed precision skips a step now and then, whose gradients are not finite.
-        judged = [(first + i, norms) for i, norms in enumerate(steps) if np.isfinite(norms).all()]
-        decisions = [self._keeper.detect(self._observation(trainer, norms)) for _, norms in judged]
+        judged = [
+            (first + i, number, norms)
+            for i, ((number, _), norms) in enumerate(zip(pending, steps, strict=True))
+            if np.isfinite(norms).all()
+        ]
+        decisions = [
+            self._keeper.detect(self._observation(number, norms), self._sequence(number)) for _, number, norms in judged
+        ]
         flags = _on_any_rank([decision.critical for decision in decisions], device)
-        for (at, norms), decision, flag in zip(judged, decisions, flags, strict=True):
-            self._owner.judge(at, float(np.linalg.norm(norms)), [decision._replace(critical=flag)])
+        for (at, number, norms), decision, flag in zip(judged, decisions, flags, strict=True):
+            self._seen[number] = Seen(at, float(np.linalg.norm(norms)), decision._replace(critical=flag))
+            heard = [seen for seen in self._seen.values() if at - seen.at <= _HEARD]
+            self._owner.judge(at, math.hypot(*(seen.norm for seen in heard)), [seen.decision for seen in heard])
+
+    def _sequence(self, number: int, client: int = -1) -> int:
+        """A number of its own for each client's optimizer; with one optimizer it is the client's."""
+        return client * len(self._holds) + number
 
     def _take_look(self, trainer: pl.Trainer, trace: float, ranks: float, samples: float, square: float) -> None:
         """From sums over ranks: the trace of the covariance of a single sample's gradient, and what goes with it."""
@@ -234,39 +285,33 @@ class StepWatch(Callback):
         # Only the halves' difference is theirs; the mean gradient is that of the whole update.
         self._keeper.look("sampling", look_at_halves(one * trace * 4 / batch, halves, one * square, one, square))
 
-    def _observation(self, trainer: pl.Trainer, norms: FloatArray) -> Observation:
+    def _observation(self, number: int, norms: FloatArray) -> Observation:
         return Observation(
             norms.tolist(),
             fisher_trace=self._keeper.sampling.fisher_trace,
-            learning_rate=float(trainer.optimizers[0].param_groups[0].get("lr", math.nan)),
+            learning_rate=float(self._holds[number].optimizer.param_groups[0].get("lr", math.nan)),
         )
-
-    def _take_in(self, gradients: list[Tensor], norms: Tensor) -> None:
-        if self._diagonal is None:
-            self._diagonal = diagonal_init(gradients)
-        finite = norms.isfinite().all()
-        known = zip(gradients, self._diagonal.mean, strict=True)
-        self._diagonal = diagonal_update(self._diagonal, [torch.where(finite, g, mean) for g, mean in known])
 
     # ---- what is done
 
     def _act(self, optimizer: Optimizer) -> None:
-        assert self._scaling is not None
+        if (number := self._number(optimizer)) is None:
+            return
         if self._owner.action == "scale":
-            self._scaling.apply(self._owner.scale)
-        elif self._owner.adds_noise and self._diagonal is not None and self._diagonal.seen > 1:
+            self._holds[number].scaling.apply(self._owner.scale)
+        elif self._owner.adds_noise and self._memories[number].steps > 1:
             assert self._module is not None
-            self._add_noise(list(gradients_of(optimizer)), self._module.trainer)
+            self._add_noise(number, gradients_of(optimizer), self._module.trainer)
 
-    def _add_noise(self, gradients: list[Tensor], trainer: pl.Trainer) -> None:
-        assert self._diagonal is not None
+    def _add_noise(self, number: int, gradients: dict[int, Tensor], trainer: pl.Trainer) -> None:
         assert self._owner.target_batch is not None
-        generator = torch.Generator(device=gradients[0].device)
+        memory = self._memories[number]
+        generator = torch.Generator(device=next(iter(gradients.values())).device)
         # The same noise on every rank, since they have the same gradients.
-        generator.manual_seed(randomness.derive(self._owner.seed, randomness.NOISE, trainer.global_step))
+        generator.manual_seed(randomness.derive(self._owner.seed, randomness.NOISE, memory.steps, number))
         batch = self._samples * trainer.accumulate_grad_batches * trainer.world_size
-        noise = diagonal_noise(self._diagonal, batch, min(self._owner.target_batch, batch), generator)
-        torch._foreach_add_(gradients, noise)
+        noise = memory.noise(batch, min(self._owner.target_batch, batch), generator)
+        torch._foreach_add_(list(gradients.values()), [noise[place] for place in gradients])
 
 
 def _on_any_rank(flags: list[bool], device: torch.device) -> list[bool]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,13 @@ from lightning_fedscale.phases import Decision, Detector, Observation, Phase, Sc
 from lightning_fedscale.types import RoundRecord
 
 _MOST_LOOKS = 300
+
+
+def joined(decisions: Sequence[Decision]) -> Decision:
+    """Of several, one: critical if any of them is. The highest statistic is the one shown."""
+    known = [decision for decision in decisions if not math.isnan(decision.statistic)]
+    shown = max(known or decisions, key=lambda decision: decision.statistic)
+    return shown._replace(critical=any(decision.critical for decision in decisions))
 
 
 class PhaseKeeper:
@@ -61,19 +69,17 @@ class PhaseKeeper:
         """What the rule says to multiply updates by."""
         return float(self._rule(self.phase))
 
-    def detect(self, observation: Observation, client: int = -1) -> Decision:
-        """What the detector says, which has a state for each client if several are watched."""
-        state = self._states.get(client)
-        decision, self._states[client] = self._detector.update(
+    def detect(self, observation: Observation, sequence: int = -1) -> Decision:
+        """What the detector says, which has a state for each sequence if several are watched: clients, optimizers."""
+        state = self._states.get(sequence)
+        decision, self._states[sequence] = self._detector.update(
             self._detector.init() if state is None else state, observation
         )
         return decision
 
     def decide(self, decisions: list[Decision]) -> None:
-        """From what detectors say: critical if any of them says so. The highest statistic is the one shown."""
-        known = [decision for decision in decisions if not math.isnan(decision.statistic)]
-        shown = max(known or decisions, key=lambda decision: decision.statistic)
-        self.decision = shown._replace(critical=any(decision.critical for decision in decisions))
+        """From what detectors say of each sequence."""
+        self.decision = joined(decisions)
         self._quiet = 0 if self.decision.critical else self._quiet + 1
 
     def look(self, kind: str, look: Look) -> None:
@@ -108,7 +114,7 @@ class PhaseKeeper:
     def state_dict(self) -> dict[str, Any]:
         """Tensors and primitives only."""
         return {
-            "states": [[client, state] for client, state in self._states.items()],
+            "states": [[sequence, state] for sequence, state in self._states.items()],
             "quiet": self._quiet,
             "decision": list(self.decision),
             "looks": {kind: [list(look) for look in looks] for kind, looks in self._looks.items()},

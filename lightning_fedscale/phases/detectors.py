@@ -304,7 +304,13 @@ def detector_by_name(name: str, threshold: float | None = None) -> Detector:
         close = get_close_matches(name, DETECTORS, 1)
         hint = f" Did you mean {close[0]!r}?" if close else ""
         raise ValueError(f"detector={name!r} is not known.{hint} Known: {', '.join(map(repr, DETECTORS))}.")
-    return DETECTORS[name]() if threshold is None else DETECTORS[name](threshold)
+    if threshold is None:
+        return DETECTORS[name]()
+    positive("threshold", threshold)
+    try:
+        return DETECTORS[name](threshold)
+    except ValueError as error:
+        raise ValueError(f"threshold={threshold!r} of detector={name!r}: {error}") from None
 
 
 # ---- parts
