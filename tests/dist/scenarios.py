@@ -345,10 +345,7 @@ SCENARIOS: dict[str, Scenario] = {
         lambda: {"clients_per_round": 4, "personal": Ditto(0.5)},
         lambda: {"max_epochs": 5},
         # The second evaluates fewer clients than there are ranks.
-        callbacks=lambda: [
-            ClientMetrics(personal=True),
-            ClientMetrics(clients=1, dataloaders=DataLoader(held_out(), 4)),
-        ],
+        callbacks=lambda: [ClientMetrics(personal=True), ClientMetrics(clients=1, dataloaders=DataLoader(held_out(), 4))],
         evaluate=True,
         collectives=3,
         afterwards=6,
@@ -488,7 +485,9 @@ class Spy(pl.Callback):
     def on_round_end(self, trainer: pl.Trainer, module: Module, record: RoundRecord) -> None:
         self.events.append(("round_end", record.round, len(record.clients)))
         self.in_round.append([name for name, _ in self._calls[self._seen :]])
-        self.records.append({name: _plain(value) for name, value in vars(record).items()})
+        self.records.append(
+            {name: _plain(value) for name, value in vars(record).items()}
+        )
         self.metrics.append(record.metrics())
 
     def on_train_epoch_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
@@ -525,9 +524,7 @@ def fit(
     calls = [] if calls is None else calls
     spy, module, first_call = Spy(calls), scenario.module(), len(calls)
     strategy = sequential(partitioner=partitioner(), start_method=start_method, **scenario.strategy())  # type: ignore[arg-type]
-    trainer = reference.quiet_trainer(
-        callbacks=[spy, *scenario.callbacks()], strategy=strategy, **{**options, **devices}
-    )
+    trainer = reference.quiet_trainer(callbacks=[spy, *scenario.callbacks()], strategy=strategy, **{**options, **devices})
     result: dict[str, Any] = {"error": "", "evaluated": {}}
     start = {key: value.clone() for key, value in module.state_dict().items()}
     try:

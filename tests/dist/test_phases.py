@@ -47,3 +47,14 @@ def test_the_noise_is_that_of_the_whole_batch(ranks: list[dict[str, Any]]) -> No
     assert looks == alone[2] == 30
     assert square == pytest.approx(alone[0], rel=0.5)
     assert trace == pytest.approx(alone[1], rel=0.25)
+
+
+def test_several_optimizers_are_judged_alike(ranks: list[dict[str, Any]]) -> None:
+    first, second = (rank["two"] for rank in ranks)
+    assert torch.equal(first["weights"], second["weights"])
+    assert torch.equal(first["rows"], second["rows"])
+    alone = phases.run_two_optimizers(1)
+    assert first["spans"] == second["spans"] == alone["spans"] != []
+    assert len(alone["rows"]) == 44  # of 30 steps of one and 15 of the other, every four
+    assert torch.allclose(first["rows"], alone["rows"], rtol=1e-5)
+    assert torch.allclose(first["weights"], alone["weights"], rtol=1e-9)
