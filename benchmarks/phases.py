@@ -49,7 +49,7 @@ MOSTLY = 0.3
 """A detector that calls so large a share of stationary steps critical tells nothing, and has no place in a curve."""
 
 FAMILIES: dict[str, tuple[Callable[[float], Detector], list[float]]] = {
-    "relative_change, window 25": (relative_change, [0.008, 0.01, 0.0125, 0.015, 0.02, 0.03]),
+    "relative_change, window 25": (relative_change, [0.008, 0.01, 0.0125, 0.015, 0.02, 0.03, 0.3]),
     "relative_change, window 5": (lambda t: relative_change(t, window=5), [0.03, 0.05, 0.07, 0.1, 0.15, 0.2]),
     "accordion, every 10": (accordion, [0.3, 0.4, 0.5, 0.7, 1.0, 1.5]),
     # `fisher_trace` is the same rule on another quantity.
