@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from datetime import date
+from enum import Enum
+from numbers import Number
 from typing import Any, TypeAlias
+from uuid import UUID
 
 import numpy as np
 import numpy.typing as npt
@@ -16,6 +22,8 @@ Labels: TypeAlias = npt.NDArray[Any]
 
 _ATTRIBUTES = ("targets", "labels")
 _KEYS = ("label", "labels", "target", "targets", "y")
+_VALUES = (str, bytes, Number, np.generic, date, Enum, UUID, type(None))
+"""What is a label itself, whatever its attributes are called."""
 
 
 def find_labels(dataset: Any, partition_by: str | None = None) -> Labels:
@@ -24,16 +32,19 @@ def find_labels(dataset: Any, partition_by: str | None = None) -> Labels:
     The first of these that applies:
 
     1. the dataset is itself a 1-D array, tensor or list of labels (then ``partition_by`` has no meaning);
-    2. it has columns (Hugging Face ``datasets.Dataset``, a pandas DataFrame): the column ``partition_by``;
+    2. it has columns (Hugging Face ``datasets.Dataset``, a pandas DataFrame, a structured array): the column
+       ``partition_by``;
     3. it is a torch ``Subset`` or ``ConcatDataset``: the labels of what is inside, at any depth;
     4. it has an attribute ``partition_by``, or ``targets``, ``labels``, or it is a ``TensorDataset``: the last tensor;
-    5. every sample is read once, with a progress bar: the last entry of a tuple, the key ``partition_by`` of a dict.
+    5. every sample is read once, with a progress bar: its item or attribute ``partition_by``, as of a dict, a named
+       tuple, a dataclass or a graph; without ``partition_by``, the last entry of a tuple.
 
-    Without ``partition_by``, a column or key is looked for under "label", "labels", "target", "targets", "y".
+    Without ``partition_by``, a column, item or attribute is looked for under "label", "labels", "target", "targets",
+    "y". A tensor or array of one element is its value.
 
     Args:
         dataset: labels, or a map-style dataset.
-        partition_by: name of the column, key or attribute.
+        partition_by: name of the column, item or attribute.
 
     Raises:
         TypeError: the dataset is a stream (no length), or no dataset at all.
@@ -41,6 +52,9 @@ def find_labels(dataset: Any, partition_by: str | None = None) -> Labels:
 
     Example:
         >>> find_labels([("image a", 7), ("image b", 3)])
+        array([7, 3])
+        >>> from types import SimpleNamespace
+        >>> find_labels([SimpleNamespace(x=0.5, y=np.array([7])), SimpleNamespace(x=0.1, y=np.array([3]))], "y")
         array([7, 3])
         >>> find_labels(["cat", "dog"]).tolist()
         ['cat', 'dog']
@@ -140,12 +154,10 @@ def _is_torch(dataset: Any, name: str) -> bool:
 
 def _look_up(dataset: Any, key: str | None) -> Labels | None:
     """Find labels without reading samples; None if there is no way."""
-    if isinstance(dataset, np.ndarray) or type(dataset).__module__ == "torch":
+    if (isinstance(dataset, np.ndarray) and not dataset.dtype.names) or type(dataset).__module__ == "torch":
         return _as_array(dataset)
     if isinstance(dataset, (list, tuple, range)):
-        # A list of tuples or dicts is a dataset; a list of anything else is labels.
-        is_samples = isinstance(dataset[0], (tuple, list, Mapping)) or key is not None
-        return None if is_samples and not _is_scalar(dataset[0]) else _as_array(dataset)
+        return None if _is_sample(dataset[0], key) else _as_array(dataset)
     names = _columns(dataset)
     if names is not None:
         return _column(dataset, _choose(key, names))
@@ -164,14 +176,14 @@ def _attribute(dataset: Any, key: str | None) -> Labels | None:
         value = attribute_of(dataset, name)
         # Another length means another thing: all labels of a dataset of which this one is a part, say.
         if value is not None and hasattr(value, "__len__") and len(value) == len(dataset):
-            return _as_array(value)
+            return _flat(_as_array(value))
     if key is None and _is_torch(dataset, "TensorDataset") and len(dataset.tensors) > 1:
-        return _as_array(dataset.tensors[-1])
+        return _flat(_as_array(dataset.tensors[-1]))
     return None
 
 
 def _columns(dataset: Any) -> list[str] | None:
-    names = attribute_of(dataset, "column_names")
+    names = dataset.dtype.names if isinstance(dataset, np.ndarray) else attribute_of(dataset, "column_names")
     if names is None and attribute_of(dataset, "iloc") is not None:
         names = list(dataset.columns)
     return list(names) if isinstance(names, Sequence) else None
@@ -181,8 +193,8 @@ def _column(dataset: Any, name: str) -> Labels:
     if attribute_of(dataset, "with_format") is not None:
         # Whatever format (torch, images, ...) the user set, one column as NumPy decodes nothing else.
         dataset = dataset.select_columns([name]).with_format("numpy")
-        return np.asarray(dataset[name][:])
-    return np.asarray(dataset[name])
+        return _flat(np.asarray(dataset[name][:]))
+    return _flat(np.asarray(dataset[name]))
 
 
 def _choose(key: str | None, names: Sequence[Any]) -> str:
@@ -203,21 +215,24 @@ def _read(dataset: Any, key: str | None) -> Labels:
 
 
 def _label_of(sample: Any, i: int, key: str | None) -> Any:
+    name = type(sample).__name__
     if isinstance(sample, Mapping):
         label = sample[_choose(key, list(sample))]
-    elif key is not None:
-        raise ValueError(
-            f"partition_by={key!r}: samples of type {type(sample).__name__} have no columns, and the dataset has no "
-            "such attribute; pass partition_by=None for the last entry of each sample, or an array of labels"
-        )
-    elif isinstance(sample, (tuple, list)) and len(sample) > 1:
+    elif key is None and isinstance(sample, (tuple, list)) and len(sample) > 1:
         label = sample[-1]
-    else:
+    elif (label := _named(sample, key)) is None and key is not None:
+        names = _names(sample)
+        remedy = f"pass partition_by=<one of {names}>" if names else "pass partition_by=None for the last entry of each"
         raise ValueError(
-            f"partition_by=None: sample {i} is a {type(sample).__name__} without a label; let samples be (input, "
-            "label) or a dict and pass partition_by=<key>, or pass an array of labels instead of the dataset"
+            f"partition_by={key!r}: samples of type {name} have no columns, items or attributes of that name, or no "
+            f"value there (sample {i}), and the dataset has no such attribute; {remedy}, or an array of labels"
         )
-    if hasattr(label, "item") and getattr(label, "ndim", 0) == 0:
+    elif label is None:
+        raise ValueError(
+            f"partition_by=None: sample {i} is a {name} without a label; let samples be (input, label), or a dict or "
+            "object and pass partition_by=<name>, or pass an array of labels instead of the dataset"
+        )
+    if hasattr(label, "item") and math.prod(getattr(label, "shape", ())) == 1:
         label = label.item()
     if not _is_scalar(label):
         shape = getattr(label, "shape", None)
@@ -226,8 +241,49 @@ def _label_of(sample: Any, i: int, key: str | None) -> Any:
     return label
 
 
+def _is_sample(entry: Any, key: str | None) -> bool:
+    """Whether an entry of a list has a label, and is none itself."""
+    if isinstance(entry, _VALUES) or getattr(entry, "ndim", None) == 0:
+        return False
+    return isinstance(entry, (tuple, list, Mapping)) or key is not None or _named(entry, None) is not None
+
+
+def _named(sample: Any, key: str | None) -> Any:
+    """The item or attribute of that name, or of the first usual one; None if there is none."""
+    items = _items(sample)
+    for name in _KEYS if key is None else (key,):
+        # What a sample lists by name goes before the attributes that all of its kind have, such as `size`.
+        value = sample[name] if name in items else attribute_of(sample, name)
+        if value is None and not items and not hasattr(sample, "shape"):
+            with suppress(Exception):
+                value = sample[name]
+        if value is not None and not callable(value):
+            return value
+    return None
+
+
+def _items(sample: Any) -> list[Any]:
+    """The names by which a sample that is no dict is indexed: a record, a row of a table, a graph."""
+    names = attribute_of(attribute_of(sample, "dtype"), "names")
+    if names is None and callable(keys := attribute_of(sample, "keys")):
+        with suppress(Exception):
+            names = list(keys())
+    return list(names or ())
+
+
+def _names(sample: Any) -> list[str]:
+    """The names of what a sample has, for a message."""
+    fields = attribute_of(sample, "_fields") or attribute_of(sample, "__dict__") or ()
+    return [str(name) for name in _items(sample) or fields if not str(name).startswith("_")]
+
+
 def _is_scalar(value: Any) -> bool:
     return isinstance(value, (str, bytes)) or not hasattr(value, "__len__") or getattr(value, "ndim", None) == 0
+
+
+def _flat(labels: Labels) -> Labels:
+    """Labels that are one element each."""
+    return labels.reshape(-1) if labels.ndim > 1 and labels.size == len(labels) else labels
 
 
 def _as_array(values: Any) -> Labels:

@@ -4,9 +4,14 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections import UserDict
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from datetime import date
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+from uuid import UUID
 
 import numpy as np
 import pytest
@@ -15,7 +20,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.data import ConcatDataset, Dataset, IterableDataset, Subset, TensorDataset, random_split
 
-from lightning_fedscale.partitioners import find_labels, num_samples
+from lightning_fedscale.partitioners import NaturalIdPartitioner, find_labels, num_samples
 from lightning_fedscale.partitioners.encoding import encode, encode_classes
 from lightning_fedscale.partitioners.labels import class_names
 
@@ -105,6 +110,122 @@ def test_lists_of_samples_and_strings() -> None:
     assert find_labels([("image", 1), ("image", 0)]).tolist() == [1, 0]
     assert find_labels([{"y": "cat"}, {"y": "dog"}]).tolist() == ["cat", "dog"]
     assert find_labels(Samples([["x", "a"], ["x", "b"]])).tolist() == ["a", "b"]
+
+
+class Pair(NamedTuple):
+    y: Any
+    user: str = "ann"
+
+
+@dataclass
+class Record:
+    y: Any
+    user: str = "ann"
+
+
+class Slotted:
+    __slots__ = ("user", "y")
+
+    def __init__(self, y: Any, user: str = "ann") -> None:
+        self.y, self.user = y, user
+
+
+class Graph:
+    """As graphs are in torch_geometric: named contents in a store, a length that counts them, None for what is not."""
+
+    def __init__(self, **store: Any) -> None:
+        self.store = store
+
+    def keys(self) -> list[str]:
+        return list(self.store)
+
+    def __len__(self) -> int:
+        return len(self.store)
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("_") or name == "store":
+            raise AttributeError(name)
+        return self.store.get(name)
+
+    def __getitem__(self, name: str) -> Any:
+        return self.store[name]
+
+
+class ByItem:
+    """Names are items only, and none of them is listed."""
+
+    def __init__(self, **store: Any) -> None:
+        self._store = store
+
+    def __getitem__(self, name: str) -> Any:
+        return self._store[name]
+
+
+KINDS: dict[str, Callable[..., Any]] = {
+    "dict": lambda y: {"y": y, "user": "ann"},
+    "user dict": lambda y: UserDict({"y": y, "user": "ann"}),
+    "named tuple": Pair,
+    "dataclass": Record,
+    "namespace": lambda y: SimpleNamespace(y=y, user="ann"),
+    "slots": Slotted,
+    "graph": lambda y: Graph(x=np.zeros((5, 2)), y=y, user="ann"),
+    "by item": lambda y: ByItem(y=y, user="ann"),
+    "module": lambda y: SimpleNamespace(y=y, user="ann", forward=print),
+}
+VALUES: dict[str, Callable[[int], Any]] = {
+    "int": int,
+    "scalar tensor": torch.tensor,
+    "tensor of one element": lambda y: torch.tensor([y]),
+    "1 x 1 tensor": lambda y: torch.tensor([[y]]),
+    "array of one element": lambda y: np.array([y]),
+    "numpy scalar": np.int16,
+}
+
+
+@pytest.mark.parametrize("value", VALUES)
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("hold", [list, tuple, Samples])
+def test_samples_with_that_item_or_attribute(kind: str, value: str, hold: Callable[[list[Any]], Any]) -> None:
+    labels = [4, 0, 2, 0]
+    dataset = hold([KINDS[kind](VALUES[value](y)) for y in labels])
+    assert find_labels(dataset, "y").tolist() == labels
+    assert find_labels(dataset, "user").tolist() == ["ann"] * 4
+    assert find_labels(Subset(dataset, [2, 0]), "y").tolist() == [2, 4]
+    by_label = NaturalIdPartitioner(partition_by="y")
+    by_label.dataset = dataset
+    assert [client.tolist() for client in map(by_label.load_partition, range(3))] == [[1, 3], [2], [0]]
+    if kind != "named tuple":  # whose last entry is its label
+        assert find_labels(dataset).tolist() == labels
+    for key in ("writer", "keys" if kind != "dict" else "pop"):  # a method is no label
+        with pytest.raises(ValueError, match=rf"partition_by='{key}'.*(partition_by=<one of|an array of labels)"):
+            find_labels(dataset, key)
+
+
+def test_what_a_sample_lists_goes_before_what_its_kind_has() -> None:
+    records = np.array([(7, 1.5), (8, 2.5)], dtype=[("size", "i8"), ("y", "f8")])
+    assert find_labels(records, "size").tolist() == find_labels(Samples(list(records)), "size").tolist() == [7, 8]
+    assert find_labels(records).tolist() == [1.5, 2.5]
+    assert find_labels(Samples([Graph(user=None, y=1), Graph(user="bob", y=2)])).tolist() == [1, 2]
+    with pytest.raises(ValueError, match=r"partition_by='user'.*no value there \(sample 0\).*one of \['user', 'y'\]"):
+        find_labels(Samples([Graph(user=None, y=1), Graph(user="bob", y=2)]), "user")
+    with pytest.raises(ValueError, match=r"label of sample 0 is a Tensor of shape \(2,\)"):
+        find_labels(Samples([Graph(y=torch.zeros(2))]), "y")
+
+
+def test_values_in_a_list_are_labels_whatever_attributes_they_have() -> None:
+    days = [date(2024, 1, 1), date(2025, 1, 1)]
+    for labels, key in ((days, "year"), ([1, 2], "real"), (["a", "b"], "upper"), ([UUID(int=1), UUID(int=2)], "hex")):
+        assert find_labels(labels, key).tolist() == labels
+
+
+@pytest.mark.parametrize("shape", [(3,), (3, 1), (3, 1, 1)])
+def test_columns_and_attributes_of_one_element_each(shape: tuple[int, ...]) -> None:
+    targets = torch.tensor([5, 6, 7]).reshape(shape)
+    dataset = Samples([("x", 0)] * 3)
+    dataset.y = targets  # type: ignore[attr-defined]
+    assert find_labels(dataset, "y").tolist() == [5, 6, 7]
+    assert dataset.num_reads == 0
+    assert find_labels(TensorDataset(torch.zeros(3, 2), targets)).tolist() == [5, 6, 7]
 
 
 def test_hugging_face_dataset() -> None:
