@@ -43,7 +43,8 @@ class ClientMetrics(Callback):
 
     **Whose data.** The Trainer's validation set is divided as the training data are: each client gets of every label
     the share that it has of the training samples, with natural ids the samples of its id. Partitioners that look at no
-    label give everyone a random part. Clients that get none are left out. It is divided once, when training begins.
+    label give everyone a random part, as does a `Partition` of data without classes. Clients that get none are left
+    out. It is divided once, when training begins.
 
     **Which model.** The one that the next clients start from; `ServerEMA`'s average is not looked at.
 

@@ -23,12 +23,11 @@ from lightning_fedscale.devices import Population
 from lightning_fedscale.local_rules import Ditto, LocalRule
 from lightning_fedscale.memory import parse_bytes
 from lightning_fedscale.partitioners import (
+    FinishedPartitioner,
     Partition,
     Partitioner,
-    alike_by_labels,
     by_name,
     check_partition,
-    find_labels,
 )
 from lightning_fedscale.partitioners.checks import integer
 from lightning_fedscale.privacy import Privacy
@@ -137,14 +136,12 @@ class Arguments(NamedTuple):
         Raises:
             TypeError, ValueError: if labels or ids that decide are not to be found.
         """
-        if isinstance(self.partitioner, Partition):
-            return alike_by_labels(self.partitioner, find_labels(training), find_labels(dataset), seed)
         return self._partitioner_of(training).divide_alike(dataset, seed)
 
     def _partitioner_of(self, dataset: Any) -> Partitioner:
         # A copy, since the user's may be in several strategies, and is not to hold their data.
-        assert isinstance(self.partitioner, Partitioner)
-        mine = copy.copy(self.partitioner)
+        given = self.partitioner
+        mine = FinishedPartitioner(given) if isinstance(given, Partition) else copy.copy(given)
         mine.dataset = dataset
         return mine
 

@@ -278,7 +278,8 @@ class FederatedStrategy(ReusableStrategy):
     def divide_alike(self, dataset: Any, seed: int = 0) -> Partition:
         """Further data, such as a validation set, divided as the training data are: each client gets what it trains on.
 
-        See `lightning_fedscale.partitioners.Partitioner.divide_alike`; a `Partition` goes by the labels of both.
+        See `lightning_fedscale.partitioners.Partitioner.divide_alike`; a `Partition` goes by the labels of both if
+        these are classes, else by sizes.
 
         Raises:
             RuntimeError: before ``fit`` has seen the training data.

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+from lightning_fedscale.partitioners.alike import alike_by_labels, alike_by_size
 from lightning_fedscale.partitioners.base import Partitioner
+from lightning_fedscale.partitioners.encoding import encode_classes
+from lightning_fedscale.partitioners.labels import find_labels, num_samples
 from lightning_fedscale.partitioners.partition import Partition, check_partition
 
 
@@ -11,7 +16,7 @@ class FinishedPartitioner(Partitioner):
 
     Args:
         partition: who holds what.
-        partition_by: column, key or attribute with the labels, for plots.
+        partition_by: column, item or attribute with the labels, for plots and `divide_alike`.
 
     Raises:
         ValueError: once a dataset is assigned and asked about, if the partition is not one of it.
@@ -26,6 +31,17 @@ class FinishedPartitioner(Partitioner):
     def __init__(self, partition: Partition, partition_by: str | None = None) -> None:
         super().__init__(partition.num_clients, partition_by)
         self._finished = partition
+
+    def divide_alike(self, dataset: Any, seed: int = 0) -> Partition:
+        """As of any partitioner where the dataset has classes; if it has none, in proportion to sizes."""
+        try:
+            labels = self._labels()
+            encode_classes(labels)
+        except ValueError:
+            if self.partition_by is not None:
+                raise
+            return alike_by_size(self.partition, num_samples(dataset), seed)
+        return alike_by_labels(self.partition, labels, find_labels(dataset, self.partition_by), seed)
 
     def _split(self) -> Partition:
         check_partition(self._finished, self._num_samples())

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from lightning_fedscale.partitioners import (
     ContinuousPartitioner,
     DirichletPartitioner,
+    FinishedPartitioner,
     GroupedNaturalIdPartitioner,
     IidPartitioner,
     LinearPartitioner,
@@ -78,6 +79,32 @@ def test_where_labels_do_not_decide_sizes_do(partitioner: Partitioner) -> None:
     partitioner.dataset = labels_of(400)
     divided = partitioner.divide_alike([("no", "label", {})] * 40)
     np.testing.assert_allclose(divided.sizes, partitioner.partition.sizes / 10, atol=1)
+
+
+@pytest.mark.parametrize(
+    "training",
+    [
+        [{"input_ids": [1, 2]}] * 8,  # no labels
+        [([1, 2], 0.5 * i) for i in range(8)],  # no classes
+        [([1, 2], [3, 4])] * 8,  # not one for each sample
+    ],
+)
+def test_a_partition_of_data_without_classes_goes_by_sizes(training: list[Any]) -> None:
+    partitioner = FinishedPartitioner(Partition.from_lists([[0, 1], range(2, 8)]))
+    partitioner.dataset = training
+    assert partitioner.divide_alike(training * 2).sizes.tolist() == [4, 12]
+    by_name = FinishedPartitioner(partitioner.partition, partition_by="label")
+    by_name.dataset = training
+    with pytest.raises(ValueError, match="partition_by='label'"):
+        by_name.divide_alike(training)
+
+
+def test_a_partition_of_classes_goes_by_these() -> None:
+    partitioner = FinishedPartitioner(Partition.from_lists([[0, 1], [2, 3]]))
+    partitioner.dataset = [0, 0, 1, 1]
+    assert [sorted(partitioner.divide_alike([1, 0, 1]).client(k).tolist()) for k in range(2)] == [[1], [0, 2]]
+    with pytest.raises(ValueError, match="without a label"):
+        partitioner.divide_alike([(1,), (0,)])
 
 
 def test_natural_ids_keep_their_clients() -> None:
