@@ -51,12 +51,14 @@ browser: ## Install Debian's chromium, if root asks, for the tests that look at 
 	  && apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq chromium chromium-driver >/dev/null; } \
 	  || echo "No chromium here: tests that need it are skipped"
 
-EXISTING := pytorch-forecasting chemprop scvi-tools
+EXISTING := pytorch-forecasting chemprop scvi-tools torch-geometric peft
 
 existing: $(VENV)/.demo $(EXISTING:%=.existing/%/.installed) ## Other people's projects, central and federated, each in an environment of its own; 7 GB
 	.existing/pytorch-forecasting/bin/python examples/existing/forecasting.py
 	.existing/chemprop/bin/python examples/existing/molecules.py
 	.existing/scvi-tools/bin/python examples/existing/single_cells.py
+	.existing/torch-geometric/bin/python examples/existing/graphs.py
+	.existing/peft/bin/python examples/existing/adapters.py
 	$(RUN) examples/existing/lightning_demos.py
 
 # Where a project needs another version of what constraints.txt names, its own file has the last word.

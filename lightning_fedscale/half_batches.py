@@ -9,9 +9,8 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from torch import Tensor
-from torch.utils._pytree import tree_map_only
 
-from lightning_fedscale.devices.batches import samples_in
+from lightning_fedscale.devices.batches import changed, samples_in
 from lightning_fedscale.devices.rehearsal import copied
 from lightning_fedscale.devices.stubs import silence
 from lightning_fedscale.randomness import untouched
@@ -57,7 +56,7 @@ def half_gradients(trainer: pl.Trainer, module: pl.LightningModule, batch: Any, 
         ValueError: for a batch that cannot be cut.
         Exception: whatever the module raises.
     """
-    samples = samples_in(batch)
+    samples = samples_in(batch, remedy="")
     if samples < 2:
         return None
     middle, gradients = samples // 2, list[list[Tensor]]()
@@ -145,4 +144,4 @@ def squared_norm(tensors: Sequence[Tensor]) -> Tensor:
 
 
 def _cut(batch: Any, part: slice) -> Any:
-    return tree_map_only(Tensor, lambda tensor: tensor[part] if tensor.ndim else tensor, batch)
+    return changed(batch, lambda tensor: tensor[part] if tensor.ndim else tensor)

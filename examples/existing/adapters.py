@@ -19,9 +19,9 @@ from transformers import DataCollatorForLanguageModeling, GPT2Config, GPT2LMHead
 
 from lightning_fedscale import FederatedStrategy, Partition
 
-WORDS, LENGTH, CLIENTS = 1000, 64, 10
+WORDS, LENGTH, CLIENTS = 500, 32, 10
 
-paragraphs = [paragraph for topic in topics.values() for paragraph in topic.split("\n\n") if len(paragraph) > 40]
+paragraphs = [paragraph for topic in topics.values() for paragraph in topic.split("\n\n") if len(paragraph) > 80]
 words = Tokenizer(models.WordLevel(unk_token="[UNK]"))
 words.pre_tokenizer = pre_tokenizers.Whitespace()
 words.train_from_iterator(paragraphs, trainers.WordLevelTrainer(vocab_size=WORDS, special_tokens=["[UNK]", "[PAD]"]))
@@ -37,8 +37,11 @@ class Adapted(pl.LightningModule):
         super().__init__()
         torch.manual_seed(1)
         sizes = {"n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": LENGTH}
-        base = GPT2LMHeadModel(GPT2Config(vocab_size=WORDS, pad_token_id=tokenizer.pad_token_id, **sizes))
-        self.model = get_peft_model(base, LoraConfig(task_type="CAUSAL_LM", r=8, target_modules="all-linear"))
+        base = GPT2LMHeadModel(
+            GPT2Config(vocab_size=WORDS, pad_token_id=1, bos_token_id=None, eos_token_id=None, **sizes)
+        )
+        adapters = LoraConfig(task_type="CAUSAL_LM", r=8, target_modules="all-linear", fan_in_fan_out=True)
+        self.model = get_peft_model(base, adapters)
 
     def training_step(self, batch, batch_idx):
         loss = self.model(**batch).loss
@@ -52,11 +55,11 @@ class Adapted(pl.LightningModule):
         return self.model.generate(input_ids=batch["input_ids"][:, :8], max_new_tokens=4, do_sample=False)
 
     def configure_optimizers(self):
-        return torch.optim.AdamW((each for each in self.parameters() if each.requires_grad), lr=0.003)
+        return torch.optim.AdamW((each for each in self.parameters() if each.requires_grad), lr=0.01)
 
 
 def loaders():
-    shuffled = DataLoader(training, batch_size=16, shuffle=True, collate_fn=collate)
+    shuffled = DataLoader(training, batch_size=32, shuffle=True, collate_fn=collate)
     return shuffled, DataLoader(held_out, batch_size=64, collate_fn=collate)
 
 
@@ -86,5 +89,5 @@ def use(trainer):
 
 
 if __name__ == "__main__":
-    compare("peft", train, federated(), passes=10, rounds=20)
+    compare("peft", train, federated(), passes=5, rounds=15)
     use(check(Adapted, loaders, federated))

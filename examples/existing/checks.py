@@ -1,15 +1,15 @@
-"""What is looked at beside a project's results: all callbacks, a run that goes on, two processes, its own prediction."""
+"""What is looked at beside a project's results: all callbacks, a run that is resumed, two processes."""
 
+import io
 import logging
 import tempfile
 import warnings
-from collections.abc import Callable
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
-import torch
 from comparison import QUIET
 
 from lightning_fedscale.callbacks import ClientMetrics, ComputeAccounting, CriticalPhase, MaxBatchProbe
@@ -18,72 +18,71 @@ from lightning_fedscale.callbacks import ClientMetrics, ComputeAccounting, Criti
 def check(
     module: Callable[[], pl.LightningModule], loaders: Callable[[], tuple[Any, Any]], strategy: Callable[..., Any]
 ) -> pl.Trainer:
-    """Train with all callbacks, print what they say, and what differs after an interruption and in two processes.
+    """Train with all callbacks, print what they say and what they counted; then resume, and take two processes.
 
     Args:
         module: makes the project's module.
-        loaders: makes its loaders of training and validation data.
+        loaders: makes its loaders, of training and of validation data.
         strategy: makes the federated strategy, with further arguments.
 
     Returns:
         the Trainer of the federated run.
     """
 
-    def fit(strategy: Any, epochs: int = 4, saved: str | None = None, **options: Any) -> pl.Trainer:
+    def fit(strategy: Any, epochs: int = 2, ckpt_path: Path | None = None, **options: Any) -> pl.Trainer:
         pl.seed_everything(0, verbose=False)
-        callbacks = [MaxBatchProbe(apply=False), CriticalPhase(), ComputeAccounting(), ClientMetrics()]
-        if not isinstance(strategy, pl.strategies.Strategy):
-            callbacks.pop()  # there are no clients
-        options = QUIET | options
-        trainer = pl.Trainer(strategy=strategy, max_epochs=epochs, accelerator="cpu", callbacks=callbacks, **options)
-        trainer.fit(module(), *loaders(), ckpt_path=saved)
+        callbacks = [MaxBatchProbe(apply=False), CriticalPhase(), ComputeAccounting()]
+        if not isinstance(strategy, str):
+            callbacks.append(ClientMetrics())  # which needs clients
+        trainer = pl.Trainer(
+            strategy=strategy, max_epochs=epochs, accelerator="cpu", callbacks=callbacks, **{**QUIET, **options}
+        )
+        trainer.fit(module(), *loaders(), ckpt_path=ckpt_path)
         return trainer
 
-    with sentences("central"):
-        fit("auto")
-    with sentences("federated"):
+    with said("central"):
+        central = fit("auto")
+    with said("federated"):
         whole = fit(strategy())
-    report = whole.callbacks[-1].last
-    ledger = next(callback.ledger for callback in whole.callbacks if isinstance(callback, ComputeAccounting))
-    with tempfile.TemporaryDirectory() as folder:
-        fit(strategy(), epochs=2).save_checkpoint(Path(folder, "half.ckpt"))
-        resumed = fit(strategy(), saved=str(Path(folder, "half.ckpt")))
-    shared = fit(strategy(start_method="spawn"), devices=2)
-    print(f"  samples counted: {ledger.samples:,.0f}, tokens {ledger.tokens:,.0f}, FLOPs {ledger.training_flops:.4g}")
-    print(f"  clients evaluated: {len(report.clients)}")
-    print(f"  interrupted and resumed: weights differ by {difference(whole, resumed):.3g}")
-    print(f"  two processes instead of one: weights differ by {difference(whole, shared):.3g}")
-    fit("ddp_spawn", devices=2)
-    print("  two processes, central: trained")
+    for how, trainer in (("central", central), ("federated", whole)):
+        ledger = trainer.callbacks[2].ledger
+        print(f"  {how}: {ledger.samples:,.0f} samples, {ledger.tokens:,.0f} tokens, {ledger.training_flops:.3g} FLOPs")
+    with tempfile.TemporaryDirectory() as folder, redirect_stdout(io.StringIO()):
+        half = Path(folder, "half.ckpt")
+        fit(strategy(), epochs=1).save_checkpoint(half)
+        resumed = fit(strategy(), ckpt_path=half)
+    print(f"  clients evaluated: {len(whole.callbacks[3].last.clients)}")
+    print(f"  interrupted and resumed: weights differ by {difference(whole, resumed):.2g}")
+    two = fit(strategy(start_method="spawn"), devices=2)
+    print(f"  two processes: weights differ by {difference(whole, two):.2g}")
+    two = fit("ddp_spawn", devices=2)
+    print(f"  two processes, central: {two.global_step} steps instead of {central.global_step}")
     return whole
 
 
 def difference(one: pl.Trainer, other: pl.Trainer) -> float:
     """The largest difference between two trained modules."""
-    pairs = zip(one.lightning_module.state_dict().values(), other.lightning_module.state_dict().values(), strict=True)
-    return max((a.double() - b.double()).abs().max().item() for a, b in pairs)
+    mine, theirs = one.lightning_module.state_dict(), other.lightning_module.state_dict()
+    return max((mine[name].double() - theirs[name].double()).abs().max().item() for name in mine)
 
 
 @contextmanager
-def sentences(how: str):
-    """Print what the callbacks say."""
+def said(how: str) -> Iterator[None]:
+    """Print what this package says meanwhile."""
 
-    class Said(logging.Handler):
-        def emit(self, record: logging.LogRecord) -> None:
-            print(f"  {how}: {record.getMessage()}")
+    def show(message: str) -> None:
+        if message.startswith(("MaxBatchProbe", "CriticalPhase", "ComputeAccounting", "ClientMetrics", "Executor")):
+            print(f"  {how}, {message}")
 
-    handler, logger = Said(), logging.getLogger("lightning.pytorch.utilities.rank_zero")
-    level = logger.level
-    logger.addHandler(handler)
+    logger, handler = logging.getLogger("lightning.pytorch"), logging.Handler()
+    handler.emit = lambda record: show(record.getMessage())
+    level, usual = logger.level, list(logger.handlers)
+    logger.handlers[:] = [handler]
     logger.setLevel(logging.INFO)
-    logger.propagate = False
     with warnings.catch_warnings(record=True) as warned:
-        warnings.simplefilter("always")
-        try:
-            yield
-        finally:
-            logger.removeHandler(handler)
-            logger.setLevel(level)
-            logger.propagate = True
-    for warning in warned:
-        print(f"  {how}, warning: {warning.message}")
+        warnings.simplefilter("default")
+        yield
+    logger.setLevel(level)
+    logger.handlers[:] = usual
+    for message in dict.fromkeys(str(warning.message) for warning in warned):
+        show(message)

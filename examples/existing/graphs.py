@@ -75,7 +75,10 @@ def train(strategy, epochs):
     model = TellGraphs()
     trainer.fit(model, *loaders())
     found = torch.cat(trainer.predict(model, loaders()[1]))
-    return {"kinds of held-out graphs told, %": 100 * (found == torch.cat([graph.y for graph in held_out])).float().mean().item()}
+    return {
+        "kinds of held-out graphs told, %": 100
+        * (found == torch.cat([graph.y for graph in held_out])).float().mean().item()
+    }
 
 
 if __name__ == "__main__":

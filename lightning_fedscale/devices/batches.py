@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import copy
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only
 
-_REMEDY = "pass make_batch=, a function of the number of samples that returns such a batch."
+_REMEDY = ": pass make_batch=, a function of the number of samples that returns such a batch."
 
 
 class Form(NamedTuple):
@@ -95,11 +98,12 @@ def _without_rows(leaf: Any) -> Any:
     return leaf._replace(shape=leaf.shape[1:]) if isinstance(leaf, _TensorForm) else leaf
 
 
-def samples_in(batch: Any) -> int:
+def samples_in(batch: Any, remedy: str = _REMEDY) -> int:
     """The number of samples in a batch: what all its tensors have in their first dimension.
 
     Args:
-        batch: tensors in any nesting of lists, tuples, dicts and named tuples; other things in it do not count.
+        batch: tensors in whatever they come in; other things in it do not count.
+        remedy: ends the message of the error.
 
     Raises:
         ValueError: if there is no tensor in it or the tensors disagree, so that the batch cannot be resized.
@@ -108,13 +112,13 @@ def samples_in(batch: Any) -> int:
         >>> samples_in({"image": torch.zeros(8, 1, 28, 28), "label": torch.zeros(8)})
         8
     """
-    sizes = {len(leaf) for leaf in tree_leaves(batch) if isinstance(leaf, Tensor) and leaf.ndim}
+    sizes = {len(tensor) for tensor in _tensors_in(batch) if tensor.ndim}
     if not sizes:
-        raise ValueError(f"batch={type(batch).__name__} holds no tensor with a first dimension to resize: {_REMEDY}")
+        raise ValueError(f"batch={type(batch).__name__} holds no tensor with a first dimension to resize{remedy}")
     if len(sizes) > 1:
         raise ValueError(
             f"batch: its tensors have {', '.join(map(str, sorted(sizes)))} entries in their first dimension, so none of"
-            f" these is the number of samples: {_REMEDY}"
+            f" these is the number of samples{remedy}"
         )
     return sizes.pop()
 
@@ -133,4 +137,51 @@ def resized(batch: Any, samples: int) -> Any:
             return tensor
         return tensor[torch.arange(samples, device=tensor.device) % present]
 
-    return tree_map_only(Tensor, resize, batch)
+    return changed(batch, resize)
+
+
+def changed(batch: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """The batch in its own types, with something else in place of each tensor.
+
+    Args:
+        batch: tensors in any nesting of lists, tuples, dicts and named tuples, or in objects that can be copied.
+        change: makes of a tensor what takes its place.
+
+    Example:
+        >>> from collections import UserDict
+        >>> changed(UserDict({"x": torch.tensor([1, 2]), "name": "a"}), lambda tensor: tensor[:1])
+        {'x': tensor([1]), 'name': 'a'}
+    """
+    if all(isinstance(leaf, (Tensor, str, *_PLAIN)) for leaf in tree_leaves(batch)):
+        return tree_map_only(Tensor, change, batch)
+    with _Copies(change):
+        return copy.deepcopy(batch)
+
+
+class _Copies(TorchFunctionMode):
+    """Copies of tensors are what a function makes of them: so anything that can be copied can be gone through."""
+
+    def __init__(self, change: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self._change = change
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is not Tensor.__deepcopy__:
+            return func(*args, **(kwargs or {}))
+        tensor, memo = args
+        if id(tensor) not in memo:
+            memo[id(tensor)] = self._change(tensor)
+        return memo[id(tensor)]
+
+
+def _tensors_in(batch: Any) -> list[Tensor]:
+    found = [leaf for leaf in tree_leaves(batch) if isinstance(leaf, Tensor)]
+    if not found:  # in what pytree does not open
+
+        def note(tensor: Tensor) -> Tensor:
+            found.append(tensor)
+            return tensor
+
+        with suppress(Exception):
+            changed(batch, note)
+    return found

@@ -5,7 +5,10 @@ from __future__ import annotations
 import copy
 import random
 import threading
+from collections import UserDict
 from collections.abc import Callable
+from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -511,6 +514,34 @@ def test_resizing() -> None:
     assert larger["y"][1] == "text"
     assert larger["scale"] == 2.0
     assert resized(batch, 2)["x"].tolist() == [[0, 1], [2, 3]]
+
+
+@dataclass
+class Molecules:
+    x: torch.Tensor
+    names: list[str]
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda x: UserDict(x=x, names=["a"]),
+        lambda x: Molecules(x, ["a"]),
+        lambda x: SimpleNamespace(x=x, names=["a"], again=x),
+    ],
+)
+def test_batches_in_classes_of_their_own_are_resized_in_these(make: Callable[[torch.Tensor], Any]) -> None:
+    batch = make(torch.arange(3))
+    assert samples_in(batch) == samples_in([batch, 0]) == 3
+    larger = resized(batch, 5)
+    assert type(larger) is type(batch)
+    found = larger if isinstance(larger, UserDict) else vars(larger)
+    assert found["x"].tolist() == [0, 1, 2, 0, 1]
+    assert found["names"] == ["a"]
+    assert found.get("again", found["x"]) is found["x"]
+    assert samples_in(batch) == 3
+    with pytest.raises(ValueError, match="3, 4 entries"):
+        samples_in(SimpleNamespace(x=torch.zeros(3), y=torch.zeros(4)))
 
 
 @pytest.mark.parametrize("batch", ["text", {}, torch.tensor(1.0), (torch.zeros(3), torch.zeros(4))])
