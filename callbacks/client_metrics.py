@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, ExitStack
 from fnmatch import fnmatchcase
@@ -254,8 +255,24 @@ class ClientMetrics(Callback):
                 assert own is not None
                 twin.load(own)
             ready = (batch if batch is None else transfer(batch) for batch in batches)
-            found[work.client] = twin.evaluate(ready, tell)
+            try:
+                found[work.client] = twin.evaluate(ready, tell)
+            except Exception as error:
+                if work.held > 1:
+                    raise
+                self._leave_out(work.client, error)
+                twin = ValidationTwin(trainer, module)  # nothing of what the step had begun
         return found
+
+    def _leave_out(self, client: int, error: Exception) -> None:
+        """A module need not stand a batch of one, which the Trainer's own validation may never have."""
+        if (reason := type(error).__name__) not in self._warned:
+            self._warned.add(reason)
+            warnings.warn(
+                f"ClientMetrics: client {client} has a single validation sample, on which validation_step raised"
+                f" {reason}: {error}. Clients like it are left out; pass partitioner= to give each more samples.",
+                stacklevel=2,
+            )
 
     def _choose(self, round: int) -> IntArray:
         """Who is evaluated, ascending."""

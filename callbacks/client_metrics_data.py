@@ -95,9 +95,9 @@ def own_data(
                 f"ClientMetrics: dataloaders: got {len(given)} loaders for {strategy.num_clients} clients: pass one for"
                 " each client, or a single one whose dataset is to be divided."
             )
-        each = [ClientLoader(one, name=f"ClientMetrics: dataloaders[{i}]") for i, one in enumerate(given)]
+        each = [_loader(one, f"dataloaders[{i}]") for i, one in enumerate(given)]
         return OwnData(each, None, seed)
-    loader = ClientLoader(given, name=f"ClientMetrics: {name}")
+    loader = _loader(given, name)
     partition = _divided(strategy, loader.dataset, partitioner, seed)
     empty = int((partition.sizes == 0).sum())
     if empty == partition.num_clients:
@@ -111,6 +111,11 @@ def own_data(
         )
     loader.keep_on(strategy.root_device, "auto", seed=seed, show_progress=False)
     return OwnData([loader], partition, seed)
+
+
+def _loader(given: Any, name: str) -> ClientLoader:
+    # The Trainer's validation has one tail, and here each client has one: a sample that a module may not judge alone.
+    return ClientLoader(given, merge_single=True, name=f"ClientMetrics: {name}")
 
 
 def _trainers(trainer: pl.Trainer) -> Any:

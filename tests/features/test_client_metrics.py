@@ -576,6 +576,42 @@ def test_what_validation_raises_reaches_the_user() -> None:
         trainer.fit(Broken(), *loaders())
 
 
+class NeedsTwo(Module):
+    """As pytorch-tabular's: `squeeze()` takes the samples' own dimension away where there is one sample."""
+
+    def validation_step(self, batch: list[Tensor], batch_idx: int) -> None:
+        if len(batch[1]) == 1:
+            self.kept.append(batch[1] < 0)
+        self(batch[0]).squeeze()[:, 0]
+        super().validation_step(batch, batch_idx)
+
+
+def test_a_tail_of_one_sample_is_judged_with_the_batch_before_it() -> None:
+    watch = ClientMetrics(partitioner=Partition.from_lists([range(17), range(17, 33)]))
+    trainer = reference.quiet_trainer(max_epochs=1, strategy=sequential(2), callbacks=[watch])
+    module = NeedsTwo()
+    trainer.fit(module, *loaders(size=16))
+    assert watch.last is not None
+    for client, indices in enumerate((range(17), range(17, 33))):
+        expected = by_hand(module, validation(), list(indices))
+        assert {name: watch.last.values[name][client] for name in expected} == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_client_whose_single_sample_cannot_be_judged_is_left_out() -> None:
+    apart = Partition.from_lists([range(50), [50], range(51, 120)])
+    watch = ClientMetrics(partitioner=apart)
+    trainer = reference.quiet_trainer(max_epochs=1, strategy=sequential(3), callbacks=[watch])
+    module = NeedsTwo()
+    with pytest.warns(UserWarning, match=r"client 1 has a single validation sample, on which .* raised IndexError"):
+        trainer.fit(module, *loaders())
+    assert watch.last is not None
+    assert np.isfinite(watch.last.values["val_loss"]).tolist() == [True, False, True]
+    # Nothing that its step had begun is in what the next client comes to.
+    assert watch.last.values["hits"][2] == pytest.approx(
+        by_hand(module, validation(), range(51, 120))["hits"], rel=1e-5
+    )
+
+
 # ---- what cannot be is refused before training
 
 
