@@ -142,7 +142,7 @@ class MemoryModel:
                 try:
                     self._known[smallest] = self._rehearsal.run(smallest, fake=fake)
                 except Exception as error:
-                    imagined = imagined or error
+                    imagined = error if fake else imagined  # of the largest: BatchNorm's refusal of one says nothing
                     own = error
                 else:
                     if fake:

@@ -443,6 +443,13 @@ class Selective(Classifier):
         return nn.functional.cross_entropy(self.network(inputs), targets)
 
 
+def test_the_reason_for_real_tensors_is_not_that_batch_norm_refuses_one_sample() -> None:
+    network = mlp()
+    model = estimate_memory(Selective(nn.Sequential(nn.BatchNorm1d(vectors(2)[0].shape[1]), network)), vectors(2))
+    assert model.smallest == 2
+    assert "DataDependent" in model.fallback
+
+
 def test_data_dependent_modules_are_probed_for_real() -> None:
     module = Selective(mlp())
     model = estimate_memory(module, vectors(2))
