@@ -65,6 +65,7 @@ from lightning_fedscale.rounds import LocalWork, RoundPlan
 from lightning_fedscale.samplers import reads_losses
 from lightning_fedscale.side_effects import undone
 from lightning_fedscale.sums import RoundSums
+from lightning_fedscale.train_data import division_by_ranks
 from lightning_fedscale.tree import as_real
 from lightning_fedscale.types import ClientCost, ClientUpdate, Cohort, IntArray, Params, RoundRecord
 from lightning_fedscale.uplink import (
@@ -195,6 +196,8 @@ class Federation:
         )
         if workload.loader.cache is None and self._work is None:  # once, however often loaders are reloaded
             _worker_check(trainer, loader, "train_dataloader")  # Lightning looks at a DataLoader only
+        if self._work is None and (divided := division_by_ranks(trainer, workload.loader.batch_size)):
+            rank_zero_warn(divided)
         self.close()
         self._work = workload
         self._calibrate(workload)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -141,6 +142,58 @@ class TrainData:
         if trainer.fit_loop._combined_loader is not None:
             trainer.fit_loop._combined_loader = None
             trainer.strategy.setup_optimizers(trainer)
+
+
+def division_by_ranks(trainer: pl.Trainer, batch_size: int) -> str | None:
+    """Say so if the project seems to have divided its batch size by the number of ranks.
+
+    As for DDP, whose ranks share a batch. Here they share clients, each of which trains with whole batches, so a batch
+    that is divided makes the number of ranks a part of the method.
+
+    Args:
+        trainer: a Trainer with its train loader.
+        batch_size: that of the loader.
+
+    Returns:
+        a sentence with both numbers and the remedy; None if there is no sign of it.
+    """
+    numbers = {"trainer.world_size": trainer.world_size, "trainer.num_devices": trainer.num_devices}
+    for owner in (getattr(trainer, "datamodule", None), trainer.lightning_module):
+        for name, size in _sizes_kept(owner):
+            for number, ranks in numbers.items():
+                for parts in {ranks, ranks * trainer.accumulate_grad_batches}:
+                    if ranks > 1 and batch_size != size and batch_size in (size // parts, -(-size // parts)):
+                        return (
+                            f"{type(owner).__name__}: {name}={size}, but training batches have {batch_size} samples, as"
+                            f" if divided by {number}={ranks}. Ranks share the clients of a round and never a"
+                            " client's batch, so this trains otherwise than on one rank: leave out the division, and"
+                            f" give {batch_size} where you want what this run does."
+                        )
+    return None
+
+
+_BATCH_SIZE = re.compile(r"batch_?size|(^|_)bs(_|$)", re.IGNORECASE)
+_NOT_OF_TRAINING = re.compile(r"val|test|eval|pred|infer", re.IGNORECASE)
+
+
+def _sizes_kept(owner: Any) -> Iterator[tuple[str, int]]:
+    """Attributes and hyperparameters, also nested ones, that are a batch size for training by their name."""
+
+    def walk(mapping: Mapping[Any, Any], path: str) -> Iterator[tuple[str, int]]:
+        for key in mapping:
+            try:
+                value = mapping[key]
+            except Exception:  # a value of OmegaConf's that is missing
+                continue
+            name = f"{path}{key}"
+            if isinstance(value, Mapping):
+                yield from walk(value, f"{name}.")
+            elif type(value) is int and _BATCH_SIZE.search(str(key)) and not _NOT_OF_TRAINING.search(name):
+                yield name, value
+
+    if owner is not None:
+        yield from walk(getattr(owner, "hparams", {}), "hparams.")
+        yield from walk({key: value for key, value in vars(owner).items() if type(value) is int}, "")
 
 
 def _read_apart(dataset: Any) -> Any:
