@@ -51,14 +51,16 @@ browser: ## Install Debian's chromium, if root asks, for the tests that look at 
 	  && apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq chromium chromium-driver >/dev/null; } \
 	  || echo "No chromium here: tests that need it are skipped"
 
-EXISTING := pytorch-forecasting chemprop scvi-tools torch-geometric peft
+EXISTING := pytorch-forecasting darts chemprop scvi-tools torch-geometric peft pytorch-tabular
 
-existing: $(VENV)/.demo $(EXISTING:%=.existing/%/.installed) ## Other people's projects, central and federated, each in an environment of its own; 7 GB
+existing: $(VENV)/.demo $(EXISTING:%=.existing/%/.installed) ## Other people's projects, central and federated, each in an environment of its own; 16 GB
 	.existing/pytorch-forecasting/bin/python examples/existing/forecasting.py
+	.existing/darts/bin/python examples/existing/global_forecasts.py
 	.existing/chemprop/bin/python examples/existing/molecules.py
 	.existing/scvi-tools/bin/python examples/existing/single_cells.py
 	.existing/torch-geometric/bin/python examples/existing/graphs.py
 	.existing/peft/bin/python examples/existing/adapters.py
+	.existing/pytorch-tabular/bin/python examples/existing/tables.py
 	$(RUN) examples/existing/lightning_demos.py
 
 # Where a project needs another version of what constraints.txt names, its own file has the last word.
@@ -72,7 +74,7 @@ existing: $(VENV)/.demo $(EXISTING:%=.existing/%/.installed) ## Other people's p
 
 clean: ## Remove .venv, builds, caches and what runs left behind
 	rm -rf $(VENV) .bench .compat .existing build dist site *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache
-	rm -rf checkpoints demo_output lightning_logs outputs
+	rm -rf .pt_tmp checkpoints darts_logs demo_output lightning_logs outputs
 	find . -name __pycache__ -prune -exec rm -rf {} +
 
 # pip is the last thing that venv puts in place: where it is missing, an earlier attempt was cut short.

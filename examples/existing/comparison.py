@@ -22,7 +22,7 @@ def compare(
     Args:
         project: the distribution whose version is shown.
         train: trains with a strategy for so many epochs and returns named results.
-        strategy: the federated one.
+        strategy: the federated one, or its name.
         passes: epochs of the project as it is; with ``--fast`` two.
         rounds: epochs of the federated one, each a round; with ``--fast`` two.
     """
@@ -31,7 +31,7 @@ def compare(
     if parser.parse_args().fast:
         passes = rounds = 2
     warnings.filterwarnings("ignore")
-    for name in ("lightning.pytorch", "lightning.fabric"):
+    for name in ("lightning.pytorch", "lightning.fabric", "pytorch_lightning", "lightning_fabric"):
         logging.getLogger(name).setLevel(logging.ERROR)
     results = {}
     for how, chosen, epochs in (("central", "auto", passes), ("federated", strategy, rounds)):
@@ -39,9 +39,9 @@ def compare(
         started = time.perf_counter()
         results[how] = train(chosen, epochs)
         results[how]["seconds"] = time.perf_counter() - started
-    clients = len(strategy.last_round.clients)
-    print(
-        f"{project} {version(project)}: {passes} passes, {rounds} rounds of {clients} of {strategy.num_clients} clients"
-    )
+    cohort = ""
+    if not isinstance(strategy, str):
+        cohort = f" of {len(strategy.last_round.clients)} of {strategy.num_clients} clients"
+    print(f"{project} {version(project)}: {passes} passes, {rounds} rounds{cohort}")
     for name in results["central"]:
         print(f"  {name}: {results['central'][name]:.4g} central, {results['federated'][name]:.4g} federated")

@@ -52,6 +52,39 @@ def test_forecasting() -> None:
     assert max(found["quantile loss of the forecasts"]) < 1.0
 
 
+def assert_checked(printed: str, models: int = 1) -> None:
+    """Callbacks, an interruption and a second process changed nothing that a float64 shows."""
+    lines = ("callbacks instead of none", "interrupted and resumed", "two processes instead of one")
+    for line in lines:
+        found = re.findall(rf"^  {line}: weights differ by (\S+)$", printed, re.MULTILINE)
+        assert len(found) == models
+        assert max(map(float, found)) <= (1e-5 if line == lines[2] else 0.0)
+    found = re.findall(r"^  largest batch: \S+; FLOPs: (\S+)$", printed, re.MULTILINE)
+    assert len(found) == models
+    assert min(map(float, found)) > 0
+
+
+@pytest.mark.slow
+def test_global_forecasts() -> None:
+    found = results(python_with("darts", "darts"), "global_forecasts.py")
+    assert max(max(errors) for errors in found.values()) < 1.2  # that of repeating the last value is 0.85
+    assert max(found["MAE of the forecasts, N-BEATS"]) < found["MAE of repeating the last value"][0]
+    printed = Path("printed.txt").read_text()
+    assert_checked(printed, models=2)
+    assert printed.count("; clients evaluated: 20") == 2
+    errors = re.findall(r"MAE of (\S+) after one process, (\S+) after two", printed)
+    assert all(float(one) == pytest.approx(float(two), rel=1e-3) for one, two in errors)
+
+
+@pytest.mark.slow
+def test_tables() -> None:
+    found = results(python_with("pytorch-tabular", "pytorch_tabular"), "tables.py")
+    assert found["accuracy on held-out rows, %"][0] > 35  # of four classes
+    printed = Path("printed.txt").read_text()
+    assert_checked(printed)
+    assert "; clients evaluated: 10" in printed
+
+
 @pytest.mark.slow
 def test_molecules() -> None:
     found = results(python_with("chemprop", "chemprop"), "molecules.py")
