@@ -52,7 +52,7 @@ def test_forecasting() -> None:
     assert max(found["quantile loss of the forecasts"]) < 1.0
 
 
-def assert_checked(printed: str, models: int = 1) -> None:
+def assert_nothing_differs(printed: str, models: int = 1) -> None:
     """Callbacks, an interruption and a second process changed nothing that a float64 shows."""
     lines = ("callbacks instead of none", "interrupted and resumed", "two processes instead of one")
     for line in lines:
@@ -70,7 +70,7 @@ def test_global_forecasts() -> None:
     assert max(max(errors) for errors in found.values()) < 1.2  # that of repeating the last value is 0.85
     assert max(found["MAE of the forecasts, N-BEATS"]) < found["MAE of repeating the last value"][0]
     printed = Path("printed.txt").read_text()
-    assert_checked(printed, models=2)
+    assert_nothing_differs(printed, models=2)
     assert printed.count("; clients evaluated: 20") == 2
     errors = re.findall(r"MAE of (\S+) after one process, (\S+) after two", printed)
     assert all(float(one) == pytest.approx(float(two), rel=1e-3) for one, two in errors)
@@ -81,7 +81,7 @@ def test_tables() -> None:
     found = results(python_with("pytorch-tabular", "pytorch_tabular"), "tables.py")
     assert found["accuracy on held-out rows, %"][0] > 35  # of four classes
     printed = Path("printed.txt").read_text()
-    assert_checked(printed)
+    assert_nothing_differs(printed)
     assert "; clients evaluated: 10" in printed
 
 
