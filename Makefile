@@ -53,7 +53,7 @@ browser: ## Install Debian's chromium, if root asks, for the tests that look at 
 
 EXISTING := pytorch-forecasting darts chemprop scvi-tools torch-geometric peft pytorch-tabular
 
-existing: $(VENV)/.demo $(EXISTING:%=.existing/%/.installed) ## Other people's projects, central and federated, each in an environment of its own; 16 GB
+existing: $(VENV)/.demo $(EXISTING:%=.existing/%/.installed) ## Other people's projects, central and federated, each in an environment of its own; 14 GB
 	.existing/pytorch-forecasting/bin/python examples/existing/forecasting.py
 	.existing/darts/bin/python examples/existing/global_forecasts.py
 	.existing/chemprop/bin/python examples/existing/molecules.py

@@ -123,6 +123,7 @@ def assert_checked(samples: int) -> str:
         assert float(flops) > 0
     assert "interrupted and resumed: weights differ by 0\n" in printed
     assert float(re.findall(r"^  two processes: weights differ by (\S+)$", printed, re.MULTILINE)[0]) < 1e-6
+    assert "two processes, central: larger batches, so weights differ by " in printed
     return printed
 
 
