@@ -84,8 +84,9 @@ def _multirun(trainer: pl.Trainer, module: pl.LightningModule, flops: float) -> 
     if not HydraConfig.initialized():
         return None
     hydra = HydraConfig.get()
-    file = Path(hydra.runtime.output_dir, hydra.output_subdir or "", "config.yaml")
-    if not file.is_file():
+    folder = OmegaConf.select(hydra, "runtime.output_dir")  # missing where a configuration is composed outside of a run
+    file = Path(folder or "", hydra.output_subdir or "", "config.yaml")
+    if folder is None or not file.is_file():
         return None
     config = OmegaConf.to_container(OmegaConf.load(file), resolve=False)
     nodes = dict(_nodes(config, ""))
