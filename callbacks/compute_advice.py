@@ -83,7 +83,7 @@ def _multirun(trainer: pl.Trainer, module: pl.LightningModule, flops: float) -> 
 
     if not HydraConfig.initialized():
         return None
-    hydra = HydraConfig.get()
+    hydra: Any = HydraConfig.get()
     folder = OmegaConf.select(hydra, "runtime.output_dir")  # missing where a configuration is composed outside of a run
     file = Path(folder or "", hydra.output_subdir or "", "config.yaml")
     if folder is None or not file.is_file():

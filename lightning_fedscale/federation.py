@@ -247,7 +247,7 @@ class Federation:
                 work.loader.example(),
                 precision=str(trainer.precision),
                 accumulate=self.local_accumulation,
-                device="cpu",
+                device="other",
                 extras={**ON_CLIENT, **self._options.rules.kept_on_device},
                 trainer=trainer,
             )

@@ -56,7 +56,8 @@ def estimate_memory(
         precision: as of a Trainer: "32-true", "bf16-mixed", "16-mixed", "bf16-true", "16-true", "64-true".
         make_batch: gives a batch of so many samples, where ``batch`` cannot be resized.
         accumulate: batches per optimizer step.
-        device: "cpu" or "cuda", whose allocator and optimizers are imitated; "auto" for where the module is.
+        device: "cpu" or "cuda", whose allocator and optimizers are imitated; "auto" for where the module is; "other" for
+            another kind of machine, such as a phone, of whose operators' own memory nothing is known here.
         extras: what else training keeps, as bytes per exchanged number by name: `SIMULATED` or `ON_CLIENT`, or
             ``{"control variates": 8, "error feedback": 4}``.
         trainer: what the module finds as ``self.trainer``.
@@ -77,8 +78,8 @@ def estimate_memory(
     """
     if not isinstance(module, nn.Module):
         raise TypeError(f"module={module!r}: pass a LightningModule.")
-    if device not in ("auto", "cpu", "cuda"):
-        raise ValueError(f"device={device!r}: choose 'auto', 'cpu' or 'cuda'.")
+    if device not in ("auto", "cpu", "cuda", "other"):
+        raise ValueError(f"device={device!r}: choose 'auto', 'cpu', 'cuda' or 'other'.")
     if isinstance(accumulate, bool) or not isinstance(accumulate, int) or accumulate < 1:
         raise ValueError(f"accumulate={accumulate!r}: pass the number of batches per optimizer step, at least 1.")
     if device == "auto":
@@ -91,6 +92,7 @@ def estimate_memory(
         make_batch=make_batch,
         accumulate=accumulate,
         cuda=device == "cuda",
+        learns=device == "cpu",
         trainer=trainer,
     )
     return MemoryModel(rehearsal, module, extras or {}, usual)

@@ -61,6 +61,7 @@ class Rehearsal:
         accumulate: batches per optimizer step.
         cuda: whether memory is given out as on CUDA, in blocks of 512 bytes and to optimizers that update all
             parameters at once.
+        learns: whether what this machine's operators take while they run counts.
         trainer: what the module finds as ``self.trainer``; it may read from it.
 
     Raises:
@@ -77,6 +78,7 @@ class Rehearsal:
         make_batch: Callable[[int], Any] | None = None,
         accumulate: int = 1,
         cuda: bool = False,
+        learns: bool = True,
         trainer: Any = None,
     ) -> None:
         if precision not in MIXED and precision not in WHOLE:
@@ -93,7 +95,7 @@ class Rehearsal:
         self._accumulate = accumulate
         self._cuda = cuda
         self._trainer = trainer
-        self._scratch = None if cuda else Scratch()
+        self._scratch = Scratch() if learns and not cuda else None
         self._learned_up_to = 0
 
     @property
