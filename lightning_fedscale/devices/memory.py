@@ -56,8 +56,8 @@ def estimate_memory(
         precision: as of a Trainer: "32-true", "bf16-mixed", "16-mixed", "bf16-true", "16-true", "64-true".
         make_batch: gives a batch of so many samples, where ``batch`` cannot be resized.
         accumulate: batches per optimizer step.
-        device: "cpu" or "cuda", whose allocator and optimizers are imitated; "auto" for where the module is; "other" for
-            another kind of machine, such as a phone, of whose operators' own memory nothing is known here.
+        device: "cpu" or "cuda", whose allocator and optimizers are imitated; "auto" for where the module is;
+            "other" for another kind of machine, such as a phone, of whose operators' own memory nothing is known here.
         extras: what else training keeps, as bytes per exchanged number by name: `SIMULATED` or `ON_CLIENT`, or
             ``{"control variates": 8, "error feedback": 4}``.
         trainer: what the module finds as ``self.trainer``.
