@@ -142,6 +142,8 @@ class CriticalPhase(Callback):
             raise ValueError(f"target_batch={target_batch!r}: pass a number of samples above 0.")
         if not isinstance(detector, (str, Detector)):
             raise TypeError(f"detector={detector!r}: pass a name, or a Detector made by lightning_fedscale.phases.")
+        if threshold is not None and isinstance(detector, Detector):
+            raise ValueError(f"threshold={threshold!r} is of a detector given by name: give it to the Detector itself.")
         self.detector = detector_by_name(detector, threshold) if isinstance(detector, str) else detector
         self.action = action
         self.target_batch = target_batch

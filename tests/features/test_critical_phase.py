@@ -754,6 +754,7 @@ def test_a_round_that_fails_was_not_judged(tmp_path: Path) -> None:
     [
         ({"threshold": 0}, "threshold=0: pass a number above 0"),
         ({"threshold": -1.0}, "threshold=-1.0"),
+        ({"threshold": 0.3, "detector": relative_change()}, "threshold=0.3 is of a detector given by name"),
         ({"scale": 0.0}, "scale=0.0: pass a number above 0"),
         ({"detector": "relativ_change"}, "detector='relativ_change' is not known. Did you mean 'relative_change'?"),
         ({"action": "scal"}, "action='scal': choose 'observe', 'scale' or 'noise'"),
