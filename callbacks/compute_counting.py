@@ -10,11 +10,9 @@ from typing import Any, NamedTuple
 
 import lightning.pytorch as pl
 import torch
-from torch.utils._pytree import tree_leaves
-from torch.utils.data import BatchSampler
 
 from lightning_fedscale import collectives
-from lightning_fedscale.devices.batches import Form, form_of
+from lightning_fedscale.devices.batches import Form, form_of, loaded_samples
 from lightning_fedscale.energy import EnergyMeter
 from lightning_fedscale.metering import BatchCost, Meter, MeteredStep, Tally
 from lightning_fedscale.scaling.ledger import Ledger
@@ -72,7 +70,7 @@ class Counting:
                 self.meter.check_tokens(batch)  # before anything is trained; rounds count for themselves
             return
         self.drop_step()
-        loaded = partial(_loaded, trainer.train_dataloader, batch_idx)
+        loaded = partial(loaded_samples, trainer.train_dataloader, batch_idx)
         step = self.meter.step(batch, loaded=loaded, backward=not trainer.fit_loop._skip_backward)
         self._step = _OpenStep(trainer, step.__enter__(), _progress(trainer), time.perf_counter())
 
@@ -248,20 +246,6 @@ class _OpenStep(NamedTuple):
 def _progress(trainer: pl.Trainer) -> tuple[int, int]:
     total: Any = trainer.fit_loop.epoch_loop.batch_progress.total
     return total.started, total.processed
-
-
-def _loaded(loaders: Any, batch_idx: int) -> int | None:
-    """The samples that a loader has put into a batch which cannot be opened; None if it does not know either."""
-    loader = next(iter(tree_leaves(loaders)), None)
-    size, sampler = getattr(loader, "batch_size", None), getattr(loader, "sampler", None)
-    try:
-        if isinstance(size, int):
-            usual = type(getattr(loader, "batch_sampler", None)) is BatchSampler
-            left = len(sampler) - batch_idx * size if usual and sampler is not None else size
-            return min(size, left) if left > 0 else size
-        return max(1, round(len(loader.dataset) / len(loader)))  # type: ignore[union-attr, arg-type]
-    except (AttributeError, TypeError, NotImplementedError, ZeroDivisionError):
-        return size if isinstance(size, int) else None
 
 
 def _summed(numbers: list[float]) -> list[float]:

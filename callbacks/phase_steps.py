@@ -18,7 +18,7 @@ from torch.optim import Optimizer
 from lightning_fedscale import collectives, randomness
 from lightning_fedscale.callbacks.phase_gradients import NOT_SEEN, AfterClipping, gradients_of, layer_norms
 from lightning_fedscale.callbacks.phase_optimizers import GradientMemory, StepHold
-from lightning_fedscale.devices.batches import samples_in
+from lightning_fedscale.devices.batches import loaded_samples, samples_in
 from lightning_fedscale.half_batches import half_gradients, no_halves
 from lightning_fedscale.noise import look_at_halves
 from lightning_fedscale.phase_keeper import PhaseKeeper
@@ -147,7 +147,7 @@ class StepWatch(Callback):
         every = self._owner.noise_every
         self._since_look += 1
         if self._owner.action == "noise":
-            self._samples = float(samples_in(batch))
+            self._samples = float(_samples(trainer, batch, batch_idx))
         if every is None or self._since_look < every or batch_idx % trainer.accumulate_grad_batches:
             return
         self._since_look = 0
@@ -312,6 +312,16 @@ class StepWatch(Callback):
         batch = self._samples * trainer.accumulate_grad_batches * trainer.world_size
         noise = memory.noise(batch, min(self._owner.target_batch, batch), generator)
         torch._foreach_add_(list(gradients.values()), [noise[place] for place in gradients])
+
+
+def _samples(trainer: pl.Trainer, batch: Any, batch_idx: int) -> int:
+    try:
+        return samples_in(batch, remedy=": choose action='observe' or 'scale'.")
+    except ValueError:
+        # Graphs, say, are batched as one large graph.
+        if (loaded := loaded_samples(trainer.train_dataloader, batch_idx)) is None:
+            raise
+        return loaded
 
 
 def _on_any_rank(flags: list[bool], device: torch.device) -> list[bool]:

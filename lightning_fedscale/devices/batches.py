@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only
+from torch.utils.data import BatchSampler
 
 _REMEDY = ": pass make_batch=, a function of the number of samples that returns such a batch."
 
@@ -121,6 +122,20 @@ def samples_in(batch: Any, remedy: str = _REMEDY) -> int:
             f" these is the number of samples{remedy}"
         )
     return sizes.pop()
+
+
+def loaded_samples(loaders: Any, batch_idx: int) -> int | None:
+    """The samples that a loader has put into a batch which cannot be opened; None if it does not know either."""
+    loader = next(iter(tree_leaves(loaders)), None)
+    size, sampler = getattr(loader, "batch_size", None), getattr(loader, "sampler", None)
+    try:
+        if isinstance(size, int):
+            usual = type(getattr(loader, "batch_sampler", None)) is BatchSampler
+            left = len(sampler) - batch_idx * size if usual and sampler is not None else size
+            return min(size, left) if left > 0 else size
+        return max(1, round(len(loader.dataset) / len(loader)))  # type: ignore[union-attr, arg-type]
+    except (AttributeError, TypeError, NotImplementedError, ZeroDivisionError):
+        return size if isinstance(size, int) else None
 
 
 def resized(batch: Any, samples: int) -> Any:

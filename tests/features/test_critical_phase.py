@@ -455,6 +455,20 @@ def test_noise_is_added_and_repeated_exactly(strategy: str, options: dict[str, A
     assert torch.equal(run(0, target_batch=10**6), plain)  # as large a batch as there is needs no noise
 
 
+def test_noise_goes_by_the_loaders_batch_where_its_tensors_disagree() -> None:
+    """Graphs, say, are batched as one large graph, and nothing in it is as long as there are samples."""
+
+    def run(batch: Callable[[Any], Any]) -> Tensor:
+        loader, module = data(), Net()
+        collate = loader.collate_fn
+        loader.collate_fn = lambda samples: batch(collate(samples))
+        callback = phase(action="noise", target_batch=4, noise_in="all")
+        trainer(callback, max_steps=6).fit(module, loader)
+        return weights(module)
+
+    assert torch.equal(run(lambda batch: batch), run(lambda batch: [*batch, torch.zeros(1)]))
+
+
 def test_reweighting_noise_has_the_covariance_of_a_smaller_batch() -> None:
     """Of the server's update over many rounds at one point, against what fewer samples would give."""
     updates: dict[bool, list[Tensor]] = {True: [], False: []}
