@@ -30,6 +30,7 @@ DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 SHOWN = ("round/loss", "round/drift", "compute/flops_total", "compute/size_ratio")
 
 # A law made up for this: it shows what a report looks like, not how large a model for digits should be.
+LAW = {"E": 0.2, "A": 50.0, "B": 200.0, "alpha": 0.5, "beta": 0.5}
 OLD = "trainer = pl.Trainer(max_epochs=10, "
 NEW = """from lightning_fedscale import FederatedStrategy
     from lightning_fedscale.callbacks import ComputeAccounting
@@ -102,7 +103,8 @@ WAYS = {
         [*HYDRA, "hydra.searchpath=[pkg://lightning_fedscale.conf]", "+trainer/strategy=federated",
          "trainer.strategy.num_clients=20", "trainer.max_epochs=100",
          "+callbacks.accounting._target_=lightning_fedscale.callbacks.ComputeAccounting",
-         "+callbacks.accounting.law=Chinchilla"],
+         "+callbacks.accounting.law._target_=lightning_fedscale.scaling.Rosenfeld",
+         *(f"+callbacks.accounting.law.{name}={value}" for name, value in LAW.items())],
     ),
 }  # fmt: skip
 
