@@ -85,6 +85,7 @@ KNOW_LIGHTNING = {
     "refusals",
     "requeue",
     "run_board",
+    "side_effects",
     "strategy",
     "sweep",
     "train_data",
