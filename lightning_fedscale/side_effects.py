@@ -25,6 +25,7 @@ def undone(trainer: pl.Trainer) -> Iterator[None]:
         >>> from types import SimpleNamespace as Namespace
         >>> from lightning.pytorch.demos.boring_classes import BoringModel
         >>> class Collecting(BoringModel):
+        ...     __module__ = "of_the_project"
         ...     losses = []
         >>> source = Namespace(instance=None)
         >>> trainer = Namespace(lightning_module=Collecting(), callbacks=[], fit_loop=Namespace(_data_source=source))

@@ -74,7 +74,7 @@ def estimate_memory(
         >>> model.peak(1), model.breakdown(1)["optimizer state"]
         (1708, 536)
         >>> model.max_batch(100_000)
-        586
+        585
     """
     if not isinstance(module, nn.Module):
         raise TypeError(f"module={module!r}: pass a LightningModule.")
@@ -194,7 +194,7 @@ class MemoryModel:
         Example:
             >>> from lightning.pytorch.demos.boring_classes import BoringModel
             >>> estimate_memory(BoringModel(), torch.zeros(1, 32)).max_batch(10_000, headroom=0.0)
-            63
+            62
         """
         usable = usable_bytes(budget, headroom)
         limit = UNLIMITED if limit is None else _checked_samples("limit", limit)

@@ -479,7 +479,7 @@ def test_a_position_has_the_interval_of_the_law() -> None:
     )
     # A law that knows no loss is not made to name one.
     best = 0.1189 * 1e19**0.4969
-    words = f"{1e9 / best:.1f} times too large for 10 clients (rho 1); a {best / 1e6:.0f} M model would be best; or raise"
+    words = f"{1e9 / best:.1f} times too large for 10 clients (rho 1); a {best / 1e6:.0f} M model would be best; or"
     assert position_of(Porian(), **run).advice().startswith(words)
 
 
