@@ -10,7 +10,7 @@ from typing import Any
 import lightning.pytorch as pl
 from torch import nn
 
-from lightning_fedscale.executors.python_objects import is_library
+from lightning_fedscale.executors.python_objects import is_installed, is_library
 from lightning_fedscale.executors.python_state import Snapshot
 
 
@@ -61,7 +61,7 @@ def _variables(module: nn.Module, data: Any) -> Iterator[tuple[str, dict[str, An
     """Of the Python modules in which the project is written, by name."""
     kinds = [kind for each in (*module.modules(), data) for kind in type(each).__mro__]
     for name in dict.fromkeys(kind.__module__ for kind in kinds):
-        if not is_library(name) and name in sys.modules:
+        if not is_installed(name) and name in sys.modules:
             yield name, vars(sys.modules[name])
 
 

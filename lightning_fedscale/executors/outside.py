@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
-from lightning_fedscale.executors.python_objects import is_library
-from lightning_fedscale.executors.python_state import Place, Snapshot
+from lightning_fedscale.executors.python_objects import is_installed, is_library
+from lightning_fedscale.executors.python_state import Place, Snapshot, is_fixed
 
 Code = tuple[types.CodeType, dict[str, Any]]
 """A piece of code and its global variables."""
@@ -81,7 +81,9 @@ def resolved(codes: Collection[Code]) -> tuple[list[Place], list[types.ModuleTyp
 def places_of(module: nn.Module) -> list[Place]:
     """The global variables that a module's methods can name, and those that these call, where it is the user's code.
 
-    What is reached through ``globals()`` or with a name that is put together is not found.
+    Of installed packages the methods of the module and its parts count, whose layers may be theirs, and not what these
+    call: that may be all of a package, with thousands of variables. What is reached through ``globals()`` or with a name
+    that is put together is not found.
 
     Args:
         module: the user's.
@@ -89,10 +91,11 @@ def places_of(module: nn.Module) -> list[Place]:
     codes: dict[tuple[types.CodeType, int], Code] = {}
     places: list[Place] = []
     while True:
-        roots: Mapping[str, Any] = {"": module, **{str(i): place.value for i, place in enumerate(places)}}
-        known = len(codes)
+        values = [value for place in places if not is_fixed(value := place.value)]
+        roots: Mapping[str, Any] = {"": module, **{str(i): value for i, value in enumerate(values)}}
+        known, is_left_out = len(codes), is_installed if places else is_library
         for function in Snapshot(roots, module, most=0).functions():
-            if not is_library(function.__module__):
+            if not is_left_out(function.__module__):
                 code = function.__code__, function.__globals__
                 codes.setdefault((code[0], id(code[1])), code)
         if len(codes) == known:

@@ -10,10 +10,12 @@ import decimal
 import enum
 import functools
 import logging
+import os
 import pathlib
 import random
 import re
 import sys
+import sysconfig
 import threading
 import types
 import weakref
@@ -80,6 +82,17 @@ class Part(NamedTuple):
 def is_library(module: Any) -> bool:
     """Whether a Python module, by its dotted name, is part of Python, torch, Lightning, numpy or this package."""
     return isinstance(module, str) and module.partition(".")[0] in _PACKAGES
+
+
+_INSTALLED = tuple({sysconfig.get_path(kind) + os.sep for kind in ("purelib", "platlib")})
+
+
+def is_installed(module: Any) -> bool:
+    """Whether a Python module, by its dotted name, is part of an installed package, or of a library."""
+    if is_library(module):
+        return True
+    file = getattr(sys.modules.get(module), "__file__", None) if isinstance(module, str) else None
+    return isinstance(file, str) and file.startswith(_INSTALLED)
 
 
 def parts_of(value: Any) -> tuple[Part, ...] | None:

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from lightning_fedscale.executors.python_objects import TENSORS, Closed, Part, is_library, parts_of, parts_of_type
+from lightning_fedscale.executors.python_objects import TENSORS, Closed, Part, is_installed, parts_of, parts_of_type
 
 # Compared as they are. Neither `bool` nor `float` is here, since 1 == True == 1.0 and nan != nan.
 _PLAIN = {int, str, bytes, type(None), types.EllipsisType, torch.dtype, torch.device, types.CodeType}
@@ -384,9 +384,9 @@ class PythonState(Snapshot):
 
 
 def is_fixed(value: Any) -> bool:
-    """Whether the value of a global variable cannot change: nothing, modules, and functions of libraries."""
+    """Whether of a global variable's value identity is all that counts: nothing, modules, what packages define."""
     if isinstance(value, _WITH_A_MODULE):
-        return is_library(value.__module__)
+        return is_installed(value.__module__)
     if isinstance(value, types.BuiltinFunctionType):
         return isinstance(value.__self__, _OWNERS_OF_FIXED)
     return value is MISSING or isinstance(value, _FIXED)

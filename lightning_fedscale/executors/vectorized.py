@@ -470,7 +470,8 @@ class VectorizedExecutor:
         return self._side
 
     def close(self) -> None:
-        """The run is over: let go of what was recorded."""
+        """The run is over: let go of what was recorded, and of what the module kept."""
+        self._state = None
         if self._side is not None:
             self._side.recordings.close()
 

@@ -16,7 +16,9 @@ from typing import Any
 
 import lightning.pytorch as pl
 import numpy as np
+import pandas as pd
 import pytest
+import sklearn.metrics
 import torch
 from omegaconf import OmegaConf
 from torch import Tensor, nn
@@ -376,6 +378,25 @@ def test_variables_are_found_through_calls_and_nothing_large_is_copied_for_it() 
     assert {"DATA", "activation", "torch"} <= places.keys()
     assert places["DATA"].value is DATA
     assert DATA not in python_objects._copies
+
+
+class Naming(nn.Module):
+    """Names what installed packages have thousands of variables behind."""
+
+    def forward(self, x: Tensor) -> Any:
+        return activation(x), pd.DataFrame({"x": x}).groupby("x").mean(), sklearn.metrics.accuracy_score(x, x)
+
+
+def test_what_installed_packages_call_is_left_out() -> None:
+    """Seconds before the first wave, and two hundred milliseconds in every round, were spent on it."""
+    module = Naming()
+    places = places_of(module)
+    assert {"activation", "pd", "sklearn", "DataFrame", "accuracy_score"} <= {place.name for place in places}
+    assert len(places) < 12
+    state = PythonState(module, places)
+    assert state.complete
+    assert len(state._outside._nodes) < 12
+    assert state.again() is state
 
 
 @pytest.mark.parametrize(("before", "after"), [(torch.relu, torch.sigmoid), (nn.ReLU, nn.GELU), (math, torch)])
