@@ -19,29 +19,22 @@ NOT_SEEN = (
     " does train: step the optimizers of configure_optimizers, without a closure if by use_pl_optimizer=False."
 )
 
+SPARSE = (
+    "action='noise': a gradient is sparse, and noise would be on all of its table: pass sparse=False to nn.Embedding,"
+    " or choose action='observe' or 'scale'."
+)
+
 
 def gradients_of(optimizer: Optimizer) -> dict[int, Tensor]:
-    """Those that parameters have, by the parameter's place in the optimizer.
-
-    Raises:
-        ValueError: for a sparse one.
-    """
-    found = {}
-    for place, parameter in enumerate(p for group in optimizer.param_groups for p in group["params"]):
-        if parameter.grad is None:
-            continue
-        if parameter.grad.is_sparse:
-            raise ValueError(
-                "CriticalPhase: a gradient is sparse, and its norm over steps is not that of a dense one: pass"
-                " sparse=False to nn.Embedding."
-            )
-        found[place] = parameter.grad
-    return found
+    """Those that parameters have, by the parameter's place in the optimizer."""
+    parameters = (parameter for group in optimizer.param_groups for parameter in group["params"])
+    return {place: parameter.grad for place, parameter in enumerate(parameters) if parameter.grad is not None}
 
 
 def layer_norms(trainer: pl.Trainer, optimizer: Optimizer, gradients: list[Tensor]) -> Tensor:
     """The L2 norm of each, on their device, in float64."""
-    norms = torch.stack([_whole(norm) for norm in torch._foreach_norm(gradients)]).double()
+    values = [gradient.coalesce().values() if gradient.is_sparse else gradient for gradient in gradients]
+    norms = torch.stack([_whole(norm) for norm in torch._foreach_norm(values)]).double()
     if isinstance(trainer.strategy, FSDPStrategy):  # every rank holds a part of each
         norms = collectives.sum_over_ranks(norms.square()).sqrt()
     scaler = getattr(trainer.precision_plugin, "scaler", None)

@@ -82,7 +82,7 @@ class GradientMemory:
             if place in self._sums:
                 self._sums[place].add_(gradient)
             else:
-                self._sums[place] = gradient.clone()
+                self._sums[place] = gradient.to_dense() if gradient.is_sparse else gradient.clone()
         self._summed += 1
         if self._summed < steps:
             return None

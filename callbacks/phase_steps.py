@@ -12,11 +12,11 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, SingleDeviceStrategy
 from lightning.pytorch.utilities import rank_zero_warn
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_fedscale import collectives, randomness
-from lightning_fedscale.callbacks.phase_gradients import NOT_SEEN, AfterClipping, gradients_of, layer_norms
+from lightning_fedscale.callbacks.phase_gradients import NOT_SEEN, SPARSE, AfterClipping, gradients_of, layer_norms
 from lightning_fedscale.callbacks.phase_optimizers import GradientMemory, StepHold
 from lightning_fedscale.devices.batches import loaded_samples, samples_in
 from lightning_fedscale.half_batches import half_gradients, no_halves
@@ -91,6 +91,9 @@ class StepWatch(Callback):
         self._check_noise(trainer, module)
         if self._owner.action == "noise" and noise == "reweighting":
             raise ValueError("noise='reweighting' weighs clients at level='round'; here choose 'diagonal'.")
+        tables = [part for part in module.modules() if isinstance(part, nn.Embedding | nn.EmbeddingBag)]
+        if self._owner.action == "noise" and any(table.sparse for table in tables):
+            raise ValueError(SPARSE)
         if isinstance(trainer.strategy, DeepSpeedStrategy):
             raise ValueError("strategy='deepspeed' keeps its gradients to itself: use CriticalPhase with another one.")
 
@@ -233,6 +236,8 @@ class StepWatch(Callback):
 
     def _see(self, trainer: pl.Trainer, number: int, gradients: dict[int, Tensor], norms: Tensor) -> None:
         if self._owner.action == "noise":
+            if any(gradient.is_sparse for gradient in gradients.values()):
+                raise ValueError(SPARSE)
             self._memories[number].take_in(gradients, norms.isfinite().all())
         if (steps := self._owner.detector.accumulate) > 1:
             if (sums := self._memories[number].add_up(gradients, steps)) is None:

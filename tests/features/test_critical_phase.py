@@ -842,17 +842,41 @@ def test_steps_that_cannot_be_seen_are_explained_once(strategy: str) -> None:
     assert callback.record.summary("step") == "no step was observed"
 
 
-def test_sparse_gradients_are_refused() -> None:
-    class Sparse(Net):
-        def __init__(self) -> None:
-            super().__init__()
-            self.table = nn.Embedding(10, 12, sparse=True)
+class Table(Net):
+    """A table whose gradient is sparse, or the same dense."""
 
-        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-            return self.head(self.body(self.table(batch[1]))).square().mean()
+    def __init__(self, sparse: bool = True) -> None:
+        super().__init__(lambda parameters: torch.optim.SGD(parameters, lr=0.1))
+        self.table = nn.Embedding(10, 12, sparse=sparse)
 
-    with pytest.raises(ValueError, match=r"a gradient is sparse.*sparse=False"):
-        trained(phase(), module=Sparse())
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return self.head(self.body(self.table(batch[1]))).square().mean()
+
+
+@pytest.mark.parametrize(
+    ("strategy", "options"),
+    [
+        ("auto", {"action": "observe"}),
+        ("auto", {"scale": 2.0}),
+        ("auto", {"detector": accordion(interval=2, accumulate=2)}),
+        ("federated", {"action": "observe", "level": "step"}),
+        ("federated", {"scale": 2.0}),
+    ],
+)
+def test_sparse_gradients_count_as_dense_ones(strategy: str, options: dict[str, Any]) -> None:
+    found = []
+    for sparse in (True, False):
+        callback = phase(**options)
+        module = trained(callback, module=Table(sparse), strategy=federated() if strategy == "federated" else "auto")
+        norms = torch.tensor([row[1] for row in callback.record.rows])
+        assert len(norms) > 1
+        found.append((weights(module), norms))
+    torch.testing.assert_close(found[0], found[1])
+
+
+def test_noise_on_sparse_gradients_is_refused_before_training() -> None:
+    with pytest.raises(ValueError, match=r"action='noise': a gradient is sparse.*sparse=False.*action='observe'"):
+        trained(phase(action="noise", target_batch=4), module=Table())
 
 
 def test_step_lengths_that_nothing_changes_are_refused() -> None:
