@@ -12,7 +12,7 @@ INPUTS := pyproject.toml constraints.txt
 help: ## Show this list
 	@sed -n 's/^\([a-z]*\):.*## /  make \1	/p' $(MAKEFILE_LIST)
 
-demo: $(VENV)/.demo ## Train 100 federated clients on real digits, about 15 seconds once installed
+demo: $(VENV)/.demo ## Train 100 federated clients on real digits, less than a minute once installed
 	$(RUN) examples/01_quickstart.py
 
 test: lint ## Lint, types and all tests

@@ -298,17 +298,7 @@ class ComputeAccounting(Callback):
         """Evaluation is counted apart."""
         self._counting.begin_evaluation(batch, "test_step")
 
-    def on_test_batch_end(
-        self,
-        trainer: pl.Trainer,
-        pl_module: pl.LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
-    ) -> None:
-        """It is over."""
-        self._counting.end_evaluation()
+    on_test_batch_end = on_validation_batch_end
 
     def on_test_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Ranks add up."""

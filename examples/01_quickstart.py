@@ -1,6 +1,6 @@
 """Federated learning in one argument: handwritten digits, spread over 100 clients who each know only a few of them.
 
-python examples/01_quickstart.py          about 15 seconds; charts and logs go to demo_output/
+python examples/01_quickstart.py          less than a minute; charts and logs go to demo_output/
 python examples/01_quickstart.py --fast   a few rounds, to see that everything works
 """
 
