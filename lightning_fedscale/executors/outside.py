@@ -82,8 +82,8 @@ def places_of(module: nn.Module) -> list[Place]:
     """The global variables that a module's methods can name, and those that these call, where it is the user's code.
 
     Of installed packages the methods of the module and its parts count, whose layers may be theirs, and not what these
-    call: that may be all of a package, with thousands of variables. What is reached through ``globals()`` or with a name
-    that is put together is not found.
+    call: that may be all of a package, with thousands of variables. What is reached through ``globals()``, or with a
+    name that is put together, is not found.
 
     Args:
         module: the user's.
