@@ -829,6 +829,7 @@ class Federation:
                     " optimizers can only be collected between rounds. Save from a callback's on_train_batch_end."
                 )
             clients = self._custody.state_dict()
+        monitored = self._monitors.state_dict(in_client=self.in_client)
         if self._rank != 0:
             return None
         return federated_state(
@@ -848,7 +849,7 @@ class Federation:
             flags=self._flags(),
             trained=self._trained,
             losses=torch.tensor(sorted(self._losses.items()), dtype=torch.float64).reshape(-1, 2),
-            monitored=self._monitors.state_dict(),
+            monitored=monitored,
         )
 
     def _flags(self) -> dict[str, Any]:

@@ -26,9 +26,14 @@ class Monitors:
         self._last: dict[str, Tensor] = {}
         self._waiting: list[Any] = []
 
-    def state_dict(self) -> dict[str, Tensor]:
-        """The last values of all that callbacks can watch, but for what every round has of its own."""
-        known = {**self._last, **self._trainer._logger_connector._callback_metrics}
+    def state_dict(self, *, in_client: bool) -> dict[str, Tensor]:
+        """The last values of all that callbacks can watch, but for what every round has of its own.
+
+        At the end of an epoch those of the epoch belong to them, which Lightning computes when it is asked: on all
+        ranks. While a client trains, what is being logged is the client's.
+        """
+        connector = self._trainer._logger_connector
+        known = {**self._last, **(connector._callback_metrics if in_client else connector.callback_metrics)}
         return {
             name: value.detach().cpu()
             for name, value in known.items()

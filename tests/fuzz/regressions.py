@@ -24,6 +24,11 @@ REGRESSIONS: dict[str, Recipe] = {
     "an empty cohort froze the model": Recipe(
         seed=7, samples=41, epochs=6, strategy={"num_clients": "5", "clients_per_round": "2", "sampler": "'poisson'"}
     ),
+    "a round of nobody after a resume showed a metric of the epoch before the last": Recipe(
+        seed=710070,
+        logs=("accuracy",),
+        strategy={"num_clients": "4", "clients_per_round": "0.5", "sampler": "'poisson'"},
+    ),
     "a padding row was trained": Recipe(tokens="padding_idx"),
     "sparse gradients met a dense correction": Recipe(
         tokens="sparse_embedding", strategy={"num_clients": "3", "local_rule": "'scaffold'"}
