@@ -146,8 +146,8 @@ class Counting:
         self.ledger.add(
             forward=float(record.forward_flops.sum()), backward=float(record.backward_flops.sum()),
             optimizer=float(record.optimizer_flops.sum()),
-            # A multiplication and an addition for every number received.
-            aggregation=2.0 * self.meter.size.total * len(record.clients),
+            # A multiplication and an addition for every number received, besides what rules do with it.
+            aggregation=2.0 * self.meter.size.total * len(record.clients) + record.operations,
             evaluation=evaluation, probing=probing, samples=float(record.samples.sum()),
             tokens=float(record.tokens.sum()), size=size_tokens / tokens if tokens else self.meter.size.active,
             upload_bytes=record.upload_bytes, download_bytes=record.download_bytes, seconds=record.seconds,

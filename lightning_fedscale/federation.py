@@ -47,7 +47,7 @@ from lightning_fedscale.executors import (
     exchange_of,
     listeners,
 )
-from lightning_fedscale.executors.meter import Meter
+from lightning_fedscale.executors.meter import ClientMeter, Meter
 from lightning_fedscale.global_model import GlobalModel
 from lightning_fedscale.half_batches import mean_gradient
 from lightning_fedscale.local_rules import Ditto
@@ -75,6 +75,7 @@ from lightning_fedscale.uplink import (
     PersonalModels,
     Sent,
     Uplink,
+    corrected,
     size_of_message,
     update_bytes,
 )
@@ -480,6 +481,7 @@ class Federation:
                 with randomness.untouched():
                     exchange.refit()
             exchange.write_largest(largest)
+            record = replace(record, operations=self._operations(cohort, training=training))
             if bits is not None:
                 uncompressed = self._received_bytes(exchange) - exchange.trainable_bytes
                 received = (uncompressed + math.ceil(bits / 8)) * len(cohort.clients)
@@ -647,6 +649,8 @@ class Federation:
         for update in self._executor.run(context):
             sent = Sent(update, None, rules.weigh(update), plain) if uplink is None else uplink.send(update)
             cost = update.cost or ClientCost()
+            if uplink is not None and update.cost is not None:
+                cost = cost.plus(uplink.cost(update))
             update, weight = sent.update, sent.weight
             table.add(
                 update,
@@ -672,7 +676,8 @@ class Federation:
             with self._log.silenced():
                 for update in self._executor.run_again(context._replace(guidance=guidance, largest=None)):
                     if update.cost is not None:
-                        table.add_cost(update.client, update.cost)
+                        pulled = guidance.correction(update.client).operations
+                        table.add_cost(update.client, update.cost.plus(corrected(pulled, update, context.exchange)))
                     guidance.keep(update)
         finally:
             self._quiet = False
@@ -705,6 +710,20 @@ class Federation:
     def _batch_sizes(self, cohort: Cohort) -> IntArray | None:
         return None if self.fleet is None else self.fleet.batch_sizes_of(cohort.clients)
 
+    def _operations(self, cohort: Cohort, *, training: bool) -> float:
+        """What rules, compressors and privacy compute upon the updates of a round, element by element."""
+        if not training:
+            return 0.0
+        rules, downlink, clients = self._options.rules, self._options.downlink_compressor, len(cohort.clients)
+        each = rules.operations * clients
+        if rules.local is not None:
+            each += 2 * rules.local.sends_message  # the server's own vector moves
+        if rules.privacy is not None:
+            each += 2  # noise is drawn and added
+        if downlink is not None:
+            each += downlink.operations * (1 + clients)  # each client decodes it
+        return each * cohort.trainable
+
     def _received_bytes(self, exchange: Exchange) -> int:
         """What a client receives, unless it is compressed."""
         rule = self._options.rules.local
@@ -721,10 +740,11 @@ class Federation:
             states,
             starts=self._older.starts(opened.plan),
             scales=self._older.scales(opened.plan),
-            gradient_of=lambda client: self._gradient(work[client], exchange),
+            gradient_of=lambda client, tally: self._gradient(work[client], exchange, tally),
+            meter=self.meter,
         )
 
-    def _gradient(self, work: LocalWork, exchange: Exchange) -> Tensor:
+    def _gradient(self, work: LocalWork, exchange: Exchange, tally: ClientMeter | None) -> Tensor:
         """The mean gradient of a client's batches of this round at the model that the module holds."""
         assert self._work is not None
         loader = self._work.loader
@@ -732,7 +752,8 @@ class Federation:
             randomness.seed_globals(work.seed, self._device)
             batches = [(loader.fetch(indices), len(indices)) for indices in work.batches]
             ready = [(self._transfer(batch), size) for batch, size in batches if batch is not None]
-        found = mean_gradient(self._trainer, self._trainer.lightning_module, ready)
+        counted = {} if tally is None else {"metered": tally.again}
+        found = mean_gradient(self._trainer, self._trainer.lightning_module, ready, **counted)
         return torch.cat([as_real(found[name]).flatten().double() for name in exchange.names])
 
     def _commit(self, plan: RoundPlan, table: RoundTable) -> None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import lightning.pytorch as pl
@@ -74,7 +75,10 @@ def half_gradients(trainer: pl.Trainer, module: pl.LightningModule, batch: Any, 
 
 
 def mean_gradient(
-    trainer: pl.Trainer, module: pl.LightningModule, batches: Iterable[tuple[Any, int]]
+    trainer: pl.Trainer,
+    module: pl.LightningModule,
+    batches: Iterable[tuple[Any, int]],
+    metered: Callable[[Any, int], AbstractContextManager[Any]] = lambda batch, samples: nullcontext(),
 ) -> dict[str, Tensor]:
     """The mean of the gradients of some batches, each weighing as many samples as it has; as `half_gradients` does it.
 
@@ -82,6 +86,7 @@ def mean_gradient(
         trainer: the Trainer.
         module: holds the weights.
         batches: on the module's device, each with its number of samples.
+        metered: is given each of them; what it returns is active while its gradient is computed.
 
     Returns:
         Of each trainable parameter, by name; zeros where it takes no part.
@@ -91,7 +96,9 @@ def mean_gradient(
     with untouched():
         twin = _Twin(trainer, module)
         for batch_idx, (batch, size) in enumerate(batches):
-            for name, gradient in (twin.gradient(batch, batch_idx) or {}).items():
+            with metered(batch, size):
+                found = twin.gradient(batch, batch_idx) or {}
+            for name, gradient in found.items():
                 total[name] = gradient * size if name not in total else total[name].add_(gradient, alpha=size)
             samples += size
     return {n: total[n] / samples if n in total else torch.zeros_like(p) for n, p in twin.parameters.items()}

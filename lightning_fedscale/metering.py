@@ -215,7 +215,7 @@ class Meter:
             batch: of the step, as it is before.
             samples: in the batch; None reads them off it.
             loaded: tells them where the batch cannot be opened.
-            name: "training_step", "validation_step" or "test_step".
+            name: "training_step", "validation_step", "test_step" or "gradient", which no hook computes.
             backward: whether it is more than the forward pass.
             optimizes: whether optimizers may step in it.
             everything: count all that runs in it, not the module's own hook alone.
@@ -493,6 +493,10 @@ class Tally:
     def batch(self, batch: Any, samples: int, *, training: bool = True) -> AbstractContextManager[Any]:
         """To be active while a batch of the client runs."""
         return self._meter.step(batch, samples, backward=training, charge=self._add)
+
+    def again(self, batch: Any, samples: int) -> AbstractContextManager[Any]:
+        """To be active while a copy of the module computes the gradient of a batch besides the client's training."""
+        return self._meter.step(batch, samples, name="gradient", everything=True, charge=self._add)
 
     def add(self, form: Form, samples: int) -> None:
         """A batch of this form ran side by side with those of others."""

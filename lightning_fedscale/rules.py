@@ -66,6 +66,19 @@ class Rules(NamedTuple):
         return kept
 
     @property
+    def passes(self) -> int:
+        """How often a client computes gradients of its batches in a round."""
+        return 1 + (self.local is not None and self.local.needs_gradient) + (self.ditto is not None)
+
+    @property
+    def operations(self) -> float:
+        """For each trainable element of each client's update, besides training and the sum over clients."""
+        local = 0 if self.local is None else self.local.operations
+        compressed = 0.0 if self.compressor is None else self.compressor.operations
+        clipped = 0 if self.privacy is None else 3  # the squared norm, and the shorter update
+        return local + compressed + clipped
+
+    @property
     def bound_to_parameters(self) -> str | None:
         """The argument because of which clients or server keep what is for certain parameters; None if nothing is."""
         if self.ditto is not None:

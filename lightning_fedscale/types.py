@@ -32,9 +32,9 @@ class ClientCost(NamedTuple):
     """What a client's local training cost, as a meter says.
 
     Attributes:
-        forward: FLOPs of its forward passes.
-        backward: FLOPs of its backward passes.
-        optimizer: operations of its optimizer.
+        forward: FLOPs of its forward passes, those besides its training too: of a gradient that a local rule asks for.
+        backward: FLOPs of its backward passes, likewise.
+        optimizer: operations of its optimizer, and of what is added to its gradients.
         tokens: tokens, or samples, that it trained on.
     """
 
@@ -42,6 +42,15 @@ class ClientCost(NamedTuple):
     backward: float = 0.0
     optimizer: float = 0.0
     tokens: float = 0.0
+
+    def plus(self, other: ClientCost) -> ClientCost:
+        """Both together.
+
+        Example:
+            >>> ClientCost(forward=2.0, tokens=1.0).plus(ClientCost(backward=4.0))
+            ClientCost(forward=2.0, backward=4.0, optimizer=0.0, tokens=1.0)
+        """
+        return ClientCost(*(mine + more for mine, more in zip(self, other, strict=True)))
 
 
 class ClientUpdate(NamedTuple):
@@ -154,10 +163,12 @@ class RoundRecord:
             batches; 0 when clients train one after the other.
         idle: share of the ranks' time spent waiting for the slowest one, 0 to 1.
         simulated: the round on the clients' own hardware; None without a population.
-        forward_flops: FLOPs of each client's forward passes; like all costs here zeros unless somebody meters.
+        forward_flops: FLOPs of each client's forward passes, all that its local rule or personal model asks for among
+            them; like all costs here zeros unless somebody meters.
         backward_flops: FLOPs of its backward passes.
-        optimizer_flops: operations of its optimizer.
+        optimizer_flops: operations of its optimizer, and of what a local rule adds to its gradients.
         tokens: tokens, or samples, that it trained on.
+        operations: of the local rule, compressors and privacy upon all updates, element by element.
         side: what all ranks spent on evaluation and on probing since the round before; the standard error of the FLOPs
             of clients' training; how many of their batches were counted, and how many there were; sums of active
             parameters times tokens, and of these tokens.
@@ -188,6 +199,7 @@ class RoundRecord:
     backward_flops: FloatArray = field(default_factory=lambda: np.zeros(0))
     optimizer_flops: FloatArray = field(default_factory=lambda: np.zeros(0))
     tokens: FloatArray = field(default_factory=lambda: np.zeros(0))
+    operations: float = 0.0
     side: tuple[float, ...] = (0.0,) * SIDE
     epsilon: float | None = None
     staleness: IntArray | None = None

@@ -15,10 +15,11 @@ from lightning_fedscale import randomness
 from lightning_fedscale.clients import ClientStore
 from lightning_fedscale.compressors import Compressor
 from lightning_fedscale.executors import Exchange
+from lightning_fedscale.executors.meter import ClientMeter, Meter
 from lightning_fedscale.local_rules import Correction, Ditto, LocalRule, Outcome
 from lightning_fedscale.rules import Rules
 from lightning_fedscale.tree import as_real
-from lightning_fedscale.types import ClientUpdate, Cohort
+from lightning_fedscale.types import ClientCost, ClientUpdate, Cohort
 
 RULE, RESIDUAL, PERSONAL, DITTO, PRIVACY = "local_rule", "compressor", "personal", "ditto", "privacy"
 DITTO_BUFFERS = "ditto_buffers"
@@ -57,7 +58,8 @@ class Uplink:
         states: of the server, by rule.
         starts: models that clients start from other than the global one, by client.
         scales: what the server scales these clients' updates by.
-        gradient_of: mean gradient of a client's batches at the model that the module holds.
+        gradient_of: mean gradient of a client's batches at the model that the module holds, counted by a meter if any.
+        meter: says what that costs; None if nobody asks.
     """
 
     def __init__(
@@ -70,7 +72,8 @@ class Uplink:
         states: dict[str, Any],
         starts: Mapping[int, Tensor],
         scales: Mapping[int, float],
-        gradient_of: Callable[[int], Tensor],
+        gradient_of: Callable[[int, ClientMeter | None], Tensor],
+        meter: Meter | None = None,
     ) -> None:
         self._rules = rules
         self._store = store
@@ -82,7 +85,10 @@ class Uplink:
         self._starts = starts
         self._scales = scales
         self._gradient_of = gradient_of
+        self._meter = meter
         self._gradients: dict[int, Tensor] = {}
+        self._tallies: dict[int, ClientMeter] = {}  # of these gradients
+        self._corrections: dict[int, int] = {}  # operations for each element in every step
 
     # ---- before and while a client trains: see `lightning_fedscale.executors.sequential.Guidance`
 
@@ -95,8 +101,14 @@ class Uplink:
         if (rule := self._rules.local) is None:
             return None
         if rule.needs_gradient:
-            self._gradients[client] = self._gradient_of(client)
-        return rule.begin(self._store.states.get(client, RULE), self._states[RULE])
+            # Anew where the client is tried once more, in another way: what did not come to an end does not count.
+            tally = None if self._meter is None else self._meter.client()
+            self._gradients[client] = self._gradient_of(client, tally)
+            if tally is not None:
+                self._tallies[client] = tally
+        correction = rule.begin(self._store.states.get(client, RULE), self._states[RULE])
+        self._corrections[client] = correction.operations
+        return correction
 
     def personal(self, client: int) -> dict[str, Tensor]:
         """What of the module stays with the client."""
@@ -105,6 +117,12 @@ class Uplink:
     def keep_personal(self, client: int, values: dict[str, Tensor]) -> None:
         """Note what the client's training made of it."""
         self._store.states.stage(client, PERSONAL, values)
+
+    def cost(self, update: ClientUpdate) -> ClientCost:
+        """What a client's training has cost besides plain local training; to be asked once, when it is over."""
+        tally = self._tallies.pop(update.client, None)
+        gradient = ClientCost() if tally is None else tally.total(0)
+        return gradient.plus(corrected(self._corrections.get(update.client, 0), update, self._exchange))
 
     # ---- what it sends
 
@@ -191,6 +209,11 @@ def size_of_message(compressor: Compressor, exchange: Exchange) -> int:
     }
     encoded, _ = compressor.encode(named, compressor.init(named), generator)
     return math.ceil(encoded.bits / 8)
+
+
+def corrected(operations: int, update: ClientUpdate, exchange: Exchange) -> ClientCost:
+    """What it costs to correct a client's gradients, with so many operations for each element in every step."""
+    return ClientCost(optimizer=float(operations * exchange.view.trainable * update.optimizer_steps))
 
 
 class PersonalModels:

@@ -127,6 +127,7 @@ class Workload:
         steps = options.steps_in(0) or (options.local_epochs or 1) * per_pass
         # Where tails are dropped, a larger batch would leave the smallest client without any.
         most = int(sizes.min() if self.loader.drop_last else sizes.max())
+        steps *= options.rules.passes
         return Duty(self.cohort_size, steps, self.loader.batch_size, most, message_bytes, update_bytes)
 
     def plan(self, round: int, losses: Mapping[int, float]) -> RoundPlan:
@@ -230,14 +231,16 @@ class Workload:
         return Simulated(selection, fleet.batch_sizes_of(selection.clients))
 
     def _amounts(self, fleet: Fleet, local_steps: int | None, clients: IntArray) -> tuple[FloatArray, FloatArray]:
-        """Local batches of each client in a round, and samples over all of them."""
+        """Batches that each client computes on in a round, and samples over all of them."""
+        times = self._options.rules.passes
         passes = [self._pass(int(size), fleet.batch_size(client)) for client, size in self._held(clients)]
         steps, samples = np.array(passes, dtype=np.float64).T
         if local_steps is not None:
             # Where in its data a client goes on does not matter here: it meets full and last batches as they come.
-            return np.full(len(passes), float(local_steps)), samples / steps * local_steps
+            return np.full(len(passes), float(local_steps * times)), samples / steps * local_steps * times
         assert self._options.local_epochs is not None
-        return steps * self._options.local_epochs, samples * self._options.local_epochs
+        times *= self._options.local_epochs
+        return steps * times, samples * times
 
     def _pass(self, held: int, batch_size: int) -> tuple[int, int]:
         if (held, batch_size) not in self._passes:

@@ -38,6 +38,7 @@ class Compressor(NamedTuple):
         contractive: whether the error is expected to be no longer than the update,
             ``E|seen - delta|^2 <= |delta|^2``: what error feedback needs, since errors would otherwise grow.
         keeps_error: whether the state holds what was not sent yet, which is lost if the sender never comes back.
+        operations: for each element of an update, to encode and to decode it; for the ledger of compute alone.
     """
 
     name: str
@@ -48,6 +49,7 @@ class Compressor(NamedTuple):
     unbiased: bool = False
     contractive: bool = False
     keeps_error: bool = False
+    operations: float = 2.0
 
 
 def no_state(params: Params) -> None:

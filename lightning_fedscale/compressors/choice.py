@@ -76,6 +76,7 @@ def phase_driven(phase: HasPhase, critical: Compressor, otherwise: Compressor) -
         stateful=any(rule.stateful for rule in rules),
         unbiased=all(rule.unbiased for rule in rules),
         contractive=all(rule.contractive for rule in rules),
+        operations=max(rule.operations for rule in rules),
     )
 
 
@@ -173,6 +174,7 @@ def adaptive(
         partial(_decode_by_factor, rule=rule),
         stateful=True,
         contractive=first.contractive,
+        operations=2 * first.operations + 6,  # two are tried, and three squared norms tell which is sent
     )
 
 

@@ -60,6 +60,7 @@ def error_feedback(compressor: Compressor) -> Compressor:
         compressor.decode,
         stateful=True,
         keeps_error=True,
+        operations=compressor.operations + 2,  # the error is added, and what is sent is subtracted
     )
 
 

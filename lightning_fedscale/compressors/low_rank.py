@@ -54,6 +54,7 @@ def power_sgd(rank: int = 2, min_compression: float = 2.0) -> Compressor:
         partial(_decode, plan=plan, name=name),
         stateful=True,
         contractive=True,
+        operations=6.0 * rank,  # three products with a thin matrix, a multiplication and an addition each
     )
 
 

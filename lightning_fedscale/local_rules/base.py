@@ -24,6 +24,11 @@ class Correction(NamedTuple):
     shift: Tensor | None = None
     proximal: float = 0.0
 
+    @property
+    def operations(self) -> int:
+        """For each element, in every optimizer step: one for the shift, two for the proximal term."""
+        return (self.shift is not None) + 2 * (self.proximal != 0)
+
 
 class Outcome(NamedTuple):
     """What a client's local training came to.
@@ -113,3 +118,9 @@ class LocalRule(NamedTuple):
     knows_momentum: bool = False
     changes_delta: bool = False
     call: str = ""
+
+    @property
+    def operations(self) -> int:
+        """For each element of a client's update: of the vectors that it receives, keeps, sends and changes besides."""
+        sent = 2 * self.sends_message  # made, and added up
+        return self.vectors_down - 1 + self.keeps_state + sent + self.changes_delta

@@ -7,8 +7,10 @@ from typing import Any
 
 PURPOSES = ("forward", "backward", "optimizer", "aggregation", "evaluation", "probing")
 """What FLOPs are spent on. Forward and backward are the training that scaling laws count: products of matrices,
-convolutions, attention and recurrent layers, a multiplication and an addition as two. Optimizer and aggregation
-are counted element by element. Evaluation is validation and test. Probing is what callbacks run on the side."""
+convolutions, attention and recurrent layers, a multiplication and an addition as two, with all passes that a local rule
+or a personal model asks for besides. Optimizer and aggregation are counted element by element: what a local rule adds
+to gradients is the optimizer's, and what rules, compressors and privacy do with updates is the aggregation's.
+Evaluation is validation and test. Probing is what callbacks run on the side."""
 
 _SUMS = (
     "samples", "tokens", "size_tokens", "cohort_tokens", "upload_bytes", "download_bytes", "seconds", "updates",

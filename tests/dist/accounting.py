@@ -1,7 +1,8 @@
 """A run that is killed and goes on: ``python accounting.py FOLDER RANKS DIE_AFTER STRATEGY`` trains one stretch.
 
 ``DIE_AFTER`` is the batch, counted from the stretch's beginning, after which all ranks end by SIGKILL; 0 for never. At
-the end each rank saves its ledger. ``STRATEGY`` is "plain" or "federated".
+the end each rank saves its ledger. ``STRATEGY`` is "plain", "federated", or "besides" for clients that compute more
+than their training.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from torch.utils.data import DataLoader
 from torch.utils.data.distributed import DistributedSampler
 
 from lightning_fedscale.callbacks import ComputeAccounting
+from lightning_fedscale.local_rules import scaffold
 from tests.dist.phases import Module
 from tests.laws import reference
 from tests.strategies import sequential
@@ -46,8 +48,9 @@ class Evaluated(Module):
 
 def train(folder: Path, ranks: int, die_after: int, kind: str) -> ComputeAccounting:
     strategy: Any = "ddp" if ranks > 1 else "auto"
-    if kind == "federated":
-        strategy = sequential(num_clients=5, local_epochs=1)
+    if kind != "plain":
+        more: dict[str, Any] = {"local_rule": scaffold("I"), "compressor": "qsgd"} if kind == "besides" else {}
+        strategy = sequential(num_clients=5, local_epochs=1, **more)
     accounting = ComputeAccounting(law="Chinchilla")
     # At the end of epochs: within them, Lightning itself trains on the batch before a checkpoint once more.
     checkpoint = ModelCheckpoint(folder, save_last=True, save_on_train_epoch_end=True)
@@ -59,9 +62,7 @@ def train(folder: Path, ranks: int, die_after: int, kind: str) -> ComputeAccount
     training, held_out = reference.dataset(SAMPLES, torch.float64), reference.dataset(HELD_OUT, torch.float64)
     shares = [DistributedSampler(data, ranks, RANK, shuffle=False) for data in (training, held_out)]
     loaders = [
-        DataLoader(training, BATCH)
-        if kind == "federated"
-        else DataLoader(training, BATCH // ranks, sampler=shares[0]),
+        DataLoader(training, BATCH // ranks, sampler=shares[0]) if kind == "plain" else DataLoader(training, BATCH),
         DataLoader(held_out, BATCH // ranks, sampler=shares[1]),
     ]
     last = folder / "last.ckpt"

@@ -43,16 +43,20 @@ def test_all_ledgers_are_those_of_a_count_by_hand(ledgers: list[dict[str, Any]])
         assert ledger == ledgers[0]
 
 
-def test_clients_cost_the_same_on_any_number_of_ranks(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("kind", "passes"), [("federated", 1), ("besides", 2)])
+def test_clients_cost_the_same_on_any_number_of_ranks(kind: str, passes: int, tmp_path: Path) -> None:
     for ranks in (1, 2):
         (tmp_path / str(ranks)).mkdir()
-    runs = [("accounting.py", ranks, tmp_path / str(ranks), ranks, 0, "federated") for ranks in (1, 2)]
+    runs = [("accounting.py", ranks, tmp_path / str(ranks), ranks, 0, kind) for ranks in (1, 2)]
     for ended in processes.run_forked(runs, tmp_path):
         processes.assert_well(ended)
     ledgers = [torch.load(tmp_path / of, weights_only=True) for of in ("1/0.pt", "2/0.pt", "2/1.pt")]
     # Validated after every round: what a round did not tell the other ranks, the end does.
     samples = accounting.HELD_OUT * accounting.EPOCHS
     assert ledgers[0]["flops"]["evaluation"] == samples * (2 * 12 * 16 + 2 * 16 * 4)
+    first, second, trained = 2 * 12 * 16, 2 * 16 * 4, accounting.SAMPLES * accounting.EPOCHS
+    assert ledgers[0]["flops"]["forward"] == passes * trained * (first + second)
+    assert ledgers[0]["flops"]["backward"] == passes * trained * (first + 2 * second)
     assert ledgers[0]["clients"]["ids"] == [0, 1, 2, 3, 4]
     assert ledgers[1] == ledgers[2]
     # Each rank counts the first steps of its own.
