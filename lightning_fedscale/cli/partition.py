@@ -58,7 +58,8 @@ def partition(
             Partition.save.
         clients: number of clients, for a partitioner given by name.
         alpha: of 'dirichlet': the smaller, the fewer labels for each client; 0.5 by default.
-        partition_by: column, key or attribute with the labels or ids, for a partitioner given by name.
+        partition_by: column, key or attribute with the labels or ids, or their position where samples are tuples, for a
+            partitioner given by name.
         seed: of a partitioner given by name; its own default is 42.
         plot: file for a figure of which client holds how much of which label.
         save: file for the partition, which Partition.load reads.

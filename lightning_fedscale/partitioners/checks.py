@@ -44,7 +44,8 @@ def column(partition_by: object) -> None:
     """Check ``partition_by``; a number there is most likely the argument that comes after it."""
     if partition_by is not None and not isinstance(partition_by, str):
         raise TypeError(
-            f"partition_by={partition_by!r}: pass the name of a column, or None; give the arguments after it by keyword"
+            f"partition_by={partition_by!r}: pass the name of a column, the position of an entry as a string, such as"
+            " '1', or None; give the arguments after it by keyword"
         )
 
 

@@ -35,16 +35,17 @@ def find_labels(dataset: Any, partition_by: str | None = None) -> Labels:
     2. it has columns (Hugging Face ``datasets.Dataset``, a pandas DataFrame, a structured array): the column
        ``partition_by``;
     3. it is a torch ``Subset`` or ``ConcatDataset``: the labels of what is inside, at any depth;
-    4. it has an attribute ``partition_by``, or ``targets``, ``labels``, or it is a ``TensorDataset``: the last tensor;
+    4. it has an attribute ``partition_by``, or ``targets``, ``labels``, or it is a ``TensorDataset``: the tensor at the
+       position ``partition_by``, such as "2"; without, the last one;
     5. every sample is read once, with a progress bar: its item or attribute ``partition_by``, as of a dict, a named
-       tuple, a dataclass or a graph; without ``partition_by``, the last entry of a tuple.
+       tuple, a dataclass or a graph; of a tuple the entry at that position, without ``partition_by`` the last one.
 
     Without ``partition_by``, a column, item or attribute is looked for under "label", "labels", "target", "targets",
     "y". A tensor or array of one element is its value.
 
     Args:
         dataset: labels, or a map-style dataset.
-        partition_by: name of the column, item or attribute.
+        partition_by: name of the column, item or attribute, or position in a tuple as a string: "0", "1", "-1".
 
     Raises:
         TypeError: the dataset is a stream (no length), or no dataset at all.
@@ -53,6 +54,8 @@ def find_labels(dataset: Any, partition_by: str | None = None) -> Labels:
     Example:
         >>> find_labels([("image a", 7), ("image b", 3)])
         array([7, 3])
+        >>> find_labels([("image a", "Ann", 7), ("image b", "Bob", 3)], partition_by="1").tolist()
+        ['Ann', 'Bob']
         >>> from types import SimpleNamespace
         >>> find_labels([SimpleNamespace(x=0.5, y=np.array([7])), SimpleNamespace(x=0.1, y=np.array([3]))], "y")
         array([7, 3])
@@ -177,9 +180,16 @@ def _attribute(dataset: Any, key: str | None) -> Labels | None:
         # Another length means another thing: all labels of a dataset of which this one is a part, say.
         if value is not None and hasattr(value, "__len__") and len(value) == len(dataset):
             return _flat(_as_array(value))
-    if key is None and _is_torch(dataset, "TensorDataset") and len(dataset.tensors) > 1:
-        return _flat(_as_array(dataset.tensors[-1]))
+    if _is_torch(dataset, "TensorDataset"):
+        place = -1 if key is None and len(dataset.tensors) > 1 else _position(key, dataset.tensors)
+        return None if place is None else _flat(_as_array(dataset.tensors[place]))
     return None
+
+
+def _position(key: str | None, entries: Sequence[Any]) -> int | None:
+    """The place that a name such as "1" stands for; None if it stands for none, or there is no such place."""
+    place = int(key) if key is not None and key.removeprefix("-").isdecimal() else len(entries)
+    return place if -len(entries) <= place < len(entries) else None
 
 
 def _columns(dataset: Any) -> list[str] | None:
@@ -220,9 +230,15 @@ def _label_of(sample: Any, i: int, key: str | None) -> Any:
         label = sample[_choose(key, list(sample))]
     elif key is None and isinstance(sample, (tuple, list)) and len(sample) > 1:
         label = sample[-1]
+    elif isinstance(sample, (tuple, list)) and (place := _position(key, sample)) is not None:
+        label = sample[place]
     elif (label := _named(sample, key)) is None and key is not None:
         names = _names(sample)
-        remedy = f"pass partition_by=<one of {names}>" if names else "pass partition_by=None for the last entry of each"
+        remedy = f"pass partition_by=<one of {names}>"
+        if not names:
+            remedy = "pass partition_by=None for the last entry of each"
+            if isinstance(sample, (tuple, list)) and len(sample) > 1:
+                remedy = f"pass the position of an entry, partition_by='0' to '{len(sample) - 1}', None for the last"
         raise ValueError(
             f"partition_by={key!r}: samples of type {name} have no columns, items or attributes of that name, or no "
             f"value there (sample {i}), and the dataset has no such attribute; {remedy}, or an array of labels"

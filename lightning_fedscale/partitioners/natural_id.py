@@ -83,11 +83,30 @@ def _find_ids(dataset: Any, partition_by: str | None) -> Labels:
         return np.fromiter(dataset, dtype=object, count=len(dataset))
     if partition_by is None and not is_array(dataset):
         # Not the labels: one client per class would be a poor guess at who wrote what.
-        raise ValueError(
-            f"partition_by is missing: name the column of {type(dataset).__name__} that holds the ids, for example"
-            ' NaturalIdPartitioner(partition_by="user")'
-        )
+        raise ValueError(f"partition_by is missing: {_where_ids_are(dataset)}")
     return find_labels(dataset, partition_by)
+
+
+def _where_ids_are(dataset: Any) -> str:
+    """How to say which of the data are ids."""
+    while (inner := getattr(dataset, "dataset", None)) is not None:  # of a Subset
+        dataset = inner
+    name, entries = type(dataset).__name__, len(getattr(dataset, "tensors", ()))  # of a TensorDataset
+    if not entries:
+        return (
+            f'name the column of {name} that holds the ids, for example NaturalIdPartitioner(partition_by="user"), or'
+            ' their position where samples are tuples, partition_by="2"'
+        )
+    attribute = 'or set them as an attribute, dataset.user = ids, and pass partition_by="user"'
+    if entries > 2:
+        return (
+            f"say which of the {entries} tensors of {name} holds the ids, for example"
+            f' NaturalIdPartitioner(partition_by="{entries - 1}"), {attribute}'
+        )
+    return (
+        f"a {name} of {entries} tensor(s) has no ids: add them as one more tensor,"
+        f' NaturalIdPartitioner(partition_by="{entries}"), {attribute}'
+    )
 
 
 def _by_known_ids(ids: Labels, clients: Mapping[Any, int], num_clients: int) -> Partition:
@@ -103,8 +122,8 @@ class NaturalIdPartitioner(Partitioner):
     All samples are used, and each client's are in the order of the dataset.
 
     Args:
-        partition_by: column with the ids; None if the dataset is itself a list or array of ids. Ids may be strings,
-            numbers or, in a list, tuples.
+        partition_by: column with the ids, or their position in samples that are tuples, such as "2"; None if
+            the dataset is itself a list or array of ids. Ids may be strings, numbers or, in a list, tuples.
 
     Raises:
         ValueError: there is no such column, or an id is missing.
@@ -143,7 +162,8 @@ class GroupedNaturalIdPartitioner(Partitioner):
     client's samples are in the order of the dataset.
 
     Args:
-        partition_by: column with the ids; None if the dataset is itself a list or array of ids.
+        partition_by: column with the ids, or their position in samples that are tuples, such as "2"; None if
+            the dataset is itself a list or array of ids.
         group_size: ids in each group; required.
         mode: what becomes of the ids that do not fill a group. ``"allow-smaller"``: a smaller last group;
             ``"allow-bigger"``: they are spread over the first groups; ``"drop-reminder"``: their samples belong to

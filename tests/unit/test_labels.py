@@ -228,6 +228,39 @@ def test_columns_and_attributes_of_one_element_each(shape: tuple[int, ...]) -> N
     assert find_labels(TensorDataset(torch.zeros(3, 2), targets)).tolist() == [5, 6, 7]
 
 
+IDS, LABELS = ["eve", "bob", "eve", "ann"], [4, 0, 2, 0]
+WITH_POSITIONS: dict[str, Callable[[], Any]] = {
+    "tensors": lambda: TensorDataset(torch.zeros(4, 2), torch.tensor([3, 1, 3, 0]), torch.tensor(LABELS)),
+    "a column": lambda: TensorDataset(torch.zeros(4, 2), torch.tensor([[3], [1], [3], [0]]), torch.tensor(LABELS)),
+    "list": lambda: [(0.5, name, label) for name, label in zip(IDS, LABELS, strict=True)],
+    "tuples": lambda: Samples([(0.5, name, label) for name, label in zip(IDS, LABELS, strict=True)]),
+    "lists": lambda: Samples([[0.5, torch.tensor(id), label] for id, label in zip([3, 1, 3, 0], LABELS, strict=True)]),
+}
+
+
+@pytest.mark.parametrize("kind", WITH_POSITIONS)
+def test_entries_of_tuples_go_by_their_position(kind: str) -> None:
+    dataset = WITH_POSITIONS[kind]()
+    assert find_labels(dataset, "2").tolist() == find_labels(dataset, "-1").tolist() == LABELS
+    ids = find_labels(dataset, "1").tolist()
+    assert ids in (IDS, [3, 1, 3, 0])
+    assert find_labels(Subset(dataset, [3, 0]), "-2").tolist() == [ids[3], ids[0]]
+    assert find_labels(ConcatDataset([dataset, dataset]), "1").tolist() == ids * 2
+    by_id = NaturalIdPartitioner("1")
+    by_id.dataset = dataset
+    assert [by_id.load_partition(client).tolist() for client in range(3)] == [[3], [1], [0, 2]]
+    for beyond in ("3", "-4"):
+        with pytest.raises(ValueError, match=rf"partition_by='{beyond}'.*pass the position .*='0' to '2'"):
+            find_labels(dataset, beyond)
+
+
+def test_a_column_of_that_name_goes_before_a_position() -> None:
+    dataset = TensorDataset(torch.zeros(2), torch.tensor([8, 9]))
+    setattr(dataset, "0", [1, 2])
+    assert find_labels(dataset, "0").tolist() == [1, 2]
+    assert find_labels(Samples([{"1": 5, "y": 6}]), "1").tolist() == [5]
+
+
 def test_hugging_face_dataset() -> None:
     hf = pytest.importorskip("datasets")
     features = hf.Features({"text": hf.Value("string"), "label": hf.ClassLabel(names=["no", "yes", "maybe"])})

@@ -156,7 +156,18 @@ def test_data(data: Callable[[], Any], kind: type[Exception], message: str) -> N
         ),
         (partitioners.NaturalIdPartitioner("speaker"), Columns({"x": 1}), "partition_by='speaker' is not among them"),
         (partitioners.NaturalIdPartitioner("speaker"), Columns((1, 2)), "partition_by='speaker': .*have no columns"),
-        ("natural_id", reference.dataset(), "partition_by is missing: name the column of TensorDataset"),
+        (
+            "natural_id",
+            reference.dataset(),
+            r"a TensorDataset of 2 tensor\(s\) has no ids: add them as one more tensor, .*partition_by=\"2\"",
+        ),
+        (
+            "natural_id",
+            TensorDataset(*[torch.zeros(20)] * 3),
+            r"which of the 3 tensors of TensorDataset .*partition_by=\"2\"\), or set them as an attribute",
+        ),
+        ("natural_id", Columns((1, 2)), r"name the column of Columns .* their position where samples are tuples"),
+        (partitioners.NaturalIdPartitioner("2"), reference.dataset(), r"pass the position of an entry, .*'0' to '1'"),
         (
             partitioners.DirichletPartitioner(10, alpha=0.5, min_partition_size=100),
             reference.dataset(),
