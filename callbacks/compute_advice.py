@@ -13,6 +13,7 @@ from typing import Any
 import lightning.pytorch as pl
 from torch import nn
 
+from lightning_fedscale.executors.python_objects import is_installed
 from lightning_fedscale.scaling.project import LEVELS, sweep_command
 from lightning_fedscale.scaling.tuning import RATES
 
@@ -21,6 +22,7 @@ _SIZES = ("size", "width", "hidden_size", "hidden_dim", "d_model", "n_embd", "di
 _LARGER = re.compile(r"width|hidden|depth|size|dim|channels|features|units|embd|d_model|layers")
 _FIXED = re.compile(r"(^|_)(in|out|input|output|num|n|vocab|image|img|batch|kernel|patch|seq|target)(_|$)|classes")
 _FOLDER = "fedscale_sweep"
+_SCRIPTS = ("__main__", "__mp_main__")  # in its own process, and in those that it spawns
 
 
 def sweep_advice(trainer: pl.Trainer, module: pl.LightningModule, flops: float) -> str:
@@ -37,17 +39,19 @@ def sweep_advice(trainer: pl.Trainer, module: pl.LightningModule, flops: float) 
     if (argument is None or given) and (command := _multirun(trainer, module, flops)) is not None:
         return f"This trains a sweep that can identify a law, and fits it:\n    {command}"
     data: Any = getattr(trainer, "datamodule", None)
-    line = sweep_command(_path(module), _path(data), flops, argument or "NAME")
-    stands = [] if argument else ["NAME is the module's argument that makes it larger"]
-    if _path(module) is None:
-        stands.append("my_package.MyModule is the module's class, in a file that can be imported")
-    elif given:
-        name = f"{type(module).__module__}.make"
-        line = line.replace(f"--module {_path(module)}", f"--module {name}")
-        own = ", ".join(given)
-        stands.append(
-            f"{name} is a function of {argument or 'NAME'} that you add, which makes the module with its {own}"
-        )
+    path, stands = _path(module), []
+    if given or not arguments:
+        # A function goes with the project, not into a package that was installed.
+        own = "my_package" if path is None or is_installed(type(module).__module__) else type(module).__module__
+        makes = f"makes {'the module' if path is None else path}" + (f" with its {', '.join(given)}" if given else "")
+        path, argument = f"{own}.make", argument or "size"
+        stands.append(f"{path} is a function of {argument} that you add, which {makes}")
+    else:
+        if argument is None:
+            stands.append("NAME is the module's argument that makes it larger")
+        if path is None:
+            stands.append("my_package.MyModule is the module's class, in a file that can be imported")
+    line = sweep_command(path, _path(data), flops, argument or "NAME")
     if _path(data) is None:
         stands.append("my_package.MyDataModule is a LightningDataModule with a validation loader")
     elif needed := _missing(inspect.signature(type(data)).parameters, None):
@@ -67,7 +71,7 @@ def _missing(arguments: Mapping[str, inspect.Parameter], known: str | None) -> l
 def _path(what: object) -> str | None:
     """Where an object's class is imported from; None where that cannot be."""
     of = type(what)
-    is_elsewhere = what is not None and of.__module__ != "__main__" and "<" not in of.__qualname__
+    is_elsewhere = what is not None and of.__module__ not in _SCRIPTS and "<" not in of.__qualname__
     return f"{of.__module__}.{of.__qualname__}" if is_elsewhere else None
 
 

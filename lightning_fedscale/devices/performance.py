@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.figure import Figure
 
+_ROUNDING = 1e-6  # relative errors below this are no noise
+
 
 @dataclass(frozen=True)
 class StepTime:
@@ -24,8 +26,8 @@ class StepTime:
         fixed: seconds that every step takes, whatever its batch.
         per_sample: seconds for each sample in it.
         residual: root mean square of the relative errors of the fit; 0 for a line that was not fitted.
-        identified: whether the measurements tell the two apart. If all batches were of one size they do not, and only
-            times of that size mean anything.
+        identified: whether the measurements tell the two apart: either is more than twice its standard error. If all
+            batches were of about one size they do not, and only times of that size mean anything.
         measurements: how many there were.
 
     Raises:
@@ -94,17 +96,22 @@ class StepTimes(NamedTuple):
         if not self.measurements:
             raise ValueError("StepTimes: no step has been measured yet.")
         determinant = self.steps_squared * self.samples_squared - self.both**2
-        identified = determinant > 1e-9 * self.steps_squared * self.samples_squared
+        solvable = determinant > 1e-9 * self.steps_squared * self.samples_squared
         only_samples = 0.0, self.samples / self.samples_squared if self.samples_squared else 0.0
         only_steps = self.steps / self.steps_squared, 0.0
         candidates = [only_steps, only_samples]
-        if identified:
+        if solvable:
             fixed = (self.steps * self.samples_squared - self.samples * self.both) / determinant
             per_sample = (self.samples * self.steps_squared - self.steps * self.both) / determinant
             if fixed >= 0 and per_sample >= 0:
                 candidates = [(fixed, per_sample)]
         best = min(candidates, key=lambda line: self._squares(*line))
         residual = math.sqrt(max(0.0, self._squares(*best)) / self.measurements)
+        noise = residual if residual > _ROUNDING else 0.0
+        identified = solvable and all(
+            part > 2.0 * noise * math.sqrt(other / determinant)
+            for part, other in zip(best, (self.samples_squared, self.steps_squared), strict=True)
+        )
         return StepTime(*best, residual, identified, self.measurements)
 
     def _squares(self, fixed: float, per_sample: float) -> float:

@@ -6,8 +6,11 @@ import json
 import math
 import os
 import shlex
+import sys
+import sysconfig
 import warnings
 from pathlib import Path
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import lightning.pytorch as pl
@@ -303,6 +306,45 @@ def test_a_class_that_cannot_be_imported_gets_no_command_of_its_own(caplog: pyte
 
     assert "--module my_package.MyModule" in advice(Here(), caplog)
     assert "where NAME is the module's argument that makes it larger" in caplog.text
+
+
+class Assembled(Net):
+    """As libraries make their modules: of many arguments, which their users never see."""
+
+    def __init__(self, inputs: int, layers: list[int]) -> None:
+        super().__init__(layers[0])
+
+
+@pytest.mark.parametrize("where", ["own file", "installed package", "script"])
+def test_a_module_that_takes_more_than_a_size_gets_a_function_around_it(
+    where: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    name = {"own file": __name__, "installed package": "their_library.models", "script": "__main__"}[where]
+    theirs = ModuleType("their_library.models")
+    theirs.__file__ = f"{sysconfig.get_path('purelib')}/their_library/models.py"
+    monkeypatch.setitem(sys.modules, "their_library.models", theirs)
+    module = type("Assembled", (Assembled,), {"__module__": name})(12, [4])
+    command = advice(module, caplog)
+    made = f"{HERE}make" if where == "own file" else "my_package.make"  # nobody writes into an installed package
+    assert f"fedscale sweep --module {made} --data {HERE}Data" in command
+    which = "the module" if where == "script" else f"{name}.Assembled"
+    assert f"{made} is a function of size that you add, which makes {which} with its inputs, layers:" in command
+    assert "--argument" not in command
+
+
+def test_a_module_of_one_size_gets_a_function_around_it(caplog: pytest.LogCaptureFixture) -> None:
+    assert f"{HERE}make is a function of size that you add, which makes {HERE}Fixed:" in advice(Fixed(), caplog)
+    assert f"fedscale sweep --module {HERE}make" in caplog.text
+
+
+@pytest.mark.parametrize("script", ["__main__", "__mp_main__"])
+def test_a_class_of_the_script_that_runs_gets_no_command_of_its_own(
+    script: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Processes that are spawned know their script by another name."""
+    module = type("Own", (Net,), {"__module__": script})()
+    assert "--module my_package.MyModule" in advice(module, caplog)
+    assert script not in caplog.text
 
 
 def test_a_law_that_determines_no_size_is_not_called_missing(

@@ -49,7 +49,6 @@ def test_noisy_times_are_fitted_as_scipy_does(
 ) -> None:
     rows = measurements(parts, fixed, per_sample)
     fitted = added(rows).fit()
-    assume(fitted.identified)
     design = np.array([[steps / seconds, samples / seconds] for steps, samples, seconds in rows])
     _, norm = nnls(design, np.ones(len(rows)))
     assert fitted.residual == pytest.approx(norm / math.sqrt(len(rows)), rel=1e-3, abs=1e-5)
@@ -70,6 +69,26 @@ def test_batches_of_one_size_do_not_tell_the_parts_apart() -> None:
     fitted = fit_step_time([8, 8, 8], [0.5, 0.5, 0.5])
     assert not fitted.identified
     assert fitted.seconds(8) == pytest.approx(0.5)
+
+
+@pytest.mark.parametrize("small", [1, 21, 31])
+def test_noise_alone_does_not_tell_the_parts_apart(small: int) -> None:
+    """A loader's batches are of one size but for the last: whichever way that one errs, it is no slope."""
+    noise = np.random.default_rng(small)
+    batches = ([32] * 43 + [small]) * 2
+    hidden = [fit_step_time(batches, noise.lognormal(math.log(0.09), 0.2, len(batches))).identified for _ in range(200)]
+    assert sum(hidden) <= 10  # two standard errors: 2.5 % of them
+
+
+def test_the_parts_are_told_apart_where_both_exceed_the_noise() -> None:
+    noise = np.random.default_rng(0)
+    batches = [8, 16, 32, 64] * 50
+    fitted = fit_step_time(batches, [(0.02 + 0.001 * batch) * noise.lognormal(0, 0.2) for batch in batches])
+    assert fitted.identified
+    assert fitted.per_sample == pytest.approx(0.001, rel=0.1)
+    for fixed, per_sample in ((0.02, 0.0), (0.0, 0.001)):  # of one part there is nothing to see
+        seconds = [(fixed + per_sample * batch) * noise.lognormal(0, 0.2) for batch in batches]
+        assert not fit_step_time(batches, seconds).identified
 
 
 def test_nothing_measured() -> None:
