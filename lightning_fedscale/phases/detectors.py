@@ -8,14 +8,12 @@ from difflib import get_close_matches
 from functools import partial
 from typing import Any, NamedTuple, TypeAlias
 
-import numpy as np
-import numpy.typing as npt
 from scipy.special import ndtri, stdtr
 
 from lightning_fedscale.phases.checks import positive, whole
+from lightning_fedscale.phases.regression import empty_triangle, predicted, take_row
 from lightning_fedscale.phases.run_length import alarm_limit
 
-_Floats: TypeAlias = npt.NDArray[np.float64]
 State: TypeAlias = dict[str, Any]
 """What a detector remembers: numbers, booleans and lists of numbers by name, so that any checkpoint can hold it."""
 
@@ -175,19 +173,23 @@ def page_hinkley(false_alarms: float = 1.0, drift: float = 0.5, hold: int = 25, 
     Page's cumulative sums on both sides, of what Hinkley takes, deviations from what came before, in Hawkins'
     self-starting form (Hawkins 1987, The Statistician 36). Norms hang together from step to step (momentum,
     overlapping batches, a loss surface that changes slowly), so each log-norm is compared with its regression on the
-    ``order`` ones before it. Its recursive residual (Brown, Durbin and Evans 1975, J. R. Stat. Soc. B 37) has a spread
-    that is estimated from those before, and Student's distribution turns the ratio into a standard normal score. While
-    nothing changes the scores of normal autoregressive log-norms are nearly independent and normal, whatever their
-    level, spread and memory, so that the alarm limit follows from the rate asked for. After an alarm everything is
-    learnt anew, and the phase stays critical until ``hold`` observations have passed without another one.
+    ``order`` ones before it, whose coefficients are freed from most of the bias that few observations give them. The
+    spread and the tails of its recursive residuals (Brown, Durbin and Evans 1975, J. R. Stat. Soc. B 37) are estimated
+    from those before, and the Student's distribution that has them turns each residual into a standard normal score.
+    While nothing changes, scores are nearly independent and normal, whatever the norms' level, spread and memory, so
+    that the alarm limit follows from the rate asked for. After an alarm everything is learnt anew, and the phase stays
+    critical until ``hold`` observations have passed without another one.
 
-    How near the rate comes to what was asked for, with norms of several kinds, is in ``benchmarks/results/phases.md``.
-    Heavy tails give more alarms. A slow and steady drift is learnt as the course of things and gives none.
+    So many false alarms come, within a tenth, while log-norms are normal or have heavy tails and keep up to 0.9 of
+    themselves from step to step. Skewed noise, longer memory, and a slow part under much noise of its own give up to
+    half more: see ``benchmarks/results/phases.md``. A slow and steady drift is learnt as the course of things and gives
+    none.
 
     Args:
         false_alarms: expected number in 1,000 observations without any change.
         drift: deviation, in standard deviations, that is always let pass; half the change that matters.
-        hold: observations that are critical after an alarm, and at the beginning.
+        hold: observations that are critical after an alarm, and at the beginning. The first 25 of them are only learnt
+            from; with fewer, norms with a long memory give more false alarms.
         order: how many norms before it each one may depend on; 0 for independent ones, where changes are told a little
             sooner.
 
@@ -204,11 +206,12 @@ def page_hinkley(false_alarms: float = 1.0, drift: float = 0.5, hold: int = 25, 
     positive("drift", drift)
     whole("hold", hold)
     whole("order", order, least=0)
-    unscored = 2 * order + 2  # observations after a start: those regressed on, a coefficient each, and one for a spread
-    if (most := int(1000 / (unscored + _SHORTEST))) < false_alarms:
+    least = 2 * order + 2  # those regressed on, one for each coefficient, and one for the spread
+    if (most := int(1000 / (least + _SHORTEST))) < false_alarms:
         raise ValueError(f"false_alarms={false_alarms!r}: pass at most {most} in 1,000 observations.")
+    unscored = max(least, min(hold, _LEARNT, int(1000 / false_alarms / 3)))
     limit = alarm_limit(1000 / false_alarms - unscored, drift)
-    update = partial(_update_page_hinkley, limit=limit, drift=drift, hold=hold, order=order)
+    update = partial(_update_page_hinkley, limit=limit, drift=drift, hold=hold, order=order, learnt=unscored - order)
     return Detector(partial(_init_page_hinkley, order), update, statistic="cumulative_sum")
 
 
@@ -217,8 +220,9 @@ def _init_page_hinkley(order: int) -> State:
         "count": 0,
         "origin": math.nan,
         "before": [],
-        "products": [0.0] * (order + 2) ** 2,
+        "triangle": empty_triangle(order + 1),
         "squares": 0.0,
+        "fourths": 0.0,
         "up": 0.0,
         "down": 0.0,
         "quiet": 0,
@@ -226,26 +230,30 @@ def _init_page_hinkley(order: int) -> State:
 
 
 def _update_page_hinkley(
-    state: State, observation: Observation, *, limit: float, drift: float, hold: int, order: int
+    state: State, observation: Observation, *, limit: float, drift: float, hold: int, order: int, learnt: int
 ) -> tuple[Decision, State]:
     value = math.log(max(_total(observation), 1e-300))
-    if "products" not in state:  # of an earlier version, or of another detector
+    if "triangle" not in state:  # of an earlier version, or of another detector
         state = {**_init_page_hinkley(order), "quiet": state.get("quiet", 0)}
     origin = value if math.isnan(state["origin"]) else state["origin"]  # near all others: sums keep their digits
     value, before, quiet = value - origin, state["before"], state["quiet"] + 1
     state = {**state, "origin": origin, "before": [*before, value][-order:] if order else [], "quiet": quiet}
     if len(before) < order:
         return Decision(quiet <= hold, 0.0, limit), state
-    row = np.array([1.0, *before, value])
-    products = np.reshape(state["products"], (order + 2, order + 2))
-    score, residual = _recursive_residual(row, products, state["count"] - order - 1, state["squares"])
-    up, down = max(0.0, state["up"] + score - drift), max(0.0, state["down"] - score - drift)
-    statistic = max(up, down)
-    if statistic > limit:
+    known, rows, up, down = state["triangle"], state["count"], state["up"], state["down"]
+    weight, deviation, triangle = take_row(known, [1.0, *before], value)
+    if scored := rows >= learnt:
+        deviation -= _forgotten(known, before, rows)
+    residual = math.sqrt(weight) * deviation
+    residual = 0.0 if abs(residual) < _NOTHING else residual
+    if scored:
+        score = _normal_score(residual, state["squares"], state["fourths"], rows - order - 1)
+        up, down = max(0.0, up + score - drift), max(0.0, down - score - drift)
+    if (statistic := max(up, down)) > limit:
         return Decision(True, statistic, limit), _init_page_hinkley(order)
-    products = products + np.outer(row, row)
-    state |= {"count": state["count"] + 1, "products": products.ravel().tolist(), "up": up, "down": down}
-    state["squares"] += residual * residual
+    state |= {"count": rows + 1, "triangle": triangle, "up": up, "down": down}
+    state["squares"] += residual**2
+    state["fourths"] += residual**4
     return Decision(quiet <= hold, statistic, limit), state
 
 
@@ -316,6 +324,9 @@ def detector_by_name(name: str, threshold: float | None = None) -> Detector:
 # ---- parts
 
 
+_LEARNT = 25
+"""Most observations that are learnt from before any is judged; never more than a third of those between two alarms."""
+
 _SHORTEST = 5
 """Observations on average between two alarms, the fewest for which a limit can be found."""
 
@@ -356,32 +367,40 @@ def _relative(now: float, before: float) -> float:
     return abs(now - before) / abs(before)
 
 
-def _recursive_residual(row: _Floats, products: _Floats, freedom: int, squares: float) -> tuple[float, float]:
-    """How unusual the last number of a row is, as a standard normal number, and its scaled deviation.
+def _forgotten(triangle: Sequence[float], before: Sequence[float], rows: int) -> float:
+    """By how much a regression on few rows expects a number too near the mean, since it takes memory for too short.
+
+    The coefficients' sum comes out too small by ``(1 + 3 sum) / rows`` (Kendall 1954, Biometrika 41), more than what is
+    missing to 1 apart. While norms lie on one side of the mean, all residuals would have the same sign.
+    """
+    if not before:
+        return 0.0
+    memory = predicted(triangle, [0.0] + [1.0] * len(before))
+    missing = max(0.0, min((1 + 3 * memory) / rows, 1 - memory))
+    mean = triangle[len(before) + 1]  # the coefficient of the column of ones alone
+    return missing * (math.fsum(before) / len(before) - mean)
+
+
+def _normal_score(residual: float, squares: float, fourths: float, freedom: int) -> float:
+    """How unusual a residual is, as a standard normal number, whatever the tails of the distribution.
 
     Args:
-        row: what the number is regressed on, and the number.
-        products: sums of the products of all pairs of columns, over the rows before.
-        freedom: how many rows there were beyond one for each coefficient.
-        squares: sum of the squared scaled deviations of these.
+        residual: scaled, so that all have the same spread.
+        squares: sum of the squares of those before.
+        fourths: sum of their fourth powers, for the Student's distribution that has their kurtosis.
+        freedom: how many those are.
     """
-    if freedom < 0:
-        return 0.0, 0.0
-    given, value = row[:-1], row[-1]
-    inverse = np.linalg.pinv(products[:-1, :-1], rcond=1e-12, hermitian=True)
-    deviation = float(value - given @ inverse @ products[:-1, -1])
-    scaled = deviation / math.sqrt(1.0 + float(given @ inverse @ given))
-    if abs(scaled) < 1e-9:
-        scaled = 0.0  # what rounding leaves where all norms are the same
-    if freedom == 0:
-        return 0.0, scaled
-    spread = math.sqrt(squares / freedom)
-    if spread == 0:
-        return (0.0 if scaled == 0 else math.copysign(_FARTHEST, scaled)), scaled
-    student = scaled / spread
+    if squares == 0:
+        return 0.0 if residual == 0 else math.copysign(_FARTHEST, residual)
+    excess = max(0.0, fourths * freedom / squares**2 - 3)
+    tail = excess / (4 * excess + 6)  # 1 / its degrees of freedom
+    student = abs(residual) / math.sqrt(squares / freedom * (1 - 2 * tail))
     # From the lower tail, where the distribution function keeps its digits.
-    return float(-math.copysign(max(ndtri(stdtr(freedom, -abs(student))), -_FARTHEST), student)), scaled
+    return math.copysign(min(-float(ndtri(stdtr(1 / (tail + 1 / freedom), -student))), _FARTHEST), residual)
 
 
 _FARTHEST = 8.0
 """Largest score: beyond it, numbers say nothing any more."""
+
+_NOTHING = 1e-9
+"""What rounding leaves of log-norms that are the same."""

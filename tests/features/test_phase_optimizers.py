@@ -390,7 +390,7 @@ def test_each_clients_optimizers_have_a_detector_of_their_own(make: type[Gan]) -
             rounds[trainer.global_step, client] = self.steps = []
 
     rounds: dict[tuple[int, int], list[tuple[int, list[float]]]] = {}
-    detector = page_hinkley(false_alarms=5, hold=6)
+    detector = page_hinkley(false_alarms=30, hold=6)
     callback = phase(detector=detector, level="step", action="observe")
     trained(make(), callback, Clients(), strategy=federated(), max_epochs=6)
     past: dict[int, list[tuple[int, list[float]]]] = defaultdict(list)
