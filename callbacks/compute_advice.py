@@ -39,25 +39,34 @@ def sweep_advice(trainer: pl.Trainer, module: pl.LightningModule, flops: float) 
     if (argument is None or given) and (command := _multirun(trainer, module, flops)) is not None:
         return f"This trains a sweep that can identify a law, and fits it:\n    {command}"
     data: Any = getattr(trainer, "datamodule", None)
-    path, stands = _path(module), []
+    path, data_path = _path(module), _path(data)
+    stands: list[str] = []
     if given or not arguments:
-        # A function goes with the project, not into a package that was installed.
-        own = "my_package" if path is None or is_installed(type(module).__module__) else type(module).__module__
-        makes = f"makes {'the module' if path is None else path}" + (f" with its {', '.join(given)}" if given else "")
-        path, argument = f"{own}.make", argument or "size"
-        stands.append(f"{path} is a function of {argument} that you add, which {makes}")
+        argument, path = "size", _function(module, "make", " of size", _missing(arguments, None), stands)
     else:
         if argument is None:
             stands.append("NAME is the module's argument that makes it larger")
         if path is None:
             stands.append("my_package.MyModule is the module's class, in a file that can be imported")
-    line = sweep_command(path, _path(data), flops, argument or "NAME")
-    if _path(data) is None:
+    if data_path is None:
         stands.append("my_package.MyDataModule is a LightningDataModule with a validation loader")
-    elif needed := _missing(inspect.signature(type(data)).parameters, None):
-        stands.append(f"{_path(data)} needs a function around it that passes {', '.join(needed)}")
+    else:
+        takes = inspect.signature(type(data)).parameters
+        # A package's own has been given the data, whatever its defaults.
+        if needed := list(takes) if is_installed(type(data).__module__) else _missing(takes, None):
+            data_path = _function(data, "make_data", "", needed, stands)
+    line = sweep_command(path, data_path, flops, argument or "NAME")
     named = f", where {'; '.join(stands)}" if stands else ""
     return f"This trains the smallest sweep that can identify a law, and fits it{named}:\n    {line}"
+
+
+def _function(what: object, name: str, of: str, given: list[str], stands: list[str]) -> str:
+    """The path of a function that is to make something, which is explained; nobody adds one to an installed package."""
+    path, module = _path(what), type(what).__module__
+    function = f"{'my_package' if path is None or is_installed(module) else module}.{name}"
+    makes = f"makes {'the module' if path is None else path}" + (f" with its {', '.join(given)}" if given else "")
+    stands.append(f"{function} is a function{of} that you add, which {makes}")
+    return function
 
 
 def _missing(arguments: Mapping[str, inspect.Parameter], known: str | None) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from contextlib import suppress
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -68,8 +69,9 @@ def sweep(
     bootstrap = integer("bootstrap", bootstrap, 0)
     for name, folder in (("runs", runs), ("output", output)):
         made(name, folder)
-    run_sweep(
-        _named("module", module), _named("data", data), sizes, flops, clients, argument=argument, folder=runs,
+    makes = _named("module", module)
+    _sweep_of(makes, {argument: sizes[0]} if sizes else {})(
+        makes, _named("data", data), sizes, flops, clients, argument=argument, folder=runs,
         loss=loss, local_steps=local_steps, rates=rates, seeds=seeds, trainer={"accelerator": accelerator}, each=show,
     )  # fmt: skip
     finish(make_fit([str(Path(runs, "runs.csv"))], law, bootstrap=bootstrap, task=task), output, json)
@@ -81,3 +83,15 @@ def _named(argument: str, path: str) -> Any:
         return getattr(import_module(where), name)
     except (AttributeError, ImportError, ValueError) as error:
         raise ValueError(f"{argument}={path!r}: cannot be imported ({error}); pass package.module.Name.") from error
+
+
+def _sweep_of(module: Any, size: dict[str, int]) -> Any:
+    """`sweep`, for whichever of Lightning's two packages the module is of."""
+    kind = module
+    if not isinstance(module, type):
+        with suppress(Exception):  # what is wrong with it, the sweep tells
+            kind = type(module(**size))
+    twin = sys.modules.get("pytorch_lightning")
+    if twin is None or not isinstance(kind, type) or not issubclass(kind, twin.LightningModule):
+        return run_sweep
+    return import_module("lightning_fedscale.pytorch_lightning.sweep").sweep

@@ -269,10 +269,12 @@ class Broad(Net):
         super().__init__(width)
 
 
-def advice(module: pl.LightningModule, caplog: pytest.LogCaptureFixture) -> str:
+def advice(
+    module: pl.LightningModule, caplog: pytest.LogCaptureFixture, data: pl.LightningDataModule | None = None
+) -> str:
     trainer = reference.quiet_trainer(max_steps=2, callbacks=[ComputeAccounting()])
     with caplog.at_level("INFO"):
-        trainer.fit(module, datamodule=Data())
+        trainer.fit(module, datamodule=data or Data())
     return caplog.text
 
 
@@ -330,6 +332,30 @@ def test_a_module_that_takes_more_than_a_size_gets_a_function_around_it(
     which = "the module" if where == "script" else f"{name}.Assembled"
     assert f"{made} is a function of size that you add, which makes {which} with its inputs, layers:" in command
     assert "--argument" not in command
+
+
+@pytest.mark.parametrize("where", ["own file", "installed package"])
+def test_a_data_module_that_was_given_data_gets_a_function_around_it(
+    where: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Needs(Data):
+        def __init__(self, rows: int) -> None:
+            super().__init__()
+
+    class Takes(Data):
+        """As libraries make them: of data that are no argument which must be given."""
+
+        def __init__(self, rows: int | None = None) -> None:
+            super().__init__()
+
+    theirs = ModuleType("their_library.data")
+    theirs.__file__ = f"{sysconfig.get_path('purelib')}/their_library/data.py"
+    monkeypatch.setitem(sys.modules, "their_library.data", theirs)
+    kind, name = (Needs, __name__) if where == "own file" else (Takes, "their_library.data")
+    given = type("Given", (kind,), {"__module__": name})(9)
+    made = f"{HERE}make_data" if where == "own file" else "my_package.make_data"
+    assert f"--module {HERE}Net --data {made} --sizes" in advice(Net(), caplog, given)
+    assert f"where {made} is a function that you add, which makes {name}.Given with its rows:" in caplog.text
 
 
 def test_a_module_of_one_size_gets_a_function_around_it(caplog: pytest.LogCaptureFixture) -> None:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 import lightning_fedscale
+from lightning_fedscale import cli
 from lightning_fedscale import pytorch_lightning as twin
 from lightning_fedscale.partitioners import DirichletPartitioner
 from tests.dist import processes
@@ -23,9 +24,9 @@ SIDES = {"one": (pl, lightning_fedscale), "other": (twin_pl, twin)}
 
 def module_of(package: Any) -> Any:
     class Net(package.LightningModule):  # type: ignore[misc]
-        def __init__(self) -> None:
+        def __init__(self, width: int = 16) -> None:
             super().__init__()
-            self.net = nn.Sequential(nn.Linear(12, 16), nn.ReLU(), nn.Dropout(0.3), nn.Linear(16, 4))
+            self.net = nn.Sequential(nn.Linear(12, width), nn.ReLU(), nn.Dropout(0.3), nn.Linear(width, 4))
 
         def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
             loss = nn.functional.cross_entropy(self.net(batch[0]), batch[1])
@@ -146,3 +147,37 @@ def test_processes_started_in_any_way_train_the_same_model(tmp_path: Path) -> No
     alone = torch.load("popen-1.pt", weights_only=True)
     for other in ("popen-2.pt", "spawn-2.pt"):
         assert reference.difference(torch.load(other, weights_only=True), alone) == 0.0
+
+
+# ---- from the command line
+
+
+def data_of(package: Any) -> Any:
+    class Data(package.LightningDataModule):  # type: ignore[misc]
+        def train_dataloader(self) -> DataLoader[Any]:
+            return DataLoader(reference.dataset(100), batch_size=4, shuffle=True)
+
+        def val_dataloader(self) -> DataLoader[Any]:
+            return DataLoader(reference.dataset(40), batch_size=8)
+
+    return Data
+
+
+OneNet, OtherNet = type(module_of(pl)), type(module_of(twin_pl))
+OneData, OtherData = data_of(pl), data_of(twin_pl)
+
+
+def other_net(width: int) -> Any:
+    return OtherNet(width)
+
+
+@pytest.mark.parametrize("made", ["OtherNet", "other_net"])
+def test_a_sweep_takes_modules_of_either_package(made: str, tmp_path: Path) -> None:
+    """A class or a function: whichever makes them."""
+    for module, data in (("OneNet", "OneData"), (made, "OtherData")):
+        few = ["--sizes", "[2,4,8,16]", "--clients", "[2]", "--rates", "[1.0]", "--flops", "3e5", "--bootstrap", "0"]
+        where = ["--runs", str(tmp_path / data), "--output", str(tmp_path), "--accelerator", "cpu"]
+        own = ["--module", f"{__name__}.{module}", "--data", f"{__name__}.{data}", "--argument", "width"]
+        assert cli.main(["sweep", *own, *few, *where]) == 0
+    one, other = (Path(tmp_path, data, "runs.csv").read_text() for data in ("OneData", "OtherData"))
+    assert one == other
