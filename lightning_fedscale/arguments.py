@@ -23,6 +23,7 @@ from lightning_fedscale.devices import Population
 from lightning_fedscale.local_rules import Ditto, LocalRule
 from lightning_fedscale.memory import parse_bytes
 from lightning_fedscale.partitioners import (
+    FilePartitioner,
     FinishedPartitioner,
     Partition,
     Partitioner,
@@ -30,13 +31,12 @@ from lightning_fedscale.partitioners import (
     check_partition,
 )
 from lightning_fedscale.partitioners.checks import integer
+from lightning_fedscale.partitioners.names import is_file
 from lightning_fedscale.privacy import Privacy
 from lightning_fedscale.rules import Rules
 from lightning_fedscale.samplers import Sampler
 from lightning_fedscale.server import ServerOptimizer
 from lightning_fedscale.types import IntArray
-
-DEFAULT_CLIENTS = 10
 
 LocalSteps: TypeAlias = Callable[[int], int]
 """From the round's number to its local batches; the same on every rank and after a restart."""
@@ -182,14 +182,14 @@ def check(
     """
     if num_clients is not None:
         num_clients = integer("num_clients", num_clients)
-    if isinstance(partitioner, Path) or (isinstance(partitioner, str) and partitioner.endswith(".json")):
-        raise TypeError(f"partitioner={str(partitioner)!r} is a file: load it first, partitioner=Partition.load(...).")
+    if isinstance(partitioner, Path):
+        partitioner = FilePartitioner(partitioner)
     if isinstance(partitioner, type) and issubclass(partitioner, Partitioner):
         raise TypeError(
             f"partitioner={partitioner.__name__} is a class: make an object of it, {partitioner.__name__}(...)."
         )
     if isinstance(partitioner, str):
-        partitioner = by_name(partitioner, num_clients or DEFAULT_CLIENTS)
+        partitioner = by_name(partitioner, None if is_file(partitioner) else num_clients)
     elif isinstance(partitioner, Partitioner):
         if getattr(partitioner, "seed", 0) is None:
             raise ValueError(
@@ -198,14 +198,14 @@ def check(
             )
     elif not isinstance(partitioner, Partition):
         raise TypeError(
-            f"partitioner={partitioner!r}: pass a name such as 'iid' or 'dirichlet', a Partitioner or a Partition"
-            " (Partition.from_lists makes one of index lists)."
+            f"partitioner={partitioner!r}: pass a name such as 'iid' or 'dirichlet', a file, a Partitioner or a"
+            " Partition (Partition.from_lists makes one of index lists)."
         )
     declared = partitioner.num_clients if isinstance(partitioner, Partition) else _declared(partitioner)
     if num_clients is not None and declared not in (None, num_clients):
         raise ValueError(
             f"num_clients={num_clients} but the partitioner makes {declared} clients: pass the same number to both, or"
-            " leave num_clients out."
+            " leave num_clients out (None)."
         )
     clients_per_round = _checked_clients_per_round(clients_per_round, declared)
     if local_epochs == "auto":

@@ -73,11 +73,11 @@ class FederatedStrategy(ReusableStrategy):
     ``last_round`` holds the `RoundRecord` of the finished round; its scalars are logged every round as ``round/...``.
 
     Args:
-        num_clients: number of clients. None takes the partitioner's own number, and 10 for a partitioner given by
-            name; partitioners by natural id count the clients themselves.
+        num_clients: number of clients. None takes the partitioner's or file's own number, and 10 for a partitioner
+            given by name; partitioners by natural id count the clients themselves.
         clients_per_round: how many take part in a round: None for all, an int, or a fraction in (0, 1].
-        partitioner: how the training data is divided: a name ("iid", "dirichlet", ...), an object from
-            `lightning_fedscale.partitioners`, or a finished `Partition`.
+        partitioner: how the training data is divided: a name ("iid", "dirichlet", ...), the file of a saved partition
+            ("hospitals.json"), an object from `lightning_fedscale.partitioners`, or a finished `Partition`.
         local_epochs: passes over its own data that a client makes in a round; "auto" is 1 unless ``local_steps`` is
             given.
         local_steps: instead of ``local_epochs``, the number of batches; a client goes on in its data where it stopped

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import logging
 import math
@@ -21,6 +22,14 @@ from torch.utils._pytree import tree_leaves
 from lightning_fedscale import randomness
 from lightning_fedscale.callbacks.compute_accounting import ComputeAccounting
 from lightning_fedscale.checks import integer
+from lightning_fedscale.partitioners import (
+    FinishedPartitioner,
+    GroupedNaturalIdPartitioner,
+    NaturalIdPartitioner,
+    Partition,
+    Partitioner,
+    by_name,
+)
 from lightning_fedscale.scaling.project import LEVELS
 from lightning_fedscale.scaling.runs import LOSSES
 from lightning_fedscale.scaling.tuning import best_rate, tuned
@@ -35,8 +44,9 @@ def sweep(
     data: Callable[[], pl.LightningDataModule],
     sizes: Sequence[int],
     flops: float,
-    clients: Sequence[int] = (1, 4),
+    clients: Sequence[int] | None = None,
     *,
+    partition: str | Partitioner | Partition | None = None,
     argument: str = "size",
     folder: str | Path = "fedscale_sweep",
     loss: str | None = None,
@@ -62,7 +72,9 @@ def sweep(
         data: makes the data module; it needs a validation loader.
         sizes: four or more, that span a factor of ten in parameters at least.
         flops: training compute of the largest runs, of all clients together; others take a quarter and a sixteenth.
-        clients: numbers of clients that train in a round.
+        clients: numbers of clients that train in a round; None for those of the partition, else for 1 and 4.
+        partition: how the training data is divided: the name of a partitioner, for any number of clients; or the file
+            of a saved partition, a Partition or a Partitioner, which have clients of their own. None for equal parts.
         argument: of ``module``, which makes the model larger or smaller.
         folder: where ``runs.csv`` goes, with every run at every rate.
         loss: name of the logged validation loss; None for the first of the usual names.
@@ -70,7 +82,8 @@ def sweep(
         seed: of weights, partition and order, the first of ``seeds``.
         seeds: how many; the first is there to tune where there are several.
         rates: to try, as multiples of the module's own learning rate. One of them alone tunes nothing.
-        strategy: makes the strategy in which so many clients train a round; None for equal parts and `local_steps`.
+        strategy: makes the strategy in which so many clients train a round, in place of ``partition`` and
+            ``local_steps``.
         trainer: arguments of the Trainer.
         each: called with every new row.
 
@@ -79,12 +92,20 @@ def sweep(
         ``loss``, ``share``, ``seed``, ``learning_rate`` (a multiple of the module's own).
 
     Raises:
-        ValueError: for too few sizes, a module without that argument, or a loss that is not logged.
+        ValueError: for too few sizes, a module without that argument, a loss that is not logged, or a partition of
+            other data or for other numbers of clients.
     """
     for name, given in (("module", module), ("data", data)):
         if not callable(given):
             raise TypeError(f"{name}={given!r}: pass a class or a function that makes it.")
+    parts: Any = "iid" if partition is None else partition
+    division = _division(parts, data)
+    clients = _numbers(clients, division)
     _check(module, argument, sizes, flops, clients)
+    if strategy is not None and partition is not None:
+        raise ValueError(
+            f"partition={partition!r} with strategy={strategy!r}, which divides the data: pass one of them."
+        )
     grid = _grid(rates)
     seeds = integer("seeds", seeds, 1)
     path = Path(folder, "runs.csv")
@@ -92,9 +113,13 @@ def sweep(
     rows: list[dict[str, Any]] = []
     if path.is_file():
         rows = [{str(name): value for name, value in row.items()} for row in pd.read_csv(path).to_dict("records")]
-    asked = {"argument": argument, "flops_asked": flops, "local_steps": local_steps}
+    asked = {
+        "argument": argument, "flops_asked": flops, "local_steps": local_steps,
+        "partition": parts if division is None else division.fingerprint,
+    }  # fmt: skip
     for row in rows:
-        if changed := [name for name, value in asked.items() if {"argument": "size", **row}.get(name) != value]:
+        before = {"argument": "size", "partition": "iid", **row}
+        if changed := [name for name, value in asked.items() if before.get(name) != value]:
             raise ValueError(
                 f"folder={str(folder)!r}: holds a sweep with other {', '.join(changed)}; name another folder."
             )
@@ -105,7 +130,10 @@ def sweep(
         key = (size, number, share, own, rate)
         if key in done:
             return done[key]
-        kind = _strategy(number, local_steps, own) if strategy is None else strategy(number)
+        if strategy is None:
+            kind = _strategy(by_name(parts, number) if division is None else division, local_steps, own)
+        else:
+            kind = strategy(number)
         # Not `seed_everything`: the caller's generators and environment are not the sweep's.
         with quiet(), randomness.untouched():
             randomness.seed_globals(own, torch.device("cpu"))
@@ -184,10 +212,45 @@ def _check(
         )
 
 
-def _strategy(clients: int, local_steps: int, seed: int) -> FederatedStrategy:
+def _division(partition: Any, data: Callable[[], pl.LightningDataModule]) -> Partition | None:
+    """Who holds what, where that goes for one number of clients only; None where a name does for any number."""
+    given = by_name(partition) if isinstance(partition, str) else partition
+    if isinstance(given, Partition):
+        given = FinishedPartitioner(given)
+    if not isinstance(given, Partitioner):
+        raise TypeError(
+            f"partition={partition!r}: pass a name such as 'dirichlet', a file, a Partition or a Partitioner."
+        )
+    decided = FinishedPartitioner | NaturalIdPartitioner | GroupedNaturalIdPartitioner  # by a file, or by the data
+    if isinstance(partition, str) and not isinstance(given, decided):
+        return None
+    source, made = data(), copy.copy(given)
+    source.prepare_data()
+    source.setup("fit")
+    made.dataset = source.train_dataloader().dataset
+    try:
+        return made.partition
+    except ValueError as error:
+        raise ValueError(f"partition={partition!r}: {error}") from error
+
+
+def _numbers(clients: Sequence[int] | None, division: Partition | None) -> Sequence[int]:
+    """The numbers of clients to train with."""
+    if division is None:
+        return (1, 4) if clients is None else clients
+    number = division.num_clients
+    if clients is not None and list(clients) != [number]:
+        raise ValueError(
+            f"clients={list(clients)}: the partition divides the data among {number} clients: pass [{number}], or leave"
+            " clients out."
+        )
+    return [number]
+
+
+def _strategy(partition: Partitioner | Partition, local_steps: int, seed: int) -> FederatedStrategy:
     # One after the other: a rehearsal of both executors would cost more than most of the runs.
     return FederatedStrategy(
-        num_clients=clients, local_epochs=None, local_steps=local_steps, seed=seed, executor="sequential"
+        partitioner=partition, local_epochs=None, local_steps=local_steps, seed=seed, executor="sequential"
     )
 
 

@@ -24,7 +24,7 @@ from lightning_fedscale.checks import integer
 from lightning_fedscale.cli.digits import Classifier, Digits
 from lightning_fedscale.cli.projects import check_accelerator, train_loader
 from lightning_fedscale.executors import ClientLoader
-from lightning_fedscale.partitioners import IidPartitioner, Partition
+from lightning_fedscale.partitioners import Partition, by_name
 from lightning_fedscale.rounds import pass_order, steps_from
 from lightning_fedscale.strategy import FederatedStrategy
 from lightning_fedscale.sweep import quiet
@@ -75,7 +75,8 @@ class Pace(NamedTuple):
 def bench(
     module: pl.LightningModule | None = None,
     data: pl.LightningDataModule | None = None,
-    clients: int = 10,
+    clients: int | None = None,
+    partition: str = "iid",
     clients_per_round: int | None = None,
     local_steps: int = 10,
     seconds: float = 1.0,
@@ -88,7 +89,9 @@ def bench(
         module: class of the LightningModule, such as my_package.MyModule; its arguments follow as --module.name. By
             default a perceptron that reads scikit-learn's digits.
         data: class of the LightningDataModule, if the module has no train_dataloader of its own.
-        clients: number of clients, among whom the training data is divided equally.
+        clients: number of clients; 10 by default, or those of the partition's file.
+        partition: how the data is divided among them: a name such as 'dirichlet', or the file of a saved partition; in
+            equal parts by default.
         clients_per_round: how many of them train in a round; all by default.
         local_steps: batches of a client in a round.
         seconds: how long each of three turns lasts, for each executor and for the plain Trainer.
@@ -97,8 +100,8 @@ def bench(
     """
     if not isinstance(seconds, (int, float)) or not 0 < seconds < math.inf:
         raise ValueError(f"seconds={seconds!r}: pass a finite number above 0.")
-    clients, local_steps = integer("clients", clients), integer("local_steps", local_steps)
-    cohort = clients if clients_per_round is None else integer("clients_per_round", clients_per_round)
+    local_steps = integer("local_steps", local_steps)
+    partitioner = by_name(partition, None if clients is None else integer("clients", clients))
     check_accelerator(accelerator)
     if module is None and data is None:
         module, data = Classifier(), Digits()
@@ -107,7 +110,11 @@ def bench(
     loader = train_loader(module, data)
     if loader.batch_sampler is None:
         raise ValueError("train_dataloader: batch_size=None; this command needs a DataLoader that makes the batches.")
-    contest = _Contest(module, data, loader, clients, cohort, local_steps, seconds, accelerator)
+    partitioner.dataset = loader.dataset
+    divided = partitioner.partition
+    clients = divided.num_clients
+    cohort = clients if clients_per_round is None else integer("clients_per_round", clients_per_round)
+    contest = _Contest(module, data, loader, divided, cohort, local_steps, seconds, accelerator)
     with quiet():
         paces = contest.run()
     central = median(paces["central"].seconds)
@@ -128,7 +135,7 @@ class _Contest:
     module: pl.LightningModule
     data: pl.LightningDataModule | None
     loader: DataLoader[Any]
-    clients: int
+    partition: Partition
     cohort: int
     local_steps: int
     seconds: float
@@ -152,7 +159,7 @@ class _Contest:
 
     def _federated(self, executor: str) -> Pace:
         strategy = FederatedStrategy(
-            partitioner=IidPartitioner(self.clients), clients_per_round=self.cohort, local_steps=self.local_steps,
+            partitioner=self.partition, clients_per_round=self.cohort, local_steps=self.local_steps,
             executor=executor,  # type: ignore[arg-type]
         )  # fmt: skip
         clock = _Clock(1, math.ceil(_WARM_UP / self.local_steps), self.seconds)
@@ -163,7 +170,7 @@ class _Contest:
         return Pace(clock.times(), next(filter(None, words), None))
 
     def _central(self) -> Pace:
-        batches = _Batches(self.loader, self.module, self.clients, self.cohort, self.local_steps)
+        batches = _Batches(self.loader, self.module, self.partition, self.cohort, self.local_steps)
         loader = DataLoader(
             self.loader.dataset, batch_sampler=batches, collate_fn=self.loader.collate_fn,
             num_workers=self.loader.num_workers, pin_memory=self.loader.pin_memory,
@@ -217,13 +224,11 @@ class _Batches:
     """The batches of endless rounds, one after the other: of the sizes that clients have, from their own samples."""
 
     def __init__(
-        self, loader: DataLoader[Any], module: pl.LightningModule, clients: int, cohort: int, local_steps: int
+        self, loader: DataLoader[Any], module: pl.LightningModule, partition: Partition, cohort: int, local_steps: int
     ) -> None:
         norms = torch.nn.modules.batchnorm._BatchNorm
         self._cut = ClientLoader(loader, merge_single=any(isinstance(part, norms) for part in module.modules()))
-        partitioner = IidPartitioner(clients)
-        partitioner.dataset = loader.dataset
-        self._partition: Partition = partitioner.partition
+        self._partition = partition
         self._cohort, self._steps = cohort, local_steps
 
     def __iter__(self) -> Iterator[list[int]]:

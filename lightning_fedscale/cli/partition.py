@@ -15,7 +15,6 @@ from lightning_fedscale.cli.digits import Digits
 from lightning_fedscale.cli.files import written
 from lightning_fedscale.cli.projects import train_loader
 from lightning_fedscale.partitioners import (
-    FinishedPartitioner,
     Partition,
     Partitioner,
     by_name,
@@ -40,7 +39,7 @@ _MOST_PLOTTED = 200
 def partition(
     data: pl.LightningDataModule | None = None,
     partitioner: Partitioner | str = "dirichlet",
-    clients: int = 10,
+    clients: int | None = None,
     alpha: float | None = None,
     partition_by: str | None = None,
     seed: int | None = None,
@@ -54,9 +53,9 @@ def partition(
         data: class of the LightningDataModule, such as my_package.MyData; its arguments follow as --data.name. By
             default scikit-learn's digits.
         partitioner: a name such as 'iid', 'dirichlet' or 'natural_id', the class of one with arguments of its own,
-            --partitioner lightning_fedscale.partitioners.ShardPartitioner --partitioner.num_partitions 10, or a file of
-            Partition.save.
-        clients: number of clients, for a partitioner given by name.
+            --partitioner lightning_fedscale.partitioners.ShardPartitioner --partitioner.num_partitions 10, or the file
+            of a saved partition.
+        clients: number of clients, for a partitioner given by name; 10 by default.
         alpha: of 'dirichlet': the smaller, the fewer labels for each client; 0.5 by default.
         partition_by: column, key or attribute with the labels or ids, or their position where samples are tuples, for a
             partitioner given by name.
@@ -67,7 +66,10 @@ def partition(
     """
     dataset = train_loader(None, Digits() if data is None else data).dataset
     options = {"alpha": alpha, "partition_by": partition_by, "seed": seed}
-    made = _made(partitioner, clients, {name: value for name, value in options.items() if value is not None})
+    made = partitioner
+    if isinstance(made, str):
+        wanted = None if clients is None else integer("clients", clients)
+        made = by_name(made, wanted, **{name: value for name, value in options.items() if value is not None})
     made.dataset = dataset
     found = made.partition
     labels = _labels(dataset, made.partition_by)
@@ -82,17 +84,6 @@ def partition(
     _show(console, made, labels)
     if found.num_clients <= _MOST_SHOWN:
         _show_clients(console, found, labels)
-
-
-def _made(partitioner: Partitioner | str, clients: int, options: dict[str, Any]) -> Partitioner:
-    if not isinstance(partitioner, str):
-        return partitioner
-    if not partitioner.endswith(".json"):
-        return by_name(partitioner, integer("clients", clients), **options)
-    try:
-        return FinishedPartitioner(Partition.load(partitioner), options.get("partition_by"))
-    except OSError as error:
-        raise ValueError(f"partitioner={partitioner!r}: cannot be read: {error.strerror}.") from None
 
 
 def _labels(dataset: Any, partition_by: str | None) -> Labels | None:

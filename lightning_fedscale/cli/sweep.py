@@ -21,7 +21,8 @@ def sweep(
     data: str,
     flops: float,
     sizes: list[int] = [8, 16, 32, 64, 128],  # noqa: B006  # jsonargparse shows it as the default
-    clients: list[int] = [1, 4],  # noqa: B006
+    clients: list[int] | None = None,
+    partition: str | None = None,
     argument: str = "size",
     local_steps: int = 5,
     rates: list[float] = [0.5, 1.0, 2.0],  # noqa: B006
@@ -42,7 +43,9 @@ def sweep(
         data: class of the LightningDataModule, with a validation loader.
         flops: training compute of the largest runs, of all clients together, such as 1e12.
         sizes: values of the module's argument; they should span a factor of ten in parameters or more.
-        clients: numbers of clients that train in a round.
+        clients: numbers of clients that train in a round; by default those of the partition's file, else 1 and 4.
+        partition: how the data is divided: a name such as 'dirichlet', or the file of a saved partition; in equal parts
+            by default.
         argument: name of the module's argument that makes the model larger or smaller.
         local_steps: batches of a client in a round.
         rates: learning rates to try for each size and number of clients, as multiples of the module's own; more are
@@ -71,7 +74,7 @@ def sweep(
         made(name, folder)
     makes = _named("module", module)
     _sweep_of(makes, {argument: sizes[0]} if sizes else {})(
-        makes, _named("data", data), sizes, flops, clients, argument=argument, folder=runs,
+        makes, _named("data", data), sizes, flops, clients, partition=partition, argument=argument, folder=runs,
         loss=loss, local_steps=local_steps, rates=rates, seeds=seeds, trainer={"accelerator": accelerator}, each=show,
     )  # fmt: skip
     finish(make_fit([str(Path(runs, "runs.csv"))], law, bootstrap=bootstrap, task=task), output, json)

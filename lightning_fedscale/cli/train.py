@@ -30,6 +30,7 @@ from rich.table import Table
 from lightning_fedscale.checks import integer
 from lightning_fedscale.cli.files import made
 from lightning_fedscale.cli.told import INTERRUPTED, is_interruption, is_told, nobody_reads
+from lightning_fedscale.partitioners.names import is_file
 from lightning_fedscale.types import NAMESPACES
 
 _FREE = re.compile(r"(model|data|trainer)\.")
@@ -126,7 +127,10 @@ def _overrides(arguments: Sequence[str]) -> list[str]:
         ['--cfg', 'job', 'model=own', '++model._target_=my.Module']
         >>> _overrides(["--json", "seed=1"])
         ['json=true', 'seed=1']
+        >>> _overrides(["--partition", "hospitals.json", "seed=1"])
+        ["strategy.partitioner='hospitals.json'", 'seed=1']
     """
+    arguments = _of_partition(arguments)
     arguments = ["json=true" if each == "--json" else each for each in arguments]
     own = dict.fromkeys(found[1] for each in arguments if (found := _OWN.match(each)))
     chosen = {each.partition("=")[0] for each in arguments}
@@ -135,6 +139,18 @@ def _overrides(arguments: Sequence[str]) -> list[str]:
     others = [f"++{each}" if _FREE.match(each) else each for each in arguments if each not in flags]
     first = next((i for i, each in enumerate(others) if "=" in each and not each.startswith("-")), len(others))
     return [*flags, *others[:first], *groups, *others[first:]]
+
+
+def _of_partition(arguments: Sequence[str]) -> list[str]:
+    """The flag of the other commands is an override here."""
+    found: list[str] = []
+    rest = iter(arguments)
+    for each in rest:
+        name, _, value = each.partition("=")
+        if name == "--partition" and (value := value or next(rest, "")):
+            each = f"strategy.partitioner='{value}'"
+        found.append(each)
+    return found
 
 
 def _run(config: DictConfig) -> float | None:
@@ -191,6 +207,8 @@ def _unnamed_data(config: DictConfig) -> bool:
 
 
 def _trainer(config: DictConfig) -> pl.Trainer:
+    if _names_a_file(config):
+        config.strategy.num_clients = None  # the default's; the file has its own
     if (clients := OmegaConf.select(config, "strategy.num_clients")) is not None:
         with _told():  # here, since the partitioner has it by another name
             integer("strategy.num_clients", clients)
@@ -204,6 +222,15 @@ def _trainer(config: DictConfig) -> pl.Trainer:
         trainer: pl.Trainer = instantiate(config.trainer, _partial_=True)(**objects, logger=loggers or False)
     _check_processes(trainer)
     return trainer
+
+
+def _names_a_file(config: DictConfig) -> bool:
+    """Whether the data is divided as a file says, and nobody asks for a number of clients."""
+    partitioner = OmegaConf.select(config, "strategy.partitioner")
+    if OmegaConf.is_dict(partitioner):
+        partitioner = partitioner.get("path")
+    asked = any(each.lstrip("+").startswith("strategy.num_clients=") for each in HydraConfig.get().overrides.task)
+    return isinstance(partitioner, str) and is_file(partitioner) and not asked
 
 
 def _check_trainer(config: DictConfig) -> None:

@@ -17,7 +17,7 @@ from lightning_fedscale.partitioners.base import Partitioner
 from lightning_fedscale.partitioners.continuous import ContinuousPartitioner
 from lightning_fedscale.partitioners.dirichlet import DirichletPartitioner
 from lightning_fedscale.partitioners.distribution import DistributionPartitioner
-from lightning_fedscale.partitioners.finished import FinishedPartitioner
+from lightning_fedscale.partitioners.finished import FilePartitioner, FinishedPartitioner
 from lightning_fedscale.partitioners.holdout import split
 from lightning_fedscale.partitioners.iid import IidPartitioner
 from lightning_fedscale.partitioners.inner_dirichlet import InnerDirichletPartitioner
@@ -49,6 +49,7 @@ __all__ = [
     "DirichletPartitioner",
     "DistributionPartitioner",
     "ExponentialPartitioner",
+    "FilePartitioner",
     "FinishedPartitioner",
     "GroupedNaturalIdPartitioner",
     "Heterogeneity",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 from lightning_fedscale.partitioners.alike import alike_by_labels, alike_by_size
@@ -49,3 +50,51 @@ class FinishedPartitioner(Partitioner):
 
     def __repr__(self) -> str:
         return repr(self._finished)
+
+
+class FilePartitioner(FinishedPartitioner):
+    """The partition in a file, which `Partition.save` or ``fedscale partition --save`` wrote, for the dataset it is of.
+
+    The name of such a file, ending in ``.json``, stands for it wherever a partitioner goes by name.
+
+    Args:
+        path: of the file.
+        partition_by: column, item or attribute with the labels, for plots and `divide_alike`.
+
+    Raises:
+        ValueError: there is no such file, it holds no partition, or one that was changed; once a dataset is assigned
+            and asked about, if the file divides more or fewer samples. A partition that leaves samples out is taken for
+            any data that have those it holds; to leave out what is beyond, pass ``Partition.load(path)`` instead.
+
+    Example:
+        >>> import tempfile
+        >>> path = os.path.join(tempfile.mkdtemp(), "hospitals.json")
+        >>> Partition.from_lists([[0, 2], [1]]).save(path)
+        >>> FilePartitioner(path).num_partitions
+        2
+    """
+
+    def __init__(self, path: str | os.PathLike[str], partition_by: str | None = None) -> None:
+        self.path = os.fspath(path)
+        try:
+            partition = Partition.load(self.path)
+        except OSError as error:
+            raise ValueError(
+                f"partitioner={self.path!r}: cannot be read: {error.strerror}. Pass the file that Partition.save or"
+                " fedscale partition --save wrote."
+            ) from None
+        except ValueError as error:
+            raise ValueError(f"partitioner={self.path!r}: {error}") from error
+        super().__init__(partition, partition_by)
+
+    def _split(self) -> Partition:
+        divided, samples = self._finished.num_samples, self._num_samples()
+        if divided != samples and self._finished.covers(divided):
+            others = f", or pass Partition.load({self.path!r}) to train on these alone" if divided < samples else ""
+            raise ValueError(
+                f"it divides {divided:,} samples, and the dataset has {samples:,}, so it was made for other data."
+                f" Divide this dataset and save that, fedscale partition --save{others}."
+            )
+        return super()._split()
+
+    __repr__ = Partitioner.__repr__

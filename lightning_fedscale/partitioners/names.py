@@ -10,6 +10,7 @@ from lightning_fedscale.partitioners.base import Partitioner
 from lightning_fedscale.partitioners.continuous import ContinuousPartitioner
 from lightning_fedscale.partitioners.dirichlet import DirichletPartitioner
 from lightning_fedscale.partitioners.distribution import DistributionPartitioner
+from lightning_fedscale.partitioners.finished import FilePartitioner
 from lightning_fedscale.partitioners.iid import IidPartitioner
 from lightning_fedscale.partitioners.inner_dirichlet import InnerDirichletPartitioner
 from lightning_fedscale.partitioners.natural_id import GroupedNaturalIdPartitioner, NaturalIdPartitioner
@@ -38,35 +39,53 @@ _PARTITIONERS: dict[str, type[Partitioner]] = {
     "exponential": ExponentialPartitioner,
     "natural_id": NaturalIdPartitioner,
     "grouped_natural_id": GroupedNaturalIdPartitioner,
+    "file": FilePartitioner,
 }
 
+DEFAULT_CLIENTS = 10
+"""Of a partitioner given by name."""
 
-def by_name(name: str, num_partitions: int, **kwargs: Any) -> Partitioner:
-    """Build a partitioner from its short name or its class name; case does not matter.
+
+def is_file(name: str) -> bool:
+    """Whether this is the name of a partition's file, rather than of a kind of partitioner.
+
+    Example:
+        >>> is_file("hospitals.json"), is_file("iid")
+        (True, False)
+    """
+    return name.lower().endswith(".json")
+
+
+def by_name(name: str, num_partitions: int | None = None, **kwargs: Any) -> Partitioner:
+    """Build a partitioner from its short name, its class name (case does not matter), or the file of a partition.
 
     "dirichlet" has defaults here that suit any dataset: ``alpha=0.5, min_partition_size=1``. "natural_id" and
     "grouped_natural_id" take the number of clients from the data and do not use ``num_partitions``: compare
-    ``partitioner.num_partitions`` once a dataset is assigned.
+    ``partitioner.num_partitions`` once a dataset is assigned. A file, "hospitals.json", has clients of its own.
 
     Args:
         name: "iid", "dirichlet", "inner_dirichlet", "pathological", "shard", "distribution", "continuous", "size",
-            "id_to_size_fnc", "linear", "square", "exponential", "natural_id" or "grouped_natural_id".
-        num_partitions: number of clients.
+            "id_to_size_fnc", "linear", "square", "exponential", "natural_id" or "grouped_natural_id", or a path that
+            ends in ".json", see `FilePartitioner`.
+        num_partitions: number of clients; None for those of the file, else for 10.
         **kwargs: the other arguments of the class.
 
     Raises:
-        ValueError: the name is unknown, an argument that the class needs is missing, or one is unknown to it.
+        ValueError: the name is unknown, an argument that the class needs is missing, or one is unknown to it; the file
+            cannot be read, or has another number of clients.
 
     Example:
         >>> by_name("dirichlet", num_partitions=10, alpha=0.1)
         DirichletPartitioner(num_partitions=10, alpha=0.1, min_partition_size=1)
     """
-    cls = _find(name)
+    cls = FilePartitioner if is_file(name) else _find(name)
     parameters = inspect.signature(cls).parameters
     if cls is DirichletPartitioner:
         kwargs = {"alpha": 0.5, "min_partition_size": 1, **kwargs}
+    if is_file(name):
+        kwargs = {"path": name, **kwargs}
     if "num_partitions" in parameters:
-        kwargs = {"num_partitions": num_partitions, **kwargs}
+        kwargs = {"num_partitions": DEFAULT_CLIENTS if num_partitions is None else num_partitions, **kwargs}
     unknown = sorted(set(kwargs) - set(parameters))
     if unknown:
         raise ValueError(f"{cls.__name__} has no argument {unknown[0]!r}: its arguments are {', '.join(parameters)}")
@@ -75,7 +94,12 @@ def by_name(name: str, num_partitions: int, **kwargs: Any) -> Partitioner:
         call = ", ".join(f"{p}=..." for p in ("num_partitions", *missing) if p in parameters)
         raise ValueError(f"partitioner={name!r} needs {', '.join(missing)}: pass an object, {cls.__name__}({call})")
     partitioner = cls(**kwargs)
-    if "partition_sizes" in parameters and partitioner.num_partitions != num_partitions:
+    if cls is FilePartitioner and num_partitions not in (None, partitioner.num_partitions):
+        raise ValueError(
+            f"partitioner={name!r} divides the data among {partitioner.num_partitions} clients, and {num_partitions}"
+            f" are asked for: ask for {partitioner.num_partitions}, or leave the number out."
+        )
+    if "partition_sizes" in parameters and partitioner.num_partitions != (num_partitions or DEFAULT_CLIENTS):
         raise ValueError(
             f"partition_sizes has {partitioner.num_partitions} entries for num_partitions={num_partitions}: give one "
             "size per client"

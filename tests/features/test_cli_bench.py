@@ -79,7 +79,9 @@ def test_central_training_has_the_batches_of_the_clients() -> None:
     """Seven clients of seven or eight samples make batches of four and three or four."""
     module = Sizes()
     loader = module.train_dataloader()
-    batches = bench._Batches(loader, module, clients=7, cohort=7, local_steps=2)
+    parts = IidPartitioner(7)
+    parts.dataset = loader.dataset
+    batches = bench._Batches(loader, module, parts.partition, cohort=7, local_steps=2)
     centrally = Counter(len(batch) for batch in islice(batches, 3 * 14))
     Sizes.seen.clear()
     strategy = FederatedStrategy(partitioner=IidPartitioner(7), local_steps=2, executor="sequential")

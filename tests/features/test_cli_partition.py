@@ -136,7 +136,7 @@ def test_data_without_labels_is_divided_all_the_same(capsys: pytest.CaptureFixtu
         (["--partitioner=dirichlt"], "did you mean 'dirichlet'"),
         (["--partitioner=iid", "--alpha=1"], "IidPartitioner has no argument 'alpha'"),
         (["--partitioner=pathological"], "num_classes_per_partition is missing"),
-        (["--partitioner=lost.json"], "partitioner='lost.json': cannot be read: No such file"),
+        (["--partitioner=file"], "partitioner='file' needs path: pass an object, FilePartitioner(path=...)"),
         (["--clients=0"], "clients=0: pass an integer of at least 1"),
         (["--alpha=-1"], "alpha=-1"),
         (["--clients=1300"], "1300"),

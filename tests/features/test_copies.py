@@ -11,6 +11,7 @@ import io
 import pickle
 import re
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
@@ -60,6 +61,7 @@ ARGUMENTS: dict[str, Any] = {
     "partition_id_to_size_fn": abs,
     "partition_by": "speaker",
     "group_size": 2,
+    "path": str(Path(__file__).with_name("three_clients.json")),
 }
 """By the name of the parameter."""
 OPTIONAL = {name for name in ARGUMENTS if name.startswith("num_") or name in ("alpha", "strictness", "group_size")}

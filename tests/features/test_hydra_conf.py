@@ -91,6 +91,7 @@ GIVEN: dict[str, Any] = {
     "trim": 0.2,
     "until": 3,
     "weights": [1.0, 2.0, 3.0],
+    "path": str(Path(__file__).with_name("three_clients.json")),
     "partition_id_to_size_fn": {"_target_": "hydra.utils.get_method", "path": "math.sqrt"},
     "distribution_array": {"_target_": "numpy.ones", "shape": [2, 4]},
 }

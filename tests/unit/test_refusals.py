@@ -742,12 +742,6 @@ def test_weigh_decides_what_is_computed_and_what_is_reported() -> None:
     assert strategy.last_round.weights == pytest.approx(squares / squares.sum())
 
 
-@pytest.mark.parametrize("partitioner", [Path("split.json"), "split.json"], ids=["path", "string"])
-def test_partition_file_that_was_not_loaded(partitioner: Any) -> None:
-    with pytest.raises(TypeError, match=r"partitioner='split.json' is a file: load it first"):
-        sequential(partitioner=partitioner)
-
-
 def test_partitioner_class_in_place_of_an_object() -> None:
     with pytest.raises(TypeError, match=r"partitioner=IidPartitioner is a class"):
         sequential(partitioner=partitioners.IidPartitioner)  # type: ignore[arg-type]
