@@ -165,21 +165,24 @@ def check_optimizers(options: Arguments, module: torch.nn.Module, optimizers: li
         ValueError: with the reason and the remedy.
     """
     rule = options.rules.local
-    if rule is None or not rule.needs_sgd:
+    if rule is None or not (rule.needs_sgd or rule.needs_gradient):
         return
-    reason = _why_unknown(rule, module, optimizers)
-    if reason is not None:
-        other = " scaffold(option='I') takes any optimizer." if rule.name == "scaffold" else ""
-        momentum = "SGD, with or without momentum" if rule.knows_momentum else "plain SGD"
+    if not getattr(module, "automatic_optimization", True):
         raise ValueError(
-            f"local_rule={rule.name!r} reads the clients' mean gradient off their steps, and {reason}: use"
-            f" torch.optim.SGD ({momentum}) with one learning rate.{other}"
+            f"local_rule={rule.name!r} needs the gradient of the loss that training_step returns, and in manual"
+            " optimization nobody knows it or the steps: use local_rules.fed_prox(mu=0.01), or automatic optimization."
+        )
+    reason = _why_unknown(rule, optimizers) if rule.needs_sgd else None
+    if reason is not None:
+        momentum = "SGD, with or without momentum" if rule.knows_momentum else "plain SGD"
+        instead = f"{rule.instead}, or " if rule.instead else ""
+        raise ValueError(
+            f"local_rule={rule.name!r} reads the clients' mean gradient off their steps, and {reason}: use {instead}"
+            f"torch.optim.SGD ({momentum}) with one learning rate."
         )
 
 
-def _why_unknown(rule: LocalRule, module: torch.nn.Module, optimizers: list[Optimizer]) -> str | None:
-    if not getattr(module, "automatic_optimization", True):
-        return "in manual optimization nobody knows how many there are"
+def _why_unknown(rule: LocalRule, optimizers: list[Optimizer]) -> str | None:
     if len(optimizers) > 1:
         return f"there are {len(optimizers)} optimizers"
     if type(optimizers[0]) is not SGD:

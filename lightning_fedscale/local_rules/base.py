@@ -102,6 +102,7 @@ class LocalRule(NamedTuple):
             Nesterov.
         changes_delta: whether ``finish`` changes ``Outcome.delta``.
         call: how it was made, such as ``fed_prox(mu=0.1)``; for logs only.
+        instead: what to use where a rule ``needs_sgd`` and clients train with another optimizer; for messages.
     """
 
     name: str
@@ -118,6 +119,7 @@ class LocalRule(NamedTuple):
     knows_momentum: bool = False
     changes_delta: bool = False
     call: str = ""
+    instead: str = ""
 
     @property
     def operations(self) -> int:

@@ -48,6 +48,7 @@ def fed_nova(proximal: float = 0.0) -> LocalRule:
         partial(_finish, mu=mu),
         _merge,
         needs_sgd=True,
+        instead="the same local_steps for all clients without it, or local_rules.fed_prox(mu=0.01)",
         knows_momentum=True,
         changes_delta=True,
     )

@@ -30,7 +30,7 @@ def scaffold(option: str = "II") -> LocalRule:
     with ``server.fed_avg(lr)``.
 
     Args:
-        option: "II", which needs plain SGD on the clients, or "I".
+        option: "II", which needs plain SGD on the clients, or "I" for any other optimizer, such as Adam.
 
     Raises:
         ValueError: for another option.
@@ -57,6 +57,7 @@ def scaffold(option: str = "II") -> LocalRule:
         vectors_down=2,
         needs_gradient=option == "I",
         needs_sgd=option == "II",
+        instead="local_rules.scaffold(option='I'), which takes any optimizer for one more pass over the data",
     )
 
 

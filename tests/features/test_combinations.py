@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
@@ -9,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_fedscale import FederatedStrategy
+from lightning_fedscale import FederatedStrategy, local_rules
 from lightning_fedscale.aggregators import stacked
 from lightning_fedscale.asynchrony import FedBuff
 from lightning_fedscale.compressors import error_feedback, top_k
@@ -108,6 +110,7 @@ def test_kinds(arguments: dict[str, Any], message: str) -> None:
             "Nesterov's momentum are not known",
         ),
         (lambda: Net(manual=True), {"local_rule": fed_nova()}, "in manual optimization nobody knows"),
+        (lambda: Net(manual=True), {"local_rule": scaffold("I")}, r"in manual.* use local_rules.fed_prox\(mu=0.01\)"),
     ],
 )
 def test_what_only_the_model_shows(module: Any, arguments: dict[str, Any], message: str) -> None:
@@ -118,6 +121,43 @@ def test_what_only_the_model_shows(module: Any, arguments: dict[str, Any], messa
 def test_any_optimizer_with_the_other_option() -> None:
     fit(Net(torch.optim.Adam), local_rule=scaffold(option="I"))
     fit(Net(torch.optim.Adam), local_rule=fed_prox(0.1))
+
+
+OPTIMIZERS = {
+    "Adam": torch.optim.Adam,
+    "AdamW": torch.optim.AdamW,
+    "SGD with momentum": lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9),
+    "plain SGD": lambda p: torch.optim.SGD(p, lr=0.1),
+}
+ADVISED = re.compile(r"local_rules\.\w+\([^)]*\)")
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("name", local_rules.FACTORIES)
+def test_a_refusal_advises_what_takes_the_optimizer(name: str, optimizer: str) -> None:
+    needed = {"fed_prox": {"mu": 0.1}, "fed_dyn": {"alpha": 0.1}}
+    rule = local_rules.FACTORIES[name](**needed.get(name, {}))
+    try:
+        fit(Net(OPTIMIZERS[optimizer]), local_rule=rule)
+    except ValueError as error:
+        advised = ADVISED.findall(str(error))
+        assert rule.needs_sgd
+        assert advised, "name a rule that takes any optimizer, LocalRule(instead=...)"
+        for expression in advised:
+            fit(Net(OPTIMIZERS[optimizer]), local_rule=eval(expression, {"local_rules": local_rules}))
+    else:
+        assert optimizer == "plain SGD" or not rule.needs_sgd or rule.knows_momentum
+
+
+def test_the_page_advises_what_takes_the_optimizer() -> None:
+    page = (Path(__file__).parents[2] / "docs/how-to/algorithms.md").read_text("utf8")
+    rows = [row for row in page.partition("## Which one")[2].partition("```")[0].splitlines() if ADVISED.search(row)]
+    assert len(rows) > 3
+    assert any("scaffold" in row and "SGD" not in row for row in rows)
+    for row in rows:
+        optimizer = OPTIMIZERS["plain SGD" if "SGD" in row else "Adam"]
+        for expression in ADVISED.findall(row):
+            fit(Net(optimizer), local_rule=eval(expression, {"local_rules": local_rules}), aggregator="uniform")
 
 
 def test_warnings(recwarn: pytest.WarningsRecorder) -> None:
