@@ -81,8 +81,8 @@ class Snapshot:
 
     Attributes:
         complete: False if something cannot be opened or is too large to be; it may then change unnoticed.
-        iterators: types of what goes on when it is asked for the next value and cannot be opened, so that nothing can
-            bring it back to where it was, such as generators and files.
+        iterators: what goes on when it is asked for the next value and cannot be opened, so that nothing can bring it
+            back to where it was, such as generators and files; in words.
     """
 
     def __init__(
@@ -94,7 +94,7 @@ class Snapshot:
         most: int = sys.maxsize,
     ) -> None:
         self.complete = True
-        self.iterators: list[type] = []
+        self._iterators: list[Any] = []
         self._exact = exact
         self._most = most
         self._room = sys.maxsize if exact else _MOST
@@ -109,6 +109,7 @@ class Snapshot:
         # While they are opened more are found.
         self._nodes = [self._open(value) for value in self._found]
         self._compared = [node.compared for node in self._nodes]
+        self.iterators = [f"{type(each).__name__} ({self._path_to(each)})" for each in self._iterators]
 
     def __eq__(self, other: object) -> bool:
         if self is other:
@@ -171,6 +172,18 @@ class Snapshot:
             if one.compared != two.compared:
                 return path
         return next(iter(self._names), None)
+
+    def _path_to(self, value: Any) -> str:
+        """Where an object that was opened is, such as "cfg.batches"."""
+        paths: dict[int, str] = {}
+        for name, root in zip(self._names, self._roots, strict=True):
+            _note(paths, root, name)
+        for number, node in enumerate(self._nodes):
+            for held, tokens in zip(node.held, node.compared[1:], strict=False):  # of what is closed nothing is held
+                inside = _named(held, tokens) if isinstance(tokens, list) else tokens
+                for name, token in inside.items() if isinstance(inside, dict) else ():
+                    _note(paths, token, _joined(paths.get(number, ""), name))
+        return paths.get(self._numbers[id(value)], "")
 
     def reaches(self, value: Any) -> bool:
         """Whether an object is among what was opened."""
@@ -248,7 +261,7 @@ class Snapshot:
         except Exception:
             self.complete = False
             if hasattr(kind, "__next__"):
-                self.iterators.append(kind)
+                self._iterators.append(value)
             return closed
 
 

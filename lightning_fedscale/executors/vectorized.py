@@ -243,8 +243,9 @@ class VectorizedExecutor:
             state = state.exactly()
         try:
             if state.iterators:
-                kind = state.iterators[0].__name__
-                raise Obstacle(f"training_step can reach a {kind}, which cannot be put back to where it was")
+                raise Obstacle(
+                    f"training_step can reach a {state.iterators[0]}, which cannot be put back to where it was"
+                )
             trained = self._train(context, wave, side, around)
             if side.ran_python:
                 around.check()

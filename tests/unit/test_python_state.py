@@ -271,6 +271,15 @@ def test_what_cannot_be_opened_is_said(kind: str) -> None:
     assert before == PythonState(module)
 
 
+def test_what_cannot_be_put_back_is_named_with_its_place() -> None:
+    module = nn.Module()
+    module.cfg = {"feed": [3, (i for i in range(2))]}
+    place = Place({"__name__": "mine", "stream": map(abs, ())}, "stream")
+    assert PythonState(module, [place]).iterators == ["generator (cfg.feed[1])", "map (mine.stream)"]
+    module.cfg = {"feed": [3, 4]}
+    assert PythonState(module).iterators == []
+
+
 @pytest.mark.parametrize("kind", ["large", "many", "array"])
 def test_what_is_large_is_opened_for_a_proof(kind: str) -> None:
     module = nn.Module()
