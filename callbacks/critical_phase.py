@@ -79,7 +79,9 @@ class CriticalPhase(Callback):
         action: what to do: "scale" updates outside of critical phases; "noise" adds what the updates of a batch of
             ``target_batch`` samples have in noise beyond the present ones; "observe" changes nothing.
         level: where to look: at the update of each "round", or the gradients of each "step".
-        target_batch: for ``action="noise"``: samples whose noise is wanted.
+        target_batch: for ``action="noise"``: samples whose noise is wanted. In manual optimization the
+            present batch is taken to be all that a step has, since nothing shows whether earlier gradients are still
+            in it: where the module adds them up over k batches, pass a k-th of what is wanted.
         noise: how it is made: "reweighting" weighs clients at random, at no cost but an update's memory; "diagonal"
             is normal with the running variance of every parameter's gradient, at twice the model's memory. None takes
             the first where there are clients.

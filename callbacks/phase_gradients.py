@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -29,6 +30,12 @@ def gradients_of(optimizer: Optimizer) -> dict[int, Tensor]:
     """Those that parameters have, by the parameter's place in the optimizer."""
     parameters = (parameter for group in optimizer.param_groups for parameter in group["params"])
     return {place: parameter.grad for place, parameter in enumerate(parameters) if parameter.grad is not None}
+
+
+def learning_rate(*optimizers: Optimizer) -> float:
+    """That of all parameter groups together, which falls if one's does; NaN if none has any."""
+    rates = [float(group["lr"]) for optimizer in optimizers for group in optimizer.param_groups if "lr" in group]
+    return math.fsum(rates) if rates else math.nan
 
 
 def layer_norms(trainer: pl.Trainer, optimizer: Optimizer, gradients: list[Tensor]) -> Tensor:

@@ -12,6 +12,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from lightning_fedscale import collectives, randomness
+from lightning_fedscale.callbacks.phase_gradients import learning_rate
 from lightning_fedscale.half_batches import half_gradients, no_halves, squared_norm
 from lightning_fedscale.noise import (
     Diagonal,
@@ -161,7 +162,7 @@ class RoundWatch:
                 norms,
                 client_square=float(record.weights[accepted] @ record.delta_norms[accepted] ** 2),
                 fisher_trace=self._keeper.sampling.fisher_trace,
-                learning_rate=float(trainer.optimizers[0].param_groups[0].get("lr", math.nan)),
+                learning_rate=learning_rate(*trainer.optimizers),
             ),
         )
 

@@ -16,7 +16,14 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_fedscale import collectives, randomness
-from lightning_fedscale.callbacks.phase_gradients import NOT_SEEN, SPARSE, AfterClipping, gradients_of, layer_norms
+from lightning_fedscale.callbacks.phase_gradients import (
+    NOT_SEEN,
+    SPARSE,
+    AfterClipping,
+    gradients_of,
+    layer_norms,
+    learning_rate,
+)
 from lightning_fedscale.callbacks.phase_optimizers import GradientMemory, StepHold
 from lightning_fedscale.devices.batches import loaded_samples, samples_in
 from lightning_fedscale.half_batches import half_gradients, no_halves
@@ -294,7 +301,7 @@ class StepWatch(Callback):
         return Observation(
             norms.tolist(),
             fisher_trace=self._keeper.sampling.fisher_trace,
-            learning_rate=float(self._holds[number].optimizer.param_groups[0].get("lr", math.nan)),
+            learning_rate=learning_rate(self._holds[number].optimizer),
         )
 
     # ---- what is done

@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from difflib import get_close_matches
-from functools import partial
+from functools import lru_cache, partial
+from operator import mul
 from typing import Any, NamedTuple, TypeAlias
 
 from scipy.special import ndtri, stdtr
@@ -26,7 +27,8 @@ class Observation(NamedTuple):
         client_square: mean squared norm of the clients' updates, weighted as in their aggregate; NaN if unknown.
         fisher_trace: trace of the empirical Fisher matrix, the mean squared gradient norm of single samples; NaN if
             unknown.
-        learning_rate: of the optimizer; NaN if unknown.
+        learning_rate: added up over the parameter groups of the optimizer, of all optimizers where a round's update is
+            observed, so that it falls if one's does; NaN if unknown.
     """
 
     layer_norms: Sequence[float]
@@ -357,8 +359,14 @@ def _total(observation: Observation) -> float:
 
 
 def _smoothed(values: Sequence[float], alpha: float) -> float:
-    weights = [(1 - alpha) ** age for age in range(len(values), 0, -1)]
-    return math.fsum(w * v for w, v in zip(weights, values, strict=True)) / math.fsum(weights)
+    weights, total = _weights(len(values), alpha)
+    return math.fsum(map(mul, weights, values)) / total
+
+
+@lru_cache(maxsize=128)
+def _weights(length: int, alpha: float) -> tuple[list[float], float]:
+    weights = [(1 - alpha) ** age for age in range(length, 0, -1)]
+    return weights, math.fsum(weights)
 
 
 def _relative(now: float, before: float) -> float:

@@ -491,3 +491,25 @@ def test_checkpoints_of_one_watched_optimizer_still_load(options: dict[str, Any]
     torch.save(checkpoint, tmp_path / "before.ckpt")
     resumed, _ = run(2, tmp_path / "before.ckpt")
     assert torch.equal(resumed, whole)
+
+
+@pytest.mark.parametrize(("level", "expected"), [("round", {0.07}), ("step", {0.04, 0.03})])
+def test_a_detector_sees_every_groups_learning_rate(level: Any, expected: set[float]) -> None:
+    """Added up, so that none falls unseen: of each optimizer by itself, in a round of all of them."""
+
+    class Grouped(Gan):
+        def configure_optimizers(self) -> Any:
+            first, *others = self.discriminator
+            groups = [{"params": first.parameters()}, {"params": nn.Sequential(*others).parameters(), "lr": 0.02}]
+            return torch.optim.SGD(self.generator.parameters(), lr=0.04), torch.optim.SGD(groups, lr=0.01)
+
+    def update(state: Any, observation: Observation) -> tuple[Decision, Any]:
+        seen.add(round(observation.learning_rate, 9))
+        return detector.update(state, observation)
+
+    seen: set[float] = set()
+    detector = accordion()
+    options: dict[str, Any] = {"strategy": federated(), "max_epochs": 2} if level == "round" else {}
+    callback = phase(detector=detector._replace(update=update), action="observe", level=level)
+    trained(Grouped(), callback, **options)
+    assert seen == expected
