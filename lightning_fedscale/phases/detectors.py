@@ -182,10 +182,10 @@ def page_hinkley(false_alarms: float = 1.0, drift: float = 0.5, hold: int = 25, 
     that the alarm limit follows from the rate asked for. After an alarm everything is learnt anew, and the phase stays
     critical until ``hold`` observations have passed without another one.
 
-    So many false alarms come, within a tenth, while log-norms are normal or have heavy tails and keep up to 0.9 of
-    themselves from step to step. Skewed noise, longer memory, and a slow part under much noise of its own give up to
-    half more: see ``benchmarks/results/phases.md``. A slow and steady drift is learnt as the course of things and gives
-    none.
+    So many false alarms come, within a tenth at 1 in 1,000 and a fifth at 5, while log-norms are normal or have heavy
+    tails and keep up to 0.9 of themselves from step to step. Longer memory, a slow part under noise, and skewed noise
+    give up to half more: see ``benchmarks/results/phases.md``. A slow and steady drift is learnt as the course of
+    things and gives none.
 
     Args:
         false_alarms: expected number in 1,000 observations without any change.
