@@ -49,3 +49,11 @@ def is_really(thing: object, kind: type[_T]) -> TypeGuard[_T]:
         (True, False)
     """
     return issubclass(type(thing), kind)
+
+
+def is_raised_in(error: BaseException, package: str) -> bool:
+    """Whether a package's own line raised it, not one that the package called."""
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    return trace is not None and str(trace.tb_frame.f_globals.get("__name__")).startswith(f"{package}.")

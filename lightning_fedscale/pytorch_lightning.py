@@ -87,6 +87,7 @@ KNOW_LIGHTNING = {
     "run_board",
     "side_effects",
     "strategy",
+    "study",
     "sweep",
     "train_data",
     "uplink",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import lightning.pytorch as pl
 import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import GradientAccumulationScheduler, ThroughputMonitor
 from lightning.pytorch.core.optimizer import _MockOptimizer
 from lightning.pytorch.utilities.model_helpers import is_overridden
@@ -12,7 +13,7 @@ from torch import nn
 from torch.optim import Optimizer
 from torchmetrics import Metric
 
-from lightning_fedscale.foreign import is_really
+from lightning_fedscale.foreign import is_raised_in, is_really
 
 _OURS = {"lightning.pytorch": "lightning_fedscale", "pytorch_lightning": "lightning_fedscale.pytorch_lightning"}
 """For each of Lightning's two packages, which do not mix, the one of ours."""
@@ -189,3 +190,10 @@ def check_loaders_and_schedulers(trainer: pl.Trainer) -> None:
             " FederatedStrategy divides one dataset among clients: return a single DataLoader, for example over"
             " torch.utils.data.ConcatDataset."
         )
+
+
+def is_told(error: BaseException) -> bool:
+    """Whether this package, or Lightning, said that something cannot be; others' mistakes need their line."""
+    if isinstance(error, MisconfigurationException):
+        return True
+    return isinstance(error, (TypeError, ValueError)) and is_raised_in(error, "lightning_fedscale")

@@ -137,7 +137,7 @@ def sweep(
         # Not `seed_everything`: the caller's generators and environment are not the sweep's.
         with quiet(), randomness.untouched():
             randomness.seed_globals(own, torch.device("cpu"))
-            net = _at_rate(module(**{argument: size}), rate)
+            net = at_rate(module(**{argument: size}), rate)
             found = _train(net, data(), kind, flops * share, number, loss, trainer or {})
         rows.append({"size": size, "share": share, **asked, "seed": own, "learning_rate": rate, **found})
         pd.DataFrame(rows).to_csv(path, index=False)
@@ -172,7 +172,7 @@ def _grid(rates: Sequence[float]) -> list[float]:
     return sorted({float(each) for each in rates})
 
 
-def _at_rate(module: pl.LightningModule, factor: float) -> pl.LightningModule:
+def at_rate(module: pl.LightningModule, factor: float) -> pl.LightningModule:
     """The module with its learning rates times a factor, those of its schedulers too."""
     if factor == 1.0:
         return module
@@ -254,11 +254,11 @@ def _strategy(partition: Partitioner | Partition, local_steps: int, seed: int) -
     )
 
 
-class _Counts(ComputeAccounting):
+class Counts(ComputeAccounting):
     """Without a table at the end of each run."""
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        pass
+        """Say nothing."""
 
 
 @contextmanager
@@ -284,7 +284,7 @@ def _train(
     loss: str | None,
     options: dict[str, Any],
 ) -> dict[str, Any]:
-    accounting = _Counts(law=None, max_flops=flops)
+    accounting = Counts(law=None, max_flops=flops)
     quiet: dict[str, Any] = {
         "logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False,
     }  # fmt: skip
@@ -295,7 +295,7 @@ def _train(
     run.fit(module, datamodule=data)
     ledger = accounting.ledger
     test = pl.Trainer(**{"accelerator": "auto", "devices": 1, **options, **quiet})
-    (found,) = list(_losses(test.validate(module, datamodule=data, verbose=False), loss))
+    (found,) = list(losses_in(test.validate(module, datamodule=data, verbose=False), loss))
     return {
         "params": ledger.average_params,
         "clients": clients,
@@ -305,7 +305,12 @@ def _train(
     }
 
 
-def _losses(metrics: Sequence[Any], loss: str | None) -> Iterator[float]:
+def losses_in(metrics: Sequence[Any], loss: str | None) -> Iterator[float]:
+    """The validation loss in what ``trainer.validate`` returns: one number.
+
+    Raises:
+        ValueError: if none of its names was logged.
+    """
     logged = {name: float(value) for each in metrics for name, value in each.items()}
     names = LOSSES if loss is None else (loss,)
     name = next((each for each in names if each in logged), None)

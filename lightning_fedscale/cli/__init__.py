@@ -17,8 +17,10 @@ from lightning_fedscale.cli.partition import partition
 from lightning_fedscale.cli.plan import plan
 from lightning_fedscale.cli.probe import probe
 from lightning_fedscale.cli.report import report
+from lightning_fedscale.cli.size import size
 from lightning_fedscale.cli.sweep import sweep
-from lightning_fedscale.cli.told import INTERRUPTED, is_interruption, is_told, nobody_reads
+from lightning_fedscale.cli.told import INTERRUPTED, is_interruption, nobody_reads
+from lightning_fedscale.refusals import is_told
 
 COMMANDS: dict[str, Callable[..., None]] = {
     "bench": bench,
@@ -27,10 +29,12 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "plan": plan,
     "probe": probe,
     "report": report,
+    "size": size,
     "sweep": sweep,
 }
 
-_AFTERWARDS = {"sweep": " Runs that were finished are kept: the same command goes on with those that are missing."}
+_KEPT = " Runs that were finished are kept: the same command goes on with those that are missing."
+_AFTERWARDS = {"size": _KEPT, "sweep": _KEPT}
 """What is left by a command that was interrupted."""
 
 

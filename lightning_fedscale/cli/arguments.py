@@ -6,12 +6,21 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import version
 from inspect import Parameter, signature
-from typing import Any, NoReturn
+from typing import Any, NoReturn, get_type_hints
 
+import yaml
 from jsonargparse import ArgumentParser
+from jsonargparse.typing import register_type
+
+from lightning_fedscale.cli.makers import Maker
 
 _PATHS = {"run": (None, "folder of a run"), "runs": ("+", "CSV files, directories of runs, or patterns of them")}
 """Arguments without a flag, since a shell's pattern may have made them: how many there are, and what they are."""
+
+_NESTED = re.compile(r"--(module|data)\.([^=\s]+)(?:=(.*))?", re.DOTALL)
+"""Arguments of what a `Maker` names."""
+
+register_type(Maker, serializer=lambda made: made.path, deserializer=Maker)
 
 _JSON = re.compile(r"^ +json: (.*)$", re.MULTILINE)
 _REQUIRED = re.compile(r"(the following arguments are required: )(\w+\..*)")
@@ -61,8 +70,51 @@ def parse(
         if json := _JSON.search(function.__doc__ or ""):
             own.add_argument("--json", action="store_true", help=json[1])
         chosen.add_subcommand(name, own, help=summary)
-    given = ["--json" if each == "--json=true" else each for each in arguments if each != "--json=false"]
+    given = [_underscored(each) for each in arguments if each != "--json=false"]
+    makers = _makers(commands.get(next((each for each in given if not each.startswith("-")), "")))
+    nested, given = _nested(given) if makers else ({}, given)
     parsed = parser.instantiate(parser.parse_args(given))
     values = parsed[parsed["command"]].as_dict()
     values.pop("config", None)
+    for name in makers:
+        try:
+            values[name] = values[name].with_arguments(nested.get(name, {}))
+        except ValueError as error:
+            chosen.choices[parsed["command"]].error(f"{name}: {error}")
     return parsed["command"], values
+
+
+def _underscored(word: str) -> str:
+    """``--study-minutes`` is ``--study_minutes``; a flag alone is true.
+
+    Example:
+        >>> _underscored("--study-minutes=5"), _underscored("--json=true"), _underscored("-3")
+        ('--study_minutes=5', '--json', '-3')
+    """
+    flag, equal, value = word.partition("=")
+    if flag.startswith("--"):
+        word = flag[:2] + flag[2:].replace("-", "_") + equal + value
+    return "--json" if word == "--json=true" else word
+
+
+def _makers(function: Callable[..., None] | None) -> list[str]:
+    """Names of its arguments that a `Maker` is passed for."""
+    return [] if function is None else [name for name, kind in get_type_hints(function).items() if kind is Maker]
+
+
+def _nested(given: Sequence[str]) -> tuple[dict[str, dict[str, Any]], list[str]]:
+    """Arguments of modules and data modules that are made later, and the other arguments.
+
+    Example:
+        >>> _nested(["size", "--data", "my.Data", "--data.batch_size=64", "--module.layers", "[1, 2]"])
+        ({'data': {'batch_size': 64}, 'module': {'layers': [1, 2]}}, ['size', '--data', 'my.Data'])
+    """
+    own: dict[str, dict[str, Any]] = {}
+    others, words = list[str](), iter(given)
+    for word in words:
+        if (found := _NESTED.fullmatch(word)) is None:
+            others.append(word)
+        else:
+            value = found[3] if found[3] is not None else next(words, "true")
+            own.setdefault(found[1], {})[found[2]] = yaml.safe_load(value)
+    return own, others

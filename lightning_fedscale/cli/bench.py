@@ -22,11 +22,12 @@ from torch.utils.data import DataLoader
 
 from lightning_fedscale.checks import integer
 from lightning_fedscale.cli.digits import Classifier, Digits
-from lightning_fedscale.cli.projects import check_accelerator, train_loader
+from lightning_fedscale.cli.projects import check_accelerator
 from lightning_fedscale.executors import ClientLoader
 from lightning_fedscale.partitioners import Partition, by_name
 from lightning_fedscale.rounds import pass_order, steps_from
 from lightning_fedscale.strategy import FederatedStrategy
+from lightning_fedscale.study.loaders import train_loader
 from lightning_fedscale.sweep import quiet
 from lightning_fedscale.types import Cursor
 

@@ -3,22 +3,21 @@
 from __future__ import annotations
 
 import sys
-from contextlib import suppress
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 from lightning_fedscale.checks import integer
 from lightning_fedscale.cli.files import made
 from lightning_fedscale.cli.fit import finish
+from lightning_fedscale.cli.makers import Maker
 from lightning_fedscale.cli.projects import check_accelerator
 from lightning_fedscale.scaling import fit as make_fit
 from lightning_fedscale.sweep import sweep as run_sweep
 
 
 def sweep(
-    module: str,
-    data: str,
+    module: Maker,
+    data: Maker,
     flops: float,
     sizes: list[int] = [8, 16, 32, 64, 128],  # noqa: B006  # jsonargparse shows it as the default
     clients: list[int] | None = None,
@@ -39,8 +38,9 @@ def sweep(
     """Train a module in several sizes, with several numbers of clients, and fit a scaling law to the runs.
 
     Args:
-        module: class or function that makes the LightningModule of a size, such as my_package.MyModule.
-        data: class of the LightningDataModule, with a validation loader.
+        module: class or function that makes the LightningModule of a size, such as my_package.MyModule; other arguments
+            of it follow as --module.name=value.
+        data: class of the LightningDataModule, with a validation loader; its arguments follow as --data.name=value.
         flops: training compute of the largest runs, of all clients together, such as 1e12.
         sizes: values of the module's argument; they should span a factor of ten in parameters or more.
         clients: numbers of clients that train in a round; by default those of the partition's file, else 1 and 4.
@@ -72,29 +72,9 @@ def sweep(
     bootstrap = integer("bootstrap", bootstrap, 0)
     for name, folder in (("runs", runs), ("output", output)):
         made(name, folder)
-    makes = _named("module", module)
-    _sweep_of(makes, {argument: sizes[0]} if sizes else {})(
-        makes, _named("data", data), sizes, flops, clients, partition=partition, argument=argument, folder=runs,
-        loss=loss, local_steps=local_steps, rates=rates, seeds=seeds, trainer={"accelerator": accelerator}, each=show,
+    run = module.twin_of(run_sweep, {argument: sizes[0]} if sizes else {})
+    run(
+        module, data, sizes, flops, clients, partition=partition, argument=argument, folder=runs, loss=loss,
+        local_steps=local_steps, rates=rates, seeds=seeds, trainer={"accelerator": accelerator}, each=show,
     )  # fmt: skip
     finish(make_fit([str(Path(runs, "runs.csv"))], law, bootstrap=bootstrap, task=task), output, json)
-
-
-def _named(argument: str, path: str) -> Any:
-    where, _, name = path.rpartition(".")
-    try:
-        return getattr(import_module(where), name)
-    except (AttributeError, ImportError, ValueError) as error:
-        raise ValueError(f"{argument}={path!r}: cannot be imported ({error}); pass package.module.Name.") from error
-
-
-def _sweep_of(module: Any, size: dict[str, int]) -> Any:
-    """`sweep`, for whichever of Lightning's two packages the module is of."""
-    kind = module
-    if not isinstance(module, type):
-        with suppress(Exception):  # what is wrong with it, the sweep tells
-            kind = type(module(**size))
-    twin = sys.modules.get("pytorch_lightning")
-    if twin is None or not isinstance(kind, type) or not issubclass(kind, twin.LightningModule):
-        return run_sweep
-    return import_module("lightning_fedscale.pytorch_lightning.sweep").sweep

@@ -29,8 +29,9 @@ from rich.table import Table
 
 from lightning_fedscale.checks import integer
 from lightning_fedscale.cli.files import made
-from lightning_fedscale.cli.told import INTERRUPTED, is_interruption, is_told, nobody_reads
+from lightning_fedscale.cli.told import INTERRUPTED, is_interruption, nobody_reads
 from lightning_fedscale.partitioners.names import is_file
+from lightning_fedscale.refusals import is_told
 from lightning_fedscale.types import NAMESPACES
 
 _FREE = re.compile(r"(model|data|trainer)\.")

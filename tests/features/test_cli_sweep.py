@@ -26,7 +26,7 @@ from lightning_fedscale.callbacks import ComputeAccounting
 from lightning_fedscale.scaling import Rosenfeld, fit, law_from_file, project_law, read_runs, sweep_command
 from lightning_fedscale.scaling.project import law_of
 from lightning_fedscale.scaling.tuning import NOT_TUNED, tuned
-from lightning_fedscale.sweep import LEVELS, _at_rate, sweep
+from lightning_fedscale.sweep import LEVELS, at_rate, sweep
 from tests.laws import reference
 from tests.unit.test_scaling_fit import made
 
@@ -459,7 +459,7 @@ def test_rates_of_schedulers_move_along() -> None:
             cycle = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.4, total_steps=10)
             return {"optimizer": optimizer, "lr_scheduler": {"scheduler": cycle, "interval": "step"}}
 
-    plain, moved = Scheduled().configure_optimizers(), _at_rate(Scheduled(), 2.0).configure_optimizers()
+    plain, moved = Scheduled().configure_optimizers(), at_rate(Scheduled(), 2.0).configure_optimizers()
     for _ in range(9):
         rates = [each["optimizer"].param_groups[0]["lr"] for each in (plain, moved)]
         assert rates[1] == pytest.approx(2 * rates[0])

@@ -60,6 +60,7 @@ LEVELS = [
     {"strategy"},
     {"callbacks"},
     {"sweep"},
+    {"study"},
     {"cli", "conf"},
     {"__init__", "pytorch_lightning"},  # the front doors
 ]
@@ -86,6 +87,7 @@ KNOW_LIGHTNING = {
     "run_board",
     "side_effects",
     "strategy",
+    "study",
     "sweep",
     "train_data",
     "uplink",

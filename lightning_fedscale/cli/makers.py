@@ -1,0 +1,73 @@
+"""A project's own class or function, named on the command line, with arguments of its own."""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from importlib import import_module
+from typing import Any
+
+
+class Maker:
+    """What ``--module my.Net --module.depth=3`` names.
+
+    It can be pickled: what it names is looked up by its path.
+
+    Args:
+        path: of a class or function.
+        arguments: that it is always called with.
+
+    Raises:
+        ValueError: if there is no such thing, or it has no such argument.
+
+    Example:
+        >>> made = Maker("fractions.Fraction").with_arguments({"denominator": 4})
+        >>> made(numerator=3)
+        Fraction(3, 4)
+    """
+
+    def __init__(self, path: str, arguments: Mapping[str, Any] | None = None) -> None:
+        self.path, self.arguments = path, dict(arguments or {})
+        where, _, name = path.rpartition(".")
+        try:
+            self._made = getattr(import_module(where), name)
+        except (AttributeError, ImportError, ValueError) as error:
+            raise ValueError(f"{path!r} cannot be imported ({error}); pass package.module.Name.") from error
+        self.__module__, self.__qualname__ = where, name
+        self.__signature__ = inspect.signature(self._made)
+        known = self.__signature__.parameters
+        if not any(each.kind is each.VAR_KEYWORD for each in known.values()):
+            for each in self.arguments:
+                if each not in known:
+                    raise ValueError(f"{path} has no argument {each}; there are {', '.join(known) or 'none'}.")
+
+    def with_arguments(self, arguments: Mapping[str, Any]) -> Maker:
+        """The same with more of them."""
+        return Maker(self.path, {**self.arguments, **arguments})
+
+    def twin_of(self, function: Callable[..., Any], arguments: Mapping[str, Any]) -> Callable[..., Any]:
+        """A function of this package, for whichever of Lightning's two packages the module is of.
+
+        Args:
+            function: that is there twice.
+            arguments: with which the module can be made, to see what it is.
+        """
+        kind = self._made
+        if not isinstance(kind, type):
+            with suppress(Exception):  # what is wrong with it, the function tells
+                kind = type(self(**arguments))
+        twin = sys.modules.get("pytorch_lightning")
+        if twin is None or not isinstance(kind, type) or not issubclass(kind, twin.LightningModule):
+            return function
+        package, _, below = function.__module__.partition(".")
+        found: Callable[..., Any] = getattr(import_module(f"{package}.pytorch_lightning.{below}"), function.__name__)
+        return found
+
+    def __call__(self, **arguments: Any) -> Any:
+        """Make it, with these arguments as well."""
+        return self._made(**{**self.arguments, **arguments})
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Maker, (self.path, self.arguments)

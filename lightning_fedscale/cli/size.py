@@ -1,0 +1,93 @@
+"""``fedscale size``: what to train, measured on the project's own clients."""
+
+from __future__ import annotations
+
+import json as json_format
+import sys
+
+from rich.console import Console
+from rich.table import Table
+
+from lightning_fedscale.cli.files import made, written
+from lightning_fedscale.cli.makers import Maker
+from lightning_fedscale.cli.projects import check_accelerator
+from lightning_fedscale.study import size as find
+from lightning_fedscale.study.told import rows_of, sentences, write
+
+
+def size(
+    module: Maker,
+    data: Maker,
+    flops: float,
+    argument: str = "size",
+    current: int | None = None,
+    partition: str = "iid",
+    clients: int = 10,
+    clients_per_round: int | None = None,
+    study_minutes: float = 30.0,
+    sizes: list[int] | None = None,
+    methods: list[str] | None = None,
+    batch_sizes: list[int] | None = None,
+    local_steps: list[int] = [5, 20],  # noqa: B006  # jsonargparse shows it as the default
+    rates: list[float] = [0.25, 1.0, 4.0],  # noqa: B006
+    seeds: int = 3,
+    seed: int = 0,
+    loss: str | None = None,
+    workers: int = 1,
+    accelerator: str = "auto",
+    runs: str = "fedscale_size",
+    output: str = ".",
+    json: bool = False,
+) -> None:
+    """Find the size, method, batch and local steps for clients and a budget, by training on the clients' own data.
+
+    Args:
+        module: class or function that makes the LightningModule of a size, such as my_package.MyModule; other arguments
+            of it follow as --module.name=value.
+        data: class of the LightningDataModule, with a validation loader; its arguments follow as --data.name=value.
+        flops: training compute of a whole run, of all clients together, such as 1e12.
+        argument: name of the module's argument that makes the model larger or smaller.
+        current: its value in the model that there is; by default the argument's own default.
+        partition: who holds what: a file of fedscale partition --save, or a partitioner's name.
+        clients: how many, for a partitioner's name.
+        clients_per_round: how many of them train in a round; all by default.
+        study_minutes: how long the study may take.
+        sizes: to try; by default seven around the current one, by factors of two.
+        methods: to try, by name; by default all that this command knows.
+        batch_sizes: of a client, to try; by default the data's own and four times that.
+        local_steps: batches of a client in a round, to try.
+        rates: learning rates to try, as multiples of the module's own.
+        seeds: that the finalists train with, besides the one that chooses them.
+        seed: of weights, partition and order.
+        loss: name of the logged validation loss; by default the first of the usual names.
+        workers: processes that train at a time.
+        accelerator: as of a Trainer.
+        runs: folder for every run; a study that was interrupted goes on there.
+        output: folder for size.md, size.png and size.json.
+        json: print one JSON object instead of words.
+    """
+
+    def say(line: str) -> None:
+        print(line, file=sys.stderr, flush=True)
+
+    check_accelerator(accelerator)
+    for name, folder in (("runs", runs), ("output", output)):
+        made(name, folder)
+    answer = find(
+        module, data, flops, argument=argument, partition=partition, clients=clients,
+        clients_per_round=clients_per_round, current=current, sizes=sizes, methods=methods, batch_sizes=batch_sizes,
+        local_steps=local_steps, rates=rates, study_minutes=study_minutes, seeds=seeds, seed=seed, loss=loss,
+        workers=workers, folder=runs, trainer={"accelerator": accelerator}, say=say,
+    )  # fmt: skip
+    written("output", output + "/.", lambda: write(answer, output))
+    if json:
+        print(json_format.dumps(answer.as_dict()))
+        return
+    console = Console(soft_wrap=True, highlight=False)
+    rows = rows_of(answer)
+    table = Table(*rows[0], title=f"{answer.flops:.3g} FLOPs, {answer.clients:,} clients")
+    for row in rows:
+        table.add_row(*row.values())
+    console.print(table)
+    for line in sentences(answer):
+        console.print(line)

@@ -1,0 +1,394 @@
+"""`size`: which size, method, batch, local steps and learning rate a project's clients and compute call for."""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Executor, Future, ProcessPoolExecutor, as_completed
+from contextlib import contextmanager
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from torch import nn
+
+from lightning_fedscale.checks import integer, one_of
+from lightning_fedscale.partitioners import FinishedPartitioner, Partition, Partitioner, by_name, heterogeneity
+from lightning_fedscale.partitioners.labels import find_labels
+from lightning_fedscale.refusals import is_told
+from lightning_fedscale.study.answer import Answer, current_of, results_of
+from lightning_fedscale.study.cost import Cost
+from lightning_fedscale.study.ledger import Ledger
+from lightning_fedscale.study.loaders import train_loader
+from lightning_fedscale.study.methods import METHODS, expression_of
+from lightning_fedscale.study.race import Job, Measured, Prices, Race
+from lightning_fedscale.study.settings import FED_AVG, Setting, Space, ladder
+from lightning_fedscale.study.trial import Executing, Project
+
+_EXECUTORS: tuple[Executing, ...] = ("sequential", "vectorized")
+_PILOT_ROUNDS = (2, 8)
+"""Of the runs that show what runs take; the shorter ones tell the fixed part."""
+
+
+def size(
+    module: Callable[..., pl.LightningModule],
+    data: Callable[[], pl.LightningDataModule],
+    flops: float,
+    *,
+    argument: str = "size",
+    partition: Partition | Partitioner | str = "iid",
+    clients: int = 10,
+    clients_per_round: int | float | None = None,
+    current: int | None = None,
+    sizes: Sequence[int] | None = None,
+    methods: Sequence[str] | Mapping[str, Mapping[str, Any]] | None = None,
+    batch_sizes: Sequence[int] | None = None,
+    local_steps: Sequence[int] = (5, 20),
+    rates: Sequence[float] = (0.25, 1.0, 4.0),
+    study_minutes: float = 30.0,
+    seeds: int = 3,
+    seed: int = 0,
+    loss: str | None = None,
+    workers: int = 1,
+    folder: str | Path = "fedscale_size",
+    trainer: dict[str, Any] | None = None,
+    say: Callable[[str], None] | None = None,
+) -> Answer:
+    """Find the size, method, batch, local steps and learning rate that a number of clients and a budget call for.
+
+    Settings race on the clients' own partition: many train with a small share of the budget, the best of these with
+    more, and a few with all of it, in several seeds. What is measured there decides. Every run is kept, and a study
+    that was interrupted goes on.
+
+    Args:
+        module: makes the module of a size: a class or function.
+        data: makes the data module, with a validation loader.
+        flops: training compute of a whole run, of all clients together.
+        argument: of ``module``, which makes the model larger or smaller.
+        partition: who holds what: a partition, a partitioner or its name, or a file of `Partition.save`.
+        clients: how many, for a partitioner given by name.
+        clients_per_round: how many train in a round, as of `FederatedStrategy`.
+        current: size of the model that there is; None takes the default of ``argument``.
+        sizes: to try; None for seven around the current one, by factors of two.
+        methods: names in `METHODS`, or arguments of `FederatedStrategy` by names of one's own (objects in Hydra's form,
+            ``{"_target_": ...}``); None for all of `METHODS`.
+        batch_sizes: of a client, to try; None for the data's own and four times that.
+        local_steps: batches of a client in a round, to try.
+        rates: learning rates to try, as multiples of the module's own. Around the best setting, steps between all of
+            these are tried too.
+        study_minutes: how long the study may take.
+        seeds: that the finalists train with, besides the one that chose them; two or more.
+        seed: of weights, partition and order.
+        loss: name of the logged validation loss; None for the first of the usual names.
+        workers: processes that train at a time; more than one needs a module and data that can be pickled.
+        folder: where ``runs.csv`` goes, with every run.
+        trainer: arguments of the Trainer.
+        say: called with what is going on, a line each.
+
+    Raises:
+        ValueError: for an argument that does not change the size, a budget or a study that is too small, a partition
+            of other data, or if all settings diverge.
+    """
+    say = say or _silent
+    flops, study_minutes = _positive("flops", flops), _positive("study_minutes", study_minutes)
+    seeds, workers = integer("seeds", seeds, 2), integer("workers", workers, 1)
+    for name, given in (("module", module), ("data", data)):
+        if not callable(given):
+            raise TypeError(f"{name}={given!r}: pass a class or a function that makes it.")
+    current = _current(module, argument, current)
+    made = data()
+    loader = train_loader(None, made)
+    held, facts = _partition(partition, clients, seed, loader.dataset)
+    known = _methods(methods)
+    space = Space(
+        _axis("sizes", ladder(current) if sizes is None and current else sizes or ()),
+        tuple(known),
+        _axis("batch_sizes", _batches(loader.batch_size, held) if batch_sizes is None else batch_sizes),
+        _axis("local_steps", local_steps),
+        tuple(sorted(_positive("rates", each) for each in rates)),
+    )
+    _check_size(module, argument, space.sizes)
+    project = Project(
+        module, data, argument=argument, partition=held, clients_per_round=clients_per_round, methods=known,
+        flops=flops, seed=seed, loss=loss, trainer=trainer or {},
+    )  # fmt: skip
+    common = {
+        "module": _name(module), "data": _name(data), "argument": argument, "flops": flops, **facts,
+        "clients_per_round": clients_per_round, "methods": known, "seed": seed, "loss": loss,
+    }  # fmt: skip
+    with _pool(project, workers) as pool:
+        return _Study(
+            project, space, current, Ledger(folder, common), study_minutes * 60, seeds, pool, workers, say
+        ).run()
+
+
+class _Study:
+    def __init__(
+        self,
+        project: Project,
+        space: Space,
+        current: int | None,
+        ledger: Ledger,
+        seconds: float,
+        seeds: int,
+        pool: Executor | None,
+        workers: int,
+        say: Callable[[str], None],
+    ) -> None:
+        self.project, self.space, self.current, self.ledger = project, space, current, ledger
+        self.seconds, self.seeds, self.pool, self.workers, self.say = seconds, seeds, pool, workers, say
+        share = project.clients_per_round
+        number = project.partition.num_clients
+        self.cohort = number if share is None else share if isinstance(share, int) else max(1, round(share * number))
+        self.notes: list[str] = []
+
+    def run(self) -> Answer:
+        self._pilot()
+        anchors = [] if self.current is None else [self._plain(self.current)]
+        prices = Prices(self._seconds, self._rounds, self.workers)
+        race = Race(self.space, anchors, self.seconds - self._spent(), self.seeds, prices, self._measure)
+        self._announce(race)
+        race.run()
+        return self._answer()
+
+    def _plain(self, size: int) -> Setting:
+        middle = min(self.space.rates, key=lambda each: abs(math.log(each)))
+        return Setting(size, FED_AVG if FED_AVG in self.space.methods else self.space.methods[0],
+                       self.space.batch_sizes[0], self.space.local_steps[0], middle)  # fmt: skip
+
+    # ---- what runs take
+
+    def _pilot(self) -> None:
+        """A few rounds of the smallest, the present and the largest size, and of every method."""
+        smallest, largest = self.space.sizes[0], self.space.sizes[-1]
+        for size in dict.fromkeys((smallest, self.current or smallest, largest)):
+            for rounds in _PILOT_ROUNDS:
+                for executor in _EXECUTORS:
+                    self._short(self._plain(size), rounds, executor)
+        for name in self.space.methods[:]:
+            try:
+                row = self._short(self._plain(smallest)._replace(method=name), _PILOT_ROUNDS[0], _EXECUTORS[0])
+            except Exception as error:
+                if not is_told(error) or name == FED_AVG:
+                    raise
+                self._drop(name, str(error))
+                continue
+            if name == "kept_optimizer" and not row["keeps"]:
+                self._drop(name, "this optimizer has no state to keep, so it is fed_avg")
+        if self._rounds(self._plain(self.space.sizes[0]), 1.0) < 1:
+            raise ValueError(
+                f"flops={self.project.flops:g}: pays less than one round of the smallest model: pass"
+                f" {self.project.flops / self._rounds(self._plain(self.space.sizes[0]), 1.0) * 10:.1g} or more, fewer"
+                " local steps or smaller batches."
+            )
+
+    def _drop(self, method: str, reason: str) -> None:
+        self.notes.append(f"{method} took no part: {reason}")
+        self.space = self.space._replace(methods=tuple(each for each in self.space.methods if each != method))
+
+    def _short(self, setting: Setting, rounds: int, executor: Executing) -> dict[str, Any]:
+        """A pilot; its share is 0, and its seed tells its kind."""
+        job = Job(setting, 0.0, -(rounds * 10 + _EXECUTORS.index(executor)))
+        row = self.ledger.get(job)
+        if row is None:
+            row = {**self.project.run(job._replace(share=1.0), executor, rounds=rounds), **job._asdict()}
+            row.pop("setting")
+            self.ledger.add(job, row)
+        return row
+
+    def _cost(self, executor: Executing) -> Cost:
+        cost = Cost(self.project.flops, self.cohort)
+        cost.learn_all(row for row in self.ledger.rows if row["executor"] == executor)
+        return cost
+
+    def _costs(self) -> dict[Executing, Cost]:
+        if self._known != len(self.ledger.rows):
+            self._known = len(self.ledger.rows)
+            self._of = {name: self._cost(name) for name in _EXECUTORS}
+        return self._of
+
+    _known = -1
+
+    def _seconds(self, setting: Setting, share: float) -> float:
+        return min(each.seconds(setting, share) for each in self._costs().values())
+
+    def _rounds(self, setting: Setting, share: float) -> float:
+        return self._costs()[_EXECUTORS[0]].rounds(setting, share)
+
+    def _executor(self, job: Job) -> Executing:
+        costs = self._costs()
+        return min(costs, key=lambda name: costs[name].seconds(job.setting, job.share))
+
+    def _spent(self) -> float:
+        return sum(float(row["seconds"]) for row in self.ledger.rows if row["share"] == 0)
+
+    def _announce(self, race: Race) -> None:
+        jobs = race.plan()
+        self.say(
+            f"About {len(jobs)} runs, {self.seconds / 60:.3g} minutes,"
+            f" {sum(job.share for job in jobs) * self.project.flops:.2g} FLOPs: settings of"
+            f" {self.space.number:,} with {', '.join(f'1/{round(1 / each)}' for each in race.shares[:-1])}"
+            f" and all of the budget."
+        )
+
+    # ---- runs
+
+    def _measure(self, jobs: Sequence[Job]) -> list[Measured]:
+        missing = [job for job in jobs if self.ledger.get(job) is None]
+        for job, row in self._made(missing):
+            self.ledger.add(job, row)
+            self.say(f"{_of_budget(job.share)}: {job.setting}: loss {row['loss']:.4g}")
+        rows = [self.ledger.get(job) or {} for job in jobs]
+        return [Measured(float(row["loss"]), float(row["seconds"])) for row in rows]
+
+    def _made(self, jobs: Sequence[Job]) -> Iterator[tuple[Job, dict[str, Any]]]:
+        if self.pool is None:
+            for job in jobs:
+                yield job, self.project.run(job, self._executor(job), each_client=job.share == 1 and job.seed > 0)
+            return
+        # The longest first, so that no worker is left alone with it at the end.
+        ordered = sorted(jobs, key=lambda job: -self._seconds(job.setting, job.share))
+        futures: dict[Future[dict[str, Any]], Job] = {
+            self.pool.submit(_run, job, self._executor(job), job.share == 1 and job.seed > 0): job for job in ordered
+        }
+        for future in as_completed(futures):
+            yield futures[future], future.result()
+
+    # ---- what came out
+
+    def _answer(self) -> Answer:
+        table = self.ledger.table
+        whole = table[(table["share"] == 1) & (table["seed"] >= 0)]
+        results = results_of(whole, self.project.partition.sizes)
+        best = results[0].setting
+        parts = [f"num_clients={self.project.partition.num_clients}", f"partitioner={self.ledger.study['partition']!r}"]
+        if self.project.clients_per_round is not None:
+            parts.append(f"clients_per_round={self.project.clients_per_round}")
+        parts += ["local_epochs=None", f"local_steps={best.local_steps}"]
+        parts += expression_of(self.project.methods[best.method])
+        return Answer(
+            argument=self.project.argument,
+            flops=self.project.flops,
+            clients=self.project.partition.num_clients,
+            results=tuple(results),
+            current=current_of(results, self.current),
+            notes=tuple(self.notes),
+            strategy=f"FederatedStrategy({', '.join(parts)})",
+            runs=len(table),
+            minutes=float(table["seconds"].sum()) / 60,
+        )
+
+
+# ---- arguments
+
+
+def _positive(name: str, value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
+        raise ValueError(f"{name}={value!r}: pass a finite number above 0.")
+    return float(value)
+
+
+def _axis(name: str, values: Sequence[int]) -> tuple[int, ...]:
+    if not values:
+        raise ValueError(f"{name}={values!r}: pass some to try" + (", or current=" if name == "sizes" else "") + ".")
+    return tuple(sorted({integer(name, each, 1) for each in values}))
+
+
+def _current(module: Callable[..., Any], argument: str, current: int | None) -> int | None:
+    parameters = inspect.signature(module).parameters
+    if argument not in parameters and not any(each.kind is each.VAR_KEYWORD for each in parameters.values()):
+        raise ValueError(
+            f"argument={argument!r}: {_name(module)} has no such argument: name the one that makes the model larger or"
+            f" smaller; there are {', '.join(parameters) or 'none'}."
+        )
+    if current is not None:
+        return integer("current", current, 1)
+    default = parameters[argument].default if argument in parameters else None
+    return default if isinstance(default, int) and not isinstance(default, bool) and default > 0 else None
+
+
+def _methods(given: Sequence[str] | Mapping[str, Mapping[str, Any]] | None) -> dict[str, dict[str, Any]]:
+    if given is None:
+        return METHODS
+    if isinstance(given, Mapping):
+        return {name: dict(each) for name, each in given.items()}
+    for name in given:
+        one_of("methods", name, tuple(METHODS))
+    return {name: METHODS[name] for name in given}
+
+
+def _batches(own: int | None, held: Partition) -> tuple[int, ...]:
+    own = own or 32
+    return tuple(each for each in (own, 4 * own) if each == own or each <= held.sizes.mean())
+
+
+def _check_size(module: Callable[..., nn.Module], argument: str, sizes: Sequence[int]) -> None:
+    least, most = (
+        sum(each.numel() for each in module(**{argument: size}).parameters()) for size in (sizes[0], sizes[-1])
+    )
+    if len(sizes) > 1 and least == most:
+        raise ValueError(
+            f"argument={argument!r}: {_name(module)} has {least:,} parameters with {sizes[0]} and with {sizes[-1]}:"
+            " name the argument that makes the model larger."
+        )
+
+
+def _partition(
+    given: Partition | Partitioner | str, clients: int, seed: int, dataset: Any
+) -> tuple[Partition, dict[str, Any]]:
+    """Who holds what, and what of it a study must state."""
+    name = given if isinstance(given, str) else repr(given)
+    if isinstance(given, str):
+        given = Partition.load(given) if given.endswith(".json") else by_name(given, clients, seed=seed)
+    partitioner = FinishedPartitioner(given) if isinstance(given, Partition) else given
+    partitioner.dataset = dataset
+    found = partitioner.partition
+    facts: dict[str, Any] = {
+        "partition": name, "clients": found.num_clients, "samples": found.num_samples, "fingerprint": found.fingerprint,
+    }  # fmt: skip
+    try:
+        skew = heterogeneity(found, find_labels(dataset, partitioner.partition_by))
+        facts["mean_js_distance"] = round(skew.mean_js_distance, 4)
+    except (TypeError, ValueError):
+        facts["mean_js_distance"] = None  # there are no labels
+    return found, facts
+
+
+def _name(made: Any) -> str:
+    return f"{getattr(made, '__module__', '')}.{getattr(made, '__qualname__', repr(made))}"
+
+
+def _of_budget(share: float) -> str:
+    return "whole budget" if share == 1 else f"1/{round(1 / share)} of the budget"
+
+
+def _silent(line: str) -> None:
+    pass
+
+
+# ---- other processes
+
+
+@contextmanager
+def _pool(project: Project, workers: int) -> Iterator[Executor | None]:
+    if workers == 1:
+        yield None
+        return
+    threads = max(1, torch.get_num_threads() // workers)
+    with ProcessPoolExecutor(workers, get_context("spawn"), _begin, (project, threads)) as pool:
+        yield pool
+
+
+_PROJECT: list[Project] = []
+
+
+def _begin(project: Project, threads: int) -> None:
+    torch.set_num_threads(threads)
+    _PROJECT[:] = [project]
+
+
+def _run(job: Job, executor: Executing, each_client: bool) -> dict[str, Any]:
+    return _PROJECT[0].run(job, executor, each_client=each_client)
