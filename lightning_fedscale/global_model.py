@@ -25,6 +25,10 @@ OPTIMIZER, DOWNLINK = "optimizer", "downlink"
 """Names of what the server keeps."""
 
 
+class Diverged(RuntimeError):
+    """No client of a round has a finite update."""
+
+
 class GlobalModel:
     """Moves the global model, and holds what the server keeps from round to round.
 
@@ -152,13 +156,13 @@ class GlobalModel:
             messages: sum of the clients' second vectors; None without a local rule that sends them.
 
         Raises:
-            RuntimeError: if no client's update is finite.
+            Diverged: if no client's update is finite.
             ValueError: if the aggregator returns something of another shape.
         """
         absent = table.without_batches()
         spoilt = tuple(client for client in table.rejected() if client not in absent)
         if spoilt and len(spoilt) + len(absent) == table.cohort_size:
-            raise RuntimeError(
+            raise Diverged(
                 f"round {table.round}: the updates of all {len(spoilt)} clients have NaN or infinite values, so the"
                 " global model stays as it was before this round. Lower the learning rate, clip gradients"
                 " (Trainer(gradient_clip_val=1.0)) or look for bad samples."

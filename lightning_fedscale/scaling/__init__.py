@@ -1,5 +1,8 @@
 """Scaling laws: how loss depends on model size, data, compute and number of clients, and what is best."""
 
+from importlib import import_module
+from typing import Any
+
 from lightning_fedscale.scaling.base import (
     Allocation,
     Law,
@@ -93,6 +96,14 @@ __all__ = [
     "project_law",
     "read_logs",
     "read_runs",
+    "size",
     "sweep_command",
     "write_report",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """`size` trains, and everything else here is mathematics that needs neither Lightning nor torch."""
+    if name == "size":
+        return import_module("lightning_fedscale.study").size
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

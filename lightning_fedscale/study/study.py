@@ -104,11 +104,11 @@ def size(
     held, facts = _partition(partition, clients, seed, loader.dataset)
     known = _methods(methods)
     space = Space(
-        _axis("sizes", ladder(current) if sizes is None and current else sizes or ()),
+        _axis("sizes", sizes if sizes is not None else ladder(current) if current else ()),
         tuple(known),
         _axis("batch_sizes", _batches(loader.batch_size, held) if batch_sizes is None else batch_sizes),
         _axis("local_steps", local_steps),
-        tuple(sorted(_positive("rates", each) for each in rates)),
+        _rates(rates),
     )
     _check_size(module, argument, space.sizes)
     project = Project(
@@ -297,6 +297,12 @@ def _axis(name: str, values: Sequence[int]) -> tuple[int, ...]:
     return tuple(sorted({integer(name, each, 1) for each in values}))
 
 
+def _rates(values: Sequence[float]) -> tuple[float, ...]:
+    if not values:
+        raise ValueError(f"rates={values!r}: pass some to try.")
+    return tuple(sorted({_positive("rates", each) for each in values}))
+
+
 def _current(module: Callable[..., Any], argument: str, current: int | None) -> int | None:
     parameters = inspect.signature(module).parameters
     if argument not in parameters and not any(each.kind is each.VAR_KEYWORD for each in parameters.values()):
@@ -313,8 +319,10 @@ def _current(module: Callable[..., Any], argument: str, current: int | None) -> 
 def _methods(given: Sequence[str] | Mapping[str, Mapping[str, Any]] | None) -> dict[str, dict[str, Any]]:
     if given is None:
         return METHODS
-    if isinstance(given, Mapping):
+    if isinstance(given, Mapping) and given:
         return {name: dict(each) for name, each in given.items()}
+    if not given:
+        raise ValueError(f"methods={given!r}: pass some to try, or None for all.")
     for name in given:
         one_of("methods", name, tuple(METHODS))
     return {name: METHODS[name] for name in given}

@@ -12,6 +12,7 @@ import torch
 from torch.utils.data import DataLoader, Subset
 
 from lightning_fedscale import randomness
+from lightning_fedscale.global_model import Diverged
 from lightning_fedscale.partitioners import Partition
 from lightning_fedscale.strategy import FederatedStrategy
 from lightning_fedscale.study.methods import options_of
@@ -97,9 +98,12 @@ class Project:
                 **options, max_epochs=-1, max_steps=rounds, strategy=strategy, callbacks=[batches, counts, sent],
                 limit_val_batches=0,
             )  # fmt: skip
-            run.fit(net, datamodule=data)
             test = pl.Trainer(**options)
-            (loss,) = losses_in(test.validate(net, datamodule=data, verbose=False), self.loss)
+            try:
+                run.fit(net, datamodule=data)
+                (loss,) = losses_in(test.validate(net, datamodule=data, verbose=False), self.loss)
+            except Diverged:
+                loss = math.inf
             worst = max(self._losses_of_clients(test, net, run, batches), default=math.nan) if each_client else math.nan
         ledger = counts.ledger
         return {

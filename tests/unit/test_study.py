@@ -86,7 +86,7 @@ def test_a_race_finds_what_the_whole_grid_would_at_a_quarter_of_its_cost() -> No
         task = Task(seed)
         race = race_of(task, whole / 4 / 2)  # two workers
         race.run()
-        assert race._spent * 2 < whole / 4 * 1.02
+        assert race._spent * 2 < whole / 4 * 1.05
         behind.append(task.loss(task.chosen(), 1.0) - min(task.loss(each, 1.0) for each in grid))
     assert np.median(behind) < NOISE / 2
     assert sum(each > 2 * NOISE for each in behind) <= 2

@@ -1,0 +1,320 @@
+"""``fedscale size``: a whole study of a small project, as a newcomer types it."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from lightning_fedscale import FederatedStrategy, Partition, local_rules, server
+from lightning_fedscale.cli import main
+from lightning_fedscale.study import Answer, size
+from lightning_fedscale.study.methods import options_of
+from lightning_fedscale.study.race import Job
+from lightning_fedscale.study.settings import FED_AVG, Setting
+from lightning_fedscale.study.trial import Project
+
+HOSPITALS = Partition.from_lists([range(40), range(40, 100), range(100, 200)])
+
+
+class Images(pl.LightningDataModule):
+    """Labels of a teacher that no linear model can follow."""
+
+    def __init__(self, batch_size: int = 10, noise: float = 0.0) -> None:
+        super().__init__()
+        self.batch_size = batch_size
+        draw = torch.Generator().manual_seed(0)
+        inputs = torch.randn(400, 8, generator=draw)
+        labels = (inputs[:, :4].prod(1) + noise * torch.randn(400, generator=draw) > 0).long()
+        self.train, self.val = TensorDataset(inputs[:200], labels[:200]), TensorDataset(inputs[200:], labels[200:])
+
+    def train_dataloader(self) -> DataLoader[Any]:
+        return DataLoader(self.train, self.batch_size, shuffle=True)
+
+    def val_dataloader(self) -> DataLoader[Any]:
+        return DataLoader(self.val, 200)
+
+
+class Net(pl.LightningModule):
+    def __init__(self, width: int = 8, lr: float = 0.1, momentum: float = 0.0) -> None:
+        super().__init__()
+        self.lr, self.momentum = lr, momentum
+        self.layers = nn.Sequential(nn.Linear(8, width), nn.ReLU(), nn.Linear(width, 2))
+
+    def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+        return nn.functional.cross_entropy(self.layers(batch[0]), batch[1])
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        self.log("val_loss", nn.functional.cross_entropy(self.layers(batch[0]), batch[1]))
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), self.lr, self.momentum)
+
+
+SMALL: dict[str, Any] = {
+    "argument": "width", "sizes": [2, 8], "methods": [FED_AVG, "scaffold"], "batch_sizes": [10], "local_steps": [2],
+    "rates": [1.0], "seeds": 2, "study_minutes": 60.0, "trainer": {"accelerator": "cpu"},
+}  # fmt: skip
+
+
+FLOPS = 1e5
+
+
+def study(folder: Path, flops: float = FLOPS, **options: Any) -> Answer:
+    return size(Net, Images, flops, folder=folder, **{"partition": HOSPITALS, **SMALL, **options})
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory: pytest.TempPathFactory) -> tuple[Answer, Path]:
+    folder = tmp_path_factory.mktemp("study")
+    return study(folder), folder
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs that cost nothing: what they find is a formula."""
+
+    def run(self: Project, job: Job, executor: str = "sequential", *, rounds: int = -1, **_: Any) -> dict[str, Any]:
+        setting = job.setting
+        options_of(self.methods[setting.method])
+        flops = self.flops * job.share if rounds < 0 else rounds * 3000.0 * setting.size
+        loss = 1 + math.log(setting.size / 5) ** 2 + math.log(setting.rate) ** 2 + 0.01 * job.seed + 1 / flops
+        return {
+            **setting._asdict(), "share": job.share, "seed": job.seed, "worst": 2.0, "params": 12.0 * setting.size,
+            "loss": math.inf if setting.rate > 100 else loss, "flops": flops, "samples": flops / 60 / setting.size,
+            "bytes": 1e3, "rounds": max(rounds, 5), "seconds": 0.1 + 1e-7 * flops, "executor": executor, "keeps": False,
+        }  # fmt: skip
+
+    monkeypatch.setattr(Project, "run", run)
+
+
+def test_an_answer_has_all_that_was_asked(found: tuple[Answer, Path]) -> None:
+    answer, folder = found
+    assert answer.best.low <= answer.best.loss <= answer.best.high
+    assert answer.best.seeds == 2
+    assert {each.setting.size for each in answer.results} >= {2, 8}
+    assert {each.setting.method for each in answer.results} >= {FED_AVG, "scaffold"}
+    assert answer.current[0].setting.size == 8, "the argument's default"
+    assert answer.current[0].setting.method == FED_AVG
+    assert answer.best.worst > 0
+    best = answer.best
+    samples = best.rounds * 3 * best.setting.local_steps * best.setting.batch_size
+    assert best.passes == pytest.approx(samples / 200, rel=0.05)
+    assert best.most_passes == pytest.approx(samples / 3 / 40, rel=0.05)
+    vectors = 2 if best.setting.method == "scaffold" else 1
+    assert best.bytes == pytest.approx(2 * 4 * vectors * best.params * best.rounds, rel=0.02)
+    assert json.loads((folder / "study.json").read_text())["fingerprint"] == HOSPITALS.fingerprint
+
+
+def test_every_run_spends_its_share(found: tuple[Answer, Path]) -> None:
+    """Of the same compute for every setting, to a round; the whole budget for what is compared."""
+    import pandas as pd
+
+    table = pd.read_csv(found[1] / "runs.csv")
+    counted = table[table["share"] > 0]
+    one_round = counted["flops"] / counted["rounds"]
+    assert (counted["flops"] >= counted["share"] * FLOPS * 0.999).all()
+    assert (counted["flops"] <= counted["share"] * FLOPS + one_round * 1.001).all()
+
+
+def test_a_finished_study_runs_nothing_again(found: tuple[Answer, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Project, "run", lambda *_, **__: pytest.fail("ran again"))
+    assert study(found[1]) == found[0]
+
+
+@pytest.mark.usefixtures("quick")
+def test_an_interrupted_study_goes_on(tmp_path: Path) -> None:
+    """Every run that was over is kept, and the answer is that of a study that nobody interrupted."""
+    whole, lines = study(tmp_path / "whole"), list[str]()
+
+    def interrupt(line: str) -> None:
+        lines.append(line)
+        if len(lines) == 5:
+            raise KeyboardInterrupt
+
+    folder = tmp_path / "interrupted"
+    with pytest.raises(KeyboardInterrupt):
+        study(folder, say=interrupt)
+    kept = (folder / "runs.csv").read_text()
+    assert study(folder) == whole
+    assert (folder / "runs.csv").read_text().startswith(kept)
+
+
+def test_workers_find_the_same(tmp_path: Path) -> None:
+    """Two processes; what one of them trains is what this one trains."""
+    options: dict[str, Any] = {"flops": 5e4, "sizes": [2, 4], "methods": [FED_AVG], "study_minutes": 0.01}
+    one, two = study(tmp_path / "1", **options), study(tmp_path / "2", **options, workers=2)
+    losses = [{each.setting: each.loss for each in answer.results} for answer in (one, two)]
+    both = losses[0].keys() & losses[1].keys()
+    assert both
+    for each in both:
+        assert losses[0][each] == pytest.approx(losses[1][each], abs=1e-5)
+
+
+def test_the_expression_trains_as_the_study_did(found: tuple[Answer, Path], tmp_path: Path) -> None:
+    answer = found[0]
+    HOSPITALS.save(tmp_path / "hospitals.json")
+    expression = answer.strategy.replace(repr(repr(HOSPITALS)), "partition")
+    strategy = eval(
+        expression,
+        {"FederatedStrategy": FederatedStrategy, "partition": HOSPITALS, "local_rules": local_rules, "server": server},
+    )
+    best = answer.best.setting
+    torch.manual_seed(1)
+    net = Net(best.size, 0.1 * best.rate)
+    trainer = pl.Trainer(
+        strategy=strategy, max_steps=round(answer.best.rounds), max_epochs=-1, accelerator="cpu", logger=False,
+        enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False, limit_val_batches=0,
+    )  # fmt: skip
+    trainer.fit(net, datamodule=Images(best.batch_size))
+    images = Images()
+    loss = nn.functional.cross_entropy(net.layers(images.val.tensors[0]), images.val.tensors[1]).item()
+    assert answer.best.low - 0.05 < loss < answer.best.high + 0.05
+
+
+def test_executors_train_alike(tmp_path: Path) -> None:
+    project = Project(
+        Net, Images, argument="width", partition=HOSPITALS, clients_per_round=2, methods={FED_AVG: {}}, flops=4e5,
+        seed=0, loss=None, trainer={"accelerator": "cpu"},
+    )  # fmt: skip
+    job = Job(Setting(4, FED_AVG, 8, 3, 0.5), 1.0, 1)
+    one, other = project.run(job, "sequential"), project.run(job, "vectorized")
+    assert one["loss"] == pytest.approx(other["loss"], abs=1e-5)
+    assert one["samples"] == other["samples"]
+
+
+@pytest.mark.usefixtures("quick")
+def test_keeping_nothing_is_no_method(tmp_path: Path) -> None:
+    """SGD without momentum has no state."""
+    answer = study(tmp_path, methods=[FED_AVG, "kept_optimizer"])
+    assert any("kept_optimizer took no part" in note for note in answer.notes)
+
+
+def test_a_method_that_is_refused_takes_no_part(tmp_path: Path) -> None:
+    """SCAFFOLD's option II is for plain SGD, and this has momentum."""
+    second = {"_target_": "lightning_fedscale.local_rules.scaffold", "option": "II"}
+    methods = {FED_AVG: {}, "second": {"local_rule": second}}
+    options = {**SMALL, "partition": HOSPITALS, "sizes": [2, 4], "methods": methods, "study_minutes": 0.01}
+    answer = size(Momentum, Images, 5e4, folder=tmp_path, **options)
+    (note,) = answer.notes
+    assert note.startswith("second took no part: ")
+    assert {each.setting.method for each in answer.results} == {FED_AVG}
+
+
+class Momentum(Net):
+    def __init__(self, width: int = 8) -> None:
+        super().__init__(width, momentum=0.9)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"argument": "depth"}, r"argument='depth': .*Net has no such argument.*; there are width, lr, momentum"),
+        ({"argument": "lr", "sizes": [1, 2]}, r"argument='lr': .* has 90 parameters with 1 and with 2"),
+        ({"sizes": []}, r"sizes=\[\]: pass some to try, or current="),
+        ({"sizes": [0, 2]}, r"sizes=0"),
+        ({"flops": 10.0}, r"flops=10: pays less than one round of the smallest model: pass"),
+        ({"flops": -1.0}, r"flops=-1.0: pass a finite number above 0"),
+        ({"seeds": 1}, r"seeds=1"),
+        ({"methods": ["scafold"]}, r"methods='scafold'"),
+        ({"methods": []}, r"methods=\[\]: pass some to try"),
+        ({"rates": [0.0]}, r"rates=0.0: pass a finite number above 0"),
+        ({"rates": []}, r"rates=\[\]: pass some to try"),
+        ({"study_minutes": 0}, r"study_minutes=0: pass a finite number above 0"),
+        ({"partition": Partition.from_lists([[0, 999]])}, r"999"),
+        ({"partition": "nowhere.json"}, r"nowhere.json"),
+        ({"loss": "lost"}, r"loss='lost': validation_step logs val_loss"),
+        ({"current": 0}, r"current=0"),
+        ({"clients_per_round": 5}, r"clients_per_round=5"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_is_refused(options: dict[str, Any], message: str, tmp_path: Path) -> None:
+    with pytest.raises((ValueError, OSError), match=message):
+        study(tmp_path, **options)
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_study_of_one_client_is_a_study(tmp_path: Path) -> None:
+    answer = study(tmp_path, partition="iid", clients=1)
+    assert answer.clients == 1
+
+
+@pytest.mark.usefixtures("quick")
+def test_all_that_diverges_is_told(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="every setting diverged at the full budget: pass smaller rates"):
+        study(tmp_path, rates=[1e30])
+
+
+def test_a_run_that_diverges_is_infinite(tmp_path: Path) -> None:
+    project = Project(
+        Net, Images, argument="width", partition=HOSPITALS, clients_per_round=None, methods={FED_AVG: {}}, flops=5e4,
+        seed=0, loss=None, trainer={"accelerator": "cpu"},
+    )  # fmt: skip
+    assert project.run(Job(Setting(4, FED_AVG, 10, 2, 1e30), 1.0, 0))["loss"] == math.inf
+
+
+@pytest.mark.usefixtures("quick")
+def test_the_best_is_found_beyond_what_was_named(tmp_path: Path) -> None:
+    """Of a formula whose best size, 5, lies between those that were named, and whose best rate does not."""
+    answer = study(tmp_path, rates=[0.25, 4.0])
+    assert answer.best.setting.size in (4, 5, 6)
+    assert answer.best.setting.rate == 1.0
+
+
+def test_another_study_is_not_mixed_in(found: tuple[Answer, Path]) -> None:
+    with pytest.raises(ValueError, match=r"holds another study \(flops 100000.0 there and 300000.0 here\)"):
+        study(found[1], flops=3e5)
+
+
+# ---- the command
+
+
+def typed(folder: Path, *more: str) -> list[str]:
+    HOSPITALS.save(folder / "hospitals.json")
+    return [
+        "size", "--module", f"{__name__}.Net", "--data", f"{__name__}.Images", "--argument", "width", "--current", "4",
+        "--partition", str(folder / "hospitals.json"), "--flops", "3e5", "--study-minutes", "60", "--sizes", "[2, 4]",
+        "--methods", "[fed_avg]", "--batch_sizes", "[10]", "--local_steps", "[2]", "--rates", "[1]", "--seeds", "2",
+        "--accelerator", "cpu", "--runs", str(folder / "runs"), "--output", str(folder), *more,
+    ]  # fmt: skip
+
+
+@pytest.mark.usefixtures("quick")
+def test_the_command_says_what_it_found(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(typed(tmp_path, "--module.lr=0.2", "--data.noise", "0.1")) == 0
+    out, err = capsys.readouterr()
+    assert err.startswith("About ")
+    assert "minutes" in err.splitlines()[0]
+    assert "FLOPs" in err.splitlines()[0]
+    assert "Best: width " in out
+    assert "Train with: FederatedStrategy(num_clients=3, partitioner=" in out
+    assert (tmp_path / "size.png").stat().st_size > 1000
+    page = (tmp_path / "size.md").read_text()
+    assert "| width | Method |" in page
+    assert "Intervals are of seeds" in page
+    assert json.loads((tmp_path / "size.json").read_text())["best"]["method"] == FED_AVG
+    assert main(typed(tmp_path, "--module.lr=0.2", "--data.noise", "0.1", "--json")) == 0
+    assert json.loads(capsys.readouterr().out)["argument"] == "width"
+    assert main(typed(tmp_path)) == 1, "with other arguments of the module it is another study"
+    assert "holds another study" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        (["--module.depth=3"], "has no argument depth; there are width, lr, momentum"),
+        (["--data", "nowhere.Data"], "'nowhere.Data' cannot be imported"),
+    ],
+)
+def test_wrong_words_are_told(more: list[str], said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main(typed(tmp_path, *more))
+    assert stopped.value.code == 2
+    assert said in capsys.readouterr().err
