@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from lightning_fedscale.cli.arguments import parse
+from lightning_fedscale.cli.arguments import Named, parse
 from lightning_fedscale.cli.bench import bench
 from lightning_fedscale.cli.fit import fit
 from lightning_fedscale.cli.partition import partition
@@ -65,7 +65,7 @@ def _run(given: Sequence[str]) -> int:
         return train(given[1:])
     command, values = parse(COMMANDS, given, {"train": "Train a module and its data on federated clients, by Hydra."})
     try:
-        COMMANDS[command](**values)
+        COMMANDS[command](**{name: each.made() if isinstance(each, Named) else each for name, each in values.items()})
     except (KeyboardInterrupt, SystemExit) as stopped:
         if not is_interruption(stopped):
             raise

@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import version
 from inspect import Parameter, signature
-from typing import Any, NoReturn, get_type_hints
+from typing import Any, NamedTuple, NoReturn, get_type_hints
 
 import yaml
 from jsonargparse import ArgumentParser
@@ -20,10 +20,35 @@ _PATHS = {"run": (None, "folder of a run"), "runs": ("+", "CSV files, directorie
 _NESTED = re.compile(r"--(module|data)\.([^=\s]+)(?:=(.*))?", re.DOTALL)
 """Arguments of what a `Maker` names."""
 
-register_type(Maker, serializer=lambda made: made.path, deserializer=Maker)
+register_type(Maker, serializer=str, deserializer=str)  # imported once everything else is right
 
 _JSON = re.compile(r"^ +json: (.*)$", re.MULTILINE)
 _REQUIRED = re.compile(r"(the following arguments are required: )(\w+\..*)")
+
+
+class Named(NamedTuple):
+    """What a `Maker` is to be made of.
+
+    Attributes:
+        argument: for which it was named.
+        path: of a class or function.
+        arguments: of it.
+    """
+
+    argument: str
+    path: str
+    arguments: dict[str, Any]
+
+    def made(self) -> Maker:
+        """The maker.
+
+        Raises:
+            ValueError: if there is no such thing, or it has no such argument.
+        """
+        try:
+            return Maker(self.path, self.arguments)
+        except ValueError as error:
+            raise ValueError(f"{self.argument}={self.path!r}: {error}") from error
 
 
 class _Parser(ArgumentParser):
@@ -43,7 +68,9 @@ def parse(
     arguments: Sequence[str],
     others: Mapping[str, str] | None = None,
 ) -> tuple[str, dict[str, Any]]:
-    """The sub-command and its values, with modules and data modules built; exits with 2 for arguments that are wrong.
+    """The sub-command and its values; exits with 2 for arguments that are wrong.
+
+    Modules and data modules are built; those that a `Maker` stands for are only `Named`.
 
     Args:
         commands: functions by the names of their sub-commands.
@@ -77,10 +104,7 @@ def parse(
     values = parsed[parsed["command"]].as_dict()
     values.pop("config", None)
     for name in makers:
-        try:
-            values[name] = values[name].with_arguments(nested.get(name, {}))
-        except ValueError as error:
-            chosen.choices[parsed["command"]].error(f"{name}: {error}")
+        values[name] = Named(name, str(values[name]), nested.get(name, {}))
     return parsed["command"], values
 
 

@@ -23,7 +23,7 @@ class Maker:
         ValueError: if there is no such thing, or it has no such argument.
 
     Example:
-        >>> made = Maker("fractions.Fraction").with_arguments({"denominator": 4})
+        >>> made = Maker("fractions.Fraction", {"denominator": 4})
         >>> made(numerator=3)
         Fraction(3, 4)
     """
@@ -34,18 +34,16 @@ class Maker:
         try:
             self._made = getattr(import_module(where), name)
         except (AttributeError, ImportError, ValueError) as error:
-            raise ValueError(f"{path!r} cannot be imported ({error}); pass package.module.Name.") from error
+            raise ValueError(f"cannot be imported ({error}); pass package.module.Name.") from error
+        if not callable(self._made):
+            raise ValueError(f"is {self._made!r}: pass a class or a function that makes it.")
         self.__module__, self.__qualname__ = where, name
         self.__signature__ = inspect.signature(self._made)
         known = self.__signature__.parameters
         if not any(each.kind is each.VAR_KEYWORD for each in known.values()):
             for each in self.arguments:
                 if each not in known:
-                    raise ValueError(f"{path} has no argument {each}; there are {', '.join(known) or 'none'}.")
-
-    def with_arguments(self, arguments: Mapping[str, Any]) -> Maker:
-        """The same with more of them."""
-        return Maker(self.path, {**self.arguments, **arguments})
+                    raise ValueError(f"has no argument {each}; there are {', '.join(known) or 'none'}.")
 
     def twin_of(self, function: Callable[..., Any], arguments: Mapping[str, Any]) -> Callable[..., Any]:
         """A function of this package, for whichever of Lightning's two packages the module is of.

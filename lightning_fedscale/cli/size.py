@@ -22,7 +22,7 @@ def size(
     argument: str = "size",
     current: int | None = None,
     partition: str = "iid",
-    clients: int = 10,
+    clients: int | None = None,
     clients_per_round: int | None = None,
     study_minutes: float = 30.0,
     sizes: list[int] | None = None,
@@ -49,7 +49,7 @@ def size(
         argument: name of the module's argument that makes the model larger or smaller.
         current: its value in the model that there is; by default the argument's own default.
         partition: who holds what: a file of fedscale partition --save, or a partitioner's name.
-        clients: how many, for a partitioner's name.
+        clients: how many, for a partitioner's name; 10 by default.
         clients_per_round: how many of them train in a round; all by default.
         study_minutes: how long the study may take.
         sizes: to try; by default seven around the current one, by factors of two.
@@ -73,7 +73,7 @@ def size(
     check_accelerator(accelerator)
     for name, folder in (("runs", runs), ("output", output)):
         made(name, folder)
-    answer = find(
+    answer = module.twin_of(find, {} if current is None else {argument: current})(
         module, data, flops, argument=argument, partition=partition, clients=clients,
         clients_per_round=clients_per_round, current=current, sizes=sizes, methods=methods, batch_sizes=batch_sizes,
         local_steps=local_steps, rates=rates, study_minutes=study_minutes, seeds=seeds, seed=seed, loss=loss,

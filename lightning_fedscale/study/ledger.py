@@ -49,16 +49,6 @@ class Ledger:
         file = self.folder / _RUNS
         pd.DataFrame([row]).to_csv(file, mode="a", header=not file.is_file(), index=False)
 
-    @property
-    def rows(self) -> list[dict[str, Any]]:
-        """All of them, in the order in which they ended."""
-        return list(self._rows.values())
-
-    @property
-    def table(self) -> pd.DataFrame:
-        """The same as a table."""
-        return pd.DataFrame(self.rows)
-
     def _check(self) -> None:
         file, mine = self.folder / _STUDY, json.loads(json.dumps(self.study))
         if not file.is_file():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
+import pandas as pd
 import torch
 from torch import nn
 
@@ -40,7 +42,7 @@ def size(
     *,
     argument: str = "size",
     partition: Partition | Partitioner | str = "iid",
-    clients: int = 10,
+    clients: int | None = None,
     clients_per_round: int | float | None = None,
     current: int | None = None,
     sizes: Sequence[int] | None = None,
@@ -69,7 +71,7 @@ def size(
         flops: training compute of a whole run, of all clients together.
         argument: of ``module``, which makes the model larger or smaller.
         partition: who holds what: a partition, a partitioner or its name, or a file of `Partition.save`.
-        clients: how many, for a partitioner given by name.
+        clients: how many, for a partitioner given by name; None for its own number.
         clients_per_round: how many train in a round, as of `FederatedStrategy`.
         current: size of the model that there is; None takes the default of ``argument``.
         sizes: to try; None for seven around the current one, by factors of two.
@@ -101,7 +103,7 @@ def size(
     current = _current(module, argument, current)
     made = data()
     loader = train_loader(None, made)
-    held, facts = _partition(partition, clients, seed, loader.dataset)
+    held, facts = _partition(partition, clients, loader.dataset)
     known = _methods(methods)
     space = Space(
         _axis("sizes", sizes if sizes is not None else ladder(current) if current else ()),
@@ -116,7 +118,8 @@ def size(
         flops=flops, seed=seed, loss=loss, trainer=trainer or {},
     )  # fmt: skip
     common = {
-        "module": _name(module), "data": _name(data), "argument": argument, "flops": flops, **facts,
+        "module": _name(module), "data": _name(data), "argument": argument,
+        "arguments": [getattr(each, "arguments", {}) for each in (module, data)], "flops": flops, **facts,
         "clients_per_round": clients_per_round, "methods": known, "seed": seed, "loss": loss,
     }  # fmt: skip
     with _pool(project, workers) as pool:
@@ -144,6 +147,8 @@ class _Study:
         number = project.partition.num_clients
         self.cohort = number if share is None else share if isinstance(share, int) else max(1, round(share * number))
         self.notes: list[str] = []
+        # Rows in the order in which they are asked for: what is decided by them is decided so again after a restart.
+        self.seen: list[dict[str, Any]] = []
 
     def run(self) -> Answer:
         self._pilot()
@@ -197,16 +202,17 @@ class _Study:
             row = {**self.project.run(job._replace(share=1.0), executor, rounds=rounds), **job._asdict()}
             row.pop("setting")
             self.ledger.add(job, row)
+        self.seen.append(row)
         return row
 
     def _cost(self, executor: Executing) -> Cost:
         cost = Cost(self.project.flops, self.cohort)
-        cost.learn_all(row for row in self.ledger.rows if row["executor"] == executor)
+        cost.learn_all(row for row in self.seen if row["executor"] == executor)
         return cost
 
     def _costs(self) -> dict[Executing, Cost]:
-        if self._known != len(self.ledger.rows):
-            self._known = len(self.ledger.rows)
+        if self._known != len(self.seen):
+            self._known = len(self.seen)
             self._of = {name: self._cost(name) for name in _EXECUTORS}
         return self._of
 
@@ -223,7 +229,7 @@ class _Study:
         return min(costs, key=lambda name: costs[name].seconds(job.setting, job.share))
 
     def _spent(self) -> float:
-        return sum(float(row["seconds"]) for row in self.ledger.rows if row["share"] == 0)
+        return sum(float(row["seconds"]) for row in self.seen)
 
     def _announce(self, race: Race) -> None:
         jobs = race.plan()
@@ -242,6 +248,7 @@ class _Study:
             self.ledger.add(job, row)
             self.say(f"{_of_budget(job.share)}: {job.setting}: loss {row['loss']:.4g}")
         rows = [self.ledger.get(job) or {} for job in jobs]
+        self.seen += rows
         return [Measured(float(row["loss"]), float(row["seconds"])) for row in rows]
 
     def _made(self, jobs: Sequence[Job]) -> Iterator[tuple[Job, dict[str, Any]]]:
@@ -260,11 +267,11 @@ class _Study:
     # ---- what came out
 
     def _answer(self) -> Answer:
-        table = self.ledger.table
+        table = pd.DataFrame(self.seen)
         whole = table[(table["share"] == 1) & (table["seed"] >= 0)]
         results = results_of(whole, self.project.partition.sizes)
         best = results[0].setting
-        parts = [f"num_clients={self.project.partition.num_clients}", f"partitioner={self.ledger.study['partition']!r}"]
+        parts = [f"num_clients={self.project.partition.num_clients}", f"partitioner={self.ledger.study['partition']}"]
         if self.project.clients_per_round is not None:
             parts.append(f"clients_per_round={self.project.clients_per_round}")
         parts += ["local_epochs=None", f"local_steps={best.local_steps}"]
@@ -344,18 +351,23 @@ def _check_size(module: Callable[..., nn.Module], argument: str, sizes: Sequence
         )
 
 
-def _partition(
-    given: Partition | Partitioner | str, clients: int, seed: int, dataset: Any
-) -> tuple[Partition, dict[str, Any]]:
+def _partition(given: Any, clients: int | None, dataset: Any) -> tuple[Partition, dict[str, Any]]:
     """Who holds what, and what of it a study must state."""
-    name = given if isinstance(given, str) else repr(given)
-    if isinstance(given, str):
-        given = Partition.load(given) if given.endswith(".json") else by_name(given, clients, seed=seed)
-    partitioner = FinishedPartitioner(given) if isinstance(given, Partition) else given
+    clients = None if clients is None else integer("clients", clients)
+    partitioner = by_name(given, clients) if isinstance(given, str) else given
+    if isinstance(partitioner, Partition):
+        partitioner = FinishedPartitioner(partitioner)
+    if not isinstance(partitioner, Partitioner):
+        raise TypeError(f"partition={given!r}: pass a name such as 'dirichlet', a file, a Partition or a Partitioner.")
+    partitioner = copy.copy(partitioner)
     partitioner.dataset = dataset
-    found = partitioner.partition
+    try:
+        found = partitioner.partition
+    except ValueError as error:
+        raise ValueError(f"partition={given!r}: {error}") from error
     facts: dict[str, Any] = {
-        "partition": name, "clients": found.num_clients, "samples": found.num_samples, "fingerprint": found.fingerprint,
+        "partition": "partition" if isinstance(given, Partition) else repr(given), "clients": found.num_clients,
+        "samples": found.num_samples, "fingerprint": found.fingerprint,
     }  # fmt: skip
     try:
         skew = heterogeneity(found, find_labels(dataset, partitioner.partition_by))

@@ -85,3 +85,12 @@ def test_phases_drive_messages_and_local_steps() -> None:
         assert abs(size - kept) < 0.01 * kept + 8
     assert number(little[4]) < number(driven[4]) < number(much[4])
     assert_figure("phase_driven_compression.png")
+
+
+def test_a_study_answers_and_leaves_its_page() -> None:
+    printed = run_example("14_size.py", "--fast")
+    assert printed.startswith("About ")
+    assert re.search(r"^Best: width \d+ ", printed, re.M)
+    assert re.search(r"^Train with: FederatedStrategy\(num_clients=8, ", printed, re.M)
+    assert "| width |" in Path("size_study", "size.md").read_text()
+    assert_figure("../size_study/size.png")
