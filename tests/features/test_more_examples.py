@@ -93,4 +93,4 @@ def test_a_study_answers_and_leaves_its_page() -> None:
     assert re.search(r"^Best: width \d+ ", printed, re.M)
     assert re.search(r"^Train with: FederatedStrategy\(num_clients=8, ", printed, re.M)
     assert "| width |" in Path("size_study", "size.md").read_text()
-    assert_figure("../size_study/size.png")
+    assert min(imread(Path("size_study", "size.png")).shape[:2]) > 500
