@@ -16,7 +16,7 @@ from lightning_fedscale.callbacks.phase_record import LAYOUT, PhaseRecord
 from lightning_fedscale.callbacks.phase_rounds import RoundWatch
 from lightning_fedscale.callbacks.phase_steps import StepWatch
 from lightning_fedscale.loggers import lay_out, show
-from lightning_fedscale.noise import NoiseScale
+from lightning_fedscale.noise import FEWEST, NoiseScale
 from lightning_fedscale.phase_keeper import PhaseKeeper
 from lightning_fedscale.phases import (
     Decision,
@@ -207,6 +207,12 @@ class CriticalPhase(Callback):
             return "detector 'fisher_trace'"
         return "the scale rule" if self.action == "scale" and reads_noise(self._rule) else None
 
+    def _noise_in_words(self) -> str:
+        of_clients = self.noise_scale.looks > 0 and self.noise_scale is self._keeper.members
+        return noise_in_words(
+            self.noise_scale, self._unit, "as many clients in each" if of_clients else "as large batches"
+        )
+
     def plot(self) -> Figure:
         """Norm and statistic in their course, critical spans shaded."""
         return self.record.plot(self._unit, self.detector.statistic)
@@ -277,7 +283,7 @@ class CriticalPhase(Callback):
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Show the whole course."""
-        rank_zero_info(f"CriticalPhase: {self.record.summary(self._unit)}; {_noise_in_words(self.noise_scale)}.")
+        rank_zero_info(f"CriticalPhase: {self.record.summary(self._unit)}; {self._noise_in_words()}.")
         show(trainer, "phase/course", self.plot())
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
@@ -356,13 +362,38 @@ class _OpenRound:
     row: tuple[int, float, float, float, float, bool] | None = None
 
 
-def _noise_in_words(noise: NoiseScale) -> str:
+def noise_in_words(noise: NoiseScale, unit: str, more: str) -> str:
+    """What is known of the noise scale, and what would be enough where nothing is.
+
+    Args:
+        noise: all of it.
+        unit: "round" or "step".
+        more: what there could be more of in each of them: "as many clients", "as large batches".
+
+    Example:
+        >>> from lightning_fedscale.noise import Look, noise_scale
+        >>> little = noise_scale([Look(0.5 + (-1) ** i, 2.0, 32.0, 2.0) for i in range(10)])
+        >>> print(noise_in_words(little, "round", "as many clients").partition(": ")[2])
+        about 5.7 (at least 1.4) times as many rounds, or about 10 (at least 1.6) times as many clients, would be enough
+    """
     if noise.enough:
         return f"gradient noise scale {noise.scale:,.0f} samples ({noise.low:,.0f} to {noise.high:,.0f})"
-    if noise.low > 0:
-        high = "" if math.isinf(noise.high) else f" and below {noise.high:,.0f}"
-        return f"gradient noise scale above {noise.low:,.0f}{high} samples, not enough evidence for more"
-    return "not enough evidence on the gradient noise scale"
+    said = "not enough evidence on the gradient noise scale"
+    if noise.looks < FEWEST:
+        return f"{said}: {FEWEST} looks at it are the least, and there were {noise.looks}: train for more {unit}s"
+    known = f"{noise.low:,.0f} to {noise.high:,.0f}" if noise.high < math.inf else f"above {noise.low:,.0f}"
+    times = noise.needed[0] / noise.looks, noise.needed[1] / noise.looks
+    ways = [f"{_times(times)} times as many {unit}s"] if times[1] < math.inf else []
+    if noise.shortfall[1] < math.inf:
+        ways.append(f"{_times(noise.shortfall)} times {more}")
+    remedy = f"{', or '.join(ways)}, would be enough" if ways else "there is no sign of a gradient in the noise"
+    return f"{said} ({known} samples, with 95 % confidence): {remedy}"
+
+
+def _times(factors: tuple[float, float]) -> str:
+    """By the mean, and at least."""
+    mean, least = factors
+    return f"about {mean:.2g} (at least {least:.2g})" if mean < math.inf else f"at least {least:.2g}"
 
 
 def _choice(name: str, value: Any, *choices: Any) -> None:

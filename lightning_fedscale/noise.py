@@ -24,6 +24,9 @@ from lightning_fedscale.types import FloatArray
 FEWEST = 5
 """Looks below which nothing is said about the noise scale."""
 
+MOST_LOOKS = 300
+"""So many of the latest are kept; older ones would hardly count."""
+
 
 class Look(NamedTuple):
     """Unbiased estimates from several gradients at one point.
@@ -112,6 +115,11 @@ class NoiseScale(NamedTuple):
         square: squared norm of the true gradient.
         fisher_trace: mean squared gradient norm of single samples; NaN if sampling noise cannot be told.
         looks: number of looks.
+        needed: looks that would be enough for a scale if they went on as they did: by the mean squared gradient, and at
+            the least, by the upper end of its interval. Infinite where no number is, since older looks fade; NaN where
+            there is enough, or fewer than `FEWEST`.
+        shortfall: how many times as many members, or samples for each, would have been enough in as many looks, in the
+            same way. The variance of a look falls at least in proportion.
     """
 
     scale: float
@@ -122,6 +130,8 @@ class NoiseScale(NamedTuple):
     square: float
     fisher_trace: float
     looks: int
+    needed: tuple[float, float] = (math.nan, math.nan)
+    shortfall: tuple[float, float] = (math.nan, math.nan)
 
     @property
     def enough(self) -> bool:
@@ -167,7 +177,8 @@ def noise_scale(looks: Sequence[Look], decay: float = 0.99, confidence: float = 
     low, high = _quotient_interval(noises, squares, weights, confidence)
     known = UNKNOWN._replace(low=low, high=high, square=square, fisher_trace=trace + square, looks=number)
     if _quotient_interval(noises, squares, weights, _BEYOND_DOUBT)[1] == math.inf:
-        return known
+        needed, shortfall = _what_is_lacking(squares, weights, decay)
+        return known._replace(needed=needed, shortfall=shortfall)
     return known._replace(
         scale=max(0.0, float(weights @ noises) / square),
         critical_batch=trace if math.isnan(trace) else max(0.0, trace / square),
@@ -176,6 +187,46 @@ def noise_scale(looks: Sequence[Look], decay: float = 0.99, confidence: float = 
 
 
 _BEYOND_DOUBT = 0.999
+
+
+def _what_is_lacking(
+    squares: FloatArray, weights: FloatArray, decay: float
+) -> tuple[tuple[float, float], tuple[float, float]]:
+    """See `NoiseScale.needed` and `NoiseScale.shortfall`."""
+    shared, mean = float(weights @ weights), float(weights @ squares)
+    variance = float(weights @ (squares - mean) ** 2) / (1.0 - shared)  # of a look
+    upper = mean + float(stdtrit(1.0 / shared - 1.0, 0.975)) * math.sqrt(variance * shared)
+
+    def doubt(shared: float) -> float:
+        """The squared mean that differs from zero, with looks that share their weight so."""
+        return float(stdtrit(1.0 / shared - 1.0, 0.5 + _BEYOND_DOUBT / 2)) ** 2 * variance * shared
+
+    def looks(mean: float) -> float:
+        few, many = len(squares), max(len(squares), MOST_LOOKS)
+        if mean <= 0 or doubt(_shared(many, decay)) >= mean**2:
+            return math.inf
+        while many - few > 1:
+            middle = (few + many) // 2
+            few, many = (few, middle) if doubt(_shared(middle, decay)) < mean**2 else (middle, many)
+        return float(many)
+
+    def factor(mean: float) -> float:
+        return max(1.0, doubt(shared) / mean**2) if mean > 0 else math.inf
+
+    return (looks(mean), looks(upper)), (factor(mean), factor(upper))
+
+
+def _shared(looks: int, decay: float) -> float:
+    """Sum of the squared weights of so many looks.
+
+    Example:
+        >>> _shared(4, 1.0), round(1 / _shared(10**6, 0.99))
+        (0.25, 199)
+    """
+    if decay == 1.0:
+        return 1.0 / looks
+    faded = decay**looks
+    return (1.0 - decay) / (1.0 + decay) * (1.0 + faded) / (1.0 - faded)
 
 
 def _quotient_interval(

@@ -8,11 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from lightning_fedscale.noise import UNKNOWN, Look, NoiseScale, look_at_members, noise_scale
+from lightning_fedscale.noise import MOST_LOOKS, UNKNOWN, Look, NoiseScale, look_at_members, noise_scale
 from lightning_fedscale.phases import Decision, Detector, Observation, Phase, ScaleRule, State
 from lightning_fedscale.types import RoundRecord
-
-_MOST_LOOKS = 300
 
 
 def joined(decisions: Sequence[Decision]) -> Decision:
@@ -86,7 +84,7 @@ class PhaseKeeper:
         """Take in what gradients show of their noise; of "sampling" or "members"."""
         looks = self._looks[kind]
         looks.append(look)
-        del looks[:-_MOST_LOOKS]
+        del looks[:-MOST_LOOKS]
         setattr(self, kind, noise_scale(looks))
 
     def look_at_clients(self, record: RoundRecord) -> None:

@@ -11,7 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import binomtest
 
+from lightning_fedscale.callbacks.critical_phase import noise_in_words
 from lightning_fedscale.noise import (
+    MOST_LOOKS,
     UNKNOWN,
     Look,
     diagonal_init,
@@ -133,6 +135,80 @@ def test_little_evidence_is_said() -> None:
     assert found.high > problem.trace / problem.square or found.high == math.inf
     assert not noise_scale([Look(1.0, 1.0, 8.0)] * 4).enough
     assert noise_scale([]) == UNKNOWN
+
+
+def mostly_enough(looks: int, clients: int, samples: int) -> bool:
+    """Whether in most runs so many looks at so many clients, with so many samples for each, tell the noise scale."""
+    enough = 0
+    for seed in range(20):
+        problem = Quadratic(seed=seed)
+        weights = np.full(clients, 1 / clients)
+        enough += noise_scale([problem.members([samples] * clients, weights) for _ in range(looks)]).enough
+    return enough > 10
+
+
+def test_what_would_be_enough_is() -> None:
+    """Sampling alone makes gradients noisy here: what is said to be enough is, and half of the looks are not."""
+    looks, clients, samples, lacking = 10, 4, 6, []
+    for seed in range(20):
+        problem = Quadratic(seed=seed)
+        weights = np.full(clients, 1 / clients)
+        found = noise_scale([problem.members([samples] * clients, weights) for _ in range(looks)])
+        if not found.enough:
+            lacking.append((*found.needed, *found.shortfall))
+    assert len(lacking) > 15
+    needed, at_least, factor, factor_at_least = np.median(np.array(lacking), axis=0)
+    assert looks < at_least < needed < MOST_LOOKS
+    assert 1 < factor_at_least < factor < 20
+    assert not mostly_enough(looks, clients, samples)
+    assert not mostly_enough(math.floor(needed / 2), clients, samples)
+    assert mostly_enough(math.ceil(1.2 * needed), clients, samples)
+    assert mostly_enough(looks, math.ceil(clients * factor), samples)
+    assert mostly_enough(looks, clients, math.ceil(samples * factor))
+
+
+@pytest.mark.parametrize("decay", [0.9, 0.99, 1.0])
+def test_the_needed_looks_are_the_first_that_suffice(decay: float) -> None:
+    """Looks of two values in turn have the same mean and variance however many there are."""
+
+    def looks(number: int) -> list[Look]:
+        return [Look(1.0 + 1.5 * (-1) ** i, 2.0, 8.0) for i in range(number)]
+
+    found = noise_scale(looks(10), decay)
+    assert not found.enough
+    if decay == 0.9:  # which never has more than 19 looks' worth of evidence
+        assert found.needed[0] == math.inf
+        assert not noise_scale(looks(MOST_LOOKS), decay).enough
+        return
+    number = int(found.needed[0])
+    assert noise_scale(looks(math.ceil(1.15 * number)), decay).enough
+    assert not noise_scale(looks(int(0.85 * number)), decay).enough
+
+
+def test_where_no_gradient_shows_nothing_is_promised() -> None:
+    around_zero = noise_scale([Look(0.01 * (-1) ** i - 0.1, 2.0, 8.0) for i in range(20)])
+    assert around_zero.needed == around_zero.shortfall == (math.inf, math.inf)
+    assert "no sign of a gradient" in noise_in_words(around_zero, "round", "as many clients in each")
+    below = noise_scale([Look((-1) ** i - 0.1, 2.0, 8.0) for i in range(20)])
+    assert below.needed[0] == below.shortfall[0] == math.inf
+    assert below.needed[1] < math.inf
+    assert "at least" in noise_in_words(below, "round", "as many clients in each")
+
+
+def test_the_words_say_interval_and_remedy() -> None:
+    little = noise_scale([Look(1.0 + 1.5 * (-1) ** i, 2.0, 8.0) for i in range(10)])
+    said = noise_in_words(little, "step", "as large batches")
+    assert said.startswith("not enough evidence on the gradient noise scale (")
+    assert f"{little.needed[0] / 10:.2g} (at least {little.needed[1] / 10:.2g}) times as many steps" in said
+    assert (
+        f"{little.shortfall[0]:.2g} (at least {little.shortfall[1]:.2g}) times as large batches, would be enough"
+        in said
+    )
+    few = noise_in_words(noise_scale([Look(1.0, 1.0, 8.0)] * 3), "round", "as many clients in each")
+    assert few.endswith("5 looks at it are the least, and there were 3: train for more rounds")
+    much = noise_scale([Look(1.0, 2.0, 8.0)] * 10)
+    assert noise_in_words(much, "round", "") == "gradient noise scale 16 samples (16 to 16)"
+    assert all(map(math.isnan, (*much.needed, *much.shortfall)))
 
 
 def test_agrees_with_adaptdl_on_the_same_gradients() -> None:
