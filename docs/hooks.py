@@ -1,8 +1,10 @@
 """What `mkdocs build` does beyond the pages: parts of the README, the list of messages, files that lie elsewhere.
 
-A page says ``<!-- readme: Heading -->`` where that section of README.md is to stand, ``<!-- messages -->`` where all
-errors and warnings are, and ``<!-- papers: ROOM ROOM -->`` where the public names of rooms and their papers are, and
-``<!-- groups -->`` where Hydra's groups are. So nothing that is written elsewhere is written a second time.
+A page says ``<!-- readme: Heading -->`` where that section of README.md is to stand, ``<!-- reference: MODULE -->``
+where the docstrings of a module are, ``<!-- messages -->`` where all errors and warnings are,
+``<!-- papers: ROOM ROOM -->`` where the public names of rooms and their papers are, and ``<!-- groups -->`` where
+Hydra's groups are. What stands from there to ``<!-- end -->`` is for readers of the repository (see fill.py), and is
+replaced.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ import groups  # docs/groups.py, and so on: mkdocs puts this folder on the path
 import messages
 import papers
 from api import readable
+from fill import BLOCK
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.exceptions import PluginError
 from mkdocs.structure.files import File, Files
@@ -42,11 +45,18 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
     """Fill in what a page takes from elsewhere."""
-    up = "../" * page.file.src_uri.count("/")
-    markdown = re.sub(r"<!-- readme: (.+?) -->", lambda found: section(found[1], up), markdown)
-    markdown = re.sub(r"<!-- papers: (.+?) -->", lambda found: sources(found[1].split()), markdown)
-    markdown = re.sub(r"<!-- groups -->", lambda _: options(), markdown)
-    return re.sub(r"<!-- messages -->", lambda _: listed(), markdown)
+    depth = page.file.src_uri.count("/")
+    up = "../" * depth
+    made = {
+        "readme": lambda heading: section(heading, up),
+        "reference": lambda name: f"::: {name}",
+        "papers": lambda rooms: sources(rooms.split()),
+        "groups": lambda _: options(),
+        "messages": lambda _: listed(),
+    }
+    markdown = BLOCK.sub(lambda found: made[found[1]](found[2] or ""), markdown)
+    # What lies outside of docs/ in the repository is one step nearer here.
+    return re.sub(rf"\]\({re.escape(up)}\.\./(?={'|'.join(ELSEWHERE)})", f"]({up}", markdown)
 
 
 def section(heading: str, up: str = "") -> str:

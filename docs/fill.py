@@ -1,0 +1,111 @@
+"""What stands on the pages in the repository, where the site has parts of the README, the reference and long lists.
+
+``python docs/fill.py`` writes it between ``<!-- kind: argument -->`` and ``<!-- end -->``: links to what can be read
+without the site, and for the reference every public name with the file that its docstring is in.
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+import sys
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+DOCS = Path(__file__).resolve().parent
+ROOT = DOCS.parent
+BLOCK = re.compile(r"^<!-- (\w+)(?:: (.+?))? -->\n(?:(?!<!-- ).*\n)*<!-- end -->$", re.M)
+ROLE = re.compile(r":\w+:`~?([^`]+)`")
+
+
+def filled(page: Path) -> str:
+    """A page's text with all that is between its marks brought up to date."""
+    up = "../" * len(page.relative_to(ROOT).parts[:-1])
+
+    def block(found: re.Match[str]) -> str:
+        kind, argument = found[1], found[2] or ""
+        text = {"readme": readme, "reference": reference, "papers": papers, "messages": messages, "groups": groups}
+        return f"{found[0].splitlines()[0]}\n\n{text[kind](argument, up)}\n\n<!-- end -->"
+
+    return BLOCK.sub(block, page.read_text("utf8"))
+
+
+def readme(heading: str, up: str) -> str:
+    """A link to a section of the README."""
+    anchor = "" if heading == "Introduction" else f"#{slug(heading)}"
+    return f"A section of the README: [{heading}]({up}README.md{anchor})."
+
+
+def slug(heading: str) -> str:
+    """The anchor that browsers of repositories give a heading.
+
+    Example:
+        >>> slug("Critical phases, and the noise that large batches lose")
+        'critical-phases-and-the-noise-that-large-batches-lose'
+    """
+    return re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-")
+
+
+def reference(name: str, up: str) -> str:
+    """All public names of a module, with the files that their docstrings are in."""
+    module: Any = import_module(name)
+    names = getattr(module, "__all__", None) or [each for each, thing in vars(module).items() if _is_own(thing, module)]
+    rows = ["| name, and where its docstring is | what it is |", "|---|---|"]
+    for each in sorted(names):
+        thing = inspect.unwrap(getattr(module, each))
+        if inspect.isclass(thing) or inspect.isfunction(thing):
+            file = Path(inspect.getsourcefile(thing) or "").resolve().relative_to(ROOT)
+            rows.append(f"| [`{each}`]({up}{file.as_posix()}) | {_about(thing)} |")
+    return "\n".join(rows)
+
+
+def _is_own(thing: Any, module: Any) -> bool:
+    named = inspect.isclass(thing) or inspect.isfunction(thing)
+    return named and thing.__module__ == module.__name__ and not thing.__name__.startswith("_")
+
+
+def _about(thing: Any) -> str:
+    paragraph = " ".join((inspect.getdoc(thing) or "").partition("\n\n")[0].split())
+    return re.sub(r"(?<!\\)\|", r"\\|", ROLE.sub(r"`\1`", paragraph))  # a bare one would end the cell
+
+
+def papers(rooms: str, up: str) -> str:
+    """Where the names and their papers are."""
+    links = ", ".join(_room(room, up) for room in rooms.split())
+    return f"In the docstrings of {links}; README.md has [a table]({up}README.md#algorithms) of the algorithms."
+
+
+def messages(_: str, up: str) -> str:
+    """Where messages are."""
+    files = ("arguments", "refusals", "combinations", "workload", "partitioners", "scaling", "callbacks")
+    return f"`make docs` lists them all here; they are words of the source, above all of {_rooms(files, up)}."
+
+
+def groups(_: str, up: str) -> str:
+    """Where Hydra's groups are."""
+    folder = f"{up}lightning_fedscale/conf"
+    return f"`make docs` lists them all here; each is a folder of [conf]({folder}), and each file says what it is."
+
+
+def _rooms(names: tuple[str, ...], up: str) -> str:
+    return ", ".join(_room(name, up) for name in names)
+
+
+def _room(name: str, up: str) -> str:
+    path = ROOT / "lightning_fedscale" / name
+    path = (path if path.is_dir() else path.with_suffix(".py")).resolve()
+    return f"[{name}]({up}{path.relative_to(ROOT).as_posix()})"
+
+
+def main() -> None:
+    """Bring all pages up to date."""
+    sys.path.insert(0, str(ROOT))
+    for page in sorted(DOCS.rglob("*.md")):
+        if (text := filled(page)) != page.read_text("utf8"):
+            page.write_text(text, "utf8")
+            print(page.relative_to(ROOT))
+
+
+if __name__ == "__main__":
+    main()
