@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from lightning_fedscale import FederatedStrategy, Partition, cli
+from lightning_fedscale.callbacks import ClientMetrics
 from lightning_fedscale.partitioners import FilePartitioner, by_name
 from lightning_fedscale.scaling.project import LEVELS
 from lightning_fedscale.sweep import sweep
@@ -152,6 +153,19 @@ def test_names_and_files_are_resolved_in_one_place(file: str) -> None:
     with pytest.raises(ValueError, match="FilePartitioner has no argument 'alpha'"):
         by_name(file, alpha=0.3)
     assert by_name("iid").num_partitions == 10
+
+
+def test_validation_data_are_divided_by_a_file_too(file: str) -> None:
+    def fit_with(partitioner: str) -> dict[str, Any]:
+        strategy = FederatedStrategy(partitioner=file, executor="sequential")
+        callback = ClientMetrics(partitioner=partitioner)
+        trainer = reference.quiet_trainer(max_epochs=1, strategy=strategy, callbacks=[callback], limit_val_batches=1.0)
+        trainer.fit(Net(), datamodule=Data())
+        return trainer.callback_metrics
+
+    assert any(name.startswith("clients/") for name in fit_with(file))
+    with pytest.raises(ValueError, match=LOST):
+        fit_with("lost.json")
 
 
 # ---- Hydra
