@@ -96,7 +96,6 @@ __all__ = [
     "project_law",
     "read_logs",
     "read_runs",
-    "size",
     "sweep_command",
     "write_report",
 ]
