@@ -162,7 +162,9 @@ def run(
 
 def middle(recipe: Recipe) -> int:
     """The epoch after which a training is stopped."""
-    return (recipe.epochs - 1) // 2
+    rounds = int(recipe.trainer.get("max_steps", "-1")), int(recipe.strategy.get("rounds_per_epoch", "1"))
+    epochs = recipe.epochs if rounds[0] < 0 else min(recipe.epochs, math.ceil(rounds[0] / rounds[1]))
+    return (epochs - 1) // 2
 
 
 def _is_plain(value: Any) -> bool:
