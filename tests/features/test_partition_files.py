@@ -206,6 +206,11 @@ COMMANDS: dict[str, Callable[[str, str], list[str]]] = {
         f"--module={HERE}Net", f"--data={HERE}{data}", f"--partition={file}", "--flops=1e4", "--sizes=[2,4,8,16]",
         "--rates=[1.0]", "--accelerator=cpu", "--json",
     ],
+    "size": lambda file, data: [
+        f"--module={HERE}Net", f"--data={HERE}{data}", f"--partition={file}", "--flops=1e4", "--sizes=[2,4]",
+        "--methods=[fed_avg]", "--local_steps=[1]", "--rates=[1.0]", "--seeds=2", "--study_minutes=0.01",
+        "--accelerator=cpu", "--json",
+    ],
     "train": lambda file, data: [
         f"model._target_={HERE}Net", f"data._target_={HERE}{data}", f"--partition={file}", "--json", *SHORT,
     ],
@@ -236,6 +241,9 @@ def test_commands_take_files(name: str, file: str, capfd: pytest.CaptureFixture[
     found = json.loads(said.out.splitlines()[-1])
     if name == "partition":
         assert found["sizes"] == [10, 25, 25]
+    elif name == "size":
+        assert found["clients"] == 3
+        assert f"partitioner={file!r}" in found["strategy"]
     elif name == "bench":
         assert (found["clients"], found["batches_per_round"]) == (3, 6)
     else:
@@ -267,6 +275,7 @@ def test_commands_refuse_files_in_one_line(
         ("partition", "--clients=4"),
         ("bench", "--clients=4"),
         ("sweep", "--clients=[4]"),
+        ("size", "--clients=4"),
         ("train", "strategy.num_clients=4"),
     ],
 )
