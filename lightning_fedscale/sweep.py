@@ -263,16 +263,21 @@ class Counts(ComputeAccounting):
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Without what every Trainer says of itself."""
-    log = logging.getLogger("lightning.pytorch")
-    level = log.level
-    log.setLevel(logging.WARNING)
+    """Without what every Trainer says of itself.
+
+    Where both of Lightning's packages are there, both say it by the logger of the one that was imported last.
+    """
+    logs = [logging.getLogger(name) for name in ("lightning.pytorch", "pytorch_lightning")]
+    levels = [log.level for log in logs]
+    for log in logs:
+        log.setLevel(logging.WARNING)
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*does not have many workers|.*LeafSpec")
             yield
     finally:
-        log.setLevel(level)
+        for log, level in zip(logs, levels, strict=True):
+            log.setLevel(level)
 
 
 def _train(
