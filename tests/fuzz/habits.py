@@ -197,7 +197,7 @@ READ: dict[str, State] = {
         lambda m, e: GLOBALS["beta"].fill_(_at(e)),
     ),
     "in_buffer": State(
-        lambda m: m.register_buffer("beta", torch.ones(())), lambda m, i: m.beta, lambda m, e: m.beta.fill_(_at(e))
+        lambda m: m.register_buffer("kept", torch.ones(())), lambda m, i: m.kept, lambda m, e: m.kept.fill_(_at(e))
     ),
     "in_submodule": State(
         lambda m: setattr(m.head, "scale", 1.0),
