@@ -1,7 +1,8 @@
 """Which settings train with how much of the budget: many with little, few with all of it, the best with several seeds.
 
-Successive halving (arXiv 1502.07943) with two precautions. Small budgets favour small models, so the best of every size
-stays until the end; and what a grid leaves out is tried around the best at the full budget.
+Successive halving (arXiv 1502.07943) with two precautions. Small budgets favour small models, and large rates where
+the whole budget passes over the data until they are known by heart, so the best of every size and of every rate stays
+until the end; and what a grid leaves out is tried around the best at the full budget.
 """
 
 from __future__ import annotations
@@ -155,7 +156,7 @@ class Race:
         return self.seconds / 2 / max(1, len(shares) - 1)
 
     def _promoted(self, share: float, waiting: Sequence[Setting]) -> list[Setting]:
-        """Who goes on, the most urgent first: the best, the present model, the best of each size and each method.
+        """Who goes on, the most urgent first: the best, the present model, the best of each size, method and rate.
 
         Of the others, those who wait take turns with those who have run, the best of these first.
         """
@@ -164,6 +165,7 @@ class Race:
         others = [each for pair in zip_longest(ordered, waiting) for each in pair if each is not None]
         return without_twins([
             *ordered[:1], *self._present(losses), *best_of_each(losses, ["size"]), *best_of_each(losses, ["method"]),
+            *best_of_each(losses, ["rate"]),
             *others,
         ])  # fmt: skip
 
