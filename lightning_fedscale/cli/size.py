@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json as json_format
 import sys
+from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
@@ -12,7 +13,7 @@ from lightning_fedscale.cli.files import made, written
 from lightning_fedscale.cli.makers import Maker
 from lightning_fedscale.cli.projects import check_accelerator
 from lightning_fedscale.study import size as find
-from lightning_fedscale.study.told import rows_of, sentences, write
+from lightning_fedscale.study.told import PAGE, rows_of, sentences, write
 
 
 def size(
@@ -79,7 +80,7 @@ def size(
         local_steps=local_steps, rates=rates, study_minutes=study_minutes, seeds=seeds, seed=seed, loss=loss,
         workers=workers, folder=runs, trainer={"accelerator": accelerator}, say=say,
     )  # fmt: skip
-    written("output", output + "/.", lambda: write(answer, output))
+    written("output", str(Path(output, PAGE)), lambda: write(answer, output))
     if json:
         print(json_format.dumps(answer.as_dict()))
         return

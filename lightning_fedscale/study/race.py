@@ -14,10 +14,10 @@ from typing import NamedTuple
 
 from lightning_fedscale.study.settings import FED_AVG, Setting, Space, best_of_each, without_twins
 
-THIRD = 3
-"""Each stage trains three times as long as the one before."""
+_TIMES = 3
+"""Each stage trains so many times as long as the one before."""
 
-_FEWEST_ROUNDS = 3
+FEWEST_ROUNDS = 3
 """A run of fewer rounds says nothing about any number of local steps."""
 
 _OF_FIELD, _OF_SEEDS = 0.3, 0.25
@@ -113,8 +113,8 @@ class Race:
         """Of the stages, ascending to 1: as small as a third of the settings still have some rounds in."""
         found, settings = [1.0], list(self.space.spread())
         while len(found) < 4:
-            share = found[0] / THIRD
-            long_enough = sum(self.prices.rounds(each, share) >= _FEWEST_ROUNDS for each in settings)
+            share = found[0] / _TIMES
+            long_enough = sum(self.prices.rounds(each, share) >= FEWEST_ROUNDS for each in settings)
             if long_enough < len(settings) / 3:
                 break
             found.insert(0, share)
@@ -141,15 +141,16 @@ class Race:
         going = self._entrants()
         for share in shares[:-1]:
             stage = self._stage_seconds(shares)
-            jobs = [Job(each, share, 0) for each in going if self.prices.rounds(each, share) >= _FEWEST_ROUNDS]
+            jobs = [Job(each, share, 0) for each in going if self.prices.rounds(each, share) >= FEWEST_ROUNDS]
             self._make(self.prices.affordable(jobs, stage, len(self.anchors)))
             # Those for whom this was too little come in later.
-            going = self._promoted(share, [each for each in going if self.prices.rounds(each, share) < _FEWEST_ROUNDS])
+            waiting = [each for each in going if self.prices.rounds(each, share) < FEWEST_ROUNDS]
+            going = self._promoted(share, waiting) or going
         self._final(going)
         return self.losses[1.0]
 
     def _entrants(self) -> list[Setting]:
-        long_enough = (each for each in self.space.spread() if self.prices.rounds(each, 1.0) >= _FEWEST_ROUNDS)
+        long_enough = (each for each in self.space.spread() if self.prices.rounds(each, 1.0) >= FEWEST_ROUNDS)
         return without_twins([*self.anchors, *long_enough])
 
     def _stage_seconds(self, shares: Sequence[float]) -> float:
@@ -165,8 +166,7 @@ class Race:
         others = [each for pair in zip_longest(ordered, waiting) for each in pair if each is not None]
         return without_twins([
             *ordered[:1], *self._present(losses), *best_of_each(losses, ["size"]), *best_of_each(losses, ["method"]),
-            *best_of_each(losses, ["rate"]),
-            *others,
+            *best_of_each(losses, ["rate"]), *others,
         ])  # fmt: skip
 
     def _present(self, losses: dict[Setting, float]) -> list[Setting]:
@@ -180,7 +180,7 @@ class Race:
     def _final(self, going: Sequence[Setting]) -> None:
         begun = self._spent
         time = max(self.seconds / 2, self.seconds - begun)
-        field = [Job(each, 1.0, 0) for each in going if self.prices.rounds(each, 1.0) >= _FEWEST_ROUNDS]
+        field = [Job(each, 1.0, 0) for each in going if self.prices.rounds(each, 1.0) >= FEWEST_ROUNDS]
         self._make(self.prices.affordable(field, time * _OF_FIELD, 1 + 2 * bool(self.anchors)))
         needed = self.prices.of(self._finals()[: self._fewest_finals])
         self._climb(begun + time - max(time * _OF_SEEDS, needed))
@@ -209,7 +209,7 @@ class Race:
             around = [
                 Job(each, 1.0, 0)
                 for each in self.space.neighbours(at)
-                if each not in losses and self.prices.rounds(each, 1.0) >= _FEWEST_ROUNDS
+                if each not in losses and self.prices.rounds(each, 1.0) >= FEWEST_ROUNDS
             ]
             self._make(self.prices.affordable(around, until - self._spent, 0))
 

@@ -17,6 +17,7 @@ import pandas as pd
 import torch
 from torch import nn
 
+from lightning_fedscale import randomness
 from lightning_fedscale.checks import integer, one_of
 from lightning_fedscale.partitioners import FinishedPartitioner, Partition, Partitioner, by_name, heterogeneity
 from lightning_fedscale.partitioners.labels import find_labels
@@ -26,7 +27,7 @@ from lightning_fedscale.study.cost import Cost
 from lightning_fedscale.study.ledger import Ledger
 from lightning_fedscale.study.loaders import train_loader
 from lightning_fedscale.study.methods import METHODS, expression_of
-from lightning_fedscale.study.race import Job, Measured, Prices, Race
+from lightning_fedscale.study.race import FEWEST_ROUNDS, Job, Measured, Prices, Race
 from lightning_fedscale.study.settings import FED_AVG, Setting, Space, ladder
 from lightning_fedscale.study.trial import Executing, Project
 
@@ -101,9 +102,9 @@ def size(
         if not callable(given):
             raise TypeError(f"{name}={given!r}: pass a class or a function that makes it.")
     current = _current(module, argument, current)
-    made = data()
-    loader = train_loader(None, made)
-    held, facts = _partition(partition, clients, loader.dataset)
+    with randomness.untouched():  # the caller's generators are not the study's
+        loader = train_loader(None, data())
+        held, facts = _partition(partition, clients, loader.dataset)
     known = _methods(methods)
     space = Space(
         _axis("sizes", sizes if sizes is not None else ladder(current) if current else ()),
@@ -112,7 +113,8 @@ def size(
         _axis("local_steps", local_steps),
         _rates(rates),
     )
-    _check_size(module, argument, space.sizes)
+    with randomness.untouched():
+        _check_size(module, argument, space.sizes)
     project = Project(
         module, data, argument=argument, partition=held, clients_per_round=clients_per_round, methods=known,
         flops=flops, seed=seed, loss=loss, trainer=trainer or {},
@@ -149,6 +151,7 @@ class _Study:
         self.notes: list[str] = []
         # Rows in the order in which they are asked for: what is decided by them is decided so again after a restart.
         self.seen: list[dict[str, Any]] = []
+        self._known: tuple[int, dict[Executing, Cost]] = -1, {}  # what so many rows say of costs
 
     def run(self) -> Answer:
         self._pilot()
@@ -183,12 +186,16 @@ class _Study:
                 continue
             if name == "kept_optimizer" and not row["keeps"]:
                 self._drop(name, "this optimizer has no state to keep, so it is fed_avg")
-        if self._rounds(self._plain(self.space.sizes[0]), 1.0) < 1:
+        paid = self._rounds(self._plain(smallest), 1.0)
+        if paid < FEWEST_ROUNDS:
             raise ValueError(
-                f"flops={self.project.flops:g}: pays less than one round of the smallest model: pass"
-                f" {self.project.flops / self._rounds(self._plain(self.space.sizes[0]), 1.0) * 10:.1g} or more, fewer"
-                " local steps or smaller batches."
+                f"flops={self.project.flops:g}: pays {paid:.2g} rounds of the smallest model, and fewer than"
+                f" {FEWEST_ROUNDS} tell nothing: pass {self.project.flops / paid * 10:.1g} or more, fewer local steps"
+                " or smaller batches."
             )
+        if self.current is not None and self._rounds(self._plain(self.current), 1.0) < FEWEST_ROUNDS:
+            who = f"{self.project.argument} {self.current}"
+            self.notes.append(f"{who} took no part: the budget pays too few rounds of it")
 
     def _drop(self, method: str, reason: str) -> None:
         self.notes.append(f"{method} took no part: {reason}")
@@ -211,12 +218,11 @@ class _Study:
         return cost
 
     def _costs(self) -> dict[Executing, Cost]:
-        if self._known != len(self.seen):
-            self._known = len(self.seen)
-            self._of = {name: self._cost(name) for name in _EXECUTORS}
-        return self._of
-
-    _known = -1
+        number, costs = self._known
+        if number != len(self.seen):
+            costs = {name: self._cost(name) for name in _EXECUTORS}
+            self._known = len(self.seen), costs
+        return costs
 
     def _seconds(self, setting: Setting, share: float) -> float:
         return min(each.seconds(setting, share) for each in self._costs().values())
@@ -269,6 +275,9 @@ class _Study:
     def _answer(self) -> Answer:
         table = pd.DataFrame(self.seen)
         whole = table[(table["share"] == 1) & (table["seed"] >= 0)]
+        if missing := sorted(set(self.space.sizes) - set(whole["size"])):
+            sizes = ", ".join(map(str, missing))
+            self.notes.append(f"there was no time to train {self.project.argument} {sizes} with the whole budget")
         results = results_of(whole, self.project.partition.sizes)
         best = results[0].setting
         parts = [f"num_clients={self.project.partition.num_clients}", f"partitioner={self.ledger.study['partition']}"]

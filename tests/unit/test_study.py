@@ -134,6 +134,16 @@ def test_a_race_of_which_all_diverge_ends() -> None:
     assert all(math.isinf(loss) for loss in race.run().values())
 
 
+def test_settings_that_diverge_with_little_are_not_given_up() -> None:
+    """Where all do, nobody has lost yet, and nobody waits: all go on."""
+    small = Space((16, 32), (FED_AVG,), (32,), (5,), (1.0,))
+
+    def measure(jobs: Sequence[Job]) -> list[Measured]:
+        return [Measured(1.0 if each.share == 1 else math.inf, 1.0) for each in jobs]
+
+    assert Race(small, [], 600.0, 2, Prices(seconds, rounds), measure).run()
+
+
 def test_the_plan_is_of_about_what_runs() -> None:
     task, made = Task(6), list[Job]()
     race = race_of(task, 400.0)
