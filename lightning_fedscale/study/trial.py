@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from typing import Any, Literal, TypeAlias
 
 import lightning.pytorch as pl
@@ -104,7 +105,11 @@ class Project:
                 (loss,) = losses_in(test.validate(net, datamodule=data, verbose=False), self.loss)
             except Diverged:
                 loss = math.inf
-            worst = max(self._losses_of_clients(test, net, run, batches), default=math.nan) if each_client else math.nan
+            worst = math.nan
+            if each_client:
+                # Training data need not be what validation_step takes, and what only looks on ends no study.
+                with suppress(Exception):
+                    worst = max(self._losses_of_clients(test, net, run, batches), default=math.nan)
         ledger = counts.ledger
         return {
             **setting._asdict(),
