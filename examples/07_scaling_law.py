@@ -25,7 +25,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from lightning_fedscale import FederatedStrategy
 from lightning_fedscale.callbacks import ComputeAccounting
 from lightning_fedscale.scaling import LAW_FILE, fit, plan, write_report
-from lightning_fedscale.sweep import sweep
+from lightning_fedscale.study import sweep
 
 # ------------------------------------------------------- An ordinary Lightning project, whose module has a `size`.
 

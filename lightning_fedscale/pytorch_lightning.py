@@ -88,7 +88,6 @@ KNOW_LIGHTNING = {
     "side_effects",
     "strategy",
     "study",
-    "sweep",
     "train_data",
     "uplink",
     "workload",

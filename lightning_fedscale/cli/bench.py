@@ -28,7 +28,7 @@ from lightning_fedscale.partitioners import Partition, by_name
 from lightning_fedscale.rounds import pass_order, steps_from
 from lightning_fedscale.strategy import FederatedStrategy
 from lightning_fedscale.study.loaders import train_loader
-from lightning_fedscale.sweep import quiet
+from lightning_fedscale.study.trial import quiet
 from lightning_fedscale.types import Cursor
 
 _TURNS = 3

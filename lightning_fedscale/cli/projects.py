@@ -5,7 +5,7 @@ from __future__ import annotations
 import lightning.pytorch as pl
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
-from lightning_fedscale.sweep import quiet
+from lightning_fedscale.study.trial import quiet
 
 
 def check_accelerator(accelerator: str) -> None:

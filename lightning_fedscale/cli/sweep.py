@@ -12,7 +12,7 @@ from lightning_fedscale.cli.fit import finish
 from lightning_fedscale.cli.makers import Maker
 from lightning_fedscale.cli.projects import check_accelerator
 from lightning_fedscale.scaling import fit as make_fit
-from lightning_fedscale.sweep import sweep as run_sweep
+from lightning_fedscale.study.sweeping import sweep as run_sweep
 
 
 def sweep(
@@ -23,6 +23,8 @@ def sweep(
     clients: list[int] | None = None,
     partition: str | None = None,
     argument: str = "size",
+    method: str = "fed_avg",
+    batch_size: int | None = None,
     local_steps: int = 5,
     rates: list[float] = [0.5, 1.0, 2.0],  # noqa: B006
     seeds: int = 1,
@@ -47,6 +49,8 @@ def sweep(
         partition: how the data is divided: a name such as 'dirichlet', or the file of a saved partition; in equal parts
             by default.
         argument: name of the module's argument that makes the model larger or smaller.
+        method: how clients train, by a name that fedscale size knows, such as 'scaffold'.
+        batch_size: of a client; by default the data's own.
         local_steps: batches of a client in a round.
         rates: learning rates to try for each size and number of clients, as multiples of the module's own; more are
             tried where the best is the first or the last.
@@ -68,13 +72,17 @@ def sweep(
             file=sys.stderr,
         )
 
+    def say(line: str) -> None:
+        print(line, file=sys.stderr)
+
     check_accelerator(accelerator)
     bootstrap = integer("bootstrap", bootstrap, 0)
     for name, folder in (("runs", runs), ("output", output)):
         made(name, folder)
     run = module.twin_of(run_sweep, {argument: sizes[0]} if sizes else {})
     run(
-        module, data, sizes, flops, clients, partition=partition, argument=argument, folder=runs, loss=loss,
-        local_steps=local_steps, rates=rates, seeds=seeds, trainer={"accelerator": accelerator}, each=show,
+        module, data, sizes, flops, clients, partition=partition, method=method, argument=argument, folder=runs,
+        loss=loss, batch_size=batch_size, local_steps=local_steps, rates=rates, seeds=seeds,
+        trainer={"accelerator": accelerator}, each=show, say=say,
     )  # fmt: skip
     finish(make_fit([str(Path(runs, "runs.csv"))], law, bootstrap=bootstrap, task=task), output, json)

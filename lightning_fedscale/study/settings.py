@@ -19,7 +19,7 @@ class Setting(NamedTuple):
     Attributes:
         size: of the module's argument.
         method: its name in `METHODS`, or among the user's own.
-        batch_size: of a client, in samples.
+        batch_size: of a client, in samples; 0 for what the data has.
         local_steps: batches of a client in a round.
         rate: learning rate of the clients, as a multiple of the module's own.
     """

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-import inspect
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, Future, ProcessPoolExecutor, as_completed
@@ -15,18 +13,27 @@ from typing import Any
 import lightning.pytorch as pl
 import pandas as pd
 import torch
-from torch import nn
 
 from lightning_fedscale import randomness
-from lightning_fedscale.checks import integer, one_of
-from lightning_fedscale.partitioners import FinishedPartitioner, Partition, Partitioner, by_name, heterogeneity
-from lightning_fedscale.partitioners.labels import find_labels
+from lightning_fedscale.checks import integer
+from lightning_fedscale.partitioners import Partition, Partitioner
 from lightning_fedscale.refusals import is_told
 from lightning_fedscale.study.answer import Answer, current_of, results_of
+from lightning_fedscale.study.arguments import (
+    axis,
+    batch_sizes_of,
+    check_size,
+    current_size,
+    methods_of,
+    name_of,
+    partition_of,
+    positive,
+    rates_of,
+)
 from lightning_fedscale.study.cost import Cost
 from lightning_fedscale.study.ledger import Ledger
 from lightning_fedscale.study.loaders import train_loader
-from lightning_fedscale.study.methods import METHODS, expression_of
+from lightning_fedscale.study.methods import expression_of
 from lightning_fedscale.study.race import FEWEST_ROUNDS, Job, Measured, Prices, Race
 from lightning_fedscale.study.settings import FED_AVG, Setting, Space, ladder
 from lightning_fedscale.study.trial import Executing, Project
@@ -96,31 +103,31 @@ def size(
             of other data, or if all settings diverge.
     """
     say = say or _silent
-    flops, study_minutes = _positive("flops", flops), _positive("study_minutes", study_minutes)
+    flops, study_minutes = positive("flops", flops), positive("study_minutes", study_minutes)
     seeds, workers = integer("seeds", seeds, 2), integer("workers", workers, 1)
     for name, given in (("module", module), ("data", data)):
         if not callable(given):
             raise TypeError(f"{name}={given!r}: pass a class or a function that makes it.")
-    current = _current(module, argument, current)
+    current = current_size(module, argument, current)
     with randomness.untouched():  # the caller's generators are not the study's
         loader = train_loader(None, data())
-        held, facts = _partition(partition, clients, loader.dataset)
-    known = _methods(methods)
+        held, facts = partition_of(partition, clients, loader.dataset)
+    known = methods_of(methods)
     space = Space(
-        _axis("sizes", sizes if sizes is not None else ladder(current) if current else ()),
+        axis("sizes", sizes if sizes is not None else ladder(current) if current else ()),
         tuple(known),
-        _axis("batch_sizes", _batches(loader.batch_size, held) if batch_sizes is None else batch_sizes),
-        _axis("local_steps", local_steps),
-        _rates(rates),
+        axis("batch_sizes", batch_sizes_of(loader.batch_size, held) if batch_sizes is None else batch_sizes),
+        axis("local_steps", local_steps),
+        rates_of(rates),
     )
     with randomness.untouched():
-        _check_size(module, argument, space.sizes)
+        check_size(module, argument, space.sizes)
     project = Project(
         module, data, argument=argument, partition=held, clients_per_round=clients_per_round, methods=known,
         flops=flops, seed=seed, loss=loss, trainer=trainer or {},
     )  # fmt: skip
     common = {
-        "module": _name(module), "data": _name(data), "argument": argument,
+        "module": name_of(module), "data": name_of(data), "argument": argument,
         "arguments": [getattr(each, "arguments", {}) for each in (module, data)], "flops": flops, **facts,
         "clients_per_round": clients_per_round, "methods": known, "seed": seed, "loss": loss,
     }  # fmt: skip
@@ -296,98 +303,6 @@ class _Study:
             runs=len(table),
             minutes=float(table["seconds"].sum()) / 60,
         )
-
-
-# ---- arguments
-
-
-def _positive(name: str, value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
-        raise ValueError(f"{name}={value!r}: pass a finite number above 0.")
-    return float(value)
-
-
-def _axis(name: str, values: Sequence[int]) -> tuple[int, ...]:
-    if not values:
-        raise ValueError(f"{name}={values!r}: pass some to try" + (", or current=" if name == "sizes" else "") + ".")
-    return tuple(sorted({integer(name, each, 1) for each in values}))
-
-
-def _rates(values: Sequence[float]) -> tuple[float, ...]:
-    if not values:
-        raise ValueError(f"rates={values!r}: pass some to try.")
-    return tuple(sorted({_positive("rates", each) for each in values}))
-
-
-def _current(module: Callable[..., Any], argument: str, current: int | None) -> int | None:
-    parameters = inspect.signature(module).parameters
-    if argument not in parameters and not any(each.kind is each.VAR_KEYWORD for each in parameters.values()):
-        raise ValueError(
-            f"argument={argument!r}: {_name(module)} has no such argument: name the one that makes the model larger or"
-            f" smaller; there are {', '.join(parameters) or 'none'}."
-        )
-    if current is not None:
-        return integer("current", current, 1)
-    default = parameters[argument].default if argument in parameters else None
-    return default if isinstance(default, int) and not isinstance(default, bool) and default > 0 else None
-
-
-def _methods(given: Sequence[str] | Mapping[str, Mapping[str, Any]] | None) -> dict[str, dict[str, Any]]:
-    if given is None:
-        return METHODS
-    if isinstance(given, Mapping) and given:
-        return {name: dict(each) for name, each in given.items()}
-    if not given:
-        raise ValueError(f"methods={given!r}: pass some to try, or None for all.")
-    for name in given:
-        one_of("methods", name, tuple(METHODS))
-    return {name: METHODS[name] for name in given}
-
-
-def _batches(own: int | None, held: Partition) -> tuple[int, ...]:
-    own = own or 32
-    return tuple(each for each in (own, 4 * own) if each == own or each <= held.sizes.mean())
-
-
-def _check_size(module: Callable[..., nn.Module], argument: str, sizes: Sequence[int]) -> None:
-    least, most = (
-        sum(each.numel() for each in module(**{argument: size}).parameters()) for size in (sizes[0], sizes[-1])
-    )
-    if len(sizes) > 1 and least == most:
-        raise ValueError(
-            f"argument={argument!r}: {_name(module)} has {least:,} parameters with {sizes[0]} and with {sizes[-1]}:"
-            " name the argument that makes the model larger."
-        )
-
-
-def _partition(given: Any, clients: int | None, dataset: Any) -> tuple[Partition, dict[str, Any]]:
-    """Who holds what, and what of it a study must state."""
-    clients = None if clients is None else integer("clients", clients)
-    partitioner = by_name(given, clients) if isinstance(given, str) else given
-    if isinstance(partitioner, Partition):
-        partitioner = FinishedPartitioner(partitioner)
-    if not isinstance(partitioner, Partitioner):
-        raise TypeError(f"partition={given!r}: pass a name such as 'dirichlet', a file, a Partition or a Partitioner.")
-    partitioner = copy.copy(partitioner)
-    partitioner.dataset = dataset
-    try:
-        found = partitioner.partition
-    except ValueError as error:
-        raise ValueError(f"partition={given!r}: {error}") from error
-    facts: dict[str, Any] = {
-        "partition": "partition" if isinstance(given, Partition) else repr(given), "clients": found.num_clients,
-        "samples": found.num_samples, "fingerprint": found.fingerprint,
-    }  # fmt: skip
-    try:
-        skew = heterogeneity(found, find_labels(dataset, partitioner.partition_by))
-        facts["mean_js_distance"] = round(skew.mean_js_distance, 4)
-    except (TypeError, ValueError):
-        facts["mean_js_distance"] = None  # there are no labels
-    return found, facts
-
-
-def _name(made: Any) -> str:
-    return f"{getattr(made, '__module__', '')}.{getattr(made, '__qualname__', repr(made))}"
 
 
 def _of_budget(share: float) -> str:

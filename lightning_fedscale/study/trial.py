@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import time
-from collections.abc import Callable, Mapping
-from contextlib import suppress
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from typing import Any, Literal, TypeAlias
 
 import lightning.pytorch as pl
 import torch
+from torch.utils._pytree import tree_leaves
 from torch.utils.data import DataLoader, Subset
 
 from lightning_fedscale import randomness
+from lightning_fedscale.callbacks.compute_accounting import ComputeAccounting
 from lightning_fedscale.global_model import Diverged
 from lightning_fedscale.partitioners import Partition
+from lightning_fedscale.scaling.runs import LOSSES
 from lightning_fedscale.strategy import FederatedStrategy
 from lightning_fedscale.study.methods import options_of
 from lightning_fedscale.study.race import Job
-from lightning_fedscale.sweep import Counts, at_rate, losses_in, quiet
 from lightning_fedscale.train_data import TrainData
 
 Executing: TypeAlias = Literal["sequential", "vectorized"]
@@ -74,8 +78,8 @@ class Project:
             rounds: most of them; -1 for as many as the budget pays.
 
         Returns:
-            the row of the ledger: loss (infinite where it is not finite), parameters, samples of all clients, FLOPs,
-            bytes of a client in both directions, rounds, seconds, ``worst``, the largest loss of a client, and
+            the row of the ledger: loss (infinite where it is not finite), parameters, samples, tokens and FLOPs of all
+            clients, bytes of a client in both directions, rounds, seconds, ``worst``, the largest loss of a client, and
             ``keeps``, whether optimizers have a state that a client could keep.
         """
         setting, begun, seed = job.setting, time.monotonic(), self.seed + max(0, job.seed)
@@ -83,7 +87,7 @@ class Project:
             randomness.seed_globals(seed, torch.device("cpu"))
             net = at_rate(self.module(**{self.argument: setting.size}), setting.rate)
             data = self.data()
-            counts, sent = Counts(law=None, max_flops=self.flops * job.share), _Sent()
+            counts, sent = _Counts(law=None, max_flops=self.flops * job.share), _Sent()
             strategy = FederatedStrategy(
                 partitioner=self.partition,
                 clients_per_round=self.clients_per_round,
@@ -102,7 +106,7 @@ class Project:
             test = pl.Trainer(**options)
             try:
                 run.fit(net, datamodule=data)
-                (loss,) = losses_in(test.validate(net, datamodule=data, verbose=False), self.loss)
+                loss = _loss_in(test.validate(net, datamodule=data, verbose=False), self.loss)
             except Diverged:
                 loss = math.inf
             worst = math.nan
@@ -119,6 +123,7 @@ class Project:
             "worst": worst,
             "params": ledger.average_params,
             "samples": ledger.samples,
+            "tokens": ledger.tokens,
             "flops": ledger.training_flops,
             "bytes": sent.total / max(1, sent.clients),
             "rounds": run.global_step,
@@ -138,7 +143,7 @@ class Project:
             held = Subset(loader.dataset, self.partition.client(client).tolist())
             if len(held):
                 own = DataLoader(held, batch_size=256, collate_fn=loader.collate_fn)
-                found.extend(losses_in(test.validate(net, dataloaders=own, verbose=False), self.loss))
+                found.append(_loss_in(test.validate(net, dataloaders=own, verbose=False), self.loss))
         return found
 
 
@@ -148,7 +153,7 @@ def _is_plain(optimizer: torch.optim.Optimizer) -> bool:
 
 
 class _BatchSize(pl.Callback):
-    """Makes the project train with batches of a size."""
+    """Makes the project train with batches of a size; 0 leaves them as they are."""
 
     def __init__(self, size: int) -> None:
         self._size = size
@@ -156,7 +161,7 @@ class _BatchSize(pl.Callback):
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         data = TrainData(trainer, need_samples=False)
-        if data.batch_size != self._size:
+        if self._size and data.batch_size != self._size:
             data.set_batch_size(self._size)
         self.loader = data.loaders[0] if len(data.loaders) == 1 else None
 
@@ -171,3 +176,68 @@ class _Sent(pl.Callback):
         record: Any = trainer.strategy.last_round  # type: ignore[attr-defined]
         self.total += record.upload_bytes + record.download_bytes
         self.clients = max(self.clients, len(record.clients))
+
+
+class _Counts(ComputeAccounting):
+    """Without a table at the end of each run."""
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Say nothing."""
+
+
+def at_rate(module: pl.LightningModule, factor: float) -> pl.LightningModule:
+    """The module with its learning rates times a factor, those of its schedulers too."""
+    if factor == 1.0:
+        return module
+    configure = module.configure_optimizers
+
+    def configured() -> Any:
+        found = configure()
+        for part in tree_leaves(found, is_leaf=lambda leaf: hasattr(leaf, "param_groups") or hasattr(leaf, "base_lrs")):
+            for group in getattr(part, "param_groups", ()):
+                group.update({name: group[name] * factor for name in _RATES if name in group})
+            if hasattr(part, "base_lrs"):
+                part.base_lrs = [rate * factor for rate in part.base_lrs]
+        return found
+
+    module.configure_optimizers = configured  # type: ignore[method-assign]
+    return module
+
+
+_RATES = ("lr", "initial_lr", "max_lr", "min_lr")
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Without what every Trainer says of itself.
+
+    Where both of Lightning's packages are there, both say it by the logger of the one that was imported last.
+    """
+    logs = [logging.getLogger(name) for name in ("lightning.pytorch", "pytorch_lightning")]
+    levels = [log.level for log in logs]
+    for log in logs:
+        log.setLevel(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*does not have many workers|.*LeafSpec")
+            yield
+    finally:
+        for log, level in zip(logs, levels, strict=True):
+            log.setLevel(level)
+
+
+def _loss_in(metrics: Sequence[Any], loss: str | None) -> float:
+    """The validation loss in what ``trainer.validate`` returns.
+
+    Raises:
+        ValueError: if none of its names was logged.
+    """
+    logged = {name: float(value) for each in metrics for name, value in each.items()}
+    names = LOSSES if loss is None else (loss,)
+    name = next((each for each in names if each in logged), None)
+    if name is None:
+        raise ValueError(
+            f"loss={loss!r}: validation_step logs {', '.join(logged) or 'nothing'}; log the loss as"
+            f" {' or '.join(names[:2])}, or name it."
+        )
+    return logged[name]

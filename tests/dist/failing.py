@@ -12,7 +12,7 @@ from lightning.pytorch.callbacks import OnExceptionCheckpoint
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from lightning_fedscale import FederatedStrategy, RoundRecord
+from lightning_fedscale import RoundRecord
 from tests.dist import scenarios
 from tests.laws import reference
 from tests.strategies import sequential

@@ -18,7 +18,7 @@ from typing import NoReturn
 
 import torch
 
-import lightning_fedscale.callbacks
+import lightning_fedscale.callbacks  # noqa: F401  # before the fork, so that no copy imports it
 from tests.dist import processes
 
 

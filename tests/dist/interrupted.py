@@ -24,7 +24,6 @@ import torch.distributed as dist
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch.utils.data import DataLoader
 
-from lightning_fedscale import FederatedStrategy
 from lightning_fedscale.callbacks import ComputeAccounting, CriticalPhase
 from lightning_fedscale.phases import relative_change
 from lightning_fedscale.server import from_torch

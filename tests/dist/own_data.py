@@ -1,7 +1,8 @@
 """Clients' own models on their own data: ``python own_data.py FOLDER DEVICES ROUNDS FROM TO [FAILS]``.
 
-Goes on from ``FROM.ckpt`` in the folder, or begins if that is ``-``, and leaves ``TO.ckpt`` and what the last evaluations
-found in ``TO.pt``. With ``FAILS``, validation raises on rank 1 in the second round; ``TO-RANK.txt`` says what that led to.
+Goes on from ``FROM.ckpt`` in the folder, or begins if that is ``-``, and leaves ``TO.ckpt`` and what the last
+evaluations found in ``TO.pt``. With ``FAILS``, validation raises on rank 1 in the second round; ``TO-RANK.txt`` says
+what that led to.
 """
 
 from __future__ import annotations

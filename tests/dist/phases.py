@@ -1,4 +1,7 @@
-"""CriticalPhase and ComputeAccounting under plain DDP: ``python phases.py RANKS FOLDER`` saves what each rank sees and ends with."""
+"""CriticalPhase and ComputeAccounting under plain DDP.
+
+``python phases.py RANKS FOLDER`` saves what each rank sees and ends with.
+"""
 
 from __future__ import annotations
 
@@ -14,8 +17,8 @@ from torch.utils.data import DataLoader
 from torch.utils.data.distributed import DistributedSampler
 
 from lightning_fedscale.callbacks import ComputeAccounting, CriticalPhase
-from lightning_fedscale.scaling import Rosenfeld
 from lightning_fedscale.phases import relative_change
+from lightning_fedscale.scaling import Rosenfeld
 from tests.laws import reference
 
 BATCH = 16
@@ -78,8 +81,9 @@ def run(ranks: int) -> dict[str, Any]:
     phase = CriticalPhase(relative_change(0.15, window=3), scale=1.5, noise_every=1, every_n_steps=3)
     accounting = ComputeAccounting(law=Rosenfeld(E=0.2, A=5.0, B=20.0, alpha=0.4, beta=0.4))
     trainer = pl.Trainer(
-        strategy="ddp" if ranks > 1 else "auto", accelerator="cpu", devices=ranks, max_steps=30, callbacks=[phase, accounting],
-        logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
+        strategy="ddp" if ranks > 1 else "auto", accelerator="cpu", devices=ranks, max_steps=30,
+        callbacks=[phase, accounting], logger=False, enable_checkpointing=False, enable_progress_bar=False,
+        enable_model_summary=False,
         gradient_clip_val=0.5, use_distributed_sampler=False,
     )  # fmt: skip
     module, data = Module(), reference.dataset(480, torch.float64)

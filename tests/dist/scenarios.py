@@ -17,12 +17,11 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 from torchmetrics.classification import MulticlassAccuracy
 
-from lightning_fedscale import FederatedStrategy, RoundRecord
+from lightning_fedscale import RoundRecord
 from lightning_fedscale.aggregators import trimmed_mean
 from lightning_fedscale.asynchrony import FedBuff
 from lightning_fedscale.attacks import attacked, sign_flip
 from lightning_fedscale.callbacks import ClientMetrics, ComputeAccounting, CriticalPhase
-from lightning_fedscale.scaling import Rosenfeld
 from lightning_fedscale.compressors import error_feedback, power_sgd, qsgd, top_k
 from lightning_fedscale.devices import DeviceClass, Population
 from lightning_fedscale.local_rules import Ditto, fed_dyn, fed_nova, fed_prox, scaffold
@@ -30,6 +29,7 @@ from lightning_fedscale.partitioners import DirichletPartitioner
 from lightning_fedscale.phases import page_hinkley, relative_change
 from lightning_fedscale.privacy import dp_fed_avg
 from lightning_fedscale.samplers import uniform
+from lightning_fedscale.scaling import Rosenfeld
 from lightning_fedscale.server import fed_adam, fed_avg, from_torch
 from lightning_fedscale.types import ClientUpdate, IntArray
 from tests.laws import reference
@@ -345,7 +345,10 @@ SCENARIOS: dict[str, Scenario] = {
         lambda: {"clients_per_round": 4, "personal": Ditto(0.5)},
         lambda: {"max_epochs": 5},
         # The second evaluates fewer clients than there are ranks.
-        callbacks=lambda: [ClientMetrics(personal=True), ClientMetrics(clients=1, dataloaders=DataLoader(held_out(), 4))],
+        callbacks=lambda: [
+            ClientMetrics(personal=True),
+            ClientMetrics(clients=1, dataloaders=DataLoader(held_out(), 4)),
+        ],
         evaluate=True,
         collectives=3,
         afterwards=6,
@@ -485,9 +488,7 @@ class Spy(pl.Callback):
     def on_round_end(self, trainer: pl.Trainer, module: Module, record: RoundRecord) -> None:
         self.events.append(("round_end", record.round, len(record.clients)))
         self.in_round.append([name for name, _ in self._calls[self._seen :]])
-        self.records.append(
-            {name: _plain(value) for name, value in vars(record).items()}
-        )
+        self.records.append({name: _plain(value) for name, value in vars(record).items()})
         self.metrics.append(record.metrics())
 
     def on_train_epoch_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
@@ -524,7 +525,9 @@ def fit(
     calls = [] if calls is None else calls
     spy, module, first_call = Spy(calls), scenario.module(), len(calls)
     strategy = sequential(partitioner=partitioner(), start_method=start_method, **scenario.strategy())  # type: ignore[arg-type]
-    trainer = reference.quiet_trainer(callbacks=[spy, *scenario.callbacks()], strategy=strategy, **{**options, **devices})
+    trainer = reference.quiet_trainer(
+        callbacks=[spy, *scenario.callbacks()], strategy=strategy, **{**options, **devices}
+    )
     result: dict[str, Any] = {"error": "", "evaluated": {}}
     start = {key: value.clone() for key, value in module.state_dict().items()}
     try:

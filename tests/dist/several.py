@@ -79,7 +79,11 @@ def main(folder: Path, start_method: str, devices: int, repetitions: int) -> Non
         if start_method != "popen":  # what other processes add to the model does not come back
             module.configure_model()
         trainer = reference.quiet_trainer(
-            strategy=strategy, devices=devices, max_epochs=7, val_check_interval={"seconds": 2}, callbacks=[*watched, clock]
+            strategy=strategy,
+            devices=devices,
+            max_epochs=7,
+            val_check_interval={"seconds": 2},
+            callbacks=[*watched, clock],
         )
         trainer.fit(module, loader(40), loader(8))
         found[f"fit {repetition}"] = {name: tensor.clone() for name, tensor in module.state_dict().items()}

@@ -15,7 +15,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from lightning_fedscale import FederatedStrategy
 from tests.dist import processes
 from tests.dist.interrupted import DEATHS, EPOCHS, ROUNDS_PER_EPOCH
 from tests.laws import reference
@@ -108,7 +107,9 @@ def test_the_checkpoint_held_what_this_run_could_lose(folder: Path) -> None:
     assert len(cursors) == len(optimizers) > 4
     assert len({tuple(row[1:]) for row in cursors.tolist()}) > 1
     assert all(float(state[0]["state"][0]["exp_avg"].abs().sum()) > 0 for state in optimizers.values())
-    assert any(float(state["momentum_buffer"].abs().sum()) > 0 for state in federated["server"]["optimizer"]["state"].values())
+    assert any(
+        float(state["momentum_buffer"].abs().sum()) > 0 for state in federated["server"]["optimizer"]["state"].values()
+    )
     assert [schedule["last_epoch"] for schedule in last(folder, "never")["lr_schedulers"]] == [EPOCHS, ROUNDS]
 
 

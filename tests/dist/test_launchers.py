@@ -39,7 +39,6 @@ def tasks(**extra: object) -> list[dict[str, str]]:
     return [processes.environment(**job, SLURM_PROCID=task, SLURM_NODEID=task) for task in range(2)]
 
 
-
 def assert_same_as_one_process(results: list[dict[str, Any]], ranks: Start) -> None:
     for name in NAMES:
         one = ranks(1)[0][name]

@@ -38,7 +38,9 @@ def test_personal_models_move_with_their_clients(folder: Path, ranks: int) -> No
     assert own["round"] == shared["round"] == 5
     assert len(own["clients"]) == 9
     assert len(set(own["values"]["val_loss"].tolist())) == 9
-    for left, right in zip(torch.load(folder / f"on_{ranks}.pt", weights_only=True), (own, shared, weights), strict=True):
+    for left, right in zip(
+        torch.load(folder / f"on_{ranks}.pt", weights_only=True), (own, shared, weights), strict=True
+    ):
         assert equal(left, right)
 
 

@@ -1,4 +1,4 @@
-"""Plain DDP with CriticalPhase and ComputeAccounting trains as one process with as large a batch does, and ranks decide alike."""
+"""Plain DDP with CriticalPhase and ComputeAccounting trains as one process with as large a batch; ranks agree."""
 
 from __future__ import annotations
 

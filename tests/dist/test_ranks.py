@@ -20,7 +20,6 @@ Ranks: TypeAlias = list[dict[str, Any]]
 Start: TypeAlias = Callable[[int], Ranks]
 
 
-
 def _keeps(name: str) -> bool:
     """Whether clients keep anything, which then moves with them."""
     options = sequential(**scenarios.SCENARIOS[name].strategy())._options

@@ -24,9 +24,11 @@ from torch.utils.data import DataLoader
 from lightning_fedscale import FederatedStrategy, cli
 from lightning_fedscale.callbacks import ComputeAccounting
 from lightning_fedscale.scaling import Rosenfeld, fit, law_from_file, project_law, read_runs, sweep_command
-from lightning_fedscale.scaling.project import law_of
+from lightning_fedscale.scaling.project import LEVELS, law_of
 from lightning_fedscale.scaling.tuning import NOT_TUNED, tuned
-from lightning_fedscale.sweep import LEVELS, at_rate, sweep
+from lightning_fedscale.study import METHODS, sweep
+from lightning_fedscale.study.race import Job
+from lightning_fedscale.study.trial import Project, at_rate
 from tests.laws import reference
 from tests.unit.test_scaling_fit import made
 
@@ -217,10 +219,9 @@ def test_fit_says_what_the_runs_cannot(tmp_path: Path, capsys: pytest.CaptureFix
         (["sweep", "--module=lost.Module", f"--data={HERE}Data", "--flops=1e6"], "module='lost.Module': cannot be"),
         (["sweep", "--module=Module", f"--data={HERE}Data", "--flops=1e6"], "pass package.module.Name"),
         (["sweep", "--module=os.path", f"--data={HERE}Data", "--flops=1e6"], "pass a class or a function that makes"),
-        (["sweep", f"--module={HERE}Fixed", f"--data={HERE}Data", "--flops=1e6"], "it has no argument size"),
+        (["sweep", f"--module={HERE}Fixed", f"--data={HERE}Data", "--flops=1e6"], "Fixed has no such argument"),
         (["sweep", f"--module={HERE}Net", f"--data={HERE}Data", "--flops=1e6", "--argument=width"],
-         "it has no argument width: pass argument=, the name of the one that makes the model larger or smaller; there"
-         " are size"),
+         "has no such argument: name the one that makes the model larger or smaller; there are size"),
         (["sweep", f"--module={HERE}Net", f"--data={HERE}Data", "--flops=0"], "flops=0.0: pass a finite number"),
         (["sweep", f"--module={HERE}Net", f"--data={HERE}Data", "--flops=1e6", "--sizes=[1,2]"], "pass four different"),
         (["sweep", f"--module={HERE}Net", f"--data={HERE}Data", "--flops=1e6", "--clients=[0]"], "whole numbers"),
@@ -403,22 +404,17 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> Found:
     """A sweep whose runs take no time: loss is least at twice the module's rate for one client, at 16 for four."""
     found = Found([])
 
-    def train(module: Any, data: Any, strategy: Any, flops: float, clients: int, loss: Any, options: Any) -> Any:
-        configured = module.configure_optimizers()
-        rate = configured.param_groups[0]["lr"] / 0.1
-        size = module.net[0].out_features
-        found.rates.append((size, clients, flops, round(rate, 6)))
-        apart = math.log2(rate / (2 if clients == 1 else 16))
-        value = math.nan if rate > 40 else 1.0 + 0.01 * apart**2
+    def run(self: Project, job: Job, *_: Any, **__: Any) -> dict[str, Any]:
+        setting, clients = job.setting, self.partition.num_clients
+        found.rates.append((setting.size, clients, self.flops * job.share, setting.rate))
+        apart = math.log2(setting.rate / (2 if clients == 1 else 16))
         return {
-            "params": parameters(size),
-            "clients": clients,
-            "tokens": 100.0,
-            "flops": flops / clients,
-            "loss": value,
-        }
+            "params": parameters(setting.size), "tokens": 100.0 * clients, "samples": 100.0 * clients, "rounds": 5,
+            "flops": self.flops * job.share, "loss": math.inf if setting.rate > 40 else 1.0 + 0.01 * apart**2,
+            "seconds": 1.0,
+        }  # fmt: skip
 
-    monkeypatch.setattr("lightning_fedscale.sweep._train", train)
+    monkeypatch.setattr(Project, "run", run)
     return found
 
 
@@ -450,6 +446,36 @@ def test_one_rate_is_said_to_be_none_that_was_tuned(quick: Found, tmp_path: Path
     for wrong in ([], [0.0], [True], ["1"]):
         with pytest.raises(ValueError, match="rates="):
             sweep(Net, Data, SIZES, BUDGET, folder=tmp_path, rates=wrong)  # type: ignore[arg-type]
+
+
+def test_a_sweep_says_first_what_it_takes(quick: Found, tmp_path: Path) -> None:
+    said: list[str] = []
+    asked: dict[str, Any] = {"sizes": SIZES, "flops": BUDGET, "clients": [1, 4], "folder": tmp_path, "say": said.append}
+    sweep(Net, Data, **asked, each=lambda _: said.append("run"))
+    runs, spent = 2 * len(SIZES) * len(LEVELS) * 3, 2 * len(SIZES) * sum(LEVELS) * 3 * BUDGET
+    assert said[0].startswith(f"{runs} runs or more, about ")
+    assert f"minutes, {spent:.2g} FLOPs" in said[0]
+    assert said[1] == "run"
+
+
+@pytest.mark.parametrize("method", ["scaffold", {"aggregator": "uniform", "client_optimizer": "keep"}])
+def test_a_sweep_is_of_a_method_and_a_batch(
+    method: Any, quick: Found, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings: list[Any] = []
+    run = Project.run
+    monkeypatch.setattr(Project, "run", lambda self, job: (settings.append((self, job)), run(self, job))[1])
+    asked: dict[str, Any] = {"sizes": SIZES, "flops": BUDGET, "folder": tmp_path, "rates": [1.0], "method": method}
+    table = sweep(Net, Data, **asked, batch_size=8, local_steps=3)
+    for project, job in settings:
+        (options,) = project.methods.values()
+        assert options == (METHODS[method] if isinstance(method, str) else method)
+        assert job.setting[2:4] == (8, 3)
+    assert set(table.batch_size) == {8}
+    with pytest.raises(ValueError, match="holds a sweep with other method, batch_size; name another folder"):
+        sweep(Net, Data, SIZES, BUDGET, folder=tmp_path, local_steps=3)
+    with pytest.raises(ValueError, match="scafold"):
+        sweep(Net, Data, SIZES, BUDGET, folder=tmp_path / "other", method="scafold")
 
 
 def test_rates_of_schedulers_move_along() -> None:

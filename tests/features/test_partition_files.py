@@ -23,7 +23,7 @@ from lightning_fedscale import FederatedStrategy, Partition, cli
 from lightning_fedscale.callbacks import ClientMetrics
 from lightning_fedscale.partitioners import FilePartitioner, by_name
 from lightning_fedscale.scaling.project import LEVELS
-from lightning_fedscale.sweep import sweep
+from lightning_fedscale.study import sweep
 from tests.laws import reference
 
 pytestmark = pytest.mark.filterwarnings("ignore")

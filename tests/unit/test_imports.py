@@ -59,7 +59,6 @@ LEVELS = [
     {"federation", "run_board"},
     {"strategy"},
     {"callbacks"},
-    {"sweep"},
     {"study"},
     {"cli", "conf"},
     {"__init__", "pytorch_lightning"},  # the front doors
@@ -88,7 +87,6 @@ KNOW_LIGHTNING = {
     "side_effects",
     "strategy",
     "study",
-    "sweep",
     "train_data",
     "uplink",
     "workload",

@@ -1,0 +1,142 @@
+"""What users ask a study or a sweep, checked."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from torch import nn
+
+from lightning_fedscale.checks import integer, one_of
+from lightning_fedscale.partitioners import FinishedPartitioner, Partition, Partitioner, by_name, heterogeneity
+from lightning_fedscale.partitioners.labels import find_labels
+from lightning_fedscale.study.methods import METHODS
+
+
+def positive(name: str, value: Any) -> float:
+    """A number above 0.
+
+    Raises:
+        ValueError: for anything else; names the argument.
+    """
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
+        raise ValueError(f"{name}={value!r}: pass a finite number above 0.")
+    return float(value)
+
+
+def axis(name: str, values: Sequence[int]) -> tuple[int, ...]:
+    """Whole numbers to try, ascending.
+
+    Raises:
+        ValueError: for none, or numbers below 1; names the argument.
+    """
+    if not values:
+        raise ValueError(f"{name}={values!r}: pass some to try" + (", or current=" if name == "sizes" else "") + ".")
+    return tuple(sorted({integer(name, each, 1) for each in values}))
+
+
+def rates_of(values: Sequence[float]) -> tuple[float, ...]:
+    """Learning rates to try, ascending.
+
+    Raises:
+        ValueError: for none, or numbers that are not above 0.
+    """
+    if not values:
+        raise ValueError(f"rates={values!r}: pass some to try.")
+    return tuple(sorted({positive("rates", each) for each in values}))
+
+
+def current_size(module: Callable[..., Any], argument: str, current: int | None) -> int | None:
+    """The size of the model that there is: the one that was given, or the argument's default.
+
+    Raises:
+        ValueError: if the module has no such argument.
+    """
+    parameters = inspect.signature(module).parameters
+    if argument not in parameters and not any(each.kind is each.VAR_KEYWORD for each in parameters.values()):
+        raise ValueError(
+            f"argument={argument!r}: {name_of(module)} has no such argument: name the one that makes the model larger"
+            f" or smaller; there are {', '.join(parameters) or 'none'}."
+        )
+    if current is not None:
+        return integer("current", current, 1)
+    default = parameters[argument].default if argument in parameters else None
+    return default if isinstance(default, int) and not isinstance(default, bool) and default > 0 else None
+
+
+def methods_of(given: Sequence[str] | Mapping[str, Mapping[str, Any]] | None) -> dict[str, dict[str, Any]]:
+    """Methods by name; None are all that are known.
+
+    Raises:
+        ValueError: for none, or an unknown name.
+    """
+    if given is None:
+        return METHODS
+    if isinstance(given, Mapping) and given:
+        return {name: dict(each) for name, each in given.items()}
+    if not given:
+        raise ValueError(f"methods={given!r}: pass some to try, or None for all.")
+    for name in given:
+        one_of("methods", name, tuple(METHODS))
+    return {name: METHODS[name] for name in given}
+
+
+def batch_sizes_of(own: int | None, held: Partition) -> tuple[int, ...]:
+    """The data's own batch, and four times that where clients have so much."""
+    own = own or 32
+    return tuple(each for each in (own, 4 * own) if each == own or each <= held.sizes.mean())
+
+
+def check_size(module: Callable[..., nn.Module], argument: str, sizes: Sequence[int]) -> None:
+    """See that the argument makes the model larger.
+
+    Raises:
+        ValueError: if it does not.
+    """
+    least, most = (
+        sum(each.numel() for each in module(**{argument: size}).parameters()) for size in (sizes[0], sizes[-1])
+    )
+    if len(sizes) > 1 and least == most:
+        raise ValueError(
+            f"argument={argument!r}: {name_of(module)} has {least:,} parameters with {sizes[0]} and with {sizes[-1]}:"
+            " name the argument that makes the model larger."
+        )
+
+
+def partition_of(given: Any, clients: int | None, dataset: Any) -> tuple[Partition, dict[str, Any]]:
+    """Who holds what, and what of it a study must state: name, clients, samples, fingerprint, unlikeness of labels.
+
+    Raises:
+        TypeError: for what is no partition, partitioner or name.
+        ValueError: for another number of clients, or a partition of other data.
+    """
+    clients = None if clients is None else integer("clients", clients)
+    partitioner = by_name(given, clients) if isinstance(given, str) else given
+    if isinstance(partitioner, Partition):
+        partitioner = FinishedPartitioner(partitioner)
+    if not isinstance(partitioner, Partitioner):
+        raise TypeError(f"partition={given!r}: pass a name such as 'dirichlet', a file, a Partition or a Partitioner.")
+    partitioner = copy.copy(partitioner)
+    partitioner.dataset = dataset
+    try:
+        found = partitioner.partition
+    except ValueError as error:
+        raise ValueError(f"partition={given!r}: {error}") from error
+    facts: dict[str, Any] = {
+        "partition": "partition" if isinstance(given, Partition) else repr(given), "clients": found.num_clients,
+        "samples": found.num_samples, "fingerprint": found.fingerprint,
+    }  # fmt: skip
+    try:
+        skew = heterogeneity(found, find_labels(dataset, partitioner.partition_by))
+        facts["mean_js_distance"] = round(skew.mean_js_distance, 4)
+    except (TypeError, ValueError):
+        facts["mean_js_distance"] = None  # there are no labels
+    return found, facts
+
+
+def name_of(made: Any) -> str:
+    """Where a class or function is from."""
+    return f"{getattr(made, '__module__', '')}.{getattr(made, '__qualname__', repr(made))}"

@@ -1,0 +1,228 @@
+"""The smallest sweep of a project's own module that a scaling law can be fitted to: sizes x clients x compute."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import pandas as pd
+
+from lightning_fedscale.checks import integer
+from lightning_fedscale.partitioners import (
+    FinishedPartitioner,
+    GroupedNaturalIdPartitioner,
+    NaturalIdPartitioner,
+    Partition,
+    Partitioner,
+    by_name,
+)
+from lightning_fedscale.scaling.project import LEVELS
+from lightning_fedscale.scaling.tuning import best_rate, tuned
+from lightning_fedscale.study.arguments import current_size, methods_of, partition_of, positive, rates_of
+from lightning_fedscale.study.cost import Cost
+from lightning_fedscale.study.loaders import train_loader
+from lightning_fedscale.study.race import Job
+from lightning_fedscale.study.settings import FED_AVG, Setting
+from lightning_fedscale.study.trial import Project
+
+_WIDEN = 6
+"""At most so many more learning rates where the best is at an end of the grid."""
+
+_BEFORE: dict[str, Any] = {"argument": "size", "partition": "iid", "method": FED_AVG, "batch_size": 0}
+"""What rows say that do not say it."""
+
+
+def sweep(
+    module: Callable[..., pl.LightningModule],
+    data: Callable[[], pl.LightningDataModule],
+    sizes: Sequence[int],
+    flops: float,
+    clients: Sequence[int] | None = None,
+    *,
+    partition: str | Partitioner | Partition | None = None,
+    method: str | Mapping[str, Any] = FED_AVG,
+    argument: str = "size",
+    folder: str | Path = "fedscale_sweep",
+    loss: str | None = None,
+    batch_size: int | None = None,
+    local_steps: int = 5,
+    seed: int = 0,
+    seeds: int = 1,
+    rates: Sequence[float] = (0.5, 1.0, 2.0),
+    trainer: dict[str, Any] | None = None,
+    each: Callable[[dict[str, Any]], None] | None = None,
+    say: Callable[[str], None] | None = None,
+) -> pd.DataFrame:
+    """Train a module in several sizes, with several numbers of clients and amounts of compute.
+
+    Each run stops at its share of the compute, counted in FLOPs of its own step, and is then validated. Rows are
+    written as they come; a sweep that was interrupted goes on with what is missing.
+
+    The learning rate is tuned for every size, number of clients and amount of compute, with the first seed; where the
+    best is at an end of the grid, more are tried beyond it. With several seeds, those after the first train at the best
+    rate and count. Clients take fewer steps each, and at one rate for all what division costs comes out anywhere.
+
+    Args:
+        module: makes the module of a size: a class or function.
+        data: makes the data module; it needs a validation loader.
+        sizes: four or more, that span a factor of ten in parameters at least.
+        flops: training compute of the largest runs, of all clients together; others take a quarter and a sixteenth.
+        clients: numbers of clients that train in a round; None for those of the partition, else for 1 and 4.
+        partition: how the training data is divided: the name of a partitioner, for any number of clients; or the file
+            of a saved partition, a Partition or a Partitioner, which have clients of their own. None for equal parts.
+        method: a name in `METHODS`, or arguments of `FederatedStrategy` (objects in Hydra's form).
+        argument: of ``module``, which makes the model larger or smaller.
+        folder: where ``runs.csv`` goes, with every run at every rate.
+        loss: name of the logged validation loss; None for the first of the usual names.
+        batch_size: of a client; None for the data's own.
+        local_steps: batches of a client in a round.
+        seed: of weights, partition and order, the first of ``seeds``.
+        seeds: how many; the first is there to tune where there are several.
+        rates: to try, as multiples of the module's own learning rate. One of them alone tunes nothing.
+        trainer: arguments of the Trainer.
+        each: called with every new row.
+        say: called before the first run with how many there will be, and what they take.
+
+    Returns:
+        A row per run that counts: ``size``, ``params``, ``clients``, ``tokens`` and ``flops`` (of one client),
+        ``loss``, ``share``, ``seed``, ``learning_rate`` (a multiple of the module's own), ``rounds``, ``passes`` over
+        the data, and what was asked: ``method``, ``batch_size`` (0 for the data's own), ``local_steps``, ``partition``.
+
+    Raises:
+        ValueError: for too few sizes, a module without that argument, a loss that is not logged, or a partition of
+            other data or for other numbers of clients.
+    """
+    for name, given in (("module", module), ("data", data)):
+        if not callable(given):
+            raise TypeError(f"{name}={given!r}: pass a class or a function that makes it.")
+    if len(set(sizes)) < 4:
+        raise ValueError(f"sizes={list(sizes)}: pass four different ones or more; fewer determine no law.")
+    flops, grid = positive("flops", flops), rates_of(rates)
+    batch = 0 if batch_size is None else integer("batch_size", batch_size, 1)
+    local_steps, seeds = integer("local_steps", local_steps, 1), integer("seeds", seeds, 1)
+    current_size(module, argument, None)
+    methods = methods_of([method] if isinstance(method, str) else {json.dumps(method): method})
+    (name,) = methods
+    parts: Any = "iid" if partition is None else partition
+    dataset = train_loader(None, data()).dataset
+    is_decided = _is_decided(parts)
+    clients = _numbers(clients, partition_of(parts, None, dataset)[0] if is_decided else None)
+    projects, made_for = dict[int, Project](), ""
+    for number in clients:
+        held, facts = partition_of(parts, None if is_decided else number, dataset)
+        made_for = facts["fingerprint"] if is_decided else parts
+        projects[number] = Project(
+            module, data, argument=argument, partition=held, clients_per_round=None, methods=methods, flops=flops,
+            seed=0, loss=loss, trainer=trainer or {},
+        )  # fmt: skip
+    asked = {
+        "argument": argument, "flops_asked": flops, "local_steps": local_steps, "partition": made_for,
+        "method": name, "batch_size": batch,
+    }  # fmt: skip
+    path = Path(folder, "runs.csv")
+    rows = _kept(path, asked)
+    keys = ("size", "clients", "share", "seed", "learning_rate")
+    done = {tuple({"learning_rate": 1.0, **row}[name] for name in keys): float(row["loss"]) for row in rows}
+
+    def loss_of(size: int, number: int, share: float, own: int, rate: float) -> float:
+        key = (size, number, share, own, rate)
+        if key not in done:
+            found = projects[number].run(Job(Setting(size, name, batch, local_steps, rate), share, own))
+            rows.append({
+                "size": size, "share": share, **asked, "seed": own, "learning_rate": rate, "params": found["params"],
+                "clients": number, "tokens": found["tokens"] / number, "flops": found["flops"] / number,
+                "loss": found["loss"], "rounds": found["rounds"],
+                "passes": found["samples"] / projects[number].partition.num_samples,
+            })  # fmt: skip
+            pd.DataFrame(rows).to_csv(path, index=False)
+            if each is not None:
+                each(rows[-1])
+            done[key] = float(found["loss"])
+        return done[key]
+
+    cells = list(product(clients, sizes, LEVELS))
+    if say is not None:
+        settings = [Setting(size, name, batch, local_steps, 1.0) for size in (min(sizes), max(sizes))]
+        say(_announced(projects[clients[0]], settings, cells, len(grid) + seeds - 1, len(done)))
+    for number, size, share in cells:
+        best = _tune(grid, partial(loss_of, size, number, share, seed))
+        for own in range(seed + 1, seed + seeds):
+            loss_of(size, number, share, own, best)
+    return tuned(pd.DataFrame(rows)).table.reset_index(drop=True)
+
+
+def _announced(
+    project: Project, ends: Sequence[Setting], cells: Sequence[tuple[int, int, float]], each: int, done: int
+) -> str:
+    """How many runs there will be, and what they take, by a few rounds of the smallest and the largest model."""
+    cost = Cost(project.flops, project.partition.num_clients)
+    for setting in ends:
+        for rounds in (2, 8):
+            row = project.run(Job(setting, 1.0, 0), rounds=rounds)
+            batches = row["rounds"] * project.partition.num_clients * setting.local_steps
+            known = setting._replace(batch_size=max(1, round(row["samples"] / batches)))
+            cost.learn(known, samples=row["samples"], flops=row["flops"], seconds=row["seconds"])
+    seconds = each * sum(cost.seconds(known._replace(size=size), share) for _, size, share in cells)
+    spent = each * sum(share for _, _, share in cells) * project.flops
+    return (
+        f"{len(cells) * each} runs or more, about {seconds / 60:.2g} minutes, {spent:.2g} FLOPs; more where the best"
+        f" learning rate is the first or the last" + (f"; {done} are there already" if done else "") + "."
+    )
+
+
+def _kept(path: Path, asked: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Rows of a sweep that was begun.
+
+    Raises:
+        ValueError: for another sweep's.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if not path.is_file():
+        return []
+    rows = [{str(name): value for name, value in row.items()} for row in pd.read_csv(path).to_dict("records")]
+    for row in rows:
+        if changed := [name for name, value in asked.items() if {**_BEFORE, **row}.get(name) != value]:
+            raise ValueError(
+                f"folder={str(path.parent)!r}: holds a sweep with other {', '.join(changed)}; name another folder."
+            )
+    return rows
+
+
+def _tune(grid: Sequence[float], loss_at: Callable[[float], float]) -> float:
+    """The rate with the least loss, of a grid that goes on as long as the best is at its end."""
+    tried = {rate: loss_at(rate) for rate in grid}
+    for _ in range(_WIDEN):
+        best, is_end = best_rate(list(tried), list(tried.values()))
+        if not is_end:
+            break
+        ordered = sorted(tried)
+        beyond = ordered[-1] ** 2 / ordered[-2] if best == ordered[-1] else ordered[0] ** 2 / ordered[1]
+        tried[beyond] = loss_at(beyond)
+    return best_rate(list(tried), list(tried.values()))[0]
+
+
+def _is_decided(partition: Any) -> bool:
+    """Whether the partition has a number of clients of its own: it is there already, or goes by the data."""
+    decided = FinishedPartitioner | NaturalIdPartitioner | GroupedNaturalIdPartitioner
+    return not isinstance(partition, str) or isinstance(by_name(partition), decided)
+
+
+def _numbers(clients: Sequence[int] | None, division: Partition | None) -> Sequence[int]:
+    """The numbers of clients to train with."""
+    if division is not None:
+        number = division.num_clients
+        if clients is not None and list(clients) != [number]:
+            raise ValueError(
+                f"clients={list(clients)}: the partition divides the data among {number} clients: pass [{number}], or"
+                " leave clients out."
+            )
+        return [number]
+    clients = (1, 4) if clients is None else clients
+    if not clients or any(isinstance(each, bool) or not isinstance(each, int) or each < 1 for each in clients):
+        raise ValueError(f"clients={list(clients)}: pass whole numbers, at least 1.")
+    return clients
