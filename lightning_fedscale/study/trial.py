@@ -87,7 +87,7 @@ class Project:
             randomness.seed_globals(seed, torch.device("cpu"))
             net = at_rate(self.module(**{self.argument: setting.size}), setting.rate)
             data = self.data()
-            counts, sent = _Counts(law=None, max_flops=self.flops * job.share), _Sent()
+            counts, sent = _Counts(law=None, study=None, max_flops=self.flops * job.share), _Sent()
             strategy = FederatedStrategy(
                 partitioner=self.partition,
                 clients_per_round=self.clients_per_round,
@@ -113,7 +113,7 @@ class Project:
             if each_client:
                 # Training data need not be what validation_step takes, and what only looks on ends no study.
                 with suppress(Exception):
-                    worst = max(self._losses_of_clients(test, net, run, batches), default=math.nan)
+                    worst = max(self._losses_of_clients(pl.Trainer(**options), net, batches), default=math.nan)
         ledger = counts.ledger
         return {
             **setting._asdict(),
@@ -132,9 +132,8 @@ class Project:
             "keeps": not all(map(_is_plain, run.optimizers)),
         }
 
-    def _losses_of_clients(
-        self, test: pl.Trainer, net: pl.LightningModule, run: pl.Trainer, batches: _BatchSize
-    ) -> list[float]:
+    def _losses_of_clients(self, test: pl.Trainer, net: pl.LightningModule, batches: _BatchSize) -> list[float]:
+        # A Trainer of its own: one that has a data module sets it up again for every client.
         loader = batches.loader
         if loader is None:
             return []
