@@ -6,6 +6,7 @@ import math
 from collections import deque
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
@@ -19,6 +20,7 @@ from lightning_fedscale import collectives
 from lightning_fedscale.callbacks.compute_advice import sweep_advice
 from lightning_fedscale.callbacks.compute_counting import Counting
 from lightning_fedscale.callbacks.compute_report import ComputeCurves, report
+from lightning_fedscale.callbacks.compute_study import Measured, measured_of, study_of
 from lightning_fedscale.callbacks.compute_task import has_targets_for_tokens, predicts_its_tokens, size_by
 from lightning_fedscale.callbacks.critical_phase import CriticalPhase
 from lightning_fedscale.checks import integer
@@ -70,6 +72,9 @@ class ComputeAccounting(Callback):
     fitted on, with a loss of more than twice, or less than half, what it predicts, or with most parameters frozen. Then
     a law of the task's own is to be fitted (`lightning_fedscale.scaling.fit`).
 
+    What was measured counts for more: where ``fedscale size`` made a study of this partition, method and budget, its
+    result is the first sentence at the end.
+
     Args:
         law: "auto", the name of a law, a file of `Fit.save`, a law, or None for counts only.
         rho: what division among clients costs, ``C_eff = C clients**-rho``: 1 counts the average client's compute
@@ -84,11 +89,13 @@ class ComputeAccounting(Callback):
             counted. None counts the entries of the first tensor if these are integers in two dimensions, else samples.
         max_flops: stop training at the end of the step, or round, in which so many training FLOPs are spent. With
             several processes and no clients, every step then ends in a small collective.
+        study: the ``size.json`` of ``fedscale size``; "auto" for the one in this folder, if any; None for none.
 
     Attributes:
         position: a `Position`, once something was spent, if a law applies. It is also, with the ledger's sums, in
             ``position.json`` in the run's folder.
         no_position: why there is none, in words; empty if there is one, or no law.
+        measured: at the end, what the study measured of runs like this one; None without one that matches.
 
     Raises:
         TypeError, ValueError: for arguments that cannot be; from ``fit``, before the first step, for a ``tokens_fn``
@@ -113,11 +120,14 @@ class ComputeAccounting(Callback):
         tokens_fn: Callable[[Any], float] | None = None,
         max_flops: float | None = None,
         clients: int | None = None,
+        study: str | Path | None = "auto",
     ) -> None:
         self._law, _ = law_of(law, text=False)
         self._auto = isinstance(law, str) and law == "auto"
         self._rho = rho
         rho_of(rho)
+        study_of(study)
+        self._asked_study = study
         if clients is not None:
             integer("clients", clients, 1)
         self._asked_clients = clients
@@ -138,6 +148,7 @@ class ComputeAccounting(Callback):
         self._module: pl.LightningModule | None = None
         self.position: Position | None = None
         self.no_position = ""
+        self.measured: Measured | None = None
 
     @property
     def clients(self) -> int:
@@ -205,13 +216,16 @@ class ComputeAccounting(Callback):
         self._log(trainer, None)
         self._locate(trainer, full=True)
         self._check_coverage()
+        self.measured = self._measured(trainer)
         report(
-            trainer, self.ledger, meter.size, self.clients, meter.operators, self.position, self._law, self.no_position
+            trainer, self.ledger, meter.size, self.clients, meter.operators, self.position, self._law, self.no_position,
+            self.measured,
         )  # fmt: skip
         self._curves.close()
         if self.no_position and self._law is not None and not (self._auto and self._law.fitted_on is None):
             rank_zero_warn(f"ComputeAccounting: no position under {self._law.name}: {self.no_position}")
-        if self.position is None and self._auto and (self._law is None or not self._law.problems):
+        nothing_said = self.measured is None and self.position is None and self._auto
+        if nothing_said and (self._law is None or not self._law.problems):
             advice = sweep_advice(trainer, pl_module, self.ledger.training_flops)
             rank_zero_info(f"ComputeAccounting: no law for this task yet: fit one. {advice}")
 
@@ -386,6 +400,21 @@ class ComputeAccounting(Callback):
         except (ValueError, ArithmeticError) as error:
             reason = str(error).rstrip(".")
         self.no_position = reason
+        return None
+
+    def _measured(self, trainer: pl.Trainer) -> Measured | None:
+        """What a study has of this run; says why one that is there has nothing."""
+        study = study_of(self._asked_study)
+        if study is None:
+            return None
+        spent = self.ledger.training_flops if self._budget is None else self._budget
+        try:
+            found = measured_of(study, trainer, self.ledger.average_params, spent)
+        except (LookupError, TypeError, ValueError, ArithmeticError) as error:  # a file that was edited
+            found = f"it cannot be read ({error!r})"
+        if isinstance(found, Measured):
+            return found
+        rank_zero_info(f"ComputeAccounting: the study of fedscale size says nothing of this run: {found}.")
         return None
 
     def _why_another_loss(self, trainer: pl.Trainer, law: Law, here: Position) -> str | None:

@@ -1,4 +1,7 @@
-"""The command at the end of a run without a law: a sweep of this very project, which can be run as it is printed."""
+"""The commands at the end of a run that nothing is known of: a study of this very project, or a sweep.
+
+They can be run as they are printed, and name the run's own arguments, clients, partition and compute.
+"""
 
 from __future__ import annotations
 
@@ -8,14 +11,17 @@ import shlex
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import lightning.pytorch as pl
 from torch import nn
 
 from lightning_fedscale.executors.python_objects import is_installed
+from lightning_fedscale.partitioners import FilePartitioner, Partitioner
+from lightning_fedscale.partitioners.names import name_of
 from lightning_fedscale.scaling.project import LEVELS, sweep_command
 from lightning_fedscale.scaling.tuning import RATES
+from lightning_fedscale.strategy import FederatedStrategy
 
 _SIZES = ("size", "width", "hidden_size", "hidden_dim", "d_model", "n_embd", "dim", "channels", "depth", "num_layers")
 """What modules usually call the argument that makes them larger."""
@@ -26,12 +32,12 @@ _SCRIPTS = ("__main__", "__mp_main__")  # in its own process, and in those that 
 
 
 def sweep_advice(trainer: pl.Trainer, module: pl.LightningModule, flops: float) -> str:
-    """How to get a law of this task, in words and as a command.
+    """How to get a study of these clients, or a law of this task, in words and as commands.
 
     Args:
         trainer: of the run.
         module: of the run.
-        flops: that the run took, and the largest runs of the sweep will.
+        flops: that the run took, and the study's and the largest runs of the sweep will.
     """
     arguments = inspect.signature(type(module)).parameters
     argument = next((name for name in _SIZES if name in arguments), None)
@@ -55,9 +61,78 @@ def sweep_advice(trainer: pl.Trainer, module: pl.LightningModule, flops: float) 
         # A package's own has been given the data, whatever its defaults.
         if needed := list(takes) if is_installed(type(data).__module__) else _missing(takes, None):
             data_path = _function(data, "make_data", "", needed, stands)
-    line = sweep_command(path, data_path, flops, argument or "NAME")
+    current = _value(module, argument)
+    of_run = [*_flags("module", module, path, argument), *_flags("data", data, data_path)]
+    clients = _clients(trainer, stands)
     named = f", where {'; '.join(stands)}" if stands else ""
-    return f"This trains the smallest sweep that can identify a law, and fits it{named}:\n    {line}"
+    sweep = sweep_command(
+        path, data_path, flops, argument or "NAME", sizes=_around(current), more=[*clients.sweep, *of_run]
+    )
+    law = f"This trains the smallest sweep that can identify a law, and fits it{named}:\n    {sweep}"
+    if not clients.size:
+        return law
+    size = " ".join([
+        f"fedscale size --module {path or 'my_package.MyModule'} --data {data_path or 'my_package.MyDataModule'}",
+        f"--argument {argument or 'NAME'}", *([] if current is None else [f"--current {current}"]),
+        f"--flops {flops:.2g}", *clients.size, *of_run,
+    ])  # fmt: skip
+    return f"This measures the best size, method and batch for these clients{named}:\n    {size}\n{law}"
+
+
+class _Clients(NamedTuple):
+    """Flags that tell a command of the run's clients: for a study, and for a sweep."""
+
+    size: list[str]
+    sweep: list[str]
+
+
+def _clients(trainer: pl.Trainer, stands: list[str]) -> _Clients:
+    strategy = trainer.strategy
+    if not isinstance(strategy, FederatedStrategy) or strategy.partition is None:
+        return _Clients([], ["--clients '[1,4]'"])
+    number, cohort, given = strategy.partition.num_clients, strategy.cohort_size, strategy.partitioner
+    in_round = [] if cohort == number else [f"--clients_per_round {cohort}"]
+    if isinstance(given, FilePartitioner):
+        flag = f"--partition {shlex.quote(given.path)}"
+        return _Clients([flag, *in_round], [flag])
+    name = name_of(given) if isinstance(given, Partitioner) else None
+    if name is not None:
+        division = [] if name == "iid" else [f"--partition {name}"]
+        several = f"--clients '[1,{cohort}]'" if cohort != 1 else "--clients '[1,4]'"
+        return _Clients([*division, f"--clients {number}", *in_round], [several, *division])
+    stands.append(f"{_SAVED} is what trainer.strategy.partition.save('{_SAVED}') writes")
+    return _Clients([f"--partition {_SAVED}", *in_round], [f"--partition {_SAVED}"])
+
+
+_SAVED = "clients.json"
+
+
+def _value(module: pl.LightningModule, argument: str | None) -> int | None:
+    """The size of this module, if it tells."""
+    if argument is None:
+        return None
+    found = module.hparams.get(argument, getattr(module, argument, None))
+    return found if isinstance(found, int) and not isinstance(found, bool) and found > 0 else None
+
+
+def _around(current: int | None) -> list[int]:
+    """Five sizes that span a decade in parameters and more."""
+    if current is None:
+        return [8, 16, 32, 64, 128]
+    return sorted({max(1, round(current * factor)) for factor in (0.125, 0.25, 0.5, 1, 2)})
+
+
+def _flags(what: str, made: Any, path: str | None, but: str | None = None) -> list[str]:
+    """The arguments that a class was given and remembers, as flags."""
+    held = getattr(made, "hparams", None)
+    if path is None or path != _path(made) or not held:
+        return []
+    takes = inspect.signature(type(made)).parameters
+    given = {
+        name: value for name, value in held.items()
+        if name != but and name in takes and isinstance(value, (bool, int, float, str)) and value != takes[name].default
+    }  # fmt: skip
+    return [f"--{what}.{name}={shlex.quote(str(value))}" for name, value in given.items()]
 
 
 def _function(what: object, name: str, of: str, given: list[str], stands: list[str]) -> str:

@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 from torch.utils.tensorboard import SummaryWriter
 
+from lightning_fedscale.callbacks.compute_study import Measured
 from lightning_fedscale.devices.operators import Operator
 from lightning_fedscale.loggers import Layout, lay_out, run_folder, show, writers
 from lightning_fedscale.memory import format_bytes
@@ -100,12 +101,15 @@ def report(
     position: Position | None,
     law: Law | None,
     no_position: str = "",
+    measured: Measured | None = None,
 ) -> None:
     """Table and advice in the terminal, figure and operators in TensorBoard, ``position.json`` in the run's folder."""
     if not trainer.is_global_zero:
         return
     console = Console()
     console.print(_table(ledger, size, clients, position))
+    if measured is not None:
+        console.print(f"{measured.said}.", highlight=False)
     if position is not None:
         console.print(position.sentences(), highlight=False)
     elif no_position:
@@ -113,10 +117,13 @@ def report(
     if (folder := run_folder(trainer)) is not None:
         folder.mkdir(parents=True, exist_ok=True)
         facts = _facts(ledger, size, clients, position, no_position)
+        facts["measured"] = None if measured is None else measured._asdict()
         (folder / "position.json").write_text(json.dumps(facts, indent=1), "utf8")
     if position is not None and law is not None:
         show(trainer, "compute/position", plot(position, law))
     for writer in writers(trainer, "add_text"):
+        if measured is not None:
+            writer.add_text("compute/measured", measured.said, trainer.global_step)
         if position is not None:
             writer.add_text("compute/advice", position.sentences(), trainer.global_step)
         writer.add_text("compute/operators", _coverage(operators), trainer.global_step)

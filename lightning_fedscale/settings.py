@@ -39,16 +39,10 @@ def settings_of(options: Arguments, partition: Partition, params: int) -> dict[s
         partition: who holds what.
         params: parameters of the model.
     """
-    rules, clients = options.rules, partition.num_clients
-    local = rules.local
+    clients = partition.num_clients
     calls = {
         "partitioner": "Partition" if isinstance(options.partitioner, Partition) else repr(options.partitioner),
-        "aggregator": rules.aggregator.call or "custom",
-        "server_optimizer": options.server_optimizer.call or "custom",
-        "local_rule": NONE if local is None else local.call or local.name,
-        "compressor": NONE if rules.compressor is None else rules.compressor.name,
-        "downlink_compressor": NONE if options.downlink_compressor is None else options.downlink_compressor.name,
-        "mode": "sync" if options.asynchrony is None else repr(options.asynchrony),
+        **_rules_of(options),
         "population": NONE if options.population is None else repr(options.population),
     }
     found: dict[str, Any] = {
@@ -60,18 +54,54 @@ def settings_of(options: Arguments, partition: Partition, params: int) -> dict[s
         "local_epochs": options.local_epochs or NONE,
         "local_steps": -1 if callable(options.local_steps) else options.local_steps or NONE,
         "rounds_per_epoch": options.rounds_per_epoch,
-        "client_optimizer": "keep" if options.keep_optimizers else "reset",
+        "client_optimizer": _client_optimizer(options),
         "sampler": getattr(options.sampler, "__name__", type(options.sampler).__name__),
         "executor": options.executor,
         "seed": options.seed,
         **calls,
-        "personal": repr(rules.ditto) if rules.ditto else ", ".join(rules.personal) or NONE,
-        "buffers": ", ".join(f"{pattern}: {policy}" for pattern, policy in rules.buffers) or NONE,
+        **_parts(options),
         **_privacy(options),
     }
     for name, call in calls.items():
         found |= {f"{name}.{each}": value for each, value in numbers_in(call).items() if each not in _NOT_SWEPT}
     return {PREFIX + name: value for name, value in found.items()}
+
+
+def method_of(options: Arguments) -> dict[str, Any]:
+    """What makes two runs ones of the same method: how clients train, and how what they send is put together.
+
+    Args:
+        options: the strategy's checked arguments.
+    """
+    return {
+        "client_optimizer": _client_optimizer(options), **_rules_of(options), **_parts(options), **_privacy(options),
+    }  # fmt: skip
+
+
+def _rules_of(options: Arguments) -> dict[str, str]:
+    """Rules, by the calls that make them."""
+    rules, local = options.rules, options.rules.local
+    return {
+        "aggregator": rules.aggregator.call or "custom",
+        "server_optimizer": options.server_optimizer.call or "custom",
+        "local_rule": NONE if local is None else local.call or local.name,
+        "compressor": NONE if rules.compressor is None else rules.compressor.name,
+        "downlink_compressor": NONE if options.downlink_compressor is None else options.downlink_compressor.name,
+        "mode": "sync" if options.asynchrony is None else repr(options.asynchrony),
+    }
+
+
+def _client_optimizer(options: Arguments) -> str:
+    return "keep" if options.keep_optimizers else "reset"
+
+
+def _parts(options: Arguments) -> dict[str, str]:
+    """What of the model is not everybody's."""
+    rules = options.rules
+    return {
+        "personal": repr(rules.ditto) if rules.ditto else ", ".join(rules.personal) or NONE,
+        "buffers": ", ".join(f"{pattern}: {policy}" for pattern, policy in rules.buffers) or NONE,
+    }
 
 
 def _privacy(options: Arguments) -> dict[str, Any]:

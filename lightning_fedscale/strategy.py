@@ -44,6 +44,7 @@ from lightning_fedscale.privacy import Privacy
 from lightning_fedscale.run_board import RunBoard
 from lightning_fedscale.samplers import Sampler
 from lightning_fedscale.server import ServerOptimizer
+from lightning_fedscale.settings import method_of
 from lightning_fedscale.types import ClientUpdate, IntArray, RoundRecord
 
 if TYPE_CHECKING:
@@ -247,6 +248,21 @@ class FederatedStrategy(ReusableStrategy):
     def num_clients(self) -> int | None:
         """Number of registered clients; None before ``fit`` has seen the data if these decide."""
         return self._options.num_clients if self.partition is None else self.partition.num_clients
+
+    @property
+    def partitioner(self) -> Partitioner | Partition:
+        """What divides the data, or the division that was given."""
+        return self._options.partitioner
+
+    @property
+    def cohort_size(self) -> int | None:
+        """Number of clients that train in a round; None before ``fit`` has seen the data if these decide."""
+        return None if self.num_clients is None else self._options.cohort_size(self.num_clients)
+
+    @property
+    def method(self) -> dict[str, Any]:
+        """How clients train and what becomes of it, by argument, in words: what makes two runs ones of one method."""
+        return method_of(self._options)
 
     @property
     def population(self) -> Population | None:

@@ -107,6 +107,23 @@ def by_name(name: str, num_partitions: int | None = None, **kwargs: Any) -> Part
     return partitioner
 
 
+def name_of(partitioner: Partitioner) -> str | None:
+    """The short name that stands for a partitioner, whatever its number of clients; None where none does.
+
+    Example:
+        >>> name_of(by_name("dirichlet", 4)), name_of(by_name("dirichlet", 4, alpha=0.1))
+        ('dirichlet', None)
+    """
+    name = next((name for name, cls in _PARTITIONERS.items() if type(partitioner) is cls), None)
+    if name is None:
+        return None
+    try:
+        same = by_name(name, partitioner.num_partitions)
+    except ValueError:  # it needs arguments
+        return None
+    return name if repr(same) == repr(partitioner) else None
+
+
 def _find(name: str) -> type[Partitioner]:
     known = {cls.__name__.lower(): cls for cls in _PARTITIONERS.values()} | _PARTITIONERS
     key = str(name).lower()

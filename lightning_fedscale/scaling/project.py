@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -67,7 +68,14 @@ def needed_law(law: Any) -> Law:
     return found
 
 
-def sweep_command(module: str | None, data: str | None, flops: float, argument: str = "size") -> str:
+def sweep_command(
+    module: str | None,
+    data: str | None,
+    flops: float,
+    argument: str = "size",
+    sizes: Sequence[int] = (8, 16, 32, 64, 128),
+    more: Sequence[str] = ("--clients '[1,4]'",),
+) -> str:
     """The command that runs the smallest sweep of a module which a law can be fitted to, and fits it.
 
     Args:
@@ -75,13 +83,14 @@ def sweep_command(module: str | None, data: str | None, flops: float, argument: 
         data: path of the data module's class; None likewise.
         flops: of the largest runs.
         argument: of the module, that makes it larger.
+        sizes: its values.
+        more: flags of clients, partition, and the arguments of module and data.
 
     Example:
         >>> sweep_command("my.Module", "my.Data", 2.5e9)
-        "fedscale sweep --module my.Module --data my.Data --sizes '[8,16,32,64,128]' --clients '[1,4]' --flops 2.5e+09"
+        "fedscale sweep --module my.Module --data my.Data --sizes '[8,16,32,64,128]' --flops 2.5e+09 --clients '[1,4]'"
     """
-    return (
-        f"fedscale sweep --module {module or 'my_package.MyModule'} --data {data or 'my_package.MyDataModule'}"
-        " --sizes '[8,16,32,64,128]'"
-        f" --clients '[1,4]' --flops {flops:.2g}" + ("" if argument == "size" else f" --argument {argument}")
-    )
+    made = f"--module {module or 'my_package.MyModule'} --data {data or 'my_package.MyDataModule'}"
+    named = [] if argument == "size" else [f"--argument {argument}"]
+    listed = ",".join(map(str, sizes))
+    return " ".join(["fedscale sweep", made, f"--sizes '[{listed}]'", f"--flops {flops:.2g}", *named, *more])

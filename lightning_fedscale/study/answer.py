@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -71,6 +71,8 @@ class Answer:
         current: those of the current size: the best with FedAvg, and the best with any method; empty without one.
         notes: what is doubtful, or was left out, in words.
         strategy: expression for the best.
+        study: what it was made for: module, data, partition (name, fingerprint, samples, mean distance of labels), and
+            the methods, by what makes two runs ones of the same method.
         runs: how many were made, those with less of the budget included.
         minutes: that they took, one after the other.
     """
@@ -82,6 +84,7 @@ class Answer:
     current: tuple[Result, ...]
     notes: tuple[str, ...]
     strategy: str
+    study: Mapping[str, Any]
     runs: int
     minutes: float
 

@@ -18,6 +18,7 @@ from lightning_fedscale import randomness
 from lightning_fedscale.checks import integer
 from lightning_fedscale.partitioners import Partition, Partitioner
 from lightning_fedscale.refusals import is_told
+from lightning_fedscale.strategy import FederatedStrategy
 from lightning_fedscale.study.answer import Answer, current_of, results_of
 from lightning_fedscale.study.arguments import (
     axis,
@@ -33,7 +34,7 @@ from lightning_fedscale.study.arguments import (
 from lightning_fedscale.study.cost import Cost
 from lightning_fedscale.study.ledger import Ledger
 from lightning_fedscale.study.loaders import train_loader
-from lightning_fedscale.study.methods import expression_of
+from lightning_fedscale.study.methods import expression_of, options_of
 from lightning_fedscale.study.race import FEWEST_ROUNDS, Job, Measured, Prices, Race
 from lightning_fedscale.study.settings import FED_AVG, Setting, Space, ladder
 from lightning_fedscale.study.trial import Executing, Project
@@ -152,9 +153,11 @@ class _Study:
     ) -> None:
         self.project, self.space, self.current, self.ledger = project, space, current, ledger
         self.seconds, self.seeds, self.pool, self.workers, self.say = seconds, seeds, pool, workers, say
-        share = project.clients_per_round
-        number = project.partition.num_clients
-        self.cohort = number if share is None else share if isinstance(share, int) else max(1, round(share * number))
+        cohort = FederatedStrategy(
+            num_clients=project.partition.num_clients, clients_per_round=project.clients_per_round
+        ).cohort_size
+        assert cohort is not None
+        self.cohort = cohort
         self.notes: list[str] = []
         # Rows in the order in which they are asked for: what is decided by them is decided so again after a restart.
         self.seen: list[dict[str, Any]] = []
@@ -300,9 +303,15 @@ class _Study:
             current=current_of(results, self.current),
             notes=tuple(self.notes),
             strategy=f"FederatedStrategy({', '.join(parts)})",
+            study=self._made_for(),
             runs=len(table),
             minutes=float(table["seconds"].sum()) / 60,
         )
+
+    def _made_for(self) -> dict[str, Any]:
+        known = {name: self.project.methods[name] for name in self.space.methods}
+        methods = {name: FederatedStrategy(**options_of(each)).method for name, each in known.items()}
+        return {**self.ledger.study, "cohort": self.cohort, "methods": methods}
 
 
 def _of_budget(share: float) -> str:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import re
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +16,11 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_fedscale import FederatedStrategy, Partition, local_rules, server
+from lightning_fedscale.callbacks import ComputeAccounting
+from lightning_fedscale.callbacks.compute_study import STUDY_FILE
 from lightning_fedscale.cli import main
-from lightning_fedscale.study import Answer, size
+from lightning_fedscale.partitioners import DirichletPartitioner
+from lightning_fedscale.study import METHODS, Answer, size, write
 from lightning_fedscale.study.methods import options_of
 from lightning_fedscale.study.race import Job
 from lightning_fedscale.study.settings import FED_AVG, Setting
@@ -334,3 +339,116 @@ def test_wrong_words_are_told(more: list[str], said: str, tmp_path: Path, capsys
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("fedscale size: ")
     assert said in line
+
+
+# ---- a run that was studied
+
+
+def counted(answer: Answer, folder: Path, size: int = 8, flops: float = FLOPS, **options: Any) -> ComputeAccounting:
+    """Train as a user does who has a study's numbers beside the run."""
+    write(answer, folder)
+    accounting = ComputeAccounting(max_flops=flops, study=folder / STUDY_FILE)
+    strategy = FederatedStrategy(**{"partitioner": HOSPITALS, "local_epochs": None, "local_steps": 2, **options})
+    trainer = pl.Trainer(
+        accelerator="cpu", max_epochs=-1, strategy=strategy, callbacks=[accounting], logger=False,
+        enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
+    )  # fmt: skip
+    trainer.fit(Net(size), datamodule=Images())
+    return accounting
+
+
+def test_a_run_is_told_what_its_study_measured(
+    found: tuple[Answer, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    answer, _ = found
+    for width, method in ((8, FED_AVG), (2, "scaffold")):
+        own = [each for each in answer.results if each.setting[:2] == (width, method)]
+        measured = counted(answer, tmp_path, width, **options_of(METHODS[method])).measured
+        assert measured is not None
+        assert measured.best["loss"] == answer.best.loss
+        assert (measured.here is None) == (not own)
+        if measured.here is not None:
+            assert measured.here["behind"] == own[0].behind
+        said = " ".join(capsys.readouterr().out.split())
+        assert f"width {answer.best.setting.size}" in said
+        assert answer.best.setting.method in said
+        assert "with fedscale sweep" not in said
+        assert "fit one" not in said
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({"partitioner": Partition.from_lists([range(100), range(100, 200)])}, "another partition"),
+        ({"clients_per_round": 2}, "3 clients a round"),
+        ({"flops": FLOPS / 4}, "FLOPs"),
+        ({"local_rule": local_rules.fed_prox(mu=7.0)}, "method"),
+        ({"size": 5}, "parameters"),
+    ],
+)
+def test_a_study_of_something_else_says_nothing(
+    options: dict[str, Any], reason: str, found: tuple[Answer, Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    assert counted(found[0], tmp_path, **options).measured is None
+    assert "says nothing of this run" in caplog.text
+    assert reason in caplog.text
+
+
+def test_only_a_file_that_was_named_must_be_a_study(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for held in ("[1, 2]", "{", '{"size": 3}', '{"study": 1, "results": 1, "best": 1, "flops": 1, "argument": 1}'):
+        Path(STUDY_FILE).write_text(held, encoding="utf-8")
+        assert ComputeAccounting().measured is None
+        with pytest.raises(ValueError, match=r"study='size\.json'"):
+            ComputeAccounting(study=STUDY_FILE)
+    with pytest.raises(TypeError, match="study=3"):
+        ComputeAccounting(study=3)  # type: ignore[arg-type]
+
+
+# ---- the advice at the end of a run that was not studied
+
+
+class Kept(Net):
+    """Remembers its arguments, as modules with ``save_hyperparameters`` do."""
+
+    def __init__(self, width: int = 8, lr: float = 0.1) -> None:
+        super().__init__(width, lr)
+        self.save_hyperparameters()
+
+
+@pytest.mark.parametrize(
+    ("options", "flags"),
+    [
+        ({"num_clients": 3}, ["--clients 3"]),
+        ({"num_clients": 4, "clients_per_round": 2, "partitioner": "dirichlet"},
+         ["--partition dirichlet", "--clients 4", "--clients_per_round 2"]),
+        ({"partitioner": "three.json"}, ["--partition three.json"]),
+        ({"partitioner": HOSPITALS}, ["--partition clients.json"]),
+        ({"partitioner": DirichletPartitioner(3, alpha=9.0, min_partition_size=1)}, ["--partition clients.json"]),
+    ],
+)  # fmt: skip
+def test_a_run_that_nothing_is_known_of_names_the_study_to_make(
+    options: dict[str, Any], flags: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    HOSPITALS.save("three.json")
+    strategy = FederatedStrategy(**{"local_epochs": None, "local_steps": 2, **options})
+    trainer = pl.Trainer(
+        accelerator="cpu", max_steps=4, max_epochs=-1, strategy=strategy, callbacks=[ComputeAccounting()], logger=False,
+        enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
+    )  # fmt: skip
+    with caplog.at_level("INFO"):
+        trainer.fit(Kept(4, lr=0.05), datamodule=Images())
+    (line,) = (each.strip() for each in caplog.text.splitlines() if each.strip().startswith("fedscale size"))
+    for flag in [*flags, "--argument width", "--current 4", "--module.lr=0.05"]:
+        assert flag in line
+    if "clients.json" in line:  # which the advice explains
+        assert "clients.json is what trainer.strategy.partition.save('clients.json') writes" in caplog.text
+        assert strategy.partition is not None
+        strategy.partition.save("clients.json")
+    few = "--study-minutes 0.05 --seeds 2 --sizes [2,4] --methods [fed_avg] --batch-sizes [10] --local-steps [2]"
+    asked = shlex.split(re.sub(r"--flops \S+", "--flops 1e5", line))[1:]
+    assert main([*asked, *few.split(), "--rates", "[1.0]", "--accelerator", "cpu"]) == 0
+    assert Path("size.json").is_file()

@@ -1,0 +1,127 @@
+"""What `fedscale size` measured of runs like this one, which is worth more than what any law predicts."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import lightning.pytorch as pl
+
+from lightning_fedscale.strategy import FederatedStrategy
+
+STUDY_FILE = "size.json"
+"""What ``fedscale size`` writes, and is looked for in the folder where training runs."""
+
+_SAME_FLOPS, _SAME_PARAMS = 1.25, 0.02
+"""A factor of compute, and a share of the parameters, within which two runs are of one amount and one size."""
+
+
+_PARTS = {"study", "results", "best", "flops", "argument"}
+_FACTS = {"fingerprint", "partition", "clients", "cohort", "methods"}
+
+
+class Measured(NamedTuple):
+    """A study's word on a run.
+
+    Attributes:
+        best: the study's best result, as in its file.
+        here: its best result for this run's size and method; None if it has none.
+        said: one sentence.
+    """
+
+    best: Mapping[str, Any]
+    here: Mapping[str, Any] | None
+    said: str
+
+
+def study_of(given: str | Path | None) -> dict[str, Any] | None:
+    """A study's numbers.
+
+    Args:
+        given: "auto" for those in this folder, if there are any; a file; or None for none.
+
+    Raises:
+        ValueError: for a file that is missing, or holds something else.
+        TypeError: for anything else.
+    """
+    if given is None:
+        return None
+    if not isinstance(given, (str, Path)):
+        raise TypeError(f"study={given!r}: pass 'auto', the {STUDY_FILE} of fedscale size, or None.")
+    is_auto = given == "auto"
+    try:
+        found = json.loads(Path(STUDY_FILE if is_auto else given).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        if is_auto:
+            return None
+        raise ValueError(f"study={str(given)!r}: not readable: {error}") from None
+    made_for = found.get("study") if isinstance(found, dict) else None
+    if isinstance(made_for, dict) and _PARTS.issubset(found) and _FACTS.issubset(made_for):
+        return dict(found)
+    if is_auto:
+        return None  # a file of the project's own that has this name
+    raise ValueError(f"study={str(given)!r}: is no {STUDY_FILE} of fedscale size.")
+
+
+def measured_of(study: Mapping[str, Any], trainer: pl.Trainer, params: float, flops: float) -> Measured | str:
+    """What a study says of a run, or why it says nothing.
+
+    Args:
+        study: of `study_of`.
+        trainer: of the run.
+        params: active ones, of the run's model.
+        flops: of all clients together.
+    """
+    strategy = trainer.strategy
+    if not isinstance(strategy, FederatedStrategy) or strategy.partition is None:
+        return "it is of a federation, and this run is none"
+    made_for = study["study"]
+    if made_for["fingerprint"] != strategy.partition.fingerprint:
+        return f"it is of another partition ({made_for['partition']}, {made_for['clients']:,} clients)"
+    if made_for["cohort"] != strategy.cohort_size:
+        return f"it is of {made_for['cohort']:,} clients a round, and this run of {strategy.cohort_size:,}"
+    if not 1 / _SAME_FLOPS <= flops / study["flops"] <= _SAME_FLOPS:
+        return f"it is of {study['flops']:.3g} FLOPs, and this run of {flops:.3g}"
+    if not any(_is_size(each, params) for each in study["results"]):
+        return f"no size that it tried has about {params:,.0f} parameters"
+    method = next((name for name, rules in made_for["methods"].items() if rules == strategy.method), None)
+    if method is None:
+        return "it did not try this run's method"
+    own = [each for each in study["results"] if _is_size(each, params) and each["method"] == method]
+    here = min(own, key=lambda each: float(each["behind"]), default=None)
+    return Measured(study["best"], here, _sentence(study, here, method))
+
+
+def _is_size(result: Mapping[str, Any], params: float) -> bool:
+    return abs(float(result["params"]) - params) <= _SAME_PARAMS * params
+
+
+def _sentence(study: Mapping[str, Any], here: Mapping[str, Any] | None, method: str) -> str:
+    best, name = study["best"], study["argument"]
+    found = (
+        f"fedscale size measured on these clients, with {study['flops']:.3g} FLOPs: {name} {best['size']}"
+        f" ({best['params']:,.0f} parameters) with {best['method']} is best, loss {_loss(best)}"
+    )
+    if here is None:
+        return f"{found}; this size with {method} had no part in its final"
+    this = f"this size ({name} {here['size']}) with {method}"
+    if _of(here) == _of(best):
+        return f"{found}, and that is this size and method"
+    at = ", at the best batch, local steps and learning rate that it tried"
+    if here["even"]:
+        return f"{found}; {this} is not shown to be worse{at}"
+    more = f"{here['behind']:.3g} more ({here['behind_low']:.3g} to {here['behind_high']:.3g})"
+    return f"{found}; {this} reaches {more}{at}"
+
+
+def _of(result: Mapping[str, Any]) -> tuple[Any, Any]:
+    return result["size"], result["method"]
+
+
+def _loss(result: Mapping[str, Any]) -> str:
+    low, high = result["low"], result["high"]
+    is_known = low is not None and high is not None and math.isfinite(low + high)
+    return f"{result['loss']:.4g}" + (f" ({low:.4g} to {high:.4g})" if is_known else "")
