@@ -18,7 +18,7 @@ def train_loader(module: pl.LightningModule | None, data: pl.LightningDataModule
         data: is set up for training.
 
     Raises:
-        ValueError: if it cannot be had without a Trainer.
+        ValueError: if it cannot be had without a Trainer, or a DataLoader refuses its arguments.
         TypeError: if it is no DataLoader.
     """
     if data is not None:
@@ -28,6 +28,8 @@ def train_loader(module: pl.LightningModule | None, data: pl.LightningDataModule
     try:
         loader = owner.train_dataloader()
     except Exception as error:
+        if is_raised_in(error, "torch.utils.data"):  # a batch of 0, say: a wrong argument of the data's
+            raise ValueError(f"{type(owner).__name__}.train_dataloader: {error}") from error
         if not is_raised_in(error, "lightning"):
             raise  # a mistake of the project's own
         raise ValueError(

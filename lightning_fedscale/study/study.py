@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, Future, ProcessPoolExecutor, as_completed
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -64,6 +64,7 @@ def size(
     seed: int = 0,
     loss: str | None = None,
     workers: int = 1,
+    pool: Executor | None = None,
     folder: str | Path = "fedscale_size",
     trainer: dict[str, Any] | None = None,
     say: Callable[[str], None] | None = None,
@@ -95,6 +96,8 @@ def size(
         seed: of weights, partition and order.
         loss: name of the logged validation loss; None for the first of the usual names.
         workers: processes that train at a time; more than one needs a module and data that can be pickled.
+        pool: where they are, ``workers`` of them: any `concurrent.futures.Executor` of processes, such as a cluster's
+            (``dask.distributed.Client().get_executor()``); None for this machine.
         folder: where ``runs.csv`` goes, with every run.
         trainer: arguments of the Trainer.
         say: called with what is going on, a line each.
@@ -132,9 +135,11 @@ def size(
         "arguments": [getattr(each, "arguments", {}) for each in (module, data)], "flops": flops, **facts,
         "clients_per_round": clients_per_round, "methods": known, "seed": seed, "loss": loss,
     }  # fmt: skip
-    with _pool(project, workers) as pool:
+    if pool is not None and not isinstance(pool, Executor):
+        raise TypeError(f"pool={pool!r}: pass a concurrent.futures.Executor, or None for this machine.")
+    with _processes(workers) if pool is None else nullcontext(pool) as where:
         return _Study(
-            project, space, current, Ledger(folder, common), study_minutes * 60, seeds, pool, workers, say
+            project, space, current, Ledger(folder, common), study_minutes * 60, seeds, where, workers, say
         ).run()
 
 
@@ -275,7 +280,10 @@ class _Study:
         # The longest first, so that no worker is left alone with it at the end.
         ordered = sorted(jobs, key=lambda job: -self._seconds(job.setting, job.share))
         futures: dict[Future[dict[str, Any]], Job] = {
-            self.pool.submit(_run, job, self._executor(job), job.share == 1 and job.seed > 0): job for job in ordered
+            self.pool.submit(
+                self.project.run, job, self._executor(job), each_client=job.share == 1 and job.seed > 0
+            ): job
+            for job in ordered
         }
         for future in as_completed(futures):
             yield futures[future], future.result()
@@ -322,26 +330,12 @@ def _silent(line: str) -> None:
     pass
 
 
-# ---- other processes
-
-
 @contextmanager
-def _pool(project: Project, workers: int) -> Iterator[Executor | None]:
+def _processes(workers: int) -> Iterator[Executor | None]:
+    """This machine's; None for this very process."""
     if workers == 1:
         yield None
         return
     threads = max(1, torch.get_num_threads() // workers)
-    with ProcessPoolExecutor(workers, get_context("spawn"), _begin, (project, threads)) as pool:
+    with ProcessPoolExecutor(workers, get_context("spawn"), torch.set_num_threads, (threads,)) as pool:
         yield pool
-
-
-_PROJECT: list[Project] = []
-
-
-def _begin(project: Project, threads: int) -> None:
-    torch.set_num_threads(threads)
-    _PROJECT[:] = [project]
-
-
-def _run(job: Job, executor: Executing, each_client: bool) -> dict[str, Any]:
-    return _PROJECT[0].run(job, executor, each_client=each_client)

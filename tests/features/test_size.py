@@ -6,6 +6,8 @@ import json
 import math
 import re
 import shlex
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -156,11 +158,16 @@ def test_workers_find_the_same(tmp_path: Path) -> None:
     """Two processes; what one of them trains is what this one trains."""
     options: dict[str, Any] = {"flops": 5e4, "sizes": [2, 4], "methods": [FED_AVG], "study_minutes": 0.01}
     one, two = study(tmp_path / "1", **options), study(tmp_path / "2", **options, workers=2)
-    losses = [{each.setting: each.loss for each in answer.results} for answer in (one, two)]
-    both = losses[0].keys() & losses[1].keys()
-    assert both
-    for each in both:
-        assert losses[0][each] == pytest.approx(losses[1][each], abs=1e-5)
+    with ProcessPoolExecutor(1, get_context("spawn"), torch.set_num_threads, (1,)) as pool:
+        three = study(tmp_path / "3", **options, pool=pool)
+    losses = [{each.setting: each.loss for each in answer.results} for answer in (one, two, three)]
+    for others in losses[1:]:
+        both = losses[0].keys() & others.keys()
+        assert both
+        for each in both:
+            assert losses[0][each] == pytest.approx(others[each], abs=1e-5)
+    with pytest.raises(TypeError, match="pool=2: pass a concurrent"):
+        study(tmp_path / "4", **options, pool=2)
 
 
 def test_the_expression_trains_as_the_study_did(found: tuple[Answer, Path]) -> None:
@@ -331,6 +338,7 @@ def test_the_command_says_what_it_found(tmp_path: Path, capsys: pytest.CaptureFi
         (["--module.depth=3"], "has no argument depth; there are width, lr, momentum"),
         (["--data", "nowhere.Data"], "data='nowhere.Data': cannot be imported"),
         (["--data", "os.path"], "pass a class or a function that makes it"),
+        (["--data.batch_size=0"], "Images.train_dataloader: batch_size should be a positive integer"),
         (["--partition", "nowhere.json"], "partitioner='nowhere.json': cannot be read: No such file or directory"),
     ],
 )
