@@ -167,12 +167,21 @@ def test_the_probe_is_compared_with_the_truth(tmp_path: Path) -> None:
     assert batches["BatchSizeFinder power"] == "none" or int(batches["BatchSizeFinder power"]) <= true
 
 
-@pytest.mark.parametrize("name", ["phases", "phase_study", "accounting"])
-def test_other_benchmarks_run(name: str, tmp_path: Path) -> None:
-    command = [sys.executable, "-m", f"benchmarks.{name}", "--fast", "--output", str(tmp_path)]
+@pytest.mark.parametrize(
+    ("name", "bars", "more"),
+    [
+        ("phases", 30, []),
+        ("phase_study", 30, []),
+        ("accounting", 30, []),
+        ("sizing", 23, ["--tasks", "digits", "--folder", "runs"]),  # a row of one task, below its head
+    ],
+)
+def test_other_benchmarks_run(name: str, bars: int, more: list[str], tmp_path: Path) -> None:
+    more = [str(tmp_path / each) if each == "runs" else each for each in more]
+    command = [sys.executable, "-m", f"benchmarks.{name}", "--fast", "--output", str(tmp_path), *more]
     done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[2])
     assert done.returncode == 0, done.stderr
     report = (tmp_path / f"{name}.md").read_text()
-    assert report.count("|") > 30
+    assert report.count("|") > bars
     for picture in re.findall(r"\]\((.*\.png)\)", report):
         assert (tmp_path / picture).stat().st_size > 10_000
