@@ -17,8 +17,8 @@ from lightning_fedscale.cli.makers import Maker
 _PATHS = {"run": (None, "folder of a run"), "runs": ("+", "CSV files, directories of runs, or patterns of them")}
 """Arguments without a flag, since a shell's pattern may have made them: how many there are, and what they are."""
 
-_NESTED = re.compile(r"--(module|data)\.([^=\s]+)(?:=(.*))?", re.DOTALL)
-"""Arguments of what a `Maker` names."""
+_NESTED = re.compile(r"--(module|data|strategy)\.([^=\s]+)(?:=(.*))?", re.DOTALL)
+"""Arguments of what a `Maker` names, and of the strategy."""
 
 register_type(Maker, serializer=str, deserializer=str)  # imported once everything else is right
 
@@ -105,6 +105,8 @@ def parse(
     values.pop("config", None)
     for name in makers:
         values[name] = Named(name, str(values[name]), nested.get(name, {}))
+    if "strategy" in nested and "strategy" in values:
+        values["strategy"] = {**(values["strategy"] or {}), **nested["strategy"]}
     return parsed["command"], values
 
 
@@ -127,7 +129,7 @@ def _makers(function: Callable[..., None] | None) -> list[str]:
 
 
 def _nested(given: Sequence[str]) -> tuple[dict[str, dict[str, Any]], list[str]]:
-    """Arguments of modules and data modules that are made later, and the other arguments.
+    """Arguments of modules, data modules and the strategy, which are made later, and the other arguments.
 
     Example:
         >>> _nested(["size", "--data", "my.Data", "--data.batch_size=64", "--module.layers", "[1, 2]"])

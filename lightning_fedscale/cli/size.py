@@ -5,6 +5,7 @@ from __future__ import annotations
 import json as json_format
 import sys
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
@@ -28,6 +29,7 @@ def size(
     study_minutes: float = 30.0,
     sizes: list[int] | None = None,
     methods: list[str] | None = None,
+    strategy: dict[str, Any] | None = None,
     batch_sizes: list[int] | None = None,
     local_steps: list[int] = [5, 20],  # noqa: B006  # jsonargparse shows it as the default
     rates: list[float] = [0.25, 1.0, 4.0],  # noqa: B006
@@ -55,6 +57,7 @@ def size(
         study_minutes: how long the study may take.
         sizes: to try; by default seven around the current one, by factors of two.
         methods: to try, by name; by default all that this command knows.
+        strategy: arguments of FederatedStrategy that all methods have, such as --strategy.compressor=qsgd.
         batch_sizes: of a client, to try; by default the data's own and four times that.
         local_steps: batches of a client in a round, to try.
         rates: learning rates to try, as multiples of the module's own.
@@ -76,9 +79,9 @@ def size(
         made(name, folder)
     answer = module.twin_of(find, {} if current is None else {argument: current})(
         module, data, flops, argument=argument, partition=partition, clients=clients,
-        clients_per_round=clients_per_round, current=current, sizes=sizes, methods=methods, batch_sizes=batch_sizes,
-        local_steps=local_steps, rates=rates, study_minutes=study_minutes, seeds=seeds, seed=seed, loss=loss,
-        workers=workers, folder=runs, trainer={"accelerator": accelerator}, say=say,
+        clients_per_round=clients_per_round, current=current, sizes=sizes, methods=methods, strategy=strategy,
+        batch_sizes=batch_sizes, local_steps=local_steps, rates=rates, study_minutes=study_minutes,
+        seeds=seeds, seed=seed, loss=loss, workers=workers, folder=runs, trainer={"accelerator": accelerator}, say=say,
     )  # fmt: skip
     written("output", str(Path(output, PAGE)), lambda: write(answer, output))
     if json:

@@ -24,6 +24,7 @@ def sweep(
     partition: str | None = None,
     argument: str = "size",
     method: str = "fed_avg",
+    strategy: dict[str, Any] | None = None,
     batch_size: int | None = None,
     local_steps: int = 5,
     rates: list[float] = [0.5, 1.0, 2.0],  # noqa: B006
@@ -50,6 +51,7 @@ def sweep(
             by default.
         argument: name of the module's argument that makes the model larger or smaller.
         method: how clients train, by a name that fedscale size knows, such as 'scaffold'.
+        strategy: more arguments of FederatedStrategy, such as --strategy.compressor=qsgd.
         batch_size: of a client; by default the data's own.
         local_steps: batches of a client in a round.
         rates: learning rates to try for each size and number of clients, as multiples of the module's own; more are
@@ -81,8 +83,8 @@ def sweep(
         made(name, folder)
     run = module.twin_of(run_sweep, {argument: sizes[0]} if sizes else {})
     run(
-        module, data, sizes, flops, clients, partition=partition, method=method, argument=argument, folder=runs,
-        loss=loss, batch_size=batch_size, local_steps=local_steps, rates=rates, seeds=seeds,
-        trainer={"accelerator": accelerator}, each=show, say=say,
+        module, data, sizes, flops, clients, partition=partition, method=method, strategy=strategy,
+        argument=argument, folder=runs, loss=loss, batch_size=batch_size, local_steps=local_steps, rates=rates,
+        seeds=seeds, trainer={"accelerator": accelerator}, each=show, say=say,
     )  # fmt: skip
     finish(make_fit([str(Path(runs, "runs.csv"))], law, bootstrap=bootstrap, task=task), output, json)

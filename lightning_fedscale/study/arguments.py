@@ -10,9 +10,10 @@ from typing import Any
 
 from torch import nn
 
-from lightning_fedscale.checks import integer, one_of
+from lightning_fedscale.checks import integer, known_arguments, one_of
 from lightning_fedscale.partitioners import FinishedPartitioner, Partition, Partitioner, by_name, heterogeneity
 from lightning_fedscale.partitioners.labels import find_labels
+from lightning_fedscale.strategy import FederatedStrategy
 from lightning_fedscale.study.methods import METHODS
 
 
@@ -67,21 +68,35 @@ def current_size(module: Callable[..., Any], argument: str, current: int | None)
     return default if isinstance(default, int) and not isinstance(default, bool) and default > 0 else None
 
 
-def methods_of(given: Sequence[str] | Mapping[str, Mapping[str, Any]] | None) -> dict[str, dict[str, Any]]:
+def methods_of(
+    given: Sequence[str] | Mapping[str, Mapping[str, Any]] | None, strategy: Mapping[str, Any] | None = None
+) -> dict[str, dict[str, Any]]:
     """Methods by name; None are all that are known.
+
+    Args:
+        given: names, or arguments of `FederatedStrategy` by names.
+        strategy: arguments that all of them have, unless they say otherwise.
 
     Raises:
         ValueError: for none, or an unknown name.
+        TypeError: for arguments that the strategy does not have.
     """
-    if given is None:
-        return METHODS
-    if isinstance(given, Mapping) and given:
-        return {name: dict(each) for name, each in given.items()}
+    shared = dict(strategy or {})
+    known_arguments("strategy", FederatedStrategy, shared)
+    if asked := sorted(_STUDIED & set(shared)):
+        raise ValueError(f"strategy: {asked[0]} is an argument of its own here: pass it beside, or leave it out.")
+    if given is None or not isinstance(given, Mapping):
+        if given is not None and not given:
+            raise ValueError(f"methods={given!r}: pass some to try, or None for all.")
+        for name in given or ():
+            one_of("methods", name, tuple(METHODS))
+        given = {name: METHODS[name] for name in given or METHODS}
     if not given:
         raise ValueError(f"methods={given!r}: pass some to try, or None for all.")
-    for name in given:
-        one_of("methods", name, tuple(METHODS))
-    return {name: METHODS[name] for name in given}
+    return {name: {**shared, **each} for name, each in given.items()}
+
+
+_STUDIED = {"num_clients", "partitioner", "clients_per_round", "local_epochs", "local_steps", "executor", "seed"}
 
 
 def batch_sizes_of(own: int | None, held: Partition) -> tuple[int, ...]:

@@ -56,6 +56,7 @@ def size(
     current: int | None = None,
     sizes: Sequence[int] | None = None,
     methods: Sequence[str] | Mapping[str, Mapping[str, Any]] | None = None,
+    strategy: Mapping[str, Any] | None = None,
     batch_sizes: Sequence[int] | None = None,
     local_steps: Sequence[int] = (5, 20),
     rates: Sequence[float] = (0.25, 1.0, 4.0),
@@ -87,6 +88,7 @@ def size(
         sizes: to try; None for seven around the current one, by factors of two.
         methods: names in `METHODS`, or arguments of `FederatedStrategy` by names of one's own (objects in Hydra's form,
             ``{"_target_": ...}``); None for all of `METHODS`.
+        strategy: arguments of `FederatedStrategy` that all methods have, such as ``{"compressor": "qsgd"}``, likewise.
         batch_sizes: of a client, to try; None for the data's own and four times that.
         local_steps: batches of a client in a round, to try.
         rates: learning rates to try, as multiples of the module's own. Around the best setting, steps between all of
@@ -116,7 +118,7 @@ def size(
     with randomness.untouched():  # the caller's generators are not the study's
         loader = train_loader(None, data())
         held, facts = partition_of(partition, clients, loader.dataset)
-    known = methods_of(methods)
+    known = methods_of(methods, strategy)
     space = Space(
         axis("sizes", sizes if sizes is not None else ladder(current) if current else ()),
         tuple(known),

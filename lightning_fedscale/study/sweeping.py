@@ -46,6 +46,7 @@ def sweep(
     *,
     partition: str | Partitioner | Partition | None = None,
     method: str | Mapping[str, Any] = FED_AVG,
+    strategy: Mapping[str, Any] | None = None,
     argument: str = "size",
     folder: str | Path = "fedscale_sweep",
     loss: str | None = None,
@@ -76,6 +77,7 @@ def sweep(
         partition: how the training data is divided: the name of a partitioner, for any number of clients; or the file
             of a saved partition, a Partition or a Partitioner, which have clients of their own. None for equal parts.
         method: a name in `METHODS`, or arguments of `FederatedStrategy` (objects in Hydra's form).
+        strategy: more arguments of `FederatedStrategy`, likewise.
         argument: of ``module``, which makes the model larger or smaller.
         folder: where ``runs.csv`` goes, with every run at every rate.
         loss: name of the logged validation loss; None for the first of the usual names.
@@ -106,7 +108,7 @@ def sweep(
     batch = 0 if batch_size is None else integer("batch_size", batch_size, 1)
     local_steps, seeds = integer("local_steps", local_steps, 1), integer("seeds", seeds, 1)
     current_size(module, argument, None)
-    methods = methods_of([method] if isinstance(method, str) else {json.dumps(method): method})
+    methods = methods_of([method] if isinstance(method, str) else {json.dumps(method): method}, strategy)
     (name,) = methods
     parts: Any = "iid" if partition is None else partition
     dataset = train_loader(None, data()).dataset
@@ -122,7 +124,7 @@ def sweep(
         )  # fmt: skip
     asked = {
         "argument": argument, "flops_asked": flops, "local_steps": local_steps, "partition": made_for,
-        "method": name, "batch_size": batch,
+        "method": name + (f" {json.dumps(strategy, sort_keys=True)}" if strategy else ""), "batch_size": batch,
     }  # fmt: skip
     path = Path(folder, "runs.csv")
     rows = _kept(path, asked)

@@ -23,6 +23,7 @@ from lightning_fedscale.callbacks.compute_study import STUDY_FILE
 from lightning_fedscale.cli import main
 from lightning_fedscale.partitioners import DirichletPartitioner
 from lightning_fedscale.study import METHODS, Answer, size, write
+from lightning_fedscale.study.arguments import methods_of
 from lightning_fedscale.study.methods import options_of
 from lightning_fedscale.study.race import Job
 from lightning_fedscale.study.settings import FED_AVG, Setting
@@ -336,6 +337,11 @@ def test_the_command_says_what_it_found(tmp_path: Path, capsys: pytest.CaptureFi
     ("more", "said"),
     [
         (["--module.depth=3"], "has no argument depth; there are width, lr, momentum"),
+        (
+            ["--strategy.compresor=qsgd"],
+            "strategy: FederatedStrategy has no argument 'compresor'. Did you mean 'comp",
+        ),
+        (["--strategy.local_steps=3"], "strategy: local_steps is an argument of its own here"),
         (["--data", "nowhere.Data"], "data='nowhere.Data': cannot be imported"),
         (["--data", "os.path"], "pass a class or a function that makes it"),
         (["--data.batch_size=0"], "Images.train_dataloader: batch_size should be a positive integer"),
@@ -347,6 +353,24 @@ def test_wrong_words_are_told(more: list[str], said: str, tmp_path: Path, capsys
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("fedscale size: ")
     assert said in line
+
+
+def test_methods_share_what_the_strategy_is_given(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(typed(tmp_path, "--strategy.compressor=qsgd", "--strategy.client_optimizer", "keep", "--json")) == 0
+    answer = json.loads(capsys.readouterr().out)
+    for rules in answer["study"]["methods"].values():
+        assert rules["compressor"].startswith("qsgd")
+        assert rules["client_optimizer"] == "keep"
+    assert "compressor='qsgd'" in answer["strategy"]
+    job = Job(Setting(8, FED_AVG, 10, 2, 1.0), 1.0, 0)
+    one, other = (
+        Project(
+            Net, Images, argument="width", partition=HOSPITALS, clients_per_round=None,
+            methods=methods_of([FED_AVG], given), flops=FLOPS, seed=0, loss=None, trainer={"accelerator": "cpu"},
+        ).run(job)["bytes"]
+        for given in (None, {"compressor": "qsgd"})
+    )  # fmt: skip
+    assert other < 0.75 * one  # the way down is not compressed
 
 
 # ---- a run that was studied
