@@ -1,15 +1,18 @@
 """Which settings train with how much of the budget: many with little, few with all of it, the best with several seeds.
 
-Successive halving (arXiv 1502.07943) with two precautions. Small budgets favour small models, and large rates where
-the whole budget passes over the data until they are known by heart, so the best of every size and of every rate stays
-until the end; and what a grid leaves out is tried around the best at the full budget.
+Successive halving (arXiv 1502.07943) with three precautions. Small budgets favour small models, so the best of every
+size, method and rate stays until the end. They favour large rates as well, where the whole budget passes over the data
+until they are known by heart: what a share of the budget reached at some rate, all of it reaches at that rate times the
+share, on the same path in more steps. So at every stage the best is tried at both, and what is better is done with
+the others. And what a grid leaves out is tried around the best at the full budget, one thing at a time.
 """
 
 from __future__ import annotations
 
 import math
+from collections import deque
 from collections.abc import Callable, Iterable, Sequence
-from itertools import zip_longest
+from itertools import pairwise, zip_longest
 from typing import NamedTuple
 
 from lightning_fedscale.study.settings import FED_AVG, Setting, Space, best_of_each, without_twins
@@ -20,11 +23,14 @@ _TIMES = 3
 FEWEST_ROUNDS = 3
 """A run of fewer rounds says nothing about any number of local steps."""
 
-_OF_FIELD, _OF_SEEDS = 0.3, 0.25
+_OF_FIELD, _OF_SEEDS = 0.4, 0.25
 """Of the final's time, which is half of all, for those who have come so far, and for other seeds of the best; what is
 left is for the surroundings of the best."""
 
 _MOST_FINALISTS = 8
+
+_TURNS = ("rate", "local_steps", "batch_size", "method", "size")
+"""The things that are tried around the best, the cheapest first."""
 
 
 class Job(NamedTuple):
@@ -139,14 +145,16 @@ class Race:
         """
         shares = self.shares
         going = self._entrants()
-        for share in shares[:-1]:
-            stage = self._stage_seconds(shares)
-            jobs = [Job(each, share, 0) for each in going if self.prices.rounds(each, share) >= FEWEST_ROUNDS]
-            self._make(self.prices.affordable(jobs, stage, len(self.anchors)))
+        until = begun = 0.0
+        for share, following in pairwise(shares):
+            until += self._stage_seconds(shares)
+            jobs = self._new(Job(each, share, 0) for each in going)
+            self._make(self.prices.affordable(jobs, until - self._spent, len(self.anchors)))
             # Those for whom this was too little come in later.
             waiting = [each for each in going if self.prices.rounds(each, share) < FEWEST_ROUNDS]
-            going = self._promoted(share, waiting) or going
-        self._final(going)
+            begun = self._spent
+            going = self._at_rates(self._promoted(share, waiting) or going, share, following)
+        self._final(going, begun)
         return self.losses[1.0]
 
     def _entrants(self) -> list[Setting]:
@@ -169,6 +177,41 @@ class Race:
             *best_of_each(losses, ["rate"]), *others,
         ])  # fmt: skip
 
+    def _at_rates(self, going: Sequence[Setting], share: float, following: float) -> list[Setting]:
+        """Those who go on, at the rates that more of the budget calls for.
+
+        That is as they are, unless the best is better on the path that it has gone, in smaller steps. Then others go no
+        further than this either, but for those who are further already.
+        """
+        known = {each for each, loss in self.losses.get(share, {}).items() if math.isfinite(loss)}
+        first = next((each for each in going if each in known), None)
+        if first is None:
+            return list(going)
+
+        def path(each: Setting, of: float) -> float:
+            return each.rate * each.local_steps * self.prices.rounds(each, of)
+
+        def slower(each: Setting) -> Setting:
+            if each not in known:
+                return each
+            whole = path(each, following)
+            far = min(max(path(first, share), path(each, share)), whole)
+            return each._replace(rate=float(f"{each.rate * far / whole:.3g}"))
+
+        self._make(self._new(Job(each, following, 0) for each in (first, slower(first))))
+        there = self.losses.get(following, {})
+        if there.get(slower(first), math.inf) >= there.get(first, math.inf):
+            return list(going)
+        return without_twins([slower(first), first, *map(slower, going)])
+
+    def _new(self, jobs: Iterable[Job]) -> list[Job]:
+        """Those that have not run, and come to some rounds."""
+        return [
+            job for job in dict.fromkeys(jobs)
+            if job.setting not in self.losses.get(job.share, {})
+            and self.prices.rounds(job.setting, job.share) >= FEWEST_ROUNDS
+        ]  # fmt: skip
+
     def _present(self, losses: dict[Setting, float]) -> list[Setting]:
         """The best of the current size with FedAvg, and with any method."""
         if not self.anchors:
@@ -177,13 +220,12 @@ class Race:
         plain = {each: loss for each, loss in current.items() if each.method == FED_AVG}
         return [min(some, key=lambda each: some[each]) for some in (plain, current) if some]
 
-    def _final(self, going: Sequence[Setting]) -> None:
-        begun = self._spent
+    def _final(self, going: Sequence[Setting], begun: float) -> None:
+        """Runs with the whole budget, from this time on."""
         time = max(self.seconds / 2, self.seconds - begun)
-        field = [Job(each, 1.0, 0) for each in going if self.prices.rounds(each, 1.0) >= FEWEST_ROUNDS]
-        self._make(self.prices.affordable(field, time * _OF_FIELD, 1 + 2 * bool(self.anchors)))
-        needed = self.prices.of(self._finals()[: self._fewest_finals])
-        self._climb(begun + time - max(time * _OF_SEEDS, needed))
+        field = self._new(Job(each, 1.0, 0) for each in going)
+        self._make(self.prices.affordable(field, begun + time * _OF_FIELD - self._spent, 1 + 2 * bool(self.anchors)))
+        self._climb(begun + time, time * _OF_SEEDS)
         self._make(self.prices.affordable(self._finals(), begun + time - self._spent, self._fewest_finals))
 
     @property
@@ -197,21 +239,25 @@ class Race:
         finalists = without_twins([*best[:1], *self._present(losses), *best])[:_MOST_FINALISTS]
         return [Job(each, 1.0, seed) for each in finalists for seed in range(1, self.seeds + 1)]
 
-    def _climb(self, until: float) -> None:
-        """Around the best, as long as that finds better ones."""
-        best = None
-        while True:
+    def _climb(self, end: float, for_seeds: float) -> None:
+        """Around the best, one thing after the other, as long as that finds better ones, and seeds have their time."""
+        names, idle = deque(_TURNS), 0
+        while idle < len(names):
             losses = self.losses.get(1.0, {})
             at = min(losses, key=lambda each: losses[each], default=None)
-            if at is None or at == best or not math.isfinite(losses[at]):
+            if at is None or not math.isfinite(losses[at]):
                 return
-            best = at
-            around = [
-                Job(each, 1.0, 0)
-                for each in self.space.neighbours(at)
-                if each not in losses and self.prices.rounds(each, 1.0) >= FEWEST_ROUNDS
-            ]
-            self._make(self.prices.affordable(around, until - self._spent, 0))
+            around = self._new(Job(each, 1.0, 0) for each in self.space.neighbours(at, names[0]))
+            # Of whichever of these may come out best.
+            dearest = max((self.prices.of([each]) for each in around), default=0.0) - self.prices.of([Job(at, 1.0, 1)])
+            finals = self.prices.of(self._finals()[: self._fewest_finals]) + self.seeds * max(0.0, dearest)
+            needed = max(for_seeds, finals)
+            self._make(self.prices.affordable(around, end - needed - self._spent, 0))
+            if min(losses.values()) < losses[at]:
+                idle = 0  # and further in this direction
+            else:
+                names.rotate(-1)
+                idle += 1
 
     def _make(self, jobs: Sequence[Job]) -> None:
         if not jobs:

@@ -79,18 +79,24 @@ class Space(NamedTuple):
             for size, method in cells:
                 yield Setting(size, method, *rest[orders[size, method][turn]])
 
-    def neighbours(self, at: Setting) -> list[Setting]:
+    def neighbours(self, at: Setting, name: str) -> list[Setting]:
         """Settings that differ from one in one thing: a half or twice as much of it, or another method.
 
         Of sizes, which cost most, the next ones halve the distance to those of the space; beyond its ends they are
         twice or half as large.
+
+        Args:
+            at: the one.
+            name: of what differs.
         """
-        found = [at._replace(size=size) for size in _between(self.sizes, at.size)]
-        found += [at._replace(method=name) for name in self.methods if name != at.method]
-        found += [at._replace(rate=at.rate * factor) for factor in (0.5, 2.0)]
-        found += [at._replace(local_steps=value) for value in _half_and_twice(at.local_steps)]
-        found += [at._replace(batch_size=value) for value in _half_and_twice(at.batch_size)]
-        return found
+        values: dict[str, Sequence[Any]] = {
+            "size": _between(self.sizes, at.size),
+            "method": [each for each in self.methods if each != at.method],
+            "rate": [at.rate / 2, at.rate * 2],
+            "local_steps": _half_and_twice(at.local_steps),
+            "batch_size": _half_and_twice(at.batch_size),
+        }
+        return [at._replace(**{name: value}) for value in values[name]]
 
 
 def ladder(current: int) -> tuple[int, ...]:
