@@ -23,6 +23,10 @@ def fit(
     holdout: bool = True,
     bootstrap: int = 200,
     flops_per: float | None = None,
+    partition: str | None = None,
+    method: str | None = None,
+    batch_size: int | None = None,
+    local_steps: int | None = None,
     output: str = ".",
     json: bool = False,
 ) -> None:
@@ -34,15 +38,20 @@ def fit(
         law: form of the law, by name.
         loss: name of the logged loss; by default the first of the usual names.
         task: what the runs did; the law holds for that.
-        holdout: keep the runs of the largest compute out and report their error.
+        holdout: measure the error on the runs of the largest compute first, without them in the fit.
         bootstrap: number of refits behind the intervals.
         flops_per: FLOPs per parameter and token, where these are right and far from 6.
+        partition: fit the runs of this partition alone: a partitioner's name, or the file of a saved partition.
+        method: fit the runs of this method alone.
+        batch_size: fit the runs with this batch alone.
+        local_steps: fit the runs with so many local steps alone.
         output: folder for fedscale_law.json, report.md and fit.png.
         json: print one JSON object instead of tables.
     """
     made("output", output)
     found = make_fit(
-        _expanded(runs), law, holdout=holdout, bootstrap=bootstrap, loss=loss, task=task, flops_per=flops_per
+        _expanded(runs), law, holdout=holdout, bootstrap=bootstrap, loss=loss, task=task, flops_per=flops_per,
+        partition=partition, method=method, batch_size=batch_size, local_steps=local_steps,
     )  # fmt: skip
     finish(found, output, json)
 
@@ -74,8 +83,11 @@ def finish(found: Fit, output: str, json: bool) -> None:
     for column in table.columns[1:]:
         column.justify = "right"
     console.print(table)
-    held_out = "" if found.held_out != found.held_out else f", {found.held_out:.2g} of the largest, which were held out"
-    console.print(f"Error of the log-loss: {found.error:.2g} of the runs that were fitted{held_out}")
+    if made := str(found.made_for):
+        console.print(f"Made for {made}")
+    is_known = found.held_out == found.held_out
+    largest = f", {found.held_out:.2g} of the largest, by a fit without them" if is_known else ""
+    console.print(f"Error of the log-loss: {found.error:.2g} of all runs{largest}")
     if found.rho is not None:
         console.print(f"rho: {found.learning_rate}")
     for note in found.notes:

@@ -12,6 +12,7 @@ import numpy as np
 from scipy.optimize import minimize_scalar
 
 from lightning_fedscale.scaling.form import Form, Interval, gathered, positive
+from lightning_fedscale.scaling.made_for import MadeFor
 from lightning_fedscale.scaling.rho import Rho
 
 
@@ -59,6 +60,8 @@ class Law(Form):
             input; "blocks", without both tables of the vocabulary; "active", as `ComputeAccounting` counts them.
         knows_clients: whether the number of clients is in its formula, so that ``rho`` plays no part.
         problems: why the runs that it was fitted to determine no best size, in words; then none is given.
+        made_for: how the runs trained that it was fitted to, as far as they say.
+        error: root mean square of the log-loss residuals of what it predicts: of runs that were held out, if any were.
         spread: how far the published constants may be off, if that is known.
         no_optimum: why the law prefers no size, if it does not.
         no_loss: why the law does not predict the loss of every run, if so.
@@ -73,6 +76,20 @@ class Law(Form):
     flops_per: float = field(default=6.0, kw_only=True)
     fitted_rho: Rho | None = field(default=None, kw_only=True, repr=False, compare=False)
     problems: tuple[str, ...] = field(default=(), kw_only=True, repr=False, compare=False)
+    made_for: MadeFor = field(default=MadeFor(), kw_only=True, repr=False, compare=False)
+    error: float = field(default=math.nan, kw_only=True, repr=False, compare=False)
+
+    @property
+    def own_clients(self) -> int:
+        """The number of clients whose tokens the formula means: that of all its runs, if these had one, else 1."""
+        is_one = self.fitted_on is not None and self.fitted_rho is None and not self.knows_clients
+        low, high = self.domain.clients if is_one else (1, 1)
+        return low if low == high else 1
+
+    def tokens_factor(self, clients: int, rho: float) -> float:
+        """How many times its own tokens those of each of so many clients are worth, where the formula means them."""
+        own = self.own_clients
+        return effective_flops(clients, clients, rho) / effective_flops(own, own, rho)
 
     def loss(self, params: float, tokens: float) -> float:
         """Loss of a model of ``params`` parameters after ``tokens`` training tokens.
@@ -135,11 +152,11 @@ class Law(Form):
             if clients not in (None, len(flops)):
                 raise ValueError(f"clients={clients!r}: there is compute of {len(flops)}: leave clients out.")
             clients, total = len(flops), math.fsum(flops)
-            effective = effective_flops(average * clients, clients, rho)
+            average = average * clients
         else:
             clients, total = 1 if clients is None else clients, flops
-            effective = effective_flops(flops, clients, rho)
-        best = self.optimal(effective)
+            average = flops
+        best = self.optimal(self._effective(average, clients, rho))
         return Allocation(best.params, total / (self.flops_per * best.params * clients), best.loss, total, clients)
 
     def loss_federated(self, params: float, tokens: float, clients: int = 1, rho: float = 1.0) -> float:
@@ -147,7 +164,7 @@ class Law(Form):
 
         With ``rho=1`` that of the law at one client's data, with ``rho=0`` at all clients' together.
         """
-        return self.loss(params, positive("tokens", tokens) * effective_flops(clients, clients, rho))
+        return self.loss(params, positive("tokens", tokens) * self.tokens_factor(clients, rho))
 
     def alternatives(self, rho: float) -> Iterator[tuple[Law, float]]:
         """The law as other samples of its runs would have it, with ``rho``; nothing if that is not known.
@@ -169,7 +186,8 @@ class Law(Form):
     def interval_of_loss(self, params: float, tokens: float, clients: int = 1, rho: float = 1.0) -> Interval:
         """Predicted loss if each client trains on so many tokens, with what is known of its uncertainty.
 
-        That of the constants, not that of a single run, and not that of an extrapolation.
+        That of the constants by a fit's refits, and for a law that was fitted to runs also how far its predictions of
+        these were off (``error``), both in quadrature; not that of an extrapolation.
 
         Example:
             >>> from lightning_fedscale.scaling import Chinchilla
@@ -180,7 +198,7 @@ class Law(Form):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             draws = [_finite(law.loss_federated, params, tokens, clients, own) for law, own in self.alternatives(rho)]
-        return Interval.of(found, draws)
+        return Interval.of(found, draws).widened(self.error)
 
     def interval_of_size(self, flops: float, clients: int = 1, rho: float = 1.0) -> Interval:
         """The best model size, with what is known of its uncertainty."""
@@ -188,7 +206,7 @@ class Law(Form):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             draws = [
-                _finite(law._best_params, effective_flops(flops, clients, own)) for law, own in self.alternatives(rho)
+                _finite(law._best_params, law._effective(flops, clients, own)) for law, own in self.alternatives(rho)
             ]
         return Interval.of(found, draws)
 
@@ -217,7 +235,12 @@ class Law(Form):
 
     def _loss_federated(self, params: float, tokens: float, clients: int, rho: float) -> float:
         """As `loss_federated`, unchecked; NaN where the law says nothing."""
-        return self._loss(params, tokens * effective_flops(clients, clients, rho))
+        return self._loss(params, tokens * self.tokens_factor(clients, rho))
+
+    def _effective(self, flops: float, clients: int, rho: float) -> float:
+        """The compute of a client that the formula means."""
+        own = self.own_clients
+        return effective_flops(flops, clients, rho) * effective_flops(1.0, own, 1.0 - rho)
 
     def _best_params(self, flops: float) -> float:
         return minimiser(

@@ -18,14 +18,13 @@ from lightning_fedscale.scaling.chinchilla import Chinchilla, Rosenfeld
 from lightning_fedscale.scaling.dual import FloatArray
 from lightning_fedscale.scaling.form import Form, Interval, Range, Refit, closest, gathered
 from lightning_fedscale.scaling.isoflop import IsoFlop, isoflop
+from lightning_fedscale.scaling.made_for import MadeFor
 from lightning_fedscale.scaling.rho import Rho
-from lightning_fedscale.scaling.runs import columns_of, decades, runs_to_fit
+from lightning_fedscale.scaling.runs import columns_of, runs_to_fit
 from lightning_fedscale.scaling.search import Problem
 from lightning_fedscale.scaling.tuning import NOT_TOLD, NOT_TUNED
 from lightning_fedscale.scaling.units import doubt_of_rho, doubts_of_flops
-
-_WIDE = 10.0
-"""Ends of the interval of a best size that are further apart than this factor determine none."""
+from lightning_fedscale.scaling.verdicts import contradictions, problems_of
 
 
 @dataclass(frozen=True)
@@ -36,16 +35,17 @@ class Fit:
         law: with the fitted constants.
         intervals: of every constant and, as "exponent", of ``N* ~ C^exponent``, for laws that have one.
         rho: what division among clients costs, ``C_eff = C clients**-rho``; None if all runs have as many clients.
-        runs: how many runs were fitted.
+        runs: how many runs were fitted, which are all.
         error: root mean square of the log-loss residuals: about the share of the loss.
-        held_out: the same on the largest scale, which was not fitted; NaN without.
+        held_out: the same on the largest scale, of the law that was fitted to the others before; NaN without.
         problems: what the data cannot support, in words; with one of them `optimal` refuses.
         isoflop: the best sizes by parabolas, as a second opinion; None where the runs have no such profiles.
-        table: the runs, with a column "fitted" (else held out).
+        table: the runs, with a column "held_out" of those whose error was measured first.
         condition: of the Hessian, scaled: how hard the constants are to tell apart.
         bootstrap: number of refits behind the intervals.
         learning_rate: whether it was tuned, in words, which matters to ``rho`` most.
         notes: what is doubtful about the runs, in words, without ruling a best size out.
+        made_for: how the runs trained, as far as their table says.
     """
 
     law: Any
@@ -61,6 +61,7 @@ class Fit:
     bootstrap: int
     learning_rate: str = NOT_TOLD
     notes: tuple[str, ...] = ()
+    made_for: MadeFor = field(default_factory=MadeFor)
 
     def optimal(self, flops: float, clients: int = 1) -> Interval:
         """The best model size for so much compute of all clients together, with its interval.
@@ -88,6 +89,7 @@ class Fit:
             "problems": list(self.problems),
             "learning_rate": self.learning_rate,
             "notes": list(self.notes),
+            "made_for": self.made_for.as_dict(),
         }
         Path(path).write_text(json.dumps(_plain(document), indent=1), encoding="utf-8")
 
@@ -102,6 +104,10 @@ def fit(
     loss: str | None = None,
     task: str = "this task",
     flops_per: float | None = None,
+    partition: Any = None,
+    method: str | None = None,
+    batch_size: int | None = None,
+    local_steps: int | None = None,
 ) -> Fit:
     """Fit a law to runs.
 
@@ -110,24 +116,34 @@ def fit(
     need no starts (variable projection). Runs with several numbers of clients give ``rho`` as well: a client's data
     count as ``D clients**(1 - rho)``, from none shared (1) to all (0).
 
+    The runs of the largest compute are held out first, to measure the error on a scale that was not fitted; then the
+    constants and their intervals are found from all runs, since the best of them are among those.
+
     Args:
         runs: a table (DataFrame, or mapping of columns), a CSV file, or directories of runs that were trained with
             `ComputeAccounting`. Columns: ``loss``, what the law needs (``params`` and ``tokens``, as a rule; ``flops``
             will do for tokens), and ``clients``, those that train in a round; tokens and FLOPs are those of one of
             them. With ``learning_rate`` (or ``lr``), and ``seed``, the runs at the best rate of each size and number of
-            clients count.
+            clients count. What else a sweep writes (``method``, ``partition``, ``batch_size``, ``local_steps``,
+            ``rounds``, ``passes``, ``size`` and ``argument``, ...) says what the law was made for, and what to doubt.
         law: `Rosenfeld` (any task), `Chinchilla` (text), or any form with constants to be found: a class, its name, or
             an object whose other constants count.
-        holdout: keep the runs of the largest compute out and report their error.
+        holdout: measure the error on the runs of the largest compute first, without them in the fit.
         bootstrap: number of refits to resampled runs, for the intervals.
         seed: of the resampling.
         loss: name of the logged loss, for directories.
         task: what the runs did; the law holds for that.
         flops_per: FLOPs per parameter and token, where these are right and far from 6, as with convolutions over large
             images; None takes them from the runs, and doubts what is far off.
+        partition: fit the runs of this one alone: the name of a partitioner, the file of a saved partition, or a
+            Partition.
+        method: fit the runs of this one alone.
+        batch_size: fit the runs with this one alone.
+        local_steps: fit the runs with so many alone.
 
     Raises:
-        ValueError: for runs without the columns, with numbers that are not positive, too few, or of one size only.
+        ValueError: for runs without the columns, with numbers that are not positive, too few, of one size only, or none
+            of what was asked.
 
     Example:
         >>> truth = Rosenfeld(E=1.0, A=20.0, B=30.0, alpha=0.4, beta=0.3)
@@ -140,7 +156,8 @@ def fit(
     if isinstance(bootstrap, bool) or not isinstance(bootstrap, int) or bootstrap < 0:
         raise ValueError(f"bootstrap={bootstrap!r}: pass a number of refits, at least 0.")
     form = form_of(law)
-    runs_found = runs_to_fit(runs, form, loss)
+    asked = {"partition": partition, "method": method, "batch_size": batch_size, "local_steps": local_steps}
+    runs_found = runs_to_fit(runs, form, loss, **asked)
     table = runs_found.table
     by_size = {"params", "tokens"} <= set(form.columns)
     has_best = by_size and isinstance(form, Law) and not form.no_optimum
@@ -148,12 +165,17 @@ def fit(
         form = form.replace(flops_per=float((table["flops"] / (table["params"] * table["tokens"])).median()))
     several = "tokens" in form.columns and "clients" not in form.columns and table["clients"].nunique() > 1
     kept_out = _largest(table) if holdout and by_size else table["loss"] < 0
-    problem = _problem(table[~kept_out], form, several)
-    _enough(table, problem, has_best)
+    problem, held_out = _problem(table, form, several), math.nan
+    _enough(table, _problem(table[~kept_out], form, several), has_best)
+    if kept_out.any():
+        before = _problem(table[~kept_out], form, several).best()
+        held_out = _rms(_problem(table[kept_out], form, several).residuals(before))
     best = problem.best()
     condition = problem.condition(best)
     draws = _bootstrap(problem, best, bootstrap, seed)
-    fitted = _law(form, problem, best, draws, _range(table, task, by_size))
+    fitted, error = _law(form, problem, best, draws, _range(table, task, by_size)), _rms(problem.residuals(best))
+    if isinstance(fitted, Law):
+        fitted = fitted.replace(made_for=runs_found.made_for, error=error if math.isnan(held_out) else held_out)
     constants = problem.constants(best)
     intervals = {
         name: Interval.of(float(value), [float(draw[name]) for draw in draws]) for name, value in constants.items()
@@ -173,9 +195,12 @@ def fit(
             )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        problems = _problems(table, fitted, condition, price) if has_best else []
+        problems = problems_of(table, fitted, condition, price, intervals) if has_best else []
         if has_best:
             problems += doubts_of_flops(table, flops_per)
+        if has_best and isinstance(fitted, Law) and not fitted.missing:
+            wrong, unknown = contradictions(table, fitted, runs_found.made_for.best, price)
+            problems, notes = problems + wrong, notes + unknown
         if rho is not None and (doubt := doubt_of_rho(rho)) is not None:
             problems.append(doubt)
         known = fitted if isinstance(fitted, Law) and not fitted.missing else None
@@ -185,15 +210,16 @@ def fit(
         intervals,
         rho,
         len(problem.log_loss),
-        _rms(problem.residuals(best)),
-        _rms(_problem(table[kept_out], form, several).residuals(best)) if kept_out.any() else math.nan,
+        error,
+        held_out,
         tuple(problems),
         second,
-        table.assign(fitted=~kept_out),
+        table.assign(held_out=kept_out),
         condition,
         bootstrap,
         runs_found.said,
         tuple(notes),
+        runs_found.made_for,
     )
 
 
@@ -234,7 +260,11 @@ def law_from_file(path: str | Path) -> tuple[Law, float | None]:
             ends: dict[str, Any] = {name: tuple(where[name]) for name in ("params", "flops", "clients")}
             refits = [Refit(each, math.nan if rho is None else rho) for each, rho in document.get("refits", [])]
             law = law.replace(fitted_on=Range(where["task"], **ends), refits=tuple(refits))
-        law = law.replace(problems=tuple(document.get("problems", ())), fitted_rho=_rho_of(document))
+        error = document.get("error") if document.get("held_out") is None else document["held_out"]
+        law = law.replace(
+            problems=tuple(document.get("problems", ())), fitted_rho=_rho_of(document),
+            made_for=MadeFor.from_dict(document.get("made_for")), error=math.nan if error is None else error,
+        )  # fmt: skip
     except FileNotFoundError:
         raise ValueError(f"law={str(path)!r}: there is no such file.") from None
     except (AssertionError, KeyError, TypeError, json.JSONDecodeError) as error:
@@ -300,29 +330,6 @@ def _range(table: pd.DataFrame, task: str, by_size: bool) -> Range:
         return Range(task, clients=clients)
     params, flops = ((float(table[name].min()), float(table[name].max())) for name in ("params", "flops"))
     return Range(task, params, flops, clients)
-
-
-def _problems(table: pd.DataFrame, law: Form, condition: float, rho: float) -> list[str]:
-    """What the runs are too few or too alike for, and what came out too wide."""
-    problems = []
-    if (sizes := table["params"].nunique()) < 4:
-        problems.append(f"only {sizes} sizes")
-    for name in ("params", "tokens"):
-        if (span := decades(table[name])) < 0.9:
-            problems.append(f"{name} span {span:.1f} decades only")
-    if float(np.corrcoef(np.log(table["params"]), np.log(table["tokens"]))[0, 1]) > 0.995:
-        problems.append("size and data always grow together")
-    if not condition < 1e12:
-        problems.append("the constants are not told apart (a nearly singular Hessian)")
-    if not problems and isinstance(law, Law) and not law.missing and len(law.refits) >= 20:
-        largest = table.iloc[int((table["flops"] * table["clients"]).to_numpy().argmax())]
-        flops, clients = float(largest["flops"] * largest["clients"]), int(largest["clients"])
-        size = law.interval_of_size(flops, clients, rho)
-        if not size.high < _WIDE * size.low:
-            problems.append(
-                f"at the largest compute the best size lies anywhere from {size.low:.2g} to {size.high:.2g} parameters"
-            )
-    return problems
 
 
 def _rms(residuals: FloatArray) -> float:

@@ -76,6 +76,24 @@ class Interval(NamedTuple):
         known = math.isfinite(self.low) and math.isfinite(self.high)
         return f"{self.value:.4g} ({self.low:.4g} to {self.high:.4g})" if known else f"{self.value:.4g}"
 
+    def widened(self, error: float) -> Interval:
+        """With an error of the logarithm, a standard deviation, in quadrature; as it is where that is not known.
+
+        Example:
+            >>> print(Interval(2.0, 1.9, 2.1).widened(0.0), Interval(2.0, math.nan, math.nan).widened(0.05))
+            2 (1.9 to 2.1) 2 (1.813 to 2.206)
+        """
+        if not (math.isfinite(error) and error > 0 and self.value > 0):
+            return self
+        below, above = (
+            math.hypot(1.96 * error, 0.0 if math.isnan(end) else math.log(max(1.0, ratio)) if ratio > 0 else math.inf)
+            for end, ratio in (
+                (self.low, self.value / self.low if self.low else 0.0),
+                (self.high, self.high / self.value),
+            )
+        )
+        return Interval(self.value, self.value * math.exp(-below), self.value * math.exp(above))
+
     @classmethod
     def of(cls, value: float, draws: Sequence[float]) -> Interval:
         """From a bootstrap's values."""

@@ -45,8 +45,8 @@ def plot_fit(found: Fit) -> Figure:
     if found.rho is not None:
         known["tokens"] = known["tokens"] * known["clients"] ** (1.0 - found.rho.value)
     predicted = found.law.formula(SimpleNamespace(**found.law.constants), SimpleNamespace(**known))
-    for fitted, color, label in ((True, "tab:blue", "fitted"), (False, "tab:red", "held out")):
-        rows = (table["fitted"] == fitted).to_numpy()
+    for held_out, color, label in ((False, "tab:blue", "fitted"), (True, "tab:red", "fitted, after it was held out")):
+        rows = (table["held_out"] == held_out).to_numpy()
         if rows.any():
             left.plot(predicted[rows], table["loss"][rows], "o", ms=4, color=color, label=label)
     ends = [min(predicted.min(), table["loss"].min()), max(predicted.max(), table["loss"].max())]
@@ -131,28 +131,31 @@ def _sizes(found: Fit) -> list[str]:
 
 
 def _checklist(found: Fit) -> list[str]:
-    table, fitted = found.table, int(found.table["fitted"].sum())
+    table, held_out, made = found.table, int(found.table["held_out"].sum()), found.made_for
     lines = ["## What a scaling study must state", ""]
     done = [f"law and its source: {found.law.name}, {found.law.source}", f"units: {found.law.units}"]
     for name in ("params", "tokens", "flops", "clients"):
         if name in table:
             done.append(f"range of {name}: {table[name].min():.3g} to {table[name].max():.3g}")
     done += [
-        f"runs: {len(table)}, of which {fitted} fitted and {len(table) - fitted} of the largest compute held out",
+        *([f"made for {made}; clients' optimizer: {made.optimizer or 'not told'}"] if str(made) else []),
+        *([] if made.passes is None else [f"passes over the data: {made.passes[0]:.3g} to {made.passes[1]:.3g}"]),
+        f"runs: {len(table)}, all fitted; {held_out} of the largest compute were held out first, for the error there",
         f"objective: sum of Huber losses (delta {HUBER:g}) of log-loss residuals",
         "search: least squares for linear constants at many starts (Sobol points), the best of them to a minimum with"
         " exact gradients",
         *(["learning rate: tuned for each size and number of clients"] if found.learning_rate == TUNED else []),
         f"condition of the scaled Hessian: {found.condition:.2g}",
         f"error of the log-loss: {found.error:.2g} on fitted runs"
-        + (f", {found.held_out:.2g} on held-out ones" if math.isfinite(found.held_out) else ""),
+        + (f", {found.held_out:.2g} on those of the largest compute by a fit without them" if held_out else ""),
     ]
     if found.bootstrap:
         done.append(f"intervals: {found.bootstrap} refits to resampled runs, 2.5 and 97.5 percent quantiles")
     open_ = [
         *([] if found.bootstrap else ["intervals: none were asked for"]),
         *([] if math.isfinite(found.held_out) else ["held-out error: no scale was held out"]),
-        "data, its order, and how often it was repeated",
+        "data, its order" + (", and how often it was repeated" if made.passes is None else ""),
+        *([f"not told by the runs' table: {', '.join(made.unknown).replace('_', ' ')}"] if made.unknown else []),
         "architecture by size: what grows, and which parameters are counted (ComputeAccounting counts trained ones that"
         " are not embeddings)",
         f"hyperparameters by size: batch, schedule, and how they were tuned; the learning rate: {found.learning_rate}",

@@ -6,14 +6,16 @@ import math
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
 
+from lightning_fedscale.scaling.doubts import doubts_of_runs, without_short
 from lightning_fedscale.scaling.form import Form
 from lightning_fedscale.scaling.logs import EVENTS, TABLE, read_logs
-from lightning_fedscale.scaling.tuning import RATES, Tuned, tuned
+from lightning_fedscale.scaling.made_for import MadeFor, made_for, mixed, only, passes_of
+from lightning_fedscale.scaling.tuning import NOT_TOLD, RATES, tuned
 from lightning_fedscale.scaling.units import notes_of_rows
 
 LOSSES = ("val_loss", "val/loss", "valid_loss", "valid/loss", "validation_loss", "loss/val", "test_loss", "test/loss")
@@ -21,7 +23,24 @@ LOSSES = ("val_loss", "val/loss", "valid_loss", "valid/loss", "validation_loss",
 _COUNTS = ("compute/params", "compute/tokens", "compute/flops_total", "compute/flops_per_client")
 _RATE = "compute/learning_rate"
 _SIZES = ("params", "tokens")
+_UNIQUE = "unique_tokens"
 _NUMBERS = (*_SIZES, "flops", "clients", "loss", *RATES)
+
+
+class Runs(NamedTuple):
+    """Runs that are to be fitted.
+
+    Attributes:
+        table: those that count.
+        said: what is known of their learning rates, see `lightning_fedscale.scaling.tuning`.
+        notes: what is doubtful about them.
+        made_for: what they have in common.
+    """
+
+    table: pd.DataFrame
+    said: str = NOT_TOLD
+    notes: tuple[str, ...] = ()
+    made_for: MadeFor = MadeFor()
 
 
 def runs_table(runs: Any, form: Form, loss: str | None = None) -> pd.DataFrame:
@@ -29,19 +48,21 @@ def runs_table(runs: Any, form: Form, loss: str | None = None) -> pd.DataFrame:
     return runs_to_fit(runs, form, loss).table
 
 
-def runs_to_fit(runs: Any, form: Form, loss: str | None = None) -> Tuned:
+def runs_to_fit(runs: Any, form: Form, loss: str | None = None, **asked: Any) -> Runs:
     """Runs as a table with what the form needs, ``loss`` and ``clients``; tokens and FLOPs are made up from each other.
 
-    Of runs at several learning rates the best ones count, see `lightning_fedscale.scaling.tuning`.
+    Of runs at several learning rates the best ones count, see `lightning_fedscale.scaling.tuning`. Runs of one or two
+    rounds are left out where enough others are there.
 
     Args:
         runs: a table (DataFrame, or mapping of columns), a path of a CSV file or of a run's directory (or of one with
             runs in it), or several paths.
         form: what will be fitted.
         loss: name of the logged loss, for directories; None for the first of `LOSSES`.
+        asked: values of ``partition``, ``method``, ``batch_size`` and ``local_steps`` whose rows alone count.
 
     Raises:
-        ValueError: for missing columns, numbers that are not positive, or too few runs.
+        ValueError: for missing columns, numbers that are not positive, too few runs, or none of what was asked.
     """
     if isinstance(runs, (str, Path)):
         runs = [runs]
@@ -52,14 +73,20 @@ def runs_to_fit(runs: Any, form: Form, loss: str | None = None) -> Tuned:
     for column in {*form.columns, *_NUMBERS} & set(table):
         _read_words(table, column)
     notes = notes_of_rows(table)
+    table = only(table, **asked)
+    notes += mixed(table)
+    has_clients = "clients" in table
     table = _completed(table, form)
     for column in _needed(table, form):
         if column != "loss":
             _check_column(table, column)
     found = tuned(table)  # before losses are checked: some rates diverge
-    table = found.table
+    table = found.table.copy()
     _check_column(table, "loss")
-    return Tuned(table.reset_index(drop=True), found.said, (*notes, *found.notes))
+    table, short = without_short(table, form)
+    made = made_for(table, found.said, has_clients=has_clients)
+    notes += [*found.notes, *short, *doubts_of_runs(made, form)]
+    return Runs(table.reset_index(drop=True), found.said, tuple(notes), made)
 
 
 def _read_words(table: pd.DataFrame, column: str) -> None:
@@ -159,7 +186,8 @@ def _needed(table: pd.DataFrame, form: Form) -> list[str]:
 
 def _completed(table: pd.DataFrame, form: Form) -> pd.DataFrame:
     there = ", ".join(map(str, table))
-    if missing := {*form.columns, "loss"} - {*table, "tokens", "clients"}:
+    known = {"tokens", "clients"} | ({_UNIQUE} if {"passes", "samples"} & set(table) else set())
+    if missing := {*form.columns, "loss"} - {*table} - known:
         names = f"column {missing.pop()} is" if len(missing) == 1 else f"columns {', '.join(sorted(missing))} are"
         raise ValueError(f"runs: the {names} missing; there are {there or 'none'}.")
     if "clients" not in table:
@@ -170,6 +198,8 @@ def _completed(table: pd.DataFrame, form: Form) -> pd.DataFrame:
         table["tokens"] = table["flops"] / (6.0 * table["params"])
     if set(_SIZES) <= set(table) and "flops" not in table:
         table["flops"] = 6.0 * table["params"] * table["tokens"]
+    if _UNIQUE in form.columns and _UNIQUE not in table and (passes := passes_of(table)) is not None:
+        table[_UNIQUE] = table["tokens"] / passes
     return table
 
 

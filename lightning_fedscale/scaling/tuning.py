@@ -21,6 +21,9 @@ NOT_TUNED = "at one learning rate, not tuned"
 AS_GIVEN = "one learning rate for each size and number of clients, as given"
 TUNED = "learning rate tuned for each size and number of clients"
 
+_APART = ("partition", "method", "batch_size", "local_steps", "optimizer")
+"""Columns of what has best rates of its own."""
+
 SAME = 0.2
 """Runs whose compute differs by less than this share are of one amount of compute."""
 
@@ -96,8 +99,10 @@ def _best(cell: pd.DataFrame, name: str) -> tuple[pd.DataFrame, bool]:
 
 
 def _cells(table: pd.DataFrame) -> pd.Series[str]:
-    """A name for the size, the number of clients and the compute of each run."""
+    """A name for the size, the number of clients and the compute of each run, and for how it trained."""
     compute = table["share"] if "share" in table else (np.log(table["flops"].astype(float)) / SAME).round()
     size = table["size"] if "size" in table else table["params"]
     clients = table["clients"] if "clients" in table else pd.Series(1, table.index)
-    return size.astype(str) + "/" + clients.astype(str) + "/" + compute.astype(str)
+    parts = [size, clients, compute, *(table[each] for each in _APART if each in table)]
+    names = ["/".join(map(str, each)) for each in zip(*parts, strict=True)]
+    return pd.Series(names, table.index)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -11,7 +12,9 @@ from typing import Any
 
 import lightning.pytorch as pl
 import pandas as pd
+from torch.utils._pytree import tree_leaves
 
+from lightning_fedscale import randomness
 from lightning_fedscale.checks import integer
 from lightning_fedscale.partitioners import (
     FinishedPartitioner,
@@ -94,6 +97,8 @@ def sweep(
         A row per run that counts: ``size``, ``params``, ``clients``, ``tokens`` and ``flops`` (of one client),
         ``loss``, ``share``, ``seed``, ``learning_rate`` (a multiple of the module's own), ``rounds``, ``passes`` over
         the data, and what was asked: ``method``, ``batch_size`` (0 for the data's own), ``local_steps``, ``partition``.
+        Besides, what a law of these runs is made for: ``partition_name`` and ``fingerprint``, ``mean_js_distance`` of
+        clients' labels, ``samples`` of the data, ``batch`` in samples, and the clients' ``optimizer``.
 
     Raises:
         ValueError: for too few sizes, a module without that argument, a loss that is not logged, or a partition of
@@ -111,13 +116,20 @@ def sweep(
     methods = methods_of([method] if isinstance(method, str) else {json.dumps(method): method}, strategy)
     (name,) = methods
     parts: Any = "iid" if partition is None else partition
-    dataset = train_loader(None, data()).dataset
+    loader = train_loader(None, data())
+    dataset, own_batch = loader.dataset, getattr(loader, "batch_size", None)
     is_decided = _is_decided(parts)
     clients = _numbers(clients, partition_of(parts, None, dataset)[0] if is_decided else None)
-    projects, made_for = dict[int, Project](), ""
+    projects, made_for, facts_of = dict[int, Project](), "", dict[int, dict[str, Any]]()
+    optimizer = _optimizer_of(module, argument, sizes[0])
     for number in clients:
         held, facts = partition_of(parts, None if is_decided else number, dataset)
         made_for = facts["fingerprint"] if is_decided else parts
+        facts_of[number] = {
+            "partition_name": _name_of(parts),
+            **{name: facts[name] for name in ("fingerprint", "mean_js_distance", "samples")},
+            "batch": batch or own_batch, "optimizer": optimizer,
+        }  # fmt: skip
         projects[number] = Project(
             module, data, argument=argument, partition=held, clients_per_round=None, methods=methods, flops=flops,
             seed=0, loss=loss, trainer=trainer or {},
@@ -127,7 +139,7 @@ def sweep(
         "method": name + (f" {json.dumps(strategy, sort_keys=True)}" if strategy else ""), "batch_size": batch,
     }  # fmt: skip
     path = Path(folder, "runs.csv")
-    rows = _kept(path, asked)
+    rows = [{**row, **_missing(row, facts_of)} for row in _kept(path, asked)]
     keys = ("size", "clients", "share", "seed", "learning_rate")
     done = {tuple({"learning_rate": 1.0, **row}[name] for name in keys): float(row["loss"]) for row in rows}
 
@@ -139,7 +151,7 @@ def sweep(
                 "size": size, "share": share, **asked, "seed": own, "learning_rate": rate, "params": found["params"],
                 "clients": number, "tokens": found["tokens"] / number, "flops": found["flops"] / number,
                 "loss": found["loss"], "rounds": found["rounds"],
-                "passes": found["samples"] / projects[number].partition.num_samples,
+                "passes": found["samples"] / projects[number].partition.num_samples, **facts_of[number],
             })  # fmt: skip
             pd.DataFrame(rows).to_csv(path, index=False)
             if each is not None:
@@ -193,6 +205,28 @@ def _kept(path: Path, asked: Mapping[str, Any]) -> list[dict[str, Any]]:
                 f"folder={str(path.parent)!r}: holds a sweep with other {', '.join(changed)}; name another folder."
             )
     return rows
+
+
+def _name_of(partition: Any) -> str | None:
+    """Of a partitioner or of a partition's file."""
+    if isinstance(partition, str):
+        return Path(partition).name
+    return None if isinstance(partition, Partition) else repr(partition)
+
+
+def _missing(row: Mapping[str, Any], facts_of: Mapping[int, Mapping[str, Any]]) -> dict[str, Any]:
+    """What of the facts a row does not have, which was written before they were."""
+    return {name: value for name, value in facts_of.get(row["clients"], {}).items() if name not in row}
+
+
+def _optimizer_of(module: Callable[..., pl.LightningModule], argument: str, size: int) -> str | None:
+    """The class of the clients' optimizer; None where the module makes none without a Trainer."""
+    with suppress(Exception), randomness.untouched():
+        found = module(**{argument: size}).configure_optimizers()
+        leaves = tree_leaves(found, is_leaf=lambda leaf: hasattr(leaf, "param_groups"))
+        names = [type(leaf).__name__ for leaf in leaves if hasattr(leaf, "param_groups")]
+        return " and ".join(dict.fromkeys(names)) or None
+    return None
 
 
 def _tune(grid: Sequence[float], loss_at: Callable[[float], float]) -> float:

@@ -23,8 +23,10 @@ from torch.utils.data import DataLoader
 
 from lightning_fedscale import FederatedStrategy, cli
 from lightning_fedscale.callbacks import ComputeAccounting
+from lightning_fedscale.partitioners import Partition, heterogeneity
 from lightning_fedscale.scaling import Rosenfeld, fit, law_from_file, project_law, read_runs, sweep_command
 from lightning_fedscale.scaling.project import LEVELS, law_of
+from lightning_fedscale.scaling.runs import runs_to_fit
 from lightning_fedscale.scaling.tuning import NOT_TUNED, tuned
 from lightning_fedscale.study import METHODS, sweep
 from lightning_fedscale.study.race import Job
@@ -184,7 +186,7 @@ def test_fit_reads_tables(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     files = [str(tmp_path / "one.csv"), str(tmp_path / "four.csv")]
     assert cli.main(["fit", *files, "--bootstrap=10", f"--output={tmp_path / 'out'}"]) == 0
     printed = capsys.readouterr().out
-    for words in ("Rosenfeld, fitted to 63 runs", "rho", "of the largest, which were held out", "report.md"):
+    for words in ("Rosenfeld, fitted to 70 runs", "rho", "of the largest, by a fit without them", "report.md"):
         assert words in printed
     law, rho = law_from_file(tmp_path / "out" / "fedscale_law.json")
     expected = fit(table, bootstrap=10)
@@ -472,10 +474,36 @@ def test_a_sweep_is_of_a_method_and_a_batch(
         assert options == (METHODS[method] if isinstance(method, str) else method)
         assert job.setting[2:4] == (8, 3)
     assert set(table.batch_size) == {8}
+    made_for = fit(table.assign(loss=range(1, len(table) + 1)), bootstrap=0).made_for
+    assert (made_for.method, made_for.batch_size, made_for.local_steps) == (table["method"][0], 8, 3)
     with pytest.raises(ValueError, match="holds a sweep with other method, batch_size; name another folder"):
         sweep(Net, Data, SIZES, BUDGET, folder=tmp_path, local_steps=3)
     with pytest.raises(ValueError, match="scafold"):
         sweep(Net, Data, SIZES, BUDGET, folder=tmp_path / "other", method="scafold")
+
+
+def test_a_sweep_says_what_its_law_is_made_for(quick: Found, tmp_path: Path) -> None:
+    held = Partition.from_lists([[*range(60)], [*range(60, 100)]])
+    held.save(tmp_path / "two.json")
+    asked: dict[str, Any] = {"sizes": SIZES, "flops": BUDGET, "folder": tmp_path, "rates": [1.0]}
+    table = sweep(Net, Data, **asked, partition=str(tmp_path / "two.json"))
+    labels = [int(label) for _, label in reference.dataset(100)]
+    facts = {
+        "partition_name": "two.json", "fingerprint": held.fingerprint, "samples": 100, "batch": 4, "optimizer": "SGD",
+        "mean_js_distance": round(heterogeneity(held, labels).mean_js_distance, 4),
+    }  # fmt: skip
+    for name, value in facts.items():
+        assert set(table[name]) == {value}, name
+    made_for = runs_to_fit(table, Rosenfeld()).made_for
+    assert (made_for.partition, made_for.fingerprint, made_for.clients) == ("two.json", held.fingerprint, (2,))
+    assert (made_for.batch_size, made_for.tokens_per_sample, made_for.argument) == (4, 1.0, "size")
+    assert made_for.sizes == tuple((size, parameters(size)) for size in SIZES)
+    assert made_for.unknown == []
+    # A table that was begun before these were written gets them.
+    every = pd.read_csv(tmp_path / "runs.csv")
+    every.drop(columns=list(facts)).to_csv(tmp_path / "runs.csv", index=False)
+    again = sweep(Net, Data, **asked, partition=str(tmp_path / "two.json"))
+    pd.testing.assert_frame_equal(again[table.columns], table, check_dtype=False)
 
 
 def test_rates_of_schedulers_move_along() -> None:

@@ -1,0 +1,393 @@
+"""What runs had in common, and so what a law that was fitted to them was made for."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pandas as pd
+
+from lightning_fedscale.scaling.tuning import NOT_TOLD, SAME
+
+_PLURALS = {
+    "partition": "partitions", "method": "methods", "batch_size": "batch sizes",
+    "local_steps": "numbers of local steps", "optimizer": "optimizers",
+}  # fmt: skip
+"""Columns of which a law is of one value, in words."""
+_ALIKE = 1.01
+"""Parameters of models of one size do not differ by more than this factor."""
+_FINGERPRINT = re.compile(r"[0-9a-f]{64}")
+
+
+class Best(NamedTuple):
+    """The run with the least loss of those with as much compute and as many clients.
+
+    Attributes:
+        flops: of all clients together.
+        clients: that trained in a round.
+        params: its size.
+        loss: measured.
+    """
+
+    flops: float
+    clients: int
+    params: float
+    loss: float
+
+
+class Given(NamedTuple):
+    """A partition that was named, to be compared.
+
+    Attributes:
+        name: of a partitioner or a file; None for a partition itself.
+        fingerprint: None for a partitioner's name.
+        clients: that it divides the data among; None likewise.
+    """
+
+    name: str | None
+    fingerprint: str | None = None
+    clients: int | None = None
+
+    def __str__(self) -> str:
+        return self.name or f"{self.fingerprint or ''}"[:8]
+
+
+class Size(NamedTuple):
+    """A model's size as the value of its argument.
+
+    Attributes:
+        value: rounded where those of the runs are whole numbers.
+        between: the values of the runs that it lies between; None for a run's own, or beyond all of them.
+        is_beyond: whether it is smaller or larger than every run's.
+    """
+
+    value: float
+    between: tuple[float, float] | None = None
+    is_beyond: bool = False
+
+
+@dataclass(frozen=True)
+class MadeFor:
+    """How runs trained; None, or empty, for what their table does not say or what differs among them.
+
+    Attributes:
+        partition: name of the partitioner or of the partition's file.
+        fingerprint: of the partition.
+        mean_js_distance: Jensen-Shannon distance of a client's labels to all, 0 if alike.
+        samples: of the data, of all clients together.
+        clients: numbers of clients that trained in a round, ascending.
+        method: how clients trained, by the name that a sweep or a study has for it.
+        batch_size: of a client, in samples.
+        local_steps: batches of a client in a round.
+        tokens_per_sample: 1 where samples are counted.
+        optimizer: class of the clients' optimizer.
+        learning_rate: whether it was tuned, in words.
+        passes: least and most over the data.
+        argument: of the module, which makes it larger.
+        sizes: its values, each with the parameters that it makes, ascending.
+        best: the best run of each amount of compute and number of clients.
+    """
+
+    partition: str | None = None
+    fingerprint: str | None = None
+    mean_js_distance: float | None = None
+    samples: int | None = None
+    clients: tuple[int, ...] = ()
+    method: str | None = None
+    batch_size: int | None = None
+    local_steps: int | None = None
+    tokens_per_sample: float | None = None
+    optimizer: str | None = None
+    learning_rate: str = NOT_TOLD
+    passes: tuple[float, float] | None = None
+    argument: str | None = None
+    sizes: tuple[tuple[float, float], ...] = ()
+    best: tuple[Best, ...] = ()
+
+    def __str__(self) -> str:
+        """In words, such as "scaffold on partition hospitals.json, 8 clients, batch 32, 5 local steps"."""
+        where = self.partition or (self.fingerprint or "")[:8]
+        if self.partition and self.fingerprint:
+            where += f" ({self.fingerprint[:8]})"
+        first = " on ".join(filter(None, (self.method, where and f"partition {where}")))
+        clients = " and ".join(f"{each:,}" for each in self.clients)
+        parts = (
+            first,
+            clients and f"{clients} client{'' if self.clients == (1,) else 's'}",
+            "" if self.batch_size is None else f"batch {self.batch_size:,}",
+            ""
+            if self.local_steps is None
+            else f"{self.local_steps:,} local step{'' if self.local_steps == 1 else 's'}",
+        )
+        return ", ".join(filter(None, parts))
+
+    @property
+    def unknown(self) -> list[str]:
+        """What the runs do not say, or not with one voice."""
+        names = ("partition", "method", "batch_size", "local_steps", "optimizer", "passes")
+        missing = [name for name in names if getattr(self, name) is None]
+        return [
+            *(name for name in missing if name != "partition" or self.fingerprint is None),
+            *([] if self.clients else ["clients"]),
+        ]
+
+    @property
+    def unique_tokens(self) -> float | None:
+        """Tokens in the data, of all clients together."""
+        return None if None in (self.samples, self.tokens_per_sample) else self.samples * self.tokens_per_sample  # type: ignore[operator]
+
+    def size_of(self, params: float) -> Size | None:
+        """The module's argument for so many parameters; None where the runs do not show how these grow with it.
+
+        Example:
+            >>> made = MadeFor(argument="width", sizes=((8, 100), (16, 200), (32, 400)))
+            >>> made.size_of(200), made.size_of(280).value, made.size_of(280).between
+            (Size(value=16, between=None, is_beyond=False), 22, (16, 32))
+        """
+        if len(self.sizes) < 2 or not 0 < params < math.inf:
+            return None
+        values, counts = np.log(np.array(self.sizes, dtype=np.float64)).T
+        at = math.log(params)
+        place = int(np.clip(np.searchsorted(counts, at), 1, len(counts) - 1))
+        slope = (values[place] - values[place - 1]) / (counts[place] - counts[place - 1])
+        found = math.exp(values[place - 1] + slope * (at - counts[place - 1]))
+        sizes = [value for value, _ in self.sizes]
+        if is_whole := all(float(value).is_integer() for value in sizes):
+            found = max(1, round(found))
+        own = next((value for value in sizes if math.isclose(value, found, rel_tol=1e-6)), None)
+        if own is not None:
+            return Size(round(own) if is_whole else own)
+        if not min(sizes) < found < max(sizes):
+            return Size(found, is_beyond=True)
+        low, high = sorted(sizes[place - 1 : place + 1])
+        return Size(found, (low, high))
+
+    def best_at(self, flops: float, clients: int) -> Best | None:
+        """The best run with about so much compute and so many clients."""
+        near = [each for each in self.best if each.clients == clients and abs(math.log(each.flops / flops)) < SAME]
+        return min(near, key=lambda each: each.loss, default=None)
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        found = asdict(self)
+        for name in ("clients", "sizes", "best"):
+            found[name] = [list(each) if isinstance(each, tuple) else each for each in found[name]]
+        found["passes"] = None if self.passes is None else list(self.passes)
+        return {**found, "unknown": self.unknown}
+
+    @classmethod
+    def from_dict(cls, given: Mapping[str, Any] | None) -> MadeFor:
+        """What `as_dict` made; nothing is known from a file that was written before there was this."""
+        known = {each.name for each in fields(cls)}
+        found = {name: value for name, value in (given or {}).items() if name in known and value is not None}
+        found["clients"] = tuple(found.get("clients", ()))
+        found["sizes"] = tuple((value, params) for value, params in found.get("sizes", ()))
+        found["best"] = tuple(Best(*each) for each in found.get("best", ()))
+        if "passes" in found:
+            found["passes"] = tuple(found["passes"])
+        return cls(**found)
+
+
+def made_for(table: pd.DataFrame, learning_rate: str = NOT_TOLD, *, has_clients: bool = True) -> MadeFor:
+    """What the runs of a table had in common.
+
+    Args:
+        table: as `lightning_fedscale.scaling.runs.runs_to_fit` has it, with the columns that a sweep writes, as far as
+            they are there.
+        learning_rate: whether it was tuned, in words.
+        has_clients: whether the column ``clients`` was in it from the start.
+    """
+    one = {name: _one(table, name) for name in (*_PLURALS, "partition_name", "fingerprint", "samples", "argument")}
+    partition, fingerprint = one["partition"], one["fingerprint"]
+    if partition is not None and _FINGERPRINT.fullmatch(str(partition)):
+        partition, fingerprint = None, fingerprint or partition
+    batch = one["batch_size"]
+    if batch == 0 or "batch_size" not in table:  # what the data has
+        batch = _one(table, "batch")
+    passes, samples, apart = passes_of(table), _one(table, "samples"), _one(table, "mean_js_distance", np.mean)
+    words = None
+    if passes is not None and samples and "tokens" in table:
+        words = float((table["tokens"] * table["clients"] / (passes * samples)).median())
+    return MadeFor(
+        partition=_text(one["partition_name"] or partition),
+        fingerprint=_text(fingerprint),
+        mean_js_distance=None if apart is None else float(apart),
+        samples=_whole(samples),
+        clients=tuple(sorted({int(each) for each in table["clients"]})) if has_clients else (),
+        method=_text(one["method"]),
+        batch_size=_whole(batch),
+        local_steps=_whole(one["local_steps"]),
+        tokens_per_sample=words,
+        optimizer=_text(one["optimizer"]),
+        learning_rate=learning_rate,
+        passes=None if passes is None else (float(passes.min()), float(passes.max())),
+        argument=_text(one["argument"]),
+        sizes=_sizes(table) if one["argument"] is not None else (),
+        best=_best(table),
+    )
+
+
+def passes_of(table: pd.DataFrame) -> pd.Series[float] | None:
+    """Passes over the data of each run, by its own column, by the samples of the data, or by unique tokens."""
+    if "passes" in table:
+        passes = pd.to_numeric(table["passes"], errors="coerce")
+    elif {"samples", "tokens", "clients"} <= set(table):
+        passes = table["tokens"] * table["clients"] / pd.to_numeric(table["samples"], errors="coerce")
+    elif {"unique_tokens", "tokens"} <= set(table):
+        passes = table["tokens"] / pd.to_numeric(table["unique_tokens"], errors="coerce")
+    else:
+        return None
+    return passes if len(passes) and passes.notna().all() else None
+
+
+def only(table: pd.DataFrame, **asked: Any) -> pd.DataFrame:
+    """The rows of one method, partition, batch size or number of local steps; None asks for nothing.
+
+    Raises:
+        ValueError: where the table does not say it, or has no such row; names the argument.
+    """
+    for name, value in asked.items():
+        if value is None:
+            continue
+        columns = [each for each in _COLUMNS[name] if each in table and table[each].notna().any()]
+        if not columns:
+            raise ValueError(f"{name}={value!r}: the runs do not say their {_PLURALS[name]}: leave it out.")
+        if name == "partition":
+            given = partition_given(value)
+            wanted: set[Any] = {given.fingerprint} if given.fingerprint is not None else {given.name}
+        else:
+            wanted = {value}
+        found = table[columns].isin(wanted).any(axis=1)
+        if not found.any():
+            there = ", ".join(_short(each) for each in dict.fromkeys(table[columns[0]].dropna()))
+            raise ValueError(f"{name}={_shown(value)}: no run is of it; there are {there}.")
+        table = table[found]
+    return table.reset_index(drop=True) if any(value is not None for value in asked.values()) else table
+
+
+_COLUMNS = {
+    "partition": ("fingerprint", "partition", "partition_name"), "method": ("method",),
+    "batch_size": ("batch_size", "batch"), "local_steps": ("local_steps",),
+}  # fmt: skip
+
+
+def mixed(table: pd.DataFrame) -> list[str]:
+    """What a table mixes that belongs to several laws, in words.
+
+    Example:
+        >>> mixed(pd.DataFrame({"method": ["fed_avg", "scaffold"]}))
+        ['runs of two methods: fed_avg and scaffold; fit them apart (method=)']
+    """
+    notes = []
+    for name, plural in _PLURALS.items():
+        found = _partitions(table) if name == "partition" else _values(table, name)
+        if len(found) > 1:
+            shown = [_short(each) for each in found]
+            number = "two" if len(found) == 2 else str(len(found))
+            among = " and ".join((", ".join(shown[:-1]), shown[-1]))
+            how = f" ({name}=)" if name in _COLUMNS else ""
+            notes.append(f"runs of {number} {plural}: {among}; fit them apart{how}")
+    return notes
+
+
+def partition_given(given: Any) -> Given:
+    """A partition that is to be compared: the name of a partitioner, the file of a saved partition, or a Partition.
+
+    Raises:
+        ValueError: for a file that is not there, or holds no partition.
+        TypeError: for anything else.
+    """
+    if isinstance(known := getattr(given, "fingerprint", None), str):
+        return Given(None, known, getattr(given, "num_clients", None))
+    if not isinstance(given, (str, Path)):
+        raise TypeError(
+            f"partition={given!r}: pass a partitioner's name, the file of a saved partition, or a Partition."
+        )
+    file = Path(given)
+    if file.suffix != ".json":
+        return Given(str(given))
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+        return Given(file.name, str(content["fingerprint"]), int(content["num_clients"]))
+    except FileNotFoundError:
+        raise ValueError(f"partition={str(file)!r}: there is no such file; save a partition first.") from None
+    except (OSError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"partition={str(file)!r} is not a saved partition ({error!r}): save one again.") from None
+
+
+# ---- parts
+
+
+def _values(table: pd.DataFrame, name: str) -> list[Any]:
+    return list(dict.fromkeys(table[name].dropna())) if name in table else []
+
+
+def _partitions(table: pd.DataFrame) -> list[Any]:
+    """Different partitions; the same one among other numbers of clients is none."""
+    if "partition" in table:
+        return _values(table, "partition")
+    if "fingerprint" not in table:
+        return []
+    clients = table["clients"] if "clients" in table else pd.Series(1, table.index)
+    several = [found for _, rows in table.groupby(clients) if len(found := _values(rows, "fingerprint")) > 1]
+    return several[0] if several else []
+
+
+def _one(table: pd.DataFrame, name: str, otherwise: Any = None) -> Any:
+    """The value that all rows have; else what is made of several of them, or None."""
+    found = _values(table, name)
+    if not found or table[name].isna().any():
+        return None
+    return found[0] if len(found) == 1 else None if otherwise is None else otherwise(found)
+
+
+def _sizes(table: pd.DataFrame) -> tuple[tuple[float, float], ...]:
+    """Values of the module's argument with their parameters, if these follow from it and both grow together."""
+    if not {"size", "params"} <= set(table):
+        return ()
+    sizes = pd.to_numeric(table["size"], errors="coerce")
+    groups = [(float(str(size)), params) for size, params in table["params"].groupby(sizes)]
+    if any(params.max() > _ALIKE * params.min() for _, params in groups):
+        return ()
+    found = sorted((size, float(params.median())) for size, params in groups)
+    grows = all(a[0] < b[0] and a[1] < b[1] for a, b in pairwise(found))
+    return tuple(found) if grows and found and found[0][0] > 0 else ()
+
+
+def _best(table: pd.DataFrame) -> tuple[Best, ...]:
+    """The best run of each amount of compute and number of clients; the mean of seeds, where there are several."""
+    if not {"params", "flops", "clients", "loss"} <= set(table):
+        return ()
+    found: dict[tuple[float, float], Best] = {}
+    total = table["flops"] * table["clients"]
+    level = pd.Series(np.round(np.log(total.to_numpy(dtype=np.float64)) / SAME), table.index)
+    cells = table.assign(total=total, level=level).groupby(["level", "clients", "params"], as_index=False)
+    for row in cells[["total", "loss"]].mean().to_dict("records"):
+        run = Best(float(row["total"]), int(row["clients"]), float(row["params"]), float(row["loss"]))
+        key = (row["level"], row["clients"])
+        found[key] = min(found.get(key, run), run, key=lambda each: each.loss)
+    return tuple(sorted(found.values()))
+
+
+def _whole(value: Any) -> int | None:
+    return None if value is None or not float(value).is_integer() or value < 1 else int(value)
+
+
+def _text(value: Any) -> str | None:
+    return None if value is None else str(value)
+
+
+def _short(value: Any) -> str:
+    text = f"{value:g}" if isinstance(value, float) else str(value)
+    return f"{text[:8]}.." if _FINGERPRINT.fullmatch(text) else text
+
+
+def _shown(value: Any) -> str:
+    return repr(str(value) if isinstance(value, Path) else value)

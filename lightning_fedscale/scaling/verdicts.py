@@ -1,0 +1,100 @@
+"""Why a fit gives no best size: runs too few or too alike, constants left open, runs that contradict it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import numpy as np
+import pandas as pd
+
+from lightning_fedscale.scaling.base import Law
+from lightning_fedscale.scaling.form import EXPONENT, Form, Interval
+from lightning_fedscale.scaling.made_for import Best
+from lightning_fedscale.scaling.runs import decades
+from lightning_fedscale.scaling.tuning import SAME
+
+_WIDE = 10.0
+"""Ends of the interval of a best size that are further apart than this factor determine none."""
+
+APART = 3.0
+"""Ends of the interval of an exponent that are further apart than this factor leave it open."""
+
+_FLOOR = 0.05
+"""An irreducible loss may be anything from none to more than this share of the least loss: it is left open."""
+
+CONTRADICTED = 0.05
+"""Share by which the best run may differ from the loss that the law has for the best size at the same compute."""
+
+_REFITS = 20
+"""With fewer of them intervals are no evidence."""
+
+
+def problems_of(
+    table: pd.DataFrame, law: Form, condition: float, rho: float, intervals: Mapping[str, Interval]
+) -> list[str]:
+    """What the runs are too few or too alike for, and what came out too wide."""
+    problems = []
+    if (sizes := table["params"].nunique()) < 4:
+        problems.append(f"only {sizes} sizes")
+    for name in ("params", "tokens"):
+        if (span := decades(table[name])) < 0.9:
+            problems.append(f"{name} span {span:.1f} decades only")
+    if float(np.corrcoef(np.log(table["params"]), np.log(table["tokens"]))[0, 1]) > 0.995:
+        problems.append("size and data always grow together")
+    if not condition < 1e12:
+        problems.append("the constants are not told apart (a nearly singular Hessian)")
+    if problems or not isinstance(law, Law) or law.missing or len(law.refits) < _REFITS:
+        return problems
+    largest = table.iloc[int((table["flops"] * table["clients"]).to_numpy().argmax())]
+    flops, clients = float(largest["flops"] * largest["clients"]), int(largest["clients"])
+    size = law.interval_of_size(flops, clients, rho)
+    if not size.high < _WIDE * size.low:
+        problems.append(
+            f"at the largest compute the best size lies anywhere from {size.low:.2g} to {size.high:.2g} parameters"
+        )
+    return [*problems, *_left_open(law, intervals, float(table["loss"].min()))]
+
+
+def contradictions(table: pd.DataFrame, law: Law, best: tuple[Best, ...], rho: float) -> tuple[list[str], list[str]]:
+    """Where the best run of the largest compute is far from what the law has for the best size there.
+
+    Returns:
+        those among whose runs that size is, which are problems; and those where it is smaller or larger than all of
+        them, of which nobody knows.
+    """
+    problems, notes = list[str](), list[str]()
+    largest = {each.clients: each for each in best}  # in the order of compute
+    for run in largest.values():
+        flops = law._effective(run.flops, run.clients, rho)
+        size = law._best_params(flops)
+        promised = law._loss(size, flops / (law.flops_per * size))
+        if not promised > 0 or abs(math.log(run.loss / promised)) < CONTRADICTED:
+            continue
+        total = table["flops"] * table["clients"]
+        rows = table[(table["clients"] == run.clients) & (np.abs(np.log(total / run.flops)) < SAME)]
+        tried = rows["params"].min() <= size <= rows["params"].max()
+        said = (
+            f"at {run.flops:.3g} FLOPs, {run.clients} client{'' if run.clients == 1 else 's'}, the law has a loss of"
+            f" {promised:.4g} for the best size, {size:,.0f} parameters, and the best run measured {run.loss:.4g} with"
+            f" {run.params:,.0f}"
+        )
+        if tried:
+            problems.append(said)
+        else:
+            notes.append(f"{said}; no run is as {'small' if size < rows['params'].min() else 'large'} as that size")
+    return problems, notes
+
+
+def _left_open(law: Law, intervals: Mapping[str, Interval], least: float) -> list[str]:
+    """Constants that the refits do not agree on: the irreducible loss, and exponents."""
+    found = []
+    for name, each in intervals.items():
+        is_exponent = name == "exponent" or law.unknowns.get(name) == EXPONENT
+        if is_exponent and not 0 < each.high <= APART * each.low:
+            found.append(
+                f"{name} is not determined: {each.low:.2g} to {each.high:.2g}, more than {APART:g} times apart"
+            )
+        elif name in ("E", "floor") and each.low < 0.01 * least and not each.high < _FLOOR * least:
+            found.append(f"{name}, the irreducible loss, is not determined: {max(each.low, 0):.2g} to {each.high:.2g}")
+    return found
