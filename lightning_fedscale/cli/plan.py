@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json as json_format
+import warnings
 from typing import Literal
 
 from rich.console import Console
@@ -18,14 +19,17 @@ from lightning_fedscale.scaling import plan as make_plan
 
 def plan(
     flops: float,
-    clients: int | list[int] = 1,
+    clients: int | list[int] | None = None,
     law: str = "auto",
     rho: float | list[float] | Literal["auto"] = "auto",
     device: str | list[str] | None = None,
     tokens: float | None = None,
-    local_steps: int = 30,
+    local_steps: int | None = None,
     utilization: float = 0.3,
     activation_bytes: float | None = None,
+    batch_size: int | None = None,
+    method: str | None = None,
+    partition: str | None = None,
     plot: str | None = None,
     json: bool = False,
 ) -> None:
@@ -33,27 +37,37 @@ def plan(
 
     Args:
         flops: training compute of all clients together, such as 1e20.
-        clients: number of clients that train in a round; several in a list, '[1, 10, 100]'.
+        clients: number of clients that train in a round; several in a list, '[1, 10, 100]'; by default those of
+            the partition, or of the law's runs.
         law: a scaling law by name, or a file of fedscale fit; by default fedscale_law.json of this folder, if there is
             one, else Chinchilla's, which holds for text.
         rho: what division among clients costs: 1 counts the average client's compute, 0 all of it; the two ends of a
             span in a list; by default the one that was measured with the law, else 0 to 1, and the plan is for 1.
         device: what the clients are, such as 'phone', for memory and time; several in a list, '[phone, jetson]'.
         tokens: that each client holds, if that is few.
-        local_steps: batches between exchanges.
+        local_steps: batches between exchanges; by default those of the law's runs, else 30.
         utilization: share of the devices' peak speed that training reaches.
         activation_bytes: of a token in the batch, to limit the batch by memory; fedscale probe finds them per sample.
+        batch_size: of a client, in samples; by default that of the law's runs.
+        method: how clients will train, such as 'scaffold', to be compared with the law's runs.
+        partition: how the data will be divided, to be compared with the law's runs: a partitioner's name, or the file
+            of a saved partition.
         plot: file for a figure of size and loss over the number of clients.
         json: print one JSON object instead of a table.
     """
     kinds = [device_class(name) for name in ([device] if isinstance(device, str) else device or [])]
-    numbers = [clients] if isinstance(clients, int) else clients
+    numbers = clients if isinstance(clients, list) else [clients]
     if not numbers:
         raise ValueError("clients=[]: pass a number of clients, or several in a list.")
-    plans = [
-        make_plan(flops, number, law, rho, kinds, tokens, local_steps, utilization, activation_bytes)
-        for number in numbers
-    ]
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="plan: ")  # which the notes say
+        plans = [
+            make_plan(
+                flops, number, law, rho, kinds, tokens, local_steps, utilization, activation_bytes,
+                batch_size=batch_size, method=method, partition=partition,
+            )
+            for number in numbers
+        ]  # fmt: skip
     if plot is not None:
         written("plot", plot, lambda: plot_plans(plans).savefig(plot, dpi=150))
     if json:
@@ -69,6 +83,10 @@ def _show(console: Console, plans: list[Plan]) -> None:
     else:
         for each in plans:
             console.print(_table([each]))
+    if plans[0].made_for:
+        console.print(f"The law was made for {plans[0].made_for}")
+    for note in dict.fromkeys(note for each in plans for note in each.notes):
+        console.print(f"Note: {note}")
     if any(each.fits is False for each in plans):
         console.print(f"(!) more than {', '.join(plans[0].devices)} can hold")
 
@@ -96,14 +114,21 @@ def _cells(plan: Plan) -> dict[str, str]:
     def ends(low: float | None, high: float | None, form: str) -> str:
         return "" if low is None or high is None else f"{low:{form}} to {high:{form}}"
 
+    name, size = plan.argument or "", "" if plan.size is None else f"{plan.size:g}"
+    if plan.size_between is not None:
+        size += " (between {:g} and {:g})".format(*plan.size_between)
     return {
         "Parameters": f"{plan.params:.3g}",
         "  95 % interval": ends(plan.params_low, plan.params_high, ".3g"),
+        f"  as {name}": size,
+        f"  {name}, 95 % interval": ends(plan.size_low, plan.size_high, "g"),
         "Tokens per client": f"{plan.tokens_per_client:.3g}",
+        "  passes over the data": known(plan.passes, ".3g"),
         "Predicted loss": known(plan.loss, ".4g"),
         "  its 95 % interval": ends(plan.loss_low, plan.loss_high, ".4g"),
         "Batch per client, in tokens": known(plan.batch_per_client, ",.0f"),
         "  limited by": plan.batch_limit or "",
+        "Method": plan.method or "",
         "Local steps": f"{plan.local_steps:,}",
         "Rounds": known(plan.rounds, ",.0f"),
         "Inner learning rate": known(plan.inner_learning_rate, ".2g"),

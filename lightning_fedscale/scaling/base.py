@@ -116,8 +116,8 @@ class Law(Form):
             raise ValueError(f"{self.name}: {self.no_optimum}: choose another law for a best size.")
         if self.problems:
             raise ValueError(
-                f"{self.name}: its runs do not determine a best size: {'; '.join(self.problems)}: add sizes, data or"
-                " compute to them and fit anew, or name another law."
+                f"{self.name}: no verdict: its runs do not determine a best size: {'; '.join(self.problems)}: add"
+                " sizes, data or compute to them and fit anew, or name another law."
             )
         positive("flops", flops)
         params = self._best_params(flops)

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
-from lightning_fedscale.scaling.base import Law, effective_flops
+from lightning_fedscale.scaling.agreement import check_clients, differences, too_many_passes
+from lightning_fedscale.scaling.base import Law
 from lightning_fedscale.scaling.chinchilla import RepeatedData
 from lightning_fedscale.scaling.compute import Kaplan
 from lightning_fedscale.scaling.diloco import DiLoCo
 from lightning_fedscale.scaling.form import Interval, positive
+from lightning_fedscale.scaling.made_for import Size, partition_given
 from lightning_fedscale.scaling.project import law_of
 from lightning_fedscale.scaling.rho import Rho, rho_of
+from lightning_fedscale.scaling.verdicts import CONTRADICTED
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -22,6 +26,8 @@ _ADAM_BYTES = 16
 """Of a parameter with its gradient and Adam's two moments, in FP32 or in mixed precision with a master copy."""
 _SENT_BYTES = 4
 _DAY = 86_400.0
+_LOCAL_STEPS = 30
+"""Of DiLoCo's fits."""
 
 
 class Device(Protocol):
@@ -67,7 +73,7 @@ class Plan:
         law: the law's name.
         task: what the law holds for.
         batch_per_client: tokens in a client's batch; None where no law is known, or where the device holds none.
-        batch_limit: what limits it: "critical batch" or "memory".
+        batch_limit: what limits it: "critical batch", "memory", "as in the law's runs" or "as asked".
         local_steps: between exchanges.
         rounds: exchanges; None without a batch.
         bytes_per_client: sent and received by each over the whole run; None without a batch.
@@ -80,6 +86,15 @@ class Plan:
         rho_low: least that ``rho`` may be; the intervals are of all from there.
         rho_high: most that it may be.
         rho_source: how it is known.
+        passes: over the data of all clients; None where nobody knows how much that is.
+        argument: of the module, which makes it larger; None where the law's runs do not say it.
+        size: its value for ``params``; None likewise.
+        size_low: its value for ``params_low``.
+        size_high: its value for ``params_high``.
+        size_between: the values of the runs that it lies between; None for a run's own, or beyond all of them.
+        method: how clients train: as asked, else as in the law's runs; None where neither says it.
+        made_for: what the law was made for, in words; empty where its runs do not say it.
+        notes: what is doubtful about the plan, in words.
     """
 
     flops: float
@@ -108,6 +123,15 @@ class Plan:
     rho_low: float
     rho_high: float
     rho_source: str
+    passes: float | None = None
+    argument: str | None = None
+    size: float | None = None
+    size_low: float | None = None
+    size_high: float | None = None
+    size_between: tuple[float, float] | None = None
+    method: str | None = None
+    made_for: str = ""
+    notes: tuple[str, ...] = ()
 
     @property
     def of_rho(self) -> str:
@@ -125,29 +149,38 @@ class Plan:
 
     def as_dict(self) -> dict[str, Any]:
         """Numbers by name."""
-        return {**asdict(self), "devices": list(self.devices)}
+        found = asdict(self)
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in found.items()}
 
 
 def plan(
     flops: float,
-    clients: int = 1,
+    clients: int | None = None,
     law: Any = "auto",
     rho: float | Sequence[float] | Rho | str | None = "auto",
     device_class: Device | Sequence[Device] = (),
     tokens: float | None = None,
-    local_steps: int = 30,
+    local_steps: int | None = None,
     utilization: float = 0.3,
     activation_bytes: float | None = None,
+    batch_size: int | None = None,
+    method: str | None = None,
+    partition: Any = None,
 ) -> Plan:
     """Plan a run.
 
+    A law that was fitted to runs of one's own is planned with as it was made: clients, batch and local steps are those
+    of its runs, and so are rounds. Whatever else is asked of it is done and said in one warning. Size is also given as
+    the value of the module's argument.
+
     Batch and learning rates follow laws of text: the batch is `DiLoCo`'s under that law and the critical one at the
     predicted loss under others (arXiv 2001.08361), learning rates are DiLoCo's (arXiv 2503.09799), for as many replicas
-    as it was fitted on at most. For laws of other tasks they stay open.
+    as it was fitted on at most. For laws of other tasks whose runs say nothing they stay open.
 
     Args:
         flops: training compute of all clients together.
-        clients: number of clients that train in a round; who is registered and waits does not count.
+        clients: number of clients that train in a round; who is registered and waits does not count. None for those of
+            the partition, else of the law's runs if these had one number, else 1.
         law: a law with a best size, its name, a file of `Fit.save`, or "auto": the project's own, else `Chinchilla`.
         rho: what division among clients costs: a number, the two ends of a span, or "auto" for the one that was
             measured with the law, and 0 to 1 without. Of a span the plan is that for its upper end, the most careful
@@ -155,14 +188,19 @@ def plan(
         device_class: what the clients are, for memory and time; of several, the slowest and the smallest count.
         tokens: that each client holds; the model is then as large as the compute allows on these, if that is smaller
             than what the law would take. Under `RepeatedData` they may be repeated instead.
-        local_steps: batches between exchanges; 30 as in DiLoCo's fits.
+        local_steps: batches between exchanges; None for those of the law's runs, else 30 as in DiLoCo's fits.
         utilization: share of the devices' peak speed that training reaches.
         activation_bytes: of a token in the batch, as `MaxBatchProbe` finds them (``bytes_per_sample``); with it the
             batch is what fits into memory at most.
+        batch_size: of a client, in samples; None for that of the law's runs.
+        method: how clients will train, to be compared with the law's runs.
+        partition: how the data will be divided, to be compared with the law's runs: the name of a partitioner, the file
+            of a saved partition, or a Partition.
 
     Raises:
         Unfitted: for a law without constants.
-        ValueError: for numbers that are not positive, or a law without a best size.
+        ValueError: for numbers that are not positive, a law without a best size, or another number of clients than
+            all runs of a law had, where ``rho`` is neither measured nor passed.
 
     Example:
         >>> found = plan(flops=1e20, clients=10)
@@ -177,24 +215,48 @@ def plan(
     positive("flops", flops)
     known = rho_of(rho, chosen.fitted_rho)
     price = known.value
-    _check(local_steps, utilization, activation_bytes)
+    _check(local_steps, utilization, activation_bytes, batch_size)
+    made, given = chosen.made_for, None if partition is None else partition_given(partition)
+    if clients is None:
+        clients = made.clients[0] if len(made.clients) == 1 else 1
+        clients = clients if given is None or given.clients is None else given.clients
+    elif given is not None and given.clients is not None and clients > given.clients:
+        raise ValueError(f"clients={clients}: the partition divides the data among {given.clients}: pass no more.")
+    check_clients(chosen, clients, known)
+    notes = differences(
+        chosen, clients=clients, method=method, partition=given, batch_size=batch_size, local_steps=local_steps
+    )
+    for note in notes:
+        warnings.warn(f"plan: {note}.", stacklevel=2)
     devices = _devices(device_class)
     if tokens is not None:
         positive("tokens", tokens)
         if isinstance(chosen, RepeatedData):
-            chosen = chosen.replace(unique_tokens=tokens * effective_flops(clients, clients, price))
+            chosen = chosen.replace(unique_tokens=tokens * chosen.tokens_factor(clients, price))
+    elif isinstance(chosen, RepeatedData) and math.isinf(chosen.unique_tokens) and made.unique_tokens is not None:
+        chosen = chosen.replace(unique_tokens=made.unique_tokens / clients * chosen.tokens_factor(clients, price))
     params, held, size, scarce = _size(chosen, flops, clients, price, tokens)
     loss = chosen.interval_of_loss(params, held, clients, price)
-    is_open = clients > 1 and known.low < known.high and not chosen.knows_clients
+    is_open = clients != chosen.own_clients and known.low < known.high and not chosen.knows_clients
     if is_open and not (known.is_measured and chosen.refits):  # which have a rho each
         ends = known.low, known.high
         size = _over([chosen.interval_of_size(flops, clients, end) for end in ends], size)
         loss = _over([chosen.interval_of_loss(params, held, clients, end) for end in ends], loss)
     text = chosen.domain.task == "text" and math.isfinite(loss.value)
-    batch, limit = _batch(chosen, params, loss.value, clients, devices, activation_bytes) if text else (None, None)
-    steps = local_steps if batch is None else max(1, min(local_steps, int(held / batch)))
+    batch, limit = _batch(chosen, params, loss.value, clients, devices, activation_bytes, batch_size, text)
+    steps = local_steps or made.local_steps or _LOCAL_STEPS
+    steps = steps if batch is None else max(1, min(steps, int(held / batch)))
     rounds = None if batch is None else max(1.0, held / (batch * steps))
     replicas = DiLoCo(replicas=min(clients, 8)) if text else None
+    passes = None if made.unique_tokens is None else held * clients / made.unique_tokens
+    sizes = [None if each is None else made.size_of(each) for each in (params, *(() if scarce else size[1:]))]
+    notes += too_many_passes(chosen, passes)
+    best = made.best_at(flops, clients)
+    if best is not None and loss.value > 0 and abs(math.log(best.loss / loss.value)) > CONTRADICTED:
+        notes.append(
+            f"the law has a loss of {loss.value:.4g}, and at this compute the best run measured {best.loss:.4g}, with"
+            f" {best.params:,.0f} parameters"
+        )
     token = 0.0 if activation_bytes is None else activation_bytes
     return Plan(
         flops=flops,
@@ -223,6 +285,12 @@ def plan(
         rho_low=known.low if is_open else price,
         rho_high=known.high if is_open else price,
         rho_source=known.source or "passed",
+        passes=passes,
+        argument=made.argument if sizes[0] is not None else None,
+        **_in_sizes(sizes),
+        method=method or made.method,
+        made_for=str(made),
+        notes=tuple(notes),
     )
 
 
@@ -256,9 +324,21 @@ def _over(intervals: Sequence[Interval], middle: Interval) -> Interval:
     return Interval(middle.value, min(found), max(found)) if found else middle
 
 
-def _check(local_steps: int, utilization: float, activation_bytes: float | None) -> None:
-    if isinstance(local_steps, bool) or not isinstance(local_steps, int) or local_steps < 1:
-        raise ValueError(f"local_steps={local_steps!r}: pass a whole number, at least 1.")
+def _in_sizes(found: Sequence[Size | None]) -> dict[str, Any]:
+    """The best size and the ends of its interval as values of the module's argument."""
+    best, low, high = (*found, None, None)[:3]
+    return {
+        "size": None if best is None else best.value,
+        "size_low": None if low is None else low.value,
+        "size_high": None if high is None else high.value,
+        "size_between": None if best is None else best.between,
+    }
+
+
+def _check(local_steps: int | None, utilization: float, activation_bytes: float | None, batch_size: int | None) -> None:
+    for name, value in (("local_steps", local_steps), ("batch_size", batch_size)):
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+            raise ValueError(f"{name}={value!r}: pass a whole number, at least 1.")
     if not 0 < utilization <= 1:
         raise ValueError(f"utilization={utilization!r}: pass a share of the device's peak, in (0, 1].")
     if activation_bytes is not None:
@@ -293,10 +373,32 @@ def _batch(
     clients: int,
     devices: Sequence[Device],
     activation_bytes: float | None,
+    batch_size: int | None,
+    text: bool,
 ) -> tuple[float | None, str | None]:
-    """A client's batch in tokens, and what limits it."""
-    together = law.replace(replicas=clients).batch(params) if isinstance(law, DiLoCo) else Kaplan().critical_batch(loss)
-    limits = {"critical batch": max(1.0, together / clients)}
+    """A client's batch in tokens, and what limits it: as asked, as in the law's runs, or by a law of text.
+
+    Raises:
+        ValueError: for a batch in samples, where nobody knows how many tokens these have.
+    """
+    samples, per_sample = (
+        batch_size or law.made_for.batch_size,
+        law.made_for.tokens_per_sample or (None if text else 1.0),
+    )
+    if samples is not None and per_sample is not None:
+        is_other = batch_size not in (None, law.made_for.batch_size)
+        limits = {"as asked" if is_other else "as in the law's runs": samples * per_sample}
+    elif batch_size is not None:
+        raise ValueError(
+            f"batch_size={batch_size}: {law.name} counts tokens, and its runs do not say how many a sample has: leave"
+            " it out."
+        )
+    elif not text:
+        return None, None
+    else:
+        replicas = law.replace(replicas=clients) if isinstance(law, DiLoCo) else None
+        together = Kaplan().critical_batch(loss) if replicas is None else replicas.batch(params)
+        limits = {"critical batch": max(1.0, together / clients)}
     if activation_bytes is not None and devices:
         room = min(each.memory for each in devices) - _ADAM_BYTES * params
         if room < activation_bytes:

@@ -258,8 +258,8 @@ def position_of(
     for name, value in (("params", params), ("tokens", tokens), ("flops", flops)):
         positive(name, value)
     own = needed_law(law).replace(flops_per=flops / (params * tokens))
-    # One client shares nothing, and a law of clients knows by itself what division costs.
-    known = None if clients == 1 or own.knows_clients else rho_of(rho, own.fitted_rho)
+    # As many clients as the runs had cost nothing besides, and a law of clients knows by itself what division costs.
+    known = None if clients == own.own_clients or own.knows_clients else rho_of(rho, own.fitted_rho)
 
     def reading(at: float) -> Position:
         return _reading(own, params, tokens, flops, clients, at, full)
@@ -281,6 +281,7 @@ def position_of(
 
 def _reading(own: Law, params: float, tokens: float, flops: float, clients: int, rho: float, full: bool) -> Position:
     """The position for one ``rho``."""
+    told = bool(own.made_for.clients) and own.fitted_on is not None and not own.knows_clients
     best = own.optimal_federated(flops, clients, rho)
 
     def loss(size: float) -> float:
@@ -289,7 +290,7 @@ def _reading(own: Law, params: float, tokens: float, flops: float, clients: int,
     low, high = _band(loss, best.params, best.loss)
     here = Position(
         own.name, params, tokens, flops, clients, rho, best.params, low, high, loss(params), best.loss,
-        outside=tuple(own.outside(params=params, flops=flops)),
+        outside=tuple(own.outside(params=params, flops=flops, **({"clients": clients} if told else {}))),
     )  # fmt: skip
     if math.isnan(here.predicted_loss):
         here = replace(here, no_loss=own.no_loss)

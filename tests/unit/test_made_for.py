@@ -22,6 +22,9 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*this is an extrapolation")
 EIGHT = Partition.from_lists([[i, i + 8] for i in range(8)])
 OTHER = Partition.from_lists([[2 * i, 2 * i + 1] for i in range(8)])
 
+SAMPLES = 10**12
+"""More than any run takes."""
+
 
 def swept(**columns: Any) -> pd.DataFrame:
     """A table as a sweep of a perceptron's width writes it, of eight clients with a partition from a file."""
@@ -30,11 +33,12 @@ def swept(**columns: Any) -> pd.DataFrame:
     facts = {
         "size": table["params"].map(widths).astype(int), "argument": "width", "clients": 8, "method": "scaffold",
         "partition": EIGHT.fingerprint, "partition_name": "hospitals.json", "fingerprint": EIGHT.fingerprint,
-        "mean_js_distance": 0.05, "samples": 10**9, "batch_size": 0, "batch": 32, "local_steps": 5,
-        "optimizer": "SGD", "rounds": 50, "passes": 2.0, "learning_rate": 1.0,
+        "mean_js_distance": 0.05, "samples": SAMPLES, "batch_size": 0, "batch": 32, "local_steps": 5,
+        "optimizer": "SGD", "rounds": 50, "learning_rate": 1.0,
     }  # fmt: skip
-    facts["passes"] = table["tokens"] * 8 / 1e9
-    return table.assign(**{**facts, **columns})
+    facts |= columns
+    passes = table["tokens"] * facts["clients"] / facts["samples"]
+    return table.assign(**{"passes": passes, **facts})
 
 
 def test_a_law_records_what_it_was_made_for(tmp_path: Path) -> None:
@@ -45,7 +49,7 @@ def test_a_law_records_what_it_was_made_for(tmp_path: Path) -> None:
         == f"scaffold on partition hospitals.json ({EIGHT.fingerprint[:8]}), 8 clients, batch 32, 5 local steps"
     )
     assert made_of.fingerprint == EIGHT.fingerprint
-    assert (made_of.mean_js_distance, made_of.samples, made_of.clients) == (0.05, 10**9, (8,))
+    assert (made_of.mean_js_distance, made_of.samples, made_of.clients) == (0.05, SAMPLES, (8,))
     assert (made_of.method, made_of.batch_size, made_of.local_steps, made_of.optimizer) == ("scaffold", 32, 5, "SGD")
     assert made_of.tokens_per_sample == pytest.approx(1.0)
     assert made_of.argument == "width"

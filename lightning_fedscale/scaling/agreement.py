@@ -1,0 +1,109 @@
+"""Whether what a law is asked for is what its runs did."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lightning_fedscale.scaling.base import Law
+from lightning_fedscale.scaling.doubts import REPEATED
+from lightning_fedscale.scaling.made_for import Given, MadeFor
+from lightning_fedscale.scaling.rho import UNMEASURED, Rho
+
+
+def check_clients(law: Law, clients: int, rho: Rho) -> None:
+    """Refuse another number of clients than the runs', where nobody knows what that costs.
+
+    Raises:
+        ValueError: if all runs had one number of clients, this is another, and ``rho`` is neither measured nor passed.
+    """
+    own, told = law.own_clients, law.made_for.clients
+    if clients == own or rho != UNMEASURED or law.knows_clients or len(told) > 1 or not (told or own > 1):
+        return
+    raise ValueError(
+        f"clients={clients}: all runs of this law had {own}, and what another number costs was not measured: pass"
+        f" clients={own}, or rho= (a number, or the two ends of a span such as (0, 1)), or sweep several numbers of"
+        " clients (fedscale sweep --clients)."
+    )
+
+
+def differences(
+    law: Law,
+    *,
+    clients: int | None = None,
+    method: str | None = None,
+    partition: Given | None = None,
+    batch_size: int | None = None,
+    local_steps: int | None = None,
+) -> list[str]:
+    r"""What is asked of a law that it was not made for, and what its runs do not say; one line of each.
+
+    Example:
+        >>> from lightning_fedscale.scaling import Chinchilla
+        >>> law = Chinchilla(made_for=MadeFor(method="scaffold", clients=(8,), local_steps=5))
+        >>> print(*differences(law, method="fed_avg", local_steps=5, partition=Given("iid")), sep="\n")
+        method='fed_avg' is asked of a law that was made for scaffold, 8 clients, 5 local steps: it may not hold there;
+        fedscale sweep fits one that does
+        the law's runs do not say their partition: whether it holds for partition='iid' is not known
+    """
+    made, others, unknown = law.made_for, list[str](), dict[str, str]()
+    if clients is not None and made.clients and clients not in made.clients:
+        others.append(f"clients={clients}")
+    asked: dict[str, Any] = {"method": method, "batch_size": batch_size, "local_steps": local_steps}
+    for name, value in asked.items():
+        known = getattr(made, name)
+        if value is not None and known is not None and value != known:
+            others.append(f"{name}={value!r}")
+        elif value is not None and known is None and name == "method":
+            unknown[name] = f"{name}={value!r}"
+    if partition is not None:
+        is_same = _is_same(made, partition)
+        if is_same is None:
+            unknown["partition"] = f"partition={str(partition)!r}"
+        elif not is_same:
+            others.append(f"partition={str(partition)!r}" + _named(partition))
+    found = []
+    if others:
+        found.append(
+            f"{' and '.join(others)} {'is' if len(others) == 1 else 'are'} asked of a law that was made for {made}: it"
+            " may not hold there; fedscale sweep fits one that does"
+        )
+    if unknown:
+        what, of = " or ".join(unknown), " and ".join(unknown.values())
+        found.append(f"the law's runs do not say their {what}: whether it holds for {of} is not known")
+    return found
+
+
+def too_many_passes(law: Law, passes: float | None) -> list[str]:
+    """What is said of more passes over the data than a law was made for.
+
+    Example:
+        >>> from lightning_fedscale.scaling import Chinchilla
+        >>> print(*too_many_passes(Chinchilla(made_for=MadeFor(passes=(1.0, 3.0), samples=3000)), 48.0))
+        48 passes over 3,000 samples, where the law's runs had 3 at most; fit law='RepeatedData', or get more data
+    """
+    made, remedy = law.made_for, "get more data"
+    if "unique_tokens" not in law.columns:
+        remedy = f"fit law='RepeatedData', or {remedy}"
+    over = "the data" if made.samples is None else f"{made.samples:,} samples"
+    if passes is None:
+        return []
+    if made.passes is not None and passes > 1.05 * max(1.0, made.passes[1]):
+        return [f"{passes:.3g} passes over {over}, where the law's runs had {made.passes[1]:.3g} at most; {remedy}"]
+    if passes > REPEATED and "unique_tokens" not in law.columns:
+        return [
+            f"{passes:.3g} passes over {over}: the law of data without end does not hold beyond {REPEATED:g}; {remedy}"
+        ]
+    return []
+
+
+def _is_same(made: MadeFor, given: Given) -> bool | None:
+    """Whether it is the runs' partition; None where that is not known."""
+    if given.fingerprint is not None and made.fingerprint is not None:
+        return given.fingerprint == made.fingerprint
+    if given.name is None or made.partition is None:
+        return None
+    return given.name == made.partition
+
+
+def _named(given: Given) -> str:
+    return "" if given.name is None or given.fingerprint is None else f" ({given.fingerprint[:8]})"
