@@ -96,5 +96,5 @@ def _left_open(law: Law, intervals: Mapping[str, Interval], least: float) -> lis
                 f"{name} is not determined: {each.low:.2g} to {each.high:.2g}, more than {APART:g} times apart"
             )
         elif name in ("E", "floor") and each.low < 0.01 * least and not each.high < _FLOOR * least:
-            found.append(f"{name}, the irreducible loss, is not determined: {max(each.low, 0):.2g} to {each.high:.2g}")
+            found.append(f"{name}, the irreducible loss, is not determined: 0 to {each.high:.2g}")
     return found
