@@ -101,7 +101,7 @@ def show(found, console):
     console.print(table)
     console.print(f"rho: {found.learning_rate}")
     console.print(
-        f"Error of the loss: {found.error:.0%}; of the largest runs, which were held out: {found.held_out:.0%}"
+        f"Error of the loss: {found.error:.0%}; of the largest runs, by a fit without them: {found.held_out:.0%}"
     )
     if found.isoflop is not None:
         console.print(f"By parabolas: N* ~ C^{found.isoflop.p}, rho {found.isoflop.rho}")

@@ -26,6 +26,9 @@ from lightning_fedscale.scaling.tuning import NOT_TOLD, NOT_TUNED
 from lightning_fedscale.scaling.units import doubt_of_rho, doubts_of_flops
 from lightning_fedscale.scaling.verdicts import contradictions, problems_of
 
+_MOST_HELD_OUT = 0.4
+"""Share of the runs; with more of them held out, the error would be that of a fit to few."""
+
 
 @dataclass(frozen=True)
 class Fit:
@@ -295,7 +298,7 @@ def _largest(table: pd.DataFrame) -> pd.Series[bool]:
     """The runs of the largest compute, if enough others remain."""
     total = table["flops"] * table["clients"]
     largest = total >= total.max() * 0.5  # a round may go beyond what was asked for
-    few: pd.Series[bool] = largest if largest.sum() <= len(table) // 3 else largest & False
+    few: pd.Series[bool] = largest if largest.sum() <= _MOST_HELD_OUT * len(table) else largest & False
     return few
 
 

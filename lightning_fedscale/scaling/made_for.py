@@ -365,15 +365,35 @@ def _best(table: pd.DataFrame) -> tuple[Best, ...]:
     """The best run of each amount of compute and number of clients; the mean of seeds, where there are several."""
     if not {"params", "flops", "clients", "loss"} <= set(table):
         return ()
-    found: dict[tuple[float, float], Best] = {}
-    total = table["flops"] * table["clients"]
-    level = pd.Series(np.round(np.log(total.to_numpy(dtype=np.float64)) / SAME), table.index)
-    cells = table.assign(total=total, level=level).groupby(["level", "clients", "params"], as_index=False)
-    for row in cells[["total", "loss"]].mean().to_dict("records"):
-        run = Best(float(row["total"]), int(row["clients"]), float(row["params"]), float(row["loss"]))
-        key = (row["level"], row["clients"])
+    means = table.assign(total=table["flops"] * table["clients"])
+    # Seeds of one size and compute count as their mean.
+    means["level"] = levels(means["total"], means["clients"])
+    means = means.groupby(["clients", "level", "params"], as_index=False)[["total", "loss"]].mean()
+    found: dict[tuple[int, int], Best] = {}
+    for row in means.to_dict("records"):
+        key = int(row["clients"]), int(row["level"])
+        run = Best(float(row["total"]), key[0], float(row["params"]), float(row["loss"]))
         found[key] = min(found.get(key, run), run, key=lambda each: each.loss)
     return tuple(sorted(found.values()))
+
+
+def levels(total: pd.Series[float], clients: pd.Series[float]) -> list[int]:
+    """Which runs are of one amount of compute, among those with as many clients: a number for each, least first.
+
+    Example:
+        >>> levels(pd.Series([1e9, 8e9, 1.1e9, 0.99e9]), pd.Series([1, 1, 1, 2]))
+        [0, 1, 0, 0]
+    """
+    found = np.zeros(len(total), dtype=int)
+    for number in set(clients):
+        places = np.flatnonzero(clients == number)
+        logs = np.log(total.to_numpy(dtype=np.float64)[places])
+        level, start = 0, -math.inf
+        for place in np.argsort(logs, kind="stable"):
+            if logs[place] - start > SAME:
+                level, start = level + math.isfinite(start), logs[place]
+            found[places[place]] = level
+    return [int(each) for each in found]
 
 
 def _whole(value: Any) -> int | None:

@@ -140,7 +140,8 @@ def _checklist(found: Fit) -> list[str]:
     done += [
         *([f"made for {made}; clients' optimizer: {made.optimizer or 'not told'}"] if str(made) else []),
         *([] if made.passes is None else [f"passes over the data: {made.passes[0]:.3g} to {made.passes[1]:.3g}"]),
-        f"runs: {len(table)}, all fitted; {held_out} of the largest compute were held out first, for the error there",
+        f"runs: {len(table)}, all fitted"
+        + (f"; {held_out} of the largest compute were held out first, for the error there" if held_out else ""),
         f"objective: sum of Huber losses (delta {HUBER:g}) of log-loss residuals",
         "search: least squares for linear constants at many starts (Sobol points), the best of them to a minimum with"
         " exact gradients",

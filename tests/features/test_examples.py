@@ -221,7 +221,7 @@ def test_a_scaling_law_of_ones_own() -> None:
     said = re.findall(r"best size ([\d,]+) parameters \(([\d,]+) to ([\d,]+)\)", printed)
     assert len(said) == (0 if document["problems"] else 3)
     assert ("No best size from these runs: " in printed) == bool(document["problems"])
-    assert "# Rosenfeld, fitted to 20 runs" in Path("scaling_law", "report.md").read_text("utf8")
+    assert "# Rosenfeld, fitted to 28 runs" in Path("scaling_law", "report.md").read_text("utf8")
     assert min(imread("scaling_law/fit.png").shape[:2]) > 500
 
 
