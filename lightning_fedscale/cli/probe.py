@@ -89,8 +89,8 @@ def _show(console: Console, model: MemoryModel, found: dict[str, ProbeResult]) -
     parts = Table("Part", *found)
     for column in parts.columns[1:]:
         column.justify = "right"
-    for part in next(iter(found.values())).parts:
-        parts.add_row(part, *(format_bytes(result.parts[part]) for result in found.values()))
+    for part in dict.fromkeys(part for result in found.values() for part in result.parts):
+        parts.add_row(part, *(format_bytes(result.parts.get(part, 0)) for result in found.values()))
     console.print(parts)
     if model.fallback:
         console.print(f"Real tensors were needed, since the training step depends on its data: {model.fallback}")

@@ -150,8 +150,6 @@ class MemoryModel:
                     if fake:
                         self._rehearsal.learn(self._known[smallest], smallest)
                         self._known[smallest] = self._rehearsal.run(smallest)
-                        if code := self._rehearsal.code_bytes:
-                            self._extras["compiled code"] = code
                     else:
                         self.exact, self.fallback = False, f"{type(imagined).__name__}: {imagined}".splitlines()[0]
                     return smallest
@@ -164,15 +162,18 @@ class MemoryModel:
 
     def peak(self, batch: int) -> int:
         """Bytes alive at the fullest moment of a step with so many samples."""
-        return self._run(batch).peak.total + sum(self._extras.values())
+        run = self._run(batch)
+        return run.peak.total + run.kept + sum(self._extras.values())
 
     def breakdown(self, batch: int) -> dict[str, int]:
         """The bytes of that moment by what they are for; they add up to `peak`.
 
         "parameters" (with buffers), "gradients", "optimizer state", "activations" (what forward leaves for backward),
-        "temporaries", "batch", and the extras by their names.
+        "temporaries", "batch", "libraries" (code and buffers that they keep) where there is any, and the extras by
+        their names.
         """
-        return {**self._run(batch).peak.parts, **self._extras}
+        run = self._run(batch)
+        return {**run.peak.parts, **({"libraries": run.kept} if run.kept else {}), **self._extras}
 
     def cost(self, batch: int) -> StepCost:
         """What a step with so many samples computes and moves, its optimizer step included."""
@@ -215,8 +216,9 @@ class MemoryModel:
             ValueError: if not even one does.
         """
         usable = usable_bytes(budget, headroom)
-        shared = sum(self._extras.values())
-        own = self._run(batch).peak.total
+        run = self._run(batch)
+        shared = run.kept + sum(self._extras.values())
+        own = run.peak.total
         if shared + own > usable:
             raise ValueError(
                 f"budget={format_bytes(budget)} does not hold one client with a batch of {batch}: that takes"
@@ -247,7 +249,7 @@ class MemoryModel:
 
         sizes = self.sizes if batches is None else list(batches)
         rows = [{"batch_size": size, "peak": self.peak(size), **self.breakdown(size)} for size in sizes]
-        return pd.DataFrame(rows).set_index("batch_size")
+        return pd.DataFrame(rows).fillna(0).astype("int64").set_index("batch_size")
 
     def plot(self, batches: Sequence[int] | None = None, budgets: Mapping[str, int] | None = None) -> Figure:
         """Stacked areas of memory against batch size, with budgets as lines.
@@ -278,9 +280,10 @@ class MemoryModel:
             # What is followed here is allocated here, whatever the budget is of.
             stop_at = min(stop_at, int(free_memory(self._device) * _SHARE_OF_FREE))
         try:
-            return shared + self._run(batch, stop_at).peak.total - usable
+            run = self._run(batch, stop_at)
         except (OverBudget, torch.OutOfMemoryError):
             return math.inf
+        return shared + run.peak.total + run.kept - usable
 
 
 def _checked_samples(name: str, samples: int) -> int:

@@ -40,10 +40,12 @@ class Rehearsed(NamedTuple):
     Attributes:
         peak: the moment at which most memory was alive, over two optimizer steps.
         cost: of one local batch with optimizer state in place.
+        kept: bytes of code and buffers that libraries keep from then on.
     """
 
     peak: Peak
     cost: StepCost
+    kept: int
 
 
 class Rehearsal:
@@ -134,7 +136,8 @@ class Rehearsal:
             flops, moved = tracker.take_cost()
         if self._scratch is not None and learning:
             self._scratch.learned()
-        return Rehearsed(tracker.peak(), StepCost(flops / self._accumulate, moved / self._accumulate))
+        kept = 0 if self._scratch is None else self._scratch.kept()
+        return Rehearsed(tracker.peak(), StepCost(flops / self._accumulate, moved / self._accumulate), kept)
 
     def learn(self, known: Rehearsed, smallest: int) -> None:
         """Learn what operators take while they run, from as few samples as tell and as the time allows.
@@ -154,11 +157,6 @@ class Rehearsal:
             with suppress(Exception):  # not every module takes them: then the search will tell
                 self.run(samples, learning=True)
                 self._learned_up_to = samples
-
-    @property
-    def code_bytes(self) -> int:
-        """What libraries keep of the code that they compile for a step; 0 if nothing was learned."""
-        return 0 if self._scratch is None else self._scratch.code_bytes
 
     def real_step(self, samples: int) -> Callable[[], None]:
         """Two real steps of a fresh copy, to be called where their memory is to be measured."""

@@ -12,6 +12,8 @@ from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+from lightning_fedscale.devices import libraries
+
 # Nothing but their result, if it can be told from the call.
 _FREE = {
     "empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "zeros", "zeros_like", "new_zeros",
@@ -19,9 +21,6 @@ _FREE = {
 }  # fmt: skip
 _PRODUCTS = {"mm", "addmm", "bmm", "baddbmm"}
 _WHOLE = {torch.float32, torch.float64}
-
-# What oneDNN keeps for each shape that it has compiled code for, measured by the limits under which real steps fail.
-_CODE = {"convolution": 2**19, "convolution_backward": 5 * 2**18}
 
 
 class _Call(NamedTuple):
@@ -38,9 +37,6 @@ class Scratch:
     samples runs for real, apart from the module, on tensors that have the shapes and no meaning. The calls of larger
     steps are matched by their order; what they take follows the bytes of their arguments and results.
 
-    Attributes:
-        code_bytes: what is kept of the code that is compiled for a step, whatever its batch.
-
     Example:
         >>> scratch, images, weights = Scratch(), torch.ones(16, 32, 8, 8), torch.ones(32, 32, 3, 3)
         >>> scratch.begin(learning=True)
@@ -55,17 +51,30 @@ class Scratch:
         self._steps: list[list[_Call]] = []
         self._calls: list[_Call] = []
         self._learning = False
-        self._compiled: dict[Any, int] = {}
-        self.code_bytes = 0
+        self._kinds: set[Any] = set()
+        self._buffers = 0
 
     def begin(self, *, learning: bool = False) -> None:
         """A rehearsal on fake tensors begins, whose operators are run for real or looked up."""
-        self._calls, self._learning, self._compiled = [], learning, {}
+        self._calls, self._learning, self._kinds = [], learning, set()
+        if learning:
+            libraries.free_buffers()
 
     def learned(self) -> None:
         """The rehearsal is over; others follow it."""
         self._steps.append(self._calls)
-        self.code_bytes = sum(self._compiled.values())
+        self._buffers = libraries.buffer_bytes()
+
+    def kept(self) -> int:
+        """What libraries keep of the calls since the rehearsal began; of larger steps than learned, buffers alike."""
+        buffers = libraries.buffer_bytes() if self._learning else self._buffers
+        return libraries.code_bytes(self._kinds) + buffers
+
+    def runs(self, operator: Any, args: Any) -> Any:
+        """Note the kind of code that a call needs, and return it; None if it needs none."""
+        if (kind := libraries.kind_of(operator, args)) is not None:
+            self._kinds.add(kind)
+        return kind
 
     def hidden(self, operator: Any, args: Any, kwargs: Any, result: Any) -> int:
         """Bytes that a call takes at most beside its arguments and results."""
@@ -73,7 +82,8 @@ class Scratch:
         if _takes_nothing(operator, given, result):
             return 0
         size = sum(t.numel() * t.element_size() for t in [*given, *tree_leaves(result)] if isinstance(t, Tensor))
-        bytes_ = self._measure(operator, args, kwargs) if self._learning else self._follow(operator, size)
+        kind = self.runs(operator, args)
+        bytes_ = self._measure(operator, args, kwargs, kind) if self._learning else self._follow(operator, size)
         self._calls.append(_Call(operator, size, bytes_))
         return bytes_
 
@@ -89,12 +99,13 @@ class Scratch:
             slope = last.hidden / last.size
         return max(0, round(last.hidden + slope * (size - last.size)))
 
-    def _measure(self, operator: Any, args: Any, kwargs: Any) -> int:
+    def _measure(self, operator: Any, args: Any, kwargs: Any, kind: Any) -> int:
         key = operator, *map(_told_by, tree_leaves((args, kwargs)))
-        if (code := _CODE.get(operator._overloadpacket.__name__)) is not None:
-            self._compiled[key] = code
         if key not in self._measured:
+            before = 0 if kind is None else libraries.executable_bytes()
             self._measured[key] = _run(operator, args, kwargs)
+            if kind is not None:
+                libraries.learn(kind, libraries.executable_bytes() - before)
         return self._measured[key]
 
 

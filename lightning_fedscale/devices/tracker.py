@@ -116,6 +116,7 @@ class MemoryTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if isinstance(func, torch._ops.HigherOrderOperator):
             return func(*args, **kwargs)
         if self._scratch is not None and not self._fake:
+            self._scratch.runs(func, args)
             result, hidden = watched(lambda: func(*args, **kwargs))
         else:
             result = func(*args, **kwargs)
