@@ -440,6 +440,7 @@ class MaxBatchProbe(Callback):
         rank_zero_info(
             f"MaxBatchProbe: a batch of {result.max_batch:,} samples takes {format_bytes(result.predicted_bytes)} of"
             f" {format_bytes(result.budget)}{measured}; most of it {largest}; limited by {result.limited_by}."
+            + (f" What libraries keep is assumed: {result.assumed}." if result.assumed else "")
             + ("" if result.previous is None else f" Was {result.previous}.")
             + ("" if self._apply else " Nothing was changed.")
         )

@@ -92,5 +92,7 @@ def _show(console: Console, model: MemoryModel, found: dict[str, ProbeResult]) -
     for part in dict.fromkeys(part for result in found.values() for part in result.parts):
         parts.add_row(part, *(format_bytes(result.parts.get(part, 0)) for result in found.values()))
     console.print(parts)
+    if model.assumed:
+        console.print(f"What libraries keep is assumed, since it could not be measured: {model.assumed}")
     if model.fallback:
         console.print(f"Real tensors were needed, since the training step depends on its data: {model.fallback}")

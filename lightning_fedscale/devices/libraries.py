@@ -1,71 +1,151 @@
-"""What libraries keep of a step as long as the process lives: oneDNN the code that it compiles, MKL its buffers."""
+"""What libraries keep of a step as long as the process lives: oneDNN the code that it compiles, MKL its buffers.
+
+What was compiled before is not compiled again, and may have been given up since: a process that has run anything cannot
+tell. So calls are measured by this file, run as a program of its own, with torch and nothing else of this package.
+"""
 
 from __future__ import annotations
 
 import ctypes
+import json
+import pickle
 import re
-from collections.abc import Iterable
-from functools import cache
+import subprocess
+import sys
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
+from functools import cache, lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import unset_fake_temporarily
+from torch.utils._python_dispatch import _disable_current_modes
+from torch.utils._pytree import tree_map_only
 
 _MAPS = Path("/proc/self/maps")
 _ANONYMOUS = re.compile(r"^([0-9a-f]+)-([0-9a-f]+) ..x. \S+ 00:00 0 *$", re.MULTILINE)
+_START = "import runpy, sys; sys.path[:] = sys.argv[2:]; runpy.run_path(sys.argv[1], run_name='__main__')"
+_SECONDS = 900
 
 # Where the weight is among the arguments; the input is before it, how to convolve after it and the bias.
 _CONVOLUTIONS = {"convolution": 1, "convolution_backward": 2}
 _HOW = ("stride", "padding", "dilation", "transposed", "output_padding", "groups")
+_RECURRENT = "mkldnn_rnn_layer"
+FEW = 16
+"""Of fewer rows, torch may convolve by itself what it gives to oneDNN from there on."""
 
-# For convolutions whose code was compiled before anybody could see how much it is: the mean over the zoo.
-_USUAL = {"convolution": 2**20, "convolution_backward": 3 * 2**19}
+# For code that could not be measured: the mean over the zoo.
+_USUAL = {
+    "convolution": 2**20, "convolution_backward": 3 * 2**19,
+    "mkldnn_rnn_layer": 3 * 2**20, "mkldnn_rnn_layer_backward": 3 * 2**20,
+}  # fmt: skip
 WITH_DESCRIPTION = 1.1
 """Each kernel has 256 KiB of addresses of its own, few of them ever touched, and is described on the heap."""
 
-_learned: dict[Any, int] = {}
+
+class Call(NamedTuple):
+    """A call of an operator that is to be measured.
+
+    Attributes:
+        operator: what is called.
+        args, kwargs: with what, whose tensors have shapes and no contents.
+        kind: of `kind_of`.
+    """
+
+    operator: Any
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    kind: Any
 
 
-def kind_of(operator: Any, args: tuple[Any, ...]) -> Any:
+class Kept(NamedTuple):
+    """What libraries keep.
+
+    Attributes:
+        code: bytes by kind of call.
+        buffers: bytes, whatever the calls.
+        assumed: why the usual is assumed of code; empty if it was measured.
+    """
+
+    code: Mapping[Any, int]
+    buffers: int
+    assumed: str
+
+
+def uses(operator: Any) -> bool:
+    """Whether libraries may keep something of an operator's calls that is not left to the headroom."""
+    name: str = operator._overloadpacket.__name__
+    return name in _CONVOLUTIONS or name.startswith(_RECURRENT)
+
+
+def kind_of(operator: Any, args: tuple[Any, ...], rows: int | None = None) -> Any:
     """What tells apart the calls that need code of their own, whatever their batch; None for calls that need none.
 
-    Torch convolves by oneDNN or by itself, as batch and threads decide: one by one, for instance, only from 16 samples.
+    Torch convolves by oneDNN or by itself, as batch and threads decide: one by one, for instance, only from 16 rows.
+
+    Args:
+        operator: of the call.
+        args: of the call.
+        rows: judge it for so many rows of its input, at most those that there are; None for all.
     """
     name = operator._overloadpacket.__name__
     if (place := _CONVOLUTIONS.get(name)) is not None and len(args) > place:
         inputs, weight, how = args[place - 1], args[place], args[place + 2 : place + 8]
+        if rows is not None:
+            inputs = inputs[:rows]
         if inputs.device.type != "cpu" or len(how) < len(_HOW) or not _by_onednn(inputs, weight, how):
             return None
         return operator, inputs.dtype, tuple(inputs.shape[1:]), tuple(weight.shape), repr(how)
-    if name.startswith("mkldnn_rnn_layer"):
+    if name.startswith(_RECURRENT):
         return operator, args[0].dtype, *(tuple(weight.shape) for weight in args[1:3])
     return None
 
 
-def learn(kind: Any, grown: int) -> None:
-    """Remember by how much executable memory has grown in a first call of a kind: later ones find the code there."""
-    _learned[kind] = max(grown, _learned.get(kind, 0))
+def call_of(operator: Any, args: Any, kwargs: Any) -> Call:
+    """A call on fake tensors, to be measured later; it holds on to none of them."""
+    kind = kind_of(operator, args)
+    with unset_fake_temporarily(), _disable_current_modes():
+        args, kwargs = tree_map_only(Tensor, _without_contents, (args, kwargs))
+    return Call(operator, args, kwargs, kind)
 
 
-def code_bytes(kinds: Iterable[Any]) -> int:
-    """Address space that the code of so many different calls takes."""
-    code = (_learned.get(kind) or _USUAL.get(kind[0]._overloadpacket.__name__, 0) for kind in kinds)
+def code_bytes(kinds: Iterable[Any], known: Mapping[Any, int]) -> int:
+    """Address space that the code of so many different calls takes; the usual for those that are not known."""
+    code = (known.get(kind, _USUAL.get(kind[0]._overloadpacket.__name__, 0)) for kind in kinds)
     return round(WITH_DESCRIPTION * sum(code))
 
 
-def executable_bytes() -> int:
-    """Bytes of memory of this process that may be executed and came from no file; 0 where that cannot be read."""
+def kept_of(calls: Iterable[Call]) -> Kept:
+    """What libraries keep of calls, one after the other, in a process that has run nothing else.
+
+    The same calls have the same answer, whatever this process has run before, and are measured only once.
+    """
+    calls = list(calls)
+    request = [(call.operator.name(), call.args, call.kwargs) for call in calls]
     try:
-        maps = _MAPS.read_text(encoding="utf-8")
-    except OSError:
-        return 0
+        grown, buffers = _ask(pickle.dumps((torch.get_num_threads(), torch._C._get_mkldnn_enabled(), request)))
+    except Exception as error:
+        return Kept({}, 0, f"{type(error).__name__}: {error}"[:300])
+    code: dict[Any, int] = {}
+    for call, bytes_ in zip(calls, grown, strict=True):
+        code[call.kind] = max(bytes_, code.get(call.kind, 0))  # of different batches
+    return Kept(code, buffers, "")
+
+
+def like(tensor: Tensor) -> Tensor:
+    """A real tensor of the same shape and strides: ones, or zeros where it may be an index."""
+    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    fill = torch.ones if tensor.is_floating_point() or tensor.is_complex() else torch.zeros
+    numbers: Tensor = fill(last + 1 if tensor.numel() else 0, dtype=tensor.dtype)
+    return numbers.as_strided(tensor.shape, tensor.stride())
+
+
+def executable_bytes() -> int:
+    """Bytes of memory of this process that may be executed and came from no file."""
+    maps = _MAPS.read_text(encoding="utf-8")
     return sum(int(end, 16) - int(start, 16) for start, end in _ANONYMOUS.findall(maps))
-
-
-def free_buffers() -> None:
-    """Have MKL give back the buffers that nobody uses at the moment."""
-    if (mkl := _mkl()) is not None:
-        mkl.mkl_serv_free_buffers()
 
 
 def buffer_bytes() -> int:
@@ -80,13 +160,12 @@ def _mkl() -> Any:
     try:
         library = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"))
         library.mkl_serv_mem_stat.restype = ctypes.c_longlong
-        library.mkl_serv_free_buffers.restype = None
     except (OSError, AttributeError):
         return None
     return library
 
 
-def _by_onednn(inputs: torch.Tensor, weight: torch.Tensor, how: Iterable[Any]) -> bool:
+def _by_onednn(inputs: Tensor, weight: Tensor, how: Iterable[Any]) -> bool:
     try:  # as torch itself asks for fake tensors
         select: Any = torch._C._select_conv_backend
         name: str = select(inputs, weight, bias=None, **dict(zip(_HOW, how, strict=True))).name
@@ -94,3 +173,41 @@ def _by_onednn(inputs: torch.Tensor, weight: torch.Tensor, how: Iterable[Any]) -
         return True
     # Torch's own; some of oneDNN's have no name.
     return not name.startswith(("Slow", "Winograd", "Nnpack", "Xnnpack")) and not name.endswith("Empty")
+
+
+def _without_contents(tensor: Tensor) -> Tensor:
+    return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
+
+
+@lru_cache(maxsize=256)
+def _ask(request: bytes) -> tuple[list[int], int]:
+    if getattr(sys, "frozen", False) or not sys.executable or not _MAPS.exists():
+        raise RuntimeError("measuring it needs Linux and an interpreter to start")
+    command = [sys.executable, "-c", _START, __file__, *sys.path]
+    done = subprocess.run(command, input=request, capture_output=True, timeout=_SECONDS, check=False)
+    if done.returncode:
+        last = done.stderr.decode(errors="replace").strip().splitlines()[-1:]
+        raise RuntimeError(": ".join([f"the process that measures it ended with {done.returncode}", *last]))
+    grown, buffers = json.loads(done.stdout.splitlines()[-1])
+    return grown, buffers
+
+
+def _answer(request: bytes) -> tuple[list[int], int]:
+    """By how much executable memory grows in each call, and what MKL holds afterwards; in a process that is new."""
+    threads, enabled, calls = pickle.loads(request)
+    torch.set_num_threads(threads)
+    torch._C._set_mkldnn_enabled(enabled)
+    grown = []
+    for name, args, kwargs in calls:
+        space, packet, *overload = re.split(r"::|\.", name)
+        operator = getattr(getattr(getattr(torch.ops, space), packet), *overload or ["default"])
+        args, kwargs = tree_map_only(Tensor, like, (args, kwargs))
+        before = executable_bytes()
+        with suppress(Exception):  # what does not run compiles nothing either
+            operator(*args, **kwargs)
+        grown.append(max(0, executable_bytes() - before))
+    return grown, buffer_bytes()
+
+
+if __name__ == "__main__":
+    print(json.dumps(_answer(sys.stdin.buffer.read())))

@@ -44,9 +44,10 @@ def estimate_memory(
 
     The unchanged ``training_step``, backward and the optimizer run twice on a copy whose tensors have no contents,
     while every storage is followed from its birth to its death. What operators take while they run is learned by
-    running each of them once on a few samples, on a CPU; of CUDA's it is not known. Nothing is logged, no random number
-    is drawn, and the module stays as it is. A module whose computation depends on its data cannot run so; then real
-    tensors on a real copy are followed instead, ``MemoryModel.exact`` is False, and ``MemoryModel.fallback`` says why.
+    running each of them once on a few samples, on a CPU, and what libraries keep of convolutions and recurrent layers
+    by running these in a new process; of CUDA's it is not known. Nothing is logged, no random number is drawn, and the
+    module stays as it is. A module whose computation depends on its data cannot run so; then real tensors on a real
+    copy are followed instead, ``MemoryModel.exact`` is False, and ``MemoryModel.fallback`` says why.
 
     Args:
         module: a LightningModule, or anything with its ``training_step`` and ``configure_optimizers``. It may be on the
@@ -110,7 +111,8 @@ class MemoryModel:
 
     The peak is the largest of several moments (end of forward, within backward, optimizer step), each of which grows
     linearly with the batch: it is convex, not linear. So a line through two sizes is safe between them and too low
-    beyond, and `max_batch` never trusts one upwards.
+    beyond, and `max_batch` never trusts one upwards. Where torch goes another way from some batch on (convolutions of
+    one by one from 16 samples, for instance), the peak leaps, up or down, and grows on both sides of the leap.
 
     Attributes:
         exact: whether nothing was assumed: False if it took real tensors to find out.
@@ -156,6 +158,11 @@ class MemoryModel:
         raise own
 
     @property
+    def assumed(self) -> str:
+        """Why the usual is assumed of what libraries keep, where it could not be measured; empty if it was."""
+        return self._rehearsal.assumed
+
+    @property
     def sizes(self) -> list[int]:
         """The batch sizes that have been run so far, ascending."""
         return sorted(self._known)
@@ -180,7 +187,7 @@ class MemoryModel:
         return self._run(batch).cost
 
     def max_batch(self, budget: int, headroom: float = 0.1, limit: int | None = None) -> int:
-        """The largest batch whose peak stays within a budget.
+        """The largest batch whose peak stays within a budget, as do those of all smaller ones.
 
         Args:
             budget: bytes.
@@ -201,6 +208,9 @@ class MemoryModel:
         limit = UNLIMITED if limit is None else _checked_samples("limit", limit)
         self.check_smallest(usable)
         excess = partial(self._excess, usable=usable)
+        for border in self._rehearsal.borders:  # the last batch of an epoch may be as small
+            if self.smallest < border < limit and excess(border) > 0:
+                limit = border
         gentle = not self.exact or self._rehearsal.makes_batches
         return largest_within(excess, limit, start=self.smallest, gentle=gentle)
 

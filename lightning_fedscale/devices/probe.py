@@ -36,6 +36,7 @@ class ProbeResult:
         out_of_memory: how many of them ran out of memory.
         verified: whether a real step confirmed ``max_batch``, or two steps the line that leads to it.
         fallback: why fake tensors could not be used; empty if they could.
+        assumed: why the usual is assumed of what libraries keep; empty if it was measured or is nothing.
         device_classes: largest batch by device class, 0 where not even one sample fits.
         seconds: what the probe took.
         batch_size: what training uses, after `MaxBatchProbe` has set it; None if nothing was set.
@@ -60,6 +61,7 @@ class ProbeResult:
     seconds: float
     batch_size: int | None = None
     previous: int | None = None
+    assumed: str = ""
 
     def state_dict(self) -> dict[str, Any]:
         """For a checkpoint: `ProbeResult(**state)` is this result again."""
@@ -136,6 +138,7 @@ def probe(
         out_of_memory=check.out_of_memory,
         verified=measure is not None and check.sound,
         fallback=model.fallback,
+        assumed=model.assumed,
         device_classes=classes,
         seconds=time.perf_counter() - started,
     )

@@ -120,7 +120,7 @@ class Rehearsal:
                 their contents.
         """
         if self._scratch is not None:
-            self._scratch.begin(learning=learning or samples <= self._learned_up_to)
+            self._scratch.begin(learning=learning or samples <= self._learned_up_to, samples=samples)
         tracker = MemoryTracker(512 if self._cuda else 1, stop_at, self._scratch, fake=fake)
         with untouched(), self.stage(samples, fake=fake) as play, tracker:
             tracker.mark(PARAMETERS, [*play.module.parameters(), *play.module.buffers()])
@@ -157,6 +157,17 @@ class Rehearsal:
             with suppress(Exception):  # not every module takes them: then the search will tell
                 self.run(samples, learning=True)
                 self._learned_up_to = samples
+        self._scratch.ask()
+
+    @property
+    def borders(self) -> list[int]:
+        """Batches, ascending, above which some operators go another way, so that the peak may even fall."""
+        return [] if self._scratch is None else sorted(self._scratch.borders)
+
+    @property
+    def assumed(self) -> str:
+        """Why the usual is assumed of what libraries keep; empty if it was measured, or if it is nothing."""
+        return "" if self._scratch is None else self._scratch.assumed
 
     def real_step(self, samples: int) -> Callable[[], None]:
         """Two real steps of a fresh copy, to be called where their memory is to be measured."""

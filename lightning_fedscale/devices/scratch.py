@@ -37,6 +37,9 @@ class Scratch:
     samples runs for real, apart from the module, on tensors that have the shapes and no meaning. The calls of larger
     steps are matched by their order; what they take follows the bytes of their arguments and results.
 
+    Attributes:
+        borders: batches above which some operators go another way, which may take less.
+
     Example:
         >>> scratch, images, weights = Scratch(), torch.ones(16, 32, 8, 8), torch.ones(32, 32, 3, 3)
         >>> scratch.begin(learning=True)
@@ -51,30 +54,40 @@ class Scratch:
         self._steps: list[list[_Call]] = []
         self._calls: list[_Call] = []
         self._learning = False
+        self._samples = 0
         self._kinds: set[Any] = set()
-        self._buffers = 0
+        self._used: list[libraries.Call] = []
+        self._kept = libraries.Kept({}, 0, "")
+        self.borders: set[int] = set()
 
-    def begin(self, *, learning: bool = False) -> None:
+    def begin(self, *, learning: bool = False, samples: int = 0) -> None:
         """A rehearsal on fake tensors begins, whose operators are run for real or looked up."""
-        self._calls, self._learning, self._kinds = [], learning, set()
-        if learning:
-            libraries.free_buffers()
+        self._calls, self._learning, self._samples, self._kinds = [], learning, samples, set()
 
     def learned(self) -> None:
         """The rehearsal is over; others follow it."""
         self._steps.append(self._calls)
-        self._buffers = libraries.buffer_bytes()
+
+    def ask(self) -> None:
+        """All rehearsals to learn from are over: measure what libraries keep of their calls."""
+        if self._used:
+            self._kept = libraries.kept_of(self._used)
+
+    @property
+    def assumed(self) -> str:
+        """Why the usual is assumed of what libraries keep; empty if it was measured, or if it is nothing."""
+        return self._kept.assumed
 
     def kept(self) -> int:
-        """What libraries keep of the calls since the rehearsal began; of larger steps than learned, buffers alike."""
-        buffers = libraries.buffer_bytes() if self._learning else self._buffers
-        return libraries.code_bytes(self._kinds) + buffers
+        """What libraries keep of the calls since the rehearsal began; buffers alike for any batch."""
+        if not self._kept.assumed and self._kinds - self._kept.code.keys():
+            self._kept = self._kept._replace(assumed="some operators could not be run on a few samples")
+        return libraries.code_bytes(self._kinds, self._kept.code) + self._kept.buffers
 
-    def runs(self, operator: Any, args: Any) -> Any:
-        """Note the kind of code that a call needs, and return it; None if it needs none."""
+    def runs(self, operator: Any, args: Any) -> None:
+        """Note the kind of code that a call needs."""
         if (kind := libraries.kind_of(operator, args)) is not None:
             self._kinds.add(kind)
-        return kind
 
     def hidden(self, operator: Any, args: Any, kwargs: Any, result: Any) -> int:
         """Bytes that a call takes at most beside its arguments and results."""
@@ -82,8 +95,8 @@ class Scratch:
         if _takes_nothing(operator, given, result):
             return 0
         size = sum(t.numel() * t.element_size() for t in [*given, *tree_leaves(result)] if isinstance(t, Tensor))
-        kind = self.runs(operator, args)
-        bytes_ = self._measure(operator, args, kwargs, kind) if self._learning else self._follow(operator, size)
+        self.runs(operator, args)
+        bytes_ = self._measure(operator, args, kwargs) if self._learning else self._follow(operator, size)
         self._calls.append(_Call(operator, size, bytes_))
         return bytes_
 
@@ -99,14 +112,20 @@ class Scratch:
             slope = last.hidden / last.size
         return max(0, round(last.hidden + slope * (size - last.size)))
 
-    def _measure(self, operator: Any, args: Any, kwargs: Any, kind: Any) -> int:
+    def _measure(self, operator: Any, args: Any, kwargs: Any) -> int:
         key = operator, *map(_told_by, tree_leaves((args, kwargs)))
         if key not in self._measured:
-            before = 0 if kind is None else libraries.executable_bytes()
             self._measured[key] = _run(operator, args, kwargs)
-            if kind is not None:
-                libraries.learn(kind, libraries.executable_bytes() - before)
+            if libraries.uses(operator):
+                self._used.append(libraries.call_of(operator, args, kwargs))
+                self._look_below(operator, args)
         return self._measured[key]
+
+    def _look_below(self, operator: Any, args: Any) -> None:
+        """Note the largest batch with which a convolution goes another way, if it is smaller than this one."""
+        rows = len(args[0])
+        if libraries.kind_of(operator, args) != libraries.kind_of(operator, args, libraries.FEW - 1):
+            self.borders.add(-(-libraries.FEW * self._samples // rows) - 1)
 
 
 def _size_of(call: _Call) -> int:
@@ -143,18 +162,10 @@ def _told_by(leaf: Any) -> Any:
 def _run(operator: Any, args: Any, kwargs: Any) -> int:
     with unset_fake_temporarily(), _disable_current_modes(), torch.enable_grad():
         try:
-            args, kwargs = tree_map_only(Tensor, _like, (args, kwargs))
+            args, kwargs = tree_map_only(Tensor, libraries.like, (args, kwargs))
             return _most_taken(lambda: operator(*args, **kwargs))
         except Exception:  # such as indices that have to mean something
             return 0
-
-
-def _like(tensor: Tensor) -> Tensor:
-    """A real tensor of the same shape and strides: ones, or zeros where it may be an index."""
-    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
-    fill = torch.ones if tensor.is_floating_point() or tensor.is_complex() else torch.zeros
-    numbers: Tensor = fill(last + 1 if tensor.numel() else 0, dtype=tensor.dtype)
-    return numbers.as_strided(tensor.shape, tensor.stride())
 
 
 def _most_taken(call: Callable[[], Any]) -> int:

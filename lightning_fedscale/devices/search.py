@@ -1,4 +1,4 @@
-"""The largest argument at which a convex, increasing function stays within a bound, in few evaluations."""
+"""The largest argument at which an increasing function stays within a bound, in few evaluations if it is convex."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ def largest_within(excess: Callable[[int], float], limit: int, *, start: int = 1
 
     Peak memory is the maximum of a few lines. A line through two points never lies above such a function beyond them,
     and never below it between them; so extrapolating bounds the answer from above, interpolating from below, and the
-    two meet after about six evaluations. Every third one bisects, should the function not be convex after all.
+    two meet after about six evaluations. Every third one bisects, should the function not be convex: where it leaps.
 
     Args:
         excess: how far the function lies above the bound; may be infinite where that is not known.

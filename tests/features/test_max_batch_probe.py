@@ -23,10 +23,12 @@ from torchmetrics import Accuracy, Metric
 from lightning_fedscale import FederatedStrategy
 from lightning_fedscale.callbacks import MaxBatchProbe
 from lightning_fedscale.callbacks.max_batch_probe import _check_strategy
-from lightning_fedscale.devices import DeviceClass, estimate_memory
+from lightning_fedscale.devices import DeviceClass, estimate_memory, libraries
+from lightning_fedscale.devices.probe import ProbeResult
 from lightning_fedscale.devices.verify import real_step, true_max_batch
 from lightning_fedscale.partitioners import SizePartitioner
 from tests.clock import Clock
+from tests.keepers import KEEPERS
 from tests.networks import Classifier, mlp
 
 SAMPLES = 600
@@ -404,6 +406,23 @@ def test_a_module_that_depends_on_its_data() -> None:
     assert "DataDependent" in probe.result.fallback
     assert 45 <= probe.result.max_batch <= 50
     assert module.sizes[0] == probe.result.max_batch
+
+
+def test_training_goes_on_where_no_other_process_can_be_started(monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[str] = []
+    monkeypatch.setattr("lightning_fedscale.callbacks.max_batch_probe.rank_zero_info", told.append)
+    monkeypatch.setattr("sys.executable", "/nowhere/python")
+    libraries._ask.cache_clear()
+    module, batch = KEEPERS["grouped"].project()
+    probe = MaxBatchProbe(budget="64MiB")
+    run = trainer(probe, max_steps=1)
+    run.fit(module, DataLoader(TensorDataset(*(tensor.repeat(20, *[1] * (tensor.ndim - 1)) for tensor in batch)), 2))
+    assert run.global_step == 1
+    assert probe.result is not None
+    assert probe.result.parts["libraries"] > 0
+    (line,) = (line for line in told if "a batch of" in line)
+    assert "What libraries keep is assumed: FileNotFoundError" in line
+    assert ProbeResult(**probe.result.state_dict()) == probe.result
 
 
 # ---- nothing is left behind
