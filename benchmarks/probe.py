@@ -364,18 +364,26 @@ def _budget(given: int | None, device: str, kind: str) -> int:
 def store(page: Path, part: str, model: str, rows: list[Any]) -> None:
     """Put a model's rows beside the page, and write the page anew."""
     beside = page.with_suffix(".json")
-    stored = json.loads(beside.read_text()) if beside.exists() else {}
+    stored = json.loads(beside.read_text()) if beside.exists() else {"older": {}}
     stored.setdefault(part, {})[model] = rows
+    stored["older"] = {each: [m for m in of if (each, m) != (part, model)] for each, of in stored["older"].items()}
     beside.write_text(json.dumps(stored, indent=1) + "\n")
     texts = ["# The largest batch that fits\n"]
     for device in ("cpu", "cuda"):
         if of_models := stored.get(f"found, {device}"):
             texts.append(found(device, [Row(*row) for rows in of_models.values() for row in rows]))
+            texts += _older(stored, f"found, {device}")
     if "found, cuda" not in stored:
         texts.append("The same table of a GPU: not run.\n")
     if of_models := stored.get("promise"):
         texts.append(promise([Kept(*row) for name in sorted(of_models, key=_place) for row in of_models[name]]))
+        texts += _older(stored, "promise")
     page.write_text("\n".join(texts))
+
+
+def _older(stored: dict[str, Any], part: str) -> list[str]:
+    models = stored["older"].get(part)
+    return [f"Rows of an older version, not measured again since: {', '.join(models)}.\n"] if models else []
 
 
 def _place(model: str) -> int:
