@@ -61,7 +61,8 @@ class Law(Form):
         knows_clients: whether the number of clients is in its formula, so that ``rho`` plays no part.
         problems: why the runs that it was fitted to determine no best size, in words; then none is given.
         made_for: how the runs trained that it was fitted to, as far as they say.
-        error: root mean square of the log-loss residuals of what it predicts: of runs that were held out, if any were.
+        error: root mean square of the log-loss residuals of what it predicts: of runs that were held out, if
+            any were; 0 where it is not known.
         spread: how far the published constants may be off, if that is known.
         no_optimum: why the law prefers no size, if it does not.
         no_loss: why the law does not predict the loss of every run, if so.
@@ -77,7 +78,7 @@ class Law(Form):
     fitted_rho: Rho | None = field(default=None, kw_only=True, repr=False, compare=False)
     problems: tuple[str, ...] = field(default=(), kw_only=True, repr=False, compare=False)
     made_for: MadeFor = field(default=MadeFor(), kw_only=True, repr=False, compare=False)
-    error: float = field(default=math.nan, kw_only=True, repr=False, compare=False)
+    error: float = field(default=0.0, kw_only=True, repr=False, compare=False)
 
     @property
     def own_clients(self) -> int:

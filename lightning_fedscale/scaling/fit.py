@@ -266,7 +266,7 @@ def law_from_file(path: str | Path) -> tuple[Law, float | None]:
         error = document.get("error") if document.get("held_out") is None else document["held_out"]
         law = law.replace(
             problems=tuple(document.get("problems", ())), fitted_rho=_rho_of(document),
-            made_for=MadeFor.from_dict(document.get("made_for")), error=math.nan if error is None else error,
+            made_for=MadeFor.from_dict(document.get("made_for")), error=error or 0.0,
         )  # fmt: skip
     except FileNotFoundError:
         raise ValueError(f"law={str(path)!r}: there is no such file.") from None

@@ -226,7 +226,17 @@ class Race:
         field = self._new(Job(each, 1.0, 0) for each in going)
         self._make(self.prices.affordable(field, begun + time * _OF_FIELD - self._spent, 1 + 2 * bool(self.anchors)))
         self._climb(begun + time, time * _OF_SEEDS)
+        self._make(self._present_at_best())
         self._make(self.prices.affordable(self._finals(), begun + time - self._spent, self._fewest_finals))
+
+    def _present_at_best(self) -> list[Job]:
+        """The present model as the best trains, with FedAvg and with its method: what size and method cost alone."""
+        losses = self.losses.get(1.0, {})
+        at = min(losses, key=lambda each: losses[each], default=None)
+        if at is None or not self.anchors:
+            return []
+        here = at._replace(size=self.anchors[0].size)
+        return self._new([Job(here._replace(method=self.anchors[0].method), 1.0, 0), Job(here, 1.0, 0)])
 
     @property
     def _fewest_finals(self) -> int:
@@ -251,7 +261,7 @@ class Race:
             # Of whichever of these may come out best.
             dearest = max((self.prices.of([each]) for each in around), default=0.0) - self.prices.of([Job(at, 1.0, 1)])
             finals = self.prices.of(self._finals()[: self._fewest_finals]) + self.seeds * max(0.0, dearest)
-            needed = max(for_seeds, finals)
+            needed = max(for_seeds, finals) + self.prices.of(self._present_at_best())
             self._make(self.prices.affordable(around, end - needed - self._spent, 0))
             if min(losses.values()) < losses[at]:
                 idle = 0  # and further in this direction

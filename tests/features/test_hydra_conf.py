@@ -56,7 +56,14 @@ WITHOUT_FILE = {
     "weighted_sum",  # of functions that one writes
     "phase_driven",  # of another callback's object
 }
-BY_FIT = {"fitted_on", "fitted_rho", "refits", "problems"}  # what a fit tells of the law that it makes
+BY_FIT = {
+    "fitted_on",
+    "fitted_rho",
+    "refits",
+    "problems",
+    "made_for",
+    "error",
+}  # of its law
 BY_TRAINER = {"accelerator", "parallel_devices", "cluster_environment", "checkpoint_io", "precision_plugin"}
 
 LIGHTNINGS = ("callbacks/default",)

@@ -133,6 +133,8 @@ def test_what_small_budgets_mislead_about_is_tried_with_the_whole_budget() -> No
     whole = race.run()
     assert {each.size for each in whole} >= set(SPACE.sizes)
     assert any(each.size == PRESENT.size and each.method == FED_AVG for each in task.fresh)
+    best = min(whole, key=lambda each: whole[each])
+    assert {best._replace(size=PRESENT.size), best._replace(size=PRESENT.size, method=FED_AVG)} <= set(whole)
     assert len(race.shares) == 4
     assert race.shares[0] < 0.05
 
