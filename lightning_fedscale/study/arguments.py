@@ -81,6 +81,10 @@ def methods_of(
         ValueError: for none, or an unknown name.
         TypeError: for arguments that the strategy does not have.
     """
+    if strategy is not None and not isinstance(strategy, Mapping):
+        raise TypeError(
+            f"strategy={strategy!r}: pass arguments of FederatedStrategy by name, {{'compressor': 'qsgd'}}."
+        )
     shared = dict(strategy or {})
     known_arguments("strategy", FederatedStrategy, shared)
     if asked := sorted(_STUDIED & set(shared)):

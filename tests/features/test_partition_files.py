@@ -221,7 +221,8 @@ def test_no_command_that_divides_data_is_forgotten() -> None:
     takes = {
         name
         for name, command in cli.COMMANDS.items()
-        if {"partition", "partitioner"} & set(inspect.signature(command).parameters)
+        if {"partition", "partitioner"} & set(parameters := inspect.signature(command).parameters)
+        and "data" in parameters  # others compare a partition with that of a law
     }
     assert takes == set(COMMANDS) - {"train"}
     divides = {name for name, command in cli.COMMANDS.items() if "clients" in inspect.signature(command).parameters}
@@ -302,16 +303,14 @@ def test_a_sweep_trains_on_the_partition_it_is_given(file: str, tmp_path: Path) 
 
     by_file = losses("file", partition=file)
     assert by_file == losses("object", partition=Partition.load(file))
-    assert by_file == losses(
-        "strategy", clients=[3], strategy=lambda clients: FederatedStrategy(
-            partitioner=file, local_steps=5, executor="sequential"
-        ),
-    )  # fmt: skip
+    assert by_file == losses("partitioner", partition=FilePartitioner(file))
     assert by_file != losses("iid", clients=[3])
     assert losses("skewed", clients=[3], partition="dirichlet") != losses("even", clients=[3], partition="iid")
     with pytest.raises(ValueError, match=r"folder=.*holds a sweep with other partition; name another folder"):
         sweep(Net, Data, [2, 4, 8, 16], 1e5, [3], folder=tmp_path / "file")
-    with pytest.raises(ValueError, match=r"partition=.* with strategy=.*: pass one of them"):
-        losses("both", partition=file, strategy=lambda clients: FederatedStrategy())
+    with pytest.raises(ValueError, match="strategy: partitioner is an argument of its own here"):
+        losses("both", partition=file, strategy={"partitioner": file})
+    with pytest.raises(TypeError, match=r"strategy=.*: pass arguments of FederatedStrategy by name"):
+        losses("made", strategy=lambda clients: FederatedStrategy())
     with pytest.raises(TypeError, match=r"partition=7: pass a name such as 'dirichlet', a file"):
         losses("neither", partition=7)
