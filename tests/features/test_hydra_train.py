@@ -162,7 +162,8 @@ def test_a_sweep_leaves_a_ledger_of_each_run_that_fit_reads(capsys: pytest.Captu
     (sweep,) = {str(run.parent) for run in found}
     assert cli.main(["fit", sweep, "--bootstrap=5", "--task=digits", "--json"]) == 0
     said = json.loads(capsys.readouterr().out)
-    assert (said["runs"], said["fitted_on"]["task"]) == (9, "digits")  # three are of the largest compute, held out
+    assert (said["runs"], said["fitted_on"]["task"]) == (12, "digits")
+    assert said["held_out"] > 0  # of the largest compute, by a fit without that
     assert Path("fedscale_law.json").is_file()
     assert Path("report.md").is_file()
 
