@@ -103,6 +103,8 @@ def show(found, console):
     console.print(
         f"Error of the loss: {found.error:.0%}; of the largest runs, by a fit without them: {found.held_out:.0%}"
     )
+    for note in found.notes:
+        console.print(f"Note: {note}")
     if found.isoflop is not None:
         console.print(f"By parabolas: N* ~ C^{found.isoflop.p}, rho {found.isoflop.rho}")
 
