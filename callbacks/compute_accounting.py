@@ -184,7 +184,7 @@ class ComputeAccounting(Callback):
         self._trainer, self._module = trainer, pl_module
         if stage == "fit" and trainer.global_step == 0:
             self._counting, self._curves, self.position = Counting(Ledger()), ComputeCurves(), None
-            self._logged, self.no_position, self._reads_tokens = 0.0, "", None
+            self._logged, self.no_position, self._reads_tokens, self.measured = 0.0, "", None, None
             self._losses.clear()
             if self._auto:
                 self._law, _ = law_of("auto", text=False)
@@ -404,13 +404,13 @@ class ComputeAccounting(Callback):
 
     def _measured(self, trainer: pl.Trainer) -> Measured | None:
         """What a study has of this run; says why one that is there has nothing."""
-        study = study_of(self._asked_study)
-        if study is None:
-            return None
         spent = self.ledger.training_flops if self._budget is None else self._budget
         try:
+            study = study_of(self._asked_study)
+            if study is None:
+                return None
             found = measured_of(study, trainer, self.ledger.average_params, spent)
-        except (LookupError, TypeError, ValueError, ArithmeticError) as error:  # a file that was edited
+        except (LookupError, TypeError, ValueError, ArithmeticError) as error:  # edited, or gone since the run began
             found = f"it cannot be read ({error!r})"
         if isinstance(found, Measured):
             return found

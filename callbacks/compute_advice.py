@@ -130,7 +130,8 @@ def _flags(what: str, made: Any, path: str | None, but: str | None = None) -> li
     takes = inspect.signature(type(made)).parameters
     given = {
         name: value for name, value in held.items()
-        if name != but and name in takes and isinstance(value, (bool, int, float, str)) and value != takes[name].default
+        if name != but and name in takes and isinstance(value, (bool, int, float, str))
+        and repr(value) != repr(takes[name].default)  # which may be an array, and then has no one truth
     }  # fmt: skip
     return [f"--{what}.{name}={shlex.quote(str(value))}" for name, value in given.items()]
 

@@ -15,7 +15,7 @@ import pandas as pd
 from torch.utils._pytree import tree_leaves
 
 from lightning_fedscale import randomness
-from lightning_fedscale.checks import integer
+from lightning_fedscale.checks import integer, one_of
 from lightning_fedscale.partitioners import (
     FinishedPartitioner,
     GroupedNaturalIdPartitioner,
@@ -29,6 +29,7 @@ from lightning_fedscale.scaling.tuning import best_rate, tuned
 from lightning_fedscale.study.arguments import current_size, methods_of, partition_of, positive, rates_of
 from lightning_fedscale.study.cost import Cost
 from lightning_fedscale.study.loaders import train_loader
+from lightning_fedscale.study.methods import METHODS
 from lightning_fedscale.study.race import Job
 from lightning_fedscale.study.settings import FED_AVG, Setting
 from lightning_fedscale.study.trial import Project
@@ -113,6 +114,8 @@ def sweep(
     batch = 0 if batch_size is None else integer("batch_size", batch_size, 1)
     local_steps, seeds = integer("local_steps", local_steps, 1), integer("seeds", seeds, 1)
     current_size(module, argument, None)
+    if isinstance(method, str):
+        one_of("method", method, tuple(METHODS))
     methods = methods_of([method] if isinstance(method, str) else {json.dumps(method): method}, strategy)
     (name,) = methods
     parts: Any = "iid" if partition is None else partition

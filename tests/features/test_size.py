@@ -6,6 +6,7 @@ import json
 import math
 import re
 import shlex
+from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
@@ -376,13 +377,15 @@ def test_methods_share_what_the_strategy_is_given(tmp_path: Path, capsys: pytest
 # ---- a run that was studied
 
 
-def counted(answer: Answer, folder: Path, size: int = 8, flops: float = FLOPS, **options: Any) -> ComputeAccounting:
+def counted(
+    answer: Answer, folder: Path, size: int = 8, flops: float = FLOPS, more: Sequence[pl.Callback] = (), **options: Any
+) -> ComputeAccounting:
     """Train as a user does who has a study's numbers beside the run."""
     write(answer, folder)
     accounting = ComputeAccounting(max_flops=flops, study=folder / STUDY_FILE)
     strategy = FederatedStrategy(**{"partitioner": HOSPITALS, "local_epochs": None, "local_steps": 2, **options})
     trainer = pl.Trainer(
-        accelerator="cpu", max_epochs=-1, strategy=strategy, callbacks=[accounting], logger=False,
+        accelerator="cpu", max_epochs=-1, strategy=strategy, callbacks=[*more, accounting], logger=False,
         enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
     )  # fmt: skip
     trainer.fit(Net(size), datamodule=Images())
@@ -425,6 +428,51 @@ def test_a_study_of_something_else_says_nothing(
     assert counted(found[0], tmp_path, **options).measured is None
     assert "says nothing of this run" in caplog.text
     assert reason in caplog.text
+
+
+class Spoils(pl.Callback):
+    """Takes the study away while a run goes on, or edits it."""
+
+    def __init__(self, path: Path, text: str | None) -> None:
+        self.path, self.text = path, text
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.path.unlink()
+        if self.text is not None:
+            self.path.write_text(self.text, encoding="utf-8")
+
+
+@pytest.mark.parametrize("text", [None, "{", '{"study": {}}'])
+def test_a_study_that_is_gone_ends_no_training(
+    text: str | None, found: tuple[Answer, Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    accounting = counted(found[0], tmp_path, more=[Spoils(tmp_path / STUDY_FILE, text)])
+    assert accounting.ledger.training_flops > 0
+    assert accounting.measured is None
+    assert "says nothing of this run: it cannot be read" in caplog.text
+
+
+EVEN = torch.ones(3)
+
+
+class Weighted(Net):
+    """With a default that has no one truth."""
+
+    def __init__(self, width: int = 8, weights: Any = EVEN) -> None:
+        super().__init__(width)
+        self.save_hyperparameters()
+
+
+def test_defaults_that_are_arrays_end_no_training(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
+    trainer = pl.Trainer(
+        accelerator="cpu", max_steps=2, max_epochs=-1, strategy=FederatedStrategy(num_clients=2), logger=False,
+        callbacks=[ComputeAccounting()], enable_checkpointing=False, enable_progress_bar=False,
+        enable_model_summary=False,
+    )  # fmt: skip
+    trainer.fit(Weighted(4, weights=2.0), datamodule=Images())
+    assert "--module.weights=2.0" in caplog.text
 
 
 def test_only_a_file_that_was_named_must_be_a_study(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
