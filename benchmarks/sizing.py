@@ -5,8 +5,8 @@
     python -m benchmarks.sizing --fast               only to see that it runs
 
 For each task every setting of a grid trains at the whole budget, once; then `size` is given the same axes and a small
-part of the time that the grid took. The grid's best settings and the chosen one then train with the same fresh seeds,
-for a best of hundreds by one seed flatters.
+part of the time and of the compute that the grid took. The grid's best settings and the chosen one then train with
+the same fresh seeds, for a best of hundreds by one seed flatters.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ from lightning_fedscale.study.settings import Setting
 from lightning_fedscale.study.trial import Executing, Project
 
 RESULTS = Path(__file__).parent / "results"
-SHARE = 0.15
-"""Of the grid's time that the study has."""
+TIME, COMPUTE = 0.15, 0.2
+"""Shares of the grid's that the study may take."""
 SEEDS, RERUN = 4, 4
 """Fresh seeds of the settings that are compared, and how many of the grid's best these are."""
 
@@ -111,7 +111,8 @@ def compare(name: str, task: Task, folder: Path, say: Callable[[str], None]) -> 
     minutes = sum(float(row["seconds"]) for row in rows) / 60
     answer = size(
         task.module, task.data, task.flops, argument="width", partition=project.partition,
-        folder=folder / name / "study", study_minutes=SHARE * minutes, trainer={"accelerator": "cpu"}, say=say,
+        folder=folder / name / "study", study_minutes=TIME * minutes,
+        study_flops=COMPUTE * len(settings) * task.flops, trainer={"accelerator": "cpu"}, say=say,
         **_space(task),
     )  # fmt: skip
     best = sorted(zip(settings, rows, strict=True), key=lambda each: each[1]["loss"])[:RERUN]
@@ -143,10 +144,10 @@ def page(found: dict[str, Compared], missing: dict[str, str]) -> str:
     )
     lines = [
         "# Does `fedscale size` find what trying everything finds?", "",
-        f"Every setting of the grid trains once at the whole budget; the study has the same axes and {SHARE:.0%} of",
-        "the grid's time, or what it needs at least. Losses are means over the same fresh seeds of both, which chose",
-        "neither; intervals are 95 %, by one spread for all. The study's minutes and compute are shares of the grid's,",
-        "too: compute does not depend on what else the machine did. `python -m benchmarks.sizing`", "",
+        f"Every setting of the grid trains once at the whole budget; the study has the same axes, {TIME:.0%} of the",
+        f"grid's time and {COMPUTE:.0%} of its compute, or what it needs at least. Losses are means over the same",
+        "fresh seeds of both, which chose neither; intervals are 95 %, by one spread for all. The study's minutes and",
+        "compute are shares of the grid's. `python -m benchmarks.sizing`", "",
         head, "|" + "---|" * (head.count("|") - 1),
     ]  # fmt: skip
     for name, each in found.items():

@@ -6,6 +6,7 @@ import math
 from collections import deque
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from lightning_fedscale import collectives
 from lightning_fedscale.callbacks.compute_advice import sweep_advice
 from lightning_fedscale.callbacks.compute_counting import Counting
 from lightning_fedscale.callbacks.compute_report import ComputeCurves, report
+from lightning_fedscale.callbacks.compute_run import agreement_of
 from lightning_fedscale.callbacks.compute_study import Measured, measured_of, study_of
 from lightning_fedscale.callbacks.compute_task import has_targets_for_tokens, predicts_its_tokens, size_by
 from lightning_fedscale.callbacks.critical_phase import CriticalPhase
@@ -395,7 +397,8 @@ class ComputeAccounting(Callback):
                 here = position(ledger.training_flops)
                 reason = self._why_another_loss(trainer, law, here)
             if reason is None:
-                self.position = here if self._budget is None else position(self._budget)
+                found = here if self._budget is None else position(self._budget)
+                self.position = replace(found, agreement=agreement_of(law, trainer, ledger.samples))
                 return here
         except (ValueError, ArithmeticError) as error:
             reason = str(error).rstrip(".")

@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 from torch.utils.tensorboard import SummaryWriter
 
+from lightning_fedscale.callbacks.compute_run import trained_as
 from lightning_fedscale.callbacks.compute_study import Measured
 from lightning_fedscale.devices.operators import Operator
 from lightning_fedscale.loggers import Layout, lay_out, run_folder, show, writers
@@ -117,6 +118,7 @@ def report(
     if (folder := run_folder(trainer)) is not None:
         folder.mkdir(parents=True, exist_ok=True)
         facts = _facts(ledger, size, clients, position, no_position)
+        facts["trained_as"] = trained_as(trainer)
         facts["measured"] = None if measured is None else measured._asdict()
         (folder / "position.json").write_text(json.dumps(facts, indent=1), "utf8")
     if position is not None and law is not None:

@@ -260,6 +260,12 @@ class FederatedStrategy(ReusableStrategy):
         return None if self.num_clients is None else self._options.cohort_size(self.num_clients)
 
     @property
+    def local_steps(self) -> int | None:
+        """Batches of a client in a round; None where passes are counted, or the number changes with the round."""
+        steps = self._options.local_steps
+        return steps if isinstance(steps, int) else None
+
+    @property
     def method(self) -> dict[str, Any]:
         """How clients train and what becomes of it, by argument, in words: what makes two runs ones of one method."""
         return method_of(self._options)

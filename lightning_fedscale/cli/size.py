@@ -27,6 +27,7 @@ def size(
     clients: int | None = None,
     clients_per_round: int | None = None,
     study_minutes: float = 30.0,
+    study_flops: float | None = None,
     sizes: list[int] | None = None,
     methods: list[str] | None = None,
     strategy: dict[str, Any] | None = None,
@@ -55,6 +56,7 @@ def size(
         clients: how many, for a partitioner's name; 10 by default.
         clients_per_round: how many of them train in a round; all by default.
         study_minutes: how long the study may take.
+        study_flops: training compute that it may take; by default as much as it has time for.
         sizes: to try; by default seven around the current one, by factors of two.
         methods: to try, by name; by default all that this command knows.
         strategy: arguments of FederatedStrategy that all methods have, such as --strategy.compressor=qsgd.
@@ -81,7 +83,8 @@ def size(
         module, data, flops, argument=argument, partition=partition, clients=clients,
         clients_per_round=clients_per_round, current=current, sizes=sizes, methods=methods, strategy=strategy,
         batch_sizes=batch_sizes, local_steps=local_steps, rates=rates, study_minutes=study_minutes,
-        seeds=seeds, seed=seed, loss=loss, workers=workers, folder=runs, trainer={"accelerator": accelerator}, say=say,
+        study_flops=study_flops, seeds=seeds, seed=seed, loss=loss, workers=workers, folder=runs,
+        trainer={"accelerator": accelerator}, say=say,
     )  # fmt: skip
     written("output", str(Path(output, PAGE)), lambda: write(answer, output))
     if json:

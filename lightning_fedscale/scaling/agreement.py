@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 from lightning_fedscale.scaling.base import Law
 from lightning_fedscale.scaling.doubts import REPEATED
@@ -26,51 +27,94 @@ def check_clients(law: Law, clients: int, rho: Rho) -> None:
     )
 
 
-def differences(
+class Agreement(NamedTuple):
+    """How what a law is asked for agrees with what its runs did.
+
+    Attributes:
+        others: what is asked that the runs did otherwise, in words, by name.
+        unknown: what is asked that the runs do not say, likewise.
+        made_for: what the runs did.
+        passes: what is said of the passes over the data, if there are too many.
+    """
+
+    others: dict[str, str]
+    unknown: dict[str, str]
+    made_for: MadeFor
+    passes: list[str]
+
+    @property
+    def is_same_task(self) -> bool:
+        """Whether nothing is known to differ that moves the best size: another method or partition does."""
+        return not {"method", "partition"} & set(self.others)
+
+    @property
+    def notes(self) -> list[str]:
+        """A sentence of what differs, one of what is not known, and one of too many passes."""
+        found, others = [], list(self.others.values())
+        if others:
+            found.append(
+                f"{' and '.join(others)} {'is' if len(others) == 1 else 'are'} asked of a law that was made for"
+                f" {self.made_for}: it may not hold there; fedscale sweep fits one that does"
+            )
+        if self.unknown:
+            what, of = " or ".join(self.unknown), " and ".join(self.unknown.values())
+            found.append(f"the law's runs do not say their {what}: whether it holds for {of} is not known")
+        return found + self.passes
+
+
+def agreement(
     law: Law,
     *,
     clients: int | None = None,
-    method: str | None = None,
+    method: str | Mapping[str, Any] | None = None,
     partition: Given | None = None,
     batch_size: int | None = None,
     local_steps: int | None = None,
-) -> list[str]:
-    r"""What is asked of a law that it was not made for, and what its runs do not say; one line of each.
+    passes: float | None = None,
+) -> Agreement:
+    r"""Whether a law's runs did what is asked; None asks nothing.
+
+    Args:
+        law: the law.
+        clients: that train in a round.
+        method: its name, or what it consists of (`FederatedStrategy.method`).
+        partition: who holds what.
+        batch_size: of a client, in samples.
+        local_steps: batches of a client in a round.
+        passes: over the data.
 
     Example:
         >>> from lightning_fedscale.scaling import Chinchilla
         >>> law = Chinchilla(made_for=MadeFor(method="scaffold", clients=(8,), local_steps=5))
-        >>> print(*differences(law, method="fed_avg", local_steps=5, partition=Given("iid")), sep="\n")
+        >>> found = agreement(law, method="fed_avg", local_steps=5, partition=Given("iid"))
+        >>> print(*found.notes, sep="\n")
         method='fed_avg' is asked of a law that was made for scaffold, 8 clients, 5 local steps: it may not hold there;
         fedscale sweep fits one that does
         the law's runs do not say their partition: whether it holds for partition='iid' is not known
+        >>> found.is_same_task
+        False
     """
-    made, others, unknown = law.made_for, list[str](), dict[str, str]()
+    made, others, unknown = law.made_for, dict[str, str](), dict[str, str]()
     if clients is not None and made.clients and clients not in made.clients:
-        others.append(f"clients={clients}")
-    asked: dict[str, Any] = {"method": method, "batch_size": batch_size, "local_steps": local_steps}
-    for name, value in asked.items():
-        known = getattr(made, name)
-        if value is not None and known is not None and value != known:
-            others.append(f"{name}={value!r}")
-        elif value is not None and known is None and name == "method":
-            unknown[name] = f"{name}={value!r}"
+        others["clients"] = f"clients={clients}"
+    for name, value in {"batch_size": batch_size, "local_steps": local_steps}.items():
+        if value is not None and getattr(made, name) not in (None, value):
+            others[name] = f"{name}={value!r}"
+    if isinstance(method, str):
+        (others if made.method else unknown).update({"method": f"method={method!r}"} if method != made.method else {})
+    elif method is not None and made.rules is None:
+        unknown["method"] = "this one"
+    elif method is not None and made.rules is not None:
+        rules = made.rules
+        if parts := [f"{name}={value!r}" for name, value in method.items() if rules.get(name) != value]:
+            others["method"] = " with ".join(parts)
     if partition is not None:
         is_same = _is_same(made, partition)
         if is_same is None:
             unknown["partition"] = f"partition={str(partition)!r}"
         elif not is_same:
-            others.append(f"partition={str(partition)!r}" + _named(partition))
-    found = []
-    if others:
-        found.append(
-            f"{' and '.join(others)} {'is' if len(others) == 1 else 'are'} asked of a law that was made for {made}: it"
-            " may not hold there; fedscale sweep fits one that does"
-        )
-    if unknown:
-        what, of = " or ".join(unknown), " and ".join(unknown.values())
-        found.append(f"the law's runs do not say their {what}: whether it holds for {of} is not known")
-    return found
+            others["partition"] = f"partition={str(partition)!r}" + _named(partition)
+    return Agreement(others, unknown, made, too_many_passes(law, passes))
 
 
 def too_many_passes(law: Law, passes: float | None) -> list[str]:

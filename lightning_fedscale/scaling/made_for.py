@@ -84,6 +84,7 @@ class MadeFor:
         samples: of the data, of all clients together.
         clients: numbers of clients that trained in a round, ascending.
         method: how clients trained, by the name that a sweep or a study has for it.
+        rules: what the method consists of (`FederatedStrategy.method`).
         batch_size: of a client, in samples.
         local_steps: batches of a client in a round.
         tokens_per_sample: 1 where samples are counted.
@@ -101,6 +102,7 @@ class MadeFor:
     samples: int | None = None
     clients: tuple[int, ...] = ()
     method: str | None = None
+    rules: Mapping[str, Any] | None = None
     batch_size: int | None = None
     local_steps: int | None = None
     tokens_per_sample: float | None = None
@@ -204,7 +206,9 @@ def made_for(table: pd.DataFrame, learning_rate: str = NOT_TOLD, *, has_clients:
         learning_rate: whether it was tuned, in words.
         has_clients: whether the column ``clients`` was in it from the start.
     """
-    one = {name: _one(table, name) for name in (*_PLURALS, "partition_name", "fingerprint", "samples", "argument")}
+    one = {
+        name: _one(table, name) for name in (*_PLURALS, "partition_name", "fingerprint", "samples", "argument", "rules")
+    }
     partition, fingerprint = one["partition"], one["fingerprint"]
     if partition is not None and _FINGERPRINT.fullmatch(str(partition)):
         partition, fingerprint = None, fingerprint or partition
@@ -222,6 +226,7 @@ def made_for(table: pd.DataFrame, learning_rate: str = NOT_TOLD, *, has_clients:
         samples=_whole(samples),
         clients=tuple(sorted({int(each) for each in table["clients"]})) if has_clients else (),
         method=_text(one["method"]),
+        rules=None if one["rules"] is None else json.loads(one["rules"]),
         batch_size=_whole(batch),
         local_steps=_whole(one["local_steps"]),
         tokens_per_sample=words,

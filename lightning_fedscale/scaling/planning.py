@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
-from lightning_fedscale.scaling.agreement import check_clients, differences, too_many_passes
+from lightning_fedscale.scaling.agreement import agreement, check_clients, too_many_passes
 from lightning_fedscale.scaling.base import Law
 from lightning_fedscale.scaling.chinchilla import RepeatedData
 from lightning_fedscale.scaling.compute import Kaplan
@@ -223,9 +223,9 @@ def plan(
     elif given is not None and given.clients is not None and clients > given.clients:
         raise ValueError(f"clients={clients}: the partition divides the data among {given.clients}: pass no more.")
     check_clients(chosen, clients, known)
-    notes = differences(
+    notes = agreement(
         chosen, clients=clients, method=method, partition=given, batch_size=batch_size, local_steps=local_steps
-    )
+    ).notes
     for note in notes:
         warnings.warn(f"plan: {note}.", stacklevel=2)
     devices = _devices(device_class)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from scipy.optimize import brentq
 
+from lightning_fedscale.scaling.agreement import Agreement
 from lightning_fedscale.scaling.base import Law
 from lightning_fedscale.scaling.form import Interval, positive
 from lightning_fedscale.scaling.project import needed_law
@@ -57,6 +58,7 @@ class Position:
         known_rho: ``rho`` with its ends, and how it is known.
         readings: the positions at both ends of ``rho``, lower end first; empty where it is one number, and for one
             client.
+        agreement: of the run with those that the law was fitted to; None where nobody asked.
     """
 
     law: str
@@ -76,6 +78,7 @@ class Position:
     no_loss: str = ""
     known_rho: Rho | None = None
     readings: tuple[Position, ...] = ()
+    agreement: Agreement | None = None
 
     @property
     def size_ratio(self) -> float:
@@ -94,7 +97,12 @@ class Position:
 
     @property
     def verdict(self) -> str | None:
-        """Whether the size is too large, too small or right; None where constants, or ``rho``, leave it open."""
+        """Whether the size is too large, too small or right.
+
+        None where constants or ``rho`` leave it open, or the law is of another method or partition.
+        """
+        if self.agreement is not None and not self.agreement.is_same_task:
+            return None
         if self.readings and self.known_rho is not None and self.known_rho.is_span:
             found = {each.verdict for each in self.readings}
             return found.pop() if len(found) == 1 else None
@@ -126,6 +134,10 @@ class Position:
             right, and 853 M the best; with rho 1 (the average client's compute) it is 3.8 times (3.4 to 4.2) too large,
             and 262 M the best; measure rho with fedscale sweep
         """
+        if self.agreement is not None and not self.agreement.is_same_task:
+            of = " and ".join(name for name in ("method", "partition") if name in self.agreement.others)
+            best = _short(self.optimal_params)
+            return f"no verdict: the law is of another {of}; under it, {best} would be the best size"
         if self.known_rho is not None and self.known_rho.is_span and self.readings:
             return self._over_the_span(self.known_rho)
         among, verdict = self._among(), self.verdict
@@ -201,14 +213,17 @@ class Position:
         return f"{self.optimal_loss:.3g} instead of {self.predicted_loss:.3g}"
 
     def sentences(self) -> str:
-        """The advice, and whether it is an extrapolation."""
+        """The advice, whether it is an extrapolation, and what the law was made for, if that is something else."""
         said = in_sentences(self.advice(), self.law, self.outside)
+        if self.agreement is not None:
+            said = " ".join([said, *(f"Besides, {note}." for note in self.agreement.notes)])
         return f"{said} {self.law} predicts no loss of this run: {self.no_loss}." if self.no_loss else said
 
     def as_dict(self) -> dict[str, Any]:
         """All of it, with ratio, excess and advice; None for what is not finite."""
+        plain = asdict(replace(self, readings=(), agreement=None))
         found = {
-            **{name: value for name, value in asdict(replace(self, readings=())).items() if name not in _NESTED},
+            **{name: value for name, value in plain.items() if name not in _NESTED},
             "outside": list(self.outside),
             "optimal_params_95": [_finite(end) for end in self.ends],
             "rho_ends": None if self.known_rho is None else [_finite(end) for end in self.known_rho[1:3]],
@@ -216,13 +231,14 @@ class Position:
             "size_ratio": self.size_ratio,
             "excess_loss": self.excess_loss,
             "verdict": self.verdict,
+            "differs": None if self.agreement is None else self.agreement.notes,
             "advice": self.advice(),
             "readings": [each.as_dict() for each in self.readings],
         }
         return {name: _finite(value) if isinstance(value, float) else value for name, value in found.items()}
 
 
-_NESTED = ("uncertainty", "known_rho", "readings")
+_NESTED = ("uncertainty", "known_rho", "readings", "agreement")
 
 
 def position_of(

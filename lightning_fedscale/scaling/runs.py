@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import math
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -140,8 +142,8 @@ def read_runs(paths: str | Path | Iterable[str | Path], loss: str | None = None)
     """The rows of CSV files, and a row for every run directory.
 
     A run directory holds the scalars of `ComputeAccounting` and a loss, as TensorBoard's events or CSVLogger's
-    ``metrics.csv``; the last value of each counts. Tokens and FLOPs of the row are those of one client. A directory
-    that a sweep wrote holds ``runs.csv``.
+    ``metrics.csv``; the last value of each counts, and with its ``position.json`` how it trained. Tokens and FLOPs of
+    the row are those of one client. A directory that a sweep wrote holds ``runs.csv``.
 
     Raises:
         ValueError: if there are no runs, or no loss in them.
@@ -237,7 +239,15 @@ def _read_run(log: Path, loss: str | None) -> dict[str, Any] | None:
         "clients": clients,
         "loss": last[name],
         **({"learning_rate": last[_RATE]} if _RATE in last else {}),
+        **_trained_as(log / "position.json"),
     }
+
+
+def _trained_as(file: Path) -> dict[str, Any]:
+    """What `ComputeAccounting` wrote of how the run trained, as columns of a sweep; nothing where it did not."""
+    with suppress(OSError, ValueError, KeyError, TypeError):
+        return dict(json.loads(file.read_text(encoding="utf-8"))["trained_as"])
+    return {}
 
 
 def decades(values: pd.Series[float]) -> float:

@@ -75,6 +75,7 @@ class Answer:
             the methods, by what makes two runs ones of the same method.
         runs: how many were made, those with less of the budget included.
         minutes: that they took, one after the other.
+        study_flops: that they computed in training.
     """
 
     argument: str
@@ -87,6 +88,7 @@ class Answer:
     study: Mapping[str, Any]
     runs: int
     minutes: float
+    study_flops: float
 
     @property
     def best(self) -> Result:

@@ -52,7 +52,7 @@ class Measured(NamedTuple):
 
     Attributes:
         loss: infinite where training diverged.
-        seconds: that it took.
+        seconds: that it took, or counts as.
     """
 
     loss: float

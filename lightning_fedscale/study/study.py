@@ -61,6 +61,7 @@ def size(
     local_steps: Sequence[int] = (5, 20),
     rates: Sequence[float] = (0.25, 1.0, 4.0),
     study_minutes: float = 30.0,
+    study_flops: float | None = None,
     seeds: int = 3,
     seed: int = 0,
     loss: str | None = None,
@@ -94,6 +95,7 @@ def size(
         rates: learning rates to try, as multiples of the module's own. Around the best setting, steps between all of
             these are tried too.
         study_minutes: how long the study may take.
+        study_flops: training compute that it may take, of all clients together; None for as much as it has time for.
         seeds: that the finalists train with, besides the one that chose them; two or more.
         seed: of weights, partition and order.
         loss: name of the logged validation loss; None for the first of the usual names.
@@ -110,6 +112,7 @@ def size(
     """
     say = say or _silent
     flops, study_minutes = positive("flops", flops), positive("study_minutes", study_minutes)
+    study_flops = math.inf if study_flops is None else positive("study_flops", study_flops)
     seeds, workers = integer("seeds", seeds, 2), integer("workers", workers, 1)
     for name, given in (("module", module), ("data", data)):
         if not callable(given):
@@ -141,8 +144,9 @@ def size(
         raise TypeError(f"pool={pool!r}: pass a concurrent.futures.Executor, or None for this machine.")
     with _processes(workers) if pool is None else nullcontext(pool) as where:
         return _Study(
-            project, space, current, Ledger(folder, common), study_minutes * 60, seeds, where, workers, say
-        ).run()
+            project, space, current, Ledger(folder, common), study_minutes * 60, study_flops, seeds, where, workers,
+            say,
+        ).run()  # fmt: skip
 
 
 class _Study:
@@ -153,6 +157,7 @@ class _Study:
         current: int | None,
         ledger: Ledger,
         seconds: float,
+        flops: float,
         seeds: int,
         pool: Executor | None,
         workers: int,
@@ -160,6 +165,8 @@ class _Study:
     ) -> None:
         self.project, self.space, self.current, self.ledger = project, space, current, ledger
         self.seconds, self.seeds, self.pool, self.workers, self.say = seconds, seeds, pool, workers, say
+        # Where compute is what runs out, a run takes the part of the time that it takes of the compute.
+        self._seconds_of_flop = workers * seconds / flops
         cohort = FederatedStrategy(
             num_clients=project.partition.num_clients, clients_per_round=project.clients_per_round
         ).cohort_size
@@ -168,12 +175,13 @@ class _Study:
         self.notes: list[str] = []
         # Rows in the order in which they are asked for: what is decided by them is decided so again after a restart.
         self.seen: list[dict[str, Any]] = []
+        self._piloted = set[Job]()
         self._known: tuple[int, dict[Executing, Cost]] = -1, {}  # what so many rows say of costs
 
     def run(self) -> Answer:
         self._pilot()
         anchors = [] if self.current is None else [self._plain(self.current)]
-        prices = Prices(self._seconds, self._rounds, self.workers)
+        prices = Prices(self._charge, self._rounds, self.workers)
         race = Race(self.space, anchors, self.seconds - self._spent(), self.seeds, prices, self._measure)
         self._announce(race)
         race.run()
@@ -226,7 +234,9 @@ class _Study:
             row = {**self.project.run(job._replace(share=1.0), executor, rounds=rounds), **job._asdict()}
             row.pop("setting")
             self.ledger.add(job, row)
-        self.seen.append(row)
+        if job not in self._piloted:
+            self.seen.append(row)
+        self._piloted.add(job)
         return row
 
     def _cost(self, executor: Executing) -> Cost:
@@ -247,17 +257,26 @@ class _Study:
     def _rounds(self, setting: Setting, share: float) -> float:
         return self._costs()[_EXECUTORS[0]].rounds(setting, share)
 
+    def _charge(self, setting: Setting, share: float) -> float:
+        return max(self._seconds(setting, share), share * self.project.flops * self._seconds_of_flop)
+
     def _executor(self, job: Job) -> Executing:
         costs = self._costs()
         return min(costs, key=lambda name: costs[name].seconds(job.setting, job.share))
 
     def _spent(self) -> float:
-        return sum(float(row["seconds"]) for row in self.seen)
+        return sum(map(self._charged, self.seen))
+
+    def _charged(self, row: Mapping[str, Any]) -> float:
+        return max(float(row["seconds"]), float(row["flops"]) * self._seconds_of_flop)
 
     def _announce(self, race: Race) -> None:
         jobs = race.plan()
+        seconds, charged = (
+            sum(price(job.setting, job.share) for job in jobs) for price in (self._seconds, self._charge)
+        )
         self.say(
-            f"About {len(jobs)} runs, {self.seconds / 60:.3g} minutes,"
+            f"About {len(jobs)} runs, {self.seconds / 60 * seconds / charged:.3g} minutes,"
             f" {sum(job.share for job in jobs) * self.project.flops:.2g} FLOPs: settings of"
             f" {self.space.number:,} with {', '.join(f'1/{round(1 / each)}' for each in race.shares[:-1])}"
             f" and all of the budget."
@@ -272,7 +291,7 @@ class _Study:
             self.say(f"{_of_budget(job.share)}: {job.setting}: loss {row['loss']:.4g}")
         rows = [self.ledger.get(job) or {} for job in jobs]
         self.seen += rows
-        return [Measured(float(row["loss"]), float(row["seconds"])) for row in rows]
+        return [Measured(float(row["loss"]), self._charged(row)) for row in rows]
 
     def _made(self, jobs: Sequence[Job]) -> Iterator[tuple[Job, dict[str, Any]]]:
         if self.pool is None:
@@ -316,6 +335,7 @@ class _Study:
             study=self._made_for(),
             runs=len(table),
             minutes=float(table["seconds"].sum()) / 60,
+            study_flops=float(table["flops"].sum()),
         )
 
     def _made_for(self) -> dict[str, Any]:

@@ -26,10 +26,11 @@ from lightning_fedscale.partitioners import (
 )
 from lightning_fedscale.scaling.project import LEVELS
 from lightning_fedscale.scaling.tuning import best_rate, tuned
+from lightning_fedscale.strategy import FederatedStrategy
 from lightning_fedscale.study.arguments import current_size, methods_of, partition_of, positive, rates_of
 from lightning_fedscale.study.cost import Cost
 from lightning_fedscale.study.loaders import train_loader
-from lightning_fedscale.study.methods import METHODS
+from lightning_fedscale.study.methods import METHODS, options_of
 from lightning_fedscale.study.race import Job
 from lightning_fedscale.study.settings import FED_AVG, Setting
 from lightning_fedscale.study.trial import Project
@@ -99,7 +100,8 @@ def sweep(
         ``loss``, ``share``, ``seed``, ``learning_rate`` (a multiple of the module's own), ``rounds``, ``passes`` over
         the data, and what was asked: ``method``, ``batch_size`` (0 for the data's own), ``local_steps``, ``partition``.
         Besides, what a law of these runs is made for: ``partition_name`` and ``fingerprint``, ``mean_js_distance`` of
-        clients' labels, ``samples`` of the data, ``batch`` in samples, and the clients' ``optimizer``.
+        clients' labels, ``samples`` of the data, ``batch`` in samples, the clients' ``optimizer``, and the
+        ``rules`` that the method consists of.
 
     Raises:
         ValueError: for too few sizes, a module without that argument, a loss that is not logged, or a partition of
@@ -125,13 +127,14 @@ def sweep(
     clients = _numbers(clients, partition_of(parts, None, dataset)[0] if is_decided else None)
     projects, made_for, facts_of = dict[int, Project](), "", dict[int, dict[str, Any]]()
     optimizer = _optimizer_of(module, argument, sizes[0])
+    rules = json.dumps(FederatedStrategy(**options_of(methods[name])).method, sort_keys=True)
     for number in clients:
         held, facts = partition_of(parts, None if is_decided else number, dataset)
         made_for = facts["fingerprint"] if is_decided else parts
         facts_of[number] = {
             "partition_name": _name_of(parts),
             **{name: facts[name] for name in ("fingerprint", "mean_js_distance", "samples")},
-            "batch": batch or own_batch, "optimizer": optimizer,
+            "batch": batch or own_batch, "optimizer": optimizer, "rules": rules,
         }  # fmt: skip
         projects[number] = Project(
             module, data, argument=argument, partition=held, clients_per_round=None, methods=methods, flops=flops,

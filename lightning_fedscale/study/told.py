@@ -83,7 +83,7 @@ def page(answer: Answer) -> str:
         "| " + " | ".join(table[0]) + " |", "|" + "---|" * len(table[0]),
         *("| " + " | ".join(row.values()) + " |" for row in table), "",
         f"{len(answer.results)} settings trained with the whole budget; {answer.runs} runs in all,"
-        f" {answer.minutes:.1f} minutes one after the other. {_ASSUMED}", "",
+        f" {answer.minutes:.1f} minutes one after the other, {answer.study_flops:.3g} FLOPs. {_ASSUMED}", "",
     ])  # fmt: skip
 
 

@@ -490,6 +490,7 @@ def test_a_sweep_says_what_its_law_is_made_for(quick: Found, tmp_path: Path) -> 
     labels = [int(label) for _, label in reference.dataset(100)]
     facts = {
         "partition_name": "two.json", "fingerprint": held.fingerprint, "samples": 100, "batch": 4, "optimizer": "SGD",
+        "rules": json.dumps(FederatedStrategy().method, sort_keys=True),
         "mean_js_distance": round(heterogeneity(held, labels).mean_js_distance, 4),
     }  # fmt: skip
     for name, value in facts.items():

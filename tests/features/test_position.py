@@ -12,15 +12,19 @@ import pytest
 import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.loggers import CSVLogger
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_fedscale import FederatedStrategy
+from lightning_fedscale import FederatedStrategy, local_rules
 from lightning_fedscale.callbacks import ComputeAccounting
 from lightning_fedscale.callbacks.compute_task import has_targets_for_tokens, predicts_its_tokens, size_by
 from lightning_fedscale.model_size import count_parameters
 from lightning_fedscale.scaling import LAWS, Chinchilla, DiLoCo, Kaplan, Law, Porian, Rosenfeld, position_of
 from lightning_fedscale.scaling.form import Range
+from lightning_fedscale.scaling.made_for import MadeFor
+from lightning_fedscale.scaling.made_for import made_for as made_for_of
+from lightning_fedscale.scaling.runs import read_runs
 from tests.laws import reference
 from tests.networks import GPT, tokens
 
@@ -112,6 +116,86 @@ def test_a_checkpoint_from_before_cohorts_were_counted() -> None:
     older = ComputeAccounting(law=LAW)
     older.load_state_dict(state)
     assert older.clients == 5
+
+
+# ---- what the law's runs did
+
+
+def made_for(strategy: FederatedStrategy, **changed: Any) -> MadeFor:
+    """As the runs of a law that trained as this one did."""
+    assert strategy.partition is not None
+    facts = {"rules": strategy.method, "fingerprint": strategy.partition.fingerprint, "clients": (3,), "batch_size": 4}
+    return MadeFor(**{**facts, **changed})
+
+
+@pytest.mark.parametrize(
+    ("changed", "has_verdict", "said"),
+    [
+        ({}, True, None),
+        ({"batch_size": 8}, True, "Besides, batch_size=4 is asked of a law that was made for"),
+        ({"rules": {"local_rule": "scaffold()"}}, False, "local_rule='none'"),
+        ({"fingerprint": "0" * 64, "partition": "hospitals.json"}, False, "hospitals.json (00000000)"),
+        ({"rules": None}, True, "do not say their method"),
+        ({"fingerprint": None}, True, "do not say their partition: whether it holds for partition='iid'"),
+        ({"passes": (0.1, 1.0), "samples": 40}, True, "2 passes over 40 samples, where the law's runs had 1 at most"),
+        ({"local_steps": 5}, True, None),  # which passes over the data do not have
+    ],
+)
+def test_a_law_of_other_runs_gives_no_verdict(
+    changed: dict[str, Any], has_verdict: bool, said: str | None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A law that is known to be of another method or partition; what else differs, or is not known, is told."""
+    before = federated()
+    run(ComputeAccounting(law=None), Speaks(), text(), strategy=before, max_epochs=1)
+    law = LAW.replace(made_for=made_for(before, **changed))
+    accounting = ComputeAccounting(law=law, rho=1.0)
+    run(accounting, Speaks(), text(), strategy=federated())
+    position = accounting.position
+    assert position is not None
+    assert position.agreement is not None
+    assert (position.verdict is not None) == has_verdict
+    assert position.advice().startswith("no verdict: the law is of another") != has_verdict
+    told = position.sentences()
+    assert "".join(told.split()) in "".join(capsys.readouterr().out.split())
+    assert position.as_dict()["differs"] == position.agreement.notes
+    assert (said is None) == (not position.agreement.notes)
+    assert said is None or said in told
+
+
+def test_a_published_law_is_asked_of_anything() -> None:
+    accounting = ComputeAccounting(law=LAW, rho=1.0)
+    run(accounting, Speaks(), text(), strategy=federated())
+    assert accounting.position is not None
+    assert accounting.position.agreement is None
+
+
+def test_runs_say_how_they_trained(tmp_path: Path) -> None:
+    """A law that is fitted to folders of runs knows its method and partition too."""
+    for number in (1, 2):
+        logger = CSVLogger(tmp_path, "", number)
+        strategy = FederatedStrategy(num_clients=3, local_steps=2, local_rule=local_rules.scaffold())
+        run(ComputeAccounting(), Learns(), text(), strategy=strategy, logger=logger)
+    table = read_runs(tmp_path, "train_loss")
+    law = LAW.replace(made_for=made_for_of(table.assign(loss=1.0)))
+    made = law.made_for
+    assert made.rules == strategy.method
+    assert strategy.partition is not None
+    assert (made.fingerprint, made.partition) == (strategy.partition.fingerprint, "iid")
+    assert (made.batch_size, made.local_steps, made.optimizer, made.clients) == (4, 2, "SGD", (3,))
+    accounting = ComputeAccounting(law=law, rho=1.0)
+    run(accounting, Learns(), text(), strategy=strategy)
+    assert accounting.position is not None
+    assert accounting.position.agreement is not None
+    assert accounting.position.agreement.notes == []
+
+
+class Learns(Speaks):
+    """It logs its loss."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        loss = super().training_step(batch, batch_idx)
+        self.log("train_loss", loss, on_step=False, on_epoch=True)
+        return loss
 
 
 # ---- what division costs

@@ -7,12 +7,13 @@ import math
 import re
 import shlex
 from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
+import pandas as pd
 import pytest
 import torch
 from torch import nn
@@ -240,6 +241,7 @@ class Momentum(Net):
         ({"rates": [0.0]}, r"rates=0.0: pass a finite number above 0"),
         ({"rates": []}, r"rates=\[\]: pass some to try"),
         ({"study_minutes": 0}, r"study_minutes=0: pass a finite number above 0"),
+        ({"study_flops": -1e9}, r"study_flops=-1000000000.0: pass a finite number above 0"),
         ({"partition": Partition.from_lists([[0, 999]])}, r"999"),
         ({"partition": "nowhere.json"}, r"nowhere.json"),
         ({"loss": "lost"}, r"loss='lost': validation_step logs val_loss"),
@@ -272,6 +274,24 @@ def test_what_there_was_no_time_for_is_told(tmp_path: Path) -> None:
     assert any(note.startswith("there was no time to train width ") for note in notes)
     notes = study(tmp_path / "large", current=1000).notes
     assert "width 1000 took no part: the budget pays too few rounds of it" in notes
+
+
+@pytest.mark.usefixtures("quick")
+@pytest.mark.parametrize("workers", [1, 3])
+def test_a_study_stays_in_its_compute(tmp_path: Path, workers: int) -> None:
+    """Also where there is much more time than that; and it takes most of it."""
+    said = list[str]()
+    options: dict[str, Any] = {"sizes": [2, 4, 8, 16], "rates": [0.5, 1.0, 2.0], "local_steps": [1, 2, 4]}
+    with ThreadPoolExecutor(1) as pool:
+        options |= {"workers": workers, "pool": pool}
+        answer = study(tmp_path, study_flops=30 * FLOPS, say=said.append, **options)
+    spent = float(pd.read_csv(tmp_path / "runs.csv")["flops"].sum())
+    assert answer.study_flops == spent
+    assert 20 * FLOPS < spent <= 30 * FLOPS
+    told = re.search(r"([\d.]+) minutes, (\S+) FLOPs", said[0])
+    assert told is not None
+    assert float(told[1]) < 1
+    assert float(told[2]) <= 30 * FLOPS
 
 
 @pytest.mark.usefixtures("quick")

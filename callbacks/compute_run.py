@@ -1,0 +1,63 @@
+"""How a run trains, as far as a law depends on that."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+
+from lightning_fedscale.partitioners import FilePartitioner, Partition
+from lightning_fedscale.partitioners.names import name_of
+from lightning_fedscale.scaling import Law
+from lightning_fedscale.scaling.agreement import Agreement, agreement
+from lightning_fedscale.scaling.made_for import Given, MadeFor
+from lightning_fedscale.strategy import FederatedStrategy
+
+
+def trained_as(trainer: pl.Trainer) -> dict[str, Any]:
+    """What a law that is fitted to this run must know of it, by the columns of a sweep; what is not known is left out.
+
+    Example:
+        >>> trained_as(pl.Trainer(accelerator="cpu", logger=False))
+        {}
+    """
+    loader = trainer.train_dataloader
+    facts: dict[str, Any] = {
+        "batch": getattr(loader, "batch_size", None),
+        "optimizer": " and ".join(dict.fromkeys(type(each).__name__ for each in trainer.optimizers)) or None,
+    }
+    strategy = trainer.strategy
+    if isinstance(strategy, FederatedStrategy) and strategy.partition is not None:
+        facts |= {
+            "rules": json.dumps(strategy.method, sort_keys=True), "local_steps": strategy.local_steps,
+            "partition_name": _partition_name(strategy), "fingerprint": strategy.partition.fingerprint,
+        }  # fmt: skip
+    return {name: value for name, value in facts.items() if value is not None}
+
+
+def agreement_of(law: Law, trainer: pl.Trainer, samples: float) -> Agreement | None:
+    """Of a run with those that a law was fitted to; None for no federation, or a law that says nothing of its runs.
+
+    Args:
+        law: the law.
+        trainer: of the run.
+        samples: that all clients together trained on.
+    """
+    strategy = trainer.strategy
+    if law.made_for == MadeFor() or not isinstance(strategy, FederatedStrategy) or strategy.partition is None:
+        return None
+    facts = trained_as(trainer)
+    held = Given(facts.get("partition_name"), facts["fingerprint"], strategy.partition.num_clients)
+    return agreement(
+        law, method=strategy.method, partition=held, batch_size=facts.get("batch"),
+        local_steps=facts.get("local_steps"), passes=samples / strategy.partition.num_samples,
+    )  # fmt: skip
+
+
+def _partition_name(strategy: FederatedStrategy) -> str | None:
+    given = strategy.partitioner
+    if isinstance(given, Partition):
+        return None
+    return Path(given.path).name if isinstance(given, FilePartitioner) else name_of(given) or repr(given)
