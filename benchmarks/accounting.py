@@ -25,8 +25,8 @@ from torch.utils.data import DataLoader, TensorDataset
 from benchmarks.phases import RESULTS
 from lightning_fedscale import FederatedStrategy
 from lightning_fedscale.callbacks import ComputeAccounting
-from lightning_fedscale.metering import MeteredStep
-from lightning_fedscale.model_size import count_parameters
+from lightning_fedscale.callbacks.compute_accounting.flop_meter import MeteredStep
+from lightning_fedscale.callbacks.compute_accounting.parameter_counts import count_parameters
 from lightning_fedscale.scaling import Chinchilla
 from tests.networks import GPT, KINDS, Classifier, images, mlp, resnet18, tokens, vectors
 

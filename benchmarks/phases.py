@@ -32,7 +32,7 @@ from scipy.stats import chi2
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_fedscale.callbacks import CriticalPhase
-from lightning_fedscale.callbacks.phase_steps import StepWatch
+from lightning_fedscale.callbacks.critical_phase.steps import StepWatch
 from lightning_fedscale.phases import (
     DETECTORS,
     Decision,

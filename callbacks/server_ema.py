@@ -9,8 +9,8 @@ import torch
 from lightning.pytorch.callbacks import WeightAveraging
 from torch import Tensor
 
-from lightning_fedscale import checks
 from lightning_fedscale.strategy import FederatedStrategy
+from lightning_fedscale.utils import checks
 
 
 class ServerEMA(WeightAveraging):

@@ -78,7 +78,7 @@ def papers(rooms: str, up: str) -> str:
 
 def messages(_: str, up: str) -> str:
     """Where messages are."""
-    files = ("arguments", "refusals", "combinations", "workload", "partitioners", "scaling", "callbacks")
+    files = ("core/options", "core/round", "partitioners", "scaling", "callbacks")
     return f"`make docs` lists them all here; they are words of the source, above all of {_rooms(files, up)}."
 
 

@@ -47,12 +47,12 @@ def collect() -> list[Message]:
 def _files() -> Iterator[Path]:
     yield from PACKAGE.rglob("*.py")
     if not (PACKAGE / "callbacks").is_dir():  # a checkout without symbolic links
-        yield from (ROOT / "callbacks").glob("*.py")
+        yield from (ROOT / "callbacks").rglob("*.py")
 
 
 def _of_file(path: Path) -> Iterator[Message]:
     inside = path.relative_to(PACKAGE if path.is_relative_to(PACKAGE) else ROOT)
-    room = inside.parts[0].removesuffix(".py")
+    room = "/".join(inside.parts[: 1 + (inside.parts[0] == "core")]).removesuffix(".py")
     for node in ast.walk(ast.parse(path.read_text("utf8"))):
         said = _said(node)
         if said is None:

@@ -35,12 +35,12 @@ def collect() -> list[Source]:
 def _rooms() -> list[Path]:
     rooms = [path.parent for path in PACKAGE.glob("*/__init__.py") if path.parent.name != "cli"]
     return [ROOT / "callbacks" if room.name == "callbacks" else room for room in rooms] + [
-        path for path in PACKAGE.glob("*.py") if path.stem in ("noise", "schedules", "attacks", "asynchrony")
+        PACKAGE / f"{name}.py" for name in ("attacks", "phases/noise", "local_rules/schedules", "server/asynchrony")
     ]
 
 
 def _of_room(room: Path) -> Iterator[Source]:
-    files = sorted(room.glob("*.py")) if room.is_dir() else [room]
+    files = sorted(room.rglob("*.py")) if room.is_dir() else [room]
     public = _all(room / "__init__.py") if room.is_dir() else None
     for file in files:
         for node in ast.parse(file.read_text("utf8")).body:

@@ -8,17 +8,17 @@ from lightning.pytorch.strategies import StrategyRegistry
 from lightning_fedscale import (
     aggregators,
     attacks,
-    class_paths,
     compressors,
     local_rules,
     partitioners,
     privacy,
     samplers,
-    schedules,
     server,
 )
-from lightning_fedscale.asynchrony import FedBuff
+from lightning_fedscale.core.options import lightning_cli as class_paths
+from lightning_fedscale.local_rules import schedules
 from lightning_fedscale.partitioners import Partition
+from lightning_fedscale.server.asynchrony import FedBuff
 from lightning_fedscale.strategy import FederatedStrategy
 from lightning_fedscale.types import ClientUpdate, RoundRecord
 

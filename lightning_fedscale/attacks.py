@@ -18,11 +18,11 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from lightning_fedscale import checks, randomness
 from lightning_fedscale.aggregators import Aggregator, Stack, aggregator_of
 from lightning_fedscale.aggregators.rows import fold, norm_of
-from lightning_fedscale.calls import told
 from lightning_fedscale.types import ClientUpdate, Cohort, IntArray
+from lightning_fedscale.utils import checks, randomness
+from lightning_fedscale.utils.factory_repr import told
 
 Attack: TypeAlias = Callable[[Stack, list[int], Cohort], Tensor]
 """``(stack, rows, cohort)``: what the attackers send instead, the trainable parts only, one row for each of ``rows``,

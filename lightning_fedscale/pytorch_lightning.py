@@ -41,11 +41,11 @@ from lightning_fedscale import (
     partitioners,
     privacy,
     samplers,
-    schedules,
     server,
 )
-from lightning_fedscale.asynchrony import FedBuff
+from lightning_fedscale.local_rules import schedules
 from lightning_fedscale.partitioners import Partition
+from lightning_fedscale.server.asynchrony import FedBuff
 from lightning_fedscale.types import ClientUpdate, RoundRecord
 
 __all__ = [
@@ -69,29 +69,7 @@ __path__: list[str] = []  # the modules below this one are no files
 
 _PACKAGE = __name__.rpartition(".")[0]
 _TWINS = {"lightning.pytorch": "pytorch_lightning", "lightning.fabric": "lightning_fabric"}
-KNOW_LIGHTNING = {
-    "callbacks",
-    "checkpointing",
-    "combinations",
-    "executors",
-    "federation",
-    "global_model",
-    "half_batches",
-    "handover",
-    "loggers",
-    "metering",
-    "monitors",
-    "progress",
-    "refusals",
-    "requeue",
-    "run_board",
-    "side_effects",
-    "strategy",
-    "study",
-    "train_data",
-    "uplink",
-    "workload",
-}
+KNOW_LIGHTNING = {"callbacks", "core", "strategy", "study"}
 """The parts of the package that exist twice."""
 
 

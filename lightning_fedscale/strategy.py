@@ -20,32 +20,36 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
-from lightning_fedscale import arguments, checks, combinations, randomness, refusals, samplers, server
+from lightning_fedscale import samplers, server
 from lightning_fedscale.aggregators import Aggregator
-from lightning_fedscale.asynchrony import FedBuff
-from lightning_fedscale.buffers import Policy
-from lightning_fedscale.checkpointing import AtomicCheckpointIO
 from lightning_fedscale.compressors import Compressor
-from lightning_fedscale.devices import Population
-from lightning_fedscale.executors import (
+from lightning_fedscale.core.executors import (
     LocalBatchHooks,
     NoAccumulation,
     RoundEnd,
     RoundLoops,
     close_finished_epoch,
 )
-from lightning_fedscale.executors.meter import Meter
-from lightning_fedscale.federation import Federation
-from lightning_fedscale.foreign import is_really
-from lightning_fedscale.handover import ReusableStrategy
+from lightning_fedscale.core.executors.meter import Meter
+from lightning_fedscale.core.lightning.checkpoint import AtomicCheckpointIO
+from lightning_fedscale.core.lightning.handover import ReusableStrategy
+from lightning_fedscale.core.options import compatibility as combinations
+from lightning_fedscale.core.options import options as arguments
+from lightning_fedscale.core.options import trainer_checks as refusals
+from lightning_fedscale.core.options.settings import method_of
+from lightning_fedscale.core.round.federation import Federation
+from lightning_fedscale.core.round.run_settings import RunBoard
+from lightning_fedscale.devices import Population
 from lightning_fedscale.local_rules import Ditto, LocalRule
 from lightning_fedscale.partitioners import Partition, Partitioner
 from lightning_fedscale.privacy import Privacy
-from lightning_fedscale.run_board import RunBoard
 from lightning_fedscale.samplers import Sampler
 from lightning_fedscale.server import ServerOptimizer
-from lightning_fedscale.settings import method_of
+from lightning_fedscale.server.asynchrony import FedBuff
 from lightning_fedscale.types import ClientUpdate, IntArray, RoundRecord
+from lightning_fedscale.utils import checks, randomness
+from lightning_fedscale.utils.buffers import Policy
+from lightning_fedscale.utils.foreign import is_really
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -105,7 +109,7 @@ class FederatedStrategy(ReusableStrategy):
             statistics), integers and booleans but ``num_batches_tracked`` are those of the largest client, and vectors
             of spectral norm and other parametrizations are computed from the new weights.
         mode: "sync" waits for all clients of a round; "async" buffers updates as they arrive in simulated time, see
-            `lightning_fedscale.asynchrony.FedBuff`, which may also be given. Needs a ``population`` or
+            `lightning_fedscale.server.asynchrony.FedBuff`, which may also be given. Needs a ``population`` or
             ``FedBuff(seconds=...)`` to know how long clients take.
         client_optimizer: "reset" gives every client a fresh optimizer each round; "keep" lets its state live on with
             the client (DiLoCo, local SGD).

@@ -15,9 +15,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from lightning_fedscale.devices import MemoryModel, estimate_memory, libraries
-from lightning_fedscale.devices.rehearsal import Rehearsal
-from lightning_fedscale.devices.verify import real_step
+from lightning_fedscale.devices import MemoryModel, estimate_memory
+from lightning_fedscale.devices.profiling import libraries
+from lightning_fedscale.devices.profiling.dry_run import Rehearsal
+from lightning_fedscale.devices.profiling.real_step import real_step
 from tests.networks import Classifier
 
 BATCHES = 5, 40

@@ -12,8 +12,8 @@ from lightning_fedscale.aggregators.base import Aggregator
 from lightning_fedscale.aggregators.mean import mean
 from lightning_fedscale.aggregators.rows import needing
 from lightning_fedscale.aggregators.stacked import Stack, stacked
-from lightning_fedscale.calls import told
 from lightning_fedscale.types import Cohort
+from lightning_fedscale.utils.factory_repr import told
 
 _PART = 1 << 16  # coordinates at a time, so that sorting them takes no second copy of all updates
 

@@ -7,13 +7,13 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from lightning_fedscale import checks
 from lightning_fedscale.aggregators.base import Aggregator
 from lightning_fedscale.aggregators.coordinates import middle
 from lightning_fedscale.aggregators.mean import mean
 from lightning_fedscale.aggregators.stacked import Stack, stacked
-from lightning_fedscale.calls import told
 from lightning_fedscale.types import Cohort
+from lightning_fedscale.utils import checks
+from lightning_fedscale.utils.factory_repr import told
 
 
 @told

@@ -11,8 +11,8 @@ from lightning_fedscale.aggregators.base import Aggregator
 from lightning_fedscale.aggregators.mean import mean
 from lightning_fedscale.aggregators.rows import needing
 from lightning_fedscale.aggregators.stacked import Stack, stacked
-from lightning_fedscale.calls import told
 from lightning_fedscale.types import Cohort
+from lightning_fedscale.utils.factory_repr import told
 
 
 @told

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from lightning_fedscale.aggregators.base import Aggregator
-from lightning_fedscale.calls import told
 from lightning_fedscale.types import ClientUpdate, Cohort
+from lightning_fedscale.utils.factory_repr import told
 
 _PART = 1 << 18  # elements at a time: the product then stays in the processor's cache and takes no vector of its own
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from lightning_fedscale import checks
 from lightning_fedscale.aggregators.base import Aggregator
 from lightning_fedscale.aggregators.coordinates import median, trimmed_mean
 from lightning_fedscale.aggregators.geometric_median import geometric_median
 from lightning_fedscale.aggregators.krum import krum, multi_krum
 from lightning_fedscale.aggregators.mean import mean
 from lightning_fedscale.aggregators.norm_clipped import norm_clipped
+from lightning_fedscale.utils import checks
 
 FACTORIES: dict[str, Callable[..., Aggregator]] = {
     "mean": mean,

@@ -7,11 +7,11 @@ from functools import partial
 
 from torch import Tensor
 
-from lightning_fedscale import checks
 from lightning_fedscale.aggregators.base import Aggregator
 from lightning_fedscale.aggregators.mean import mean
-from lightning_fedscale.calls import told
 from lightning_fedscale.types import ClientUpdate, Cohort
+from lightning_fedscale.utils import checks
+from lightning_fedscale.utils.factory_repr import told
 
 
 @told

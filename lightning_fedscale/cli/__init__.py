@@ -20,7 +20,7 @@ from lightning_fedscale.cli.report import report
 from lightning_fedscale.cli.size import size
 from lightning_fedscale.cli.sweep import sweep
 from lightning_fedscale.cli.told import INTERRUPTED, is_interruption, nobody_reads
-from lightning_fedscale.refusals import is_told
+from lightning_fedscale.core.options.trainer_checks import is_told
 
 COMMANDS: dict[str, Callable[..., None]] = {
     "bench": bench,

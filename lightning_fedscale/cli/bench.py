@@ -20,16 +20,16 @@ from rich.console import Console
 from rich.table import Table
 from torch.utils.data import DataLoader
 
-from lightning_fedscale.checks import integer
 from lightning_fedscale.cli.digits import Classifier, Digits
 from lightning_fedscale.cli.projects import check_accelerator
-from lightning_fedscale.executors import ClientLoader
+from lightning_fedscale.core.executors import ClientLoader
+from lightning_fedscale.core.plan import pass_order, steps_from
 from lightning_fedscale.partitioners import Partition, by_name
-from lightning_fedscale.rounds import pass_order, steps_from
 from lightning_fedscale.strategy import FederatedStrategy
 from lightning_fedscale.study.loaders import train_loader
 from lightning_fedscale.study.trial import quiet
 from lightning_fedscale.types import Cursor
+from lightning_fedscale.utils.checks import integer
 
 _TURNS = 3
 """Of each contender, one after the other, so that a machine that slows down does so for all."""

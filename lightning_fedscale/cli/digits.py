@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_fedscale.checks import integer, number
+from lightning_fedscale.utils.checks import integer, number
 
 _TRAIN, _VAL = 1200, 297  # of 1,797 images in a fixed random order; the last 300 are for testing
 

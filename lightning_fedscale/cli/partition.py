@@ -10,7 +10,6 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from lightning_fedscale.checks import integer
 from lightning_fedscale.cli.digits import Digits
 from lightning_fedscale.cli.files import written
 from lightning_fedscale.partitioners import (
@@ -26,6 +25,7 @@ from lightning_fedscale.partitioners import (
 from lightning_fedscale.partitioners.encoding import encode_classes
 from lightning_fedscale.partitioners.labels import Labels
 from lightning_fedscale.study.loaders import train_loader
+from lightning_fedscale.utils.checks import integer
 
 _MOST_SHOWN = 20
 """Clients that the table has a row for, and labels that it has a column for."""

@@ -12,9 +12,9 @@ from rich.table import Table
 
 from lightning_fedscale.cli.files import written
 from lightning_fedscale.devices import device_class
-from lightning_fedscale.memory import format_bytes
 from lightning_fedscale.scaling import Plan, plot_plans
 from lightning_fedscale.scaling import plan as make_plan
+from lightning_fedscale.utils.memory import format_bytes
 
 
 def plan(

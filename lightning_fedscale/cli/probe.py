@@ -10,12 +10,12 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from lightning_fedscale.checks import integer
 from lightning_fedscale.devices import MemoryModel, ProbeResult, device_class, estimate_memory
 from lightning_fedscale.devices import probe as find_batch
-from lightning_fedscale.devices.samples import largest_sample
-from lightning_fedscale.memory import format_bytes, free_memory, parse_bytes
+from lightning_fedscale.devices.profiling.samples import largest_sample
 from lightning_fedscale.study.loaders import train_loader
+from lightning_fedscale.utils.checks import integer
+from lightning_fedscale.utils.memory import format_bytes, free_memory, parse_bytes
 
 
 def probe(

@@ -6,13 +6,13 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from lightning_fedscale.checks import integer
 from lightning_fedscale.cli.files import made
 from lightning_fedscale.cli.fit import finish
 from lightning_fedscale.cli.makers import Maker
 from lightning_fedscale.cli.projects import check_accelerator
 from lightning_fedscale.scaling import fit as make_fit
 from lightning_fedscale.study.sweeping import sweep as run_sweep
+from lightning_fedscale.utils.checks import integer
 
 
 def sweep(

@@ -27,12 +27,12 @@ from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 from rich.table import Table
 
-from lightning_fedscale.checks import integer
 from lightning_fedscale.cli.files import made
 from lightning_fedscale.cli.told import INTERRUPTED, is_interruption, nobody_reads
+from lightning_fedscale.core.options.trainer_checks import is_told
 from lightning_fedscale.partitioners.names import is_file
-from lightning_fedscale.refusals import is_told
 from lightning_fedscale.types import NAMESPACES
+from lightning_fedscale.utils.checks import integer
 
 _FREE = re.compile(r"(model|data|trainer)\.")
 _UNIONS = (Union, UnionType)

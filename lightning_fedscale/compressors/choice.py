@@ -9,11 +9,11 @@ from typing import Any, NamedTuple, Protocol, TypeAlias
 
 import numpy as np
 
-from lightning_fedscale import checks
 from lightning_fedscale.compressors.base import Compressor, Encoded, check_compressor
 from lightning_fedscale.compressors.dense import identity
 from lightning_fedscale.compressors.sparse import top_k
 from lightning_fedscale.types import Params
+from lightning_fedscale.utils import checks
 
 _State: TypeAlias = dict[str, Any]
 

@@ -9,10 +9,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lightning_fedscale import checks
 from lightning_fedscale.compressors.base import Compressor, Encoded, check_length
 from lightning_fedscale.compressors.vectors import LARGEST
 from lightning_fedscale.types import Params
+from lightning_fedscale.utils import checks
 
 _State: TypeAlias = dict[str, Tensor]
 

@@ -8,7 +8,6 @@ from typing import NamedTuple
 
 import numpy as np
 
-from lightning_fedscale import checks
 from lightning_fedscale.compressors.base import Compressor, Encoded, check_length, no_state
 from lightning_fedscale.compressors.bits import UnsignedArray, pack, packed_size, unpack, unsigned, width_of
 from lightning_fedscale.compressors.vectors import (
@@ -22,6 +21,7 @@ from lightning_fedscale.compressors.vectors import (
     unflatten,
 )
 from lightning_fedscale.types import FloatArray, Params
+from lightning_fedscale.utils import checks
 
 _MOST_LEVELS = 1 << 16
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from lightning_fedscale import checks
 from lightning_fedscale.compressors.base import Compressor
 from lightning_fedscale.compressors.choice import adaptive, phase_driven
 from lightning_fedscale.compressors.dense import identity
@@ -12,6 +11,7 @@ from lightning_fedscale.compressors.feedback import error_feedback
 from lightning_fedscale.compressors.low_rank import power_sgd
 from lightning_fedscale.compressors.quantize import qsgd, sign, uniform_quantization
 from lightning_fedscale.compressors.sparse import random_k, top_k
+from lightning_fedscale.utils import checks
 
 FACTORIES: dict[str, Callable[..., Compressor]] = {
     "identity": identity,

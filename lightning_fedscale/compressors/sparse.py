@@ -7,11 +7,11 @@ from typing import NamedTuple
 
 import numpy as np
 
-from lightning_fedscale import checks
 from lightning_fedscale.compressors.base import Compressor, Encoded, check_length, no_state
 from lightning_fedscale.compressors.bits import UnsignedArray, pack, packed_size, unpack, unsigned, width_of
 from lightning_fedscale.compressors.vectors import Float32Array, flatten, rounded, size, unflatten
 from lightning_fedscale.types import IntArray, Params
+from lightning_fedscale.utils import checks
 
 
 class _Share(NamedTuple):

@@ -1,11 +1,11 @@
 """What clients' hardware can hold and how long it takes: memory model, time model, device classes, populations."""
 
 from lightning_fedscale.devices.classes import CATALOGUE, DeviceClass, device_class
-from lightning_fedscale.devices.costs import StepCost
 from lightning_fedscale.devices.memory import ON_CLIENT, SIMULATED, MemoryModel, estimate_memory
 from lightning_fedscale.devices.performance import PerformanceModel, StepTime, StepTimes, fit_step_time
 from lightning_fedscale.devices.population import Population
 from lightning_fedscale.devices.probe import ProbeResult, probe
+from lightning_fedscale.devices.profiling.costs import StepCost
 
 __all__ = [
     "CATALOGUE",

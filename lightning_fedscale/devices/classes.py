@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 
-from lightning_fedscale import checks
+from lightning_fedscale.utils import checks
 
 _GB = 10**9
 _GBIT = _GB / 8

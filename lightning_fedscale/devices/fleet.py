@@ -6,13 +6,13 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from lightning_fedscale import randomness
 from lightning_fedscale.devices.communication import star
 from lightning_fedscale.devices.memory import MemoryModel, usable_bytes
 from lightning_fedscale.devices.performance import PerformanceModel, StepTime, roofline_step_time
 from lightning_fedscale.devices.population import Population, Selection, select
-from lightning_fedscale.memory import format_bytes
 from lightning_fedscale.types import FloatArray, IntArray
+from lightning_fedscale.utils import randomness
+from lightning_fedscale.utils.memory import format_bytes
 
 if TYPE_CHECKING:
     import pandas as pd

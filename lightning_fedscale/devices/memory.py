@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from lightning_fedscale.devices.costs import StepCost
-from lightning_fedscale.devices.rehearsal import MakeOptimizer, Rehearsal, Rehearsed
-from lightning_fedscale.devices.search import largest_within
-from lightning_fedscale.devices.tracker import OverBudget
-from lightning_fedscale.memory import format_bytes, free_memory
+from lightning_fedscale.devices.profiling.costs import StepCost
+from lightning_fedscale.devices.profiling.dry_run import MakeOptimizer, Rehearsal, Rehearsed
+from lightning_fedscale.devices.profiling.memory_tracker import OverBudget
+from lightning_fedscale.devices.profiling.search import largest_within
+from lightning_fedscale.utils.memory import format_bytes, free_memory
 
 if TYPE_CHECKING:
     import pandas as pd

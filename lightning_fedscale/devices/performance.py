@@ -7,9 +7,9 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
-from lightning_fedscale import checks
 from lightning_fedscale.devices.classes import DeviceClass
-from lightning_fedscale.devices.costs import StepCost
+from lightning_fedscale.devices.profiling.costs import StepCost
+from lightning_fedscale.utils import checks
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -8,9 +8,9 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from lightning_fedscale import checks, randomness
 from lightning_fedscale.devices.classes import DeviceClass, device_class
 from lightning_fedscale.types import FloatArray, IntArray
+from lightning_fedscale.utils import checks, randomness
 
 RULES = "largest", "fastest", "proportional", "loader"
 

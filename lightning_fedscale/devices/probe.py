@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 
 from lightning_fedscale.devices.classes import DeviceClass
 from lightning_fedscale.devices.memory import UNLIMITED, MemoryModel, usable_bytes
-from lightning_fedscale.devices.verify import RealStep
-from lightning_fedscale.memory import format_bytes
+from lightning_fedscale.devices.profiling.real_step import RealStep
+from lightning_fedscale.utils.memory import format_bytes
 
 Measure = Callable[[int], RealStep]
 """Runs a real step with so many samples."""

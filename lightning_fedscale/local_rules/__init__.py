@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from lightning_fedscale import checks
 from lightning_fedscale.local_rules.base import Correction, LocalRule, Merged, Outcome, Report
 from lightning_fedscale.local_rules.ditto import Ditto
 from lightning_fedscale.local_rules.fed_dyn import fed_dyn
 from lightning_fedscale.local_rules.fed_nova import fed_nova
 from lightning_fedscale.local_rules.fed_prox import fed_prox
 from lightning_fedscale.local_rules.scaffold import scaffold
+from lightning_fedscale.utils import checks
 
 __all__ = [
     "FACTORIES",

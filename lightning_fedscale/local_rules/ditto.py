@@ -6,8 +6,8 @@ import math
 
 from torch import Tensor
 
-from lightning_fedscale import checks
 from lightning_fedscale.local_rules.base import Correction
+from lightning_fedscale.utils import checks
 
 
 class Ditto:

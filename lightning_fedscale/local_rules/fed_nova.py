@@ -7,9 +7,9 @@ from typing import Any
 
 from torch import Tensor
 
-from lightning_fedscale import checks
-from lightning_fedscale.calls import told
 from lightning_fedscale.local_rules.base import Correction, LocalRule, Merged, Outcome, Report
+from lightning_fedscale.utils import checks
+from lightning_fedscale.utils.factory_repr import told
 
 
 @told

@@ -7,8 +7,8 @@ import math
 import numpy as np
 import numpy.typing as npt
 
-from lightning_fedscale.checks import in_interval, integer, one_of
 from lightning_fedscale.partitioners.partition import IntArray, Partition
+from lightning_fedscale.utils.checks import in_interval, integer, one_of
 
 __all__ = [
     "column",

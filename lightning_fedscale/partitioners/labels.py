@@ -15,8 +15,8 @@ from uuid import UUID
 import numpy as np
 import numpy.typing as npt
 
-from lightning_fedscale.foreign import attribute_of
 from lightning_fedscale.partitioners import checks
+from lightning_fedscale.utils.foreign import attribute_of
 
 Labels: TypeAlias = npt.NDArray[Any]
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 from typing import Literal
 
-from lightning_fedscale import checks
 from lightning_fedscale.privacy.accounting import Accountant
 from lightning_fedscale.privacy.base import AdaptiveClipping, Privacy
+from lightning_fedscale.utils import checks
 
 
 def dp_fed_avg(

@@ -11,12 +11,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lightning_fedscale import checks, randomness
 from lightning_fedscale.aggregators import Aggregator, mean
 from lightning_fedscale.aggregators.rows import needing
-from lightning_fedscale.calls import told
 from lightning_fedscale.privacy import shamir
 from lightning_fedscale.types import ClientUpdate, Cohort, FloatArray, IntArray
+from lightning_fedscale.utils import checks, randomness
+from lightning_fedscale.utils.factory_repr import told
 
 FIELD = (1 << 31) - 1
 """Masked values are numbers below this prime, so that float64 adds up those of 2^22 clients without rounding."""

@@ -6,11 +6,11 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
-from lightning_fedscale import checks
 from lightning_fedscale.samplers.availability import available, daily_cycle, drop_out
 from lightning_fedscale.samplers.base import Sampler, reads_losses
 from lightning_fedscale.samplers.uniform import poisson, round_robin, uniform
 from lightning_fedscale.samplers.weighted import power_of_choice, weighted
+from lightning_fedscale.utils import checks
 
 __all__ = [
     "FACTORIES",

@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from lightning_fedscale import checks, randomness
 from lightning_fedscale.samplers.base import Sampler, check_sampler, wrapping
 from lightning_fedscale.types import IntArray
+from lightning_fedscale.utils import checks, randomness
 
 
 def available(sampler: Sampler, trace: npt.ArrayLike | str | Path) -> Sampler:

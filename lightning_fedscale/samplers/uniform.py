@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from lightning_fedscale import randomness
 from lightning_fedscale.types import IntArray
+from lightning_fedscale.utils import randomness
 
 
 def uniform(

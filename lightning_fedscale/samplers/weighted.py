@@ -8,10 +8,10 @@ from types import MappingProxyType
 
 import numpy as np
 
-from lightning_fedscale import checks, randomness
 from lightning_fedscale.samplers.base import Sampler
 from lightning_fedscale.samplers.uniform import uniform
 from lightning_fedscale.types import FloatArray, IntArray
+from lightning_fedscale.utils import checks, randomness
 
 _NOTHING: Mapping[int, float] = MappingProxyType({})
 

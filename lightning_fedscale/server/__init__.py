@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from lightning_fedscale import checks
 from lightning_fedscale.server.adaptive import (
     fed_adagrad,
     fed_adam,
@@ -22,6 +21,7 @@ from lightning_fedscale.server.per_parameter import per_parameter
 from lightning_fedscale.server.scale import scale
 from lightning_fedscale.server.scheduled import scheduled
 from lightning_fedscale.server.torch_optimizer import from_torch
+from lightning_fedscale.utils import checks
 
 __all__ = [
     "FACTORIES",

@@ -5,9 +5,9 @@ from __future__ import annotations
 from functools import partial
 from typing import Any
 
-from lightning_fedscale.calls import told
 from lightning_fedscale.server.base import ServerOptimizer, own_state
 from lightning_fedscale.types import Params
+from lightning_fedscale.utils.factory_repr import told
 
 
 @told

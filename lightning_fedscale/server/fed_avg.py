@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from lightning_fedscale import checks
-from lightning_fedscale.calls import told
 from lightning_fedscale.server.base import ServerOptimizer
 from lightning_fedscale.server.chain import chain
 from lightning_fedscale.server.momentum import trace
 from lightning_fedscale.server.scale import scale
+from lightning_fedscale.utils import checks
+from lightning_fedscale.utils.factory_repr import told
 
 
 @told

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from functools import partial
 
-from lightning_fedscale import checks
-from lightning_fedscale.calls import told
 from lightning_fedscale.server.base import ServerOptimizer
 from lightning_fedscale.types import Params
+from lightning_fedscale.utils import checks
+from lightning_fedscale.utils.factory_repr import told
 
 
 @told

@@ -7,10 +7,10 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from lightning_fedscale import checks
-from lightning_fedscale.calls import told
 from lightning_fedscale.server.base import ServerOptimizer
 from lightning_fedscale.server.per_parameter import Moments, per_parameter
+from lightning_fedscale.utils import checks
+from lightning_fedscale.utils.factory_repr import told
 
 
 @told

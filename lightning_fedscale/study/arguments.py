@@ -10,11 +10,11 @@ from typing import Any
 
 from torch import nn
 
-from lightning_fedscale.checks import integer, known_arguments, one_of
 from lightning_fedscale.partitioners import FinishedPartitioner, Partition, Partitioner, by_name, heterogeneity
 from lightning_fedscale.partitioners.labels import find_labels
 from lightning_fedscale.strategy import FederatedStrategy
 from lightning_fedscale.study.methods import METHODS
+from lightning_fedscale.utils.checks import integer, known_arguments, one_of
 
 
 def positive(name: str, value: Any) -> float:

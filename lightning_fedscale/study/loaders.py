@@ -7,7 +7,7 @@ from typing import Any
 import lightning.pytorch as pl
 from torch.utils.data import DataLoader
 
-from lightning_fedscale.foreign import is_raised_in
+from lightning_fedscale.utils.foreign import is_raised_in
 
 
 def train_loader(module: pl.LightningModule | None, data: pl.LightningDataModule | None) -> DataLoader[Any]:

@@ -14,10 +14,8 @@ import lightning.pytorch as pl
 import pandas as pd
 import torch
 
-from lightning_fedscale import randomness
-from lightning_fedscale.checks import integer
+from lightning_fedscale.core.options.trainer_checks import is_told
 from lightning_fedscale.partitioners import Partition, Partitioner
-from lightning_fedscale.refusals import is_told
 from lightning_fedscale.strategy import FederatedStrategy
 from lightning_fedscale.study.answer import Answer, current_of, results_of
 from lightning_fedscale.study.arguments import (
@@ -38,6 +36,8 @@ from lightning_fedscale.study.methods import expression_of, options_of
 from lightning_fedscale.study.race import FEWEST_ROUNDS, Job, Measured, Prices, Race
 from lightning_fedscale.study.settings import FED_AVG, Setting, Space, ladder
 from lightning_fedscale.study.trial import Executing, Project
+from lightning_fedscale.utils import randomness
+from lightning_fedscale.utils.checks import integer
 
 _EXECUTORS: tuple[Executing, ...] = ("sequential", "vectorized")
 _PILOT_ROUNDS = (2, 8)

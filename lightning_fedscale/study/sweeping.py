@@ -14,8 +14,6 @@ import lightning.pytorch as pl
 import pandas as pd
 from torch.utils._pytree import tree_leaves
 
-from lightning_fedscale import randomness
-from lightning_fedscale.checks import integer, one_of
 from lightning_fedscale.partitioners import (
     FinishedPartitioner,
     GroupedNaturalIdPartitioner,
@@ -34,6 +32,8 @@ from lightning_fedscale.study.methods import METHODS, options_of
 from lightning_fedscale.study.race import Job
 from lightning_fedscale.study.settings import FED_AVG, Setting
 from lightning_fedscale.study.trial import Project
+from lightning_fedscale.utils import randomness
+from lightning_fedscale.utils.checks import integer, one_of
 
 _WIDEN = 6
 """At most so many more learning rates where the best is at an end of the grid."""

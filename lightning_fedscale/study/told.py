@@ -7,8 +7,8 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lightning_fedscale.memory import format_bytes
 from lightning_fedscale.study.answer import AXES, Answer, Result
+from lightning_fedscale.utils.memory import format_bytes
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

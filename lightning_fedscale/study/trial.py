@@ -15,15 +15,15 @@ import torch
 from torch.utils._pytree import tree_leaves
 from torch.utils.data import DataLoader, Subset
 
-from lightning_fedscale import randomness
-from lightning_fedscale.callbacks.compute_accounting import ComputeAccounting
-from lightning_fedscale.global_model import Diverged
+from lightning_fedscale.callbacks.compute_accounting.callback import ComputeAccounting
+from lightning_fedscale.core.lightning.train_data import TrainData
+from lightning_fedscale.core.round.server_step import Diverged
 from lightning_fedscale.partitioners import Partition
 from lightning_fedscale.scaling.runs import LOSSES
 from lightning_fedscale.strategy import FederatedStrategy
 from lightning_fedscale.study.methods import options_of
 from lightning_fedscale.study.race import Job
-from lightning_fedscale.train_data import TrainData
+from lightning_fedscale.utils import randomness
 
 Executing: TypeAlias = Literal["sequential", "vectorized"]
 

@@ -19,7 +19,6 @@ from torchmetrics.classification import MulticlassAccuracy
 
 from lightning_fedscale import RoundRecord
 from lightning_fedscale.aggregators import trimmed_mean
-from lightning_fedscale.asynchrony import FedBuff
 from lightning_fedscale.attacks import attacked, sign_flip
 from lightning_fedscale.callbacks import ClientMetrics, ComputeAccounting, CriticalPhase
 from lightning_fedscale.compressors import error_feedback, power_sgd, qsgd, top_k
@@ -31,6 +30,7 @@ from lightning_fedscale.privacy import dp_fed_avg
 from lightning_fedscale.samplers import uniform
 from lightning_fedscale.scaling import Rosenfeld
 from lightning_fedscale.server import fed_adam, fed_avg, from_torch
+from lightning_fedscale.server.asynchrony import FedBuff
 from lightning_fedscale.types import ClientUpdate, IntArray
 from tests.laws import reference
 from tests.strategies import sequential

@@ -12,10 +12,10 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from lightning_fedscale import custody
-from lightning_fedscale.clients import ClientStore, Files, Memory, StateStore
-from lightning_fedscale.custody import Custody
-from lightning_fedscale.rounds import RoundPlan
+from lightning_fedscale.core.client_state import ClientStore, Files, Memory, StateStore
+from lightning_fedscale.core.client_state import ownership as custody
+from lightning_fedscale.core.client_state.ownership import Custody
+from lightning_fedscale.core.plan import RoundPlan
 from tests.dist import processes
 from tests.features.test_resume import equal
 

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
-from lightning_fedscale import Partition, randomness
-from lightning_fedscale.rounds import client_seed, pass_order
+from lightning_fedscale import Partition
+from lightning_fedscale.core.plan import client_seed, pass_order
 from lightning_fedscale.samplers import uniform
+from lightning_fedscale.utils import randomness
 from tests.laws import reference
 from tests.strategies import sequential
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_fedscale.rounds import client_seed
+from lightning_fedscale.core.plan import client_seed
 from tests.features import by_hand
 from tests.features.by_hand import State
 from tests.laws import reference

@@ -19,10 +19,10 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_fedscale import Partition
 from lightning_fedscale.aggregators import krum
-from lightning_fedscale.asynchrony import FedBuff
-from lightning_fedscale.executors import exchange_of
+from lightning_fedscale.core.executors import exchange_of
 from lightning_fedscale.local_rules import Ditto
 from lightning_fedscale.privacy import dp_fed_avg, secure_mean
+from lightning_fedscale.server.asynchrony import FedBuff
 from tests.features import by_hand
 from tests.laws import reference
 from tests.strategies import sequential

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from torch.utils.data import BatchSampler, DataLoader, Dataset, RandomSampler, Subset, TensorDataset, default_collate
 
 from lightning_fedscale import Partition
-from lightning_fedscale.executors import DeviceData, cache, loader
+from lightning_fedscale.core.executors import DeviceData, loader
+from lightning_fedscale.core.executors import device_cache as cache
 from tests.features import by_hand, local_loops
 from tests.laws import reference
 from tests.strategies import sequential

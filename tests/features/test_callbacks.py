@@ -544,7 +544,7 @@ def expected_progress(losses: list[float]) -> Iterator[tuple[str, str]]:
 
 
 def test_tqdm_counts_rounds_and_shows_clients(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lightning_fedscale.progress._SECONDS_BETWEEN_UPDATES", 0)
+    monkeypatch.setattr("lightning_fedscale.core.lightning.progress._SECONDS_BETWEEN_UPDATES", 0)
     shown: list[dict[str, Any]] = []
     counts: list[tuple[float, float | None]] = []
 
@@ -574,7 +574,7 @@ def test_tqdm_counts_rounds_and_shows_clients(monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_rich_counts_rounds_and_shows_clients(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lightning_fedscale.progress._SECONDS_BETWEEN_UPDATES", 0)
+    monkeypatch.setattr("lightning_fedscale.core.lightning.progress._SECONDS_BETWEEN_UPDATES", 0)
     shown: list[dict[str, Any]] = []
     counts: list[tuple[float, float | None]] = []
 
@@ -604,7 +604,7 @@ def test_rich_counts_rounds_and_shows_clients(monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_progress_waits_between_drawings(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lightning_fedscale.progress._SECONDS_BETWEEN_UPDATES", float("inf"))
+    monkeypatch.setattr("lightning_fedscale.core.lightning.progress._SECONDS_BETWEEN_UPDATES", float("inf"))
     drawn: list[dict[str, Any]] = []
 
     class Bar(TQDMProgressBar):

@@ -14,7 +14,7 @@ import lightning.pytorch as pl
 import pytest
 import torch
 
-from lightning_fedscale.clients import Files
+from lightning_fedscale.core.client_state import Files
 from tests.features import by_hand
 from tests.features.test_resume import Adam, Every, Fragile, Manual, Norm, equal, read
 

@@ -13,9 +13,9 @@ from torch import nn
 
 from lightning_fedscale import FederatedStrategy, local_rules
 from lightning_fedscale.aggregators import stacked
-from lightning_fedscale.asynchrony import FedBuff
 from lightning_fedscale.compressors import error_feedback, top_k
 from lightning_fedscale.local_rules import Ditto, fed_dyn, fed_nova, fed_prox, scaffold
+from lightning_fedscale.server.asynchrony import FedBuff
 from tests.laws import reference
 
 FIRST = stacked(lambda update: 1.0, lambda stack, cohort: stack.deltas[0])

@@ -27,8 +27,9 @@ from torch.utils.data import (
     get_worker_info,
 )
 
-from lightning_fedscale import FederatedStrategy, Partition, randomness
+from lightning_fedscale import FederatedStrategy, Partition
 from lightning_fedscale.devices import Population
+from lightning_fedscale.utils import randomness
 from tests.features import by_hand
 from tests.laws import reference
 from tests.strategies import sequential

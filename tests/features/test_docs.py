@@ -25,8 +25,8 @@ from lightning_fedscale.callbacks import ClientMetrics, ComputeAccounting, Criti
 from lightning_fedscale.cli import COMMANDS, main
 from lightning_fedscale.cli.arguments import parse
 from lightning_fedscale.devices import Population
-from lightning_fedscale.fairness import Spread
 from lightning_fedscale.scaling import plan
+from lightning_fedscale.utils.fairness import Spread
 from tests.features import executed
 from tests.laws import reference
 
@@ -264,7 +264,7 @@ def test_what_a_user_is_told_is_on_the_page(number: int) -> None:
 def test_the_page_of_messages_is_long_and_each_has_words() -> None:
     messages = tool("messages").collect()
     assert len(messages) > 300
-    assert {"arguments", "partitioners", "refusals", "combinations", "scaling"} <= {each.room for each in messages}
+    assert {"core/options", "core/round", "partitioners", "scaling"} <= {each.room for each in messages}
     assert {"ValueError", "TypeError", "warning"} <= {each.kind for each in messages}
     assert not messages[0].matches("words that nobody says")
 

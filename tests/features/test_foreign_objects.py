@@ -15,8 +15,8 @@ from torch.utils.data import Dataset
 
 from lightning_fedscale import FederatedStrategy
 from lightning_fedscale.callbacks import ClientMetrics, ComputeAccounting, CriticalPhase, MaxBatchProbe, RoundEvents
-from lightning_fedscale.foreign import attribute_of, has, is_really
 from lightning_fedscale.partitioners.labels import class_names, find_labels
+from lightning_fedscale.utils.foreign import attribute_of, has, is_really
 from tests.laws import reference
 
 EXECUTORS = ["sequential", "vectorized", "auto"]

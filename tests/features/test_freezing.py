@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrizations import weight_norm
 
 from lightning_fedscale import FederatedStrategy, aggregators, compressors, local_rules, server
-from lightning_fedscale.asynchrony import FedBuff
 from lightning_fedscale.callbacks import CriticalPhase
-from lightning_fedscale.checks import needed
+from lightning_fedscale.server.asynchrony import FedBuff
+from lightning_fedscale.utils.checks import needed
 from tests.features import by_hand
 from tests.laws import reference
 

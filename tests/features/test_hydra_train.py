@@ -18,7 +18,7 @@ import torch
 from lightning_fedscale import FederatedStrategy, cli
 from lightning_fedscale.cli.digits import Classifier, Digits
 from lightning_fedscale.cli.train import Refused, _optimized
-from lightning_fedscale.refusals import is_told
+from lightning_fedscale.core.options.trainer_checks import is_told
 from lightning_fedscale.scaling import read_runs
 
 ROOT = Path(__file__).parents[2]

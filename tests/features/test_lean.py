@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_fedscale import FederatedStrategy
-from lightning_fedscale.executors import loops
+from lightning_fedscale.core.executors import loops
 from tests.features import by_hand, local_loops
 from tests.laws import reference
 from tests.strategies import sequential

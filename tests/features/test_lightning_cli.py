@@ -15,7 +15,6 @@ import yaml
 from lightning_fedscale import (
     FederatedStrategy,
     aggregators,
-    class_paths,
     compressors,
     local_rules,
     phases,
@@ -23,6 +22,7 @@ from lightning_fedscale import (
     schedules,
     server,
 )
+from lightning_fedscale.core.options import lightning_cli as class_paths
 from lightning_fedscale.scaling import Kaplan
 from tests.laws import reference
 from tests.unit.test_cli_typing import NAME, TRAINER, Labelled, Model, cli, strategy_of, weights, yaml_file

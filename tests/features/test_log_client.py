@@ -18,7 +18,8 @@ from lightning.pytorch.trainer.connectors.logger_connector.result import _Result
 from torch import Tensor, nn
 from torchmetrics import MeanMetric, SumMetric
 
-from lightning_fedscale.executors import ClientLog, client_log
+from lightning_fedscale.core.executors import ClientLog
+from lightning_fedscale.core.lightning import client_log
 from tests.features import by_hand, local_loops
 from tests.laws import reference
 from tests.strategies import sequential

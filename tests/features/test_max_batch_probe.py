@@ -22,10 +22,11 @@ from torchmetrics import Accuracy, Metric
 
 from lightning_fedscale import FederatedStrategy
 from lightning_fedscale.callbacks import MaxBatchProbe
-from lightning_fedscale.callbacks.max_batch_probe import _check_strategy
-from lightning_fedscale.devices import DeviceClass, estimate_memory, libraries
+from lightning_fedscale.callbacks.max_batch_probe.callback import _check_strategy
+from lightning_fedscale.devices import DeviceClass, estimate_memory
 from lightning_fedscale.devices.probe import ProbeResult
-from lightning_fedscale.devices.verify import real_step, true_max_batch
+from lightning_fedscale.devices.profiling import libraries
+from lightning_fedscale.devices.profiling.real_step import real_step, true_max_batch
 from lightning_fedscale.partitioners import SizePartitioner
 from tests.clock import Clock
 from tests.keepers import KEEPERS
@@ -410,7 +411,7 @@ def test_a_module_that_depends_on_its_data() -> None:
 
 def test_training_goes_on_where_no_other_process_can_be_started(monkeypatch: pytest.MonkeyPatch) -> None:
     told: list[str] = []
-    monkeypatch.setattr("lightning_fedscale.callbacks.max_batch_probe.rank_zero_info", told.append)
+    monkeypatch.setattr("lightning_fedscale.callbacks.max_batch_probe.callback.rank_zero_info", told.append)
     monkeypatch.setattr("sys.executable", "/nowhere/python")
     libraries._ask.cache_clear()
     module, batch = KEEPERS["grouped"].project()
@@ -619,7 +620,9 @@ def test_resumed_runs_keep_their_batch_size(tmp_path: Path, monkeypatch: pytest.
         run = trainer(probe, strategy=STRATEGIES[strategy][0]())
         run.fit(WithAttribute())
         run.save_checkpoint(tmp_path / f"{strategy}.ckpt")
-    monkeypatch.setattr("lightning_fedscale.callbacks.max_batch_probe.estimate_memory", None)  # must not be asked
+    monkeypatch.setattr(
+        "lightning_fedscale.callbacks.max_batch_probe.callback.estimate_memory", None
+    )  # must not be asked
     for strategy in STRATEGIES:
         again, module = MaxBatchProbe(budget=budget_for(10), headroom=0.0), WithAttribute()
         trainer(again, strategy=STRATEGIES[strategy][0](), max_epochs=2).fit(

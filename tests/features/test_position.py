@@ -18,8 +18,8 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_fedscale import FederatedStrategy, local_rules
 from lightning_fedscale.callbacks import ComputeAccounting
-from lightning_fedscale.callbacks.compute_task import has_targets_for_tokens, predicts_its_tokens, size_by
-from lightning_fedscale.model_size import count_parameters
+from lightning_fedscale.callbacks.compute_accounting.parameter_counts import count_parameters
+from lightning_fedscale.callbacks.compute_accounting.task import has_targets_for_tokens, predicts_its_tokens, size_by
 from lightning_fedscale.scaling import LAWS, Chinchilla, DiLoCo, Kaplan, Law, Porian, Rosenfeld, position_of
 from lightning_fedscale.scaling.form import Range
 from lightning_fedscale.scaling.made_for import MadeFor

@@ -22,7 +22,7 @@ from torchmetrics import MeanSquaredError, MetricCollection
 from lightning_fedscale import FederatedStrategy
 from lightning_fedscale.callbacks import MaxBatchProbe
 from lightning_fedscale.devices import estimate_memory
-from lightning_fedscale.devices.stubs import TrainerView
+from lightning_fedscale.devices.profiling.stubs import TrainerView
 from tests.ids import stable
 
 ROWS, FEATURES = 24, 6

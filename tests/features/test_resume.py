@@ -25,7 +25,7 @@ from torch.optim.lr_scheduler import OneCycleLR, StepLR
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from lightning_fedscale import server
-from lightning_fedscale.checkpointing import AtomicCheckpointIO
+from lightning_fedscale.core.lightning.checkpoint import AtomicCheckpointIO
 from tests.features import by_hand
 from tests.laws import reference
 from tests.strategies import sequential

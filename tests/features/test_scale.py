@@ -15,9 +15,9 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_fedscale import samplers
-from lightning_fedscale.federation import Federation
-from lightning_fedscale.rounds import plan_round
-from lightning_fedscale.workload import Workload
+from lightning_fedscale.core.plan import plan_round
+from lightning_fedscale.core.round.federation import Federation
+from lightning_fedscale.core.round.work import Workload
 from tests.laws import reference
 from tests.strategies import sequential
 

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from lightning_fedscale import FedBuff, FederatedStrategy, Partition, local_rules, partitioners
 from lightning_fedscale import pytorch_lightning as twin
-from lightning_fedscale.checkpointing import AtomicCheckpointIO
+from lightning_fedscale.core.lightning.checkpoint import AtomicCheckpointIO
 from lightning_fedscale.devices import Population
 from tests.laws import reference
 from tests.strategies import sequential

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, default_collate
 
 from lightning_fedscale import ClientUpdate, Partition, RoundRecord, server
-from lightning_fedscale.clients import OptimizerKeeper
+from lightning_fedscale.core.client_state import OptimizerKeeper
 from tests.laws import reference
 from tests.strategies import sequential
 

@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_fedscale import FederatedStrategy, Partition, local_rules, server
 from lightning_fedscale.callbacks import ComputeAccounting
-from lightning_fedscale.callbacks.compute_study import STUDY_FILE
+from lightning_fedscale.callbacks.compute_accounting.study import STUDY_FILE
 from lightning_fedscale.cli import main
 from lightning_fedscale.partitioners import DirichletPartitioner
 from lightning_fedscale.study import METHODS, Answer, size, write

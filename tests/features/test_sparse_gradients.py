@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_fedscale import FederatedStrategy, local_rules
-from lightning_fedscale.checks import needed
-from lightning_fedscale.half_batches import half_gradients
+from lightning_fedscale.core.lightning.half_batches import half_gradients
+from lightning_fedscale.utils.checks import needed
 from tests.laws import reference
 
 PERSONAL = {"ditto": lambda: {"personal": local_rules.Ditto(0.1)}}

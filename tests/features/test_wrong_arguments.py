@@ -22,8 +22,8 @@ from lightning_fedscale import (
     schedules,
     server,
 )
-from lightning_fedscale.asynchrony import FedBuff
 from lightning_fedscale.callbacks import RoundEvents
+from lightning_fedscale.server.asynchrony import FedBuff
 from tests.laws import reference
 from tests.strategies import sequential
 

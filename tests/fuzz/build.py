@@ -17,7 +17,6 @@ from lightning_fedscale import (
     FederatedStrategy,
     Partition,
     aggregators,
-    asynchrony,
     compressors,
     local_rules,
     partitioners,
@@ -25,6 +24,7 @@ from lightning_fedscale import (
     samplers,
     server,
 )
+from lightning_fedscale.server import asynchrony
 from tests.fuzz.batches import FORMS, Columns
 from tests.fuzz.habits import GLOBALS, HOOKS, LOGS, LOSSES, STATES, make_metrics
 from tests.fuzz.layers import BLOCKS, CLASSES, INPUTS, ON_INPUTS, ON_TOKENS, TOKENS, VOCABULARY, WIDTH

@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_map_only
 from torch.utils.data import BatchSampler
 
 from lightning_fedscale import partitioners, samplers
-from lightning_fedscale.rounds import client_seed, pass_order
+from lightning_fedscale.core.plan import client_seed, pass_order
 from tests.fuzz.build import Anneal, Fuzzed, build, evaluated
 from tests.fuzz.recipes import Recipe
 from tests.fuzz.runs import Outcome, quiet

@@ -20,7 +20,8 @@ import torch
 from torch import Tensor
 
 import lightning_fedscale
-from lightning_fedscale.executors import choice, recordings
+from lightning_fedscale.core.executors import auto as choice
+from lightning_fedscale.core.executors.vectorized import recordings
 from tests.fuzz.build import build, make_strategy, make_trainer
 from tests.fuzz.habits import GLOBALS
 from tests.fuzz.recipes import Recipe

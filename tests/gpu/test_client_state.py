@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.optim import Adam, AdamW, Optimizer, RMSprop
 
-from lightning_fedscale.clients import Files, Memory, OptimizerKeeper, PinnedMemory, StateStore
+from lightning_fedscale.core.client_state import Files, Memory, OptimizerKeeper, PinnedMemory, StateStore
 from tests.features.test_resume import equal
 from tests.gpu.test_cuda import weights
 from tests.laws import reference

@@ -10,7 +10,8 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from lightning_fedscale.executors import client_log, transfer
+from lightning_fedscale.core.executors import transfer
+from lightning_fedscale.core.lightning import client_log
 from tests.laws import reference
 from tests.strategies import sequential
 

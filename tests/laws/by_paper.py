@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
 from lightning_fedscale import Partition
-from lightning_fedscale.rounds import pass_order
+from lightning_fedscale.core.plan import pass_order
 from lightning_fedscale.samplers import uniform
 
 Model: TypeAlias = dict[str, Tensor]

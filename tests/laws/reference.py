@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_fedscale import Partition
-from lightning_fedscale.rounds import client_seed, pass_order
+from lightning_fedscale.core.plan import client_seed, pass_order
 from lightning_fedscale.samplers import uniform
 
 

@@ -12,16 +12,17 @@ import pytest
 import torch
 from torch import Tensor
 
-from lightning_fedscale import FederatedStrategy, randomness
+from lightning_fedscale import FederatedStrategy
 from lightning_fedscale.aggregators import geometric_median
-from lightning_fedscale.asynchrony import Arrivals, FedBuff
 from lightning_fedscale.attacks import attacked, sign_flip
 from lightning_fedscale.compressors import adaptive, error_feedback, power_sgd, qsgd, random_k, sign, top_k
 from lightning_fedscale.local_rules import Ditto, fed_dyn, fed_nova, fed_prox, scaffold
+from lightning_fedscale.local_rules.schedules import post_local
 from lightning_fedscale.privacy import AdaptiveClipping, dp_fed_avg
 from lightning_fedscale.samplers import poisson, power_of_choice
-from lightning_fedscale.schedules import post_local
 from lightning_fedscale.server import fed_adam, fed_avgm
+from lightning_fedscale.server.asynchrony import Arrivals, FedBuff
+from lightning_fedscale.utils import randomness
 from tests.laws import by_paper, reference
 
 ROUNDS = 6

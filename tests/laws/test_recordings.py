@@ -288,7 +288,7 @@ def as_before(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[], None]]:
         torch.set_float32_matmul_precision("highest")
         torch.use_deterministic_algorithms(False)
 
-    monkeypatch.setattr("lightning_fedscale.executors.recordings._RECORD_AT", 3)
+    monkeypatch.setattr("lightning_fedscale.core.executors.vectorized.recordings._RECORD_AT", 3)
     restore()
     yield restore
     restore()

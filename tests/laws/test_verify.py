@@ -25,7 +25,7 @@ from torch.nn import functional
 from torch.utils.data import TensorDataset
 
 from lightning_fedscale import Partition, local_rules
-from lightning_fedscale.executors.proof import Proofs
+from lightning_fedscale.core.executors.vectorized.proof import Proofs
 from tests.laws.test_executors import Run, assert_alike
 from tests.unit.test_stacking import KINDS
 

@@ -19,9 +19,9 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.accelerators import CPUAccelerator, CUDAAccelerator, MPSAccelerator, XLAAccelerator
 
 from lightning_fedscale import FederatedStrategy
-from lightning_fedscale.executors import sequential
-from lightning_fedscale.federation import Federation
-from lightning_fedscale.run_board import RunBoard
+from lightning_fedscale.core.executors import sequential
+from lightning_fedscale.core.round.federation import Federation
+from lightning_fedscale.core.round.run_settings import RunBoard
 from tests.lightning_suite.reasons import read
 
 MODES = ("plain", "federated", "bare")

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from lightning_fedscale.aggregators import Aggregator, by_name, mean
-from lightning_fedscale.collectives import JointBuffer
 from lightning_fedscale.types import ClientUpdate, Cohort
+from lightning_fedscale.utils.collectives import JointBuffer
 
 quick = settings(max_examples=40, deadline=None)
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from lightning_fedscale import FederatedStrategy, Partition, partitioners, samplers, server
-from lightning_fedscale.arguments import Arguments
+from lightning_fedscale.core.options.options import Arguments
 from tests.ids import stable
 from tests.laws import reference
 

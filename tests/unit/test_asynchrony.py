@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lightning_fedscale.asynchrony import Arrivals, FedBuff
+from lightning_fedscale.server.asynchrony import Arrivals, FedBuff
 
 
 def arrivals(clients: int, buffer: int, concurrency: int, seed: int = 0) -> Arrivals:

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.optim import LBFGS, SGD, Adagrad, Adam, AdamW, Optimizer, RMSprop
 
-from lightning_fedscale.clients import ClientStore, OptimizerKeeper
+from lightning_fedscale.core.client_state import ClientStore, OptimizerKeeper
 
 BUILD: dict[str, Callable[[list[nn.Parameter]], Optimizer]] = {
     "sgd": lambda p: SGD(p, lr=0.1),

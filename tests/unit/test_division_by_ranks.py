@@ -13,7 +13,7 @@ from omegaconf import OmegaConf
 from torch.utils.data import DataLoader
 
 from lightning_fedscale import FederatedStrategy
-from lightning_fedscale.train_data import division_by_ranks
+from lightning_fedscale.core.lightning.train_data import division_by_ranks
 
 
 class Divides(pl.LightningDataModule):

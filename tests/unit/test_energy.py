@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from lightning_fedscale.energy import EnergyMeter
+from lightning_fedscale.callbacks.compute_accounting.energy import EnergyMeter
 
 
 def zone(folder: Path, name: str, kind: str, microjoules: int) -> Path:

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lightning_fedscale.fairness import jain_index, spread, tail_mean
+from lightning_fedscale.utils.fairness import jain_index, spread, tail_mean
 
 VALUES = st.lists(st.floats(0.001, 1000), min_size=1, max_size=40)
 

@@ -11,15 +11,15 @@ import torch
 from torch import Tensor, nn
 
 from lightning_fedscale.aggregators import mean
-from lightning_fedscale.buffers import BufferPolicies
-from lightning_fedscale.executors import exchange_of
-from lightning_fedscale.executors.sequential import _norm
-from lightning_fedscale.global_model import GlobalModel
-from lightning_fedscale.records import RoundTable
-from lightning_fedscale.rounds import RoundPlan
-from lightning_fedscale.rules import Rules
+from lightning_fedscale.core.executors import exchange_of
+from lightning_fedscale.core.executors.sequential import _norm
+from lightning_fedscale.core.options.rules import Rules
+from lightning_fedscale.core.plan import RoundPlan
+from lightning_fedscale.core.round.merge import RoundTable
+from lightning_fedscale.core.round.server_step import GlobalModel
 from lightning_fedscale.server import ServerOptimizer, fed_avg
 from lightning_fedscale.types import ClientUpdate, Cohort
+from lightning_fedscale.utils.buffers import BufferPolicies
 
 HUGE = 1.5e308  # the sum of two is infinite
 

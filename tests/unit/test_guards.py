@@ -28,9 +28,9 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_fedscale.executors.guards import Guard, NoValues, Reads, Unguarded
-from lightning_fedscale.executors.python_state import PythonState
-from lightning_fedscale.executors.recordings import Recordings
+from lightning_fedscale.core.executors.vectorized.recordings import Recordings
+from lightning_fedscale.core.user_code.guards import Guard, NoValues, Reads, Unguarded
+from lightning_fedscale.core.user_code.state import PythonState
 
 
 class Point(NamedTuple):

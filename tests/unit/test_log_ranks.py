@@ -13,8 +13,8 @@ from lightning.pytorch.trainer.connectors.logger_connector.result import _Result
 from torch import Tensor, nn
 from torchmetrics import MeanMetric
 
-from lightning_fedscale import collectives
-from lightning_fedscale.executors.log_ranks import RankLog
+from lightning_fedscale.core.lightning.log_ranks import RankLog
+from lightning_fedscale.utils import collectives
 
 
 class Value(NamedTuple):

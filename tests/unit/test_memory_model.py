@@ -29,14 +29,15 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 from torchmetrics import Accuracy, MetricCollection
 
-from lightning_fedscale.devices import ON_CLIENT, SIMULATED, MemoryModel, estimate_memory, libraries, scratch
-from lightning_fedscale.devices.batches import resized, samples_in
-from lightning_fedscale.devices.costs import StepCost
+from lightning_fedscale.devices import ON_CLIENT, SIMULATED, MemoryModel, estimate_memory
 from lightning_fedscale.devices.probe import probe
-from lightning_fedscale.devices.rehearsal import Rehearsal, Rehearsed
-from lightning_fedscale.devices.search import largest_within
-from lightning_fedscale.devices.tracker import Peak
-from lightning_fedscale.memory import format_bytes
+from lightning_fedscale.devices.profiling import libraries, scratch
+from lightning_fedscale.devices.profiling.batches import resized, samples_in
+from lightning_fedscale.devices.profiling.costs import StepCost
+from lightning_fedscale.devices.profiling.dry_run import Rehearsal, Rehearsed
+from lightning_fedscale.devices.profiling.memory_tracker import Peak
+from lightning_fedscale.devices.profiling.search import largest_within
+from lightning_fedscale.utils.memory import format_bytes
 from tests import keepers
 from tests.dist.processes import REPOSITORY, environment
 from tests.keepers import KEEPERS, Last, Network

@@ -15,10 +15,11 @@ from torch import Tensor, nn
 from torch.nn.utils import prune
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lightning_fedscale.devices import costs, operators
-from lightning_fedscale.devices.batches import Form, form_of
-from lightning_fedscale.metering import BatchCost, Meter, Tally
-from lightning_fedscale.model_size import count_parameters
+from lightning_fedscale.callbacks.compute_accounting.flop_meter import BatchCost, Meter, Tally
+from lightning_fedscale.callbacks.compute_accounting.parameter_counts import count_parameters
+from lightning_fedscale.devices.profiling import costs
+from lightning_fedscale.devices.profiling import operator_counter as operators
+from lightning_fedscale.devices.profiling.batches import Form, form_of
 from tests.networks import KINDS, Classifier
 
 

@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import binomtest
 
-from lightning_fedscale.callbacks.critical_phase import noise_in_words
-from lightning_fedscale.noise import (
+from lightning_fedscale.callbacks.critical_phase.callback import noise_in_words
+from lightning_fedscale.phases.noise import (
     MOST_LOOKS,
     UNKNOWN,
     Look,

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import SGD, Adadelta, Adagrad, Adam, Adamax, AdamW, NAdam, Optimizer, RAdam, RMSprop, Rprop
 
-from lightning_fedscale.clients import OptimizerKeeper
+from lightning_fedscale.core.client_state import OptimizerKeeper
 
 WAYS: list[dict[str, Any]] = [{"foreach": False}, {"foreach": True}]
 FUSED: list[dict[str, Any]] = [*WAYS, {"fused": True}]

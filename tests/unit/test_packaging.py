@@ -35,11 +35,11 @@ def test_no_module_lies_outside_a_package() -> None:
 def test_callbacks_is_mapped_and_linked() -> None:
     assert SETUPTOOLS["package-dir"] == {PACKAGE: PACKAGE, f"{PACKAGE}.callbacks": "callbacks"}
     link = ROOT / PACKAGE / "callbacks"
-    names = {path.name for path in (ROOT / "callbacks").glob("*.py")}
+    names = {path.name for path in (ROOT / "callbacks").rglob("*.py")}
     if link.is_file():  # a checkout without symbolic links: a text file names the target, the mapping does the work
         assert link.read_text(encoding="utf-8") == "../callbacks"
     else:
-        assert {path.name for path in link.glob("*.py")} == names
+        assert {path.name for path in link.rglob("*.py")} == names
 
 
 def test_top_level_callbacks_says_where_to_import_from() -> None:

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from lightning_fedscale.devices import DeviceClass, MemoryModel, estimate_memory, probe
 from lightning_fedscale.devices.probe import ProbeResult
-from lightning_fedscale.devices.verify import RealStep
+from lightning_fedscale.devices.profiling.real_step import RealStep
 from tests.networks import Classifier, mlp, vectors
 
 MODEL = estimate_memory(Classifier(mlp()), vectors(2))

@@ -23,9 +23,9 @@ import torch
 from omegaconf import OmegaConf
 from torch import Tensor, nn
 
-from lightning_fedscale.executors import python_objects
-from lightning_fedscale.executors.outside import places_of
-from lightning_fedscale.executors.python_state import Place, PythonState
+from lightning_fedscale.core.user_code import objects as python_objects
+from lightning_fedscale.core.user_code.outside import places_of
+from lightning_fedscale.core.user_code.state import Place, PythonState
 
 
 @dataclasses.dataclass

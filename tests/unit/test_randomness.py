@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from lightning_fedscale import randomness
-from lightning_fedscale.randomness import BATCH, CLIENT, COHORT, LOADER, ORDER
+from lightning_fedscale.utils import randomness
+from lightning_fedscale.utils.randomness import BATCH, CLIENT, COHORT, LOADER, ORDER
 
 CPU = torch.device("cpu")
 PURPOSES = (COHORT, ORDER, CLIENT, BATCH, LOADER)

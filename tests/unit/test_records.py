@@ -10,8 +10,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lightning_fedscale.records import RoundTable
-from lightning_fedscale.rounds import RoundPlan, place_longest_first
+from lightning_fedscale.core.plan import RoundPlan, place_longest_first
+from lightning_fedscale.core.round.merge import RoundTable
 from lightning_fedscale.types import ClientUpdate, RoundRecord
 from tests.laws import reference
 from tests.strategies import sequential

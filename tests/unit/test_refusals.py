@@ -35,7 +35,7 @@ from torch.utils.data import (
 from torchmetrics import Metric
 
 from lightning_fedscale import FederatedStrategy, Partition, aggregators, partitioners, server
-from lightning_fedscale.federation import Federation
+from lightning_fedscale.core.round.federation import Federation
 from lightning_fedscale.samplers import uniform
 from lightning_fedscale.server import ServerOptimizer
 from tests.ids import stable

@@ -11,10 +11,10 @@ from torch import Tensor
 from torch.func import vmap
 from torch.nn import functional
 
-from lightning_fedscale import randomness
-from lightning_fedscale.executors.capture import Recording, Seen, unseen
-from lightning_fedscale.executors.draws import ClientStreams, DrawPerClient
-from lightning_fedscale.executors.rows import Rows
+from lightning_fedscale.core.executors.vectorized.recording import Recording, Seen, unseen
+from lightning_fedscale.core.executors.vectorized.rng import ClientStreams, DrawPerClient
+from lightning_fedscale.core.executors.vectorized.rows import Rows
+from lightning_fedscale.utils import randomness
 
 CPU = torch.device("cpu")
 CLIENTS = 5

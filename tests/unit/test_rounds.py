@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import chi2
 
-from lightning_fedscale.rounds import epochs_from, pass_order, place_longest_first, plan_round, steps_from
+from lightning_fedscale.core.plan import epochs_from, pass_order, place_longest_first, plan_round, steps_from
 from lightning_fedscale.samplers import uniform
 from lightning_fedscale.types import IntArray
 

@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lightning_fedscale.executors.stacking import Obstacle, opened, stacked
+from lightning_fedscale.core.executors.vectorized.stacking import Obstacle, opened, stacked
 
 
 class Pair(NamedTuple):

@@ -22,8 +22,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from lightning_fedscale import memory
-from lightning_fedscale.clients import ClientStore, Files, Memory, PinnedMemory, StateStore, size_of, tiers_of
+from lightning_fedscale.core.client_state import ClientStore, Files, Memory, PinnedMemory, StateStore, size_of, tiers_of
+from lightning_fedscale.utils import memory
 
 STATE_BYTES = 8 * 3 + 4
 
@@ -233,7 +233,7 @@ def test_a_snapshot_of_what_lies_in_files_takes_no_memory(temporary: Path) -> No
 
 
 def test_more_states_than_a_process_may_map_are_read_instead(monkeypatch: pytest.MonkeyPatch) -> None:
-    from lightning_fedscale.clients import states
+    from lightning_fedscale.core.client_state import states
 
     monkeypatch.setattr(states, "_MAPPED_AT_ONCE", 2)
     asked: list[bool | None] = []
@@ -302,7 +302,7 @@ def test_the_folder_goes_with_the_store(temporary: Path) -> None:
 
 ENDS = """
 import sys, torch
-from lightning_fedscale.clients import Files, Memory, StateStore
+from lightning_fedscale.core.client_state import Files, Memory, StateStore
 store = StateStore([Memory(0), Files()])
 store.put(0, "a", torch.ones(3))
 print(*store._tiers[1]._folder.iterdir())
@@ -350,7 +350,7 @@ def test_the_folder_stays_when_a_forked_worker_lets_go_of_its_copy(temporary: Pa
 
 def test_tiers_by_device_and_bound(monkeypatch: pytest.MonkeyPatch) -> None:
     free = {"cpu": 800, "cuda": 400}
-    monkeypatch.setattr("lightning_fedscale.clients.states.free_memory", lambda device: free[device.type])
+    monkeypatch.setattr("lightning_fedscale.core.client_state.states.free_memory", lambda device: free[device.type])
 
     def limits(*arguments: Any) -> list[tuple[type, float]]:
         return [(type(tier), tier.limit) for tier in tiers_of(*arguments)]

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.optim import SGD, Adagrad, Adam, AdamW, NAdam, Optimizer, RMSprop
 
-from lightning_fedscale.update_scaling import UpdateScaling
+from lightning_fedscale.callbacks.critical_phase.update_scaling import UpdateScaling
 
 FACTORS = [1.0, 2.0, 4.0, 1.0, 2.0]
 

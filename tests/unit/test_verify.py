@@ -11,7 +11,7 @@ import threading
 import pytest
 import torch
 
-from lightning_fedscale.devices.verify import is_out_of_memory, real_step, true_max_batch
+from lightning_fedscale.devices.profiling.real_step import is_out_of_memory, real_step, true_max_batch
 
 
 def multiply(size: int) -> None:
@@ -122,7 +122,7 @@ def test_memory_freed_before_does_not_help() -> None:
 def test_a_tighter_limit_of_the_process_itself_is_kept() -> None:
     program = (
         "import resource, torch\n"
-        "from lightning_fedscale.devices.verify import real_step\n"
+        "from lightning_fedscale.devices.profiling.real_step import real_step\n"
         "resource.setrlimit(resource.RLIMIT_AS, (2**36, 2**36))\n"
         "done = real_step(lambda: None, 2**40)\n"
         "assert done.fits, done\n"

@@ -1,0 +1,148 @@
+"""A copy of the module that validates for one client after the other, and of which nobody else hears anything."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, NamedTuple
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.trainer.connectors.logger_connector.result import _ResultCollection
+from lightning.pytorch.utilities.model_helpers import is_overridden
+from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
+from torch import Tensor
+from torchmetrics import Metric, MetricCollection
+
+from lightning_fedscale.devices.profiling.dry_run import copied
+from lightning_fedscale.devices.profiling.stubs import TrainerView
+
+_HOOKS = (
+    "on_validation_start", "on_validation_epoch_start", "on_validation_batch_start", "on_validation_batch_end",
+    "on_validation_epoch_end", "on_validation_end",
+)  # fmt: skip
+
+
+class Found(NamedTuple):
+    """What a client's validation logged under a name.
+
+    Attributes:
+        value: the mean over its batches, as Lightning takes it, or what a torchmetrics object computes of all of them.
+        higher_is_better: what a torchmetrics object says of itself; None if it is not known.
+    """
+
+    value: float
+    higher_is_better: bool | None
+
+
+class ValidationTwin:
+    """Runs ``validation_step`` and the module's hooks around it as Lightning does, once for each client.
+
+    What the module logs is put together by Lightning's own results, but by those of this client alone: no logger, no
+    progress bar and no other rank is told, and the module, its metrics and the Trainer stay as they are.
+
+    Args:
+        trainer: the Trainer; the copy sees it as validating and cannot change it.
+        module: what is copied, with the weights it has now.
+
+    Raises:
+        TypeError: if the module cannot be copied.
+    """
+
+    def __init__(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        self._twin = copied(module)
+        self._twin.eval()
+        self._precision = trainer.precision_plugin
+        self._view = _Validating(trainer)
+        self._twin._trainer = self._view
+        self._twin._metric_attributes = None  # by address, which those of the copy do not share
+        self._twin.print = _nothing
+        # Collections last: they put their groups of metrics that share a state together again.
+        kinds = (Metric, MetricCollection)
+        self._metrics: list[Any] = [part for kind in kinds for part in self._twin.modules() if isinstance(part, kind)]
+        for metric in self._metrics:  # other ranks have other clients
+            metric.distributed_available_fn = lambda: False
+        self._hooks = [name for name in _HOOKS if is_overridden(name, self._twin)]
+        self._takes_index = is_param_in_hook_signature(module.validation_step, "batch_idx", min_args=2)
+
+    def load(self, state: Mapping[str, Any]) -> None:
+        """Take the weights of a state dict of the module."""
+        self._twin.load_state_dict(state)
+
+    @torch.no_grad()
+    def evaluate(
+        self, batches: Iterable[Any], on_batch: Callable[[Any], AbstractContextManager[Any]] = nullcontext
+    ) -> dict[str, Found]:
+        """What the module logs of a client's batches, by name.
+
+        Args:
+            batches: on the device; None is passed over.
+            on_batch: is told of each, and gives what is to be active while it is evaluated.
+        """
+        results = self._view.open_results()
+        for metric in self._metrics:
+            metric.reset()
+        self._call("on_validation_start")
+        self._call("on_validation_epoch_start")
+        for index, batch in enumerate(batches):
+            if batch is not None:
+                results.batch, results.batch_size = batch, None
+                self._call("on_validation_batch_start", batch, index)
+                with on_batch(batch):
+                    outputs = self._step(batch, index)
+                self._call("on_validation_batch_end", outputs, batch, index)
+        results.batch = results.batch_size = None
+        self._call("on_validation_epoch_end")
+        found = _read(results)
+        self._call("on_validation_end")
+        return found
+
+    def _step(self, batch: Any, index: int) -> Any:
+        self._twin._current_fx_name = "validation_step"
+        with self._precision.val_step_context():
+            return self._twin.validation_step(*((batch, index) if self._takes_index else (batch,)))
+
+    def _call(self, hook: str, *values: Any) -> None:
+        if hook in self._hooks:
+            self._twin._current_fx_name = hook
+            getattr(self._twin, hook)(*values)
+
+
+class _Validating(TrainerView):
+    """The Trainer as the copy sees it: validating, with results of one client."""
+
+    def __init__(self, trainer: pl.Trainer) -> None:
+        super().__init__(trainer)
+        # One object for good, since Lightning compares how a name is reduced from one `log` to the next.
+        vars(self)["strategy"] = self.strategy
+        vars(self).update(training=False, validating=True, _results=None, _logger_connector=_Connector())
+
+    def open_results(self) -> Any:
+        """Empty results, for the next client."""
+        vars(self)["_results"] = results = _ResultCollection(training=False)
+        return results
+
+
+class _Connector:
+    """What `LightningModule.log` asks of the Trainer's own: results are new for each client, so none is left over."""
+
+    _current_fx: str | None = None
+
+    def should_reset_tensors(self, fx: str) -> bool:
+        return False
+
+
+def _read(results: Any) -> dict[str, Found]:
+    """The epoch's values that are single numbers."""
+    found: dict[str, Found] = {}
+    for result in results.values():
+        if result.meta.on_epoch:
+            value = result.compute()
+            if not isinstance(value, Tensor) or value.numel() == 1:
+                known = None if result.is_tensor else result.value.higher_is_better
+                found[result.meta.name] = Found(float(value), known)
+    return found
+
+
+def _nothing(*values: Any, **options: Any) -> None:
+    """In place of ``print``."""

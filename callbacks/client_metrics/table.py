@@ -1,0 +1,71 @@
+"""What each rank found of its clients, put together on all of them in one collective."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lightning_fedscale.callbacks.client_metrics.module_copy import Found
+from lightning_fedscale.types import FloatArray
+from lightning_fedscale.utils import collectives
+
+
+class ClientTable:
+    """A table of clients and metrics to which every rank contributes the rows of its clients.
+
+    Its columns are the names that any client of any rank has logged so far. If a rank meets a new one, all of them tell
+    each other their names and add up again; as a rule that is so in the first evaluation only.
+
+    Args:
+        judge: whether more is better, from a name and what the metric says of itself.
+        device: where tensors cross ranks.
+
+    Attributes:
+        higher_is_better: by name; the columns.
+    """
+
+    def __init__(self, judge: Callable[[str, bool | None], bool], device: torch.device) -> None:
+        self._judge = judge
+        self._device = device
+        self.higher_is_better: dict[str, bool] = {}
+
+    def put_together(
+        self, clients: Sequence[int], mine: Mapping[int, Mapping[str, Found]], *, failed: bool = False
+    ) -> dict[str, FloatArray] | None:
+        """Every client's values by name; to be called on all ranks.
+
+        Args:
+            clients: all that are evaluated, on any rank.
+            mine: what this rank found of some of them.
+            failed: whether this rank could not go on.
+
+        Returns:
+            NaN for clients that did not log a name; None if a rank failed.
+        """
+        found = {name: each for logged in mine.values() for name, each in logged.items()}
+        own = {name: self._judge(name, each.higher_is_better) for name, each in found.items()}
+        while True:
+            news = not own.keys() <= self.higher_is_better.keys()
+            total = self._table(clients, mine, [news, failed])
+            collectives.sum_over_ranks(total)
+            if total[-1]:
+                return None
+            if not total[-2]:
+                return self._columns(total[:-2].view(len(clients), -1, 2).cpu().numpy())
+            for theirs in collectives.gather_over_ranks(own, self._device):
+                self.higher_is_better = dict(sorted({**theirs, **self.higher_is_better}.items()))
+
+    def _table(self, clients: Sequence[int], mine: Mapping[int, Mapping[str, Found]], flags: list[bool]) -> Tensor:
+        table = np.zeros((len(clients), len(self.higher_is_better), 2))
+        for row, client in enumerate(clients):
+            for column, name in enumerate(self.higher_is_better):
+                if (each := mine.get(client, {}).get(name)) is not None:
+                    table[row, column] = each.value, 1.0
+        return torch.tensor([*table.ravel(), *map(float, flags)], dtype=torch.float64, device=self._device)
+
+    def _columns(self, table: FloatArray) -> dict[str, FloatArray]:
+        values = np.where(table[..., 1] > 0, table[..., 0], np.nan)
+        return {name: values[:, column] for column, name in enumerate(self.higher_is_better)}

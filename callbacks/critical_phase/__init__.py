@@ -1,0 +1,5 @@
+"""`CriticalPhase`."""
+
+from lightning_fedscale.callbacks.critical_phase.callback import CriticalPhase
+
+__all__ = ["CriticalPhase"]

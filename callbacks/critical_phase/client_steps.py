@@ -1,0 +1,107 @@
+"""How `CriticalPhase` sees and changes the local steps of clients."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from typing import TYPE_CHECKING, Any
+
+import lightning.pytorch as pl
+import numpy as np
+import torch
+from torch import Tensor
+
+from lightning_fedscale.callbacks.critical_phase.steps import Seen, StepWatch
+from lightning_fedscale.phases import Decision, Observation
+from lightning_fedscale.phases.tracker import PhaseKeeper, joined
+from lightning_fedscale.types import IntArray, Params, RoundRecord
+from lightning_fedscale.utils import collectives
+
+if TYPE_CHECKING:
+    from lightning_fedscale.callbacks.critical_phase.callback import CriticalPhase
+
+
+class ClientStepWatch(StepWatch):
+    """Looks at the gradients of every client's local steps; decides once a round, the same on every rank."""
+
+    def __init__(self, owner: CriticalPhase, keeper: PhaseKeeper) -> None:
+        super().__init__(owner, keeper)
+        self._client = -1
+        self._norms: dict[int, list[Tensor]] = {}  # of a client's steps: optimizer, total of norms, squared norm
+
+    def check(self, trainer: pl.Trainer, module: pl.LightningModule, noise: str) -> None:
+        """See `StepWatch.check`."""
+        if self._owner.detector.needs != "layer_norms" or self._owner.detector.accumulate > 1:
+            raise ValueError(
+                "level='step': with FederatedStrategy, only detectors of the gradient norm of single steps look at"
+                " local steps; choose level='round'."
+            )
+        if self._owner.action == "noise":
+            raise ValueError(
+                "action='noise': with FederatedStrategy it is the aggregated update that is given noise; choose"
+                " level='round'."
+            )
+        super().check(trainer, module, noise)
+
+    def _check_noise(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        """Clients' updates show their noise by themselves."""
+
+    def on_train_batch_start(self, *_: Any) -> None:
+        """With clients, this is the start of a round; nothing is to be measured there."""
+
+    def on_round_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, round: int, clients: IntArray) -> None:
+        """Forget a round that failed."""
+        self._norms = {}
+
+    def on_client_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, client: int) -> None:
+        """The gradients that follow are this client's."""
+        self._client = client
+        self._norms[client] = []
+
+    def on_before_server_step(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, record: RoundRecord, delta: Params
+    ) -> None:
+        """All clients have trained: share what was seen, and decide."""
+        self._owner.begin_round(trainer)
+        if record.empty:
+            return
+        self._keeper.look_at_clients(record)
+        rows = {client: row for row, client in enumerate(record.clients.tolist())}
+        # Gradients may be on a device whose communication knows no other tensors.
+        device = trainer.strategy.root_device
+        steps = int(record.local_steps.max())
+        if not pl_module.automatic_optimization:  # the module may make any number of steps for a batch
+            most = torch.tensor(float(max(map(len, self._norms.values()), default=0)), device=device)
+            steps = -int(collectives.min_over_ranks(-most))
+        table = torch.zeros(len(rows), 3 * steps, dtype=torch.float64)
+        for client, norms in self._norms.items():
+            if norms:
+                table[rows[client], : 3 * len(norms)] = torch.stack(norms).cpu().flatten()
+        shared = collectives.sum_over_ranks(table.to(device)).cpu().numpy().reshape(len(rows), steps, 3)
+        found: defaultdict[int, list[tuple[float, Decision]]] = defaultdict(list)
+        for client, row in zip(rows, shared, strict=True):
+            # A step without gradients leaves zeros.
+            seen = row[(row[:, 1] > 0) & np.isfinite(row[:, 1])]
+            for number in np.unique(seen[:, 0]).astype(int).tolist():
+                _, totals, squares = seen[seen[:, 0] == number].T
+                sequence = self._sequence(number, client)
+                decisions = [self._keeper.detect(Observation([total]), sequence) for total in totals]
+                found[number].append((float(squares.mean()), decisions[-1]))
+        if not found:
+            self._warn_if_unseen(trainer, int(record.local_steps.sum()))
+            return
+        self._unseen = 0
+        for number, clients in found.items():
+            norm = math.sqrt(math.fsum(square for square, _ in clients) / len(clients))
+            self._seen[number] = Seen(record.round, norm, joined([decision for _, decision in clients]))
+        now = [self._seen[number] for number in found]
+        self._owner.judge(record.round, math.hypot(*(seen.norm for seen in now)), [seen.decision for seen in now])
+
+    def after_batch(self, trainer: pl.Trainer) -> None:
+        """A round is over."""
+        for hold in self._holds:
+            hold.scaling.restore()
+
+    def _see(self, trainer: pl.Trainer, number: int, gradients: dict[int, Tensor], norms: Tensor) -> None:
+        row = [norms.new_full((), number), norms.sum(), norms.square().sum()]
+        self._norms[self._client].append(torch.stack(row))

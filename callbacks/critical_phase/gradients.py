@@ -1,0 +1,75 @@
+"""The gradients of an optimizer as `CriticalPhase` needs them: their norms, and the moment when they are clipped."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.strategies import FSDPStrategy
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+from torch.optim import Optimizer
+
+from lightning_fedscale.utils import collectives
+
+NOT_SEEN = (
+    "CriticalPhase: no gradients were seen in {} batches, and the phase stays as it was, critical={}. If the module"
+    " does train: step the optimizers of configure_optimizers, without a closure if by use_pl_optimizer=False."
+)
+
+SPARSE = (
+    "action='noise': a gradient is sparse, and noise would be on all of its table: pass sparse=False to nn.Embedding,"
+    " or choose action='observe' or 'scale'."
+)
+
+
+def gradients_of(optimizer: Optimizer) -> dict[int, Tensor]:
+    """Those that parameters have, by the parameter's place in the optimizer."""
+    parameters = (parameter for group in optimizer.param_groups for parameter in group["params"])
+    return {place: parameter.grad for place, parameter in enumerate(parameters) if parameter.grad is not None}
+
+
+def learning_rate(*optimizers: Optimizer) -> float:
+    """That of all parameter groups together, which falls if one's does; NaN if none has any."""
+    rates = [float(group["lr"]) for optimizer in optimizers for group in optimizer.param_groups if "lr" in group]
+    return math.fsum(rates) if rates else math.nan
+
+
+def layer_norms(trainer: pl.Trainer, optimizer: Optimizer, gradients: list[Tensor]) -> Tensor:
+    """The L2 norm of each, on their device, in float64."""
+    values = [gradient.coalesce().values() if gradient.is_sparse else gradient for gradient in gradients]
+    norms = torch.stack([_whole(norm) for norm in torch._foreach_norm(values)]).double()
+    if isinstance(trainer.strategy, FSDPStrategy):  # every rank holds a part of each
+        norms = collectives.sum_over_ranks(norms.square()).sqrt()
+    scaler = getattr(trainer.precision_plugin, "scaler", None)
+    if scaler is not None and getattr(optimizer, "_step_supports_amp_scaling", False):
+        norms = norms / scaler._scale  # fused optimizers unscale by themselves, later
+    return norms
+
+
+def _whole(norm: Tensor) -> Tensor:
+    return norm.full_tensor() if isinstance(norm, DTensor) else norm
+
+
+class AfterClipping:
+    """Stands in for a module's ``configure_gradient_clipping``, and does one thing more."""
+
+    def __init__(self, hook: Callable[..., Any], then: Callable[[Optimizer], None]) -> None:
+        self.__wrapped__ = hook
+        self._then = then
+
+    def __call__(self, optimizer: Optimizer, *args: Any, **kwargs: Any) -> None:
+        """Clip as the module does, then go on."""
+        self.__wrapped__(optimizer, *args, **kwargs)
+        self._then(optimizer)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # A module that is copied or pickled during `fit` has its own hook again.
+        return _as_it_was, (self.__wrapped__,)
+
+
+def _as_it_was(hook: Callable[..., Any]) -> Callable[..., Any]:
+    return hook

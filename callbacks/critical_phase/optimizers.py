@@ -1,0 +1,139 @@
+"""One optimizer as `CriticalPhase` watches it: its steps, what its gradients add up to, and how noisy they are."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from lightning.pytorch.core.optimizer import LightningOptimizer
+from torch import Tensor
+from torch.optim import Optimizer
+
+from lightning_fedscale.callbacks.critical_phase.update_scaling import UpdateScaling
+from lightning_fedscale.phases.noise import Diagonal, diagonal_init, diagonal_noise, diagonal_update
+
+
+class StepHold:
+    """Holds an optimizer while a module trains: scales its steps, and tells each of them once.
+
+    Lightning announces steps when gradients are complete: before the step or, within its closure, as often as the
+    optimizer asks for gradients. Steps by ``self.optimizers(use_pl_optimizer=False)`` it does not know of; torch does.
+
+    Args:
+        optimizer: as the Trainer has it.
+        scale_weight_decay: see `UpdateScaling`.
+        see: is called with the optimizer before a step that Lightning has not announced.
+    """
+
+    def __init__(self, optimizer: Any, scale_weight_decay: bool, see: Callable[[Optimizer], None]) -> None:
+        self.optimizer: Optimizer = optimizer.optimizer if isinstance(optimizer, LightningOptimizer) else optimizer
+        self.scaling = UpdateScaling(self.optimizer, scale_weight_decay)
+        self._see = see
+        self._announced = False  # before the step
+        self._asking = False  # in a step that asks for gradients
+        self._asked = False  # and has asked
+        self._hooks = [
+            self.optimizer.register_step_pre_hook(self._before_step),
+            self.optimizer.register_step_post_hook(self._after_step),
+        ]
+
+    def announce(self) -> bool:
+        """Lightning says that gradients are complete: whether these are the first of the step."""
+        first = not (self._asking and self._asked)
+        self._announced, self._asked = True, True
+        return first
+
+    def remove(self) -> None:
+        """The optimizer is as it was."""
+        self.scaling.remove()
+        for hook in self._hooks:
+            hook.remove()
+
+    def _before_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self._asking = any(callable(each) for each in (*args[1:], kwargs.get("closure")))  # args[0] is the optimizer
+        if self._asking:
+            self._asked = False
+        elif not self._announced:
+            self._see(optimizer)
+
+    def _after_step(self, *_: Any) -> None:
+        self._announced = self._asking = False
+
+
+class GradientMemory:
+    """What is remembered of an optimizer's gradients, each of which may be missing in some steps: then it is zero."""
+
+    def __init__(self) -> None:
+        self._sums: dict[int, Tensor] = {}
+        self._summed = 0
+        self._diagonal: Diagonal | None = None
+        self._places: list[int] | None = []  # of the tensors in it, among the optimizer's parameters
+
+    def to(self, device: torch.device) -> None:
+        """Move all of it."""
+        self._sums = {place: tensor.to(device) for place, tensor in self._sums.items()}
+        self._diagonal = None if self._diagonal is None else self._diagonal.to(device)
+
+    def add_up(self, gradients: dict[int, Tensor], steps: int) -> list[Tensor] | None:
+        """The sum of so many steps' gradients, once there are as many."""
+        self._number(gradients)
+        for place, gradient in gradients.items():
+            if place in self._sums:
+                self._sums[place].add_(gradient)
+            else:
+                self._sums[place] = gradient.to_dense() if gradient.is_sparse else gradient.clone()
+        self._summed += 1
+        if self._summed < steps:
+            return None
+        sums, self._sums, self._summed = self._sums, {}, 0
+        return [sums[place] for place in sorted(sums)]
+
+    def take_in(self, gradients: dict[int, Tensor], finite: Tensor) -> None:
+        """Follow every coordinate's mean and variance; a step that is not finite counts as an average one."""
+        places = self._number(gradients)
+        known = diagonal_init([]) if self._diagonal is None else self._diagonal
+        before = set(places)
+        for place, gradient in gradients.items():
+            if place not in before:
+                places.append(place)
+                known.mean.append(torch.zeros_like(gradient))
+                known.variance.append(torch.zeros_like(gradient))
+        now = [
+            torch.where(finite, gradients[place], mean) if place in gradients else torch.zeros_like(mean)
+            for place, mean in zip(places, known.mean, strict=True)
+        ]
+        self._diagonal = diagonal_update(known, now)
+
+    @property
+    def steps(self) -> int:
+        """How many gradients were taken in."""
+        return 0 if self._diagonal is None else self._diagonal.seen
+
+    def noise(self, batch: float, target: float, generator: torch.Generator) -> dict[int, Tensor]:
+        """For each parameter, what gradients over ``target`` samples have in noise beyond those over ``batch``."""
+        assert self._diagonal is not None
+        noise = diagonal_noise(self._diagonal, batch, target, generator)
+        return dict(zip(self._places or [], noise, strict=True))
+
+    def state_dict(self) -> dict[str, Any]:
+        """For the checkpoint."""
+        return {
+            "sums": list(self._sums.items()),
+            "summed": self._summed,
+            "diagonal": None if self._diagonal is None else list(self._diagonal),
+            "places": self._places and list(self._places),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from there; earlier versions had no places, and lists of those tensors that had a gradient."""
+        sums, self._summed, self._places = state["sums"], state["summed"], state.get("places")
+        self._sums = dict(enumerate(sums) if self._places is None else sums)
+        self._diagonal = None if state["diagonal"] is None else Diagonal(*state["diagonal"])
+
+    def _number(self, gradients: dict[int, Tensor]) -> list[int]:
+        """Places of the tensors in the diagonal; what came from an earlier version finds its own."""
+        if self._places is None:
+            self._sums = dict(zip(gradients, self._sums.values(), strict=False))
+            self._places = [] if self._diagonal is None else list(gradients)[: len(self._diagonal.mean)]
+        return self._places

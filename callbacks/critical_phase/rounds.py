@@ -1,0 +1,303 @@
+"""How `CriticalPhase` sees and changes the server's updates."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any
+
+import lightning.pytorch as pl
+import numpy as np
+import torch
+from lightning.pytorch.utilities import rank_zero_warn
+from torch import Tensor
+
+from lightning_fedscale.callbacks.critical_phase.gradients import learning_rate
+from lightning_fedscale.core.lightning.half_batches import half_gradients, no_halves, squared_norm
+from lightning_fedscale.phases import Observation
+from lightning_fedscale.phases.noise import (
+    Diagonal,
+    Look,
+    diagonal_init,
+    diagonal_noise,
+    diagonal_update,
+    look_at_halves,
+    reweighting_strength,
+)
+from lightning_fedscale.phases.tracker import PhaseKeeper
+from lightning_fedscale.server import follows_scale, own_decay
+from lightning_fedscale.types import ClientUpdate, FloatArray, IntArray, Params, RoundRecord
+from lightning_fedscale.utils import collectives, randomness
+
+if TYPE_CHECKING:
+    from lightning_fedscale.callbacks.critical_phase.callback import CriticalPhase
+
+
+class RoundWatch:
+    """Looks at the aggregated update of every round, and scales it or makes it noisy.
+
+    Args:
+        owner: decides.
+        keeper: knows the phase.
+    """
+
+    def __init__(self, owner: CriticalPhase, keeper: PhaseKeeper) -> None:
+        self._owner = owner
+        self._keeper = keeper
+        self._since_look = 0.0  # local batches of a client
+        self._halves: _HalfBatches | None = None
+        self._summed = 0
+        self._sums: list[Tensor] = []
+        self._diagonal: Diagonal | None = None
+        self._signed: _SignedUpdates | None = None
+        self._scales_delta = True
+
+    # ---- before training
+
+    def check(self, trainer: pl.Trainer, module: pl.LightningModule, noise: str) -> None:
+        """Refuse what cannot be.
+
+        Raises:
+            ValueError: with the reason and the remedy.
+        """
+        if self._owner.detector.needs == "fisher_trace" and self._owner.noise_every is None:
+            raise ValueError("noise_every=None: detector 'fisher_trace' reads what is measured there; pass a number.")
+
+    def helpers(self, trainer: pl.Trainer, noise: str) -> list[Any]:
+        """What listens to the events of a round; what costs something only if it is needed."""
+        strategy: Any = trainer.strategy
+        found: list[Any] = [self]
+        rule, with_decay = strategy.server_optimizer, self._owner.scale_weight_decay
+        self._scales_delta = follows_scale(rule) and not with_decay
+        if self._owner.action == "scale" and not self._scales_delta:
+            found.append(_StepScaling(self._owner, 0.0 if with_decay else own_decay(rule)))
+        if self._owner.action == "noise" and noise == "reweighting":
+            self._signed = _SignedUpdates(self._owner.seed)
+            found.append(self._signed)
+        return found
+
+    def attach(self, trainer: pl.Trainer, module: pl.LightningModule) -> str:
+        """Say how updates are scaled."""
+        self._sums = [tensor.to(module.device) for tensor in self._sums]
+        self._diagonal = None if self._diagonal is None else self._diagonal.to(module.device)
+        if self._scales_delta:
+            return "the server follows the size of updates, so the clients' aggregated update is multiplied"
+        if self._owner.scale_weight_decay:
+            return "weight decay is to be multiplied too, so the server's step is"
+        return "the server hardly follows the size of updates, so its step is multiplied"
+
+    def detach(self) -> None:
+        """Nothing was put into the module."""
+
+    # ---- in training
+
+    def on_round_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, round: int, clients: IntArray) -> None:
+        """Now and then, see how far the gradients of both halves of the clients' batches are apart."""
+        self._halves = None
+        if self._owner.noise_every is not None and self._since_look >= self._owner.noise_every:
+            self._halves = _HalfBatches(trainer, pl_module, clients)
+
+    def on_before_server_step(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, record: RoundRecord, delta: Params
+    ) -> None:
+        """All clients have trained: look, decide, and change the update; a round of nobody shows nothing."""
+        self._owner.begin_round(trainer)
+        if not record.empty:
+            self._look(record)
+            if self._owner.detector.accumulate == 1:
+                self._observe(trainer, record, list(delta.values()))
+            elif self._add_up(delta):
+                self._observe(trainer, record, self._sums)
+        if self._owner.action == "scale" and self._scales_delta:
+            torch._foreach_mul_(list(delta.values()), self._owner.scale)
+        elif self._owner.action == "noise" and not record.empty:
+            self._make_noisy(record, delta)
+
+    def after_batch(self, trainer: pl.Trainer) -> None:
+        """A round is over."""
+
+    def metrics(self) -> dict[str, float]:
+        """Nothing beyond what is logged of every phase: the update is that of all optimizers."""
+        return {}
+
+    def saved_state(self) -> dict[str, Any]:
+        """For the checkpoint."""
+        return {
+            "since_look": self._since_look,
+            "summed": self._summed,
+            "sums": list(self._sums),
+            "diagonal": None if self._diagonal is None else list(self._diagonal),
+        }
+
+    def load_saved_state(self, state: dict[str, Any]) -> None:
+        """Go on from there."""
+        self._since_look, self._summed, self._sums = state["since_look"], state["summed"], state["sums"]
+        self._diagonal = None if state["diagonal"] is None else Diagonal(*state["diagonal"])
+
+    # ---- what is seen
+
+    def _look(self, record: RoundRecord) -> None:
+        self._keeper.look_at_clients(record)
+        self._since_look += float(record.local_steps.mean())
+        if self._halves is not None:
+            self._since_look = 0.0
+            if (look := self._halves.look()) is not None:
+                self._keeper.look("sampling", look)
+            self._halves = None
+
+    def _add_up(self, delta: Params) -> bool:
+        """Whether so many updates are added up as the detector wants."""
+        fresh = self._summed in (0, self._owner.detector.accumulate)
+        # Not in place: what the round began with may be saved yet.
+        updates = list(delta.values())
+        self._sums = [u.clone() for u in updates] if fresh else list(torch._foreach_add(self._sums, updates))
+        self._summed = 1 if fresh else self._summed + 1
+        return self._summed == self._owner.detector.accumulate
+
+    def _observe(self, trainer: pl.Trainer, record: RoundRecord, tensors: list[Tensor]) -> None:
+        norms: list[float] = torch.stack(list(torch._foreach_norm(tensors))).tolist()
+        accepted = record.weights > 0
+        self._owner.observe(
+            record.round,
+            Observation(
+                norms,
+                client_square=float(record.weights[accepted] @ record.delta_norms[accepted] ** 2),
+                fisher_trace=self._keeper.sampling.fisher_trace,
+                learning_rate=learning_rate(*trainer.optimizers),
+            ),
+        )
+
+    # ---- what is done
+
+    def _make_noisy(self, record: RoundRecord, delta: Params) -> None:
+        assert self._owner.target_batch is not None
+        batch = float(record.samples[record.weights > 0].sum())
+        target = min(self._owner.target_batch, batch)
+        if self._signed is not None:
+            noise = self._signed.noise(record, delta, batch, target)
+            if self._owner.adds_noise:
+                torch._foreach_add_(list(delta.values()), noise)
+            return
+        updates = list(delta.values())
+        known = diagonal_init(updates) if self._diagonal is None else self._diagonal
+        # On a copy: what the round began with may be saved yet.
+        self._diagonal = diagonal_update(known.clone(), updates)
+        if self._owner.adds_noise and self._diagonal.seen > 1:
+            generator = torch.Generator(device=updates[0].device)
+            generator.manual_seed(randomness.derive(self._owner.seed, randomness.NOISE, record.round))
+            torch._foreach_add_(updates, diagonal_noise(self._diagonal, batch, target, generator))
+
+
+class _StepScaling:
+    """Multiplies the server's step, where it does not follow the update's size.
+
+    Args:
+        owner: decides.
+        decay: share of the parameters in each step that is weight decay, and stays as it is.
+    """
+
+    def __init__(self, owner: CriticalPhase, decay: float) -> None:
+        self._owner = owner
+        self._decay = decay
+        self._weights: Params = {}
+
+    def on_round_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, round: int, clients: IntArray) -> None:
+        """The module holds the global model, from which the decay of the step to come is counted."""
+        if self._decay:
+            self._weights = {name: p.detach().clone() for name, p in pl_module.named_parameters()}
+
+    def on_server_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule, step: Params) -> None:
+        """The server optimizer has made its step."""
+        factor = self._owner.scale
+        for name, value in step.items():
+            value.mul_(factor)
+            if self._decay:
+                value.sub_(self._weights[name], alpha=(factor - 1.0) * self._decay)
+
+
+class _SignedUpdates:
+    """The sum of clients' updates under random signs, beside their aggregate: all that reweighting takes.
+
+    With weights ``p_k`` and signs ``xi_k``, the change of the mean under the weights ``p_k (1 + s (xi_k - sum p xi))``
+    is ``s (sum p_k xi_k delta_k - (sum p xi) mean)``.
+    """
+
+    def __init__(self, seed: int) -> None:
+        self._seed = seed
+        self._sum: Tensor | None = None
+        self._total = 0.0
+        self._signs = np.empty(0)
+        self._sign_of: dict[int, float] = {}
+
+    def on_round_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, round: int, clients: IntArray) -> None:
+        """Toss the coin for every client."""
+        self._sum, self._total = None, 0.0
+        self._signs = randomness.generator(self._seed, randomness.NOISE, round).choice([-1.0, 1.0], size=len(clients))
+        self._sign_of = dict(zip(clients.tolist(), self._signs.tolist(), strict=True))
+
+    def on_client_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, update: ClientUpdate) -> None:
+        """Take in a client's update."""
+        if self._sum is None:
+            self._sum = torch.zeros_like(update.delta)
+        if update.finite:
+            strategy: Any = trainer.strategy
+            weight = strategy.weight_of(update)
+            self._sum.add_(update.delta, alpha=weight * self._sign_of[update.client])
+            self._total += weight
+
+    def noise(self, record: RoundRecord, delta: Params, batch: float, target: float) -> list[Tensor]:
+        """What to add to the aggregated update."""
+        sizes = [tensor.numel() for tensor in delta.values()]
+        like = next(iter(delta.values()))
+        mine = like.new_zeros(sum(sizes)) if self._sum is None else self._sum[: sum(sizes)]  # a rank may have no client
+        joint = torch.cat([mine, mine.new_tensor([self._total])])
+        self._sum = None
+        joint = collectives.sum_over_ranks(joint)
+        weights = record.weights
+        if (weights > 0).sum() < 2:
+            return [torch.zeros_like(tensor) for tensor in delta.values()]
+        strength, mean_sign = reweighting_strength(weights, batch, target), float(weights @ self._signs)
+        parts = torch.split(joint[:-1] / joint[-1], sizes)
+        return [
+            strength * (part.view_as(mean) - mean_sign * mean) for part, mean in zip(parts, delta.values(), strict=True)
+        ]
+
+
+class _HalfBatches:
+    """The gradients of both halves of each client's first batch, at the global model.
+
+    Args:
+        trainer: the Trainer, in a round that has begun.
+        module: holds the global model.
+        clients: the cohort.
+    """
+
+    def __init__(self, trainer: pl.Trainer, module: pl.LightningModule, clients: IntArray) -> None:
+        strategy: Any = trainer.strategy
+        rows = {client: row for row, client in enumerate(clients.tolist())}
+        self._table = torch.zeros(len(rows), 4, dtype=torch.float64, device=module.device)
+        size = sum(parameter.numel() for parameter in module.parameters() if parameter.requires_grad)
+        self._sum = torch.zeros(size, dtype=torch.float64, device=module.device)
+        try:
+            for client, batch in strategy.first_batches():
+                if (halves := half_gradients(trainer, module, batch)) is not None:
+                    mean = halves.mean()
+                    row = self._table[rows[client]]
+                    row[0], row[1] = halves.difference_square(), squared_norm(mean)
+                    row[2], row[3] = halves.samples
+                    self._sum += torch.cat([gradient.flatten() for gradient in mean])
+        except Exception as error:
+            self._table.fill_(math.nan)  # so that every rank knows
+            rank_zero_warn(no_halves(error))
+
+    def look(self) -> Look | None:
+        """What all ranks have seen together; to be called on all of them, None if it says nothing."""
+        joint = collectives.sum_over_ranks(torch.cat([self._sum, self._table.flatten()]))
+        table: FloatArray = joint[len(self._sum) :].cpu().numpy().reshape(-1, 4)
+        if not np.isfinite(table).all():
+            return None
+        table = table[table[:, 3] > 0]
+        if not len(table):
+            return None
+        weights = np.full(len(table), 1.0 / len(table))
+        mean_square = float(joint[: len(self._sum)].square().sum()) / len(table) ** 2
+        return look_at_halves(table[:, 0], table[:, 2:], table[:, 1], weights, mean_square)

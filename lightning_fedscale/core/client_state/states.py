@@ -1,0 +1,331 @@
+"""Bounded memory for what clients keep between rounds: on the device, then on the host, then in files."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterable, Sequence
+from multiprocessing.util import Finalize
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+from lightning_fedscale.utils.memory import free_memory
+
+_MAPPED_AT_ONCE = 30_000  # files; the kernel lets a process map 65,530 by default
+
+
+class Tier(Protocol):
+    """A place for states.
+
+    Attributes:
+        limit: bytes of tensors that may lie here.
+    """
+
+    limit: float
+
+    def keep(self, state: Any) -> Any:
+        """Bring a state here; returns what `read` and `drop` need."""
+
+    def read(self, kept: Any, *, mapped: bool = True) -> Any:
+        """The state, not to be written to; ``mapped`` lets its tensors stay in a file until they are used."""
+
+    def drop(self, kept: Any) -> None:
+        """Let go of it."""
+
+
+class Memory:
+    """States as they are, on the device where training left them.
+
+    Args:
+        limit: bytes of tensors that may lie here.
+    """
+
+    def __init__(self, limit: float = math.inf) -> None:
+        self.limit = limit
+
+    def keep(self, state: Any) -> Any:
+        """The state itself."""
+        return state
+
+    def read(self, kept: Any, *, mapped: bool = True) -> Any:
+        """The state itself."""
+        return kept
+
+    def drop(self, kept: Any) -> None:
+        """Nothing to do."""
+
+
+class PinnedMemory(Memory):
+    """Copies on the host in pinned memory, from which a CUDA device reads fastest."""
+
+    def keep(self, state: Any) -> Any:
+        """A pinned copy."""
+        return _mapped(_pinned, state)
+
+
+class Files:
+    """One file for each state in a private folder of the system's temporary one (``TMPDIR``).
+
+    The folder is made when it is first needed, and goes when this object or the process does. A file is never written
+    to again, so tensors that were read from it stay what they are, also after it is gone.
+    """
+
+    limit = math.inf
+
+    def __init__(self) -> None:
+        self._folder: Path | None = None
+        self._written = 0
+
+    def keep(self, state: Any) -> Path:
+        """Write the state to a new file.
+
+        Raises:
+            OSError: if there is no room for it.
+        """
+        if self._folder is None:
+            self._folder = Path(tempfile.mkdtemp(prefix="lightning_fedscale-"))
+            # Unlike a TemporaryDirectory's own, also at the end of processes that multiprocessing started, and not in
+            # worker processes that were forked off.
+            Finalize(self, shutil.rmtree, (self._folder,), {"ignore_errors": True}, exitpriority=0)
+        self._written += 1
+        path = self._folder / f"{self._written}.pt"
+        try:
+            # On the CPU, and without the rest of a larger tensor that this one may be a part of.
+            torch.save(_mapped(_alone_on_host, state), path)
+        except (OSError, RuntimeError) as error:
+            path.unlink(missing_ok=True)
+            raise OSError(
+                f"client_state_memory: a client's state does not fit into it and cannot be written to {path.parent}"
+                f" either ({error}): set TMPDIR to a folder with more room, or raise client_state_memory."
+            ) from error
+        return path
+
+    def read(self, kept: Path, *, mapped: bool = True) -> Any:
+        """The state in the file."""
+        return torch.load(kept, mmap=mapped, weights_only=True)
+
+    def drop(self, kept: Path) -> None:
+        """Delete the file."""
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(kept)
+
+
+def tiers_of(device: torch.device, memory: int | None = None, processes: int = 1) -> list[Tier]:
+    """Where states of clients that train on ``device`` may lie, the nearest place first.
+
+    Args:
+        device: where clients train.
+        memory: most bytes in memory, on device and host together; None for a quarter of what is free on either.
+        processes: how many processes share the host.
+    """
+    host = free_memory(torch.device("cpu")) // 4 // processes
+    if device.type != "cuda":
+        return [Memory(host if memory is None else memory), Files()]
+    near = free_memory(device) // 4
+    if memory is not None:
+        near = min(near, memory)
+        host = memory - near
+    return [Memory(near), PinnedMemory(host), Files()]
+
+
+class _Entry:
+    """A state and where it lies."""
+
+    __slots__ = ("devices", "kept", "size", "tier")
+
+    def __init__(self, state: Any) -> None:
+        self.kept = state
+        self.tier = 0
+        self.size = size_of(state)
+        self.devices: list[torch.device] | None = None  # of its tensors, once it has moved on from there
+
+
+class StateStore:
+    """Any number of named states of any number of clients, in bounded memory.
+
+    States are staged while a round runs and committed when it is complete, so that one that is interrupted leaves no
+    trace. When a tier is full, the states that were staged longest ago move on to the next one. What is staged does not
+    replace what is committed before its time; from then on the replaced state does not count, so that while a round
+    runs there may be twice as much in memory as the limits say.
+
+    A state is made of dicts, lists, tuples, tensors and primitives. It belongs to the store: nobody may write to it.
+
+    Args:
+        tiers: where states may lie, the nearest place first; the last one must have no limit.
+
+    Example:
+        >>> store = StateStore([Memory(limit=16), Files()])
+        >>> for client in range(3):
+        ...     store.stage(client, "control_variate", [torch.full((1,), client, dtype=torch.float64)])
+        >>> store.get(2, "control_variate") is None
+        True
+        >>> store.commit()
+        >>> [store.get(client, "control_variate") for client in range(2)]  # client 0's comes from a file
+        [[tensor([0.], dtype=torch.float64)], [tensor([1.], dtype=torch.float64)]]
+    """
+
+    def __init__(self, tiers: Sequence[Tier] = (Memory(),)) -> None:
+        self._tiers = tiers
+        # Dicts, since they remember an order: what is to move on next comes first.
+        self._queues: list[dict[_Entry, None]] = [{} for _ in tiers]
+        self._used = [0] * len(tiers)
+        self._committed: dict[str, dict[int, _Entry]] = {}
+        self._staged: dict[tuple[str, int], _Entry | None] = {}
+
+    def get(self, client: int, name: str) -> Any | None:
+        """The client's committed state as it was staged, on the same devices; None if there is none."""
+        entry = self._committed.get(name, {}).get(client)
+        if entry is None:
+            return None
+        state = self._tiers[entry.tier].read(entry.kept)
+        return state if entry.devices is None else _on(entry.devices, state)
+
+    def of(self, client: int) -> dict[str, Any]:
+        """All committed states of a client, by name."""
+        return {name: self.get(client, name) for name, entries in self._committed.items() if client in entries}
+
+    def clients(self, name: str) -> Iterable[int]:
+        """The clients that have a committed state of this name."""
+        return self._committed.get(name, {}).keys()
+
+    def stage(self, client: int, name: str, state: Any | None) -> None:
+        """Note the client's state after this round; None forgets it.
+
+        Raises:
+            OSError: if there is no room, in memory or for files.
+        """
+        self._discard(self._staged.pop((name, client), None))
+        if (replaced := self._committed.get(name, {}).get(client)) is not None:
+            self._leave(replaced)
+        self._staged[name, client] = None if state is None else self._join(_Entry(state))
+        self._make_room()
+
+    def put(self, client: int, name: str, state: Any | None) -> None:
+        """Set the client's committed state at once; None forgets it."""
+        entries = self._committed.setdefault(name, {})
+        self._discard(entries.pop(client, None))
+        if state is not None:
+            entries[client] = self._join(_Entry(state))
+            self._try_to_make_room()
+
+    def replace(self, client: int, states: dict[str, Any]) -> None:
+        """`put` all of a client's states, by name; it has no others then."""
+        for name in {*self._committed, *states}:
+            self.put(client, name, states.get(name))
+
+    def commit(self) -> None:
+        """The round is complete: what was staged holds from now on."""
+        for (name, client), entry in self._staged.items():
+            entries = self._committed.setdefault(name, {})
+            self._discard(entries.pop(client, None))
+            if entry is not None:
+                entries[client] = entry
+        self._staged = {}
+
+    def rollback(self) -> None:
+        """The round did not happen: forget what was staged."""
+        staged, self._staged = self._staged, {}
+        for (name, client), entry in staged.items():
+            self._discard(entry)
+            if (kept := self._committed.get(name, {}).get(client)) is not None:
+                self._join(kept)
+        self._try_to_make_room()
+
+    def clear(self) -> None:
+        """Forget everything."""
+        self.rollback()
+        for entries in self._committed.values():
+            for entry in entries.values():
+                self._discard(entry)
+        self._committed = {}
+
+    def snapshot(self) -> dict[str, dict[int, Any]]:
+        """All committed states by name and client, wherever they lie; those in files stay there until they are used."""
+        read = 0
+        states: dict[str, dict[int, Any]] = {}
+        for name, entries in self._committed.items():
+            states[name] = {}
+            for client, entry in sorted(entries.items()):
+                states[name][client] = self._tiers[entry.tier].read(entry.kept, mapped=read < _MAPPED_AT_ONCE)
+                read += 1
+        return states
+
+    def another(self) -> StateStore:
+        """An empty store of the same bounds."""
+        return StateStore(self._tiers)
+
+    def _join(self, entry: _Entry) -> _Entry:
+        self._queues[entry.tier][entry] = None
+        self._used[entry.tier] += entry.size
+        return entry
+
+    def _leave(self, entry: _Entry) -> None:
+        if entry in self._queues[entry.tier]:
+            del self._queues[entry.tier][entry]
+            self._used[entry.tier] -= entry.size
+
+    def _discard(self, entry: _Entry | None) -> None:
+        if entry is not None:
+            self._leave(entry)
+            self._tiers[entry.tier].drop(entry.kept)
+
+    def _make_room(self) -> None:
+        for number, tier in enumerate(self._tiers):
+            while self._used[number] > tier.limit:
+                self._move_on(next(iter(self._queues[number])))
+
+    def _try_to_make_room(self) -> None:
+        # Not the moment for an error: other ranks may wait for this one. The next `stage` tries again, and tells.
+        with contextlib.suppress(OSError):
+            self._make_room()
+
+    def _move_on(self, entry: _Entry) -> None:
+        state = self._tiers[entry.tier].read(entry.kept)
+        kept = self._tiers[entry.tier + 1].keep(state)
+        if entry.tier == 0 and any(device.type != "cpu" for device in _devices(state)):
+            entry.devices = _devices(state)
+        self._discard(entry)
+        entry.kept, entry.tier = kept, entry.tier + 1
+        self._join(entry)
+
+
+def size_of(state: Any) -> int:
+    """Bytes of all tensors in it."""
+    # Not by pytrees, which take ten times as long, and this is done for every client.
+    if isinstance(state, Tensor):
+        return state.numel() * state.element_size()
+    if isinstance(state, dict):
+        return sum(map(size_of, state.values()))
+    return sum(map(size_of, state)) if isinstance(state, list | tuple) else 0
+
+
+def _mapped(change: Callable[[Tensor], Tensor], state: Any) -> Any:
+    return tree_map_only(Tensor, change, state)
+
+
+def _pinned(tensor: Tensor) -> Tensor:
+    if tensor.layout != torch.strided:
+        return tensor.cpu()
+    return torch.empty_like(tensor, device="cpu", pin_memory=True).copy_(tensor)
+
+
+def _alone_on_host(tensor: Tensor) -> Tensor:
+    tensor = tensor.detach().cpu()
+    whole = tensor.layout != torch.strided or tensor.untyped_storage().nbytes() == tensor.nbytes
+    return tensor if whole else tensor.clone()
+
+
+def _devices(state: Any) -> list[torch.device]:
+    return [leaf.device for leaf in tree_leaves(state) if isinstance(leaf, Tensor)]
+
+
+def _on(devices: list[torch.device], state: Any) -> Any:
+    remaining = iter(devices)
+    return _mapped(lambda tensor: tensor.to(next(remaining), non_blocking=True), state)

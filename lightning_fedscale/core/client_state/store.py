@@ -1,0 +1,86 @@
+"""Everything that clients keep, as the rest of the package asks for it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+
+from lightning_fedscale.core.client_state.optimizers import OptimizerState
+from lightning_fedscale.core.client_state.states import StateStore
+from lightning_fedscale.types import Cursor
+
+OPTIMIZERS = "optimizers"
+
+
+class ClientStore:
+    """What clients leave behind, in two steps: staged while a round runs, committed when it is complete.
+
+    A round that is interrupted therefore leaves no trace and can be repeated exactly. Clients that never took part
+    cost nothing.
+
+    Args:
+        states: where states are kept; None for one without bounds.
+
+    Example:
+        >>> store = ClientStore()
+        >>> store.stage(7, cursor=(0, 3))
+        >>> store.cursor(7)
+        (0, 0)
+        >>> store.commit()
+        >>> store.cursor(7)
+        (0, 3)
+    """
+
+    def __init__(self, states: StateStore | None = None) -> None:
+        self.states = StateStore() if states is None else states
+        self._cursors: dict[int, Cursor] = {}
+        self._staged_cursors: dict[int, Cursor] = {}
+
+    def cursor(self, client: int) -> Cursor:
+        """Where the client's data goes on; ``(0, 0)`` before its first round."""
+        return self._cursors.get(client, (0, 0))
+
+    def stage(self, client: int, cursor: Cursor) -> None:
+        """Note where the client's data goes on once this round is complete."""
+        self._staged_cursors[client] = cursor
+
+    def optimizers(self, client: int) -> list[OptimizerState] | None:
+        """The states of the client's optimizers as of its last round, None before its first one or elsewhere."""
+        return self.states.get(client, OPTIMIZERS)
+
+    def stage_optimizers(self, client: int, states: list[OptimizerState] | None) -> None:
+        """Note the client's optimizer states after this round; None forgets them."""
+        self.states.stage(client, OPTIMIZERS, states)
+
+    def keepers(self) -> Iterable[int]:
+        """The clients whose optimizer states are here."""
+        return self.states.clients(OPTIMIZERS)
+
+    def commit(self) -> None:
+        """The round is complete: what was staged holds from now on."""
+        self._cursors.update(self._staged_cursors)
+        self._staged_cursors = {}
+        self.states.commit()
+
+    def rollback(self) -> None:
+        """The round did not happen: forget what was staged."""
+        self._staged_cursors = {}
+        self.states.rollback()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything committed, as tensors and primitives; states by their names."""
+        rows = [(client, *cursor) for client, cursor in sorted(self._cursors.items())]
+        cursors = torch.tensor(rows, dtype=torch.int64).reshape(-1, 3)
+        return {"cursors": cursors, OPTIMIZERS: {}, **self.states.snapshot()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Replace everything by what `state_dict` gave."""
+        self._staged_cursors = {}
+        self._cursors = {client: (number, batch) for client, number, batch in state["cursors"].tolist()}
+        self.states.clear()
+        for name, of_clients in state.items():
+            if name != "cursors":
+                for client, of_client in of_clients.items():
+                    self.states.put(client, name, of_client)

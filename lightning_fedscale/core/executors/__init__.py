@@ -1,0 +1,34 @@
+"""How the clients of a rank train inside Lightning."""
+
+from lightning_fedscale.core.executors.auto import Ballot, ExecutorChoice
+from lightning_fedscale.core.executors.device_cache import DeviceData
+from lightning_fedscale.core.executors.exchanged_tensors import Exchange, exchange_of
+from lightning_fedscale.core.executors.loader import ClientLoader, RoundLoader
+from lightning_fedscale.core.executors.loops import NoAccumulation, RoundLoops, close_finished_epoch
+from lightning_fedscale.core.executors.sequential import LargestClient, RoundContext, SequentialExecutor
+from lightning_fedscale.core.executors.transfer import Transfer
+from lightning_fedscale.core.executors.vectorized.executor import VectorizedExecutor
+from lightning_fedscale.core.lightning.client_log import ClientLog
+from lightning_fedscale.core.lightning.hooks import LocalBatchHooks, RoundEnd, listeners
+
+__all__ = [
+    "Ballot",
+    "ClientLoader",
+    "ClientLog",
+    "DeviceData",
+    "Exchange",
+    "ExecutorChoice",
+    "LargestClient",
+    "LocalBatchHooks",
+    "NoAccumulation",
+    "RoundContext",
+    "RoundEnd",
+    "RoundLoader",
+    "RoundLoops",
+    "SequentialExecutor",
+    "Transfer",
+    "VectorizedExecutor",
+    "close_finished_epoch",
+    "exchange_of",
+    "listeners",
+]

@@ -1,0 +1,129 @@
+"""What a local rule adds to the gradients, for one client and for many side by side."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from lightning_fedscale.core.executors.exchanged_tensors import Exchange
+from lightning_fedscale.core.executors.vectorized.rows import Rows
+from lightning_fedscale.local_rules import Correction
+from lightning_fedscale.utils.flat_view import as_real
+
+
+class ClientCorrection:
+    """Corrects the gradients of the client that trains in the module."""
+
+    def __init__(self) -> None:
+        self._parameters: Sequence[Tensor] = ()
+        self._anchors: list[Tensor] = []
+        self._shifts: list[Tensor] = []
+        self._proximal = 0.0
+
+    @torch.no_grad()
+    def begin(self, exchange: Exchange, correction: Correction) -> None:
+        """The next client's; the module holds the model that it starts from."""
+        self._parameters, self._proximal = exchange.shared, correction.proximal
+        own = [as_real(parameter) for parameter in self._parameters]
+        views = [] if correction.shift is None else exchange.trainable_views(correction.shift)
+        self._shifts = [view.to(tensor.dtype) for view, tensor in zip(views, own, strict=False)]
+        self._anchors = [tensor.clone() for tensor in own] if self._proximal else []
+
+    @torch.no_grad()
+    def __call__(self, optimizer: Optimizer) -> None:
+        """Correct the gradients that this optimizer is about to use."""
+        if not (self._shifts or self._proximal):
+            return
+        own = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+        # A parameter without a gradient takes no part in the step.
+        chosen = [i for i, p in enumerate(self._parameters) if p.grad is not None and id(p) in own]
+        sparse = {i: _fill(self._parameters[i]) for i in chosen if self._parameters[i].grad.is_sparse}  # type: ignore[union-attr]
+        gradients = [as_real(self._parameters[i].grad) for i in chosen]  # type: ignore[arg-type]
+        self._add(chosen, gradients)
+        for i, dimensions in sparse.items():  # as which optimizers such as SparseAdam want it
+            self._parameters[i].grad = self._parameters[i].grad.to_sparse(dimensions)  # type: ignore[union-attr]
+
+    def _add(self, chosen: list[int], gradients: list[Tensor]) -> None:
+        if gradients and self._shifts:
+            torch._foreach_add_(gradients, [self._shifts[i] for i in chosen])
+        if gradients and self._proximal:
+            moved = [as_real(self._parameters[i]) for i in chosen]
+            drift = torch._foreach_sub(moved, [self._anchors[i] for i in chosen])
+            torch._foreach_add_(gradients, drift, alpha=self._proximal)
+
+    @contextmanager
+    def within(self, trainer: pl.Trainer) -> Iterator[None]:
+        """Have Lightning's own loops call it: after gradients were unscaled, before they are clipped."""
+        callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
+        hook = _Hook(self)
+        callbacks.insert(0, hook)
+        try:
+            yield
+        finally:
+            callbacks.remove(hook)
+
+
+def _fill(parameter: Tensor) -> int:
+    """Make a sparse gradient dense, since a correction has no zeros; returns its number of sparse dimensions."""
+    sparse = parameter.grad
+    assert sparse is not None
+    parameter.grad = sparse.to_dense()
+    return sparse.sparse_dim()
+
+
+class _Hook(pl.Callback):
+    def __init__(self, correction: ClientCorrection) -> None:
+        self._correction = correction
+
+    def on_before_optimizer_step(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
+    ) -> None:
+        self._correction(optimizer)
+
+
+class WaveCorrection:
+    """Corrects the stacked gradients of clients side by side, as `ClientCorrection` does each one's.
+
+    Args:
+        exchange: the module's tensors.
+        stacks: the models that the clients start from, one row each, of the trainable parameters that are shared.
+        corrections: of each client.
+    """
+
+    @torch.no_grad()
+    def __init__(self, exchange: Exchange, stacks: Sequence[Tensor], corrections: Sequence[Correction]) -> None:
+        self._proximal = torch.tensor([correction.proximal for correction in corrections], dtype=torch.float64)
+        self._anchors = [stack.clone() for stack in stacks] if self._proximal.any() else []
+        self._shifts: list[Tensor] = []
+        if any(correction.shift is not None for correction in corrections):
+            self._shifts = [torch.zeros_like(stack) for stack in stacks]
+            for row, correction in enumerate(corrections):
+                if correction.shift is not None:
+                    for stack, view in zip(self._shifts, exchange.trainable_views(correction.shift), strict=True):
+                        as_real(stack)[row].copy_(view)
+
+    @torch.no_grad()
+    def __call__(
+        self, rows: Rows, parameters: Sequence[Tensor], gradients: Sequence[Tensor | None]
+    ) -> list[Tensor | None]:
+        """The corrected gradients of some clients; those of parameters that stay with each client as they are."""
+        corrected = list(gradients)
+        for i in range(max(len(self._shifts), len(self._anchors))):
+            if (gradient := corrected[i]) is None:
+                continue
+            if self._shifts:
+                gradient = gradient + rows.of(self._shifts[i])
+            if self._anchors:
+                drift = as_real(parameters[i]) - as_real(rows.of(self._anchors[i]))
+                factor = self._proximal[list(rows.indices)].to(drift)
+                # Not add(alpha=...), which takes one number for all clients.
+                gradient = gradient.clone()
+                as_real(gradient).add_(drift * factor.view(-1, *[1] * (drift.dim() - 1)))
+            corrected[i] = gradient
+        return corrected

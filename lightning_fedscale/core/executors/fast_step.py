@@ -1,0 +1,199 @@
+"""The local step and nothing else, where nobody needs the rest of Lightning's."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.loops.optimization.automatic import Closure, ClosureResult
+from lightning.pytorch.plugins.precision import DoublePrecision, HalfPrecision, MixedPrecision, Precision
+from lightning.pytorch.profilers import PassThroughProfiler
+from lightning.pytorch.strategies import DDPStrategy
+from torch import Tensor
+from torch.optim import Optimizer
+from torch.optim.optimizer import _global_optimizer_pre_hooks
+
+_OF_CALLBACKS = ("on_before_zero_grad", "on_before_backward", "on_after_backward", "on_before_optimizer_step")
+_OF_MODULE = (
+    *_OF_CALLBACKS,
+    "backward",
+    "optimizer_step",
+    "optimizer_zero_grad",
+    "configure_gradient_clipping",
+    "clip_gradients",
+)
+_OF_STRATEGY = ("training_step", "pre_backward", "backward", "post_backward", "optimizer_step")
+_OF_PRECISION = ("pre_backward", "backward", "post_backward", "optimizer_step", "train_step_context", "clip_gradients")
+_GRADIENTS_FIRST = (
+    torch.optim.SGD,
+    torch.optim.Adam,
+    torch.optim.AdamW,
+    torch.optim.Adagrad,
+    torch.optim.Adadelta,
+    torch.optim.RMSprop,
+)
+_PRECISIONS = (Precision, DoublePrecision, HalfPrecision, MixedPrecision)
+
+
+def why_not_lean(trainer: pl.Trainer) -> str | None:
+    """What about the Trainer needs Lightning's full path for local batches; None if nothing does.
+
+    Args:
+        trainer: the Trainer, its optimizers built.
+    """
+    module, strategy, precision = trainer.lightning_module, trainer.strategy, trainer.precision_plugin
+    if not module.automatic_optimization:
+        return "the module optimizes manually"
+    if (hook := _overridden(module, pl.LightningModule, _OF_MODULE)) is not None:
+        return f"the module has its own {hook}"
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if (hook := _overridden(callback, pl.Callback, _OF_CALLBACKS)) is not None:
+            return f"{type(callback).__name__} has its own {hook}"
+    if (hook := _overridden(strategy, DDPStrategy, _OF_STRATEGY)) is not None:
+        return f"{type(strategy).__name__} has its own {hook}"
+    if strategy.model is not module:
+        return "the strategy wraps the module"
+    if type(precision) not in _PRECISIONS or getattr(precision, "scaler", None) is not None:
+        return f"precision {precision.precision} takes part in the optimizer's step"
+    if (hook := _overridden(precision, type(precision), _OF_PRECISION)) is not None:
+        return f"{type(precision).__name__} has its own {hook}"
+    profiler = trainer.profiler  # type: ignore[attr-defined]
+    if type(profiler) is not PassThroughProfiler:
+        return f"{type(profiler).__name__} looks at all of it"
+    if not isinstance(trainer.optimizers[0], Optimizer):
+        return f"the optimizer is a {type(trainer.optimizers[0]).__name__}"
+    return None
+
+
+def _overridden(instance: object, base: type, names: Sequence[str]) -> str | None:
+    """The first of the methods that is not the base's own; a mock has its own of each, since it counts calls."""
+    kind = type(instance)
+    return next(
+        (name for name in names if name in vars(instance) or getattr(kind, name, None) is not getattr(base, name)), None
+    )
+
+
+class LeanStep:
+    """A local batch as training step, backward pass and optimizer step, with Lightning's results to the bit.
+
+    To be used where `why_not_lean` finds no reason against it.
+
+    Args:
+        trainer: the Trainer.
+        takes_index: whether ``training_step`` wants the number of the batch.
+        correct: changes the gradients before they are clipped; None if nothing does.
+    """
+
+    def __init__(
+        self, trainer: pl.Trainer, *, takes_index: bool, correct: Callable[[Optimizer], None] | None = None
+    ) -> None:
+        self._trainer = trainer
+        self._correct = correct
+        self._module = trainer.lightning_module
+        self._optimizer = trainer.optimizers[0]
+        self._takes_index = takes_index
+        precision = trainer.precision_plugin
+        self._context: Any = nullcontext if type(precision) is Precision else precision.train_step_context
+        usual = _overridden(self._optimizer, Optimizer, ("zero_grad",)) is None
+        self._zero_grad = self._forget_grads if usual else self._optimizer.zero_grad
+        self._by_closure = _wants_closure(self._optimizer)
+
+    def step(self, batch: Any, batch_idx: int, *, last: bool, training: bool) -> dict[str, Any]:
+        """See `lightning_fedscale.core.executors.loops.LocalStep`."""
+        window = self._trainer.accumulate_grad_batches
+        if not training:
+            return self._forward(batch, batch_idx, window)[1]
+        steps = last or (batch_idx + 1) % window == 0
+        if steps and self._by_closure:
+            return self._step_by_closure(batch, batch_idx, window)
+        _, outputs = self._forward_backward(batch, batch_idx, window)
+        if steps:
+            self._finish_gradients()
+            self._optimizer.step()
+        return outputs
+
+    def _step_by_closure(self, batch: Any, batch_idx: int, window: int) -> dict[str, Any]:
+        outputs: dict[str, Any] | None = None
+
+        def closure() -> Tensor | None:
+            nonlocal outputs
+            with torch.enable_grad():
+                loss, outputs = self._forward_backward(batch, batch_idx, window)
+            self._finish_gradients()
+            return None if loss is None else loss.detach()
+
+        self._optimizer.step(closure)  # type: ignore[arg-type]
+        if outputs is None:
+            raise MisconfigurationException(
+                f"The closure hasn't been executed: {type(self._optimizer).__name__}.step(closure) must call the"
+                " closure that it is given, which runs training_step and the backward pass."
+            )
+        return outputs
+
+    def _forward_backward(self, batch: Any, batch_idx: int, window: int) -> tuple[Tensor | None, dict[str, Any]]:
+        loss, outputs = self._forward(batch, batch_idx, window)
+        if batch_idx % window == 0:
+            self._zero_grad()
+        if loss is not None:
+            loss.backward()  # type: ignore[no-untyped-call]
+        return loss, outputs
+
+    def _forward(self, batch: Any, batch_idx: int, window: int) -> tuple[Tensor | None, dict[str, Any]]:
+        """The loss to go back from, and what hooks are told."""
+        module = self._module
+        fields = vars(module)  # past the setter of nn.Module, which takes its time
+        fields["_current_fx_name"] = "training_step"
+        with self._context():
+            output = module.training_step(*((batch, batch_idx) if self._takes_index else (batch,)))
+        fields["_current_fx_name"] = None
+        if window == 1 and isinstance(output, Tensor):
+            return output, {"loss": output.detach().clone()}
+        result = ClosureResult.from_training_step_output(output, window)
+        if result.closure_loss is None:
+            Closure.warning_cache.warn(
+                "`training_step` returned `None`. If this was on purpose, ignore this warning..."
+            )
+        return result.closure_loss, outputs_of(result, window)
+
+    def _forget_grads(self) -> None:
+        """What ``Optimizer.zero_grad`` does, but for an entry in torch's profiler."""
+        for group in self._optimizer.param_groups:
+            for parameter in group["params"]:
+                parameter.grad = None
+
+    def _finish_gradients(self) -> None:
+        if self._correct is not None:
+            self._correct(self._optimizer)
+        trainer = self._trainer
+        if trainer.gradient_clip_val:
+            self._module.configure_gradient_clipping(
+                self._optimizer, trainer.gradient_clip_val, gradient_clip_algorithm=trainer.gradient_clip_algorithm
+            )
+
+
+def _wants_closure(optimizer: Optimizer) -> bool:
+    """Whether the optimizer, which Lightning lets ask for the gradients, may do more than ask first and once."""
+    hooks = optimizer._optimizer_step_pre_hooks or _global_optimizer_pre_hooks
+    return type(optimizer) not in _GRADIENTS_FIRST or is_patched(optimizer) or bool(hooks)
+
+
+def is_patched(optimizer: Optimizer) -> bool:
+    """Whether the object steps or forgets gradients in another way than its class."""
+    kind, own = type(optimizer), vars(optimizer)
+    # Schedulers put a step in place that notes the call and goes on to the class's own.
+    step = own.get("step", kind.step)
+    return kind.step not in (step, getattr(step, "__wrapped__", None)) or "zero_grad" in own
+
+
+def outputs_of(result: ClosureResult, window: int) -> dict[str, Any]:
+    """What a local batch gave, with the batch's own loss, which Lightning divides by the accumulated batches."""
+    if result.loss is None:
+        return {}
+    outputs = result.asdict()
+    if window > 1:
+        outputs["loss"] = outputs["loss"] * window
+    return outputs

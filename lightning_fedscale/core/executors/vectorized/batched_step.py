@@ -1,0 +1,403 @@
+"""The user's `training_step` as a function of the client's own tensors, for many clients at once."""
+
+from __future__ import annotations
+
+import inspect
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from functools import partial
+from itertools import accumulate
+from typing import Any, Final, NamedTuple
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
+from torch import Tensor, nn
+from torch.func import vjp, vmap
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
+from torchmetrics import Metric, MetricCollection
+
+from lightning_fedscale.core.executors.exchanged_tensors import Exchange
+from lightning_fedscale.core.executors.vectorized.recording import Recording, unseen
+from lightning_fedscale.core.executors.vectorized.recordings import Recordings
+from lightning_fedscale.core.executors.vectorized.rng import ClientStreams, DrawPerClient
+from lightning_fedscale.core.executors.vectorized.stacking import Obstacle, Opened
+from lightning_fedscale.core.user_code.guards import NoValues, Reads
+
+_LOG_ARGUMENTS = list(inspect.signature(pl.LightningModule.log).parameters)[3:]
+_PER_CLIENT: Final = object()
+_LISTS = ("_flat_weights", "_flat_weight_refs")
+
+
+class Logged(NamedTuple):
+    """One call of ``self.log``: its name, the values of all clients (or a metric object), its other arguments."""
+
+    name: str
+    values: Any
+    options: dict[str, Any]
+
+
+class StepResult(NamedTuple):
+    """What `SideBySide.run` returns, one row for each client.
+
+    Attributes:
+        losses: None if ``training_step`` returned none.
+        gradients: of the trainable parameters, None for those that took no part.
+        buffers: new values.
+        logged: in the order of the calls.
+    """
+
+    losses: Tensor | None
+    gradients: list[Tensor | None]
+    buffers: list[Tensor]
+    logged: list[Logged]
+
+
+class SideBySide:
+    """Runs one local batch of several clients in one go: forward and backward pass under `torch.func.vmap`.
+
+    The gradient is taken inside, for each client: some operators (an embedding's ``padding_idx``, say) follow another
+    rule backwards than forwards, and autograd outside would not know of the clients.
+
+    Args:
+        trainer: the Trainer.
+        exchange: the module's tensors: every client has its own of the trainable parameters and the buffers.
+
+    Attributes:
+        recordings: of its steps.
+        ran_python: set when a step ran the module's own code, rather than a recording.
+        about_to_run_python: called just before that.
+    """
+
+    def __init__(self, trainer: pl.Trainer, exchange: Exchange) -> None:
+        self._trainer = trainer
+        self._module = trainer.lightning_module
+        self._takes_batch_idx = is_param_in_hook_signature(self._module.training_step, "batch_idx", min_args=2)
+        self._draws: bool | None = None  # unknown before the first run
+        self.recordings = Recordings(self._module)
+        self.ran_python = False
+        self.about_to_run_python: Callable[[], None] = lambda: None
+        moving = [*exchange.trainable, *exchange.buffers]
+        own = {id(tensor): i for i, tensor in enumerate(moving)}
+        self._places = [(p.owner, p.name, p.tensor, own[id(p.tensor)]) for p in exchange.places if id(p.tensor) in own]
+        self._of = _described(exchange)
+        self._buffers = range(len(exchange.trainable), len(moving))
+        self._recurrent = [part for part in self._module.modules() if isinstance(part, nn.RNNBase)]
+        members = {
+            id(metric)
+            for part in self._module.modules()
+            if isinstance(part, MetricCollection)
+            for metric in part.modules()
+            if metric is not part
+        }
+        self._metrics: list[Metric | MetricCollection] = [
+            part
+            for part in self._module.modules()
+            if isinstance(part, Metric | MetricCollection) and id(part) not in members
+        ]
+
+    def is_of(self, exchange: Exchange) -> bool:
+        """Whether ``exchange`` is about the same tensors in the same places."""
+        return self._of == _described(exchange)
+
+    def run(
+        self,
+        parameters: Sequence[Tensor],
+        buffers: Sequence[Tensor],
+        batch: Opened,
+        batch_idx: int,
+        clients: Sequence[int],
+        streams: ClientStreams,
+        *,
+        share: float = 1.0,
+    ) -> StepResult:
+        """Loss, gradients, buffers and logged values of one batch of every client.
+
+        Args:
+            parameters: stacked.
+            buffers: stacked.
+            batch: its tensors are stacked; what else is in it is the same for all clients.
+            batch_idx: number of the batch within the client's round.
+            clients: the rows' clients, by their number in ``streams``.
+            streams: random streams of the clients.
+            share: the loss's factor in the gradient.
+        """
+        tensors = batch.tensors
+        form = self._form(len(clients), batch, share)
+        if (recorded := self.recordings.find(form)) is not None:
+            with self._trainer.precision_plugin.train_step_context():
+                result: StepResult = recorded(parameters, buffers, tensors, streams, clients)
+            return result
+        notes: list[Logged] = []
+        taking_part: list[bool] = []
+
+        def one(
+            batch_idx: Any, parameters: list[Tensor], buffers: list[Tensor], tensors: list[Tensor]
+        ) -> tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor]]:
+            def step(parameters: list[Tensor]) -> tuple[Tensor, Any]:
+                loss, new, values = self._local_step(parameters, buffers, batch.close(tensors), batch_idx, notes)
+                found: Sequence[Tensor | None] = [None] * len(parameters)
+                if loss and loss[0].requires_grad:
+                    scaled = loss[0] if share == 1.0 else loss[0] * share
+                    found = torch.autograd.grad(scaled, parameters, allow_unused=True)
+                taking_part[:] = [gradient is not None for gradient in found]
+                gradients = [gradient for gradient in found if gradient is not None]
+                return torch.zeros(()), (loss, gradients, new, values)
+
+            # For its tape alone: the gradient was taken where it is known which parameters took part.
+            results: Any = vjp(step, parameters, has_aux=True)
+            return results[2]  # type: ignore[no-any-return]
+
+        def everyone(
+            batch_idx: Any, parameters: Sequence[Tensor], buffers: Sequence[Tensor], tensors: list[Tensor]
+        ) -> tuple[list[Tensor], list[Tensor | None], list[Tensor], list[Tensor]]:
+            notes.clear()
+            randomness = "error" if self._draws is False else "different"
+            # Not a partial, which some releases of torch would print with the number of the batch.
+            mapped = vmap(lambda *given: one(batch_idx, *given), randomness=randomness)
+            losses, found, new, values = mapped([p.detach() for p in parameters], list(buffers), tensors)
+            if any(loss.requires_grad for loss in losses):  # the clients' own are none of autograd's out here
+                raise Obstacle("training_step uses a parameter by a second reference, past the module")
+            following = iter(found)
+            losses = [loss.detach() for loss in losses]
+            return losses, [next(following) if part else None for part in taking_part], new, values
+
+        self.ran_python = True
+        self.about_to_run_python()
+        reads, before = (Reads(), streams.copy()) if self.recordings.is_due(form) else (None, None)
+        with self._trainer.precision_plugin.train_step_context(), _batched_kernels(parameters[0].device):
+            with nullcontext() if reads is None else reads.watching():
+                if self._draws is False:
+                    results = everyone(batch_idx, parameters, buffers, tensors)
+                else:
+                    with DrawPerClient(streams, clients) as drawing:
+                        results = everyone(batch_idx, parameters, buffers, tensors)
+                    self._draws = drawing.noticed
+            if reads is not None and before is not None:
+                given = [*(p.detach() for p in parameters), *buffers, *tensors]
+                counts = [len(parameters), len(buffers), len(tensors)]
+                record = partial(self._record, everyone, results, notes, given, counts, before, clients)
+                self.recordings.add(form, record, reads)
+        return _result_of(results, notes)
+
+    def _record(
+        self,
+        function: Callable[..., Any],
+        results: tuple[list[Tensor], list[Tensor | None], list[Tensor], list[Tensor]],
+        notes: list[Logged],
+        given: list[Tensor],
+        counts: list[int],
+        streams: ClientStreams,
+        clients: Sequence[int],
+    ) -> Callable[..., StepResult]:
+        """Record a step, if that is the same to the last bit; gives what replays it."""
+        lengths = [len(part) for part in results]
+        kept = list(notes)
+
+        def flat(*given: Tensor) -> list[Tensor | None]:
+            parameters, buffers, tensors = _split(given, counts)
+            with NoValues():  # type: ignore[no-untyped-call]
+                return [value for part in function(nothing, parameters, buffers, tensors) for value in part]
+
+        try:
+            with unseen(self._module) as nothing:
+                recording = Recording(flat, [tensor.clone() for tensor in given], given[0].device)
+        finally:
+            notes[:] = kept
+        # Many zeros, say, may give the same bits by chance; noise does not.
+        own = torch.Generator(given[0].device).manual_seed(0)
+        noise = [torch.empty_like(t).normal_(generator=own) if t.is_floating_point() else t for t in given]
+
+        def replayed(tensors: Sequence[Tensor]) -> list[Tensor | None]:
+            return recording.replay([tensor.clone() for tensor in tensors], streams.copy(), clients)
+
+        expected = [value for part in results for value in part], replayed(noise)
+
+        def is_same() -> bool:
+            pairs = zip((given, noise), expected, strict=True)
+            return all(all(map(_same_bits, replayed(tensors), values)) for tensors, values in pairs)
+
+        if not is_same():
+            raise RuntimeError("the recorded step gives other bits")
+        recording.improve(is_same)
+
+        def replay(
+            parameters: Sequence[Tensor],
+            buffers: Sequence[Tensor],
+            tensors: Sequence[Tensor],
+            streams: ClientStreams,
+            clients: Sequence[int],
+        ) -> StepResult:
+            given = [*(p.detach() for p in parameters), *buffers, *tensors]
+            return _result_of(_split(recording.replay(given, streams, clients), lengths), kept)
+
+        return replay
+
+    def _form(self, width: int, batch: Opened, share: float) -> Any:
+        """What a recording depends on besides the module."""
+        guard = batch.guard()
+        return None if guard is None else (width, share, guard)
+
+    def _local_step(
+        self, parameters: Sequence[Tensor], buffers: Sequence[Tensor], batch: Any, batch_idx: int, notes: list[Logged]
+    ) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+        """Of one client, as vmap sees it: loss (or none), buffers afterwards, logged tensors."""
+        values: list[Tensor] = []
+
+        def note(logged: Logged) -> None:
+            if isinstance(logged.values, Tensor):
+                values.append(logged.values)
+                logged = logged._replace(values=_PER_CLIENT)
+            notes.append(logged)
+
+        holding = self._holding([*parameters, *(buffer.clone() for buffer in buffers)])
+        with holding as now, self._asking_metrics_in_turn(), logging_to(self._module, note):
+            arguments = (batch, batch_idx) if self._takes_batch_idx else (batch,)
+            output = self._module.training_step(*arguments)
+            new = [now(i) for i in self._buffers]
+        loss = loss_of(output)
+        return [] if loss is None else [loss.reshape(())], [buffer.detach() for buffer in new], values
+
+    @contextmanager
+    def _holding(self, tensors: Sequence[Tensor]) -> Iterator[Callable[[int], Tensor]]:
+        """The module has these tensors in place of its own; what it puts in their place can be read."""
+        seat: dict[int, tuple[Any, str]] = {}
+        # Recurrent layers keep their weights in lists besides, which they bring up to date when they run.
+        lists = [(part, name, vars(part)[name]) for part in self._recurrent for name in _LISTS if name in vars(part)]
+        for owner, name, _, i in self._places:
+            owner[name] = tensors[i]
+            seat[i] = owner, name
+        try:
+            yield lambda i: seat[i][0][seat[i][1]]
+        finally:
+            for owner, name, tensor, _ in self._places:
+                owner[name] = tensor
+            for part, name, weights in lists:
+                vars(part)[name] = weights
+
+    @contextmanager
+    def _asking_metrics_in_turn(self) -> Iterator[None]:
+        """Metrics understand values of many clients."""
+        patched: list[tuple[Any, str, Any]] = []
+        for metric in self._metrics:
+            for name in ("forward", "update"):
+                original = getattr(metric, name)
+                patched.append((metric, name, vars(metric).get(name, patched)))
+                object.__setattr__(metric, name, _ForEachClient(self, original))
+        try:
+            yield
+        finally:
+            for metric, name, before in patched:
+                if before is patched:
+                    object.__delattr__(metric, name)
+                else:
+                    object.__setattr__(metric, name, before)
+
+
+@contextmanager
+def logging_to(module: pl.LightningModule, note: Callable[[Logged], None]) -> Iterator[None]:
+    """While active, what ``training_step`` logs goes to ``note``, tensors without their graph."""
+
+    def log(name: str, value: Any, *args: Any, **kwargs: Any) -> None:
+        options = {**dict(zip(_LOG_ARGUMENTS, args, strict=False)), **kwargs}
+        note(Logged(name, value.detach() if isinstance(value, Tensor) else value, options))
+
+    outside = {name: vars(module)[name] for name in ("log",) if name in vars(module)}
+    object.__setattr__(module, "log", log)
+    module._current_fx_name = "training_step"
+    try:
+        yield
+    finally:
+        module._current_fx_name = None
+        object.__delattr__(module, "log")
+        vars(module).update(outside)
+
+
+def loss_of(output: Any) -> Tensor | None:
+    """The loss among what ``training_step`` returned; None if there is none."""
+    loss: Tensor | None = output["loss"] if isinstance(output, Mapping) else output
+    return loss
+
+
+def _described(exchange: Exchange) -> tuple[Any, ...]:
+    places = [(id(p.owner), p.name, id(p.tensor), p.tensor.shape, p.tensor.dtype) for p in exchange.places]
+    return places, [id(t) for t in exchange.trainable], [id(t) for t in exchange.buffers]
+
+
+@contextmanager
+def _batched_kernels(device: torch.device) -> Iterator[None]:
+    """Operators that work on all clients at once, where vmap would otherwise take one after the other."""
+    if device.type != "cpu":
+        yield
+        return
+    # Of the rest, the comparison of times takes account.
+    with sdpa_kernel(SDPBackend.MATH), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "There is a performance drop")
+        yield
+
+
+def _result_of(results: Sequence[Sequence[Any]], notes: Sequence[Logged]) -> StepResult:
+    losses, gradients, buffers, values = results
+    stacked = iter(values)
+    logged = [note._replace(values=next(stacked)) if note.values is _PER_CLIENT else note for note in notes]
+    return StepResult(losses[0] if losses else None, list(gradients), list(buffers), logged)
+
+
+def _split(values: Sequence[Any], lengths: Sequence[int]) -> list[list[Any]]:
+    ends = list(accumulate(lengths))
+    return [list(values[end - length : end]) for end, length in zip(ends, lengths, strict=True)]
+
+
+def _same_bits(left: Tensor | None, right: Tensor | None) -> bool:
+    if left is None or right is None:
+        return left is right
+    return torch.equal(left.isnan(), right.isnan()) and torch.equal(left.nan_to_num(), right.nan_to_num())
+
+
+class _ForEachClient:
+    """A metric's method that, given values of many clients, is called for one client after the other."""
+
+    def __init__(self, owner: SideBySide, method: Callable[..., Any]) -> None:
+        self._owner = owner
+        self._method = method
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        leaves, spec = tree_flatten((args, kwargs))
+        tensors = [leaf.detach() for leaf in leaves if isinstance(leaf, Tensor)]
+        if not any(map(torch._C._functorch.is_functorch_wrapped_tensor, tensors)):
+            return self._method(*args, **kwargs)
+        self._owner.recordings.stop("it asks a metric")
+        forms: list[TreeSpec] = []
+
+        def call_once(tensors: Sequence[Tensor]) -> list[Tensor]:
+            given = iter(tensors)
+            own = [next(given) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+            own_args, own_kwargs = tree_unflatten(own, spec)
+            values, form = tree_flatten(self._method(*own_args, **own_kwargs))
+            forms.append(form)
+            # A function of tensors must return one; `update` has nothing to say.
+            return [torch.zeros(()) if value is None else torch.as_tensor(value) for value in values]
+
+        results = _PerClientCall.apply(call_once, *tensors)  # type: ignore[no-untyped-call]
+        return tree_unflatten(list(results), forms[0])
+
+
+class _PerClientCall(torch.autograd.Function):
+    @staticmethod
+    def forward(function: Callable[[Sequence[Tensor]], list[Tensor]], *tensors: Tensor) -> tuple[Tensor, ...]:
+        return tuple(function(tensors))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        ctx.mark_non_differentiable(*output)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Any, function: Any, *tensors: Tensor) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
+        rows = [
+            function([t if dim is None else t.select(dim, row) for t, dim in zip(tensors, in_dims[1:], strict=True)])
+            for row in range(info.batch_size)
+        ]
+        stacked = tuple(torch.stack(column) for column in zip(*rows, strict=True))
+        return stacked, (0,) * len(stacked)

@@ -1,0 +1,135 @@
+"""What keeps clients from training side by side: seen beforehand, or noticed when they first do."""
+
+from __future__ import annotations
+
+import os
+import traceback
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import numpy as np
+import torch
+import torchmetrics
+from lightning.pytorch.utilities.model_helpers import is_overridden
+from torch import Tensor, nn
+from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
+
+from lightning_fedscale.core.executors.fast_step import is_patched, why_not_lean
+from lightning_fedscale.core.executors.vectorized.optimizer import ELEMENTWISE
+from lightning_fedscale.core.executors.vectorized.stacking import Obstacle
+from lightning_fedscale.core.lightning.hooks import PER_LOCAL_BATCH
+from lightning_fedscale.utils import randomness
+
+_GLOBAL_HOOKS = (_global_optimizer_pre_hooks, _global_optimizer_post_hooks)
+
+
+def why_not(trainer: pl.Trainer) -> str | None:
+    """Why clients of this Trainer's module cannot train side by side, as far as can be seen without trying."""
+    module, callbacks = trainer.lightning_module, trainer.callbacks  # type: ignore[attr-defined]
+    if (obstacle := why_not_lean(trainer)) is not None:
+        return obstacle
+    if len(trainer.optimizers) > 1:
+        return "there are several optimizers"
+    optimizer: Any = trainer.optimizers[0]
+    if type(optimizer) not in ELEMENTWISE:
+        return f"{type(optimizer).__name__} is none of torch's optimizers that treat every element alone"
+    if is_patched(optimizer):
+        return f"the step of this {type(optimizer).__name__} is not that of its class"
+    if any((optimizer._optimizer_step_pre_hooks, optimizer._optimizer_step_post_hooks, *_GLOBAL_HOOKS)):
+        return "the optimizer has step hooks"
+    if any(group.get("differentiable") for group in optimizer.param_groups):
+        return "the optimizer is differentiable"
+    for name, parameter in module.named_parameters():
+        hooked: Any = parameter
+        if hooked._backward_hooks or hooked._post_accumulate_grad_hooks:
+            return f"there is a hook on the gradient of {name!r}"
+    for name, part in module.named_modules():
+        if isinstance(part, nn.Embedding | nn.EmbeddingBag) and part.sparse:
+            return f"the gradient of {name!r} is sparse"
+    if hook := next((hook for hook in PER_LOCAL_BATCH if is_overridden(hook, module)), None):
+        return f"the module has its own {hook}"
+    if type(module).log is not pl.LightningModule.log:
+        return "the module has its own log"
+    for callback in callbacks:
+        if hasattr(callback, "on_client_start"):
+            return f"{type(callback).__name__} wants to know when a client starts"
+    return None
+
+
+class Surroundings:
+    """What training should leave alone when clients train side by side, since all of them would share it.
+
+    Args:
+        module: the user's.
+        device: where it trains.
+    """
+
+    def __init__(self, module: pl.LightningModule, device: torch.device) -> None:
+        self._module = module
+        self._device = device
+        self._generators: randomness.GlobalState | None = None
+        self._environment: dict[str, str] = {}
+        self._versions: list[int] = []
+
+    def note(self) -> None:
+        """Something is about to run."""
+        if self._generators is None:
+            self._generators, self._environment = randomness.capture(self._device), dict(os.environ)
+        self._versions = self._versions_now()
+
+    def check(self) -> None:
+        """After it has run.
+
+        Raises:
+            Obstacle: if these clients must train one after the other.
+        """
+        if self._generators is None:
+            return
+        if self._versions_now() != self._versions:
+            raise Obstacle("training_step writes to tensors that all clients share")
+        if os.environ != self._environment:
+            raise Obstacle("training_step changes environment variables")
+        now = randomness.capture(self._device)
+        if not all(map(_is_same_generator, now, self._generators)):
+            raise Obstacle("training_step draws from Python's or numpy's random numbers")
+
+    def restore(self) -> None:
+        """The global generators are where they were, and environment variables as they were."""
+        if self._generators is None:
+            return
+        randomness.restore(self._generators, self._device)
+        if os.environ != self._environment:
+            os.environ.clear()
+            os.environ.update(self._environment)
+
+    def _versions_now(self) -> list[int]:
+        tensors = (*self._module.parameters(), *self._module.buffers())
+        return [tensor._version for tensor in tensors]
+
+
+def _is_same_generator(mine: Any, theirs: Any) -> bool:
+    if isinstance(mine, Tensor):
+        return torch.equal(mine, theirs)
+    # numpy's state holds an array.
+    return all(np.array_equal(a, b) for a, b in zip(mine, theirs, strict=True)) if mine is not None else theirs is None
+
+
+def explained(error: Exception) -> str:
+    """An error in one line, with the last line of the user's own code that led to it."""
+    if isinstance(error, Obstacle):
+        return str(error)
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if not _is_library(frame.filename)]
+    where = f" ({frames[-1].filename}:{frames[-1].lineno}: {frames[-1].line})" if frames else ""
+    message = str(error).strip().split("\n")[0]
+    return f"{type(error).__name__}: {message}{where}"
+
+
+_LIBRARIES = (
+    *(str(Path(str(package.__file__)).parent) for package in (torch, pl, torchmetrics)),
+    str(Path(__file__).parents[3]),
+)
+
+
+def _is_library(filename: str) -> bool:
+    return filename.startswith(_LIBRARIES) or filename.startswith("<")

@@ -1,0 +1,271 @@
+"""A client's step side by side with others, held against the same step alone, which is the definition of right."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from typing import Any, Final, NamedTuple
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
+from torch import Tensor
+from torchmetrics import Metric
+
+from lightning_fedscale.core.executors.exchanged_tensors import Exchange
+from lightning_fedscale.core.executors.vectorized.batched_step import Logged, StepResult, logging_to, loss_of
+from lightning_fedscale.core.executors.vectorized.stacking import Obstacle
+from lightning_fedscale.core.lightning.snapshots import SavedBytes
+from lightning_fedscale.utils.flat_view import as_real
+
+
+class Tolerance(NamedTuple):
+    """How far apart two values may be that differ by rounding alone.
+
+    Attributes:
+        relative: as a share of the tensor's largest element.
+        noise: as a share of the largest element of all gradients: what is left where large terms cancel.
+    """
+
+    relative: float
+    noise: float
+
+
+# Sums in another order differ by a few times the precision; where large terms cancel, as behind a BatchNorm with a
+# batch of two, by ten thousand times. What is wrong is mostly wrong by its own size.
+_TOLERANCES: Final = {
+    torch.float64: Tolerance(1e-8, 1e-11),
+    torch.float32: Tolerance(3e-3, 2e-5),
+    torch.float16: Tolerance(2e-2, 4e-3),
+    torch.bfloat16: Tolerance(1e-1, 3e-2),
+}
+_FORMS: Final = 64  # of batches that are looked at on their first appearance
+_ROUNDED_PRODUCTS: Final = Tolerance(1e-2, 1e-3)  # float32 whose matrix products a GPU may round to TF32
+
+
+class Proofs:
+    """When which client's step is held against the same step alone.
+
+    Before the first wave all steps of some clients are. While training all steps of one client are in rounds 1, 2, 4,
+    8 and so on, and one step after something has changed: the module's Python state, what is recorded, or the form
+    of a batch. The client is another one each time.
+
+    Args:
+        while_training: False for the rehearsal alone.
+    """
+
+    def __init__(self, *, while_training: bool) -> None:
+        self._while_training = while_training
+        self._fresh = True
+        self._forms: set[Any] = set()
+        self._everything = False
+        self._chosen: int | None = None
+        self._steps: float = 0.0
+        self._saved: SavedBytes | None = None
+
+    @contextmanager
+    def of_everything(self) -> Iterator[SavedBytes]:
+        """While active, every step of every client is; gives the memory that a step saves for its backward pass."""
+        saved = self._saved = SavedBytes()
+        self._everything = True
+        try:
+            yield saved
+        finally:
+            self._everything, self._saved = False, None
+
+    @contextmanager
+    def measuring(self) -> Iterator[None]:
+        """Around a step alone."""
+        saved, self._saved = self._saved, None
+        with nullcontext() if saved is None else saved:
+            yield
+
+    @property
+    def due(self) -> bool:
+        """Whether a comparison is to come in this wave, whatever its batches look like."""
+        return self._everything or (self._while_training and self._steps > 0)
+
+    def open_round(self, round: int) -> None:
+        """A round begins; the first one of this process is looked at whatever its number."""
+        if self._fresh or (round + 1).bit_count() == 1:
+            self._steps = math.inf
+        self._fresh = False
+
+    def demand(self) -> None:
+        """Something has changed: the next step is due."""
+        self._steps = max(self._steps, 1.0)
+
+    def choose(self, row: int) -> None:
+        """A wave begins; which client is watched if anything is due."""
+        self._chosen = row
+
+    def close_wave(self) -> None:
+        """What was due is done."""
+        self._steps = 0.0
+
+    def watched(self, rows: Sequence[int], form: Any, batch_idx: int) -> list[int]:
+        """Which of these clients are watched in this step, by their place in ``rows``."""
+        if self._everything:
+            self._forms.add(form)
+            return list(range(len(rows)))
+        if not self._while_training:
+            return []
+        if self._chosen in rows and batch_idx < self._steps:
+            self._forms.add(form)
+            return [rows.index(self._chosen)]
+        if form not in self._forms and len(self._forms) < _FORMS:
+            self._forms.add(form)
+            return [0]
+        return []
+
+
+def step_alone(
+    trainer: pl.Trainer,
+    exchange: Exchange,
+    parameters: Sequence[Tensor],
+    buffers: Sequence[Tensor],
+    batch: Any,
+    batch_idx: int,
+    share: float,
+) -> StepResult:
+    """A local batch of one client in the module itself, as `LeanStep` runs it; the module's tensors are then as before.
+
+    Args:
+        trainer: the Trainer.
+        exchange: the module's tensors.
+        parameters: the client's.
+        buffers: the client's.
+        batch: the client's, on the device.
+        batch_idx: number of the batch within the client's round.
+        share: the loss's factor in the gradient.
+
+    Raises:
+        Obstacle: if the step does what clients side by side cannot.
+    """
+    module = trainer.lightning_module
+    own = [*exchange.trainable, *exchange.buffers]
+    before = [tensor.detach().clone() for tensor in own]
+    frozen = [tensor._version for tensor in exchange.frozen]
+    notes: list[Logged] = []
+    try:
+        _write(own, [*parameters, *buffers])
+        for parameter in exchange.trainable:
+            parameter.grad = None
+        takes_index = is_param_in_hook_signature(module.training_step, "batch_idx", min_args=2)
+        with trainer.precision_plugin.train_step_context(), logging_to(module, notes.append), torch.enable_grad():
+            output = module.training_step(*((batch, batch_idx) if takes_index else (batch,)))
+        if (loss := loss_of(output)) is not None:
+            (loss if share == 1.0 else loss * share).backward()  # type: ignore[no-untyped-call]
+        gradients = [parameter.grad for parameter in exchange.trainable]
+        if any(gradient is not None and gradient.layout != torch.strided for gradient in gradients):
+            raise Obstacle("a gradient is sparse")
+        if any(now.shape != then.shape for now, then in zip(exchange.buffers, buffers, strict=True)):
+            raise Obstacle("training_step changes the shape of a buffer")
+        exchange.settle()
+        new = [buffer.detach().clone() for buffer in exchange.buffers]
+    finally:
+        for parameter in exchange.trainable:
+            parameter.grad = None
+        exchange.put_back()
+        _write(own, before)
+    if [tensor._version for tensor in exchange.frozen] != frozen:
+        raise Obstacle("training_step writes to frozen parameters, which all clients share")
+    return StepResult(None if loss is None else loss.detach().reshape(()), gradients, new, notes)
+
+
+def difference(mine: StepResult, row: int, alone: StepResult, names: Sequence[str], tolerance: Tolerance) -> str | None:
+    """What a client's step side by side has otherwise than alone, beyond rounding; None if nothing.
+
+    Args:
+        mine: of several clients.
+        row: which of them.
+        alone: the client's own.
+        names: of the parameters, then of the buffers.
+        tolerance: for gradients.
+    """
+    if (mine.losses is None) != (alone.losses is None):
+        return "whether there is a loss"
+    if mine.losses is not None and (told := _apart(mine.losses[row], alone.losses, tolerance, 1.0)) is not None:
+        return f"the loss {told}"
+    largest = max((_largest(gradient) for gradient in alone.gradients if gradient is not None), default=0.0)
+    for name, own, other in zip(names, mine.gradients, alone.gradients, strict=False):
+        if (own is None) != (other is None):
+            return f"whether {name} has a gradient"
+        if own is not None and (told := _apart(own[row], other, tolerance, largest)) is not None:
+            return f"the gradient of {name} {told}"
+    for name, own, other in zip(names[len(mine.gradients) :], mine.buffers, alone.buffers, strict=True):
+        if (told := _apart(own[row], other, tolerance, 0.0)) is not None:
+            return f"buffer {name} {told}"
+    return _difference_of_logs(mine.logged, row, alone.logged, tolerance)
+
+
+def tolerance_of(trainer: pl.Trainer, exchange: Exchange) -> Tolerance:
+    """What rounding may do to the gradients of this module, in the Trainer's precision."""
+    precision = str(trainer.precision)
+    if "mixed" in precision:
+        return _TOLERANCES[torch.bfloat16 if "bf16" in precision else torch.float16]
+    dtypes = {as_real(tensor).dtype for tensor in exchange.trainable}
+    coarsest = max((_TOLERANCES.get(dtype, _ROUNDED_PRODUCTS) for dtype in dtypes), default=_TOLERANCES[torch.float32])
+    on_gpu = any(tensor.device.type == "cuda" for tensor in exchange.trainable)
+    if on_gpu and torch.float32 in dtypes and torch.get_float32_matmul_precision() != "highest":
+        return max(coarsest, _ROUNDED_PRODUCTS)
+    return coarsest
+
+
+def is_close(mine: Tensor, theirs: Tensor, tolerance: Tolerance) -> bool:
+    """Whether two tensors are the same up to rounding."""
+    return _apart(mine, theirs, tolerance, 1.0) is None
+
+
+def _difference_of_logs(mine: Sequence[Logged], row: int, alone: Sequence[Logged], tolerance: Tolerance) -> str | None:
+    if [note.name for note in mine] != [note.name for note in alone]:
+        return f"what is logged ({_listed(mine)} instead of {_listed(alone)})"
+    for own, other in zip(mine, alone, strict=True):
+        if isinstance(own.values, Metric) or isinstance(other.values, Metric):
+            if own.values is not other.values:
+                return f"the metric logged as {own.name}"
+            continue
+        value, expected = (torch.as_tensor(each) for each in (own.values, other.values))
+        value = value[row] if isinstance(own.values, Tensor) else value
+        if (told := _apart(value, expected, tolerance, 1.0)) is not None:
+            return f"the logged {own.name} {told}"
+        if own.options.keys() != other.options.keys():
+            return f"the arguments with which {own.name} is logged"
+    return None
+
+
+def _listed(notes: Sequence[Logged]) -> str:
+    return ", ".join(note.name for note in notes) or "nothing"
+
+
+def _apart(mine: Tensor, theirs: Tensor | None, tolerance: Tolerance, scale: float) -> str | None:
+    """How two tensors differ, if by more than rounding."""
+    assert theirs is not None
+    if mine.shape != theirs.shape:
+        return f"(shape {tuple(mine.shape)} instead of {tuple(theirs.shape)})"
+    if not theirs.numel():
+        return None
+    mine, theirs = (as_real(each.detach()) for each in (mine, theirs))
+    if not theirs.is_floating_point():
+        return None if torch.equal(mine.to(theirs.dtype), theirs) else f"({_first(mine)} instead of {_first(theirs)})"
+    mine, theirs = mine.double(), theirs.double()
+    same = (mine == theirs) | (mine.isnan() & theirs.isnan())
+    off = torch.where(same, 0.0, (mine - theirs).abs()).nan_to_num_(torch.inf).max().item()
+    allowed = tolerance.relative * _largest(theirs) + tolerance.noise * scale
+    return None if off <= allowed else f"(off by {off:.2g}, largest {_largest(theirs):.2g})"
+
+
+def _first(tensor: Tensor) -> str:
+    return str(tensor.flatten()[0].item())
+
+
+def _largest(tensor: Tensor) -> float:
+    finite = as_real(tensor.detach()).nan_to_num(0.0, 0.0, 0.0)
+    return float(finite.abs().max()) if finite.numel() else 0.0
+
+
+@torch.no_grad()
+def _write(tensors: Sequence[Tensor], values: Sequence[Tensor]) -> None:
+    for tensor, value in zip(tensors, values, strict=True):
+        tensor.copy_(value)

@@ -1,0 +1,161 @@
+"""Random numbers for clients that train side by side: each draws from its own stream, as if it were alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from lightning_fedscale.utils import randomness
+
+
+class ClientStreams:
+    """The random streams of the clients of a wave.
+
+    A stream is the state of Python's, numpy's and torch's global generators as the client would find them if it
+    trained alone. It is set up when the client first draws.
+
+    Args:
+        seed_of: each client's seed, asked for when it first draws.
+        device: the clients' device.
+    """
+
+    def __init__(self, seed_of: Callable[[int], int], device: torch.device) -> None:
+        self._seed_of = seed_of
+        self._device = device
+        self._generators: dict[tuple[int, str], torch.Generator] = {}
+        self._hosts: dict[int, tuple[Any, Any]] = {}
+
+    def begin(self, client: int, state: randomness.GlobalState) -> None:
+        """A client's stream is already under way."""
+        self._set(client, state)
+
+    def copy(self) -> ClientStreams:
+        """Streams that go on from here on their own."""
+        other = ClientStreams(self._seed_of, self._device)
+        other._generators = {key: generator.clone_state() for key, generator in self._generators.items()}
+        other._hosts = dict(self._hosts)
+        return other
+
+    def generator(self, client: int, device: torch.device) -> torch.Generator:
+        """The client's torch generator on a kind of device."""
+        key = client, device.type
+        if key not in self._generators:
+            self._generators[key] = torch.Generator(device).manual_seed(self._seed_of(client))
+        return self._generators[key]
+
+    @contextmanager
+    def of(self, client: int) -> Iterator[None]:
+        """The global generators are this client's; afterwards they are whose they were before."""
+        outside = randomness.capture(self._device)
+        if client not in self._hosts:  # Python's and numpy's streams begin here; torch's may be under way
+            randomness.seed_globals(self._seed_of(client), torch.device("cpu"))
+            begun = randomness.capture(torch.device("cpu"))
+            self._hosts[client] = begun.python, begun.numpy
+        cpu = self.generator(client, torch.device("cpu")).get_state()
+        device = None if outside.device is None else self.generator(client, self._device).get_state()
+        randomness.restore(randomness.GlobalState(*self._hosts[client], cpu, device), self._device)
+        try:
+            yield
+        finally:
+            self._set(client, randomness.capture(self._device))
+            randomness.restore(outside, self._device)
+
+    def _set(self, client: int, state: randomness.GlobalState) -> None:
+        self._hosts[client] = state.python, state.numpy
+        self.generator(client, torch.device("cpu")).set_state(state.cpu)
+        if state.device is not None:
+            self.generator(client, self._device).set_state(state.device)
+
+
+def is_random(func: Any) -> bool:
+    """Whether an operator draws random numbers."""
+    return isinstance(func, torch._ops.OpOverload) and torch.Tag.nondeterministic_seeded in func.tags
+
+
+class DrawPerClient(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """While active below `torch.func.vmap(..., randomness="different")`, every client draws from its own stream.
+
+    vmap asks for the random numbers of all clients at once, with the clients along the first dimension.
+
+    Args:
+        streams: the clients' streams.
+        clients: which of them train side by side, in the order of the first dimension.
+
+    Attributes:
+        noticed: whether anything was drawn.
+    """
+
+    def __init__(self, streams: ClientStreams, clients: Sequence[int]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.noticed = False
+        self._streams = streams
+        self._clients = clients
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if not is_random(func):
+            return func(*args, **kwargs or {})
+        self.noticed = True
+        return draw_per_client(self._streams, self._clients, func, *args, **kwargs or {})
+
+
+def draw_per_client(streams: ClientStreams, clients: Sequence[int], func: Any, *args: Any, **kwargs: Any) -> Any:
+    """Call a random operator once for every client, under its stream, on its part of the first dimension.
+
+    Raises:
+        NotImplementedError: if the arguments do not have the clients along the first dimension.
+    """
+    count = len(clients)
+
+    def part(value: Any, row: int) -> Any:
+        if isinstance(value, Tensor):
+            if value.dim() == 0 or value.shape[0] != count:
+                raise NotImplementedError(f"{func} draws for several clients in one go")
+            return value[row]
+        return value
+
+    # Factories take the size as a list, which begins with the number of clients.
+    size = next((i for i, argument in enumerate(func._schema.arguments) if argument.name == "size"), None)
+    if size is not None and (not args[size] or args[size][0] != count):
+        raise NotImplementedError(f"{func} draws the same size for all clients in one go")
+    if size is None and not any(isinstance(arg, Tensor) for arg in args):
+        raise NotImplementedError(f"{func} draws for one client at a time")
+    generator = _place_for_generator(func)
+    device = next((arg.device for arg in args if isinstance(arg, Tensor)), kwargs.get("device", torch.device("cpu")))
+    parts = []
+    for row, client in enumerate(clients):
+        own = [part(arg, row) for arg in args]
+        if size is not None:
+            own[size] = list(args[size][1:])
+        if generator is not None:
+            own_kwargs = {**kwargs, "generator": streams.generator(client, device)}
+            parts.append(generator(*own, **own_kwargs))
+        else:
+            with streams.of(client):
+                parts.append(func(*own, **kwargs))
+    if func._schema.is_mutable:
+        return args[0]
+    if isinstance(parts[0], tuple):
+        return tuple(torch.stack(column) for column in zip(*parts, strict=True))
+    return torch.stack(parts)
+
+
+@cache
+def _place_for_generator(func: Any) -> Any:
+    """The overload of an operator that takes a generator, None if there is none."""
+    packet = func.overloadpacket
+    for overload in (func, *(getattr(packet, name) for name in packet.overloads())):
+        arguments = overload._schema.arguments
+        names = [argument.name for argument in arguments if argument.name != "generator"]
+        if len(names) < len(arguments) and names == [
+            argument.name for argument in func._schema.arguments if argument.name != "generator"
+        ]:
+            return overload
+    return None

@@ -1,0 +1,1 @@
+"""What meets Lightning's loops, hooks, loggers and checkpoints."""

@@ -1,0 +1,467 @@
+"""What local training logs, collected on the device and handed to Lightning's own results once a round."""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections import defaultdict
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from types import NoneType
+from typing import Any, TypeAlias
+
+import lightning.pytorch as pl
+import numpy as np
+import torch
+from lightning.pytorch.trainer.connectors.logger_connector.result import _get_default_dtype, _ResultMetric
+from torch import Tensor
+from torchmetrics import Metric
+
+from lightning_fedscale.core.lightning.hooks import as_it_was
+from lightning_fedscale.core.lightning.log_ranks import RankLog
+from lightning_fedscale.core.lightning.snapshots import MetricStates
+from lightning_fedscale.types import FloatArray
+
+_MOST_WAITING = 8192  # values that wait on the device before they are read, so that memory stays bounded
+
+_OPTIONS: dict[str, Any] = {
+    "prog_bar": False,
+    "logger": None,
+    "on_step": None,
+    "on_epoch": None,
+    "reduce_fx": "mean",
+    "enable_graph": False,
+    "sync_dist": False,
+    "sync_dist_group": None,
+    "add_dataloader_idx": True,
+    "metric_attribute": None,
+    "rank_zero_only": False,
+}
+"""The arguments of ``self.log`` that say what happens to a value, and their defaults."""
+
+_Key: TypeAlias = tuple[str | None, str, Hashable, tuple[Any, ...]]
+"""Hook, name, kind of value, options."""
+
+
+class ClientLog:
+    """Stands in for ``module.log`` while the clients of a rank train.
+
+    Lightning spends more on one logged value than on a step of a small model. So only the first call for each hook,
+    name and set of options goes through it, and complains at the user's line; later values wait as tensors and are read
+    from the device all at once, when the round is over or when somebody looks at the Trainer's metrics. Names, step
+    values (the round's last), epoch values and where they are shown are Lightning's own.
+
+    Args:
+        trainer: the Trainer, about to fit.
+        ranks: number of processes.
+        every_n: also send the step values of every n-th local batch to the loggers, as ``client/...`` over local
+            batches.
+
+    Attributes:
+        local_batches: local batches of all ranks in all complete rounds, where the x-axis of ``client/...`` goes on.
+        position: number of the current local batch within the rank's round, to be set by whoever runs it.
+        joint: brings the ranks together.
+    """
+
+    def __init__(self, trainer: pl.Trainer, every_n: int | None = None, ranks: int = 1) -> None:
+        self.local_batches = 0
+        self.position = 0
+        self._trainer = trainer
+        self._module = trainer.lightning_module
+        self._connector = trainer._logger_connector
+        self._results: Any = trainer.fit_loop.epoch_loop._results
+        self.joint = RankLog(self._module, self._results, ranks, trainer.global_rank)
+        self._every_n = every_n
+        self._series: dict[str, _Series] = {}
+        self._known: dict[_Key, _Series] = {}
+        self._waiting = 0
+        self._silent = False
+        self._clients: dict[int, int] = {}  # by the number of their first local batch within the rank's round
+        self._picked: list[tuple[str, list[int], Any]] = []  # for the loggers: name, positions, values
+        self._points: dict[int, dict[str, float]] = {}
+
+    # ---- the clients of a round
+
+    @contextmanager
+    def collecting(self) -> Iterator[None]:
+        """Collect what is logged inside, for the clients of one round; if they fail, what waits is dropped."""
+        self._forget()
+        self._clients = {}
+        self.joint.open_round()
+        fields, results, look = vars(self._module), vars(self._results), self._results.metrics
+        # A `log` of the user's own does more than we know, and stays.
+        stands_in = "log" not in fields and type(self._module).log is pl.LightningModule.log
+
+        def look_now(on_step: bool) -> Any:
+            self.flush()
+            return look(on_step)
+
+        results["metrics"] = look_now
+        if stands_in:
+            fields["log"] = _StandIn(self.log, self._module.log)
+        try:
+            yield
+            self.flush()
+        except BaseException:
+            self._forget()
+            raise
+        finally:
+            del results["metrics"]
+            if stands_in:
+                del fields["log"]
+
+    @contextmanager
+    def silenced(self) -> Iterator[None]:
+        """Nothing that is logged inside counts, and metrics are afterwards what they were."""
+        fields, metrics = vars(self._module), MetricStates(self._module)
+        around = fields.get("log")
+        fields["log"] = _nothing
+        self._silent = True
+        try:
+            yield
+        finally:
+            self._silent = False
+            metrics.restore()
+            if around is None:
+                del fields["log"]
+            else:
+                fields["log"] = around
+
+    def place(self, client: int, position: int) -> None:
+        """The client's local batches are numbered from this position on within the rank's round."""
+        self._clients[position] = client
+
+    def last_clients(self) -> dict[str, int]:
+        """Of each name, by the key of Lightning's result, the client that logged it last in this round."""
+        starts = sorted(self._clients)
+        last = defaultdict(lambda: self._clients[starts[-1]])  # where Lightning alone saw the values
+        for key, series in self._series.items():
+            if series.latest >= 0:
+                last[key] = self._clients[starts[bisect_right(starts, series.latest) - 1]]
+        return last
+
+    def start_batch(self, batch: Any) -> None:
+        """A local batch begins that has not come through the Trainer's own loop; sizes are read off it if needed."""
+        # As Lightning's own `on_batch_start` does, which looks for both objects again every time.
+        self._connector._first_loop_iter = False
+        self._results.batch, self._results.batch_size, self._results.dataloader_idx = batch, None, None
+
+    def commit(self, batches: int) -> None:
+        """The round is complete, with this number of local batches on all ranks."""
+        self.local_batches += batches
+
+    def send(self) -> None:
+        """Give the loggers what was picked for them since the last time."""
+        points, self._points = self._points, {}
+        for step, values in sorted(points.items()):
+            for logger in self._trainer.loggers:
+                logger.log_metrics(values, step=step)
+
+    # ---- values come in
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def log(
+        self,
+        name: str,
+        value: Any,
+        prog_bar: bool = False,
+        logger: bool | None = None,
+        on_step: bool | None = None,
+        on_epoch: bool | None = None,
+        reduce_fx: str | Callable[[Any], Any] = "mean",
+        enable_graph: bool = False,
+        sync_dist: bool = False,
+        sync_dist_group: Any = None,
+        add_dataloader_idx: bool = True,
+        batch_size: int | None = None,
+        metric_attribute: str | None = None,
+        rank_zero_only: bool = False,
+    ) -> None:
+        """`LightningModule.log`, with its arguments."""
+        hook = self._module._current_fx_name
+        options = (
+            prog_bar, logger, on_step, on_epoch, reduce_fx, enable_graph, sync_dist, sync_dist_group,
+            add_dataloader_idx, metric_attribute, rank_zero_only,
+        )  # fmt: skip
+        key = hook, name, _kind(value), options
+        series = self._find(key)
+        if series is None or not _is_single(value) or type(batch_size) not in (int, NoneType):
+            series = self._through_lightning(key, value, batch_size, self.position)
+        else:
+            self._enter(series.hook)
+            if isinstance(value, Metric):
+                series.show(value, self.position)
+            else:
+                value = value.detach().clone() if isinstance(value, Tensor) else float(value)
+                series.add(self.position, value, self._size(series, batch_size))
+                self._count(1)
+        if series is not None and series.is_step and self._is_due(self.position):
+            self._pick(series, value)
+
+    def add_stacked(
+        self,
+        name: str,
+        values: Tensor,
+        batch_sizes: Sequence[int],
+        options: Mapping[str, Any],
+        hook: str = "training_step",
+        *,
+        positions: Sequence[int],
+    ) -> None:
+        """Add what several local batches logged at once, as in a vectorized step.
+
+        Args:
+            name: the logged name.
+            values: one value for each of the local batches.
+            batch_sizes: what each of them weighs in a mean.
+            options: the other arguments of ``self.log``, those that are not at their defaults.
+            hook: where it was logged.
+            positions: number of each local batch within the rank's round, client by client. The value of the round's
+                last one becomes the step value, and sums are taken in this order.
+        """
+        if self._silent:
+            return
+        # Many batches are not the epoch's first, where Lightning would take values of another hook for leftovers.
+        self._connector._first_loop_iter = False
+        values, places, sizes = values.detach(), list(positions), list(batch_sizes)
+        key = hook, name, values.dtype, tuple({**_OPTIONS, **options}[option] for option in _OPTIONS)
+        series, start = self._find(key), 0
+        if series is None:
+            with self._inside(hook):
+                series, start = self._through_lightning(key, values[0], sizes[0], places[0]), 1
+        if series is None:
+            return
+        if series.is_step and any(map(self._is_due, places)):
+            self._picked.append((series.name, places, values))
+        if places := places[start:]:
+            series.add_many(places, values[start:], sizes[start:])
+            self._count(len(places))
+
+    def add_metric(
+        self, name: str, metric: Metric, options: Mapping[str, Any], hook: str = "training_step", *, position: int = 0
+    ) -> None:
+        """Show a torchmetrics object that several local batches, the last of them ``position``, have updated."""
+        if self._silent:
+            return
+        self.position = position
+        with self._inside(hook):
+            self.log(name, metric, **options)
+
+    @contextmanager
+    def _inside(self, hook: str) -> Iterator[None]:
+        around, self._module._current_fx_name = self._module._current_fx_name, hook
+        try:
+            yield
+        finally:
+            self._module._current_fx_name = around
+
+    def _find(self, key: _Key) -> _Series | None:
+        try:
+            return self._known.get(key)
+        except TypeError:  # an option without a hash: Lightning's to judge
+            return None
+
+    def _through_lightning(self, key: _Key, value: Any, batch_size: int | None, position: int) -> _Series | None:
+        """Lightning's own way; returns where later values of the kind go, None if they must come this way too."""
+        hook, name, _, given = key
+        options = dict(zip(_OPTIONS, given, strict=True))
+        self.flush()
+        pl.LightningModule.log(self._module, name, value, batch_size=batch_size, **options)
+        result = self._results.get(f"{hook}.{name}")
+        if result is None or options["enable_graph"]:
+            return None
+        series = self._series.setdefault(f"{hook}.{name}", _Series(result))
+        series.latest = position
+        try:
+            self._known[key] = series
+        except TypeError:
+            return None
+        return series
+
+    def _enter(self, hook: str) -> None:
+        """Lightning's own precaution against leftovers: a hook's first value in an epoch's first batch starts anew."""
+        if self._connector._first_loop_iter is not False and self._connector.should_reset_tensors(hook):
+            self.flush()
+            self._results.reset(metrics=False, fx=hook)
+        self._connector._current_fx = hook
+
+    def _size(self, series: _Series, given: int | None) -> int:
+        if given is not None:
+            return given
+        if not series.is_mean:
+            return 1
+        size: int | None = self._results.batch_size  # found before in this batch
+        return self._results._extract_batch_size(series.result, None, series.result.meta) if size is None else size
+
+    def _count(self, number: int) -> None:
+        self._waiting += number
+        if self._waiting >= _MOST_WAITING:
+            self.flush()
+
+    def _is_due(self, position: int) -> bool:
+        return self._every_n is not None and (self.local_batches + position + 1) % self._every_n == 0
+
+    def _pick(self, series: _Series, value: Any) -> None:
+        value = value._forward_cache if isinstance(value, Metric) else value
+        if value is not None and _is_single(value):
+            value = value.detach().clone() if isinstance(value, Tensor) else float(value)
+            self._picked.append((series.name, [self.position], value))
+
+    # ---- values go out
+
+    def flush(self) -> None:
+        """Hand everything that waits to Lightning and to the loggers' points, with a single read from the device."""
+        full = [series for series in self._series.values() if series.positions]
+        picked, self._picked, self._waiting = self._picked, [], 0
+        if not full and not picked:
+            return
+        device = self._module.device
+        values = [value for series in full for value in (series.result.value, *series.values)]
+        numbers = _read([*values, *(value for *_, value in picked)], device)
+        for series in full:
+            start, mine, numbers = np.split(numbers, [1, 1 + len(series.positions)])
+            series.hand_over(start, mine, device)
+        for name, positions, _ in picked:
+            mine, numbers = np.split(numbers, [len(positions)])
+            for position, number in zip(positions, mine.tolist(), strict=True):
+                if self._is_due(position):
+                    self._points.setdefault(self.local_batches + position + 1, {})[f"client/{name}"] = number
+
+    def _forget(self) -> None:
+        self.position, self._waiting, self._picked, self._points = 0, 0, [], {}
+        for series in self._series.values():
+            series.drop()
+            series.latest = -1
+
+
+class _Series:
+    """The values of one name from one hook, waiting for the place where Lightning keeps their result.
+
+    Args:
+        result: that place, as Lightning made it at the first value.
+
+    Attributes:
+        latest: number of the local batch within the round whose value is the step value, -1 if none is.
+    """
+
+    def __init__(self, result: _ResultMetric) -> None:
+        meta = result.meta
+        self.result = result
+        self.hook, self.name = meta.fx, meta.name
+        self.is_mean = result.is_tensor and meta.on_epoch and meta.is_mean_reduction
+        self.is_step = meta.on_step and meta.logger
+        self._fold = np.maximum if meta.is_max_reduction else np.minimum if meta.is_min_reduction else np.add
+        self._wide = False  # whether a value was float64
+        self.latest = -1
+        self.drop()
+
+    def drop(self) -> None:
+        """Forget what waits."""
+        self.positions: list[int] = []
+        self.values: list[Tensor | float] = []  # each a number, or a vector that stands for several positions
+        self._sizes: list[int] = []
+
+    def add(self, position: int, value: Tensor | float, size: int) -> None:
+        """One value waits."""
+        if not self.result.meta.on_epoch and len(self.positions) == 1 and self.positions[0] < position:
+            self.drop()  # the last one is all that is ever shown
+        self.positions.append(position)
+        self.values.append(value)
+        self._sizes.append(size)
+        self._widen(value)
+
+    def add_many(self, positions: list[int], values: Tensor, sizes: list[int]) -> None:
+        """The values of several positions wait."""
+        self.positions += positions
+        self.values.append(values)
+        self._sizes += sizes
+        self._widen(values)
+
+    def show(self, metric: Metric, position: int) -> None:
+        """A torchmetrics object reduces for itself; Lightning asks it when needed."""
+        self.latest = position
+        self.result.value, self.result._forward_cache = metric, metric._forward_cache
+        self._updated(1)
+
+    def hand_over(self, start: FloatArray, numbers: FloatArray, device: torch.device) -> None:
+        """Reduce what waits as Lightning does: one value after the other, in the precision of its results.
+
+        Args:
+            start: Lightning's result so far, one number.
+            numbers: the waiting values.
+            device: where the result is to be.
+        """
+        result, kind = self.result, np.float64 if self._wide else np.float32
+        order = np.argsort(self.positions, kind="stable")
+        values: Any = numbers.astype(kind)[order]
+        if result.meta.on_step and (last := self.positions[order[-1]]) >= self.latest:
+            self.latest, result._forward_cache = last, torch.tensor(values[-1], device=device)
+        if self.is_mean:
+            values = values * np.array(self._sizes, kind)[order]
+            result.cumulated_batch_size = result.cumulated_batch_size.to(device) + sum(self._sizes)
+        if result.meta.on_epoch:
+            wide = self._wide or result.value.dtype is torch.float64
+            start = start.astype(np.float64 if wide else np.float32)
+            total = self._fold.accumulate(np.concatenate([start, values]))[-1]
+            result.value = torch.tensor(total, device=device)
+        else:
+            result.value = result._forward_cache
+        self._updated(len(values))
+        self.drop()
+
+    def _widen(self, value: Tensor | float) -> None:
+        dtype = value.dtype if isinstance(value, Tensor) else None
+        if dtype is not torch.float32 and torch.float64 in (dtype, _get_default_dtype()):
+            self._wide = True
+
+    def _updated(self, times: int) -> None:
+        self.result._computed = None
+        self.result._update_count += times
+        self.result.has_reset = False
+
+
+class _StandIn:
+    """What ``module.log`` is while clients train; a module that is copied or pickled then has its own again."""
+
+    def __init__(self, log: Callable[..., None], own: Callable[..., None]) -> None:
+        self._log = log
+        self._own = own
+
+    def __call__(self, *args: Any, **kwargs: Any) -> None:
+        self._log(*args, **kwargs)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return as_it_was, (self._own,)
+
+
+def _kind(value: Any) -> Hashable:
+    """What a later value must share with one that Lightning has seen, so that it need not be checked again."""
+    if isinstance(value, Tensor):
+        return value.dtype
+    kind: Any = id(value) if isinstance(value, Metric) else type(value)
+    return kind  # type: ignore[no-any-return]
+
+
+def _is_single(value: Any) -> bool:
+    return not isinstance(value, Tensor) or value.numel() == 1
+
+
+def _read(values: list[Any], device: torch.device) -> FloatArray:
+    """Tensors of any shape, and plain numbers, in a row; all tensors cross from the device at once."""
+    tensors = [value.reshape(-1).to(device) for value in values if isinstance(value, Tensor)]
+    # Where fractions are mixed, `cat` takes the widest; whole numbers it would squeeze into the fractions' precision.
+    tensors = [tensor if tensor.is_floating_point() else tensor.double() for tensor in tensors]
+    read: FloatArray = torch.cat(tensors or [torch.empty(0)]).double().cpu().numpy()
+    if len(tensors) == len(values):
+        return read
+    was_tensor = np.repeat(
+        [isinstance(value, Tensor) for value in values],
+        [value.numel() if isinstance(value, Tensor) else 1 for value in values],
+    )
+    numbers = np.empty(len(was_tensor))
+    numbers[was_tensor] = read
+    numbers[~was_tensor] = [value for value in values if not isinstance(value, Tensor)]
+    return numbers
+
+
+def _nothing(*values: Any, **options: Any) -> None:
+    """In place of ``log`` while nothing counts."""

@@ -1,0 +1,154 @@
+"""The gradients of both halves of a batch, at the module's present weights, without a trace."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, NamedTuple
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
+from torch import Tensor
+
+from lightning_fedscale.devices.profiling.batches import changed, samples_in
+from lightning_fedscale.devices.profiling.dry_run import copied
+from lightning_fedscale.devices.profiling.stubs import silence
+from lightning_fedscale.utils.randomness import untouched
+
+
+class Halves(NamedTuple):
+    """The gradients of both halves of a batch.
+
+    Attributes:
+        gradients: of each half, one tensor for each trainable parameter; zeros where it takes no part.
+        samples: in each half.
+    """
+
+    gradients: tuple[list[Tensor], list[Tensor]]
+    samples: tuple[int, int]
+
+    def difference_square(self) -> Tensor:
+        """Squared norm of the difference."""
+        return squared_norm(torch._foreach_sub(*self.gradients))
+
+    def mean(self) -> list[Tensor]:
+        """The gradient of the whole batch, if the loss is a mean over its samples."""
+        (first, second), (m, n) = self.gradients, self.samples
+        return [a * (m / (m + n)) + b * (n / (m + n)) for a, b in zip(first, second, strict=True)]
+
+
+def half_gradients(trainer: pl.Trainer, module: pl.LightningModule, batch: Any, batch_idx: int = 0) -> Halves | None:
+    """The gradients of both halves of a batch, by the module's own ``training_step``.
+
+    It runs on a copy of the module, under the Trainer's precision: nothing is logged, metrics and buffers stay as they
+    are, gradients too, and no generator moves. Costs one forward and backward pass and a copy of the module's memory.
+
+    Args:
+        trainer: the Trainer.
+        module: holds the weights.
+        batch: on the module's device; the loss must be a mean over its samples.
+        batch_idx: number of the batch.
+
+    Returns:
+        None for a batch of a single sample, or if ``training_step`` returns no loss.
+
+    Raises:
+        ValueError: for a batch that cannot be cut.
+        Exception: whatever the module raises.
+    """
+    samples = samples_in(batch, remedy="")
+    if samples < 2:
+        return None
+    middle, gradients = samples // 2, list[list[Tensor]]()
+    with untouched():
+        twin = _Twin(trainer, module)
+        for part in (slice(None, middle), slice(middle, None)):
+            found = twin.gradient(_cut(batch, part), batch_idx)
+            if found is None:
+                return None
+            gradients.append(list(found.values()))
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if (hook := getattr(callback, "on_probe", None)) is not None:
+            hook(trainer, batch)
+    return Halves((gradients[0], gradients[1]), (middle, samples - middle))
+
+
+def mean_gradient(
+    trainer: pl.Trainer,
+    module: pl.LightningModule,
+    batches: Iterable[tuple[Any, int]],
+    metered: Callable[[Any, int], AbstractContextManager[Any]] = lambda batch, samples: nullcontext(),
+) -> dict[str, Tensor]:
+    """The mean of the gradients of some batches, each weighing as many samples as it has; as `half_gradients` does it.
+
+    Args:
+        trainer: the Trainer.
+        module: holds the weights.
+        batches: on the module's device, each with its number of samples.
+        metered: is given each of them; what it returns is active while its gradient is computed.
+
+    Returns:
+        Of each trainable parameter, by name; zeros where it takes no part.
+    """
+    total: dict[str, Tensor] = {}
+    samples = 0
+    with untouched():
+        twin = _Twin(trainer, module)
+        for batch_idx, (batch, size) in enumerate(batches):
+            with metered(batch, size):
+                found = twin.gradient(batch, batch_idx) or {}
+            for name, gradient in found.items():
+                total[name] = gradient * size if name not in total else total[name].add_(gradient, alpha=size)
+            samples += size
+    return {n: total[n] / samples if n in total else torch.zeros_like(p) for n, p in twin.parameters.items()}
+
+
+class _Twin:
+    """A copy of the module that says nothing and leaves no trace."""
+
+    def __init__(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        self._precision = trainer.precision_plugin
+        self._module = copied(module)
+        self._module.train()
+        silence(self._module, trainer)
+        self._takes_index = is_param_in_hook_signature(module.training_step, "batch_idx", min_args=2)
+        self.parameters = {name: p for name, p in self._module.named_parameters() if p.requires_grad}
+
+    def gradient(self, batch: Any, batch_idx: int) -> dict[str, Tensor] | None:
+        """By name; None if there is no loss."""
+        with torch.enable_grad(), self._precision.train_step_context():
+            output = self._module.training_step(*((batch, batch_idx) if self._takes_index else (batch,)))
+        loss = output["loss"] if isinstance(output, dict) else output
+        if loss is None:
+            return None
+        loss.backward()
+        found = {name: _dense(parameter) for name, parameter in self.parameters.items()}
+        for parameter in self.parameters.values():
+            parameter.grad = None
+        return found
+
+
+def _dense(parameter: Tensor) -> Tensor:
+    """A parameter's gradient; of zeros if it took no part."""
+    if parameter.grad is None:
+        return torch.zeros_like(parameter)
+    return parameter.grad.detach().to_dense()
+
+
+def no_halves(error: Exception) -> str:
+    """What to tell a user whose module or batches do not allow it."""
+    return (
+        "CriticalPhase: the noise of single samples is not measured, since a batch cannot be cut into halves and run on"
+        f" a copy of the module ({type(error).__name__}: {error}). Pass noise_every=None."
+    )
+
+
+def squared_norm(tensors: Sequence[Tensor]) -> Tensor:
+    """Of all elements together, as a number on their device."""
+    norms: Sequence[Tensor] = torch._foreach_norm(list(tensors), dtype=torch.float64)
+    return torch.stack(list(norms)).square().sum()
+
+
+def _cut(batch: Any, part: slice) -> Any:
+    return changed(batch, lambda tensor: tensor[part] if tensor.ndim else tensor)

@@ -1,0 +1,134 @@
+"""What callbacks give to loggers, what these show beside, and where a run keeps its files."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
+
+import lightning.pytorch as pl
+import torch
+from lightning.fabric.utilities.logger import _convert_params, _flatten_dict
+from lightning.pytorch.core.saving import save_hparams_to_yaml
+from lightning.pytorch.loggers import CSVLogger, Logger, MLFlowLogger, TensorBoardLogger, WandbLogger
+from lightning.pytorch.loggers.logger import DummyLogger
+
+from lightning_fedscale.utils.foreign import attribute_of, is_really
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+Layout = dict[str, dict[str, list[Any]]]
+"""For ``SummaryWriter.add_custom_scalars``: categories of charts of tags."""
+
+FIRST = "Rounds"
+"""The category that stands above all others."""
+
+_layouts: WeakKeyDictionary[Any, Layout] = WeakKeyDictionary()
+"""What each writer was told so far."""
+
+
+def writers(trainer: pl.Trainer, method: str) -> Iterator[Any]:
+    """The loggers' writers that have such a method; on rank 0."""
+    for logger in _loggers(trainer):
+        experiment = attribute_of(logger, "experiment")
+        if attribute_of(experiment, method) is not None:
+            yield experiment
+
+
+def send(trainer: pl.Trainer, metrics: dict[str, float]) -> None:
+    """Straight to the loggers, and to where callbacks look for what they monitor; ``self.log`` takes far longer."""
+    for logger in trainer.loggers:
+        logger.log_metrics(metrics, step=trainer.fit_loop.epoch_loop._batches_that_stepped)
+    publish(trainer, metrics)
+
+
+def publish(trainer: pl.Trainer, metrics: dict[str, float]) -> None:
+    """Put values where callbacks look for what they monitor."""
+    values = {name: torch.tensor(value, dtype=torch.float64) for name, value in metrics.items()}
+    for known in (trainer._logger_connector._callback_metrics, trainer._logger_connector._logged_metrics):
+        known.update(values)
+
+
+def show(trainer: pl.Trainer, tag: str, figure: Figure) -> None:
+    """Give a figure to the loggers that take one: of TensorBoard's kind, W&B's and MLflow's."""
+    for writer in writers(trainer, "add_figure"):
+        writer.add_figure(tag, figure, trainer.global_step)
+    for logger in _loggers(trainer):
+        if is_really(logger, WandbLogger):
+            logger.log_image(tag, [figure])
+        if is_really(logger, MLFlowLogger):
+            logger.experiment.log_figure(logger.run_id, figure, f"{tag}.png")
+
+
+def shows_figures(trainer: pl.Trainer) -> bool:
+    """Whether a figure would be seen by anybody."""
+    by_their_own_way = any(
+        is_really(logger, WandbLogger) or is_really(logger, MLFlowLogger) for logger in _loggers(trainer)
+    )
+    return by_their_own_way or next(writers(trainer, "add_figure"), None) is not None
+
+
+def _loggers(trainer: pl.Trainer) -> list[Logger]:
+    """Those of rank 0, without Lightning's stand-in that has every method."""
+    return [each for each in trainer.loggers if trainer.is_global_zero and not isinstance(each, DummyLogger)]
+
+
+def lay_out(trainer: pl.Trainer, layout: Layout) -> None:
+    """Tell TensorBoard which curves belong together, beside what other callbacks told it."""
+    for writer in writers(trainer, "add_custom_scalars"):
+        # Of several layouts of a run only one is shown.
+        known = _layouts.setdefault(writer, {})
+        known.update(layout)
+        writer.add_custom_scalars(dict(sorted(known.items(), key=lambda item: item[0] != FIRST)))
+
+
+def log_settings(trainer: pl.Trainer, settings: Mapping[str, Any]) -> None:
+    """Give hyperparameters to every logger, beside those that the module has given it."""
+    for logger in trainer.loggers:
+        logger.log_hyperparams(dict(settings))
+        if is_really(logger, TensorBoardLogger) and trainer.is_global_zero:
+            # It writes the file once only, and has done so.
+            logger._fs.makedirs(logger.log_dir, exist_ok=True)
+            save_hparams_to_yaml(os.path.join(logger.log_dir, logger.NAME_HPARAMS_FILE), logger.hparams)
+
+
+def add_hparams(trainer: pl.Trainer, metrics: Mapping[str, float], behind: Callable[[str], bool]) -> None:
+    """Give TensorBoard's HParams page a row: all settings that the logger has, and metrics by the tags of their curves.
+
+    TensorBoard reads a run's first such row only, and follows the curves to their last values.
+
+    Args:
+        trainer: the Trainer.
+        metrics: values of now.
+        behind: whether the setting of this name comes after the others; the first five are shown.
+    """
+    from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
+    from torch.utils.tensorboard.summary import hparams
+
+    for logger in _loggers(trainer):
+        if not (is_really(logger, TensorBoardLogger) and logger.hparams):
+            continue
+        settings = logger._sanitize_params(_flatten_dict(_convert_params(logger.hparams)))
+        experiment, *session = hparams(settings, dict(metrics))  # type: ignore[no-untyped-call]
+        plugin = experiment.value[0].metadata.plugin_data
+        content = HParamsPluginData.FromString(plugin.content)
+        for info in content.experiment.hparam_infos:
+            info.differs = not behind(info.name)  # by which the page sorts them
+        plugin.content = content.SerializeToString()
+        for summary in (experiment, *session):
+            logger.experiment._get_file_writer().add_summary(summary)
+
+
+def run_folder(trainer: pl.Trainer) -> Path | None:
+    """Where the first logger keeps its files of this run; None without one, or if it keeps none. For rank 0."""
+    if not trainer.loggers:
+        return None  # `trainer.log_dir` would be the current directory
+    logger: Any = trainer.loggers[0]
+    if is_really(logger, TensorBoardLogger) or is_really(logger, CSVLogger):
+        return Path(logger.log_dir)
+    if not isinstance(logger.save_dir, str | Path):
+        return None
+    return Path(os.path.join(logger.save_dir, str(logger.name), str(logger.version)))

@@ -1,0 +1,310 @@
+"""A project's training data as it is before a run: a sample of it, and where the project keeps its batch size."""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import lightning.pytorch as pl
+from lightning.pytorch.utilities import CombinedLoader
+from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils.data import BatchSampler, DataLoader
+
+from lightning_fedscale.core.lightning.hooks import as_it_was
+from lightning_fedscale.devices.profiling.samples import LargestSample, is_map_style, largest_sample
+
+NAMES = "batch_size", "train_batch_size", "per_device_batch_size"
+"""Under which projects keep their batch size, in the order in which they are looked for."""
+
+
+class TrainData:
+    """The train loader of a Trainer that is about to fit, and its batch size.
+
+    Args:
+        trainer: in or before ``on_fit_start``.
+        need_samples: whether samples are to be taken from the loader, which must be a DataLoader then.
+
+    Raises:
+        ValueError: if there is no train loader.
+    """
+
+    def __init__(self, trainer: pl.Trainer, *, need_samples: bool = True) -> None:
+        self._trainer = trainer
+        self._source = trainer.fit_loop._data_source
+        if not self._source.is_defined():
+            raise ValueError("train_dataloaders: MaxBatchProbe needs training data, and there is none.")
+        self._given = self._source.dataloader()
+        if need_samples and not self.loaders:
+            raise ValueError(
+                f"train_dataloaders={type(self._given).__name__}: MaxBatchProbe needs a torch.utils.data.DataLoader to"
+                " take samples from; for other loaders pass make_batch=, a function of the number of samples."
+            )
+
+    @property
+    def loaders(self) -> list[DataLoader[Any]]:
+        """All DataLoaders that make a training batch together; usually one."""
+        return [leaf for leaf in tree_leaves(self._nested) if isinstance(leaf, DataLoader)]
+
+    @property
+    def _nested(self) -> Any:
+        return self._given.iterables if isinstance(self._given, CombinedLoader) else self._given
+
+    @property
+    def batch_size(self) -> int | None:
+        """The present one; None if a loader has none."""
+        if not self.loaders:
+            return getattr(self._given, "batch_size", None)
+        size: int | None = self.loaders[0].batch_size
+        return size if size is not None else getattr(self.loaders[0].batch_sampler, "batch_size", None)
+
+    @property
+    def drops_tails(self) -> bool:
+        """Whether a last batch that is not full is left out."""
+        return any(getattr(loader.batch_sampler, "drop_last", False) for loader in self.loaders)
+
+    @property
+    def gives_batches(self) -> bool:
+        """Whether the dataset's items are batches already, ``DataLoader(batch_size=None)``."""
+        return any(loader.batch_sampler is None for loader in self.loaders)
+
+    @property
+    def samples(self) -> int | None:
+        """How many samples the smallest dataset has; None if that is not known."""
+        if self.gives_batches:
+            return None
+        sizes = [len(loader.dataset) for loader in self.loaders if hasattr(loader.dataset, "__len__")]
+        return min(sizes, default=None)
+
+    def largest(self) -> tuple[Callable[[int], Any], list[LargestSample]]:
+        """Batches of the largest samples: a function that makes one of any size, and what was found."""
+        found = {id(loader): largest_sample(_read_apart(loader.dataset)) for loader in self.loaders}
+
+        def make(samples: int) -> Any:
+            def collate(loader: DataLoader[Any]) -> Any:
+                sample = found[id(loader)].sample
+                return loader.collate_fn(sample if loader.batch_sampler is None else [sample] * samples)
+
+            return tree_map_only(DataLoader, collate, self._nested)
+
+        return make, list(found.values())
+
+    def keepers(self, name: str | None = None) -> list[tuple[Any, str]]:
+        """Who keeps the batch size, and under which name: attributes and hyperparameters.
+
+        Raises:
+            ValueError: if nobody has the name that was given.
+        """
+        found = list(_keepers(self._trainer, self._source.instance, name))
+        if name is not None and not found:
+            raise ValueError(
+                f"batch_arg_name={name!r}: neither the data module nor the module, nor their hparams, has it."
+            )
+        return found
+
+    def set_batch_size(self, size: int, name: str | None = None) -> Callable[[], None]:
+        """Make the project train with batches of this size.
+
+        Attributes and hyperparameters of whoever makes the loader are set where they exist; where setting them does not
+        change the loader, and for a loader passed to ``fit``, the loader itself is rebuilt.
+
+        Args:
+            size: samples per batch and process.
+            name: the attribute that holds the batch size, if it has another name than the usual ones.
+
+        Returns:
+            A function to be called after the run, which takes out what was put into the project for its length.
+
+        Raises:
+            ValueError: if there is no batch size anywhere.
+        """
+        owner, keepers = self._source.instance, self.keepers(name)
+        if not self.loaders and not (keepers and self._source.is_module()):
+            raise ValueError(
+                f"train_dataloaders: no batch size anywhere: {type(self._given).__name__} is no DataLoader, and nobody"
+                " who makes it has one. Keep one as `batch_size` in the data module or the module and build the loader"
+                " from it, or pass apply=False to only report."
+            )
+        for keeper, attribute in keepers:
+            _set(keeper, attribute, size)
+        undo: Callable[[], None] = _nothing
+        if not self._source.is_module():
+            self._source.instance = _with_batch_size(self._given, size)
+        elif _size_of(self._source.dataloader()) != size:
+            undo = _wrap_hook(owner, size)
+        self._reload()
+        return undo
+
+    def _reload(self) -> None:
+        """Where the loader was asked for before (by a schedule that depends on its length), all of that anew."""
+        trainer = self._trainer
+        if trainer.fit_loop._combined_loader is not None:
+            trainer.fit_loop._combined_loader = None
+            trainer.strategy.setup_optimizers(trainer)
+
+
+def division_by_ranks(trainer: pl.Trainer, batch_size: int) -> str | None:
+    """Say so if the project seems to have divided its batch size by the number of ranks.
+
+    As for DDP, whose ranks share a batch. Here they share clients, each of which trains with whole batches, so a batch
+    that is divided makes the number of ranks a part of the method.
+
+    Args:
+        trainer: a Trainer with its train loader.
+        batch_size: that of the loader.
+
+    Returns:
+        a sentence with both numbers and the remedy; None if there is no sign of it.
+    """
+    numbers = {"trainer.world_size": trainer.world_size, "trainer.num_devices": trainer.num_devices}
+    for owner in (getattr(trainer, "datamodule", None), trainer.lightning_module):
+        for name, size in _sizes_kept(owner):
+            for number, ranks in numbers.items():
+                for parts in {ranks, ranks * trainer.accumulate_grad_batches}:
+                    if ranks > 1 and batch_size != size and batch_size in (size // parts, -(-size // parts)):
+                        return (
+                            f"{type(owner).__name__}: {name}={size}, but training batches have {batch_size} samples, as"
+                            f" if divided by {number}={ranks}. Ranks share the clients of a round and never a"
+                            " client's batch, so this trains otherwise than on one rank: leave out the division, and"
+                            f" give {batch_size} where you want what this run does."
+                        )
+    return None
+
+
+_BATCH_SIZE = re.compile(r"batch_?size|(^|_)bs(_|$)", re.IGNORECASE)
+_NOT_OF_TRAINING = re.compile(r"val|test|eval|pred|infer", re.IGNORECASE)
+
+
+def _sizes_kept(owner: Any) -> Iterator[tuple[str, int]]:
+    """Attributes and hyperparameters, also nested ones, that are a batch size for training by their name."""
+
+    def walk(mapping: Mapping[Any, Any], path: str) -> Iterator[tuple[str, int]]:
+        for key in mapping:
+            try:
+                value = mapping[key]
+            except Exception:  # a value of OmegaConf's that is missing
+                continue
+            name = f"{path}{key}"
+            if isinstance(value, Mapping):
+                yield from walk(value, f"{name}.")
+            elif type(value) is int and _BATCH_SIZE.search(str(key)) and not _NOT_OF_TRAINING.search(name):
+                yield name, value
+
+    if owner is not None:
+        yield from walk(getattr(owner, "hparams", {}), "hparams.")
+        yield from walk({key: value for key, value in vars(owner).items() if type(value) is int}, "")
+
+
+def _read_apart(dataset: Any) -> Any:
+    """An iterable dataset may remember how far it was read: a copy is read instead."""
+    if is_map_style(dataset):
+        return dataset
+    try:
+        return copy.deepcopy(dataset)
+    except Exception:
+        return dataset
+
+
+def _keepers(trainer: pl.Trainer, owner: Any, name: str | None) -> Iterator[tuple[Any, str]]:
+    """Who keeps the batch size, and under which name."""
+    module, data = trainer.lightning_module, getattr(trainer, "datamodule", None)
+    names = NAMES if name is None else (name,)
+    places = [place for place in (data, module) if place is not None and (name is not None or place is owner)]
+    for place in places:
+        for attribute in names:
+            holders = [place, getattr(place, "hparams", None)]
+            found = [holder for holder in holders if holder is not None and _has(holder, attribute)]
+            if found:
+                yield from ((holder, attribute) for holder in found)
+                break  # the next name means something else
+
+
+def _has(holder: Any, name: str) -> bool:
+    if isinstance(holder, Mapping):
+        return name in holder
+    value = getattr(holder, name, None)
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _set(holder: Any, name: str, size: int) -> None:
+    if isinstance(holder, Mapping):
+        holder[name] = size  # type: ignore[index]
+    else:
+        setattr(holder, name, size)
+
+
+def _size_of(loader: Any) -> int | None:
+    nested = loader.iterables if isinstance(loader, CombinedLoader) else loader
+    sizes = {leaf.batch_size for leaf in tree_leaves(nested) if isinstance(leaf, DataLoader)}
+    return sizes.pop() if len(sizes) == 1 else None
+
+
+def _with_batch_size(loader: Any, size: int) -> Any:
+    """The user's loader, or several in any nesting, with other batches."""
+    if isinstance(loader, CombinedLoader):
+        mine = copy.copy(loader)
+        mine.__init__(_with_batch_size(loader.iterables, size), loader._mode)  # type: ignore[misc]
+        return mine
+    return tree_map_only(DataLoader, lambda each: _resized(each, size), loader)
+
+
+def _resized(loader: DataLoader[Any], size: int) -> DataLoader[Any]:
+    if type(loader.batch_sampler) is not BatchSampler and loader.batch_size is None:
+        raise ValueError(
+            f"train_dataloaders: no batch size anywhere: {type(loader).__name__} has batch_size=None and"
+            f" batch_sampler={type(loader.batch_sampler).__name__}. Keep one as `batch_size` in the data module or the"
+            " module and build the loader from it, or pass apply=False to only report."
+        )
+    # A copy asks nothing of how a subclass is constructed.
+    mine = copy.copy(loader)
+    own: dict[str, Any] = {"batch_size": size, "_iterator": None}
+    if isinstance(loader.batch_sampler, BatchSampler):
+        own["batch_sampler"] = BatchSampler(loader.batch_sampler.sampler, size, loader.batch_sampler.drop_last)
+    if hasattr(loader, "__pl_saved_args"):
+        # What Lightning noted of the construction, to repeat it with a DistributedSampler.
+        noted = vars(loader)
+        names, args = noted["__pl_saved_arg_names"], list(noted["__pl_saved_args"])
+        if "batch_size" in names:
+            args[names.index("batch_size")] = size
+            own["__pl_saved_args"] = tuple(args)
+        else:
+            own["__pl_saved_kwargs"] = {**noted["__pl_saved_kwargs"], "batch_size": size}
+    for name, value in own.items():
+        object.__setattr__(mine, name, value)  # DataLoader's own setter forbids it once it is built
+    return mine
+
+
+def _wrap_hook(owner: Any, size: int) -> Callable[[], None]:
+    """Rebuild whatever ``train_dataloader()`` returns, while the run lasts."""
+    original = owner.train_dataloader
+    _with_batch_size(original(), size)  # raises here and now what it would later
+
+    kept = vars(owner).get("train_dataloader")
+    object.__setattr__(owner, "train_dataloader", _ResizedLoader(original, size))
+
+    def undo() -> None:
+        if kept is None:
+            del vars(owner)["train_dataloader"]
+        else:
+            object.__setattr__(owner, "train_dataloader", kept)
+
+    return undo
+
+
+class _ResizedLoader:
+    """Stands in for a project's ``train_dataloader()``, which a copy of the project has again."""
+
+    def __init__(self, original: Callable[[], Any], size: int) -> None:
+        self.__wrapped__ = original
+        self._size = size
+
+    def __call__(self) -> Any:
+        return _with_batch_size(self.__wrapped__(), self._size)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return as_it_was, (self.__wrapped__,)
+
+
+def _nothing() -> None:
+    pass

@@ -1,0 +1,1 @@
+"""What FederatedStrategy was asked for, checked."""

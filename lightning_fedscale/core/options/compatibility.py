@@ -1,0 +1,208 @@
+"""What does not go together, and why: told before training starts."""
+
+from __future__ import annotations
+
+from difflib import get_close_matches
+from fnmatch import fnmatchcase
+
+import torch
+from lightning.pytorch.utilities import rank_zero_warn
+from torch import nn
+from torch.optim import SGD, Optimizer
+
+from lightning_fedscale import samplers
+from lightning_fedscale.core.executors import Exchange
+from lightning_fedscale.core.options.options import Arguments
+from lightning_fedscale.core.options.rules import Rules
+from lightning_fedscale.local_rules import LocalRule
+from lightning_fedscale.privacy import Privacy
+from lightning_fedscale.utils.checks import enumerated
+
+
+def check_arguments(options: Arguments) -> None:
+    """Refuse arguments that exclude each other.
+
+    Raises:
+        ValueError: with the reason and the remedy.
+    """
+    rules = options.rules
+    if rules.privacy is not None:
+        _check_privacy(options, rules.privacy)
+    if options.asynchrony is not None:
+        _check_asynchrony(options)
+    if rules.ditto is not None and options.keep_optimizers:
+        raise ValueError(
+            "personal=Ditto(...) with client_optimizer='keep': which of its two models would a client's optimizer"
+            " belong to? Use client_optimizer='reset'."
+        )
+    if rules.aggregator.hides_clients:
+        reason = "the server would see what one client sends"
+        _refuse_policies(rules, ("largest",), f"aggregator={rules.aggregator.call}", reason)
+    if rules.local is not None and rules.local.sends_message and rules.aggregator.sees_all:
+        rank_zero_warn(
+            f"local_rule={rules.local.name!r}: its second vector is summed plainly, so hostile clients reach the server"
+            " through it whatever the aggregator does."
+        )
+
+
+def _refuse_policies(rules: Rules, policies: tuple[str, ...], rule: str, reason: str) -> None:
+    for pattern, policy in rules.buffers:
+        if policy in policies:
+            raise ValueError(
+                f"buffers={{{pattern!r}: {policy!r}}} with {rule}: {reason}. Use 'client', which keeps it there, or"
+                " 'server', which keeps what the module was built with."
+            )
+
+
+def _check_privacy(options: Arguments, privacy: Privacy) -> None:
+    rules = options.rules
+    _refuse_policies(rules, ("mean", "largest"), "privacy", "it would leave the clients neither clipped nor noised")
+    if rules.local is not None and (rules.local.sends_message or rules.local.needs_sgd):
+        raise ValueError(
+            f"privacy with local_rule={rules.local.name!r}: what the rule sends beside the update is neither clipped"
+            " nor noised. Use local_rules.fed_prox(...) or none."
+        )
+    if options.asynchrony is not None:
+        raise ValueError(
+            "privacy with mode='async': who arrives is no Poisson sample, and nothing is known of what that costs. Use"
+            " mode='sync'."
+        )
+    wanted = options.clients_per_round
+    # As an int, 1 is a single client.
+    everybody = wanted is None or wanted == (1.0 if isinstance(wanted, float) else options.num_clients)
+    if options.sampler is not samplers.poisson and not everybody:
+        raise ValueError(
+            f"privacy with sampler={options.sampler!r}: the accounting holds where each client takes part independently"
+            " of the others. Use sampler='poisson', or all clients in every round."
+        )
+    if options.population is not None and (options.population.may_drop or options.population.over_selection > 1):
+        raise ValueError(
+            "privacy with a population that drops clients: who takes part is then no Poisson sample. Leave out"
+            " deadline, over_selection and device classes with availability below 1."
+        )
+
+
+def _check_asynchrony(options: Arguments) -> None:
+    rule = options.rules.local
+    if rule is not None and (rule.sends_message or rule.keeps_state):
+        raise ValueError(
+            f"local_rule={rule.name!r} with mode='async': its correction is made of the server's state when a client"
+            " starts, which has moved on when it arrives. Use fed_prox, fed_nova or none, or mode='sync'."
+        )
+    if callable(options.local_steps):
+        raise ValueError(
+            "local_steps as a function of the round with mode='async': when clients arrive would depend on rounds that"
+            " are yet to come. Pass a number."
+        )
+    if options.sampler is not samplers.uniform:
+        raise ValueError(
+            f"sampler={options.sampler!r} with mode='async': whoever is done is replaced by a client drawn uniformly."
+            " Leave the sampler out."
+        )
+
+
+def check_model(options: Arguments, module: nn.Module, exchange: Exchange) -> None:
+    """Refuse what only the module shows.
+
+    Raises:
+        ValueError: with the reason and the remedy.
+    """
+    personal = options.rules.personal
+    _check_buffers(options.rules, module, exchange)
+    if personal and not exchange.personal:
+        names = [name for name, _ in module.named_parameters()][:3]
+        raise ValueError(
+            f"personal={list(personal)!r} matches no parameter or buffer; their names are like"
+            f" {', '.join(map(repr, names))}."
+        )
+    if personal and not exchange.names and not exchange.frozen:
+        raise ValueError(f"personal={list(personal)!r} matches all parameters: nothing is left to be shared.")
+    if options.rules.privacy is not None and (name := _norm_that_learns(options, module, exchange)) is not None:
+        raise ValueError(
+            f"privacy: the running statistics of {name!r} would leave the clients unclipped. Keep them there, personal="
+            f"['{name}.*'], or use GroupNorm or LayerNorm."
+        )
+
+
+def _check_buffers(rules: Rules, module: nn.Module, exchange: Exchange) -> None:
+    names = [*exchange.kinds, *_not_there_yet(module)]
+    for pattern, policy in rules.buffers:
+        given = f"buffers={{{pattern!r}: {policy!r}}}"
+        matching = [name for name in names if fnmatchcase(name, pattern)]
+        if not matching:
+            close = get_close_matches(pattern.strip("*."), names, n=1)
+            hint = f" Did you mean {close[0]!r}?" if close else ""
+            known = f"The names are {enumerated(names)}" if names else "The module has none"
+            raise ValueError(f"{given} matches no buffer.{hint} {known}: correct the pattern or leave it out.")
+        both = [name for name in matching if any(fnmatchcase(name, own) for own in rules.personal)]
+        if both and policy != "client":
+            raise ValueError(
+                f"{given} and personal={list(rules.personal)!r} both decide about {both[0]!r}: let only one of them"
+                " match it."
+            )
+
+
+def _not_there_yet(module: nn.Module) -> list[str]:
+    """Names of buffers that are None until training fills them."""
+    parts = [(f"{path}." if path else "", part) for path, part in module.named_modules()]
+    return [prefix + name for prefix, part in parts for name, buffer in part._buffers.items() if buffer is None]
+
+
+def _norm_that_learns(options: Arguments, module: nn.Module, exchange: Exchange) -> str | None:
+    own = {id(tensor) for tensor in exchange.personal.values()}
+    for name, part in module.named_modules():
+        mean = part.running_mean if isinstance(part, nn.modules.batchnorm._NormBase) else None
+        asked = options.rules.buffer_policies.asked([f"{name}.running_mean" if name else "running_mean"])
+        if mean is not None and id(mean) not in own and asked != "server":
+            return str(name)
+    return None
+
+
+def check_optimizers(options: Arguments, module: torch.nn.Module, optimizers: list[Optimizer]) -> None:
+    """Refuse optimizers that a local rule does not know.
+
+    Raises:
+        ValueError: with the reason and the remedy.
+    """
+    rule = options.rules.local
+    if rule is None or not (rule.needs_sgd or rule.needs_gradient):
+        return
+    if not getattr(module, "automatic_optimization", True):
+        raise ValueError(
+            f"local_rule={rule.name!r} needs the gradient of the loss that training_step returns, and in manual"
+            " optimization nobody knows it or the steps: use local_rules.fed_prox(mu=0.01), or automatic optimization."
+        )
+    reason = _why_unknown(rule, optimizers) if rule.needs_sgd else None
+    if reason is not None:
+        momentum = "SGD, with or without momentum" if rule.knows_momentum else "plain SGD"
+        instead = f"{rule.instead}, or " if rule.instead else ""
+        raise ValueError(
+            f"local_rule={rule.name!r} reads the clients' mean gradient off their steps, and {reason}: use {instead}"
+            f"torch.optim.SGD ({momentum}) with one learning rate."
+        )
+
+
+def _why_unknown(rule: LocalRule, optimizers: list[Optimizer]) -> str | None:
+    if len(optimizers) > 1:
+        return f"there are {len(optimizers)} optimizers"
+    if type(optimizers[0]) is not SGD:
+        return f"those of {type(optimizers[0]).__name__} are no multiples of gradients"
+    groups = optimizers[0].param_groups
+    if len({(float(group["lr"]), float(group["momentum"])) for group in groups}) > 1:
+        return "groups of parameters have unequal learning rates or momenta"
+    if any(group["dampening"] or group["nesterov"] for group in groups):
+        return "dampening and Nesterov's momentum are not known to it"
+    if groups[0]["momentum"] and not rule.knows_momentum:
+        return f"with momentum={groups[0]['momentum']:g} they are longer than that"
+    return None
+
+
+def warn_of_lost_errors(options: Arguments, num_clients: int, cohort: int, rounds: int) -> None:
+    """Error feedback is of use to clients that come back."""
+    compressor = options.rules.compressor
+    if compressor is not None and compressor.keeps_error and 0 < rounds * cohort < 2 * num_clients:
+        rank_zero_warn(
+            f"compressor={compressor.name}: what a client did not send waits until it takes part again, and with"
+            f" {cohort} of {num_clients} clients in each of {rounds} rounds most do not come back: what waits is lost."
+            " An unbiased compressor (qsgd, random_k) needs no error feedback."
+        )

@@ -1,0 +1,94 @@
+"""What is done differently from FedAvg between a client's training and the server's step."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from lightning_fedscale.aggregators import Aggregator
+from lightning_fedscale.compressors import Compressor
+from lightning_fedscale.local_rules import Ditto, LocalRule
+from lightning_fedscale.privacy import Privacy
+from lightning_fedscale.types import ClientUpdate
+from lightning_fedscale.utils.buffers import BufferPolicies, Policy
+
+
+class Rules(NamedTuple):
+    """What is done differently from FedAvg on the way up; None where nothing is.
+
+    Attributes:
+        local: of the clients' training.
+        compressor: of what they send.
+        privacy: bounds what a client may change.
+        aggregator: turns updates into one.
+        personal: patterns of names that stay with each client.
+        ditto: each client trains a model of its own besides.
+        buffers: patterns of names of buffers and what becomes of them.
+    """
+
+    local: LocalRule | None
+    compressor: Compressor | None
+    privacy: Privacy | None
+    aggregator: Aggregator
+    personal: tuple[str, ...] = ()
+    ditto: Ditto | None = None
+    buffers: tuple[tuple[str, Policy], ...] = ()
+
+    @property
+    def own(self) -> tuple[str, ...]:
+        """Patterns of all that stays with each client."""
+        return (*self.personal, *(pattern for pattern, policy in self.buffers if policy == "client"))
+
+    @property
+    def buffer_policies(self) -> BufferPolicies:
+        """What becomes of each buffer."""
+        return BufferPolicies(self.buffers, self.aggregator.hides_clients, self.privacy is not None)
+
+    @property
+    def guided(self) -> bool:
+        """Whether a client does anything else than FedAvg's."""
+        return bool(self.own) or any(rule is not None for rule in (self.local, self.compressor, self.privacy))
+
+    @property
+    def keep_state(self) -> bool:
+        """Whether clients keep anything because of them."""
+        return bool(self.own) or bool(self.kept_on_device)
+
+    @property
+    def kept_on_device(self) -> dict[str, float]:
+        """What a client's device keeps because of them, in bytes per parameter by name."""
+        kept: dict[str, float] = {}
+        if self.local is not None and self.local.keeps_state:
+            kept["control variates"] = 4.0 * self.local.vectors_down
+        if self.compressor is not None and self.compressor.stateful:
+            kept["error feedback"] = 4.0
+        if self.ditto is not None:
+            kept["personal model"] = 4.0
+        return kept
+
+    @property
+    def passes(self) -> int:
+        """How often a client computes gradients of its batches in a round."""
+        return 1 + (self.local is not None and self.local.needs_gradient) + (self.ditto is not None)
+
+    @property
+    def operations(self) -> float:
+        """For each trainable element of each client's update, besides training and the sum over clients."""
+        local = 0 if self.local is None else self.local.operations
+        compressed = 0.0 if self.compressor is None else self.compressor.operations
+        clipped = 0 if self.privacy is None else 3  # the squared norm, and the shorter update
+        return local + compressed + clipped
+
+    @property
+    def bound_to_parameters(self) -> str | None:
+        """The argument because of which clients or server keep what is for certain parameters; None if nothing is."""
+        if self.ditto is not None:
+            return f"personal={self.ditto!r}"
+        if self.local is not None and (self.local.keeps_state or self.local.sends_message):
+            return f"local_rule={self.local.name!r}"
+        if self.compressor is not None and self.compressor.stateful:
+            return f"compressor={self.compressor.name}"
+        return None
+
+    def weigh(self, update: ClientUpdate) -> float:
+        """What a client counts in the aggregate, before normalisation."""
+        return float(self.aggregator.weigh(update) if self.privacy is None else self.privacy.weigh(update))

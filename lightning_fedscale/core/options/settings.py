@@ -1,0 +1,117 @@
+"""What a federated run was asked for, as the numbers and words that a sweep is compared by."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lightning_fedscale.core.options.options import Arguments
+from lightning_fedscale.partitioners import Partition
+from lightning_fedscale.utils.factory_repr import numbers_in
+
+PREFIX = "federated/"
+NONE = "none"
+"""Where there is nothing. It is named all the same: TensorBoard takes the columns of a sweep from its first run."""
+
+_OFTEN_SWEPT = ("num_clients", "clients_per_round", "params", "alpha", "lr", "mu", "noise_multiplier")
+_NOT_SWEPT = ("num_partitions", "min_partition_size", "seed")
+
+
+def is_detail(name: str) -> bool:
+    """Whether a setting is one of those that runs of a sweep seldom differ in.
+
+    Example:
+        >>> [name for name in ("lr", "federated/num_clients", "federated/mode", "federated/partitioner.alpha")
+        ...  if is_detail(name)]
+        ['federated/mode']
+    """
+    own = name.removeprefix(PREFIX)
+    return own != name and own.rpartition(".")[2] not in _OFTEN_SWEPT
+
+
+def settings_of(options: Arguments, partition: Partition, params: int) -> dict[str, Any]:
+    """Settings by name, numbers and words only.
+
+    Rules are named by the call that makes them, ``fed_adam(lr=0.01)``, and the numbers in it have names of their own
+    beside, ``federated/server_optimizer.lr``.
+
+    Args:
+        options: the strategy's checked arguments.
+        partition: who holds what.
+        params: parameters of the model.
+    """
+    clients = partition.num_clients
+    calls = {
+        "partitioner": "Partition" if isinstance(options.partitioner, Partition) else repr(options.partitioner),
+        **_rules_of(options),
+        "population": NONE if options.population is None else repr(options.population),
+    }
+    found: dict[str, Any] = {
+        "num_clients": clients,
+        "clients_per_round": options.cohort_size(clients),
+        "samples": partition.num_samples,
+        "params": params,
+        # Clients count one or the other.
+        "local_epochs": options.local_epochs or NONE,
+        "local_steps": -1 if callable(options.local_steps) else options.local_steps or NONE,
+        "rounds_per_epoch": options.rounds_per_epoch,
+        "client_optimizer": _client_optimizer(options),
+        "sampler": getattr(options.sampler, "__name__", type(options.sampler).__name__),
+        "executor": options.executor,
+        "seed": options.seed,
+        **calls,
+        **_parts(options),
+        **_privacy(options),
+    }
+    for name, call in calls.items():
+        found |= {f"{name}.{each}": value for each, value in numbers_in(call).items() if each not in _NOT_SWEPT}
+    return {PREFIX + name: value for name, value in found.items()}
+
+
+def method_of(options: Arguments) -> dict[str, Any]:
+    """What makes two runs ones of the same method: how clients train, and how what they send is put together.
+
+    Args:
+        options: the strategy's checked arguments.
+    """
+    return {
+        "client_optimizer": _client_optimizer(options), **_rules_of(options), **_parts(options), **_privacy(options),
+    }  # fmt: skip
+
+
+def _rules_of(options: Arguments) -> dict[str, str]:
+    """Rules, by the calls that make them."""
+    rules, local = options.rules, options.rules.local
+    return {
+        "aggregator": rules.aggregator.call or "custom",
+        "server_optimizer": options.server_optimizer.call or "custom",
+        "local_rule": NONE if local is None else local.call or local.name,
+        "compressor": NONE if rules.compressor is None else rules.compressor.name,
+        "downlink_compressor": NONE if options.downlink_compressor is None else options.downlink_compressor.name,
+        "mode": "sync" if options.asynchrony is None else repr(options.asynchrony),
+    }
+
+
+def _client_optimizer(options: Arguments) -> str:
+    return "keep" if options.keep_optimizers else "reset"
+
+
+def _parts(options: Arguments) -> dict[str, str]:
+    """What of the model is not everybody's."""
+    rules = options.rules
+    return {
+        "personal": repr(rules.ditto) if rules.ditto else ", ".join(rules.personal) or NONE,
+        "buffers": ", ".join(f"{pattern}: {policy}" for pattern, policy in rules.buffers) or NONE,
+    }
+
+
+def _privacy(options: Arguments) -> dict[str, Any]:
+    privacy = options.rules.privacy
+    if privacy is None:
+        return {"privacy": NONE}
+    known = {
+        "privacy.clip_norm": privacy.clip_norm,
+        "privacy.noise_multiplier": privacy.noise_multiplier,
+        "privacy.target_epsilon": privacy.target_epsilon,
+        "privacy.delta": privacy.delta,
+    }
+    return {"privacy": "dp_fed_avg", **{name: value for name, value in known.items() if value is not None}}

@@ -1,0 +1,1 @@
+"""One round, in the order in which it runs."""

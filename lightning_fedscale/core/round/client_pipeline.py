@@ -1,0 +1,258 @@
+"""The way between a client and the server's sums: what rules make of a client's start, gradients and update."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from lightning_fedscale.compressors import Compressor
+from lightning_fedscale.core.client_state import ClientStore
+from lightning_fedscale.core.executors import Exchange
+from lightning_fedscale.core.executors.meter import ClientMeter, Meter
+from lightning_fedscale.core.options.rules import Rules
+from lightning_fedscale.local_rules import Correction, Ditto, LocalRule, Outcome
+from lightning_fedscale.types import ClientCost, ClientUpdate, Cohort
+from lightning_fedscale.utils import randomness
+from lightning_fedscale.utils.flat_view import as_real
+
+RULE, RESIDUAL, PERSONAL, DITTO, PRIVACY = "local_rule", "compressor", "personal", "ditto", "privacy"
+DITTO_BUFFERS = "ditto_buffers"
+"""Names of what clients and the server keep."""
+
+
+class Sent(NamedTuple):
+    """What reaches the server of a client.
+
+    Attributes:
+        update: as the server sees it.
+        message: the local rule's second vector.
+        weight: of the update.
+        bytes: that the client sent.
+        normalizer: see `lightning_fedscale.local_rules.Report`.
+        within: 1 if the update was not clipped for privacy.
+    """
+
+    update: ClientUpdate
+    message: Tensor | None
+    weight: float
+    bytes: float
+    normalizer: float = 1.0
+    within: float = 0.0
+
+
+class Uplink:
+    """A round's way from the clients of this rank to the server's sums.
+
+    Args:
+        rules: what is done on the way.
+        store: what clients keep.
+        exchange: the module's tensors.
+        cohort: who takes part.
+        optimizer: the clients' first one, as it is when the round begins.
+        states: of the server, by rule.
+        starts: models that clients start from other than the global one, by client.
+        scales: what the server scales these clients' updates by.
+        gradient_of: mean gradient of a client's batches at the model that the module holds, counted by a meter if any.
+        meter: says what that costs; None if nobody asks.
+    """
+
+    def __init__(
+        self,
+        rules: Rules,
+        store: ClientStore,
+        exchange: Exchange,
+        cohort: Cohort,
+        optimizer: Optimizer,
+        states: dict[str, Any],
+        starts: Mapping[int, Tensor],
+        scales: Mapping[int, float],
+        gradient_of: Callable[[int, ClientMeter | None], Tensor],
+        meter: Meter | None = None,
+    ) -> None:
+        self._rules = rules
+        self._store = store
+        self._exchange = exchange
+        self._cohort = cohort
+        self._states = states
+        self._lr = float(optimizer.param_groups[0]["lr"])
+        self._momentum = float(optimizer.param_groups[0].get("momentum", 0.0))
+        self._starts = starts
+        self._scales = scales
+        self._gradient_of = gradient_of
+        self._meter = meter
+        self._gradients: dict[int, Tensor] = {}
+        self._tallies: dict[int, ClientMeter] = {}  # of these gradients
+        self._corrections: dict[int, int] = {}  # operations for each element in every step
+
+    # ---- before and while a client trains: see `lightning_fedscale.core.executors.sequential.Guidance`
+
+    def start(self, client: int) -> Tensor | None:
+        """The model that the client starts from; None is the global one."""
+        return self._starts.get(client)
+
+    def correction(self, client: int) -> Correction | None:
+        """What the local rule adds to the client's gradients."""
+        if (rule := self._rules.local) is None:
+            return None
+        if rule.needs_gradient:
+            # Anew where the client is tried once more, in another way: what did not come to an end does not count.
+            tally = None if self._meter is None else self._meter.client()
+            self._gradients[client] = self._gradient_of(client, tally)
+            if tally is not None:
+                self._tallies[client] = tally
+        correction = rule.begin(self._store.states.get(client, RULE), self._states[RULE])
+        self._corrections[client] = correction.operations
+        return correction
+
+    def personal(self, client: int) -> dict[str, Tensor]:
+        """What of the module stays with the client."""
+        return self._store.states.get(client, PERSONAL) or {} if self._rules.own else {}
+
+    def keep_personal(self, client: int, values: dict[str, Tensor]) -> None:
+        """Note what the client's training made of it."""
+        self._store.states.stage(client, PERSONAL, values)
+
+    def cost(self, update: ClientUpdate) -> ClientCost:
+        """What a client's training has cost besides plain local training; to be asked once, when it is over."""
+        tally = self._tallies.pop(update.client, None)
+        gradient = ClientCost() if tally is None else tally.total(0)
+        return gradient.plus(corrected(self._corrections.get(update.client, 0), update, self._exchange))
+
+    # ---- what it sends
+
+    def send(self, update: ClientUpdate) -> Sent:
+        """Take an update from its client to the server; it may be changed in place.
+
+        What the client keeps is staged. An update that is not finite goes nowhere.
+        """
+        rules, exchange = self._rules, self._exchange
+        if not update.finite:
+            return Sent(update, None, rules.weigh(update), self._plain_bytes())
+        delta = update.delta[: exchange.view.trainable]
+        message, normalizer, within = None, 1.0, 0.0
+        if rules.local is not None:
+            message, normalizer = self._finish(rules.local, update, delta)
+        sent = self._plain_bytes() if rules.compressor is None else self._compress(update.client, delta)
+        if message is not None and rules.local is not None and rules.local.vectors_up == 1:
+            message = delta.clone()  # it is the update itself, of which the server sees what was sent
+        if rules.privacy is not None:
+            within = float(rules.privacy.clip(delta, self._states[PRIVACY]))
+        if (scale := self._scales.get(update.client)) is not None:
+            update.delta.mul_(scale)
+        changed = scale is not None or (rules.local is not None and rules.local.changes_delta)
+        if changed or rules.privacy is not None:
+            self._round(delta)
+        if scale is not None or any(rule is not None for rule in rules[:3]):
+            update = update._replace(norm=float(torch.linalg.vector_norm(delta)))
+        return Sent(update, message, rules.weigh(update), sent, normalizer, within)
+
+    def _finish(self, rule: LocalRule, update: ClientUpdate, delta: Tensor) -> tuple[Tensor | None, float]:
+        client = update.client
+        outcome = Outcome(delta, update.optimizer_steps, self._lr, self._momentum, self._gradients.pop(client, None))
+        report = rule.finish(outcome, self._store.states.get(client, RULE), self._states[RULE])
+        if rule.keeps_state:
+            self._store.states.stage(client, RULE, report.state)
+        if report.message is not None:
+            self._round(report.message)
+        return report.message, report.normalizer
+
+    def _round(self, vector: Tensor) -> None:
+        """To the precision in which parameters travel: sums over clients are then exact, so ranks do not matter.
+
+        Towards zero, so that what was clipped is not made longer by it.
+        """
+        for view, parameter in zip(self._exchange.trainable_views(vector), self._exchange.shared, strict=True):
+            dtype = as_real(parameter).dtype
+            near = view.to(dtype).double()
+            less = (near * (1 - torch.finfo(dtype).eps)).to(dtype).double()  # the next number towards zero
+            view.copy_(torch.where(near.abs() > view.abs(), less, near))
+
+    def _compress(self, client: int, delta: Tensor) -> float:
+        compressor = self._rules.compressor
+        assert compressor is not None
+        named = dict(zip(self._exchange.names, self._exchange.trainable_views(delta), strict=True))
+        state = self._store.states.get(client, RESIDUAL) if compressor.stateful else None
+        state = compressor.init(named) if state is None else state
+        generator = randomness.generator(self._cohort.seed, randomness.COMPRESSION, self._cohort.round, client)
+        encoded, state = compressor.encode(named, state, generator)
+        if compressor.stateful:
+            self._store.states.stage(client, RESIDUAL, state)
+        for name, view in named.items():
+            view.copy_(encoded.seen[name])
+        rule = self._rules.local
+        extra = 0 if rule is None else rule.vectors_up - 1
+        return math.ceil(encoded.bits / 8) + self._exchange.sent_buffer_bytes + extra * self._exchange.trainable_bytes
+
+    def _plain_bytes(self) -> int:
+        return update_bytes(self._rules._replace(compressor=None), self._exchange)
+
+
+def update_bytes(rules: Rules, exchange: Exchange) -> int:
+    """What a client sends in a round; of compressors whose messages differ, what they make of random numbers."""
+    extra = 0 if rules.local is None else rules.local.vectors_up - 1
+    first = exchange.trainable_bytes if rules.compressor is None else size_of_message(rules.compressor, exchange)
+    return exchange.sent_buffer_bytes + first + extra * exchange.trainable_bytes
+
+
+def size_of_message(compressor: Compressor, exchange: Exchange) -> int:
+    """Bytes of a compressed update of random numbers."""
+    generator = np.random.default_rng(0)
+    named = {
+        name: torch.from_numpy(generator.standard_normal(tuple(as_real(parameter).shape)))
+        for name, parameter in zip(exchange.names, exchange.shared, strict=True)
+    }
+    encoded, _ = compressor.encode(named, compressor.init(named), generator)
+    return math.ceil(encoded.bits / 8)
+
+
+def corrected(operations: int, update: ClientUpdate, exchange: Exchange) -> ClientCost:
+    """What it costs to correct a client's gradients, with so many operations for each element in every step."""
+    return ClientCost(optimizer=float(operations * exchange.view.trainable * update.optimizer_steps))
+
+
+class PersonalModels:
+    """What clients start from and are pulled to when each trains a model of its own.
+
+    Args:
+        ditto: how strongly they are pulled to the global model.
+        store: what clients keep.
+        exchange: the module's tensors.
+        server: the global model.
+    """
+
+    def __init__(self, ditto: Ditto, store: ClientStore, exchange: Exchange, server: Tensor) -> None:
+        self._ditto = ditto
+        self._store = store
+        self._exchange = exchange
+        self._server = server
+
+    def start(self, client: int) -> Tensor | None:
+        """Its own model as it left it; at first the global one."""
+        own: Tensor | None = self._store.states.get(client, DITTO)
+        return own
+
+    def correction(self, client: int) -> Correction:
+        """Pulls it to the global model."""
+        own, cut = self.start(client), self._exchange.view.trainable
+        return self._ditto.correction((self._server if own is None else own)[:cut], self._server[:cut])
+
+    def personal(self, client: int) -> dict[str, Tensor]:
+        """All of the model is its own; buffers that are not in its vector are kept apart."""
+        return self._store.states.get(client, DITTO_BUFFERS) or {}
+
+    def keep_personal(self, client: int, values: dict[str, Tensor]) -> None:
+        """Note what the client's training made of these buffers."""
+        self._store.states.stage(client, DITTO_BUFFERS, values)
+
+    def keep(self, update: ClientUpdate) -> None:
+        """Note the model that training came to, unless it is spoilt."""
+        if update.finite:
+            start = self.start(update.client)
+            model = self._exchange.origin(self._server if start is None else start) - update.delta
+            self._store.states.stage(update.client, DITTO, model)

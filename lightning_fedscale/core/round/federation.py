@@ -1,0 +1,972 @@
+"""A run of rounds: the data divided among clients, what they keep, the server, and how a round goes."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import chain
+from typing import Any
+
+import lightning.pytorch as pl
+import numpy as np
+import torch
+from lightning.pytorch.trainer.connectors.data_connector import _worker_check
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from torch import Tensor
+from torch.optim import Optimizer
+
+from lightning_fedscale.core.client_state import ClientStore, OptimizerKeeper, StateStore, tiers_of
+from lightning_fedscale.core.client_state.ownership import Custody
+from lightning_fedscale.core.executors import (
+    Ballot,
+    ClientLog,
+    Exchange,
+    ExecutorChoice,
+    LargestClient,
+    RoundContext,
+    RoundLoader,
+    SequentialExecutor,
+    Transfer,
+    VectorizedExecutor,
+    exchange_of,
+    listeners,
+)
+from lightning_fedscale.core.executors.meter import ClientMeter, Meter
+from lightning_fedscale.core.lightning.checkpoint import (
+    changed_settings,
+    check_resume,
+    federated_state,
+    refuse_other_owners,
+    refuse_other_rules,
+)
+from lightning_fedscale.core.lightning.half_batches import mean_gradient
+from lightning_fedscale.core.lightning.module_flags import flags_of, restore_flags, restore_groups, restore_pruning
+from lightning_fedscale.core.lightning.monitors import Monitors
+from lightning_fedscale.core.lightning.progress import ClientProgress
+from lightning_fedscale.core.lightning.side_effects import undone
+from lightning_fedscale.core.lightning.slurm import Requeue
+from lightning_fedscale.core.lightning.train_data import division_by_ranks
+from lightning_fedscale.core.options import compatibility as combinations
+from lightning_fedscale.core.options.options import Arguments
+from lightning_fedscale.core.options.trainer_checks import check_trainable
+from lightning_fedscale.core.plan import LocalWork, RoundPlan
+from lightning_fedscale.core.round.client_pipeline import (
+    DITTO,
+    DITTO_BUFFERS,
+    PERSONAL,
+    PersonalModels,
+    Sent,
+    Uplink,
+    corrected,
+    size_of_message,
+    update_bytes,
+)
+from lightning_fedscale.core.round.merge import RoundTable
+from lightning_fedscale.core.round.server_step import GlobalModel
+from lightning_fedscale.core.round.stale_models import OlderModels
+from lightning_fedscale.core.round.sums import RoundSums
+from lightning_fedscale.core.round.work import Workload
+from lightning_fedscale.devices import ON_CLIENT, estimate_memory
+from lightning_fedscale.devices.fleet import Fleet
+from lightning_fedscale.local_rules import Ditto
+from lightning_fedscale.partitioners import Partition
+from lightning_fedscale.privacy import PrivacyBudget
+from lightning_fedscale.samplers import reads_losses
+from lightning_fedscale.types import ClientCost, ClientUpdate, Cohort, IntArray, Params, RoundRecord
+from lightning_fedscale.utils import collectives, randomness
+from lightning_fedscale.utils.checks import enumerated
+from lightning_fedscale.utils.flat_view import as_real
+from lightning_fedscale.utils.memory import format_bytes
+
+_SAMPLED = 16  # rounds, of which one must be large enough for the aggregator before training begins
+
+
+@dataclass
+class _OpenRound:
+    """A round whose first batch is on its way through the Trainer's loop."""
+
+    plan: RoundPlan
+    work: list[LocalWork]
+    first: LocalWork | None  # the client whose first batch this is; None if it is only shown
+    batches: Iterator[Any]
+    skipped: int  # batches before the first one that are None
+    started: float
+    outside: randomness.GlobalState | None  # the global generators as the user left them; None if nothing draws
+    inside: randomness.GlobalState | None = None  # as the first client finds them once its first batch is there
+
+
+class Federation:
+    """Everything between ``trainer.fit`` and the last round.
+
+    A round goes so; the line marked with stars crosses ranks, and kept optimizers do that move with their clients:
+
+        open_round    plan the cohort, start streaming its batches, hand the first one to the Trainer
+        run_round     for each client of this rank: global weights -> local batches -> delta -> accumulate
+                      *** one sum over ranks of accumulator and table ***
+                      server step, write the global weights, commit what clients keep
+        end_round     log it, tell callbacks
+
+    Args:
+        trainer: the Trainer, its strategy's optimizers not yet built.
+        options: the strategy's checked arguments.
+        rank: this process.
+        world_size: number of processes.
+    """
+
+    def __init__(self, trainer: pl.Trainer, options: Arguments, rank: int, world_size: int) -> None:
+        self._trainer = trainer
+        self._options = options
+        self._rank = rank
+        self._world_size = world_size
+        self._device = trainer.strategy.root_device
+        processes = world_size // trainer.num_nodes
+        self._store = ClientStore(StateStore(tiers_of(self._device, options.client_state_memory, processes)))
+        keeps = options.keep_optimizers or options.rules.keep_state
+        self._custody = Custody(self._store, rank, world_size, self._device) if keeps else None
+        self._log = ClientLog(trainer, options.client_log_every_n, world_size)
+        self._monitors = Monitors(trainer)
+        self._transfer = Transfer(trainer)
+        self._executor: ExecutorChoice
+        self._work: Workload | None = None
+        self._global = GlobalModel(options.rules, options.server_optimizer, options.downlink_compressor)
+        self._resumed: dict[str, Any] | None = None
+        self._open: _OpenRound | None = None
+        self._live: RoundContext | None = None  # while the module holds a client's model
+        self._progress: ClientProgress
+        self._quiet = False  # while clients train what nobody is told of
+        self._begun: list[LocalWork] = []  # what this rank does in the round that runs
+        self._equipped = False
+        self._trained: list[str] | None = None  # which parameters the last round moved
+        self._budget: PrivacyBudget | None = None
+        self._simulated = 0.0  # seconds, over all rounds
+        self._older = OlderModels(options.asynchrony)
+        self._told: set[str] = set()  # buffers about which the user was warned
+        self._caches: set[str] = set()  # buffers that each rank has for itself
+        self._losses: dict[int, float] = {}  # last known of each client, if the sampler reads them
+        self.requeue = Requeue(trainer)
+        self.local_accumulation = self._accumulation_asked = trainer.accumulate_grad_batches
+        self.meter: Meter | None = None
+        self.last_round: RoundRecord | None = None
+
+    # ---- before the first round
+
+    def attach_optimizers(self, optimizers: list[Optimizer]) -> None:
+        """Take note of the optimizers just after they were built."""
+        options = self._options
+        parts: dict[str, Any] = {
+            "store": self._store,
+            "keepers": [OptimizerKeeper(optimizer) for optimizer in optimizers],
+            "keep": options.keep_optimizers,
+            "watcher": self,
+            "log": self._log,
+            "transfer": self._transfer,
+        }
+        corrects = options.rules.local is not None or options.rules.ditto is not None
+        sequential = SequentialExecutor(self._trainer, **parts, corrects=corrects)
+        vectorized = VectorizedExecutor(
+            self._trainer,
+            sequential,
+            **parts,
+            clients_per_wave=options.clients_per_wave,
+            verify=options.verify_executor,
+        )
+        self._executor = ExecutorChoice(options.executor, sequential, vectorized)
+
+    def attach_data(self, loader: object, share: float | int) -> RoundLoader:
+        """Divide the user's training data among the clients.
+
+        Args:
+            loader: the user's train loader.
+            share: share or number of each client's batches to use.
+
+        Raises:
+            TypeError, ValueError: for data that cannot be divided as asked.
+        """
+        trainer = self._trainer
+        workload = Workload(
+            trainer.lightning_module,
+            loader,
+            self._options,
+            self._world_size,
+            share,
+            device=self._device,
+            show_progress=trainer.is_global_zero and trainer.progress_bar_callback is not None,
+        )
+        if workload.loader.cache is None and self._work is None:  # once, however often loaders are reloaded
+            _worker_check(trainer, loader, "train_dataloader")  # Lightning looks at a DataLoader only
+        if self._work is None and (divided := division_by_ranks(trainer, workload.loader.batch_size)):
+            rank_zero_warn(divided)
+        self.close()
+        self._work = workload
+        self._calibrate(workload)
+        self._check_resumed()
+        return RoundLoader(loader, self._options.rounds_per_epoch, self.open_round, self._is_trainers)
+
+    def _is_trainers(self, iterator: Iterator[Any]) -> bool:
+        """Whether the Trainer itself asks an iterator over the train loader for batches."""
+        running = getattr(self._trainer.fit_loop._combined_loader, "_iterator", None)
+        return running is None or any(each is iterator for each in running.iterators)
+
+    def _calibrate(self, work: Workload) -> None:
+        """Make privacy ready for these clients."""
+        if (privacy := self._options.rules.privacy) is None:
+            return
+        clients, cohort = work.partition.num_clients, work.cohort_size
+        self._budget = PrivacyBudget(privacy.calibrated(cohort / clients, cohort), cohort / clients)
+        rules = self._options.rules._replace(privacy=self._budget.privacy)
+        self._options = self._options._replace(rules=rules)
+        self._global.calibrate(rules, self._budget.expected_weight(work.partition.sizes))
+
+    def equip(self) -> None:
+        """Before the first round: look at the model, and give the clients their simulated hardware, if any.
+
+        Raises:
+            ValueError: if a device class does not hold the model.
+        """
+        population, work = self._options.population, self._work
+        trainer = self._trainer
+        if not any(parameter.requires_grad for parameter in trainer.lightning_module.parameters()):
+            return  # a callback may unfreeze layers when the first epoch begins
+        if work is not None and not self._equipped:
+            self._equipped = True
+            if self._budget is not None:
+                self._budget.check(trainer.global_step)
+            combinations.check_model(self._options, trainer.lightning_module, self._exchange())
+            first = trainer.global_step
+            work.check_cohorts(range(first, first + min(self._planned_rounds() or _SAMPLED, _SAMPLED)))
+            combinations.warn_of_lost_errors(
+                self._options, work.partition.num_clients, work.cohort_size, self._planned_rounds()
+            )
+        if population is None or work is None or work.fleet is not None:
+            return
+        with randomness.untouched(), undone(trainer):
+            model = estimate_memory(
+                trainer.lightning_module,
+                work.loader.example(),
+                precision=str(trainer.precision),
+                accumulate=self.local_accumulation,
+                device="other",
+                extras={**ON_CLIENT, **self._options.rules.kept_on_device},
+                trainer=trainer,
+            )
+            exchange = self._exchange()
+            down = self._received_bytes(exchange)
+            if (downlink := self._options.downlink_compressor) is not None:
+                down += size_of_message(downlink, exchange) - exchange.trainable_bytes
+            duty = work.duty(down, update_bytes(self._options.rules, exchange))
+            work.fleet = Fleet(population, model, work.partition.num_clients, duty)
+        for name, row in work.fleet.table().iterrows():
+            rank_zero_info(
+                f"Federated: {row['clients']:,.0f} clients on {name} train with batches of {row['batch_size']:,.0f}"
+                f" ({format_bytes(row['peak_bytes'])} of {format_bytes(row['memory'])},"
+                f" {row['samples_per_second']:,.0f} samples/s)."
+            )
+
+    def _planned_rounds(self) -> int:
+        """At most so many; 0 if there is no end to them."""
+        # Not `estimated_stepping_batches`, which sets up loaders and draws random numbers for it.
+        trainer = self._trainer
+        epochs = -1 if trainer.max_epochs is None else trainer.max_epochs
+        limits = [trainer.max_steps, epochs * self._options.rounds_per_epoch]
+        return min((limit for limit in limits if limit > 0), default=0)
+
+    def first_batches(self) -> Iterator[tuple[int, Any]]:
+        """The first batch of each of this rank's clients in the round that has begun, on the device, made once more.
+
+        Nothing is drawn from the global generators, and clients whose first batch is None are left out.
+        """
+        assert self._work is not None
+        for work in self._begun:
+            with randomness.untouched():
+                randomness.seed_globals(work.seed, self._device)
+                batch = self._work.loader.fetch(work.batches[0])
+                batch = batch if batch is None else self._transfer(batch)
+            if batch is not None:
+                yield work.client, batch
+
+    @property
+    def fleet(self) -> Fleet | None:
+        """The clients' simulated hardware, None without a population or before the first round."""
+        return None if self._work is None else self._work.fleet
+
+    @property
+    def partition(self) -> Partition | None:
+        """Which samples each client holds; None before the data was seen."""
+        return None if self._work is None else self._work.partition
+
+    def divide_alike(self, dataset: Any, seed: int) -> Partition:
+        """Further data divided as the training data are; see `Arguments.divide_alike`."""
+        assert self._work is not None
+        return self._options.divide_alike(self._work.loader.dataset, dataset, seed)
+
+    def holder(self, client: int) -> int | None:
+        """The rank that has what the client keeps; None if it makes no difference which."""
+        return None if self._custody is None else self._custody.holder(client)
+
+    def personal_model(self, client: int) -> dict[str, Any] | None:
+        """The module's state dict with what is the client's own in it; None if another rank has that."""
+        if self.holder(client) not in (None, self._rank):
+            return None
+        module, exchange = self._trainer.lightning_module, self._exchange()
+        state = module.state_dict()
+        if self._options.rules.ditto is not None:
+            whole: Tensor | None = self._store.states.get(client, DITTO)
+            if whole is not None:
+                state = exchange.view.substituted(state, whole)
+            return {
+                **state,
+                **exchange.of_personal(module.state_dict(), self._store.states.get(client, DITTO_BUFFERS) or {}),
+            }
+        return {**state, **exchange.of_personal(state, self._store.states.get(client, PERSONAL) or {})}
+
+    def end(self) -> None:
+        """The run is over: let go of workers and of what was recorded."""
+        self.close()
+        self._monitors.close()
+        if hasattr(self, "_executor"):  # not if training was refused before its optimizers were built
+            self._executor.close()
+
+    def close(self) -> None:
+        """Stop the loader's worker processes; give up a round whose first batch never arrived."""
+        if self._open is not None and self._open.inside is None:
+            if self._open.outside is not None:
+                randomness.restore(self._open.outside, self._device)
+            self._open = None
+        if self._work is not None:
+            self._work.loader.close()
+
+    # ---- a round
+
+    def open_round(self) -> Any:
+        """Plan the next round and fetch the first batch of this rank's first client, under that client's randomness."""
+        assert self._work is not None
+        check_trainable(self._trainer.lightning_module)
+        self.equip()
+        round, started = self._next_round(), time.perf_counter()
+        plan = self._work.plan(round, self._losses)
+        clients = plan.clients_of(self._rank)
+        loader, device = self._work.loader, self._device
+        # Cutting a batch out of cached data draws no random number.
+        draws = loader.cache is None or self._transfer.has_hooks
+        outside = randomness.capture(device) if draws else None
+        try:
+            work = [self._work.of_client(client, plan, self._store.cursor(client)) for client in clients]
+            # A rank without a client shows the Trainer a batch all the same, of a client that does not train.
+            shown = work or [self._work.of_client(0, plan, (0, 0))]
+            order = self._executor.order(shown)
+            first_client, its_batches = shown[0], len(shown[0].batches)
+            if order is not None:
+                number, batch_idx = next(order)
+                first_client, its_batches = shown[number], 1
+                # Of cached data, executors that do not go client by client cut the other batches out themselves.
+                order = chain([(number, batch_idx)], order if draws else ())
+            batches = self._stream(round, shown, order)
+            if draws:
+                randomness.seed_globals(first_client.seed, device)
+            first, skipped = _first_batch(batches, sum(len(item.batches) for item in shown))
+        except BaseException as error:
+            if outside is not None:
+                randomness.restore(outside, device)
+            if isinstance(error, Exception):
+                self._fail_together(plan, started)
+            raise
+        if not work or skipped >= its_batches:
+            # Not the first client's batch: it is shown to the Trainer, and training begins with a new stream.
+            batches = self._stream(round, work, self._executor.order(work))
+            self._open = _OpenRound(plan, work, None, batches, 0, started, outside)
+        else:
+            self._open = _OpenRound(plan, work, first_client, batches, skipped, started, outside)
+        return first
+
+    def _stream(self, round: int, work: list[LocalWork], order: Iterable[tuple[int, int]] | None) -> Iterator[Any]:
+        """The collated batches of these clients, in the given order or client by client."""
+        assert self._work is not None
+        if not work:
+            return iter(())
+        loader = self._work.loader
+        batches = loader.stream(
+            work,
+            randomness.derive(self._options.seed, randomness.LOADER, round, self._rank),
+            order,
+        )
+        return self._transfer.ahead(batches) if loader.in_workers else batches
+
+    def first_batch_arrived(self, batch: Any) -> Any:
+        """The first batch is on the device: what its transfer drew is part of the first client's randomness.
+
+        Returns:
+            The batch; in place of None, where this rank's clients have nothing else, a tensor of one zero: the Trainer
+            passes over a step whose batch is None, and the other ranks wait for this one.
+        """
+        if (opened := self._open) is None:
+            return batch
+        if opened.inside is None and opened.outside is not None:
+            opened.inside = randomness.capture(self._device)
+            randomness.restore(opened.outside, self._device)
+        return torch.zeros(1, device=self._device) if batch is None else batch
+
+    def run_round(self, batch: Any, *, training: bool) -> dict[str, Any]:
+        """Train the cohort, merge the ranks, move the global model.
+
+        Args:
+            batch: the first batch, on the device.
+            training: False when nothing may learn; then only buffers are averaged.
+
+        Returns:
+            ``{"loss": ...}`` of the round for the Trainer's callbacks; empty when no client reported a loss.
+
+        Raises:
+            RuntimeError: if no client's update, or not the server's step, is finite. The module then holds the last
+                good global model.
+        """
+        opened, self._open = self._open, None
+        assert opened is not None
+        assert self._work is not None
+        exchange = self._exchange()
+        self._check_trained(exchange)
+        server = exchange.view.read()
+        cohort = self._cohort(opened.plan, exchange)
+        if self._custody is not None:
+            self._custody.fetch(opened.plan)
+        states = self._global.open_round(server, exchange.view.trainable)
+        guided = self._options.rules.guided or opened.plan.arrived is not None
+        own = {name: tensor.detach().clone() for name, tensor in exchange.personal.items()}
+        uplink = self._uplink(opened, exchange, cohort, states) if training and guided else None
+        context = RoundContext(
+            opened.plan.round,
+            opened.work,
+            opened.batches if opened.first is None else chain([None] * opened.skipped, [batch], opened.batches),
+            opened.first,
+            None if opened.first is None else opened.inside,
+            self._work.loader.cache,
+            exchange,
+            server,
+            training,
+            self._work.loader.fetch,
+            partial(self._stream, opened.plan.round),
+            self.meter,
+            uplink,
+            own,
+            LargestClient(),
+        )
+        self._progress, self._begun = ClientProgress(self._trainer, len(opened.work)), opened.work
+        try:
+            total, messages, table = self._train_together(context, opened, cohort, uplink)
+            largest = self._of_largest(context, opened.plan, table)
+            aggregate = self._global.aggregate(server, total, table, cohort, messages)
+            norm = float(torch.linalg.vector_norm(aggregate[: exchange.view.trainable]))
+            record = table.record(
+                norm,
+                self._received_bytes(exchange),
+                self._simulated,
+                None if self._budget is None else self._budget.spent(cohort.round + 1),
+                self._batch_sizes(cohort),
+            )
+            if training:
+                self._tell("on_before_server_step", record, exchange.named(aggregate))
+            bits = self._global.move(
+                exchange,
+                server,
+                aggregate,
+                cohort,
+                training=training,
+                mean_square=table.mean_square(),
+                on_step=self._tell_of_server_step,
+            )
+            self._warn_of_averages(exchange.changed_unsure(server))
+            if training and exchange.fits:
+                with randomness.untouched():
+                    exchange.refit()
+            exchange.write_largest(largest)
+            record = replace(record, operations=self._operations(cohort, training=training))
+            if bits is not None:
+                uncompressed = self._received_bytes(exchange) - exchange.trainable_bytes
+                received = (uncompressed + math.ceil(bits / 8)) * len(cohort.clients)
+                record = replace(record, download_bytes=received)
+        except BaseException:
+            exchange.settle()
+            exchange.restore()
+            exchange.set_trainable()
+            exchange.view.write(server)
+            exchange.write_personal(own)
+            self._executor.close_round()
+            self._store.rollback()
+            raise
+        exchange.set_trainable(table.trainable())
+        if training:
+            self._commit(opened.plan, table)
+            self._older.keep(opened.plan, server)
+            if self._budget is not None and not self._budget.affords(cohort.round + 1):
+                rank_zero_info(f"privacy: {self._budget.told(cohort.round + 1)}, so training ends here.")
+                self._trainer.should_stop = True
+            self._executor.settle(Ballot(*table.ballot()))
+        self.last_round = record
+        if training:
+            if reads_losses(self._options.sampler):
+                known = zip(record.clients.tolist(), record.losses.tolist(), strict=True)
+                self._losses.update({client: loss for client, loss in known if math.isfinite(loss)})
+            self._simulated += 0.0 if record.simulated is None else record.simulated.seconds
+            self._log.commit(int(record.local_steps.sum()))
+        return {} if record.loss != record.loss else {"loss": torch.tensor(record.loss, device=self._device)}
+
+    def _check_trained(self, exchange: Exchange) -> None:
+        """Refuse other trainable parameters than in the round before where something is kept for these.
+
+        Raises:
+            ValueError: naming the argument and a parameter.
+        """
+        before, self._trained = self._trained, exchange.names
+        if before is None or before == exchange.names:
+            return
+        downlink, options = self._options.downlink_compressor, self._options
+        keeper = options.rules.bound_to_parameters
+        if keeper is None and downlink is not None and downlink.stateful:
+            keeper = f"downlink_compressor={downlink.name}"
+        if keeper is None and options.asynchrony is not None:
+            keeper = "mode='async'"
+        if keeper is not None:
+            one = min(set(before) ^ set(exchange.names))
+            raise ValueError(
+                f"{keeper}: what is kept for it is for the {len(before)} parameters that were trainable in the round"
+                f" before, and {one!r} is {'' if one in exchange.names else 'not '}trainable now: do not freeze or"
+                " unfreeze layers while it is used."
+            )
+
+    def end_round(self) -> None:
+        """Log the round and tell callbacks, now that the Trainer has counted it and stepped its schedules.
+
+        What is saved or interrupted from here on belongs to the next round.
+        """
+        if (record := self.last_round) is not None:
+            self._warn_of_no_loss(record)
+            self._report(record)
+            self._tell("on_round_end", record)
+
+    def _of_largest(self, context: RoundContext, plan: RoundPlan, table: RoundTable) -> Mapping[str, Tensor | None]:
+        """The buffers that are taken from the client with the most samples; to be called on all ranks."""
+        assert self._work is not None
+        assert context.largest is not None
+        exchange, odd = context.exchange, table.odd_buffers()
+        if odd:
+            for names in collectives.gather_over_ranks(exchange.caches(), self._device):
+                self._caches.update(names)
+        rank = table.rank_of_largest(self._work.held(plan.cohort))
+        if rank is None or not (exchange.largest or odd):
+            return {}
+        values: Mapping[str, Tensor | None] = collectives.broadcast(context.largest.values, rank, self._device)
+        self._check_shapes([name for name in values if name not in exchange.largest])
+        return values
+
+    def _check_shapes(self, names: list[str]) -> None:
+        if new := self._not_told(names):
+            said = f"buffers: {enumerated(new)} came up, went or changed shape while a client trained"
+            if self._options.asynchrony is not None or self._options.rules.ditto is not None:
+                raise ValueError(
+                    f"{said}, which models of single clients cannot follow: give them 'server' or 'client' in"
+                    f" FederatedStrategy(buffers={{{new[0]!r}: 'server'}}), or one shape."
+                )
+            rank_zero_warn(
+                f"{said}, and so there is no mean over clients: they are those of the client with the most samples."
+                f" FederatedStrategy(buffers={{{new[0]!r}: 'client'}}) lets each keep its own."
+            )
+
+    def _warn_of_averages(self, names: list[str]) -> None:
+        """Once for each buffer: it is averaged, and nobody but the user knows whether that is right."""
+        if new := self._not_told(names):
+            rank_zero_warn(
+                f"buffers: {enumerated(new)} changed while clients trained, and the global model takes the clients'"
+                " mean, which is right for a quantity and wrong for a queue, a table or a flag. Say which with"
+                f" FederatedStrategy(buffers={{{new[0]!r}: ...}}): 'mean', 'largest' (of the client with the most"
+                " samples; give what belongs together, such as a queue and its pointer, the same), 'server' (as it is)"
+                " or 'client' (each its own)."
+            )
+
+    def _not_told(self, names: list[str]) -> list[str]:
+        new = [name for name in names if name not in self._told]
+        self._told.update(new)
+        return new
+
+    def _warn_of_no_loss(self, record: RoundRecord) -> None:
+        """Once: a ``training_step`` that returns nothing may skip a batch, but to skip all of them is a mistake."""
+        if record.round or not self._trainer.lightning_module.automatic_optimization:
+            return
+        if len(record.clients) and np.isnan(record.losses).all() and not record.delta_norms.any():
+            rank_zero_warn(
+                "training_step returned None for every batch of the first round, so no client has learnt anything:"
+                " return the loss, or set automatic_optimization=False to step optimizers yourself."
+            )
+
+    def _next_round(self) -> int:
+        loop = self._trainer.fit_loop
+        # Steps stand still in an epoch that only feeds BatchNorm; its rounds differ all the same.
+        return self._trainer.global_step + (loop.epoch_loop.batch_progress.current.ready if loop._skip_backward else 0)
+
+    def _train_together(
+        self, context: RoundContext, opened: _OpenRound, cohort: Cohort, uplink: Uplink | None
+    ) -> tuple[Tensor, Tensor | None, RoundTable]:
+        """Train this rank's clients and add up the ranks; an exception on one of them is one on all."""
+        table = self._table(opened.plan, context.exchange)
+        sums = RoundSums(self._options.rules, context.server, cohort, table, self._world_size)
+        failure: Exception | None = None
+        try:
+            self._tell("on_round_start", opened.plan.round, opened.plan.cohort)
+            with self._inside_clients(context), self._log.collecting():
+                self._train_clients(context, sums, table, uplink)
+            if self._world_size > 1:
+                table.set_logged(self._log.joint.pack(self._log.last_clients()))
+        except Exception as error:
+            # The other ranks wait for this one in the collective: there they are told.
+            failure = error
+        seconds, leaves = time.perf_counter() - opened.started, self.requeue.heard
+        assert context.largest is not None
+        odd = bool({*context.exchange.caches()} - self._caches) or bool(
+            {*context.largest.values} - {*context.exchange.largest}
+        )
+        table.finish_rank(self._rank, seconds, failed=failure is not None, leaves=leaves, odd_buffers=odd)
+        table.add_executor(self._executor.slots, self._executor.ballot)
+        if self.meter is not None:
+            table.add_side(self.meter.side())
+        total, messages = sums.merge()
+        self.requeue.agreed = table.leaves()
+        if failure is not None:
+            raise failure
+        if failed := table.failed_ranks():
+            raise RuntimeError(
+                f"round {opened.plan.round}: an exception ended the work of rank {', '.join(map(str, failed))} (see"
+                " there), so the global model stays as it was before this round."
+            )
+        if self._world_size > 1:
+            self._log.joint.merge(table.logged)
+        return total, messages, table
+
+    def _train_clients(self, context: RoundContext, sums: RoundSums, table: RoundTable, uplink: Uplink | None) -> None:
+        rules = self._options.rules
+        plain = float(context.exchange.message_bytes)
+        cursors = {item.client: item.cursor for item in context.work}
+        for update in self._executor.run(context):
+            sent = Sent(update, None, rules.weigh(update), plain) if uplink is None else uplink.send(update)
+            cost = update.cost or ClientCost()
+            if uplink is not None and update.cost is not None:
+                cost = cost.plus(uplink.cost(update))
+            update, weight = sent.update, sent.weight
+            table.add(
+                update,
+                weight,
+                cursors[update.client],
+                self._executor.scaler_state(),
+                cost,
+                (0.0 if update.without_batches else sent.bytes, sent.normalizer, sent.within),
+            )
+            if not update.without_batches:
+                table.add_trainable(context.exchange.trainable_now())
+            if update.finite:
+                context.exchange.strip(update.delta)
+                sums.add(update, weight, sent.message)
+        if (ditto := rules.ditto) is not None and context.training:
+            self._train_personal(ditto, context, table)
+
+    def _train_personal(self, ditto: Ditto, context: RoundContext, table: RoundTable) -> None:
+        """Once more, each client its own model: nothing of it is logged, told or sent."""
+        guidance = PersonalModels(ditto, self._store, context.exchange, context.server)
+        self._quiet = True
+        try:
+            with self._log.silenced():
+                for update in self._executor.run_again(context._replace(guidance=guidance, largest=None)):
+                    if update.cost is not None:
+                        pulled = guidance.correction(update.client).operations
+                        table.add_cost(update.client, update.cost.plus(corrected(pulled, update, context.exchange)))
+                    guidance.keep(update)
+        finally:
+            self._quiet = False
+
+    def _fail_together(self, plan: RoundPlan, started: float) -> None:
+        """This rank could not even begin: take part in the round's communication, so that no rank waits in vain."""
+        if self._world_size == 1:
+            return
+        if self._custody is not None:
+            self._custody.fetch(plan)
+        exchange = self._exchange()
+        table = self._table(plan, exchange)
+        cohort = self._cohort(plan, exchange)
+        sums = RoundSums(self._options.rules, exchange.view.empty(), cohort, table, self._world_size)
+        table.finish_rank(self._rank, time.perf_counter() - started, failed=True)
+        sums.merge()
+
+    def _cohort(self, plan: RoundPlan, exchange: Exchange) -> Cohort:
+        assert self._work is not None
+        registered = self._work.partition.num_clients
+        return Cohort(plan.round, plan.cohort, registered, exchange.view.trainable, self._options.seed)
+
+    def _table(self, plan: RoundPlan, exchange: Exchange) -> RoundTable:
+        return RoundTable(plan, self._world_size, len(exchange.parameters), self._log.joint.size)
+
+    def _exchange(self) -> Exchange:
+        rules = self._options.rules
+        return exchange_of(self._trainer.lightning_module, rules.personal, rules.buffer_policies, self._caches)
+
+    def _batch_sizes(self, cohort: Cohort) -> IntArray | None:
+        return None if self.fleet is None else self.fleet.batch_sizes_of(cohort.clients)
+
+    def _operations(self, cohort: Cohort, *, training: bool) -> float:
+        """What rules, compressors and privacy compute upon the updates of a round, element by element."""
+        if not training:
+            return 0.0
+        rules, downlink, clients = self._options.rules, self._options.downlink_compressor, len(cohort.clients)
+        each = rules.operations * clients
+        if rules.local is not None:
+            each += 2 * rules.local.sends_message  # the server's own vector moves
+        if rules.privacy is not None:
+            each += 2  # noise is drawn and added
+        if downlink is not None:
+            each += downlink.operations * (1 + clients)  # each client decodes it
+        return each * cohort.trainable
+
+    def _received_bytes(self, exchange: Exchange) -> int:
+        """What a client receives, unless it is compressed."""
+        rule = self._options.rules.local
+        return exchange.buffer_bytes + exchange.trainable_bytes * (1 if rule is None else rule.vectors_down)
+
+    def _uplink(self, opened: _OpenRound, exchange: Exchange, cohort: Cohort, states: dict[str, Any]) -> Uplink:
+        work = {item.client: item for item in opened.work}
+        return Uplink(
+            self._options.rules,
+            self._store,
+            exchange,
+            cohort,
+            self._trainer.optimizers[0],
+            states,
+            starts=self._older.starts(opened.plan),
+            scales=self._older.scales(opened.plan),
+            gradient_of=lambda client, tally: self._gradient(work[client], exchange, tally),
+            meter=self.meter,
+        )
+
+    def _gradient(self, work: LocalWork, exchange: Exchange, tally: ClientMeter | None) -> Tensor:
+        """The mean gradient of a client's batches of this round at the model that the module holds."""
+        assert self._work is not None
+        loader = self._work.loader
+        with randomness.untouched():
+            randomness.seed_globals(work.seed, self._device)
+            batches = [(loader.fetch(indices), len(indices)) for indices in work.batches]
+            ready = [(self._transfer(batch), size) for batch, size in batches if batch is not None]
+        counted = {} if tally is None else {"metered": tally.again}
+        found = mean_gradient(self._trainer, self._trainer.lightning_module, ready, **counted)
+        return torch.cat([as_real(found[name]).flatten().double() for name in exchange.names])
+
+    def _commit(self, plan: RoundPlan, table: RoundTable) -> None:
+        if self._options.local_steps is not None:
+            for client, cursor in table.cursors().items():
+                self._store.stage(client, cursor)
+        self._store.commit()
+        if self._custody is not None:
+            self._custody.commit(plan)
+        self._executor.set_scaler_state(*table.smallest_scale())
+
+    # ---- while clients train
+
+    @property
+    def in_client(self) -> bool:
+        """Whether the module holds a client's model right now."""
+        return self._live is not None
+
+    @contextmanager
+    def _inside_clients(self, context: RoundContext) -> Iterator[None]:
+        trainer = self._trainer
+        outside = randomness.capture(self._device) if self._executor.draws_from_globals else None
+        self._live = context
+        around, trainer.accumulate_grad_batches = trainer.accumulate_grad_batches, self.local_accumulation
+        progress = trainer.fit_loop.epoch_loop.batch_progress
+        last_round = progress.is_last_batch
+        try:
+            yield
+        finally:
+            trainer.accumulate_grad_batches = around
+            progress.is_last_batch = last_round
+            self._live = None
+            if outside is not None:
+                randomness.restore(outside, self._device)
+
+    def global_state_dict(self, state: dict[str, Any]) -> dict[str, Any]:
+        """A module's state dict with the global model's values in place of the client's that is training."""
+        if self._live is None:
+            return state
+        context = self._live
+        state = context.exchange.regular(state)
+        return {
+            **context.exchange.view.substituted(state, context.server),
+            **context.exchange.of_personal(state, context.own),
+        }
+
+    def client_started(self, client: int) -> None:
+        """See `lightning_fedscale.core.executors.sequential.Watcher`."""
+        self._tell("on_client_start", client)
+
+    def client_stepped(self, done: int, loss: Tensor | None) -> None:
+        """See `lightning_fedscale.core.executors.sequential.Watcher`."""
+        self._progress.show(done, loss)
+
+    def client_ended(self, update: ClientUpdate) -> None:
+        """See `lightning_fedscale.core.executors.sequential.Watcher`."""
+        self._tell("on_client_end", update)
+
+    def _tell(self, event: str, *values: Any) -> None:
+        for each in () if self._quiet else listeners(self._trainer):
+            if (hook := getattr(each, event, None)) is not None:
+                hook(self._trainer, self._trainer.lightning_module, *values)
+
+    def _tell_of_server_step(self, step: Params) -> Params:
+        """Let callbacks change the step; what they get is theirs, since a server optimizer may keep its own."""
+        if any(hasattr(each, "on_server_step") for each in listeners(self._trainer)):
+            step = {name: value.clone() for name, value in step.items()}
+            self._tell("on_server_step", step)
+        return step
+
+    def _report(self, record: RoundRecord) -> None:
+        """Straight to the loggers, every round, and to where callbacks look for what they monitor."""
+        self._log.send()
+        trainer, metrics = self._trainer, record.metrics()
+        for logger in trainer.loggers:
+            logger.log_metrics(metrics, step=trainer.fit_loop.epoch_loop._batches_that_stepped)
+        values = dict(zip(metrics, torch.tensor([*metrics.values()]).unbind(), strict=True))
+        for known in (trainer._logger_connector._callback_metrics, trainer._logger_connector._logged_metrics):
+            if not record.empty:  # of nobody nothing is known anew, and callbacks that watch a loss go on with the last
+                known.pop("round/loss", None)  # else a round without a loss would show that of an earlier one
+            known.update(values)
+        self._monitors.end_round(empty=record.empty)
+
+    # ---- checkpoints
+
+    def state_dict(self) -> dict[str, Any] | None:
+        """What a checkpoint needs to go on exactly; on rank 0, None elsewhere. To be called on all ranks."""
+        if self._custody is None:
+            clients = self._store.state_dict()
+        else:
+            if self.in_client and self._world_size > 1:
+                raise RuntimeError(
+                    "save_checkpoint inside a client: with client_optimizer='keep' on several ranks the clients'"
+                    " optimizers can only be collected between rounds. Save from a callback's on_train_batch_end."
+                )
+            clients = self._custody.state_dict()
+        monitored = self._monitors.state_dict(in_client=self.in_client)
+        if self._rank != 0:
+            return None
+        return federated_state(
+            round=self._trainer.global_step,
+            settings=self._settings(),
+            seed=self._options.seed,
+            num_clients=None if self.partition is None else self.partition.num_clients,
+            partition=None if self.partition is None else self.partition.fingerprint,
+            server=self._global.states,
+            clients=clients,
+            local_batches=self._log.local_batches,
+            executor=self._executor.kind if self._options.executor == "auto" else None,
+            gave_up=self._executor.gave_up,
+            simulated=self._simulated,
+            versions=self._older.state_dict(),
+            accumulation=[self._accumulation_asked, self.local_accumulation],
+            flags=self._flags(),
+            trained=self._trained,
+            losses=torch.tensor(sorted(self._losses.items()), dtype=torch.float64).reshape(-1, 2),
+            monitored=monitored,
+        )
+
+    def _flags(self) -> dict[str, Any]:
+        """What is frozen at the moment; while a client trains, when the round began."""
+        trainer = self._trainer
+        at_start = () if self._live is None else self._live.exchange.parameters
+        # Validation, in whose end checkpoints are saved, has all of the module in evaluation mode.
+        modes = trainer.fit_loop.epoch_loop.val_loop._module_mode.mode if trainer.evaluating else {}
+        module = trainer.lightning_module
+        state = self.global_state_dict(module.state_dict())
+        return flags_of(module, trainer.optimizers, state, {id(p): flag for p, flag in at_start}, modes)
+
+    def _settings(self) -> dict[str, Any]:
+        """What may be changed on resume, but then the run is another one."""
+        options = self._options
+        compressor = options.rules.compressor
+        return {
+            "clients_per_round": options.clients_per_round,
+            "local_epochs": options.local_epochs,
+            # Functions have no value that a checkpoint could hold.
+            "local_steps": "a function" if callable(options.local_steps) else options.local_steps,
+            "rounds_per_epoch": options.rounds_per_epoch,
+            "client_optimizer": "keep" if options.keep_optimizers else "reset",
+            "population": None if options.population is None else options.population.description(),
+            "local_rule": None if options.rules.local is None else options.rules.local.name,
+            "compressor": compressor.name if compressor is not None and compressor.stateful else None,
+            "mode": "sync" if options.asynchrony is None else options.asynchrony.description(),
+            "buffers": dict(options.rules.buffers) or None,
+            "personal": repr(options.rules.ditto) if options.rules.ditto else list(options.rules.personal),
+            "threads": torch.get_num_threads(),
+        }
+
+    def rewind_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Make a checkpoint that is saved while a client trains one of the start of the round."""
+        if self.in_client:
+            self._executor.rewind_checkpoint(checkpoint)
+
+    def load_groups(self, state: dict[str, Any]) -> None:
+        """Before the optimizers are loaded: callbacks may have added groups of parameters to them."""
+        if (flags := state.get("flags")) is not None:
+            restore_pruning(flags, self._trainer.lightning_module)
+            restore_groups(flags, self._trainer.lightning_module, self._trainer.optimizers)
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from a checkpoint, on any number of ranks.
+
+        Raises:
+            ValueError: if the saved run is not this one.
+        """
+        self._resumed = state
+        refuse_other_rules(state["settings"], self._settings())
+        if state["versions"] or DITTO in state["clients"]:
+            refuse_other_owners(state["settings"], self._settings())
+        if changed := changed_settings(state["settings"], self._settings()):
+            rank_zero_warn(f"ckpt_path: {changed}")
+        self._check_resumed()
+        self._executor.resume(state.get("executor"), gave_up=state.get("gave_up", False))
+        self._store.load_state_dict(state["clients"])
+        if self._custody is not None:
+            self._custody.reset()
+        self._global.load_states(state["server"], self._device)
+        self._log.local_batches = state.get("local_batches", 0)
+        self._simulated = state.get("simulated", 0.0)
+        self._older.load_state_dict(state["versions"], self._device)
+        self._losses = {int(client): loss for client, loss in state["losses"].tolist()}
+        self._monitors.load_state_dict(state.get("monitored", {}))
+        self._load_flags(state)
+
+    def _load_flags(self, state: dict[str, Any]) -> None:
+        if (flags := state.get("flags")) is None:
+            return  # written by an earlier version
+        self._trained = state.get("trained")
+        asked, last = state["accumulation"]
+        if asked == self._accumulation_asked:  # otherwise the Trainer is asked for another one from now on
+            self.local_accumulation = last
+        if changed := restore_flags(flags, self._trainer.lightning_module):
+            rank_zero_info(
+                f"Federated: {len(changed)} parameters are frozen or trainable as in the checkpoint, not as the module"
+                f" was built: {', '.join(changed[:5])}{', ...' if len(changed) > 5 else ''}."
+            )
+
+    def _check_resumed(self) -> None:
+        # A checkpoint from before the data was seen (a learning-rate search writes one) has nothing to compare.
+        if self._resumed is not None and self._resumed["partition"] is not None and self.partition is not None:
+            check_resume(
+                self._resumed,
+                seed=self._options.seed,
+                num_clients=self.partition.num_clients,
+                partition=self.partition.fingerprint,
+            )
+
+
+def _first_batch(batches: Iterator[Any], most: int) -> tuple[Any, int]:
+    """The first batch that is not None, None if all are, and how many were passed over; training skips those too."""
+    for skipped in range(most):
+        if (batch := next(batches)) is not None:
+            return batch, skipped
+    return None, most

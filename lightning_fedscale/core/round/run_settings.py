@@ -1,0 +1,146 @@
+"""What loggers are told of every federated run: its settings, who holds what, which curves belong together."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import lightning.pytorch as pl
+from lightning.pytorch.callbacks import Callback
+from torch import Tensor
+
+from lightning_fedscale.core.lightning.loggers import (
+    FIRST,
+    Layout,
+    add_hparams,
+    lay_out,
+    log_settings,
+    show,
+    shows_figures,
+)
+from lightning_fedscale.core.options.options import Arguments
+from lightning_fedscale.core.options.settings import is_detail, settings_of
+from lightning_fedscale.partitioners import (
+    FinishedPartitioner,
+    Partition,
+    Partitioner,
+    known_labels,
+    plot_label_distributions,
+)
+from lightning_fedscale.types import NAMESPACES
+from lightning_fedscale.utils.fairness import part_of_spread
+
+_MOST_CLIENTS, _MOST_LABELS, _MOST_SAMPLES = 200, 100, 2_000_000
+"""Of the figure: clients that it shows, labels and samples up to which there is one, so that it takes no time."""
+
+_COMPARED = (
+    "round/loss", "round/simulated_total", "round/epsilon", "compute/flops_total", "compute/params",
+    "compute/size_ratio", "compute/excess_loss", "probe/max_batch",
+)  # fmt: skip
+"""What runs of a sweep are compared by beside the user's own metrics."""
+
+
+class RunBoard(Callback):
+    """Tells loggers of the run: when it begins, and for HParams once the first metrics are there.
+
+    Args:
+        options: the strategy's checked arguments.
+    """
+
+    def __init__(self, options: Arguments) -> None:
+        self._options = options
+        self._validated = self._compared = False
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """The data is divided and the model is built."""
+        self._validated = self._compared = False  # as a search for a learning rate may have left them
+        if not trainer.loggers:
+            return
+        partition: Partition | None = trainer.strategy.partition  # type: ignore[attr-defined]
+        if partition is None:
+            return
+        params = sum(p.numel() for p in pl_module.parameters())
+        log_settings(trainer, settings_of(self._options, partition, params))
+        lay_out(trainer, self._layout())
+        if trainer.global_step == 0 and shows_figures(trainer):
+            self._show_labels(trainer, partition)
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """From the next round on its metrics are known."""
+        self._validated = self._validated or not trainer.sanity_checking
+
+    def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
+        """A run that is interrupted later is compared all the same."""
+        if trainer.current_epoch > 0 and (self._validated or not trainer.enable_validation):
+            self._compare(trainer)
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Even a single epoch is a run."""
+        self._compare(trainer)
+
+    def _compare(self, trainer: pl.Trainer) -> None:
+        if self._compared:
+            return
+        self._compared = True
+        if trainer.loggers:
+            # Not `logged_metrics`, which would reduce anew.
+            known = trainer._logger_connector._logged_metrics
+            logged = {name: float(value) for name, value in known.items() if isinstance(value, Tensor | float)}
+            names = [*filter(_is_compared, logged), *(name for name in _to_come(trainer) if name not in logged)]
+            users_first = sorted(names, key=lambda name: name in _COMPARED)
+            add_hparams(trainer, {name: logged.get(name, math.nan) for name in users_first}, is_detail)
+
+    def _layout(self) -> Layout:
+        options, simulates = self._options, self._options.population is not None
+        charts: dict[str, list[Any]] = {
+            "loss": ["Multiline", ["round/loss$"]],
+            "length of the update": ["Multiline", ["round/delta_norm$"]],
+            "distance of clients from their mean": ["Multiline", ["round/drift$"]],
+            "bytes": ["Multiline", ["round/upload_bytes$", "round/download_bytes$"]],
+            "clients": ["Multiline", ["round/clients$", "round/rejected$", *(["round/dropped$"] if simulates else [])]],
+            "seconds": ["Multiline", ["round/seconds$", *(["round/simulated_seconds$"] if simulates else [])]],
+            "time without work": ["Multiline", ["round/padding$", "round/idle$"]],
+        }
+        if options.rules.privacy is not None:
+            charts["privacy spent"] = ["Multiline", ["round/epsilon$"]]
+        if options.asynchrony is not None:
+            charts["rounds since clients started"] = ["Multiline", ["round/staleness$"]]
+        layout: Layout = {FIRST: charts}
+        if options.client_log_every_n is not None:
+            layout["Clients' batches"] = {"what clients log": ["Multiline", ["client/"]]}
+        return layout
+
+    def _show_labels(self, trainer: pl.Trainer, partition: Partition) -> None:
+        """Who holds what, where labels are there to be read without reading samples."""
+        given = self._options.partitioner
+        column = given.partition_by if isinstance(given, Partitioner) else None
+        dataset = getattr(trainer.train_dataloader, "dataset", None)
+        labels = known_labels(dataset, column)
+        if labels is None or labels.dtype.kind not in "iubUS" or len(labels) > _MOST_SAMPLES:
+            return
+        if len(set(labels.tolist())) > _MOST_LABELS:
+            return
+        holder = FinishedPartitioner(partition, column)
+        holder.dataset = dataset
+        shown = min(_MOST_CLIENTS, partition.num_clients)
+        of_all = "" if shown == partition.num_clients else f" of {partition.num_clients:,}"
+        # Of hundreds of clients a bar for each would take seconds.
+        figure, _, _ = plot_label_distributions(
+            holder, plot_type="heatmap", max_num_partitions=shown, legend=True, legend_title="samples",
+            title=f"Labels of {shown}{of_all} clients",
+        )  # fmt: skip
+        show(trainer, "client/labels", figure)
+
+
+def _to_come(trainer: pl.Trainer) -> Iterator[str]:
+    """What callbacks will log later on, perhaps: the columns of the page are those that a run has at first."""
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if (names := getattr(type(callback), "metrics_to_come", None)) is not None:  # of mocks every attribute is there
+            yield from names(callback)
+
+
+def _is_compared(name: str) -> bool:
+    if (of_clients := part_of_spread(name)) is not None:
+        return of_clients[1] in ("mean", "worst10")
+    return name in _COMPARED or name.partition("/")[0] not in NAMESPACES

@@ -1,0 +1,245 @@
+"""The server's part of a round: from the sum over all clients to the next global model."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from lightning.pytorch.utilities import rank_zero_warn
+from torch import Tensor
+from torch.utils._pytree import tree_leaves, tree_map
+
+from lightning_fedscale.compressors import Compressor
+from lightning_fedscale.core.executors import Exchange
+from lightning_fedscale.core.options.rules import Rules
+from lightning_fedscale.core.round.client_pipeline import PRIVACY, RULE
+from lightning_fedscale.core.round.merge import RoundTable
+from lightning_fedscale.local_rules import Merged
+from lightning_fedscale.server import ServerOptimizer
+from lightning_fedscale.types import Cohort, Params
+from lightning_fedscale.utils import randomness
+
+OPTIMIZER, DOWNLINK = "optimizer", "downlink"
+"""Names of what the server keeps."""
+
+
+class Diverged(RuntimeError):
+    """No client of a round has a finite update."""
+
+
+class GlobalModel:
+    """Moves the global model, and holds what the server keeps from round to round.
+
+    Every rank does the same from the same sums, so nothing needs to be sent back.
+
+    Args:
+        rules: of the way up: the aggregator reads the aggregate off the sum over clients, the local rule and privacy
+            have their say in it.
+        optimizer: how trainable parameters move; averaged buffers and frozen parameters take the clients' mean.
+        downlink: compresses the server's step on its way to the clients; None sends the model itself.
+
+    Attributes:
+        states: of the local rule, privacy, the optimizer and the downlink, by name.
+    """
+
+    def __init__(self, rules: Rules, optimizer: ServerOptimizer, downlink: Compressor | None = None) -> None:
+        self._rules = rules
+        self._optimizer = optimizer
+        self._downlink = downlink
+        self._next: dict[str, Any] = {}  # what the states will be if the round is a good one
+        self.states: dict[str, Any] = {}
+        self._expected_weight = 0.0
+
+    def calibrate(self, rules: Rules, expected_weight: float) -> None:
+        """Take rules whose privacy is ready, and the expected weight of a round's clients together."""
+        self._rules, self._expected_weight = rules, expected_weight
+
+    def load_states(self, states: dict[str, Any], device: torch.device) -> None:
+        """Go on from saved states."""
+        self.states = tree_map(lambda leaf: leaf.to(device) if isinstance(leaf, Tensor) else leaf, states)
+
+    def open_round(self, server: Tensor, trainable: int) -> dict[str, Any]:
+        """The states that the round begins with, of the local rule and of privacy.
+
+        Args:
+            server: the global model.
+            trainable: how many of its elements are trainable and shared.
+
+        Raises:
+            ValueError: if the local rule's state is one for other parameters.
+        """
+        states = dict(self.states)
+        if (rule := self._rules.local) is not None:
+            states.setdefault(RULE, rule.init(torch.zeros_like(server[:trainable])))
+            if any(leaf.dim() and len(leaf) != trainable for leaf in tree_leaves(states[RULE]) if _is_tensor(leaf)):
+                raise ValueError(
+                    f"local_rule={rule.name!r}: what it keeps is for other parameters than the {trainable:,} trainable"
+                    " elements of this round: do not freeze or unfreeze layers while it is used."
+                )
+        if (privacy := self._rules.privacy) is not None:
+            states.setdefault(PRIVACY, privacy.init())
+        self._next = states
+        return states
+
+    def move(
+        self,
+        exchange: Exchange,
+        server: Tensor,
+        aggregate: Tensor,
+        cohort: Cohort,
+        *,
+        training: bool,
+        mean_square: float = math.nan,
+        on_step: Callable[[Params], Params] = lambda step: step,
+    ) -> float | None:
+        """Write the next global model into the module.
+
+        Args:
+            exchange: the module's tensors.
+            server: the global model of this round; stays as it is.
+            aggregate: the aggregated delta.
+            cohort: who took part.
+            training: False leaves trainable parameters alone.
+            mean_square: weighted mean of the clients' squared norms.
+            on_step: what becomes of the server optimizer's step before it is taken.
+
+        Returns:
+            Bits that a client receives of the trainable parameters; None if the model itself is sent.
+
+        Raises:
+            RuntimeError: if the server's step is not finite; the caller then writes ``server`` back into the module.
+            TypeError: if the server optimizer returns something else than a step and a state.
+        """
+        params, bits = exchange.named(server), None
+        if training:
+            state = self._next.get(OPTIMIZER)
+            state = self._optimizer.init(params) if state is None else state
+            delta, norms = exchange.named(aggregate), (mean_square,) if self._optimizer.reads_norms else ()
+            step, state = _checked(self._optimizer.update(delta, state, params, *norms), params)
+            self._next[OPTIMIZER] = state
+            step = on_step(step)
+            if self._downlink is not None:
+                step, bits = self._compressed(self._downlink, step, cohort)
+            steps = [step[name] for name in params]
+        else:
+            steps = [server.new_zeros(())] * len(params)
+        # Averaged buffers and frozen parameters take the clients' mean.
+        steps += exchange.view.views(aggregate)[len(params) :]
+        if not _subtract(exchange, server, steps):
+            raise RuntimeError(
+                f"server_optimizer: its step in round {cohort.round} has NaN or infinite values, so the global model"
+                " stays as it was before this round. Lower the server learning rate."
+            )
+        if training:
+            self.states = self._next
+        return bits
+
+    def _compressed(self, compressor: Compressor, step: Params, cohort: Cohort) -> tuple[Params, float]:
+        state = self._next.get(DOWNLINK)
+        state = compressor.init(step) if state is None else state
+        generator = randomness.generator(cohort.seed, randomness.DOWNLINK, cohort.round)
+        encoded, self._next[DOWNLINK] = compressor.encode(step, state, generator)
+        return encoded.seen, encoded.bits
+
+    def aggregate(
+        self, server: Tensor, total: Tensor, table: RoundTable, cohort: Cohort, messages: Tensor | None = None
+    ) -> Tensor:
+        """The aggregated delta.
+
+        Args:
+            server: the global model of this round.
+            total: the aggregator's accumulator over all ranks; used up.
+            table: the round in numbers, of all ranks.
+            cohort: who took part.
+            messages: sum of the clients' second vectors; None without a local rule that sends them.
+
+        Raises:
+            Diverged: if no client's update is finite.
+            ValueError: if the aggregator returns something of another shape.
+        """
+        absent = table.without_batches()
+        spoilt = tuple(client for client in table.rejected() if client not in absent)
+        if spoilt and len(spoilt) + len(absent) == table.cohort_size:
+            raise Diverged(
+                f"round {table.round}: the updates of all {len(spoilt)} clients have NaN or infinite values, so the"
+                " global model stays as it was before this round. Lower the learning rate, clip gradients"
+                " (Trainer(gradient_clip_val=1.0)) or look for bad samples."
+            )
+        for left_out, why in (
+            (spoilt, "whose update has NaN or infinite values"),
+            (absent, "for whom the collate function returned None for every batch"),
+        ):
+            if left_out:
+                rank_zero_warn(
+                    f"round {table.round}: left out {len(left_out)} client(s) {why}:"
+                    f" {', '.join(map(str, left_out[:10]))}{', ...' if len(left_out) > 10 else ''}."
+                )
+        if table.accepted:
+            aggregate = self._rules.aggregator.finish(total, cohort)
+        else:  # of nobody there is no aggregate: the server optimizer sees a delta of zero
+            aggregate = torch.zeros_like(server)
+            aggregate[cohort.trainable :] = _still(server[cohort.trainable :])
+        if aggregate.shape != server.shape:
+            raise ValueError(
+                f"aggregator: finish returned a tensor of shape {tuple(aggregate.shape)}, not one as long as the"
+                f" clients' deltas, {tuple(server.shape)}."
+            )
+        moved = aggregate[: cohort.trainable]
+        if (privacy := self._rules.privacy) is not None:
+            # What is not clipped may not leave the clients.
+            aggregate[cohort.trainable :] = _still(server[cohort.trainable :])
+            state, generator = self._next[PRIVACY], randomness.generator(cohort.seed, randomness.PRIVACY, cohort.round)
+            private, self._next[PRIVACY] = privacy.finish(
+                moved, table.within(), state, cohort, self._expected_weight, generator
+            )
+            moved.copy_(private)
+        if (rule := self._rules.local) is not None and table.accepted:
+            merged = Merged(moved, messages, table.normalizer(), table.accepted, cohort)
+            delta, self._next[RULE] = rule.merge(merged, self._next[RULE])
+            moved.copy_(delta)
+        return aggregate
+
+
+def _still(carried: Tensor) -> Tensor:
+    """The delta of buffers and frozen parameters that do not change, counted from `Exchange.origin`."""
+    return torch.where(carried.isfinite(), torch.zeros_like(carried), -carried)
+
+
+def _is_tensor(leaf: Any) -> bool:
+    return isinstance(leaf, Tensor)
+
+
+@torch.no_grad()
+def _subtract(exchange: Exchange, server: Tensor, steps: list[Tensor]) -> bool:
+    """Write ``server - steps`` into the module, one tensor at a time; False if it spoils what was finite."""
+    trainable, befores = len(exchange.names), exchange.view.views(server)
+
+    def after(number: int) -> Tensor:
+        before, step = befores[number], steps[number]
+        # As in `Exchange.origin`, from which deltas are counted.
+        return before - step if number < trainable else before.nan_to_num(0.0, 0.0, 0.0).sub_(step)
+
+    def write(number: int) -> Tensor:
+        value = after(number)
+        exchange.view.write_one(number, value)
+        return value.sum()
+
+    moved = [number for number in range(len(befores)) if number not in exchange.unmoved]
+    # If all sums are finite, so is every element, and finding out takes no memory.
+    if torch.stack([write(number) for number in moved]).isfinite().all():
+        return True
+    return all((after(number).isfinite() | ~befores[number].isfinite()).all() for number in moved)
+
+
+def _checked(answer: Any, params: Params) -> tuple[Params, Any]:
+    """What a server optimizer's ``update`` returned, if it is what it should be."""
+    if isinstance(answer, tuple) and len(answer) == 2 and isinstance(answer[0], Mapping):
+        step, state = answer
+        if step.keys() == params.keys() and all(step[name].shape == params[name].shape for name in params):
+            return step, state
+    raise TypeError(
+        "server_optimizer: update must return (step, state), where step has a tensor for every parameter, by the names"
+        " and in the shapes of delta."
+    )

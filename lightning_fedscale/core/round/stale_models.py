@@ -1,0 +1,54 @@
+"""The global models of earlier rounds from which clients still train, in asynchronous training."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lightning_fedscale.core.plan import RoundPlan
+from lightning_fedscale.server.asynchrony import FedBuff
+
+
+class OlderModels:
+    """Keeps each model as long as a client trains from it.
+
+    Args:
+        asynchrony: how updates are scaled that come late; None where rounds wait for all clients.
+    """
+
+    def __init__(self, asynchrony: FedBuff | None) -> None:
+        self._asynchrony = asynchrony
+        self._models: dict[int, Tensor] = {}  # by the round at whose beginning they were the global one
+
+    def starts(self, plan: RoundPlan) -> dict[int, Tensor]:
+        """What clients of a round started from that is not the present model, by client."""
+        return {client: self._models[version] for client, version in _late(plan)}
+
+    def scales(self, plan: RoundPlan) -> dict[int, float]:
+        """What the updates of these clients count."""
+        if self._asynchrony is None:
+            return {}
+        return {client: self._asynchrony.scale(plan.round - version) for client, version in _late(plan)}
+
+    def keep(self, plan: RoundPlan, server: Tensor) -> None:
+        """A round is complete that began with this model; those that nobody needs any more go."""
+        if plan.arrived is not None:
+            self._models[plan.round] = server
+            oldest = plan.arrived.waiting
+            self._models = {round: model for round, model in self._models.items() if round >= oldest}
+
+    def state_dict(self) -> dict[int, Tensor]:
+        """The models, by round."""
+        return self._models
+
+    def load_state_dict(self, state: dict[int, Tensor], device: torch.device) -> None:
+        """Go on from saved ones."""
+        self._models = {round: model.to(device) for round, model in state.items()}
+
+
+def _late(plan: RoundPlan) -> list[tuple[int, int]]:
+    """Clients that started from an older model, and its round."""
+    if plan.arrived is None:
+        return []
+    pairs = zip(plan.arrived.clients.tolist(), plan.arrived.versions.tolist(), strict=True)
+    return [(client, version) for client, version in pairs if version < plan.round]

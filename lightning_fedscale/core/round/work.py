@@ -1,0 +1,286 @@
+"""The training data divided among clients, and what each of them has to do in a round."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from functools import partial
+
+import numpy as np
+import torch
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+
+from lightning_fedscale.core.executors import ClientLoader
+from lightning_fedscale.core.options.options import Arguments, name_clients
+from lightning_fedscale.core.plan import (
+    LocalWork,
+    RoundPlan,
+    Simulated,
+    epochs_from,
+    nobody_simulated,
+    pass_order,
+    place_longest_first,
+    plan_round,
+    sampled,
+    steps_from,
+)
+from lightning_fedscale.devices.fleet import Duty, Fleet
+from lightning_fedscale.server.asynchrony import Arrivals, FedBuff
+from lightning_fedscale.types import Cohort, Cursor, FloatArray, IntArray
+from lightning_fedscale.utils import randomness
+
+
+class Workload:
+    """Divides the user's train loader among the clients and says who does what in a round.
+
+    Args:
+        module: the user's module; BatchNorm in it decides how tail batches of one sample are treated.
+        loader: the user's train loader.
+        options: the strategy's checked arguments.
+        world_size: number of ranks, each of which needs a client in every round.
+        share: share or number of each client's batches to use.
+        device: where clients train.
+        show_progress: whether long work shows a bar.
+
+    Attributes:
+        fleet: the clients' simulated hardware, once it is known; decides their batch sizes and who comes in time.
+
+    Raises:
+        TypeError, ValueError: for data that cannot be divided as asked; names what is wrong and the remedy.
+    """
+
+    def __init__(
+        self,
+        module: torch.nn.Module,
+        loader: object,
+        options: Arguments,
+        world_size: int,
+        share: float | int,
+        *,
+        device: torch.device,
+        show_progress: bool,
+    ) -> None:
+        batch_norm = any(isinstance(part, torch.nn.modules.batchnorm._BatchNorm) for part in module.modules())
+        self.loader = ClientLoader(loader, share=share, merge_single=batch_norm)
+        self.partition = options.partition(self.loader.dataset)
+        self.fleet: Fleet | None = None
+        self._passes: dict[tuple[int, int], tuple[int, int]] = {}
+        self._arrivals: Arrivals | None = None
+        self._options = options
+        self._world_size = world_size
+        self.cohort_size = options.cohort_size(self.partition.num_clients)
+        salt = self.loader.salt
+        self._seed = options.seed if salt is None else randomness.derive(options.seed, randomness.ORDER, salt)
+        self._check(batch_norm)
+        self.loader.keep_on(device, options.cache_dataset, seed=options.seed, show_progress=show_progress)
+        sizes = self.partition.sizes
+        rank_zero_info(
+            f"Federated: {len(sizes):,} clients hold {int(sizes.sum()):,} samples ({sizes.min():,} to {sizes.max():,}"
+            f" each); {self.cohort_size:,} of them train in every round."
+        )
+
+    def _check(self, batch_norm: bool) -> None:
+        sizes, cohort_size = self.partition.sizes, self.cohort_size
+        self._check_population()
+        self._check_asynchrony()
+        if cohort_size < self._world_size:
+            raise ValueError(
+                f"clients_per_round={cohort_size} is fewer than the {self._world_size} ranks (devices x nodes): every"
+                f" rank needs a client. Use devices={cohort_size} or raise clients_per_round."
+            )
+        if len(short := self.loader.too_small(sizes)):
+            raise ValueError(
+                f"train_dataloader: drop_last=True with batch_size={self.loader.batch_size} leaves {len(short)} of"
+                f" {len(sizes)} clients without a batch ({name_clients(short)}): set drop_last=False, use a smaller"
+                " batch_size, or a partitioner with a larger min_partition_size."
+            )
+        if batch_norm and len(alone := (sizes == 1).nonzero()[0]):
+            rank_zero_warn(
+                f"{len(alone)} clients hold a single sample ({name_clients(alone)}), and the model has BatchNorm, which"
+                " may refuse a batch of one: use a partitioner with min_partition_size=2."
+            )
+
+    def _check_population(self) -> None:
+        population = self._options.population
+        if population is None:
+            return
+        if self.loader.cuts_anew and population.batch_size != "loader":
+            raise ValueError(
+                f"population: batch_size={population.batch_size!r} with a batch_sampler of your own, which alone"
+                " decides what a batch is: pass Population(..., batch_size='loader') or a DataLoader with a batch_size."
+            )
+        if population.batch_size == "fastest" and callable(self._options.local_steps):
+            raise ValueError(
+                f"population: batch_size='fastest' with local_steps={self._options.local_steps!r}, and which batch is"
+                " fastest depends on how many follow: pass local_steps as a number, or another batch_size."
+            )
+        if population.may_drop and population.min_clients < self._world_size:
+            raise ValueError(
+                f"population: min_clients={population.min_clients} is fewer than the {self._world_size} ranks (devices"
+                " x nodes), and clients may be dropped until a rank has none: pass"
+                f" Population(..., min_clients={self._world_size}) or use fewer devices."
+            )
+
+    def duty(self, message_bytes: int, update_bytes: int) -> Duty:
+        """What clients do in a round, for those who simulate their hardware."""
+        options, sizes = self._options, self.partition.sizes
+        per_pass = float(sizes.mean()) / self.loader.batch_size
+        steps = options.steps_in(0) or (options.local_epochs or 1) * per_pass
+        # Where tails are dropped, a larger batch would leave the smallest client without any.
+        most = int(sizes.min() if self.loader.drop_last else sizes.max())
+        steps *= options.rules.passes
+        return Duty(self.cohort_size, steps, self.loader.batch_size, most, message_bytes, update_bytes)
+
+    def plan(self, round: int, losses: Mapping[int, float]) -> RoundPlan:
+        """The cohort of a round and where each client trains, given the clients' last known losses."""
+        steps = self._options.steps_in(round)
+        if self._options.asynchrony is not None:
+            return self._plan_of_arrivals(self._options.asynchrony, round, steps)
+        asked, simulate = self._asked(), None
+        if (fleet := self.fleet) is not None:
+            simulate = partial(self._simulate, fleet, round, steps)
+        plan = plan_round(
+            round,
+            seed=self._options.seed,
+            sampler=self._options.sampler,
+            num_clients=self.partition.num_clients,
+            clients_per_round=asked,
+            cost=partial(self._cost, steps),
+            world_size=self._world_size,
+            simulate=simulate,
+            losses=losses,
+        )
+        return self._enough(plan)._replace(local_steps=steps)
+
+    def _asked(self) -> int:
+        population, clients = self._options.population, self.partition.num_clients
+        return self.cohort_size if population is None else population.asked(self.cohort_size, clients)
+
+    def _enough(self, plan: RoundPlan) -> RoundPlan:
+        """The plan, or that of an empty round where the sampler found fewer clients than the aggregator needs."""
+        rule, clients = self._options.rules.aggregator, len(plan.cohort)
+        if clients == 0 or clients >= rule.needs:
+            return plan
+        rank_zero_warn(
+            f"round {plan.round}: aggregator={rule.call} needs at least {rule.needs} clients, and {clients} can take"
+            " part, so nobody trains in this round."
+        )
+        simulated = None if plan.simulated is None else nobody_simulated()
+        return plan._replace(cohort=plan.cohort[:0], ranks=plan.ranks[:0], simulated=simulated)
+
+    def check_cohorts(self, rounds: Iterable[int]) -> None:
+        """Refuse an aggregator that needs more clients than any of these rounds has.
+
+        Raises:
+            ValueError: names the aggregator, the number and the remedy.
+        """
+        options, count = self._options, self.partition.num_clients
+        rule, largest, at = options.rules.aggregator, 0, 0
+        for round in rounds if rule.needs else ():
+            clients = self.cohort_size
+            if options.asynchrony is None:
+                clients = len(sampled(options.sampler, options.seed, round, count, self._asked()))
+            if clients >= rule.needs:
+                return
+            if clients > largest:
+                largest, at = clients, round
+        if largest:
+            rule.init(torch.zeros(0, dtype=torch.float64), Cohort(at, np.arange(largest), count, 0, options.seed))
+
+    def _plan_of_arrivals(self, asynchrony: FedBuff, round: int, local_steps: int | None) -> RoundPlan:
+        if self._arrivals is None:
+            count, options, fleet = self.partition.num_clients, self._options, self.fleet
+            concurrency = asynchrony.concurrent(self.cohort_size, count)
+            answers = (lambda start, client: True) if fleet is None else partial(fleet.answers, options.seed)
+            self._arrivals = Arrivals(
+                options.seed, count, self.cohort_size, concurrency, partial(self._seconds, asynchrony), answers
+            )
+        flush = self._arrivals.of_round(round)
+        ranks = place_longest_first(self._cost(local_steps, flush.clients), self._world_size)
+        return RoundPlan(round, flush.clients, ranks, local_steps=local_steps, arrived=flush)
+
+    def _seconds(self, asynchrony: FedBuff, client: int, version: int) -> float:
+        if asynchrony.seconds is not None:
+            return float(asynchrony.seconds[client])
+        assert self.fleet is not None
+        clients = np.array([client])
+        steps, samples = self._amounts(self.fleet, self._options.steps_in(version), clients)
+        return float(self.fleet.seconds(clients, steps, samples)[0])
+
+    def _check_asynchrony(self) -> None:
+        asynchrony, count = self._options.asynchrony, self.partition.num_clients
+        if asynchrony is None:
+            return
+        asynchrony.concurrent(self.cohort_size, count)
+        population = self._options.population
+        if asynchrony.seconds is None and population is None:
+            raise ValueError(
+                "mode='async' needs to know how long clients take: pass population=Population(...), or"
+                " mode=FedBuff(seconds=[...]) with a number for each client."
+            )
+        if asynchrony.seconds is not None and len(asynchrony.seconds) != count:
+            raise ValueError(f"seconds: got {len(asynchrony.seconds)} numbers for {count} clients: pass one for each.")
+        if population is not None and (population.deadline is not None or population.over_selection > 1):
+            raise ValueError(
+                "population: deadline and over_selection close rounds that wait for clients, and mode='async' does not"
+                " wait: leave them out."
+            )
+
+    def _simulate(self, fleet: Fleet, round: int, local_steps: int | None, clients: IntArray) -> Simulated:
+        steps, samples = self._amounts(fleet, local_steps, clients)
+        selection = fleet.select(self._options.seed, round, clients, steps, samples, self.cohort_size)
+        return Simulated(selection, fleet.batch_sizes_of(selection.clients))
+
+    def _amounts(self, fleet: Fleet, local_steps: int | None, clients: IntArray) -> tuple[FloatArray, FloatArray]:
+        """Batches that each client computes on in a round, and samples over all of them."""
+        times = self._options.rules.passes
+        passes = [self._pass(int(size), fleet.batch_size(client)) for client, size in self._held(clients)]
+        steps, samples = np.array(passes, dtype=np.float64).T
+        if local_steps is not None:
+            # Where in its data a client goes on does not matter here: it meets full and last batches as they come.
+            return np.full(len(passes), float(local_steps * times)), samples / steps * local_steps * times
+        assert self._options.local_epochs is not None
+        times *= self._options.local_epochs
+        return steps * times, samples * times
+
+    def _pass(self, held: int, batch_size: int) -> tuple[int, int]:
+        if (held, batch_size) not in self._passes:
+            batches = self.loader.batches(np.arange(held), batch_size)
+            self._passes[held, batch_size] = len(batches), sum(map(len, batches))
+        return self._passes[held, batch_size]
+
+    def held(self, clients: IntArray) -> IntArray:
+        """Samples that each of these clients holds."""
+        # Not `partition.sizes`: that is of all clients.
+        offsets = self.partition.offsets
+        sizes: IntArray = offsets[clients + 1] - offsets[clients]
+        return sizes
+
+    def _held(self, clients: IntArray) -> Iterator[tuple[int, int]]:
+        return zip(clients.tolist(), self.held(clients).tolist(), strict=True)
+
+    def _cost(self, local_steps: int | None, clients: IntArray) -> IntArray:
+        # By samples; with local_steps every client does the same work.
+        sizes = self.held(clients)
+        return sizes if local_steps is None else sizes * 0 + local_steps
+
+    def of_client(self, client: int, plan: RoundPlan, cursor: Cursor) -> LocalWork:
+        """What a client does in a round.
+
+        Args:
+            client: index of the client.
+            plan: of the round.
+            cursor: where its data goes on; counts with ``local_steps`` only.
+        """
+        indices, options = self.partition.client(client), self._options
+
+        def batches_of(number: int) -> list[list[int]]:
+            shuffle = self.loader.shuffle
+            order = pass_order(indices, shuffle=shuffle, seed=self._seed, client=client, number=number)
+            return self.loader.batches(order, None if self.fleet is None else self.fleet.batch_size(client))
+
+        if plan.local_steps is not None:
+            batches, cursor = steps_from(cursor, plan.local_steps, batches_of)
+        else:
+            assert options.local_epochs is not None
+            batches, cursor = epochs_from(plan.round * options.local_epochs, options.local_epochs, batches_of), (0, 0)
+        return LocalWork(client, len(indices), batches, cursor, (options.seed, plan.round))

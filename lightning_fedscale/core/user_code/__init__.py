@@ -1,0 +1,1 @@
+"""What the user's Python code reads and writes besides tensors."""

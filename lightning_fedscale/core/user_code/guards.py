@@ -1,0 +1,225 @@
+"""What the Python code of a training step reads outside its module, so that it can be seen whether that has changed."""
+
+from __future__ import annotations
+
+import builtins
+import collections
+import gc
+import sys
+import types
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from lightning_fedscale.core.user_code.objects import is_library
+from lightning_fedscale.core.user_code.outside import names_in, resolved
+from lightning_fedscale.core.user_code.state import Place, PythonState, Variables
+
+# Builtins whose results depend on their arguments alone. The others print, open, look around or draw.
+_PURE = {
+    "abs", "all", "any", "bin", "callable", "chr", "divmod", "format", "getattr", "hasattr", "hash", "hex",
+    "isinstance", "issubclass", "iter", "len", "max", "min", "next", "oct", "ord", "pow", "repr", "round", "setattr",
+    "sorted", "sum", "__build_class__",
+}  # fmt: skip
+_PURE_MODULES = {"math", "cmath", "_operator", "_functools", "_bisect", "_heapq", "_statistics", "_abc"}
+_PURE_TYPES = (
+    str, bytes, int, float, complex, list, tuple, dict, set, frozenset, bytearray, types.MappingProxyType,
+    collections.deque,
+)  # fmt: skip
+# Python modules of libraries that the step may call into.
+_PURE_PACKAGES = (
+    "collections", "contextlib", "copy", "copyreg", "dataclasses", "enum", "functools", "itertools", "math", "numbers",
+    "operator", "statistics", "types", "typing", "abc", "_collections_abc", "omegaconf",
+    "torch.nn", "torch.functional", "torch._tensor", "torch.autograd", "torch._functorch", "torch.func",
+    "torch.distributions", "torch.utils.checkpoint", "torch.utils._pytree", "torch.utils._contextlib", "torch.amp",
+    "torch.overrides", "torch._jit_internal", "torch._refs", "torch._ops", "torch._library", "torch._higher_order_ops",
+    "torch.ao.nn", "torch.types", "torch._utils", "torch.masked", "torch.nested", "torch.sparse", "torch._C",
+    "lightning.pytorch.core", "pytorch_lightning.core", "lightning.fabric.utilities.data",
+    "lightning.fabric.utilities.device_dtype_mixin", "lightning_fabric.utilities",
+    "lightning.pytorch.utilities.parsing", "pytorch_lightning.utilities.parsing", "lightning_fedscale",
+    "numpy._core", "numpy.core", "numpy.linalg",
+)  # fmt: skip
+_PURE_FUNCTIONS = {
+    "torch._compile.inner", "torch.is_tensor", "torch.get_default_device", "torch.are_deterministic_algorithms_enabled",
+    "torch.get_float32_matmul_precision", "os.__getitem__", "_collections_abc.get",
+}  # fmt: skip
+# Methods and functions of torch that hand values to Python, or are no functions of their arguments.
+_IMPURE_OF_TORCH = {
+    "item", "tolist", "numpy", "__array__", "data_ptr", "storage", "untyped_storage", "backward", "set_rng_state",
+    "get_rng_state", "initial_seed", "seed", "manual_seed", "save", "load", "is_shared", "share_memory_",
+}  # fmt: skip
+
+
+class Unguarded(RuntimeError):
+    """A step does what cannot be guarded; says what."""
+
+
+class Reads:
+    """Notes, while `watching`, which Python code runs outside the libraries, and what it calls directly.
+
+    Attributes:
+        obstacle: the first thing that ran and cannot be guarded; None if there was none.
+    """
+
+    def __init__(self) -> None:
+        self.obstacle: str | None = None
+        self._dynamic = False
+        self._ran: dict[tuple[int, int], tuple[types.CodeType, dict[str, Any]]] = {}
+        self._classes: dict[type, None] = {}
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        """While active, what runs in this thread is noted."""
+        if sys.getprofile() is not None:
+            self.obstacle = "a profiler is active"
+            yield
+            return
+        sys.setprofile(self._note)
+        try:
+            yield
+        finally:
+            sys.setprofile(None)
+
+    def _note(self, frame: types.FrameType, event: str, arg: Any) -> None:
+        mine = not is_library(frame.f_globals.get("__name__"))
+        if event == "c_call" and mine:
+            self._dynamic |= arg is getattr
+            if not _is_pure(arg):
+                self.obstacle = self.obstacle or f"it calls {getattr(arg, '__qualname__', arg)}"
+        elif event == "call" and mine:
+            code = frame.f_code
+            self._ran[id(code), id(frame.f_globals)] = code, frame.f_globals
+            if code.co_argcount:
+                first = frame.f_locals.get(code.co_varnames[0])
+                kind = first if isinstance(first, type) else type(first)
+                if not is_library(kind.__module__):
+                    self._classes[kind] = None
+        elif event == "call" and frame.f_back is not None and not is_library(frame.f_back.f_globals.get("__name__")):
+            module = str(frame.f_globals.get("__name__"))
+            name = frame.f_code.co_name
+            if name in _IMPURE_OF_TORCH or not (
+                f"{module}.{name}" in _PURE_FUNCTIONS or any(f"{module}.".startswith(f"{p}.") for p in _PURE_PACKAGES)
+            ):
+                self.obstacle = self.obstacle or f"it calls {module}.{name}"
+
+    def sources(self) -> tuple[list[Place], list[Any]]:
+        """Where the code that ran may read what it is not given: names in dicts of variables, classes and functions.
+
+        Raises:
+            Unguarded: if something ran that may read anything.
+        """
+        if self.obstacle is not None:
+            raise Unguarded(self.obstacle)
+        codes = self._ran.values()
+        if missing := {name for code, _ in codes for name in names_in(code).imports} - sys.modules.keys():
+            raise Unguarded(f"it imports {min(missing)}")
+        places, modules = resolved(codes)
+        if self._dynamic and (own := [module.__name__ for module in modules if not is_library(module.__name__)]):
+            raise Unguarded(f"it may read anything in {own[0]}")
+        return places, [*self._classes, *self._functions()]
+
+    def _functions(self) -> list[types.FunctionType]:
+        """The functions that ran and have something of their own to read, wherever they are kept."""
+        codes = {id(code): code for code, _ in self._ran.values()}
+        return [
+            found
+            for found in gc.get_referrers(*codes.values())
+            if isinstance(found, types.FunctionType)
+            and id(found.__code__) in codes
+            and (found.__closure__ or found.__defaults__ or found.__kwdefaults__ or found.__dict__)
+        ]
+
+
+class Guard:
+    """Tells whether what recorded steps read in Python is as it was when they were recorded.
+
+    Args:
+        module: the user's.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self._module = module
+        self._places: list[Place] = []
+        self._objects: list[Any] = []
+        self._then = self._now()
+
+    def add(self, reads: Reads, state: PythonState) -> None:
+        """Watch also what a step has read, apart from what ``state`` is about.
+
+        Raises:
+            Unguarded: if it cannot be watched.
+        """
+        if not state.complete:
+            raise Unguarded("the module keeps what cannot be opened")
+        places, objects = reads.sources()
+        self._places = list({(id(place.variables), place.name): place for place in (*self._places, *places)}.values())
+        known = {*map(id, self._objects)}
+        self._objects += [one for one in objects if id(one) not in known and not state.reaches(one)]
+        self._then = self._now()
+        if not self._then[0].complete:
+            raise Unguarded("it reads what cannot be opened")
+
+    def holds(self) -> bool:
+        """Whether all of it is unchanged."""
+        variables, flags = self._then
+        return flags == _flags() and variables == variables.again()
+
+    def _now(self) -> tuple[Variables, Any]:
+        return Variables(self._places, self._objects, self._module), _flags()
+
+
+class NoValues(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """While active, no operator may hand values or sizes that depend on them to Python."""
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if torch.Tag.data_dependent_output in func.tags or torch.Tag.dynamic_output_shape in func.tags:
+            raise Unguarded(f"it reads the result of {func}")
+        return func(*args, **kwargs or {})
+
+
+def _is_pure(function: Any) -> bool:
+    """Whether a function in C depends on its arguments alone, and on what is guarded."""
+    owner, name = getattr(function, "__self__", None), getattr(function, "__name__", "")
+    if name in _IMPURE_OF_TORCH:
+        return False
+    if owner is builtins:
+        return name in _PURE
+    if isinstance(owner, types.ModuleType):
+        package = owner.__name__.partition(".")[0]
+        return owner.__name__ in _PURE_MODULES or (package in ("torch", "numpy") and "random" not in owner.__name__)
+    if isinstance(owner, Tensor | np.ndarray | np.generic):
+        return name != "tofile"
+    kind = owner if isinstance(owner, type) else type(owner)
+    if owner is torch.stack.__self__:  # type: ignore[attr-defined]  # torch's operators, whose class has no module
+        return True
+    return issubclass(kind, _PURE_TYPES) or (kind.__module__.startswith("torch") and kind is not torch.Generator)
+
+
+def _flags() -> tuple[Any, ...]:
+    """What torch's operators read from the process, where it may change which of them are called."""
+    hooks, modes = torch.nn.modules.module, torch._C._len_torch_function_stack()
+    return (
+        torch.get_default_dtype(),
+        torch.is_grad_enabled(),
+        torch.is_inference_mode_enabled(),
+        *((torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)) for kind in ("cpu", "cuda")),
+        torch.are_deterministic_algorithms_enabled(),
+        torch.is_deterministic_algorithms_warn_only_enabled(),
+        torch.get_float32_matmul_precision(),
+        torch.is_anomaly_enabled(),
+        modes,
+        torch.get_default_device() if modes else None,  # the default device is a mode
+        *(len(getattr(hooks, name)) for name in _GLOBAL_HOOKS),
+    )
+
+
+_GLOBAL_HOOKS = [
+    name for name in vars(torch.nn.modules.module) if name.startswith("_global_") and name.endswith("hooks")
+]

@@ -1,0 +1,465 @@
+"""What a module keeps in Python, where no stacking of tensors reaches."""
+
+from __future__ import annotations
+
+import functools
+import operator
+import sys
+import types
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from lightning_fedscale.core.user_code.objects import TENSORS, Closed, Part, is_installed, parts_of, parts_of_type
+
+# Compared as they are. Neither `bool` nor `float` is here, since 1 == True == 1.0 and nan != nan.
+_PLAIN = {int, str, bytes, type(None), types.EllipsisType, torch.dtype, torch.device, types.CodeType}
+_TRUE, _FALSE, _REGISTERED, _OPENED = object(), object(), object(), object()
+_MOST = 10_000
+_FIXED = (types.ModuleType, torch._ops.OpOverload, torch._ops.OpOverloadPacket)
+_OWNERS_OF_FIXED = (types.ModuleType, type, type(None))
+_WITH_A_MODULE = (types.FunctionType, type)
+_WRAPPERS = (functools._lru_cache_wrapper, staticmethod, classmethod)
+_MOST_OUTSIDE = 1 << 24  # bytes of a tensor in a global variable that is copied, to be put back
+MISSING = object()
+"""Stands for what is not there."""
+
+
+class Place(NamedTuple):
+    """A global variable.
+
+    Attributes:
+        variables: all of its Python module.
+        name: its own.
+    """
+
+    variables: dict[str, Any]
+    name: str
+
+    @property
+    def value(self) -> Any:
+        """What it refers to; `MISSING` if there is none of this name."""
+        return self.variables.get(self.name, MISSING)
+
+    def write(self, value: Any) -> None:
+        """Have it refer to this again."""
+        if value is MISSING:
+            self.variables.pop(self.name, None)
+        elif self.value is not value:
+            self.variables[self.name] = value
+
+
+class _Node(NamedTuple):
+    """An object that was opened.
+
+    Attributes:
+        value: the object.
+        held: what it held, with the part that reads and writes it.
+        compared: its type, and what is compared of each part.
+    """
+
+    value: Any
+    held: list[tuple[Part, Any]]
+    compared: list[Any]
+
+
+class Snapshot:
+    """What can be reached from some objects, at any depth, to be compared with what can be reached later.
+
+    Numbers, strings and the like count by value, containers and other objects by what is in them, tensors and arrays
+    by identity and by value, generators by their state. Parameters, buffers and metrics of ``module`` do not count,
+    nor what torch, Lightning and this package keep for themselves.
+
+    Args:
+        roots: where to begin, by name.
+        module: its parameters and buffers are looked after by others.
+        exact: open large containers and arrays too, and compare the values of large tensors. It takes as much time
+            and memory as they do, so it is for proofs; compare it with what is exact as well.
+        most: bytes of the largest tensor that is copied, to be put back.
+
+    Attributes:
+        complete: False if something cannot be opened or is too large to be; it may then change unnoticed.
+        iterators: what goes on when it is asked for the next value and cannot be opened, so that nothing can bring it
+            back to where it was, such as generators and files; in words.
+    """
+
+    def __init__(
+        self,
+        roots: Mapping[str, Any],
+        module: nn.Module | None = None,
+        *,
+        exact: bool = False,
+        most: int = sys.maxsize,
+    ) -> None:
+        self.complete = True
+        self._iterators: list[Any] = []
+        self._exact = exact
+        self._most = most
+        self._room = sys.maxsize if exact else _MOST
+        self._numbers: dict[int, int] = {}
+        self._found: list[Any] = []
+        self._bare: list[tuple[types.FunctionType, types.CodeType]] = []  # those with nothing to open
+        self._parameters, buffers = ([], []) if module is None else _registered(module)
+        self._own = {*map(id, self._parameters), *map(id, buffers)}
+        self._flags = [_flags_of(parameter) for parameter in self._parameters]
+        self._names, self._begun_with = list(roots), list(roots.values())
+        self._roots = [self._token(value) for value in roots.values()]
+        # While they are opened more are found.
+        self._nodes = [self._open(value) for value in self._found]
+        self._compared = [node.compared for node in self._nodes]
+        self.iterators = [f"{type(each).__name__} ({self._path_to(each)})" for each in self._iterators]
+
+    def __eq__(self, other: object) -> bool:
+        if self is other:
+            return True
+        return isinstance(other, Snapshot) and (
+            (self._names, self._roots, self._flags, self._compared)
+            == (other._names, other._roots, other._flags, other._compared)
+        )
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def still_holds(self) -> bool:
+        """Whether everything is certainly as it was: the same objects in the same places; much cheaper than anew.
+
+        False says nothing: a number may have been computed anew, and what cannot be opened may have changed.
+        """
+        if not self.complete or self._flags != [_flags_of(parameter) for parameter in self._parameters]:
+            return False
+        for function, code in self._bare:
+            if function.__code__ is not code or not _is_bare(function):
+                return False
+        try:
+            for value, parts, _ in self._nodes:
+                for part, held in parts:
+                    now = part.read(value, self._exact, self._most) if part.valued else part.read(value)
+                    if not _identical(held, now):
+                        return False
+        except Exception:  # it cannot be opened any more
+            return False
+        return True
+
+    def difference(self, other: Snapshot) -> str | None:
+        """Where the first difference is, such as "cfg.loss.kl.beta" or "net.0.table"; None if there is none."""
+        if Snapshot.__eq__(self, other):
+            return None
+        if self._flags != other._flags:
+            return "requires_grad or the hooks of a parameter"
+        paths: dict[int, str] = {}
+        for name, one, two in zip(self._names, self._roots, other._roots, strict=False):
+            if one != two:
+                return name
+            _note(paths, one, name)
+        for number, (one, two) in enumerate(zip(self._nodes, other._nodes, strict=False)):
+            path = paths.get(number, "")
+            if one.compared[0] is not two.compared[0] or len(one.held) != len(two.held):
+                return path
+            if not one.held and one.compared != two.compared:
+                return path
+            for i, (mine, theirs) in enumerate(zip(one.compared[1:], two.compared[1:], strict=False)):
+                if isinstance(mine, list) and isinstance(theirs, list):
+                    mine, theirs = _named(one.held[i], mine), _named(two.held[i], theirs)
+                if not isinstance(mine, dict) or not isinstance(theirs, dict):
+                    if mine != theirs:
+                        return path
+                    continue
+                for name in (*mine, *theirs):
+                    if name not in mine or name not in theirs or mine[name] != theirs[name]:
+                        return _joined(path, name)
+                    _note(paths, mine[name], _joined(path, name))
+            if one.compared != two.compared:
+                return path
+        return next(iter(self._names), None)
+
+    def _path_to(self, value: Any) -> str:
+        """Where an object that was opened is, such as "cfg.batches"."""
+        paths: dict[int, str] = {}
+        for name, root in zip(self._names, self._roots, strict=True):
+            _note(paths, root, name)
+        for number, node in enumerate(self._nodes):
+            for held, tokens in zip(node.held, node.compared[1:], strict=False):  # of what is closed nothing is held
+                inside = _named(held, tokens) if isinstance(tokens, list) else tokens
+                for name, token in inside.items() if isinstance(inside, dict) else ():
+                    _note(paths, token, _joined(paths.get(number, ""), name))
+        return paths.get(self._numbers[id(value)], "")
+
+    def reaches(self, value: Any) -> bool:
+        """Whether an object is among what was opened."""
+        return id(value) in self._numbers
+
+    def functions(self) -> Iterator[types.FunctionType]:
+        """Those written in Python among the roots, what was opened and what it holds."""
+        inside = [
+            one
+            for node in self._nodes
+            for _, held in node.held
+            if isinstance(held, dict | list)
+            for one in _members(held)
+        ]
+        for one in (*self._begun_with, *(node.value for node in self._nodes), *inside):
+            function = getattr(one, "__wrapped__", None) if type(one) in _WRAPPERS else one
+            if isinstance(function, types.FunctionType):
+                yield function
+
+    def restore(self) -> None:
+        """Put everything back: attributes, members of containers, values of tensors and arrays, generators' states."""
+        for parameter, (flag, *_) in zip(self._parameters, self._flags, strict=True):
+            if parameter.requires_grad != flag:
+                parameter.requires_grad_(flag)
+        for function, _ in self._bare:
+            function.__dict__.clear()
+        for value, held, _ in self._nodes:
+            for part, inside in held:
+                part.write(value, inside)
+
+    def _token(self, value: Any) -> Any:
+        """What stands for a value in comparisons; an object is opened later, once."""
+        kind = type(value)
+        if kind in _PLAIN:
+            return value
+        if kind is bool:
+            return _TRUE if value else _FALSE
+        if kind is float:
+            return (value if value == value and value else repr(value),)
+        if kind is types.FunctionType and _is_bare(value):
+            self._bare.append((value, value.__code__))
+            return self._bare[-1]
+        number = self._numbers.get(id(value))
+        if number is None:
+            number = self._numbers[id(value)] = len(self._found)
+            self._found.append(value)
+        return _OPENED, number
+
+    def _tokens(self, held: Any, part: Part) -> Any:
+        """What is compared of what a part holds."""
+        if type(held) is dict:
+            self._room -= len(held)
+            if part is TENSORS:
+                return {n: _REGISTERED if id(v) in self._own else self._token(v) for n, v in held.items()}
+            return {n: v if type(v) in _PLAIN else self._token(v) for n, v in held.items()}
+        if type(held) is list:
+            self._room -= len(held)
+            if self._room < 0:
+                raise Closed
+            return [v if type(v) in _PLAIN else self._token(v) for v in held]
+        return held
+
+    def _open(self, value: Any) -> _Node:
+        kind, closed = type(value), _Node(value, [], [type(value), id(value)])
+        if id(value) in self._own:
+            return closed
+        try:
+            parts = parts_of(value)
+            if parts == ():
+                return closed
+            if parts is None or self._room < 0:
+                raise Closed
+            held = [(p, p.read(value, self._exact, self._most) if p.valued else p.read(value)) for p in parts]
+            return _Node(value, held, [kind, *[self._tokens(inside, part) for part, inside in held]])
+        except Exception:
+            self.complete = False
+            if hasattr(kind, "__next__"):
+                self._iterators.append(value)
+            return closed
+
+
+class Variables(Snapshot):
+    """A snapshot of global variables, and of what can be reached from them.
+
+    Args:
+        places: the variables.
+        others: further objects that count.
+        module: see `Snapshot`.
+        most: see `Snapshot`.
+
+    Example:
+        >>> variables = {"__name__": "mine", "count": 1, "activation": torch.relu}
+        >>> before = Variables([Place(variables, name) for name in ("count", "activation")])
+        >>> variables["activation"] = torch.sigmoid
+        >>> before.difference(before.again())
+        'mine.activation'
+        >>> before.restore()
+        >>> variables["activation"] is torch.relu
+        True
+    """
+
+    def __init__(
+        self,
+        places: Sequence[Place],
+        others: Sequence[Any] = (),
+        module: nn.Module | None = None,
+        *,
+        most: int = sys.maxsize,
+    ) -> None:
+        self._given = places, others, module
+        self._values = [place.value for place in places]
+        self._fixed = [value if is_fixed(value) else None for value in self._values]
+        roots = {str(number): value for number, value in enumerate(others)}
+        for number, (place, value, fixed) in enumerate(zip(places, self._values, self._fixed, strict=True)):
+            if fixed is None:
+                name = _name_of(place)
+                roots[name if name not in roots else f"{name} {number}"] = value
+        super().__init__(roots, module if roots else None, most=most)
+
+    def __eq__(self, other: object) -> bool:
+        if self is other:
+            return True
+        if not isinstance(other, Variables) or len(self._fixed) != len(other._fixed):
+            return False
+        return super().__eq__(other) and self._rebound(other) is None
+
+    __hash__ = None
+
+    def _rebound(self, other: Variables) -> str | None:
+        """The first variable that refers to another function, class or module of a library."""
+        pairs = zip(self._given[0], self._fixed, other._fixed, strict=True)
+        return next((_name_of(place) for place, mine, theirs in pairs if mine is not theirs), None)
+
+    def still_holds(self) -> bool:
+        """See `Snapshot`."""
+        places = self._given[0]
+        for place, value in zip(places, self._values, strict=True):
+            if place.variables.get(place.name, MISSING) is not value:
+                return False
+        return super().still_holds()
+
+    def again(self) -> Variables:
+        """The same of now: this very one, if it certainly holds."""
+        return self if self.still_holds() else Variables(*self._given, most=self._most)
+
+    def difference(self, other: Snapshot) -> str | None:
+        """Where the first difference is; see `Snapshot`."""
+        assert isinstance(other, Variables)
+        return rebound if (rebound := self._rebound(other)) is not None else super().difference(other)
+
+    def restore(self) -> None:
+        """Put everything back, and have the variables refer to what they did."""
+        for place, value in zip(self._given[0], self._values, strict=True):
+            place.write(value)
+        super().restore()
+
+
+class PythonState(Snapshot):
+    """A snapshot of a module's Python attributes, of what they refer to, and of the classes that they are of.
+
+    Args:
+        module: the user's.
+        places: global variables that belong to it as well.
+        exact: see `Snapshot`; not of the variables, which may be the data that all train on.
+
+    Example:
+        >>> module = nn.Module()
+        >>> module.seen = [{"step": 1}]
+        >>> before = PythonState(module)
+        >>> module.seen[0]["step"] = 2
+        >>> before.difference(before.again())
+        'seen[0].step'
+        >>> before.restore()
+        >>> before == before.again()
+        True
+    """
+
+    def __init__(self, module: nn.Module, places: Sequence[Place] = (), *, exact: bool = False) -> None:
+        super().__init__({"": module}, module, exact=exact)
+        self._module, self._places = module, places
+        self._outside = Variables(places, (), module, most=_MOST_OUTSIDE)
+        self.iterators += self._outside.iterators
+
+    def __eq__(self, other: object) -> bool:
+        return super().__eq__(other) and isinstance(other, PythonState) and self._outside == other._outside
+
+    __hash__ = None
+
+    def still_holds(self) -> bool:
+        """See `Snapshot`."""
+        return super().still_holds() and self._outside.still_holds()
+
+    def again(self) -> PythonState:
+        """The same of now: this very one, if it certainly holds."""
+        return self if self.still_holds() else PythonState(self._module, self._places, exact=self._exact)
+
+    def exactly(self) -> PythonState:
+        """An exact one of now; see `Snapshot`."""
+        return PythonState(self._module, self._places, exact=True)
+
+    def difference(self, other: Snapshot) -> str | None:
+        """Where the first difference is; see `Snapshot`."""
+        assert isinstance(other, PythonState)
+        own = super().difference(other)
+        return own if own is not None else self._outside.difference(other._outside)
+
+    def restore(self) -> None:
+        """Put everything back."""
+        self._outside.restore()
+        super().restore()
+
+
+def is_fixed(value: Any) -> bool:
+    """Whether of a global variable's value identity is all that counts: nothing, modules, what packages define."""
+    if isinstance(value, _WITH_A_MODULE):
+        return is_installed(value.__module__)
+    if isinstance(value, types.BuiltinFunctionType):
+        return isinstance(value.__self__, _OWNERS_OF_FIXED)
+    return value is MISSING or isinstance(value, _FIXED)
+
+
+def _flags_of(parameter: nn.Parameter) -> tuple[Any, ...]:
+    hooks = parameter._backward_hooks, parameter._post_accumulate_grad_hooks
+    return parameter.requires_grad, *(each and tuple(each.items()) for each in hooks)
+
+
+def _is_bare(function: types.FunctionType) -> bool:
+    return not (function.__closure__ or function.__defaults__ or function.__kwdefaults__ or function.__dict__)
+
+
+def _identical(held: Any, now: Any) -> bool:
+    if type(held) is dict:
+        return held.keys() == now.keys() and all(map(operator.is_, held.values(), now.values()))
+    if type(held) is list:
+        return type(now) is list and len(held) == len(now) and all(map(operator.is_, held, now))
+    return bool(held == now)
+
+
+def _registered(module: nn.Module) -> tuple[list[nn.Parameter], list[Tensor]]:
+    """Parameters and buffers of all parts that are no metrics, faster than `named_parameters` finds them."""
+    parts = {module: None}
+    parameters: list[nn.Parameter] = []
+    buffers: list[Tensor] = []
+    stack = [module]
+    for part in stack:
+        parameters += [p for p in part._parameters.values() if p is not None]
+        buffers += [b for b in part._buffers.values() if b is not None]
+        for child in part._modules.values():
+            kind: Any = type(child)
+            if child is not None and child not in parts and parts_of_type(kind):
+                parts[child] = None
+                stack.append(child)
+    return parameters, buffers
+
+
+def _name_of(place: Place) -> str:
+    return f"{place.variables.get('__name__')}.{place.name}"
+
+
+def _members(held: dict[str, Any] | list[Any]) -> Iterable[Any]:
+    return held.values() if isinstance(held, dict) else held
+
+
+def _named(held: tuple[Part, Any], tokens: list[Any]) -> dict[str, Any]:
+    return dict(zip(held[0].names(held[1]), tokens, strict=True))
+
+
+_UNNAMED = ("_modules", "_content", "_val", "__class__")
+
+
+def _joined(path: str, name: str) -> str:
+    if name in _UNNAMED or not name:
+        return path
+    return f"{path}{name}" if not path or name.startswith("[") else f"{path}.{name}"
+
+
+def _note(paths: dict[int, str], token: Any, path: str) -> None:
+    if type(token) is tuple and token[0] is _OPENED:
+        paths.setdefault(token[1], path)

@@ -1,0 +1,1 @@
+"""A module's step, run without its tensors."""

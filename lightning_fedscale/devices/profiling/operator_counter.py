@@ -1,0 +1,291 @@
+"""Counts what operators cost while a step runs, and knows which of them it cannot count."""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Collection
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils import flop_counter
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
+
+from lightning_fedscale.devices.profiling.costs import flops_of, has_formula
+
+FREE, COUNTED, UNKNOWN = "free", "counted", "unknown"
+
+# What has products in it and should be in the tables of costs; element by element nothing counts, as is usual.
+_PRODUCTS = re.compile(
+    r"mm$|mm_|_mm|conv|attention|rnn|lstm|gru|linalg|fft|cholesky|solve|svd|cdist|trilinear|multi_head|transformer"
+    r"|quantized|geqrf|ormqr|lu_"
+)
+_ELEMENTWISE = re.compile(r"_foreach_|_thnn_fused|convert|vector_norm|linalg_(cross|diagonal|vecdot)|fftshift|fftfreq")
+_COPIES = {"clone", "copy_", "_to_copy", "fill_", "zero_"}
+_OF_TORCH = ("aten", "prim", "prims", "profiler", "c10d", "_c10d_functional", "fsdp")
+
+
+@dataclass
+class Operator:
+    """What was seen of an operator.
+
+    Attributes:
+        kind: "counted"; "free" where nothing is to be counted, as in everything element by element; "unknown" where
+            something is, or may be, and is not known.
+        calls: how often it ran.
+        flops: of all calls.
+        seconds: of all calls, if they were timed.
+    """
+
+    kind: str
+    calls: int = 0
+    flops: float = 0.0
+    seconds: float = 0.0
+
+
+class OperatorCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Adds up FLOPs by phase and takes note of every operator of a module's own step, while it is the current mode.
+
+    The phases are "forward", "backward" and "optimizer"; in the last one arithmetic counts element by element too,
+    since an optimizer has nothing else. What runs in hooks of callbacks, or on copies of the module, is none of the
+    step's and does not count. What runs is not changed.
+
+    Args:
+        module: the module, which knows which of its hooks runs.
+        step: the hook whose operators are the forward pass.
+        tables: where rows are looked up, by the identity of their storage: noted is which of them are multiplied.
+        timed: measure how long each operator takes, on CUDA waiting for each.
+        everything: count all that runs, whichever hook it is in.
+
+    Attributes:
+        flops: by phase.
+        operators: by name.
+        multiplied: identities of the tables that took part in a product.
+        steps: of optimizers.
+        timed: as given.
+    """
+
+    supports_higher_order_operators = True
+
+    def __init__(
+        self,
+        module: nn.Module,
+        step: str,
+        tables: Collection[int] = (),
+        *,
+        timed: bool = False,
+        everything: bool = False,
+    ) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.flops = dict.fromkeys(("forward", "backward", "optimizer"), 0.0)
+        self.operators: dict[str, Operator] = {}
+        self.multiplied: set[int] = set()
+        self.steps = 0
+        self.timed = timed
+        self._waits = timed and torch.cuda.is_available()
+        self._fields = vars(module)
+        self._step = step
+        self._around = {None, step, "backward", "optimizer_step"}  # what runs where the step is the module's own
+        self._everything = everything
+        self._tables = {table: table for table in tables}
+        self._copies: list[Tensor] = []  # of tables, kept so that nothing else gets their place in memory
+        self._scopes: list[tuple[bool, Any]] = []  # of torch's profiler: is it an optimizer's step, and in which hook
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        plan = _PLANS.get(func) or _plan_of(func)
+        if plan.composite and not plan.counts and not any(getattr(value, "is_nested", False) for value in args):
+            # In inference mode operators come here before they are taken apart, as torch itself would do next.
+            with self:
+                return func._op_dk(torch._C.DispatchKey.CompositeImplicitAutograd, *args, **kwargs)
+        begun = self._now() if self.timed else 0.0
+        result = func(*args, **kwargs)
+        seconds = self._now() - begun if self.timed else 0.0
+        if plan.scope is not None:
+            self._enter_or_exit(plan.scope, args)
+        elif (phase := self._phase()) is not None:
+            self._note(plan, phase, func, args, kwargs, result, seconds)
+        return result
+
+    @classmethod
+    def ignore_compile_internals(cls) -> bool:
+        """What is compiled stays so, and its products are seen where it calls them."""
+        return True
+
+    def uncounted_share(self) -> float:
+        """Share of the measured time that went to operators of unknown cost."""
+        total = sum(operator.seconds for operator in self.operators.values())
+        unknown = sum(operator.seconds for operator in self.operators.values() if operator.kind == UNKNOWN)
+        return unknown / total if total else 0.0
+
+    def _phase(self) -> str | None:
+        """What the operator is for; None if it is not the step's."""
+        hook = self._fields.get("_current_fx_name")
+        if not self._everything and hook not in self._around:
+            return None
+        if torch._C._current_graph_task_id() != -1:
+            return "backward"
+        if self._scopes and self._scopes[-1][0]:
+            if hook == self._step and (hook != self._scopes[-1][1] or torch.is_grad_enabled()):
+                return "forward"  # the closure runs the step within the optimizer's
+            return None if torch.is_grad_enabled() else "optimizer"
+        return "forward" if self._everything or hook == self._step else None
+
+    def _enter_or_exit(self, enters: bool, args: Any) -> None:
+        if not enters:
+            del self._scopes[-1:]
+            return
+        steps = str(args[0]).startswith("Optimizer.step#")
+        self._scopes.append((steps, self._fields.get("_current_fx_name")))
+        self.steps += steps
+
+    def _note(self, plan: _Plan, phase: str, func: Any, args: Any, kwargs: Any, result: Any, seconds: float) -> None:
+        flops = 0.0
+        if plan.counts:
+            try:
+                flops = plan.flops(func, args, kwargs, result)
+            except Exception:  # of a formula that does not know such arguments; the step goes on
+                plan = plan._replace(kind=UNKNOWN)
+            if flops and self._tables:
+                self._note_tables(args)
+        elif phase == "optimizer":
+            flops = _arithmetic(plan, args, kwargs, result)
+        if plan.copies and self._tables:
+            self._note_copy(args, result)
+        seen = self.operators.get(plan.name)
+        if seen is None:
+            seen = self.operators[plan.name] = Operator(plan.kind)
+        if flops and seen.kind != COUNTED:
+            seen.kind = COUNTED
+        seen.calls += 1
+        seen.flops += flops
+        seen.seconds += seconds
+        self.flops[phase] += flops
+
+    def _note_tables(self, args: Any) -> None:
+        for value in args:
+            if isinstance(value, Tensor) and (storage := storage_of(value)) in self._tables:
+                self.multiplied.add(self._tables[storage])
+
+    def _note_copy(self, args: Any, result: Any) -> None:
+        """A copy in another precision is the table as well."""
+        if args and isinstance(args[0], Tensor) and (storage := storage_of(args[0])) in self._tables:
+            self._copies.append(result)
+            self._tables[storage_of(result)] = self._tables[storage]
+
+    def _now(self) -> float:
+        if self._waits:
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+
+def storage_of(tensor: Tensor) -> int:
+    """The identity of the memory that a tensor is a view of; 0 where there is none."""
+    try:
+        return int(tensor.untyped_storage()._cdata)
+    except (NotImplementedError, RuntimeError):
+        return 0
+
+
+class _Plan(NamedTuple):
+    """What is to be done about an operator.
+
+    Attributes:
+        name: of the operator.
+        kind: whether its FLOPs count, are free, or are not known.
+        counts: whether there is a formula for it.
+        composite: whether it is made of others.
+        pointwise: whether an optimizer's step counts it element by element.
+        copies: whether it copies tensors into another precision.
+        scope: True if it begins a scope of torch's profiler, False if it ends one, None otherwise.
+    """
+
+    name: str
+    kind: str
+    counts: bool
+    composite: bool
+    pointwise: bool
+    copies: bool
+    scope: bool | None
+
+    def flops(self, func: Any, args: Any, kwargs: Any, result: Any) -> float:
+        """Of a call, by the formula."""
+        if isinstance(func, torch._ops.HigherOrderOperator):
+            return float(flop_counter.flop_registry[func](*args, **kwargs, out_val=result))
+        return float(flops_of(func, args, kwargs, result))
+
+
+_PLANS: dict[Any, _Plan] = {}
+
+
+def _plan_of(func: Any) -> _Plan:
+    higher = isinstance(func, torch._ops.HigherOrderOperator)
+    counts = func in flop_counter.flop_registry if higher else has_formula(func)
+    name = _name(func)
+    plan = _Plan(
+        name=name,
+        kind=COUNTED if counts else _kind(func),
+        counts=counts,
+        composite=not higher
+        and torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "CompositeImplicitAutograd"),
+        pointwise=not higher and _is_arithmetic(func),
+        copies=name == "aten._to_copy",
+        scope=_SCOPES.get(name),
+    )
+    _PLANS[func] = plan
+    return plan
+
+
+_SCOPES = {
+    "profiler._record_function_enter": True,
+    "profiler._record_function_enter_new": True,
+    "profiler._record_function_exit": False,
+}
+
+
+def _arithmetic(plan: _Plan, args: Any, kwargs: Any, result: Any) -> float:
+    """Operations of an operator in an optimizer's step."""
+    name = plan.name.removeprefix("aten.")
+    if name.startswith("_fused_") and args:
+        return float(sum(tensor.numel() for tensor in args[0]) * _operations_of_fused(name, kwargs))
+    if name.startswith("_foreach_") and name not in _FOREACH_COPIES:
+        lists = (value for value in args if isinstance(value, (list, tuple)))
+        return float(sum(tensor.numel() for tensor in next(lists, ())))
+    if plan.pointwise:
+        return float(max((leaf.numel() for leaf in tree_iter(result) if isinstance(leaf, Tensor)), default=0))
+    return 0.0
+
+
+_FOREACH_COPIES = {"_foreach_copy_", "_foreach_copy", "_foreach_zero_", "_foreach_zero"}
+
+
+def _operations_of_fused(name: str, kwargs: Any) -> int:
+    """For each element, as torch's loops over parameters do them."""
+    given = bool(kwargs.get("weight_decay")) + bool(kwargs.get("maximize"))
+    if "sgd" in name:
+        momentum = 2 * (bool(kwargs.get("momentum")) and not kwargs.get("is_first_step"))
+        return 1 + momentum + bool(kwargs.get("nesterov")) + given
+    return given + (4 if "adagrad" in name else 7 + bool(kwargs.get("amsgrad")))
+
+
+def _is_arithmetic(func: Any) -> bool:
+    return torch.Tag.pointwise in func.tags and func._overloadpacket.__name__ not in _COPIES
+
+
+def _name(func: Any) -> str:
+    return str(func) if isinstance(func, torch._ops.HigherOrderOperator) else str(func._overloadpacket)
+
+
+def _kind(func: Any) -> str:
+    """Of an operator without a formula."""
+    if isinstance(func, torch._ops.HigherOrderOperator):
+        return UNKNOWN
+    if func.is_view or (torch.Tag.pointwise in func.tags and func.namespace in _OF_TORCH):
+        return FREE
+    name = func._schema.name
+    if func.namespace not in _OF_TORCH:
+        return UNKNOWN
+    return UNKNOWN if _PRODUCTS.search(name) and not _ELEMENTWISE.search(name) else FREE

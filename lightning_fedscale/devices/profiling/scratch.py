@@ -1,0 +1,202 @@
+"""Memory that operators take while they run, and give back before they return."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import unset_fake_temporarily
+from torch.utils._python_dispatch import _disable_current_modes
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+from lightning_fedscale.devices.profiling import libraries
+
+# Nothing but their result, if it can be told from the call.
+_FREE = {
+    "empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "zeros", "zeros_like", "new_zeros",
+    "ones", "ones_like", "full", "full_like", "zero_", "fill_", "clone", "copy_", "_to_copy", "cat", "arange", "randn",
+}  # fmt: skip
+_PRODUCTS = {"mm", "addmm", "bmm", "baddbmm"}
+_WHOLE = {torch.float32, torch.float64}
+
+
+class _Call(NamedTuple):
+    operator: Any
+    size: int  # bytes of arguments and results
+    hidden: int  # bytes taken beside them
+
+
+class Scratch:
+    """What operators of a step take of a CPU's memory beside arguments and results, learned by running them.
+
+    Convolutions reorder their arguments and results, backward passes copy gradients that are not contiguous, some
+    operators have tables of their own: that is known to nobody but the operator. So every operator of a step with few
+    samples runs for real, apart from the module, on tensors that have the shapes and no meaning. The calls of larger
+    steps are matched by their order; what they take follows the bytes of their arguments and results.
+
+    Attributes:
+        borders: batches above which some operators go another way, which may take less.
+
+    Example:
+        >>> scratch, images, weights = Scratch(), torch.ones(16, 32, 8, 8), torch.ones(32, 32, 3, 3)
+        >>> scratch.begin(learning=True)
+        >>> convolved = torch.nn.functional.conv2d(images, weights)
+        >>> how = images, weights, None, [1, 1], [0, 0], [1, 1], False, [0, 0], 1
+        >>> scratch.hidden(torch.ops.aten.convolution.default, how, {}, convolved) > 0
+        True
+    """
+
+    def __init__(self) -> None:
+        self._measured: dict[Any, int] = {}
+        self._steps: list[list[_Call]] = []
+        self._calls: list[_Call] = []
+        self._learning = False
+        self._samples = 0
+        self._kinds: set[Any] = set()
+        self._used: list[libraries.Call] = []
+        self._kept = libraries.Kept({}, 0, "")
+        self.borders: set[int] = set()
+
+    def begin(self, *, learning: bool = False, samples: int = 0) -> None:
+        """A rehearsal on fake tensors begins, whose operators are run for real or looked up."""
+        self._calls, self._learning, self._samples, self._kinds = [], learning, samples, set()
+
+    def learned(self) -> None:
+        """The rehearsal is over; others follow it."""
+        self._steps.append(self._calls)
+
+    def ask(self) -> None:
+        """All rehearsals to learn from are over: measure what libraries keep of their calls."""
+        if self._used:
+            self._kept = libraries.kept_of(self._used)
+
+    @property
+    def assumed(self) -> str:
+        """Why the usual is assumed of what libraries keep; empty if it was measured, or if it is nothing."""
+        return self._kept.assumed
+
+    def kept(self) -> int:
+        """What libraries keep of the calls since the rehearsal began; buffers alike for any batch."""
+        if not self._kept.assumed and self._kinds - self._kept.code.keys():
+            self._kept = self._kept._replace(assumed="some operators could not be run on a few samples")
+        return libraries.code_bytes(self._kinds, self._kept.code) + self._kept.buffers
+
+    def runs(self, operator: Any, args: Any) -> None:
+        """Note the kind of code that a call needs."""
+        if (kind := libraries.kind_of(operator, args)) is not None:
+            self._kinds.add(kind)
+
+    def hidden(self, operator: Any, args: Any, kwargs: Any, result: Any) -> int:
+        """Bytes that a call takes at most beside its arguments and results."""
+        given = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        if _takes_nothing(operator, given, result):
+            return 0
+        size = sum(t.numel() * t.element_size() for t in [*given, *tree_leaves(result)] if isinstance(t, Tensor))
+        self.runs(operator, args)
+        bytes_ = self._measure(operator, args, kwargs) if self._learning else self._follow(operator, size)
+        self._calls.append(_Call(operator, size, bytes_))
+        return bytes_
+
+    def _follow(self, operator: Any, size: int) -> int:
+        number = len(self._calls)
+        known = [step[number] for step in self._steps if number < len(step) and step[number].operator is operator]
+        if not known or len(known) < len(self._steps):  # another order: the most that this operator has taken
+            calls = [call for step in self._steps for call in step if call.operator is operator]
+            return round(max((call.hidden / max(1, call.size) for call in calls), default=0.0) * size)
+        first, last = min(known, key=_size_of), max(known, key=_size_of)
+        slope = (last.hidden - first.hidden) / (last.size - first.size) if last.size > first.size else 0.0
+        if slope < 0:  # another algorithm for more samples
+            slope = last.hidden / last.size
+        return max(0, round(last.hidden + slope * (size - last.size)))
+
+    def _measure(self, operator: Any, args: Any, kwargs: Any) -> int:
+        key = operator, *map(_told_by, tree_leaves((args, kwargs)))
+        if key not in self._measured:
+            self._measured[key] = _run(operator, args, kwargs)
+            if libraries.uses(operator):
+                self._used.append(libraries.call_of(operator, args, kwargs))
+                self._look_below(operator, args)
+        return self._measured[key]
+
+    def _look_below(self, operator: Any, args: Any) -> None:
+        """Note the largest batch with which a convolution goes another way, if it is smaller than this one."""
+        rows = len(args[0])
+        if libraries.kind_of(operator, args) != libraries.kind_of(operator, args, libraries.FEW - 1):
+            self.borders.add(-(-libraries.FEW * self._samples // rows) - 1)
+
+
+def _size_of(call: _Call) -> int:
+    return call.size
+
+
+def _takes_nothing(operator: Any, given: list[Tensor], result: Any) -> bool:
+    name = operator._overloadpacket.__name__
+    if operator.is_view or name in _FREE or name.startswith(("_foreach", "_fused")):
+        return True
+    if any(tensor.device.type != "cpu" for tensor in given):
+        return True
+    kinds = {t.dtype for t in [*given, *tree_leaves(result)] if isinstance(t, Tensor) and t.ndim}
+    if torch.Tag.pointwise in operator.tags:
+        return len(kinds - {torch.bool}) <= 1 and not any(kind.is_complex for kind in kinds)
+    return name in _PRODUCTS and kinds <= _WHOLE and all(map(_is_dense, given))
+
+
+def _is_dense(tensor: Tensor) -> bool:
+    """Whether its numbers lie next to each other, in whichever order of dimensions."""
+    expected = 1
+    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if size > 1:
+            if stride != expected:
+                return False
+            expected *= size
+    return True
+
+
+def _told_by(leaf: Any) -> Any:
+    return (leaf.shape, leaf.stride(), leaf.dtype) if isinstance(leaf, Tensor) else repr(leaf)
+
+
+def _run(operator: Any, args: Any, kwargs: Any) -> int:
+    with unset_fake_temporarily(), _disable_current_modes(), torch.enable_grad():
+        try:
+            args, kwargs = tree_map_only(Tensor, libraries.like, (args, kwargs))
+            return _most_taken(lambda: operator(*args, **kwargs))
+        except Exception:  # such as indices that have to mean something
+            return 0
+
+
+def _most_taken(call: Callable[[], Any]) -> int:
+    if not torch._C._autograd._profiler_enabled():
+        return watched(call)[1]
+    found: list[int] = []  # the user's own profiler is active in this thread, and in no other
+    thread = threading.Thread(target=lambda: found.append(watched(call)[1]))
+    thread.start()
+    thread.join()
+    return found[0] if found else 0
+
+
+def watched(call: Callable[[], Any]) -> tuple[Any, int]:
+    """A call's result, and most bytes that torch gave out meanwhile beyond those that are in use at its end."""
+    if torch._C._autograd._profiler_enabled():
+        return call(), 0
+    torch._C._autograd._enable_profiler_legacy(_MEMORY)
+    try:
+        result = call()
+    finally:
+        threads = torch._C._autograd._disable_profiler_legacy()
+    alive = most = 0
+    event: Any
+    for event in (event for events in threads for event in events):
+        if event.kind() == "memory_alloc":
+            alive += event.cpu_memory_usage()
+            most = max(most, alive)
+    return result, most - max(0, alive)
+
+
+_autograd: Any = torch.autograd
+_MEMORY = _autograd.ProfilerConfig(
+    _autograd.ProfilerState.CPU, False, True, False, False, False, torch._C._profiler._ExperimentalConfig()
+)

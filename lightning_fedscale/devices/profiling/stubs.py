@@ -1,0 +1,210 @@
+"""What a rehearsing module meets in place of Trainer, loggers and metrics: nothing that it says or counts leaves it."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+from torchmetrics import Metric, MetricCollection
+
+from lightning_fedscale.devices.profiling.memory_tracker import OverBudget
+
+_SPOKEN = "log", "log_dict", "print", "clip_gradients", "toggle_optimizer", "untoggle_optimizer"
+
+
+def silence(module: Any, trainer: Any) -> None:
+    """Nothing that the module says or counts leaves it.
+
+    Args:
+        module: a copy that nobody else sees.
+        trainer: what it finds as ``self.trainer``: a `TrainerView`, or a Trainer to make one of.
+    """
+    view = trainer if isinstance(trainer, TrainerView) else TrainerView(trainer)
+    for part in module.modules():
+        if part is module or hasattr(type(part), "trainer"):
+            _silence(part, view)
+        if isinstance(part, (Metric, MetricCollection)):
+            _quieten(part)
+
+
+def _silence(module: Any, view: TrainerView) -> None:
+    for name in _SPOKEN:
+        if hasattr(module, name):
+            setattr(module, name, _ANYTHING)
+    module.lr_schedulers = lambda: _SOMETHING
+    module.manual_backward = partial(_backward, module)
+    if hasattr(type(module), "trainer"):
+        module._trainer = view
+
+
+def _backward(module: Any, loss: Tensor, *args: Any, **kwargs: Any) -> None:
+    if hasattr(type(module), "backward"):
+        module.backward(loss, *args, **kwargs)
+    else:
+        loss.backward(*args, **kwargs)  # type: ignore[no-untyped-call]
+
+
+def _quieten(metric: Any) -> None:
+    """Let a metric compute, since it may be the loss, but concern no other rank, and give 0 if it needs contents."""
+    metric.distributed_available_fn = lambda: False
+    zero = torch.zeros(())
+    instead = dict.fromkeys(metric.keys(), zero) if isinstance(metric, MetricCollection) else zero
+    for name, default in (("forward", instead), ("compute", instead), ("update", None)):
+        setattr(metric, name, _attempt(getattr(metric, name), default))
+
+
+def _attempt(own: Callable[..., Any], instead: Any) -> Callable[..., Any]:
+    def attempt(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return own(*args, **kwargs)
+        except Exception as error:
+            if isinstance(error, (OverBudget, MemoryError, torch.OutOfMemoryError)):
+                raise
+            return instead
+
+    return attempt
+
+
+class _Anything:
+    """Takes every call, has every attribute, does nothing: a logger's experiment, a scheduler, ``self.log``."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return None if self is _ANYTHING else self
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return _SOMETHING
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(())
+
+
+class _Profiler(_Anything):
+    def profile(self, action: str) -> AbstractContextManager[None]:
+        return nullcontext()
+
+
+_ANYTHING, _SOMETHING = _Anything(), _Anything()
+
+
+_AT_START: dict[str, Any] = {
+    "global_step": 0,
+    "current_epoch": 0,
+    "max_epochs": 1,
+    "max_steps": -1,
+    "global_rank": 0,
+    "local_rank": 0,
+    "world_size": 1,
+    "num_devices": 1,
+    "is_global_zero": True,
+    "training": True,
+    "validating": False,
+    "testing": False,
+    "predicting": False,
+    "sanity_checking": False,
+    "accumulate_grad_batches": 1,
+    "num_training_batches": 100,
+    "datamodule": None,
+    "callbacks": [],
+    "callback_metrics": {},
+    "precision": "32-true",
+}
+
+
+class TrainerView:
+    """The Trainer as a rehearsing module sees it: what it reads is the Trainer's, what it would start does not happen.
+
+    Without a Trainer, the counters of one that has just begun.
+    """
+
+    def __init__(self, trainer: Any) -> None:
+        vars(self)["_real"] = trainer
+
+    def replace(self, **attributes: Any) -> None:
+        """Show these in place of the Trainer's own."""
+        vars(self).update(attributes)
+
+    def outside(self) -> dict[int, Any]:
+        """What a module may hold on to and a copy of it does not have copies of, by address: what it has instead."""
+        real = self._real
+        if real is None:
+            return {}
+        shared = [real.datamodule, *real.callbacks]
+        return {
+            **{id(each): each for each in shared if each is not None},
+            **{id(logger): _SOMETHING for logger in real.loggers},
+            id(real.strategy): self.strategy,
+            id(real): self,
+        }
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "estimated_stepping_batches":
+            return 1000  # the Trainer's would load the data; schedules take no memory
+        if name == "strategy":
+            return _Alone(None if self._real is None else self._real.strategy)
+        if name in ("logger", "loggers", "should_stop", "profiler"):
+            return {"logger": _SOMETHING, "loggers": [], "should_stop": False, "profiler": _Profiler()}[name]
+        if self._real is not None:
+            found = getattr(self._real, name)
+            return _ANYTHING if inspect.ismethod(found) and found.__self__ is self._real else found
+        try:
+            return _AT_START[name]
+        except KeyError:
+            raise AttributeError(f"the Trainer's {name} is not there without a Trainer") from None
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        pass
+
+
+class _Alone:
+    """The Trainer's strategy with collectives that concern nobody else: other ranks are not rehearsing the same."""
+
+    def __init__(self, strategy: Any) -> None:
+        self._real = strategy
+
+    def reduce(self, tensor: Any, *args: Any, **kwargs: Any) -> Any:
+        return tensor
+
+    all_gather = broadcast = reduce_boolean_decision = reduce
+
+    def barrier(self, *args: Any, **kwargs: Any) -> None:
+        return None
+
+    def __getattr__(self, name: str) -> Any:
+        if self._real is None:
+            return {"world_size": 1, "global_rank": 0, "local_rank": 0, "is_global_zero": True}.get(name, _SOMETHING)
+        return getattr(self._real, name)
+
+
+class ManualOptimizer:
+    """An optimizer as manual optimization sees it."""
+
+    def __init__(self, optimizer: Optimizer) -> None:
+        self.optimizer = optimizer
+
+    def toggle_model(self, sync_grad: bool = True) -> AbstractContextManager[None]:
+        """Which parameters need gradients stays as it is."""
+        return nullcontext()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.optimizer, name)
+
+
+class ManualScheduler:
+    """A learning rate scheduler as manual optimization sees it: it is asked, and does not move."""
+
+    def __init__(self, scheduler: Any) -> None:
+        self.scheduler = scheduler
+
+    def step(self, *args: Any, **kwargs: Any) -> None:
+        """Rates take no memory, and what some schedulers step by has no contents here."""
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.scheduler, name)

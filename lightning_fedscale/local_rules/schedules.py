@@ -1,0 +1,56 @@
+"""How many local steps clients take in which round: functions from the round to the number of steps."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import partial
+
+from lightning_fedscale.utils import checks
+
+
+def post_local(until: int, steps: int) -> Callable[[int], int]:
+    """Post-local SGD (arXiv 1808.07217): one step a round at first, then ``steps``.
+
+    While every round is one step, training is synchronous SGD with all clients' batches together; that lasts until the
+    learning rate first falls, say, and then clients go on by themselves for longer, which saves traffic and, in the
+    paper, generalises better than large batches.
+
+    Args:
+        until: the first round of local training, > 0.
+        steps: steps a round from then on, > 0.
+
+    Raises:
+        TypeError: if an argument is not an integer.
+        ValueError: if it is too small.
+
+    Example:
+        >>> schedule = post_local(until=2, steps=16)
+        >>> [schedule(round) for round in range(4)]
+        [1, 1, 16, 16]
+    """
+    return in_stages({0: 1, checks.integer("until", until): checks.integer("steps", steps)})
+
+
+def in_stages(stages: Mapping[int, int]) -> Callable[[int], int]:
+    """Steps by stages, each from a round on.
+
+    Args:
+        stages: from the first round of each stage, one of them 0, to its steps a round.
+
+    Raises:
+        TypeError: if a round or a number of steps is not an integer.
+        ValueError: if one is too small, or the stages do not begin with round 0.
+
+    Example:
+        >>> schedule = in_stages({0: 1, 10: 4, 20: 16})
+        >>> [schedule(round) for round in (0, 9, 10, 25)]
+        [1, 1, 4, 16]
+    """
+    checked = {checks.integer("round", r, minimum=0): checks.integer("steps", h) for r, h in sorted(stages.items())}
+    if 0 not in checked:
+        raise ValueError(f"stages={dict(stages)}: one must begin with round 0, in_stages({{0: 1, 10: 4}})")
+    return partial(_stage_of, stages=checked)
+
+
+def _stage_of(round: int, *, stages: Mapping[int, int]) -> int:
+    return stages[max(first for first in stages if first <= round)]

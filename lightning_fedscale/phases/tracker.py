@@ -1,0 +1,128 @@
+"""What is known of the phase that training is in, and what follows from it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from lightning_fedscale.phases import Decision, Detector, Observation, Phase, ScaleRule, State
+from lightning_fedscale.phases.noise import MOST_LOOKS, UNKNOWN, Look, NoiseScale, look_at_members, noise_scale
+from lightning_fedscale.types import RoundRecord
+
+
+def joined(decisions: Sequence[Decision]) -> Decision:
+    """Of several, one: critical if any of them is. The highest statistic is the one shown."""
+    known = [decision for decision in decisions if not math.isnan(decision.statistic)]
+    shown = max(known or decisions, key=lambda decision: decision.statistic)
+    return shown._replace(critical=any(decision.critical for decision in decisions))
+
+
+class PhaseKeeper:
+    """Detector, scale rule and noise scale together, from observation to observation.
+
+    Args:
+        detector: tells phases.
+        rule: what to multiply updates by.
+
+    Attributes:
+        decision: the last one; critical before the first.
+        phase: where training is.
+        scale: what the rule says to multiply updates by.
+        sampling: noise of single samples, from both halves of batches.
+        members: noise of whole clients, from their updates; nothing is known of it without clients.
+
+    Example:
+        >>> from lightning_fedscale.phases import relative_change, step
+        >>> keeper = PhaseKeeper(relative_change(window=1), step(2.0))
+        >>> for norm in (1.0, 1.0):
+        ...     keeper.decide([keeper.detect(Observation([norm]))])
+        >>> keeper.phase, keeper.scale
+        (Phase(critical=False, quiet=1, noise_scale=nan), 2.0)
+    """
+
+    def __init__(self, detector: Detector, rule: ScaleRule) -> None:
+        self._detector = detector
+        self._rule = rule
+        self._states: dict[int, State] = {}
+        self._quiet = 0
+        self._looks: dict[str, list[Look]] = {"sampling": [], "members": []}
+        self.decision = Decision(True, math.nan, math.nan)
+        self.sampling = self.members = UNKNOWN
+
+    @property
+    def phase(self) -> Phase:
+        """Where training is."""
+        return Phase(self.decision.critical, self._quiet, self.noise.scale)
+
+    @property
+    def noise(self) -> NoiseScale:
+        """Of a client's update where there are clients, else of single samples."""
+        return self.members if self.members.looks else self.sampling
+
+    @property
+    def scale(self) -> float:
+        """What the rule says to multiply updates by."""
+        return float(self._rule(self.phase))
+
+    def detect(self, observation: Observation, sequence: int = -1) -> Decision:
+        """What the detector says, which has a state for each sequence if several are watched: clients, optimizers."""
+        state = self._states.get(sequence)
+        decision, self._states[sequence] = self._detector.update(
+            self._detector.init() if state is None else state, observation
+        )
+        return decision
+
+    def decide(self, decisions: list[Decision]) -> None:
+        """From what detectors say of each sequence."""
+        self.decision = joined(decisions)
+        self._quiet = 0 if self.decision.critical else self._quiet + 1
+
+    def look(self, kind: str, look: Look) -> None:
+        """Take in what gradients show of their noise; of "sampling" or "members"."""
+        looks = self._looks[kind]
+        looks.append(look)
+        del looks[:-MOST_LOOKS]
+        setattr(self, kind, noise_scale(looks))
+
+    def look_at_clients(self, record: RoundRecord) -> None:
+        """Take in what a round's updates show of the noise of clients, which costs nothing; two or more are needed."""
+        used = record.weights > 0
+        if used.sum() > 1:
+            squares, samples = record.delta_norms[used] ** 2, record.samples[used].astype(np.float64)
+            self.look("members", look_at_members(squares, record.weights[used], record.delta_norm**2, samples))
+
+    def metrics(self) -> dict[str, float]:
+        """The numbers that are logged, those that are known."""
+        noise = self.noise
+        values = {
+            "phase/critical": float(self.decision.critical),
+            f"phase/{self._detector.statistic}": self.decision.statistic,
+            "phase/threshold": self.decision.threshold,
+            "phase/noise_scale": noise.scale,
+            "phase/noise_scale_low": noise.low if noise.looks else math.nan,
+            "phase/noise_scale_high": noise.high,
+            "phase/critical_batch": self.sampling.critical_batch,
+            "phase/critical_cohort": self.members.critical_cohort,
+        }
+        return {name: value for name, value in values.items() if math.isfinite(value)}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Tensors and primitives only."""
+        return {
+            "states": [[sequence, state] for sequence, state in self._states.items()],
+            "quiet": self._quiet,
+            "decision": list(self.decision),
+            "looks": {kind: [list(look) for look in looks] for kind, looks in self._looks.items()},
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from a saved state."""
+        self._states = dict(state["states"])
+        self._quiet = state["quiet"]
+        self.decision = Decision(*state["decision"])
+        for kind, looks in state["looks"].items():
+            self._looks[kind] = [Look(*look) for look in looks]
+            setattr(self, kind, noise_scale(self._looks[kind]) if looks else UNKNOWN)

@@ -1,0 +1,152 @@
+"""What becomes of a module's buffers at the end of a round: a policy by kind, or by name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from fnmatch import fnmatchcase
+from functools import partial
+from typing import Literal, NamedTuple, TypeAlias, get_args
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.utils.parametrize import ParametrizationList
+from torch.nn.utils.spectral_norm import SpectralNorm
+
+from lightning_fedscale.utils import checks
+
+Policy: TypeAlias = Literal["mean", "server", "largest", "client"]
+"""What may be asked for: the clients' mean; the server's value as it is; the value of the client with the most samples;
+each client its own."""
+
+FITTED = "fitted"
+"""Computed from the weights, and so anew from the server's new ones."""
+
+_TIMES = 50  # power iterations, which cost two products of a matrix and a vector each
+
+
+class Kind(NamedTuple):
+    """What becomes of a buffer.
+
+    Attributes:
+        policy: one of `Policy`, or `FITTED`.
+        sure: False for a float buffer of which nobody knows whether its mean means anything.
+    """
+
+    policy: str
+    sure: bool = True
+
+
+class BufferPolicies(NamedTuple):
+    """Decides what becomes of each buffer.
+
+    Attributes:
+        by_name: patterns of names and the policies for them; the first that matches decides.
+        sums_only: the server may learn nothing of single clients, so it cannot take the buffers of one.
+        parameters_only: nothing but parameters may leave the clients.
+    """
+
+    by_name: tuple[tuple[str, Policy], ...] = ()
+    sums_only: bool = False
+    parameters_only: bool = False
+
+    def with_personal(self, patterns: Iterable[str]) -> BufferPolicies:
+        """The same, but what has such a name stays with each client."""
+        return self._replace(by_name=(*((pattern, "client") for pattern in patterns), *self.by_name))
+
+    def asked(self, names: Iterable[str]) -> Policy | None:
+        """What the user decided about a buffer with these names; None if nothing."""
+        matching = (p for pattern, p in self.by_name if any(fnmatchcase(name, pattern) for name in names))
+        return next(matching, None)
+
+    def kind(self, names: Iterable[str], owner: nn.Module, name: str, buffer: Tensor, fitted: bool) -> Kind:
+        """What becomes of a buffer.
+
+        Args:
+            names: all its names in the module.
+            owner: the part of the module that holds it.
+            name: its name there.
+            buffer: its tensor.
+            fitted: whether it belongs to a parametrization, or to a hook that computes a weight.
+        """
+        asked = self.asked(names)
+        kind = Kind(asked) if asked is not None else _by_default(owner, name, buffer, fitted)
+        hidden = (self.sums_only and kind.policy == "largest") or (
+            self.parameters_only and kind.policy in ("largest", "mean")
+        )
+        return Kind("server") if hidden else kind
+
+
+def _by_default(owner: nn.Module, name: str, buffer: Tensor, fitted: bool) -> Kind:
+    if name == "num_batches_tracked":
+        return Kind("mean")
+    if not (buffer.is_floating_point() or buffer.is_complex()):
+        return Kind("largest")
+    if fitted:
+        return Kind(FITTED)
+    return Kind("mean", sure=isinstance(owner, _NormBase) or name.startswith("running_"))
+
+
+def checked(value: object) -> tuple[tuple[str, Policy], ...]:
+    """The user's argument ``buffers`` as pairs of pattern and policy.
+
+    Raises:
+        TypeError: if it is no dict of strings.
+        ValueError: for a policy that is not known.
+
+    Example:
+        >>> checked({"queue*": "largest"})
+        (('queue*', 'largest'),)
+        >>> checked({"queue*": "average"})
+        Traceback (most recent call last):
+        ...
+        ValueError: buffers['queue*']='average': pass one of 'mean', 'server', 'largest', 'client'
+    """
+    if value is None:
+        return ()
+    if not isinstance(value, Mapping) or not all(isinstance(pattern, str) for pattern in value):
+        raise TypeError(
+            f"buffers={value!r}: pass a dict of patterns of names and what becomes of such buffers, such as"
+            " {'queue*': 'largest'}."
+        )
+    for pattern, policy in value.items():
+        checks.one_of(f"buffers[{pattern!r}]", policy, get_args(Policy))
+    return tuple(value.items())
+
+
+class Fit(NamedTuple):
+    """A weight that is computed from others and from buffers, which training brings up to date each time.
+
+    Attributes:
+        compute: does it once.
+        buffers: that belong to it.
+    """
+
+    compute: Callable[[], object]
+    buffers: list[Tensor]
+
+
+def fits_of(owner: nn.Module) -> Iterator[Fit]:
+    """The weights of this part of a module that are computed from others with the help of buffers."""
+    if "parametrizations" in owner._modules:
+        for name, parametrization in owner.get_submodule("parametrizations").named_children():
+            if isinstance(parametrization, ParametrizationList) and (buffers := list(parametrization.buffers())):
+                yield Fit(partial(getattr, owner, name), buffers)
+    for hook in owner._forward_pre_hooks.values():
+        if isinstance(hook, SpectralNorm):
+            vectors = [owner._buffers[f"{hook.name}_{vector}"] for vector in "uv"]
+            yield Fit(partial(hook.compute_weight, owner, owner.training), [v for v in vectors if v is not None])
+
+
+@torch.no_grad()
+def refit(fits: Iterable[Fit]) -> None:
+    """Bring vectors up to date with the weights, which have changed."""
+    for fit in fits:
+        others = [(b, b.clone()) for b in fit.buffers if not b.is_floating_point() and not b.is_complex()]
+        for _ in range(_TIMES):
+            fit.compute()
+        for buffer, value in others:
+            buffer.copy_(value)
+
+
+DEFAULTS = BufferPolicies()
