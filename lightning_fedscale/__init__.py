@@ -21,6 +21,7 @@ from lightning_fedscale.partitioners import Partition
 from lightning_fedscale.server.asynchrony import FedBuff
 from lightning_fedscale.strategy import FederatedStrategy
 from lightning_fedscale.types import ClientUpdate, RoundRecord
+from lightning_fedscale.utils import moved
 
 __version__ = "0.1.0.dev0"
 __all__ = [
@@ -42,3 +43,4 @@ __all__ = [
 
 FederatedStrategy.register_strategies(StrategyRegistry)
 class_paths.register()
+moved.install()

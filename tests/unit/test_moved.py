@@ -1,0 +1,59 @@
+"""Names of modules from before 0.1.0, which are kept for one release."""
+
+from __future__ import annotations
+
+import pickle
+import subprocess
+import sys
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+
+import lightning_fedscale
+from lightning_fedscale.core.client_state.states import StateStore
+from lightning_fedscale.utils.moved import MOVED
+from tests.unit.test_imports import files
+
+PACKAGE = "lightning_fedscale"
+ENTRIES = 22
+
+
+@pytest.mark.parametrize("old", MOVED)
+def test_an_old_name_is_the_module_it_has_become(old: str) -> None:
+    sys.modules.pop(f"{PACKAGE}.{old}", None)
+    with pytest.warns(DeprecationWarning, match=f"{PACKAGE}.{MOVED[old]} now"):
+        found = import_module(f"{PACKAGE}.{old}")
+    assert found is import_module(f"{PACKAGE}.{MOVED[old]}")
+
+
+def test_an_old_name_hides_no_module_that_there_is() -> None:
+    there = {name.removesuffix(".__init__") for name in files()}
+    assert not there & set(MOVED)
+
+
+def test_what_was_pickled_before_is_read() -> None:
+    """A checkpoint names classes by their modules."""
+    old = pickle.dumps(StateStore, 0).replace(b"core.client_state.states", b"clients.states")
+    sys.modules.pop(f"{PACKAGE}.clients.states", None)
+    with pytest.warns(DeprecationWarning, match=r"clients\.states is"):
+        assert pickle.loads(old) is StateStore
+
+
+def test_the_package_uses_no_old_name() -> None:
+    code = f"""
+import warnings
+warnings.filterwarnings("error", "{PACKAGE}.* now: import that", DeprecationWarning)
+from importlib import import_module
+for name in {list(files())}:
+    if not name.endswith("__main__") and "pytorch_lightning" not in name:
+        import_module(("{PACKAGE}." + name).removesuffix(".__init__"))
+"""
+    run = subprocess.run([sys.executable, "-c", code], check=False, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+
+
+def test_the_front_door_is_narrow() -> None:
+    folder = Path(lightning_fedscale.__file__).parent
+    entries = {path.name for path in folder.iterdir() if path.name != "__pycache__"}
+    assert len(entries) <= ENTRIES, f"{len(entries)} entries: put a new module into a room, or make one"
