@@ -7,16 +7,22 @@ RUN := $(VENV)/bin/python
 INSTALL := $(RUN) -m pip install --quiet --disable-pip-version-check -c constraints.txt
 INPUTS := pyproject.toml constraints.txt
 
-.PHONY: help demo test stress fuzz lint docs compat bench browser existing clean
+.PHONY: help demo test test-fast coverage stress fuzz lint docs compat bench browser existing clean
 
 help: ## Show this list
-	@sed -n 's/^\([a-z]*\):.*## /  make \1	/p' $(MAKEFILE_LIST)
+	@sed -n 's/^\([a-z-]*\):.*## /  make \1	/p' $(MAKEFILE_LIST)
 
 demo: $(VENV)/.demo ## Train 100 federated clients on real digits, less than a minute once installed
 	$(RUN) examples/01_quickstart.py
 
 test: lint ## Lint, types and all tests
 	$(RUN) -m pytest -n $(WORKERS)
+
+test-fast: $(VENV)/.test ## The tests that are not slow, for whoever changes a line; three minutes
+	$(RUN) -m pytest -n $(WORKERS) -m "not slow" -q
+
+coverage: $(VENV)/.test ## The lines that no fast test reaches
+	$(RUN) -m pytest -n $(WORKERS) -m "not slow" -q --cov --cov-report=term-missing:skip-covered
 
 # No test depends on the clock, so none may fail on a machine that does other things.
 stress: $(VENV)/.test ## All tests three times, beside as many processes that never rest as there are workers
@@ -29,6 +35,7 @@ fuzz: $(VENV)/.test ## Train 5,000 random projects in all ways, which must agree
 lint: $(VENV)/.test ## Lint and types only
 	$(RUN) -m ruff check
 	$(RUN) -m ruff format --check
+	$(RUN) -m codespell_lib
 	$(RUN) -m mypy
 
 docs: $(VENV)/.docs ## Build the documentation into site/, without a broken link
