@@ -40,8 +40,8 @@ _LAYOUT: Layout = {
     "MaxBatchProbe": {
         "largest batch": ["Multiline", ["probe/max_batch", "probe/batch_size$", "probe/best_batch$"]],
         "memory": ["Multiline", ["probe/budget_bytes$", "probe/predicted_bytes$", "probe/measured_bytes$"]],
-        "seconds of a step beside its samples": ["Multiline", ["probe/step_fixed_seconds$"]],
-        "seconds of a sample": ["Multiline", ["probe/step_seconds_per_sample$"]],
+        "fixed seconds per step": ["Multiline", ["probe/step_fixed_seconds$"]],
+        "seconds per sample": ["Multiline", ["probe/step_seconds_per_sample$"]],
     }
 }
 

@@ -8,7 +8,9 @@ import numpy as np
 import numpy.typing as npt
 
 UnsignedArray: TypeAlias = npt.NDArray[np.unsignedinteger[Any]]
-_Bytes: TypeAlias = npt.NDArray[np.uint8]
+
+_AT_A_TIME = 2**16
+"""Bytes, or numbers, whose bits lie apart in memory; a multiple of 64, so that whole bytes come of them."""
 
 
 def width_of(count: int) -> int:
@@ -32,19 +34,19 @@ def packed_size(count: int, width: int) -> int:
 
 
 def pack(values: UnsignedArray, width: int) -> bytes:
-    """Numbers below ``2**width`` in ``ceil(len(values) * width / 8)`` bytes.
-
-    Whole bytes of all numbers come first, then the bits that remain of each: eight times w bits are w bytes, so that
-    eight numbers at a time go through one 64-bit word.
+    """Numbers below ``2**width`` in ``ceil(len(values) * width / 8)`` bytes, the lowest bit first.
 
     Example:
         >>> pack(np.array([1, 2, 3, 4, 5, 6, 7, 0], np.uint8), 3).hex()
         'd1581f'
     """
-    values = values.astype(unsigned(width), copy=False)
-    whole, rest = divmod(width, 8)
-    octets = values.view(np.uint8).reshape(len(values), values.itemsize)
-    return octets[:, :whole].tobytes() + _pack_small((values >> (8 * whole)).astype(np.uint8), rest)
+    kind = unsigned(width)
+    octets = values.astype(kind, copy=False).view(np.uint8)
+    found = []
+    for i in range(0, len(octets), _AT_A_TIME):
+        bits = np.unpackbits(octets[i : i + _AT_A_TIME], bitorder="little").reshape(-1, 8 * kind.itemsize)
+        found.append(np.packbits(bits[:, :width], bitorder="little").tobytes())
+    return b"".join(found)
 
 
 def unpack(data: bytes, count: int, width: int) -> UnsignedArray:
@@ -54,32 +56,11 @@ def unpack(data: bytes, count: int, width: int) -> UnsignedArray:
         >>> unpack(pack(np.array([300, 5], np.uint16), 9), 2, 9).tolist()
         [300, 5]
     """
-    whole, rest = divmod(width, 8)
-    kind = unsigned(width)
-    octets = np.zeros((count, kind.itemsize), np.uint8)
-    octets[:, :whole] = np.frombuffer(data, np.uint8, count * whole).reshape(count, whole)
-    if rest:
-        octets[:, whole] = _unpack_small(np.frombuffer(data, np.uint8, offset=count * whole), count, rest)
-    return octets.view(kind).reshape(count)
-
-
-def _pack_small(values: _Bytes, width: int) -> bytes:
-    octets = np.zeros((-(-len(values) // 8), 8), np.uint8)
-    octets.reshape(-1)[: len(values)] = values
-    words = np.zeros(len(octets), "<u8")
-    for i in range(8):
-        words |= octets[:, i].astype("<u8") << np.uint64(width * i)
-    return words.view(np.uint8).reshape(-1, 8)[:, :width].tobytes()[: packed_size(len(values), width)]
-
-
-def _unpack_small(data: _Bytes, count: int, width: int) -> _Bytes:
-    groups = -(-count // 8)
-    octets = np.zeros(groups * width, np.uint8)
-    octets[: len(data)] = data
-    words = np.zeros((groups, 8), np.uint8)
-    words[:, :width] = octets.reshape(groups, width)
-    numbers = words.view("<u8").reshape(groups)
-    values = np.empty((groups, 8), np.uint8)
-    for i in range(8):
-        values[:, i] = (numbers >> np.uint64(width * i)) & np.uint64((1 << width) - 1)
-    return values.reshape(-1)[:count]
+    values, packed = np.zeros(count, unsigned(width)), np.frombuffer(data, np.uint8)
+    for i in range(0, count * bool(width), _AT_A_TIME):
+        some = values[i : i + _AT_A_TIME]
+        bits = np.zeros((len(some), 8 * values.itemsize), np.uint8)
+        found = np.unpackbits(packed[i * width // 8 :], count=len(some) * width, bitorder="little")
+        bits[:, :width] = found.reshape(-1, width)
+        some[:] = np.packbits(bits, bitorder="little").view(values.dtype)
+    return values

@@ -84,7 +84,7 @@ def test_rounds_and_callbacks_have_their_charts_and_the_margin_is_drawn(
     )  # the band, and the spread of clients; where steps do not match, TensorBoard draws none
     text = browser.text()
     categories = ("Rounds", "ComputeAccounting", "CriticalPhase", "MaxBatchProbe", "ClientMetrics: clients")
-    for title in (*categories, "distance of clients", "loss against compute", "gradient norm", "largest batch"):
+    for title in (*categories, "client drift", "loss against compute", "gradient norm", "largest batch"):
         assert title in text
     assert "do not match" not in text
     assert colours(browser, tmp_path / "charts.png").std() > 0.1

@@ -23,13 +23,13 @@ _AXES = {"compute/flops_total": "training FLOPs", "round/simulated_total": "simu
 """What curves are shown over beside steps, where it was logged."""
 
 GROUPS: dict[str, tuple[str, tuple[str, ...]]] = {
-    "length of the updates": ("norm", ("round/delta_norm",)),
-    "distance of clients from their mean": ("relative to the mean's norm", ("round/drift",)),
+    "update norm": ("norm", ("round/delta_norm",)),
+    "client drift": ("relative to the mean's norm", ("round/drift",)),
     "clients": ("clients", ("round/clients", "round/rejected", "round/dropped")),
     "bytes in a round": ("bytes", ("round/upload_bytes", "round/download_bytes")),
     "seconds of a round": ("seconds", ("round/seconds", "round/simulated_seconds")),
     "privacy spent": ("epsilon", ("round/epsilon",)),
-    "rounds since clients started": ("rounds", ("round/staleness",)),
+    "staleness in rounds": ("rounds", ("round/staleness",)),
 }
 """How rounds went: titles of charts, what their axis shows, and the curves on them."""
 

@@ -95,17 +95,17 @@ class RunBoard(Callback):
         options, simulates = self._options, self._options.population is not None
         charts: dict[str, list[Any]] = {
             "loss": ["Multiline", ["round/loss$"]],
-            "length of the update": ["Multiline", ["round/delta_norm$"]],
-            "distance of clients from their mean": ["Multiline", ["round/drift$"]],
+            "update norm": ["Multiline", ["round/delta_norm$"]],
+            "client drift": ["Multiline", ["round/drift$"]],
             "bytes": ["Multiline", ["round/upload_bytes$", "round/download_bytes$"]],
             "clients": ["Multiline", ["round/clients$", "round/rejected$", *(["round/dropped$"] if simulates else [])]],
             "seconds": ["Multiline", ["round/seconds$", *(["round/simulated_seconds$"] if simulates else [])]],
-            "time without work": ["Multiline", ["round/padding$", "round/idle$"]],
+            "idle time": ["Multiline", ["round/padding$", "round/idle$"]],
         }
         if options.rules.privacy is not None:
             charts["privacy spent"] = ["Multiline", ["round/epsilon$"]]
         if options.asynchrony is not None:
-            charts["rounds since clients started"] = ["Multiline", ["round/staleness$"]]
+            charts["staleness in rounds"] = ["Multiline", ["round/staleness$"]]
         layout: Layout = {FIRST: charts}
         if options.client_log_every_n is not None:
             layout["Clients' batches"] = {"what clients log": ["Multiline", ["client/"]]}
