@@ -1,4 +1,4 @@
-"""What stands on the pages in the repository, where the site has parts of the README, the reference and long lists.
+"""What stands on the pages in the repository, where the site has the reference and long lists.
 
 ``python docs/fill.py`` writes it between ``<!-- kind: argument -->`` and ``<!-- end -->``: links to what can be read
 without the site, and for the reference every public name with the file that its docstring is in.
@@ -9,6 +9,7 @@ from __future__ import annotations
 import inspect
 import re
 import sys
+from collections.abc import Iterable
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -25,16 +26,10 @@ def filled(page: Path) -> str:
 
     def block(found: re.Match[str]) -> str:
         kind, argument = found[1], found[2] or ""
-        text = {"readme": readme, "reference": reference, "papers": papers, "messages": messages, "groups": groups}
+        text = {"reference": reference, "papers": papers, "messages": messages, "groups": groups}
         return f"{found[0].splitlines()[0]}\n\n{text[kind](argument, up)}\n\n<!-- end -->"
 
     return BLOCK.sub(block, page.read_text("utf8"))
-
-
-def readme(heading: str, up: str) -> str:
-    """A link to a section of the README."""
-    anchor = "" if heading == "Introduction" else f"#{slug(heading)}"
-    return f"A section of the README: [{heading}]({up}README.md{anchor})."
 
 
 def slug(heading: str) -> str:
@@ -72,8 +67,7 @@ def _about(thing: Any) -> str:
 
 def papers(rooms: str, up: str) -> str:
     """Where the names and their papers are."""
-    links = ", ".join(_room(room, up) for room in rooms.split())
-    return f"In the docstrings of {links}; README.md has [a table]({up}README.md#algorithms) of the algorithms."
+    return f"In the docstrings of {_rooms(rooms.split(), up)}."
 
 
 def messages(_: str, up: str) -> str:
@@ -88,7 +82,7 @@ def groups(_: str, up: str) -> str:
     return f"`make docs` lists them all here; each is a folder of [conf]({folder}), and each file says what it is."
 
 
-def _rooms(names: tuple[str, ...], up: str) -> str:
+def _rooms(names: Iterable[str], up: str) -> str:
     return ", ".join(_room(name, up) for name in names)
 
 

@@ -1,10 +1,9 @@
-"""What `mkdocs build` does beyond the pages: parts of the README, the list of messages, files that lie elsewhere.
+"""What `mkdocs build` does beyond the pages: the reference, the list of messages, files that lie elsewhere.
 
-A page says ``<!-- readme: Heading -->`` where that section of README.md is to stand, ``<!-- reference: MODULE -->``
-where the docstrings of a module are, ``<!-- messages -->`` where all errors and warnings are,
-``<!-- papers: ROOM ROOM -->`` where the public names of rooms and their papers are, and ``<!-- groups -->`` where
-Hydra's groups are. What stands from there to ``<!-- end -->`` is for readers of the repository (see fill.py), and is
-replaced.
+A page says ``<!-- reference: MODULE -->`` where the docstrings of a module are, ``<!-- messages -->`` where all errors
+and warnings are, ``<!-- papers: ROOM ROOM -->`` where the public names of rooms and their papers are, and
+``<!-- groups -->`` where Hydra's groups are. What stands from there to ``<!-- end -->`` is for readers of the
+repository (see fill.py), and is replaced.
 """
 
 from __future__ import annotations
@@ -22,12 +21,10 @@ import papers
 from api import readable
 from fill import BLOCK
 from mkdocs.config.defaults import MkDocsConfig
-from mkdocs.exceptions import PluginError
 from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
 
 ROOT = Path(__file__).resolve().parents[1]
-README = (ROOT / "README.md").read_text("utf8")
 # Pages and pictures of the repository that are part of the site, at the place where they lie there.
 ELSEWHERE = ("CHANGELOG.md", "benchmarks/README.md", "benchmarks/results", "examples/README.md", "examples/pictures",
              "examples/existing/README.md")  # fmt: skip
@@ -45,10 +42,8 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
     """Fill in what a page takes from elsewhere."""
-    depth = page.file.src_uri.count("/")
-    up = "../" * depth
+    up = "../" * page.file.src_uri.count("/")
     made = {
-        "readme": lambda heading: section(heading, up),
         "reference": lambda name: f"::: {name}",
         "papers": lambda rooms: sources(rooms.split()),
         "groups": lambda _: options(),
@@ -57,22 +52,6 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
     markdown = BLOCK.sub(lambda found: made[found[1]](found[2] or ""), markdown)
     # What lies outside of docs/ in the repository is one step nearer here.
     return re.sub(rf"\]\({re.escape(up)}\.\./(?={'|'.join(ELSEWHERE)})", f"]({up}", markdown)
-
-
-def section(heading: str, up: str = "") -> str:
-    """A section of the README without its heading, with links as they are from a page so deep down.
-
-    Raises:
-        PluginError: if there is none.
-    """
-    if heading == "Introduction":
-        text = README.partition("\n\n")[2].partition("\n## ")[0]
-    else:
-        _, found, after = README.partition(f"\n## {heading}\n")
-        if not found:
-            raise PluginError(f"README.md has no section {heading!r}")
-        text = re.split(r"^## ", after, maxsplit=1, flags=re.M)[0]
-    return re.sub(r"\]\((?!https?:|#)(?:docs/)?", f"]({up}", text.strip())
 
 
 def sources(rooms: list[str]) -> str:

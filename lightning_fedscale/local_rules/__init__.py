@@ -33,7 +33,7 @@ FACTORIES: dict[str, Callable[..., LocalRule]] = {
     "fed_dyn": fed_dyn,
     "fed_nova": fed_nova,
 }
-"""The local rules by name; the contract tests and the README's table have a row for each."""
+"""The local rules by name; the contract tests and docs/papers.md have a row for each."""
 
 
 def by_name(name: str) -> LocalRule:

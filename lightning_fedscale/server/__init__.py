@@ -59,7 +59,7 @@ FACTORIES: dict[str, Callable[..., ServerOptimizer]] = {
     "chain": chain,
     "scheduled": scheduled,
 }
-"""What can be the server, by name; the contract tests and the README's table have a row for each."""
+"""What can be the server, by name; the contract tests and docs/papers.md have a row for each."""
 
 
 def by_name(name: str) -> ServerOptimizer:

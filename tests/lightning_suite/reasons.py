@@ -102,7 +102,7 @@ REFUSED = (
         said="[Bb]atch size (finder )?is (currently )?not supported",
     ),
 )
-"""What README.md names as not supported; raised before training."""
+"""What docs/limits.md names as not supported; raised before training."""
 
 DIFFERS = (
     Reason(

@@ -3,8 +3,9 @@
     python -m tests.projects.from_nothing [FOLDER] [WAY ...]
 
 Each way begins with a stock project: a plain script, a LightningCLI project, one in the shape of
-lightning-hydra-template. It is trained as it is, then made federated by what README.md says, and nothing else; then
-TensorBoard shows the run in a browser, and `fedscale report` writes its page. FOLDER is from_nothing by default.
+lightning-hydra-template. It is trained as it is, then made federated by what docs/how-to/existing-projects.md says, and
+nothing else; then TensorBoard shows the run in a browser, and `fedscale report` writes its page. FOLDER is from_nothing
+by default.
 """
 
 from __future__ import annotations

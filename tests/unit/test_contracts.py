@@ -1,7 +1,7 @@
 """What every method of every room keeps to.
 
-The methods are those of the rooms' ``FACTORIES``; the example of each is its expression in the README's table
-"Algorithms". So a method that is added to its room and to the table is tested here without another line.
+The methods are those of the rooms' ``FACTORIES``; the example of each is its expression in the table of
+docs/papers.md. So a method that is added to its room and to the table is tested here without another line.
 """
 
 from __future__ import annotations
@@ -34,8 +34,7 @@ ROOMS = {
     "samplers": samplers,
     "privacy": privacy,
 }
-README = (Path(__file__).parents[2] / "README.md").read_text("utf8")
-TABLE = README.partition("\n## Algorithms\n")[2].partition("\n## ")[0]
+TABLE = (Path(__file__).parents[2] / "docs" / "papers.md").read_text("utf8").partition("\n## ")[0]
 METHODS = [
     (room, name) for room, module in ROOMS.items() for name in getattr(module, "FACTORIES", {}) if name[0].isalpha()
 ]
@@ -52,10 +51,10 @@ def expressions(room: str, name: str) -> Iterator[str]:
 
 
 def example(room: str, name: str) -> Any:
-    """The method as the README shows it first."""
+    """The method as the table shows it first."""
     names = {**ROOMS, "torch": torch, "SGD": torch.optim.SGD, "StepLR": torch.optim.lr_scheduler.StepLR}
     shown = next(expressions(room, name), None)
-    assert shown is not None, f"README.md, Algorithms: add a row with the expression {room}.{name}(...)"
+    assert shown is not None, f"docs/papers.md: add a row with the expression {room}.{name}(...)"
     return eval(shown, names)
 
 
@@ -64,7 +63,7 @@ def of(room: str) -> list[str]:
 
 
 @pytest.mark.parametrize(("room", "name"), METHODS)
-def test_each_has_a_row_in_the_readme(room: str, name: str) -> None:
+def test_each_has_a_row_in_the_table(room: str, name: str) -> None:
     assert example(room, name) is not None
 
 
