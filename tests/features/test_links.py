@@ -62,6 +62,7 @@ def test_what_the_site_fills_in_is_there_in_other_words(page: str) -> None:
 def test_the_readme_links_to_what_it_names() -> None:
     links = {link.partition("#")[0] for link in LINK.findall(shown(ROOT / "README.md"))}
     assert {"docs/quick-start.md", "docs/how-to/index.md", "docs/reference/index.md"} <= links
+    assert {"CONTRIBUTING.md", "docs/how-to/add-a-method.md", "docs/how-to/add-a-callback-argument.md"} <= links
     # The reference leads on to the docstrings of all that a user types.
     strategy = (DOCS / "reference/strategy.md").read_text("utf8")
     assert "[`FederatedStrategy`](../../lightning_fedscale/strategy.py)" in strategy
