@@ -9,13 +9,20 @@ from matplotlib.image import imread
 
 from tests.features.test_examples import cells, number, run_example
 
+EXAMPLES = Path(__file__).parents[2] / "examples"
+
+
+def test_examples_are_numbered_without_gaps() -> None:
+    names = sorted(path.name for path in EXAMPLES.glob("[0-9]*.py"))
+    assert [int(name[:2]) for name in names] == list(range(1, len(names) + 1))
+
 
 def assert_figure(name: str) -> None:
     assert min(imread(Path("demo_output", name)).shape[:2]) > 500
 
 
 def test_robust_rules_bear_an_attack_that_ruins_the_mean() -> None:
-    rows = cells(run_example("09_robust_training.py", "--fast"))
+    rows = cells(run_example("08_robust_training.py", "--fast"))
     found = {name: [number(cell) for cell in row] for name, row in rows.items() if name}
     assert found["mean"][0] > 85
     assert found["mean"][1] < 40
@@ -29,7 +36,7 @@ def test_robust_rules_bear_an_attack_that_ruins_the_mean() -> None:
 
 
 def test_private_training_ends_before_its_budget_is_exceeded() -> None:
-    printed = run_example("10_private_training.py", "--fast")
+    printed = run_example("09_private_training.py", "--fast")
     found = re.search(r"at most (\d+) rounds, and epsilon at most ([\d.]+)", printed)
     assert found is not None
     rounds, budget = int(found[1]), float(found[2])
@@ -45,7 +52,7 @@ def test_private_training_ends_before_its_budget_is_exceeded() -> None:
 
 
 def test_heterogeneous_clients_send_less_and_scaffold_learns_more() -> None:
-    rows = cells(run_example("11_heterogeneous_clients.py", "--fast"))
+    rows = cells(run_example("10_heterogeneous_clients.py", "--fast"))
     plain, scaffold, sparse, both = (
         number(rows[name][0]) for name in ("FedAvg", "SCAFFOLD", "FedAvg, top-k", "SCAFFOLD, top-k")
     )
@@ -60,7 +67,7 @@ def test_heterogeneous_clients_send_less_and_scaffold_learns_more() -> None:
 
 
 def test_diloco_on_two_processes_exchanges_rarely() -> None:
-    printed = run_example("12_diloco.py", "--fast")
+    printed = run_example("11_diloco.py", "--fast")
     assert printed.count("Figure: ") == 1  # One of the processes reports.
     rows = cells(printed)
     exchanges = {name: int(row[0]) for name, row in rows.items() if name}
@@ -72,7 +79,7 @@ def test_diloco_on_two_processes_exchanges_rarely() -> None:
 
 
 def test_phases_drive_messages_and_local_steps() -> None:
-    rows = cells(run_example("13_phase_driven_compression.py", "--fast"))
+    rows = cells(run_example("12_phase_driven_compression.py", "--fast"))
     much, driven, little = rows["much"], rows["by phase"], rows["little"]
     critical, rounds = map(int, driven[0].split(" of "))
     assert 0 < critical < rounds
@@ -88,7 +95,7 @@ def test_phases_drive_messages_and_local_steps() -> None:
 
 
 def test_a_study_answers_and_leaves_its_page() -> None:
-    printed = run_example("14_size.py", "--fast")
+    printed = run_example("13_size.py", "--fast")
     assert printed.startswith("About ")
     assert re.search(r"^Best: width \d+ ", printed, re.M)
     assert re.search(r"^Train with: FederatedStrategy\(num_clients=8, ", printed, re.M)

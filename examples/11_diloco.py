@@ -1,7 +1,7 @@
 """DiLoCo on two processes: AdamW that lives on between rounds inside, Nesterov momentum outside, and few exchanges.
 
-python examples/12_diloco.py          a few minutes; writes demo_output/diloco.png
-python examples/12_diloco.py --fast   a few rounds, to see that everything works
+python examples/11_diloco.py          a few minutes; writes demo_output/diloco.png
+python examples/11_diloco.py --fast   a few rounds, to see that everything works
 
 As with every strategy of Lightning on several devices, the Trainer starts this script once more for the other process.
 """

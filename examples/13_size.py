@@ -1,7 +1,7 @@
 """Which size, batch, local steps and method do eight unlike hospitals call for? Measured, in two minutes.
 
-python examples/14_size.py          two minutes of studies; writes to size_study/
-python examples/14_size.py --fast   a few seconds, to see that everything works
+python examples/13_size.py          two minutes of studies; writes to size_study/
+python examples/13_size.py --fast   a few seconds, to see that everything works
 """
 
 import argparse

@@ -1,7 +1,7 @@
 """Private training: what a privacy budget costs in accuracy, and training that ends before the budget is exceeded.
 
-python examples/10_private_training.py          a few minutes; writes demo_output/private_training.png
-python examples/10_private_training.py --fast   fewer rounds and a smaller budget, to see that everything works
+python examples/09_private_training.py          a few minutes; writes demo_output/private_training.png
+python examples/09_private_training.py --fast   fewer rounds and a smaller budget, to see that everything works
 """
 
 import argparse

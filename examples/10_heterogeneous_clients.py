@@ -1,7 +1,7 @@
 """Clients who hold very different data: SCAFFOLD and top-k compression, by accuracy and by bytes.
 
-python examples/11_heterogeneous_clients.py          a few minutes; writes demo_output/heterogeneous_clients.png
-python examples/11_heterogeneous_clients.py --fast   a few rounds, to see that everything works
+python examples/10_heterogeneous_clients.py          a few minutes; writes demo_output/heterogeneous_clients.png
+python examples/10_heterogeneous_clients.py --fast   a few rounds, to see that everything works
 
 A compressor acts on updates. SCAFFOLD's clients send the change of their control variate besides, whole: that is the
 price of the last method, and what keeps its bytes above half of SCAFFOLD's.

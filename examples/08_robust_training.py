@@ -1,7 +1,7 @@
 """Training under attack: a fifth of the clients send their updates turned around, and five rules face them.
 
-python examples/09_robust_training.py          a few minutes; writes demo_output/robust_training.png
-python examples/09_robust_training.py --fast   a few rounds, to see that everything works
+python examples/08_robust_training.py          a few minutes; writes demo_output/robust_training.png
+python examples/08_robust_training.py --fast   a few rounds, to see that everything works
 
 Rules that bear attackers leave out, or hold in, what is unusual. Honest clients with unusual data are unusual too, so
 the tenth of the clients that the model serves worst is shown besides: Krum, which follows a single client, costs them

@@ -1,7 +1,7 @@
 """Phases of training drive compression and local steps, with the library's own compressors and error feedback.
 
-python examples/13_phase_driven_compression.py          a few minutes; writes demo_output/phase_driven_compression.png
-python examples/13_phase_driven_compression.py --fast   a few rounds, to see that everything works
+python examples/12_phase_driven_compression.py          a few minutes; writes demo_output/phase_driven_compression.png
+python examples/12_phase_driven_compression.py --fast   a few rounds, to see that everything works
 
 In critical phases clients talk often and much; elsewhere they train for longer between rounds and send little.
 """
