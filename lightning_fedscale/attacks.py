@@ -1,6 +1,6 @@
 """Hostile clients, for tests and studies of robust aggregation.
 
-`attacked` puts an attack in front of any aggregator: chosen clients train as the others do, then send something else.
+`attacked` adds an attack to any aggregator: the attackers train as the other clients do, then send something else.
 `flip_labels` makes clients train on wrong labels instead.
 """
 
@@ -25,28 +25,28 @@ from lightning_fedscale.utils import checks, randomness
 from lightning_fedscale.utils.factory_repr import told
 
 Attack: TypeAlias = Callable[[Stack, list[int], Cohort], Tensor]
-"""``(stack, rows, cohort)``: what the attackers send instead, the trainable parts only, one row for each of ``rows``,
-which are the attackers' rows in the stack of all updates as they would be without an attack."""
+"""A function of ``(stack, rows, cohort)``: the stack of all honest updates, the attackers' rows in it, the cohort. It
+returns the trainable parts that the attackers send instead, one row for each of ``rows``."""
 
 
 @told
 def attacked(aggregator: str | Aggregator, attack: Attack, attackers: Iterable[int]) -> Aggregator:
-    """An aggregator some of whose clients are hostile.
+    """Return an aggregator that replaces the updates of hostile clients.
 
-    All updates are collected, the attackers' ones are replaced, and the aggregator sees the result. So it works under
-    any executor and on any number of ranks; every rank holds as many copies of the model as clients take part. What the
-    record tells of single clients (norms, losses) is from before the attack. Attackers leave buffers as they are.
+    All updates are collected and those of the attackers replaced before the aggregator sees them. So it works with any
+    executor and any number of ranks; every rank holds one copy of the model per client of the cohort. The norms and
+    losses of single clients in the record are those before the attack. Attackers leave buffers unchanged.
 
     Args:
         aggregator: the rule under attack, or its name.
-        attack: what attackers send, one of this module's or your own.
+        attack: what attackers send: an attack of this module or a custom function.
         attackers: the hostile clients, by number; those in a round's cohort attack.
 
     Raises:
-        TypeError: if ``aggregator`` is none, ``attack`` is no function of its three arguments, or ``attackers`` are no
-            client numbers.
-        ValueError: if the aggregator's name is unknown or a client's number is negative, or, at the beginning of a
-            round, there is no such client; what the aggregator refuses of a round.
+        TypeError: if ``aggregator`` is not an aggregator, ``attack`` not a function of three arguments, or
+            ``attackers`` not client numbers.
+        ValueError: if the aggregator's name is unknown or a client's number is negative; at the beginning of a round,
+            if there is no such client, or the aggregator refuses the round.
 
     Example:
         >>> from lightning_fedscale.aggregators import aggregate, mean, median
@@ -90,7 +90,7 @@ def _finish(
     return fold(aggregator, updates, total.new_zeros(_length(total, cohort)), cohort)
 
 
-_NUMBERS = 7  # of a row, behind the delta: that the client sent it, and all that its update tells in numbers
+_NUMBERS = 7  # numbers of a row after the delta: whether the client sent an update, and the scalars of the update
 
 
 def _init(like: Tensor, cohort: Cohort, *, aggregator: Aggregator, hostile: frozenset[int]) -> Tensor:
@@ -98,7 +98,7 @@ def _init(like: Tensor, cohort: Cohort, *, aggregator: Aggregator, hostile: froz
         raise ValueError(
             f"attackers={max(hostile)}: there is no such client, pass numbers from 0 to {cohort.registered - 1}."
         )
-    aggregator.init(like[:0], cohort)  # for what it refuses
+    aggregator.init(like[:0], cohort)  # so that it can refuse the round
     return torch.zeros(len(cohort.clients) * (like.numel() + _NUMBERS), dtype=like.dtype, device=like.device)
 
 
@@ -125,9 +125,9 @@ def _updates(total: Tensor, cohort: Cohort) -> list[ClientUpdate]:
 
 
 def sign_flip(scale: float = 1.0) -> Attack:
-    """Attackers send their update with the opposite sign, ``scale`` times as long.
+    """Let attackers send their update with the opposite sign, multiplied by ``scale``.
 
-    A share ``p`` of attackers turns the mean of equal clients around once ``p * scale > 1 - p``.
+    A fraction ``p`` of attackers reverses the mean of equal clients if ``p * scale > 1 - p``.
 
     Example:
         >>> stack = Stack(torch.tensor([[1.0], [2.0]]), torch.ones(2), [0, 1], trainable=1)
@@ -142,12 +142,12 @@ def _sign_flip(stack: Stack, rows: list[int], cohort: Cohort, *, scale: float) -
 
 
 def gaussian(std: float) -> Attack:
-    """Attackers send normal noise with mean 0 instead of their update (Blanchard et al., 2017).
+    """Let attackers send normal noise with mean 0 instead of their update (Blanchard et al., 2017).
 
-    The noise depends on the strategy's seed, the round and the client only.
+    The noise depends only on the strategy's seed, the round and the client.
 
     Args:
-        std: of every element, in the units of the parameters.
+        std: standard deviation of every element, in the units of the parameters.
 
     Example:
         >>> stack = Stack(torch.zeros(2, 1000, dtype=torch.float64), torch.ones(2), [0, 1], trainable=1000)
@@ -168,13 +168,13 @@ def _gaussian(stack: Stack, rows: list[int], cohort: Cohort, *, std: float) -> T
 
 
 def model_replacement(boost: float | None = None) -> Attack:
-    """Attackers lengthen their update until the mean becomes theirs (Bagdasaryan et al., arXiv 1807.00459).
+    """Let attackers scale their update so that the mean equals theirs (Bagdasaryan et al., arXiv 1807.00459).
 
-    Let them train on something else, such as `flip_labels`: what they learn replaces the global model.
+    Let them train on other data, such as `flip_labels`: the result replaces the global model.
 
     Args:
-        boost: how many times longer; None is the round's weight over the attackers' weight, which puts the mean of
-            the attackers, plus what the honest ones add, in place of the mean of all.
+        boost: factor of the attackers' updates; None is the round's weight over the attackers' weight, with which the
+            mean of all is the mean of the attackers, plus the share of the honest clients.
 
     Example:
         >>> stack = Stack(torch.tensor([[0.0], [0.0], [2.0]]), torch.ones(3), [0, 1, 2], trainable=1)
@@ -192,13 +192,13 @@ def _replaced(stack: Stack, rows: list[int], cohort: Cohort, *, boost: float | N
 
 
 def a_little_is_enough(z: float | None = None) -> Attack:
-    r"""Attackers send :math:`\mu - z \sigma`, within what honest clients might send (Baruch et al., arXiv 1902.06156).
+    r"""Let attackers send :math:`\mu - z \sigma`, as honest clients might (Baruch et al., arXiv 1902.06156).
 
-    Mean and standard deviation of every element are those of the attackers' own honest updates, for they see no others;
-    so there should be several.
+    Mean and standard deviation of every element are those of the attackers' own honest updates, since they see no
+    others; so there should be several attackers.
 
     Args:
-        z: how many standard deviations away; None is the paper's, the largest with enough honest clients further away:
+        z: number of standard deviations. None takes the paper's: the largest with enough honest clients further away,
             :math:`\Phi(z) = (n - f - s) / (n - f)` with :math:`s = \lfloor n / 2 + 1 \rfloor - f` for ``n`` clients
             with ``f`` attackers in the round, see `enough`.
 
@@ -219,13 +219,13 @@ def _a_little(stack: Stack, rows: list[int], cohort: Cohort, *, z: float | None)
 
 
 def enough(clients: int, attackers: int) -> float:
-    """The paper's number of standard deviations for `a_little_is_enough`.
+    """Return the paper's number of standard deviations for `a_little_is_enough`.
 
     Example:
         >>> round(enough(clients=50, attackers=24), 2)
         1.43
     """
-    # The paper has a minority of attackers; more of them need no finesse.
+    # The paper assumes a minority of attackers; a majority needs no such attack.
     attackers = min(attackers, clients // 2)
     supporters = math.floor(clients / 2 + 1) - attackers
     honest = clients - attackers
@@ -238,9 +238,9 @@ def _own(stack: Stack, rows: list[int]) -> Tensor:
 
 
 def flip_labels(dataset: Any, indices: Iterable[int], num_classes: int) -> Dataset[Any]:
-    """A dataset in which some samples have the wrong label: ``i`` becomes ``num_classes - 1 - i``.
+    """Return a dataset in which some samples have the wrong label: ``i`` becomes ``num_classes - 1 - i``.
 
-    Divide the data among clients before (``partition = partitioner.partition``, then
+    Partition the data first (``partition = partitioner.partition``, then
     ``FederatedStrategy(partitioner=partition)``): a partitioner by labels would see the wrong ones.
 
     Args:
@@ -249,7 +249,7 @@ def flip_labels(dataset: Any, indices: Iterable[int], num_classes: int) -> Datas
         num_classes: number of classes.
 
     Raises:
-        TypeError: from an access, if a sample is no tuple or list.
+        TypeError: when a sample is read that is not a tuple or list.
         ValueError: if ``num_classes`` is below 2.
 
     Example:

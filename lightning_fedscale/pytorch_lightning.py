@@ -1,12 +1,12 @@
-"""The same for projects that import ``pytorch_lightning``, the twin of ``lightning.pytorch``.
+"""The package for projects that import ``pytorch_lightning`` instead of ``lightning.pytorch``.
 
-``pytorch_lightning`` is a package of its own, with classes that do not mix with those of ``lightning.pytorch``. This
-module has what ``lightning_fedscale`` has, for them.
+``pytorch_lightning`` is a separate package, whose classes do not mix with those of ``lightning.pytorch``. This module
+provides for it what ``lightning_fedscale`` provides for ``lightning.pytorch``.
 
-There is one source: ``lightning_fedscale.pytorch_lightning.NAME`` is read from the file of ``lightning_fedscale.NAME``
-with other imports, those of Lightning and those of parts that know Lightning. Parts that do not (partitioners, servers,
-aggregators, device classes, records, ...) are the very same modules, so their objects serve both. Line numbers stay, so
-tracebacks and debuggers show the real files, and what is pickled finds its class in other processes.
+There is one source: ``lightning_fedscale.pytorch_lightning.NAME`` is read from the file of ``lightning_fedscale.NAME``;
+its imports of Lightning, and of parts that use Lightning, are replaced. Parts that do not use Lightning (partitioners,
+servers, aggregators, device classes, records, ...) are the same modules, so their objects work with both. Line numbers
+are kept, so tracebacks and debuggers show the real files, and pickled objects find their class in other processes.
 
 Example:
     >>> from lightning_fedscale.pytorch_lightning import FederatedStrategy, callbacks
@@ -65,7 +65,7 @@ __all__ = [
     "schedules",
     "server",
 ]
-__path__: list[str] = []  # the modules below this one are no files
+__path__: list[str] = []  # the modules below this one have no files
 
 _PACKAGE = __name__.rpartition(".")[0]
 _TWINS = {"lightning.pytorch": "pytorch_lightning", "lightning.fabric": "lightning_fabric"}
@@ -74,7 +74,7 @@ KNOW_LIGHTNING = {"callbacks", "core", "strategy", "study"}
 
 
 def _twin_of(module: str) -> str:
-    """What to import instead of a module."""
+    """Return the name of the module to import instead."""
     for one, other in _TWINS.items():
         if module == one or module.startswith(one + "."):
             return other + module.removeprefix(one)
@@ -83,7 +83,7 @@ def _twin_of(module: str) -> str:
 
 
 class _OtherImports(ast.NodeTransformer):
-    """Replaces what a source imports; everything stays on its line."""
+    """Replaces the imports of a source; everything stays on its line."""
 
     def visit_Import(self, node: ast.Import) -> ast.Import:  # import lightning.pytorch as pl
         for alias in node.names:
@@ -105,7 +105,7 @@ class _OtherImports(ast.NodeTransformer):
 
 
 class _TwinLoader(SourceFileLoader):
-    """Runs a file with other imports; not by way of ``__pycache__``, which is the original's."""
+    """Runs a file with replaced imports, without ``__pycache__``, which belongs to the original."""
 
     def get_code(self, fullname: str) -> CodeType:
         path = self.get_filename(fullname)
@@ -114,7 +114,7 @@ class _TwinLoader(SourceFileLoader):
 
 
 class _SameModule(Loader):
-    """A module that needs no twin is itself."""
+    """Loads a module that needs no copy: the original itself."""
 
     def __init__(self, original: str) -> None:
         self._original = original
@@ -140,10 +140,10 @@ class _Finder(MetaPathFinder):
         return spec_from_file_location(fullname, loader=loader, submodule_search_locations=folders)
 
 
-# First, since the folders of twins are those of the originals.
+# First in the list, since the copies have the folders of the originals.
 sys.meta_path.insert(0, _Finder())
 
-# Typed as anything, since a type checker sees no files for them.
+# Typed as Any, since a type checker finds no files for them.
 callbacks: Any = import_module(f"{__name__}.callbacks")
 FederatedStrategy: Any = import_module(f"{__name__}.strategy").FederatedStrategy
 FederatedStrategy.register_strategies(StrategyRegistry)

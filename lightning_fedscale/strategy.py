@@ -72,72 +72,72 @@ class FederatedStrategy(ReusableStrategy):
     ``on_client_start``, ``on_client_end``, ``on_before_server_step``, ``on_server_step`` and ``on_round_end``; see
     `lightning_fedscale.callbacks.RoundEvents`.
 
-    A strategy object serves one Trainer after the other, and every ``fit`` starts afresh; it can be pickled and copied.
-    `register` gives a strategy with its arguments a name, for whoever builds several Trainers from one dict.
+    A strategy object can be reused for further Trainers, pickled and copied; every ``fit`` starts afresh. `register`
+    gives a strategy with its arguments a name, so that several Trainers can be built from one dict.
 
     ``last_round`` holds the `RoundRecord` of the finished round; its scalars are logged every round as ``round/...``.
 
     Args:
-        num_clients: number of clients. None takes the partitioner's or file's own number, and 10 for a partitioner
+        num_clients: number of clients. None takes the number of the partitioner or file, and 10 for a partitioner
             given by name; partitioners by natural id count the clients themselves.
-        clients_per_round: how many take part in a round: None for all, an int, or a fraction in (0, 1].
+        clients_per_round: clients that take part in a round: None for all, an int, or a fraction in (0, 1].
         partitioner: how the training data is divided: a name ("iid", "dirichlet", ...), the file of a saved partition
             ("hospitals.json"), an object from `lightning_fedscale.partitioners`, or a finished `Partition`.
         local_epochs: passes over its own data that a client makes in a round; "auto" is 1 unless ``local_steps`` is
             given.
-        local_steps: instead of ``local_epochs``, the number of batches; a client goes on in its data where it stopped
-            the last time. A function of the round's number gives every round its own, for a schedule
-            (`lightning_fedscale.schedules`) or to follow a `CriticalPhase`; it must say the same on every rank and
-            after a restart.
+        local_steps: number of local batches in a round, instead of ``local_epochs``; a client resumes its data where
+            it stopped in its previous round. A function of the round index sets the number for every round, for a
+            schedule (`lightning_fedscale.schedules`) or to follow a `CriticalPhase`; it must return the same number on
+            every rank and after a restart.
         rounds_per_epoch: rounds in a Trainer epoch.
-        sampler: who takes part, see `lightning_fedscale.samplers`.
-        local_rule: what a client does differently from plain local training: a name ("scaffold", ...) or an object from
+        sampler: selects the cohort of a round, see `lightning_fedscale.samplers`.
+        local_rule: changes a client's local training: a name ("scaffold", ...) or an object from
             `lightning_fedscale.local_rules`; None is FedAvg.
         aggregator: "mean" (weighted by samples), "uniform", or an object from `lightning_fedscale.aggregators`.
         server_optimizer: how the global model moves, see `lightning_fedscale.server`; None is plain FedAvg.
-        compressor: makes clients' updates small on their way up, see `lightning_fedscale.compressors`; also by name.
-        downlink_compressor: makes the server's step small on its way down; all clients then move by what they decode,
-            and so does the global model.
-        privacy: clips updates and adds noise to their sum, and counts what that costs; see
+        compressor: compresses clients' updates on the uplink, see `lightning_fedscale.compressors`; also by name.
+        downlink_compressor: compresses the server's step on the downlink; clients and the global model then apply the
+            decoded step.
+        privacy: clips updates, adds noise to their sum and counts the privacy budget; see
             `lightning_fedscale.privacy`.
         personal: names of parameters and buffers that stay with each client, as patterns ("head.*"): FedPer, FedBN. In
-            the global model they keep the values with which the module was built. `local_rules.Ditto` gives each client
-            a whole model of its own besides. None or () is nothing.
-        buffers: what becomes of buffers at the end of a round, by patterns of names, of which the first that matches
+            the global model they keep the values with which the module was built. `local_rules.Ditto` additionally
+            gives each client a whole model. None or () is nothing.
+        buffers: how buffers are aggregated at the end of a round, by patterns of names; the first pattern that matches
             decides: "mean" over clients, "server" (as it is), "largest" (of the client with the most samples), "client"
             (stays with each, like ``personal``). Otherwise floats are averaged (with a warning unless they are running
-            statistics), integers and booleans but ``num_batches_tracked`` are those of the largest client, and vectors
+            statistics); integers and booleans, except ``num_batches_tracked``, are those of the largest client; vectors
             of spectral norm and other parametrizations are computed from the new weights.
         mode: "sync" waits for all clients of a round; "async" buffers updates as they arrive in simulated time, see
-            `lightning_fedscale.server.asynchrony.FedBuff`, which may also be given. Needs a ``population`` or
+            `lightning_fedscale.server.asynchrony.FedBuff`, which may also be given. "async" needs a ``population`` or
             ``FedBuff(seconds=...)`` to know how long clients take.
-        client_optimizer: "reset" gives every client a fresh optimizer each round; "keep" lets its state live on with
-            the client (DiLoCo, local SGD).
-        executor: how the clients of a rank train: "sequential", one after the other; "vectorized", many side by side in
-            one `torch.func.vmap`; "auto" tries both in the first round and keeps the faster.
-        clients_per_wave: most clients that train side by side; None takes as many as fit into memory.
-        verify_executor: whether, while clients train side by side, one of them is now and then held against the same
-            training alone (in rounds 1, 2, 4, 8 and so on, and after the module has changed); if they differ by more
-            than rounding, the round is repeated one client after the other, and so are all that follow. False trusts
-            the comparison that comes before the first such round.
-        cache_dataset: keep the training data on the device and cut batches out of it without a DataLoader: "auto" does
-            so for a plain `TensorDataset` with the default collate function if it fits, True for any dataset whose
+        client_optimizer: "reset" gives every client a fresh optimizer each round; "keep" keeps each client's optimizer
+            state between rounds (DiLoCo, local SGD).
+        executor: how the clients of a rank train: "sequential", one after the other; "vectorized", many at once in one
+            `torch.func.vmap`; "auto" times both in the first round and keeps the faster.
+        clients_per_wave: most clients that train at once if vectorized; None takes as many as fit into memory.
+        verify_executor: compare one client of a vectorized round with its sequential training, in rounds 1, 2, 4, 8 and
+            so on, and after the module has changed. If they differ by more than rounding, this round is repeated
+            sequentially and all later rounds are sequential. False relies on the comparison before the first vectorized
+            round alone.
+        cache_dataset: keep the training data on the device and slice batches out of it without a DataLoader: "auto"
+            does so for a plain `TensorDataset` with the default collate function if it fits, True for any dataset whose
             samples are tensors that do not change, False never.
         client_log_every_n: also log every n-th local batch's ``on_step`` values, as ``client/...`` over local batches;
-            None logs the last ones of each round only, as Lightning does.
-        client_state_memory: most memory for what clients keep between rounds, as bytes or "4GiB"; what exceeds it goes
-            to memory-mapped temporary files, least recently used first. "auto" is a quarter of what is free.
-        population: the hardware of the clients, simulated: each trains with the batch that its device holds, takes the
-            time that its device would, and may miss a deadline; see `lightning_fedscale.devices.Population`. Adds
+            None logs only the last values of each round, as Lightning does.
+        client_state_memory: most memory for the state that clients keep between rounds, as bytes or "4GiB"; the excess
+            goes to memory-mapped temporary files, least recently used first. "auto" is a quarter of the free memory.
+        population: simulated hardware of the clients: each trains with the batch that its device holds, takes the time
+            that its device would, and may miss a deadline; see `lightning_fedscale.devices.Population`. It adds
             ``round/simulated_seconds``, ``round/simulated_total`` and ``round/dropped``.
-        seed: everything random about the federation follows from it: cohorts, batch order, clients' own randomness.
+        seed: determines everything random about the federation: cohorts, batch order, clients' random numbers.
         accelerator: as for DDP; set by the Trainer.
         parallel_devices: as for DDP; set by the Trainer.
         cluster_environment: as for DDP; detected by the Trainer.
         checkpoint_io: writes checkpoints; None is an atomic writer.
         precision_plugin: as for DDP; set by the Trainer.
         process_group_backend: "gloo", "nccl", ...; None chooses by device.
-        timeout: how long ranks wait for each other; a round must not take longer on one rank than on another by this.
+        timeout: how long ranks wait for each other; the times of two ranks for a round must not differ by more.
         start_method: how Lightning starts the other processes: "popen", "fork", "spawn" or "forkserver".
 
     Raises:
@@ -235,7 +235,7 @@ class FederatedStrategy(ReusableStrategy):
         self._undo: ExitStack | None = None
 
     def __repr__(self) -> str:
-        # What the Trainer of the other Lightning package shows when it refuses this object.
+        # The Trainer of the other Lightning package shows this when it refuses the object.
         return f"<{refusals.of_package(type(self).__name__)}>"
 
     @property
@@ -245,42 +245,42 @@ class FederatedStrategy(ReusableStrategy):
 
     @property
     def partition(self) -> Partition | None:
-        """Which samples each client holds; None before ``fit`` has seen the data."""
+        """The samples of each client; None before ``fit`` has seen the data."""
         return None if self._federation is None else self._federation.partition
 
     @property
     def num_clients(self) -> int | None:
-        """Number of registered clients; None before ``fit`` has seen the data if these decide."""
+        """Number of clients; None before ``fit`` has seen the data if the data determine it."""
         return self._options.num_clients if self.partition is None else self.partition.num_clients
 
     @property
     def partitioner(self) -> Partitioner | Partition:
-        """What divides the data, or the division that was given."""
+        """The partitioner, or the finished partition that was given."""
         return self._options.partitioner
 
     @property
     def cohort_size(self) -> int | None:
-        """Number of clients that train in a round; None before ``fit`` has seen the data if these decide."""
+        """Number of clients that train in a round; None before ``fit`` has seen the data if the data determine it."""
         return None if self.num_clients is None else self._options.cohort_size(self.num_clients)
 
     @property
     def local_steps(self) -> int | None:
-        """Batches of a client in a round; None where passes are counted, or the number changes with the round."""
+        """Batches of a client in a round; None if ``local_epochs`` counts instead, or the number varies by round."""
         steps = self._options.local_steps
         return steps if isinstance(steps, int) else None
 
     @property
     def method(self) -> dict[str, Any]:
-        """How clients train and what becomes of it, by argument, in words: what makes two runs ones of one method."""
+        """Training and aggregation rules by argument, in words; runs with equal rules use the same method."""
         return method_of(self._options)
 
     @property
     def population(self) -> Population | None:
-        """The clients' simulated hardware, as it was given."""
+        """The simulated hardware of the clients, as it was given."""
         return self._options.population
 
     def population_table(self) -> pd.DataFrame:
-        """The population's device classes in numbers, one row each: clients, batch sizes, peak memory, simulated speed.
+        """Return the device classes, one row each: clients, batch sizes, peak memory and simulated speed.
 
         Raises:
             RuntimeError: without a population, or before ``fit`` has seen the data.
@@ -294,22 +294,22 @@ class FederatedStrategy(ReusableStrategy):
 
     @property
     def local_accumulation(self) -> int:
-        """Batches per optimizer step of a client, as the Trainer was asked for with ``accumulate_grad_batches``."""
+        """Batches per optimizer step of a client: the Trainer's ``accumulate_grad_batches``."""
         return 1 if self._federation is None else self._federation.local_accumulation
 
     def client_sizes(self, dataset: Any) -> IntArray:
-        """How many samples of a dataset each client would hold."""
+        """Return the number of samples of a dataset that each client would get."""
         return self._options.partition(dataset).sizes
 
     def divide_alike(self, dataset: Any, seed: int = 0) -> Partition:
-        """Further data, such as a validation set, divided as the training data are: each client gets what it trains on.
+        """Divide further data, such as a validation set, so that each client gets the kind of data it trains on.
 
-        See `lightning_fedscale.partitioners.Partitioner.divide_alike`; a `Partition` goes by the labels of both if
-        these are classes, else by sizes.
+        See `lightning_fedscale.partitioners.Partitioner.divide_alike`; for a `Partition`, the labels of both datasets
+        decide if these are classes, else the sizes.
 
         Raises:
             RuntimeError: before ``fit`` has seen the training data.
-            TypeError, ValueError: if the labels or ids that decide are not to be found.
+            TypeError, ValueError: if the labels or ids that decide cannot be found.
         """
         if self._federation is None or self.partition is None:
             raise RuntimeError("divide_alike: what clients train on is known once fit has begun.")
@@ -317,24 +317,24 @@ class FederatedStrategy(ReusableStrategy):
 
     @property
     def personal(self) -> tuple[str, ...] | Ditto | None:
-        """What each client has of its own: patterns of names, a whole model by `Ditto`, or None."""
+        """The personal part of each client: patterns of names, a whole model by `Ditto`, or None."""
         return self._options.rules.ditto or self._options.rules.own or None
 
     def personal_model(self, client: int) -> dict[str, Any] | None:
-        """A client's own model, as a state dict of the module, for ``FederatedStrategy(personal=...)``.
+        """Return a client's personal model as a state dict of the module; needs ``FederatedStrategy(personal=...)``.
 
-        Parameters and buffers that stay with the client are as its last round left them, the others are the global
-        model's; before its first round they all are. With `Ditto` it is the client's whole model. Between rounds and
+        Personal parameters and buffers are as the client's last round left them; the others, and all of them before
+        its first round, are the global model's. With `Ditto` it is the client's whole model. Call it between rounds or
         after ``fit``.
 
         Args:
             client: its number.
 
         Returns:
-            None if another rank has it, which is `holder_of`.
+            None if another rank has it; `holder_of` names that rank.
 
         Raises:
-            ValueError: if clients have no models of their own.
+            ValueError: if clients have no personal models.
             RuntimeError: before ``fit`` has seen the data.
             IndexError: if there is no such client.
         """
@@ -346,38 +346,38 @@ class FederatedStrategy(ReusableStrategy):
         return self._federation.personal_model(client)
 
     def holder_of(self, client: int) -> int | None:
-        """The rank that has what a client keeps between rounds; None if it makes no difference which rank is asked."""
+        """Return the rank that stores a client's state between rounds; None if any rank can be asked."""
         return None if self._federation is None else self._federation.holder(client)
 
     @property
     def server_optimizer(self) -> ServerOptimizer:
-        """How the server moves the global model."""
+        """The optimizer by which the server moves the global model."""
         return self._options.server_optimizer
 
     def weight_of(self, update: ClientUpdate) -> float:
-        """What a client counts in the aggregate, before normalisation."""
+        """Return the weight of a client in the aggregate, before normalisation."""
         return self._options.rules.weigh(update)
 
     def meter_clients(self, meter: Meter) -> None:
-        """For callbacks, in ``on_fit_start``: have every client's training metered, for ``RoundRecord.flops``.
+        """Meter every client's training, for ``RoundRecord.flops``; callbacks call this in ``on_fit_start``.
 
         Args:
-            meter: says what a client's training cost, on the rank that trained it.
+            meter: reports the cost of a client's training, on the rank that trained it.
         """
         assert self._federation is not None
         self._federation.meter = meter
 
     def first_batches(self) -> Iterator[tuple[int, Any]]:
-        """For callbacks, in ``on_round_start``: each client of this rank with the batch that it begins the round with.
+        """Yield each client of this rank with its first batch of the round; callbacks call this in ``on_round_start``.
 
-        The batches are on the device. They are made for this call; the round has its own, and draws the same random
-        numbers as without.
+        The batches are on the device. They are loaded for this call only: the round loads its own, with the same
+        random numbers as without this call.
         """
         return iter(()) if self._federation is None else self._federation.first_batches()
 
     # ---- processes
 
-    # A single process is rank 0 of 1, whatever the variables of a job's environment say or leave out.
+    # A single process is rank 0 of 1, whatever the environment variables of a job say.
 
     @property
     def global_rank(self) -> int:
@@ -391,7 +391,7 @@ class FederatedStrategy(ReusableStrategy):
 
     @property
     def node_rank(self) -> int:
-        """Number of its machine."""
+        """Number of this process's machine."""
         return super().node_rank if self._processes > 1 else 0
 
     @property
@@ -400,18 +400,18 @@ class FederatedStrategy(ReusableStrategy):
         return super().world_size if self._processes > 1 else 1
 
     def setup_distributed(self) -> None:
-        """Join the other ranks, if there are any, and draw the same random numbers as they."""
+        """Join the other ranks, if there are any, and take rank 0's random state."""
         if self._processes == 1:
             self.set_world_ranks()
             return
-        # Not from the last `seed_everything` anew, as with DDP: the ranks take up the global generators where rank 0
-        # has them, which is where a single process would be.
+        # DDP would seed again with the last `seed_everything`. Here all ranks take the generators' state of rank 0,
+        # which is that of a single process.
         drawn = randomness.capture(self.root_device)
         super().setup_distributed()
         randomness.restore(self.broadcast(drawn), self.root_device)
 
     def _setup_model(self, model: nn.Module) -> nn.Module:  # type: ignore[override]
-        # No DistributedDataParallel: clients must not exchange gradients. Same start on all ranks, that is all.
+        # No DistributedDataParallel, since clients must not exchange gradients: ranks only start with equal weights.
         if self._processes > 1:
             _sync_module_states(model)
         return model
@@ -419,7 +419,7 @@ class FederatedStrategy(ReusableStrategy):
     # ---- from fit to the first round
 
     def setup(self, trainer: pl.Trainer) -> None:
-        """Put the Trainer's steps on rounds, then set up model and optimizers as for a single device."""
+        """Make each Trainer step a round, then set up model and optimizers as for a single device."""
         if trainer.state.fn == TrainerFn.FITTING:
             self._close_fit()
             refusals.check_fit(
@@ -437,7 +437,7 @@ class FederatedStrategy(ReusableStrategy):
         super(DDPStrategy, self).setup(trainer)
 
     def setup_optimizers(self, trainer: pl.Trainer) -> None:
-        """Build the optimizers and note the state in which every new client finds them."""
+        """Build the optimizers and record the state in which every new client starts with them."""
         super().setup_optimizers(trainer)
         assert self.lightning_module is not None
         assert self._federation is not None
@@ -446,13 +446,13 @@ class FederatedStrategy(ReusableStrategy):
         self._federation.attach_optimizers(self.optimizers)
 
     def process_dataloader(self, dataloader: object) -> object:
-        """Replace the train loader by one whose items are rounds; others stay as they are."""
+        """Replace the train loader by one whose items are rounds; leave other loaders unchanged."""
         if self._federation is None or not self._trainer_of_fit.training:
             return dataloader
         return self._federation.attach_data(dataloader, self._share)
 
     def on_train_start(self) -> None:
-        """Refuse what only shows once loaders and schedulers are there.
+        """Refuse invalid loaders and schedulers, which exist only from here on.
 
         Raises:
             ValueError: with the reason and the remedy.
@@ -462,16 +462,16 @@ class FederatedStrategy(ReusableStrategy):
         self._federation.equip()
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
-        """Gradient accumulation happens inside clients; a round is never accumulated."""
+        """Move gradient accumulation into the clients; rounds are never accumulated."""
         trainer, federation = self._trainer_of_fit, self._federation
         assert federation is not None
         every = trainer.accumulate_grad_batches
         if not isinstance(every, NoAccumulation) and not trainer.fit_loop._skip_backward:
-            # A callback has set it, such as GradientAccumulationScheduler.
+            # A callback such as GradientAccumulationScheduler has set it.
             federation.local_accumulation, trainer.accumulate_grad_batches = every, NoAccumulation(1)
 
     def batch_to_device(self, batch: Any, device: torch.device | None = None, dataloader_idx: int = 0) -> Any:
-        """Move a batch; for the first of a round this is where the Trainer's loop ends and the client's begins."""
+        """Move a batch to the device; the first batch of a round starts the clients' training."""
         batch = super().batch_to_device(batch, device, dataloader_idx)
         return batch if self._federation is None else self._federation.first_batch_arrived(batch)
 
@@ -481,7 +481,7 @@ class FederatedStrategy(ReusableStrategy):
         return self.lightning_module.trainer
 
     def _open_fit(self, trainer: pl.Trainer) -> None:
-        """Prepare the Trainer for rounds, and note how to put everything back."""
+        """Prepare the Trainer for rounds, and record how to undo the changes."""
         federation = Federation(trainer, self._options, self.global_rank, self._processes)
         self._federation, self._undo = federation, ExitStack()
         self._undo.callback(federation.end)
@@ -493,7 +493,7 @@ class FederatedStrategy(ReusableStrategy):
         for own in (RunBoard(self._options), RoundEnd(federation.end_round)):  # the end of the round first
             callbacks.insert(0, own)
             self._undo.callback(callbacks.remove, own)
-        callbacks.append(federation.requeue)  # what it saves has every callback's state after the round
+        callbacks.append(federation.requeue)  # last, so that it saves every callback's state after the round
         self._undo.callback(callbacks.remove, federation.requeue)
         self._set(trainer._signal_connector, "_slurm_sigusr_handler_fn", federation.requeue.hear)
         for logger in trainer.loggers:
@@ -501,13 +501,13 @@ class FederatedStrategy(ReusableStrategy):
                 self._set(logger, "_default_hp_metric", False)
         self._set(trainer, "accumulate_grad_batches", NoAccumulation(1))
         if self._processes > 1 and getattr(trainer, "_val_check_time_interval", None) is not None:
-            # By clocks of their own, one rank would validate and wait for the others, which train and wait for it.
+            # Clocks differ: one rank would validate and wait for the others, which train and wait for it.
             epoch_loop = trainer.fit_loop.epoch_loop
             is_time = epoch_loop._should_check_val_fx
             self._set(epoch_loop, "_should_check_val_fx", lambda fetcher: self.broadcast(is_time(fetcher)))
-        settings: Any = trainer  # these are set from outside the class, where mypy does not see them
+        settings: Any = trainer  # its attributes are set from outside the class, where mypy does not see them
         self._set(trainer, "log_every_n_steps", min(settings.log_every_n_steps, self._options.rounds_per_epoch))
-        # As a float it is a share of every client's batches; as an int it counts steps, that is rounds.
+        # A float is the fraction of every client's batches; an int counts steps, that is rounds.
         self._share = 1.0
         if settings.overfit_batches:
             self._share = settings.overfit_batches
@@ -517,10 +517,10 @@ class FederatedStrategy(ReusableStrategy):
             self._set(trainer, "limit_train_batches", 1.0)
 
     def _keep_samplers(self, trainer: pl.Trainer) -> None:
-        """No DistributedSampler where there is nothing to distribute, and none in the train loader.
+        """Keep Lightning from adding a DistributedSampler to the train loader, and to any loader in a single process.
 
-        For that Lightning builds the loader anew, which loses whether the user's one shuffles and fails for loaders of
-        the user's own kind that make their sampler themselves.
+        To add one, Lightning rebuilds the loader. This loses whether the user's loader shuffles, and fails for custom
+        loader classes that make their own sampler.
         """
         connector = trainer._data_connector
         requires = connector._requires_distributed_sampler
@@ -543,11 +543,11 @@ class FederatedStrategy(ReusableStrategy):
             self._undo = None
 
     def teardown(self) -> None:
-        """Put the Trainer back as it was; ``last_round`` and what checkpoints need stay readable."""
+        """Restore the Trainer; ``last_round`` and the state that checkpoints need stay readable."""
         if not self._refused:
             self._close_fit()
         super().teardown()
-        # Lightning ends the outermost writer only; one inside that writes in the background may not be done yet.
+        # Lightning ends only the outermost writer; an inner one that writes in the background may not be done yet.
         writer: Any = self._checkpoint_io
         while isinstance(writer, _WrappingCheckpointIO) and (writer := writer.checkpoint_io) is not None:
             writer.teardown()
@@ -555,44 +555,44 @@ class FederatedStrategy(ReusableStrategy):
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "_federation": None, "_undo": None}
 
-    # ---- a client is alone: inside it, collectives concern nobody else
+    # ---- collectives: inside a client they involve no other rank
 
     @property
     def _alone(self) -> bool:
         return self._federation is not None and self._federation.in_client
 
     def reduce(self, tensor: Tensor, group: Any = None, reduce_op: Any = "mean") -> Tensor:
-        """Reduce over ranks; inside a client, the client's own value."""
+        """Reduce over ranks; inside a client, return the client's own value."""
         if self._alone:
             return tensor
         if reduce_op in ("mean", "avg") and isinstance(tensor, Tensor) and not tensor.dtype.is_floating_point:
-            # Lightning rounds the mean of integers down, also that of the batch sizes by which it divides what was
-            # logged in an epoch; ranks hold any number of samples here, so the mean is rarely whole.
+            # Lightning rounds the mean of integers down, including the batch sizes by which it divides values logged
+            # in an epoch. Here ranks have different numbers of samples, so the mean is rarely an integer.
             tensor = tensor.to(torch.get_default_dtype())
         return super().reduce(tensor, group, reduce_op)
 
     def all_gather(self, tensor: Tensor, group: Any = None, sync_grads: bool = False) -> Tensor:
-        """Gather over ranks; inside a client, the client's own value."""
+        """Gather over ranks; inside a client, return the client's own value."""
         return tensor if self._alone else super().all_gather(tensor, group, sync_grads)
 
     def barrier(self, *args: Any, **kwargs: Any) -> None:
-        """Wait for all ranks; inside a client, for nobody."""
+        """Wait for all ranks; inside a client, do not wait."""
         if not self._alone:
             super().barrier(*args, **kwargs)
 
     def broadcast(self, obj: Any, src: int = 0) -> Any:
-        """Broadcast over ranks; inside a client, the client's own value."""
+        """Broadcast over ranks; inside a client, return the client's own value."""
         return obj if self._alone else super().broadcast(obj, src)
 
     def reduce_boolean_decision(self, decision: bool, all: bool = True) -> bool:
-        """Decide over ranks; inside a client, the client decides."""
+        """Decide over ranks; inside a client, return the client's own decision."""
         return decision if self._alone else super().reduce_boolean_decision(decision, all)
 
     # ---- checkpoints
 
     @property
     def checkpoint_io(self) -> CheckpointIO:
-        """The user's, or an atomic one."""
+        """The user's checkpoint writer, or an atomic one."""
         if self._checkpoint_io is None:
             self._checkpoint_io = AtomicCheckpointIO()
         elif isinstance(self._checkpoint_io, _WrappingCheckpointIO):
@@ -604,31 +604,31 @@ class FederatedStrategy(ReusableStrategy):
         self._checkpoint_io = io
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
-        """The global model's state, also while a client trains."""
+        """Return the global model's state, even while a client trains."""
         state = super().lightning_module_state_dict()
         return state if self._federation is None else self._federation.global_state_dict(state)
 
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
-        """Load the global model in the precision of the Trainer, to which Lightning converts the module only later."""
+        """Load the global model in the Trainer's precision; Lightning would convert the module only later."""
         if isinstance(self.precision_plugin, DoublePrecision):
             assert self.lightning_module is not None
             self.precision_plugin.convert_module(self.lightning_module)
         super().load_model_state_dict(checkpoint, strict)
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
-        """Save with ``checkpoint["federated"]``; to be called on all ranks."""
-        # Without optimizers the federation is that of an earlier Trainer.
+        """Save with ``checkpoint["federated"]``; call it on all ranks."""
+        # Without optimizers, the federation belongs to an earlier Trainer.
         if self._federation is not None and self.optimizers and "optimizer_states" in checkpoint:
             state = self._federation.state_dict()
             if state is not None:
                 checkpoint["federated"] = state
             self._federation.rewind_checkpoint(checkpoint)
-            # The loader of rounds has no state; with this entry a plain Trainer would refuse to go on from here.
+            # The loader of rounds has no state; with this entry, a plain Trainer would refuse to resume.
             checkpoint["loops"]["fit_loop"]["state_dict"].pop("combined_loader", None)
         super().save_checkpoint(checkpoint, filepath, storage_options)
 
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
-        """Restore optimizers and the federation's own state."""
+        """Restore the optimizers and the state of the federation."""
         assert self._federation is not None
         state = checkpoint.get("federated")
         if state is not None:
@@ -645,18 +645,18 @@ class FederatedStrategy(ReusableStrategy):
 
     @classmethod
     def register(cls, name: str, *, override: bool = False, **arguments: Any) -> None:
-        """Give a strategy with these arguments a name: ``Trainer(strategy=name)``, in any library, builds a new one.
+        """Register a name for these arguments, so that ``Trainer(strategy=name)``, in any library, builds the strategy.
 
         The name is known to Trainers of the package that this class is for: ``lightning.pytorch``, or
         ``pytorch_lightning`` for ``lightning_fedscale.pytorch_lightning.FederatedStrategy``.
 
         Args:
-            name: what ``Trainer(strategy=...)`` will be given; case does not matter, as for all strategies.
-            override: replace a strategy that has this name already; the same arguments once more need no leave.
-            **arguments: those of the strategy; they are checked at once.
+            name: the name to pass as ``Trainer(strategy=...)``; case does not matter, as for all strategies.
+            override: replace a strategy that already has this name; registering the same arguments again is allowed.
+            **arguments: arguments of the strategy; they are checked immediately.
 
         Raises:
-            TypeError: for an argument that there is not, or one of the wrong kind.
+            TypeError: for an unknown argument, or one of the wrong kind.
             ValueError: for a wrong value, or a name that is taken.
 
         Example:
@@ -668,13 +668,13 @@ class FederatedStrategy(ReusableStrategy):
         if not isinstance(name, str) or not name.strip():
             raise TypeError(f"name={name!r}: pass a word for Trainer(strategy=...), such as 'fed5'.")
         checks.known_arguments(f"register({name!r})", cls, arguments)
-        cls(**arguments)  # raises what it would in the Trainer
-        name, written = name.lower(), repr(arguments)  # small letters, as the Trainer makes them
+        cls(**arguments)  # raises the same errors as in the Trainer
+        name, written = name.lower(), repr(arguments)  # lower case, as in the Trainer
         if name == "auto":
             raise ValueError("name='auto' is a strategy already: choose another one.")
         if name in StrategyRegistry and not override:
             known = StrategyRegistry[name]
-            if (known["strategy"], known["description"]) != (cls, written):  # a notebook's cell runs more than once
+            if (known["strategy"], known["description"]) != (cls, written):  # a notebook cell may run again
                 raise ValueError(f"name={name!r} is a strategy already: choose another one, or pass override=True.")
         StrategyRegistry.register(name, cls, description=written, override=True, **arguments)
 

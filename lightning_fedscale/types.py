@@ -1,4 +1,4 @@
-"""The values that rooms hand to each other. No behaviour beyond reading them."""
+"""Values that the parts of the package exchange. They have no behaviour beyond being read."""
 
 from __future__ import annotations
 
@@ -18,21 +18,21 @@ IntArray: TypeAlias = npt.NDArray[np.int64]
 FloatArray: TypeAlias = npt.NDArray[np.float64]
 
 NAMESPACES = ("round", "client", "clients", "personal", "phase", "probe", "compute")
-"""What the names of logged values begin with that are not the user's."""
+"""Prefixes of the logged values that are not the user's."""
 
 Cursor: TypeAlias = tuple[int, int]
-"""Where a client's data goes on: (pass over its data, batch within that pass)."""
+"""Where a client resumes its data: (pass over its data, batch within that pass)."""
 
 
 SIDE = 7
-"""How many numbers there are in `RoundRecord.side`."""
+"""Length of `RoundRecord.side`."""
 
 
 class ClientCost(NamedTuple):
-    """What a client's local training cost, as a meter says.
+    """The cost of a client's local training, as reported by a meter.
 
     Attributes:
-        forward: FLOPs of its forward passes, those besides its training too: of a gradient that a local rule asks for.
+        forward: FLOPs of its forward passes, including those for further gradients that a local rule needs.
         backward: FLOPs of its backward passes, likewise.
         optimizer: operations of its optimizer, and of what is added to its gradients.
         tokens: tokens, or samples, that it trained on.
@@ -44,7 +44,7 @@ class ClientCost(NamedTuple):
     tokens: float = 0.0
 
     def plus(self, other: ClientCost) -> ClientCost:
-        """Both together.
+        """Add two costs.
 
         Example:
             >>> ClientCost(forward=2.0, tokens=1.0).plus(ClientCost(backward=4.0))
@@ -54,7 +54,7 @@ class ClientCost(NamedTuple):
 
 
 class ClientUpdate(NamedTuple):
-    """What a client sends to the server at the end of its local training.
+    """The update that a client sends to the server at the end of its local training.
 
     Attributes:
         client: index of the client, 0 to ``num_clients - 1``.
@@ -63,13 +63,13 @@ class ClientUpdate(NamedTuple):
             It is a scratch buffer: copy it to keep it.
         norm: L2 norm of the trainable part; not finite when any element of ``delta`` is not, or when the client had no
             batch to train on.
-        held: number of samples that the client holds (FedAvg's weight).
+        held: number of samples of the client (FedAvg's weight).
         samples: number of samples that it trained on in this round, every pass counted.
         steps: number of local batches.
         loss: mean training loss per sample over the round, NaN when ``training_step`` returned none.
         seconds: time the client took on its rank.
-        cost: of its training; None unless somebody meters.
-        optimizer_steps: number of optimizer steps; 0 in manual optimization, where nobody counts them.
+        cost: cost of its training; None without a meter.
+        optimizer_steps: number of optimizer steps; 0 in manual optimization, where they are not counted.
     """
 
     client: int
@@ -85,23 +85,23 @@ class ClientUpdate(NamedTuple):
 
     @property
     def finite(self) -> bool:
-        """Whether the server may use the update; one that is not finite is left out of the round."""
+        """Whether the server may use the update; a non-finite one is left out of the round."""
         return math.isfinite(self.norm)
 
     @property
     def without_batches(self) -> bool:
-        """Whether the client could not train, since all its batches are None; it is left out as well."""
+        """Whether the client could not train, since all its batches are None; it is left out too."""
         return not self.finite and not self.steps
 
 
 class Cohort(NamedTuple):
-    """Who takes part in a round, for rules that need to know.
+    """The clients that take part in a round.
 
     Attributes:
         round: index of the round, from 0.
-        clients: the clients, ascending; those whose update is not finite among them. There may be none.
-        registered: number of registered clients, most of which may not take part.
-        trainable: how many of a delta's elements belong to trainable parameters: the first ones.
+        clients: the clients, ascending, including those whose update is not finite; possibly empty.
+        registered: number of all clients, most of which may not take part.
+        trainable: number of elements of a delta that belong to trainable parameters; they come first.
         seed: the strategy's seed.
     """
 
@@ -112,19 +112,19 @@ class Cohort(NamedTuple):
     seed: int
 
     def place(self, client: int) -> int:
-        """Position of a client among ``clients``."""
+        """Return the position of a client in ``clients``."""
         return int(np.searchsorted(self.clients, client))
 
 
 class SimulatedRound(NamedTuple):
-    """A round on the clients' own hardware, as a population simulates it.
+    """A round on the clients' own hardware, as simulated by a population.
 
     Attributes:
-        seconds: until the server closed the round.
+        seconds: simulated time until the server closed the round.
         total: the same, summed over all rounds so far.
-        batch_sizes: of each client of the cohort.
-        client_seconds: of each client of the cohort, from the first byte received to the last byte sent.
-        dropped: clients that were asked but did not answer, came too late, or were not needed any more.
+        batch_sizes: batch size of each client of the cohort.
+        client_seconds: time of each client of the cohort, from the first byte received to the last byte sent.
+        dropped: clients that were selected but did not answer, were late, or were no longer needed.
     """
 
     seconds: float
@@ -136,44 +136,43 @@ class SimulatedRound(NamedTuple):
 
 @dataclass(frozen=True)
 class RoundRecord:
-    """What happened in a finished round; the same on every rank, as ``trainer.strategy.last_round``.
+    """The record of a finished round, ``trainer.strategy.last_round``; it is the same on every rank.
 
-    Arrays have one entry per client of the cohort, in the order of ``clients``; none in a round that nobody took part
-    in.
+    Arrays have one entry per client of the cohort, in the order of ``clients``; they are empty if no client took part.
 
     Attributes:
         round: index of the round, from 0.
         clients: the cohort, ascending.
         ranks: rank that trained each client.
-        weights: share of each client in the aggregate; sums to 1, zero for rejected clients.
-        samples: samples trained on, every pass counted.
-        local_steps: local batches.
+        weights: weight of each client in the aggregate; they sum to 1, and rejected clients have zero.
+        samples: samples each client trained on, every pass counted.
+        local_steps: local batches of each client.
         losses: mean training loss of each client, NaN when unknown.
         delta_norms: L2 norm of each client's pseudo-gradient over trainable parameters; NaN when rejected.
         client_seconds: time each client took.
-        rejected: clients left out because their update was not finite, or because all their batches were None.
+        rejected: clients left out because their update was not finite, or all their batches were None.
         loss: mean training loss per sample over accepted clients, NaN when unknown.
         delta_norm: L2 norm of the aggregated pseudo-gradient.
         drift: root-mean-square distance of client deltas from their mean, relative to the mean's norm:
             ``sqrt(sum_k p_k |delta_k|^2 - |mean|^2) / |mean|``; below about 1e-7 it is rounding.
-        upload_bytes: bytes that all clients would send: compressed, or in the model's own precision.
+        upload_bytes: bytes that all clients would send: compressed, or in the precision of the model.
         download_bytes: bytes that the server would send to them.
-        seconds: from the first batch to the collective, on the slowest rank.
-        padding: share of the waves' room in which no client trained, since those side by side have unequal numbers of
-            batches; 0 when clients train one after the other.
-        idle: share of the ranks' time spent waiting for the slowest one, 0 to 1.
+        seconds: time from the first batch to the collective, on the slowest rank.
+        padding: fraction of unused slots in vectorized training, where clients have unequal numbers of batches; 0 when
+            clients train sequentially.
+        idle: fraction of the ranks' time spent waiting for the slowest one, 0 to 1.
         simulated: the round on the clients' own hardware; None without a population.
-        forward_flops: FLOPs of each client's forward passes, all that its local rule or personal model asks for among
-            them; like all costs here zeros unless somebody meters.
+        forward_flops: FLOPs of each client's forward passes, including those of its local rule or personal model; like
+            all costs here, zeros without a meter.
         backward_flops: FLOPs of its backward passes.
         optimizer_flops: operations of its optimizer, and of what a local rule adds to its gradients.
         tokens: tokens, or samples, that it trained on.
-        operations: of the local rule, compressors and privacy upon all updates, element by element.
-        side: what all ranks spent on evaluation and on probing since the round before; the standard error of the FLOPs
-            of clients' training; how many of their batches were counted, and how many there were; sums of active
-            parameters times tokens, and of these tokens.
-        epsilon: differential privacy's budget that is spent; None without.
-        staleness: how many rounds ago each client had started; None unless training is asynchronous.
+        operations: element-wise operations of the local rule, compressors and privacy on all updates.
+        side: FLOPs of all ranks for evaluation, and for probing, since the previous round; the standard error of the
+            FLOPs of clients' training; the number of their batches that were counted, and of all their batches; the sum
+            of active parameters times tokens, and of these tokens.
+        epsilon: privacy budget spent so far; None without differential privacy.
+        staleness: number of rounds since each client started; None unless training is asynchronous.
     """
 
     round: int
@@ -206,12 +205,12 @@ class RoundRecord:
 
     @property
     def empty(self) -> bool:
-        """Whether no client's update counts: nobody took part, or all who did were left out."""
+        """Whether no update counts, because no client took part or all were left out."""
         return not (self.weights > 0).any()
 
     @property
     def spare(self) -> tuple[int, ...]:
-        """Always empty, since a rank without a client trains none; here for scripts that read it."""
+        """Always empty: a rank without a client trains none. Kept for scripts that read it."""
         return ()
 
     @property
@@ -220,7 +219,7 @@ class RoundRecord:
         return self.forward_flops + self.backward_flops
 
     def metrics(self) -> dict[str, float]:
-        """The scalars that are logged every round, by their logged names; an unknown loss is left out."""
+        """Return the scalars that are logged every round, by logged name; an unknown loss is left out."""
         values = {
             "round/loss": self.loss,
             "round/clients": float(len(self.clients) - len(self.rejected)),
