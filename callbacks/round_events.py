@@ -14,24 +14,24 @@ if TYPE_CHECKING:
 class RoundEvents(Callback):
     """A callback with the hooks that `FederatedStrategy` adds to Lightning's own; here they do nothing.
 
-    Any callback may define any of them and is told. This base only gives their names and types, for reading and for
-    completion in editors. ``on_client_start`` and ``on_client_end`` run only on the rank that trains the client, the
-    others on every rank:
+    Any callback may define any of these hooks, and they are called. This base class only gives their names and types,
+    for readers and for completion in editors. ``on_client_start`` and ``on_client_end`` run only on the rank that
+    trains the client, the others on every rank:
 
         on_round_start
             on_client_start     the module holds the global weights
             on_client_end       the module holds this client's weights
             ...                 once for each client of the cohort that this rank trains
         on_before_server_step   all updates are aggregated
-        on_server_step          the server optimizer has made its step of that
+        on_server_step          the server optimizer has computed its step from them
         on_round_end            the module holds the new global weights, the Trainer has counted the round
 
-    A callback that defines ``on_probe(trainer, batch=None, flops=0.0)`` is told when another one runs a training step
-    on the side, with such a batch or of so many FLOPs; one that defines ``on_client_evaluation(trainer, batch)``, when
-    another one is about to run ``validation_step`` on a batch of a client's own data. It may return a context manager,
-    which is then active meanwhile.
+    If a callback defines ``on_probe(trainer, batch=None, flops=0.0)``, it is called when another callback runs an extra
+    training step, with such a batch or of so many FLOPs. ``on_client_evaluation(trainer, batch)`` is called before
+    another callback runs ``validation_step`` on a batch of a client's own data; it may return a context manager, which
+    is active during that step.
 
-    ``pl_module.log`` works in ``on_round_end``; in the others Lightning refuses it.
+    ``pl_module.log`` works in ``on_round_end``; Lightning refuses it in the others.
 
     Example:
         >>> class Diary(RoundEvents):
@@ -40,28 +40,28 @@ class RoundEvents(Callback):
     """
 
     def on_round_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, round: int, clients: IntArray) -> None:
-        """Round ``round``, counted from 0, begins with this cohort, ascending; the same on every rank."""
+        """Run when round ``round`` (from 0) begins with this cohort, ascending; both are the same on every rank."""
 
     def on_client_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, client: int) -> None:
-        """Client ``client`` begins its local training on this rank."""
+        """Run when client ``client`` begins its local training on this rank."""
 
     def on_client_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, update: ClientUpdate) -> None:
-        """A client has trained on this rank; ``update.delta`` is a scratch buffer, copy it to keep it."""
+        """Run when a client has trained on this rank; ``update.delta`` is a scratch buffer: copy it to keep it."""
 
     def on_before_server_step(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, record: RoundRecord, delta: Params
     ) -> None:
-        """The server is about to step along the aggregated ``delta``, which may be changed in place.
+        """Run before the server steps along the aggregated ``delta``, which may be changed in place.
 
-        What is done to it must be the same on every rank. The record is that of the round, with the delta's norm as it
-        comes in. Not called in rounds in which nothing may learn.
+        Any change must be the same on every rank. The record is that of the round, with the norm of the unchanged
+        delta. This hook is not called in rounds in which nothing may learn.
         """
 
     def on_server_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule, step: Params) -> None:
-        """The global model is about to move by minus ``step``, which may be changed in place, equally on every rank."""
+        """Run before the global model moves by ``-step``, which may be changed in place, equally on every rank."""
 
     def on_round_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, record: RoundRecord) -> None:
-        """The server has moved the global model; the record is the same on every rank.
+        """Run when the server has moved the global model; the record is the same on every rank.
 
-        Runs just before ``on_train_batch_end``: a checkpoint saved here resumes with the next round.
+        This is just before ``on_train_batch_end``: a checkpoint saved here resumes with the next round.
         """

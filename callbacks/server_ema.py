@@ -16,24 +16,25 @@ from lightning_fedscale.utils import checks
 class ServerEMA(WeightAveraging):
     r"""Averages the global model over rounds: :math:`\zeta \leftarrow \rho\,\zeta + (1 - \rho)\, x`.
 
-    It begins with the model after the first round. Use it where the global model swings from round to round, as with
-    few clients a round or with `fed_exp`. Validation sees the average, checkpoints hold both, and after training the
-    module is the average, as with Lightning's own `EMAWeightAveraging`.
+    It begins with the model after the first round. Use it where the global model oscillates from round to round, as
+    with few clients per round or with `fed_exp`. Validation uses the average, checkpoints hold both models, and after
+    training the module holds the average, as with Lightning's own `EMAWeightAveraging`.
 
-    A round of more clients goes further and is less noisy, so the average should forget more at a time: with
-    ``reference_clients``, a round of :math:`m` clients has :math:`\rho^{m / m_0}`, the EMA scaling rule of arXiv
-    2307.13813 with clients in the place of samples. Then ``decay`` can be kept when ``clients_per_round`` changes, and
-    rounds of unequal size (Poisson sampling, drop-out) count as they should. Scale the server's learning rate as well.
+    A round of more clients moves further and is less noisy, so the average should forget more: with
+    ``reference_clients``, a round of :math:`m` clients has the decay :math:`\rho^{m / m_0}`, the EMA scaling rule of
+    arXiv 2307.13813 with clients instead of samples. Then ``decay`` need not change with ``clients_per_round``, and
+    rounds of unequal size (Poisson sampling, drop-out) count in proportion. Scale the server's learning rate as well.
 
     Args:
         decay: :math:`\rho`, 0 to below 1; the average remembers about ``1 / (1 - decay)`` rounds.
-        reference_clients: :math:`m_0`, the clients of the rounds that ``decay`` is meant for; None for any number.
-        device: where the average is kept; None is where the model is.
+        reference_clients: :math:`m_0`, the number of clients per round that ``decay`` is meant for; None applies
+            ``decay`` to any number.
+        device: device of the average; None is the model's.
         use_buffers: whether buffers are averaged too; integer ones are copied.
 
     Raises:
         TypeError: if an argument is not a number; when training starts, if the strategy is not a FederatedStrategy.
-        ValueError: if one is out of range.
+        ValueError: if an argument is out of range.
 
     Example:
         >>> ServerEMA(decay=0.99, reference_clients=10).decay_of(20)  # 0.99 ** 2
@@ -53,24 +54,24 @@ class ServerEMA(WeightAveraging):
         super().__init__(device=device, use_buffers=use_buffers, avg_fn=self._average)
 
     def decay_of(self, clients: int) -> float:
-        """What a round of so many clients keeps of the average."""
+        """Return the fraction of the average that a round of so many clients keeps."""
         return self._decay if self._reference is None else float(self._decay ** (clients / self._reference))
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Make the average."""
+        """Create the average."""
         if stage == "fit" and not isinstance(trainer.strategy, FederatedStrategy):
             raise TypeError(
                 f"ServerEMA averages over rounds, but strategy={type(trainer.strategy).__name__} has none: pass"
                 " Trainer(strategy=FederatedStrategy(...)), or use Lightning's EMAWeightAveraging."
             )
-        if trainer.global_step == 0:  # Lightning's own goes on counting where an earlier Trainer stopped
+        if trainer.global_step == 0:  # Lightning's class would continue the counts of an earlier Trainer
             self._latest_update_step, self._latest_update_epoch = 0, -1
         super().setup(trainer, pl_module, stage)
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Take in the global model of the round."""
+        """Update the average with the global model of the round."""
         assert isinstance(trainer.strategy, FederatedStrategy)
         if (record := trainer.strategy.last_round) is not None:
             self._decay_now = self.decay_of(len(record.clients) - len(record.rejected))

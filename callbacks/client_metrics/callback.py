@@ -1,4 +1,4 @@
-"""`ClientMetrics`: how well a model serves each client, on the client's own validation data."""
+"""`ClientMetrics`: evaluate a model on each client's own validation data."""
 
 from __future__ import annotations
 
@@ -33,44 +33,44 @@ _LESS_IS_BETTER = ("*loss*", "*err*", "*mse*", "*mae*", "*perplexity*", "*nll*")
 class ClientMetrics(Callback):
     """Evaluates the global model, or every client's personal one, on the clients' own validation data.
 
-    A good mean may hide clients that are served badly. Every ``every_n_rounds`` rounds your module's own
-    ``validation_step``, and the validation hooks around it, run for one client after the other, and what they log per
-    epoch, numbers and torchmetrics objects, becomes one value for each client. Logged of each name are, as
-    ``clients/NAME/...``, ``mean`` over clients, ``weighted_mean`` (by validation samples), ``worst10`` and ``best10``
-    (mean of the worst and of the best tenth of the clients), ``std``, and Jain's fairness index ``jain``
-    (`lightning_fedscale.utils.fairness`); ``clients/evaluated`` is how many were. They can be monitored:
+    A good mean may hide poorly served clients. Every ``every_n_rounds`` rounds, your module's own ``validation_step``
+    and the validation hooks around it run for each client separately. The numbers and torchmetrics objects that they
+    log per epoch become one value for each client. For each name, ``clients/NAME/...`` logs the ``mean`` over clients,
+    ``weighted_mean`` (by validation samples), ``worst10`` and ``best10`` (mean of the worst and of the best tenth of
+    the clients), ``std``, and Jain's fairness index ``jain`` (`lightning_fedscale.utils.fairness`);
+    ``clients/evaluated`` is the number of evaluated clients. They can be monitored:
     ``ModelCheckpoint(monitor="clients/val_acc/worst10", mode="max")``. TensorBoard also gets a histogram over clients,
-    a table of the ten worst, a chart of the mean between both tenths, and in the end a figure of all clients.
+    a table of the ten worst, a chart of the mean between both tenths, and at the end a figure of all clients.
 
-    **Whose data.** The Trainer's validation set is divided as the training data are: each client gets of every label
-    the share that it has of the training samples, with natural ids the samples of its id. Partitioners that look at no
-    label give everyone a random part, as does a `Partition` of data without classes. Clients that get none are left
-    out. It is divided once, when training begins.
+    **Data.** The Trainer's validation set is divided like the training data: of every label, each client gets the same
+    fraction as of the training samples; with natural ids it gets the samples of its id. Partitioners that use no labels
+    give each client a random part, as does a `Partition` of data without classes. Clients without samples are left out.
+    The set is divided once, when training begins.
 
-    **Which model.** The one that the next clients start from; `ServerEMA`'s average is not looked at.
+    **Model.** The global model from which the next clients start is evaluated, not the average of `ServerEMA`.
 
-    It costs the forward passes, and memory for a copy of the module, on which all that happens: training goes on bit
-    for bit as without this callback. Clients are shared among the ranks, which meet in one collective. Values do not
-    depend on their number, on the executor or on interruptions.
+    Evaluation costs the forward passes, and memory for a copy of the module. It runs on this copy and does not affect
+    training: results are bit-identical with and without it. The clients are distributed over the ranks, which need one
+    collective. Values do not depend on the number of ranks, the executor or interruptions.
 
     Args:
         every_n_rounds: evaluate after every so many rounds, and after the first one.
-        clients: how many are evaluated: None for all, a number, or a fraction in (0, 1]; others every time.
-        personal: evaluate what each client has of its own by ``FederatedStrategy(personal=...)`` instead of the global
-            model, and log it as ``personal/...``. None does so where layers stay with clients, since the global model
-            is not whole there, but not with `Ditto`, whose global model is. Two of these callbacks log both.
+        clients: clients to evaluate: None for all; a number, or a fraction in (0, 1], of clients drawn every time.
+        personal: evaluate each client's personal model, by ``FederatedStrategy(personal=...)``, instead of the global
+            model, and log it as ``personal/...``. None does so if layers stay with clients, since the global model is
+            then incomplete, but not with `Ditto`, whose global model is complete. Two of these callbacks log both.
         dataloaders: validation data instead of the Trainer's: a loader whose dataset is divided, or one loader for each
             client.
-        partitioner: how that dataset is divided instead: a name, a partitioner, or a `Partition` of it.
-        lower_is_better: patterns of names (as in a shell, in lower case) of which less is better; of others, more is. A
-            torchmetrics object that is logged knows for itself.
-        seed: of the choice of clients, of the division, and of what ``validation_step`` draws.
+        partitioner: another way to divide that dataset: a name, a partitioner, or a `Partition` of it.
+        lower_is_better: patterns of names (as in a shell, in lower case) whose lower values are better; for others,
+            higher ones are. A logged torchmetrics object decides for itself.
+        seed: seed of the selection of clients, of the partition, and of random numbers in ``validation_step``.
 
     Attributes:
         last: the `ClientReport` of the last evaluation, with every client's values; None before the first.
 
     Raises:
-        TypeError, ValueError: for arguments that cannot be; before the first round, if there is no data for it.
+        TypeError, ValueError: for invalid arguments; before the first round, if there is no data to evaluate on.
 
     Example:
         >>> from lightning.pytorch.demos.boring_classes import BoringModel
@@ -126,13 +126,13 @@ class ClientMetrics(Callback):
 
     @property
     def state_key(self) -> str:
-        """Two that evaluate different models keep apart what they save."""
+        """Key of the saved state; it differs between callbacks that evaluate different models."""
         return self._generate_state_key(personal=self._personal)
 
     # ---- hooks
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Refuse what can be seen before there is data."""
+        """Refuse invalid combinations that are known before there is data."""
         check_package(self, trainer)
         if stage != "fit":
             return
@@ -158,7 +158,7 @@ class ClientMetrics(Callback):
             self.last = None
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Find every client's data, and go on from the last evaluation if there was one."""
+        """Find every client's data, and publish the last evaluation of a resumed run."""
         self._data = own_data(trainer, self._loaders, self._partitioner, self._seed)
         self._table = ClientTable(self._is_higher_better, trainer.strategy.root_device)
         self._laid_out, self._warned = set(), set()
@@ -172,7 +172,7 @@ class ClientMetrics(Callback):
             publish(trainer, self.last.metrics(self._namespace))
 
     def on_round_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, record: RoundRecord) -> None:
-        """Evaluate, if it is time."""
+        """Evaluate if the round is due."""
         if record.round == 0 or (record.round + 1) % self._every == 0:
             self.last = self._evaluate(trainer, pl_module, record.round)
             self._show(trainer, self.last)
@@ -183,7 +183,7 @@ class ClientMetrics(Callback):
             draw_clients(trainer, self.last, self._namespace)
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        """As `teardown`, which the Trainer leaves out then."""
+        """Call `teardown`, which the Trainer skips after an exception."""
         self.teardown(trainer, pl_module, "fit")
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -193,15 +193,15 @@ class ClientMetrics(Callback):
             self._data = None
 
     def __getstate__(self) -> dict[str, Any]:
-        """What a copy has: all that was found out, and nothing that belongs to a Trainer."""
+        """Return the state of a copy: all results, but nothing that belongs to a Trainer."""
         return {**vars(self), "_data": None, "_table": None}
 
     def state_dict(self) -> dict[str, Any]:
-        """The last evaluation; the next ones need nothing of those before."""
+        """Return the last evaluation; further evaluations do not depend on earlier ones."""
         return {} if self.last is None else self.last.state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on from a checkpoint."""
+        """Resume from a checkpoint."""
         self.last = ClientReport.from_state(state_dict) if state_dict else None
 
     # ---- an evaluation
@@ -216,7 +216,7 @@ class ClientMetrics(Callback):
             with randomness.untouched():
                 mine = self._evaluate_mine(trainer, module, round, clients)
         except Exception as error:
-            failure = error  # the other ranks wait in the collective: there they are told
+            failure = error  # the other ranks wait in the collective, where they learn of it
         values = self._table.put_together(clients.tolist(), mine, failed=failure is not None)
         if failure is not None:
             raise failure
@@ -227,7 +227,7 @@ class ClientMetrics(Callback):
     def _evaluate_mine(
         self, trainer: pl.Trainer, module: pl.LightningModule, round: int, clients: IntArray
     ) -> dict[int, dict[str, Found]]:
-        """What the clients of this rank come to."""
+        """Evaluate the clients of this rank."""
         assert self._data is not None
         strategy, found = trainer.strategy, dict[int, dict[str, Found]]()
         assert isinstance(strategy, FederatedStrategy)
@@ -261,11 +261,11 @@ class ClientMetrics(Callback):
                 if work.held > 1:
                     raise
                 self._leave_out(work.client, error)
-                twin = ValidationTwin(trainer, module)  # nothing of what the step had begun
+                twin = ValidationTwin(trainer, module)  # a new copy, since the failed step may have changed this one
         return found
 
     def _leave_out(self, client: int, error: Exception) -> None:
-        """A module need not stand a batch of one, which the Trainer's own validation may never have."""
+        """Warn that a client is left out: its only sample is a batch of one, which a module need not support."""
         if (reason := type(error).__name__) not in self._warned:
             self._warned.add(reason)
             warnings.warn(
@@ -275,7 +275,7 @@ class ClientMetrics(Callback):
             )
 
     def _choose(self, round: int) -> IntArray:
-        """Who is evaluated, ascending."""
+        """Return the clients to evaluate, ascending."""
         assert self._data is not None
         there = self._data.sizes.nonzero()[0]
         if self._wanted is None:
@@ -285,7 +285,7 @@ class ClientMetrics(Callback):
         return np.sort(generator.choice(there, count, replace=False))
 
     def _places(self, strategy: FederatedStrategy, clients: IntArray) -> IntArray:
-        """The rank that evaluates each client; where a client has a model of its own, the one that holds it."""
+        """Return the rank that evaluates each client: for personal models, the rank that holds the client's model."""
         assert self._data is not None
         ranks = place_longest_first(self._data.sizes[clients], collectives.world_size())
         if self._evaluates_personal:
@@ -296,7 +296,7 @@ class ClientMetrics(Callback):
     def _is_higher_better(self, name: str, known: bool | None) -> bool:
         return not any(fnmatchcase(name.lower(), pattern) for pattern in self._less) if known is None else known
 
-    # ---- showing it
+    # ---- display
 
     @property
     def _namespace(self) -> str:

@@ -1,4 +1,4 @@
-"""Which validation data are whose, found and checked before training."""
+"""The validation data of each client, found and checked before training."""
 
 from __future__ import annotations
 
@@ -20,19 +20,19 @@ from lightning_fedscale.types import IntArray
 from lightning_fedscale.utils import randomness
 
 Loaders: TypeAlias = DataLoader[Any] | Sequence[DataLoader[Any]]
-"""One loader whose dataset is divided among the clients, or one for each client."""
+"""One loader whose dataset is partitioned, or one loader for each client."""
 
 
 class OwnData:
     """Every client's own validation data.
 
     Args:
-        loaders: a single one over the data of all clients, or one for each.
-        partition: which of a single loader's samples are whose; None if each client has a loader.
-        seed: of what loading and evaluating a client draws.
+        loaders: a single loader over the data of all clients, or one for each client.
+        partition: partition of a single loader's samples; None if each client has a loader.
+        seed: seed of the random numbers for loading and evaluating a client.
 
     Attributes:
-        sizes: samples of each client.
+        sizes: number of samples of each client.
     """
 
     def __init__(self, loaders: list[ClientLoader], partition: Partition | None, seed: int) -> None:
@@ -45,11 +45,11 @@ class OwnData:
             loader.drop_last = False  # a client's last batch may be its only one
 
     def of(self, clients: Sequence[int], round: int) -> Iterator[tuple[LocalWork, Iterator[Any]]]:
-        """Each of these clients with its batches, which must be taken to the end before the next client.
+        """Yield each client's work and its batches, which must be exhausted before the next client.
 
         Args:
-            clients: those that have data.
-            round: makes what they draw another every time.
+            clients: clients that have data.
+            round: index of the round; it varies the random numbers.
         """
         for number, mine in groupby(clients, lambda client: 0 if self._partition is not None else client):
             loader = self._loaders[number]
@@ -76,13 +76,13 @@ def own_data(
     """Find every client's validation data.
 
     Args:
-        trainer: in ``on_train_start``, with a `FederatedStrategy`.
-        loaders: the user's; None for the Trainer's validation loader.
-        partitioner: how a single loader's dataset is divided; None is as the training data.
-        seed: of the division.
+        trainer: the Trainer in ``on_train_start``, with a `FederatedStrategy`.
+        loaders: the user's loaders; None for the Trainer's validation loader.
+        partitioner: how a single loader's dataset is divided; None divides it like the training data.
+        seed: seed of the partition.
 
     Raises:
-        TypeError, ValueError: if they cannot be found; with the remedy.
+        TypeError, ValueError: if the data cannot be found; the message names the remedy.
     """
     strategy = trainer.strategy
     assert isinstance(strategy, FederatedStrategy)
@@ -114,12 +114,12 @@ def own_data(
 
 
 def _loader(given: Any, name: str) -> ClientLoader:
-    # The Trainer's validation has one tail, and here each client has one: a sample that a module may not judge alone.
+    # Here each client has a last batch. If that is a single sample, which a module need not support, it is merged.
     return ClientLoader(given, merge_single=True, name=f"ClientMetrics: {name}")
 
 
 def _trainers(trainer: pl.Trainer) -> Any:
-    """The Trainer's validation loader, also where the Trainer does not validate."""
+    """Return the Trainer's validation loader, even if the Trainer does not validate."""
     given: Any = trainer.val_dataloaders
     source = trainer.fit_loop.epoch_loop.val_loop._data_source
     if given is None and source.is_defined():
@@ -150,7 +150,7 @@ def _divided(
         if isinstance(partitioner, Partition):
             partition = partitioner
         else:
-            # A copy, since it may be the strategy's own, which holds the training data.
+            # A copy, since it may be the partitioner of the strategy, which holds the training data.
             mine = by_name(partitioner, count) if isinstance(partitioner, str) else copy.copy(partitioner)
             mine.dataset = dataset
             partition = mine.partition

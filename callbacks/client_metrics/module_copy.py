@@ -1,4 +1,4 @@
-"""A copy of the module that validates for one client after the other, and of which nobody else hears anything."""
+"""A copy of the module that validates each client in isolation."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ _HOOKS = (
 
 
 class Found(NamedTuple):
-    """What a client's validation logged under a name.
+    """The value that a client's validation logged under a name.
 
     Attributes:
-        value: the mean over its batches, as Lightning takes it, or what a torchmetrics object computes of all of them.
-        higher_is_better: what a torchmetrics object says of itself; None if it is not known.
+        value: the mean over its batches, as in Lightning, or the value that a torchmetrics object computes of them.
+        higher_is_better: as declared by a torchmetrics object; None if unknown.
     """
 
     value: float
@@ -38,12 +38,12 @@ class Found(NamedTuple):
 class ValidationTwin:
     """Runs ``validation_step`` and the module's hooks around it as Lightning does, once for each client.
 
-    What the module logs is put together by Lightning's own results, but by those of this client alone: no logger, no
-    progress bar and no other rank is told, and the module, its metrics and the Trainer stay as they are.
+    Logged values are reduced by Lightning's own results, separately for each client. They reach no logger, no progress
+    bar and no other rank, and the module, its metrics and the Trainer stay unchanged.
 
     Args:
-        trainer: the Trainer; the copy sees it as validating and cannot change it.
-        module: what is copied, with the weights it has now.
+        trainer: the Trainer; for the copy it is validating, and the copy cannot change it.
+        module: the module to copy, with its current weights.
 
     Raises:
         TypeError: if the module cannot be copied.
@@ -55,9 +55,9 @@ class ValidationTwin:
         self._precision = trainer.precision_plugin
         self._view = _Validating(trainer)
         self._twin._trainer = self._view
-        self._twin._metric_attributes = None  # by address, which those of the copy do not share
+        self._twin._metric_attributes = None  # keyed by address, and the metrics of the copy have others
         self._twin.print = _nothing
-        # Collections last: they put their groups of metrics that share a state together again.
+        # Collections last: their reset rebuilds the groups of metrics that share a state.
         kinds = (Metric, MetricCollection)
         self._metrics: list[Any] = [part for kind in kinds for part in self._twin.modules() if isinstance(part, kind)]
         for metric in self._metrics:  # other ranks have other clients
@@ -66,18 +66,18 @@ class ValidationTwin:
         self._takes_index = is_param_in_hook_signature(module.validation_step, "batch_idx", min_args=2)
 
     def load(self, state: Mapping[str, Any]) -> None:
-        """Take the weights of a state dict of the module."""
+        """Load the weights from a state dict of the module."""
         self._twin.load_state_dict(state)
 
     @torch.no_grad()
     def evaluate(
         self, batches: Iterable[Any], on_batch: Callable[[Any], AbstractContextManager[Any]] = nullcontext
     ) -> dict[str, Found]:
-        """What the module logs of a client's batches, by name.
+        """Return the values that the module logs for a client's batches, by name.
 
         Args:
-            batches: on the device; None is passed over.
-            on_batch: is told of each, and gives what is to be active while it is evaluated.
+            batches: batches on the device; None is skipped.
+            on_batch: returns, for each batch, a context manager to be active while it is evaluated.
         """
         results = self._view.open_results()
         for metric in self._metrics:
@@ -109,22 +109,22 @@ class ValidationTwin:
 
 
 class _Validating(TrainerView):
-    """The Trainer as the copy sees it: validating, with results of one client."""
+    """The Trainer as seen by the copy: validating, with results of one client."""
 
     def __init__(self, trainer: pl.Trainer) -> None:
         super().__init__(trainer)
-        # One object for good, since Lightning compares how a name is reduced from one `log` to the next.
+        # Always the same object, since Lightning compares a name's reduction from one `log` to the next.
         vars(self)["strategy"] = self.strategy
         vars(self).update(training=False, validating=True, _results=None, _logger_connector=_Connector())
 
     def open_results(self) -> Any:
-        """Empty results, for the next client."""
+        """Create empty results for the next client."""
         vars(self)["_results"] = results = _ResultCollection(training=False)
         return results
 
 
 class _Connector:
-    """What `LightningModule.log` asks of the Trainer's own: results are new for each client, so none is left over."""
+    """The part of the Trainer's connector that `LightningModule.log` uses; it resets nothing, since results are new."""
 
     _current_fx: str | None = None
 
@@ -133,7 +133,7 @@ class _Connector:
 
 
 def _read(results: Any) -> dict[str, Found]:
-    """The epoch's values that are single numbers."""
+    """Return the epoch's values that are single numbers."""
     found: dict[str, Found] = {}
     for result in results.values():
         if result.meta.on_epoch:
@@ -145,4 +145,4 @@ def _read(results: Any) -> dict[str, Found]:
 
 
 def _nothing(*values: Any, **options: Any) -> None:
-    """In place of ``print``."""
+    """Replace ``print``."""

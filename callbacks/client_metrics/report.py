@@ -1,4 +1,4 @@
-"""What clients' own validation data say of a model, and how loggers show it."""
+"""The results of an evaluation on clients' validation data, and their display in loggers."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _SHOWN = 10
-"""Clients that are named in the table and the figure of the worst ones."""
+"""Number of the worst clients that the table and the figure name."""
 
 
 @dataclass(frozen=True)
 class ClientReport:
-    """An evaluation on clients' own data; the same on every rank.
+    """An evaluation on clients' own data; it is the same on every rank.
 
     Attributes:
-        round: after which it was made, counted from 0.
-        clients: who was evaluated, ascending.
+        round: the round after which it was made, counted from 0.
+        clients: the evaluated clients, ascending.
         samples: validation samples of each of them.
-        values: of each of them by metric; NaN for those that did not log it.
-        higher_is_better: by metric, which end is the better one.
+        values: value of each of them by metric; NaN for those that did not log it.
+        higher_is_better: by metric, whether higher values are better.
     """
 
     round: int
@@ -40,7 +40,7 @@ class ClientReport:
     higher_is_better: dict[str, bool]
 
     def spread(self, metric: str) -> Spread | None:
-        """Over the clients that have a finite value; None if no client has one."""
+        """Return the spread over the clients that have a finite value; None if no client has one."""
         values = self.values[metric]
         known = np.isfinite(values)
         if not known.any():
@@ -49,14 +49,14 @@ class ClientReport:
         return spread(values[known].tolist(), weights, higher_is_better=self.higher_is_better[metric])
 
     def worst(self, metric: str, count: int = _SHOWN) -> list[tuple[int, int, float]]:
-        """The clients that are served worst: number, validation samples, value; those without a finite one first."""
+        """Return the worst clients as (number, validation samples, value); those without a finite value come first."""
         values = self.values[metric]
         badness = -values if self.higher_is_better[metric] else values
         order = np.argsort(-np.where(np.isfinite(values), badness, np.inf), kind="stable")[:count]
         return [(int(self.clients[i]), int(self.samples[i]), float(values[i])) for i in order]
 
     def plot(self, metric: str) -> Figure:
-        """Every client's value, the worst one first, with the worst tenth and the mean; numbers name the worst ten."""
+        """Plot every client's value, worst first, with the worst tenth and the mean; the worst ten are numbered."""
         from matplotlib.figure import Figure
 
         values = self.values[metric][np.isfinite(self.values[metric])]
@@ -76,7 +76,7 @@ class ClientReport:
         return figure
 
     def metrics(self, namespace: str) -> dict[str, float]:
-        """What is logged."""
+        """Return the values to log."""
         logged = {f"{namespace}/evaluated": float(len(self.clients))}
         for metric in self.values:
             if (over_clients := self.spread(metric)) is not None:
@@ -85,7 +85,7 @@ class ClientReport:
         return logged
 
     def state_dict(self) -> dict[str, Any]:
-        """As tensors and primitives."""
+        """Return the report as tensors and primitives."""
         return {
             "round": self.round,
             "clients": torch.from_numpy(self.clients),
@@ -96,14 +96,14 @@ class ClientReport:
 
     @classmethod
     def from_state(cls, state: dict[str, Any]) -> ClientReport:
-        """From what `state_dict` gave."""
+        """Restore a report from its `state_dict`."""
         values = {metric: values.numpy() for metric, values in state["values"].items()}
         clients, samples = state["clients"].numpy(), state["samples"].numpy()
         return cls(state["round"], clients, samples, values, state["higher_is_better"])
 
 
 def show_clients(trainer: pl.Trainer, report: ClientReport, namespace: str) -> None:
-    """A histogram over clients and a table of the worst ones, for each metric, where a logger takes them."""
+    """Log a histogram over clients and a table of the worst ones for each metric, to loggers that support them."""
     step = trainer.fit_loop.epoch_loop._batches_that_stepped
     for metric, values in report.values.items():
         known = values[np.isfinite(values)]
@@ -114,14 +114,14 @@ def show_clients(trainer: pl.Trainer, report: ClientReport, namespace: str) -> N
 
 
 def draw_clients(trainer: pl.Trainer, report: ClientReport, namespace: str) -> None:
-    """A figure of all clients, for each metric."""
+    """Log a figure of all clients for each metric."""
     for metric, values in report.values.items() if shows_figures(trainer) else ():
         if np.isfinite(values).any():
             show(trainer, f"{namespace}/{metric}/sorted", report.plot(metric))  # the histogram has the shorter name
 
 
 def lay_out_clients(trainer: pl.Trainer, report: ClientReport, namespace: str) -> None:
-    """The mean between the best and the worst tenth, one chart for each metric."""
+    """Add one chart for each metric: the mean between the best and the worst tenth."""
     charts: dict[str, list[Any]] = {}
     for metric, higher in report.higher_is_better.items():
         low, high = ("worst10", "best10") if higher else ("best10", "worst10")

@@ -1,4 +1,4 @@
-"""What each rank found of its clients, put together on all of them in one collective."""
+"""The values that each rank found for its clients, combined on all ranks in one collective."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from lightning_fedscale.utils import collectives
 class ClientTable:
     """A table of clients and metrics to which every rank contributes the rows of its clients.
 
-    Its columns are the names that any client of any rank has logged so far. If a rank meets a new one, all of them tell
-    each other their names and add up again; as a rule that is so in the first evaluation only.
+    Its columns are the names that any client of any rank has logged so far. If a rank finds a new name, all ranks
+    exchange their names and sum again; usually this happens only in the first evaluation.
 
     Args:
-        judge: whether more is better, from a name and what the metric says of itself.
-        device: where tensors cross ranks.
+        judge: returns whether higher is better, given a name and the ``higher_is_better`` of the metric.
+        device: device of the tensors that are sent between ranks.
 
     Attributes:
-        higher_is_better: by name; the columns.
+        higher_is_better: by name; its names are the columns.
     """
 
     def __init__(self, judge: Callable[[str, bool | None], bool], device: torch.device) -> None:
@@ -35,15 +35,15 @@ class ClientTable:
     def put_together(
         self, clients: Sequence[int], mine: Mapping[int, Mapping[str, Found]], *, failed: bool = False
     ) -> dict[str, FloatArray] | None:
-        """Every client's values by name; to be called on all ranks.
+        """Combine every client's values by name; call it on all ranks.
 
         Args:
-            clients: all that are evaluated, on any rank.
-            mine: what this rank found of some of them.
-            failed: whether this rank could not go on.
+            clients: all clients that are evaluated, on any rank.
+            mine: values of this rank's clients.
+            failed: whether this rank failed.
 
         Returns:
-            NaN for clients that did not log a name; None if a rank failed.
+            Values by name, NaN for clients that did not log it; None if a rank failed.
         """
         found = {name: each for logged in mine.values() for name, each in logged.items()}
         own = {name: self._judge(name, each.higher_is_better) for name, each in found.items()}

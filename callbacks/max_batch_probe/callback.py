@@ -1,4 +1,4 @@
-"""`MaxBatchProbe`: how large a batch fits, known before training starts."""
+"""`MaxBatchProbe`: find the largest batch that fits before training starts."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ from lightning_fedscale.utils.foreign import is_really
 from lightning_fedscale.utils.memory import format_bytes, free_memory, parse_bytes
 
 _WARM_UP = 3
-"""Steps or rounds that are not timed, since first ones take longer."""
+"""Steps or rounds at the beginning that are not timed, since they take longer."""
 
 _LAYOUT: Layout = {
     "MaxBatchProbe": {
@@ -49,40 +49,40 @@ _LAYOUT: Layout = {
 class MaxBatchProbe(Callback):
     """Finds the largest batch that fits, before training, and trains with it.
 
-    The peak memory of the module's own training step is predicted from tensors without contents: no trial and error,
-    no out-of-memory, right also for devices that are not here. On CUDA, at most two real steps on a copy of the module
-    then confirm and calibrate the prediction. Module, optimizers, generators, metrics, loaders and loop counters are
-    afterwards as if nothing had happened. All ranks agree on the smallest of what they found.
+    The peak memory of the module's own training step is predicted with fake tensors: without trial and error, without
+    out-of-memory errors, and also for devices that are not present. On CUDA, at most two real steps on a copy of the
+    module then confirm and calibrate the prediction. Afterwards module, optimizers, generators, metrics, loaders and
+    loop counters are restored. All ranks take the smallest batch size that any of them found.
 
-    Works with any single-device strategy, DDP, and `FederatedStrategy`, where it bounds the batch of every client; for
-    clients on different hardware see `Population`. Each process probes for itself: the batch size is that of one.
-    Memory of validation is not looked at. Of samples of unequal length the longest is probed.
+    It works with any single-device strategy, DDP, and `FederatedStrategy`, where it bounds the batch of every client;
+    for clients on different hardware see `Population`. Each process probes its own batch size. The memory of validation
+    is not considered. If samples have unequal lengths, the longest is probed.
 
     Args:
-        budget: memory that training may use: bytes, "8GiB", a `DeviceClass` or the name of one; "auto" for what is free
-            on each rank's device.
-        headroom: share of the budget to leave free.
-        verify: run real steps: "auto" does on CUDA. True on a CPU runs them in a child process whose address space is
-            limited to the budget.
+        budget: memory that training may use: bytes, "8GiB", a `DeviceClass` or the name of one; "auto" for the free
+            memory of each rank's device.
+        headroom: fraction of the budget to leave free.
+        verify: whether to run real steps; "auto" does on CUDA. True on a CPU runs them in a child process whose address
+            space is limited to the budget.
         apply: set the batch size where the project keeps it: attribute or hyperparameter of the data module or module,
-            else in the loader itself. False only reports, and never ends a training: what fails is one warning.
-        device_classes: for which the largest batch is reported as well, by name or as objects; None for those of the
-            strategy's population.
-        batch_arg_name: name under which the project keeps its batch size, if not a usual one.
-        make_batch: makes a batch of so many samples, where one cannot be made by collating the longest sample.
-        max_samples: largest batch that is wanted; None for as many samples as there are.
-        noise_scale: the gradient noise scale in samples, if known: then the fastest batch takes into account how many
-            steps each size needs.
+            else in the loader itself. False only reports, and never ends training: a failure is one warning.
+        device_classes: device classes for which the largest batch is also reported, by name or as objects; None for
+            those of the strategy's population.
+        batch_arg_name: name under which the project keeps its batch size, if it is an unusual one.
+        make_batch: returns a batch of so many samples, if collating the longest sample does not work.
+        max_samples: largest batch to consider; None for the number of samples.
+        noise_scale: the gradient noise scale in samples, if known: the fastest batch then accounts for the number of
+            steps that each size needs.
 
     Attributes:
-        result: a `ProbeResult` once ``fit`` has begun; also logged as ``probe/...`` and kept in checkpoints. A run that
-            is resumed goes on with the batch size of its checkpoint and does not probe again.
+        result: a `ProbeResult` once ``fit`` has begun; also logged as ``probe/...`` and saved in checkpoints. A resumed
+            run takes the batch size of its checkpoint and does not probe again.
         model: the `MemoryModel` of this rank; None after resuming.
-        times: the steps timed since training began, without the first few; `performance` makes a model of them.
+        times: the steps timed since training began, without the first few; `performance` fits a model to them.
 
     Raises:
-        TypeError, ValueError: for arguments that cannot be, and in ``fit``, with ``apply=True``: if not even one sample
-            fits, if there is no batch size to set, or if no batch can be made.
+        TypeError, ValueError: for invalid arguments; in ``fit`` with ``apply=True``, if not even one sample fits, if
+            there is no batch size to set, or if no batch can be made.
         RuntimeError: with ``apply=True``, if a step on a copy of the module fails.
 
     Example:
@@ -144,7 +144,7 @@ class MaxBatchProbe(Callback):
     # ---- hooks
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Probe, agree, set the batch size, report."""
+        """Probe, agree with the other ranks, set the batch size and report it."""
         check_package(self, trainer)
         self.model, self.times = None, StepTimes()
         with randomness.untouched():
@@ -177,25 +177,25 @@ class MaxBatchProbe(Callback):
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """Outside of federated rounds: a step begins."""
+        """Start timing a step; its time is used only without federated rounds."""
         self._begun = time.perf_counter()
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Outside of federated rounds: a step ends."""
+        """Record the time of a step, unless it is a federated round."""
         if not isinstance(trainer.strategy, FederatedStrategy) and batch_idx >= _WARM_UP:
-            with suppress(Exception):  # batches whose size nobody knows are not timed
+            with suppress(Exception):  # batches of unknown size are not timed
                 self._time(1, samples_in(batch), time.perf_counter() - self._begun)
 
     def on_round_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, record: RoundRecord) -> None:
-        """The clients of a round have been timed."""
+        """Record the times of the round's clients."""
         if record.round >= _WARM_UP:
             for row in zip(record.local_steps, record.samples, record.client_seconds, strict=True):
                 self._time(*map(float, row))
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Log what is known of step times."""
+        """Log the model of step times."""
         if not self.times.measurements:
             return
         step = self.times.fit()
@@ -207,9 +207,9 @@ class MaxBatchProbe(Callback):
             logger.log_metrics(metrics, step=trainer.global_step)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Draw what was found up to here, and time against batch size where it could be told."""
+        """Log the result again, and plot time against batch size if it is identified."""
         if self.result is not None:
-            self._log(trainer, self.result)  # TensorBoard's charts show nothing of a single value
+            self._log(trainer, self.result)  # TensorBoard's charts do not show a single value
         if not self.times.measurements or not (step := self.times.fit()).identified:
             return
         rank_zero_info(
@@ -222,7 +222,7 @@ class MaxBatchProbe(Callback):
             show(trainer, "probe/time", self.performance().plot(*self._duty(trainer)))
 
     def performance(self, sync: float | Callable[[int], float] = 0.0) -> PerformanceModel:
-        """The parallel performance model, from the steps of this run.
+        """Return the parallel performance model, fitted to the steps of this run.
 
         Args:
             sync: seconds that ranks or clients need to exchange the model, or a function of their number; see
@@ -235,25 +235,25 @@ class MaxBatchProbe(Callback):
         return PerformanceModel(self.times.fit(), sync, self._noise_scale, largest)
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        """As `teardown`, which the Trainer leaves out then."""
+        """Call `teardown`, which the Trainer skips after an exception."""
         self.teardown(trainer, pl_module, "fit")
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Take out what was put into the project for the run."""
+        """Undo the changes made to the project for the run."""
         if self._undo is not None:
             self._undo()
             self._undo = None
 
     def __getstate__(self) -> dict[str, Any]:
-        """What a copy has: all that was found out, and nothing that belongs to a Trainer, its module or its data."""
+        """Return the state of a copy: all results, but nothing that belongs to a Trainer, its module or its data."""
         return {**vars(self), "_undo": None, "model": None}
 
     def state_dict(self) -> dict[str, Any]:
-        """The result, for the checkpoint."""
+        """Return the result, for the checkpoint."""
         return {} if self.result is None else {"result": self.result.state_dict()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """The run goes on with the batch size it had."""
+        """Resume with the batch size of the checkpoint."""
         if (result := state_dict.get("result")) is not None:
             self._resumed = ProbeResult(**result)
 
@@ -266,7 +266,7 @@ class MaxBatchProbe(Callback):
         return self.performance().best_batch(*self._duty(trainer))
 
     def _duty(self, trainer: pl.Trainer) -> tuple[int, int]:
-        """How many train at once, and for how many steps before they exchange."""
+        """Return the number of ranks or clients that train at once, and of steps between two exchanges."""
         record = getattr(trainer.strategy, "last_round", None)
         if record is None:
             return trainer.world_size, 1
@@ -324,7 +324,7 @@ class MaxBatchProbe(Callback):
         )
 
     def _batches(self, data: TrainData) -> tuple[Any, Callable[[int], Any] | None, list[LargestSample]]:
-        """A batch of the largest samples, what makes others where it cannot be resized, and what was looked at."""
+        """Return a batch of the largest samples, a function for others if it cannot be resized, and those samples."""
         if self._make_batch is not None:
             return self._make_batch(2), self._make_batch, []
         make, note = data.largest()
@@ -337,16 +337,16 @@ class MaxBatchProbe(Callback):
                 f"collate_fn: of 2 samples and of 4 it makes {_rows(batch)} rows, so batches cannot be resized: pass"
                 " make_batch=, a function of the number of samples that returns such a batch."
             )
-        # What is no tensor, such as a list of names, has to keep its length in step: then batches are collated.
+        # Non-tensors, such as a list of names, would not be resized: then batches of other sizes are collated.
         return batch, None if _rows(batch) == 2 and _others(batch) == _others(other) is not None else make, note
 
     def _bytes(self, trainer: pl.Trainer, device: torch.device) -> int:
         if self._budget is not None:
             return self._budget
         free = free_memory(device)
-        if device.type == "cpu":  # which the processes of this machine share
+        if device.type == "cpu":  # the processes of this machine share its memory
             free //= max(1, getattr(trainer.strategy, "num_processes", 1))
-        # The model counts the module's own weights, and these are there already.
+        # The memory model includes the module's weights, which are already allocated.
         return free + _bytes_of(trainer.lightning_module)
 
     def _limit(self, trainer: pl.Trainer, data: TrainData) -> int | None:
@@ -355,7 +355,7 @@ class MaxBatchProbe(Callback):
             limits.append(max(1, math.ceil(samples / trainer.world_size)))
             if isinstance(trainer.strategy, FederatedStrategy):
                 sizes = trainer.strategy.client_sizes(data.loaders[0].dataset)
-                # Where tails are dropped, a larger batch would leave the smallest client without any.
+                # With drop_last, a larger batch would leave the smallest client without batches.
                 limits.append(int(sizes.min() if data.drops_tails else sizes.max()))
         return min((limit for limit in limits if limit is not None), default=None)
 
@@ -378,7 +378,7 @@ class MaxBatchProbe(Callback):
             self._tell(trainer, model.cost(batch).flops * (1 + _accumulation(trainer)))  # two optimizer steps
             return done
 
-        # Beside the module itself, which stays where it is.
+        # The module itself stays in memory next to its copy.
         return measure, int(free_memory(device) * (1 - self._headroom)) if device.type == "cuda" else None
 
     def _tell(self, trainer: pl.Trainer, flops: float) -> None:
@@ -391,7 +391,7 @@ class MaxBatchProbe(Callback):
     def _agree(
         self, trainer: pl.Trainer, work: Callable[[], tuple[ProbeResult, TrainData]]
     ) -> tuple[ProbeResult, TrainData]:
-        """The smallest batch of all ranks; what failed on one of them fails on all, and nobody waits in vain."""
+        """Return the smallest batch of all ranks; a failure on one is raised on all, so that none waits forever."""
         failure: Exception | None = None
         result: ProbeResult | None = None
         try:
@@ -475,7 +475,7 @@ def _check_strategy(trainer: pl.Trainer) -> None:
 
 
 def _rows(batch: Any) -> int | None:
-    """What all tensors of a batch have in their first dimension; None if there is no such number."""
+    """Return the size of the first dimension that all tensors of a batch share; None if there is none."""
     try:
         return samples_in(batch)
     except ValueError:
@@ -487,13 +487,13 @@ def _numbers(batch: Any) -> int:
 
 
 def _others(batch: Any) -> list[Any] | None:
-    """What is in a batch besides tensors; None if some of it may have a size of its own."""
+    """Return the non-tensors of a batch; None if one of them may have a size that varies."""
     found = [leaf for leaf in tree_leaves(batch) if not isinstance(leaf, Tensor)]
     return found if all(leaf is None or isinstance(leaf, (bool, int, float, str)) for leaf in found) else None
 
 
 def _reason(error: Exception) -> str:
-    """One line that says what failed and what to do."""
+    """Return one line that says what failed and what to do."""
     text = " ".join(str(error).split())
     if _is_ours(error):
         return text
@@ -510,7 +510,7 @@ def _clear(error: Exception) -> Exception:
 
 
 def _is_ours(error: Exception) -> bool:
-    """Whether this package raised it, and so explains itself; the project's and torch's errors need an introduction."""
+    """Return whether this package raised the error; those of the project and of torch need an introduction."""
     frame = error.__traceback__
     while frame is not None and frame.tb_next is not None:
         frame = frame.tb_next
@@ -518,7 +518,7 @@ def _is_ours(error: Exception) -> bool:
 
 
 def _accumulation(trainer: pl.Trainer) -> int:
-    """Batches per optimizer step, the most that there will ever be."""
+    """Return the largest number of batches per optimizer step during the run."""
     counts = [getattr(trainer.strategy, "local_accumulation", trainer.accumulate_grad_batches)]
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         if is_really(callback, GradientAccumulationScheduler):
@@ -527,7 +527,7 @@ def _accumulation(trainer: pl.Trainer) -> int:
 
 
 def _extras(trainer: pl.Trainer) -> dict[str, float]:
-    """What this strategy keeps beside module and optimizers, in bytes per exchanged number."""
+    """Return the memory of the strategy besides module and optimizers, in bytes per exchanged number."""
     if isinstance(trainer.strategy, FederatedStrategy):
         return dict(SIMULATED)
     if isinstance(trainer.strategy, DDPStrategy) and not trainer.strategy._ddp_kwargs.get("gradient_as_bucket_view"):
