@@ -1,6 +1,6 @@
-"""The commands at the end of a run that nothing is known of: a study of this very project, or a sweep.
+"""Commands to print at the end of a run without a study or a law: a study of this project, or a sweep.
 
-They can be run as they are printed, and name the run's own arguments, clients, partition and compute.
+They can be run as printed, and name the run's own arguments, clients, partition and compute.
 """
 
 from __future__ import annotations
@@ -24,20 +24,20 @@ from lightning_fedscale.scaling.tuning import RATES
 from lightning_fedscale.strategy import FederatedStrategy
 
 _SIZES = ("size", "width", "hidden_size", "hidden_dim", "d_model", "n_embd", "dim", "channels", "depth", "num_layers")
-"""What modules usually call the argument that makes them larger."""
+"""Usual names of the argument that sets a module's size."""
 _LARGER = re.compile(r"width|hidden|depth|size|dim|channels|features|units|embd|d_model|layers")
 _FIXED = re.compile(r"(^|_)(in|out|input|output|num|n|vocab|image|img|batch|kernel|patch|seq|target)(_|$)|classes")
 _FOLDER = "fedscale_sweep"
-_SCRIPTS = ("__main__", "__mp_main__")  # in its own process, and in those that it spawns
+_SCRIPTS = ("__main__", "__mp_main__")  # a script's module in its own process, and in those that it spawns
 
 
 def sweep_advice(trainer: pl.Trainer, module: pl.LightningModule, flops: float) -> str:
-    """How to get a study of these clients, or a law of this task, in words and as commands.
+    """Return how to get a study of these clients, or a law of this task, in words and as commands.
 
     Args:
-        trainer: of the run.
-        module: of the run.
-        flops: that the run took, and the study's and the largest runs of the sweep will.
+        trainer: Trainer of the run.
+        module: module of the run.
+        flops: FLOPs of the run, which are also those of the study and of the sweep's largest runs.
     """
     arguments = inspect.signature(type(module)).parameters
     argument = next((name for name in _SIZES if name in arguments), None)
@@ -58,7 +58,7 @@ def sweep_advice(trainer: pl.Trainer, module: pl.LightningModule, flops: float) 
         stands.append("my_package.MyDataModule is a LightningDataModule with a validation loader")
     else:
         takes = inspect.signature(type(data)).parameters
-        # A package's own has been given the data, whatever its defaults.
+        # A data module of an installed package was given the data, so all its arguments are needed.
         if needed := list(takes) if is_installed(type(data).__module__) else _missing(takes, None):
             data_path = _function(data, "make_data", "", needed, stands)
     current = _value(module, argument)
@@ -80,7 +80,7 @@ def sweep_advice(trainer: pl.Trainer, module: pl.LightningModule, flops: float) 
 
 
 class _Clients(NamedTuple):
-    """Flags that tell a command of the run's clients: for a study, and for a sweep."""
+    """Command-line flags that describe the run's clients: for a study, and for a sweep."""
 
     size: list[str]
     sweep: list[str]
@@ -108,7 +108,7 @@ _SAVED = "clients.json"
 
 
 def _value(module: pl.LightningModule, argument: str | None) -> int | None:
-    """The size of this module, if it tells."""
+    """Return the size of this module, if it is an attribute or hyperparameter."""
     if argument is None:
         return None
     found = module.hparams.get(argument, getattr(module, argument, None))
@@ -116,14 +116,14 @@ def _value(module: pl.LightningModule, argument: str | None) -> int | None:
 
 
 def _around(current: int | None) -> list[int]:
-    """Five sizes that span a decade in parameters and more."""
+    """Return five sizes that span at least a decade in parameters."""
     if current is None:
         return [8, 16, 32, 64, 128]
     return sorted({max(1, round(current * factor)) for factor in (0.125, 0.25, 0.5, 1, 2)})
 
 
 def _flags(what: str, made: Any, path: str | None, but: str | None = None) -> list[str]:
-    """The arguments that a class was given and remembers, as flags."""
+    """Return the hyperparameters that were passed to a class, as flags."""
     held = getattr(made, "hparams", None)
     if path is None or path != _path(made) or not held:
         return []
@@ -131,13 +131,13 @@ def _flags(what: str, made: Any, path: str | None, but: str | None = None) -> li
     given = {
         name: value for name, value in held.items()
         if name != but and name in takes and isinstance(value, (bool, int, float, str))
-        and repr(value) != repr(takes[name].default)  # which may be an array, and then has no one truth
+        and repr(value) != repr(takes[name].default)  # by repr, since comparing an array gives no single boolean
     }  # fmt: skip
     return [f"--{what}.{name}={shlex.quote(str(value))}" for name, value in given.items()]
 
 
 def _function(what: object, name: str, of: str, given: list[str], stands: list[str]) -> str:
-    """The path of a function that is to make something, which is explained; nobody adds one to an installed package."""
+    """Return the path of a function that the user is to add, and explain it; it is never in an installed package."""
     path, module = _path(what), type(what).__module__
     function = f"{'my_package' if path is None or is_installed(module) else module}.{name}"
     makes = f"makes {'the module' if path is None else path}" + (f" with its {', '.join(given)}" if given else "")
@@ -146,7 +146,7 @@ def _function(what: object, name: str, of: str, given: list[str], stands: list[s
 
 
 def _missing(arguments: Mapping[str, inspect.Parameter], known: str | None) -> list[str]:
-    """Arguments that must be given, but for one."""
+    """Return the required arguments except ``known``."""
     kinds = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
     return [
         name for name, each in arguments.items() if each.kind in kinds and each.default is each.empty and name != known
@@ -154,17 +154,17 @@ def _missing(arguments: Mapping[str, inspect.Parameter], known: str | None) -> l
 
 
 def _path(what: object) -> str | None:
-    """Where an object's class is imported from; None where that cannot be."""
+    """Return the import path of an object's class; None if it cannot be imported."""
     of = type(what)
     is_elsewhere = what is not None and of.__module__ not in _SCRIPTS and "<" not in of.__qualname__
     return f"{of.__module__}.{of.__qualname__}" if is_elsewhere else None
 
 
-# ---- projects that Hydra puts together
+# ---- projects that Hydra configures
 
 
 def _multirun(trainer: pl.Trainer, module: pl.LightningModule, flops: float) -> str | None:
-    """The project's own script over sizes, compute, clients and learning rates; None without Hydra."""
+    """Return a sweep of the project's own script over sizes, compute, clients, learning rates; None without Hydra."""
     if "hydra" not in sys.modules:
         return None
     from hydra.core.hydra_config import HydraConfig
@@ -173,7 +173,7 @@ def _multirun(trainer: pl.Trainer, module: pl.LightningModule, flops: float) -> 
     if not HydraConfig.initialized():
         return None
     hydra: Any = HydraConfig.get()
-    folder = OmegaConf.select(hydra, "runtime.output_dir")  # missing where a configuration is composed outside of a run
+    folder = OmegaConf.select(hydra, "runtime.output_dir")  # missing if a configuration is composed outside of a run
     file = Path(folder or "", hydra.output_subdir or "", "config.yaml")
     if folder is None or not file.is_file():
         return None
@@ -216,7 +216,7 @@ def _script(folder: str) -> list[str]:
 
 
 def _nodes(config: Any, path: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Everything with a target, by where it is."""
+    """Yield all nodes with a ``_target_``, with their paths."""
     if not isinstance(config, dict):
         return
     if "_target_" in config:
@@ -226,7 +226,7 @@ def _nodes(config: Any, path: str) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def _size(nodes: Mapping[str, dict[str, Any]], module: pl.LightningModule) -> dict[str, str] | None:
-    """What makes the model larger, with five values; other widths of the same network follow the first."""
+    """Return the argument that sets the model's size, with five values; other widths of the network follow it."""
     from hydra.utils import get_class
 
     parts = [type(part) for part in module.modules() if isinstance(part, nn.Module)]

@@ -1,4 +1,4 @@
-"""`ComputeAccounting`: what a run costs, and how far its model is from the best size for that."""
+"""`ComputeAccounting`: count the cost of a run, and compare its model with the best size for that compute."""
 
 from __future__ import annotations
 
@@ -45,63 +45,63 @@ from lightning_fedscale.utils import collectives
 from lightning_fedscale.utils.checks import integer
 
 _GROWTH = 1.02
-"""Compute must have grown so much for the next log: where points are closer, they only cost time."""
+"""Compute must grow by this factor before the next log, since closer points only cost time."""
 
 _LAST = 20
-"""Steps, or rounds, whose mean loss is compared with the law's."""
+"""Number of the latest steps, or rounds, whose mean loss is compared with the law's."""
 
 _LOOKS = 4
-"""After so many steps in which nothing was found to count, nothing will be."""
+"""Steps after which, if none had operations to count, none is expected to."""
 
 _UNCOUNTED = 0.01
-"""Share of time in operators of unknown cost from which on the count is doubted."""
+"""Fraction of time in operators of unknown cost above which a warning is given."""
 
 
 class ComputeAccounting(Callback):
-    """Counts what training costs, and says where the run stands against the best model size for that.
+    """Counts the cost of training, and compares the model with the best size for that compute.
 
-    FLOPs are counted while the module's own steps run: the first ones of every form of batch, then a sample of them,
-    and the others cost what these say; where they differ, with an interval (`Ledger.flops_interval`). They are added
-    up by client under `FederatedStrategy`, with any executor, by step under any other strategy. It logs, as
-    ``compute/...``, as often as the Trainer does, but no sooner than two percent more is spent. Ranks add up to one
-    ledger, which checkpoints keep, so that nothing is counted twice after an interruption. What Lightning's own tuner
-    and ``executor="auto"`` try out is not counted.
+    FLOPs are counted while the module's own steps run: the first steps of every batch signature, then a sample of them.
+    The other steps are estimated from these, with an interval if costs differ (`Ledger.flops_interval`). FLOPs are
+    summed by client under `FederatedStrategy`, with any executor, and by step under any other strategy. They are
+    logged as ``compute/...`` as often as the Trainer logs, but only after compute has grown by two percent. All ranks
+    share one ledger, which checkpoints save, so that nothing is counted twice after an interruption. The trials of
+    Lightning's tuner and of ``executor="auto"`` are not counted.
 
-    A scaling law makes a position of it: the best size for this compute and so many clients, the loss that the law
-    predicts there and here, and one sentence of advice at the end. A law holds for the data it was fitted on.
-    ``law="auto"`` takes the project's own, else Chinchilla's for language modelling, else none. There is no position,
-    but the counts and the reason, where a law says nothing of the run: more than 100 times outside of what it was
-    fitted on, with a loss of more than twice, or less than half, what it predicts, or with most parameters frozen. Then
-    a law of the task's own is to be fitted (`lightning_fedscale.scaling.fit`).
+    A scaling law turns the counts into a position: the best size for this compute and number of clients, the loss that
+    the law predicts for that size and for this one, and one sentence of advice at the end. A law holds for the data it
+    was fitted on. ``law="auto"`` takes the project's own, else Chinchilla's for language modelling, else none. If the
+    law does not apply, only the counts and the reason are reported: the run is more than 100 times outside of the
+    fitted range, its loss is more than twice, or less than half, the predicted one, or most parameters are frozen. Then
+    fit a law to the task (`lightning_fedscale.scaling.fit`).
 
-    What was measured counts for more: where ``fedscale size`` made a study of this partition, method and budget, its
-    result is the first sentence at the end.
+    Measurements take precedence: if ``fedscale size`` made a study of this partition, method and budget, the final
+    report begins with its result.
 
     Args:
         law: "auto", the name of a law, a file of `Fit.save`, a law, or None for counts only.
-        rho: what division among clients costs, ``C_eff = C clients**-rho``: 1 counts the average client's compute
-            (arXiv 2511.12188), 0 all of it; or the two ends of a span. "auto" takes the one that was measured with the
-            law, with its interval. Without, all of 0 to 1 is possible, and there is a verdict only where it is the same
-            everywhere.
-        clients: number of clients that the law is asked about. None counts those that train in a round, since those who
-            are registered and wait take no part of its data and compute; pass a number to ask about another division.
-        budget: FLOPs that the run is meant to take in all; the position is then that at its end, from now on at the
-            present ratio of tokens to FLOPs.
-        tokens_fn: a function of a batch: how many tokens are in it, as a number. It is asked of batches whose step is
-            counted. None counts the entries of the first tensor if these are integers in two dimensions, else samples.
+        rho: cost of dividing data among clients, ``C_eff = C clients**-rho``: 1 counts the average client's compute
+            (arXiv 2511.12188), 0 all of it; or the two ends of a span. "auto" takes the value measured with the law,
+            with its interval. Without one, the span is 0 to 1, and there is a verdict only if it is the same for the
+            whole span.
+        clients: number of clients to ask the law about. None takes those that train in a round, since the others get
+            none of its data and compute; pass a number to ask about another one.
+        budget: FLOPs that the run will take in total; the position is then that at its end, extrapolated at the present
+            ratio of tokens to FLOPs.
+        tokens_fn: function of a batch that returns its number of tokens; called for batches whose step is counted. None
+            counts the entries of the first tensor if these are integers in two dimensions, else samples.
         max_flops: stop training at the end of the step, or round, in which so many training FLOPs are spent. With
             several processes and no clients, every step then ends in a small collective.
         study: the ``size.json`` of ``fedscale size``; "auto" for the one in this folder, if any; None for none.
 
     Attributes:
-        position: a `Position`, once something was spent, if a law applies. It is also, with the ledger's sums, in
+        position: a `Position`, once compute was spent, if a law applies. It is also saved, with the ledger's sums, in
             ``position.json`` in the run's folder.
         no_position: why there is none, in words; empty if there is one, or no law.
-        measured: at the end, what the study measured of runs like this one; None without one that matches.
+        measured: after training, the study's result for runs like this one; None without a matching study.
 
     Raises:
-        TypeError, ValueError: for arguments that cannot be; from ``fit``, before the first step, for a ``tokens_fn``
-            that does not tell a number above 0; after it, for ``max_flops`` where nothing in the step can be counted.
+        TypeError, ValueError: for invalid arguments; from ``fit``, before the first step, if ``tokens_fn`` does not
+            return a number above 0; after it, for ``max_flops`` if nothing in the step can be counted.
 
     Example:
         >>> from lightning.pytorch.demos.boring_classes import BoringModel
@@ -154,7 +154,7 @@ class ComputeAccounting(Callback):
 
     @property
     def clients(self) -> int:
-        """Clients that the position is about: those that train in a round, unless others were asked for."""
+        """Number of clients of the position: those that train in a round, unless the argument sets it."""
         return self._asked_clients or self.ledger.average_cohort
 
     @property
@@ -164,23 +164,23 @@ class ComputeAccounting(Callback):
 
     @property
     def ledger(self) -> Ledger:
-        """What was spent; with several processes and no clients, up to the last time that was logged."""
+        """The costs so far; with several processes and no clients, up to the last log."""
         return self._counting.ledger
 
     @property
     def remaining(self) -> float:
-        """FLOPs that are left of ``max_flops``; infinite without."""
+        """FLOPs left of ``max_flops``; infinite without a limit."""
         return math.inf if self._max_flops is None else max(0.0, self._max_flops - self.ledger.training_flops)
 
     @property
     def operators(self) -> dict[str, Operator]:
-        """Every operator of the steps that were counted: whether its FLOPs count, are free, or are not known."""
+        """All operators of the counted steps, and whether their FLOPs are counted, free or unknown."""
         return {} if self._counting.meter is None else self._counting.meter.operators
 
     # ---- hooks: begin and end
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Begin a ledger, unless a run goes on."""
+        """Begin a ledger, unless a run is continued."""
         if stage == "predict":
             return
         self._trainer, self._module = trainer, pl_module
@@ -193,7 +193,7 @@ class ComputeAccounting(Callback):
         self._counting.meter = Meter(trainer, pl_module, self._tokens_fn)
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Have clients metered, if there are any."""
+        """Start metering clients and energy, and stop at once if ``max_flops`` are spent."""
         check_package(self, trainer)
         meter = self._counting.meter
         assert meter is not None
@@ -204,7 +204,7 @@ class ComputeAccounting(Callback):
         self._stop_if_spent(trainer)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Say where the run stands."""
+        """Report the costs and the position of the run."""
         self._counting.end_step()
         self._counting.drop_step()
         self._counting.measure_energy()
@@ -232,11 +232,11 @@ class ComputeAccounting(Callback):
             rank_zero_info(f"ComputeAccounting: no law for this task yet: fit one. {advice}")
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        """As `teardown`, which the Trainer leaves out then."""
+        """Call `teardown`, which the Trainer skips after an exception."""
         self.teardown(trainer, pl_module, "fit")
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Leave the Trainer's callbacks as they were."""
+        """Restore the Trainer's callbacks."""
         self._counting.drop_step()
         meter, callbacks = self._counting.meter, trainer.callbacks  # type: ignore[attr-defined]
         if meter is not None and meter.evaluations in callbacks:
@@ -245,32 +245,32 @@ class ComputeAccounting(Callback):
     # ---- hooks: training
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Parameters may have come, gone, or been pruned."""
+        """Update the parameters, which may have been added, removed or pruned."""
         assert self._counting.meter is not None
         self._counting.meter.refresh()
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """A step begins."""
+        """Open the count of a step."""
         if self._reads_tokens is None:
             self._reads_tokens = has_targets_for_tokens(batch)
         self._counting.begin_step(trainer, batch, batch_idx)
 
     def on_round_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, record: RoundRecord) -> None:
-        """A round is complete."""
+        """Count a completed round."""
         self._counting.count_round(trainer, record)
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Count the step, look where the run stands, log it."""
+        """Count the step, stop if ``max_flops`` are spent, and log."""
         self._counting.end_step()
         logs, alone = trainer._logger_connector.should_update_logs, collectives.world_size() == 1
         if logs:
             self._counting.measure_energy()
         if alone or (not _federated(trainer) and (logs or self._max_flops is not None)):
-            self._counting.add_up()  # rounds have told the other ranks already
+            self._counting.add_up()  # rounds share their costs in their own collective
         if self._max_flops is not None and self.ledger.steps >= _LOOKS and not self.ledger.training_flops:
             raise ValueError(
                 f"max_flops={self._max_flops:g}: {self._nothing()}, so that training would never end: pass max_steps,"
@@ -282,12 +282,12 @@ class ComputeAccounting(Callback):
         if logs and self.ledger.training_flops > _GROWTH * self._logged:
             self._log(trainer, None if loss is None else float(loss))
 
-    # ---- hooks: on the side
+    # ---- hooks: evaluation and probing
 
     def on_validation_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
-        """Evaluation is counted apart."""
+        """Open the count of a validation batch, which is evaluation."""
         if not trainer.sanity_checking:
             self._counting.begin_evaluation(batch, "validation_step")
 
@@ -300,42 +300,42 @@ class ComputeAccounting(Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        """It is over."""
+        """Close the count of the batch."""
         self._counting.end_evaluation()
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Ranks add up; where there are clients, in the next round's collective."""
+        """Sum the costs of the ranks; while clients train, the next round's collective does so."""
         if not trainer.sanity_checking and not (_federated(trainer) and trainer.state.fn == TrainerFn.FITTING):
             self._counting.add_up()
 
     def on_test_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
-        """Evaluation is counted apart."""
+        """Open the count of a test batch, which is evaluation."""
         self._counting.begin_evaluation(batch, "test_step")
 
     on_test_batch_end = on_validation_batch_end
 
     def on_test_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Ranks add up."""
+        """Sum the costs of the ranks."""
         self._counting.add_up()
 
     def on_probe(self, trainer: pl.Trainer, batch: Any = None, flops: float = 0.0) -> None:
-        """Another callback has run a training step on the side, with this batch or of so many FLOPs."""
+        """Count an extra training step of another callback, with this batch or of so many FLOPs."""
         self._counting.count_probe(batch, flops)
 
     def on_client_evaluation(self, trainer: pl.Trainer, batch: Any) -> AbstractContextManager[Any]:
-        """Another callback evaluates a client's model on this batch of its own, while what this returns is active."""
+        """Return a context manager that counts another callback's evaluation of a client's batch."""
         return self._counting.evaluation(batch)
 
     # ---- checkpoints
 
     def __getstate__(self) -> dict[str, Any]:
-        """What a copy has: all that was found out, and nothing that belongs to a Trainer."""
+        """Return the state of a copy: all results, but nothing that belongs to a Trainer."""
         return {**vars(self), "_trainer": None, "_module": None}
 
     def state_dict(self) -> dict[str, Any]:
-        """The ledger, for the checkpoint; to be called on all ranks, as checkpoints are."""
+        """Return the ledger and counts for the checkpoint; call it on all ranks, as for checkpoints."""
         if self._trainer is not None:
             self._counting.settle(self._trainer)
             self._counting.measure_energy()
@@ -348,14 +348,14 @@ class ComputeAccounting(Callback):
         return state if meter is None else {**state, "costs": meter.state_dict()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on counting from there."""
+        """Restore the counts from a checkpoint."""
         self.ledger.load_state_dict(state_dict["ledger"])
         self._curves.unit, self._logged = state_dict["unit"], state_dict["logged"]
         if self._counting.meter is not None and "costs" in state_dict:
             self._counting.meter.load_state_dict(state_dict["costs"])
         self._losses.extend(map(torch.tensor, state_dict.get("losses", ())))
 
-    # ---- where the run stands
+    # ---- the position of the run
 
     def _stop_if_spent(self, trainer: pl.Trainer) -> None:
         if self.remaining > 0.0 or trainer.should_stop:
@@ -375,7 +375,7 @@ class ComputeAccounting(Callback):
             self._law, _ = law_of("auto", text=predicts_its_tokens(module, meter.size))
 
     def _locate(self, trainer: pl.Trainer, full: bool = False) -> Position | None:
-        """Set the position, at the end of the budget if there is one; returns that of now."""
+        """Set the position, at the end of the budget if there is one, and return the current one."""
         ledger, meter = self.ledger, self._counting.meter
         self.position, self.no_position = None, ""
         if self._law is None or not ledger.training_flops or meter is None or self._module is None:
@@ -391,7 +391,7 @@ class ComputeAccounting(Callback):
 
         try:
             reason = why_frozen(law, trained=size.trainable, total=size.total)
-            if reason is None and not law.problems:  # which the law tells by itself
+            if reason is None and not law.problems:  # a law with problems explains itself
                 reason = why_far(law, params=params, flops=self._budget or ledger.training_flops)
             if reason is None:
                 here = position(ledger.training_flops)
@@ -406,14 +406,14 @@ class ComputeAccounting(Callback):
         return None
 
     def _measured(self, trainer: pl.Trainer) -> Measured | None:
-        """What a study has of this run; says why one that is there has nothing."""
+        """Return the study's result for this run; log the reason if a study has none."""
         spent = self.ledger.training_flops if self._budget is None else self._budget
         try:
             study = study_of(self._asked_study)
             if study is None:
                 return None
             found = measured_of(study, trainer, self.ledger.average_params, spent)
-        except (LookupError, TypeError, ValueError, ArithmeticError) as error:  # edited, or gone since the run began
+        except (LookupError, TypeError, ValueError, ArithmeticError) as error:  # edited or deleted during the run
             found = f"it cannot be read ({error!r})"
         if isinstance(found, Measured):
             return found
@@ -429,7 +429,7 @@ class ComputeAccounting(Callback):
             observed = sum(map(float, self._losses)) / len(self._losses)
         else:
             return None
-        # Of a span, the reading that is nearest.
+        # For a span of rho, one reading that fits the loss is enough.
         reasons = [
             why_another_loss(law, predicted=each.predicted_loss, observed=observed, validated=name is not None)
             for each in (here, *here.readings)
@@ -465,7 +465,7 @@ class ComputeAccounting(Callback):
                 "compute/optimal_params_low": min(each.low for each in readings),
                 "compute/optimal_params_high": max(each.high for each in readings),
             }
-            if all(map(math.isfinite, band.values())):  # TensorBoard draws a band only of what has the same steps
+            if all(map(math.isfinite, band.values())):  # TensorBoard draws a band only if its values have equal steps
                 values |= band
             values |= {
                 "compute/optimal_params": position.optimal_params,
@@ -479,11 +479,11 @@ class ComputeAccounting(Callback):
         return {name: value for name, value in values.items() if math.isfinite(value)}
 
     def metrics_to_come(self) -> tuple[str, ...]:
-        """What may be logged later than the rest, where runs are compared: a position is not there from the start."""
+        """Return the names of metrics for comparing runs that are logged later, since a position takes some steps."""
         return () if self._law is None else ("compute/size_ratio", "compute/excess_loss")
 
     def _critical_batch(self, trainer: pl.Trainer) -> float:
-        """In tokens: as `CriticalPhase` measures it, else as Kaplan's law of text has it at the predicted loss."""
+        """Return the critical batch in tokens: by `CriticalPhase`, else, for text, by Kaplan's law."""
         per_sample = self.ledger.tokens / self.ledger.samples
         for phase in trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(phase, CriticalPhase):
@@ -512,7 +512,7 @@ def _loss_of(outputs: Any) -> Tensor | None:
 
 
 def _rate(trainer: pl.Trainer) -> float:
-    """The learning rate that the first optimizer began with."""
+    """Return the initial learning rate of the first optimizer."""
     groups = [group for optimizer in trainer.optimizers[:1] for group in optimizer.param_groups]
     return float(groups[0].get("initial_lr", groups[0].get("lr", math.nan))) if groups else math.nan
 

@@ -1,4 +1,4 @@
-"""The counting of `ComputeAccounting`: what each step and round cost, added up over ranks into one ledger."""
+"""The counting of `ComputeAccounting`: the cost of each step and round, summed over ranks into one ledger."""
 
 from __future__ import annotations
 
@@ -21,36 +21,36 @@ from lightning_fedscale.utils import collectives
 
 
 class Counting:
-    """Counts a run: rounds by their records, which are the same on every rank; all else by rank, added up now and then.
+    """Counts the costs of a run: rounds by their records, which all ranks share; the rest per rank, summed at times.
 
     Args:
-        ledger: that all ranks share.
+        ledger: ledger that is the same on all ranks.
 
     Attributes:
-        meter: says what things cost; None outside of ``fit``, ``validate`` and ``test``.
-        batch: tokens that an update sees, over all ranks and clients.
+        meter: counts and estimates costs; None outside of ``fit``, ``validate`` and ``test``.
+        batch: tokens per update, over all ranks and clients.
     """
 
     def __init__(self, ledger: Ledger) -> None:
         self.ledger = ledger
         self.meter: Meter | None = None
         self.batch = 0.0
-        self._own = Ledger()  # what this rank has spent since ranks last added up
-        # Of that, what the open round tells the other ranks; None if ranks have added it up in another way.
+        self._own = Ledger()  # spent by this rank since ranks last summed their costs
+        # The part of it that the open round sends to the other ranks; None if ranks have summed it in another way.
         self._sent: tuple[float, float] | None = None
-        self._clients = [0.0] * 5  # what the table of the open round does not say of this rank's clients
+        self._clients = [0.0] * 5  # values of this rank's clients that the open round's table lacks
         self._step: _OpenStep | None = None
         self._evaluation: MeteredStep | None = None
-        self._later: Counter[Form] = Counter()  # probing with batches of which nothing is known yet
-        self._record: RoundRecord | None = None  # that was counted last
-        self._mark = (0.0, 0.0)  # tokens and updates when there was last an update
+        self._later: Counter[Form] = Counter()  # probing steps with batches whose cost is not known yet
+        self._record: RoundRecord | None = None  # counted last
+        self._mark = (0.0, 0.0)  # tokens and updates at the last update
         self._energy: EnergyMeter | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         return {**vars(self), "meter": None, "_step": None, "_evaluation": None, "_energy": None}
 
     def begin_fit(self, trainer: pl.Trainer) -> None:
-        """Have clients metered, and energy."""
+        """Start metering clients and energy."""
         assert self.meter is not None
         if isinstance(trainer.strategy, FederatedStrategy):
             trainer.strategy.meter_clients(self)
@@ -63,11 +63,11 @@ class Counting:
     # ---- steps
 
     def begin_step(self, trainer: pl.Trainer, batch: Any, batch_idx: int) -> None:
-        """A batch is about to be trained on."""
+        """Open a step before a batch is trained on."""
         assert self.meter is not None
         if isinstance(trainer.strategy, FederatedStrategy):
             if not self.ledger.updates:
-                self.meter.check_tokens(batch)  # before anything is trained; rounds count for themselves
+                self.meter.check_tokens(batch)  # before training; rounds are counted by their records
             return
         self.drop_step()
         loaded = partial(loaded_samples, trainer.train_dataloader, batch_idx)
@@ -75,7 +75,7 @@ class Counting:
         self._step = _OpenStep(trainer, step.__enter__(), _progress(trainer), time.perf_counter())
 
     def end_step(self) -> None:
-        """Count the open step if it is over; a checkpoint may ask before the Trainer tells."""
+        """Count the open step if it has ended; a checkpoint may call this before the Trainer's hook does."""
         step, meter = self._step, self.meter
         if step is None or meter is None or not step.over:
             return
@@ -92,7 +92,7 @@ class Counting:
         )  # fmt: skip
 
     def drop_step(self) -> None:
-        """Whatever is still open has not come to its end: it is over, and says nothing."""
+        """Discard the open step and evaluation, which did not complete."""
         for step in (None if self._step is None else self._step.metered, self._evaluation):
             if step is not None:
                 step.__exit__(RuntimeError)
@@ -101,7 +101,7 @@ class Counting:
     # ---- rounds
 
     def client(self) -> Tally:
-        """A client is about to train; what it costs is for the round's table."""
+        """Return the tally of a client that is about to train; its cost goes into the round's table."""
         assert self.meter is not None
         return Tally(self.meter, self._note_client)
 
@@ -121,7 +121,7 @@ class Counting:
         return self.meter.optimizer_step(clients)
 
     def side(self) -> tuple[float, ...]:
-        """For the round's table: see `RoundRecord.side`."""
+        """Return this rank's part of `RoundRecord.side`, for the round's table."""
         self._count_later()
         sent = self._sent = self._own.flops["evaluation"], self._own.flops["probing"]
         clients, self._clients = self._clients, [0.0] * 5
@@ -134,7 +134,7 @@ class Counting:
         self._clients = [before + more for before, more in zip(self._clients, mine, strict=True)]
 
     def count_round(self, trainer: pl.Trainer, record: RoundRecord) -> None:
-        """A round is complete."""
+        """Count a completed round, once."""
         assert self.meter is not None
         if record is self._record:
             return
@@ -146,7 +146,7 @@ class Counting:
         self.ledger.add(
             forward=float(record.forward_flops.sum()), backward=float(record.backward_flops.sum()),
             optimizer=float(record.optimizer_flops.sum()),
-            # A multiplication and an addition for every number received, besides what rules do with it.
+            # A multiplication and an addition for every number received, plus the operations of rules on it.
             aggregation=2.0 * self.meter.size.total * len(record.clients) + record.operations,
             evaluation=evaluation, probing=probing, samples=float(record.samples.sum()),
             tokens=float(record.tokens.sum()), size=size_tokens / tokens if tokens else self.meter.size.active,
@@ -160,30 +160,30 @@ class Counting:
             self.batch = float(per_step.sum()) * trainer.accumulate_grad_batches
 
     def settle(self, trainer: pl.Trainer) -> None:
-        """Count what is over and was not counted yet: other callbacks may save a checkpoint before this one is told."""
+        """Count steps and rounds that have ended: a callback may save a checkpoint before this one's hook runs."""
         self.end_step()
         strategy = trainer.strategy
         record = strategy.last_round if isinstance(strategy, FederatedStrategy) else None
         if record is not None and record.round < trainer.global_step:
             self.count_round(trainer, record)
 
-    # ---- on the side
+    # ---- evaluation, probing, energy
 
     def begin_evaluation(self, batch: Any, name: str) -> None:
-        """A batch of validation or test is about to run."""
+        """Open the count of a validation or test batch."""
         self.end_evaluation()
         if self.meter is not None:
             step = self.meter.step(batch, name=name, charge=self._note_evaluation)
             self._evaluation = step.__enter__()
 
     def end_evaluation(self) -> None:
-        """It has run."""
+        """Close the count of that batch."""
         step, self._evaluation = self._evaluation, None
         if step is not None:
             step.__exit__()
 
     def evaluation(self, batch: Any) -> AbstractContextManager[Any]:
-        """To be active while another callback evaluates such a batch."""
+        """Return a context manager to be active while another callback evaluates such a batch."""
         if self.meter is None:
             return nullcontext()
         return self.meter.step(batch, name="validation_step", everything=True, charge=self._note_evaluation)
@@ -192,27 +192,27 @@ class Counting:
         self._own.add(evaluation=cost.flops)
 
     def count_probe(self, batch: Any, flops: float) -> None:
-        """A training step on the side, with this batch or of so many FLOPs."""
+        """Count an extra training step, with this batch or of so many FLOPs."""
         self._own.add(probing=flops)
         if self.meter is not None and batch is not None:
             self._later[form_of(batch).anonymous()] += 1
 
     def _count_later(self) -> None:
-        """Batches that were probed with cost what the run's own do, once one of them has run."""
+        """Count probing steps by the cost of the run's own batches, once a similar one has run."""
         for form, number in list(self._later.items()):
             if self.meter is not None and (cost := self.meter.expected(form)) is not None:
                 self._own.add(probing=number * cost.flops)
                 del self._later[form]
 
     def measure_energy(self) -> None:
-        """Read the counters of energy."""
+        """Read the energy counters."""
         if self._energy is not None and (joules := self._energy.read()) is not None:
             self._own.add(energy=joules, meters=1.0)
 
     # ---- ranks
 
     def add_up(self) -> None:
-        """Move what the ranks have spent into the ledger; to be called on all of them."""
+        """Sum the costs of the ranks into the ledger; call it on all of them."""
         self._count_later()
         self.ledger.add_numbers(_summed(self._own.numbers()))
         self._own, self._sent = Ledger(), None
@@ -227,9 +227,9 @@ class _OpenStep(NamedTuple):
 
     Attributes:
         trainer: the Trainer.
-        metered: counts it.
-        before: how many batches had been started, and processed.
-        begun: when.
+        metered: counts the step.
+        before: numbers of batches started and processed before it.
+        begun: time of its start.
     """
 
     trainer: pl.Trainer
@@ -239,7 +239,7 @@ class _OpenStep(NamedTuple):
 
     @property
     def over(self) -> bool:
-        # A module may refuse a batch: then it is processed, and was never started.
+        # If a module skips a batch, it is processed without having been started.
         return all(now > before for now, before in zip(_progress(self.trainer), self.before, strict=True))
 
 
@@ -249,7 +249,7 @@ def _progress(trainer: pl.Trainer) -> tuple[int, int]:
 
 
 def _summed(numbers: list[float]) -> list[float]:
-    """The sums over all ranks."""
+    """Return the sums over all ranks."""
     if collectives.world_size() == 1:
         return numbers
     device = "cuda" if torch.distributed.get_backend() == "nccl" else "cpu"

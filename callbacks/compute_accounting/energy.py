@@ -1,4 +1,4 @@
-"""Energy that this machine's counters tell: NVIDIA devices by NVML, processors by RAPL; nothing where neither reads."""
+"""Energy from this machine's counters: NVML for NVIDIA devices, RAPL for processors; None if neither can be read."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ POWERCAP = Path("/sys/class/powercap")
 
 
 class EnergyMeter:
-    """Joules since it was last read.
+    """Measures joules since the last reading.
 
-    A device's counter tells what all processes on it take together, and a processor's package that of its whole
-    machine: the figure is that of the hardware while the run had it, not of the run alone.
+    A device's counter covers all processes on it, and that of a processor's package covers everything that runs on it:
+    the energy is that of the hardware during the run, not of the run alone.
 
     Args:
         device: UUID of the CUDA device ("GPU-..."), None without one.
-        processor: read processors too; one process of a machine does.
-        powercap: where Linux shows RAPL.
+        processor: whether to read processors too; one process per machine does.
+        powercap: folder in which Linux exposes RAPL.
 
     Example:
         >>> EnergyMeter(device=None, processor=False).read() is None
@@ -38,7 +38,7 @@ class EnergyMeter:
                     self._add(_Counter(_reader(zone / "energy_uj"), 1e-6, span))
 
     def read(self) -> float | None:
-        """Joules since the last time, or since it was made; None where nothing can be read."""
+        """Return the joules since the last reading or the creation of the meter; None if nothing can be read."""
         spent = [found for counter in self._counters if (found := counter.spent()) is not None]
         return sum(spent) if spent else None
 
@@ -48,7 +48,7 @@ class EnergyMeter:
 
 
 class _Counter:
-    """A counter that only grows, up to where it begins anew."""
+    """A counter that only grows, and wraps around at its maximum."""
 
     def __init__(self, read: Callable[[], int], unit: float, span: int = 0) -> None:
         self._read, self._unit, self._span = read, unit, span
@@ -57,7 +57,7 @@ class _Counter:
     def spent(self) -> float | None:
         try:
             now = self._read()
-        except Exception:  # a driver may fail in ways of its own
+        except Exception:  # a driver may raise any error
             return None
         before, self._last = self._last, now
         if before is None:
@@ -74,6 +74,6 @@ def _nvml(device: str) -> Callable[[], int] | None:
         nvml = importlib.import_module("pynvml")
         nvml.nvmlInit()
         handle = nvml.nvmlDeviceGetHandleByUUID(device)
-    except Exception:  # neither the package nor the driver need be there
+    except Exception:  # the package or the driver may be missing
         return None
     return lambda: int(nvml.nvmlDeviceGetTotalEnergyConsumption(handle))

@@ -1,4 +1,4 @@
-"""What a module's steps cost in floating-point operations, counted while the run's own steps execute."""
+"""The floating-point operations of a module's steps, counted while the run's own steps execute."""
 
 from __future__ import annotations
 
@@ -25,25 +25,25 @@ from lightning_fedscale.devices.profiling.operator_counter import UNKNOWN, Opera
 from lightning_fedscale.types import ClientCost
 
 _TEXT = (torch.int32, torch.int64)
-_FIRST = 8  # steps of every signature that are counted
-_VARIED = 64  # the same where costs vary
-_IN_OCTAVE = 32  # where they vary, about so many of the steps 64 to 127, 128 to 255 and so on; else one of each octave
-_RECENT = 128  # counted steps that speak for those that are not
-_SIGNATURES = 64  # beyond which batches of new shapes are estimated by their size
+_FIRST = 8  # first steps of every signature, which are all counted
+_VARIED = 64  # the same if costs vary
+_IN_OCTAVE = 32  # if costs vary, about this many of steps 64 to 127, 128 to 255 and so on; else one of each octave
+_RECENT = 128  # latest counted steps, from which the others are estimated
+_SIGNATURES = 64  # with more signatures, batches of new shapes are estimated by their size
 
 
 class BatchCost(NamedTuple):
-    """What one batch cost, as counted while it ran, or as the counted ones before it say.
+    """The cost of one batch, counted while it ran or estimated from counted ones.
 
     Attributes:
         forward: FLOPs of the step without its backward pass.
         backward: FLOPs of the backward pass.
-        optimizer: operations of the optimizers where optimization is manual.
+        optimizer: operations of the optimizers in manual optimization.
         tokens: tokens in it, or samples.
         samples: samples in it.
         size: active parameters.
         counted: whether it was counted itself.
-        error: standard error of its training FLOPs, if it was not.
+        error: standard error of its training FLOPs, if it was estimated.
     """
 
     forward: float = 0.0
@@ -57,20 +57,20 @@ class BatchCost(NamedTuple):
 
     @property
     def flops(self) -> float:
-        """Forward and backward: what scaling laws mean by compute."""
+        """Forward and backward FLOPs, which are the compute of scaling laws."""
         return self.forward + self.backward
 
 
 class _Counted:
-    """What is known of the steps of one signature.
+    """The counts of the steps of one signature.
 
     Attributes:
-        steps: how many there were.
-        counted: how many of them were counted.
-        varies: whether the counted ones differ in their cost.
-        mean: forward, backward, optimizer and tokens of the counted ones, the latest of them.
-        largest: of the optimizer.
-        error: standard error of the mean of forward and backward, or how much that changes of late.
+        steps: number of steps.
+        counted: number of steps that were counted.
+        varies: whether the costs of the counted steps differ.
+        mean: mean forward, backward, optimizer and tokens of the latest counted steps.
+        largest: largest optimizer cost of these.
+        error: standard error of the mean of forward and backward, or the recent change of this mean.
     """
 
     def __init__(self) -> None:
@@ -81,18 +81,18 @@ class _Counted:
         self._recent: deque[tuple[float, ...]] = deque(maxlen=_RECENT)
 
     def add(self, *values: float) -> None:
-        """Note a counted step."""
+        """Add a counted step."""
         self.counted += 1
-        forward, backward, _, tokens = values  # the first step of an optimizer may be another one
+        forward, backward, _, tokens = values  # an optimizer's first step may cost something else
         if self._recent and (forward, backward, tokens) != self._recent[-1][:2] + self._recent[-1][3:]:
             self.varies = True
         self._recent.append(values)
         self._sum_up()
 
     def is_due(self) -> bool:
-        """Whether the next step is to be counted; which ones are is drawn, so that no period in costs is hit or missed.
+        """Return whether to count the next step; steps are drawn at random, so that periodic costs cause no bias.
 
-        The numbers depend on nothing but the step's own, so that an interrupted run counts the same ones.
+        The draw depends only on the number of the step, so that a resumed run counts the same steps.
         """
         number = self.steps
         if number < (_VARIED if self.varies else _FIRST):
@@ -103,12 +103,12 @@ class _Counted:
         return number == octave + _scrambled(octave) % octave
 
     def state(self) -> dict[str, Any]:
-        """For the checkpoint."""
+        """Return the state for the checkpoint."""
         recent = list(map(list, self._recent if self.varies else list(self._recent)[-1:]))
         return {"steps": self.steps, "counted": self.counted, "varies": self.varies, "recent": recent}
 
     def load(self, state: Mapping[str, Any]) -> None:
-        """Go on from there."""
+        """Restore the state from a checkpoint."""
         self.steps, self.counted, self.varies = state["steps"], state["counted"], state["varies"]
         self._recent.extend(map(tuple, state["recent"]))
         self._sum_up()
@@ -121,7 +121,7 @@ class _Counted:
             spread, newest = statistics.stdev(flops), max(1, len(flops) // 4)
             drift = statistics.fmean(flops[-newest:]) - statistics.fmean(flops)
             self.error = spread / math.sqrt(len(flops))
-            if abs(drift) > 3.0 * spread / math.sqrt(newest):  # costs grow: those long before say less
+            if abs(drift) > 3.0 * spread / math.sqrt(newest):  # costs drift: use only the newest quarter
                 latest, self.error = latest[-newest:], abs(drift)
         forward, backward, optimizer, tokens = (math.fsum(column) / len(latest) for column in zip(*latest, strict=True))
         self.mean = forward, backward, optimizer, tokens
@@ -129,23 +129,24 @@ class _Counted:
 
 
 class Meter:
-    """Counts FLOPs of a module's own steps while they run, of some of them, and says what the others cost.
+    """Counts the FLOPs of some of a module's own steps while they run, and estimates the others.
 
-    The first steps of every signature are counted (which step it is, its batch's form, which parameters are trainable,
-    all known before the step runs), then one each time before their number has doubled, many more where costs vary. A
-    step that was counted costs what was counted, one that was not the mean of the latest that were. Nothing is copied,
-    and what runs is not changed.
+    A signature consists of the kind of step, the batch signature and the trainable parameters, all known before the
+    step runs. The first steps of every signature are counted, then one step each time their number doubles, and many
+    more if costs vary. A step that is not counted costs the mean of the latest counted ones. Nothing is copied, and the
+    run is not changed.
 
     Args:
         trainer: the Trainer.
         module: the module.
-        tokens_fn: tokens in a batch, asked of batches that are counted, before their step. None counts the entries of
-            the first tensor if that holds integers in two dimensions (samples and positions), else samples.
+        tokens_fn: returns the tokens in a batch; called for batches that are counted, before their step. None counts
+            the entries of the first tensor if it holds integers in two dimensions (samples and positions), else
+            samples.
 
     Attributes:
-        operators: every operator that was met, by name.
+        operators: all operators that ran, by name.
         counts_text: whether batches are tokens of text, by the default rule.
-        evaluations: backward passes, where the optimizer asks for more than one in a step.
+        evaluations: counts backward passes, for optimizers that need several in a step.
     """
 
     def __init__(
@@ -168,10 +169,10 @@ class Meter:
         self._sizes: dict[tuple[bool, ...], ParameterCounts] = {}
         self.refresh()
 
-    # ---- the module as it is now
+    # ---- the current module
 
     def refresh(self) -> None:
-        """Look again which parameters there are."""
+        """Update the list of parameters."""
         named = dict(self._module.named_parameters())
         pruned = any(name.endswith("_orig") for name in named)
         if pruned or list(map(id, self._parameters)) != list(map(id, named.values())):
@@ -179,7 +180,7 @@ class Meter:
 
     @property
     def size(self) -> ParameterCounts:
-        """The module's parameters, as they are trainable now."""
+        """The module's size, with the parameters that are currently trainable."""
         return self._size_of(self._flags())
 
     def _size_of(self, flags: tuple[bool, ...]) -> ParameterCounts:
@@ -192,7 +193,7 @@ class Meter:
 
     @property
     def uncounted(self) -> float:
-        """Share of a step's measured time in operators whose FLOPs are not known, the largest; NaN if not measured."""
+        """Largest fraction of a step's time in operators whose FLOPs are unknown; NaN if not measured."""
         return self._uncounted if self._has_unknown else 0.0
 
     @property
@@ -213,17 +214,17 @@ class Meter:
         everything: bool = False,
         charge: Callable[[BatchCost], None] | None = None,
     ) -> MeteredStep:
-        """To be active while a step runs, which is counted if its turn has come.
+        """Return a context manager to be active while a step runs, which counts the step if it is due.
 
         Args:
-            batch: of the step, as it is before.
-            samples: in the batch; None reads them off it.
-            loaded: tells them where the batch cannot be opened.
-            name: "training_step", "validation_step", "test_step" or "gradient", which no hook computes.
-            backward: whether it is more than the forward pass.
+            batch: batch of the step, before it runs.
+            samples: number of samples in the batch; None reads it off the batch.
+            loaded: returns that number if the batch cannot be inspected.
+            name: "training_step", "validation_step", "test_step" or "gradient"; the last is computed by no hook.
+            backward: whether the step has more than a forward pass.
             optimizes: whether optimizers may step in it.
-            everything: count all that runs in it, not the module's own hook alone.
-            charge: is told what it cost.
+            everything: count everything that runs in it, not only the module's own hook.
+            charge: called with the cost.
         """
         form, flags = form_of(batch).anonymous(), self._flags()
         if samples is None and form.first is None:
@@ -232,7 +233,7 @@ class Meter:
         training = name == "training_step"
         due = counted.is_due()
         if training and optimizes and self._module.automatic_optimization and counted.counted < _VARIED:
-            due = due or self._optimizer(flags).counted < 2  # the first step makes the optimizer's state
+            due = due or self._optimizer(flags).counted < 2  # the first step creates the optimizer's state
         counter, tokens = None, math.nan
         if due:
             counter = self._counter(name, everything)
@@ -244,35 +245,35 @@ class Meter:
         return MeteredStep(self, counted, scale, flags, counter, fresh, charge)
 
     def alone(self, batch: Any, samples: int) -> AbstractContextManager[Any]:
-        """To be active while a client's batch that counts elsewhere runs by itself, for a proof: it tells the cost."""
+        """Return a context manager for a batch that runs alone to check vectorized training; it counts the cost."""
         return self.step(batch, samples, optimizes=False, charge=self._note_alone)
 
     def _note_alone(self, cost: BatchCost) -> None:
         self._alone += cost.counted
 
     def take_alone(self) -> int:
-        """How many steps were counted alone since the last time."""
+        """Return the number of steps counted by `alone` since the last call."""
         number, self._alone = self._alone, 0
         return number
 
     def wants(self, form: Form, samples: int) -> bool:
-        """Whether no such batch was counted yet."""
+        """Return whether no such batch has been counted yet."""
         return not self._of("training_step", form, self._flags(), samples)[0].counted
 
     def optimizer_step(self, clients: int) -> AbstractContextManager[Any]:
-        """To be active while the optimizers of so many clients step at once."""
+        """Return a context manager to be active while the optimizers of so many clients step at once."""
         flags = self._flags()
         if self._optimizer(flags).counted >= 2:
             return nullcontext()
         return _OptimizerStep(self._counter("training_step", False), self._optimizer(flags), clients)
 
     def expected(self, form: Form, samples: int | None = None, name: str = "training_step") -> BatchCost | None:
-        """What such a batch costs that is not counted itself; None as long as nothing like it was.
+        """Return the estimated cost of such a batch; None if no similar batch has been counted yet.
 
         Args:
-            form: of the batch.
-            samples: in it; None reads them off the form.
-            name: of the step.
+            form: signature of the batch.
+            samples: number of samples; None reads it off the signature.
+            name: name of the step.
         """
         flags = self._flags()
         counted, scale = self._of(name, form, flags, samples)
@@ -281,7 +282,7 @@ class Meter:
         return self._estimate(counted, scale, form, samples, flags)
 
     def side_by_side(self, form: Form, samples: int) -> BatchCost | None:
-        """What one of several batches costs that share a form, the same object, and a step."""
+        """Return the cost of one of several batches that share a step and a signature, given as the same object."""
         if self._last is None or self._last[0] is not form or self._last[1] != samples or self._last[3] is None:
             counted = self._of("training_step", form, self._flags(), samples)[0]
             self._last = form, samples, counted, self.expected(form, samples)
@@ -289,11 +290,11 @@ class Meter:
         return self._last[3]
 
     def optimizer_cost(self) -> float:
-        """Operations of an optimizer step, once its state is there; 0 where batches tell themselves."""
+        """Return the operations of an optimizer step; 0 in manual optimization, where each batch has its own count."""
         return self._optimizer(self._flags()).largest if self._module.automatic_optimization else 0.0
 
     def check_tokens(self, batch: Any) -> None:
-        """Refuse a `tokens_fn` that does not tell tokens, by the first batch."""
+        """Refuse a `tokens_fn` that does not return a number of tokens for the first batch."""
         if self._tokens_fn is not None:
             self._told_tokens(batch)
 
@@ -308,7 +309,7 @@ class Meter:
         )  # fmt: skip
 
     def _scaled(self, form: Form, samples: int | None, name: str) -> BatchCost | None:
-        """By what batches of other forms cost for a sample."""
+        """Estimate the cost from the cost per sample of batches with another signature."""
         like = [(key[1], seen) for key, seen in self._known.items() if key[0] == name and seen.counted]
         like = [(other, seen) for other, seen in like if other.first is not None]
         if not like or form.first is None:
@@ -317,13 +318,13 @@ class Meter:
         scale = _samples(form, samples) / max(1.0, _samples(other, None))
         return self._estimate(seen, scale, form, samples, self._flags())
 
-    # ---- what is known
+    # ---- counts by signature
 
     def _of(self, name: str, form: Form, flags: tuple[bool, ...], samples: int | None = None) -> tuple[_Counted, float]:
-        """What is known of a signature, and what that is to be multiplied by."""
+        """Return the counts of a signature, and the factor to multiply them by."""
         exact = form
         if form.first is None and samples is not None:
-            exact = Form(form.spec, (*form.leaves, samples))  # all that is known of its size
+            exact = Form(form.spec, (*form.leaves, samples))  # the only known size of the batch
         key = name, exact, flags
         if (known := self._known.get(key)) is not None:
             return known, 1.0
@@ -341,7 +342,7 @@ class Meter:
         return self._of("optimizer", _NOTHING, flags)[0]
 
     def _counter(self, name: str, everything: bool) -> OperatorCounter:
-        # On a CPU time is read anyway; CUDA has to be waited for, which is done where there is something to find out.
+        # Timing is cheap on a CPU; CUDA must be synchronized, which is done only if there are unknown operators.
         timed = not torch.cuda.is_available() or self._has_unknown
         tables = {storage_of(table) for table in self._tables().values()}
         return OperatorCounter(self._module, name, tables, timed=timed, everything=everything)
@@ -350,7 +351,7 @@ class Meter:
         return {name: table for name, table in tables_of(self._module).items() if name not in self._multiplied}
 
     def _note(self, counter: OperatorCounter) -> None:
-        """What a counted step has shown besides its cost."""
+        """Record what a counted step shows besides its cost: operators, unknown time and multiplied tables."""
         for name, operator in counter.operators.items():
             seen = self.operators.setdefault(name, Operator(operator.kind))
             seen.calls, seen.flops = seen.calls + operator.calls, seen.flops + operator.flops
@@ -385,21 +386,21 @@ class Meter:
     # ---- checkpoints
 
     def state_dict(self) -> dict[str, Any]:
-        """What is known, for the checkpoint; signatures go by a digest, since they are no primitives."""
+        """Return the counts for the checkpoint; signatures are saved as digests, since they are not primitives."""
         known = {_digest(key): counted.state() for key, counted in self._known.items() if counted.counted}
         return {"known": {**self._restored, **known}, "multiplied": sorted(self._multiplied)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from there."""
+        """Restore the counts from a checkpoint."""
         self._known, self._signatures, self._restored = {}, {}, dict(state["known"])
         self._multiplied, self._sizes = set(state["multiplied"]), {}
 
 
 class MeteredStep:
-    """Active while a step runs; told at its end is what it cost.
+    """A context manager that is active while a step runs, and charges its cost at the end.
 
     Attributes:
-        cost: of the step, once it is over.
+        cost: cost of the step, once it has ended.
     """
 
     def __init__(
@@ -432,7 +433,7 @@ class MeteredStep:
         if counter is not None:
             counter.__exit__(kind, error, trace)  # type: ignore[no-untyped-call]
         if kind is not None:
-            return  # a step that failed says nothing
+            return  # a failed step is not counted
         repeats = max(1, meter.evaluations.take()) if meter.evaluations.counting else 1
         cost, automatic = self.cost, meter._module.automatic_optimization
         counted.steps += 1
@@ -456,7 +457,7 @@ class MeteredStep:
 
 
 class _OptimizerStep:
-    """Active while the optimizers of several clients step at once."""
+    """A context manager that is active while the optimizers of several clients step at once."""
 
     def __init__(self, counter: OperatorCounter, counted: _Counted, clients: int) -> None:
         self._counter = counter
@@ -473,17 +474,17 @@ class _OptimizerStep:
 
 
 class Tally:
-    """Adds up what a client's training costs, batch by batch.
+    """Adds up the cost of a client's training, batch by batch.
 
     Args:
-        meter: counts.
-        told: is told of the whole, once it is asked for.
+        meter: counts the batches.
+        told: called with the total, once it is requested.
 
     Attributes:
-        size_tokens: active parameters times tokens.
-        error: standard errors of training FLOPs, added up.
-        steps: batches.
-        counted: those of them that were counted.
+        size_tokens: sum of active parameters times tokens.
+        error: sum of the standard errors of training FLOPs.
+        steps: number of batches.
+        counted: number of batches that were counted.
     """
 
     def __init__(self, meter: Meter, told: Callable[[Tally, ClientCost], None]) -> None:
@@ -495,25 +496,25 @@ class Tally:
         self.steps = self.counted = 0
 
     def batch(self, batch: Any, samples: int, *, training: bool = True) -> AbstractContextManager[Any]:
-        """To be active while a batch of the client runs."""
+        """Return a context manager to be active while a batch of the client runs."""
         return self._meter.step(batch, samples, backward=training, charge=self._add)
 
     def again(self, batch: Any, samples: int) -> AbstractContextManager[Any]:
-        """To be active while a copy of the module computes the gradient of a batch besides the client's training."""
+        """Return a context manager for the gradient of a batch that a copy of the module computes besides training."""
         return self._meter.step(batch, samples, name="gradient", everything=True, charge=self._add)
 
     def add(self, form: Form, samples: int) -> None:
-        """A batch of this form ran side by side with those of others."""
+        """Add a batch of this signature that ran vectorized, together with those of other clients."""
         if (cost := self._meter.side_by_side(form, samples)) is None:
             self._lacking.append((form, samples))
         else:
             self._add(cost)
 
     def total(self, optimizer_steps: int) -> ClientCost:
-        """All of it.
+        """Return the total cost.
 
         Args:
-            optimizer_steps: how many steps its optimizer made; of no concern in manual optimization.
+            optimizer_steps: number of steps of the client's optimizer; ignored in manual optimization.
         """
         lacking, self._lacking = self._lacking, []
         for form, samples in lacking:
@@ -536,18 +537,18 @@ class Tally:
 
 
 class Evaluations(pl.Callback):
-    """Counts backward passes for optimizers that ask for more than one in a step."""
+    """Counts backward passes for optimizers that need more than one in a step."""
 
     def __init__(self) -> None:
         self.counting = False
         self._number = 0
 
     def on_before_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Tensor) -> None:
-        """One more."""
+        """Count a backward pass."""
         self._number += 1
 
     def take(self) -> int:
-        """How many there were since the last time."""
+        """Return the number of backward passes since the last call."""
         number, self._number = self._number, 0
         return number
 
@@ -556,7 +557,7 @@ _NOTHING = form_of(())
 
 
 def _samples(form: Form, samples: int | None) -> float:
-    """As many as there are known to be; else as Lightning does: the length of the first tensor that has one."""
+    """Return ``samples`` if known; else, as Lightning does, the length of the first tensor that has one."""
     if samples is not None:
         return float(samples)
     return 1.0 if form.first is None else float(form.first.shape[0])
@@ -568,7 +569,7 @@ def _digest(key: Any) -> str:
 
 
 def _scrambled(number: int) -> int:
-    """The same large number for the same one, without any pattern (SplitMix64)."""
+    """Hash a number to a large pseudo-random one, always the same (SplitMix64)."""
     mask = (1 << 64) - 1
     number = (number + 1) * 0x9E3779B97F4A7C15 & mask
     number = (number ^ number >> 30) * 0xBF58476D1CE4E5B9 & mask

@@ -1,4 +1,4 @@
-"""How large a model is: one definition for each of the numbers that are called so."""
+"""Sizes of a model: one definition for each number that is called its size."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from torch import nn
 class ParameterCounts(NamedTuple):
     """Sizes of a model; shared parameters count once.
 
-    The size that scaling laws are asked about is ``active``, averaged over tokens (`Ledger.average_params`), since a
-    model may be pruned, frozen or unfrozen while it trains. With LoRA active are the adapters; where clients keep
-    layers of their own, as in FedPer, these are active too.
+    Scaling laws use ``active``, averaged over tokens (`Ledger.average_params`), since a model may be pruned, frozen or
+    unfrozen while it trains. With LoRA, the adapters are active; if clients have personal layers, as in FedPer, these
+    are active too.
 
     Attributes:
         total: all parameters.
-        trainable: those with ``requires_grad``.
-        non_embedding: those outside of embedding tables, frozen or not. A table's rows are looked up and not
-            multiplied; one that the head shares, by a layer or in its code, is multiplied and counts.
-        active: those that are trainable, outside of embedding tables, and not pruned by a mask of
+        trainable: parameters with ``requires_grad``.
+        non_embedding: parameters outside of embedding tables, frozen or not. The rows of a table are looked up and not
+            multiplied; a table that the head shares, by a layer or in its code, is multiplied and counts.
+        active: parameters that are trainable, outside of embedding tables, and not pruned by a mask of
             ``torch.nn.utils.prune``.
     """
 
@@ -31,7 +31,7 @@ class ParameterCounts(NamedTuple):
 
 
 def tables_of(module: nn.Module) -> dict[str, nn.Parameter]:
-    """The embedding tables that no other layer shares, by name."""
+    """Return the embedding tables that no other layer shares, by name."""
     tables, others = set[int](), set[int]()
     for part in module.modules():
         own = (id(parameter) for parameter in part._parameters.values() if parameter is not None)

@@ -1,4 +1,4 @@
-"""How `ComputeAccounting` shows what a run costs: curves against compute, a figure, a table, a file."""
+"""The reports of `ComputeAccounting` on the cost of a run: curves against compute, a figure, a table, a file."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ from lightning_fedscale.utils.memory import format_bytes
 
 _UNITS = {1.0: "FLOPs", 1e3: "kFLOPs", 1e6: "MFLOPs", 1e9: "GFLOPs", 1e12: "TFLOPs", 1e15: "PFLOPs", 1e18: "EFLOPs"}
 _FINEST = 100
-"""Steps of the compute axis, which are whole numbers, up to its first point."""
+"""The first point of the compute axis is at this step or later; steps are integers."""
 
 
 class ComputeCurves:
-    """The run's loss against compute, and in a sibling run ``predicted_optimal`` what the best size would have there.
+    """The run's loss against compute, and in a sibling run ``predicted_optimal`` the predicted loss of the best size.
 
     Attributes:
-        unit: FLOPs to a step of the axis; 0 before the first point.
+        unit: FLOPs per step of the axis; 0 before the first point.
     """
 
     def __init__(self) -> None:
@@ -41,11 +41,11 @@ class ComputeCurves:
 
     @property
     def tag(self) -> str:
-        """Under which both curves are shown."""
+        """The tag of both curves."""
         return f"compute/loss_by_{_UNITS[self.unit]}"
 
     def _begin(self, trainer: pl.Trainer, flops: float) -> None:
-        """Choose the unit and tell TensorBoard what belongs together."""
+        """Choose the unit and lay out TensorBoard's charts."""
         if not self.unit:
             self.unit = max((unit for unit in _UNITS if flops / unit >= _FINEST), default=1.0)
         layout: Layout = {
@@ -60,13 +60,13 @@ class ComputeCurves:
         lay_out(trainer, layout)
 
     def add(self, trainer: pl.Trainer, flops: float, loss: float | None, position: Position | None) -> None:
-        """A point of each curve.
+        """Add a point to each curve.
 
         Args:
             trainer: the Trainer.
-            flops: spent so far.
-            loss: of the step or round, None if it has none.
-            position: what the law says.
+            flops: FLOPs spent so far.
+            loss: loss of the step or round, None if it has none.
+            position: position under the law.
         """
         if not self._begun:
             self._begin(trainer, flops)
@@ -87,7 +87,7 @@ class ComputeCurves:
                 break
 
     def close(self) -> None:
-        """Write out what is left."""
+        """Close the writer of the sibling run."""
         if self._sibling is not None:
             self._sibling.close()
         self._sibling = None
@@ -104,7 +104,7 @@ def report(
     no_position: str = "",
     measured: Measured | None = None,
 ) -> None:
-    """Table and advice in the terminal, figure and operators in TensorBoard, ``position.json`` in the run's folder."""
+    """Print table and advice, log figure and operators to TensorBoard, write ``position.json`` to the run's folder."""
     if not trainer.is_global_zero:
         return
     console = Console()
@@ -134,7 +134,7 @@ def report(
 def _facts(
     ledger: Ledger, size: ParameterCounts, clients: int, position: Position | None, no_position: str
 ) -> dict[str, Any]:
-    """What a fit needs to know of the run, what it cost, and where it stands if a law says so."""
+    """Return what a fit needs to know of the run: its cost, and its position if a law gives one."""
     facts: dict[str, Any] = {
         "params": ledger.average_params, "tokens": ledger.tokens, "flops": ledger.training_flops, "clients": clients,
         "samples": ledger.samples, "seconds": ledger.seconds, "joules": ledger.joules,
@@ -142,7 +142,7 @@ def _facts(
         "flops_by_purpose": ledger.flops, "parameters": size._asdict(),
         "flops_interval": list(ledger.flops_interval), "steps": ledger.steps, "counted_steps": ledger.counted,
     }  # fmt: skip
-    # A position may be that at the end of a budget; what was spent is spent.
+    # A position may be that at the end of a budget; the costs are always those spent so far.
     return {"law": None, "no_position": no_position, **({} if position is None else position.as_dict()), **facts}
 
 

@@ -1,4 +1,4 @@
-"""How a run trains, as far as a law depends on that."""
+"""Facts about a run's training on which a law depends."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from lightning_fedscale.strategy import FederatedStrategy
 
 
 def trained_as(trainer: pl.Trainer) -> dict[str, Any]:
-    """What a law that is fitted to this run must know of it, by the columns of a sweep; what is not known is left out.
+    """Return the facts that a law fitted to this run needs, by column of a sweep; unknown facts are left out.
 
     Example:
         >>> trained_as(pl.Trainer(accelerator="cpu", logger=False))
@@ -38,12 +38,12 @@ def trained_as(trainer: pl.Trainer) -> dict[str, Any]:
 
 
 def agreement_of(law: Law, trainer: pl.Trainer, samples: float) -> Agreement | None:
-    """Of a run with those that a law was fitted to; None for no federation, or a law that says nothing of its runs.
+    """Compare a run with those a law was fitted to; None without a federation, or if the law describes no runs.
 
     Args:
         law: the law.
-        trainer: of the run.
-        samples: that all clients together trained on.
+        trainer: Trainer of the run.
+        samples: samples that all clients together trained on.
     """
     strategy = trainer.strategy
     if law.made_for == MadeFor() or not isinstance(strategy, FederatedStrategy) or strategy.partition is None:

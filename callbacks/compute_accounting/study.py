@@ -1,4 +1,4 @@
-"""What `fedscale size` measured of runs like this one, which is worth more than what any law predicts."""
+"""Results of `fedscale size` on runs like this one; measurements take precedence over the predictions of any law."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ import lightning.pytorch as pl
 from lightning_fedscale.strategy import FederatedStrategy
 
 STUDY_FILE = "size.json"
-"""What ``fedscale size`` writes, and is looked for in the folder where training runs."""
+"""The file that ``fedscale size`` writes; it is looked up in the working directory of the training."""
 
 _SAME_FLOPS, _SAME_PARAMS = 1.25, 0.02
-"""A factor of compute, and a share of the parameters, within which two runs are of one amount and one size."""
+"""Two runs have the same compute within this factor, and the same size within this fraction of the parameters."""
 
 
 _PARTS = {"study", "results", "best", "flops", "argument"}
@@ -24,12 +24,12 @@ _FACTS = {"fingerprint", "partition", "clients", "cohort", "methods"}
 
 
 class Measured(NamedTuple):
-    """A study's word on a run.
+    """The result of a study for a run.
 
     Attributes:
         best: the study's best result, as in its file.
         here: its best result for this run's size and method; None if it has none.
-        said: one sentence.
+        said: the result in one sentence.
     """
 
     best: Mapping[str, Any]
@@ -38,14 +38,14 @@ class Measured(NamedTuple):
 
 
 def study_of(given: str | Path | None) -> dict[str, Any] | None:
-    """A study's numbers.
+    """Read the results of a study.
 
     Args:
-        given: "auto" for those in this folder, if there are any; a file; or None for none.
+        given: "auto" for the study in this folder, if there is one; a file; or None for none.
 
     Raises:
-        ValueError: for a file that is missing, or holds something else.
-        TypeError: for anything else.
+        ValueError: for a file that is missing, or is not a study.
+        TypeError: for another kind of argument.
     """
     if given is None:
         return None
@@ -62,18 +62,18 @@ def study_of(given: str | Path | None) -> dict[str, Any] | None:
     if isinstance(made_for, dict) and _PARTS.issubset(found) and _FACTS.issubset(made_for):
         return dict(found)
     if is_auto:
-        return None  # a file of the project's own that has this name
+        return None  # a file of the project that happens to have this name
     raise ValueError(f"study={str(given)!r}: is no {STUDY_FILE} of fedscale size.")
 
 
 def measured_of(study: Mapping[str, Any], trainer: pl.Trainer, params: float, flops: float) -> Measured | str:
-    """What a study says of a run, or why it says nothing.
+    """Return a study's result for a run, or the reason why it has none.
 
     Args:
-        study: of `study_of`.
-        trainer: of the run.
-        params: active ones, of the run's model.
-        flops: of all clients together.
+        study: the study, from `study_of`.
+        trainer: Trainer of the run.
+        params: active parameters of the run's model.
+        flops: FLOPs of all clients together.
     """
     strategy = trainer.strategy
     if not isinstance(strategy, FederatedStrategy) or strategy.partition is None:
