@@ -1,4 +1,4 @@
-"""`CriticalPhase`: which phase training is in, and what large batches may do in it."""
+"""`CriticalPhase`: detect critical phases of training, and scale updates outside of them."""
 
 from __future__ import annotations
 
@@ -37,68 +37,67 @@ if TYPE_CHECKING:
 
 
 class CriticalPhase(Callback):
-    """Tells critical phases of training from its gradients, and scales up updates outside of them.
+    """Detects critical phases of training from its gradients, and scales up updates outside of them.
 
-    Training is in a critical phase while its gradient norm changes quickly. Large batches harm there; elsewhere their
-    updates may be made longer (the step function of arXiv 2509.10537), or noise may give them back what small batches
-    have. Add it to any Lightning project, or to one that trains by `FederatedStrategy`:
+    Training is in a critical phase while its gradient norm changes quickly. Large batches are harmful in such a phase;
+    elsewhere their updates may be scaled up (the step function of arXiv 2509.10537), or given the noise of small
+    batches. Add this callback to any Lightning project, with or without `FederatedStrategy`:
 
-    * ``level="round"`` looks at the clients' aggregated update, before the server steps; the decision holds for the
+    * ``level="round"`` observes the clients' aggregated update, before the server steps; the decision holds for the
       same round.
-    * ``level="step"`` looks at gradients as the optimizer gets them, accumulated, unscaled and not yet clipped. With
-      `FederatedStrategy` these are each client's own; then the decision, critical if it is so for any client, holds for
-      the next round, and clients train one after the other.
+    * ``level="step"`` observes gradients as the optimizer gets them: accumulated, unscaled and not yet clipped. With
+      `FederatedStrategy` these are each client's own. The decision is critical if it is for any client, and holds for
+      the next round; clients train sequentially.
 
-    Without `FederatedStrategy` both are the same: the Trainer's optimizer steps.
+    Without `FederatedStrategy` both levels observe the Trainer's optimizer steps.
 
-    With several optimizers (manual optimization: GANs, steps now and then or past Lightning) the gradients of each are
-    a sequence of their own, since the norms of two networks in turns would be noise to a detector. The phase is
-    critical if it is so for any optimizer, by its last step; one that has not stepped for 100 steps of the others is
-    not heard. All updates are scaled alike, so that the balance between networks stays; noise is each optimizer's own.
+    With several optimizers (manual optimization: GANs, occasional steps, steps that bypass Lightning) the gradients of
+    each are a separate sequence, since the alternating norms of two networks would be noise to a detector. The phase is
+    critical if the last step of any optimizer is; an optimizer without a step for 100 steps of the others is ignored.
+    All updates are scaled by the same factor, which keeps the balance between networks; noise is added per optimizer.
     Norm and phase of each are logged as ``phase/grad_norm/0``, ``phase/critical/0`` and so on. At ``level="round"`` the
     update is that of all of them together.
 
-    Scaling comes after clipping, which therefore cannot undo it. SGD's gradients are multiplied, or a linear server's
-    update; Adam and others, whose steps do not follow the gradients' size, take their step with a multiplied learning
-    rate, and adaptive servers have theirs multiplied. Which it is is said when training begins. Schedulers, monitors
-    and checkpoints see the learning rate as it was, and weight decay is not scaled unless asked.
+    Updates are scaled after clipping, which therefore cannot undo it. The gradients of SGD, or the update of a linear
+    server, are multiplied. Adam and others, whose steps are not proportional to the gradients, step with a multiplied
+    learning rate; the steps of adaptive servers are multiplied. The method is logged when training begins. Schedulers,
+    monitors and checkpoints see the original learning rate, and weight decay is not scaled by default.
 
-    How noisy gradients are is measured as well: in federated training from the clients' updates, which cost nothing,
-    and from both halves of a batch now and then; see ``noise_every``.
+    The noise of gradients is measured as well: in federated training from the clients' updates, at no cost, and
+    occasionally from both halves of a batch; see ``noise_every``.
 
     Args:
-        detector: how critical phases are told: "page_hinkley", "relative_change", "accordion",
-            "federated_gradient_norm", "fisher_trace", or one made by `lightning_fedscale.phases` with arguments of its
-            own.
-        threshold: of a detector given by name: for "page_hinkley", which calibrates itself on the run's own noise, the
-            false alarms in 1,000 observations (1); for others the relative change from which on a phase is critical.
-            None is the detector's own default. SelSync's 0.3 for ``relative_change`` is hardly reached by its smoothed
-            norm after the first 25 observations.
-        scale: what to multiply updates by outside of critical phases, or a rule of `lightning_fedscale.phases`:
-            ``step``, ``linear_ramp``, ``adascale``, ``capped``.
-        action: what to do: "scale" updates outside of critical phases; "noise" adds what the updates of a batch of
-            ``target_batch`` samples have in noise beyond the present ones; "observe" changes nothing.
-        level: where to look: at the update of each "round", or the gradients of each "step".
-        target_batch: for ``action="noise"``: samples whose noise is wanted. In manual optimization the
-            present batch is taken to be all that a step has, since nothing shows whether earlier gradients are still
-            in it: where the module adds them up over k batches, pass a k-th of what is wanted.
-        noise: how it is made: "reweighting" weighs clients at random, at no cost but an update's memory; "diagonal"
-            is normal with the running variance of every parameter's gradient, at twice the model's memory. None takes
-            the first where there are clients.
-        noise_in: add it in "critical" phases, where gradients of small batches matter most, or in "all".
-        scale_weight_decay: scale weight decay with the update. At ``level="round"`` it is the server's that is meant;
-            that of the clients is a part of their update.
+        detector: detector of critical phases: "page_hinkley", "relative_change", "accordion",
+            "federated_gradient_norm", "fisher_trace", or one made by `lightning_fedscale.phases` with custom arguments.
+        threshold: threshold of a detector given by name: for "page_hinkley", which calibrates itself on the noise of
+            the run, the false alarms in 1,000 observations (1); for others the relative change from which a phase is
+            critical. None is the detector's default. With ``relative_change``, the smoothed norm hardly reaches
+            SelSync's 0.3 after the first 25 observations.
+        scale: factor of updates outside of critical phases, or a rule of `lightning_fedscale.phases`: ``step``,
+            ``linear_ramp``, ``adascale``, ``capped``.
+        action: "scale" scales updates outside of critical phases; "noise" adds the noise that updates of a batch of
+            ``target_batch`` samples have in addition to the present ones; "observe" changes nothing.
+        level: observe the update of each "round", or the gradients of each "step".
+        target_batch: for ``action="noise"``: number of samples whose noise is wanted. In manual optimization a step is
+            assumed to use the current batch only, since earlier gradients in it cannot be detected: if the module
+            accumulates them over k batches, pass the wanted number divided by k.
+        noise: kind of noise: "reweighting" weighs clients at random, at the cost of one update's memory; "diagonal" is
+            normal with the running variance of every parameter's gradient, at twice the model's memory. None takes
+            "reweighting" for rounds of clients, else "diagonal".
+        noise_in: add noise in "critical" phases, where gradients of small batches matter most, or in "all".
+        scale_weight_decay: scale weight decay with the update. At ``level="round"`` this is the server's weight decay;
+            that of the clients is part of their update.
         every_n_steps: at ``level="step"`` without clients, steps after which gradient norms are read from the device
             and judged together; until then the last decision holds.
-        noise_every: local batches after which another is cut into halves, for the part of the noise that comes from
-            sampling; each costs a further forward and backward pass, and five are needed. None for never.
-        seed: of the noise that is added.
+        noise_every: number of local batches after which one is cut into halves, to measure the noise of sampling; each
+            costs an additional forward and backward pass, and five are needed. None for never.
+        seed: seed of the added noise.
 
     Attributes:
         record: norms, decisions and critical spans so far; see `plot`.
 
     Raises:
-        TypeError, ValueError: for arguments that cannot be; in ``fit`` for a Trainer that it cannot work with.
+        TypeError, ValueError: for invalid arguments; in ``fit`` for an incompatible Trainer.
 
     Example:
         >>> from lightning.pytorch.demos.boring_classes import BoringModel
@@ -166,28 +165,28 @@ class CriticalPhase(Callback):
         self._round: _OpenRound | None = None
         self._unit = "step"
         self._undo = ExitStack()
-        self.listeners: list[Any] = []  # that hear of rounds as this one does
+        self.listeners: list[Any] = []  # get the round events of this callback
 
-    # ---- what others may follow
+    # ---- values for other parts
 
     @property
     def critical(self) -> bool:
-        """Whether training is in a critical phase; so it is before anything was observed."""
+        """Whether training is in a critical phase; it is before the first observation."""
         return self._keeper.phase.critical
 
     @property
     def phase(self) -> Phase:
-        """Where training is: critical or not, for how long not, at which noise scale."""
+        """The current phase: whether it is critical, for how long it was not, and the noise scale."""
         return self._keeper.phase
 
     @property
     def scale(self) -> float:
-        """What updates are multiplied by; 1 unless ``action="scale"``."""
+        """Current factor of updates; 1 unless ``action="scale"``."""
         return self._keeper.scale if self.action == "scale" else 1.0
 
     @property
     def noise_scale(self) -> NoiseScale:
-        """The gradient noise scale with its interval: of clients' updates where there are clients."""
+        """The gradient noise scale with its interval; with clients, that of their updates."""
         return self._keeper.noise
 
     @property
@@ -197,12 +196,12 @@ class CriticalPhase(Callback):
 
     @property
     def adds_noise(self) -> bool:
-        """Whether noise is to be added now."""
+        """Whether noise is currently added."""
         return self.action == "noise" and (self.noise_in == "all" or self.critical)
 
     @property
     def needs_sampling_noise(self) -> str | None:
-        """What reads the noise of single samples where there are no clients, in words; None if nothing does."""
+        """The part that needs the noise of single samples without clients, in words; None if none does."""
         if self.detector.needs == "fisher_trace":
             return "detector 'fisher_trace'"
         return "the scale rule" if self.action == "scale" and reads_noise(self._rule) else None
@@ -214,20 +213,20 @@ class CriticalPhase(Callback):
         )
 
     def plot(self) -> Figure:
-        """Norm and statistic in their course, critical spans shaded."""
+        """Plot norm and statistic over time, with critical spans shaded."""
         return self.record.plot(self._unit, self.detector.statistic)
 
     # ---- hooks
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Put in place what looks at gradients."""
+        """Set up the observation of gradients."""
         check_package(self, trainer)
         if stage != "fit":
             return
         self._undo.close()
         self._round = None
         before = None if self._watch is None else self._watch.saved_state()
-        if trainer.global_step == 0:  # else a run goes on that this callback has already seen
+        if trainer.global_step == 0:  # else this callback continues a run
             self._keeper, self.record = PhaseKeeper(self.detector, self._rule), PhaseRecord()
             self._norm, before = math.nan, None
         federated = isinstance(trainer.strategy, FederatedStrategy)
@@ -255,7 +254,7 @@ class CriticalPhase(Callback):
             self._undo.callback(callbacks.remove, helper)
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """The optimizers are there."""
+        """Restore a checkpoint's state, and attach to the optimizers, which exist from here on."""
         assert self._watch is not None
         if self._resumed is not None:
             self._keeper.load_state_dict(self._resumed["keeper"])
@@ -270,7 +269,7 @@ class CriticalPhase(Callback):
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Log what is known, as often as the Trainer logs."""
+        """Log the phase, as often as the Trainer logs."""
         assert self._watch is not None
         self._watch.after_batch(trainer)
         self._settle()
@@ -282,26 +281,26 @@ class CriticalPhase(Callback):
         pl_module.log_dict(values, on_step=True, on_epoch=False, batch_size=1)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Show the whole course."""
+        """Log a summary and the figure of the whole run."""
         rank_zero_info(f"CriticalPhase: {self.record.summary(self._unit)}; {self._noise_in_words()}.")
         show(trainer, "phase/course", self.plot())
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        """As `teardown`, which the Trainer leaves out then."""
+        """Call `teardown`, which the Trainer skips after an exception."""
         self.teardown(trainer, pl_module, "fit")
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Module, optimizers and callbacks are as they were."""
+        """Restore the module, the optimizers and the Trainer's callbacks."""
         if self._watch is not None:
             self._watch.detach()
         self._undo.close()
 
     def __getstate__(self) -> dict[str, Any]:
-        """What a copy has: all that was found out, and nothing that belongs to a Trainer."""
+        """Return the state of a copy: all results, but nothing that belongs to a Trainer."""
         return {**vars(self), "_watch": None, "_round": None, "_undo": ExitStack(), "listeners": []}
 
     def state_dict(self) -> dict[str, Any]:
-        """What a run needs to go on exactly; within a round, what it began with."""
+        """Return the state for an exact resume; within a round, the state from its beginning."""
         if self._resumed is not None:
             return self._resumed
         self._settle()
@@ -309,26 +308,26 @@ class CriticalPhase(Callback):
         return {**state, "record": self.record.state_dict()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on from a checkpoint, once training begins."""
+        """Resume from a checkpoint, once training begins."""
         self._resumed = state_dict
 
     def _state(self) -> dict[str, Any]:
         watch = {} if self._watch is None else self._watch.saved_state()
         return {"keeper": self._keeper.state_dict(), "watch": watch, "norm": self._norm}
 
-    # ---- for what watches
+    # ---- for the observers of rounds and steps
 
     def begin_round(self, trainer: pl.Trainer) -> None:
-        """A round is about to be judged, which counts only once the Trainer has counted it."""
+        """Open a round that is about to be judged; it becomes final once the Trainer has counted it."""
         self._round = _OpenRound(trainer, trainer.global_step, self._state())
 
     def judge(self, at: int, norm: float, decisions: list[Decision]) -> None:
-        """Take note of what detectors say of a step or round.
+        """Record the detectors' decisions on a step or round.
 
         Args:
             at: its number.
             norm: L2 norm of its gradient.
-            decisions: one, or those for several clients.
+            decisions: one decision, or those for several clients or optimizers.
         """
         self._norm = norm
         self._keeper.decide(decisions)
@@ -345,7 +344,7 @@ class CriticalPhase(Callback):
         self.judge(at, norm, [self._keeper.detect(observation)])
 
     def _settle(self) -> None:
-        """If the Trainer has counted the round that was judged, that is final."""
+        """Make the judgement of a round final, if the Trainer has counted it."""
         if self._round is not None and self._round.trainer.global_step > self._round.number:
             if self._round.row is not None:
                 self.record.add(*self._round.row)
@@ -354,7 +353,7 @@ class CriticalPhase(Callback):
 
 @dataclass
 class _OpenRound:
-    """A round that was judged and may yet fail."""
+    """A round that was judged and may still fail."""
 
     trainer: pl.Trainer
     number: int
@@ -363,12 +362,12 @@ class _OpenRound:
 
 
 def noise_in_words(noise: NoiseScale, unit: str, more: str) -> str:
-    """What is known of the noise scale, and what would be enough where nothing is.
+    """Return the noise scale in words, or the additional evidence that it would need.
 
     Args:
-        noise: all of it.
+        noise: the noise scale.
         unit: "round" or "step".
-        more: what there could be more of in each of them: "as many clients", "as large batches".
+        more: what each of them could have more of: "as many clients", "as large batches".
 
     Example:
         >>> from lightning_fedscale.phases.noise import Look, noise_scale
@@ -391,7 +390,7 @@ def noise_in_words(noise: NoiseScale, unit: str, more: str) -> str:
 
 
 def _times(factors: tuple[float, float]) -> str:
-    """By the mean, and at least."""
+    """Return a factor by the mean, and the least one, in words."""
     mean, least = factors
     return f"about {mean:.2g} (at least {least:.2g})" if mean < math.inf else f"at least {least:.2g}"
 

@@ -1,4 +1,4 @@
-"""How `CriticalPhase` sees and changes the local steps of clients."""
+"""The observation and change of clients' local steps by `CriticalPhase`."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ if TYPE_CHECKING:
 
 
 class ClientStepWatch(StepWatch):
-    """Looks at the gradients of every client's local steps; decides once a round, the same on every rank."""
+    """Observes the gradients of every client's local steps, and decides once a round, equally on every rank."""
 
     def __init__(self, owner: CriticalPhase, keeper: PhaseKeeper) -> None:
         super().__init__(owner, keeper)
         self._client = -1
-        self._norms: dict[int, list[Tensor]] = {}  # of a client's steps: optimizer, total of norms, squared norm
+        self._norms: dict[int, list[Tensor]] = {}  # of a client's steps: optimizer, sum of norms, squared norm
 
     def check(self, trainer: pl.Trainer, module: pl.LightningModule, noise: str) -> None:
         """See `StepWatch.check`."""
@@ -44,33 +44,33 @@ class ClientStepWatch(StepWatch):
         super().check(trainer, module, noise)
 
     def _check_noise(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        """Clients' updates show their noise by themselves."""
+        """Do nothing, since the noise is measured from clients' updates."""
 
     def on_train_batch_start(self, *_: Any) -> None:
-        """With clients, this is the start of a round; nothing is to be measured there."""
+        """Do nothing: with clients this is the start of a round, where nothing is measured."""
 
     def on_round_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, round: int, clients: IntArray) -> None:
-        """Forget a round that failed."""
+        """Discard the norms of a failed round."""
         self._norms = {}
 
     def on_client_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, client: int) -> None:
-        """The gradients that follow are this client's."""
+        """Assign the gradients that follow to this client."""
         self._client = client
         self._norms[client] = []
 
     def on_before_server_step(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, record: RoundRecord, delta: Params
     ) -> None:
-        """All clients have trained: share what was seen, and decide."""
+        """Share the norms of all clients between ranks, and decide."""
         self._owner.begin_round(trainer)
         if record.empty:
             return
         self._keeper.look_at_clients(record)
         rows = {client: row for row, client in enumerate(record.clients.tolist())}
-        # Gradients may be on a device whose communication knows no other tensors.
+        # The backend of the gradients' device may not communicate tensors of other devices.
         device = trainer.strategy.root_device
         steps = int(record.local_steps.max())
-        if not pl_module.automatic_optimization:  # the module may make any number of steps for a batch
+        if not pl_module.automatic_optimization:  # the module may make any number of steps per batch
             most = torch.tensor(float(max(map(len, self._norms.values()), default=0)), device=device)
             steps = -int(collectives.min_over_ranks(-most))
         table = torch.zeros(len(rows), 3 * steps, dtype=torch.float64)
@@ -98,7 +98,7 @@ class ClientStepWatch(StepWatch):
         self._owner.judge(record.round, math.hypot(*(seen.norm for seen in now)), [seen.decision for seen in now])
 
     def after_batch(self, trainer: pl.Trainer) -> None:
-        """A round is over."""
+        """Restore scaled settings at the end of a round."""
         for hold in self._holds:
             hold.scaling.restore()
 

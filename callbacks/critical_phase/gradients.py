@@ -1,4 +1,4 @@
-"""The gradients of an optimizer as `CriticalPhase` needs them: their norms, and the moment when they are clipped."""
+"""Gradients of an optimizer for `CriticalPhase`: their norms, and a hook after they are clipped."""
 
 from __future__ import annotations
 
@@ -27,26 +27,26 @@ SPARSE = (
 
 
 def gradients_of(optimizer: Optimizer) -> dict[int, Tensor]:
-    """Those that parameters have, by the parameter's place in the optimizer."""
+    """Return the existing gradients, by the position of their parameter in the optimizer."""
     parameters = (parameter for group in optimizer.param_groups for parameter in group["params"])
     return {place: parameter.grad for place, parameter in enumerate(parameters) if parameter.grad is not None}
 
 
 def learning_rate(*optimizers: Optimizer) -> float:
-    """That of all parameter groups together, which falls if one's does; NaN if none has any."""
+    """Return the sum of all parameter groups' learning rates, which falls if one falls; NaN if there is none."""
     rates = [float(group["lr"]) for optimizer in optimizers for group in optimizer.param_groups if "lr" in group]
     return math.fsum(rates) if rates else math.nan
 
 
 def layer_norms(trainer: pl.Trainer, optimizer: Optimizer, gradients: list[Tensor]) -> Tensor:
-    """The L2 norm of each, on their device, in float64."""
+    """Return the L2 norm of each gradient, on their device, in float64."""
     values = [gradient.coalesce().values() if gradient.is_sparse else gradient for gradient in gradients]
     norms = torch.stack([_whole(norm) for norm in torch._foreach_norm(values)]).double()
-    if isinstance(trainer.strategy, FSDPStrategy):  # every rank holds a part of each
+    if isinstance(trainer.strategy, FSDPStrategy):  # every rank holds a part of each gradient
         norms = collectives.sum_over_ranks(norms.square()).sqrt()
     scaler = getattr(trainer.precision_plugin, "scaler", None)
     if scaler is not None and getattr(optimizer, "_step_supports_amp_scaling", False):
-        norms = norms / scaler._scale  # fused optimizers unscale by themselves, later
+        norms = norms / scaler._scale  # fused optimizers unscale them only in their step
     return norms
 
 
@@ -55,19 +55,19 @@ def _whole(norm: Tensor) -> Tensor:
 
 
 class AfterClipping:
-    """Stands in for a module's ``configure_gradient_clipping``, and does one thing more."""
+    """Replaces a module's ``configure_gradient_clipping``, and calls a function after it."""
 
     def __init__(self, hook: Callable[..., Any], then: Callable[[Optimizer], None]) -> None:
         self.__wrapped__ = hook
         self._then = then
 
     def __call__(self, optimizer: Optimizer, *args: Any, **kwargs: Any) -> None:
-        """Clip as the module does, then go on."""
+        """Clip as the module does, then call the function."""
         self.__wrapped__(optimizer, *args, **kwargs)
         self._then(optimizer)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # A module that is copied or pickled during `fit` has its own hook again.
+        # A copy or pickle of the module, made during `fit`, gets the original hook.
         return _as_it_was, (self.__wrapped__,)
 
 

@@ -1,4 +1,4 @@
-"""What `CriticalPhase` remembers for its figure, and how TensorBoard shows it."""
+"""The record of `CriticalPhase` for its figure, and the layout of its charts in TensorBoard."""
 
 from __future__ import annotations
 
@@ -9,27 +9,27 @@ if TYPE_CHECKING:
 
 _MOST_ROWS = 4000
 _SMALL = 0.01
-"""Below this, the statistic is drawn on a linear scale."""
+"""The statistic is drawn on a linear scale below this value."""
 
 LAYOUT = {
     "CriticalPhase": {
         "critical": ["Multiline", [r"phase/critical(/\d+)?$", "phase/scale$"]],
         "change and threshold": ["Multiline", ["phase/relative_change", "phase/cumulative_sum", "phase/threshold"]],
         "gradient norm": ["Multiline", ["phase/grad_norm"]],
-        # No margin: where evidence lacks, one of the three is missing, and TensorBoard draws nothing then.
+        # No margin chart: without enough evidence one of the three values is missing, and it would show nothing.
         "noise scale": ["Multiline", ["phase/noise_scale"]],
         "critical batch and cohort": ["Multiline", ["phase/critical_batch", "phase/critical_cohort"]],
     }
 }
-"""For ``SummaryWriter.add_custom_scalars``."""
+"""Layout for ``SummaryWriter.add_custom_scalars``."""
 
 
 class PhaseRecord:
-    """The course of norm, statistic and phase, at bounded memory: later on, every second row is dropped.
+    """The history of norm, statistic and phase, in bounded memory: when full, every second row is dropped.
 
     Attributes:
         rows: step, gradient norm, statistic, threshold and scale.
-        spans: first and last step of every critical phase, all of them.
+        spans: first and last step of every critical phase; none is dropped.
     """
 
     def __init__(self) -> None:
@@ -40,7 +40,7 @@ class PhaseRecord:
         self._open = False  # whether the last observation was critical
 
     def add(self, at: int, norm: float, statistic: float, threshold: float, scale: float, critical: bool) -> None:
-        """An observation was judged."""
+        """Add a judged observation."""
         if self._seen % self._stride == 0:
             self.rows.append([float(at), norm, statistic, threshold, scale])
             if len(self.rows) >= _MOST_ROWS:
@@ -57,14 +57,14 @@ class PhaseRecord:
         self._open = True
 
     def summary(self, unit: str) -> str:
-        """In a sentence."""
+        """Return the number of critical observations, in words."""
         if not self._seen:
             return f"no {unit} was observed"
         last = f", the last one {self.spans[-1][1]}" if self.spans else ""
         return f"{self._critical:,} of {self._seen:,} observed {unit}s were critical{last}"
 
     def plot(self, unit: str, statistic: str) -> Figure:
-        """Norm above, statistic and threshold below, critical spans shaded."""
+        """Plot the norm above, statistic and threshold below, with critical spans shaded."""
         from matplotlib.figure import Figure
         from matplotlib.ticker import SymmetricalLogLocator
 
@@ -90,9 +90,9 @@ class PhaseRecord:
         return figure
 
     def state_dict(self) -> dict[str, Any]:
-        """For the checkpoint."""
+        """Return the state for the checkpoint."""
         return {**vars(self), "rows": [*self.rows], "spans": [[*span] for span in self.spans]}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from there."""
+        """Restore the state from a checkpoint."""
         vars(self).update({**state, "rows": [*state["rows"]], "spans": [[*span] for span in state["spans"]]})

@@ -1,4 +1,4 @@
-"""One optimizer as `CriticalPhase` watches it: its steps, what its gradients add up to, and how noisy they are."""
+"""One optimizer as observed by `CriticalPhase`: its steps, and the sums and noise of its gradients."""
 
 from __future__ import annotations
 
@@ -15,37 +15,38 @@ from lightning_fedscale.phases.noise import Diagonal, diagonal_init, diagonal_no
 
 
 class StepHold:
-    """Holds an optimizer while a module trains: scales its steps, and tells each of them once.
+    """Observes an optimizer while a module trains: it scales its steps, and reports each of them once.
 
-    Lightning announces steps when gradients are complete: before the step or, within its closure, as often as the
-    optimizer asks for gradients. Steps by ``self.optimizers(use_pl_optimizer=False)`` it does not know of; torch does.
+    Lightning announces steps when gradients are complete: before the step, or within its closure, as often as the
+    optimizer computes gradients. It does not announce steps by ``self.optimizers(use_pl_optimizer=False)``, which are
+    found by hooks of torch.
 
     Args:
-        optimizer: as the Trainer has it.
+        optimizer: the Trainer's optimizer.
         scale_weight_decay: see `UpdateScaling`.
-        see: is called with the optimizer before a step that Lightning has not announced.
+        see: called with the optimizer before a step that Lightning has not announced.
     """
 
     def __init__(self, optimizer: Any, scale_weight_decay: bool, see: Callable[[Optimizer], None]) -> None:
         self.optimizer: Optimizer = optimizer.optimizer if isinstance(optimizer, LightningOptimizer) else optimizer
         self.scaling = UpdateScaling(self.optimizer, scale_weight_decay)
         self._see = see
-        self._announced = False  # before the step
-        self._asking = False  # in a step that asks for gradients
-        self._asked = False  # and has asked
+        self._announced = False  # by Lightning, before the step
+        self._asking = False  # within a step with a closure
+        self._asked = False  # whether that step has called its closure
         self._hooks = [
             self.optimizer.register_step_pre_hook(self._before_step),
             self.optimizer.register_step_post_hook(self._after_step),
         ]
 
     def announce(self) -> bool:
-        """Lightning says that gradients are complete: whether these are the first of the step."""
+        """Record that Lightning has announced complete gradients; return whether they are the first of the step."""
         first = not (self._asking and self._asked)
         self._announced, self._asked = True, True
         return first
 
     def remove(self) -> None:
-        """The optimizer is as it was."""
+        """Restore the optimizer and remove the hooks."""
         self.scaling.remove()
         for hook in self._hooks:
             hook.remove()
@@ -62,21 +63,21 @@ class StepHold:
 
 
 class GradientMemory:
-    """What is remembered of an optimizer's gradients, each of which may be missing in some steps: then it is zero."""
+    """Sums and moments of an optimizer's gradients; a gradient that is missing in a step counts as zero."""
 
     def __init__(self) -> None:
         self._sums: dict[int, Tensor] = {}
         self._summed = 0
         self._diagonal: Diagonal | None = None
-        self._places: list[int] | None = []  # of the tensors in it, among the optimizer's parameters
+        self._places: list[int] | None = []  # positions of its tensors among the optimizer's parameters
 
     def to(self, device: torch.device) -> None:
-        """Move all of it."""
+        """Move all tensors."""
         self._sums = {place: tensor.to(device) for place, tensor in self._sums.items()}
         self._diagonal = None if self._diagonal is None else self._diagonal.to(device)
 
     def add_up(self, gradients: dict[int, Tensor], steps: int) -> list[Tensor] | None:
-        """The sum of so many steps' gradients, once there are as many."""
+        """Add gradients to the sum, and return it once it has ``steps`` steps."""
         self._number(gradients)
         for place, gradient in gradients.items():
             if place in self._sums:
@@ -90,7 +91,7 @@ class GradientMemory:
         return [sums[place] for place in sorted(sums)]
 
     def take_in(self, gradients: dict[int, Tensor], finite: Tensor) -> None:
-        """Follow every coordinate's mean and variance; a step that is not finite counts as an average one."""
+        """Update every coordinate's mean and variance; a non-finite step counts as the mean."""
         places = self._number(gradients)
         known = diagonal_init([]) if self._diagonal is None else self._diagonal
         before = set(places)
@@ -107,17 +108,17 @@ class GradientMemory:
 
     @property
     def steps(self) -> int:
-        """How many gradients were taken in."""
+        """Number of steps in the moments."""
         return 0 if self._diagonal is None else self._diagonal.seen
 
     def noise(self, batch: float, target: float, generator: torch.Generator) -> dict[int, Tensor]:
-        """For each parameter, what gradients over ``target`` samples have in noise beyond those over ``batch``."""
+        """Return the noise that gradients over ``target`` samples have in addition to those over ``batch``."""
         assert self._diagonal is not None
         noise = diagonal_noise(self._diagonal, batch, target, generator)
         return dict(zip(self._places or [], noise, strict=True))
 
     def state_dict(self) -> dict[str, Any]:
-        """For the checkpoint."""
+        """Return the state for the checkpoint."""
         return {
             "sums": list(self._sums.items()),
             "summed": self._summed,
@@ -126,13 +127,13 @@ class GradientMemory:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from there; earlier versions had no places, and lists of those tensors that had a gradient."""
+        """Restore the state; earlier versions saved lists of the tensors with a gradient, without their places."""
         sums, self._summed, self._places = state["sums"], state["summed"], state.get("places")
         self._sums = dict(enumerate(sums) if self._places is None else sums)
         self._diagonal = None if state["diagonal"] is None else Diagonal(*state["diagonal"])
 
     def _number(self, gradients: dict[int, Tensor]) -> list[int]:
-        """Places of the tensors in the diagonal; what came from an earlier version finds its own."""
+        """Return the places of the tensors in the diagonal; for a state of an earlier version, find them."""
         if self._places is None:
             self._sums = dict(zip(gradients, self._sums.values(), strict=False))
             self._places = [] if self._diagonal is None else list(gradients)[: len(self._diagonal.mean)]

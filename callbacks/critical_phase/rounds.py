@@ -1,4 +1,4 @@
-"""How `CriticalPhase` sees and changes the server's updates."""
+"""The observation and change of the server's updates by `CriticalPhase`."""
 
 from __future__ import annotations
 
@@ -33,11 +33,11 @@ if TYPE_CHECKING:
 
 
 class RoundWatch:
-    """Looks at the aggregated update of every round, and scales it or makes it noisy.
+    """Observes the aggregated update of every round, and scales it or adds noise.
 
     Args:
-        owner: decides.
-        keeper: knows the phase.
+        owner: the callback, which decides.
+        keeper: tracks the phase.
     """
 
     def __init__(self, owner: CriticalPhase, keeper: PhaseKeeper) -> None:
@@ -54,7 +54,7 @@ class RoundWatch:
     # ---- before training
 
     def check(self, trainer: pl.Trainer, module: pl.LightningModule, noise: str) -> None:
-        """Refuse what cannot be.
+        """Refuse an invalid combination.
 
         Raises:
             ValueError: with the reason and the remedy.
@@ -63,7 +63,7 @@ class RoundWatch:
             raise ValueError("noise_every=None: detector 'fisher_trace' reads what is measured there; pass a number.")
 
     def helpers(self, trainer: pl.Trainer, noise: str) -> list[Any]:
-        """What listens to the events of a round; what costs something only if it is needed."""
+        """Return the listeners to the events of a round; costly ones only if they are needed."""
         strategy: Any = trainer.strategy
         found: list[Any] = [self]
         rule, with_decay = strategy.server_optimizer, self._owner.scale_weight_decay
@@ -76,7 +76,7 @@ class RoundWatch:
         return found
 
     def attach(self, trainer: pl.Trainer, module: pl.LightningModule) -> str:
-        """Say how updates are scaled."""
+        """Move the state to the module's device, and return how updates are scaled, in words."""
         self._sums = [tensor.to(module.device) for tensor in self._sums]
         self._diagonal = None if self._diagonal is None else self._diagonal.to(module.device)
         if self._scales_delta:
@@ -86,12 +86,12 @@ class RoundWatch:
         return "the server hardly follows the size of updates, so its step is multiplied"
 
     def detach(self) -> None:
-        """Nothing was put into the module."""
+        """Do nothing, since the module was not changed."""
 
     # ---- in training
 
     def on_round_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, round: int, clients: IntArray) -> None:
-        """Now and then, see how far the gradients of both halves of the clients' batches are apart."""
+        """Compute the gradients of both halves of the clients' batches, if this is due."""
         self._halves = None
         if self._owner.noise_every is not None and self._since_look >= self._owner.noise_every:
             self._halves = _HalfBatches(trainer, pl_module, clients)
@@ -99,7 +99,7 @@ class RoundWatch:
     def on_before_server_step(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, record: RoundRecord, delta: Params
     ) -> None:
-        """All clients have trained: look, decide, and change the update; a round of nobody shows nothing."""
+        """Observe the clients' update, decide and change it; an empty round is not observed."""
         self._owner.begin_round(trainer)
         if not record.empty:
             self._look(record)
@@ -113,14 +113,14 @@ class RoundWatch:
             self._make_noisy(record, delta)
 
     def after_batch(self, trainer: pl.Trainer) -> None:
-        """A round is over."""
+        """Do nothing at the end of a round."""
 
     def metrics(self) -> dict[str, float]:
-        """Nothing beyond what is logged of every phase: the update is that of all optimizers."""
+        """Return no further metrics, since the update is that of all optimizers together."""
         return {}
 
     def saved_state(self) -> dict[str, Any]:
-        """For the checkpoint."""
+        """Return the state for the checkpoint."""
         return {
             "since_look": self._since_look,
             "summed": self._summed,
@@ -129,11 +129,11 @@ class RoundWatch:
         }
 
     def load_saved_state(self, state: dict[str, Any]) -> None:
-        """Go on from there."""
+        """Restore the state from a checkpoint."""
         self._since_look, self._summed, self._sums = state["since_look"], state["summed"], state["sums"]
         self._diagonal = None if state["diagonal"] is None else Diagonal(*state["diagonal"])
 
-    # ---- what is seen
+    # ---- observation
 
     def _look(self, record: RoundRecord) -> None:
         self._keeper.look_at_clients(record)
@@ -145,9 +145,9 @@ class RoundWatch:
             self._halves = None
 
     def _add_up(self, delta: Params) -> bool:
-        """Whether so many updates are added up as the detector wants."""
+        """Add an update to the sum, and return whether it has as many updates as the detector needs."""
         fresh = self._summed in (0, self._owner.detector.accumulate)
-        # Not in place: what the round began with may be saved yet.
+        # Not in place: the state from the beginning of the round may still be saved.
         updates = list(delta.values())
         self._sums = [u.clone() for u in updates] if fresh else list(torch._foreach_add(self._sums, updates))
         self._summed = 1 if fresh else self._summed + 1
@@ -166,7 +166,7 @@ class RoundWatch:
             ),
         )
 
-    # ---- what is done
+    # ---- action
 
     def _make_noisy(self, record: RoundRecord, delta: Params) -> None:
         assert self._owner.target_batch is not None
@@ -179,7 +179,7 @@ class RoundWatch:
             return
         updates = list(delta.values())
         known = diagonal_init(updates) if self._diagonal is None else self._diagonal
-        # On a copy: what the round began with may be saved yet.
+        # On a copy: the state from the beginning of the round may still be saved.
         self._diagonal = diagonal_update(known.clone(), updates)
         if self._owner.adds_noise and self._diagonal.seen > 1:
             generator = torch.Generator(device=updates[0].device)
@@ -188,11 +188,11 @@ class RoundWatch:
 
 
 class _StepScaling:
-    """Multiplies the server's step, where it does not follow the update's size.
+    """Multiplies the server's step, if its length does not follow that of the update.
 
     Args:
-        owner: decides.
-        decay: share of the parameters in each step that is weight decay, and stays as it is.
+        owner: the callback, which decides.
+        decay: weight decay as a fraction of the parameters per step, which is not scaled.
     """
 
     def __init__(self, owner: CriticalPhase, decay: float) -> None:
@@ -201,12 +201,12 @@ class _StepScaling:
         self._weights: Params = {}
 
     def on_round_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, round: int, clients: IntArray) -> None:
-        """The module holds the global model, from which the decay of the step to come is counted."""
+        """Save the global weights, from which the weight decay of the next step is computed."""
         if self._decay:
             self._weights = {name: p.detach().clone() for name, p in pl_module.named_parameters()}
 
     def on_server_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule, step: Params) -> None:
-        """The server optimizer has made its step."""
+        """Scale the server's step, except its weight decay."""
         factor = self._owner.scale
         for name, value in step.items():
             value.mul_(factor)
@@ -215,7 +215,7 @@ class _StepScaling:
 
 
 class _SignedUpdates:
-    """The sum of clients' updates under random signs, beside their aggregate: all that reweighting takes.
+    """The sum of clients' updates with random signs, which together with their aggregate gives the reweighting noise.
 
     With weights ``p_k`` and signs ``xi_k``, the change of the mean under the weights ``p_k (1 + s (xi_k - sum p xi))``
     is ``s (sum p_k xi_k delta_k - (sum p xi) mean)``.
@@ -229,13 +229,13 @@ class _SignedUpdates:
         self._sign_of: dict[int, float] = {}
 
     def on_round_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, round: int, clients: IntArray) -> None:
-        """Toss the coin for every client."""
+        """Draw a sign for every client."""
         self._sum, self._total = None, 0.0
         self._signs = randomness.generator(self._seed, randomness.NOISE, round).choice([-1.0, 1.0], size=len(clients))
         self._sign_of = dict(zip(clients.tolist(), self._signs.tolist(), strict=True))
 
     def on_client_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, update: ClientUpdate) -> None:
-        """Take in a client's update."""
+        """Add a client's update to the sum."""
         if self._sum is None:
             self._sum = torch.zeros_like(update.delta)
         if update.finite:
@@ -245,7 +245,7 @@ class _SignedUpdates:
             self._total += weight
 
     def noise(self, record: RoundRecord, delta: Params, batch: float, target: float) -> list[Tensor]:
-        """What to add to the aggregated update."""
+        """Return the noise to add to the aggregated update."""
         sizes = [tensor.numel() for tensor in delta.values()]
         like = next(iter(delta.values()))
         mine = like.new_zeros(sum(sizes)) if self._sum is None else self._sum[: sum(sizes)]  # a rank may have no client
@@ -266,8 +266,8 @@ class _HalfBatches:
     """The gradients of both halves of each client's first batch, at the global model.
 
     Args:
-        trainer: the Trainer, in a round that has begun.
-        module: holds the global model.
+        trainer: the Trainer, at the start of a round.
+        module: the module, with the global weights.
         clients: the cohort.
     """
 
@@ -286,11 +286,11 @@ class _HalfBatches:
                     row[2], row[3] = halves.samples
                     self._sum += torch.cat([gradient.flatten() for gradient in mean])
         except Exception as error:
-            self._table.fill_(math.nan)  # so that every rank knows
+            self._table.fill_(math.nan)  # so that every rank sees the failure
             rank_zero_warn(no_halves(error))
 
     def look(self) -> Look | None:
-        """What all ranks have seen together; to be called on all of them, None if it says nothing."""
+        """Return the noise seen by all ranks together, None if there is none; call it on all ranks."""
         joint = collectives.sum_over_ranks(torch.cat([self._sum, self._table.flatten()]))
         table: FloatArray = joint[len(self._sum) :].cpu().numpy().reshape(-1, 4)
         if not np.isfinite(table).all():

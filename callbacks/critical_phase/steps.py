@@ -1,4 +1,4 @@
-"""How `CriticalPhase` sees and changes the steps of an optimizer."""
+"""The observation and change of optimizer steps by `CriticalPhase`."""
 
 from __future__ import annotations
 
@@ -36,19 +36,19 @@ if TYPE_CHECKING:
     from lightning_fedscale.callbacks.critical_phase.callback import CriticalPhase
 
 _PATIENCE = 25
-"""Batches without a gradient after which it is said that none came."""
+"""Number of batches without a gradient after which there is a warning."""
 
 _HEARD = 100
-"""Steps of all optimizers together for which an optimizer's decision counts."""
+"""Number of steps, of all optimizers together, for which an optimizer's decision counts."""
 
 
 class Seen(NamedTuple):
-    """What was last made of the gradients of an optimizer.
+    """The last observation of an optimizer's gradients.
 
     Attributes:
         at: number of the step or round.
         norm: L2 norm of its gradient.
-        decision: what the detector says.
+        decision: decision of the detector.
     """
 
     at: int
@@ -57,15 +57,15 @@ class Seen(NamedTuple):
 
 
 class StepWatch(Callback):
-    """Looks at the gradients of every optimizer step, and scales them or makes them noisy once they are clipped.
+    """Observes the gradients of every optimizer step, and scales them or adds noise after clipping.
 
-    Each optimizer's gradients are a sequence of their own, with a state of the detector of its own: of two networks
-    that take turns, the norms of both together would be noise. The phase is critical if the last decision on any of
-    them is, and all updates are scaled alike, so that the balance between networks stays.
+    Each optimizer's gradients are a separate sequence with a separate detector state, since the norms of two networks
+    that train alternately would be noise if joined. The phase is critical if the last decision on any optimizer is
+    critical. All updates are scaled by the same factor, which keeps the balance between networks.
 
     Args:
-        owner: decides.
-        keeper: knows the phase.
+        owner: the callback, which decides.
+        keeper: tracks the phase.
     """
 
     def __init__(self, owner: CriticalPhase, keeper: PhaseKeeper) -> None:
@@ -75,19 +75,19 @@ class StepWatch(Callback):
         self._memories: defaultdict[int, GradientMemory] = defaultdict(GradientMemory)  # by number of the optimizer
         self._seen: dict[int, Seen] = {}  # likewise
         self._module: pl.LightningModule | None = None
-        self._pending: list[tuple[int, Tensor]] = []  # optimizer and norms of the layers, of steps not judged yet
+        self._pending: list[tuple[int, Tensor]] = []  # optimizer and layer norms, of steps not judged yet
         self._steps = 0  # judged or not
         self._unseen = 0  # batches since the last gradient
         self._warned = False
         self._since_look = 0
-        self._samples = 0.0  # in the present batch
-        self._open_look: Tensor | None = None  # of the present batch, its gradient is yet to come
-        self._looks: list[Tensor] = []  # that were not read yet
+        self._samples = 0.0  # in the current batch
+        self._open_look: Tensor | None = None  # of the current batch, whose gradient is not computed yet
+        self._looks: list[Tensor] = []  # not read from the device yet
 
     # ---- before training
 
     def check(self, trainer: pl.Trainer, module: pl.LightningModule, noise: str) -> None:
-        """Refuse what cannot be.
+        """Refuse an invalid combination.
 
         Raises:
             ValueError: with the reason and the remedy.
@@ -120,11 +120,11 @@ class StepWatch(Callback):
         return isinstance(trainer.strategy, (SingleDeviceStrategy, DDPStrategy)) and module.automatic_optimization
 
     def helpers(self, trainer: pl.Trainer, noise: str) -> list[Callback]:
-        """The callbacks that do the work."""
+        """Return the callbacks that observe the steps."""
         return [self]
 
     def attach(self, trainer: pl.Trainer, module: pl.LightningModule) -> str:
-        """Take hold of the optimizers, and say how their updates are scaled."""
+        """Attach to the optimizers, and return how their updates are scaled, in words."""
         self._module = module
         for memory in self._memories.values():
             memory.to(module.device)
@@ -134,12 +134,12 @@ class StepWatch(Callback):
             for hold in self._holds:
                 hold.scaling.check()
         if module.automatic_optimization and self._owner.action != "observe":
-            # Callbacks are told before gradients are clipped.
+            # Hooks of callbacks run before gradients are clipped.
             vars(module)["configure_gradient_clipping"] = AfterClipping(module.configure_gradient_clipping, self._act)
         return "; ".join(dict.fromkeys(hold.scaling.describe() for hold in self._holds))
 
     def detach(self) -> None:
-        """Module and optimizers are as they were."""
+        """Restore the module and the optimizers."""
         for hold in self._holds:
             hold.remove()
         self._holds = []
@@ -153,7 +153,7 @@ class StepWatch(Callback):
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """Now and then, see how far the gradients of both halves of a batch are apart."""
+        """Compare the gradients of both halves of the batch, if this is due."""
         every = self._owner.noise_every
         self._since_look += 1
         if self._owner.action == "noise":
@@ -167,23 +167,23 @@ class StepWatch(Callback):
     def on_before_optimizer_step(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
     ) -> None:
-        """The gradients are complete: accumulated, reduced over ranks, unscaled, and not clipped yet."""
+        """Observe the complete gradients: accumulated, reduced over ranks, unscaled, and not clipped yet."""
         if (number := self._number(optimizer)) is None:
             return
         if self._holds[number].announce():
             self._look(trainer, number)
         if not pl_module.automatic_optimization:
-            self._act(optimizer)  # the user has clipped them
+            self._act(optimizer)  # the user has already clipped them
 
     def _on_unannounced_step(self, optimizer: Optimizer) -> None:
-        """As `on_before_optimizer_step`, for a step that the module makes past Lightning."""
+        """Do the same as `on_before_optimizer_step`, for a step that bypasses Lightning."""
         assert self._module is not None
         if (number := self._number(optimizer)) is not None:
             self._look(self._module.trainer, number)
             self._act(optimizer)
 
     def _number(self, optimizer: Optimizer) -> int | None:
-        """Of an optimizer of the Trainer's; modules may have more."""
+        """Return the number of an optimizer; None if it is not one of the Trainer's."""
         return next((i for i, hold in enumerate(self._holds) if hold.optimizer is optimizer), None)
 
     def _look(self, trainer: pl.Trainer, number: int) -> None:
@@ -198,9 +198,9 @@ class StepWatch(Callback):
         self._see(trainer, number, gradients, norms)
 
     def after_batch(self, trainer: pl.Trainer) -> None:
-        """A batch is over."""
+        """Restore scaled settings, and warn if no gradients come."""
         for hold in self._holds:
-            hold.scaling.restore()  # if the step was skipped
+            hold.scaling.restore()  # needed if the step was skipped
         self._warn_if_unseen(trainer, 1)
 
     def _warn_if_unseen(self, trainer: pl.Trainer, batches: int) -> None:
@@ -210,7 +210,7 @@ class StepWatch(Callback):
             rank_zero_warn(NOT_SEEN.format(self._unseen, self._owner.critical))
 
     def metrics(self) -> dict[str, float]:
-        """What is known of each optimizer, if there are several."""
+        """Return norm and phase of each optimizer, if there are several."""
         if len(self._holds) < 2:
             return {}
         norms = {f"phase/grad_norm/{number}": seen.norm for number, seen in self._seen.items()}
@@ -218,7 +218,7 @@ class StepWatch(Callback):
         return {**norms, **flags}
 
     def saved_state(self) -> dict[str, Any]:
-        """Norms that wait are numbers in it."""
+        """Return the state for the checkpoint; pending norms are saved as numbers."""
         return {
             "pending": [[number, norms.tolist()] for number, norms in self._pending],
             "steps": self._steps,
@@ -229,7 +229,7 @@ class StepWatch(Callback):
         }
 
     def load_saved_state(self, state: dict[str, Any]) -> None:
-        """Go on from there; earlier versions watched one optimizer."""
+        """Restore the state; earlier versions observed a single optimizer."""
         pending = state["pending"] if "optimizers" in state else [[0, norms] for norms in state["pending"]]
         self._pending = [(number, torch.tensor(norms, dtype=torch.float64)) for number, norms in pending]
         self._steps, self._since_look = state["steps"], state["since_look"]
@@ -239,7 +239,7 @@ class StepWatch(Callback):
             self._memories[number].load_state_dict(memory)
         self._seen = {n: Seen(at, norm, Decision(*decision)) for n, at, norm, decision in state.get("seen", [])}
 
-    # ---- what is seen
+    # ---- observation
 
     def _see(self, trainer: pl.Trainer, number: int, gradients: dict[int, Tensor], norms: Tensor) -> None:
         if self._owner.action == "noise":
@@ -256,7 +256,7 @@ class StepWatch(Callback):
             self._read(trainer)
 
     def _read(self, trainer: pl.Trainer) -> None:
-        """Judge the steps that wait, with one read from the device."""
+        """Judge the pending steps, with one read from the device."""
         pending, self._pending = self._pending, []
         looks, self._looks = self._looks, []
         device = pending[-1][1].device
@@ -268,7 +268,7 @@ class StepWatch(Callback):
         for row in seen.reshape(-1, _LOOK):
             self._take_look(trainer, *row.tolist())
         first = self._steps - len(pending)
-        # Mixed precision skips a step now and then, whose gradients are not finite.
+        # Mixed precision sometimes skips a step, whose gradients are not finite.
         judged = [
             (first + i, number, norms)
             for i, ((number, _), norms) in enumerate(zip(pending, steps, strict=True))
@@ -284,17 +284,25 @@ class StepWatch(Callback):
             self._owner.judge(at, math.hypot(*(seen.norm for seen in heard)), [seen.decision for seen in heard])
 
     def _sequence(self, number: int, client: int = -1) -> int:
-        """A number of its own for each client's optimizer; with one optimizer it is the client's."""
+        """Return a unique number for each client's optimizer; with one optimizer, the client's number."""
         return client * len(self._holds) + number
 
     def _take_look(self, trainer: pl.Trainer, trace: float, ranks: float, samples: float, square: float) -> None:
-        """From sums over ranks: the trace of the covariance of a single sample's gradient, and what goes with it."""
+        """Pass a noise measurement to the keeper, from sums over ranks.
+
+        Args:
+            trainer: the Trainer.
+            trace: trace of the covariance of a single sample's gradient.
+            ranks: number of ranks that measured.
+            samples: samples in their batches.
+            square: squared norm of the gradient.
+        """
         if not ranks or not math.isfinite(trace * square):
             return
         trace, square = trace / ranks, square / collectives.world_size()
         batch = samples * trainer.accumulate_grad_batches
         one, halves = np.ones(1), np.full((1, 2), batch / 2)
-        # Only the halves' difference is theirs; the mean gradient is that of the whole update.
+        # Only the difference comes from the halves; the mean gradient is that of the whole update.
         self._keeper.look("sampling", look_at_halves(one * trace * 4 / batch, halves, one * square, one, square))
 
     def _observation(self, number: int, norms: FloatArray) -> Observation:
@@ -304,7 +312,7 @@ class StepWatch(Callback):
             learning_rate=learning_rate(self._holds[number].optimizer),
         )
 
-    # ---- what is done
+    # ---- action
 
     def _act(self, optimizer: Optimizer) -> None:
         if (number := self._number(optimizer)) is None:
@@ -330,7 +338,7 @@ def _samples(trainer: pl.Trainer, batch: Any, batch_idx: int) -> int:
     try:
         return samples_in(batch, remedy=": choose action='observe' or 'scale'.")
     except ValueError:
-        # Graphs, say, are batched as one large graph.
+        # Graphs, for example, are batched as one large graph.
         if (loaded := loaded_samples(trainer.train_dataloader, batch_idx)) is None:
             raise
         return loaded
@@ -346,7 +354,7 @@ _LOOK = 4
 
 
 def _look_at(trainer: pl.Trainer, module: pl.LightningModule, batch: Any, batch_idx: int) -> Tensor:
-    """Trace of the covariance of a sample's gradient, 1, and samples; zeros if it cannot be measured."""
+    """Return the trace of the covariance of a sample's gradient, 1, and samples; zeros if it cannot be measured."""
     look = torch.zeros(_LOOK - 1, dtype=torch.float64, device=module.device)
     try:
         if (halves := half_gradients(trainer, module, batch, batch_idx)) is not None:

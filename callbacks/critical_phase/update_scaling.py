@@ -1,4 +1,4 @@
-"""Makes single optimizer steps longer, whatever the optimizer does with its gradients."""
+"""Scaling of single optimizer steps, for any kind of optimizer."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ _DECOUPLED = tuple(getattr(torch.optim, name) for name in ("AdamW", "Adafactor",
 
 
 class UpdateScaling:
-    """Multiplies what an optimizer's next step adds to the parameters.
+    """Multiplies the change of the parameters in an optimizer's next step.
 
-    Where updates follow the gradients' size (SGD), the gradients are multiplied, so that momentum takes in the scaled
-    ones. Adam and others divide by that size; there the learning rate is multiplied for one step, and is back before
-    anybody reads it. Weight decay is left as it is, but for that which such optimizers add to the gradients.
+    If updates are proportional to the gradients (SGD), the gradients are multiplied, so that momentum accumulates the
+    scaled ones. Adam and others normalize gradients; for them the learning rate is multiplied for one step, and
+    restored before anything reads it. Weight decay is not scaled, except where these optimizers add it to gradients.
 
     Args:
         optimizer: a torch optimizer.
-        scale_weight_decay: whether weight decay is to be multiplied as well.
+        scale_weight_decay: whether to multiply weight decay as well.
 
     Example:
         >>> weight = torch.ones(1, requires_grad=True)
@@ -42,7 +42,7 @@ class UpdateScaling:
         self.by_gradient = isinstance(optimizer, _FOLLOW_SCALE)
 
     def check(self) -> None:
-        """Refuse an optimizer whose steps cannot be made longer.
+        """Refuse an optimizer whose steps cannot be scaled.
 
         Raises:
             ValueError: with the remedy.
@@ -55,14 +55,14 @@ class UpdateScaling:
             )
 
     def describe(self) -> str:
-        """What is multiplied, in words."""
+        """Return what is multiplied, in words."""
         name = type(self._optimizer).__name__
         if self.by_gradient:
             return f"{name} follows the size of gradients, so gradients are multiplied"
         return f"{name} hardly follows the size of gradients, so the learning rate of the step is multiplied"
 
     def apply(self, factor: float) -> None:
-        """Multiply the next step; to be called when gradients are complete and clipped."""
+        """Multiply the next step; call this when gradients are complete and clipped."""
         self.restore()
         if factor == 1.0:
             return
@@ -76,17 +76,17 @@ class UpdateScaling:
             return
         self._set("lr", lambda value: value * factor)
         if not self._scale_decay:
-            # Decoupled decay is a multiple of the learning rate.
+            # Decoupled weight decay is proportional to the learning rate.
             self._set("weight_decay", lambda value: value / factor, only_decoupled=True)
 
     def restore(self) -> None:
-        """Everything is as the user set it."""
+        """Restore the user's settings."""
         for group, before in zip(self._optimizer.param_groups, self._before, strict=False):
             group.update(before)
         self._before = []
 
     def remove(self) -> None:
-        """The optimizer is as it was."""
+        """Restore the optimizer and remove the hook."""
         self.restore()
         self._hook.remove()
 
