@@ -102,7 +102,7 @@ class FederatedStrategy(ReusableStrategy):
             `lightning_fedscale.privacy`.
         personal: names of parameters and buffers that stay with each client, as patterns ("head.*"): FedPer, FedBN. In
             the global model they keep the values with which the module was built. `local_rules.Ditto` additionally
-            gives each client a whole model. None or () is nothing.
+            gives each client a whole model. None or () means none.
         buffers: how buffers are aggregated at the end of a round, by patterns of names; the first pattern that matches
             decides: "mean" over clients, "server" (as it is), "largest" (of the client with the most samples), "client"
             (stays with each, like ``personal``). Otherwise floats are averaged (with a warning unless they are running
@@ -113,7 +113,7 @@ class FederatedStrategy(ReusableStrategy):
             ``FedBuff(seconds=...)`` to know how long clients take.
         client_optimizer: "reset" gives every client a fresh optimizer each round; "keep" keeps each client's optimizer
             state between rounds (DiLoCo, local SGD).
-        executor: how the clients of a rank train: "sequential", one after the other; "vectorized", many at once in one
+        executor: how the clients of a rank train: "sequential", one at a time; "vectorized", many at once in one
             `torch.func.vmap`; "auto" times both in the first round and keeps the faster.
         clients_per_wave: most clients that train at once if vectorized; None takes as many as fit into memory.
         verify_executor: compare one client of a vectorized round with its sequential training, in rounds 1, 2, 4, 8 and

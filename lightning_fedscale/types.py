@@ -34,7 +34,7 @@ class ClientCost(NamedTuple):
     Attributes:
         forward: FLOPs of its forward passes, including those for further gradients that a local rule needs.
         backward: FLOPs of its backward passes, likewise.
-        optimizer: operations of its optimizer, and of what is added to its gradients.
+        optimizer: operations of its optimizer, and of additions to its gradients.
         tokens: tokens, or samples, that it trained on.
     """
 

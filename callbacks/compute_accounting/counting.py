@@ -21,7 +21,7 @@ from lightning_fedscale.utils import collectives
 
 
 class Counting:
-    """Counts the costs of a run: rounds by their records, which all ranks share; the rest per rank, summed at times.
+    """Counts the costs of a run: rounds by their records, all else per rank; the latter is summed over ranks at times.
 
     Args:
         ledger: ledger that is the same on all ranks.

@@ -288,15 +288,7 @@ class StepWatch(Callback):
         return client * len(self._holds) + number
 
     def _take_look(self, trainer: pl.Trainer, trace: float, ranks: float, samples: float, square: float) -> None:
-        """Pass a noise measurement to the keeper, from sums over ranks.
-
-        Args:
-            trainer: the Trainer.
-            trace: trace of the covariance of a single sample's gradient.
-            ranks: number of ranks that measured.
-            samples: samples in their batches.
-            square: squared norm of the gradient.
-        """
+        """Record the noise of single samples, from sums over ranks of `_look_at` and of the squared gradient norm."""
         if not ranks or not math.isfinite(trace * square):
             return
         trace, square = trace / ranks, square / collectives.world_size()
