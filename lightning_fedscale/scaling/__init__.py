@@ -102,7 +102,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """`size` trains, and everything else here is mathematics that needs neither Lightning nor torch."""
+    """Import `size` only when it is used: it trains, and the rest of this package needs neither Lightning nor torch."""
     if name == "size":
         return import_module("lightning_fedscale.study").size
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

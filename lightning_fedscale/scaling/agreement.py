@@ -1,4 +1,4 @@
-"""Whether what a law is asked for is what its runs did."""
+"""Compare a request to a law with the runs that the law was fitted to."""
 
 from __future__ import annotations
 
@@ -12,10 +12,11 @@ from lightning_fedscale.scaling.rho import UNMEASURED, Rho
 
 
 def check_clients(law: Law, clients: int, rho: Rho) -> None:
-    """Refuse another number of clients than the runs', where nobody knows what that costs.
+    """Check that the law can predict for this number of clients.
 
     Raises:
-        ValueError: if all runs had one number of clients, this is another, and ``rho`` is neither measured nor passed.
+        ValueError: if all runs had the same number of clients, ``clients`` differs from it, and ``rho`` is neither
+            measured nor passed.
     """
     own, told = law.own_clients, law.made_for.clients
     if clients == own or rho != UNMEASURED or law.knows_clients or len(told) > 1 or not (told or own > 1):
@@ -28,13 +29,13 @@ def check_clients(law: Law, clients: int, rho: Rho) -> None:
 
 
 class Agreement(NamedTuple):
-    """How what a law is asked for agrees with what its runs did.
+    """How a request to a law agrees with the law's runs.
 
     Attributes:
-        others: what is asked that the runs did otherwise, in words, by name.
-        unknown: what is asked that the runs do not say, likewise.
-        made_for: what the runs did.
-        passes: what is said of the passes over the data, if there are too many.
+        others: requested values that differ from those of the runs, in words, by name.
+        unknown: requested values that the runs do not record, in words, by name.
+        made_for: how the runs trained.
+        passes: notes on the passes over the data, if there are too many.
     """
 
     others: dict[str, str]
@@ -44,12 +45,12 @@ class Agreement(NamedTuple):
 
     @property
     def is_same_task(self) -> bool:
-        """Whether nothing is known to differ that moves the best size: another method or partition does."""
+        """Whether method and partition, which change the best size, are not known to differ."""
         return not {"method", "partition"} & set(self.others)
 
     @property
     def notes(self) -> list[str]:
-        """A sentence of what differs, one of what is not known, and one of too many passes."""
+        """A sentence each on what differs, what is not known, and too many passes."""
         found, others = [], list(self.others.values())
         if others:
             found.append(
@@ -72,16 +73,16 @@ def agreement(
     local_steps: int | None = None,
     passes: float | None = None,
 ) -> Agreement:
-    r"""Whether a law's runs did what is asked; None asks nothing.
+    r"""Compare a request with a law's runs; an argument that is None is not compared.
 
     Args:
         law: the law.
-        clients: that train in a round.
-        method: its name, or what it consists of (`FederatedStrategy.method`).
-        partition: who holds what.
-        batch_size: of a client, in samples.
-        local_steps: batches of a client in a round.
-        passes: over the data.
+        clients: clients that train in a round.
+        method: name of the method, or its options by name (`FederatedStrategy.method`).
+        partition: the partition of the data.
+        batch_size: a client's batch size, in samples.
+        local_steps: batches that a client trains on in a round.
+        passes: passes over the data.
 
     Example:
         >>> from lightning_fedscale.scaling import Chinchilla
@@ -118,7 +119,7 @@ def agreement(
 
 
 def too_many_passes(law: Law, passes: float | None) -> list[str]:
-    """What is said of more passes over the data than a law was made for.
+    """Return a note if there are more passes over the data than the law was made for.
 
     Example:
         >>> from lightning_fedscale.scaling import Chinchilla
@@ -141,7 +142,7 @@ def too_many_passes(law: Law, passes: float | None) -> list[str]:
 
 
 def _is_same(made: MadeFor, given: Given) -> bool | None:
-    """Whether it is the runs' partition; None where that is not known."""
+    """Return whether the partition is that of the runs; None if that is not known."""
     if given.fingerprint is not None and made.fingerprint is not None:
         return given.fingerprint == made.fingerprint
     if given.name is None or made.partition is None:

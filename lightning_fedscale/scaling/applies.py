@@ -1,4 +1,4 @@
-"""Where a law says nothing of a run: far from what it was fitted on, another loss, a model that is mostly frozen."""
+"""Reasons why a law does not apply to a run: far from the fitted range, another loss, a mostly frozen model."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ import math
 from lightning_fedscale.scaling.base import Law
 
 FAR = 100.0
-"""How many times outside of the range that it was fitted on a law says nothing any more."""
+"""A law does not apply beyond this factor outside the range that it was fitted on."""
 _LOSS = 2.0
-"""A loss that is so many times larger or smaller than predicted is another loss."""
+"""A loss that is larger or smaller than predicted by more than this factor is another kind of loss."""
 _TRAINED = 0.5
-"""Share of the parameters that must be trained, for a law of models that were trained as a whole."""
+"""Fraction of the parameters that must be trained for a law of fully trained models to apply."""
 
 
 def why_far(law: Law, *, params: float, flops: float) -> str | None:
-    """Why a run is too far from what a law was fitted on; None if it is not.
+    """Return why a run is too far from what a law was fitted on; None if it is not.
 
     Example:
         >>> from lightning_fedscale.scaling import Chinchilla
@@ -31,9 +31,9 @@ def why_far(law: Law, *, params: float, flops: float) -> str | None:
 
 
 def why_frozen(law: Law, *, trained: int, total: int) -> str | None:
-    """Why a law says nothing of a model of which a part is trained; None if it does.
+    """Return why a law does not apply to a partly trained model; None if it does.
 
-    A law that was fitted to runs of one's own may be one of such models.
+    A law that was fitted to the user's own runs always applies, since those models may be partly frozen too.
     """
     if law.fitted_on is not None or trained >= _TRAINED * total:
         return None
@@ -41,14 +41,14 @@ def why_frozen(law: Law, *, trained: int, total: int) -> str | None:
 
 
 def why_another_loss(law: Law, *, predicted: float, observed: float, validated: bool) -> str | None:
-    """Why the loss of a run is not the one that a law predicts; None if it may be, or if one of them is not known.
+    """Return why a run's loss is not of the kind that a law predicts; None if it may be, or if either is unknown.
 
     Args:
         law: the law.
-        predicted: for the run.
-        observed: of it.
-        validated: whether that is on validation data. On training data that are seen again and again it may be far
-            below any prediction; laws of text are of data that are seen once.
+        predicted: loss that the law predicts for the run.
+        observed: loss of the run.
+        validated: whether ``observed`` is on validation data. The loss on repeated training data may be far below the
+            prediction, so that it has no lower limit, except for laws of text, whose data are seen once.
     """
     if not (math.isfinite(predicted) and math.isfinite(observed)) or predicted <= 0:
         return None

@@ -1,4 +1,4 @@
-"""What laws of size and data have in common: allocations of compute, clients' shares of it, and intervals."""
+"""The base class of laws of size and data: allocations of compute, clients' shares of it, and intervals."""
 
 from __future__ import annotations
 
@@ -38,8 +38,8 @@ class Spread(NamedTuple):
     """How far published constants may be off.
 
     Attributes:
-        constants: the values that it belongs to.
-        covariance: of these, on the scale on which a fit searches them.
+        constants: the values of the constants.
+        covariance: covariance of these, on the scale on which a fit searches them.
     """
 
     constants: Mapping[str, float]
@@ -55,17 +55,17 @@ class Law(Form):
     Attributes:
         flops_per: FLOPs that one token costs per parameter in training, forward and backward; 6 for transformers and
             multilayer perceptrons, more where weights are used several times.
-        fitted_rho: what division among clients costs, if that was fitted along.
+        fitted_rho: cost of dividing the compute among clients, if it was fitted as well.
         counts: which parameters its sizes count: "all", with embedding tables; "head", without the tables of the
             input; "blocks", without both tables of the vocabulary; "active", as `ComputeAccounting` counts them.
-        knows_clients: whether the number of clients is in its formula, so that ``rho`` plays no part.
-        problems: why the runs that it was fitted to determine no best size, in words; then none is given.
-        made_for: how the runs trained that it was fitted to, as far as they say.
-        error: root mean square of the log-loss residuals of what it predicts: of runs that were held out, if
-            any were; 0 where it is not known.
-        spread: how far the published constants may be off, if that is known.
-        no_optimum: why the law prefers no size, if it does not.
-        no_loss: why the law does not predict the loss of every run, if so.
+        knows_clients: whether its formula contains the number of clients, so that ``rho`` has no effect.
+        problems: why its runs do not determine a best size, in words; with any problem no best size is given.
+        made_for: how the runs trained that it was fitted to, as far as that is recorded.
+        error: root mean square of the log-loss residuals, on the held-out runs if there are any; 0 if it is not
+            known.
+        spread: uncertainty of the published constants, if it is known.
+        no_optimum: why the law has no best size, if it has none.
+        no_loss: why the law does not predict the loss of every run; empty if it does.
     """
 
     columns: ClassVar[tuple[str, ...]] = ("params", "tokens")
@@ -82,18 +82,18 @@ class Law(Form):
 
     @property
     def own_clients(self) -> int:
-        """The number of clients whose tokens the formula means: that of all its runs, if these had one, else 1."""
+        """Number of clients that the formula is for: the one that all its runs had in common, else 1."""
         is_one = self.fitted_on is not None and self.fitted_rho is None and not self.knows_clients
         low, high = self.domain.clients if is_one else (1, 1)
         return low if low == high else 1
 
     def tokens_factor(self, clients: int, rho: float) -> float:
-        """How many times its own tokens those of each of so many clients are worth, where the formula means them."""
+        """Return the factor from a client's tokens, among ``clients``, to the tokens in the formula."""
         own = self.own_clients
         return effective_flops(clients, clients, rho) / effective_flops(own, own, rho)
 
     def loss(self, params: float, tokens: float) -> float:
-        """Loss of a model of ``params`` parameters after ``tokens`` training tokens.
+        """Predict the loss of a model of ``params`` parameters after ``tokens`` training tokens.
 
         Raises:
             Unfitted: for a law without constants.
@@ -106,11 +106,12 @@ class Law(Form):
         return self._loss(params, tokens)
 
     def optimal(self, flops: float) -> Allocation:
-        """The best model for so much compute on a single client, from ``flops = 6 params tokens``.
+        """Return the best model for this compute on a single client, from ``flops = 6 params tokens``.
 
         Raises:
             Unfitted: for a law without constants.
-            ValueError: for numbers that are not positive, a law that prefers no size, or one whose runs determine none.
+            ValueError: for numbers that are not positive, and for a law that has no best size or whose runs do not
+                determine one.
         """
         self.check()
         if self.no_optimum:
@@ -129,17 +130,17 @@ class Law(Form):
     def optimal_federated(
         self, flops: float | Sequence[float], clients: int | None = None, rho: float = 1.0, mean: str = "mean"
     ) -> Allocation:
-        """The best model for so much compute of all clients together.
+        """Return the best model for this compute of all clients together.
 
-        Federated compute counts as ``flops * clients**-rho`` of a single client's: all of it for data parallelism
-        (``rho=0``), the average client's for ``rho=1``, as arXiv 2511.12188 says that the optimal size is to be
-        estimated. What `DiLoCo` replicas lose reads as 0.24 along its own 20 tokens per parameter, see `federated`.
+        Federated compute is worth ``flops * clients**-rho`` on a single client: all of it for data parallelism
+        (``rho=0``), the average client's for ``rho=1``, which is how arXiv 2511.12188 estimates the optimal size. The
+        loss of `DiLoCo` replicas corresponds to ``rho=0.24`` at their 20 tokens per parameter, see `federated`.
 
         Args:
-            flops: of all clients together, or of each of them if they are unequal.
-            clients: number of clients; not needed with the compute of each.
-            rho: how much of the compute division among clients costs, in [0, 1] as a rule.
-            mean: which mean stands for unequal clients, see `mean_flops`.
+            flops: compute of all clients together, or a sequence with that of each client if they are unequal.
+            clients: number of clients; not needed if ``flops`` is a sequence.
+            rho: cost of dividing the compute among clients, usually in [0, 1].
+            mean: which mean represents unequal clients, see `mean_flops`.
 
         Example:
             >>> from lightning_fedscale.scaling import Chinchilla
@@ -161,17 +162,17 @@ class Law(Form):
         return Allocation(best.params, total / (self.flops_per * best.params * clients), best.loss, total, clients)
 
     def loss_federated(self, params: float, tokens: float, clients: int = 1, rho: float = 1.0) -> float:
-        """Loss if each client trains on so many tokens.
+        """Predict the loss if each client trains on ``tokens`` tokens.
 
-        With ``rho=1`` that of the law at one client's data, with ``rho=0`` at all clients' together.
+        This is the law's loss at one client's data for ``rho=1``, and at the data of all clients for ``rho=0``.
         """
         return self.loss(params, positive("tokens", tokens) * self.tokens_factor(clients, rho))
 
     def alternatives(self, rho: float) -> Iterator[tuple[Law, float]]:
-        """The law as other samples of its runs would have it, with ``rho``; nothing if that is not known.
+        """Yield laws and ``rho`` as other samples of the runs would give them; nothing if these are not known.
 
         Args:
-            rho: its other values are those of the refits if this is the fitted one, else it is taken as known.
+            rho: replaced by the value of each refit if it is the fitted one, else taken as exact.
         """
         if self.refits:
             for refit in self.refits:
@@ -185,10 +186,11 @@ class Law(Form):
                 yield self.replace(**dict(zip(self.spread.constants, found, strict=True))), rho
 
     def interval_of_loss(self, params: float, tokens: float, clients: int = 1, rho: float = 1.0) -> Interval:
-        """Predicted loss if each client trains on so many tokens, with what is known of its uncertainty.
+        """Predict the loss if each client trains on ``tokens`` tokens, with its uncertainty as far as it is known.
 
-        That of the constants by a fit's refits, and for a law that was fitted to runs also how far its predictions of
-        these were off (``error``), both in quadrature; not that of an extrapolation.
+        The uncertainty of the constants comes from the fit's refits or the published ``spread``. For a law that was
+        fitted to runs, the error of its predictions (``error``) is added in quadrature. The uncertainty of an
+        extrapolation is not included.
 
         Example:
             >>> from lightning_fedscale.scaling import Chinchilla
@@ -202,7 +204,7 @@ class Law(Form):
         return Interval.of(found, draws).widened(self.error)
 
     def interval_of_size(self, flops: float, clients: int = 1, rho: float = 1.0) -> Interval:
-        """The best model size, with what is known of its uncertainty."""
+        """Return the best model size, with its uncertainty as far as it is known."""
         found = self.optimal_federated(flops, clients, rho).params
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -212,12 +214,12 @@ class Law(Form):
         return Interval.of(found, draws)
 
     def warn_outside(self, *, params: float = math.nan, flops: float = math.nan, clients: float = math.nan) -> None:
-        """Warn if one of these lies outside of what the law was fitted on."""
+        """Warn about each number that lies outside the range that the law was fitted on."""
         for said in self.outside(params=params, flops=flops, clients=clients):
             warnings.warn(f"{self.name}: {said}, where the law was fitted: this is an extrapolation.", stacklevel=3)
 
     def outside(self, **given: float) -> list[str]:
-        """Which of these, ``params``, ``flops`` and ``clients``, lie outside of what the law was fitted on.
+        """Return a sentence for each of ``params``, ``flops``, ``clients`` that lies outside the fitted range.
 
         Example:
             >>> from lightning_fedscale.scaling import Chinchilla
@@ -235,11 +237,11 @@ class Law(Form):
         return float(self.predict(params=params, tokens=tokens))
 
     def _loss_federated(self, params: float, tokens: float, clients: int, rho: float) -> float:
-        """As `loss_federated`, unchecked; NaN where the law says nothing."""
+        """Compute `loss_federated` without checks; NaN where the law does not apply."""
         return self._loss(params, tokens * self.tokens_factor(clients, rho))
 
     def _effective(self, flops: float, clients: int, rho: float) -> float:
-        """The compute of a client that the formula means."""
+        """Return the compute that the formula expects, for ``flops`` of all clients together."""
         own = self.own_clients
         return effective_flops(flops, clients, rho) * effective_flops(1.0, own, 1.0 - rho)
 
@@ -250,7 +252,7 @@ class Law(Form):
 
 
 def _finite(function: Callable[..., float], *arguments: float) -> float:
-    """What a law of unlikely constants says; infinite where that is beyond all numbers."""
+    """Call the function; return infinity if unlikely constants make it overflow or divide by zero."""
     try:
         return function(*arguments)
     except (OverflowError, ZeroDivisionError):
@@ -258,7 +260,7 @@ def _finite(function: Callable[..., float], *arguments: float) -> float:
 
 
 def minimiser(function: Callable[[float], float], low: float, high: float) -> float:
-    """Where a function of one positive number is smallest, searched on a logarithmic scale.
+    """Return where a function of one positive number is smallest, searched on a logarithmic scale.
 
     Example:
         >>> round(minimiser(lambda x: x + 4 / x, 1e-3, 1e3), 6)
@@ -274,7 +276,7 @@ def minimiser(function: Callable[[float], float], low: float, high: float) -> fl
 
 
 def effective_flops(flops: float, clients: int, rho: float = 1.0) -> float:
-    """The single client's compute that is worth as much as ``flops`` of so many clients: ``flops * clients**-rho``.
+    """Return the compute of a single client that is worth ``flops`` of ``clients`` clients: ``flops * clients**-rho``.
 
     Example:
         >>> effective_flops(1e20, 10), effective_flops(1e20, 10, rho=0.0)
@@ -289,13 +291,13 @@ def effective_flops(flops: float, clients: int, rho: float = 1.0) -> float:
 
 
 def mean_flops(flops: Sequence[float], how: str = "mean") -> float:
-    """One client's compute that stands for unequal ones.
+    """Return the compute of one client that represents unequal clients.
 
     Args:
-        flops: of each client.
-        how: "mean", the arithmetic mean, is what arXiv 2511.12188 names. "uniform" and "by_compute" are exact for the
-            square-root bound of `FederatedPACBayes`, with clients weighted alike, ``(mean C_k^-1/2)^-2``, or by their
-            compute, ``(sum C_k)^2 / (sum C_k^1/2)^2`` (derived, see there).
+        flops: compute of each client.
+        how: "mean", the arithmetic mean, is the one of arXiv 2511.12188. "uniform" and "by_compute" are exact for the
+            square-root bound of `FederatedPACBayes`, with clients weighted equally, ``(mean C_k^-1/2)^-2``, or by their
+            compute, ``(sum C_k)^2 / (sum C_k^1/2)^2`` (derived, see `FederatedPACBayes`).
 
     Example:
         >>> [round(mean_flops([1.0, 4.0], how), 3) for how in ("uniform", "mean", "by_compute")]

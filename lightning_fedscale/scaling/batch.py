@@ -1,4 +1,4 @@
-"""How large a batch, and what goes with it: critical batches, weight decay, averaging, learning-rate schedules."""
+"""Rules for the batch size and for what depends on it: critical batches, weight decay, averaging, schedules."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from lightning_fedscale.scaling.form import LINEAR, SIGNED, Form, Unknown, posit
 
 
 class CriticalBatch:
-    """Batches beyond which more samples hardly shorten training.
+    """Batch sizes beyond which more samples per batch hardly shorten training.
 
-    `Kaplan.critical_batch` gives the one at a loss, in tokens.
+    `Kaplan.critical_batch` gives the critical batch at a loss, in tokens.
 
     Example:
         >>> CriticalBatch.steps(1000.0, batch=2e6, critical_batch=1e6)  # half as many more than the fewest
@@ -24,47 +24,47 @@ class CriticalBatch:
 
     @staticmethod
     def steps(fewest: float, batch: float, critical_batch: float) -> float:
-        """Steps to a target with a batch, ``S = S_min (1 + B_crit / B)`` (McCandlish et al., arXiv 1812.06162)."""
+        """Return the steps to a target loss, ``S = S_min (1 + B_crit / B)`` (McCandlish et al., arXiv 1812.06162)."""
         return positive("fewest", fewest) * (
             1.0 + positive("critical_batch", critical_batch) / positive("batch", batch)
         )
 
     @staticmethod
     def samples(fewest: float, batch: float, critical_batch: float) -> float:
-        """Samples to a target with a batch, ``E = E_min (1 + B / B_crit)``; ``B_crit = E_min / S_min``."""
+        """Return the samples to a target loss, ``E = E_min (1 + B / B_crit)``; ``B_crit = E_min / S_min``."""
         return positive("fewest", fewest) * (
             1.0 + positive("batch", batch) / positive("critical_batch", critical_batch)
         )
 
     @staticmethod
     def learning_rate(largest: float, batch: float, critical_batch: float) -> float:
-        """The best learning rate of SGD with a batch, ``eta_max / (1 + B_crit / B)`` (arXiv 1812.06162)."""
+        """Return SGD's best learning rate with a batch size, ``eta_max / (1 + B_crit / B)`` (arXiv 1812.06162)."""
         return positive("largest", largest) / (
             1.0 + positive("critical_batch", critical_batch) / positive("batch", batch)
         )
 
     @staticmethod
     def zhang(params: float) -> float:
-        """Sequences, ``93.20 N^0.47`` with N in millions, for models trained at Chinchilla's ratio (arXiv 2410.21676).
+        """Return ``93.20 N^0.47`` sequences, N in millions, for models trained at Chinchilla's ratio.
 
-        The batch with a fifth more steps than linear scaling from 256 would take. It follows data, not size: at
-        fixed data the same authors find ``621.341 N^0.087``. The unit of N is as digests of the paper give it, and has
-        not been checked in the paper.
+        At this batch size, training takes a fifth more steps than linear scaling from 256 (arXiv 2410.21676). It
+        depends on the data, not on the size: at fixed data the same authors find ``621.341 N^0.087``. The unit of N is
+        from digests of the paper, and has not been checked in the paper.
         """
         return float(93.20 * (positive("params", params) / 1e6) ** 0.47)
 
     @staticmethod
     def power_lines(tokens: float, scale: float) -> float:
-        """The critical batch ``scale D^0.462`` of a run on D tokens, in the unit of the scale (arXiv 2505.13738).
+        """Return the critical batch ``scale D^0.462`` of a run on D tokens, in the scale's unit (arXiv 2505.13738).
 
-        It does not depend on size. Find the scale from one critical batch of your own, ``B / D^0.462``: the paper's own
-        has not been checked here.
+        It does not depend on the model size. Compute the scale from a critical batch that you measured,
+        ``B / D^0.462``: the paper's scale has not been checked here.
         """
         return float(positive("scale", scale) * positive("tokens", tokens) ** 0.462)
 
     @staticmethod
     def optimal(tokens: float, scale: float) -> float:
-        """The batch of lowest loss, ``scale D^0.383``; the scale as in `power_lines` (arXiv 2505.13738).
+        """Return the batch with the lowest loss, ``scale D^0.383``; for the scale see `power_lines` (arXiv 2505.13738).
 
         Example:
             >>> best = 256 / 1e9**0.383  # a batch of 256 was best on 1e9 tokens
@@ -75,12 +75,12 @@ class CriticalBatch:
 
     @staticmethod
     def time_scale(params: float, tokens: float) -> float:
-        """Best span of AdamW's average, ``tau = 1.084 (D / N)^-0.527`` of the run (Power Lines, arXiv 2505.13738)."""
+        """Return AdamW's best averaging span, ``tau = 1.084 (D / N)^-0.527`` of the run (arXiv 2505.13738)."""
         return float(1.084 * (positive("tokens", tokens) / positive("params", params)) ** -0.527)
 
     @classmethod
     def weight_decay(cls, params: float, tokens: float, batch: float, learning_rate: float) -> float:
-        """AdamW's weight decay for that time scale, ``lambda = B / (eta tau D)`` with B in tokens."""
+        """Return AdamW's weight decay for `time_scale`, ``lambda = B / (eta tau D)`` with B in tokens."""
         return positive("batch", batch) / (
             positive("learning_rate", learning_rate) * cls.time_scale(params, tokens) * tokens
         )
@@ -88,13 +88,13 @@ class CriticalBatch:
 
 @dataclass(frozen=True)
 class EMARule:
-    """An average of weights that spans as many samples when the batch, or cohort, grows (arXiv 2307.13813).
+    """An average of weights that spans the same number of samples at any batch or cohort size (arXiv 2307.13813).
 
-    With ``factor`` times the batch, the decay becomes ``decay^factor`` and the learning rate of SGD ``factor`` times as
-    large.
+    With ``factor`` times the batch size, the decay becomes ``decay^factor``, and the learning rate of SGD is multiplied
+    by ``factor``.
 
     Args:
-        decay: of the average, per step of the batch that it was tuned for.
+        decay: decay of the average per step, at the batch size that it was tuned for.
 
     Example:
         >>> rule = EMARule(0.99)
@@ -109,11 +109,11 @@ class EMARule:
             raise ValueError(f"decay={self.decay!r}: pass a number in [0, 1).")
 
     def decay_at(self, factor: float) -> float:
-        """The decay for so many times the batch."""
+        """Return the decay for ``factor`` times the batch size."""
         return float(self.decay ** positive("factor", factor))
 
     def learning_rate_at(self, learning_rate: float, factor: float) -> float:
-        """SGD's learning rate for so many times the batch."""
+        """Return SGD's learning rate for ``factor`` times the batch size."""
         return positive("learning_rate", learning_rate) * positive("factor", factor)
 
 
@@ -121,8 +121,8 @@ class EMARule:
 class LRAnnealing(Form):
     """The course of the loss under any schedule: ``L = floor + A S1^-alpha - C S2``, to be fitted (arXiv 2408.11029).
 
-    ``S1`` is the sum of learning rates so far, ``S2`` that of what annealing has taken off them, with momentum. A fit
-    takes both from the runs: `areas` of the schedule.
+    ``S1`` is the sum of the learning rates so far; ``S2`` sums their decreases by annealing, with momentum. A fit takes
+    both from the runs; `areas` computes them from a schedule.
 
     Example:
         >>> law = LRAnnealing(floor=2.0, A=0.5, alpha=0.5, C=0.1)
@@ -145,7 +145,7 @@ class LRAnnealing(Form):
     momentum: float = 0.999
 
     def areas(self, rates: Sequence[float]) -> list[tuple[float, float]]:
-        """``(S1, S2)`` after each step."""
+        """Return ``(S1, S2)`` after each step."""
         spans, annealed, momentum = list(accumulate(rates)), [0.0], 0.0
         for before, now in pairwise(rates):
             momentum = self.momentum * momentum + before - now
@@ -153,11 +153,11 @@ class LRAnnealing(Form):
         return list(zip(spans, annealed, strict=True))
 
     def formula(self, c: Any, run: Any) -> Any:
-        """What training and annealing bring."""
+        """Compute ``floor + A S1^-alpha - C S2``."""
         return c.floor + c.A * run.S1**-c.alpha - c.C * run.S2
 
     def loss(self, rates: Sequence[float]) -> float:
-        """Loss after steps of these learning rates."""
+        """Predict the loss after steps with these learning rates."""
         if not len(rates):
             raise ValueError("rates=[]: pass the learning rate of every step so far.")
         span, annealed = self.areas(rates)[-1]
@@ -185,18 +185,18 @@ class LossToLoss(Form):
     E1: float | None = None
 
     def formula(self, c: Any, run: Any) -> Any:
-        """A power of what is above the other loss's floor."""
+        """Compute ``K (L0 - E0)^kappa + E1``."""
         return c.K * (run.other - c.E0) ** c.kappa + c.E1
 
     def sought(self, run: Mapping[str, Any]) -> Mapping[str, Unknown]:
-        """The other loss's floor lies below all that were seen."""
+        """Return the unknowns, with ``E0`` limited to below the smallest value of the other loss."""
         least = float(min(run["other"]))
         return {
             "K": LINEAR, "kappa": Unknown(0.2, 4.0), "E0": Unknown(0.0, 0.99 * least, below=least), "E1": LINEAR
         }  # fmt: skip
 
     def loss(self, other: float) -> float:
-        """The loss where the other one is ``other``."""
+        """Predict the loss at the value ``other`` of the other loss."""
         self.check()
         assert self.E0 is not None
         if other <= self.E0:

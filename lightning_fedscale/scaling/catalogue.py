@@ -1,4 +1,4 @@
-"""All laws by name, and which one ``law=`` means."""
+"""All laws by name, and the lookup of a law by its name."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from lightning_fedscale.scaling.federated import FederatedPACBayes
 from lightning_fedscale.scaling.form import Form, closest
 
 LAW_FILE = "fedscale_law.json"
-"""Where a project keeps the law that was fitted to its own runs: in the folder that runs are started from."""
+"""File with the law that was fitted to a project's own runs, in the folder that runs are started from."""
 
 LAWS: dict[str, type[Law]] = {
     law.__name__: law
@@ -39,11 +39,11 @@ LAWS: dict[str, type[Law]] = {
 """All laws of loss by size and data, by name."""
 
 FORMS: dict[str, type[Form]] = {**LAWS, "LRAnnealing": LRAnnealing, "LossToLoss": LossToLoss}
-"""All that can be fitted, by name."""
+"""All forms that can be fitted, by name."""
 
 
 def law_by_name(name: str) -> Law:
-    """The law of this name, upper or lower case, with its default constants.
+    """Return the law of this name, in upper or lower case, with its default constants.
 
     Raises:
         ValueError: for another name, with the closest match.

@@ -1,4 +1,4 @@
-"""Laws in which model size and data add up: ``L = E + A / N^alpha + B / D^beta``."""
+"""Laws with separate terms for model size and data: ``L = E + A / N^alpha + B / D^beta``."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from lightning_fedscale.scaling.dual import exp, value_of, where
 from lightning_fedscale.scaling.form import EXPONENT, LINEAR, Range, Unknown, positive
 
 PARAMS_PER_TOKEN = 0.051
-"""Parameters that a unique token calls for, in `RepeatedData`."""
+"""Parameters that each unique token supports, in `RepeatedData`."""
 TERMS: Mapping[str, Unknown] = {"E": LINEAR, "A": LINEAR, "B": LINEAR, "alpha": EXPONENT, "beta": EXPONENT}
 
 SPREAD = Spread(
@@ -25,7 +25,7 @@ SPREAD = Spread(
         (0.000524, -0.002927, 0.023666, -0.000542, 0.00311),
     ),
 )
-"""Of the default constants' logarithms: `fit` with 1,000 resamples of the 240 points behind arXiv 2404.10102."""
+"""Covariance of the default constants' logarithms: `fit` with 1,000 resamples of arXiv 2404.10102's 240 points."""
 
 
 @dataclass(frozen=True)
@@ -57,21 +57,21 @@ class Chinchilla(Law):
 
     @classmethod
     def hoffmann(cls) -> Chinchilla:
-        """With the constants printed in arXiv 2203.15556."""
+        """Return the law with the constants printed in arXiv 2203.15556."""
         return cls(1.69, 406.4, 410.7, 0.34, 0.28)
 
     @classmethod
     def hoffmann_tex(cls) -> Chinchilla:
-        """With the digits that the TeX source of arXiv 2203.15556 has beyond the printed ones."""
+        """Return the law with the constants of arXiv 2203.15556's TeX source, which have more digits than printed."""
         return cls(1.6934, 406.4, 410.7, 0.3392, 0.2849)
 
     @property
     def exponent(self) -> float:
-        """``a`` of ``N* ~ C^a``."""
+        """The exponent ``a`` of ``N* ~ C^a``."""
         return self.beta / (self.alpha + self.beta)
 
     def formula(self, c: Any, run: Any) -> Any:
-        """The sum of its three terms."""
+        """Sum the three terms."""
         return c.E + c.A * run.params**-c.alpha + c.B * run.tokens**-c.beta
 
     def _best_params(self, flops: float) -> float:
@@ -82,7 +82,7 @@ class Chinchilla(Law):
         return float(ratio ** (1.0 / (self.alpha + self.beta)))
 
     def flops_for(self, loss: float) -> float:
-        """The compute at which the best model has this loss.
+        """Return the compute at which the best model has this loss.
 
         Raises:
             ValueError: for a loss at or below the irreducible one.
@@ -98,9 +98,9 @@ class Chinchilla(Law):
 class RepeatedData(Chinchilla):
     """`Chinchilla` with tokens that repeat: Muennighoff et al. (arXiv 2305.16264).
 
-    Of ``D`` tokens on ``U`` unique ones, ``D' = U + U R (1 - exp(-(D / U - 1) / R))`` count; in federated training
-    every further local epoch repeats. Parameters beyond what ``U`` unique tokens call for, ``U_N = 0.051 U``, count
-    less in the same way.
+    ``D`` tokens, of which ``U`` are unique, are worth ``D' = U + U R (1 - exp(-(D / U - 1) / R))``; in federated
+    training every local epoch after the first repeats tokens. Parameters beyond ``U_N = 0.051 U`` are worth less in the
+    same way.
 
     Example:
         >>> law = RepeatedData(unique_tokens=1e9)
@@ -127,15 +127,15 @@ class RepeatedData(Chinchilla):
     half_life_params: float = 5.31
 
     def effective_tokens(self, tokens: float) -> float:
-        """What so many tokens are worth."""
+        """Return the number of unique tokens that ``tokens`` are worth."""
         return float(_saturated(tokens, self.unique_tokens, self.half_life))
 
     def effective_params(self, params: float) -> float:
-        """What so many parameters are worth."""
+        """Return the number of parameters that ``params`` are worth with this many unique tokens."""
         return float(_saturated(params, PARAMS_PER_TOKEN * self.unique_tokens, self.half_life_params))
 
     def formula(self, c: Any, run: Any) -> Any:
-        """Chinchilla's, of what size and data are worth; a fit takes ``unique_tokens`` from the runs."""
+        """Compute Chinchilla's formula of the effective size and data; a fit takes ``unique_tokens`` from the runs."""
         unique = getattr(run, "unique_tokens", self.unique_tokens)
         return (
             c.E
@@ -148,7 +148,7 @@ class RepeatedData(Chinchilla):
 
 
 def _saturated(amount: Any, unique: Any, half_life: Any) -> Any:
-    # Where nothing is repeated, the amount itself.
+    # Without repetition this is the amount itself.
     unique = where(value_of(amount) > unique, unique, amount)
     return unique + unique * half_life * (1.0 - exp(-(amount / unique - 1.0) / half_life))
 
@@ -175,10 +175,10 @@ class Rosenfeld(Chinchilla):
 
 
 def inference_wedge(tokens: float, inference_tokens: float) -> float:
-    """How much smaller than compute-optimal a model should be if it will also serve: ``1 + D_inf / (3 D)``.
+    """Return how many times smaller than compute-optimal a model should be if it will serve: ``1 + D_inf / (3 D)``.
 
-    The ratio of the elasticities of loss to size and to data at the optimum of training and inference together,
-    ``6 N D + 2 N D_inf`` (Sardana et al., arXiv 2401.00448).
+    This is the ratio of the loss's elasticities by size and by data at the optimum of training and inference
+    together, ``6 N D + 2 N D_inf`` (Sardana et al., arXiv 2401.00448).
 
     Example:
         >>> inference_wedge(1e12, 3e12)
@@ -192,11 +192,11 @@ def inference_wedge(tokens: float, inference_tokens: float) -> float:
 class AverageParameters(Chinchilla):
     """`Chinchilla` for a model whose size changes in training: its average size over tokens counts (arXiv 2501.12486).
 
-    For pruned, partly frozen or partly sent models. ``params`` is the size at the start.
+    It applies to models that are pruned, partly frozen or partly sent. ``params`` is the size at the start.
 
     Args:
-        shares: of the tokens, for each stretch of training; they sum to 1.
-        sizes: of the model in that stretch, as shares of its size at the start.
+        shares: fraction of the tokens in each phase of training; they sum to 1.
+        sizes: size of the model in each phase, as a fraction of its size at the start.
 
     Example:
         >>> pruned = AverageParameters(shares=(0.25, 0.75), sizes=(1.0, 0.5))
@@ -217,18 +217,18 @@ class AverageParameters(Chinchilla):
             raise ValueError(f"shares={self.shares}, sizes={self.sizes}: pass a size for each share; shares sum to 1.")
 
     def average(self, params: float) -> float:
-        """The average size of a model that starts with so many parameters."""
+        """Return the average size of a model that starts with ``params`` parameters."""
         return positive("params", params) * math.fsum(a * b for a, b in zip(self.shares, self.sizes, strict=True))
 
     def _loss(self, params: float, tokens: float) -> float:
         return super()._loss(self.average(params), tokens)
 
     def _best_params(self, flops: float) -> float:
-        # A token costs by the average size, so that is what compute buys.
+        # A token costs compute in proportion to the average size, so the optimum is found for that.
         return super()._best_params(flops) / self.average(1.0)
 
     def optimal(self, flops: float) -> Allocation:
-        """The best size at the start; tokens cost by the average size."""
+        """Return the best size at the start; a token's cost is proportional to the average size."""
         best = super().optimal(flops)
         tokens = best.tokens / self.average(1.0)
         return best._replace(tokens=tokens, loss=self._loss(best.params, tokens))
@@ -239,8 +239,8 @@ class CompressedParameters(Chinchilla):
     """`Chinchilla` for parameters of few bits, worth ``1 - exp(-bits / scale)`` each (Kumar et al., arXiv 2411.04330).
 
     Args:
-        bits: of each parameter.
-        scale: how many bits make a parameter worth 63 %; to be fitted.
+        bits: bits of each parameter.
+        scale: number of bits at which a parameter is worth 63 %; to be fitted.
 
     Example:
         >>> law = CompressedParameters(bits=4.0, scale=2.0)
@@ -259,20 +259,20 @@ class CompressedParameters(Chinchilla):
 
     @property
     def worth(self) -> float:
-        """What a parameter is worth."""
+        """What each parameter is worth, as a fraction of one with full precision."""
         self.check()
         assert self.bits is not None
         assert self.scale is not None
         return -math.expm1(-positive("bits", self.bits) / positive("scale", self.scale))
 
     def formula(self, c: Any, run: Any) -> Any:
-        """Chinchilla's, of the parameters' worth; a fit takes ``bits`` from the runs."""
+        """Compute Chinchilla's formula of the effective parameters; a fit takes ``bits`` from the runs."""
         bits: Any = getattr(run, "bits", self.bits)
         worth = 1.0 - exp(-bits / c.scale)
         return c.E + c.A * (worth * run.params) ** -c.alpha + c.B * run.tokens**-c.beta
 
     def _best_params(self, flops: float) -> float:
-        # As A (worth N)^-alpha, with another A.
+        # A (worth N)^-alpha is Chinchilla's term with another A.
         return self.replace(A=self.A * self.worth**-self.alpha)._closed(flops)
 
     def _closed(self, flops: float) -> float:

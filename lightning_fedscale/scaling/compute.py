@@ -1,4 +1,4 @@
-"""Laws that give the best size, or the loss, by compute alone or in forms of their own."""
+"""Further laws: by compute alone, of best sizes, for fine-tuning, mixtures, model shape and mixtures of experts."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ PF_DAY = 8.64e19
 class Kaplan(Law):
     """``L(N, D) = ((N_c / N)^(alpha_N / alpha_D) + D_c / D)^alpha_D`` with non-embedding parameters (arXiv 2001.08361).
 
-    Its published best sizes, ``N* = 1.3e9 (C / PF-day)^0.73``, are for models stopped long before they converge, and
-    superseded: `Porian` says why. With other constants, fitted or passed, best sizes are those of the formula. Its
-    critical batch, `critical_batch`, is still of use.
+    Its published best sizes, ``N* = 1.3e9 (C / PF-day)^0.73``, are for models stopped long before they converge. They
+    are superseded, see `Porian`. With other constants, fitted or passed, best sizes follow from the formula. Its
+    critical batch, `critical_batch`, is still useful.
 
     Example:
         >>> f"{Kaplan().optimal(8.64e19).params:.2e}"  # one PF-day
@@ -46,7 +46,7 @@ class Kaplan(Law):
     alpha_D: float = 0.103
 
     def formula(self, c: Any, run: Any) -> Any:
-        """Of both, size and data."""
+        """Compute the loss from size and data."""
         return ((c.N_c / run.params) ** (c.alpha_N / c.alpha_D) + c.D_c / run.tokens) ** c.alpha_D
 
     def _best_params(self, flops: float) -> float:
@@ -55,19 +55,19 @@ class Kaplan(Law):
         return super()._best_params(flops)
 
     def loss_of_params(self, params: float) -> float:
-        """Loss of a model trained to convergence on endless data, ``(8.8e13 / N)^0.076``."""
+        """Return the loss of a model trained to convergence on unlimited data, ``(8.8e13 / N)^0.076``."""
         return float((8.8e13 / positive("params", params)) ** 0.076)
 
     def loss_of_tokens(self, tokens: float) -> float:
-        """Loss of the largest model with early stopping, ``(5.4e13 / D)^0.095``."""
+        """Return the loss of the largest model with early stopping, ``(5.4e13 / D)^0.095``."""
         return float((5.4e13 / positive("tokens", tokens)) ** 0.095)
 
     def loss_of_compute(self, flops: float) -> float:
-        """Loss of the best model at this compute, ``(3.1e8 / C)^0.050`` with C in PF-days."""
+        """Return the loss of the best model at this compute, ``(3.1e8 / C)^0.050`` with C in PF-days."""
         return float((3.1e8 * PF_DAY / positive("flops", flops)) ** 0.050)
 
     def critical_batch(self, loss: float) -> float:
-        """Tokens in the batch at which time and compute are in balance, ``2e8 / L^(1 / 0.21)``.
+        """Return the tokens of the batch that balances time and compute, ``2e8 / L^(1 / 0.21)``.
 
         Example:
             >>> round(Kaplan().critical_batch(3.0) / 1e6, 2)
@@ -80,8 +80,8 @@ class Kaplan(Law):
 class Porian(Law):
     """``N* = size C^exponent``, tuned at every scale (Porian et al., arXiv 2406.19146; refit of the authors' data).
 
-    Sizes include the head. The law says nothing about loss; its two constants for other runs are those of
-    `isoflop(runs).law`.
+    Sizes include the head. The law does not predict the loss. For other runs, `isoflop(runs).law` gives its two
+    constants.
 
     Example:
         >>> best = Porian().optimal(1e18)
@@ -104,11 +104,11 @@ class Porian(Law):
         return float(self.size * flops**self.exponent)
 
     def learning_rate(self, params: float) -> float:
-        """``3.7 N^-0.36``."""
+        """Return the best learning rate, ``3.7 N^-0.36``."""
         return float(3.7 * positive("params", params) ** -0.36)
 
     def batch(self, params: float) -> float:
-        """Tokens in the best batch, ``0.7576 N^0.703``."""
+        """Return the tokens in the best batch, ``0.7576 N^0.703``."""
         return float(0.7576 * positive("params", params) ** 0.703)
 
 
@@ -116,7 +116,7 @@ class Porian(Law):
 class ComputeOnly(Law):
     """Loss falls as a line in the logarithm of compute, however it is split: ``L = a - b ln C``, to be fitted.
 
-    The form of "More Compute Is What You Need" (arXiv 2404.19484); it prefers no size.
+    This is the form of "More Compute Is What You Need" (arXiv 2404.19484); it has no best size.
     """
 
     source: ClassVar[str] = "form arXiv 2404.19484"
@@ -127,7 +127,7 @@ class ComputeOnly(Law):
     slope: float | None = None
 
     def formula(self, c: Any, run: Any) -> Any:
-        """A line in ln C."""
+        """Compute ``a - b ln C``."""
         return c.intercept - c.slope * log(self.flops_per * run.params * run.tokens)
 
 
@@ -135,8 +135,8 @@ class ComputeOnly(Law):
 class Henighan(Law):
     """``L = floor + scale x^-exponent`` in one quantity x, to be fitted (Henighan et al., arXiv 2010.14701).
 
-    With ``by="params"``, ``"tokens"`` or ``"flops"``. Published exponents for language: 0.070 by parameters, 0.048 by
-    compute; the other constants depend on the data.
+    ``by`` names the quantity: "params", "tokens" or "flops". Published exponents for language are 0.070 by parameters
+    and 0.048 by compute; the other constants depend on the data.
 
     Example:
         >>> Henighan(floor=1.0, scale=10.0, exponent=0.5, by="tokens").loss(1e6, 400.0)
@@ -158,7 +158,7 @@ class Henighan(Law):
             raise ValueError(f"by={self.by!r}: choose 'params', 'tokens' or 'flops'.")
 
     def formula(self, c: Any, run: Any) -> Any:
-        """A power of the quantity above a floor."""
+        """Compute ``floor + scale x^-exponent``."""
         if self.by == "flops":
             amount = self.flops_per * run.params * run.tokens
         else:
@@ -191,7 +191,7 @@ class Farseer(Law):
     gamma: float | None = None
 
     def formula(self, c: Any, run: Any) -> Any:
-        """A floor by size, and a power of data whose scale and exponent depend on size."""
+        """Sum a floor by size and a power of data, whose scale and exponent depend on size."""
         decline = exp(c.a1 * run.params**c.alpha + c.b1)
         return exp(c.a3 * run.params**c.gamma + c.b3) + exp(
             c.a2 * run.params**c.beta + c.b2 - decline * log(run.tokens)
@@ -200,9 +200,9 @@ class Farseer(Law):
 
 @dataclass(frozen=True)
 class Rectified(Law):
-    """Fine-tuning: ``L = B / (D_l + D^beta) + E`` with what was learnt before worth ``D_l``, to be fitted.
+    """Fine-tuning: ``L = B / (D_l + D^beta) + E``, where ``D_l`` is the worth of pre-training, to be fitted.
 
-    The form of the rectified scaling law (arXiv 2402.02314); size plays no part.
+    This is the form of the rectified scaling law (arXiv 2402.02314); it does not depend on size.
     """
 
     source: ClassVar[str] = "form arXiv 2402.02314"
@@ -218,7 +218,7 @@ class Rectified(Law):
     E: float | None = None
 
     def formula(self, c: Any, run: Any) -> Any:
-        """Data beside what was learnt before."""
+        """Compute ``B / (D_l + D^beta) + E``."""
         return c.B / (c.learnt + run.tokens**c.beta) + c.E
 
 
@@ -226,7 +226,7 @@ class Rectified(Law):
 class InferenceAware(Law):
     """Chinchilla's form times ``1 + epsilon R^gamma`` for a model of width over depth ``R``, to be fitted.
 
-    The form of Bian et al. (arXiv 2501.18107). A fit takes ``width_over_depth`` from the runs.
+    This is the form of Bian et al. (arXiv 2501.18107). A fit takes ``width_over_depth`` from the runs.
     """
 
     source: ClassVar[str] = "form arXiv 2501.18107"
@@ -243,7 +243,7 @@ class InferenceAware(Law):
     width_over_depth: float | None = None
 
     def formula(self, c: Any, run: Any) -> Any:
-        """Chinchilla's, times what the shape costs."""
+        """Multiply Chinchilla's formula by ``1 + epsilon R^gamma``."""
         ratio = getattr(run, "width_over_depth", self.width_over_depth)
         return (c.E + c.A * run.params**-c.alpha + c.B * run.tokens**-c.beta) * (1.0 + c.epsilon * ratio**c.gamma)
 
@@ -252,13 +252,13 @@ class InferenceAware(Law):
 class DataMixture(Law):
     """Chinchilla's form and a term of the mixture: ``L = E + 1 / sum_i C_i h_i^gamma_i + A / N^alpha + B / D^beta``.
 
-    Additive form of Shukor et al. (arXiv 2507.09404), to be fitted; in federated training ``h`` may be the clients'
-    sampling weights. A fit takes them from the runs, as columns ``share.0``, ``share.1``, ...
+    This is the additive form of Shukor et al. (arXiv 2507.09404), to be fitted; in federated training ``h`` may be the
+    clients' sampling weights. A fit takes them from the runs, as columns ``share.0``, ``share.1``, ...
 
     Args:
         gains: ``C_i`` of each domain.
-        exponents: ``gamma_i`` of each.
-        shares: ``h_i`` of each in the data; sums to 1.
+        exponents: ``gamma_i`` of each domain.
+        shares: ``h_i`` of each domain, its fraction of the data; they sum to 1.
     """
 
     source: ClassVar[str] = "form arXiv 2507.09404"
@@ -274,13 +274,13 @@ class DataMixture(Law):
     shares: tuple[float, ...] | None = None
 
     def formula(self, c: Any, run: Any) -> Any:
-        """Chinchilla's, and what the mixture costs."""
+        """Add the term of the mixture to Chinchilla's formula."""
         shares: Any = getattr(run, "share", self.shares)
         mixed = sum(gain * share**power for gain, power, share in zip(c.gains, c.exponents, shares, strict=True))
         return c.E + 1.0 / mixed + c.A * run.params**-c.alpha + c.B * run.tokens**-c.beta
 
     def sought(self, run: Mapping[str, Any]) -> Mapping[str, Unknown]:
-        """With a gain and an exponent for each domain in the runs."""
+        """Return the unknowns, with a gain and an exponent for each domain in the runs."""
         number = len(run["share"])
         return {
             **TERMS,
@@ -293,8 +293,9 @@ class DataMixture(Law):
 class RoutedLM(Law):
     """Mixtures of experts: loss by dense size ``N`` and number of experts ``E`` (Clark et al., arXiv 2202.01169).
 
-    ``log10 L = a log10 N + b log10 S + c log10 N log10 S + d`` with the saturated number of experts ``S`` of
-    ``1 / S = 1 / (E - 1 + 1 / (1 / E_start - 1 / E_max)) + 1 / E_max``; on 130 B tokens, whatever ``tokens`` says.
+    ``log10 L = a log10 N + b log10 S + c log10 N log10 S + d``, where ``S`` is the saturated number of experts,
+    ``1 / S = 1 / (E - 1 + 1 / (1 / E_start - 1 / E_max)) + 1 / E_max``. It holds for 130 B tokens and ignores
+    ``tokens``.
 
     Example:
         >>> dense, routed = RoutedLM(experts=1).loss(1e8, 1.3e11), RoutedLM(experts=64).loss(1e8, 1.3e11)
@@ -323,16 +324,16 @@ class RoutedLM(Law):
 
     @classmethod
     def rl_r(cls, experts: float) -> RoutedLM:
-        """Routing by reinforcement learning."""
+        """Return the law of routing by reinforcement learning."""
         return cls(-0.083, -0.126, 0.012, 1.111, 1.880, 469.982, experts)
 
     @classmethod
     def hash(cls, experts: float) -> RoutedLM:
-        """Routing by a hash."""
+        """Return the law of routing by a hash."""
         return cls(-0.087, -0.136, 0.012, 1.157, 4.175, 477.741, experts)
 
     def formula(self, c: Any, run: Any) -> Any:
-        """Linear in the logarithms of size and of the saturated number of experts, and in their product."""
+        """Compute the loss from the logarithms of size and of the saturated number of experts, and their product."""
         start = 1.0 / (1.0 / c.E_start - 1.0 / c.E_max)
         saturated = 1.0 / (1.0 / (getattr(run, "experts", self.experts) - 1.0 + start) + 1.0 / c.E_max)
         n, e = np.log10(run.params), log(saturated) * (1.0 / math.log(10.0))

@@ -1,4 +1,4 @@
-"""What runs were too short for, or had too little data for, to be those of a law of size and data."""
+"""Checks whether runs were too short, or had too little or too dissimilar data, for a law of size and data."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ from lightning_fedscale.scaling.form import Form
 from lightning_fedscale.scaling.made_for import MadeFor
 
 SHORT = 2
-"""Rounds with which a run says little: clients met once or twice, whatever the data."""
+"""A run of this many rounds or fewer is too short: its clients were aggregated once or twice only."""
 
 REPEATED = 4.0
 """Passes up to which repeated data are nearly as good as new data (arXiv 2305.16264)."""
 
 UNLIKE = 0.1
-"""Mean Jensen-Shannon distance of clients' labels beyond which clients are unlike."""
+"""Mean Jensen-Shannon distance of clients' labels beyond which clients count as non-IID."""
 
 
 def without_short(table: pd.DataFrame, form: Form) -> tuple[pd.DataFrame, list[str]]:
-    """The runs of more than two rounds, if these are enough for a fit, and what is said of the others.
+    """Return the runs of more than two rounds if these are enough for a fit, else all, and notes on the short ones.
 
     Example:
         >>> from lightning_fedscale.scaling import Rosenfeld
@@ -45,7 +45,7 @@ def without_short(table: pd.DataFrame, form: Form) -> tuple[pd.DataFrame, list[s
 
 
 def doubts_of_runs(made: MadeFor, form: Form) -> list[str]:
-    """What a law cannot know of runs whose data were few, or whose clients are unlike.
+    """Return notes on runs whose data were repeated too often, or whose clients are non-IID.
 
     Example:
         >>> from lightning_fedscale.scaling import Rosenfeld
@@ -64,7 +64,7 @@ def doubts_of_runs(made: MadeFor, form: Form) -> list[str]:
 
 
 def floor_of(made: MadeFor) -> str | None:
-    """That clients' data are unlike, which no data mends; None where they are alike, or nobody knows."""
+    """Return a note if clients are non-IID, which more data cannot compensate; None if IID or not known."""
     if made.mean_js_distance is None or made.mean_js_distance <= UNLIKE:
         return None
     return (
@@ -78,7 +78,7 @@ def _data(made: MadeFor) -> str:
 
 
 def _named(table: pd.DataFrame, most: int = 3) -> str:
-    """Which runs they are, in words."""
+    """Name the runs in words."""
     by_size = {"params", "flops"} <= set(table)
     names = [
         f"{row['params']:,.0f} parameters at {row['flops'] * row['clients']:.2g} FLOPs" if by_size else f"row {place}"

@@ -1,4 +1,4 @@
-"""Numbers that carry their derivatives: a law is written once, and its fit has exact gradients."""
+"""Numbers that carry their derivatives, so that a fit has exact gradients of a formula that is written once."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ FloatArray: TypeAlias = npt.NDArray[np.float64]
 
 
 class Dual:
-    """Values and their derivatives by several unknowns (forward-mode differentiation).
+    """Values with their derivatives by several unknowns (forward-mode differentiation).
 
     Args:
         value: numbers.
@@ -24,7 +24,7 @@ class Dual:
         True
     """
 
-    __array_ufunc__ = None  # numpy leaves arithmetic with us to us
+    __array_ufunc__ = None  # numpy then calls the reflected operators of this class
 
     def __init__(self, value: Any, slope: FloatArray) -> None:
         self.value = np.asarray(value, dtype=np.float64)
@@ -69,7 +69,7 @@ class Dual:
 
 
 def exp(x: Any) -> Any:
-    """Of a number, an array or a `Dual`."""
+    """Compute the exponential of a number, an array or a `Dual`."""
     if not isinstance(x, Dual):
         return np.exp(x)
     value = np.exp(x.value)
@@ -77,12 +77,12 @@ def exp(x: Any) -> Any:
 
 
 def log(x: Any) -> Any:
-    """Of a number, an array or a `Dual`."""
+    """Compute the logarithm of a number, an array or a `Dual`."""
     return Dual(np.log(x.value), x.slope / x.value) if isinstance(x, Dual) else np.log(x)
 
 
 def where(condition: Any, x: Any, y: Any) -> Any:
-    """Of numbers, arrays or `Dual`, chosen by a condition of no unknown."""
+    """Choose between numbers, arrays or `Dual` by a condition that does not depend on the unknowns."""
     chosen = np.where(condition, value_of(x), value_of(y))
     if not isinstance(x, Dual) and not isinstance(y, Dual):
         return chosen
@@ -90,7 +90,7 @@ def where(condition: Any, x: Any, y: Any) -> Any:
 
 
 def value_of(x: Any) -> Any:
-    """Without derivatives."""
+    """Return the value without derivatives."""
     return x.value if isinstance(x, Dual) else x
 
 

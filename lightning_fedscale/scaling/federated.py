@@ -1,4 +1,4 @@
-"""Optimal size by number of clients: any law at the average client's compute, and a bound that says so by itself."""
+"""Optimal size by number of clients: any law at ``C clients**-rho``, and a PAC-Bayes bound of a client's compute."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from lightning_fedscale.scaling.form import EXPONENT, LINEAR, Unknown
 
 @dataclass(frozen=True)
 class Federated:
-    """A law seen by clients: ``C_eff = C clients**-rho``.
+    """A law applied to several clients: ``C_eff = C clients**-rho``.
 
     Example:
         >>> from lightning_fedscale.scaling import Chinchilla
@@ -30,39 +30,39 @@ class Federated:
     clients: int = 1
 
     def loss(self, params: float, tokens: float, clients: int | None = None) -> float:
-        """Predicted loss if each client trains on so many tokens, see `Law.loss_federated`."""
+        """Predict the loss if each client trains on ``tokens`` tokens, see `Law.loss_federated`."""
         return self.law.loss_federated(params, tokens, self.clients if clients is None else clients, self.rho)
 
     def optimal(self, flops: float) -> Allocation:
-        """The best model for so much compute of all clients together."""
+        """Return the best model for this compute of all clients together."""
         return self.optimal_federated(flops)
 
     def optimal_federated(
         self, flops: float | Sequence[float], clients: int | None = None, mean: str = "mean"
     ) -> Allocation:
-        """The best model for so much compute of so many clients, see `Law.optimal_federated`."""
+        """Return the best model for this compute of ``clients`` clients together, see `Law.optimal_federated`."""
         if clients is None and not isinstance(flops, Sequence):
             clients = self.clients
         return self.law.optimal_federated(flops, clients, self.rho, mean)
 
 
 def federated(law: Any, rho: float = 1.0, clients: int = 1) -> Federated:
-    """Let a law be seen by clients.
+    """Apply a law to several clients.
 
     Args:
         law: any law, its name, or a file of `Fit.save`.
-        rho: 1 as arXiv 2511.12188, 0 as data parallelism, or fitted. 0.24 is DiLoCo's law read along its own frontier:
-            there ``D = 20 N``, so that loss falls as ``C**-0.049``, and ``M**0.0116`` for M replicas is worth
-            ``C M**-0.24``. It is no property of all federated training, nor of DiLoCo at a fixed size, where the same
-            tables read 0.08 to 0.17, more with more replicas: choose a size for replicas by `DiLoCo` itself.
-        clients: number of clients, where none is passed later.
+        rho: 1 as in arXiv 2511.12188, 0 for data parallelism, or a fitted value. 0.24 follows from DiLoCo's law at its
+            own ratio ``D = 20 N``: there the loss falls as ``C**-0.049``, so that ``M**0.0116`` for M replicas equals
+            ``C M**-0.24``. It does not hold for all federated training, nor for DiLoCo at a fixed size, where the same
+            tables give 0.08 to 0.17, growing with the replicas: use `DiLoCo` itself to choose a size for replicas.
+        clients: number of clients, if none is passed later.
 
     Raises:
         Unfitted: for a law without constants.
-        TypeError: for something else than a law.
-        ValueError: for an unknown name, or numbers that cannot be.
+        TypeError: for anything that is not a law.
+        ValueError: for an unknown name or invalid numbers.
     """
-    from lightning_fedscale.scaling.project import needed_law  # it knows all laws, one of which is below
+    from lightning_fedscale.scaling.project import needed_law  # circular: it imports all laws, also the one below
 
     effective_flops(1.0, clients, rho)
     return Federated(needed_law(law), rho, clients)
@@ -70,22 +70,22 @@ def federated(law: Any, rho: float = 1.0, clients: int = 1) -> Federated:
 
 @dataclass(frozen=True)
 class FederatedPACBayes(Law):
-    """Size and compute of a client from a PAC-Bayes bound on the generalisation gap.
+    """Best size for a client's compute, from a PAC-Bayes bound on the generalisation gap.
 
     ``F(N) = E + a N^-alpha + gap`` with the square-root bound ``gap = N sqrt(kappa tau psi / (4 C))`` or the fast rate
-    ``gap = psi kappa tau N^2 / (2 C)``, where ``C`` is a client's compute, ``kappa`` (here ``flops_per``) FLOPs per
-    parameter and sample, ``tau`` the passes over its data, and ``psi`` the information per parameter. **Derived for
-    this library** after the abstract of arXiv 2511.12188, whose own theorem and exponent are not public here: best
-    sizes ``N* = (2 alpha a)^(1/(1+alpha)) (C / (kappa tau psi))^(1/(2(1+alpha)))`` and
-    ``N* = (alpha a C / (psi kappa tau))^(1/(2+alpha))``, so that only the average compute per client counts.
+    ``gap = psi kappa tau N^2 / (2 C)``, where ``C`` is a client's compute, ``kappa`` (here ``flops_per``) the FLOPs per
+    parameter and sample, ``tau`` the passes over its data, and ``psi`` the information per parameter. It was **derived
+    for this library** from the abstract of arXiv 2511.12188, whose own theorem and exponent were not available. The
+    best sizes are ``N* = (2 alpha a)^(1/(1+alpha)) (C / (kappa tau psi))^(1/(2(1+alpha)))`` and
+    ``N* = (alpha a C / (psi kappa tau))^(1/(2+alpha))``, so they depend on the average compute per client only.
 
     Args:
         alpha: exponent of the approximation term.
-        a: its scale.
+        a: scale of the approximation term.
         E: irreducible loss.
         tau: passes over a client's data.
         psi: information per parameter.
-        fast: the fast rate instead of the square root.
+        fast: use the fast rate instead of the square root.
 
     Example:
         >>> law = FederatedPACBayes(psi=8.0)
@@ -108,15 +108,15 @@ class FederatedPACBayes(Law):
 
     @property
     def exponent(self) -> float:
-        """``p`` of ``N* ~ C^p``, and so of ``N* ~ clients^-p`` at fixed total compute."""
+        """The exponent ``p`` of ``N* ~ C^p``, and thus of ``N* ~ clients^-p`` at fixed total compute."""
         return 1.0 / (2.0 + self.alpha) if self.fast else 1.0 / (2.0 * (1.0 + self.alpha))
 
     def bound(self, params: float, flops: float) -> float:
-        """``F(N)`` for a client's compute."""
+        """Return ``F(N)`` for a client's compute."""
         return self._loss(params, flops / (self.flops_per * params))
 
     def formula(self, c: Any, run: Any) -> Any:
-        """``F(N)``, with ``kappa N / C`` the inverse of a client's tokens."""
+        """Compute ``F(N)``, where ``kappa N / C`` is the inverse of a client's tokens."""
         share = self.tau * run.params / run.tokens * c.psi
         gap = share / 2.0 if self.fast else (share / 4.0) ** 0.5
         return c.E + c.a * run.params**-c.alpha + gap
@@ -129,9 +129,9 @@ class FederatedPACBayes(Law):
 
 
 def information(psi: float, clients: int, noise_share: float) -> float:
-    """``psi`` for a number of clients: averaging removes noise, and less noise is more information.
+    """Return ``psi`` for a number of clients: averaging removes noise, and less noise means more information.
 
-    ``psi_K = psi_1 + ln K - s (1 - 1 / K)`` with ``s`` the share of the posterior's variance in the prior's.
+    ``psi_K = psi_1 + ln K - s (1 - 1 / K)``, where ``s`` is the ratio of the posterior's variance to the prior's.
 
     Example:
         >>> information(8.0, 1, 0.01), round(information(8.0, 10, 0.01), 3)

@@ -1,4 +1,4 @@
-"""Fits of scaling laws to runs: robust, from many starts, with intervals, and refusals where data say too little."""
+"""Fits of scaling laws to runs, with Huber losses, many starts and intervals, and checks of what the runs support."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from lightning_fedscale.scaling.units import doubt_of_rho, doubts_of_flops
 from lightning_fedscale.scaling.verdicts import contradictions, problems_of
 
 _MOST_HELD_OUT = 0.4
-"""Share of the runs; with more of them held out, the error would be that of a fit to few."""
+"""Largest fraction of the runs that are held out; with more, too few runs would remain for the fit."""
 
 
 @dataclass(frozen=True)
@@ -35,20 +35,21 @@ class Fit:
     """A law fitted to runs.
 
     Attributes:
-        law: with the fitted constants.
-        intervals: of every constant and, as "exponent", of ``N* ~ C^exponent``, for laws that have one.
-        rho: what division among clients costs, ``C_eff = C clients**-rho``; None if all runs have as many clients.
-        runs: how many runs were fitted, which are all.
-        error: root mean square of the log-loss residuals: about the share of the loss.
-        held_out: the same on the largest scale, of the law that was fitted to the others before; NaN without.
-        problems: what the data cannot support, in words; with one of them `optimal` refuses.
-        isoflop: the best sizes by parabolas, as a second opinion; None where the runs have no such profiles.
-        table: the runs, with a column "held_out" of those whose error was measured first.
-        condition: of the Hessian, scaled: how hard the constants are to tell apart.
+        law: the law with the fitted constants.
+        intervals: intervals of all constants and, as "exponent", of ``N* ~ C^exponent``, for laws that have one.
+        rho: cost of dividing the compute among clients, ``C_eff = C clients**-rho``; None if all runs have the same
+            number of clients.
+        runs: number of fitted runs, which includes the held-out ones.
+        error: root mean square of the log-loss residuals, about the relative error of the loss.
+        held_out: the same for the runs of the largest compute, by a fit without them; NaN if none were held out.
+        problems: why the runs do not determine a best size, in words; with any problem `optimal` raises.
+        isoflop: the best sizes by parabolas, to compare; None if the runs have no such profiles.
+        table: the runs, with a column "held_out" that marks the held-out ones.
+        condition: condition number of the scaled Hessian: high if the constants are hard to distinguish.
         bootstrap: number of refits behind the intervals.
-        learning_rate: whether it was tuned, in words, which matters to ``rho`` most.
-        notes: what is doubtful about the runs, in words, without ruling a best size out.
-        made_for: how the runs trained, as far as their table says.
+        learning_rate: whether the learning rate was tuned, in words; this affects ``rho`` most.
+        notes: doubts about the runs, in words, that do not rule out a best size.
+        made_for: how the runs trained, as far as their table records it.
     """
 
     law: Any
@@ -67,17 +68,17 @@ class Fit:
     made_for: MadeFor = field(default_factory=MadeFor)
 
     def optimal(self, flops: float, clients: int = 1) -> Interval:
-        """The best model size for so much compute of all clients together, with its interval.
+        """Return the best model size for this compute of all clients together, with its interval.
 
         Raises:
-            ValueError: if the data cannot support an optimum, or the law has none.
+            ValueError: if the runs do not determine a best size, or the law has none.
         """
         if not isinstance(self.law, Law):
             raise ValueError(f"fit: {self.law.name} is no law of size and data.")
         return self.law.interval_of_size(flops, clients, 1.0 if self.rho is None else self.rho.value)
 
     def save(self, path: str | Path) -> None:
-        """Write the law to a JSON file, to be used as ``law=``."""
+        """Write the law to a JSON file that can be passed as ``law=``."""
         law = self.law
         document = {
             "law": law.name,
@@ -114,39 +115,39 @@ def fit(
 ) -> Fit:
     """Fit a law to runs.
 
-    Minimises the sum of Huber losses of log-loss residuals, as arXiv 2203.15556 does and arXiv 2404.10102 corrects (a
-    mean would stop the search too early), from many starts, with exact gradients; constants in which the form is linear
-    need no starts (variable projection). Runs with several numbers of clients give ``rho`` as well: a client's data
-    count as ``D clients**(1 - rho)``, from none shared (1) to all (0).
+    The fit minimises the sum of Huber losses of log-loss residuals, as in arXiv 2203.15556 with the correction of arXiv
+    2404.10102 (a mean would stop the search too early), from many starts, with exact gradients. Constants in which the
+    form is linear need no starts (variable projection). Runs with several numbers of clients determine ``rho`` as well:
+    a client's data count as ``D clients**(1 - rho)``, from its own data only (1) to the data of all clients (0).
 
-    The runs of the largest compute are held out first, to measure the error on a scale that was not fitted; then the
-    constants and their intervals are found from all runs, since the best of them are among those.
+    The runs of the largest compute are first held out, to measure the error on a scale that was not fitted. The
+    constants and their intervals then come from a fit to all runs.
 
     Args:
         runs: a table (DataFrame, or mapping of columns), a CSV file, or directories of runs that were trained with
-            `ComputeAccounting`. Columns: ``loss``, what the law needs (``params`` and ``tokens``, as a rule; ``flops``
-            will do for tokens), and ``clients``, those that train in a round; tokens and FLOPs are those of one of
-            them. With ``learning_rate`` (or ``lr``), and ``seed``, the runs at the best rate of each size and number of
-            clients count. What else a sweep writes (``method``, ``partition``, ``batch_size``, ``local_steps``,
-            ``rounds``, ``passes``, ``size`` and ``argument``, ...) says what the law was made for, and what to doubt.
-        law: `Rosenfeld` (any task), `Chinchilla` (text), or any form with constants to be found: a class, its name, or
-            an object whose other constants count.
-        holdout: measure the error on the runs of the largest compute first, without them in the fit.
+            `ComputeAccounting`. The columns are ``loss``, what the law needs (usually ``params`` and ``tokens``;
+            ``flops`` can replace tokens), and ``clients``, the number that train in a round; tokens and FLOPs are those
+            of one client. With ``learning_rate`` (or ``lr``) and ``seed``, only the runs at the best rate of each size
+            and number of clients count. Other columns of a sweep (``method``, ``partition``, ``batch_size``,
+            ``local_steps``, ``rounds``, ``passes``, ``size`` and ``argument``, ...) record how the runs trained.
+        law: `Rosenfeld` (any task), `Chinchilla` (text), or any form with constants to be fitted: a class, its name, or
+            an object whose other constants are kept.
+        holdout: first measure the error on the runs of the largest compute, by a fit without them.
         bootstrap: number of refits to resampled runs, for the intervals.
-        seed: of the resampling.
+        seed: seed of the resampling.
         loss: name of the logged loss, for directories.
-        task: what the runs did; the law holds for that.
-        flops_per: FLOPs per parameter and token, where these are right and far from 6, as with convolutions over large
-            images; None takes them from the runs, and doubts what is far off.
-        partition: fit the runs of this one alone: the name of a partitioner, the file of a saved partition, or a
+        task: the task of the runs, for which the law will hold.
+        flops_per: expected FLOPs per parameter and token if these are far from 6, as with convolutions over large
+            images; with None, values far from 6 are a problem. The law takes its own value from the runs.
+        partition: fit only the runs of this partition: the name of a partitioner, the file of a saved partition, or a
             Partition.
-        method: fit the runs of this one alone.
-        batch_size: fit the runs with this one alone.
-        local_steps: fit the runs with so many alone.
+        method: fit only the runs of this method.
+        batch_size: fit only the runs with this batch size.
+        local_steps: fit only the runs with this number of local steps.
 
     Raises:
-        ValueError: for runs without the columns, with numbers that are not positive, too few, of one size only, or none
-            of what was asked.
+        ValueError: for runs with missing columns or with numbers that are not positive, too few runs, runs of one size
+            only, or no run that matches ``partition``, ``method``, ``batch_size`` or ``local_steps``.
 
     Example:
         >>> truth = Rosenfeld(E=1.0, A=20.0, B=30.0, alpha=0.4, beta=0.3)
@@ -227,10 +228,10 @@ def fit(
 
 
 def form_of(law: str | type[Form] | Form) -> Form:
-    """The form that is to be fitted.
+    """Return the form that is to be fitted.
 
     Raises:
-        ValueError: for an unknown name, or a law without constants to be found.
+        ValueError: for an unknown name, or a law without constants to be fitted.
     """
     if isinstance(law, str):
         known = {name.lower(): name for name in FORMS}
@@ -248,7 +249,7 @@ def form_of(law: str | type[Form] | Form) -> Form:
 
 
 def law_from_file(path: str | Path) -> tuple[Law, float | None]:
-    """The law and ``rho`` that `Fit.save` wrote.
+    """Return the law and ``rho`` that `Fit.save` wrote.
 
     Raises:
         ValueError: if the file is none of those.
@@ -295,9 +296,9 @@ def _problem(table: pd.DataFrame, form: Form, several: bool) -> Problem:
 
 
 def _largest(table: pd.DataFrame) -> pd.Series[bool]:
-    """The runs of the largest compute, if enough others remain."""
+    """Mark the runs of the largest compute, if enough others remain."""
     total = table["flops"] * table["clients"]
-    largest = total >= total.max() * 0.5  # a round may go beyond what was asked for
+    largest = total >= total.max() * 0.5  # the last round may exceed the requested compute
     few: pd.Series[bool] = largest if largest.sum() <= _MOST_HELD_OUT * len(table) else largest & False
     return few
 
@@ -340,7 +341,7 @@ def _rms(residuals: FloatArray) -> float:
 
 
 def _plain(value: Any) -> Any:
-    """As JSON has it: no NaN and no infinity."""
+    """Convert to JSON values: NaN and infinity become None."""
     if isinstance(value, dict):
         return {name: _plain(each) for name, each in value.items()}
     if isinstance(value, (list, tuple)):

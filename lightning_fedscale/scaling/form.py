@@ -1,4 +1,4 @@
-"""What can be fitted: a formula with constants, which are known, published, or found by `fit`."""
+"""The base class of everything that can be fitted: a formula whose constants are passed, published or fitted."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ class Unknown(NamedTuple):
         low: least value to start from.
         high: largest value to start from.
         positive: whether the constant is above 0 (and is searched on a logarithmic scale).
-        linear: whether the formula is linear in it: then no start is needed (variable projection).
-        below: what it stays below, if anything; then ``positive`` plays no part.
+        linear: whether the formula is linear in it, so that no start is needed (variable projection).
+        below: upper limit of the constant, if it has one; ``positive`` is then ignored.
     """
 
     low: float = 0.0
@@ -35,24 +35,24 @@ class Unknown(NamedTuple):
     below: float | None = None
 
     def value(self, theta: Any) -> Any:
-        """The constant by its place on the scale that is searched."""
+        """Return the constant at a place on the search scale."""
         if self.below is not None:
             return self.below - exp(theta)
         return exp(theta) if self.positive else theta
 
     def theta(self, value: float) -> float:
-        """The place of a constant on the scale that is searched."""
+        """Return the place of a constant on the search scale."""
         if self.below is not None:
             return math.log(self.below - value)
         return math.log(max(value, 1e-300)) if self.positive else value
 
 
 _ANYTHING = 1e4
-"""Ends of an interval that are so many times apart tell nothing."""
+"""Ends of an interval that are further apart than this factor do not determine the number."""
 
 
 class Interval(NamedTuple):
-    """A number and the ends of its 95 % interval; these are NaN where nothing is known of them."""
+    """A number and the ends of its 95 % interval; the ends are NaN if they are not known."""
 
     value: float
     low: float
@@ -60,7 +60,7 @@ class Interval(NamedTuple):
 
     @property
     def ends(self) -> str:
-        """Both ends in words; a value outside of them, or ends that are many times apart, say that it may be anything.
+        """Both ends in words; "not determined" if the value lies outside of them or they are too far apart.
 
         Example:
             >>> Interval(0.35, 0.31, 0.4).ends, Interval(0.07, 2e20, 2e48).ends, Interval(1.0, math.nan, math.nan).ends
@@ -77,7 +77,7 @@ class Interval(NamedTuple):
         return f"{self.value:.4g} ({self.low:.4g} to {self.high:.4g})" if known else f"{self.value:.4g}"
 
     def widened(self, error: float) -> Interval:
-        """With an error of the logarithm, a standard deviation, in quadrature; as it is where that is not known.
+        """Add an error of the logarithm (a standard deviation) in quadrature; without a known error nothing changes.
 
         Example:
             >>> print(Interval(2.0, 1.9, 2.1).widened(0.0), Interval(2.0, math.nan, math.nan).widened(0.05))
@@ -96,7 +96,7 @@ class Interval(NamedTuple):
 
     @classmethod
     def of(cls, value: float, draws: Sequence[float]) -> Interval:
-        """From a bootstrap's values."""
+        """Return the interval of a value from the values of a bootstrap."""
         found = [draw for draw in draws if not math.isnan(draw)]
         if len(found) < 2:
             return cls(float(value), math.nan, math.nan)
@@ -105,11 +105,11 @@ class Interval(NamedTuple):
 
 
 class Refit(NamedTuple):
-    """The constants that another sample of the same runs gave.
+    """The constants of a refit to a resample of the same runs.
 
     Attributes:
-        constants: by name.
-        rho: what division among clients costs; NaN if that was not fitted.
+        constants: constants by name.
+        rho: cost of dividing the compute among clients; NaN if it was not fitted.
     """
 
     constants: dict[str, float]
@@ -122,7 +122,7 @@ EXPONENT = Unknown(0.05, 1.5)
 
 
 class Range(NamedTuple):
-    """Where a law was fitted.
+    """The range on which a law was fitted.
 
     Attributes:
         task: kind of data and model, such as "text".
@@ -138,7 +138,7 @@ class Range(NamedTuple):
 
 
 class Unfitted(ValueError):
-    """A law was asked for a prediction whose constants nobody has published."""
+    """Raised for a prediction by a law whose constants are neither published, passed nor fitted."""
 
 
 _NUMBERS = ("float", "int", "tuple[float, ...]")
@@ -149,17 +149,17 @@ _Self = TypeVar("_Self", bound="Form")
 class Form:
     """A formula with constants.
 
-    Fields are the constants; one that nobody has published is None, and predictions are refused until it is passed or
-    fitted.
+    The fields are the constants. A constant that is not published is None, and predictions raise `Unfitted` until it is
+    passed or fitted.
 
     Attributes:
-        source: where form and constants are from.
-        units: of what goes in and comes out.
-        holds: where the published constants were fitted.
-        columns: what the formula needs of every run, beside its constants.
-        unknowns: the constants that `fit` finds.
-        fitted_on: where these constants were fitted, if not where ``holds`` says.
-        refits: what the bootstrap of a fit gave, for intervals.
+        source: source of the form and the constants.
+        units: units of the inputs and of the loss.
+        holds: range on which the published constants were fitted.
+        columns: what the formula needs of every run, besides its constants.
+        unknowns: the constants that `fit` determines.
+        fitted_on: range on which these constants were fitted, if it is not ``holds``.
+        refits: the constants of the bootstrap's refits, for intervals.
     """
 
     source: ClassVar[str] = ""
@@ -181,7 +181,7 @@ class Form:
 
     @property
     def domain(self) -> Range:
-        """Where the law was fitted."""
+        """Range on which the law was fitted."""
         return self.fitted_on or self.holds
 
     @property
@@ -213,20 +213,20 @@ class Form:
                     raise TypeError(f"{self.name}: {name}={value!r}: pass {'numbers' if several else 'a number'}.")
 
     def replace(self: _Self, **constants: Any) -> _Self:
-        """The law with other constants."""
+        """Return the law with other constants."""
         return dataclasses.replace(self, **constants)
 
     def formula(self, c: Any, run: Any) -> Any:
-        """The loss, by constants and by what is known of a run; both may be arrays, constants may be `Dual`."""
+        """Compute the loss from constants and a run's ``columns``; both may be arrays, constants may be `Dual`."""
         raise NotImplementedError
 
     def predict(self, **run: Any) -> Any:
-        """The formula with the law's own constants, for numbers or arrays of each of ``columns``."""
+        """Compute the formula with the law's own constants, for numbers or arrays of each of ``columns``."""
         self.check()
         return self.formula(SimpleNamespace(**self.constants), SimpleNamespace(**run))
 
     def interval_of(self, **run: float) -> Interval:
-        """What the formula says of one run, with its 95 % interval by the fit's refits."""
+        """Predict one run, with the 95 % interval of the fit's refits."""
         if not self.refits:
             self.check()
         of_run, known = SimpleNamespace(**run), self.constants
@@ -236,11 +236,11 @@ class Form:
         return Interval.of(value, draws)
 
     def fits(self) -> bool:
-        """Whether there are constants to be fitted."""
+        """Return whether there are constants to be fitted."""
         return bool(self.unknowns) or type(self).sought is not Form.sought
 
     def sought(self, run: Mapping[str, Any]) -> Mapping[str, Unknown]:
-        """The constants that a fit to these runs looks for; "name.0", "name.1", ... are parts of one."""
+        """Return the unknowns of a fit to these runs; "name.0", "name.1", ... are the elements of one tuple."""
         return self.unknowns
 
 
@@ -251,12 +251,12 @@ def _constants_of(form: type[Any]) -> tuple[str, ...]:
 
 @cache
 def _numbers_of(form: type[Any]) -> tuple[str, ...]:
-    """Fields that hold a number, several, or None."""
+    """Return the fields that hold a number, several numbers, or None."""
     return tuple(each.name for each in dataclasses.fields(form) if str(each.type).removesuffix(" | None") in _NUMBERS)
 
 
 def gathered(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Constants by name, with the parts of one in a tuple.
+    """Collect "name.0", "name.1", ... in one tuple under "name".
 
     Example:
         >>> gathered({"E": 1.0, "gains.0": 2.0, "gains.1": 3.0})
@@ -270,12 +270,12 @@ def gathered(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def duals(theta: np.ndarray[Any, np.dtype[np.float64]]) -> list[Dual]:
-    """One number for each unknown, which carries a derivative of 1 by itself."""
+    """Return a number for each unknown, whose derivative by that unknown is 1."""
     return [Dual(value, unit[:, None]) for value, unit in zip(theta, np.eye(len(theta)), strict=True)]
 
 
 def positive(name: str, value: float) -> float:
-    """The number, if it is finite and above 0.
+    """Return the number if it is finite and above 0.
 
     Raises:
         ValueError: if not.
@@ -286,7 +286,7 @@ def positive(name: str, value: float) -> float:
 
 
 def closest(kind: str, name: str, known: Sequence[str]) -> ValueError:
-    """The error for an unknown name, with the closest match."""
+    """Return the error for an unknown name, with the closest match."""
     near = get_close_matches(name.lower(), [each.lower() for each in known], 1)
     match = next((each for each in known if near and each.lower() == near[0]), None)
     hint = f" Did you mean {match!r}?" if match else ""

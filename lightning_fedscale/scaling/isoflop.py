@@ -1,4 +1,4 @@
-"""IsoFLOP profiles: the best size at each compute, and how it moves with compute and clients."""
+"""IsoFLOP profiles: the best size at each compute, and how it depends on compute and clients."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ from lightning_fedscale.scaling.dual import FloatArray
 from lightning_fedscale.scaling.form import Interval
 
 _SAME = 0.2
-"""Runs whose compute differs by less than this share belong to one profile."""
+"""Runs whose compute differs by less than this fraction belong to one profile."""
 
 
 class Profile(NamedTuple):
-    """Runs of one compute and one number of clients, and the parabola through them.
+    """The runs of one amount of compute and one number of clients, and the parabola through them.
 
     Attributes:
-        flops: of all clients together.
+        flops: compute of all clients together.
         clients: number of clients.
         params: sizes of the runs.
-        loss: of the runs.
-        best: the size at the parabola's lowest point; NaN if that is not among the sizes.
-        error: standard deviation of ``ln best`` by the parabola's residuals.
+        loss: losses of the runs.
+        best: the size at the parabola's minimum; NaN if that lies outside the range of the sizes.
+        error: standard deviation of ``ln best``, from the parabola's residuals.
     """
 
     flops: float
@@ -43,17 +43,17 @@ class Profile(NamedTuple):
 class IsoFlop:
     """``ln N* = c + p ln C - q ln K`` through the best sizes of profiles.
 
-    A parabola is symmetric in ln N and a law's profile is not, unless its exponents are equal: best sizes are biased
-    even without noise, the more so the wider the profile (arXiv 2603.22339). ``bias`` says by how much, if the fitted
-    law is true.
+    A parabola is symmetric in ln N, but a law's profile is not, unless its exponents are equal. Best sizes are
+    therefore biased even without noise, and more so for wider profiles (arXiv 2603.22339). ``bias`` estimates this,
+    provided that the fitted law is true.
 
     Attributes:
-        profiles: all that there are.
+        profiles: all profiles.
         p: exponent of compute.
         q: exponent of clients; None for one number of clients.
-        rho: ``q / p``: what division among clients costs; None for one number of clients.
+        rho: ``q / p``, the cost of dividing the compute among clients; None for one number of clients.
         scale: ``exp(c)``.
-        bias: best size by parabola over the law's own, the geometric mean over profiles; NaN without a law.
+        bias: ratio of the parabola's best size to the law's, geometric mean over profiles; NaN without a law.
     """
 
     profiles: tuple[Profile, ...]
@@ -65,21 +65,21 @@ class IsoFlop:
 
     @property
     def law(self) -> Porian:
-        """The best size by compute as a law, which says nothing of loss."""
+        """The best size by compute, as a law that does not predict the loss."""
         return Porian(size=self.scale, exponent=self.p.value)
 
 
 def isoflop(table: pd.DataFrame, law: Law | None = None, rho: float = 1.0, seed: int = 0) -> IsoFlop | None:
-    """The best sizes of runs by parabolas, as a second opinion on a fit.
+    """Find the best sizes of runs by parabolas, to compare with a fit.
 
     Args:
-        table: as `runs_table` makes it.
-        law: fitted to the same runs, for the bias.
-        rho: fitted to the same runs.
-        seed: of the bootstrap, which draws best sizes by their errors.
+        table: table of `runs_table`.
+        law: law that was fitted to the same runs, for the bias.
+        rho: ``rho`` that was fitted to the same runs.
+        seed: seed of the bootstrap, which draws best sizes from their errors.
 
     Returns:
-        None if there are fewer than two profiles with a lowest point.
+        the result; None if too few profiles have a minimum: fewer than two, or four with several numbers of clients.
     """
     profiles = _profiles(table)
     used = [each for each in profiles if math.isfinite(each.best)]
@@ -99,7 +99,7 @@ def isoflop(table: pd.DataFrame, law: Law | None = None, rho: float = 1.0, seed:
 
 
 def vertex(params: Sequence[float] | FloatArray, loss: Sequence[float] | FloatArray) -> tuple[float, float]:
-    """Where the parabola through losses over ln N is lowest, and the standard deviation of the logarithm of that.
+    """Return the minimum of the parabola through losses over ln N, and the standard deviation of its logarithm.
 
     Example:
         >>> sizes = np.array([1e3, 1e4, 1e5, 1e6])

@@ -1,4 +1,4 @@
-"""What a run has spent: FLOPs by purpose and by client, samples and tokens, bytes, seconds, energy."""
+"""Accounting of a run: FLOPs by purpose and by client, samples and tokens, bytes, seconds, energy."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 PURPOSES = ("forward", "backward", "optimizer", "aggregation", "evaluation", "probing")
-"""What FLOPs are spent on. Forward and backward are the training that scaling laws count: products of matrices,
-convolutions, attention and recurrent layers, a multiplication and an addition as two, with all passes that a local rule
-or a personal model asks for besides. Optimizer and aggregation are counted element by element: what a local rule adds
-to gradients is the optimizer's, and what rules, compressors and privacy do with updates is the aggregation's.
-Evaluation is validation and test. Probing is what callbacks run on the side."""
+"""The purposes of FLOPs. "forward" and "backward" are the training compute of scaling laws: matrix products,
+convolutions, attention and recurrent layers, where a multiplication and an addition count as two, including the extra
+passes of local rules and personal models. "optimizer" and "aggregation" are counted per element: "optimizer" includes
+what local rules add to gradients, and "aggregation" what rules, compressors and privacy do with updates. "evaluation"
+is validation and test. "probing" is what callbacks compute in addition."""
 
 _SUMS = (
     "samples", "tokens", "size_tokens", "cohort_tokens", "upload_bytes", "download_bytes", "seconds", "updates",
@@ -19,25 +19,26 @@ _SUMS = (
 
 
 class Ledger:
-    """Adds up what a run spends.
+    """Sums of what a run spends.
 
     Attributes:
-        flops: by purpose (`PURPOSES`), over all clients and ranks.
+        flops: FLOPs by purpose (`PURPOSES`), over all clients and ranks.
         clients: training FLOPs of each client.
-        samples: trained on, every pass counted.
-        tokens: the same in tokens.
+        samples: samples trained on; every pass counts.
+        tokens: tokens trained on; every pass counts.
         size_tokens: sum of active parameters times tokens.
-        cohort_tokens: sum of a round's clients times its tokens; 0 without clients.
-        upload_bytes: sent by clients.
-        download_bytes: sent to clients.
-        seconds: of training.
-        updates: optimizer steps; rounds where there are clients.
-        energy: in joules, as far as it was measured.
-        meters: how many readings `energy` is of; 0 where nothing can be read.
+        cohort_tokens: sum of a round's number of clients times its tokens; 0 without clients.
+        upload_bytes: bytes sent by clients.
+        download_bytes: bytes sent to clients.
+        seconds: seconds of training.
+        updates: optimizer steps, or rounds if there are clients.
+        energy: energy in joules, as far as it was measured.
+        meters: number of readings in `energy`; 0 if energy cannot be measured.
         steps: batches trained on.
-        counted: steps whose FLOPs were counted while they ran, those included that only proved what clients do side by
-            side; the others cost what the counted ones say.
-        error: standard error of training FLOPs for that, 0 where steps cost the same: the sum of all steps' errors.
+        counted: steps whose FLOPs were counted while they ran, including those that only verified the vectorized
+            executor; the FLOPs of all other steps are estimated from these.
+        error: standard error of the training FLOPs by this estimate, the sum of all steps' errors; 0 if all steps cost
+            the same.
 
     Example:
         >>> ledger = Ledger()
@@ -56,12 +57,12 @@ class Ledger:
 
     @property
     def training_flops(self) -> float:
-        """Forward and backward: what scaling laws mean by compute."""
+        """FLOPs of forward and backward, the compute of scaling laws."""
         return self.flops["forward"] + self.flops["backward"]
 
     @property
     def flops_interval(self) -> tuple[float, float]:
-        """95 % interval of training FLOPs, which are estimated where steps cost differently; no wider than that."""
+        """95 % interval of the training FLOPs, which are estimated where steps cost differently."""
         return max(0.0, self.training_flops - 1.96 * self.error), self.training_flops + 1.96 * self.error
 
     @property
@@ -71,27 +72,27 @@ class Ledger:
 
     @property
     def average_cohort(self) -> int:
-        """Clients that train in a round, averaged over tokens, to the nearest whole number; 1 without clients."""
+        """Number of clients that train in a round, averaged over tokens and rounded; 1 without clients."""
         return max(1, round(self.cohort_tokens / self.tokens)) if self.tokens else 1
 
     @property
     def six_n_ratio(self) -> float:
-        """Training FLOPs over ``6 parameters tokens``: near 1 for transformers, more where weights are used often."""
+        """Training FLOPs over ``6 parameters tokens``: near 1 for transformers, more if weights are reused."""
         return self.training_flops / (6.0 * self.size_tokens) if self.size_tokens else float("nan")
 
     @property
     def joules(self) -> float | None:
-        """Energy, None where it cannot be read."""
+        """Energy in joules, None if it cannot be measured."""
         return self.energy if self.meters else None
 
     def add(self, *, tokens: float = 0.0, size: float = 0.0, cohort: int = 0, **amounts: float) -> None:
-        """Add what was spent: FLOPs by purpose, and the sums by name.
+        """Add FLOPs by purpose, and the other sums by name.
 
         Args:
-            tokens: trained on.
-            size: active parameters of the model that they trained.
-            cohort: clients that trained on them.
-            amounts: of `PURPOSES`, or of what this class sums up.
+            tokens: tokens trained on.
+            size: active parameters of the trained model.
+            cohort: number of clients that trained on the tokens.
+            amounts: amounts by name, of `PURPOSES` or of the other sums.
         """
         for name, amount in amounts.items():
             if name in self.flops:
@@ -103,30 +104,30 @@ class Ledger:
         self.cohort_tokens += cohort * tokens
 
     def add_clients(self, flops: Iterable[tuple[int, float]]) -> None:
-        """Note the training FLOPs of clients, which `add` has got as a sum."""
+        """Add the training FLOPs of each client; `add` receives their sum separately."""
         for client, spent in flops:
             self.clients[client] = self.clients.get(client, 0.0) + spent
 
     def numbers(self) -> list[float]:
-        """Everything but the clients, in a fixed order, to be summed over ranks."""
+        """Return everything except the clients, in a fixed order, to be summed over ranks."""
         return [*self.flops.values(), *(getattr(self, name) for name in _SUMS)]
 
     def add_numbers(self, numbers: Sequence[float]) -> None:
-        """Add another ledger's `numbers`."""
+        """Add the `numbers` of another ledger."""
         for purpose, amount in zip(PURPOSES, numbers, strict=False):
             self.flops[purpose] += amount
         for name, amount in zip(_SUMS, numbers[len(PURPOSES) :], strict=True):
             setattr(self, name, getattr(self, name) + amount)
 
     def state_dict(self) -> dict[str, Any]:
-        """For the checkpoint."""
+        """Return the state for the checkpoint."""
         clients = {"ids": list(self.clients), "flops": list(self.clients.values())}
         return {"flops": {**self.flops}, **{name: getattr(self, name) for name in _SUMS}, "clients": clients}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from there."""
+        """Resume from a checkpoint's state."""
         self.flops = {**state["flops"]}
-        # An older checkpoint says nothing of some, and of the cohort no more than who has trained.
+        # An older checkpoint lacks some sums; its cohort is estimated by the number of clients that have trained.
         known = {"cohort_tokens": len(state["clients"]["ids"]) * state["tokens"], **state}
         for name in _SUMS:
             setattr(self, name, known.get(name, 0.0))

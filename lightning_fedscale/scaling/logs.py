@@ -1,4 +1,4 @@
-"""What a run leaves in its folder: TensorBoard's events and CSVLogger's ``metrics.csv``."""
+"""Reading the logs in a run's folder: TensorBoard's events and CSVLogger's ``metrics.csv``."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ EVENTS, TABLE = "events.out.tfevents*", "metrics.csv"
 
 
 class Logs(NamedTuple):
-    """What was logged.
+    """The logs of a run.
 
     Attributes:
-        scalars: values by name, each with its steps as the index; of several values of a step the last.
-        pictures: the last picture by name, as PNG.
+        scalars: values by name, indexed by step; the last value counts if a step has several.
+        pictures: the last picture of each name, as PNG.
     """
 
     scalars: dict[str, pd.Series[float]]
@@ -25,10 +25,10 @@ class Logs(NamedTuple):
 
 
 def read_logs(folder: str | Path) -> Logs:
-    r"""What was logged to one folder, not to those below it; what both loggers have is taken from the events.
+    r"""Read the logs of one folder, without its subfolders; events take precedence over the table.
 
     Raises:
-        ValueError: for a table that CSVLogger did not write.
+        ValueError: for a table that was not written by CSVLogger.
 
     Example:
         >>> import tempfile
@@ -42,7 +42,7 @@ def read_logs(folder: str | Path) -> Logs:
 
 
 def has_logs(folder: str | Path) -> bool:
-    """Whether a run has logged to this very folder."""
+    """Return whether a run has logged to this folder, subfolders excluded."""
     return (Path(folder) / TABLE).is_file() or any(Path(folder).glob(EVENTS))
 
 
@@ -64,7 +64,7 @@ def _from_events(folder: Path) -> Logs:
     events = EventAccumulator(str(folder), size_guidance={"scalars": 0, "images": 1}).Reload()
     tags = events.Tags()
     points = {name: events.Scalars(name) for name in tags["scalars"]}
-    points.pop("epoch", None)  # which Lightning logs beside all others
+    points.pop("epoch", None)  # Lightning logs it next to all other values
     scalars = {name: _series([p.step for p in of], [p.value for p in of]) for name, of in points.items() if of}
     return Logs(scalars, {name: events.Images(name)[-1].encoded_image_string for name in tags["images"]})
 

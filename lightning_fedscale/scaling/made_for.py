@@ -1,4 +1,4 @@
-"""What runs had in common, and so what a law that was fitted to them was made for."""
+"""The settings that runs had in common: a law that was fitted to these runs is made for them."""
 
 from __future__ import annotations
 
@@ -20,20 +20,20 @@ _PLURALS = {
     "partition": "partitions", "method": "methods", "batch_size": "batch sizes",
     "local_steps": "numbers of local steps", "optimizer": "optimizers",
 }  # fmt: skip
-"""Columns of which a law is of one value, in words."""
+"""Columns with one value per law, with their plurals for messages."""
 _ALIKE = 1.01
-"""Parameters of models of one size do not differ by more than this factor."""
+"""Largest factor by which the parameters of models of the same size may differ."""
 _FINGERPRINT = re.compile(r"[0-9a-f]{64}")
 
 
 class Best(NamedTuple):
-    """The run with the least loss of those with as much compute and as many clients.
+    """The run with the least loss among those with the same compute and number of clients.
 
     Attributes:
-        flops: of all clients together.
-        clients: that trained in a round.
-        params: its size.
-        loss: measured.
+        flops: compute of all clients together.
+        clients: number of clients that trained in a round.
+        params: model size, in parameters.
+        loss: measured loss.
     """
 
     flops: float
@@ -43,12 +43,12 @@ class Best(NamedTuple):
 
 
 class Given(NamedTuple):
-    """A partition that was named, to be compared.
+    """A partition that was passed, to be compared with that of the runs.
 
     Attributes:
-        name: of a partitioner or a file; None for a partition itself.
-        fingerprint: None for a partitioner's name.
-        clients: that it divides the data among; None likewise.
+        name: name of a partitioner or a file; None for a Partition.
+        fingerprint: fingerprint of the partition; None if only a partitioner's name is known.
+        clients: number of clients of the partition; None if only a partitioner's name is known.
     """
 
     name: str | None
@@ -63,9 +63,9 @@ class Size(NamedTuple):
     """A model's size as the value of its argument.
 
     Attributes:
-        value: rounded where those of the runs are whole numbers.
-        between: the values of the runs that it lies between; None for a run's own, or beyond all of them.
-        is_beyond: whether it is smaller or larger than every run's.
+        value: value of the argument, rounded if those of the runs are whole numbers.
+        between: the neighbouring values of the runs; None if the value is one of theirs or beyond all of them.
+        is_beyond: whether the value is smaller or larger than that of every run.
     """
 
     value: float
@@ -75,24 +75,24 @@ class Size(NamedTuple):
 
 @dataclass(frozen=True)
 class MadeFor:
-    """How runs trained; None, or empty, for what their table does not say or what differs among them.
+    """How runs trained; fields that their table does not record, or that differ among runs, are None or empty.
 
     Attributes:
         partition: name of the partitioner or of the partition's file.
-        fingerprint: of the partition.
-        mean_js_distance: Jensen-Shannon distance of a client's labels to all, 0 if alike.
-        samples: of the data, of all clients together.
+        fingerprint: fingerprint of the partition.
+        mean_js_distance: mean Jensen-Shannon distance of clients' labels to all labels, 0 if they are equal.
+        samples: samples in the data of all clients together.
         clients: numbers of clients that trained in a round, ascending.
-        method: how clients trained, by the name that a sweep or a study has for it.
-        rules: what the method consists of (`FederatedStrategy.method`).
-        batch_size: of a client, in samples.
-        local_steps: batches of a client in a round.
-        tokens_per_sample: 1 where samples are counted.
+        method: name of the method, as in a sweep or a study.
+        rules: the method's options by name (`FederatedStrategy.method`).
+        batch_size: a client's batch size, in samples.
+        local_steps: batches that a client trained on in a round.
+        tokens_per_sample: tokens per sample; 1 if samples are counted.
         optimizer: class of the clients' optimizer.
-        learning_rate: whether it was tuned, in words.
-        passes: least and most over the data.
-        argument: of the module, which makes it larger.
-        sizes: its values, each with the parameters that it makes, ascending.
+        learning_rate: whether the learning rate was tuned, in words.
+        passes: smallest and largest number of passes over the data.
+        argument: the module's argument that sets its size.
+        sizes: values of the argument with the parameters of the model, ascending.
         best: the best run of each amount of compute and number of clients.
     """
 
@@ -114,7 +114,7 @@ class MadeFor:
     best: tuple[Best, ...] = ()
 
     def __str__(self) -> str:
-        """In words, such as "scaffold on partition hospitals.json, 8 clients, batch 32, 5 local steps"."""
+        """Describe it, such as "scaffold on partition hospitals.json, 8 clients, batch 32, 5 local steps"."""
         where = self.partition or (self.fingerprint or "")[:8]
         if self.partition and self.fingerprint:
             where += f" ({self.fingerprint[:8]})"
@@ -132,7 +132,7 @@ class MadeFor:
 
     @property
     def unknown(self) -> list[str]:
-        """What the runs do not say, or not with one voice."""
+        """Names of the settings that are not recorded, or that differ among the runs."""
         names = ("partition", "method", "batch_size", "local_steps", "optimizer", "passes")
         missing = [name for name in names if getattr(self, name) is None]
         return [
@@ -142,11 +142,11 @@ class MadeFor:
 
     @property
     def unique_tokens(self) -> float | None:
-        """Tokens in the data, of all clients together."""
+        """Tokens in the data of all clients together."""
         return None if None in (self.samples, self.tokens_per_sample) else self.samples * self.tokens_per_sample  # type: ignore[operator]
 
     def size_of(self, params: float) -> Size | None:
-        """The module's argument for so many parameters; None where the runs do not show how these grow with it.
+        """Return the module's argument for ``params`` parameters; None if the runs do not determine it.
 
         Example:
             >>> made = MadeFor(argument="width", sizes=((8, 100), (16, 200), (32, 400)))
@@ -172,12 +172,12 @@ class MadeFor:
         return Size(found, (low, high))
 
     def best_at(self, flops: float, clients: int) -> Best | None:
-        """The best run with about so much compute and so many clients."""
+        """Return the best run with about this compute and with this number of clients."""
         near = [each for each in self.best if each.clients == clients and abs(math.log(each.flops / flops)) < SAME]
         return min(near, key=lambda each: each.loss, default=None)
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON."""
+        """Return it as values for JSON."""
         found = asdict(self)
         for name in ("clients", "sizes", "best"):
             found[name] = [list(each) if isinstance(each, tuple) else each for each in found[name]]
@@ -186,7 +186,7 @@ class MadeFor:
 
     @classmethod
     def from_dict(cls, given: Mapping[str, Any] | None) -> MadeFor:
-        """What `as_dict` made; nothing is known from a file that was written before there was this."""
+        """Restore what `as_dict` returned; older files do not hold it, so that all fields keep their defaults."""
         known = {each.name for each in fields(cls)}
         found = {name: value for name, value in (given or {}).items() if name in known and value is not None}
         found["clients"] = tuple(found.get("clients", ()))
@@ -198,13 +198,12 @@ class MadeFor:
 
 
 def made_for(table: pd.DataFrame, learning_rate: str = NOT_TOLD, *, has_clients: bool = True) -> MadeFor:
-    """What the runs of a table had in common.
+    """Collect the settings that the runs of a table had in common.
 
     Args:
-        table: as `lightning_fedscale.scaling.runs.runs_to_fit` has it, with the columns that a sweep writes, as far as
-            they are there.
-        learning_rate: whether it was tuned, in words.
-        has_clients: whether the column ``clients`` was in it from the start.
+        table: table of `lightning_fedscale.scaling.runs.runs_to_fit`, with as many of a sweep's columns as there are.
+        learning_rate: whether the learning rate was tuned, in words.
+        has_clients: whether the original table had the column ``clients``.
     """
     one = {
         name: _one(table, name) for name in (*_PLURALS, "partition_name", "fingerprint", "samples", "argument", "rules")
@@ -213,7 +212,7 @@ def made_for(table: pd.DataFrame, learning_rate: str = NOT_TOLD, *, has_clients:
     if partition is not None and _FINGERPRINT.fullmatch(str(partition)):
         partition, fingerprint = None, fingerprint or partition
     batch = one["batch_size"]
-    if batch == 0 or "batch_size" not in table:  # what the data has
+    if batch == 0 or "batch_size" not in table:  # then the batch size of the data module counts
         batch = _one(table, "batch")
     passes, samples, apart = passes_of(table), _one(table, "samples"), _one(table, "mean_js_distance", np.mean)
     words = None
@@ -240,7 +239,7 @@ def made_for(table: pd.DataFrame, learning_rate: str = NOT_TOLD, *, has_clients:
 
 
 def passes_of(table: pd.DataFrame) -> pd.Series[float] | None:
-    """Passes over the data of each run, by its own column, by the samples of the data, or by unique tokens."""
+    """Return each run's passes over the data, from its column, from the data's samples, or from unique tokens."""
     if "passes" in table:
         passes = pd.to_numeric(table["passes"], errors="coerce")
     elif {"samples", "tokens", "clients"} <= set(table):
@@ -253,10 +252,10 @@ def passes_of(table: pd.DataFrame) -> pd.Series[float] | None:
 
 
 def only(table: pd.DataFrame, **asked: Any) -> pd.DataFrame:
-    """The rows of one method, partition, batch size or number of local steps; None asks for nothing.
+    """Select the rows of one method, partition, batch size or number of local steps; None selects all.
 
     Raises:
-        ValueError: where the table does not say it, or has no such row; names the argument.
+        ValueError: if the table does not record the setting or has no such row; the message names the argument.
     """
     for name, value in asked.items():
         if value is None:
@@ -284,7 +283,7 @@ _COLUMNS = {
 
 
 def mixed(table: pd.DataFrame) -> list[str]:
-    """What a table mixes that belongs to several laws, in words.
+    """Return a note on each setting that differs among the runs and takes a law for each value.
 
     Example:
         >>> mixed(pd.DataFrame({"method": ["fed_avg", "scaffold"]}))
@@ -303,7 +302,7 @@ def mixed(table: pd.DataFrame) -> list[str]:
 
 
 def partition_given(given: Any) -> Given:
-    """A partition that is to be compared: the name of a partitioner, the file of a saved partition, or a Partition.
+    """Convert a partitioner's name, the file of a saved partition, or a Partition, for comparison.
 
     Raises:
         ValueError: for a file that is not there, or holds no partition.
@@ -335,7 +334,7 @@ def _values(table: pd.DataFrame, name: str) -> list[Any]:
 
 
 def _partitions(table: pd.DataFrame) -> list[Any]:
-    """Different partitions; the same one among other numbers of clients is none."""
+    """Return the partitions that differ; one partitioner with several numbers of clients counts as one."""
     if "partition" in table:
         return _values(table, "partition")
     if "fingerprint" not in table:
@@ -346,7 +345,7 @@ def _partitions(table: pd.DataFrame) -> list[Any]:
 
 
 def _one(table: pd.DataFrame, name: str, otherwise: Any = None) -> Any:
-    """The value that all rows have; else what is made of several of them, or None."""
+    """Return the value that all rows have in common; else ``otherwise`` of the values, or None."""
     found = _values(table, name)
     if not found or table[name].isna().any():
         return None
@@ -354,7 +353,7 @@ def _one(table: pd.DataFrame, name: str, otherwise: Any = None) -> Any:
 
 
 def _sizes(table: pd.DataFrame) -> tuple[tuple[float, float], ...]:
-    """Values of the module's argument with their parameters, if these follow from it and both grow together."""
+    """Return the argument's values with their parameters, if each value has one size and both increase."""
     if not {"size", "params"} <= set(table):
         return ()
     sizes = pd.to_numeric(table["size"], errors="coerce")
@@ -367,7 +366,7 @@ def _sizes(table: pd.DataFrame) -> tuple[tuple[float, float], ...]:
 
 
 def _best(table: pd.DataFrame) -> tuple[Best, ...]:
-    """The best run of each amount of compute and number of clients; the mean of seeds, where there are several."""
+    """Return the best run of each amount of compute and number of clients; several seeds count as their mean."""
     if not {"params", "flops", "clients", "loss"} <= set(table):
         return ()
     means = table.assign(total=table["flops"] * table["clients"])
@@ -383,7 +382,7 @@ def _best(table: pd.DataFrame) -> tuple[Best, ...]:
 
 
 def levels(total: pd.Series[float], clients: pd.Series[float]) -> list[int]:
-    """Which runs are of one amount of compute, among those with as many clients: a number for each, least first.
+    """Rank the amounts of compute among runs with the same number of clients; return each run's rank, least first.
 
     Example:
         >>> levels(pd.Series([1e9, 8e9, 1.1e9, 0.99e9]), pd.Series([1, 1, 1, 2]))

@@ -1,4 +1,4 @@
-"""Before a run: the size, the data, the rounds and the time that a budget buys for a number of clients."""
+"""Planning a run: the size, the data, the rounds and the time that a budget allows for a number of clients."""
 
 from __future__ import annotations
 
@@ -23,78 +23,79 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _ADAM_BYTES = 16
-"""Of a parameter with its gradient and Adam's two moments, in FP32 or in mixed precision with a master copy."""
+"""Bytes of a parameter with its gradient and Adam's two moments, in FP32 or mixed precision with a master copy."""
 _SENT_BYTES = 4
 _DAY = 86_400.0
 _LOCAL_STEPS = 30
-"""Of DiLoCo's fits."""
+"""Local steps of the runs behind DiLoCo's fits."""
 
 
 class Device(Protocol):
-    """What of a `lightning_fedscale.devices.DeviceClass` a plan needs."""
+    """The part of a `lightning_fedscale.devices.DeviceClass` that a plan needs."""
 
     @property
     def name(self) -> str:
-        """Its name."""
+        """Name of the device class."""
 
     @property
     def memory(self) -> int:
-        """Bytes."""
+        """Memory in bytes."""
 
     @property
     def flops(self) -> float:
-        """Floating-point operations per second, at best."""
+        """Peak floating-point operations per second."""
 
     @property
     def up(self) -> float:
-        """Bytes per second that it sends."""
+        """Uplink in bytes per second."""
 
     @property
     def down(self) -> float:
-        """Bytes per second that it receives."""
+        """Downlink in bytes per second."""
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What a budget buys.
+    """A run that fits a budget.
 
     Attributes:
         flops: training compute of all clients together.
         clients: number of clients that train in a round.
         params: model size.
-        params_low: least size that the uncertainty of the law's constants admits as best; None where not known, or
-            where the size follows from ``tokens``.
-        params_high: largest such size.
+        params_low: lower end of the best size's interval, by the law's constants; None if it is not known, or if the
+            size follows from ``tokens``.
+        params_high: upper end of this interval.
         tokens_per_client: tokens, or samples, that each client trains on.
-        loss: predicted.
-        loss_low: lower end of its 95 % interval by the law's constants; None where nothing is known of these.
-        loss_high: upper end.
-        rho: what division among clients costs, ``C_eff = C clients**-rho``.
+        loss: predicted loss.
+        loss_low: lower end of its 95 % interval, by the law's constants; None if it is not known.
+        loss_high: upper end of this interval.
+        rho: cost of dividing the compute among clients, ``C_eff = C clients**-rho``.
         law: the law's name.
-        task: what the law holds for.
-        batch_per_client: tokens in a client's batch; None where no law is known, or where the device holds none.
-        batch_limit: what limits it: "critical batch", "memory", "as in the law's runs" or "as asked".
-        local_steps: between exchanges.
-        rounds: exchanges; None without a batch.
-        bytes_per_client: sent and received by each over the whole run; None without a batch.
-        inner_learning_rate: of AdamW on the clients; None where no law is known.
-        outer_learning_rate: of the server's Nesterov momentum; None where no law is known.
-        devices: what the clients are.
-        training_bytes: weights, gradients and Adam's moments; activations come on top.
-        fits: whether all devices hold these, and a batch of one token where its bytes are known.
-        days: of computing and exchanging on the slowest of the devices; None without one.
-        rho_low: least that ``rho`` may be; the intervals are of all from there.
-        rho_high: most that it may be.
-        rho_source: how it is known.
-        passes: over the data of all clients; None where nobody knows how much that is.
-        argument: of the module, which makes it larger; None where the law's runs do not say it.
-        size: its value for ``params``; None likewise.
-        size_low: its value for ``params_low``.
-        size_high: its value for ``params_high``.
-        size_between: the values of the runs that it lies between; None for a run's own, or beyond all of them.
-        method: how clients train: as asked, else as in the law's runs; None where neither says it.
-        made_for: what the law was made for, in words; empty where its runs do not say it.
-        notes: what is doubtful about the plan, in words.
+        task: the task that the law holds for.
+        batch_per_client: tokens in a client's batch; None if no law gives one, or if no batch fits into the device.
+        batch_limit: what limits the batch: "critical batch", "memory", "as in the law's runs" or "as asked".
+        local_steps: batches of a client between exchanges.
+        rounds: number of exchanges; None without a batch.
+        bytes_per_client: bytes sent and received by each client over the whole run; None without a batch.
+        inner_learning_rate: learning rate of AdamW on the clients; None if no law gives it.
+        outer_learning_rate: learning rate of the server's Nesterov momentum; None if no law gives it.
+        devices: names of the clients' device classes.
+        training_bytes: bytes of weights, gradients and Adam's moments, without activations.
+        fits: whether these, and a batch of one token if its bytes are known, fit into all devices; None without
+            devices.
+        days: time to compute and communicate on the slowest device class, in days; None without devices.
+        rho_low: lower end of ``rho``; the intervals cover all of ``rho_low`` to ``rho_high``.
+        rho_high: upper end of ``rho``.
+        rho_source: how ``rho`` is known.
+        passes: passes over the data of all clients; None if the amount of data is not known.
+        argument: the module's argument that sets its size; None if the law's runs do not record it.
+        size: value of the argument for ``params``; None if it is not known.
+        size_low: value of the argument for ``params_low``.
+        size_high: value of the argument for ``params_high``.
+        size_between: the neighbouring values of the runs; None if ``size`` is one of theirs or beyond all of them.
+        method: the method as passed, else that of the law's runs; None if neither is known.
+        made_for: what the law was made for, in words; empty if its runs do not record it.
+        notes: doubts about the plan, in words.
     """
 
     flops: float
@@ -135,7 +136,7 @@ class Plan:
 
     @property
     def of_rho(self) -> str:
-        """What was assumed, in words.
+        """The assumed ``rho``, in words.
 
         Example:
             >>> plan(1e20, 10).of_rho, plan(1e20, 10, rho=0.5).of_rho
@@ -148,7 +149,7 @@ class Plan:
         return f"rho {self.rho:.3g}, {self.rho_low:.3g} to {self.rho_high:.3g} ({self.rho_source})"
 
     def as_dict(self) -> dict[str, Any]:
-        """Numbers by name."""
+        """Return the attributes by name, with lists for tuples."""
         found = asdict(self)
         return {name: list(value) if isinstance(value, tuple) else value for name, value in found.items()}
 
@@ -169,38 +170,37 @@ def plan(
 ) -> Plan:
     """Plan a run.
 
-    A law that was fitted to runs of one's own is planned with as it was made: clients, batch and local steps are those
-    of its runs, and so are rounds. Whatever else is asked of it is done and said in one warning. Size is also given as
-    the value of the module's argument.
+    For a law that was fitted to the user's own runs, clients, batch and local steps default to those of its runs. Other
+    values are used as passed, with a warning. The size is also given as the value of the module's argument.
 
-    Batch and learning rates follow laws of text: the batch is `DiLoCo`'s under that law and the critical one at the
-    predicted loss under others (arXiv 2001.08361), learning rates are DiLoCo's (arXiv 2503.09799), for as many replicas
-    as it was fitted on at most. For laws of other tasks whose runs say nothing they stay open.
+    A batch that neither is passed nor follows from the runs is that of `DiLoCo` under this law, and the critical batch
+    at the predicted loss (arXiv 2001.08361) under other laws of text. Learning rates are DiLoCo's (arXiv 2503.09799),
+    for at most the number of replicas that it was fitted on. For tasks other than text they are None.
 
     Args:
         flops: training compute of all clients together.
-        clients: number of clients that train in a round; who is registered and waits does not count. None for those of
-            the partition, else of the law's runs if these had one number, else 1.
+        clients: number of clients that train in a round, not of all registered clients. None for the number of the
+            partition, else of the law's runs if they had one number in common, else 1.
         law: a law with a best size, its name, a file of `Fit.save`, or "auto": the project's own, else `Chinchilla`.
-        rho: what division among clients costs: a number, the two ends of a span, or "auto" for the one that was
-            measured with the law, and 0 to 1 without. Of a span the plan is that for its upper end, the most careful
-            one, and the intervals are of all of it.
-        device_class: what the clients are, for memory and time; of several, the slowest and the smallest count.
-        tokens: that each client holds; the model is then as large as the compute allows on these, if that is smaller
-            than what the law would take. Under `RepeatedData` they may be repeated instead.
+        rho: cost of dividing the compute among clients: a number, the two ends of an interval, or "auto" for the value
+            that was measured with the law, else 0 to 1. With an interval that was not measured, the plan is for its
+            upper end, the most cautious one. The plan's intervals cover all of it.
+        device_class: the clients' device classes, for memory and time; the slowest and the smallest one count.
+        tokens: tokens that each client has. If the law would use more, the remaining compute goes into a larger model.
+            Under `RepeatedData` tokens may be repeated instead.
         local_steps: batches between exchanges; None for those of the law's runs, else 30 as in DiLoCo's fits.
-        utilization: share of the devices' peak speed that training reaches.
-        activation_bytes: of a token in the batch, as `MaxBatchProbe` finds them (``bytes_per_sample``); with it the
-            batch is what fits into memory at most.
-        batch_size: of a client, in samples; None for that of the law's runs.
+        utilization: fraction of the devices' peak speed that training reaches.
+        activation_bytes: bytes per token in the batch, as `MaxBatchProbe` finds them (``bytes_per_sample``); the batch
+            is then limited to what fits into memory.
+        batch_size: a client's batch size, in samples; None for that of the law's runs.
         method: how clients will train, to be compared with the law's runs.
         partition: how the data will be divided, to be compared with the law's runs: the name of a partitioner, the file
             of a saved partition, or a Partition.
 
     Raises:
         Unfitted: for a law without constants.
-        ValueError: for numbers that are not positive, a law without a best size, or another number of clients than
-            all runs of a law had, where ``rho`` is neither measured nor passed.
+        ValueError: for numbers that are not positive, a law without a best size, or a number of clients that differs
+            from that of all the law's runs while ``rho`` is neither measured nor passed.
 
     Example:
         >>> found = plan(flops=1e20, clients=10)
@@ -238,7 +238,7 @@ def plan(
     params, held, size, scarce = _size(chosen, flops, clients, price, tokens)
     loss = chosen.interval_of_loss(params, held, clients, price)
     is_open = clients != chosen.own_clients and known.low < known.high and not chosen.knows_clients
-    if is_open and not (known.is_measured and chosen.refits):  # which have a rho each
+    if is_open and not (known.is_measured and chosen.refits):  # each refit has its own rho
         ends = known.low, known.high
         size = _over([chosen.interval_of_size(flops, clients, end) for end in ends], size)
         loss = _over([chosen.interval_of_loss(params, held, clients, end) for end in ends], loss)
@@ -295,7 +295,7 @@ def plan(
 
 
 def plot_plans(plans: Sequence[Plan]) -> Figure:
-    """Size and predicted loss over the number of clients, with their intervals."""
+    """Plot size and predicted loss over the number of clients, with their intervals."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8, 3.6), layout="constrained")
@@ -319,13 +319,13 @@ def plot_plans(plans: Sequence[Plan]) -> Figure:
 
 
 def _over(intervals: Sequence[Interval], middle: Interval) -> Interval:
-    """The interval that holds all of several, values as well as ends."""
+    """Return the interval that covers all values and ends of several intervals."""
     found = [number for each in intervals for number in each if math.isfinite(number)]
     return Interval(middle.value, min(found), max(found)) if found else middle
 
 
 def _in_sizes(found: Sequence[Size | None]) -> dict[str, Any]:
-    """The best size and the ends of its interval as values of the module's argument."""
+    """Return the plan's fields of the best size and its interval, as values of the module's argument."""
     best, low, high = (*found, None, None)[:3]
     return {
         "size": None if best is None else best.value,
@@ -358,11 +358,11 @@ def _devices(given: Device | Sequence[Device]) -> tuple[Device, ...]:
 def _size(
     law: Law, flops: float, clients: int, rho: float, tokens: float | None
 ) -> tuple[float, float, Interval, bool]:
-    """Size, a client's tokens, the interval of the best size, and whether data are too few for that."""
+    """Return the size, a client's tokens, the best size's interval, and whether data are too few for that size."""
     best, size = law.optimal_federated(flops, clients, rho), law.interval_of_size(flops, clients, rho)
     if tokens is None or tokens >= best.tokens or isinstance(law, RepeatedData):
         return best.params, best.tokens, size, False
-    # Fewer tokens than the law would take: the compute goes into size.
+    # With fewer tokens than the law would use, the remaining compute goes into size.
     return flops / (law.flops_per * tokens * clients), tokens, size, True
 
 
@@ -376,10 +376,10 @@ def _batch(
     batch_size: int | None,
     text: bool,
 ) -> tuple[float | None, str | None]:
-    """A client's batch in tokens, and what limits it: as asked, as in the law's runs, or by a law of text.
+    """Return a client's batch in tokens and what limits it: as asked, as in the law's runs, or by a law of text.
 
     Raises:
-        ValueError: for a batch in samples, where nobody knows how many tokens these have.
+        ValueError: for a batch in samples if the number of tokens per sample is not known.
     """
     samples, per_sample = (
         batch_size or law.made_for.batch_size,

@@ -1,4 +1,4 @@
-"""Where a run stands against the best size for its compute and its number of clients."""
+"""Comparison of a run with the best size for its compute and its number of clients."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 TOLERANCE = 0.01
-"""Share of the predicted loss by which a size may be worse than the best one and still counts as good."""
+"""A size is good if its predicted loss exceeds that of the best size by at most this fraction."""
 
 _FLAT = 2.0
-"""Under a law that knows no loss, sizes within this factor of the best count as good: under Chinchilla's, 1 % of the
-loss is a factor of 1.8 either way at 1e18 FLOPs, and 2.7 at 1e22."""
+"""Under a law that does not predict the loss, sizes within this factor of the best are good. Under Chinchilla's law,
+1 % of the loss is a factor of 1.8 in both directions at 1e18 FLOPs, and 2.7 at 1e22."""
 
 _UNKNOWN = Interval(math.nan, math.nan, math.nan)
 _ENDS = {0.0: "as data parallelism", 1.0: "the average client's compute"}
@@ -33,10 +33,10 @@ _ENDS = {0.0: "as data parallelism", 1.0: "the average client's compute"}
 
 @dataclass(frozen=True)
 class Position:
-    """A run and the best size for what it costs, under a law.
+    """A run and the best size for its compute, under a law.
 
-    What division among clients costs may be known as a span only. Then the single numbers here are those of its upper
-    end, `readings` has both, and `advice` gives a verdict only where all of the span agrees.
+    If ``rho`` is known only as an interval, the numbers here are those for its upper end, `readings` has both ends, and
+    `advice` gives a verdict only if both ends agree.
 
     Attributes:
         law: the law's name.
@@ -44,21 +44,21 @@ class Position:
         tokens: tokens, or samples, that all clients trained on.
         flops: training FLOPs of all clients.
         clients: number of clients that train in a round.
-        rho: what division among clients costs, ``C_eff = C clients**-rho``.
-        optimal_params: the best size for this compute and so many clients.
+        rho: cost of dividing the compute among clients, ``C_eff = C clients**-rho``.
+        optimal_params: the best size for this compute and number of clients.
         low: smallest size whose predicted loss is within 1 % of the best.
         high: largest such size.
-        predicted_loss: of this run.
-        optimal_loss: of the best size.
-        catch_up: how many times the compute would make this very size the best; NaN where the law does not say.
-        uncertainty: the best size with its 95 % interval by the law's constants and by ``rho``; its ends are NaN where
-            nothing is known of these.
-        outside: which numbers of the run lie outside of what the law was fitted on.
-        no_loss: why the law predicts no loss of this run, if it does not.
+        predicted_loss: predicted loss of this run.
+        optimal_loss: predicted loss of the best size.
+        catch_up: factor of the compute at which this size would be the best; NaN if there is none.
+        uncertainty: the best size with its 95 % interval by the law's constants and by ``rho``; the ends are NaN if
+            they are not known.
+        outside: sentences on numbers of the run that lie outside the range that the law was fitted on.
+        no_loss: why the law does not predict this run's loss; empty if it does.
         known_rho: ``rho`` with its ends, and how it is known.
-        readings: the positions at both ends of ``rho``, lower end first; empty where it is one number, and for one
+        readings: the positions at both ends of ``rho``, lower end first; empty if ``rho`` is one number, and for one
             client.
-        agreement: of the run with those that the law was fitted to; None where nobody asked.
+        agreement: comparison of the run with the law's runs; None if they were not compared.
     """
 
     law: str
@@ -82,24 +82,25 @@ class Position:
 
     @property
     def size_ratio(self) -> float:
-        """How many times larger than best the model is."""
+        """Model size over the best size."""
         return self.params / self.optimal_params
 
     @property
     def excess_loss(self) -> float:
-        """What the size costs in predicted loss."""
+        """Predicted loss of this size minus that of the best size."""
         return self.predicted_loss - self.optimal_loss
 
     @property
     def ends(self) -> tuple[float, float]:
-        """Of the 95 % interval of the best size."""
+        """Ends of the 95 % interval of the best size."""
         return self.uncertainty.low, self.uncertainty.high
 
     @property
     def verdict(self) -> str | None:
-        """Whether the size is too large, too small or right.
+        """The verdict on the size: "too large", "too small" or "right".
 
-        None where constants or ``rho`` leave it open, or the law is of another method or partition.
+        It is None if the uncertainty of the constants or of ``rho`` leaves it open, or if the law is for another method
+        or partition.
         """
         if self.agreement is not None and not self.agreement.is_same_task:
             return None
@@ -114,14 +115,14 @@ class Position:
         return None if is_open else verdict
 
     def _verdict(self, best: float) -> str:
-        # The band of good sizes moves with the best one.
+        # The range of good sizes scales with the best size.
         low = 1 / _FLAT if math.isnan(self.low) else self.low / self.optimal_params
         high = _FLAT if math.isnan(self.high) else self.high / self.optimal_params
         ratio = self.params / best
         return "too large" if ratio > high else "too small" if ratio < low else "right"
 
     def advice(self) -> str:
-        """One sentence.
+        """Describe the position in one sentence.
 
         Example:
             >>> from lightning_fedscale.scaling import Chinchilla
@@ -180,7 +181,7 @@ class Position:
         return f"{sentence}; best would be {gains}"
 
     def _told(self) -> str:
-        """One end of a span."""
+        """Describe the position at one end of ``rho``'s interval."""
         named = f" ({_ENDS[self.rho]})" if self.rho in _ENDS else ""
         verdict, best = self.verdict, _short(self.optimal_params)
         if verdict is None:
@@ -213,14 +214,14 @@ class Position:
         return f"{self.optimal_loss:.3g} instead of {self.predicted_loss:.3g}"
 
     def sentences(self) -> str:
-        """The advice, whether it is an extrapolation, and what the law was made for, if that is something else."""
+        """Return the advice, with notes on extrapolation, on differences from the law's runs, and on a missing loss."""
         said = in_sentences(self.advice(), self.law, self.outside)
         if self.agreement is not None:
             said = " ".join([said, *(f"Besides, {note}." for note in self.agreement.notes)])
         return f"{said} {self.law} predicts no loss of this run: {self.no_loss}." if self.no_loss else said
 
     def as_dict(self) -> dict[str, Any]:
-        """All of it, with ratio, excess and advice; None for what is not finite."""
+        """Return all attributes, with ratio, excess and advice; numbers that are not finite become None."""
         plain = asdict(replace(self, readings=(), agreement=None))
         found = {
             **{name: value for name, value in plain.items() if name not in _NESTED},
@@ -251,10 +252,10 @@ def position_of(
     rho: float | tuple[float, float] | Rho | str | None = "auto",
     full: bool = True,
 ) -> Position:
-    """Where a run stands under a law.
+    """Compare a run with the best size under a law.
 
-    What a token costs per parameter is taken from the run, ``flops / (params tokens)``, so that other sizes of the same
-    kind of model are compared at the same compute.
+    The FLOPs per parameter and token are taken from the run, ``flops / (params tokens)``, so that other sizes of the
+    same kind of model are compared at the same compute.
 
     Args:
         law: any law with a best size, its name, or a file of `Fit.save`.
@@ -262,19 +263,19 @@ def position_of(
         tokens: tokens of all clients together.
         flops: training FLOPs of all clients together.
         clients: number of clients that train in a round.
-        rho: what division among clients costs: a number; the two ends of a span; "auto" for the one that was measured
-            with the law, with its interval, and 0 to 1 without.
-        full: whether to find ``catch_up`` and ``uncertainty`` too, which takes as long as a few hundred best sizes.
+        rho: cost of dividing the compute among clients: a number, the two ends of an interval, or "auto" for the value
+            that was measured with the law, with its interval, else 0 to 1.
+        full: whether to compute ``catch_up`` and ``uncertainty`` too, which takes as long as a few hundred best sizes.
 
     Raises:
         Unfitted: for a law without constants.
-        TypeError: for something else than a law.
+        TypeError: for anything that is not a law.
         ValueError: for numbers that are not positive, or an unknown name.
     """
     for name, value in (("params", params), ("tokens", tokens), ("flops", flops)):
         positive(name, value)
     own = needed_law(law).replace(flops_per=flops / (params * tokens))
-    # As many clients as the runs had cost nothing besides, and a law of clients knows by itself what division costs.
+    # rho has no effect at the number of clients of the law's runs, or if the law's formula contains the clients.
     known = None if clients == own.own_clients or own.knows_clients else rho_of(rho, own.fitted_rho)
 
     def reading(at: float) -> Position:
@@ -287,7 +288,7 @@ def position_of(
             return replace(here, known_rho=known)
         readings = tuple(replace(reading(end), known_rho=Rho(end, end, end)) for end in (known.low, known.high))
     ends = here.ends
-    if not (known.is_measured and own.refits):  # refits have a rho each, so that their interval has it already
+    if not (known.is_measured and own.refits):  # each refit has its own rho, so the interval includes its uncertainty
         sizes = [size for each in readings for size in (each.optimal_params, *each.ends) if math.isfinite(size)]
         ends = min(sizes), max(sizes)
     return replace(
@@ -296,7 +297,7 @@ def position_of(
 
 
 def _reading(own: Law, params: float, tokens: float, flops: float, clients: int, rho: float, full: bool) -> Position:
-    """The position for one ``rho``."""
+    """Compute the position for one ``rho``."""
     told = bool(own.made_for.clients) and own.fitted_on is not None and not own.knows_clients
     best = own.optimal_federated(flops, clients, rho)
 
@@ -317,7 +318,7 @@ def _reading(own: Law, params: float, tokens: float, flops: float, clients: int,
 
 
 def in_sentences(advice: str, law: str, outside: Sequence[str]) -> str:
-    """Advice as it is shown, with the numbers that lie outside of what the law was fitted on, if any.
+    """Write advice as a sentence, followed by a note on numbers outside the fitted range, if any.
 
     Example:
         >>> in_sentences("a 2 M model would be best", "Kaplan", ["params=97 lies outside of 768 to 1.5e+09"])
@@ -333,7 +334,7 @@ def in_sentences(advice: str, law: str, outside: Sequence[str]) -> str:
 
 
 def plot(position: Position, law: Law) -> Figure:
-    """Predicted loss over model size at the run's compute, with the run and the best size marked."""
+    """Plot predicted loss over model size at the run's compute, and mark the run and the best size."""
     from matplotlib.figure import Figure
 
     law = law.replace(flops_per=position.flops / (position.params * position.tokens))
@@ -373,7 +374,7 @@ def _band(loss: Callable[[float], float], best: float, least: float) -> tuple[fl
 
 
 def _solve(function: Callable[[float], float], low: float, high: float) -> float:
-    """Where a function of one positive number is zero; NaN if it is not in between."""
+    """Return where a function of one positive number is zero; NaN if it has no sign change between the ends."""
     try:
         return math.exp(float(brentq(lambda log: function(math.exp(log)), math.log(low), math.log(high), xtol=1e-5)))
     except ValueError:

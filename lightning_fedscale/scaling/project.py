@@ -1,4 +1,4 @@
-"""Which law ``law=`` means: a law knows its domain, and a project may have one of its own."""
+"""The law that an argument ``law=`` names, which may be the project's own."""
 
 from __future__ import annotations
 
@@ -12,27 +12,27 @@ from lightning_fedscale.scaling.chinchilla import Chinchilla
 from lightning_fedscale.scaling.fit import law_from_file
 
 LEVELS = (1 / 16, 1 / 4, 1.0)
-"""Shares of the compute that a sweep trains with: a law of size and data takes several amounts of both."""
+"""Fractions of the compute that a sweep trains with, since a law of size and data needs several amounts of both."""
 
 
 def project_law(folder: str | Path = ".") -> tuple[Law, float | None] | None:
-    """The law that was fitted to the project's own runs, with ``rho``; None without ``fedscale_law.json`` in there."""
+    """Return the law that was fitted to the project's own runs, and ``rho``; None without ``fedscale_law.json``."""
     path = Path(folder, LAW_FILE)
     return law_from_file(path) if path.is_file() else None
 
 
 def law_of(law: Any, *, text: bool) -> tuple[Law | None, float | None]:
-    """The law that an argument names, and the ``rho`` that was fitted with it, if any.
+    """Return the law that an argument names, and the ``rho`` that was fitted with it, if any.
 
     Args:
-        law: "auto", a law's name, a file of `Fit.save`, a law, or None for none. "auto" is the project's own law, if
-            there is one, else Chinchilla's for text, else none: no published law holds for other tasks.
+        law: "auto", a law's name, a file of `Fit.save`, a law, or None for no law. "auto" is the project's own law if
+            there is one, else `Chinchilla` for text, else no law, since no published law holds for other tasks.
         text: whether the task is text.
 
     Raises:
         Unfitted: for a law without constants.
-        ValueError: for an unknown name or a file that holds no law.
-        TypeError: for anything else.
+        ValueError: for an unknown name or a file without a law.
+        TypeError: for any other type.
 
     Example:
         >>> law_of("kaplan", text=True)[0].name
@@ -57,10 +57,10 @@ def law_of(law: Any, *, text: bool) -> tuple[Law | None, float | None]:
 
 
 def needed_law(law: Any) -> Law:
-    """The law that an argument names, as `law_of` has it for text, where there must be one.
+    """Return the law that an argument names, as `law_of` does for text; None is invalid.
 
     Raises:
-        Unfitted, ValueError, TypeError: as `law_of`, and for None.
+        Unfitted, ValueError, TypeError: as `law_of`; ValueError also for None.
     """
     found, _ = law_of(law, text=True)
     if found is None:
@@ -76,15 +76,15 @@ def sweep_command(
     sizes: Sequence[int] = (8, 16, 32, 64, 128),
     more: Sequence[str] = ("--clients '[1,4]'",),
 ) -> str:
-    """The command that runs the smallest sweep of a module which a law can be fitted to, and fits it.
+    """Return the command for the smallest sweep of a module that a law can be fitted to.
 
     Args:
-        module: path of its class; None for a name to be replaced.
-        data: path of the data module's class; None likewise.
-        flops: of the largest runs.
-        argument: of the module, that makes it larger.
-        sizes: its values.
-        more: flags of clients, partition, and the arguments of module and data.
+        module: path of the module's class; None for a placeholder.
+        data: path of the data module's class; None for a placeholder.
+        flops: compute of the largest runs.
+        argument: the module's argument that sets its size.
+        sizes: values of the argument.
+        more: further flags, for clients, partition, and the arguments of module and data.
 
     Example:
         >>> sweep_command("my.Module", "my.Data", 2.5e9)

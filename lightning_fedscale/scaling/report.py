@@ -1,4 +1,4 @@
-"""What a fit found, as a page and a figure, with all that a scaling study must state."""
+"""The report of a fit: a page and a figure, with a checklist of what a scaling study must state."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def write_report(found: Fit, folder: str | Path) -> Path:
 
 
 def plot_fit(found: Fit) -> Figure:
-    """Measured against predicted loss, and the profiles at each compute with the law through them."""
+    """Plot measured over predicted loss, and the profiles at each compute with the law's curves."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9, 3.8), layout="constrained")

@@ -1,4 +1,4 @@
-"""What division among clients costs, ``C_eff = C clients**-rho``: measured, passed, or not known."""
+"""The cost ``rho`` of dividing compute among clients, ``C_eff = C clients**-rho``: measured, passed, or unknown."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from typing import Any, NamedTuple
 
 
 class Rho(NamedTuple):
-    """What division among clients costs, and how that is known.
+    """The cost of dividing compute among clients, and how it is known.
 
     Attributes:
-        value: 1 counts the average client's compute, 0 all of it; where only a span is known, its upper end.
-        low: lower end of what it may be.
+        value: 1 counts the average client's compute, 0 that of all clients; the upper end if only an interval is known.
+        low: lower end.
         high: upper end.
-        source: in words, how it is known; empty for a number that was passed.
-        is_measured: whether ``value`` is an estimate, and not an end of a span.
+        source: how it is known, in words; empty for a number that was passed.
+        is_measured: whether ``value`` is an estimate rather than an end of an interval.
     """
 
     value: float
@@ -33,20 +33,20 @@ class Rho(NamedTuple):
 
     @property
     def is_span(self) -> bool:
-        """Whether there is no best guess, but two ends only."""
+        """Whether only two ends are known, without an estimate."""
         return self.low < self.high and not self.is_measured
 
 
 UNMEASURED = Rho(1.0, 0.0, 1.0, "not measured")
-"""Everything from data parallelism to the average client, which arXiv 2511.12188 goes by."""
+"""The interval from data parallelism (0) to the average client's compute (1), as in arXiv 2511.12188."""
 
 
 def rho_of(given: Any, measured: Rho | None = None) -> Rho:
-    """What an argument ``rho=`` means.
+    """Convert an argument ``rho=``.
 
     Args:
-        given: a number, the two ends of a span, or "auto" for the measured one, and `UNMEASURED` without.
-        measured: with the law that is in use.
+        given: a number, the two ends of an interval, or "auto" for the measured value, else `UNMEASURED`.
+        measured: the value that was measured with the law.
 
     Raises:
         ValueError: for anything else.

@@ -1,4 +1,4 @@
-"""Tables of runs to fit: from a DataFrame, from CSV files, and from the logs that `ComputeAccounting` leaves."""
+"""Tables of runs to fit: from a DataFrame, from CSV files, and from the logs of `ComputeAccounting`."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from lightning_fedscale.scaling.tuning import NOT_TOLD, RATES, tuned
 from lightning_fedscale.scaling.units import notes_of_rows
 
 LOSSES = ("val_loss", "val/loss", "valid_loss", "valid/loss", "validation_loss", "loss/val", "test_loss", "test/loss")
-"""Names of the loss that are looked for in logs, in this order."""
+"""Names of the loss that are searched for in logs, in this order."""
 _COUNTS = ("compute/params", "compute/tokens", "compute/flops_total", "compute/flops_per_client")
 _RATE = "compute/learning_rate"
 _SIZES = ("params", "tokens")
@@ -33,10 +33,10 @@ class Runs(NamedTuple):
     """Runs that are to be fitted.
 
     Attributes:
-        table: those that count.
-        said: what is known of their learning rates, see `lightning_fedscale.scaling.tuning`.
-        notes: what is doubtful about them.
-        made_for: what they have in common.
+        table: the runs that count.
+        said: what is known about their learning rates, see `lightning_fedscale.scaling.tuning`.
+        notes: doubts about the runs, in words.
+        made_for: the settings that the runs have in common.
     """
 
     table: pd.DataFrame
@@ -46,25 +46,25 @@ class Runs(NamedTuple):
 
 
 def runs_table(runs: Any, form: Form, loss: str | None = None) -> pd.DataFrame:
-    """The table of `runs_to_fit`."""
+    """Return the table of `runs_to_fit`."""
     return runs_to_fit(runs, form, loss).table
 
 
 def runs_to_fit(runs: Any, form: Form, loss: str | None = None, **asked: Any) -> Runs:
-    """Runs as a table with what the form needs, ``loss`` and ``clients``; tokens and FLOPs are made up from each other.
+    """Read runs as a table with what the form needs, ``loss`` and ``clients``; derive tokens from FLOPs or vice versa.
 
-    Of runs at several learning rates the best ones count, see `lightning_fedscale.scaling.tuning`. Runs of one or two
-    rounds are left out where enough others are there.
+    If runs have several learning rates, those at the best rate count, see `lightning_fedscale.scaling.tuning`. Runs of
+    one or two rounds are left out if enough others remain.
 
     Args:
-        runs: a table (DataFrame, or mapping of columns), a path of a CSV file or of a run's directory (or of one with
-            runs in it), or several paths.
-        form: what will be fitted.
+        runs: a table (DataFrame, or mapping of columns), the path of a CSV file, of a run's directory or of a directory
+            of runs, or several paths.
+        form: the form to fit.
         loss: name of the logged loss, for directories; None for the first of `LOSSES`.
-        asked: values of ``partition``, ``method``, ``batch_size`` and ``local_steps`` whose rows alone count.
+        asked: values of ``partition``, ``method``, ``batch_size`` and ``local_steps``; only their rows count.
 
     Raises:
-        ValueError: for missing columns, numbers that are not positive, too few runs, or none of what was asked.
+        ValueError: for missing columns, numbers that are not positive, too few runs, or no run that matches ``asked``.
     """
     if isinstance(runs, (str, Path)):
         runs = [runs]
@@ -82,7 +82,7 @@ def runs_to_fit(runs: Any, form: Form, loss: str | None = None, **asked: Any) ->
     for column in _needed(table, form):
         if column != "loss":
             _check_column(table, column)
-    found = tuned(table)  # before losses are checked: some rates diverge
+    found = tuned(table)  # before losses are checked, since runs at some rates diverge
     table = found.table.copy()
     _check_column(table, "loss")
     table, short = without_short(table, form)
@@ -92,10 +92,10 @@ def runs_to_fit(runs: Any, form: Form, loss: str | None = None, **asked: Any) ->
 
 
 def _read_words(table: pd.DataFrame, column: str) -> None:
-    """Make numbers of a column's words, if there are any.
+    """Convert text in a column to numbers, if there is any.
 
     Raises:
-        ValueError: for words that are no number.
+        ValueError: for text that is not a number.
     """
     given = table[column]
     words = np.array([isinstance(each, str) for each in given], dtype=bool)
@@ -110,10 +110,10 @@ def _read_words(table: pd.DataFrame, column: str) -> None:
 
 
 def _check_column(table: pd.DataFrame, column: str) -> None:
-    """Make floats of a column.
+    """Convert a column to floats.
 
     Raises:
-        ValueError: for a number that cannot be.
+        ValueError: for an invalid number.
     """
     numbers = pd.to_numeric(table[column], errors="coerce").to_numpy(dtype=np.float64)
     wrong = ~(np.isfinite(numbers) & ((numbers > 0) | (column == "S2") | column.startswith("share.")))
@@ -129,7 +129,7 @@ def _check_column(table: pd.DataFrame, column: str) -> None:
 
 
 def columns_of(table: pd.DataFrame, form: Form) -> dict[str, Any]:
-    """What the form's formula needs, by name; parts of one name in a tuple."""
+    """Return the columns that the form's formula needs, by name; "name.0", "name.1", ... are in one tuple."""
     found: dict[str, Any] = {}
     for name in _needed(table, form):
         whole, dot, _ = name.partition(".")
@@ -139,11 +139,11 @@ def columns_of(table: pd.DataFrame, form: Form) -> dict[str, Any]:
 
 
 def read_runs(paths: str | Path | Iterable[str | Path], loss: str | None = None) -> pd.DataFrame:
-    """The rows of CSV files, and a row for every run directory.
+    """Read the rows of CSV files, and a row for every run directory.
 
     A run directory holds the scalars of `ComputeAccounting` and a loss, as TensorBoard's events or CSVLogger's
-    ``metrics.csv``; the last value of each counts, and with its ``position.json`` how it trained. Tokens and FLOPs of
-    the row are those of one client. A directory that a sweep wrote holds ``runs.csv``.
+    ``metrics.csv``; the last value of each counts. Its ``position.json``, if there is one, records how the run trained.
+    Tokens and FLOPs of the row are those of one client. From the directory of a sweep, ``runs.csv`` is read.
 
     Raises:
         ValueError: if there are no runs, or no loss in them.
@@ -229,7 +229,7 @@ def _read_run(log: Path, loss: str | None) -> dict[str, Any] | None:
     if name is None:
         others = ", ".join(sorted(set(last) - {each for each in last if each.startswith("compute/")}))
         raise ValueError(f"loss={loss!r}: {log} has no {' or '.join(names)}; it has {others or 'no other scalar'}.")
-    # That train in a round, as `ComputeAccounting` divides by.
+    # The number that trains in a round, by which `ComputeAccounting` divides.
     clients = max(1, round(last["compute/flops_total"] / last["compute/flops_per_client"]))
     return {
         "run": str(log),
@@ -244,12 +244,12 @@ def _read_run(log: Path, loss: str | None) -> dict[str, Any] | None:
 
 
 def _trained_as(file: Path) -> dict[str, Any]:
-    """What `ComputeAccounting` wrote of how the run trained, as columns of a sweep; nothing where it did not."""
+    """Read how the run trained from the file of `ComputeAccounting`, as columns of a sweep; empty without it."""
     with suppress(OSError, ValueError, KeyError, TypeError):
         return dict(json.loads(file.read_text(encoding="utf-8"))["trained_as"])
     return {}
 
 
 def decades(values: pd.Series[float]) -> float:
-    """How many powers of ten the values span."""
+    """Return the number of powers of ten that the values span."""
     return math.log10(values.max() / values.min())

@@ -15,7 +15,7 @@ from lightning_fedscale.scaling.dual import Dual, FloatArray, exp, log
 from lightning_fedscale.scaling.form import Form, Unknown, duals, gathered
 
 HUBER = 1e-3
-"""Residuals of the log-loss beyond which they count linearly, as in arXiv 2203.15556."""
+"""Size of log-loss residuals above which they count linearly, as in arXiv 2203.15556."""
 _POLISHED = 12
 _SHARE = 1e-3
 _RHO = Unknown(0.0, 1.0, positive=False)
@@ -23,13 +23,14 @@ _RHO = Unknown(0.0, 1.0, positive=False)
 
 @dataclass(frozen=True)
 class Problem:
-    """A form, and the runs that its constants are to be found from.
+    """A form, and the runs that its constants are fitted to.
 
     Attributes:
-        form: whose formula it is.
+        form: the form whose constants are fitted.
         columns: what the formula needs of the runs, by name.
-        log_loss: measured.
-        log_clients: of each run, if ``rho`` is to be found as well: a client's data count as ``D clients**(1 - rho)``.
+        log_loss: logarithm of the measured loss of each run.
+        log_clients: logarithm of the clients of each run, if ``rho`` is fitted as well: a client's data count as
+            ``D clients**(1 - rho)``.
     """
 
     form: Form
@@ -39,12 +40,12 @@ class Problem:
 
     @property
     def unknowns(self) -> dict[str, Unknown]:
-        """The constants that are sought, with ``rho`` last if it is."""
+        """The constants that are fitted, with ``rho`` last if it is one of them."""
         found = dict(self.form.sought(self.columns))
         return found if self.log_clients is None else {**found, "rho": _RHO}
 
     def rows(self, which: Any) -> Problem:
-        """The same for some of the runs, or for some of them several times."""
+        """Return the problem of a subset or a resample of the runs."""
         columns = {
             name: tuple(part[which] for part in column) if isinstance(column, tuple) else column[which]
             for name, column in self.columns.items()
@@ -53,7 +54,7 @@ class Problem:
         return Problem(self.form, columns, self.log_loss[which], clients)
 
     def losses(self, constants: Mapping[str, Any]) -> Any:
-        """What the formula says, by constants."""
+        """Compute the losses by the formula with these constants."""
         known, columns = dict(constants), self.columns
         rho = known.pop("rho", None)
         if rho is not None:
@@ -61,32 +62,32 @@ class Problem:
         return self.form.formula(SimpleNamespace(**gathered(known)), SimpleNamespace(**columns))
 
     def constants(self, theta: Any) -> dict[str, Any]:
-        """By name, from their places on the scales that are searched."""
+        """Convert places on the search scales to constants by name."""
         return {name: each.value(place) for (name, each), place in zip(self.unknowns.items(), theta, strict=True)}
 
     def theta(self, constants: Mapping[str, float]) -> FloatArray:
-        """The other way round."""
+        """Convert constants by name to places on the search scales."""
         return np.array([each.theta(constants[name]) for name, each in self.unknowns.items()])
 
     def residuals(self, theta: FloatArray) -> FloatArray:
-        """Of the log-loss."""
+        """Compute the residuals of the log-loss."""
         with np.errstate(all="ignore"):
             found = np.log(self.losses(self.constants(theta))) - self.log_loss
         return np.where(np.isfinite(found), found, 1e6)
 
     def jacobian(self, theta: FloatArray) -> FloatArray:
-        """Derivatives of the residuals, one row per run."""
+        """Compute the derivatives of the residuals, one row per run."""
         with np.errstate(all="ignore"):
             found: Dual = log(self.losses(self.constants(duals(theta))))
         slope = np.broadcast_to(found.slope, (len(theta), len(self.log_loss)))
         return np.nan_to_num(slope.T, nan=0.0, posinf=0.0, neginf=0.0)
 
     def objective(self, theta: FloatArray) -> float:
-        """The SUM of Huber losses; a mean would be below the tolerance of a search long before its minimum."""
+        """Sum the Huber losses; a mean would fall below the search's tolerance long before the minimum."""
         return float(huber(self.residuals(theta)).sum())
 
     def projected(self, nonlinear: Mapping[str, float]) -> dict[str, float] | None:
-        """All constants, the linear ones by least squares of relative residuals (variable projection)."""
+        """Solve for the linear constants by least squares of relative residuals (variable projection)."""
         matrix, target = self._linear(nonlinear)
         size = np.linalg.norm(matrix, axis=0)
         if not (np.isfinite(matrix).all() and np.isfinite(target).all() and (size > 0).all()):
@@ -97,7 +98,7 @@ class Problem:
         return self.eased({**nonlinear, **dict(zip(linear, found.tolist(), strict=True))})
 
     def eased(self, constants: Mapping[str, float]) -> dict[str, float]:
-        """Constants whose terms have vanished, raised to a small share of the loss, so that they can come back."""
+        """Raise linear constants whose terms vanished to a small fraction of the loss, so that they can grow again."""
         linear = [name for name, each in self.unknowns.items() if each.linear]
         if not linear:
             return dict(constants)
@@ -111,20 +112,20 @@ class Problem:
         return {**constants, **raised}
 
     def solve(self, start: FloatArray, steps: int = 200) -> FloatArray:
-        """The minimum that a start leads to."""
+        """Search the minimum from a start."""
         found: FloatArray = minimize(
             self.with_gradient, start, jac=True, method="BFGS", options={"maxiter": steps, "gtol": 1e-6}
         ).x
         return found
 
     def with_gradient(self, theta: FloatArray) -> tuple[float, FloatArray]:
-        """The objective in units of the tolerance: a search must not stop where it is merely small."""
+        """Compute the objective and its gradient, scaled so that a small objective does not stop the search early."""
         residuals = self.residuals(theta)
         gradient = np.clip(residuals, -HUBER, HUBER) @ self.jacobian(theta)
         return float(huber(residuals).sum()) / HUBER**2, gradient / HUBER**2
 
     def starts(self) -> FloatArray:
-        """The best of many points: the objective has many minima."""
+        """Return the best of many points, since the objective has many minima."""
         free = {name: each for name, each in self.unknowns.items() if not each.linear}
         points = [dict[str, float]()]
         if free:
@@ -143,23 +144,23 @@ class Problem:
         return found
 
     def best(self) -> FloatArray:
-        """The least of the minima."""
+        """Return the lowest of the minima."""
         minima = [self.solve(start) for start in self.starts()]
         least = min(minima, key=self.objective)
         return min(least, self.solve(least, 2000), key=self.objective)
 
     def again(self, theta: FloatArray) -> FloatArray:
-        """The minimum near that of other runs."""
+        """Return the minimum near that of other runs."""
         return self.solve(self.theta(self.eased(self.constants(theta))))
 
     def condition(self, theta: FloatArray) -> float:
-        """Of the Gauss-Newton Hessian scaled to a unit diagonal: how hard the constants are to tell apart."""
+        """Return the condition number of the Gauss-Newton Hessian, scaled to a unit diagonal."""
         jacobian = self.jacobian(theta)
         size = np.linalg.norm(jacobian, axis=0)
         return float("inf") if (size == 0).any() else float(np.linalg.cond(jacobian / size) ** 2)
 
     def _linear(self, nonlinear: Mapping[str, float]) -> tuple[FloatArray, FloatArray]:
-        """What a unit of each linear constant adds to the loss, and what there is to explain, both as shares of it."""
+        """Return what a unit of each linear constant adds to the loss, and the loss they must explain, as fractions."""
         linear = [name for name, each in self.unknowns.items() if each.linear]
         nothing = {**nonlinear, **dict.fromkeys(linear, 0.0)}
         with np.errstate(all="ignore"):
@@ -170,7 +171,7 @@ class Problem:
 
 
 def huber(residuals: FloatArray) -> FloatArray:
-    """Half the square up to `HUBER`, then linear."""
+    """Compute half the square up to `HUBER`, and linear growth beyond."""
     size = np.abs(residuals)
     found: FloatArray = np.where(size <= HUBER, size**2 / 2, HUBER * (size - HUBER / 2))
     return found

@@ -1,7 +1,8 @@
-"""Learning rates of a table of runs: the best of each size, number of clients and compute, and what is known of them.
+"""Learning rates of a table of runs: the best for each size, number of clients and compute, and whether it was tuned.
 
-Clients that share a budget take fewer steps each. At a rate that is too small loss depends on the steps alone, and what
-division costs comes out as 1 by construction: so the rate is tuned for every number of clients, or it is said.
+Clients that share a budget take fewer steps each. At a rate that is too small, the loss depends on the number of steps
+alone, which makes ``rho`` 1 by construction. The rate must therefore be tuned for every number of clients; otherwise a
+note says that it was not.
 """
 
 from __future__ import annotations
@@ -22,19 +23,19 @@ AS_GIVEN = "one learning rate for each size and number of clients, as given"
 TUNED = "learning rate tuned for each size and number of clients"
 
 _APART = ("partition", "method", "batch_size", "local_steps", "optimizer")
-"""Columns of what has best rates of its own."""
+"""Columns of settings whose values have separate best rates."""
 
 SAME = 0.2
-"""Runs whose compute differs by less than this share are of one amount of compute."""
+"""Runs whose compute differs by less than this fraction count as equal in compute."""
 
 
 class Tuned(NamedTuple):
-    """Runs that count, and what is known of their learning rates.
+    """Runs that count, and what is known about their learning rates.
 
     Attributes:
-        table: without the runs at other rates than the best.
+        table: the runs at the best rates.
         said: one of `NOT_TOLD`, `NOT_TUNED`, `AS_GIVEN` and `TUNED`.
-        notes: what is doubtful about it.
+        notes: doubts about the learning rates, in words.
     """
 
     table: pd.DataFrame
@@ -45,8 +46,8 @@ class Tuned(NamedTuple):
 def tuned(table: pd.DataFrame) -> Tuned:
     """Keep the runs at the best learning rate of their size, number of clients and amount of compute.
 
-    Where several seeds tried the same rates, the rate is best by the mean of their losses, and all seeds count. Where
-    one seed tried more rates than the others, it is there to choose the rate, and the others count.
+    If all seeds tried the same rates, the best rate is that of the lowest mean loss, and all seeds count. If one seed
+    tried more rates than the others, it chooses the rate, and the others count.
 
     Example:
         >>> runs = {"params": [10, 10, 10], "clients": 1, "flops": 60.0, "lr": [0.1, 0.2, 0.4], "loss": [0.5, 0.3, 0.4]}
@@ -75,7 +76,7 @@ def tuned(table: pd.DataFrame) -> Tuned:
 
 
 def best_rate(rates: Sequence[float], losses: Sequence[float]) -> tuple[float, bool]:
-    """The rate with the least loss, and whether it is at an end of those that were tried.
+    """Return the rate with the least loss, and whether it is the lowest or highest rate that was tried.
 
     Example:
         >>> best_rate([0.1, 0.2, 0.4], [0.5, 0.3, math.nan])
@@ -99,7 +100,7 @@ def _best(cell: pd.DataFrame, name: str) -> tuple[pd.DataFrame, bool]:
 
 
 def _cells(table: pd.DataFrame) -> pd.Series[str]:
-    """A name for the size, the number of clients and the compute of each run, and for how it trained."""
+    """Return a key of the size, the number of clients, the compute and the settings of each run."""
     compute = table["share"] if "share" in table else (np.log(table["flops"].astype(float)) / SAME).round()
     size = table["size"] if "size" in table else table["params"]
     clients = table["clients"] if "clients" in table else pd.Series(1, table.index)

@@ -1,4 +1,4 @@
-"""Mistakes that a table of runs may hold: units, clients that are counted twice or not at all, rows that are gone."""
+"""Checks of a table of runs: wrong units, clients that are counted twice or not at all, missing rows."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ import pandas as pd
 from lightning_fedscale.scaling.form import Interval
 
 _LEAST, _MOST = 0.05, 1e3
-"""FLOPs over 6 params tokens. A layer less in the backward pass, or frozen, takes some away; convolutions use a weight
-at every place of an image."""
+"""Limits of FLOPs over 6 params tokens. Frozen layers, or the first layer's shorter backward pass, lower it;
+convolutions, which use a weight at every place of an image, raise it."""
 _ODD = 10.0
 _BEYOND = 0.25
-"""How far outside of 0 to 1 a ``rho`` without an interval may be."""
+"""How far outside 0 to 1 a ``rho`` without an interval may be."""
 
 
 def doubts_of_flops(table: pd.DataFrame, flops_per: float | None = None) -> list[str]:
-    """What is wrong with a column of FLOPs beside sizes and tokens.
+    """Return what is wrong with the FLOPs, compared with sizes and tokens.
 
     Args:
-        table: with ``params``, ``tokens``, ``flops`` and ``clients``.
-        flops_per: FLOPs per parameter and token that are right, if that is known.
+        table: table with ``params``, ``tokens``, ``flops`` and ``clients``.
+        flops_per: the true FLOPs per parameter and token, if they are known.
 
     Example:
         >>> runs = {"params": [1e6, 1e7], "tokens": [1e8, 1e9], "clients": [1, 1], "flops": [6e5, 6e7]}
@@ -57,7 +57,7 @@ def doubts_of_flops(table: pd.DataFrame, flops_per: float | None = None) -> list
 
 
 def doubt_of_rho(rho: Interval) -> str | None:
-    """Why what division among clients costs cannot be as found; None if it can.
+    """Return why a fitted ``rho`` is implausible; None if it is plausible.
 
     Example:
         >>> print(doubt_of_rho(Interval(0.9, 0.7, 1.2)), doubt_of_rho(Interval(1.7, 1.6, 1.8)), sep="; ")
@@ -81,7 +81,7 @@ def doubt_of_rho(rho: Interval) -> str | None:
 
 
 def notes_of_rows(table: pd.DataFrame) -> list[str]:
-    """What seems to be missing from a table, or to be in it twice."""
+    """Return notes on rows that seem to be missing or duplicated."""
     notes, index = [], table.index
     if pd.api.types.is_integer_dtype(index) and index.is_unique and len(index):
         gone = int(index.max() - index.min() + 1 - len(index))

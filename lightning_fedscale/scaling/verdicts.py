@@ -1,4 +1,4 @@
-"""Why a fit gives no best size: runs too few or too alike, constants left open, runs that contradict it."""
+"""Reasons why a fit gives no best size: too few or too similar runs, undetermined constants, contradicting runs."""
 
 from __future__ import annotations
 
@@ -15,25 +15,25 @@ from lightning_fedscale.scaling.runs import decades
 from lightning_fedscale.scaling.tuning import SAME
 
 _WIDE = 10.0
-"""Ends of the interval of a best size that are further apart than this factor determine none."""
+"""A best size is not determined if the ends of its interval are further apart than this factor."""
 
 APART = 3.0
-"""Ends of the interval of an exponent that are further apart than this factor leave it open."""
+"""An exponent is not determined if the ends of its interval are further apart than this factor."""
 
 _FLOOR = 0.05
-"""An irreducible loss may be anything from none to more than this share of the least loss: it is left open."""
+"""An irreducible loss is not determined if its interval goes from 0 to more than this fraction of the least loss."""
 
 CONTRADICTED = 0.05
-"""Share by which the best run may differ from the loss that the law has for the best size at the same compute."""
+"""Largest relative difference between the best run and the law's loss for the best size at the same compute."""
 
 _REFITS = 20
-"""With fewer of them intervals are no evidence."""
+"""Fewest refits with which intervals are evaluated."""
 
 
 def problems_of(
     table: pd.DataFrame, law: Form, condition: float, rho: float, intervals: Mapping[str, Interval]
 ) -> list[str]:
-    """What the runs are too few or too alike for, and what came out too wide."""
+    """Return why the runs do not determine a best size: too few, too similar, or with too wide intervals."""
     problems = []
     if (sizes := table["params"].nunique()) < 4:
         problems.append(f"only {sizes} sizes")
@@ -57,11 +57,11 @@ def problems_of(
 
 
 def contradictions(table: pd.DataFrame, law: Law, best: tuple[Best, ...], rho: float) -> tuple[list[str], list[str]]:
-    """Where the best run of the largest compute is far from what the law has for the best size there.
+    """Compare the best run of the largest compute with the law's loss for the best size there.
 
     Returns:
-        those among whose runs that size is, which are problems; and those where it is smaller or larger than all of
-        them, of which nobody knows.
+        the contradictions where the best size lies among the sizes of the runs, which are problems; and those where it
+        lies beyond all of them, which are notes.
     """
     problems, notes = list[str](), list[str]()
     largest = {each.clients: each for each in best}  # in the order of compute
@@ -87,7 +87,7 @@ def contradictions(table: pd.DataFrame, law: Law, best: tuple[Best, ...], rho: f
 
 
 def _left_open(law: Law, intervals: Mapping[str, Interval], least: float) -> list[str]:
-    """Constants that the refits do not agree on: the irreducible loss, and exponents."""
+    """Return the constants that the refits do not determine: the irreducible loss and exponents."""
     found = []
     for name, each in intervals.items():
         is_exponent = name == "exponent" or law.unknowns.get(name) == EXPONENT
