@@ -1,4 +1,4 @@
-"""A study: settings race on a project's own clients, and what is measured decides."""
+"""A study: settings are trained on a project's own clients, and the measured losses decide which one is best."""
 
 from lightning_fedscale.study.answer import Answer, Result
 from lightning_fedscale.study.methods import METHODS

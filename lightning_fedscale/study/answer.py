@@ -1,4 +1,4 @@
-"""What a study found: the best setting, what is as good, and what stayed open."""
+"""The result of a study: the best setting, those that are as good, and what is undetermined."""
 
 from __future__ import annotations
 
@@ -19,23 +19,23 @@ AXES = ("size", "method", "batch_size", "local_steps", "rate")
 
 @dataclass(frozen=True)
 class Result:
-    """A setting at the full budget.
+    """The result of a setting at the full budget.
 
     Attributes:
-        setting: how it trained.
-        loss: mean over seeds; over those that did not choose it, where there are any.
-        low: lower end of its 95 % interval by seeds; NaN with one seed alone.
+        setting: the setting.
+        loss: mean over seeds, without the seed that selected the setting if there are others.
+        low: lower end of its 95 % interval over seeds; NaN if no setting has several seeds.
         high: upper end.
-        behind: how much more that is than the best setting's; 0 for that.
+        behind: loss minus that of the best setting; 0 for the best one.
         behind_low: lower end of the difference's 95 % interval.
         behind_high: upper end.
-        seeds: how many the loss is of.
-        params: that are trained.
-        rounds: until the budget was spent.
-        passes: over all clients' data.
-        most_passes: over the data of the client that has least.
-        bytes: sent and received by a client.
-        worst: largest loss of a client on the data that it trained on; NaN where not measured.
+        seeds: number of seeds in the loss.
+        params: number of trained parameters.
+        rounds: rounds until the budget was spent.
+        passes: passes over the data of all clients.
+        most_passes: passes over the data of the client with the fewest samples.
+        bytes: bytes sent and received by a client.
+        worst: largest loss of a client on its training data; NaN if it was not measured.
     """
 
     setting: Setting
@@ -55,27 +55,28 @@ class Result:
 
     @property
     def is_even(self) -> bool:
-        """Whether the best setting is not shown to be better."""
+        """Whether the best setting is not significantly better."""
         return self.behind_low <= 0
 
 
 @dataclass(frozen=True)
 class Answer:
-    """What a study found.
+    """The result of a study.
 
     Attributes:
-        argument: of the module, that makes it larger.
-        flops: of all clients together.
-        clients: how many hold data.
+        argument: the module's argument that sets its size.
+        flops: compute of all clients together.
+        clients: number of clients in the partition.
         results: all settings that trained with the full budget, best first.
-        current: those of the current size: the best with FedAvg, and the best with any method; empty without one.
-        notes: what is doubtful, or was left out, in words.
-        strategy: expression for the best.
-        study: what it was made for: module, data, partition (name, fingerprint, samples, mean distance of labels), and
-            the methods, by what makes two runs ones of the same method.
-        runs: how many were made, those with less of the budget included.
-        minutes: that they took, one after the other.
-        study_flops: that they computed in training.
+        current: the results of the current size: the best with FedAvg, and the best with any method; empty without a
+            current size.
+        notes: doubts and omissions, in words.
+        strategy: Python expression of the best setting's strategy.
+        study: what the study was made for: module, data, partition (name, fingerprint, samples, mean distance of
+            labels), and the options of each method, which identify it.
+        runs: number of runs, including those with less than the full budget.
+        minutes: sum of the runs' minutes.
+        study_flops: sum of the runs' training FLOPs.
     """
 
     argument: str
@@ -96,11 +97,11 @@ class Answer:
         return self.results[0]
 
     def even(self, name: str) -> list[Any]:
-        """Values of a setting's part with which the best setting is not shown to be better, ascending."""
+        """Return a field's values among the settings that are as good as the best, ascending."""
         return sorted({getattr(each.setting, name) for each in self.results if each.is_even})
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON."""
+        """Return it as values for JSON."""
         return {
             **{name: value for name, value in asdict(self).items() if name not in ("results", "current")},
             "best": _plain(self.best),
@@ -111,17 +112,17 @@ class Answer:
 
 
 def results_of(rows: pd.DataFrame, sizes: IntArray) -> list[Result]:
-    """Settings at the full budget, best first.
+    """Return the results of the settings at the full budget, best first.
 
-    The seed 0 of each chose who went on, and flatters: where a setting has others, these count. The spread of seeds is
-    taken to be the same for all settings, and is pooled over them.
+    Seed 0 selected the settings, so its losses are too low: if a setting has other seeds, only these count. The
+    standard deviation over seeds is assumed to be the same for all settings, and is pooled over them.
 
     Args:
-        rows: of a ledger, with the full budget.
-        sizes: samples of each client.
+        rows: rows of a ledger with the full budget.
+        sizes: number of samples of each client.
 
     Raises:
-        ValueError: if all diverged.
+        ValueError: if all settings diverged.
     """
     sample = {setting: cell for setting, cell in _cells(rows) if math.isfinite(cell["loss"].mean())}
     if not sample:
@@ -164,7 +165,7 @@ def results_of(rows: pd.DataFrame, sizes: IntArray) -> list[Result]:
 
 
 def current_of(results: Sequence[Result], size: int | None) -> tuple[Result, ...]:
-    """The best of a size with FedAvg, and the best with any method."""
+    """Return the best result of a size with FedAvg, and the best with any method."""
     own = [each for each in results if each.setting.size == size]
     plain = [each for each in own if each.setting.method == FED_AVG]
     return tuple(dict.fromkeys([*plain[:1], *own[:1]]))
@@ -178,7 +179,7 @@ def _cells(rows: pd.DataFrame) -> list[tuple[Setting, pd.DataFrame]]:
 
 
 def _pooled(groups: Sequence[np.ndarray[Any, np.dtype[np.float64]]]) -> tuple[float, int]:
-    """Standard deviation within groups, and its degrees of freedom."""
+    """Return the standard deviation within groups, and its degrees of freedom."""
     free = sum(max(0, len(each) - 1) for each in groups)
     squares = sum(float(((each - each.mean()) ** 2).sum()) for each in groups if len(each))
     return (math.sqrt(squares / free) if free else math.nan), free

@@ -1,4 +1,4 @@
-"""What users ask a study or a sweep, checked."""
+"""Checks of the arguments of a study or a sweep."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from lightning_fedscale.utils.checks import integer, known_arguments, one_of
 
 
 def positive(name: str, value: Any) -> float:
-    """A number above 0.
+    """Return the number if it is finite and above 0.
 
     Raises:
-        ValueError: for anything else; names the argument.
+        ValueError: for anything else; the message names the argument.
     """
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
         raise ValueError(f"{name}={value!r}: pass a finite number above 0.")
@@ -29,10 +29,10 @@ def positive(name: str, value: Any) -> float:
 
 
 def axis(name: str, values: Sequence[int]) -> tuple[int, ...]:
-    """Whole numbers to try, ascending.
+    """Sort the whole numbers to try, ascending and without duplicates.
 
     Raises:
-        ValueError: for none, or numbers below 1; names the argument.
+        ValueError: for none, or for numbers below 1; the message names the argument.
     """
     if not values:
         raise ValueError(f"{name}={values!r}: pass some to try" + (", or current=" if name == "sizes" else "") + ".")
@@ -40,10 +40,10 @@ def axis(name: str, values: Sequence[int]) -> tuple[int, ...]:
 
 
 def rates_of(values: Sequence[float]) -> tuple[float, ...]:
-    """Learning rates to try, ascending.
+    """Sort the learning rates to try, ascending and without duplicates.
 
     Raises:
-        ValueError: for none, or numbers that are not above 0.
+        ValueError: for none, or for numbers that are not above 0.
     """
     if not values:
         raise ValueError(f"rates={values!r}: pass some to try.")
@@ -51,7 +51,7 @@ def rates_of(values: Sequence[float]) -> tuple[float, ...]:
 
 
 def current_size(module: Callable[..., Any], argument: str, current: int | None) -> int | None:
-    """The size of the model that there is: the one that was given, or the argument's default.
+    """Return the size of the current model: the one that was passed, else the argument's default.
 
     Raises:
         ValueError: if the module has no such argument.
@@ -71,14 +71,14 @@ def current_size(module: Callable[..., Any], argument: str, current: int | None)
 def methods_of(
     given: Sequence[str] | Mapping[str, Mapping[str, Any]] | None, strategy: Mapping[str, Any] | None = None
 ) -> dict[str, dict[str, Any]]:
-    """Methods by name; None are all that are known.
+    """Return the arguments of the methods by name; None stands for all of `METHODS`.
 
     Args:
-        given: names, or arguments of `FederatedStrategy` by names.
-        strategy: arguments that all of them have, unless they say otherwise.
+        given: names, or arguments of `FederatedStrategy` by custom names.
+        strategy: default arguments of all methods.
 
     Raises:
-        ValueError: for none, or an unknown name.
+        ValueError: for no method, or an unknown name.
         TypeError: for arguments that the strategy does not have.
     """
     if strategy is not None and not isinstance(strategy, Mapping):
@@ -104,13 +104,13 @@ _STUDIED = {"num_clients", "partitioner", "clients_per_round", "local_epochs", "
 
 
 def batch_sizes_of(own: int | None, held: Partition) -> tuple[int, ...]:
-    """The data's own batch, and four times that where clients have so much."""
+    """Return the data's own batch size, and four times that if clients have enough samples on average."""
     own = own or 32
     return tuple(each for each in (own, 4 * own) if each == own or each <= held.sizes.mean())
 
 
 def check_size(module: Callable[..., nn.Module], argument: str, sizes: Sequence[int]) -> None:
-    """See that the argument makes the model larger.
+    """Check that the argument changes the size of the model.
 
     Raises:
         ValueError: if it does not.
@@ -126,11 +126,11 @@ def check_size(module: Callable[..., nn.Module], argument: str, sizes: Sequence[
 
 
 def partition_of(given: Any, clients: int | None, dataset: Any) -> tuple[Partition, dict[str, Any]]:
-    """Who holds what, and what of it a study must state: name, clients, samples, fingerprint, unlikeness of labels.
+    """Return the partition, and facts for a study: name, clients, samples, fingerprint, heterogeneity of labels.
 
     Raises:
-        TypeError: for what is no partition, partitioner or name.
-        ValueError: for another number of clients, or a partition of other data.
+        TypeError: for anything that is not a partition, a partitioner or a name.
+        ValueError: for a different number of clients, or a partition of other data.
     """
     clients = None if clients is None else integer("clients", clients)
     partitioner = by_name(given, clients) if isinstance(given, str) else given
@@ -157,5 +157,5 @@ def partition_of(given: Any, clients: int | None, dataset: Any) -> tuple[Partiti
 
 
 def name_of(made: Any) -> str:
-    """Where a class or function is from."""
+    """Return the path of a class or function."""
     return f"{getattr(made, '__module__', '')}.{getattr(made, '__qualname__', repr(made))}"

@@ -1,4 +1,4 @@
-"""How long a run takes, learned from those that are over."""
+"""A model of the time that a run takes, fitted to finished runs."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from lightning_fedscale.study.settings import Setting
 
 
 class Cost:
-    """Seconds, and FLOPs of a sample, of settings that have not run.
+    """Predicts seconds, and FLOPs per sample, of settings that have not run.
 
-    A run takes a fixed time, and more for each batch and each FLOP; non-negative least squares of relative errors find
-    the three. FLOPs of a sample lie on a power law between the sizes that have run, and beyond them.
+    The time of a run is a fixed part, a part per batch and a part per FLOP, fitted by non-negative least squares of
+    relative errors. FLOPs per sample follow a power law between the sizes that have run, and beyond them.
 
     Args:
-        flops: of all of a run at the full budget.
-        clients: that train in a round.
+        flops: compute of a run at the full budget, of all clients together.
+        clients: number of clients that train in a round.
 
     Example:
         >>> cost = Cost(1e9, clients=4)
@@ -39,7 +39,7 @@ class Cost:
         self._per_sample: dict[int, list[float]] = {}
 
     def learn(self, setting: Setting, *, samples: float, flops: float, seconds: float) -> None:
-        """Take in a run that is over: of all clients together."""
+        """Add a finished run; samples and FLOPs are those of all clients together."""
         if samples <= 0 or flops <= 0:
             return
         self._rows.append((1.0, samples / setting.batch_size, flops))
@@ -47,13 +47,13 @@ class Cost:
         self._per_sample.setdefault(setting.size, []).append(flops / samples)
 
     def learn_all(self, rows: Iterable[dict[str, Any]]) -> None:
-        """Take in rows of a ledger."""
+        """Add the rows of a ledger."""
         for row in rows:
             setting = Setting(*(row[name] for name in Setting._fields))
             self.learn(setting, samples=row["samples"], flops=row["flops"], seconds=row["seconds"])
 
     def per_sample(self, size: int) -> float:
-        """FLOPs of a sample."""
+        """Predict the FLOPs per sample."""
         known = sorted(self._per_sample)
         if not known:
             return math.nan
@@ -66,7 +66,7 @@ class Cost:
         return means[low] * float((size / low) ** slope)
 
     def rounds(self, setting: Setting, share: float) -> float:
-        """Rounds that a share of the budget pays."""
+        """Predict the number of rounds with a fraction of the budget."""
         return (
             share
             * self._flops
@@ -74,7 +74,7 @@ class Cost:
         )
 
     def seconds(self, setting: Setting, share: float) -> float:
-        """Predicted time of a run."""
+        """Predict the time of a run."""
         if not self._rows:
             return math.nan
         batches = share * self._flops / self.per_sample(setting.size) / setting.batch_size

@@ -1,4 +1,4 @@
-"""Every run of a study, in a file: a study that was interrupted goes on with those that are missing."""
+"""A file with every run of a study, so that an interrupted study resumes with the missing runs."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ _RUNS, _STUDY = "runs.csv", "study.json"
 
 
 class Ledger:
-    """Rows of runs, by what they trained.
+    """The rows of finished runs, by job.
 
     Args:
-        folder: has ``runs.csv`` and ``study.json``, and gets them where they are missing.
-        study: what every run has in common; a folder of another study is refused.
+        folder: folder for ``runs.csv`` and ``study.json``, which are created if they are missing.
+        study: what all runs have in common.
 
     Raises:
-        ValueError: if the folder holds another study; says what is different.
+        ValueError: if the folder holds another study; the message names the differences.
     """
 
     def __init__(self, folder: str | Path, study: Mapping[str, Any]) -> None:
@@ -40,11 +40,11 @@ class Ledger:
         }
 
     def get(self, job: Job) -> dict[str, Any] | None:
-        """The row of a run that is over."""
+        """Return the row of a finished run; None if there is none."""
         return self._rows.get(_key(job))
 
     def add(self, job: Job, row: Mapping[str, Any]) -> None:
-        """Keep a run that is over."""
+        """Store a finished run."""
         self._rows[_key(job)] = dict(row)
         file = self.folder / _RUNS
         pd.DataFrame([row]).to_csv(file, mode="a", header=not file.is_file(), index=False)
@@ -65,7 +65,7 @@ def _job(row: Mapping[str, Any]) -> Job:
 
 
 def _key(job: Job) -> Job:
-    """As numbers come back from a file."""
+    """Round the numbers of a job as they are read from a file."""
     size, method, batch, steps, rate = job.setting
     setting = Setting(int(size), str(method), int(batch), int(steps), _digits(rate))
     return Job(setting, _digits(job.share), int(job.seed))

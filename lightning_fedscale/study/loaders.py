@@ -1,4 +1,4 @@
-"""A project's own training data, before there is a Trainer."""
+"""A project's own training data, without a Trainer."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from lightning_fedscale.utils.foreign import is_raised_in
 
 
 def train_loader(module: pl.LightningModule | None, data: pl.LightningDataModule | None) -> DataLoader[Any]:
-    """The project's train loader, without a Trainer.
+    """Return the project's train loader, without a Trainer.
 
     Args:
-        module: has it, if there is no data module.
-        data: is set up for training.
+        module: module with the loader, if there is no data module.
+        data: data module, which is set up for training.
 
     Raises:
-        ValueError: if it cannot be had without a Trainer, or a DataLoader refuses its arguments.
-        TypeError: if it is no DataLoader.
+        ValueError: if the loader needs a Trainer, or a DataLoader rejects its arguments.
+        TypeError: if it is not a DataLoader.
     """
     if data is not None:
         data.prepare_data()
@@ -28,10 +28,10 @@ def train_loader(module: pl.LightningModule | None, data: pl.LightningDataModule
     try:
         loader = owner.train_dataloader()
     except Exception as error:
-        if is_raised_in(error, "torch.utils.data"):  # a batch of 0, say: a wrong argument of the data's
+        if is_raised_in(error, "torch.utils.data"):  # an invalid argument of the data, such as a batch size of 0
             raise ValueError(f"{type(owner).__name__}.train_dataloader: {error}") from error
         if not is_raised_in(error, "lightning"):
-            raise  # a mistake of the project's own
+            raise  # an error in the project's code
         raise ValueError(
             f"{type(owner).__name__}.train_dataloader: {error}. Pass --data, a LightningDataModule, or give the module"
             " a train_dataloader that needs no Trainer."

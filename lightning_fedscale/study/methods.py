@@ -15,18 +15,18 @@ METHODS: dict[str, dict[str, Any]] = {
     FED_AVG: {},
     "kept_optimizer": {"client_optimizer": "keep"},
     "scaffold": {
-        "local_rule": {"_target_": f"{_HERE}local_rules.scaffold", "option": "I"},  # goes with any optimizer
+        "local_rule": {"_target_": f"{_HERE}local_rules.scaffold", "option": "I"},  # works with any optimizer
         "aggregator": "uniform",
     },
     "fed_prox": {"local_rule": {"_target_": f"{_HERE}local_rules.fed_prox", "mu": 0.1}},
     "fed_avgm": {"server_optimizer": {"_target_": f"{_HERE}server.fed_avgm", "lr": 0.3, "momentum": 0.9}},
     "diloco": {"client_optimizer": "keep", "server_optimizer": {"_target_": f"{_HERE}server.nesterov"}},
 }
-"""By name. SCAFFOLD weighs clients equally, as its paper does."""
+"""Methods by name. SCAFFOLD weights clients equally, as in its paper."""
 
 
 def options_of(method: Mapping[str, Any]) -> dict[str, Any]:
-    """The arguments themselves; objects are new ones.
+    """Instantiate a method's arguments, with new objects.
 
     Example:
         >>> options_of(METHODS["scaffold"])["aggregator"]
@@ -36,7 +36,7 @@ def options_of(method: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def expression_of(method: Mapping[str, Any]) -> list[str]:
-    """The arguments as Python.
+    """Write a method's arguments as Python.
 
     Example:
         >>> expression_of(METHODS["scaffold"])

@@ -1,10 +1,10 @@
-"""Which settings train with how much of the budget: many with little, few with all of it, the best with several seeds.
+"""The schedule of a study: many settings train with a small budget, few with all of it, the best with several seeds.
 
-Successive halving (arXiv 1502.07943) with three precautions. Small budgets favour small models, so the best of every
-size, method and rate stays until the end. They favour large rates as well, where the whole budget passes over the data
-until they are known by heart: what a share of the budget reached at some rate, all of it reaches at that rate times the
-share, on the same path in more steps. So at every stage the best is tried at both, and what is better is done with
-the others. And what a grid leaves out is tried around the best at the full budget, one thing at a time.
+It is successive halving (arXiv 1502.07943) with three changes. Small budgets favour small models, so the best of every
+size, method and rate stays until the end. Small budgets also favour large rates if the full budget overfits the data:
+the full budget at the rate times the fraction follows the same path in more, smaller steps. Every stage therefore tries
+the best setting at both rates, and applies the better rule to the other settings. Finally, values between those of the
+grid are tried around the best setting at the full budget, one field at a time.
 """
 
 from __future__ import annotations
@@ -18,28 +18,28 @@ from typing import NamedTuple
 from lightning_fedscale.study.settings import FED_AVG, Setting, Space, best_of_each, without_twins
 
 _TIMES = 3
-"""Each stage trains so many times as long as the one before."""
+"""Ratio of the budgets of successive stages."""
 
 FEWEST_ROUNDS = 3
-"""A run of fewer rounds says nothing about any number of local steps."""
+"""Fewest rounds of a run; with fewer, it does not show the effect of local steps."""
 
 _OF_FIELD, _OF_SEEDS = 0.4, 0.25
-"""Of the final's time, which is half of all, for those who have come so far, and for other seeds of the best; what is
-left is for the surroundings of the best."""
+"""Fractions of the final's time (half of the total) for the remaining settings, and for other seeds of the best; the
+rest is for the neighbours of the best."""
 
 _MOST_FINALISTS = 8
 
 _TURNS = ("rate", "local_steps", "batch_size", "method", "size")
-"""The things that are tried around the best, the cheapest first."""
+"""The fields that are varied around the best setting, the cheapest first."""
 
 
 class Job(NamedTuple):
-    """A run that is to be made.
+    """A run to do.
 
     Attributes:
-        setting: how it trains.
-        share: of the budget.
-        seed: counted from 0.
+        setting: the setting to train.
+        share: fraction of the budget.
+        seed: index of the seed, from 0.
     """
 
     setting: Setting
@@ -48,11 +48,11 @@ class Job(NamedTuple):
 
 
 class Measured(NamedTuple):
-    """A run that is over.
+    """The result of a finished run.
 
     Attributes:
-        loss: infinite where training diverged.
-        seconds: that it took, or counts as.
+        loss: validation loss; infinite if training diverged.
+        seconds: seconds that are charged for it.
     """
 
     loss: float
@@ -60,16 +60,16 @@ class Measured(NamedTuple):
 
 
 Measure = Callable[[Sequence[Job]], Sequence[Measured]]
-"""Makes runs."""
+"""A function that does the runs."""
 
 
 class Prices(NamedTuple):
-    """What runs take.
+    """The predicted cost of runs.
 
     Attributes:
-        seconds: predicted, of a setting and a share.
-        rounds: that a setting and a share come to.
-        workers: runs that go on at a time.
+        seconds: predicts the seconds of a setting with a fraction of the budget.
+        rounds: predicts the rounds of a setting with a fraction of the budget.
+        workers: number of runs at the same time.
     """
 
     seconds: Callable[[Setting, float], float]
@@ -77,11 +77,11 @@ class Prices(NamedTuple):
     workers: int = 1
 
     def of(self, jobs: Iterable[Job]) -> float:
-        """Seconds until all have run."""
+        """Predict the seconds until all jobs have run."""
         return sum(self.seconds(each.setting, each.share) for each in jobs) / self.workers
 
     def affordable(self, jobs: Iterable[Job], seconds: float, least: int = 1) -> list[Job]:
-        """As many of the first as there is time for."""
+        """Return as many of the first jobs as fit into the time, but at least ``least``."""
         found, spent = list[Job](), 0.0
         for job in jobs:
             spent += self.of([job])
@@ -92,18 +92,18 @@ class Prices(NamedTuple):
 
 
 class Race:
-    """A study's runs, as far as their time allows.
+    """The runs of a study, within a time limit.
 
     Args:
-        space: what is tried.
-        anchors: settings that take part whatever they cost, the present ones first: those of the current model.
-        seconds: for all runs.
-        seeds: of the finalists, besides the one that chooses them.
-        prices: what runs take; asked again before every stage.
-        measure: makes runs.
+        space: the settings to try.
+        anchors: settings of the current model, which take part at any cost.
+        seconds: time for all runs.
+        seeds: number of seeds of the finalists, besides the one that selects them.
+        prices: predicted cost of runs, evaluated again before every stage.
+        measure: does the runs.
 
     Attributes:
-        losses: of every share: of each setting, with the seed that chooses.
+        losses: losses by fraction of the budget and setting, for the seed that selects.
     """
 
     def __init__(
@@ -116,7 +116,7 @@ class Race:
 
     @property
     def shares(self) -> list[float]:
-        """Of the stages, ascending to 1: as small as a third of the settings still have some rounds in."""
+        """Budget fractions of the stages, ascending to 1; the first gives a third of the settings enough rounds."""
         found, settings = [1.0], list(self.space.spread())
         while len(found) < 4:
             share = found[0] / _TIMES
@@ -127,7 +127,7 @@ class Race:
         return found
 
     def plan(self) -> list[Job]:
-        """The runs that there is time for, as far as they can be told before: who goes on is not known yet."""
+        """Estimate the runs that fit into the time; the settings of later stages are not known in advance."""
         jobs, shares = list[Job](), self.shares
         entrants = self._entrants()
         for share in shares[:-1]:
@@ -138,10 +138,10 @@ class Race:
         return jobs + finalists
 
     def run(self) -> dict[Setting, float]:
-        """Make all runs.
+        """Do all runs.
 
         Returns:
-            the losses at the full budget, of the seed that chooses.
+            the losses at the full budget, for the seed that selects.
         """
         shares = self.shares
         going = self._entrants()
@@ -150,7 +150,7 @@ class Race:
             until += self._stage_seconds(shares)
             jobs = self._new(Job(each, share, 0) for each in going)
             self._make(self.prices.affordable(jobs, until - self._spent, len(self.anchors)))
-            # Those for whom this was too little come in later.
+            # Settings with too few rounds at this budget enter later.
             waiting = [each for each in going if self.prices.rounds(each, share) < FEWEST_ROUNDS]
             begun = self._spent
             going = self._at_rates(self._promoted(share, waiting) or going, share, following)
@@ -165,9 +165,9 @@ class Race:
         return self.seconds / 2 / max(1, len(shares) - 1)
 
     def _promoted(self, share: float, waiting: Sequence[Setting]) -> list[Setting]:
-        """Who goes on, the most urgent first: the best, the present model, the best of each size, method and rate.
+        """Order the settings for the next stage: the best, the current model, the best of each size, method and rate.
 
-        Of the others, those who wait take turns with those who have run, the best of these first.
+        Of the others, waiting settings alternate with those that have run, the best of these first.
         """
         losses = {each: loss for each, loss in self.losses.get(share, {}).items() if math.isfinite(loss)}
         ordered = sorted(losses, key=lambda each: losses[each])
@@ -178,10 +178,10 @@ class Race:
         ])  # fmt: skip
 
     def _at_rates(self, going: Sequence[Setting], share: float, following: float) -> list[Setting]:
-        """Those who go on, at the rates that more of the budget calls for.
+        """Return the settings for the next stage, with rates for its larger budget.
 
-        That is as they are, unless the best is better on the path that it has gone, in smaller steps. Then others go no
-        further than this either, but for those who are further already.
+        Rates stay the same unless the best setting is better at a lower rate, with which it covers the same path in
+        smaller steps. Then the paths of the others are limited to that length too, or to their own if it is longer.
         """
         known = {each for each, loss in self.losses.get(share, {}).items() if math.isfinite(loss)}
         first = next((each for each in going if each in known), None)
@@ -205,7 +205,7 @@ class Race:
         return without_twins([slower(first), first, *map(slower, going)])
 
     def _new(self, jobs: Iterable[Job]) -> list[Job]:
-        """Those that have not run, and come to some rounds."""
+        """Return the jobs that have not run and that have enough rounds."""
         return [
             job for job in dict.fromkeys(jobs)
             if job.setting not in self.losses.get(job.share, {})
@@ -213,7 +213,7 @@ class Race:
         ]  # fmt: skip
 
     def _present(self, losses: dict[Setting, float]) -> list[Setting]:
-        """The best of the current size with FedAvg, and with any method."""
+        """Return the best settings of the current size with FedAvg, and with any method."""
         if not self.anchors:
             return []
         current = {each: loss for each, loss in losses.items() if each.size == self.anchors[0].size}
@@ -221,7 +221,7 @@ class Race:
         return [min(some, key=lambda each: some[each]) for some in (plain, current) if some]
 
     def _final(self, going: Sequence[Setting], begun: float) -> None:
-        """Runs with the whole budget, from this time on."""
+        """Do the runs with the full budget, starting at time ``begun``."""
         time = max(self.seconds / 2, self.seconds - begun)
         field = self._new(Job(each, 1.0, 0) for each in going)
         self._make(self.prices.affordable(field, begun + time * _OF_FIELD - self._spent, 1 + 2 * bool(self.anchors)))
@@ -230,7 +230,7 @@ class Race:
         self._make(self.prices.affordable(self._finals(), begun + time - self._spent, self._fewest_finals))
 
     def _present_at_best(self) -> list[Job]:
-        """The present model as the best trains, with FedAvg and with its method: what size and method cost alone."""
+        """Return jobs of the current size with the best setting's other fields, with FedAvg and with its method."""
         losses = self.losses.get(1.0, {})
         at = min(losses, key=lambda each: losses[each], default=None)
         if at is None or not self.anchors:
@@ -243,14 +243,14 @@ class Race:
         return self.seeds * (1 + 2 * bool(self.anchors))
 
     def _finals(self) -> list[Job]:
-        """Runs with other seeds: of the best, of the present ones, of those that are next."""
+        """Return jobs with other seeds, of the best setting, the current ones, and the next best."""
         losses = {each: loss for each, loss in self.losses.get(1.0, {}).items() if math.isfinite(loss)}
         best = sorted(losses, key=lambda each: losses[each])
         finalists = without_twins([*best[:1], *self._present(losses), *best])[:_MOST_FINALISTS]
         return [Job(each, 1.0, seed) for each in finalists for seed in range(1, self.seeds + 1)]
 
     def _climb(self, end: float, for_seeds: float) -> None:
-        """Around the best, one thing after the other, as long as that finds better ones, and seeds have their time."""
+        """Vary one field of the best setting after another while this improves it and leaves time for the seeds."""
         names, idle = deque(_TURNS), 0
         while idle < len(names):
             losses = self.losses.get(1.0, {})
@@ -258,13 +258,13 @@ class Race:
             if at is None or not math.isfinite(losses[at]):
                 return
             around = self._new(Job(each, 1.0, 0) for each in self.space.neighbours(at, names[0]))
-            # Of whichever of these may come out best.
+            # The finals may be of any of these, so the dearest counts.
             dearest = max((self.prices.of([each]) for each in around), default=0.0) - self.prices.of([Job(at, 1.0, 1)])
             finals = self.prices.of(self._finals()[: self._fewest_finals]) + self.seeds * max(0.0, dearest)
             needed = max(for_seeds, finals) + self.prices.of(self._present_at_best())
             self._make(self.prices.affordable(around, end - needed - self._spent, 0))
             if min(losses.values()) < losses[at]:
-                idle = 0  # and further in this direction
+                idle = 0  # continue with this field
             else:
                 names.rotate(-1)
                 idle += 1

@@ -1,4 +1,4 @@
-"""What a study chooses among: sizes, methods, batches, local steps and learning rates."""
+"""The settings of a study: sizes, methods, batch sizes, local steps and learning rates."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ FED_AVG = "fed_avg"
 
 
 class Setting(NamedTuple):
-    """One way to train.
+    """A combination of values to train with.
 
     Attributes:
-        size: of the module's argument.
-        method: its name in `METHODS`, or among the user's own.
-        batch_size: of a client, in samples; 0 for what the data has.
-        local_steps: batches of a client in a round.
+        size: value of the module's argument.
+        method: name of the method, in `METHODS` or custom.
+        batch_size: a client's batch size, in samples; 0 for that of the data.
+        local_steps: batches that a client trains on in a round.
         rate: learning rate of the clients, as a multiple of the module's own.
     """
 
@@ -38,14 +38,14 @@ class Setting(NamedTuple):
 
 
 class Space(NamedTuple):
-    """All settings of a study: each combination of these.
+    """All settings of a study: every combination of these values.
 
     Attributes:
-        sizes: ascending.
-        methods: by name.
-        batch_sizes: ascending.
-        local_steps: ascending.
-        rates: ascending.
+        sizes: sizes, ascending.
+        methods: names of the methods.
+        batch_sizes: batch sizes, ascending.
+        local_steps: numbers of local steps, ascending.
+        rates: learning rates, ascending.
 
     Example:
         >>> space = Space((16, 64), ("fed_avg", "scaffold"), (32,), (5, 20), (0.5, 1.0, 2.0))
@@ -61,14 +61,14 @@ class Space(NamedTuple):
 
     @property
     def number(self) -> int:
-        """Of settings."""
+        """Number of settings."""
         return math.prod(len(axis) for axis in self)
 
     def spread(self, seed: int = 0) -> Iterator[Setting]:
-        """Every setting once, so that the first few cover the space.
+        """Yield every setting once, so that the first few cover the space.
 
-        All pairs of size and method come in turn, since these matter most and a small budget says least about them;
-        what remains of each is taken in the order of a Sobol sequence.
+        All pairs of size and method take turns, since these matter most and a small budget ranks them worst. The other
+        fields of each pair follow a Sobol sequence.
         """
         rest = list(product(self.batch_sizes, self.local_steps, self.rates))
         cells = list(product(self.sizes, self.methods))
@@ -80,14 +80,14 @@ class Space(NamedTuple):
                 yield Setting(size, method, *rest[orders[size, method][turn]])
 
     def neighbours(self, at: Setting, name: str) -> list[Setting]:
-        """Settings that differ from one in one thing: a half or twice as much of it, or another method.
+        """Return the settings that differ in one field: half or twice its value, or another method.
 
-        Of sizes, which cost most, the next ones halve the distance to those of the space; beyond its ends they are
-        twice or half as large.
+        Sizes, which cost most, are instead the geometric means with the next sizes of the space; beyond its ends they
+        are twice or half as large.
 
         Args:
-            at: the one.
-            name: of what differs.
+            at: setting to vary.
+            name: name of the field.
         """
         values: dict[str, Sequence[Any]] = {
             "size": _between(self.sizes, at.size),
@@ -100,7 +100,7 @@ class Space(NamedTuple):
 
 
 def ladder(current: int) -> tuple[int, ...]:
-    """Sizes around the one that there is, by factors of two: from a sixteenth to four times.
+    """Return sizes around the current one, by factors of two: from a sixteenth to four times.
 
     Example:
         >>> ladder(256), ladder(3)
@@ -110,7 +110,7 @@ def ladder(current: int) -> tuple[int, ...]:
 
 
 def best_of_each(losses: dict[Setting, float], names: Sequence[str]) -> list[Setting]:
-    """The best setting for every value of what is named.
+    """Return the best setting for every combination of values of the named fields.
 
     Example:
         >>> a, b = Setting(16, "fed_avg", 32, 5, 1.0), Setting(16, "fed_avg", 32, 5, 2.0)
@@ -124,12 +124,12 @@ def best_of_each(losses: dict[Setting, float], names: Sequence[str]) -> list[Set
 
 
 def without_twins(settings: Iterable[Setting]) -> list[Setting]:
-    """Each setting once, in the order in which it came first."""
+    """Remove duplicates; the order is that of first occurrence."""
     return list(dict.fromkeys(settings))
 
 
 def _covering(number: int, seed: int) -> list[int]:
-    """An order of so many indices whose first ones are spread evenly."""
+    """Return an order of the indices below ``number`` whose first ones are spread evenly."""
     power = max(1, math.ceil(math.log2(max(2, number))))
     places = qmc.Sobol(1, seed=seed).random_base2(power + 2)[:, 0] * number
     return list(dict.fromkeys([*places.astype(int).tolist(), *range(number)]))
@@ -140,7 +140,7 @@ def _half_and_twice(value: int) -> list[int]:
 
 
 def _between(sizes: Sequence[int], at: int) -> list[int]:
-    """The geometric means of a size and its neighbours, and what is beyond the ends."""
+    """Return the geometric means of a size and its neighbours; beyond the ends, half or twice the size."""
     below, above = (
         max((each for each in sizes if each < at), default=at // 4),
         min((each for each in sizes if each > at), default=at * 4),

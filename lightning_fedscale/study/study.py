@@ -1,4 +1,4 @@
-"""`size`: which size, method, batch, local steps and learning rate a project's clients and compute call for."""
+"""`size`: the best size, method, batch size, local steps and learning rate for a project's clients and compute."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ from lightning_fedscale.utils.checks import integer
 
 _EXECUTORS: tuple[Executing, ...] = ("sequential", "vectorized")
 _PILOT_ROUNDS = (2, 8)
-"""Of the runs that show what runs take; the shorter ones tell the fixed part."""
+"""Rounds of the pilot runs, which measure costs; the shorter ones determine the fixed part."""
 
 
 def size(
@@ -71,43 +71,45 @@ def size(
     trainer: dict[str, Any] | None = None,
     say: Callable[[str], None] | None = None,
 ) -> Answer:
-    """Find the size, method, batch, local steps and learning rate that a number of clients and a budget call for.
+    """Find the best size, method, batch size, local steps and learning rate for a number of clients and a budget.
 
-    Settings race on the clients' own partition: many train with a small share of the budget, the best of these with
-    more, and a few with all of it, in several seeds. What is measured there decides. Every run is kept, and a study
-    that was interrupted goes on.
+    Settings are trained on the clients' own partition: many with a small fraction of the budget, the best of these with
+    more, and a few with all of it, with several seeds. The measured losses decide. Every run is stored, and an
+    interrupted study resumes.
 
     Args:
-        module: makes the module of a size: a class or function.
-        data: makes the data module, with a validation loader.
+        module: class or function that makes the module of a size.
+        data: class or function that makes the data module, with a validation loader.
         flops: training compute of a whole run, of all clients together.
-        argument: of ``module``, which makes the model larger or smaller.
-        partition: who holds what: a partition, a partitioner or its name, or a file of `Partition.save`.
-        clients: how many, for a partitioner given by name; None for its own number.
-        clients_per_round: how many train in a round, as of `FederatedStrategy`.
-        current: size of the model that there is; None takes the default of ``argument``.
-        sizes: to try; None for seven around the current one, by factors of two.
-        methods: names in `METHODS`, or arguments of `FederatedStrategy` by names of one's own (objects in Hydra's form,
+        argument: argument of ``module`` that sets the model's size.
+        partition: a partition, a partitioner or its name, or a file of `Partition.save`.
+        clients: number of clients, for a partitioner given by name; None for its default.
+        clients_per_round: number of clients that train in a round, as in `FederatedStrategy`.
+        current: size of the current model; None takes the default of ``argument``.
+        sizes: sizes to try; None for seven around the current one, by factors of two.
+        methods: names in `METHODS`, or arguments of `FederatedStrategy` by custom names (objects in Hydra's form,
             ``{"_target_": ...}``); None for all of `METHODS`.
-        strategy: arguments of `FederatedStrategy` that all methods have, such as ``{"compressor": "qsgd"}``, likewise.
-        batch_sizes: of a client, to try; None for the data's own and four times that.
-        local_steps: batches of a client in a round, to try.
-        rates: learning rates to try, as multiples of the module's own. Around the best setting, steps between all of
+        strategy: arguments of `FederatedStrategy` for all methods, such as ``{"compressor": "qsgd"}``, in the same
+            form.
+        batch_sizes: a client's batch sizes to try; None for the data's own and four times that.
+        local_steps: numbers of batches of a client in a round to try.
+        rates: learning rates to try, as multiples of the module's own. Around the best setting, further values of all
             these are tried too.
-        study_minutes: how long the study may take.
-        study_flops: training compute that it may take, of all clients together; None for as much as it has time for.
-        seeds: that the finalists train with, besides the one that chose them; two or more.
-        seed: of weights, partition and order.
+        study_minutes: time limit of the study, in minutes.
+        study_flops: limit of the study's training compute, of all clients together; None for no limit.
+        seeds: number of seeds of the finalists, besides the one that selects them; two or more.
+        seed: seed of weights, partition and order.
         loss: name of the logged validation loss; None for the first of the usual names.
-        workers: processes that train at a time; more than one needs a module and data that can be pickled.
-        pool: where they are, ``workers`` of them: any `concurrent.futures.Executor` of processes, such as a cluster's
+        workers: number of processes that train at the same time; more than one needs a module and data that can be
+            pickled.
+        pool: where these processes run: any `concurrent.futures.Executor` of ``workers`` processes, such as a cluster's
             (``dask.distributed.Client().get_executor()``); None for this machine.
-        folder: where ``runs.csv`` goes, with every run.
+        folder: folder for ``runs.csv``, with every run.
         trainer: arguments of the Trainer.
-        say: called with what is going on, a line each.
+        say: called with each line of progress.
 
     Raises:
-        ValueError: for an argument that does not change the size, a budget or a study that is too small, a partition
+        ValueError: for an argument that does not change the size, a budget or a study that is too small, or a partition
             of other data, or if all settings diverge.
     """
     say = say or _silent
@@ -118,7 +120,7 @@ def size(
         if not callable(given):
             raise TypeError(f"{name}={given!r}: pass a class or a function that makes it.")
     current = current_size(module, argument, current)
-    with randomness.untouched():  # the caller's generators are not the study's
+    with randomness.untouched():  # keep the state of the caller's generators
         loader = train_loader(None, data())
         held, facts = partition_of(partition, clients, loader.dataset)
     known = methods_of(methods, strategy)
@@ -165,7 +167,7 @@ class _Study:
     ) -> None:
         self.project, self.space, self.current, self.ledger = project, space, current, ledger
         self.seconds, self.seeds, self.pool, self.workers, self.say = seconds, seeds, pool, workers, say
-        # Where compute is what runs out, a run takes the part of the time that it takes of the compute.
+        # If compute is the tighter limit, a run is charged the same fraction of the time as of the compute.
         self._seconds_of_flop = workers * seconds / flops
         cohort = FederatedStrategy(
             num_clients=project.partition.num_clients, clients_per_round=project.clients_per_round
@@ -173,10 +175,10 @@ class _Study:
         assert cohort is not None
         self.cohort = cohort
         self.notes: list[str] = []
-        # Rows in the order in which they are asked for: what is decided by them is decided so again after a restart.
+        # Rows in the order of the requests, so that a resumed study makes the same decisions.
         self.seen: list[dict[str, Any]] = []
         self._piloted = set[Job]()
-        self._known: tuple[int, dict[Executing, Cost]] = -1, {}  # what so many rows say of costs
+        self._known: tuple[int, dict[Executing, Cost]] = -1, {}  # costs, fitted to this number of rows
 
     def run(self) -> Answer:
         self._pilot()
@@ -192,10 +194,10 @@ class _Study:
         return Setting(size, FED_AVG if FED_AVG in self.space.methods else self.space.methods[0],
                        self.space.batch_sizes[0], self.space.local_steps[0], middle)  # fmt: skip
 
-    # ---- what runs take
+    # ---- costs of runs
 
     def _pilot(self) -> None:
-        """A few rounds of the smallest, the present and the largest size, and of every method."""
+        """Run a few rounds of the smallest, the current and the largest size, and of every method."""
         smallest, largest = self.space.sizes[0], self.space.sizes[-1]
         for size in dict.fromkeys((smallest, self.current or smallest, largest)):
             for rounds in _PILOT_ROUNDS:
@@ -227,7 +229,7 @@ class _Study:
         self.space = self.space._replace(methods=tuple(each for each in self.space.methods if each != method))
 
     def _short(self, setting: Setting, rounds: int, executor: Executing) -> dict[str, Any]:
-        """A pilot; its share is 0, and its seed tells its kind."""
+        """Do a pilot run; in the ledger its share is 0, and its seed encodes rounds and executor."""
         job = Job(setting, 0.0, -(rounds * 10 + _EXECUTORS.index(executor)))
         row = self.ledger.get(job)
         if row is None:
@@ -298,7 +300,7 @@ class _Study:
             for job in jobs:
                 yield job, self.project.run(job, self._executor(job), each_client=job.share == 1 and job.seed > 0)
             return
-        # The longest first, so that no worker is left alone with it at the end.
+        # The longest jobs start first, so that workers finish at about the same time.
         ordered = sorted(jobs, key=lambda job: -self._seconds(job.setting, job.share))
         futures: dict[Future[dict[str, Any]], Job] = {
             self.pool.submit(
@@ -309,7 +311,7 @@ class _Study:
         for future in as_completed(futures):
             yield futures[future], future.result()
 
-    # ---- what came out
+    # ---- results
 
     def _answer(self) -> Answer:
         table = pd.DataFrame(self.seen)
@@ -354,7 +356,7 @@ def _silent(line: str) -> None:
 
 @contextmanager
 def _processes(workers: int) -> Iterator[Executor | None]:
-    """This machine's; None for this very process."""
+    """Yield a pool of processes on this machine; None for one worker, which is this process."""
     if workers == 1:
         yield None
         return

@@ -36,10 +36,10 @@ from lightning_fedscale.utils import randomness
 from lightning_fedscale.utils.checks import integer, one_of
 
 _WIDEN = 6
-"""At most so many more learning rates where the best is at an end of the grid."""
+"""Largest number of additional learning rates if the best one is at an end of the grid."""
 
 _BEFORE: dict[str, Any] = {"argument": "size", "partition": "iid", "method": FED_AVG, "batch_size": 0}
-"""What rows say that do not say it."""
+"""Values for rows of older files without these columns."""
 
 
 def sweep(
@@ -66,42 +66,42 @@ def sweep(
 ) -> pd.DataFrame:
     """Train a module in several sizes, with several numbers of clients and amounts of compute.
 
-    Each run stops at its share of the compute, counted in FLOPs of its own step, and is then validated. Rows are
-    written as they come; a sweep that was interrupted goes on with what is missing.
+    Each run stops at its fraction of the compute, by the counted FLOPs of its own steps, and is then validated. Rows
+    are written as runs finish; an interrupted sweep resumes with the missing runs.
 
-    The learning rate is tuned for every size, number of clients and amount of compute, with the first seed; where the
-    best is at an end of the grid, more are tried beyond it. With several seeds, those after the first train at the best
-    rate and count. Clients take fewer steps each, and at one rate for all what division costs comes out anywhere.
+    The learning rate is tuned for every size, number of clients and amount of compute, with the first seed. If the best
+    rate is at an end of the grid, more are tried beyond it. With several seeds, those after the first train at the best
+    rate, and only they count. Clients take fewer steps each, so that one rate for all would make ``rho`` meaningless.
 
     Args:
-        module: makes the module of a size: a class or function.
-        data: makes the data module; it needs a validation loader.
-        sizes: four or more, that span a factor of ten in parameters at least.
+        module: class or function that makes the module of a size.
+        data: class or function that makes the data module; it needs a validation loader.
+        sizes: four sizes or more, which span at least a factor of ten in parameters.
         flops: training compute of the largest runs, of all clients together; others take a quarter and a sixteenth.
-        clients: numbers of clients that train in a round; None for those of the partition, else for 1 and 4.
+        clients: numbers of clients that train in a round; None for that of the partition, else for 1 and 4.
         partition: how the training data is divided: the name of a partitioner, for any number of clients; or the file
-            of a saved partition, a Partition or a Partitioner, which have clients of their own. None for equal parts.
+            of a saved partition, a Partition or a Partitioner, which fix the number of clients. None for equal parts.
         method: a name in `METHODS`, or arguments of `FederatedStrategy` (objects in Hydra's form).
-        strategy: more arguments of `FederatedStrategy`, likewise.
-        argument: of ``module``, which makes the model larger or smaller.
-        folder: where ``runs.csv`` goes, with every run at every rate.
+        strategy: more arguments of `FederatedStrategy`, in the same form.
+        argument: argument of ``module`` that sets the model's size.
+        folder: folder for ``runs.csv``, with every run at every rate.
         loss: name of the logged validation loss; None for the first of the usual names.
-        batch_size: of a client; None for the data's own.
-        local_steps: batches of a client in a round.
-        seed: of weights, partition and order, the first of ``seeds``.
-        seeds: how many; the first is there to tune where there are several.
-        rates: to try, as multiples of the module's own learning rate. One of them alone tunes nothing.
+        batch_size: a client's batch size; None for the data's own.
+        local_steps: batches that a client trains on in a round.
+        seed: seed of weights, partition and order, the first of ``seeds``.
+        seeds: number of seeds; if there are several, the first one only tunes the learning rate.
+        rates: learning rates to try, as multiples of the module's own. With a single rate nothing is tuned.
         trainer: arguments of the Trainer.
         each: called with every new row.
-        say: called before the first run with how many there will be, and what they take.
+        say: called before the first run with the number of runs and their estimated cost.
 
     Returns:
-        A row per run that counts: ``size``, ``params``, ``clients``, ``tokens`` and ``flops`` (of one client),
+        A row for each run that counts: ``size``, ``params``, ``clients``, ``tokens`` and ``flops`` (of one client),
         ``loss``, ``share``, ``seed``, ``learning_rate`` (a multiple of the module's own), ``rounds``, ``passes`` over
-        the data, and what was asked: ``method``, ``batch_size`` (0 for the data's own), ``local_steps``, ``partition``.
-        Besides, what a law of these runs is made for: ``partition_name`` and ``fingerprint``, ``mean_js_distance`` of
-        clients' labels, ``samples`` of the data, ``batch`` in samples, the clients' ``optimizer``, and the
-        ``rules`` that the method consists of.
+        the data, and the arguments ``method``, ``batch_size`` (0 for the data's own), ``local_steps``, ``partition``.
+        Further columns record what a law of these runs is made for: ``partition_name`` and ``fingerprint``,
+        ``mean_js_distance`` of clients' labels, ``samples`` of the data, ``batch`` in samples, the clients'
+        ``optimizer``, and ``rules``, the method's options.
 
     Raises:
         ValueError: for too few sizes, a module without that argument, a loss that is not logged, or a partition of
@@ -179,7 +179,7 @@ def sweep(
 def _announced(
     project: Project, ends: Sequence[Setting], cells: Sequence[tuple[int, int, float]], each: int, done: int
 ) -> str:
-    """How many runs there will be, and what they take, by a few rounds of the smallest and the largest model."""
+    """Estimate the number of runs and their cost from a few rounds of the smallest and the largest model."""
     cost = Cost(project.flops, project.partition.num_clients)
     for setting in ends:
         for rounds in (2, 8):
@@ -196,10 +196,10 @@ def _announced(
 
 
 def _kept(path: Path, asked: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Rows of a sweep that was begun.
+    """Read the rows of an interrupted sweep.
 
     Raises:
-        ValueError: for another sweep's.
+        ValueError: if the file is of a sweep with other arguments.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     if not path.is_file():
@@ -214,19 +214,19 @@ def _kept(path: Path, asked: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def _name_of(partition: Any) -> str | None:
-    """Of a partitioner or of a partition's file."""
+    """Return the name of a partitioner or of a partition's file; None for a Partition."""
     if isinstance(partition, str):
         return Path(partition).name
     return None if isinstance(partition, Partition) else repr(partition)
 
 
 def _missing(row: Mapping[str, Any], facts_of: Mapping[int, Mapping[str, Any]]) -> dict[str, Any]:
-    """What of the facts a row does not have, which was written before they were."""
+    """Return the facts that a row of an older file lacks."""
     return {name: value for name, value in facts_of.get(row["clients"], {}).items() if name not in row}
 
 
 def _optimizer_of(module: Callable[..., pl.LightningModule], argument: str, size: int) -> str | None:
-    """The class of the clients' optimizer; None where the module makes none without a Trainer."""
+    """Return the class of the clients' optimizer; None if the module cannot make it without a Trainer."""
     with suppress(Exception), randomness.untouched():
         found = module(**{argument: size}).configure_optimizers()
         leaves = tree_leaves(found, is_leaf=lambda leaf: hasattr(leaf, "param_groups"))
@@ -236,7 +236,7 @@ def _optimizer_of(module: Callable[..., pl.LightningModule], argument: str, size
 
 
 def _tune(grid: Sequence[float], loss_at: Callable[[float], float]) -> float:
-    """The rate with the least loss, of a grid that goes on as long as the best is at its end."""
+    """Return the rate with the least loss, of a grid that is extended while the best rate is at its end."""
     tried = {rate: loss_at(rate) for rate in grid}
     for _ in range(_WIDEN):
         best, is_end = best_rate(list(tried), list(tried.values()))
@@ -249,13 +249,13 @@ def _tune(grid: Sequence[float], loss_at: Callable[[float], float]) -> float:
 
 
 def _is_decided(partition: Any) -> bool:
-    """Whether the partition has a number of clients of its own: it is there already, or goes by the data."""
+    """Return whether the partition fixes the number of clients: it is finished, or it follows the data's ids."""
     decided = FinishedPartitioner | NaturalIdPartitioner | GroupedNaturalIdPartitioner
     return not isinstance(partition, str) or isinstance(by_name(partition), decided)
 
 
 def _numbers(clients: Sequence[int] | None, division: Partition | None) -> Sequence[int]:
-    """The numbers of clients to train with."""
+    """Return the numbers of clients to train with."""
     if division is not None:
         number = division.num_clients
         if clients is not None and list(clients) != [number]:

@@ -1,4 +1,4 @@
-"""A study's answer in words, as a page and as a figure."""
+"""The result of a study in words, as a page and as a figure."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _MOST_ROWS = 12
 
 
 def sentences(answer: Answer) -> list[str]:
-    """What the study found, a line each."""
+    """Describe the result, one sentence per line."""
     best, name = answer.best, answer.argument
     least, most = _ends(answer.even("size"))
     said = [
@@ -54,7 +54,7 @@ def sentences(answer: Answer) -> list[str]:
 
 
 def rows_of(answer: Answer) -> list[dict[str, str]]:
-    """The table: the best settings at the full budget, and the current ones."""
+    """Return the table's rows: the best settings at the full budget, and the current ones."""
     shown = list(answer.results[:_MOST_ROWS])
     shown += [each for each in answer.current if each not in shown]
     return [
@@ -74,7 +74,7 @@ def rows_of(answer: Answer) -> list[dict[str, str]]:
 
 
 def page(answer: Answer) -> str:
-    """Markdown, with the figure beside it."""
+    """Write the page in Markdown, with a link to the figure."""
     table = rows_of(answer)
     return "\n".join([
         f"# A size for {answer.clients:,} clients and {answer.flops:.3g} FLOPs", "",
@@ -88,7 +88,7 @@ def page(answer: Answer) -> str:
 
 
 def figure(answer: Answer) -> Figure:
-    """Loss at the full budget over the size, the best of each method."""
+    """Plot the loss at the full budget over the size, for the best setting of each method."""
     from matplotlib.figure import Figure
 
     drawn = Figure(figsize=(6.4, 4), layout="constrained")
@@ -108,7 +108,7 @@ def figure(answer: Answer) -> Figure:
 
 
 def write(answer: Answer, folder: str | Path) -> Path:
-    """The page, the figure and the numbers.
+    """Write the page, the figure and the numbers to a folder.
 
     Returns:
         the page's path.

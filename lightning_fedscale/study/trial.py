@@ -1,4 +1,4 @@
-"""One run of a study: a setting trained with a share of the budget, then validated."""
+"""One run of a study: a setting is trained with a fraction of the budget, then validated."""
 
 from __future__ import annotations
 
@@ -33,17 +33,17 @@ _QUIET: dict[str, Any] = {
 
 
 class Project:
-    """What a study trains.
+    """The module, the data and the options that a study trains with.
 
     Args:
-        module: makes the module of a size: a class or function.
-        data: makes the data module.
-        argument: of ``module``, which makes the model larger or smaller.
-        partition: who holds what.
-        clients_per_round: how many train in a round; None for all.
-        methods: arguments of `FederatedStrategy` in Hydra's form, by name.
-        flops: of all clients together, of a whole run.
-        seed: of the first of the seeds.
+        module: class or function that makes the module of a size.
+        data: class or function that makes the data module.
+        argument: argument of ``module`` that sets the model's size.
+        partition: the partition of the data.
+        clients_per_round: number of clients that train in a round; None for all.
+        methods: arguments of `FederatedStrategy` in Hydra's form, by the method's name.
+        flops: compute of a whole run, of all clients together.
+        seed: the first seed.
         loss: name of the logged validation loss; None for the first of the usual names.
         trainer: arguments of the Trainer.
     """
@@ -72,13 +72,13 @@ class Project:
         """Train and validate.
 
         Args:
-            job: what to train.
-            executor: how clients train; all train alike.
-            each_client: whether the model is also validated on every client's training data.
-            rounds: most of them; -1 for as many as the budget pays.
+            job: the run to do.
+            executor: executor of the clients; it does not change the result.
+            each_client: whether to validate the model on every client's training data too.
+            rounds: limit of the rounds; -1 for as many as the budget allows.
 
         Returns:
-            the row of the ledger: loss (infinite where it is not finite), parameters, samples, tokens and FLOPs of all
+            the row of the ledger: loss (infinite if it is not finite), parameters, samples, tokens and FLOPs of all
             clients, bytes of a client in both directions, rounds, seconds, ``worst``, the largest loss of a client, and
             ``keeps``, whether optimizers have a state that a client could keep.
         """
@@ -111,7 +111,7 @@ class Project:
                 loss = math.inf
             worst = math.nan
             if each_client:
-                # Training data need not be what validation_step takes, and what only looks on ends no study.
+                # validation_step may not accept training data; an optional measurement must not stop the study.
                 with suppress(Exception):
                     worst = max(self._losses_of_clients(pl.Trainer(**options), net, batches), default=math.nan)
         ledger = counts.ledger
@@ -133,7 +133,7 @@ class Project:
         }
 
     def _losses_of_clients(self, test: pl.Trainer, net: pl.LightningModule, batches: _BatchSize) -> list[float]:
-        # A Trainer of its own: one that has a data module sets it up again for every client.
+        # This takes a separate Trainer, since one with a data module would set that up again for every client.
         loader = batches.loader
         if loader is None:
             return []
@@ -147,12 +147,12 @@ class Project:
 
 
 def _is_plain(optimizer: torch.optim.Optimizer) -> bool:
-    """Whether it is SGD without momentum, which remembers nothing."""
+    """Return whether the optimizer is SGD without momentum, which has no state."""
     return isinstance(optimizer, torch.optim.SGD) and not any(group["momentum"] for group in optimizer.param_groups)
 
 
 class _BatchSize(pl.Callback):
-    """Makes the project train with batches of a size; 0 leaves them as they are."""
+    """Sets the batch size of the project's train loader; 0 leaves it unchanged."""
 
     def __init__(self, size: int) -> None:
         self._size = size
@@ -166,7 +166,7 @@ class _BatchSize(pl.Callback):
 
 
 class _Sent(pl.Callback):
-    """Adds up what clients send and receive."""
+    """Sums the bytes that clients send and receive."""
 
     def __init__(self) -> None:
         self.total, self.clients = 0.0, 0
@@ -178,14 +178,14 @@ class _Sent(pl.Callback):
 
 
 class _Counts(ComputeAccounting):
-    """Without a table at the end of each run."""
+    """`ComputeAccounting` without a table at the end of each run."""
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Say nothing."""
+        """Print nothing."""
 
 
 def at_rate(module: pl.LightningModule, factor: float) -> pl.LightningModule:
-    """The module with its learning rates times a factor, those of its schedulers too."""
+    """Multiply the learning rates of the module's optimizers and schedulers by a factor."""
     if factor == 1.0:
         return module
     configure = module.configure_optimizers
@@ -208,9 +208,9 @@ _RATES = ("lr", "initial_lr", "max_lr", "min_lr")
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Without what every Trainer says of itself.
+    """Silence the messages that every Trainer logs about itself.
 
-    Where both of Lightning's packages are there, both say it by the logger of the one that was imported last.
+    If both of Lightning's packages are installed, both log with the logger of the one that was imported last.
     """
     logs = [logging.getLogger(name) for name in ("lightning.pytorch", "pytorch_lightning")]
     levels = [log.level for log in logs]
@@ -226,10 +226,10 @@ def quiet() -> Iterator[None]:
 
 
 def _loss_in(metrics: Sequence[Any], loss: str | None) -> float:
-    """The validation loss in what ``trainer.validate`` returns.
+    """Find the validation loss in the result of ``trainer.validate``.
 
     Raises:
-        ValueError: if none of its names was logged.
+        ValueError: if the loss was not logged under any of its names.
     """
     logged = {name: float(value) for each in metrics for name, value in each.items()}
     names = LOSSES if loss is None else (loss,)
