@@ -1,7 +1,7 @@
 """The command ``fedscale``.
 
-One file per sub-command; its arguments are those of a function, with the types and the words of its docstring. Only
-``train`` has Hydra's command line.
+Each sub-command is a function in its own file: its arguments, types and docstring make the command line and the help.
+Only ``train`` has Hydra's command line.
 """
 
 from __future__ import annotations
@@ -35,17 +35,17 @@ COMMANDS: dict[str, Callable[..., None]] = {
 
 _KEPT = " Runs that were finished are kept: the same command goes on with those that are missing."
 _AFTERWARDS = {"size": _KEPT, "sweep": _KEPT}
-"""What is left by a command that was interrupted."""
+"""Messages of commands that can be resumed after an interruption."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line.
 
     Args:
-        arguments: what follows ``fedscale``; None for those of this process.
+        arguments: the arguments after ``fedscale``; None for those of this process.
 
     Returns:
-        The exit code: 0, 1 if what was asked for is not possible, or 130 after Ctrl-C. Wrong arguments exit with 2.
+        The exit code: 0, 1 if the request cannot be fulfilled, or 130 after Ctrl-C. Invalid arguments exit with 2.
     """
     try:
         try:
@@ -58,9 +58,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _run(given: Sequence[str]) -> int:
     if (here := str(Path.cwd())) not in sys.path:
-        sys.path.insert(0, here)  # where the user's own modules are, as for a script
+        sys.path.insert(0, here)  # to import the user's own modules, as for a script
     if given and given[0] == "train":
-        from lightning_fedscale.cli.train import train  # not before it is wanted: Hydra takes a while
+        from lightning_fedscale.cli.train import train  # only when needed, since importing Hydra is slow
 
         return train(given[1:])
     command, values = parse(COMMANDS, given, {"train": "Train a module and its data on federated clients, by Hydra."})

@@ -1,4 +1,4 @@
-"""From functions to a command line, with the syntax of LightningCLI."""
+"""Make a command line from functions, with the syntax of LightningCLI."""
 
 from __future__ import annotations
 
@@ -15,24 +15,24 @@ from jsonargparse.typing import register_type
 from lightning_fedscale.cli.makers import Maker
 
 _PATHS = {"run": (None, "folder of a run"), "runs": ("+", "CSV files, directories of runs, or patterns of them")}
-"""Arguments without a flag, since a shell's pattern may have made them: how many there are, and what they are."""
+"""Positional arguments, which a shell may have expanded from a pattern: their number and their help."""
 
 _NESTED = re.compile(r"--(module|data|strategy)\.([^=\s]+)(?:=(.*))?", re.DOTALL)
-"""Arguments of what a `Maker` names, and of the strategy."""
+"""Arguments of the object that a `Maker` names, and of the strategy."""
 
-register_type(Maker, serializer=str, deserializer=str)  # imported once everything else is right
+register_type(Maker, serializer=str, deserializer=str)  # the class is imported after all arguments are parsed
 
 _JSON = re.compile(r"^ +json: (.*)$", re.MULTILINE)
 _REQUIRED = re.compile(r"(the following arguments are required: )(\w+\..*)")
 
 
 class Named(NamedTuple):
-    """What a `Maker` is to be made of.
+    """The arguments of a `Maker`.
 
     Attributes:
-        argument: for which it was named.
-        path: of a class or function.
-        arguments: of it.
+        argument: name of the command's argument.
+        path: path of a class or function.
+        arguments: arguments of the class or function.
     """
 
     argument: str
@@ -40,10 +40,10 @@ class Named(NamedTuple):
     arguments: dict[str, Any]
 
     def made(self) -> Maker:
-        """The maker.
+        """Make the maker.
 
         Raises:
-            ValueError: if there is no such thing, or it has no such argument.
+            ValueError: if the path cannot be imported, or the object has no such argument.
         """
         try:
             return Maker(self.path, self.arguments)
@@ -52,7 +52,7 @@ class Named(NamedTuple):
 
 
 class _Parser(ArgumentParser):
-    """Says what is missing as people type it, and with the usage of the sub-command."""
+    """A parser that reports missing arguments in the form of the command line, with the sub-command's usage."""
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         found, chosen = _REQUIRED.fullmatch(message), self._subcommands_action
@@ -68,14 +68,14 @@ def parse(
     arguments: Sequence[str],
     others: Mapping[str, str] | None = None,
 ) -> tuple[str, dict[str, Any]]:
-    """The sub-command and its values; exits with 2 for arguments that are wrong.
+    """Parse the sub-command and its values; exit with 2 for invalid arguments.
 
-    Modules and data modules are built; those that a `Maker` stands for are only `Named`.
+    Modules and data modules are built, but those of a `Maker` are returned as `Named`.
 
     Args:
         commands: functions by the names of their sub-commands.
-        arguments: what follows ``fedscale``.
-        others: what sub-commands do that have a command line of their own; they are listed.
+        arguments: the arguments after ``fedscale``.
+        others: help of the sub-commands with a custom command line, to list them.
     """
     about = "Federated learning for PyTorch Lightning"
     parser = _Parser(prog="fedscale", description=about, version=version("lightning-fedscale"))
@@ -111,7 +111,7 @@ def parse(
 
 
 def _underscored(word: str) -> str:
-    """``--study-minutes`` is ``--study_minutes``; a flag alone is true.
+    """Convert ``--study-minutes`` to ``--study_minutes``, and ``--json=true`` to ``--json``.
 
     Example:
         >>> _underscored("--study-minutes=5"), _underscored("--json=true"), _underscored("-3")
@@ -124,12 +124,12 @@ def _underscored(word: str) -> str:
 
 
 def _makers(function: Callable[..., None] | None) -> list[str]:
-    """Names of its arguments that a `Maker` is passed for."""
+    """Return the names of the function's arguments that take a `Maker`."""
     return [] if function is None else [name for name, kind in get_type_hints(function).items() if kind is Maker]
 
 
 def _nested(given: Sequence[str]) -> tuple[dict[str, dict[str, Any]], list[str]]:
-    """Arguments of modules, data modules and the strategy, which are made later, and the other arguments.
+    """Separate the arguments of modules, data modules and the strategy, which are made later, from the others.
 
     Example:
         >>> _nested(["size", "--data", "my.Data", "--data.batch_size=64", "--module.layers", "[1, 2]"])

@@ -1,4 +1,4 @@
-"""``fedscale bench``: which executor is fastest here, and what federation costs."""
+"""``fedscale bench``: time the executors against a plain Trainer."""
 
 from __future__ import annotations
 
@@ -32,13 +32,13 @@ from lightning_fedscale.types import Cursor
 from lightning_fedscale.utils.checks import integer
 
 _TURNS = 3
-"""Of each contender, one after the other, so that a machine that slows down does so for all."""
+"""Turns of each contender. Contenders alternate, so that a machine that slows down affects all of them."""
 
 _WARM_UP = 25
-"""Steps that are not timed: side by side, those of one form are recorded the twentieth time."""
+"""Steps that are not timed: the vectorized executor records a graph at the twentieth step with the same signature."""
 
 _FEWEST_ROUNDS = 3
-"""To be timed in a turn, however long they take."""
+"""Fewest rounds that are timed in a turn, even if they take longer than the turn."""
 
 _NAMES = {
     "central": "plain Trainer, as many batches",
@@ -49,10 +49,10 @@ _NOT_POSSIBLE = "side by side they cannot: "
 
 
 class Pace(NamedTuple):
-    """How fast rounds are.
+    """The timed rounds of an executor or of the plain Trainer.
 
     Attributes:
-        seconds: of every round that was timed; of the plain Trainer, of as many batches.
+        seconds: seconds of each timed round; for the plain Trainer, of the same number of batches.
         obstacle: why this executor cannot train this module; None if it can.
     """
 
@@ -60,7 +60,7 @@ class Pace(NamedTuple):
     obstacle: str | None = None
 
     def facts(self, batches: int, central: float) -> dict[str, Any]:
-        """In numbers, given the batches of a round and the seconds that these take centrally."""
+        """Summarise, given the number of batches in a round and the seconds that the plain Trainer takes for them."""
         if self.obstacle is not None:
             return {"obstacle": self.obstacle}
         each = median(self.seconds)
@@ -84,7 +84,7 @@ def bench(
     accelerator: str = "auto",
     json: bool = False,
 ) -> None:
-    """Time rounds with each executor against plain steps on as many batches of the same sizes.
+    """Time rounds with each executor against plain steps on the same number of batches of the same sizes.
 
     Args:
         module: class of the LightningModule, such as my_package.MyModule; its arguments follow as --module.name. By
@@ -144,14 +144,14 @@ class _Contest:
 
     @property
     def batches(self) -> int:
-        """In a round."""
+        """Number of batches in a round."""
         return self.cohort * self.local_steps
 
     def run(self) -> dict[str, Pace]:
-        """Everybody in turn, a few times."""
+        """Time the contenders in turn, `_TURNS` times."""
         found: dict[str, Pace] = {name: Pace([]) for name in _NAMES}
         for _ in range(_TURNS):
-            # Refusals of what cannot be federated come first.
+            # Federated runs come first, since they raise for modules that cannot be federated.
             for name in ("sequential", "vectorized", "central"):
                 if found[name].obstacle is None:
                     turn = self._central() if name == "central" else self._federated(name)
@@ -187,18 +187,18 @@ class _Contest:
             logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False, **options,
         )  # fmt: skip
         module, data = copy.deepcopy(self.module), copy.copy(self.data)
-        owner: Any = module if data is None else data  # whose hooks move batches
+        owner: Any = module if data is None else data  # its hooks move batches to the device
         owner.train_dataloader = lambda: loader
         trainer.fit(module, datamodule=data)
 
 
 class _Clock(Callback):
-    """Notes when rounds end, and ends training when enough of them were timed.
+    """Records when rounds end, and stops training after enough timed rounds.
 
     Args:
         every: steps of the Trainer in a round.
-        warm_up: rounds that are not timed.
-        seconds: how long to time.
+        warm_up: number of rounds that are not timed.
+        seconds: least total time of the timed rounds.
     """
 
     def __init__(self, every: int, warm_up: int, seconds: float) -> None:
@@ -206,7 +206,7 @@ class _Clock(Callback):
         self._ends: list[float] = []
 
     def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
-        """A step is over."""
+        """Record the time at the end of each round."""
         if trainer.global_step % self._every:
             return
         if trainer.strategy.root_device.type == "cuda":
@@ -216,13 +216,13 @@ class _Clock(Callback):
         trainer.should_stop = len(timed) > _FEWEST_ROUNDS and timed[-1] - timed[0] >= self._seconds
 
     def times(self) -> list[float]:
-        """Seconds of each round that was timed."""
+        """Return the seconds of each timed round."""
         timed = self._ends[self._warm_up - 1 :]
         return [after - before for before, after in pairwise(timed)]
 
 
 class _Batches:
-    """The batches of endless rounds, one after the other: of the sizes that clients have, from their own samples."""
+    """The batches of an endless sequence of rounds, with each client's own samples and batch sizes."""
 
     def __init__(
         self, loader: DataLoader[Any], module: pl.LightningModule, partition: Partition, cohort: int, local_steps: int
@@ -244,7 +244,7 @@ class _Batches:
             turn += 1
 
     def _of(self, client: int, number: int) -> list[list[int]]:
-        """The batches of a client's pass over its data."""
+        """Return the batches of one pass of a client over its data."""
         samples = self._partition.client(client)
         order = pass_order(samples, shuffle=self._cut.shuffle, seed=0, client=client, number=number)
         return self._cut.batches(order)

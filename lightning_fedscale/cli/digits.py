@@ -1,4 +1,4 @@
-"""What the command line trains when it is given nothing: scikit-learn's handwritten digits, read by a perceptron."""
+"""The default model and data of the command line: a perceptron on scikit-learn's handwritten digits."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ _TRAIN, _VAL = 1200, 297  # of 1,797 images in a fixed random order; the last 30
 
 
 class Digits(pl.LightningDataModule):
-    """1,797 images of eight by eight pixels, as vectors, and which digit they show.
+    """1,797 images of handwritten digits with eight by eight pixels, as vectors, with their labels.
 
     Args:
-        batch_size: images in a batch of training.
+        batch_size: images in a training batch.
 
     Raises:
-        ValueError: without scikit-learn, which has the images.
+        ValueError: if scikit-learn, which provides the images, is not installed.
 
     Example:
         >>> data = Digits()
@@ -52,15 +52,15 @@ class Digits(pl.LightningDataModule):
         )
 
     def train_dataloader(self) -> DataLoader[tuple[Tensor, ...]]:
-        """Shuffled batches for training."""
+        """Return shuffled batches for training."""
         return DataLoader(self.train, self.batch_size, shuffle=True)
 
     def val_dataloader(self) -> DataLoader[tuple[Tensor, ...]]:
-        """All images for validation in one batch."""
+        """Return all validation images in one batch."""
         return DataLoader(self.val, len(self.val))
 
     def test_dataloader(self) -> DataLoader[tuple[Tensor, ...]]:
-        """All images for testing in one batch."""
+        """Return all test images in one batch."""
         return DataLoader(self.test, len(self.test))
 
 
@@ -68,7 +68,7 @@ class Classifier(pl.LightningModule):
     """A perceptron with one hidden layer.
 
     Args:
-        width: of the hidden layer; the model has about 75 parameters for each.
+        width: width of the hidden layer; each unit has 75 parameters.
         lr: learning rate of SGD.
 
     Example:
@@ -83,23 +83,23 @@ class Classifier(pl.LightningModule):
         self.net = nn.Sequential(nn.Linear(64, width), nn.ReLU(), nn.Linear(width, 10))
 
     def forward(self, images: Tensor) -> Tensor:
-        """One value for each digit."""
+        """Compute a logit for each digit."""
         values: Tensor = self.net(images)
         return values
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
-        """Cross-entropy of a batch."""
+        """Compute the cross-entropy of a batch."""
         images, labels = batch
         loss = F.cross_entropy(self(images), labels)
         self.log("train_loss", loss, on_step=False, on_epoch=True)
         return loss
 
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
-        """Logs ``val_loss`` and ``val_accuracy``."""
+        """Log ``val_loss`` and ``val_accuracy``."""
         self._evaluate("val", batch)
 
     def test_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
-        """Logs ``test_loss`` and ``test_accuracy``."""
+        """Log ``test_loss`` and ``test_accuracy``."""
         self._evaluate("test", batch)
 
     def _evaluate(self, stage: str, batch: tuple[Tensor, Tensor]) -> None:
@@ -113,5 +113,5 @@ class Classifier(pl.LightningModule):
         )
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        """SGD."""
+        """Return SGD."""
         return torch.optim.SGD(self.parameters(), lr=self.lr)

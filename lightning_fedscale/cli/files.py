@@ -1,4 +1,4 @@
-"""Files and folders that a command was asked to write."""
+"""Writing the files and folders of a command."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from pathlib import Path
 
 
 def written(argument: str, file: str, write: Callable[[], object]) -> None:
-    """Write a file, with the folders above it.
+    """Write a file, and create its parent folders.
 
     Raises:
-        ValueError: if that cannot be; names the argument.
+        ValueError: if it cannot be written; the message names the argument.
     """
     try:
         Path(file).parent.mkdir(parents=True, exist_ok=True)
@@ -20,10 +20,10 @@ def written(argument: str, file: str, write: Callable[[], object]) -> None:
 
 
 def made(argument: str, folder: str) -> None:
-    """Make a folder before the work whose results it is for.
+    """Create the folder for results before the work starts.
 
     Raises:
-        ValueError: if that cannot be; names the argument.
+        ValueError: if it cannot be created; the message names the argument.
     """
     try:
         Path(folder).mkdir(parents=True, exist_ok=True)

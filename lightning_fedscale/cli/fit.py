@@ -1,4 +1,4 @@
-"""``fedscale fit``: a scaling law of one's own, from runs."""
+"""``fedscale fit``: fit a scaling law to runs."""
 
 from __future__ import annotations
 
@@ -34,17 +34,17 @@ def fit(
 
     Args:
         runs: CSV files, or directories of runs that were trained with ComputeAccounting; patterns such as 'multirun/*'
-            will do.
+            are accepted.
         law: form of the law, by name.
         loss: name of the logged loss; by default the first of the usual names.
-        task: what the runs did; the law holds for that.
-        holdout: measure the error on the runs of the largest compute first, without them in the fit.
-        bootstrap: number of refits behind the intervals.
-        flops_per: FLOPs per parameter and token, where these are right and far from 6.
-        partition: fit the runs of this partition alone: a partitioner's name, or the file of a saved partition.
-        method: fit the runs of this method alone.
-        batch_size: fit the runs with this batch alone.
-        local_steps: fit the runs with so many local steps alone.
+        task: the task of the runs, for which the law will hold.
+        holdout: first measure the error on the runs of the largest compute, by a fit without them.
+        bootstrap: number of refits for the intervals.
+        flops_per: expected FLOPs per parameter and token, if these are far from 6.
+        partition: fit only the runs of this partition: a partitioner's name, or the file of a saved partition.
+        method: fit only the runs of this method.
+        batch_size: fit only the runs with this batch size.
+        local_steps: fit only the runs with this number of local steps.
         output: folder for fedscale_law.json, report.md and fit.png.
         json: print one JSON object instead of tables.
     """
@@ -57,7 +57,7 @@ def fit(
 
 
 def _expanded(runs: list[str]) -> list[str]:
-    """Patterns that no shell has expanded; what matches nothing stays as it is, to be named."""
+    """Expand patterns that the shell has not; keep what matches nothing, so that an error names it."""
     return [
         path
         for each in runs
@@ -66,7 +66,7 @@ def _expanded(runs: list[str]) -> list[str]:
 
 
 def finish(found: Fit, output: str, json: bool) -> None:
-    """Write a fit's law and report, and show it."""
+    """Write a fit's law and report, and print a summary."""
     page, law = Path(output, "report.md"), Path(output, LAW_FILE)
     written("output", str(page), lambda: write_report(found, output))
     written("output", str(law), lambda: found.save(law))

@@ -1,4 +1,4 @@
-"""A project's own class or function, named on the command line, with arguments of its own."""
+"""A project's own class or function, named on the command line, with its arguments."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from typing import Any
 
 
 class Maker:
-    """What ``--module my.Net --module.depth=3`` names.
+    """A callable for arguments such as ``--module my.Net --module.depth=3``.
 
-    It can be pickled: what it names is looked up by its path.
+    It can be pickled, since the class or function is imported by its path.
 
     Args:
-        path: of a class or function.
-        arguments: that it is always called with.
+        path: path of a class or function.
+        arguments: arguments of every call.
 
     Raises:
-        ValueError: if there is no such thing, or it has no such argument.
+        ValueError: if the path cannot be imported, or the object has no such argument.
 
     Example:
         >>> made = Maker("fractions.Fraction", {"denominator": 4})
@@ -46,15 +46,15 @@ class Maker:
                     raise ValueError(f"has no argument {each}; there are {', '.join(known) or 'none'}.")
 
     def twin_of(self, function: Callable[..., Any], arguments: Mapping[str, Any]) -> Callable[..., Any]:
-        """A function of this package, for whichever of Lightning's two packages the module is of.
+        """Return the version of a function for the one of Lightning's two packages that the module belongs to.
 
         Args:
-            function: that is there twice.
-            arguments: with which the module can be made, to see what it is.
+            function: a function that has a version for each package.
+            arguments: arguments to make the module with, to find its type.
         """
         kind = self._made
         if not isinstance(kind, type):
-            with suppress(Exception):  # what is wrong with it, the function tells
+            with suppress(Exception):  # the function will report the error
                 kind = type(self(**arguments))
         twin = sys.modules.get("pytorch_lightning")
         if twin is None or not isinstance(kind, type) or not issubclass(kind, twin.LightningModule):
@@ -64,7 +64,7 @@ class Maker:
         return found
 
     def __call__(self, **arguments: Any) -> Any:
-        """Make it, with these arguments as well."""
+        """Call the class or function, with these arguments too."""
         return self._made(**{**self.arguments, **arguments})
 
     def __reduce__(self) -> tuple[Any, ...]:

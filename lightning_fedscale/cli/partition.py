@@ -1,4 +1,4 @@
-"""``fedscale partition``: who holds what, before anything is trained."""
+"""``fedscale partition``: show a partition of the data before training."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ from lightning_fedscale.study.loaders import train_loader
 from lightning_fedscale.utils.checks import integer
 
 _MOST_SHOWN = 20
-"""Clients that the table has a row for, and labels that it has a column for."""
+"""Largest number of clients (rows) and of labels (columns) in the table."""
 
 _MOST_LABELS = 1000
-"""Of more different ones it is doubted that they are labels at all."""
+"""Values with more distinct classes than this are not treated as labels."""
 
 _MOST_PLOTTED = 200
 
@@ -52,16 +52,16 @@ def partition(
     Args:
         data: class of the LightningDataModule, such as my_package.MyData; its arguments follow as --data.name. By
             default scikit-learn's digits.
-        partitioner: a name such as 'iid', 'dirichlet' or 'natural_id', the class of one with arguments of its own,
-            --partitioner lightning_fedscale.partitioners.ShardPartitioner --partitioner.num_partitions 10, or the file
-            of a saved partition.
+        partitioner: a name such as 'iid', 'dirichlet' or 'natural_id'; a class with its arguments, --partitioner
+            lightning_fedscale.partitioners.ShardPartitioner --partitioner.num_partitions 10; or the file of a saved
+            partition.
         clients: number of clients, for a partitioner given by name; 10 by default.
-        alpha: of 'dirichlet': the smaller, the fewer labels for each client; 0.5 by default.
-        partition_by: column, key or attribute with the labels or ids, or their position where samples are tuples, for a
+        alpha: concentration of 'dirichlet'; smaller values give each client fewer labels; 0.5 by default.
+        partition_by: column, key or attribute with the labels or ids, or their position if samples are tuples, for a
             partitioner given by name.
-        seed: of a partitioner given by name; its own default is 42.
-        plot: file for a figure of which client holds how much of which label.
-        save: file for the partition, which Partition.load reads.
+        seed: seed of a partitioner given by name; 42 by default.
+        plot: file for a figure of the labels of each client.
+        save: file for the partition, for Partition.load.
         json: print one JSON object instead of tables.
     """
     dataset = train_loader(None, Digits() if data is None else data).dataset
@@ -87,7 +87,7 @@ def partition(
 
 
 def _labels(dataset: Any, partition_by: str | None) -> Labels | None:
-    """The labels; None if there are none, or so many different ones that they are none."""
+    """Return the labels; None if there are none, or too many distinct ones."""
     try:
         labels = find_labels(dataset, partition_by)
         return labels if len(encode_classes(labels)[0]) <= _MOST_LABELS else None
@@ -143,7 +143,7 @@ def _show(console: Console, made: Partitioner, labels: Labels | None) -> None:
 
 
 def _show_clients(console: Console, found: Partition, labels: Labels | None) -> None:
-    """A row for each client, where there are few."""
+    """Print a table with a row for each client."""
     names = [] if labels is None else encode_classes(labels)[0].tolist()
     shown = names if len(names) <= _MOST_SHOWN else []
     table = Table("Client", "Samples", *(str(name) for name in shown))

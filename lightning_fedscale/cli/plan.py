@@ -1,4 +1,4 @@
-"""``fedscale plan``: what compute buys for a number of clients."""
+"""``fedscale plan``: plan a run for a compute budget and a number of clients."""
 
 from __future__ import annotations
 
@@ -33,23 +33,25 @@ def plan(
     plot: str | None = None,
     json: bool = False,
 ) -> None:
-    """Say how large a model to train, on how much data, for so much compute and so many clients.
+    """Plan how large a model to train, on how much data, for a compute budget and a number of clients.
 
     Args:
         flops: training compute of all clients together, such as 1e20.
         clients: number of clients that train in a round; several in a list, '[1, 10, 100]'; by default those of
             the partition, or of the law's runs.
-        law: a scaling law by name, or a file of fedscale fit; by default fedscale_law.json of this folder, if there is
+        law: a scaling law by name, or a file of fedscale fit; by default fedscale_law.json of this folder if there is
             one, else Chinchilla's, which holds for text.
-        rho: what division among clients costs: 1 counts the average client's compute, 0 all of it; the two ends of a
-            span in a list; by default the one that was measured with the law, else 0 to 1, and the plan is for 1.
-        device: what the clients are, such as 'phone', for memory and time; several in a list, '[phone, jetson]'.
-        tokens: that each client holds, if that is few.
+        rho: cost of dividing the compute among clients: 1 counts the average client's compute, 0 that of all clients;
+            the two ends of an interval in a list; by default the value measured with the law, else 0 to 1, and the plan
+            is for 1.
+        device: device class of the clients, such as 'phone', for memory and time; several in a list, '[phone, jetson]'.
+        tokens: tokens that each client has, if these are few.
         local_steps: batches between exchanges; by default those of the law's runs, else 30.
-        utilization: share of the devices' peak speed that training reaches.
-        activation_bytes: of a token in the batch, to limit the batch by memory; fedscale probe finds them per sample.
-        batch_size: of a client, in samples; by default that of the law's runs.
-        method: how clients will train, such as 'scaffold', to be compared with the law's runs.
+        utilization: fraction of the devices' peak speed that training reaches.
+        activation_bytes: bytes per token in the batch, to limit the batch by memory; fedscale probe finds them per
+            sample.
+        batch_size: a client's batch size, in samples; by default that of the law's runs.
+        method: method of the clients, such as 'scaffold', to be compared with the law's runs.
         partition: how the data will be divided, to be compared with the law's runs: a partitioner's name, or the file
             of a saved partition.
         plot: file for a figure of size and loss over the number of clients.
@@ -60,7 +62,7 @@ def plan(
     if not numbers:
         raise ValueError("clients=[]: pass a number of clients, or several in a list.")
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="plan: ")  # which the notes say
+        warnings.filterwarnings("ignore", message="plan: ")  # printed as notes instead
         plans = [
             make_plan(
                 flops, number, law, rho, kinds, tokens, local_steps, utilization, activation_bytes,
@@ -99,7 +101,7 @@ def _table(plans: list[Plan]) -> Table:
     for column in table.columns[1:]:
         column.justify = "right"
     for column in table.columns:
-        column.overflow = "fold"  # numbers that are cut off are wrong
+        column.overflow = "fold"  # truncated numbers would be wrong
     cells = [_cells(each) for each in plans]
     for name in cells[0]:
         if any(row := [each[name] for each in cells]):

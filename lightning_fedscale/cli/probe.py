@@ -1,4 +1,4 @@
-"""``fedscale probe``: how large a batch fits, without a Trainer."""
+"""``fedscale probe``: find the largest batch that fits, without a Trainer."""
 
 from __future__ import annotations
 
@@ -32,11 +32,11 @@ def probe(
     Args:
         module: class of the LightningModule, such as my_package.MyModule; its arguments follow as --module.name.
         data: class of the LightningDataModule, if the module has no train_dataloader of its own.
-        budget: memory that may be used: bytes, '8GiB', a device class such as 'phone', or 'auto' for what is free
-            here; several in a list, '[8GiB, phone, t4]'.
+        budget: memory that may be used: bytes, '8GiB', a device class such as 'phone', or 'auto' for the free memory
+            of this machine; several in a list, '[8GiB, phone, t4]'.
         headroom: share of each budget to leave free.
-        precision: as of a Trainer.
-        max_samples: largest batch that is wanted; without it none above 16,777,216 is looked for.
+        precision: precision, as for a Trainer.
+        max_samples: limit of the batch size; 16,777,216 by default.
         json: print one JSON object instead of tables.
     """
     limit = None if max_samples is None else integer("max_samples", max_samples)
@@ -70,7 +70,7 @@ def _bytes(budget: str) -> int:
 
 
 def _batch(module: pl.LightningModule, data: pl.LightningDataModule | None) -> Any:
-    """Two of the largest samples, as the project's own loader puts them together."""
+    """Collate two of the largest samples with the project's own loader."""
     loader = train_loader(module, data)
     sample = largest_sample(loader.dataset).sample
     return loader.collate_fn(sample if loader.batch_sampler is None else [sample] * 2)

@@ -1,4 +1,4 @@
-"""What commands ask of this machine."""
+"""Checks of this machine for commands."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from lightning_fedscale.study.trial import quiet
 
 
 def check_accelerator(accelerator: str) -> None:
-    """Refuse an accelerator that is not there before anything else is done.
+    """Check that the accelerator is available, before any work is done.
 
     Raises:
-        ValueError: if it is not there, or unknown; names the argument.
+        ValueError: if it is not available or unknown; the message names the argument.
     """
     try:
         with quiet():

@@ -1,4 +1,4 @@
-"""``fedscale report``: one page about a finished run."""
+"""``fedscale report``: write one page about a finished run."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ def report(run: str, output: str | None = None, json: bool = False) -> None:
     """Write one page about a finished run: curves, phases, position, costs, probe and settings.
 
     Args:
-        run: folder that a logger wrote, such as lightning_logs/version_0: TensorBoard's events, metrics.csv,
-            hparams.yaml, position.json; what it lacks is left out.
+        run: folder of a logger, such as lightning_logs/version_0, with TensorBoard's events, metrics.csv, hparams.yaml
+            or position.json; sections without data are left out.
         output: file to write, .html or .md; by default report.html in that folder.
         json: print all numbers as one JSON object, curves included, instead of a table.
     """

@@ -1,4 +1,4 @@
-"""``fedscale size``: what to train, measured on the project's own clients."""
+"""``fedscale size``: find what to train, by runs on the project's own clients."""
 
 from __future__ import annotations
 
@@ -46,31 +46,31 @@ def size(
     """Find the size, method, batch and local steps for clients and a budget, by training on the clients' own data.
 
     Args:
-        module: class or function that makes the LightningModule of a size, such as my_package.MyModule; other arguments
-            of it follow as --module.name=value.
+        module: class or function that makes the LightningModule of a size, such as my_package.MyModule; its other
+            arguments follow as --module.name=value.
         data: class of the LightningDataModule, with a validation loader; its arguments follow as --data.name=value.
         flops: training compute of a whole run, of all clients together, such as 1e12.
-        argument: name of the module's argument that makes the model larger or smaller.
-        current: its value in the model that there is; by default the argument's own default.
-        partition: who holds what: a file of fedscale partition --save, or a partitioner's name.
-        clients: how many, for a partitioner's name; 10 by default.
-        clients_per_round: how many of them train in a round; all by default.
-        study_minutes: how long the study may take.
-        study_flops: training compute that it may take; by default as much as it has time for.
-        sizes: to try; by default seven around the current one, by factors of two.
-        methods: to try, by name; by default all that this command knows.
-        strategy: arguments of FederatedStrategy that all methods have, such as --strategy.compressor=qsgd.
-        batch_sizes: of a client, to try; by default the data's own and four times that.
-        local_steps: batches of a client in a round, to try.
+        argument: name of the module's argument that sets the model's size.
+        current: value of the argument in the current model; by default the argument's default.
+        partition: a partitioner's name, or a file of fedscale partition --save.
+        clients: number of clients, for a partitioner's name; 10 by default.
+        clients_per_round: number of clients that train in a round; all by default.
+        study_minutes: time limit of the study, in minutes.
+        study_flops: limit of the study's training compute; none by default.
+        sizes: sizes to try; by default seven around the current one, by factors of two.
+        methods: methods to try, by name; by default all known ones.
+        strategy: arguments of FederatedStrategy for all methods, such as --strategy.compressor=qsgd.
+        batch_sizes: a client's batch sizes to try; by default the data's own and four times that.
+        local_steps: numbers of batches of a client in a round to try.
         rates: learning rates to try, as multiples of the module's own.
-        seeds: that the finalists train with, besides the one that chooses them.
-        seed: of weights, partition and order.
+        seeds: number of seeds of the finalists, besides the one that selects them.
+        seed: seed of weights, partition and order.
         loss: name of the logged validation loss; by default the first of the usual names.
-        workers: processes that train at a time.
-        accelerator: as of a Trainer.
-        runs: folder for every run; a study that was interrupted goes on there.
+        workers: number of processes that train at the same time.
+        accelerator: accelerator, as for a Trainer.
+        runs: folder for every run; an interrupted study resumes there.
         output: folder for size.md, size.png and size.json.
-        json: print one JSON object instead of words.
+        json: print one JSON object instead of a table and sentences.
     """
 
     def say(line: str) -> None:

@@ -1,4 +1,4 @@
-"""``fedscale sweep``: the smallest sweep that a scaling law can be fitted to, and the fit."""
+"""``fedscale sweep``: run the smallest sweep that a scaling law can be fitted to, and fit it."""
 
 from __future__ import annotations
 
@@ -41,28 +41,28 @@ def sweep(
     """Train a module in several sizes, with several numbers of clients, and fit a scaling law to the runs.
 
     Args:
-        module: class or function that makes the LightningModule of a size, such as my_package.MyModule; other arguments
-            of it follow as --module.name=value.
+        module: class or function that makes the LightningModule of a size, such as my_package.MyModule; its other
+            arguments follow as --module.name=value.
         data: class of the LightningDataModule, with a validation loader; its arguments follow as --data.name=value.
         flops: training compute of the largest runs, of all clients together, such as 1e12.
         sizes: values of the module's argument; they should span a factor of ten in parameters or more.
-        clients: numbers of clients that train in a round; by default those of the partition's file, else 1 and 4.
+        clients: numbers of clients that train in a round; by default that of the partition's file, else 1 and 4.
         partition: how the data is divided: a name such as 'dirichlet', or the file of a saved partition; in equal parts
             by default.
-        argument: name of the module's argument that makes the model larger or smaller.
-        method: how clients train, by a name that fedscale size knows, such as 'scaffold'.
+        argument: name of the module's argument that sets the model's size.
+        method: method of the clients, by a name of fedscale size, such as 'scaffold'.
         strategy: more arguments of FederatedStrategy, such as --strategy.compressor=qsgd.
-        batch_size: of a client; by default the data's own.
-        local_steps: batches of a client in a round.
+        batch_size: a client's batch size; by default the data's own.
+        local_steps: batches that a client trains on in a round.
         rates: learning rates to try for each size and number of clients, as multiples of the module's own; more are
-            tried where the best is the first or the last.
-        seeds: how many; where several, the first is there to find the learning rate, and the others count.
+            tried if the best is the first or the last.
+        seeds: number of seeds; if there are several, the first tunes the learning rate, and only the others count.
         loss: name of the logged validation loss; by default the first of the usual names.
         law: form of the law, by name.
-        task: what the module does; the law holds for that.
-        bootstrap: number of refits behind the intervals.
-        accelerator: as of a Trainer.
-        runs: folder for the runs' table; a sweep that was interrupted goes on there.
+        task: the module's task, for which the law will hold.
+        bootstrap: number of refits for the intervals.
+        accelerator: accelerator, as for a Trainer.
+        runs: folder for the runs' table; an interrupted sweep resumes there.
         output: folder for fedscale_law.json, report.md and fit.png.
         json: print one JSON object instead of tables.
     """

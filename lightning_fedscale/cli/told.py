@@ -1,4 +1,4 @@
-"""How a command ends that was interrupted, or that nobody reads."""
+"""The exit of a command after an interruption or a broken pipe."""
 
 from __future__ import annotations
 
@@ -6,15 +6,15 @@ import os
 import sys
 
 INTERRUPTED = 130
-"""Exit code of a shell's command after Ctrl-C."""
+"""Exit code of a command after Ctrl-C."""
 
 
 def is_interruption(error: BaseException) -> bool:
-    """Whether it was Ctrl-C; Lightning makes an exit of it."""
+    """Return whether the cause was Ctrl-C, which Lightning may turn into an exit."""
     return isinstance(error, KeyboardInterrupt) or isinstance(error.__context__, KeyboardInterrupt)
 
 
 def nobody_reads() -> int:
-    """After a broken pipe: write no more; the exit code that a shell expects."""
+    """Discard further output after a broken pipe, and return the exit code that a shell expects."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 141

@@ -36,28 +36,28 @@ from lightning_fedscale.utils.checks import integer
 
 _FREE = re.compile(r"(model|data|trainer)\.")
 _UNIONS = (Union, UnionType)
-_CHECKPOINTS = ("last", "hpc")  # that Lightning finds itself
+_CHECKPOINTS = ("last", "hpc")  # Lightning finds these itself
 _DIGITS = "lightning_fedscale.cli.digits.Classifier"
 _OWN = re.compile(r"(model|data)\._target_=")
 
 
 class Refused(CompactHydraException):
-    """What the user can mend: Hydra prints its words, without a traceback, and exits with 1."""
+    """An error that the user can fix: Hydra prints its message without a traceback, and exits with 1."""
 
 
 def train(arguments: Sequence[str]) -> int:
     """Run ``fedscale train``.
 
     Args:
-        arguments: what follows ``fedscale train``, in Hydra's syntax.
+        arguments: the arguments after ``fedscale train``, in Hydra's syntax.
 
     Returns:
-        The exit code: 0, 1 if what was asked for is not possible, or 130 after Ctrl-C. Wrong flags exit with 2.
+        The exit code: 0, 1 if the request cannot be fulfilled, or 130 after Ctrl-C. Invalid flags exit with 2.
     """
     before = sys.argv
 
     def run(config: DictConfig) -> float | None:
-        # Lightning starts the other processes of this run, and not of a whole sweep, by this line.
+        # Lightning starts the other processes with this command line, so it must be that of one run, not of a sweep.
         sys.argv = [before[0], "train", *HydraConfig.get().overrides.task]
         return _run(config)
 
@@ -88,9 +88,9 @@ def _interrupted() -> int:
 
 
 def _check_folders(arguments: Sequence[str]) -> None:
-    """Hydra makes them, and shows a traceback where it cannot."""
+    """Create Hydra's output folders here, since Hydra shows a traceback if it cannot create them."""
     if any(each.startswith("-") and each not in ("-m", "--multirun", "--json") for each in arguments):
-        return  # nothing may be run at all, such as with --cfg job
+        return  # other flags, such as --cfg job, may not run anything
     for name, _, folder in (each.partition("=") for each in arguments):
         if name in ("hydra.run.dir", "hydra.sweep.dir") and "$" not in folder:
             try:
@@ -100,7 +100,7 @@ def _check_folders(arguments: Sequence[str]) -> None:
 
 
 def _did_you_mean(error: BaseException | None) -> str:
-    """For a key that does not exist, one that does."""
+    """Suggest an existing key for one that does not exist."""
     cause = None if error is None else error.__cause__ or error
     key, parent = getattr(cause, "key", None), getattr(cause, "parent_node", None)
     close = get_close_matches(str(key), list(map(str, parent)), n=1) if isinstance(parent, DictConfig) else []
@@ -109,7 +109,7 @@ def _did_you_mean(error: BaseException | None) -> str:
 
 @contextmanager
 def _help() -> Iterator[None]:
-    """The groups of ``trainer/strategy``, for applications of others, are those of ``strategy`` once more."""
+    """Hide the groups of ``trainer/strategy`` in the help: they repeat ``strategy``, for other applications."""
     text = io.StringIO()
     try:
         with redirect_stdout(text):
@@ -119,7 +119,7 @@ def _help() -> Iterator[None]:
 
 
 def _overrides(arguments: Sequence[str]) -> list[str]:
-    """In Hydra's words: classes of one's own have arguments of their own, and not those of the digits.
+    """Convert arguments to Hydra's syntax; a custom class does not inherit the arguments of the digits.
 
     Example:
         >>> _overrides(["model._target_=my.Module", "model.depth=2,4", "-m", "strategy.num_clients=3"])
@@ -136,14 +136,14 @@ def _overrides(arguments: Sequence[str]) -> list[str]:
     own = dict.fromkeys(found[1] for each in arguments if (found := _OWN.match(each)))
     chosen = {each.partition("=")[0] for each in arguments}
     groups = [f"{name}=own" for name in own if name not in chosen]
-    flags = [each for each in arguments if each in ("-m", "--multirun")]  # argparse wants none between overrides
+    flags = [each for each in arguments if each in ("-m", "--multirun")]  # argparse accepts no flag between overrides
     others = [f"++{each}" if _FREE.match(each) else each for each in arguments if each not in flags]
     first = next((i for i, each in enumerate(others) if "=" in each and not each.startswith("-")), len(others))
     return [*flags, *others[:first], *groups, *others[first:]]
 
 
 def _of_partition(arguments: Sequence[str]) -> list[str]:
-    """The flag of the other commands is an override here."""
+    """Convert the flag ``--partition`` of the other commands to an override."""
     found: list[str] = []
     rest = iter(arguments)
     for each in rest:
@@ -155,10 +155,10 @@ def _of_partition(arguments: Sequence[str]) -> list[str]:
 
 
 def _run(config: DictConfig) -> float | None:
-    """Train, test if asked, say what came out.
+    """Train, test if requested, and print the metrics.
 
     Returns:
-        The metric that a sweeper asked for, by its name.
+        The value of ``optimized_metric`` for a sweeper; None without one.
     """
     if missing := sorted(OmegaConf.missing_keys(config)):
         raise Refused(f"fedscale train: {missing[0]} has no default here: pass {missing[0]}=...")
@@ -171,7 +171,7 @@ def _run(config: DictConfig) -> float | None:
         try:
             (_print if config.json else _show)(metrics, HydraConfig.get().runtime.output_dir)
         except BrokenPipeError:
-            sys.exit(nobody_reads())  # Hydra would show a traceback
+            sys.exit(nobody_reads())  # without this, Hydra would show a traceback
     return _optimized(metrics, config.optimized_metric)
 
 
@@ -201,7 +201,7 @@ def _fit(config: DictConfig) -> tuple[pl.Trainer, dict[str, float]]:
 
 
 def _unnamed_data(config: DictConfig) -> bool:
-    """Whether there is a model of one's own, and of data only the default, which is for the model of the digits."""
+    """Return whether the model is custom but the data is the default, which is for the model of the digits."""
     choices, overrides = HydraConfig.get().runtime.choices, HydraConfig.get().overrides.task
     default = choices.get("data") == "digits" and "data=digits" not in overrides
     return default and OmegaConf.select(config, "model._target_") not in (None, _DIGITS)
@@ -209,12 +209,12 @@ def _unnamed_data(config: DictConfig) -> bool:
 
 def _trainer(config: DictConfig) -> pl.Trainer:
     if _names_a_file(config):
-        config.strategy.num_clients = None  # the default's; the file has its own
+        config.strategy.num_clients = None  # drop the default, since the file has its own number
     if (clients := OmegaConf.select(config, "strategy.num_clients")) is not None:
-        with _told():  # here, since the partitioner has it by another name
+        with _told():  # checked here, since the partitioner's argument has another name
             integer("strategy.num_clients", clients)
     strategy = _make(config, "strategy", pl.strategies.Strategy)
-    # Objects do not go through the configuration, which would copy them.
+    # Objects are passed directly, since the configuration would copy them.
     objects: dict[str, Any] = {} if strategy is None else {"strategy": strategy}
     objects["callbacks"] = [_make(config, f"callbacks.{name}", pl.Callback) for name in config.get("callbacks") or ()]
     loggers = [_make(config, f"logger.{name}", pl.loggers.Logger) for name in config.get("logger") or ()]
@@ -226,7 +226,7 @@ def _trainer(config: DictConfig) -> pl.Trainer:
 
 
 def _names_a_file(config: DictConfig) -> bool:
-    """Whether the data is divided as a file says, and nobody asks for a number of clients."""
+    """Return whether the partitioner is a file and no number of clients is passed."""
     partitioner = OmegaConf.select(config, "strategy.partitioner")
     if OmegaConf.is_dict(partitioner):
         partitioner = partitioner.get("path")
@@ -235,7 +235,7 @@ def _names_a_file(config: DictConfig) -> bool:
 
 
 def _check_trainer(config: DictConfig) -> None:
-    """Lightning looks at few of these before it runs into them."""
+    """Check the types of the Trainer's arguments, since Lightning checks few of them early."""
     hints = get_type_hints(pl.Trainer.__init__)
     for name, value in ((str(name), value) for name, value in config.items()):
         admitted = _classes(hints.get(name))
@@ -245,7 +245,7 @@ def _check_trainer(config: DictConfig) -> None:
 
 
 def _classes(hint: Any) -> tuple[type, ...]:
-    """The classes that a hint admits; none where it says more than that.
+    """Return the classes that a type hint admits; none if it contains anything but classes.
 
     Example:
         >>> _classes(int | None), _classes(Any)
@@ -271,7 +271,7 @@ def _check_processes(trainer: pl.Trainer) -> None:
 
 
 def _make(config: DictConfig, name: str, kind: type[Any]) -> Any:
-    """What a part of the configuration says; None where there is none."""
+    """Instantiate a part of the configuration; None if it is missing."""
     node = OmegaConf.select(config, name)
     if node is None:
         return None
@@ -287,7 +287,7 @@ def _make(config: DictConfig, name: str, kind: type[Any]) -> Any:
 
 @contextmanager
 def _told(what: str = "") -> Iterator[None]:
-    """Errors of arguments are told in their own words; a traceback is left to errors of the module and its data."""
+    """Report errors of arguments by their message only; errors of the module and its data keep a traceback."""
     try:
         yield
     except CompactHydraException as error:
@@ -321,7 +321,7 @@ def _show(metrics: dict[str, float], folder: str) -> None:
     table = Table("Metric", "Last value")
     table.columns[1].justify = "right"
     for name, value in metrics.items():
-        if name.partition("/")[0] not in NAMESPACES:  # those of rounds and callbacks have been shown
+        if name.partition("/")[0] not in NAMESPACES:  # metrics of rounds and callbacks were shown during training
             table.add_row(name, f"{value:.4g}")
     if table.rows:
         console.print(table)

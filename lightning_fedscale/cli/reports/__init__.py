@@ -1,7 +1,7 @@
-"""One page about a finished run: how it went, what it cost, and whether its model has the right size.
+"""One page about a finished run: its curves, its costs, and whether its model has the right size.
 
-Everything comes from what the run has left in its folder: TensorBoard's events or CSVLogger's ``metrics.csv``,
-``hparams.yaml``, and the ``position.json`` of `ComputeAccounting`. What a run lacks is left out.
+All data comes from the run's folder: TensorBoard's events or CSVLogger's ``metrics.csv``, ``hparams.yaml``, and the
+``position.json`` of `ComputeAccounting`. Sections without data are left out.
 """
 
 from lightning_fedscale.cli.reports.facts import facts

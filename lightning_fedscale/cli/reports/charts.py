@@ -1,4 +1,4 @@
-"""Charts of a run, as SVG."""
+"""Charts of a run as SVG."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _MOST_POINTS = 1000
-"""To a curve; more are not told apart, and make pages slow."""
+"""Limit of the points of a curve; more cannot be distinguished, and make pages slow."""
 
 _AXES = {"compute/flops_total": "training FLOPs", "round/simulated_total": "simulated seconds"}
-"""What curves are shown over beside steps, where it was logged."""
+"""Quantities that curves are shown over besides steps, if they were logged."""
 
 GROUPS: dict[str, tuple[str, tuple[str, ...]]] = {
     "update norm": ("norm", ("round/delta_norm",)),
@@ -31,15 +31,15 @@ GROUPS: dict[str, tuple[str, tuple[str, ...]]] = {
     "privacy spent": ("epsilon", ("round/epsilon",)),
     "staleness in rounds": ("rounds", ("round/staleness",)),
 }
-"""How rounds went: titles of charts, what their axis shows, and the curves on them."""
+"""Charts of the rounds: title, label of the axis, and names of the curves."""
 
 
 class Picture(NamedTuple):
     """A chart, or a figure that the run logged.
 
     Attributes:
-        title: what it shows.
-        data: the file.
+        title: caption.
+        data: contents of the file.
         kind: "svg" or "png".
     """
 
@@ -49,29 +49,29 @@ class Picture(NamedTuple):
 
 
 def metric_charts(run: Run) -> list[Picture]:
-    """A chart for each kind of metric: over rounds, and over what they cost."""
+    """Draw a chart for each kind of metric, over rounds and over their costs."""
     kinds: dict[str, dict[str, Series[float]]] = {}
     for name, values in run.scalars.items():
         if is_metric(name) and len(finite := values[np.isfinite(values)]):
             kinds.setdefault(kind_of(name), {})[name] = finite
-    # Losses first, since every run has them.
+    # Losses come first, since every run has them.
     ordered = sorted(kinds.items(), key=lambda item: ("loss" not in item[0], item[0]))
     return [_over_all(run, kind, curves) for kind, curves in ordered]
 
 
 def round_charts(run: Run) -> list[Picture]:
-    """How the rounds went."""
+    """Draw the charts of the rounds."""
     return _charts(run, GROUPS)
 
 
 def client_charts(run: Run) -> list[Picture]:
-    """What was logged of clients, a chart for each name."""
+    """Draw a chart for each name that was logged per client."""
     names = [name for name in run.scalars if name.startswith("client/")]
     return _charts(run, {name: (name.removeprefix("client/"), (name,)) for name in names})
 
 
 def spread_charts(run: Run) -> list[Picture]:
-    """How a value is spread over clients: their mean, and the worst and the best tenth of them."""
+    """Draw how each value is distributed over clients: the mean, and the worst and best tenth."""
     found = []
     for name in clients(run):
         parts = {part: run.scalars.get(f"{name}/{part}") for part in ("mean", "worst10", "best10")}
@@ -82,7 +82,7 @@ def spread_charts(run: Run) -> list[Picture]:
 
 
 def phase_charts(run: Run) -> list[Picture]:
-    """Gradient norm and what the detector made of it, critical phases shaded, unless the run drew that itself."""
+    """Draw the gradient norm and the detector's values, with critical phases shaded, unless the run logged them."""
     charts = {
         "gradient norm": ("norm", ("grad_norm",)),
         "change and threshold": ("change", ("relative_change", "cumulative_sum", "threshold")),
@@ -96,7 +96,7 @@ def phase_charts(run: Run) -> list[Picture]:
 
 
 def position_chart(place: Mapping[str, Any]) -> Picture | None:
-    """Where the run stands between sizes, drawn from ``position.json``, which knows no more of the law."""
+    """Draw the run and the best size from the numbers in ``position.json``."""
     if not {"params", "optimal_params", "predicted_loss", "optimal_loss"} <= set(place):
         return None
     figure = _figure(1)
@@ -125,7 +125,7 @@ def _over_all(run: Run, kind: str, curves: dict[str, Series[float]]) -> Picture:
 
 
 def _charts(run: Run, groups: Mapping[str, tuple[str, tuple[str, ...]]]) -> list[Picture]:
-    """A chart for each title with curves that change; what stays the same is no news."""
+    """Draw a chart for each title that has a curve that is not constant."""
     found: list[Picture] = []
     for title, (label, names) in groups.items():
         known = {name: run.scalars[name] for name in names if name in run.scalars}
@@ -157,7 +157,7 @@ def _spread(run: Run, name: str, parts: pd.DataFrame) -> Picture:
 
 
 def _counts_batches(run: Run, curves: Iterable[Series[float]]) -> bool:
-    """Whether the axis of what clients logged goes beyond the rounds, since it counts their batches."""
+    """Return whether the clients' curves go beyond the last round, because their steps count batches."""
     return run.federated and max(int(each.index[-1]) for each in curves) > int(run.scalars["round/clients"].index[-1])
 
 
@@ -179,6 +179,6 @@ def _svg(figure: Figure) -> bytes:
     import matplotlib
 
     file = io.BytesIO()
-    with matplotlib.rc_context({"svg.hashsalt": "fedscale"}):  # the same run makes the same page
+    with matplotlib.rc_context({"svg.hashsalt": "fedscale"}):  # makes pages reproducible
         figure.savefig(file, format="svg", metadata={"Date": None})
     return file.getvalue()

@@ -1,4 +1,4 @@
-"""What a run's numbers say: metrics, costs, phases, probe, position, as plain dictionaries."""
+"""The facts of a run as plain dictionaries: metrics, costs, phases, probe, position."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from lightning_fedscale.types import NAMESPACES
 from lightning_fedscale.utils.fairness import part_of_spread
 
 _PARTS = ("train", "training", "val", "valid", "validation", "test", "step", "epoch", "round")
-"""What a metric's name says beside which metric it is."""
+"""Parts of a metric's name that do not identify the metric."""
 
 
 def facts(run: Run) -> dict[str, Any]:
-    """All of it, for machines; what a run lacks is left out, and what is not finite is None."""
+    """Return all facts for JSON; missing ones are left out, and numbers that are not finite become None."""
     found = {
         "run": str(run.folder),
         f"{run.unit}s": steps(run),
@@ -34,14 +34,14 @@ def facts(run: Run) -> dict[str, Any]:
 
 
 def steps(run: Run) -> int:
-    """Rounds, or steps that were logged at all."""
+    """Return the number of rounds, or of steps up to the last logged one."""
     if run.federated:
         return len(run.scalars["round/clients"])
     return max((int(values.index[-1]) + 1 for values in run.scalars.values()), default=0)
 
 
 def metrics(run: Run) -> dict[str, dict[str, float]]:
-    """Of the user's metrics and the rounds' loss: the last value, the lowest and the highest."""
+    """Return the last, lowest and highest value of the user's metrics and of the rounds' loss."""
     shown = sorted(filter(is_metric, run.scalars), key=lambda name: name == "round/loss")  # the user's own first
     known = {name: run.scalars[name].dropna() for name in shown}
     return {
@@ -52,7 +52,7 @@ def metrics(run: Run) -> dict[str, dict[str, float]]:
 
 
 def is_metric(name: str) -> bool:
-    """Whether this is what a run is trained for, and no number of how it went.
+    """Return whether a name is a metric of the model, rather than a statistic of the training.
 
     Example:
         >>> [name for name in ("val_loss", "round/loss", "round/seconds", "lr-SGD") if is_metric(name)]
@@ -64,7 +64,7 @@ def is_metric(name: str) -> bool:
 
 
 def kind_of(name: str) -> str:
-    """Which metric this is, whatever it was measured on: curves of a kind belong on one chart.
+    """Return which metric a name stands for on any data; curves of one kind share a chart.
 
     Example:
         >>> kind_of("val_loss"), kind_of("round/loss"), kind_of("train/acc_epoch"), kind_of("epoch")
@@ -75,7 +75,7 @@ def kind_of(name: str) -> str:
 
 
 def clients(run: Run) -> dict[str, dict[str, float]]:
-    """How the values that `ClientMetrics` took are spread over clients in the end."""
+    """Return how the last values of `ClientMetrics` are distributed over clients."""
     found: dict[str, dict[str, float]] = {}
     for name, values in run.scalars.items():
         if (of := part_of_spread(name)) is not None:
@@ -84,7 +84,7 @@ def clients(run: Run) -> dict[str, dict[str, float]]:
 
 
 def costs(run: Run) -> dict[str, float]:
-    """What the run cost; of the ledger of `ComputeAccounting` where there is one, else as far as rounds told it."""
+    """Return the run's costs, from the ledger of `ComputeAccounting` if there is one, else as logged by rounds."""
     ledger, by_purpose = run.position, run.position.get("flops_by_purpose", {})
     found: dict[str, float | None] = {
         "flops": ledger.get("flops", run.last("compute/flops_total")),
@@ -107,7 +107,7 @@ def costs(run: Run) -> dict[str, float]:
 
 
 def phases(run: Run) -> dict[str, Any]:
-    """Critical phases, and how noisy gradients were at the end."""
+    """Return the critical phases, and the last gradient noise."""
     critical = run.scalars.get("phase/critical")
     if critical is None:
         return {}
@@ -118,7 +118,7 @@ def phases(run: Run) -> dict[str, Any]:
 
 
 def position(run: Run) -> dict[str, Any]:
-    """Where the run stands under a law; nothing without a law."""
+    """Return the run's position under a law; empty without a law."""
     names = ("law", "rho", "params", "optimal_params", "optimal_params_95", "low", "high", "size_ratio",
              "predicted_loss", "optimal_loss", "excess_loss", "catch_up", "advice", "outside")  # fmt: skip
     if run.position.get("law") is None:

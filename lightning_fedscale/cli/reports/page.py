@@ -1,4 +1,4 @@
-"""A report as one HTML page that holds everything, or as markdown with its pictures in a folder beside it."""
+"""A report as a self-contained HTML page, or as Markdown with its pictures in a folder next to it."""
 
 from __future__ import annotations
 
@@ -35,8 +35,9 @@ def write_page(run: Run, file: str | Path) -> Path:
     """Write the report of a run.
 
     Args:
-        run: what `read_run` found.
-        file: ending in ``.html`` for a page that holds its pictures, or in ``.md``, with a folder of pictures.
+        run: the run, from `read_run`.
+        file: path that ends in ``.html`` for a page with embedded pictures, or in ``.md`` for a page with a folder of
+            pictures.
 
     Returns:
         The page's path.

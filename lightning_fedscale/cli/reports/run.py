@@ -1,4 +1,4 @@
-"""A finished run, as it lies in its folder."""
+"""A finished run, read from its folder."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ Series = pd.Series
 
 @dataclass(frozen=True)
 class Run:
-    """What a run has left; whatever it lacks is empty.
+    """The logs and files of a run; parts that are missing are empty.
 
     Attributes:
-        folder: where it lies.
-        scalars: what was logged, by name, over steps; a step of `FederatedStrategy` is a round.
-        settings: hyperparameters, nested names joined by "/".
-        position: ``position.json`` of `ComputeAccounting`: costs, and where the run stands under a law.
-        pictures: PNG by name.
+        folder: folder of the run.
+        scalars: logged values by name, over steps; a step of `FederatedStrategy` is a round.
+        settings: hyperparameters, with nested names joined by "/".
+        position: ``position.json`` of `ComputeAccounting`: costs, and the run's position under a law.
+        pictures: logged pictures by name, as PNG.
     """
 
     folder: Path
@@ -42,16 +42,16 @@ class Run:
 
     @property
     def unit(self) -> str:
-        """What a step is."""
+        """Name of a step: "round" or "step"."""
         return "round" if self.federated else "step"
 
     def last(self, name: str) -> float | None:
-        """The last value of what was logged under a name."""
+        """Return the last logged value of a name; None if it was not logged."""
         values = self.scalars.get(name)
         return None if values is None else float(values.iloc[-1])
 
     def spans(self) -> list[tuple[int, int]]:
-        """First and last step of each critical phase, as far as they were logged."""
+        """Return the first and last logged step of each critical phase."""
         found: list[tuple[int, int]] = []
         before = False
         for step, critical in self.scalars.get("phase/critical", pd.Series(dtype=float)).items():
@@ -67,10 +67,10 @@ def read_run(folder: str | Path) -> Run:
     """Read a run's folder: TensorBoard's events, ``metrics.csv``, ``hparams.yaml``, ``position.json``.
 
     Args:
-        folder: of the run, or one above it if there is only one run below.
+        folder: folder of the run, or one above it with only one run below.
 
     Raises:
-        ValueError: if there is no run, or more than one.
+        ValueError: if there is no run or more than one.
     """
     folder = _only_run(Path(folder))
     logs = read_logs(folder)
@@ -78,7 +78,7 @@ def read_run(folder: str | Path) -> Run:
 
 
 def along(values: Series[float], axis: Series[float]) -> Series[float]:
-    """The same values over another quantity than steps, such as FLOPs spent by then.
+    """Convert values over steps to values over another quantity, such as FLOPs.
 
     Example:
         >>> along(pd.Series([3.0, 2.0], index=[5, 20]), pd.Series([100.0, 200.0], index=[0, 10])).to_dict()
@@ -99,7 +99,7 @@ def _only_run(folder: Path) -> Path:
     below = sorted(path for path in folder.rglob("*") if path.is_dir() and has_logs(path))
     runs = [
         path for path in below if not any(other in path.parents for other in below)
-    ]  # curves have runs of their own
+    ]  # folders below a run's folder hold its curves
     if len(runs) == 1:
         return runs[0]
     if not runs:
@@ -112,7 +112,7 @@ def _only_run(folder: Path) -> Path:
 
 
 class _Plain(yaml.SafeLoader):  # type: ignore[misc]
-    """Reads what Python objects were saved as by their class's name."""
+    """A YAML loader that reads saved Python objects as the name of their class."""
 
 
 def _named(loader: yaml.SafeLoader, tag: str, node: yaml.Node) -> str:

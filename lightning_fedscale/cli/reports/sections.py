@@ -1,4 +1,4 @@
-"""What a report says, in order: sections of text, rows and pictures, whatever page they end up on."""
+"""The sections of a report in order, with text, rows and pictures, for any page format."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ _FIGURES = {
     "probe/memory": "memory against batch size",
     "probe/time": "time against batch size",
 }
-"""Captions of what callbacks draw."""
+"""Captions of the figures that callbacks draw."""
 
 _SPREAD = {
     "mean": "mean",
@@ -105,9 +105,9 @@ class Section(NamedTuple):
     """A part of the page.
 
     Attributes:
-        title: its heading.
-        text: sentences.
-        rows: a table, the first row its head; empty for none.
+        title: heading.
+        text: paragraphs.
+        rows: rows of a table, the first one its header; empty without a table.
         pictures: charts and figures.
     """
 
@@ -118,19 +118,19 @@ class Section(NamedTuple):
 
     @property
     def empty(self) -> bool:
-        """Whether there is nothing to say."""
+        """Whether the section has no content."""
         return not (self.text or len(self.rows) > 1 or self.pictures)
 
 
 def sections(run: Run) -> list[Section]:
-    """All that there is to say of a run."""
+    """Return the sections of a run that have content."""
     parts = [_metrics(run), _phases(run), _position(run), _costs(run), _rounds(run), _clients(run), _probe(run),
              _settings(run)]  # fmt: skip
     return [part for part in parts if not part.empty]
 
 
 def headline(run: Run) -> str:
-    """What ran, in a line."""
+    """Summarise the run in one line."""
     clients = run.settings.get("federated/num_clients", run.position.get("clients"))
     cohort = run.settings.get("federated/clients_per_round")
     among = f" with {clients:,} clients" if run.federated and isinstance(clients, int) else ""
@@ -140,7 +140,7 @@ def headline(run: Run) -> str:
 
 
 def number(value: Any) -> str:
-    """A number as people read it.
+    """Format a number for people.
 
     Example:
         >>> number(1234567.0), number(0.012341), number(3.2e12), number("sgd"), number(None)
