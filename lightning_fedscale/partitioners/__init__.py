@@ -1,4 +1,4 @@
-"""Split a dataset into clients, and look at the split.
+"""Split a dataset into clients, and inspect the split.
 
 Assign a dataset (a map-style torch dataset, a Hugging Face dataset, or just its labels) to a partitioner and ask for
 the positions of each client's samples. Names and arguments are those of ``flwr-datasets``.

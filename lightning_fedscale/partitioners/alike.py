@@ -1,4 +1,4 @@
-"""Divide further data, such as a validation set, as a dataset was divided before."""
+"""Divide further data, such as a validation set, in the same way as an earlier dataset."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ from lightning_fedscale.partitioners.partition import Partition
 
 
 def alike_by_labels(partition: Partition, labels: Labels, others: Labels, seed: int = 0) -> Partition:
-    """Give each client of every class the share of further samples that it has of the samples there were.
+    """Divide further samples of each class among the clients in proportion to their samples of that class.
 
-    So clients find in the further data the classes that they hold, in their own proportions as far as the classes are
-    as frequent there; numbers are rounded at random, right on average. A client may get none. Samples of a class that
-    no client holds are left out.
+    Each client gets the classes that it has, and in its own proportions if the classes are as frequent in the further
+    data. Numbers are rounded at random so that they are right on average. A client may get none. Samples of a class
+    that no client has are left out.
 
     Args:
-        partition: who holds what.
-        labels: the class of each sample that was divided.
+        partition: the partition of the earlier samples.
+        labels: the class of each earlier sample.
         others: the class of each further sample.
         seed: equal seeds give equal divisions.
 
     Raises:
-        ValueError: labels are no classes.
+        ValueError: the labels are not classes.
 
     Example:
         >>> partition = Partition.from_lists([[0, 1, 2], [3, 4, 5]])
@@ -47,7 +47,7 @@ def alike_by_labels(partition: Partition, labels: Labels, others: Labels, seed: 
 
 
 def alike_by_size(partition: Partition, num_samples: int, seed: int = 0) -> Partition:
-    """Give each client a random part of so many further samples, in proportion to what it holds.
+    """Divide ``num_samples`` further samples at random, in proportion to the clients' numbers of samples.
 
     Example:
         >>> alike_by_size(Partition.from_lists([[0], [1, 2, 3]]), num_samples=8).sizes.tolist()

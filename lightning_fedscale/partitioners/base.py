@@ -1,4 +1,4 @@
-"""What all partitioners have in common: a dataset goes in, a partition comes out, once and lazily."""
+"""Base class of all partitioners: it takes a dataset and computes its partition lazily and once."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ class Partitioner(ABC):
     """Base of all partitioners.
 
     Assign :attr:`dataset`, then ask for :attr:`partition` or for :meth:`load_partition`. The dataset may be a 1-D
-    array of labels, any map-style torch dataset, or a Hugging Face dataset. Assigning another one starts afresh: the
-    next question splits the new dataset, as if the partitioner were new.
+    array of labels, any map-style torch dataset, or a Hugging Face dataset. After another one is assigned, the next
+    request splits the new dataset, as a new partitioner would.
 
-    A subclass stores its arguments and says in :meth:`_split` which pure function to call. It needs no more.
+    A subclass only has to store its arguments and to call its pure function in :meth:`_split`.
 
     Args:
-        num_partitions: number of clients, None if the data decide.
+        num_partitions: number of clients; None if the data determine it.
         partition_by: column, key or attribute with the labels; None looks in the usual places, see
             :func:`~lightning_fedscale.partitioners.find_labels`.
 
@@ -51,7 +51,7 @@ class Partitioner(ABC):
         """The dataset to split.
 
         Raises:
-            AttributeError: none was assigned yet.
+            AttributeError: no dataset was assigned yet.
         """
         if self._dataset is None:
             raise AttributeError(
@@ -61,7 +61,7 @@ class Partitioner(ABC):
 
     @dataset.setter
     def dataset(self, dataset: Any) -> None:
-        num_samples(dataset)  # Refuses streams and empty datasets here, not at the first question.
+        num_samples(dataset)  # Rejects streams and empty datasets here, not at the first request.
         self._dataset = dataset
         self._partition = None
 
@@ -74,7 +74,7 @@ class Partitioner(ABC):
 
     @property
     def num_partitions(self) -> int:
-        """Number of clients; where the data decide it, a dataset must have been assigned."""
+        """Number of clients; if the data determine it, a dataset must have been assigned."""
         return self.partition.num_clients if self._num_partitions is None else self._num_partitions
 
     def load_partition(self, partition_id: int) -> IntArray:
@@ -86,12 +86,12 @@ class Partitioner(ABC):
         return self.partition.client(partition_id)
 
     def divide_alike(self, dataset: Any, seed: int = 0) -> Partition:
-        """Divide further data among the same clients, such as a validation set: each gets what it has of the dataset.
+        """Divide further data, such as a validation set, among the same clients as the dataset.
 
-        By label where labels decide, see :func:`~lightning_fedscale.partitioners.alike.alike_by_labels`; to the same
-        owner where clients are natural ids; else in proportion to sizes. To assign the further data as a dataset of its
-        own would draw other clients. A client may get no sample, and samples of labels or ids that no client has are
-        left out.
+        Partitioners by label divide it by label, see :func:`~lightning_fedscale.partitioners.alike.alike_by_labels`;
+        partitioners by natural id give each sample to the client of its id; all others divide it in proportion to
+        sizes. Assigning the further data as a new dataset would draw other clients. A client may get no sample, and
+        samples of labels or ids that no client has are left out.
 
         Args:
             dataset: the further data, of the same kind as the dataset that was assigned.
@@ -99,7 +99,7 @@ class Partitioner(ABC):
 
         Raises:
             AttributeError: no dataset was assigned yet.
-            TypeError, ValueError: the further data have no such labels or ids.
+            TypeError, ValueError: the further data lack these labels or ids.
 
         Example:
             >>> from lightning_fedscale.partitioners import PathologicalPartitioner

@@ -1,4 +1,4 @@
-"""Checks of partitioners' arguments: each error names the argument, its value and the remedy."""
+"""Checks of the partitioners' arguments: each error names the argument, its value and the remedy."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ __all__ = [
 
 
 def seed_value(seed: object) -> None:
-    """Check a seed: a non-negative integer, or None for a fresh one at each computation."""
+    """Check a seed: a non-negative integer, or None for a new one at each computation."""
     if seed is not None:
         integer("seed", seed, minimum=0)
 
@@ -34,14 +34,14 @@ def whole_partition(value: object) -> None:
     """Check a ``partition``.
 
     Raises:
-        TypeError: it is something else.
+        TypeError: it is not a Partition.
     """
     if not isinstance(value, Partition):
         raise TypeError(f"partition={value!r}: pass a Partition, such as partitioner.partition or Partition.from_lists")
 
 
 def column(partition_by: object) -> None:
-    """Check ``partition_by``; a number there is most likely the argument that comes after it."""
+    """Check ``partition_by``; a number is most likely meant for the argument after it."""
     if partition_by is not None and not isinstance(partition_by, str):
         raise TypeError(
             f"partition_by={partition_by!r}: pass the name of a column, the position of an entry as a string, such as"
@@ -105,6 +105,6 @@ def enough_samples(num_samples: int, num_partitions: int, min_partition_size: in
 
 
 def given(name: str, value: object, example: str) -> None:
-    """Check that an argument was given which has no good default (it follows the optional ``partition_by``)."""
+    """Check that a required argument was given (it has a default because it follows the optional ``partition_by``)."""
     if value is None:
         raise ValueError(f"{name} is missing: for example {example}")

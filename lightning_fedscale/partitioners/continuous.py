@@ -1,4 +1,4 @@
-"""Skew of a real-valued property, from none to complete."""
+"""Partition by a real-valued property, with skew from none to complete."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from lightning_fedscale.partitioners.labels import Labels, find_labels
 from lightning_fedscale.partitioners.partition import Partition
 
 _BINS_PER_CLIENT = 4
-"""Into so many the property is cut to say which values of further data are like a client's."""
+"""Bins of the property per client, by which further data are matched to clients."""
 
 
 def continuous_partition(
@@ -22,10 +22,10 @@ def continuous_partition(
 ) -> Partition:
     """Sort by a blend of the property and noise, then cut into parts of equal size.
 
-    The blend is ``strictness * z + (1 - strictness) * noise``, with ``z`` the property standardised to mean 0 and
-    deviation 1, and standard normal noise.
+    The blend is ``strictness * z + (1 - strictness) * noise``, where ``z`` is the property standardised to mean 0 and
+    deviation 1, and the noise is standard normal.
 
-    Args: as in :class:`ContinuousPartitioner`, the values first.
+    Args: the values, then those of :class:`ContinuousPartitioner`.
 
     Example:
         >>> continuous_partition(np.array([3.0, 1.0, 2.0, 0.0]), 2, strictness=1.0, shuffle=False).client(0)
@@ -65,7 +65,7 @@ class ContinuousPartitioner(Partitioner):
     Args:
         num_partitions: number of clients.
         partition_by: column with the property; None looks where labels usually are.
-        strictness: 0 is iid, 1 gives each client one stretch of the sorted property; required.
+        strictness: 0 is IID, 1 gives each client one interval of the sorted property; required.
         shuffle: False leaves each client's samples ascending by position.
         seed: equal seeds give equal partitions.
 
@@ -98,7 +98,7 @@ class ContinuousPartitioner(Partitioner):
         return continuous_partition(self._labels(), self.num_partitions, self.strictness, self.shuffle, self.seed)
 
     def divide_alike(self, dataset: Any, seed: int = 0) -> Partition:
-        """As of any partitioner; values of the property count as alike where few others lie between them."""
+        """Divide further data as every partitioner does; values in the same quantile bin count as the same label."""
         values = self._labels().astype(np.float64)
         edges = np.quantile(values, np.linspace(0, 1, _BINS_PER_CLIENT * self.num_partitions + 1)[1:-1])
         others = find_labels(dataset, self.partition_by).astype(np.float64)

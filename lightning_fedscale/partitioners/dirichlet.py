@@ -1,4 +1,4 @@
-"""Label skew by a Dirichlet distribution over clients, which always terminates."""
+"""Label skew by a Dirichlet distribution over clients, in one draw that always succeeds."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ def dirichlet_partition(
 
     For every class ``k``: ``p_k ~ Dirichlet(alpha, ..., alpha)`` over the clients, and client ``i`` gets the samples of
     that class between ``n_k * (p_k1 + ... + p_k,i-1)`` and ``n_k * (p_k1 + ... + p_ki)`` (Yurochkin et al. 2019,
-    https://arxiv.org/abs/1905.12022), both rounded down after adding the same random number in [0, 1): on average each
-    client gets exactly its share. Clients left with fewer than ``min_partition_size``
-    samples are then filled from the largest clients, so one draw is always enough.
+    https://arxiv.org/abs/1905.12022). Both are rounded down after adding the same random number in [0, 1), so that each
+    client gets exactly its share on average. Clients with fewer than ``min_partition_size`` samples are then filled
+    from the largest clients, so one draw is always enough.
 
-    Shares are drawn as logarithms: no alpha is too small, the limit is one client per class.
+    Shares are drawn as logarithms, so no alpha is too small: in the limit each class goes to one client.
 
-    Args: as in :class:`DirichletPartitioner`, the labels first.
+    Args: the labels, then those of :class:`DirichletPartitioner`.
 
     Example:
         >>> labels = np.repeat([0, 1], 50)
@@ -67,24 +67,24 @@ def dirichlet_partition(
 
 
 def log_gamma(alpha: FloatArray, rng: np.random.Generator) -> FloatArray:
-    """Draw logarithms of Gamma(alpha) variables, also where the variables themselves underflow to zero.
+    """Draw logarithms of Gamma(alpha) variables, even if the variables themselves underflow to zero.
 
     ``log G(a) = log G(a + 1) + log(U) / a`` with ``U`` uniform (Marsaglia and Tsang 2000). Normalised exponentials of
-    such draws are Dirichlet.
+    such draws are Dirichlet distributed.
 
     Example:
         >>> bool(np.isfinite(log_gamma(np.full(3, 1e-300), np.random.default_rng(0))).all())
         True
     """
-    # Below 1e-300 the quotient would overflow; what is drawn is one-hot long before.
+    # Below 1e-300 the quotient would overflow; draws are one-hot long before.
     return np.log(rng.standard_gamma(alpha + 1)) - rng.standard_exponential(alpha.shape) / np.maximum(alpha, 1e-300)
 
 
 def _fill_poor(owner: IntArray, sizes: IntArray, minimum: int, order: IntArray) -> None:
     """Move samples from the largest clients to those below the minimum, in place.
 
-    The largest are cut down to a common level, just low enough. With a random order the samples that they give are a
-    random part of theirs.
+    The largest clients are cut down to the highest common level that suffices. With a random order they give a random
+    part of their samples.
     """
     need = np.maximum(minimum - sizes, 0)
     keep = sizes - _gifts(sizes, int(need.sum()))
@@ -95,16 +95,16 @@ def _fill_poor(owner: IntArray, sizes: IntArray, minimum: int, order: IntArray) 
 
 
 def _gifts(sizes: IntArray, total: int) -> IntArray:
-    """How many samples each client gives so that they add up to ``total`` and the largest remaining size is least."""
+    """Return how many samples each client gives: ``total`` together, with the least possible largest remaining size."""
     descending = np.sort(sizes)[::-1]
-    # If the r largest come down to the size of the next one, they give surplus[r - 1] together.
+    # If the r largest clients are cut to the size of the next one, they give surplus[r - 1] samples together.
     ranks = np.arange(1, len(sizes) + 1)
     following = np.append(descending[1:], 0)
     surplus = np.cumsum(descending) - ranks * following
     r = int(np.argmax(surplus >= total)) + 1
     level = (int(descending[:r].sum()) - total) // r
     gifts = np.maximum(sizes - level, 0)
-    # The level is rounded down, so up to r - 1 samples too many were counted: the first givers keep one more.
+    # The level is rounded down, so that up to r - 1 samples too many are counted: the first givers keep one more.
     givers = np.flatnonzero(gifts)[: int(gifts.sum()) - total]
     gifts[givers] -= 1
     return gifts
@@ -113,21 +113,21 @@ def _gifts(sizes: IntArray, total: int) -> IntArray:
 class DirichletPartitioner(Partitioner):
     """Divide each class among the clients by a Dirichlet distribution: the usual model of label skew.
 
-    ``alpha`` sets the skew: 100 is nearly iid, 0.5 a common choice, 0.01 leaves most clients one class. Any alpha works
-    with any number of clients: where the draw leaves a client below ``min_partition_size``, samples move there
-    from the largest clients. All samples are used; the order within a client is random.
+    ``alpha`` sets the skew: 100 is nearly IID, 0.5 is a common choice, 0.01 leaves most clients one class. Any alpha
+    works with any number of clients: if the draw leaves a client below ``min_partition_size``, it gets samples from the
+    largest clients. All samples are used; the order within a client is random.
 
     Args:
         num_partitions: number of clients.
         partition_by: column with the labels; None looks in the usual places.
         alpha: concentration, one for all clients or one per client; required.
-        min_partition_size: every client has at least so many samples.
-        self_balancing: a client that has more than the average gets nothing of the classes that follow.
+        min_partition_size: least number of samples of every client.
+        self_balancing: a client with more samples than the average gets none of the remaining classes.
         shuffle: False deals the samples of a class in the order of the dataset, and leaves each client's ascending.
         seed: equal seeds give equal partitions.
 
     Raises:
-        ValueError: alpha is missing or not positive, or the samples do not suffice for ``min_partition_size``.
+        ValueError: alpha is missing or not positive, or there are too few samples for ``min_partition_size``.
 
     Example:
         >>> partitioner = DirichletPartitioner(num_partitions=5, alpha=0.3, min_partition_size=2)

@@ -1,4 +1,4 @@
-"""Label skew by a table that the user gives, such as a power law."""
+"""Label skew by the user's own table, such as a power law."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ def distribution_partition(
 
     Client ``i`` has the classes ``i, i + 1, ..., i + m - 1`` modulo their number, where ``m`` is
     ``num_unique_labels_per_partition``. Row ``k`` of the table holds the shares of the clients that have class ``k``,
-    in the order of their numbers.
+    in ascending order of the clients.
     (After Li et al. 2020, https://arxiv.org/abs/1812.06127.)
 
-    Args: as in :class:`DistributionPartitioner`, the labels first.
+    Args: the labels, then those of :class:`DistributionPartitioner`.
 
     Example:
         >>> labels = np.repeat([0, 1], 10)
@@ -85,7 +85,7 @@ def _check_shapes(num_classes: int, table: npt.NDArray[Any], num_partitions: int
 
 
 def _rescale(table: npt.NDArray[Any], stock: IntArray, preassigned: int, rng: np.random.Generator) -> IntArray:
-    """Scale each row to the samples of its class; what rounding leaves over goes to one of the row at random."""
+    """Scale each row to the samples of its class; a random client of the row gets the remainder of the rounding."""
     num_columns = table.shape[1]
     free = stock - preassigned * num_columns
     if (free < 0).any():
@@ -101,18 +101,18 @@ def _rescale(table: npt.NDArray[Any], stock: IntArray, preassigned: int, rng: np
 
 
 class DistributionPartitioner(Partitioner):
-    """Divide each class among its clients as a table says: any skew that can be written down.
+    """Divide each class among its clients by a table.
 
     With ``rescale=True`` all samples are used; with ``rescale=False`` the table holds numbers of samples (cut to
-    integers), and what it leaves over belongs to nobody. The order within a client is random.
+    integers), and the remaining samples belong to no client. The order within a client is random.
 
     Args:
-        distribution_array: ``classes x (num_unique_labels_per_partition * num_partitions / classes)``; row ``k`` for
-            the ``k``-th class in sorted order, one entry for each client that has it.
+        distribution_array: ``classes x (num_unique_labels_per_partition * num_partitions / classes)``; row ``k`` is for
+            the ``k``-th class in sorted order and has one entry for each client that has it.
         num_partitions: number of clients, a multiple of the number of classes.
         num_unique_labels_per_partition: classes of each client.
         partition_by: column with the labels; None looks in the usual places.
-        preassigned_num_samples_per_label: samples of each of its classes that a client gets before the table applies
+        preassigned_num_samples_per_label: samples of each of its classes that a client gets before the table is applied
             (only with ``rescale``); required.
         rescale: treat rows as proportions.
         shuffle: False deals the samples of a class in the order of the dataset, and leaves each client's ascending.
@@ -120,7 +120,7 @@ class DistributionPartitioner(Partitioner):
 
     Raises:
         TypeError: the table is not an array of numbers.
-        ValueError: the table does not fit the classes and clients, or asks for more samples than there are.
+        ValueError: the table does not fit the classes and clients, or needs more samples than there are.
 
     Example:
         >>> table = np.random.default_rng(0).lognormal(0.0, 2.0, size=(2, 4))

@@ -1,4 +1,4 @@
-"""Labels and ids of any kind to the numbers 0, 1, 2, ..."""
+"""Encode labels and ids of any kind as the numbers 0, 1, 2, ..."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from lightning_fedscale.partitioners.partition import IntArray
 
 
 def encode(values: npt.NDArray[Any]) -> tuple[npt.NDArray[Any], IntArray]:
-    """Number the distinct values in sorted order.
+    """Encode values as the positions of their distinct values in sorted order.
 
     Args:
         values: a 1-D array of integers, booleans, floats, strings, or any hashable objects.
@@ -32,7 +32,7 @@ def encode(values: npt.NDArray[Any]) -> tuple[npt.NDArray[Any], IntArray]:
         return _encode_objects(values)
     if values.dtype.kind in "iu" and values.size:
         low, high = int(values.min()), int(values.max())
-        # Small integers, the usual labels: counting is several times faster than sorting.
+        # Labels are usually small integers, for which counting is several times faster than sorting.
         if high - low < 4 * values.size and -(2**62) < low <= high < 2**62:
             shifted = values.astype(np.int64) - low  # Widened first: int8 labels -128 and 127 are 255 apart.
             present = np.bincount(shifted) > 0
@@ -43,7 +43,7 @@ def encode(values: npt.NDArray[Any]) -> tuple[npt.NDArray[Any], IntArray]:
 
 
 def encode_classes(labels: npt.NDArray[Any]) -> tuple[npt.NDArray[Any], IntArray]:
-    """Number the classes like :func:`encode`, and refuse labels that cannot be classes.
+    """Encode classes like :func:`encode`, and reject labels that are not classes.
 
     Raises:
         ValueError: the labels are floats, complex numbers or dates.
@@ -70,7 +70,7 @@ def _check_none_missing(values: npt.NDArray[Any]) -> None:
 
 
 def _encode_objects(values: npt.NDArray[Any]) -> tuple[npt.NDArray[Any], IntArray]:
-    # By type first, so that ids of several types have an order too.
+    # Sort by type first, so that ids of several types have an order too.
     ordered = sorted(set(values), key=lambda value: (type(value).__name__, value))
     code_of = {value: code for code, value in enumerate(ordered)}
     distinct = np.fromiter(ordered, dtype=object, count=len(ordered))

@@ -1,4 +1,4 @@
-"""A partition that was made before, where a partitioner is asked for."""
+"""Partitioners that return an existing partition."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from lightning_fedscale.partitioners.partition import Partition, check_partition
 
 
 class FinishedPartitioner(Partitioner):
-    """Hands out a partition that is there already, such as one read from a file, to be looked at or plotted.
+    """Return an existing partition, such as one read from a file, for inspection or plots.
 
     Args:
-        partition: who holds what.
+        partition: the partition.
         partition_by: column, item or attribute with the labels, for plots and `divide_alike`.
 
     Raises:
-        ValueError: once a dataset is assigned and asked about, if the partition is not one of it.
+        ValueError: on the first request after a dataset is assigned, if the partition does not fit it.
 
     Example:
         >>> partitioner = FinishedPartitioner(Partition.from_lists([[0, 2], [1]]))
@@ -34,7 +34,7 @@ class FinishedPartitioner(Partitioner):
         self._finished = partition
 
     def divide_alike(self, dataset: Any, seed: int = 0) -> Partition:
-        """As of any partitioner where the dataset has classes; if it has none, in proportion to sizes."""
+        """Divide further data by label if the dataset has classes, else in proportion to sizes."""
         try:
             labels = self._labels()
             encode_classes(labels)
@@ -53,18 +53,18 @@ class FinishedPartitioner(Partitioner):
 
 
 class FilePartitioner(FinishedPartitioner):
-    """The partition in a file, which `Partition.save` or ``fedscale partition --save`` wrote, for the dataset it is of.
+    """Return the partition in a file that `Partition.save` or ``fedscale partition --save`` wrote.
 
-    The name of such a file, ending in ``.json``, stands for it wherever a partitioner goes by name.
+    Wherever a partitioner is given by name, the name of such a file (ending in ``.json``) is valid too.
 
     Args:
-        path: of the file.
+        path: path of the file.
         partition_by: column, item or attribute with the labels, for plots and `divide_alike`.
 
     Raises:
-        ValueError: there is no such file, it holds no partition, or one that was changed; once a dataset is assigned
-            and asked about, if the file divides more or fewer samples. A partition that leaves samples out is taken for
-            any data that have those it holds; to leave out what is beyond, pass ``Partition.load(path)`` instead.
+        ValueError: there is no such file, or it holds no partition or a changed one; on the first request after a
+            dataset is assigned, if the file divides more or fewer samples. A partition with gaps fits all data that
+            have its samples; to leave out samples beyond its last one, pass ``Partition.load(path)`` instead.
 
     Example:
         >>> import tempfile

@@ -1,8 +1,8 @@
-"""Arrays in, arrays out: the few moves that all partitioners share.
+"""Array functions that all partitioners share.
 
-Every partitioner is a function from samples to clients, ``owner[sample] = client`` (-1: nobody). Grouping the samples
-by owner is then the same for all of them, and the order in which the samples are dealt is also their order within
-a client: random when ``shuffle=True``, ascending otherwise.
+Every partitioner is a function from samples to clients, ``owner[sample] = client`` (-1: no client). Grouping the
+samples by owner is the same for all of them. The order in which samples are dealt is also their order within a client:
+random if ``shuffle=True``, ascending otherwise.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from lightning_fedscale.partitioners.partition import IntArray, offsets_of
 
 
 def deal_order(num_samples: int, shuffle: bool, rng: np.random.Generator) -> IntArray:
-    """Return the order in which samples are handed out: a random one, or ``0, 1, 2, ...``."""
+    """Return the order in which samples are dealt: a random one, or ``0, 1, 2, ...``."""
     return rng.permutation(num_samples) if shuffle else np.arange(num_samples)
 
 
@@ -57,17 +57,17 @@ def cut(shares: npt.NDArray[np.float64], num_samples: int, rng: np.random.Genera
     """Cut ``num_samples`` into numbers in proportion to shares, rounded so that each is right on average.
 
     Args:
-        shares: at least 0, not all of them; they need not add up to 1.
-        num_samples: what the numbers add up to.
-        rng: decides who gets what rounding leaves over.
+        shares: numbers >= 0, not all of them 0; they need not add up to 1.
+        num_samples: sum of the numbers.
+        rng: decides who gets the remainder of the rounding.
 
     Example:
         >>> cut(np.array([1.0, 0.0, 3.0]), 8, np.random.default_rng(0)).tolist()
         [2, 0, 6]
     """
     ends = np.cumsum(shares)
-    # Without the random offset the last client would get what rounding leaves over of every class: one sample too many
-    # of each, which is most of its data if there are many clients.
+    # Without the random offset the last client would get the remainder of every class: one sample too many of each,
+    # which is most of its data if there are many clients.
     cuts = np.minimum(ends * (num_samples / ends[-1]) + rng.random(), num_samples).astype(np.int64)
     cuts[-1] = num_samples
     counts: IntArray = np.diff(cuts, prepend=0)

@@ -1,4 +1,4 @@
-"""Hold part of every client's data, or some whole clients, out for validation."""
+"""Hold out part of every client's data, or some whole clients, for validation."""
 
 from __future__ import annotations
 
@@ -17,30 +17,30 @@ def split(
 ) -> tuple[Partition, Partition]:
     """Split a partition into one for training and one for validation.
 
-    Both results keep the numbering of the clients: ``num_clients`` stays the same and a client that takes no part
-    in one side has size 0 there. Samples keep their order.
+    Both results keep the numbering of the clients: ``num_clients`` stays the same, and a client without samples on one
+    side has size 0 there. Samples keep their order.
 
-    ``by="sample"`` measures how well the clients are served that trained: of ``n`` samples of a client,
+    ``by="sample"`` measures how well the model serves the clients that trained it: of a client's ``n`` samples,
     ``min(n - 1, floor(n * fraction + 0.5))`` go to validation. Every client keeps at least one sample for training, so
-    a client with a single sample has no validation samples. Which samples go depends on the seed and on the
-    client's own samples, never on the other clients.
+    a client with a single sample has no validation samples. The choice depends on the seed and on the client's own
+    samples, never on the other clients.
 
-    ``by="client"`` measures how well the model serves clients it never saw: ``floor(clients * fraction + 0.5)`` of the
+    ``by="client"`` measures how well the model serves unseen clients: ``floor(clients * fraction + 0.5)`` of the
     clients that have samples go to validation whole, at least one (unless ``fraction`` is 0) and never all of them.
     (LEAF's "split by user".)
 
     Args:
-        partition: what to split.
+        partition: the partition to split.
         fraction: share for validation, ``0 <= fraction < 1``.
-        by: what is drawn, ``"sample"`` or ``"client"``.
+        by: unit that is drawn, ``"sample"`` or ``"client"``.
         seed: equal seeds give equal splits.
 
     Returns:
         ``(train, validation)``.
 
     Raises:
-        TypeError: an argument is of another kind.
-        ValueError: an argument is out of range, or there is one client only and ``by="client"``.
+        TypeError: an argument has the wrong type.
+        ValueError: an argument is out of range, or ``by="client"`` with a single client.
 
     Example:
         >>> train, validation = split(Partition.from_lists([[0, 1, 2, 3], [4]]), fraction=0.5)
@@ -86,7 +86,7 @@ def _select(partition: Partition, mask: npt.NDArray[np.bool_]) -> Partition:
 
 
 def _hash(samples: IntArray, seed: int | None) -> npt.NDArray[np.uint64]:
-    """SplitMix64 of each sample position: a random number of its own for each, without a generator per client."""
+    """Hash each sample position by SplitMix64: one random number per sample, without a generator per client."""
     x = samples.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15)
     x += np.random.SeedSequence(seed).generate_state(1, np.uint64)
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)

@@ -1,4 +1,4 @@
-"""Every client a random sample of the whole."""
+"""IID partition: every client is a random sample of the dataset."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def iid_partition(num_samples: int, num_partitions: int, shuffle: bool = True, s
     Args:
         num_samples: length of the dataset.
         num_partitions: number of clients.
-        shuffle: False cuts the dataset into contiguous parts instead, as it lies.
+        shuffle: False cuts the dataset into contiguous parts instead.
         seed: equal seeds give equal partitions.
 
     Raises:
@@ -34,16 +34,16 @@ def iid_partition(num_samples: int, num_partitions: int, shuffle: bool = True, s
 class IidPartitioner(Partitioner):
     """Split at random: every client sees the same distribution.
 
-    The baseline of every comparison. Sizes differ by at most one; all samples are used; the order within a client is
-    random.
+    This is the baseline of every comparison. Sizes differ by at most one; all samples are used; the order within a
+    client is random.
 
     Args:
         num_partitions: number of clients.
-        shuffle: False cuts contiguous parts; only right for a dataset that lies in random order.
+        shuffle: False cuts contiguous parts, which is only valid for a dataset in random order.
         seed: equal seeds give equal partitions.
 
     Raises:
-        ValueError: ``num_partitions`` is not positive, or exceeds the samples.
+        ValueError: ``num_partitions`` is not positive, or exceeds the number of samples.
 
     Example:
         >>> partitioner = IidPartitioner(num_partitions=3)

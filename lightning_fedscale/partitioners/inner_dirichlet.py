@@ -24,16 +24,16 @@ def inner_dirichlet_partition(
     shuffle: bool = True,
     seed: int | None = 42,
 ) -> Partition:
-    """Let each client draw its own label mix, and samples by that mix until it is full.
+    """Let each client draw its own label mix, and then samples by that mix until it is full.
 
     Client ``i`` draws ``q_i ~ Dirichlet(alpha)`` over the classes, then a class for each of its samples by ``q_i``.
-    When more samples of a class are wanted than exist, chance decides who gets them; the others draw again, by their
-    mix over the classes that are left (Acar et al. 2021, https://arxiv.org/abs/2111.04263). Each pass exhausts a class
-    or ends, so there are at most as many passes as classes.
+    If more samples of a class are drawn than exist, they are dealt at random; the remaining clients draw again, by
+    their mix over the remaining classes (Acar et al. 2021, https://arxiv.org/abs/2111.04263). Each pass exhausts a
+    class or is the last, so there are at most as many passes as classes.
 
-    Mixes are kept as logarithms: renormalising over the remaining classes is defined for every alpha.
+    Mixes are kept as logarithms, so that renormalising over the remaining classes is defined for every alpha.
 
-    Args: as in :class:`InnerDirichletPartitioner`, the labels first.
+    Args: the labels, then those of :class:`InnerDirichletPartitioner`.
 
     Example:
         >>> labels = np.repeat([0, 1], 5)
@@ -79,10 +79,10 @@ def _draw_counts(log_mix: FloatArray, sizes: IntArray, stock: IntArray, rng: np.
 class InnerDirichletPartitioner(Partitioner):
     """Give each client of a given size its own label mix from a Dirichlet distribution.
 
-    Use it instead of :class:`~lightning_fedscale.partitioners.DirichletPartitioner` where sizes must stay under
-    control: that one skews sizes and labels together. The clients that are late in the draw take what is left, so for
-    small ``alpha`` and sizes that use up the dataset their mixes are less skewed than asked for. If the sizes add up
-    to less than the dataset, the rest belongs to nobody, and a warning says how much. The order within a client is
+    Use it instead of :class:`~lightning_fedscale.partitioners.DirichletPartitioner` to control the sizes: that one
+    skews sizes and labels together. Clients that draw again take the samples that are left, so for small ``alpha`` and
+    sizes that use up the dataset their mixes are less skewed than requested. If the sizes add up to less than the
+    dataset, the remaining samples belong to no client, and a warning gives their number. The order within a client is
     random.
 
     Args:

@@ -1,4 +1,4 @@
-"""Find the label of every sample of a dataset, reading the samples themselves only as the last resort."""
+"""Find the label of every sample of a dataset; the samples themselves are read only as the last resort."""
 
 from __future__ import annotations
 
@@ -23,32 +23,32 @@ Labels: TypeAlias = npt.NDArray[Any]
 _ATTRIBUTES = ("targets", "labels")
 _KEYS = ("label", "labels", "target", "targets", "y")
 _VALUES = (str, bytes, Number, np.generic, date, Enum, UUID, type(None))
-"""What is a label itself, whatever its attributes are called."""
+"""Types that are labels themselves, whatever attributes they have."""
 
 
 def find_labels(dataset: Any, partition_by: str | None = None) -> Labels:
     """Return the labels of a dataset, one per sample, in the order of the samples.
 
-    The first of these that applies:
+    The first of these rules that applies is used:
 
     1. the dataset is itself a 1-D array, tensor or list of labels (then ``partition_by`` has no meaning);
     2. it has columns (Hugging Face ``datasets.Dataset``, a pandas DataFrame, a structured array): the column
        ``partition_by``;
-    3. it is a torch ``Subset`` or ``ConcatDataset``: the labels of what is inside, at any depth;
+    3. it is a torch ``Subset`` or ``ConcatDataset``: the labels of the datasets inside, at any depth;
     4. it has an attribute ``partition_by``, or ``targets``, ``labels``, or it is a ``TensorDataset``: the tensor at the
-       position ``partition_by``, such as "2"; without, the last one;
-    5. every sample is read once, with a progress bar: its item or attribute ``partition_by``, as of a dict, a named
-       tuple, a dataclass or a graph; of a tuple the entry at that position, without ``partition_by`` the last one.
+       position ``partition_by``, such as "2", or the last one if it is None;
+    5. otherwise every sample is read once, with a progress bar: the item or attribute ``partition_by`` of a dict, named
+       tuple, dataclass or graph; the entry of a tuple at that position, or the last one if it is None.
 
-    Without ``partition_by``, a column, item or attribute is looked for under "label", "labels", "target", "targets",
-    "y". A tensor or array of one element is its value.
+    Without ``partition_by``, the columns, items or attributes "label", "labels", "target", "targets", "y" are tried. A
+    tensor or array of one element counts as its value.
 
     Args:
         dataset: labels, or a map-style dataset.
         partition_by: name of the column, item or attribute, or position in a tuple as a string: "0", "1", "-1".
 
     Raises:
-        TypeError: the dataset is a stream (no length), or no dataset at all.
+        TypeError: the dataset is a stream (without a length), or not a dataset.
         ValueError: it is empty, it has no such labels, or a label is not a single value.
 
     Example:
@@ -77,7 +77,7 @@ def find_labels(dataset: Any, partition_by: str | None = None) -> Labels:
 
 
 def known_labels(dataset: Any, partition_by: str | None = None) -> Labels | None:
-    """The labels, where `find_labels` finds them without reading samples; None elsewhere.
+    """Return the labels if `find_labels` finds them without reading samples, else None.
 
     Example:
         >>> known_labels([("image a", 7), ("image b", 3)]) is None
@@ -118,7 +118,7 @@ def num_samples(dataset: Any) -> int:
 
 
 def class_names(dataset: Any, partition_by: str | None = None) -> list[str] | None:
-    """Return the names of the classes ``0, 1, 2, ...`` if the dataset knows them.
+    """Return the names of the classes ``0, 1, 2, ...`` if the dataset has them.
 
     They come from a Hugging Face ``ClassLabel`` or from the attribute ``classes`` of torchvision's datasets.
 
@@ -140,7 +140,7 @@ def class_names(dataset: Any, partition_by: str | None = None) -> list[str] | No
 
 
 def is_array(dataset: Any) -> bool:
-    """Whether this is no dataset but an array, tensor or list, of labels or of samples.
+    """Return whether this is an array, tensor or list (of labels or samples) rather than a dataset.
 
     Example:
         >>> is_array(["eve", "bob"])
@@ -150,13 +150,13 @@ def is_array(dataset: Any) -> bool:
 
 
 def _is_torch(dataset: Any, name: str) -> bool:
-    # Nothing can be a torch dataset before torch was imported, so this room need not import it.
+    # Torch datasets exist only after torch was imported, so this module need not import it.
     data = sys.modules.get("torch.utils.data")
     return data is not None and isinstance(dataset, getattr(data, name))
 
 
 def _look_up(dataset: Any, key: str | None) -> Labels | None:
-    """Find labels without reading samples; None if there is no way."""
+    """Find labels without reading samples; return None if this is impossible."""
     if (isinstance(dataset, np.ndarray) and not dataset.dtype.names) or type(dataset).__module__ == "torch":
         return _as_array(dataset)
     if isinstance(dataset, (list, tuple, range)):
@@ -177,7 +177,7 @@ def _look_up(dataset: Any, key: str | None) -> Labels | None:
 def _attribute(dataset: Any, key: str | None) -> Labels | None:
     for name in _ATTRIBUTES if key is None else (key,):
         value = attribute_of(dataset, name)
-        # Another length means another thing: all labels of a dataset of which this one is a part, say.
+        # An attribute of another length is not the labels, or those of a dataset of which this one is a part.
         if value is not None and hasattr(value, "__len__") and len(value) == len(dataset):
             return _flat(_as_array(value))
     if _is_torch(dataset, "TensorDataset"):
@@ -187,7 +187,7 @@ def _attribute(dataset: Any, key: str | None) -> Labels | None:
 
 
 def _position(key: str | None, entries: Sequence[Any]) -> int | None:
-    """The place that a name such as "1" stands for; None if it stands for none, or there is no such place."""
+    """Return the position that a name such as "1" denotes; None if it is not a valid position."""
     place = int(key) if key is not None and key.removeprefix("-").isdecimal() else len(entries)
     return place if -len(entries) <= place < len(entries) else None
 
@@ -201,7 +201,7 @@ def _columns(dataset: Any) -> list[str] | None:
 
 def _column(dataset: Any, name: str) -> Labels:
     if attribute_of(dataset, "with_format") is not None:
-        # Whatever format (torch, images, ...) the user set, one column as NumPy decodes nothing else.
+        # Whatever format (torch, images, ...) the user set, reading one column as NumPy decodes nothing else.
         dataset = dataset.select_columns([name]).with_format("numpy")
         return _flat(np.asarray(dataset[name][:]))
     return _flat(np.asarray(dataset[name]))
@@ -258,17 +258,17 @@ def _label_of(sample: Any, i: int, key: str | None) -> Any:
 
 
 def _is_sample(entry: Any, key: str | None) -> bool:
-    """Whether an entry of a list has a label, and is none itself."""
+    """Return whether an entry of a list has a label, rather than being one."""
     if isinstance(entry, _VALUES) or getattr(entry, "ndim", None) == 0:
         return False
     return isinstance(entry, (tuple, list, Mapping)) or key is not None or _named(entry, None) is not None
 
 
 def _named(sample: Any, key: str | None) -> Any:
-    """The item or attribute of that name, or of the first usual one; None if there is none."""
+    """Return the item or attribute of that name, or of the first usual name; None if there is none."""
     items = _items(sample)
     for name in _KEYS if key is None else (key,):
-        # What a sample lists by name goes before the attributes that all of its kind have, such as `size`.
+        # Named items take precedence over attributes that all samples of the type have, such as `size`.
         value = sample[name] if name in items else attribute_of(sample, name)
         if value is None and not items and not hasattr(sample, "shape"):
             with suppress(Exception):
@@ -279,7 +279,7 @@ def _named(sample: Any, key: str | None) -> Any:
 
 
 def _items(sample: Any) -> list[Any]:
-    """The names by which a sample that is no dict is indexed: a record, a row of a table, a graph."""
+    """Return the names by which a sample other than a dict is indexed: a record, a row of a table, a graph."""
     names = attribute_of(attribute_of(sample, "dtype"), "names")
     if names is None and callable(keys := attribute_of(sample, "keys")):
         with suppress(Exception):
@@ -288,7 +288,7 @@ def _items(sample: Any) -> list[Any]:
 
 
 def _names(sample: Any) -> list[str]:
-    """The names of what a sample has, for a message."""
+    """Return the names of a sample's items or fields, for a message."""
     fields = attribute_of(sample, "_fields") or attribute_of(sample, "__dict__") or ()
     return [str(name) for name in _items(sample) or fields if not str(name).startswith("_")]
 
@@ -298,7 +298,7 @@ def _is_scalar(value: Any) -> bool:
 
 
 def _flat(labels: Labels) -> Labels:
-    """Labels that are one element each."""
+    """Return labels of one element each as a 1-D array, and others unchanged."""
     return labels.reshape(-1) if labels.ndim > 1 and labels.size == len(labels) else labels
 
 

@@ -1,4 +1,4 @@
-"""From a partitioner's short name, as in ``FederatedStrategy(partitioner="dirichlet")``, to the partitioner."""
+"""Partitioners by their short names, as in ``FederatedStrategy(partitioner="dirichlet")``."""
 
 from __future__ import annotations
 
@@ -43,11 +43,11 @@ _PARTITIONERS: dict[str, type[Partitioner]] = {
 }
 
 DEFAULT_CLIENTS = 10
-"""Of a partitioner given by name."""
+"""Number of clients of a partitioner given by name."""
 
 
 def is_file(name: str) -> bool:
-    """Whether this is the name of a partition's file, rather than of a kind of partitioner.
+    """Return whether this is the name of a partition's file, rather than of a kind of partitioner.
 
     Example:
         >>> is_file("hospitals.json"), is_file("iid")
@@ -60,19 +60,19 @@ def by_name(name: str, num_partitions: int | None = None, **kwargs: Any) -> Part
     """Build a partitioner from its short name, its class name (case does not matter), or the file of a partition.
 
     "dirichlet" has defaults here that suit any dataset: ``alpha=0.5, min_partition_size=1``. "natural_id" and
-    "grouped_natural_id" take the number of clients from the data and do not use ``num_partitions``: compare
-    ``partitioner.num_partitions`` once a dataset is assigned. A file, "hospitals.json", has clients of its own.
+    "grouped_natural_id" take the number of clients from the data and ignore ``num_partitions``: compare
+    ``partitioner.num_partitions`` once a dataset is assigned. A file, "hospitals.json", has its own clients.
 
     Args:
         name: "iid", "dirichlet", "inner_dirichlet", "pathological", "shard", "distribution", "continuous", "size",
             "id_to_size_fnc", "linear", "square", "exponential", "natural_id" or "grouped_natural_id", or a path that
             ends in ".json", see `FilePartitioner`.
-        num_partitions: number of clients; None for those of the file, else for 10.
+        num_partitions: number of clients; None means those of the file, or 10 without a file.
         **kwargs: the other arguments of the class.
 
     Raises:
-        ValueError: the name is unknown, an argument that the class needs is missing, or one is unknown to it; the file
-            cannot be read, or has another number of clients.
+        ValueError: the name is unknown, an argument of the class is missing or unknown, or the file cannot be read or
+            has another number of clients.
 
     Example:
         >>> by_name("dirichlet", num_partitions=10, alpha=0.1)
@@ -108,7 +108,7 @@ def by_name(name: str, num_partitions: int | None = None, **kwargs: Any) -> Part
 
 
 def name_of(partitioner: Partitioner) -> str | None:
-    """The short name that stands for a partitioner, whatever its number of clients; None where none does.
+    """Return the short name that builds an equal partitioner for its number of clients; None if there is none.
 
     Example:
         >>> name_of(by_name("dirichlet", 4)), name_of(by_name("dirichlet", 4, alpha=0.1))

@@ -1,4 +1,4 @@
-"""Clients that the data name themselves: writers, speakers, hospitals."""
+"""Partition by ids in the data: writers, speakers, hospitals."""
 
 from __future__ import annotations
 
@@ -78,17 +78,17 @@ def _group_sizes(num_ids: int, group_size: int, mode: GroupMode) -> IntArray:
 
 
 def _find_ids(dataset: Any, partition_by: str | None) -> Labels:
-    # A list of tuples is a list of compound ids here, where elsewhere it is a list of samples.
+    # A list of tuples is a list of compound ids here; elsewhere it is a list of samples.
     if partition_by is None and isinstance(dataset, list) and isinstance(dataset[0], tuple):
         return np.fromiter(dataset, dtype=object, count=len(dataset))
     if partition_by is None and not is_array(dataset):
-        # Not the labels: one client per class would be a poor guess at who wrote what.
+        # Do not fall back to the labels: one client per class would be a poor guess at the authors.
         raise ValueError(f"partition_by is missing: {_where_ids_are(dataset)}")
     return find_labels(dataset, partition_by)
 
 
 def _where_ids_are(dataset: Any) -> str:
-    """How to say which of the data are ids."""
+    """Return advice on how to name the ids in the data."""
     while (inner := getattr(dataset, "dataset", None)) is not None:  # of a Subset
         dataset = inner
     name, entries = type(dataset).__name__, len(getattr(dataset, "tensors", ()))  # of a TensorDataset
@@ -116,10 +116,10 @@ def _by_known_ids(ids: Labels, clients: Mapping[Any, int], num_clients: int) -> 
 
 
 class NaturalIdPartitioner(Partitioner):
-    """One client for each distinct value of a column: the real federated split, where data have an origin.
+    """Make one client of each distinct value of a column: the natural federated split, by the origin of the data.
 
-    The number of clients comes from the data. Clients are numbered by their sorted ids, whatever order they appear in.
-    All samples are used, and each client's are in the order of the dataset.
+    The data determine the number of clients. Clients are numbered by their sorted ids, whatever order they appear in.
+    All samples are used, and each client's samples are in the order of the dataset.
 
     Args:
         partition_by: column with the ids, or their position in samples that are tuples, such as "2"; None if
@@ -146,7 +146,7 @@ class NaturalIdPartitioner(Partitioner):
         return dict(enumerate(self._names.tolist()))
 
     def divide_alike(self, dataset: Any, seed: int = 0) -> Partition:
-        """As of any partitioner: each sample goes to the client of its id, if there is one."""
+        """Give each further sample to the client of its id, if there is one."""
         clients = {name: client for client, name in self.partition_id_to_natural_id.items()}
         return _by_known_ids(_find_ids(dataset, self.partition_by), clients, self.partition.num_clients)
 
@@ -156,22 +156,23 @@ class NaturalIdPartitioner(Partitioner):
 
 
 class GroupedNaturalIdPartitioner(Partitioner):
-    """One client for every few distinct values of a column: organisations of many people each.
+    """Make one client of every few distinct values of a column, as organisations of many people.
 
-    Turns a cross-device dataset into a cross-silo one. Ids are grouped in the order in which they first appear. Each
-    client's samples are in the order of the dataset.
+    This turns a cross-device dataset into a cross-silo one. Ids are grouped in the order in which they first appear.
+    Each client's samples are in the order of the dataset.
 
     Args:
         partition_by: column with the ids, or their position in samples that are tuples, such as "2"; None if
             the dataset is itself a list or array of ids.
         group_size: ids in each group; required.
-        mode: what becomes of the ids that do not fill a group. ``"allow-smaller"``: a smaller last group;
-            ``"allow-bigger"``: they are spread over the first groups; ``"drop-reminder"``: their samples belong to
-            nobody; ``"strict"``: an error.
+        mode: what happens to the ids that do not fill a group. ``"allow-smaller"``: they form a smaller last group;
+            ``"allow-bigger"``: they are spread over the first groups; ``"drop-reminder"``: their samples belong to no
+            client; ``"strict"``: they raise an error.
         sort_unique_ids: group the ids in sorted order instead.
 
     Raises:
-        ValueError: there is no such column, or the ids do not suffice for one group, or not exactly (``"strict"``).
+        ValueError: there is no such column, there are too few ids for one group, or they do not fill whole groups
+            (``"strict"``).
 
     Example:
         >>> partitioner = GroupedNaturalIdPartitioner(group_size=2)
@@ -212,7 +213,7 @@ class GroupedNaturalIdPartitioner(Partitioner):
         return members
 
     def divide_alike(self, dataset: Any, seed: int = 0) -> Partition:
-        """As of any partitioner: each sample goes to the client of its id, if there is one."""
+        """Give each further sample to the client of its id, if there is one."""
         ids = _find_ids(dataset, self.partition_by)
         return _by_known_ids(ids, self.natural_id_to_partition_id, self.partition.num_clients)
 

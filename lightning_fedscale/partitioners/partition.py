@@ -1,4 +1,4 @@
-"""Who holds which sample: one pair of arrays, whatever the number of clients."""
+"""The partition: which client has which sample, as one pair of arrays for any number of clients."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ _CHUNK = 1 << 20
 class Partition:
     """The samples of every client, grouped by client.
 
-    Client ``i`` holds ``indices[offsets[i]:offsets[i + 1]]``. Memory is 8 bytes a sample and 8 bytes a client and
-    there is no Python object per client, so a million clients are two arrays. Both arrays become read-only views;
-    hand over arrays that you will not write to again.
+    Client ``i`` has ``indices[offsets[i]:offsets[i + 1]]``. It takes 8 bytes a sample and 8 bytes a client, without a
+    Python object per client, so a million clients are two arrays. Both become read-only views; pass arrays that you
+    will not write to again.
 
     Args:
         indices: positions of samples in the dataset, grouped by client, int64.
-        offsets: where each client starts, ``num_clients + 1`` numbers from 0 to ``len(indices)``, int64.
+        offsets: start of each client, ``num_clients + 1`` numbers from 0 to ``len(indices)``, int64.
 
     Raises:
         ValueError: the offsets do not describe the indices.
@@ -71,7 +71,7 @@ class Partition:
             clients: a sequence, or a mapping with the keys ``0 .. num_clients - 1`` in any order.
 
         Raises:
-            TypeError: there are no lists at all.
+            TypeError: ``clients`` contains no lists.
             ValueError: a key is missing, a position is not an integer, or a sample appears twice.
 
         Example:
@@ -126,12 +126,12 @@ class Partition:
         return self.indices[self.offsets[i] : self.offsets[i + 1]]
 
     def covers(self, num_samples: int) -> bool:
-        """Whether each of the samples ``0 .. num_samples - 1`` belongs to exactly one client."""
+        """Return whether each of the samples ``0 .. num_samples - 1`` belongs to exactly one client."""
         return len(self.indices) == num_samples and bool((np.sort(self.indices) == np.arange(num_samples)).all())
 
     @cached_property
     def fingerprint(self) -> str:
-        """SHA-256 of offsets and indices as little-endian int64: equal on every platform."""
+        """SHA-256 of offsets and indices as little-endian int64, equal on every platform."""
         digest = hashlib.sha256(np.int64(self.num_clients).astype("<i8").tobytes())
         for array in (self.offsets, self.indices):
             digest.update(array.astype("<i8", copy=False).data)
@@ -149,13 +149,13 @@ class Partition:
         return f"Partition(num_clients={self.num_clients}, num_samples={self.num_samples})"
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the partition as JSON. A reader sees the old file or the new one, never half of one.
+        """Write the partition as JSON, atomically: a reader sees the old file or the new one, never a part.
 
         Missing folders are created.
         """
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
-        # A name of its own: several processes may save the same partition at once.
+        # The name is unique, since several processes may save the same partition at once.
         temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
         try:
             with temporary.open("w", encoding="utf-8") as file:
@@ -189,7 +189,7 @@ class Partition:
             partition = cls(np.array(content["indices"], np.int64), np.array(content["offsets"], np.int64))
         except FileNotFoundError as error:
             missing = FileNotFoundError(f"path={os.fspath(path)!r}: there is no such file; save a partition first")
-            missing.strerror = error.strerror  # for those who tell the reason only
+            missing.strerror = error.strerror  # for callers that report only the reason
             raise missing from None
         except (KeyError, TypeError, OverflowError, ValueError) as error:
             raise ValueError(f"{os.fspath(path)} is not a saved partition ({error}): {remedy}") from error
@@ -202,14 +202,14 @@ class Partition:
 
 
 def check_partition(partition: Partition, num_samples: int | None = None) -> None:
-    """Check that no sample is outside the dataset or held twice.
+    """Check that no sample is outside the dataset or belongs to two clients.
 
     Args:
-        partition: what to check.
+        partition: the partition to check.
         num_samples: length of the dataset; None checks no upper end.
 
     Raises:
-        ValueError: naming the offending sample.
+        ValueError: the partition is invalid; the message names the sample.
 
     Example:
         >>> check_partition(Partition.from_lists([[0, 2], [1]]), num_samples=3)
@@ -227,7 +227,7 @@ def check_partition(partition: Partition, num_samples: int | None = None) -> Non
 
 
 def offsets_of(sizes: npt.ArrayLike) -> IntArray:
-    """Turn the sizes of consecutive groups into their starts, the end of the last one included.
+    """Return the starts of consecutive groups of these sizes, and the end of the last one.
 
     Example:
         >>> offsets_of([2, 0, 3])
@@ -240,6 +240,6 @@ def offsets_of(sizes: npt.ArrayLike) -> IntArray:
 
 
 def _write_integers(file: TextIO, array: IntArray) -> None:
-    # In pieces: ten million Python integers at once would take half a gigabyte.
+    # Write in chunks: ten million Python integers at once would take half a gigabyte.
     for start in range(0, len(array), _CHUNK):
         file.write((", " if start else "") + json.dumps(array[start : start + _CHUNK].tolist())[1:-1])

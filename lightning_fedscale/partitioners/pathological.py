@@ -31,7 +31,7 @@ def pathological_partition(
 
     (Li et al. 2021, https://arxiv.org/abs/2102.02079.)
 
-    Args: as in :class:`PathologicalPartitioner`, the labels first.
+    Args: the labels, then those of :class:`PathologicalPartitioner`.
 
     Example:
         >>> labels = np.array([0, 0, 1, 1, 2, 2])
@@ -82,7 +82,7 @@ def _choose_classes(
     chosen = np.empty((num_partitions, num_chosen), dtype=np.int64)
     block = max(1, _BLOCK // num_classes)
     for start in range(0, num_partitions, block):
-        # The classes with the smallest random keys; a key below zero is certain to be among them.
+        # Choose the classes with the smallest random keys; a key below zero is always among them.
         keys = rng.random((min(block, num_partitions - start), num_classes))
         if mode == "first-deterministic":
             np.put_along_axis(keys, clients[start : start + block] % num_classes, -1.0, axis=1)
@@ -91,23 +91,23 @@ def _choose_classes(
 
 
 class PathologicalPartitioner(Partitioner):
-    """Give each client exactly so many classes: the strongest kind of label skew.
+    """Give each client a fixed number of classes: the strongest kind of label skew.
 
-    Each class is cut evenly among the clients that have it. A class that no client has is left out, and a warning names
-    it; all other samples are used. The order within a client is random.
+    Each class is cut evenly among the clients that have it. A class that no client has is left out, with a warning that
+    names it; all other samples are used. The order within a client is random.
 
     Args:
         num_partitions: number of clients.
         partition_by: column with the labels; None looks in the usual places.
         num_classes_per_partition: classes of each client; required.
         class_assignment_mode: ``"random"``; ``"deterministic"``: client ``i`` has the classes ``i, i + 1, ...`` modulo
-            their number; ``"first-deterministic"``: client ``i`` has class ``i`` modulo their number, the others are
-            random (the paper's, no class is left out if there are as many clients as classes).
+            their number; ``"first-deterministic"``: client ``i`` has class ``i`` modulo their number, and random others
+            (as in the paper; no class is left out if there are at least as many clients as classes).
         shuffle: False deals the samples of a class in the order of the dataset, and leaves each client's ascending.
         seed: equal seeds give equal partitions.
 
     Raises:
-        ValueError: there are fewer classes than asked for, or a class has fewer samples than clients.
+        ValueError: there are fewer classes than a client needs, or a class has fewer samples than clients.
 
     Example:
         >>> partitioner = PathologicalPartitioner(num_partitions=4, num_classes_per_partition=1,

@@ -1,7 +1,7 @@
-"""Pictures of a partition: which client holds how much of which label.
+"""Plots of a partition: how many samples of each label each client has.
 
 pandas and matplotlib are needed only here, and imported only when a function is called. Figures are made without
-pyplot: nothing is shown or kept alive behind the caller's back.
+pyplot, so that nothing is shown or kept in memory implicitly.
 """
 
 from __future__ import annotations
@@ -50,23 +50,22 @@ def plot_label_distributions(
     plot_kwargs: dict[str, Any] | None = None,
     legend_kwargs: dict[str, Any] | None = None,
 ) -> tuple[Figure, Axes, pd.DataFrame]:
-    """Plot how many samples of each label each client holds.
+    """Plot how many samples of each label each client has.
 
     Args:
         partitioner: a partitioner with a dataset.
-        label_name: column with the labels; None takes the column that the partitioner splits by, or looks in the
-            usual places.
+        label_name: column with the labels; None takes the partitioner's ``partition_by``, or looks in the usual places.
         plot_type: ``"bar"``, one stacked bar per client, or ``"heatmap"``, clients by labels.
         size_unit: ``"absolute"`` numbers of samples, or ``"percent"`` of each client's samples.
-        max_num_partitions: show the first so many clients only. More than a few hundred are hard to tell apart.
+        max_num_partitions: show only this many clients, the first ones. More than a few hundred are hard to tell apart.
         partition_id_axis: axis of the clients, ``"x"`` or ``"y"``.
         axis: draw here instead of in a new figure.
         figsize: size of the new figure in inches; None chooses one that suits the number of clients.
         title: title of the plot.
         cmap: colours, a matplotlib colormap or its name.
-        legend: add a legend (bar) or a colour bar (heatmap), beside the plot.
-        legend_title: its title.
-        verbose_labels: use the names of the classes where the dataset knows them.
+        legend: add a legend (bar) or a colour bar (heatmap) next to the plot.
+        legend_title: title of the legend.
+        verbose_labels: use the names of the classes if the dataset has them.
         plot_kwargs: more arguments for ``Axes.bar``, ``Axes.stairs`` (over 100 clients) or ``Axes.pcolormesh``.
         legend_kwargs: more arguments for ``Axes.legend`` or ``Figure.colorbar``.
 
@@ -74,7 +73,7 @@ def plot_label_distributions(
         ``(figure, axis, table)``; the table has a row per client (index "Partition ID") and a column per label.
 
     Raises:
-        ValueError: an argument is not one of its words, or the labels are not found.
+        ValueError: an argument is not one of its options, or the labels are not found.
 
     Example:
         >>> from lightning_fedscale.partitioners import IidPartitioner
@@ -124,12 +123,12 @@ def plot_comparison_label_distribution(
     plot_kwargs_list: Sequence[dict[str, Any] | None] | None = None,
     legend_kwargs: dict[str, Any] | None = None,
 ) -> tuple[Figure, list[Axes], list[pd.DataFrame]]:
-    """Plot several partitions side by side, for example of one dataset with several values of alpha.
+    """Plot several partitions next to each other, for example of one dataset with several values of alpha.
 
     Args:
         partitioner_list: partitioners with datasets.
         label_name: column with the labels, one for all or one for each.
-        plot_type: as in :func:`plot_label_distributions`, like all that are not named here.
+        plot_type: see :func:`plot_label_distributions`.
         size_unit: see there.
         max_num_partitions: see there.
         partition_id_axis: see there.
@@ -137,7 +136,7 @@ def plot_comparison_label_distribution(
         subtitle: title of the whole figure.
         titles: title of each plot.
         cmap: see there.
-        legend: one legend, beside the last plot.
+        legend: add one legend, next to the last plot.
         legend_title: see there.
         verbose_labels: see there.
         plot_kwargs_list: ``plot_kwargs`` for each plot.
@@ -147,7 +146,7 @@ def plot_comparison_label_distribution(
         ``(figure, axes, tables)``, an axis and a table for each partitioner.
 
     Raises:
-        ValueError: a list has not one entry per partitioner.
+        ValueError: a list does not have one entry per partitioner.
 
     Example:
         >>> from lightning_fedscale.partitioners import IidPartitioner, LinearPartitioner
@@ -220,7 +219,7 @@ def _table(
     columns = encode_classes(labels)[0]
     names = class_names(dataset, label_name)
     if names is not None and columns.dtype.kind in "iu" and columns[0] >= 0 and columns[-1] < len(names):
-        # A class that occurs nowhere is part of the picture too.
+        # A class without samples is part of the plot too.
         full = np.zeros((len(counts), len(names)), dtype=np.int64)
         full[:, columns] = counts
         counts, columns = full, np.arange(len(names))
@@ -305,14 +304,14 @@ def _set_limits(axis: Axes, id_axis: str, clients: tuple[float, float], values: 
 
 def _set_ticks(axis: Axes, which: str, positions: Any, names: Sequence[str], most: int = _MAX_TICKS) -> None:
     if which == "x":
-        # About a tenth of an inch per letter: fewer names on a narrow axis, upright ones if they are long.
+        # A letter takes about a tenth of an inch: show fewer names on a narrow axis, and long ones upright.
         figure = axis.get_figure(root=True)
         assert figure is not None
         width = axis.get_position().width * figure.get_figwidth()
         longest = max(len(name) for name in names) + 2
         is_upright = longest > 6 and longest * len(names) > 11 * width
         most = min(most, max(2, int(width / (0.2 if is_upright else 0.09 * longest))))
-    # Every 1st, 2nd, 5th, 10th, ... one, so that names do not overlap.
+    # Show every 1st, 2nd, 5th, 10th, ... name, so that they do not overlap.
     step = next(s * 10**e for e in range(12) for s in (1, 2, 5) if len(names) <= most * s * 10**e)
     if which == "y":
         axis.set_yticks(positions[::step], names[::step])
@@ -326,14 +325,14 @@ def _colors(number: int, cmap: str | Colormap | None) -> list[Any]:
     if cmap is None:
         cmap = "tab10" if number <= 10 else "tab20" if number <= 20 else "nipy_spectral"
     colormap = matplotlib.colormaps[cmap] if isinstance(cmap, str) else cmap
-    if colormap.N <= 20:  # A list of distinct colours, to be taken as they come.
+    if colormap.N <= 20:  # A list of distinct colours is used in its order.
         return [colormap(i % colormap.N) for i in range(number)]
     return [colormap(x) for x in np.linspace(0.05, 0.95, number)]
 
 
 def _add_legend(axis: Axes, num_labels: int, kwargs: dict[str, Any]) -> None:
     handles, names = axis.get_legend_handles_labels()
-    # Beside the plot, never over the bars, and in the order in which the bars are stacked.
+    # Place it next to the plot, never over the bars, and in the order in which the bars are stacked.
     place = {"loc": "center left", "bbox_to_anchor": (1.01, 0.5), "frameon": False}
     columns = math.ceil(num_labels / _LEGEND_ROWS)
     size = "small" if num_labels > 10 else "medium"

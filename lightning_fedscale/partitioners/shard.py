@@ -1,4 +1,4 @@
-"""Label skew by shards: the split of the paper that introduced FedAvg."""
+"""Label skew by shards, as in the paper that introduced FedAvg."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def shard_partition(
 
     (McMahan et al. 2017, https://arxiv.org/abs/1602.05629: 100 clients with 2 shards of 300 samples each.)
 
-    Args: as in :class:`ShardPartitioner`, the labels first.
+    Args: the labels, then those of :class:`ShardPartitioner`.
 
     Example:
         >>> labels = np.repeat([0, 1, 2, 3], 3)
@@ -55,7 +55,7 @@ def shard_partition(
 def _shard_sizes(
     num_samples: int, num_partitions: int, per_partition: int | None, shard_size: int | None, keep_incomplete: bool
 ) -> IntArray:
-    """Sizes of the shards, in the order of the labels; what they leave over at the end belongs to nobody."""
+    """Return the sizes of the shards, in the order of the labels; samples after the last shard belong to no client."""
     if shard_size is None:
         assert per_partition is not None
         num_shards = num_partitions * per_partition
@@ -88,7 +88,7 @@ def _shard_sizes(
 class ShardPartitioner(Partitioner):
     """Give each client some shards of the dataset sorted by label.
 
-    With two shards per client most clients see two classes. Three ways to say how the dataset is cut:
+    With two shards per client most clients see two classes. The dataset can be cut in three ways:
 
     ============================  ==============  =================================================================
     ``num_shards_per_partition``  ``shard_size``  result
@@ -98,9 +98,9 @@ class ShardPartitioner(Partitioner):
     None                          ``z``           all shards of ``z`` samples; the first clients may get one more
     ============================  ==============  =================================================================
 
-    Samples that are left over belong to nobody, unless ``keep_incomplete_shard`` is true: then all samples are used, by
-    shards whose sizes differ by at most one (first row) or by a smaller last shard (third row). It has no effect
-    where both numbers are given. The order within a client is random.
+    Samples that are left over belong to no client, unless ``keep_incomplete_shard`` is true: then all samples are used,
+    in shards whose sizes differ by at most one (first row) or with a smaller last shard (third row). It has no effect
+    if both numbers are given. The order within a client is random.
 
     Args:
         num_partitions: number of clients.

@@ -1,4 +1,4 @@
-"""Clients of given sizes: only the amount of data differs between them."""
+"""Partitions by given sizes: clients differ only in their amount of data."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ SizeFunction: TypeAlias = Callable[[npt.NDArray[np.float64]], npt.NDArray[Any]]
 def size_partition(
     num_samples: int, partition_sizes: npt.ArrayLike, shuffle: bool = True, seed: int | None = 42
 ) -> Partition:
-    """Deal the samples at random into parts of given sizes. What the sizes leave over belongs to nobody.
+    """Deal the samples at random into parts of given sizes. The remaining samples belong to no client.
 
     Args:
         num_samples: length of the dataset.
@@ -42,7 +42,7 @@ def size_partition(
 
 
 def check_sum(total: int, num_samples: int) -> None:
-    """Refuse sizes that exceed the dataset, and warn where they leave samples over."""
+    """Reject sizes that exceed the dataset, and warn if they leave samples over."""
     if total > num_samples:
         raise ValueError(f"partition_sizes add up to {total}, there are {num_samples} samples: lower the sizes")
     if total < num_samples:
@@ -55,7 +55,7 @@ def check_sum(total: int, num_samples: int) -> None:
 def sizes_by_id(num_samples: int, num_partitions: int, partition_id_to_size_fn: SizeFunction) -> IntArray:
     """Return sizes in proportion to a function of the client's number, counted from 1.
 
-    ``size[i] = floor(n * f(i + 1) / sum_j f(j + 1))``; the samples that rounding leaves over go to the last client.
+    ``size[i] = floor(n * f(i + 1) / sum_j f(j + 1))``; the last client also gets the remainder of the rounding.
 
     Raises:
         ValueError: a client would have no samples.
@@ -66,7 +66,7 @@ def sizes_by_id(num_samples: int, num_partitions: int, partition_id_to_size_fn: 
     """
     with np.errstate(all="ignore"):
         units = np.asarray(partition_id_to_size_fn(np.arange(1.0, num_partitions + 1)), dtype=np.float64)
-        shares = units * num_samples / units.sum()  # In this order whole numbers stay exact.
+        shares = units * num_samples / units.sum()  # This order keeps whole numbers exact.
     sizes = np.where(np.isfinite(shares), shares, -1).astype(np.int64)
     if sizes.shape == (num_partitions,) and (sizes >= 0).all():
         sizes[-1] += num_samples - sizes.sum()
@@ -81,12 +81,12 @@ def sizes_by_id(num_samples: int, num_partitions: int, partition_id_to_size_fn: 
 class SizePartitioner(Partitioner):
     """Give each client a chosen number of random samples.
 
-    For quantity skew alone, with sizes known from elsewhere. If the sizes add up to less than the dataset, the rest
-    belongs to nobody, and a warning says how much. The order within a client is random.
+    Use it for pure quantity skew with known sizes. If the sizes add up to less than the dataset, the remaining samples
+    belong to no client, and a warning gives their number. The order within a client is random.
 
     Args:
         partition_sizes: size of each client, at least 1.
-        shuffle: False cuts contiguous parts; only right for a dataset that lies in random order.
+        shuffle: False cuts contiguous parts, which is only valid for a dataset in random order.
         seed: equal seeds give equal partitions.
 
     Raises:
@@ -118,8 +118,8 @@ class IdToSizeFncPartitioner(Partitioner):
 
     Args:
         num_partitions: number of clients.
-        partition_id_to_size_fn: from the array ``1.0, 2.0, ..., num_partitions`` to the array of relative sizes.
-        shuffle: False cuts contiguous parts; only right for a dataset that lies in random order.
+        partition_id_to_size_fn: maps the array ``1.0, 2.0, ..., num_partitions`` to the array of relative sizes.
+        shuffle: False cuts contiguous parts, which is only valid for a dataset in random order.
         seed: equal seeds give equal partitions.
 
     Raises:
@@ -152,9 +152,9 @@ class IdToSizeFncPartitioner(Partitioner):
 
 
 class LinearPartitioner(Partitioner):
-    """Sizes in proportion to 1, 2, 3, ...: mild quantity skew.
+    """Give the clients sizes in proportion to 1, 2, 3, ...: mild quantity skew.
 
-    Otherwise like :class:`IdToSizeFncPartitioner`.
+    It otherwise equals :class:`IdToSizeFncPartitioner`.
 
     Example:
         >>> partitioner = LinearPartitioner(num_partitions=3)
@@ -174,9 +174,9 @@ class LinearPartitioner(Partitioner):
 
 
 class SquarePartitioner(Partitioner):
-    """Sizes in proportion to 1, 4, 9, ...: marked quantity skew.
+    """Give the clients sizes in proportion to 1, 4, 9, ...: marked quantity skew.
 
-    Otherwise like :class:`IdToSizeFncPartitioner`.
+    It otherwise equals :class:`IdToSizeFncPartitioner`.
 
     Example:
         >>> partitioner = SquarePartitioner(num_partitions=3)
@@ -196,9 +196,9 @@ class SquarePartitioner(Partitioner):
 
 
 class ExponentialPartitioner(Partitioner):
-    """Sizes in proportion to e, e^2, e^3, ...: extreme quantity skew, for few clients.
+    """Give the clients sizes in proportion to e, e^2, e^3, ...: extreme quantity skew, for few clients.
 
-    Otherwise like :class:`IdToSizeFncPartitioner`. Ten clients need some 14,000 samples.
+    It otherwise equals :class:`IdToSizeFncPartitioner`. Ten clients need some 14,000 samples.
 
     Example:
         >>> partitioner = ExponentialPartitioner(num_partitions=3)

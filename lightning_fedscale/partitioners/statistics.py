@@ -1,4 +1,4 @@
-"""How unlike each other the clients are: a few numbers about a partition."""
+"""Statistics of a partition: how heterogeneous the clients are."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _MAX_CELLS = 1 << 27
 
 
 class Heterogeneity(NamedTuple):
-    """Summary of a partition: label skew, size skew, and the figures behind them."""
+    """Summary of a partition: label skew, size skew, and basic counts."""
 
     mean_js_distance: float
     """Mean over the clients of the Jensen-Shannon distance to the overall label mix, 0 (iid) to 1."""
@@ -32,12 +32,12 @@ class Heterogeneity(NamedTuple):
 
 
 def label_counts(partition: Partition, labels: npt.ArrayLike, max_clients: int | None = None) -> IntArray:
-    """Count the samples of each label that each client holds.
+    """Count the samples of each label that each client has.
 
     Args:
-        partition: who holds what.
+        partition: the partition.
         labels: label of every sample of the dataset.
-        max_clients: count the first so many clients only.
+        max_clients: count only this many clients, the first ones.
 
     Returns:
         ``clients x classes``, the classes in sorted order of the labels.
@@ -64,11 +64,12 @@ def label_counts(partition: Partition, labels: npt.ArrayLike, max_clients: int |
 
 
 def js_distances(partition: Partition, labels: npt.ArrayLike) -> npt.NDArray[np.float64]:
-    """Jensen-Shannon distance of each client's label mix to the mix of all partitioned samples.
+    """Return the Jensen-Shannon distance of each client's label mix to the mix of all partitioned samples.
 
-    ``sqrt(KL(p || m) / 2 + KL(q || m) / 2)`` with ``m = (p + q) / 2`` and logarithms to base 2: the square root of the
-    divergence, as :func:`scipy.spatial.distance.jensenshannon` with ``base=2``, between 0 and 1 (Endres and Schindelin
-    2003). NaN for a client without samples. Memory grows with the samples, not with clients times classes.
+    It is ``sqrt(KL(p || m) / 2 + KL(q || m) / 2)`` with ``m = (p + q) / 2`` and logarithms to base 2: the square root
+    of the divergence, as in :func:`scipy.spatial.distance.jensenshannon` with ``base=2``, between 0 and 1 (Endres and
+    Schindelin 2003). It is NaN for a client without samples. Memory grows with the samples, not with clients times
+    classes.
 
     Example:
         >>> js_distances(Partition.from_lists([[0, 1], [2, 3]]), [0, 1, 0, 1])
@@ -78,7 +79,7 @@ def js_distances(partition: Partition, labels: npt.ArrayLike) -> npt.NDArray[np.
 
 
 def js_distance(partition: Partition, labels: npt.ArrayLike) -> float:
-    """Mean of :func:`js_distances` over the clients that have samples: one number for label skew.
+    """Return the mean of :func:`js_distances` over the clients that have samples: one number for label skew.
 
     Every client counts the same, whatever its size.
 
@@ -90,9 +91,9 @@ def js_distance(partition: Partition, labels: npt.ArrayLike) -> float:
 
 
 def gini(sizes: npt.ArrayLike) -> float:
-    """Gini coefficient of the sizes, ``sum_ij |x_i - x_j| / (2 n^2 mean(x))``: one number for size skew.
+    """Return the Gini coefficient of the sizes, ``sum_ij |x_i - x_j| / (2 n^2 mean(x))``: one number for size skew.
 
-    0 if all are equal, ``1 - 1 / n`` if one of ``n`` has everything; 0 also where all are zero.
+    It is 0 if all are equal (even all zero) and ``1 - 1 / n`` if one of ``n`` has everything.
 
     Raises:
         ValueError: there are no sizes, or one is negative.
@@ -112,7 +113,7 @@ def gini(sizes: npt.ArrayLike) -> float:
 
 
 def heterogeneity(partition: Partition, labels: npt.ArrayLike) -> Heterogeneity:
-    """Summarise how unlike each other the clients are.
+    """Summarise how heterogeneous the clients are.
 
     Example:
         >>> result = heterogeneity(Partition.from_lists([[0], [1, 2, 3]]), [0, 1, 1, 1])
@@ -145,7 +146,7 @@ def _encode(partition: Partition, labels: npt.ArrayLike) -> tuple[npt.NDArray[An
 
 
 def _cells(partition: Partition, labels: npt.ArrayLike) -> tuple[IntArray, IntArray, IntArray]:
-    """The non-zero cells of the table of label counts: ``(client, class, count)``."""
+    """Return the non-zero cells of the table of label counts: ``(client, class, count)``."""
     checks.whole_partition(partition)
     if not partition.num_samples:
         raise ValueError("the partition holds no samples: there is no label mix to compare")
