@@ -1,4 +1,4 @@
-"""Who takes part in a round."""
+"""Samplers choose the clients of a round."""
 
 from __future__ import annotations
 
@@ -37,14 +37,14 @@ FACTORIES: dict[str, Callable[..., Any]] = {
     "daily_cycle": daily_cycle,
     "drop_out": drop_out,
 }
-"""The samplers by name; those that take no arguments of their own are the sampler itself."""
+"""The samplers by name; one that takes no arguments is the sampler itself, the others are factories."""
 
 
 def by_name(name: str) -> Sampler:
-    """The sampler of this name.
+    """Return the sampler of this name.
 
     Raises:
-        ValueError: for an unknown name, or one that cannot do without arguments.
+        ValueError: if the name is unknown, or its sampler needs arguments.
 
     Example:
         >>> by_name("round_robin")(seed=0, round=1, num_clients=4, clients_per_round=2).tolist()

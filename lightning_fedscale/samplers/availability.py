@@ -1,4 +1,4 @@
-"""Clients that cannot be reached: by a trace, by the time of day, or because they drop out."""
+"""Samplers with unavailable clients: by a trace, by the time of day, or because they drop out."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ from lightning_fedscale.utils import checks, randomness
 
 
 def available(sampler: Sampler, trace: npt.ArrayLike | str | Path) -> Sampler:
-    """Draw among the clients that a trace says are available in the round; after its last round it begins anew.
+    """Draw among the clients that are available in the round by a trace; the trace repeats after its last round.
 
-    Where fewer are available than wanted, all of them take part; where none is, the cohort is empty.
+    If fewer are available than requested, all of them take part; if none is, the cohort is empty.
 
     Args:
-        sampler: draws among them.
+        sampler: the sampler that draws among them.
         trace: booleans, or 0 and 1, (rounds, clients); or a file of them: CSV without a header, one round a line, or
             JSON, a list of lists.
 
     Raises:
-        TypeError: if ``sampler`` is none, or is one of your own without the argument ``among``.
-        ValueError: if the trace is not of that form; when called, if it has another number of clients.
+        TypeError: if ``sampler`` is not a sampler, or is a custom one without the argument ``among``.
+        ValueError: if the trace is invalid; when called, if it has another number of clients.
 
     Example:
         >>> from lightning_fedscale.samplers import uniform
@@ -42,16 +42,16 @@ def available(sampler: Sampler, trace: npt.ArrayLike | str | Path) -> Sampler:
 def daily_cycle(sampler: Sampler, period: int, share: float = 0.5) -> Sampler:
     """Draw among the clients for which it is night: each is available for a share of every ``period`` rounds.
 
-    Clients lie in time zones of their own, drawn once by the seed, so that about ``share`` of them are available in
-    every round, and not the same ones.
+    Each client has its own time zone, drawn once from the seed, so that about ``share`` of the clients are available in
+    every round, but not always the same ones.
 
     Args:
-        sampler: draws among them.
+        sampler: the sampler that draws among them.
         period: rounds in a day, at least 2.
-        share: of the day for which a client is available, above 0 to 1.
+        share: fraction of the day for which a client is available, in (0, 1].
 
     Raises:
-        TypeError: if ``sampler`` is none, or is one of your own without the argument ``among``.
+        TypeError: if ``sampler`` is not a sampler, or is a custom one without the argument ``among``.
         ValueError: if another argument is out of range.
 
     Example:
@@ -70,14 +70,14 @@ def daily_cycle(sampler: Sampler, period: int, share: float = 0.5) -> Sampler:
 
 
 def drop_out(sampler: Sampler, probability: float) -> Sampler:
-    """Lose each of the clients that were drawn with a probability, as if its connection broke.
+    """Drop each drawn client with a given probability, as if its connection broke.
 
     Args:
-        sampler: draws them.
-        probability: of each client in each round, 0 to below 1.
+        sampler: the sampler that draws the clients.
+        probability: probability for each client in each round, in [0, 1).
 
     Raises:
-        TypeError: if ``sampler`` is none.
+        TypeError: if ``sampler`` is not a sampler.
         ValueError: if ``probability`` is out of range.
 
     Example:

@@ -1,4 +1,4 @@
-"""The shape of a sampler."""
+"""The interface of a sampler."""
 
 from __future__ import annotations
 
@@ -10,27 +10,28 @@ from lightning_fedscale.types import IntArray
 
 
 class Sampler(Protocol):
-    """A pure function from (seed, round) to a cohort: every rank calls it and must get the same answer.
+    """A pure function from (seed, round) to a cohort; every rank calls it and must get the same result.
 
-    One with a true attribute ``reads_losses`` is also given ``losses``, see `reads_losses`. One that takes ``among``,
-    the clients that can be drawn, ascending, or None for all, can be wrapped by `available` and `daily_cycle`.
+    A sampler whose attribute ``reads_losses`` is true also gets ``losses``, see `reads_losses`. A sampler that takes
+    ``among`` (the clients that may be drawn, ascending, or None for all) can be wrapped by `available` and
+    `daily_cycle`.
     """
 
     def __call__(self, *, seed: int, round: int, num_clients: int, clients_per_round: int) -> IntArray:
-        """The clients of this round: distinct indices below ``num_clients``, ascending; there may be none.
+        """Return the clients of this round: distinct indices below ``num_clients``, ascending, possibly none.
 
         Args:
             seed: the strategy's seed.
             round: index of the round, from 0.
-            num_clients: number of registered clients.
-            clients_per_round: number of clients wanted.
+            num_clients: number of clients.
+            clients_per_round: number of clients to draw.
         """
 
 
 def reads_losses(sampler: Sampler) -> bool:
-    """Whether a sampler wants the argument ``losses``: from clients to their last known mean training loss.
+    """Return whether a sampler takes the argument ``losses``, a mapping of clients to their last mean training loss.
 
-    Clients that have not taken part yet are missing in it.
+    Clients that have not taken part yet are missing from it.
 
     Example:
         >>> from lightning_fedscale.samplers import drop_out, power_of_choice, uniform
@@ -41,7 +42,7 @@ def reads_losses(sampler: Sampler) -> bool:
 
 
 def wrapping(sampler: Sampler, wrapper: Callable[..., IntArray]) -> Sampler:
-    """The wrapper, which reads losses if the sampler does."""
+    """Return the wrapper, marked to read losses if the sampler does."""
     made: Any = wrapper
     made.reads_losses = reads_losses(sampler)
     ready: Sampler = made
@@ -49,10 +50,10 @@ def wrapping(sampler: Sampler, wrapper: Callable[..., IntArray]) -> Sampler:
 
 
 def check_sampler(sampler: object, *, takes_among: bool = False) -> None:
-    """Check what a wrapper was given.
+    """Check the sampler that is passed to a wrapper.
 
     Raises:
-        TypeError: it is no sampler, or cannot be told which clients there are.
+        TypeError: it is not a sampler, or does not take ``among`` when the wrapper needs it.
     """
     remedy = "pass a sampler such as samplers.uniform or samplers.weighted([...])"
     if not callable(sampler):

@@ -1,4 +1,4 @@
-"""Clients drawn with equal probability: a fixed number of them, or each by itself; or in turn."""
+"""Samplers with equal probabilities (a fixed number of clients, or each independently), and in turn."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from lightning_fedscale.utils import randomness
 def uniform(
     *, seed: int, round: int, num_clients: int, clients_per_round: int, among: IntArray | None = None
 ) -> IntArray:
-    """Every cohort of the wanted size with equal probability, without replacement (FedAvg, arXiv 1602.05629).
+    """Draw a cohort of the given size uniformly without replacement (FedAvg, arXiv 1602.05629).
 
-    Takes time and memory in proportion to the cohort, not to the number of clients.
+    Time and memory are in proportion to the cohort, not to the number of clients.
 
     Example:
         >>> cohort = uniform(seed=0, round=3, num_clients=1_000_000, clients_per_round=4)
@@ -31,10 +31,10 @@ def uniform(
 def poisson(
     *, seed: int, round: int, num_clients: int, clients_per_round: int, among: IntArray | None = None
 ) -> IntArray:
-    """Every client by itself with probability ``clients_per_round / num_clients`` (Poisson sampling).
+    """Draw every client independently with probability ``clients_per_round / num_clients`` (Poisson sampling).
 
-    This is what the accountants of differential privacy assume (arXiv 1710.06963). Cohorts have ``clients_per_round``
-    clients on average, any number in a round, and sometimes none. Takes time and memory in proportion to the cohort.
+    The accountants of differential privacy assume this sampling (arXiv 1710.06963). Cohorts have ``clients_per_round``
+    clients on average, but any number in a round, even none. Time and memory are in proportion to the cohort.
 
     Example:
         >>> [len(poisson(seed=0, round=r, num_clients=1000, clients_per_round=4)) for r in range(6)]
@@ -42,14 +42,14 @@ def poisson(
     """
     rng = randomness.generator(seed, randomness.COHORT, round)
     size = num_clients if among is None else len(among)
-    # First how many, then which: the same distribution as a coin for every client.
+    # Drawing the number first, then the clients, gives the same distribution as a coin toss for every client.
     return _subset(rng, size, int(rng.binomial(size, clients_per_round / num_clients)), among)
 
 
 def round_robin(
     *, seed: int, round: int, num_clients: int, clients_per_round: int, among: IntArray | None = None
 ) -> IntArray:
-    """The clients in turn, by their number: every client takes part equally often. Nothing is random.
+    """Take the clients in turn, by their number, so that all take part equally often. Nothing is random.
 
     Example:
         >>> [round_robin(seed=0, round=r, num_clients=5, clients_per_round=2).tolist() for r in range(3)]

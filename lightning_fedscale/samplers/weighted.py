@@ -1,4 +1,4 @@
-"""Clients drawn with unequal probability: by weights that are given, or by their losses."""
+"""Samplers with unequal probabilities: by given weights, or by the clients' losses."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ _NOTHING: Mapping[int, float] = MappingProxyType({})
 
 
 def weighted(weights: Sequence[float] | FloatArray) -> Sampler:
-    """One client after the other, with probability in proportion to its weight among those not yet drawn.
+    """Draw clients one after the other, with probability in proportion to weight among those not yet drawn.
 
     With the clients' sizes as weights, and ``aggregator="uniform"``, large clients count more by taking part more often
-    (scheme I of arXiv 1907.02189, but without replacement). Clients of weight 0 are never drawn, even if cohorts are
-    smaller for it.
+    (scheme I of arXiv 1907.02189, but without replacement). Clients of weight 0 are never drawn, even if this makes
+    cohorts smaller.
 
     Args:
         weights: one per client, >= 0, on any scale.
@@ -39,19 +39,19 @@ def weighted(weights: Sequence[float] | FloatArray) -> Sampler:
 
 
 def power_of_choice(candidates: int, weights: Sequence[float] | FloatArray | None = None) -> Sampler:
-    """Of some candidates those with the highest loss (power-of-choice, arXiv 2010.01243).
+    """Draw candidates, and take those with the highest loss (power-of-choice, arXiv 2010.01243).
 
-    Converges faster where clients differ, towards a model that serves the worst of them better. This is the paper's
-    variant on the losses that clients last reported, which costs no traffic; clients that never took part count as
-    having the highest loss.
+    It converges faster if clients differ, towards a model that serves the worst clients better. This is the paper's
+    variant with the losses that clients last reported, which costs no communication; clients that never took part count
+    as having the highest loss.
 
     Args:
-        candidates: how many are looked at, at least ``clients_per_round``; as many is `uniform`, all is greedy.
-        weights: of the candidates, as for `weighted`: the paper takes the clients' sizes. None for equal ones.
+        candidates: number of candidates, at least ``clients_per_round``; this many equals `uniform`, all is greedy.
+        weights: weights of the candidates, as for `weighted`: the paper takes the clients' sizes. None for equal ones.
 
     Raises:
         TypeError: if ``candidates`` is not an integer.
-        ValueError: if it is too small; for weights, as `weighted`.
+        ValueError: if it is too small, or the weights are invalid as in `weighted`.
 
     Example:
         >>> sampler = power_of_choice(candidates=4)
@@ -77,7 +77,7 @@ def _weighted(
         raise ValueError(f"weights: got {len(weights)} for {num_clients} clients: pass one per client")
     clients = np.arange(num_clients, dtype=np.int64) if among is None else among
     clients = clients[weights[clients] > 0]
-    # The largest keys of exponential clocks are drawn as if one after the other (Efraimidis and Spirakis 2006).
+    # The shortest of these exponential waiting times are drawn as if one by one (Efraimidis and Spirakis 2006).
     waits = randomness.generator(seed, randomness.COHORT, round).exponential(size=num_clients)[clients]
     return np.sort(clients[np.argsort(waits / weights[clients], kind="stable")[:clients_per_round]])
 
@@ -101,7 +101,7 @@ def _power_of_choice(
     pool = drawn(
         seed=seed, round=round, num_clients=num_clients, clients_per_round=min(candidates, num_clients), **others
     )
-    # In a random order first, so that clients of equal loss, as in the first round, have equal chances.
+    # Shuffle first, so that clients of equal loss, as in the first round, have equal chances.
     pool = randomness.generator(seed, randomness.COHORT, round, 1).permutation(pool)
     known = np.array([losses.get(client, np.inf) for client in pool.tolist()])
     return np.sort(pool[np.argsort(-known, kind="stable")[:clients_per_round]])
