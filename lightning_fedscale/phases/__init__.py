@@ -1,9 +1,9 @@
-"""Critical phases of training: told from gradient norms, and what to multiply updates by outside of them.
+"""Detect critical phases of training from gradient norms, and scale updates outside of them.
 
-Training is in a critical phase while its gradients change quickly. There, the direction of single updates matters, and
-errors that are made cannot be repaired later (Achille et al., arXiv 1711.08856; for federated learning Yan et al., AAAI
-2022). Elsewhere, updates of large batches may be scaled up (Tyagi, arXiv 2509.10537). Detectors and scale rules here
-are pure functions of numbers; `lightning_fedscale.callbacks.CriticalPhase` feeds and obeys them.
+Training is in a critical phase while its gradients change quickly. In such a phase the direction of single updates
+matters, and errors cannot be repaired later (Achille et al., arXiv 1711.08856; for federated learning Yan et al., AAAI
+2022). Outside of it, updates of large batches may be scaled up (Tyagi, arXiv 2509.10537). The detectors and scale rules
+here are pure functions of numbers; `lightning_fedscale.callbacks.CriticalPhase` applies them.
 """
 
 from lightning_fedscale.phases.detectors import (

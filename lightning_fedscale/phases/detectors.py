@@ -1,4 +1,4 @@
-"""Detectors of critical phases: what is seen of a step or round in, whether it is critical out."""
+"""Detectors of critical phases: they decide from observations of steps or rounds whether training is critical."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ from lightning_fedscale.phases.regression import empty_triangle, predicted, take
 from lightning_fedscale.phases.run_length import alarm_limit
 
 State: TypeAlias = dict[str, Any]
-"""What a detector remembers: numbers, booleans and lists of numbers by name, so that any checkpoint can hold it."""
+"""State of a detector: numbers, booleans and lists of numbers by name, so that any checkpoint can store it."""
 
 
 class Observation(NamedTuple):
-    """What a detector sees of one step or round.
+    """Input of a detector from one step or round.
 
     Attributes:
         layer_norms: L2 norm of the gradient of each parameter tensor.
         client_square: mean squared norm of the clients' updates, weighted as in their aggregate; NaN if unknown.
         fisher_trace: trace of the empirical Fisher matrix, the mean squared gradient norm of single samples; NaN if
             unknown.
-        learning_rate: added up over the parameter groups of the optimizer, of all optimizers where a round's update is
-            observed, so that it falls if one's does; NaN if unknown.
+        learning_rate: sum over the optimizer's parameter groups (over all optimizers if a round's update is observed),
+            so that it falls if one of them falls; NaN if unknown.
     """
 
     layer_norms: Sequence[float]
@@ -38,12 +38,12 @@ class Observation(NamedTuple):
 
 
 class Decision(NamedTuple):
-    """What a detector makes of an observation.
+    """Output of a detector for an observation.
 
     Attributes:
         critical: whether training is in a critical phase.
-        statistic: the number it is read from; NaN while there is none.
-        threshold: what the number is compared with.
+        statistic: the number that decides; NaN while there is none.
+        threshold: the value that the statistic is compared with.
     """
 
     critical: bool
@@ -52,15 +52,14 @@ class Decision(NamedTuple):
 
 
 class Detector(NamedTuple):
-    """Tells critical phases, as a pair of pure functions.
+    """A detector of critical phases, as a pair of pure functions.
 
     Attributes:
-        init: the state before the first observation.
-        update: from a state and an observation, the decision and the next state.
+        init: returns the state before the first observation.
+        update: returns the decision and the next state for a state and an observation.
         needs: the field of `Observation` that it reads.
-        statistic: what its statistic is.
-        accumulate: number of steps or rounds whose gradients are added up before the norms of the sum are one
-            observation.
+        statistic: name of its statistic.
+        accumulate: number of steps or rounds whose gradients are summed; the norms of the sum are one observation.
     """
 
     init: Callable[[], State]
@@ -71,7 +70,7 @@ class Detector(NamedTuple):
 
 
 def relative_change(threshold: float = 0.3, window: int = 25, alpha: float = 0.01) -> Detector:
-    """Critical while the smoothed gradient norm changes by a large part of itself from step to step.
+    """Detect phases in which the smoothed gradient norm changes by a large relative amount from step to step.
 
     With ``n`` the sum of the layers' norms, as SelSync computes it (Tyagi and Swany, arXiv 2307.07950, and its code)::
 
@@ -79,16 +78,16 @@ def relative_change(threshold: float = 0.3, window: int = 25, alpha: float = 0.0
         d_t = |m_t - m_{t-1}| / m_{t-1}, smoothed in the same way
         critical if t < window or d_t >= threshold
 
-    Before the window is full, where its code divides by zero, the means are over what there is; a change from zero
-    counts as one of 100 %. Two windows later both are the same. Its code counts steps from 1 and so judges the last one
-    of the first window already.
+    Before the window is full, where SelSync's code divides by zero, the means are over the observations so far; a
+    change from zero counts as 100 %. Two windows later both are equal. SelSync's code counts steps from 1 and therefore
+    already judges the last step of the first window.
 
     Args:
-        threshold: relative change from which on a phase is critical. SelSync used 0.25, 0.3 and 0.5. Of a smoothed norm
-            that is a large change: what to choose depends on window and noise; see the detection curves in
+        threshold: least relative change of a critical phase. SelSync used 0.25, 0.3 and 0.5. These are large changes of
+            a smoothed norm: the right value depends on window and noise; see the detection curves in
             ``benchmarks/results/phases.md``.
-        window: number of observations, and those at the beginning that are critical in any case.
-        alpha: by what share each earlier observation counts less, in [0, 1).
+        window: number of observations in a mean; as many at the beginning are always critical.
+        alpha: share by which the weight falls with each earlier observation, in [0, 1).
 
     Example:
         >>> detector = relative_change(threshold=0.5, window=2, alpha=0.0)
@@ -127,17 +126,17 @@ def _update_relative_change(
 
 
 def accordion(threshold: float = 0.5, interval: int = 10, accumulate: int = 1) -> Detector:
-    """Critical until a layer's accumulated gradient keeps its norm from one look to the next.
+    """Detect phases in which a layer's accumulated gradient norm changes from one check to the next.
 
-    As in Accordion (Agarwal et al., MLSys 2021, and its code): every ``interval`` observations, each layer's norm is
-    compared with that at the last look; critical if ``|before - now| / before >= threshold`` for any layer (Accordion
-    compresses each by its own). The first observations are critical, and a lower learning rate makes those critical
-    that follow, until the next look.
+    As in Accordion (Agarwal et al., MLSys 2021, and its code), each layer's norm is compared every ``interval``
+    observations with the previous check; training is critical if ``|before - now| / before >= threshold`` for any layer
+    (Accordion compresses each layer by its own result). The first observations are critical, and after a lower learning
+    rate all are critical until the next check.
 
     Args:
-        threshold: relative change from which on a phase is critical; Accordion's code has 0.5.
-        interval: observations from one look to the next; Accordion's are epochs, 10 apart.
-        accumulate: steps or rounds whose gradients are added up for one observation: those of an epoch.
+        threshold: least relative change of a critical phase; Accordion's code has 0.5.
+        interval: observations from one check to the next; Accordion's observations are epochs, and its interval 10.
+        accumulate: steps or rounds whose gradients are summed for one observation: those of an epoch.
     """
     positive("threshold", threshold)
     whole("interval", interval)
@@ -170,30 +169,30 @@ def _update_accordion(
 
 
 def page_hinkley(false_alarms: float = 1.0, drift: float = 0.5, hold: int = 25, order: int = 4) -> Detector:
-    """Critical after a change of the gradient norm's level, told at a false-alarm rate that is chosen.
+    """Detect changes of the gradient norm's level, with a given rate of false alarms.
 
-    Page's cumulative sums on both sides, of what Hinkley takes, deviations from what came before, in Hawkins'
-    self-starting form (Hawkins 1987, The Statistician 36). Norms hang together from step to step (momentum,
-    overlapping batches, a loss surface that changes slowly), so each log-norm is compared with its regression on the
-    ``order`` ones before it, whose coefficients are freed from most of the bias that few observations give them. The
-    spread and the tails of its recursive residuals (Brown, Durbin and Evans 1975, J. R. Stat. Soc. B 37) are estimated
-    from those before, and the Student's distribution that has them turns each residual into a standard normal score.
-    While nothing changes, scores are nearly independent and normal, whatever the norms' level, spread and memory, so
-    that the alarm limit follows from the rate asked for. After an alarm everything is learnt anew, and the phase stays
-    critical until ``hold`` observations have passed without another one.
+    The test uses Page's two-sided cumulative sums of deviations from the past (Hinkley), in Hawkins' self-starting form
+    (Hawkins 1987, The Statistician 36). Norms are correlated from step to step (momentum, overlapping batches, a loss
+    surface that changes slowly), so each log-norm is compared with its regression on the ``order`` previous ones, whose
+    coefficients are corrected for most of their small-sample bias. The spread and the tails of the recursive residuals
+    (Brown, Durbin and Evans 1975, J. R. Stat. Soc. B 37) are estimated from the previous ones, and the matching
+    Student's distribution turns each residual into a standard normal score. While nothing changes, scores are nearly
+    independent and normal for any level, spread and memory of the norms, so that the alarm limit follows from the
+    requested rate. After an alarm everything is estimated again, and the phase stays critical until ``hold``
+    observations have passed without another alarm.
 
-    So many false alarms come, within a tenth at 1 in 1,000 and a fifth at 5, while log-norms are normal or have heavy
-    tails and keep up to 0.9 of themselves from step to step. Longer memory, a slow part under noise, and skewed noise
-    give up to half more: see ``benchmarks/results/phases.md``. A slow and steady drift is learnt as the course of
-    things and gives none.
+    The rate is correct within a tenth at 1 in 1,000 and within a fifth at 5, if log-norms are normal or heavy-tailed
+    and have an autocorrelation of up to 0.9. Longer memory, a slow component under noise, and skewed noise cause up to
+    half more false alarms: see ``benchmarks/results/phases.md``. A slow and steady drift is learnt as normal and
+    raises no alarm.
 
     Args:
         false_alarms: expected number in 1,000 observations without any change.
-        drift: deviation, in standard deviations, that is always let pass; half the change that matters.
-        hold: observations that are critical after an alarm, and at the beginning. The first 25 of them are only learnt
-            from; with fewer, norms with a long memory give more false alarms.
-        order: how many norms before it each one may depend on; 0 for independent ones, where changes are told a little
-            sooner.
+        drift: deviation, in standard deviations, that is always tolerated; half the change that matters.
+        hold: observations that are critical after an alarm, and at the beginning. The first 25 of them only serve for
+            estimation; with fewer, norms with a long memory cause more false alarms.
+        order: number of previous norms on which each may depend; 0 for independent norms, whose changes are detected a
+            little sooner.
 
     Example:
         >>> detector = page_hinkley(hold=5)
@@ -208,7 +207,7 @@ def page_hinkley(false_alarms: float = 1.0, drift: float = 0.5, hold: int = 25, 
     positive("drift", drift)
     whole("hold", hold)
     whole("order", order, least=0)
-    least = 2 * order + 2  # those regressed on, one for each coefficient, and one for the spread
+    least = 2 * order + 2  # the regressors, one for each coefficient, and one for the spread
     if (most := int(1000 / (least + _SHORTEST))) < false_alarms:
         raise ValueError(f"false_alarms={false_alarms!r}: pass at most {most} in 1,000 observations.")
     unscored = max(least, min(hold, _LEARNT, int(1000 / false_alarms / 3)))
@@ -235,9 +234,9 @@ def _update_page_hinkley(
     state: State, observation: Observation, *, limit: float, drift: float, hold: int, order: int, learnt: int
 ) -> tuple[Decision, State]:
     value = math.log(max(_total(observation), 1e-300))
-    if "triangle" not in state:  # of an earlier version, or of another detector
+    if "triangle" not in state:  # the state of an earlier version, or of another detector
         state = {**_init_page_hinkley(order), "quiet": state.get("quiet", 0)}
-    origin = value if math.isnan(state["origin"]) else state["origin"]  # near all others: sums keep their digits
+    origin = value if math.isnan(state["origin"]) else state["origin"]  # close to all values, so sums keep digits
     value, before, quiet = value - origin, state["before"], state["quiet"] + 1
     state = {**state, "origin": origin, "before": [*before, value][-order:] if order else [], "quiet": quiet}
     if len(before) < order:
@@ -260,27 +259,27 @@ def _update_page_hinkley(
 
 
 def federated_gradient_norm(threshold: float = 0.01, window: int = 1) -> Detector:
-    """Critical while the clients' mean squared update norm grows from round to round.
+    """Detect phases in which the clients' mean squared update norm grows from round to round.
 
-    The federated gradient norm of CriticalFL (Yan et al., KDD 2023), up to a factor that its ratio does not see;
-    critical if ``(F_t - F_{t-1}) / F_{t-1} >= threshold``.
+    This is the federated gradient norm of CriticalFL (Yan et al., KDD 2023), up to a factor that cancels in its ratio;
+    training is critical if ``(F_t - F_{t-1}) / F_{t-1} >= threshold``.
 
     Args:
-        threshold: relative growth from which on a phase is critical; 0.01 in the paper's code.
-        window: observations whose mean is taken first; 1 as published.
+        threshold: least relative growth of a critical phase; 0.01 in the paper's code.
+        window: observations that are averaged first; 1 as published.
     """
     return _growth("client_square", threshold, window)
 
 
 def fisher_trace(threshold: float = 0.01, window: int = 1) -> Detector:
-    """Critical while the trace of the empirical Fisher matrix grows from observation to observation.
+    """Detect phases in which the trace of the empirical Fisher matrix grows from observation to observation.
 
-    As `federated_gradient_norm`, of the mean squared gradient norm of single samples (FedFIM, Yan et al., AAAI 2022),
-    which noise and gradient add up to: ``E|g_i|^2 = tr(Sigma) + |G|^2``.
+    It works as `federated_gradient_norm`, on the mean squared gradient norm of single samples (FedFIM, Yan et al., AAAI
+    2022), which is the sum of noise and gradient: ``E|g_i|^2 = tr(Sigma) + |G|^2``.
 
     Args:
-        threshold: relative growth from which on a phase is critical.
-        window: observations whose mean is taken first; 1 as published.
+        threshold: least relative growth of a critical phase.
+        window: observations that are averaged first; 1 as published.
     """
     return _growth("fisher_trace", threshold, window)
 
@@ -295,14 +294,15 @@ DETECTORS: dict[str, Callable[..., Detector]] = {
 
 
 def detector_by_name(name: str, threshold: float | None = None) -> Detector:
-    """The detector that a string argument stands for.
+    """Return the detector of this name.
 
     Args:
         name: one of `DETECTORS`.
-        threshold: of the detector; for "page_hinkley" the false alarms in 1,000 observations. None is its own default.
+        threshold: the detector's first argument: for "page_hinkley" the false alarms in 1,000 observations. None takes
+            its default.
 
     Raises:
-        ValueError: for another name, with the closest match.
+        ValueError: if the name is unknown; the message has the closest match.
 
     Example:
         >>> detector_by_name("accordian", 0.5)  # doctest: +ELLIPSIS
@@ -327,10 +327,10 @@ def detector_by_name(name: str, threshold: float | None = None) -> Detector:
 
 
 _LEARNT = 25
-"""Most observations that are learnt from before any is judged; never more than a third of those between two alarms."""
+"""Most observations used for estimation before the first score; at most a third of those between two alarms."""
 
 _SHORTEST = 5
-"""Observations on average between two alarms, the fewest for which a limit can be found."""
+"""Least average number of observations between two alarms for which a limit exists."""
 
 
 def _growth(field: str, threshold: float, window: int) -> Detector:
@@ -376,10 +376,10 @@ def _relative(now: float, before: float) -> float:
 
 
 def _forgotten(triangle: Sequence[float], before: Sequence[float], rows: int) -> float:
-    """By how much a regression on few rows expects a number too near the mean, since it takes memory for too short.
+    """Return the small-sample bias of a prediction, which is too close to the mean since memory is underestimated.
 
-    The coefficients' sum comes out too small by ``(1 + 3 sum) / rows`` (Kendall 1954, Biometrika 41), more than what is
-    missing to 1 apart. While norms lie on one side of the mean, all residuals would have the same sign.
+    The sum of the coefficients is too small by ``(1 + 3 sum) / rows`` (Kendall 1954, Biometrika 41); the correction
+    never raises it above 1. Without it, all residuals have the same sign while norms lie on one side of the mean.
     """
     if not before:
         return 0.0
@@ -390,25 +390,25 @@ def _forgotten(triangle: Sequence[float], before: Sequence[float], rows: int) ->
 
 
 def _normal_score(residual: float, squares: float, fourths: float, freedom: int) -> float:
-    """How unusual a residual is, as a standard normal number, whatever the tails of the distribution.
+    """Return the standard normal score of a residual, for any tails of the distribution.
 
     Args:
-        residual: scaled, so that all have the same spread.
-        squares: sum of the squares of those before.
-        fourths: sum of their fourth powers, for the Student's distribution that has their kurtosis.
-        freedom: how many those are.
+        residual: the residual, scaled so that all have the same spread.
+        squares: sum of the squares of the previous residuals.
+        fourths: sum of their fourth powers, for the Student's distribution with their kurtosis.
+        freedom: number of the previous residuals.
     """
     if squares == 0:
         return 0.0 if residual == 0 else math.copysign(_FARTHEST, residual)
     excess = max(0.0, fourths * freedom / squares**2 - 3)
     tail = excess / (4 * excess + 6)  # 1 / its degrees of freedom
     student = abs(residual) / math.sqrt(squares / freedom * (1 - 2 * tail))
-    # From the lower tail, where the distribution function keeps its digits.
+    # Use the lower tail, where the distribution function keeps its digits.
     return math.copysign(min(-float(ndtri(stdtr(1 / (tail + 1 / freedom), -student))), _FARTHEST), residual)
 
 
 _FARTHEST = 8.0
-"""Largest score: beyond it, numbers say nothing any more."""
+"""Largest score; larger values would carry no information."""
 
 _NOTHING = 1e-9
-"""What rounding leaves of log-norms that are the same."""
+"""Largest residual that rounding causes if log-norms are equal."""

@@ -1,11 +1,11 @@
-"""The noise of gradients: how large it is, what batch and cohort it makes worthwhile, and how to put it back.
+"""The noise of gradients: its size, the batch and cohort that suit it, and how to add it back.
 
-The gradient of a batch of ``B`` samples is the true gradient ``G`` and noise of covariance ``Sigma / B``. The simple
+The gradient of a batch of ``B`` samples is the true gradient ``G`` plus noise of covariance ``Sigma / B``. The simple
 noise scale ``tr(Sigma) / |G|^2`` is the batch at which both are equal in size, the critical batch (McCandlish et al.,
-arXiv 1812.06162). In federated training the gradient of a client that holds other data than the rest differs from ``G``
-even without sampling noise: with ``V`` the mean square of that, a client's gradient over ``b`` samples has the variance
-``V + tr(Sigma) / b``, and the cohort beyond which more clients hardly help is that over ``|G|^2``. Everything here is
-a pure function of numbers or tensors.
+arXiv 1812.06162). In federated training the gradient of a client with different data differs from ``G`` even without
+sampling noise. If ``V`` is the mean square of this difference, a client's gradient over ``b`` samples has the variance
+``V + tr(Sigma) / b``. Divided by ``|G|^2`` it is the critical cohort, beyond which more clients hardly help. Everything
+here is a pure function of numbers or tensors.
 """
 
 from __future__ import annotations
@@ -22,20 +22,20 @@ from torch import Tensor
 from lightning_fedscale.types import FloatArray
 
 FEWEST = 5
-"""Looks below which nothing is said about the noise scale."""
+"""Least number of looks for an estimate of the noise scale."""
 
 MOST_LOOKS = 300
-"""So many of the latest are kept; older ones would hardly count."""
+"""Number of latest looks that are kept; older ones would hardly count."""
 
 
 class Look(NamedTuple):
     """Unbiased estimates from several gradients at one point.
 
     Attributes:
-        square: squared norm of the true gradient; may come out negative.
+        square: estimated squared norm of the true gradient; may be negative.
         variance: mean squared distance of a member's gradient from it; a member is a client, or a batch.
-        batch: samples behind a member's gradient.
-        within: the part of the variance that comes from sampling, ``tr(Sigma) / batch``; NaN if it cannot be told.
+        batch: samples in a member's gradient.
+        within: the part of the variance that comes from sampling, ``tr(Sigma) / batch``; NaN if it is unknown.
     """
 
     square: float
@@ -45,18 +45,18 @@ class Look(NamedTuple):
 
 
 def look_at_members(squares: FloatArray, weights: FloatArray, mean_square: float, batches: FloatArray) -> Look:
-    """From the gradients of several members and their weighted mean.
+    """Estimate noise from the gradients of several members and their weighted mean.
 
     With weights ``p`` that sum to 1, ``E sum p |g_k|^2 = |G|^2 + U`` and ``E |mean|^2 = |G|^2 + U sum p^2``.
 
     Args:
         squares: squared norm of each member's gradient.
-        weights: share of each in the mean.
+        weights: weight of each in the mean.
         mean_square: squared norm of the weighted mean.
-        batches: samples behind each.
+        batches: samples of each member.
 
     Raises:
-        ValueError: for fewer than two members that count.
+        ValueError: if fewer than two members have weight.
 
     Example:
         >>> look_at_members(np.array([4.0, 4.0]), np.array([0.5, 0.5]), 3.0, np.array([8, 8]))
@@ -72,16 +72,16 @@ def look_at_members(squares: FloatArray, weights: FloatArray, mean_square: float
 def look_at_halves(
     differences: FloatArray, halves: FloatArray, squares: FloatArray, weights: FloatArray, mean_square: float
 ) -> Look:
-    """From the gradients of both halves of each member's batch: sampling noise told apart from members' own directions.
+    """Estimate noise from both halves of each member's batch, and separate sampling noise from members' differences.
 
-    ``E |g' - g''|^2 = tr(Sigma) (1/b' + 1/b'')`` holds within a member, whatever its own true gradient is. A single
-    member has no others to differ from; then all variance is within.
+    ``E |g' - g''|^2 = tr(Sigma) (1/b' + 1/b'')`` holds within a member for any true gradient of the member. With a
+    single member all variance is within.
 
     Args:
         differences: squared norm of the difference of the two halves' gradients, for each member.
         halves: samples in the halves, of shape (members, 2).
         squares: squared norm of each member's gradient over both halves.
-        weights: share of each member in the mean; sums to 1.
+        weights: weight of each member in the mean; they sum to 1.
         mean_square: squared norm of the weighted mean of the members' gradients.
 
     Example:
@@ -106,20 +106,20 @@ class NoiseScale(NamedTuple):
     """The gradient noise scale with its uncertainty, from all looks so far.
 
     Attributes:
-        scale: variance over squared gradient, in samples: a batch so large has as much noise as signal. NaN as long as
+        scale: variance over squared gradient, in samples: a batch of this size has as much noise as signal. NaN while
             there is not enough evidence.
-        low: of the confidence interval.
-        high: of the confidence interval; infinite where the data cannot tell.
-        critical_batch: the same from sampling noise alone; NaN if it cannot be told.
+        low: lower end of the confidence interval.
+        high: upper end of the confidence interval; infinite if the data give none.
+        critical_batch: the scale from sampling noise alone; NaN if it is unknown.
         critical_cohort: variance over squared gradient, in members.
         square: squared norm of the true gradient.
-        fisher_trace: mean squared gradient norm of single samples; NaN if sampling noise cannot be told.
+        fisher_trace: mean squared gradient norm of single samples; NaN if sampling noise is unknown.
         looks: number of looks.
-        needed: looks that would be enough for a scale if they went on as they did: by the mean squared gradient, and at
-            the least, by the upper end of its interval. Infinite where no number is, since older looks fade; NaN where
-            there is enough, or fewer than `FEWEST`.
-        shortfall: how many times as many members, or samples for each, would have been enough in as many looks, in the
-            same way. The variance of a look falls at least in proportion.
+        needed: number of looks that would suffice for a scale if they continued like this: by the mean squared
+            gradient, and at least, by the upper end of its interval. Infinite if no number suffices, since older looks
+            fade; NaN if there is enough evidence, or fewer looks than `FEWEST`.
+        shortfall: factor by which more members, or samples per member, would have sufficed in as many looks, in the
+            same two ways. The variance of a look falls at least in proportion.
     """
 
     scale: float
@@ -135,7 +135,7 @@ class NoiseScale(NamedTuple):
 
     @property
     def enough(self) -> bool:
-        """Whether there is enough evidence: the squared gradient differs from zero beyond doubt."""
+        """Whether there is enough evidence: the squared gradient differs from zero at 99.9 % confidence."""
         return not math.isnan(self.scale)
 
 
@@ -143,18 +143,18 @@ UNKNOWN = NoiseScale(math.nan, 0.0, math.inf, math.nan, math.nan, math.nan, math
 
 
 def noise_scale(looks: Sequence[Look], decay: float = 0.99, confidence: float = 0.95) -> NoiseScale:
-    """The noise scale from a series of looks, latest last.
+    """Estimate the noise scale from a series of looks, latest last.
 
-    Numerator and denominator are averaged apart, with weights that fall by ``decay`` from look to look, and then
-    divided: the mean of their quotients would be biased, and a single look's squared gradient is often negative. The
-    interval is Fieller's for a quotient of means, with variances by the jackknife; it has no upper end where the mean
-    squared gradient does not differ from zero at that confidence. For a point estimate it must do so at 99.9 %, since
-    one that is given whenever it just comes out large enough would be too small.
+    Numerator and denominator are averaged separately, with weights that fall by ``decay`` from look to look, and then
+    divided: the mean of the quotients would be biased, and a single look's squared gradient is often negative. The
+    interval is Fieller's for a quotient of means, with jackknife variances; it has no upper end if the mean squared
+    gradient does not differ from zero at that confidence. A point estimate requires a difference at 99.9 %: with a
+    weaker condition, the estimates that pass it would be too small.
 
     Args:
-        looks: at least `FEWEST` for an answer.
+        looks: the looks; at least `FEWEST` for an estimate.
         decay: weight of a look relative to the next one, in (0, 1].
-        confidence: of the interval, in (0, 1).
+        confidence: confidence of the interval, in (0, 1).
 
     Example:
         >>> noise_scale([Look(1.0 + 0.1 * (-1) ** i, 2.0, 32.0, 2.0) for i in range(10)]).critical_cohort
@@ -192,13 +192,13 @@ _BEYOND_DOUBT = 0.999
 def _what_is_lacking(
     squares: FloatArray, weights: FloatArray, decay: float
 ) -> tuple[tuple[float, float], tuple[float, float]]:
-    """See `NoiseScale.needed` and `NoiseScale.shortfall`."""
+    """Return `NoiseScale.needed` and `NoiseScale.shortfall`."""
     shared, mean = float(weights @ weights), float(weights @ squares)
     variance = float(weights @ (squares - mean) ** 2) / (1.0 - shared)  # of a look
     upper = mean + float(stdtrit(1.0 / shared - 1.0, 0.975)) * math.sqrt(variance * shared)
 
     def doubt(shared: float) -> float:
-        """The squared mean that differs from zero, with looks that share their weight so."""
+        """Return the least squared mean that differs from zero, for this sum of squared weights."""
         return float(stdtrit(1.0 / shared - 1.0, 0.5 + _BEYOND_DOUBT / 2)) ** 2 * variance * shared
 
     def looks(mean: float) -> float:
@@ -217,7 +217,7 @@ def _what_is_lacking(
 
 
 def _shared(looks: int, decay: float) -> float:
-    """Sum of the squared weights of so many looks.
+    """Return the sum of the squared weights of this many looks.
 
     Example:
         >>> _shared(4, 1.0), round(1 / _shared(10**6, 0.99))
@@ -232,13 +232,13 @@ def _shared(looks: int, decay: float) -> float:
 def _quotient_interval(
     numerators: FloatArray, denominators: FloatArray, weights: FloatArray, confidence: float
 ) -> tuple[float, float]:
-    """Fieller's interval for the quotient of two weighted means, which is not negative; infinite without upper end."""
+    """Return Fieller's interval for a non-negative quotient of weighted means; without an upper end it is infinite."""
     means = float(weights @ numerators), float(weights @ denominators)
     centred = np.stack([numerators - means[0], denominators - means[1]])
     shared = float(weights @ weights)
     (a, b), (_, d) = ((centred * weights**2) @ centred.T / (1.0 - shared)).tolist()
     t = float(stdtrit(1.0 / shared - 1.0, 0.5 + confidence / 2))
-    # All q with (N - q D)^2 <= t^2 Var(N - q D), that is bottom q^2 - 2 middle q + top <= 0.
+    # The interval has all q with (N - q D)^2 <= t^2 Var(N - q D), that is bottom q^2 - 2 middle q + top <= 0.
     top, bottom = means[0] ** 2 - t**2 * a, means[1] ** 2 - t**2 * d
     middle = means[0] * means[1] - t**2 * b
     root = math.sqrt(max(0.0, middle**2 - top * bottom))
@@ -248,22 +248,22 @@ def _quotient_interval(
     return ((middle - root) / bottom if top > 0 and bottom < 0 and means[0] > 0 else 0.0), math.inf
 
 
-# ---- noise put back
+# ---- adding noise back
 
 
 def reweighted(weights: FloatArray, signs: FloatArray, batch: float, target: float) -> FloatArray:
-    """Random weights for members, whose mean then is as noisy as that of a smaller batch; no gradient is computed anew.
+    """Return random weights that make the members' mean as noisy as that of a smaller batch, without new gradients.
 
-    Multiplies each weight by ``1 + s (xi_k - sum p xi)`` with signs ``xi`` from a fair coin. What that adds to the mean
-    gradient has expectation zero and, averaged over samples, the covariance ``s^2 (1 - sum p^2) Sigma / B``; with
-    ``s`` of `reweighting_strength` it is ``(1 / target - 1 / B) Sigma``. Where members hold unlike data, their
-    differences count as noise too.
+    Each weight is multiplied by ``1 + s (xi_k - sum p xi)`` with signs ``xi`` from a fair coin. The change of the mean
+    gradient has expectation zero and, averaged over samples, the covariance ``s^2 (1 - sum p^2) Sigma / B``; with ``s``
+    of `reweighting_strength` it is ``(1 / target - 1 / B) Sigma``. If members have different data, their differences
+    count as noise too.
 
     Args:
-        weights: share of each member, proportional to its samples; sums to 1.
+        weights: weight of each member, proportional to its samples; they sum to 1.
         signs: 1 or -1 for each member, by a fair coin.
-        batch: samples behind the mean, all members together.
-        target: samples whose noise is wanted, at most ``batch``.
+        batch: samples in the mean, of all members together.
+        target: batch size whose noise is wanted, at most ``batch``.
 
     Returns:
         Weights that sum to 1; some may be negative.
@@ -277,10 +277,10 @@ def reweighted(weights: FloatArray, signs: FloatArray, batch: float, target: flo
 
 
 def reweighting_strength(weights: FloatArray, batch: float, target: float) -> float:
-    """The factor ``s`` of `reweighted`: ``s^2 = (batch / target - 1) / (1 - sum p^2)``.
+    """Return the factor ``s`` of `reweighted`: ``s^2 = (batch / target - 1) / (1 - sum p^2)``.
 
     Raises:
-        ValueError: for fewer than two members, or a target that is not in (0, batch].
+        ValueError: if there are fewer than two members, or the target is not in (0, batch].
     """
     _check_target(batch, target)
     shared = float(weights @ weights)
@@ -293,9 +293,9 @@ class Diagonal(NamedTuple):
     """Running mean and variance of every coordinate of a gradient.
 
     Attributes:
-        mean: of each tensor's coordinates.
-        variance: around it.
-        seen: number of gradients.
+        mean: mean of each tensor's coordinates.
+        variance: variance around the mean.
+        seen: number of gradients so far.
     """
 
     mean: list[Tensor]
@@ -303,24 +303,24 @@ class Diagonal(NamedTuple):
     seen: int
 
     def to(self, device: torch.device) -> Diagonal:
-        """The same on another device."""
+        """Move the mean and variance to another device."""
         return Diagonal([t.to(device) for t in self.mean], [t.to(device) for t in self.variance], self.seen)
 
     def clone(self) -> Diagonal:
-        """A copy, for `diagonal_update` to work on."""
+        """Return a copy, since `diagonal_update` works in place."""
         return Diagonal([t.clone() for t in self.mean], [t.clone() for t in self.variance], self.seen)
 
 
 def diagonal_init(gradients: Sequence[Tensor]) -> Diagonal:
-    """Before the first gradient; takes twice the memory of the gradients."""
+    """Return the state before the first gradient, which takes twice the memory of the gradients."""
     return Diagonal([torch.zeros_like(g) for g in gradients], [torch.zeros_like(g) for g in gradients], 0)
 
 
 @torch.no_grad()
 def diagonal_update(state: Diagonal, gradients: Sequence[Tensor], decay: float = 0.99) -> Diagonal:
-    """Take in a gradient; works in place.
+    """Add a gradient to the mean and variance, in place.
 
-    Until ``1 / (1 - decay)`` gradients were seen all count the same, later older ones count less. The variance is that
+    The first ``1 / (1 - decay)`` gradients all count the same; after them, older ones count less. The variance is that
     of successive gradients around their running mean, so that slow changes of the true gradient do not count.
 
     Example:
@@ -332,8 +332,8 @@ def diagonal_update(state: Diagonal, gradients: Sequence[Tensor], decay: float =
     """
     seen = state.seen + 1
     share = max(1.0 / seen, 1.0 - decay)
-    # Welford's update is unbiased while all count the same. Later, the running mean is itself noisy: of a gradient's
-    # squared distance from it, so much is expected of a stationary one.
+    # Welford's update is unbiased while all count the same. Later the running mean is itself noisy: `expected` is what
+    # the product below has on average for a stationary gradient, over its variance.
     expected = 1.0 if share * seen == 1.0 else 2.0 * (1.0 - share) / (2.0 - share)
     of_variance = max(1.0 / max(1, seen - 1), 1.0 - decay)
     for mean, variance, gradient in zip(state.mean, state.variance, gradients, strict=True):
@@ -346,13 +346,13 @@ def diagonal_update(state: Diagonal, gradients: Sequence[Tensor], decay: float =
 
 @torch.no_grad()
 def diagonal_noise(state: Diagonal, batch: float, target: float, generator: torch.Generator) -> list[Tensor]:
-    """Normal noise that makes gradients over ``batch`` samples as noisy, coordinate by coordinate, as over ``target``.
+    """Draw normal noise that makes gradients over ``batch`` samples as noisy per coordinate as over ``target``.
 
     Args:
-        state: of gradients over ``batch`` samples each.
-        batch: samples behind a gradient.
-        target: samples whose noise is wanted, at most ``batch``.
-        generator: on the gradients' device.
+        state: the state of gradients over ``batch`` samples each.
+        batch: samples in a gradient.
+        target: batch size whose noise is wanted, at most ``batch``.
+        generator: a generator on the gradients' device.
     """
     _check_target(batch, target)
     factor = math.sqrt(batch / target - 1.0)

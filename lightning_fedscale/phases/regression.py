@@ -1,30 +1,30 @@
-"""Least squares row by row in plain Python, which for the few columns of a detector is faster than any matrix."""
+"""Least squares row by row in plain Python, which is faster than matrices for the few columns of a detector."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
 _NOTHING = 1e-9
-"""What rounding leaves of a column that is nothing but others combined."""
+"""Largest residual that rounding causes in a column that depends linearly on others."""
 
 
 def empty_triangle(columns: int) -> list[float]:
-    """A regression on so many columns that has seen no row yet."""
+    """Return the regression on this many columns before the first row."""
     return [0.0] * (columns * (columns + 3) // 2)
 
 
 def take_row(triangle: Sequence[float], given: Sequence[float], value: float) -> tuple[float, float, list[float]]:
-    """Weight and deviation of a value from its prediction by the rows before, and the regression on this row too.
+    """Return weight and deviation of a value from its prediction by the earlier rows, and the updated regression.
 
     The deviation times the root of the weight is the recursive residual (Brown, Durbin and Evans 1975, J. R. Stat. Soc.
-    B 37), whose spread is that of the values' own noise. As long as the rows do not determine the prediction, the
-    weight is zero. By rotations without square roots (Gentleman 1974, Applied Statistics 23, AS 75), which form no
-    products of columns, so that small deviations keep their digits, and do not mind columns that depend on others.
+    B 37), whose spread is that of the values' own noise. While the rows do not determine the prediction, the weight is
+    zero. The rotations without square roots (Gentleman 1974, Applied Statistics 23, AS 75) form no products of columns,
+    so that small deviations keep their digits, and they allow columns that depend on others.
 
     Args:
-        triangle: the regression: for each column its square beyond the columns before, then the coefficients of those
-            after it, and of the value, on it.
-        given: the row that the value is regressed on.
+        triangle: the regression: for each column its residual square given the columns before it, then the coefficients
+            of the later columns and of the value on it.
+        given: the row of regressors.
         value: the number that is regressed.
 
     Example:
@@ -53,7 +53,7 @@ def take_row(triangle: Sequence[float], given: Sequence[float], value: float) ->
 
 
 def predicted(triangle: Sequence[float], given: Sequence[float]) -> float:
-    """What a regression expects of a row.
+    """Return the regression's prediction for a row.
 
     Example:
         >>> triangle = empty_triangle(2)

@@ -1,4 +1,4 @@
-"""Where a cumulative sum has to raise an alarm, so that false ones come at a chosen rate."""
+"""Alarm limits of cumulative sums for a given rate of false alarms."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from scipy.special import ndtr
 
 @lru_cache(maxsize=64)
 def alarm_limit(run_length: float, drift: float = 0.5) -> float:
-    """The limit at which two-sided cumulative sums of standard normal scores run so long on average until an alarm.
+    """Return the limit at which two-sided cumulative sums of standard normal scores have this mean run length.
 
-    Inverts `run_length_of`; both sides together run half as long as one.
+    It inverts `run_length_of`; both sides together run half as long as one.
 
     Args:
         run_length: mean number of observations until an alarm, at least 5.
-        drift: what is taken off each score.
+        drift: amount that is subtracted from each score.
 
     Example:
         >>> round(alarm_limit(168.0, drift=0.5), 1)  # as tabulated for a limit of 4
@@ -35,9 +35,9 @@ def alarm_limit(run_length: float, drift: float = 0.5) -> float:
 
 
 def run_length_of(limit: float, drift: float = 0.5) -> float:
-    """Mean number of standard normal scores until a one-sided cumulative sum exceeds the limit.
+    """Return the mean number of standard normal scores until a one-sided cumulative sum exceeds the limit.
 
-    Solves Page's integral equation ``L(z) = 1 + L(0) Phi(drift - z) + int_0^limit L(y) phi(y + drift - z) dy`` by
+    It solves Page's integral equation ``L(z) = 1 + L(0) Phi(drift - z) + int_0^limit L(y) phi(y + drift - z) dy`` by
     Gauss-Legendre quadrature (Vance, Journal of Quality Technology 18, 1986).
 
     Example:

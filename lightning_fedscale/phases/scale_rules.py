@@ -1,4 +1,4 @@
-"""What to multiply updates by outside of critical phases."""
+"""Rules for the factor of updates outside of critical phases."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from lightning_fedscale.phases.checks import positive, whole
 
 
 class Phase(NamedTuple):
-    """Where training is, as scale rules see it.
+    """The phase of training, as input of scale rules.
 
     Attributes:
-        critical: whether it is in a critical phase.
-        quiet: steps or rounds since it last was, 0 while it is.
+        critical: whether training is in a critical phase.
+        quiet: steps or rounds since the last critical one, 0 during a critical phase.
         noise_scale: gradient noise scale in samples; NaN if unknown.
     """
 
@@ -25,11 +25,11 @@ class Phase(NamedTuple):
 
 
 ScaleRule: TypeAlias = Callable[[Phase], float]
-"""What to multiply an update by in a phase."""
+"""A function that returns the factor of an update in a phase."""
 
 
 def step(factor: float = 2.0) -> ScaleRule:
-    """``factor`` in non-critical phases, 1 in critical ones: the step function of arXiv 2509.10537.
+    """Scale by ``factor`` in non-critical phases and by 1 in critical ones: the step function of arXiv 2509.10537.
 
     Example:
         >>> rule = step(3.0)
@@ -45,7 +45,7 @@ def _step(phase: Phase, *, factor: float) -> float:
 
 
 def linear_ramp(factor: float = 2.0, length: int = 100) -> ScaleRule:
-    """From 1 to ``factor`` within ``length`` non-critical steps or rounds; 1 in critical ones.
+    """Scale from 1 to ``factor`` within ``length`` non-critical steps or rounds, and by 1 in critical ones.
 
     Example:
         >>> rule = linear_ramp(3.0, length=4)
@@ -62,16 +62,16 @@ def _linear_ramp(phase: Phase, *, factor: float, length: int) -> float:
 
 
 def adascale(batch: float, reference: float) -> ScaleRule:
-    """AdaScale's gain: as many steps of the reference batch as one of this larger batch is worth.
+    """Scale by AdaScale's gain: the number of steps of the reference batch that one step of this batch is worth.
 
     With ``S = batch / reference``, variance ``v`` of a gradient over ``reference`` samples and squared mean gradient
-    ``m``, the gain is ``(v + m) / (v / S + m)``, between 1 and ``S`` (Johnson et al., arXiv 2007.05105); written with
-    the noise scale, since ``v / m = noise_scale / reference``. 1 in critical phases, and as long as the noise scale is
-    unknown.
+    ``m``, the gain is ``(v + m) / (v / S + m)``, between 1 and ``S`` (Johnson et al., arXiv 2007.05105). It is computed
+    from the noise scale, since ``v / m = noise_scale / reference``. It is 1 in critical phases, and while the noise
+    scale is unknown.
 
     Args:
-        batch: samples behind one update.
-        reference: samples for which the learning rate was chosen.
+        batch: samples in one update.
+        reference: batch size for which the learning rate was chosen.
 
     Example:
         >>> rule = adascale(batch=1024, reference=128)
@@ -94,7 +94,7 @@ def _adascale(phase: Phase, *, batch: float, reference: float) -> float:
 
 
 def reads_noise(rule: ScaleRule) -> bool:
-    """Whether a rule's answer depends on the noise scale, so that it waits for one.
+    """Return whether a rule depends on the noise scale, and so has to wait for one.
 
     Example:
         >>> reads_noise(adascale(batch=1024, reference=128)), reads_noise(step(2.0))
@@ -105,10 +105,10 @@ def reads_noise(rule: ScaleRule) -> bool:
 
 
 def check_rule(rule: ScaleRule) -> None:
-    """Refuse a rule that does not answer with positive numbers.
+    """Reject a rule that does not return positive numbers.
 
     Raises:
-        ValueError: with its answer.
+        ValueError: if it returns anything else.
     """
     for phase in (Phase(True, 0), Phase(False, 1)):
         factor = rule(phase)
@@ -120,7 +120,7 @@ def check_rule(rule: ScaleRule) -> None:
 
 
 def capped(rule: ScaleRule, limit: float) -> ScaleRule:
-    """Another rule, but never above ``limit``: by the linear rule, how many times larger the batch has become.
+    """Limit a rule's factor to ``limit``; by the linear scaling rule this is the factor by which the batch grew.
 
     Example:
         >>> capped(step(8.0), limit=4.0)(Phase(critical=False, quiet=1))

@@ -1,4 +1,4 @@
-"""What is known of the phase that training is in, and what follows from it."""
+"""Track the phase of training and the scale that follows from it."""
 
 from __future__ import annotations
 
@@ -14,25 +14,25 @@ from lightning_fedscale.types import RoundRecord
 
 
 def joined(decisions: Sequence[Decision]) -> Decision:
-    """Of several, one: critical if any of them is. The highest statistic is the one shown."""
+    """Join several decisions into one: critical if any of them is, with the highest statistic."""
     known = [decision for decision in decisions if not math.isnan(decision.statistic)]
     shown = max(known or decisions, key=lambda decision: decision.statistic)
     return shown._replace(critical=any(decision.critical for decision in decisions))
 
 
 class PhaseKeeper:
-    """Detector, scale rule and noise scale together, from observation to observation.
+    """Update detector, scale rule and noise scale with every observation.
 
     Args:
-        detector: tells phases.
-        rule: what to multiply updates by.
+        detector: detects critical phases.
+        rule: returns the factor of updates.
 
     Attributes:
-        decision: the last one; critical before the first.
-        phase: where training is.
-        scale: what the rule says to multiply updates by.
+        decision: the last decision; critical before the first.
+        phase: the phase of training.
+        scale: the rule's factor for updates.
         sampling: noise of single samples, from both halves of batches.
-        members: noise of whole clients, from their updates; nothing is known of it without clients.
+        members: noise of whole clients, from their updates; unknown without clients.
 
     Example:
         >>> from lightning_fedscale.phases import relative_change, step
@@ -54,21 +54,21 @@ class PhaseKeeper:
 
     @property
     def phase(self) -> Phase:
-        """Where training is."""
+        """The phase of training."""
         return Phase(self.decision.critical, self._quiet, self.noise.scale)
 
     @property
     def noise(self) -> NoiseScale:
-        """Of a client's update where there are clients, else of single samples."""
+        """Noise of clients' updates if there are clients, else of single samples."""
         return self.members if self.members.looks else self.sampling
 
     @property
     def scale(self) -> float:
-        """What the rule says to multiply updates by."""
+        """The rule's factor for updates."""
         return float(self._rule(self.phase))
 
     def detect(self, observation: Observation, sequence: int = -1) -> Decision:
-        """What the detector says, which has a state for each sequence if several are watched: clients, optimizers."""
+        """Run the detector, which has one state for each watched sequence, such as a client or an optimizer."""
         state = self._states.get(sequence)
         decision, self._states[sequence] = self._detector.update(
             self._detector.init() if state is None else state, observation
@@ -76,26 +76,26 @@ class PhaseKeeper:
         return decision
 
     def decide(self, decisions: list[Decision]) -> None:
-        """From what detectors say of each sequence."""
+        """Set the phase from the decisions for each sequence."""
         self.decision = joined(decisions)
         self._quiet = 0 if self.decision.critical else self._quiet + 1
 
     def look(self, kind: str, look: Look) -> None:
-        """Take in what gradients show of their noise; of "sampling" or "members"."""
+        """Add an estimate of gradient noise; ``kind`` is "sampling" or "members"."""
         looks = self._looks[kind]
         looks.append(look)
         del looks[:-MOST_LOOKS]
         setattr(self, kind, noise_scale(looks))
 
     def look_at_clients(self, record: RoundRecord) -> None:
-        """Take in what a round's updates show of the noise of clients, which costs nothing; two or more are needed."""
+        """Estimate the noise of clients from a round's updates, at no cost; this needs two or more updates."""
         used = record.weights > 0
         if used.sum() > 1:
             squares, samples = record.delta_norms[used] ** 2, record.samples[used].astype(np.float64)
             self.look("members", look_at_members(squares, record.weights[used], record.delta_norm**2, samples))
 
     def metrics(self) -> dict[str, float]:
-        """The numbers that are logged, those that are known."""
+        """Return the logged numbers, without unknown ones."""
         noise = self.noise
         values = {
             "phase/critical": float(self.decision.critical),
@@ -110,7 +110,7 @@ class PhaseKeeper:
         return {name: value for name, value in values.items() if math.isfinite(value)}
 
     def state_dict(self) -> dict[str, Any]:
-        """Tensors and primitives only."""
+        """Return the state, as tensors and primitives only."""
         return {
             "states": [[sequence, state] for sequence, state in self._states.items()],
             "quiet": self._quiet,
@@ -119,7 +119,7 @@ class PhaseKeeper:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from a saved state."""
+        """Resume from a saved state."""
         self._states = dict(state["states"])
         self._quiet = state["quiet"]
         self.decision = Decision(*state["decision"])
