@@ -1,4 +1,4 @@
-"""Differential privacy of clients, its accounting, and secure aggregation."""
+"""Differential privacy of clients, privacy accounting, and secure aggregation."""
 
 from lightning_fedscale.privacy.base import AdaptiveClipping, Privacy
 from lightning_fedscale.privacy.budget import PrivacyBudget

@@ -1,4 +1,4 @@
-"""The privacy that rounds of the sampled Gaussian mechanism cost, by Google's ``dp-accounting``."""
+"""Privacy accounting for rounds of the sampled Gaussian mechanism, by Google's ``dp-accounting``."""
 
 from __future__ import annotations
 
@@ -8,25 +8,26 @@ from typing import Any, Literal, TypeAlias
 
 Accountant: TypeAlias = Literal["pld", "rdp"]
 
-# Without orders below 2, for which dp-accounting's series often does not converge; they decide for large epsilon only.
+# Orders below 2 only matter for large epsilon, and dp-accounting's series often does not converge for them.
 _ORDERS = (*(2 + quarter / 4 for quarter in range(12)), *range(5, 65), 80, 96, 128, 256, 512, 1024)
 _STEP = 1e-4  # of the grid of privacy losses, dp-accounting's own
 _CLOSE = 1e-3  # relative, of a noise multiplier that was searched for
 
 
 def epsilon(accountant: Accountant, noise_multiplier: float, rounds: int, q: float, delta: float) -> float:
-    """Epsilon of so many rounds, for adding or removing one client.
+    """Return epsilon after this many rounds, for adding or removing one client.
 
     Args:
-        accountant: ``"pld"``, privacy loss distributions, tight; ``"rdp"``, Renyi differential privacy, some percent
-            higher and a hundred times faster.
-        noise_multiplier: standard deviation of the noise over the most that one client changes the sum.
+        accountant: ``"pld"`` (privacy loss distributions) is tight; ``"rdp"`` (Renyi differential privacy) is some
+            percent higher and a hundred times faster.
+        noise_multiplier: standard deviation of the noise, divided by the largest change that one client makes to the
+            sum.
         rounds: number of rounds.
         q: probability with which each client takes part in a round, independently of the others.
         delta: probability with which the guarantee may fail.
 
     Raises:
-        ImportError: without the package ``dp-accounting``.
+        ImportError: if the package ``dp-accounting`` is missing.
 
     Example:
         >>> round(epsilon("rdp", noise_multiplier=1.0, rounds=1000, q=0.01, delta=1e-5), 2)
@@ -40,7 +41,7 @@ def epsilon(accountant: Accountant, noise_multiplier: float, rounds: int, q: flo
 
 
 def noise_multiplier(accountant: Accountant, target_epsilon: float, rounds: int, q: float, delta: float) -> float:
-    """The least noise multiplier, to a thousandth, with at most this epsilon after so many rounds.
+    """Return the least noise multiplier, to a thousandth, with at most this epsilon after this many rounds.
 
     Example:
         >>> round(noise_multiplier("rdp", target_epsilon=2.1, rounds=1000, q=0.01, delta=1e-5), 2)
@@ -50,7 +51,7 @@ def noise_multiplier(accountant: Accountant, target_epsilon: float, rounds: int,
     def enough(kind: Accountant, multiplier: float) -> bool:
         return epsilon(kind, multiplier, rounds, q, delta) <= target_epsilon
 
-    # Renyi's epsilon is the higher one, so that what suffices for it suffices for both.
+    # Renyi's epsilon is higher, so a multiplier that suffices for it suffices for both.
     low, high = _bracket(lambda multiplier: enough("rdp", multiplier))
     high = _bisect(lambda multiplier: enough("rdp", multiplier), low, high)
     if accountant == "rdp":
@@ -92,9 +93,9 @@ def _epsilon(accountant: Accountant, noise_multiplier: float, rounds: int, q: fl
 
 @lru_cache(maxsize=64)
 def _loss_distribution(noise_multiplier: float, q: float) -> Any:
-    """Of one round: what takes most of the time."""
-    # With little noise losses spread further: so many steps of the grid as with a multiplier of 1 are enough for them,
-    # and every grid gives an upper bound. With a fixed one a multiplier of 0.1 takes 22 s instead of 0.4 s.
+    """Return the privacy loss distribution of one round, which takes most of the time."""
+    # With little noise the losses spread further. As many grid steps as for a multiplier of 1 suffice, and every grid
+    # gives an upper bound. With a fixed step a multiplier of 0.1 takes 22 s instead of 0.4 s.
     spread = 10 / noise_multiplier + 0.5 / noise_multiplier**2
     step = _STEP * max(1.0, spread / 10.5)
     module = _package().pld.privacy_loss_distribution

@@ -1,4 +1,4 @@
-"""Differential privacy of clients: what is clipped, how much noise is added, and what it costs."""
+"""Differential privacy of clients: clipping, noise, and the guarantee."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor
 from lightning_fedscale.privacy import accounting
 from lightning_fedscale.types import ClientUpdate, Cohort
 
-_PART = 1 << 18  # elements at a time, so that noise takes no vector of its own
+_PART = 1 << 18  # elements at a time, so that the noise needs no full vector
 
 
 class AdaptiveClipping(NamedTuple):
@@ -24,7 +24,7 @@ class AdaptiveClipping(NamedTuple):
 
     Attributes:
         quantile: the share of clients that should be within the clip norm.
-        rate: how fast it moves; 0.2 takes it to e times its value in no fewer than ten rounds for the median.
+        rate: how fast the clip norm moves; at 0.2 and the median it grows by a factor of e in ten rounds or more.
         count_noise: standard deviation of the noise on the number of clients within it; None is a twentieth of the
             expected number of clients in a round.
 
@@ -40,22 +40,22 @@ class AdaptiveClipping(NamedTuple):
 
 @dataclass(frozen=True)
 class Privacy:
-    """DP-FedAvg as pure functions; made by `dp_fed_avg`, where everything is explained.
+    """DP-FedAvg as pure functions; `dp_fed_avg` creates and explains it.
 
-    A round calls, in this order: ``weigh`` and ``clip`` for every client, ``finish`` once on the sum over all ranks.
-    Before training, ``calibrated`` makes it ready for the cohort's sampling probability.
+    A round calls ``weigh`` and ``clip`` for every client, then ``finish`` once on the sum over all ranks. Before
+    training, ``calibrated`` prepares it for the cohort's sampling probability.
 
     Attributes:
-        clip_norm: the clip norm S to begin with.
+        clip_norm: the initial clip norm S.
         delta: probability with which the guarantee may fail.
         noise_multiplier: standard deviation of the noise on the sum, over S; None until ``calibrated`` finds it.
-        target_epsilon: the guarantee after ``rounds`` rounds that ``calibrated`` aims at.
-        rounds: see there.
-        adaptive: how S follows the clients; None keeps it.
-        weight_cap: samples from which on a client has weight 1; None gives all clients weight 1.
+        target_epsilon: the target of ``calibrated``: epsilon after ``rounds`` rounds.
+        rounds: number of rounds for ``target_epsilon``.
+        adaptive: how S follows the clients' norms; None keeps it constant.
+        weight_cap: number of samples from which on a client has weight 1; None gives all clients weight 1.
         noise: whether the server adds the noise or the clients add shares of it.
-        accountant: how epsilon is computed.
-        max_epsilon: the budget; None for none.
+        accountant: the method that computes epsilon.
+        max_epsilon: the privacy budget; None means no limit.
     """
 
     clip_norm: float
@@ -70,14 +70,14 @@ class Privacy:
     max_epsilon: float | None
 
     def calibrated(self, q: float, clients: float) -> Privacy:
-        """The same with a noise multiplier, checked for cohorts like these; call it before the first round.
+        """Return a copy with a noise multiplier, checked for such cohorts; call this before the first round.
 
         Args:
             q: probability with which each client takes part in a round.
-            clients: how many take part, in expectation.
+            clients: expected number of clients in a round.
 
         Raises:
-            ImportError: without the package ``dp-accounting``.
+            ImportError: if the package ``dp-accounting`` is missing.
             ValueError: if adaptive clipping leaves too little noise for the number of clients; names the remedy.
         """
         multiplier = self.noise_multiplier
@@ -90,15 +90,15 @@ class Privacy:
         return ready
 
     def weigh(self, update: ClientUpdate) -> float:
-        """What a client counts, at most 1."""
+        """Return a client's weight, at most 1."""
         return 1.0 if self.weight_cap is None else min(update.held / self.weight_cap, 1.0)
 
     def init(self) -> dict[str, Any]:
-        """The state before the first round."""
+        """Return the state before the first round."""
         return {"clip_norm": float(self.clip_norm), "rounds": 0}
 
     def clip(self, delta: Tensor, state: dict[str, Any]) -> bool:
-        """Shorten a client's trainable delta to at most S, in place; whether it was within S already."""
+        """Clip a client's trainable delta to norm S, in place; return whether it already was within S."""
         norm, longest = float(torch.linalg.vector_norm(delta)), float(state["clip_norm"])
         if norm > longest:
             delta.mul_(longest / norm)
@@ -113,37 +113,37 @@ class Privacy:
         expected: float,
         generator: np.random.Generator,
     ) -> tuple[Tensor, dict[str, Any]]:
-        """The private mean of the clipped deltas, and the next state.
+        """Return the private mean of the clipped deltas, and the next state.
 
         Args:
             total: sum of weight times clipped delta over the cohort, float64; used in place.
-            within: how many of the cohort were within S.
+            within: number of clients of the cohort that were within S.
             state: this round's state.
-            cohort: who takes part; may be empty, the noise is added all the same.
-            expected: sum of all registered clients' weights times the probability to take part: the denominator, which
-                must not depend on who takes part.
-            generator: for the noise; the same on all ranks.
+            cohort: the round's clients; noise is added even if there are none.
+            expected: the denominator: sum of all clients' weights times the probability to take part. It must not
+                depend on the cohort.
+            generator: generator of the noise; the same on all ranks.
         """
         scale, clients = state["clip_norm"], len(cohort.clients)
         std = self._delta_multiplier(expected) * scale
-        if self.noise == "server" or clients == 0:  # the server stands in where there is nobody
+        if self.noise == "server" or clients == 0:  # without clients the server adds the noise
             _add_noise(total, std, generator)
         else:
             for _ in range(clients):
                 _add_noise(total, std / math.sqrt(clients), generator)
         if self.adaptive is not None:
-            # Centred, so that one client changes the count by a half and no more.
+            # The count is centred, so that one client changes it by at most a half.
             count = within - clients / 2 + self._count_noise(expected) * generator.standard_normal()
             scale *= math.exp(-self.adaptive.rate * (count / expected + 0.5 - self.adaptive.quantile))
         return total.div_(expected), {"clip_norm": scale, "rounds": state["rounds"] + 1}
 
     def epsilon(self, rounds: int, q: float) -> float:
-        """The guarantee after so many rounds in which each client took part with probability ``q``."""
+        """Return epsilon after this many rounds in which each client took part with probability ``q``."""
         assert self.noise_multiplier is not None, "call calibrated first"
         return accounting.epsilon(self.accountant, self.noise_multiplier, rounds, q, self.delta)
 
     def affordable(self, rounds_done: int, q: float, max_epsilon: float | None = None) -> bool:
-        """Whether one more round stays within the budget, by default its own ``max_epsilon``."""
+        """Return whether one more round stays within the budget, by default ``self.max_epsilon``."""
         budget = self.max_epsilon if max_epsilon is None else max_epsilon
         return budget is None or self.epsilon(rounds_done + 1, q) <= budget
 
@@ -152,7 +152,7 @@ class Privacy:
         return clients / 20 if self.adaptive.count_noise is None else self.adaptive.count_noise
 
     def _delta_multiplier(self, clients: float) -> float:
-        """What remains for the deltas of the noise multiplier of a round, a part of which the count takes."""
+        """Return the deltas' noise multiplier, which adaptive clipping's noisy count makes larger than the round's."""
         assert self.noise_multiplier is not None, "call calibrated first"
         z = self.noise_multiplier
         if self.adaptive is None or z == 0:

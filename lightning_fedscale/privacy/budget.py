@@ -1,4 +1,4 @@
-"""What a run of rounds has spent of its privacy, and whether another round is affordable."""
+"""The privacy that a run has spent, and whether another round is affordable."""
 
 from __future__ import annotations
 
@@ -12,47 +12,47 @@ from lightning_fedscale.types import ClientUpdate, IntArray
 
 
 class PrivacyBudget:
-    """Keeps account of a run.
+    """Track the privacy budget of a run.
 
     Args:
-        privacy: calibrated.
+        privacy: a calibrated `Privacy`.
         q: probability with which each client takes part in a round.
     """
 
     def __init__(self, privacy: Privacy, q: float) -> None:
         self.privacy = privacy
         self._q = q
-        # The round that is next is asked for twice: before it, and when it is over.
+        # Epsilon of each round is computed twice: before the round, and after it.
         self._epsilon = cache(lambda rounds: privacy.epsilon(rounds, q))
 
     def expected_weight(self, sizes: IntArray) -> float:
-        """Expected weight of a round's clients together, given how many samples each client holds."""
+        """Return the expected total weight of a round's clients, given each client's number of samples."""
         held, counts = np.unique(sizes, return_counts=True)
         nothing = ClientUpdate(0, torch.empty(0), 0.0, 0, 0, 0, 0.0, 0.0)
         weights = [self.privacy.weigh(nothing._replace(held=int(size))) for size in held.tolist()]
         return self._q * float(np.dot(weights, counts))
 
     def spent(self, rounds: int) -> float:
-        """Epsilon after so many rounds."""
+        """Return epsilon after this many rounds."""
         return float(self._epsilon(rounds))
 
     def affords(self, rounds: int) -> bool:
-        """Whether one more round after so many stays within the budget."""
+        """Return whether one more round after this many stays within the budget."""
         budget = self.privacy.max_epsilon
         return budget is None or self.spent(rounds + 1) <= budget
 
     def told(self, rounds: int) -> str:
-        """Why there is not another round after so many."""
+        """Return the reason why there is no other round after this many."""
         return (
             f"after {rounds} round(s) epsilon is {self.spent(rounds) if rounds else 0.0:.4g} and another one would make"
             f" it {self.spent(rounds + 1):.4g}, beyond max_epsilon={self.privacy.max_epsilon:g}"
         )
 
     def check(self, rounds: int) -> None:
-        """Before training goes on after so many rounds.
+        """Check the budget before training resumes after this many rounds.
 
         Raises:
-            ValueError: if not one more is affordable.
+            ValueError: if one more round is not affordable.
         """
         if not self.affords(rounds):
             raise ValueError(

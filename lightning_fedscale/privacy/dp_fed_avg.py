@@ -1,4 +1,4 @@
-"""DP-FedAvg: every client's influence is bounded, and hidden by noise."""
+"""DP-FedAvg: every client's influence is bounded by clipping and hidden by noise."""
 
 from __future__ import annotations
 
@@ -23,35 +23,35 @@ def dp_fed_avg(
     accountant: Accountant = "pld",
     max_epsilon: float | None = None,
 ) -> Privacy:
-    r"""Differential privacy of whole clients (McMahan et al., arXiv 1710.06963).
+    r"""Train with differential privacy of whole clients (McMahan et al., arXiv 1710.06963).
 
     .. math:: \Delta = \frac{\sum_k w_k \Delta_k \min(1, S / \lVert \Delta_k \rVert) + \mathcal N(0, (z S)^2 I)}{q W}
 
-    The sum is over the round's clients, each there with probability :math:`q` independently of the others (Poisson
-    sampling); :math:`W` is the sum of the weights :math:`w_k \le 1` of all registered clients.
+    The sum is over the round's clients. Each takes part with probability :math:`q`, independently of the others
+    (Poisson sampling). :math:`W` is the sum of the weights :math:`w_k \le 1` of all clients.
 
-    The guarantee: whoever sees all global models learns little about whether any one client took part at all,
-    (epsilon, ``delta``) for adding or removing it. It assumes Poisson sampling; for cohorts of fixed size the epsilon
-    is an approximation. The server is trusted, or clients add the noise under secure aggregation. Privacy of single
-    samples, as Opacus gives, is another matter and out of scope. As a simulation it shows what privacy costs in
-    accuracy: to release a model, draw the noise from a cryptographic generator in exact arithmetic.
+    The guarantee is (epsilon, ``delta``) for adding or removing a client: whoever sees all global models learns little
+    about whether any single client took part. It assumes Poisson sampling; for cohorts of fixed size epsilon is an
+    approximation. Either the server is trusted, or clients add the noise under secure aggregation. Privacy of single
+    samples, as in Opacus, is out of scope. This is a simulation of the cost of privacy in accuracy: to release a model,
+    draw the noise from a cryptographic generator in exact arithmetic.
 
     Args:
-        clip_norm: most that a client may move the model: its delta is shortened to this norm.
+        clip_norm: largest norm of a client's delta; longer ones are scaled down to it.
         noise_multiplier: standard deviation of the noise on the sum of deltas, over ``clip_norm``; or give
             ``target_epsilon`` and ``rounds``.
-        delta: probability with which the guarantee may fail; well below 1 / number of clients.
-        target_epsilon: instead of ``noise_multiplier``, epsilon after ``rounds`` rounds.
-        rounds: how many rounds ``target_epsilon`` is for.
-        adaptive: lets the clip norm follow a quantile of the clients' norms, beginning at ``clip_norm``.
-        weight_cap: a client weighs as many samples as it holds over this, at most 1; None weighs all alike.
-        noise: ``"server"``, added once; ``"client"``, every client adds its share, the same in distribution.
-        accountant: ``"pld"``, tight, or ``"rdp"``, faster and a little higher.
+        delta: probability with which the guarantee may fail; should be well below 1 / number of clients.
+        target_epsilon: epsilon after ``rounds`` rounds, instead of ``noise_multiplier``.
+        rounds: number of rounds for ``target_epsilon``.
+        adaptive: makes the clip norm follow a quantile of the clients' norms, starting at ``clip_norm``.
+        weight_cap: a client's weight is its number of samples over this, at most 1; None gives all clients weight 1.
+        noise: ``"server"`` adds it once; with ``"client"`` every client adds its share, with the same distribution.
+        accountant: ``"pld"`` is tight; ``"rdp"`` is faster and a little higher.
         max_epsilon: training ends before a round would exceed it.
 
     Raises:
-        TypeError: if ``adaptive`` is no `AdaptiveClipping`, or a number is none.
-        ValueError: for a wrong value or combination; names the argument, the value and the remedy.
+        TypeError: if ``adaptive`` is not an `AdaptiveClipping`, or an argument is not a number.
+        ValueError: if a value or combination is invalid; names the argument, the value and the remedy.
 
     Example:
         >>> import numpy as np, torch

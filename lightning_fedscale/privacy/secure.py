@@ -1,4 +1,4 @@
-"""Secure aggregation, simulated: the server learns the clients' sum and no single update."""
+"""Simulated secure aggregation: the server learns the sum of the clients' updates and no single update."""
 
 from __future__ import annotations
 
@@ -19,34 +19,34 @@ from lightning_fedscale.utils import checks, randomness
 from lightning_fedscale.utils.factory_repr import told
 
 FIELD = (1 << 31) - 1
-"""Masked values are numbers below this prime, so that float64 adds up those of 2^22 clients without rounding."""
+"""Masked values are numbers below this prime, so that float64 sums those of 2^22 clients without rounding."""
 
-_BASE = 3  # of the key agreement
+_BASE = 3  # base of the key agreement
 
 
 @told
 def secure_mean(clip: float, bits: int = 16, threshold: float = 2 / 3) -> Aggregator:
-    """The uniform mean under masks that cancel in the sum (Bonawitz et al., CCS 2017, as a simulation).
+    """Compute the uniform mean under masks that cancel in the sum (Bonawitz et al., CCS 2017, as a simulation).
 
     Every client rounds its update to ``bits`` bits an element and hides it by adding random numbers of a finite field:
-    one mask for every other client of the round, which that client subtracts, and one of its own. The seeds are shared
-    by Shamir's scheme. A client whose update is missing (not finite) leaves masks behind; the others' shares tell its
-    key, and with it these masks. **The result is the exact mean of the rounded updates.**
+    one pairwise mask for every other client of the round, which that client subtracts, and one private mask. The seeds
+    are shared by Shamir's scheme. If a client's update is missing (not finite), its pairwise masks remain in the sum;
+    the others' shares reveal its key, which gives these masks. **The result is the exact mean of the rounded updates.**
 
-    All parts of the protocol run (key agreement, masks, shares, recovery), but in one process and with keys that follow
-    from the strategy's seed and toy-sized groups: it shows what the protocol does to training, it protects nothing.
-    Averaged buffers are rounded as parameters are, within the same ``clip``; others keep the server's values. Time
-    grows with the square of the cohort.
+    All parts of the protocol run (key agreement, masks, shares, recovery), but in one process, with keys derived from
+    the strategy's seed and small groups: this simulates the effect on training, and it protects nothing. Averaged
+    buffers are rounded like parameters, within the same ``clip``; others keep the server's values. Time grows with the
+    square of the cohort.
 
     Args:
-        clip: largest absolute value of an element of an update; what exceeds it is cut off.
-        bits: per element. ``clients * 2**bits`` must stay below 2^31: up to 32768 clients with 16 bits.
+        clip: largest absolute value of an element of an update; larger ones are clipped to it.
+        bits: bits per element. ``clients * 2**bits`` must stay below 2^31: up to 32768 clients with 16 bits.
         threshold: share of the round's clients that must send an update, so that the masks can be recovered.
 
     Raises:
-        TypeError: for an argument of another kind.
-        ValueError: for a wrong value; a cohort with too many clients for ``bits`` is found at the beginning of a round,
-            a round with too few updates at its end.
+        TypeError: if an argument has the wrong type.
+        ValueError: if a value is invalid; a cohort with too many clients for ``bits`` is found at the beginning of a
+            round, a round with too few updates at its end.
 
     Example:
         >>> from lightning_fedscale.aggregators import aggregate
@@ -79,7 +79,7 @@ def _init(like: Tensor, cohort: Cohort, *, bits: int) -> Tensor:
             f"secure_mean(bits={bits}): the sum of {len(cohort.clients)} clients does not fit into 31 bits: use at"
             f" most {int(math.log2(FIELD / len(cohort.clients)))} bits, or fewer clients per round."
         )
-    # At the end: who sent an update.
+    # The last elements mark the clients that sent an update.
     return torch.zeros(like.numel() + len(cohort.clients), dtype=like.dtype, device=like.device)
 
 
@@ -102,26 +102,26 @@ def _finish(total: Tensor, cohort: Cohort, *, clip: float, bits: int, threshold:
 
 
 def quantized(delta: Tensor, clip: float, bits: int) -> IntArray:
-    """Whole numbers from 0 to ``2**bits - 1`` that stand for -clip to clip."""
+    """Quantize values from -clip to clip as integers from 0 to ``2**bits - 1``."""
     steps = (1 << bits) - 1
     return delta.clamp(-clip, clip).add(clip).mul(steps / (2 * clip)).round().long().cpu().numpy()
 
 
 def dequantized(total: IntArray, clients: int, clip: float, bits: int) -> FloatArray:
-    """What a sum of so many clients' whole numbers stands for."""
+    """Return the sum of values that a sum of this many clients' integers represents."""
     steps = (1 << bits) - 1
     values: FloatArray = (2.0 * total.astype(np.float64) - clients * steps) * (clip / steps)
     return values
 
 
 def masked(values: IntArray, place: int, cohort: Cohort, needed: int) -> IntArray:
-    """What the client at this place of the cohort sends.
+    """Return the masked values that a client of the cohort sends.
 
     Args:
-        values: what it has to tell, below `FIELD`.
-        place: of the client in the cohort.
-        cohort: who takes part.
-        needed: how many shares tell a secret.
+        values: the client's values, below `FIELD`.
+        place: position of the client in the cohort.
+        cohort: the round's clients.
+        needed: number of shares that reveal a secret.
     """
     key, own = (coefficients[0] for coefficients in _secrets(cohort, place, needed))
     sent = values + _mask(own, len(values))
@@ -132,16 +132,16 @@ def masked(values: IntArray, place: int, cohort: Cohort, needed: int) -> IntArra
 
 
 def unmasked(total: IntArray, present: Sequence[int], cohort: Cohort, needed: int) -> IntArray:
-    """The sum of values from the sum of what was sent.
+    """Remove the masks from the sum of masked values.
 
     Args:
         total: the sum, modulo `FIELD`.
-        present: places in the cohort of the clients that sent something.
-        cohort: who takes part.
-        needed: how many shares tell a secret.
+        present: positions in the cohort of the clients that sent an update.
+        cohort: the round's clients.
+        needed: number of shares that reveal a secret.
 
     Raises:
-        RuntimeError: if fewer clients than ``needed`` are there to tell their shares.
+        RuntimeError: if fewer clients than ``needed`` sent an update.
     """
     if len(present) < needed:
         raise RuntimeError(
@@ -175,12 +175,12 @@ def _polynomials(seed: int, round: int, client: int, needed: int) -> tuple[tuple
 
 
 def _secrets(cohort: Cohort, place: int, needed: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """The client's polynomials, which begin with its private key and with the seed of its own mask."""
+    """Return the client's polynomials, whose constant terms are its private key and the seed of its private mask."""
     return _polynomials(cohort.seed, cohort.round, int(cohort.clients[place]), needed)
 
 
 def _told(cohort: Cohort, place: int, needed: int, by: Iterable[int], which: int) -> int:
-    """A client's secret from the shares that others hold of it; only they are asked."""
+    """Recover a client's secret from the shares that the clients in ``by`` hold."""
     coefficients = _secrets(cohort, place, needed)[which]
     holders = list(by)[:needed]
     return shamir.secret({holder: shamir.share(coefficients, holder) for holder in holders})
@@ -191,7 +191,7 @@ def _public(cohort: Cohort, place: int, needed: int) -> int:
 
 
 def _agreed(private: int, public: int) -> int:
-    """Diffie and Hellman's common secret of two clients: the same from either side."""
+    """Return the Diffie-Hellman secret of two clients, which is the same from either side."""
     return pow(public, private, shamir.PRIME)
 
 

@@ -1,4 +1,4 @@
-"""Shamir's secret sharing over a prime field: any ``threshold`` shares tell the secret, fewer tell nothing."""
+"""Shamir's secret sharing over a prime field: any ``threshold`` shares reveal the secret, fewer reveal nothing."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ PRIME = (1 << 127) - 1
 
 
 def share(coefficients: Sequence[int], holder: int) -> int:
-    """A holder's share: the polynomial's value at ``holder + 1``.
+    """Return a holder's share: the polynomial's value at ``holder + 1``.
 
     Args:
         coefficients: the secret, then ``threshold - 1`` random numbers below `PRIME`.
@@ -26,7 +26,7 @@ def share(coefficients: Sequence[int], holder: int) -> int:
 
 
 def secret(shares: Mapping[int, int]) -> int:
-    """The secret, by Lagrange's interpolation at 0, from at least ``threshold`` holders' shares.
+    """Recover the secret by Lagrange's interpolation at 0 from at least ``threshold`` holders' shares.
 
     Example:
         >>> secret({holder: share([42, 7], holder) for holder in (3, 8)})
