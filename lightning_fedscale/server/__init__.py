@@ -1,4 +1,4 @@
-"""How the server moves the global model along the aggregated pseudo-gradient."""
+"""Server optimizers, which move the global model along the aggregated pseudo-gradient."""
 
 from __future__ import annotations
 
@@ -59,14 +59,14 @@ FACTORIES: dict[str, Callable[..., ServerOptimizer]] = {
     "chain": chain,
     "scheduled": scheduled,
 }
-"""What can be the server, by name; the contract tests and docs/papers.md have a row for each."""
+"""The server optimizers by name; the contract tests and docs/papers.md have a row for each."""
 
 
 def by_name(name: str) -> ServerOptimizer:
-    """The server optimizer of this name, with its defaults.
+    """Return the server optimizer of this name, with its defaults.
 
     Raises:
-        ValueError: for an unknown name, or one that cannot do without arguments.
+        ValueError: if the name is unknown, or its optimizer needs arguments.
 
     Example:
         >>> by_name("fed_avgm").reads_norms

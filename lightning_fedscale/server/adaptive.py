@@ -1,4 +1,4 @@
-"""Adaptive server optimizers: every parameter has a learning rate of its own (arXiv 2003.00295)."""
+"""Adaptive server optimizers, with one learning rate per parameter (arXiv 2003.00295)."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ from lightning_fedscale.utils.factory_repr import told
 
 @told
 def fed_adagrad(lr: float = 0.01, beta1: float = 0.0, tau: float = 1e-3) -> ServerOptimizer:
-    r"""FedAdagrad (arXiv 2003.00295): :math:`x \leftarrow x - \eta\, m / (\sqrt v + \tau)`, with a sum in v.
+    r"""FedAdagrad (arXiv 2003.00295): :math:`x \leftarrow x - \eta\, m / (\sqrt v + \tau)`, where v is a sum.
 
-    :math:`m \leftarrow \beta_1 m + (1 - \beta_1) \Delta`, :math:`v \leftarrow v + \Delta^2`. Use it where some
-    parameters are rarely moved, such as the embeddings of rare words. It is
+    :math:`m \leftarrow \beta_1 m + (1 - \beta_1) \Delta`, :math:`v \leftarrow v + \Delta^2`. Use it if some
+    parameters rarely change, such as the embeddings of rare words. It equals
     ``chain(scale_by_adagrad(beta1, tau), scale(lr))``.
 
     Args:
-        lr: server learning rate, > 0: about how far a parameter moves in the first rounds. The default is a place to
-            start from.
-        beta1: what is kept of earlier deltas in :math:`m`, 0 to below 1; the paper takes 0.
-        tau: the degree of adaptivity, > 0; smaller is more. :math:`v` starts at :math:`\tau^2`.
+        lr: server learning rate, > 0: roughly how far a parameter moves in the first rounds. The default is only a
+            starting point.
+        beta1: weight of earlier deltas in :math:`m`, in [0, 1); the paper takes 0.
+        tau: the degree of adaptivity, > 0; a smaller value adapts more. :math:`v` starts at :math:`\tau^2`.
 
     Raises:
         TypeError: if an argument is not a number.
@@ -44,17 +44,17 @@ def fed_adagrad(lr: float = 0.01, beta1: float = 0.0, tau: float = 1e-3) -> Serv
 
 @told
 def fed_adam(lr: float = 0.01, beta1: float = 0.9, beta2: float = 0.99, tau: float = 1e-3) -> ServerOptimizer:
-    r"""FedAdam (arXiv 2003.00295): :math:`x \leftarrow x - \eta\, m / (\sqrt v + \tau)`, both averages of deltas.
+    r"""FedAdam (arXiv 2003.00295): :math:`x \leftarrow x - \eta\, m / (\sqrt v + \tau)`, where both are averages.
 
-    :math:`m \leftarrow \beta_1 m + (1 - \beta_1) \Delta`, :math:`v \leftarrow \beta_2 v + (1 - \beta_2) \Delta^2`;
-    without bias correction, as in the paper; ``from_torch(torch.optim.Adam, lr=...)`` has one. It is
+    :math:`m \leftarrow \beta_1 m + (1 - \beta_1) \Delta`, :math:`v \leftarrow \beta_2 v + (1 - \beta_2) \Delta^2`.
+    As in the paper there is no bias correction; ``from_torch(torch.optim.Adam, lr=...)`` has one. It equals
     ``chain(scale_by_adam(beta1, beta2, tau), scale(lr))``.
 
     Args:
-        lr: server learning rate, > 0: about how far a parameter moves in a round. The default is a place to start from.
-        beta1: what is kept of earlier deltas, 0 to below 1.
-        beta2: what is kept of their squares, 0 to below 1.
-        tau: the degree of adaptivity, > 0; smaller is more. :math:`v` starts at :math:`\tau^2`.
+        lr: server learning rate, > 0: roughly how far a parameter moves in a round. The default is a starting point.
+        beta1: weight of earlier deltas, in [0, 1).
+        beta2: weight of earlier squared deltas, in [0, 1).
+        tau: the degree of adaptivity, > 0; a smaller value adapts more. :math:`v` starts at :math:`\tau^2`.
 
     Raises:
         TypeError: if an argument is not a number.
@@ -70,16 +70,16 @@ def fed_adam(lr: float = 0.01, beta1: float = 0.9, beta2: float = 0.99, tau: flo
 
 @told
 def fed_yogi(lr: float = 0.01, beta1: float = 0.9, beta2: float = 0.99, tau: float = 1e-3) -> ServerOptimizer:
-    r"""FedYogi (arXiv 2003.00295): FedAdam whose :math:`v` changes by :math:`(1 - \beta_2) \Delta^2`, no more.
+    r"""FedYogi (arXiv 2003.00295): FedAdam whose :math:`v` changes by at most :math:`(1 - \beta_2) \Delta^2`.
 
-    :math:`v \leftarrow v - (1 - \beta_2)\, \Delta^2 \operatorname{sign}(v - \Delta^2)`: after a few large deltas it
-    forgets them more slowly than FedAdam. It is ``chain(scale_by_yogi(beta1, beta2, tau), scale(lr))``.
+    :math:`v \leftarrow v - (1 - \beta_2)\, \Delta^2 \operatorname{sign}(v - \Delta^2)`: it forgets a few large deltas
+    more slowly than FedAdam. It equals ``chain(scale_by_yogi(beta1, beta2, tau), scale(lr))``.
 
     Args:
-        lr: server learning rate, > 0: about how far a parameter moves in a round. The default is a place to start from.
-        beta1: what is kept of earlier deltas, 0 to below 1.
-        beta2: one minus the share of :math:`\Delta^2` by which :math:`v` changes, 0 to below 1.
-        tau: the degree of adaptivity, > 0; smaller is more. :math:`v` starts at :math:`\tau^2`.
+        lr: server learning rate, > 0: roughly how far a parameter moves in a round. The default is a starting point.
+        beta1: weight of earlier deltas, in [0, 1).
+        beta2: one minus the share of :math:`\Delta^2` by which :math:`v` changes, in [0, 1).
+        tau: the degree of adaptivity, > 0; a smaller value adapts more. :math:`v` starts at :math:`\tau^2`.
 
     Raises:
         TypeError: if an argument is not a number.
@@ -95,7 +95,7 @@ def fed_yogi(lr: float = 0.01, beta1: float = 0.9, beta2: float = 0.99, tau: flo
 
 @told
 def scale_by_adagrad(beta1: float = 0.0, tau: float = 1e-3) -> ServerOptimizer:
-    """`fed_adagrad` before its learning rate: a link of `chain`.
+    """`fed_adagrad` without the learning rate: a link of `chain`.
 
     Example:
         >>> rule, params = scale_by_adagrad(tau=1.0), {"w": torch.tensor([0.0])}
@@ -107,7 +107,7 @@ def scale_by_adagrad(beta1: float = 0.0, tau: float = 1e-3) -> ServerOptimizer:
 
 @told
 def scale_by_adam(beta1: float = 0.9, beta2: float = 0.99, tau: float = 1e-3) -> ServerOptimizer:
-    """`fed_adam` before its learning rate: a link of `chain`.
+    """`fed_adam` without the learning rate: a link of `chain`.
 
     Example:
         >>> rule, params = scale_by_adam(beta1=0.5, beta2=0.5, tau=1.0), {"w": torch.tensor([0.0])}
@@ -119,7 +119,7 @@ def scale_by_adam(beta1: float = 0.9, beta2: float = 0.99, tau: float = 1e-3) ->
 
 @told
 def scale_by_yogi(beta1: float = 0.9, beta2: float = 0.99, tau: float = 1e-3) -> ServerOptimizer:
-    """`fed_yogi` before its learning rate: a link of `chain`.
+    """`fed_yogi` without the learning rate: a link of `chain`.
 
     Example:
         >>> rule, params = scale_by_yogi(beta1=0.5, beta2=0.5, tau=1.0), {"w": torch.tensor([0.0])}

@@ -1,4 +1,4 @@
-"""Asynchronous federated learning in simulated time: who arrives when, and from which global model it started."""
+"""Asynchronous federated learning in simulated time: when clients finish, and from which global model they started."""
 
 from __future__ import annotations
 
@@ -18,21 +18,21 @@ Staleness = Literal["polynomial", "constant"]
 class FedBuff:
     r"""Buffered asynchronous aggregation (FedBuff, arXiv 2106.06639), for ``FederatedStrategy(mode=FedBuff(...))``.
 
-    So many clients train at any time. One that is done sends its update into a buffer, and another starts from the
-    present global model. When the buffer holds ``clients_per_round`` updates the server takes a step: that is a round.
-    An update that started :math:`\tau` rounds ago is scaled by :math:`s(\tau)`.
+    A constant number of clients train at any time. A client that finishes sends its update into a buffer, and another
+    one starts from the current global model. When the buffer has ``clients_per_round`` updates, the server takes a
+    step; this is a round. An update that started :math:`\tau` rounds ago is scaled by :math:`s(\tau)`.
 
-    Time is simulated: it decides who arrives when, and nobody waits for it. A client takes what its device would
-    (``population=``), or the seconds given here.
+    Time is simulated: it determines the order of updates without any waiting. A client takes as long as its device
+    would (``population=``), or the seconds given here.
 
     Args:
-        concurrency: how many clients train at once; None is twice ``clients_per_round``, or as many as can.
+        concurrency: number of clients that train at once; None is twice ``clients_per_round``, or as many as possible.
         staleness: "polynomial", :math:`s(\tau) = (1 + \tau)^{-a}`, or "constant", :math:`s = 1`.
         exponent: :math:`a`; the paper's is 1/2.
-        seconds: how long each client takes for its local training and for sending; None asks the population.
+        seconds: each client's time for local training and communication; None takes it from the population.
 
     Raises:
-        TypeError, ValueError: for arguments that cannot be; names the argument, the value and the remedy.
+        TypeError, ValueError: if an argument is invalid; names the argument, the value and the remedy.
 
     Example:
         >>> [round(FedBuff().scale(rounds), 3) for rounds in (0, 1, 3)]
@@ -58,11 +58,11 @@ class FedBuff:
         self.seconds = None if seconds is None else _checked_seconds(seconds)
 
     def scale(self, rounds: int) -> float:
-        """What an update counts that started so many rounds ago."""
+        """Return the factor of an update that started this many rounds ago."""
         return 1.0 if self.staleness == "constant" else float((1 + rounds) ** -self.exponent)
 
     def concurrent(self, buffer: int, num_clients: int) -> int:
-        """How many clients train at once, if the buffer holds so many updates.
+        """Return how many clients train at once, for a buffer of this many updates.
 
         Raises:
             ValueError: if there are not enough clients; those whose updates wait in the buffer do not start again.
@@ -78,7 +78,7 @@ class FedBuff:
         return wanted
 
     def description(self) -> list[object]:
-        """The same in primitives, to tell whether two are the same."""
+        """Return the settings as primitives, for comparison."""
         seconds = None if self.seconds is None else self.seconds.tolist()
         return [self.concurrency, self.staleness, self.exponent, seconds]
 
@@ -91,11 +91,11 @@ class Flush(NamedTuple):
     """A full buffer.
 
     Attributes:
-        clients: whose updates it holds, ascending.
-        versions: the round at whose beginning the global model was what each of them started from.
+        clients: the clients whose updates it has, ascending.
+        versions: index of the round whose initial global model each of them started from.
         durations: seconds that each of them took.
         time: simulated seconds since the start of the run.
-        waiting: the oldest version that a client in training started from, or the next one.
+        waiting: the oldest version from which a client in training started; it may be the next version.
     """
 
     clients: IntArray
@@ -106,15 +106,15 @@ class Flush(NamedTuple):
 
 
 class Arrivals:
-    """The simulation: a pure function of its arguments, and the further it has been run the more rounds it knows.
+    """The simulation of asynchronous clients: a pure function of its arguments that computes rounds on demand.
 
     Args:
         seed: the strategy's seed.
-        num_clients: number of registered clients.
+        num_clients: number of clients.
         buffer: updates in a round.
         concurrency: clients that train at once.
-        seconds: ``(client, version)``: how long a client takes that starts from this version.
-        available: ``(start, client)``: whether a client answers when it is asked to be start number so many.
+        seconds: ``(client, version)``: returns the time of a client that starts from this version.
+        available: ``(start, client)``: returns whether a client is available for the attempt of this number.
 
     Example:
         >>> arrivals = Arrivals(0, num_clients=4, buffer=2, concurrency=2, seconds=lambda client, _: 1.0 + client)
@@ -145,7 +145,7 @@ class Arrivals:
             self._start(0.0)
 
     def of_round(self, round: int) -> Flush:
-        """The buffer of a round."""
+        """Return the buffer of a round."""
         while len(self._flushes) <= round:
             self._flushes.append(self._next())
         return self._flushes[round]
@@ -161,7 +161,7 @@ class Arrivals:
             versions, durations = zip(*(self._waiting[each] for each in clients), strict=True)
             self._busy -= self._waiting.keys()
             self._waiting = {}
-            # The one that is next starts from the model that this round makes.
+            # The next client starts from the model that this round produces.
             self._start(now, version=len(self._flushes) + 1)
             oldest = min(entry[3] for entry in self._training)
             return Flush(np.array(clients), np.array(versions), np.array(durations), now, oldest)

@@ -1,4 +1,4 @@
-"""The shape of a server optimizer."""
+"""The interface of a server optimizer."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from lightning_fedscale.types import Params
 
 
 class ServerOptimizer(NamedTuple):
-    """A pair of pure functions over the trainable parameters, in float64; buffers are averaged apart from it.
+    """A pair of pure functions over the trainable parameters, in float64; buffers are averaged separately.
 
     Attributes:
-        init: the state before the first round; tensors and primitives in dicts and lists, nothing else.
+        init: returns the state before the first round, of tensors and primitives in dicts and lists only.
         update: ``(delta, state, params) -> (step, state)``; the server then *subtracts* the step. With
             ``reads_norms``, ``(delta, state, params, mean_square)``.
         reads_norms: whether ``update`` also takes the weighted mean of the clients' squared norms,
             ``sum_k p_k |delta_k|^2``.
-        call: how it was made, such as ``fed_adam(lr=0.01)``; for logs only.
+        call: the call that made it, such as ``fed_adam(lr=0.01)``; for logs only.
     """
 
     init: Callable[[Params], Any]
@@ -29,10 +29,10 @@ class ServerOptimizer(NamedTuple):
 
 
 def own_state(state: Any, name: str) -> dict[str, Any]:
-    """``state``, if it is that of the rule of this name.
+    """Return ``state`` if it belongs to the rule of this name.
 
     Raises:
-        ValueError: if it is another rule's.
+        ValueError: if it belongs to another rule.
     """
     if (saved := state.get("optimizer")) != name:
         raise ValueError(
@@ -44,9 +44,9 @@ def own_state(state: Any, name: str) -> dict[str, Any]:
 
 
 def follows_scale(rule: ServerOptimizer) -> bool:
-    """Whether a rule's steps become twice as long when all deltas do; those of adaptive rules hardly change.
+    """Return whether a rule's steps double if all deltas double; those of adaptive rules hardly change.
 
-    Found out with three steps of a single parameter, which is zero, so that weight decay does not matter.
+    It is tested with three steps of a single parameter, which is zero so that weight decay does not matter.
 
     Example:
         >>> from lightning_fedscale.server import fed_avg, from_torch
@@ -59,10 +59,10 @@ def follows_scale(rule: ServerOptimizer) -> bool:
 
 
 def own_decay(rule: ServerOptimizer) -> float:
-    """The share of itself that a parameter loses at every step, whatever its delta is: decoupled weight decay.
+    """Return the share of a parameter that every step subtracts for any delta: decoupled weight decay.
 
-    0 for rules without, and for those that add it to the delta, where it takes part in all that follows. Found out with
-    two steps.
+    It is 0 for rules without weight decay and for those that add it to the delta, where it is processed like the delta.
+    It is tested with two steps.
 
     Example:
         >>> from lightning_fedscale.server import from_torch
@@ -76,11 +76,11 @@ def own_decay(rule: ServerOptimizer) -> float:
 
 
 def _steps(rule: ServerOptimizer, value: float, *deltas: float) -> list[float]:
-    """What a rule does to a parameter of this value, which stays as it is."""
+    """Return a rule's steps for a parameter of this constant value."""
     params = {"parameter": torch.full((1,), value, dtype=torch.float64)}
     state, taken = rule.init(params), []
     for delta in deltas:
-        # Clients that agree: their norms are that of their mean.
+        # All clients agree, so their norms equal that of their mean.
         norms = (delta**2,) if rule.reads_norms else ()
         step, state = rule.update({"parameter": torch.full((1,), delta, dtype=torch.float64)}, state, params, *norms)
         taken.append(float(step["parameter"]))

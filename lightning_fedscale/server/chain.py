@@ -1,4 +1,4 @@
-"""Several server optimizers, one after the other."""
+"""A chain of server optimizers."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from lightning_fedscale.utils.factory_repr import told
 
 @told
 def chain(*rules: ServerOptimizer) -> ServerOptimizer:
-    """The step of each rule is the delta of the next; that of the last moves the global model.
+    """Apply rules in sequence: the step of each is the delta of the next, and the last step moves the global model.
 
     Args:
-        rules: from first to last, at least one. One that reads the clients' norms (`fed_exp`) can only be the first,
-            for they are those of the deltas as they come in.
+        rules: the rules in order, at least one. One that reads the clients' norms (`fed_exp`) can only be the first,
+            since these are the norms of the clients' own deltas.
 
     Raises:
         TypeError: if one of them is not a server optimizer.

@@ -1,4 +1,4 @@
-"""The server of FedAvg, without momentum and with."""
+"""The server of FedAvg, with and without momentum."""
 
 from __future__ import annotations
 
@@ -38,12 +38,12 @@ def fed_avg(lr: float = 1.0) -> ServerOptimizer:
 def fed_avgm(lr: float = 1.0, momentum: float = 0.9, nesterov: bool = False) -> ServerOptimizer:
     r"""FedAvg with server momentum (arXiv 1909.06335): :math:`v \leftarrow \beta v + \Delta, x \leftarrow x - \eta v`.
 
-    It is ``chain(trace(momentum, nesterov), scale(lr))``. With momentum 0.9 steps grow up to tenfold, so ``lr`` may
-    need to be smaller than 1.
+    It equals ``chain(trace(momentum, nesterov), scale(lr))``. With momentum 0.9 steps grow up to tenfold, so ``lr`` may
+    have to be smaller than 1.
 
     Args:
         lr: server learning rate, > 0.
-        momentum: what is kept of earlier deltas, 0 to below 1.
+        momentum: weight of earlier deltas, in [0, 1).
         nesterov: whether to step by :math:`\Delta + \beta v` instead of :math:`v`.
 
     Raises:
@@ -62,17 +62,17 @@ def fed_avgm(lr: float = 1.0, momentum: float = 0.9, nesterov: bool = False) -> 
 
 @told
 def nesterov(lr: float = 0.7, momentum: float = 0.9) -> ServerOptimizer:
-    r"""The outer optimizer of DiLoCo: :math:`v \leftarrow \beta v + \Delta,\; x \leftarrow x - \eta(\Delta + \beta v)`.
+    r"""Outer optimizer of DiLoCo: :math:`v \leftarrow \beta v + \Delta,\; x \leftarrow x - \eta(\Delta + \beta v)`.
 
-    From arXiv 2311.08105, with its defaults; the same as ``from_torch(SGD, lr=0.7, momentum=0.9, nesterov=True)``.
-    DiLoCo is this on the server, and on the clients AdamW whose state lives on:
+    It has the defaults of arXiv 2311.08105 and equals ``from_torch(SGD, lr=0.7, momentum=0.9, nesterov=True)``. DiLoCo
+    combines it on the server with AdamW on the clients, which keep the optimizer's state:
 
         FederatedStrategy(num_clients=8, local_steps=500, aggregator="uniform", client_optimizer="keep",
                           server_optimizer=server.nesterov())
 
     Args:
         lr: server (outer) learning rate, > 0.
-        momentum: what is kept of earlier deltas, 0 to below 1.
+        momentum: weight of earlier deltas, in [0, 1).
 
     Raises:
         TypeError: if an argument is not a number.

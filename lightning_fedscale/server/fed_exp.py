@@ -1,4 +1,4 @@
-"""FedExP: the server steps further where clients disagree."""
+"""FedExP: the server takes longer steps if clients disagree."""
 
 from __future__ import annotations
 
@@ -12,17 +12,16 @@ from lightning_fedscale.utils.factory_repr import told
 
 @told
 def fed_exp(epsilon: float = 1e-3) -> ServerOptimizer:
-    r"""FedExP (arXiv 2301.09604): a server learning rate from the clients' disagreement, each round anew.
+    r"""FedExP (arXiv 2301.09604): set the server learning rate by the clients' disagreement in each round.
 
     :math:`x \leftarrow x - \eta \bar\Delta` with
-    :math:`\eta = \max\bigl(1, \sum_k p_k \|\Delta_k\|^2 / (2 (\|\bar\Delta\|^2 + \epsilon))\bigr)`: where clients pull
-    in different directions, their mean is short and the step is made longer. There is nothing to tune but
-    :math:`\epsilon`, which bounds the step when the mean vanishes. The last iterates swing around the optimum: the
-    paper evaluates the mean of the last two; `lightning_fedscale.callbacks.ServerEMA`, which averages over more rounds,
-    serves the same end.
+    :math:`\eta = \max\bigl(1, \sum_k p_k \|\Delta_k\|^2 / (2 (\|\bar\Delta\|^2 + \epsilon))\bigr)`: if clients move in
+    different directions, their mean is short and the step is made longer. The only parameter is :math:`\epsilon`, which
+    bounds the step when the mean vanishes. The last iterates oscillate around the optimum: the paper evaluates the mean
+    of the last two; `lightning_fedscale.callbacks.ServerEMA` averages over more rounds for the same purpose.
 
     Args:
-        epsilon: > 0, in units of a squared delta; the paper tries 0.001 to 0.1.
+        epsilon: bound > 0, in units of a squared delta; the paper tries 0.001 to 0.1.
 
     Raises:
         TypeError: if ``epsilon`` is not a number.

@@ -17,11 +17,11 @@ from lightning_fedscale.utils.factory_repr import told
 def trace(momentum: float = 0.9, nesterov: bool = False) -> ServerOptimizer:
     r"""Heavy-ball momentum, :math:`v \leftarrow \beta v + \Delta`: step by :math:`v`, or :math:`\Delta + \beta v`.
 
-    A link of `chain`; with a learning rate it is `fed_avgm`.
+    It is a link of `chain`; with a learning rate it is `fed_avgm`.
 
     Args:
-        momentum: :math:`\beta`, 0 to below 1.
-        nesterov: whether to look ahead, :math:`\Delta + \beta v`.
+        momentum: :math:`\beta`, in [0, 1).
+        nesterov: whether to step by :math:`\Delta + \beta v`.
 
     Raises:
         TypeError: if ``momentum`` is not a number.

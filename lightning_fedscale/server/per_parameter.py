@@ -1,4 +1,4 @@
-"""Server optimizers that treat every parameter by itself."""
+"""Server optimizers that update every parameter separately."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ def per_parameter(
     init: Callable[[Tensor], Moments],
     update: Callable[[Tensor, Moments], tuple[Tensor, Moments]],
 ) -> ServerOptimizer:
-    """A server optimizer from what happens to a single parameter.
+    """Build a server optimizer from the rule for a single parameter.
 
-    The state follows the parameters by name: one that is frozen leaves it, one that is unfrozen starts afresh.
+    The state is stored by parameter name: a frozen parameter loses its state, and an unfrozen one gets a new state.
 
     Args:
-        name: of the rule, as its state will say.
-        init: the state of a parameter like this tensor, in tensors like it.
-        update: ``(delta, state) -> (step, state)`` of one parameter, without changing its arguments.
+        name: name of the rule, stored in its state.
+        init: returns the state of a parameter like this tensor, as tensors like it.
+        update: ``(delta, state) -> (step, state)`` of one parameter; must not change its arguments.
 
     Example:
         >>> import torch

@@ -1,4 +1,4 @@
-"""A server learning rate by itself."""
+"""A server learning rate."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from lightning_fedscale.utils.factory_repr import told
 
 @told
 def scale(factor: float) -> ServerOptimizer:
-    r"""Multiply what comes in: :math:`\eta\,\Delta`. The last link of most chains; alone it is `fed_avg`.
+    r"""Multiply the delta by a factor: :math:`\eta\,\Delta`. It is the last link of most chains; alone it is `fed_avg`.
 
     Args:
         factor: the server's learning rate, > 0.

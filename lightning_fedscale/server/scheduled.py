@@ -18,18 +18,17 @@ from lightning_fedscale.utils.factory_repr import told
 def scheduled(rule: ServerOptimizer, scheduler: Callable[..., LRScheduler], **options: Any) -> ServerOptimizer:
     """Multiply a rule's steps as a torch scheduler would multiply a learning rate of 1, stepped once per server step.
 
-    So the rule's own learning rate is where the schedule starts, for most schedulers; ``eta_min`` of
-    `CosineAnnealingLR`, ``max_lr`` of `OneCycleLR` and the like are shares of it.
+    For most schedulers the schedule therefore starts at the rule's learning rate; ``eta_min`` of `CosineAnnealingLR`,
+    ``max_lr`` of `OneCycleLR` and similar values are fractions of it.
 
     Args:
         rule: any server optimizer.
         scheduler: a class of ``torch.optim.lr_scheduler``, or a function of an optimizer that makes one, such as
             ``lambda optimizer: SequentialLR(optimizer, ...)``.
-        options: its arguments.
+        options: arguments of the scheduler.
 
     Raises:
-        TypeError: if ``rule`` is no server optimizer, the scheduler cannot be made of these options, or it follows a
-            metric.
+        TypeError: if ``rule`` is not a server optimizer, the scheduler rejects the options, or it follows a metric.
 
     Example:
         >>> from torch.optim.lr_scheduler import StepLR
@@ -76,10 +75,10 @@ def _update(
 
 
 class _Factors:
-    """The learning rates of a schedule that starts at 1, by step.
+    """The learning rates by step of a schedule that starts at 1.
 
-    A pure function of the step: what is remembered only saves work. A scheduler's own state would not do in a
-    checkpoint, since it may hold any object.
+    This is a pure function of the step; the cache only saves work. A scheduler's own state is not stored in
+    checkpoints, since it may contain any object.
     """
 
     def __init__(self, scheduler: Callable[..., LRScheduler], options: dict[str, Any]) -> None:
@@ -93,7 +92,7 @@ class _Factors:
                 optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0, momentum=0.5)
                 self._made = self._scheduler(optimizer, **self._options)
             else:
-                self._made.optimizer.step()  # without gradients it does nothing, but schedulers expect it
+                self._made.optimizer.step()  # does nothing without gradients, but schedulers expect it
                 self._made.step()
             self._known.append(float(self._made.optimizer.param_groups[0]["lr"]))
         return self._known[step]

@@ -20,18 +20,18 @@ from lightning_fedscale.utils.factory_repr import told
 def from_torch(optimizer: Callable[..., Optimizer], **options: Any) -> ServerOptimizer:
     """Feed the aggregated delta to a torch optimizer as its gradient.
 
-    Since ``delta = server - client``, the optimizer subtracts, as it always does: ``from_torch(SGD, lr=1.0)`` is
-    FedAvg, ``from_torch(SGD, lr=0.7, momentum=0.9, nesterov=True)`` with clients that keep their optimizer is DiLoCo
-    (arXiv 2311.08105). Its state follows the parameters by name: one that is frozen leaves it, one that is unfrozen
-    starts without.
+    Since ``delta = server - client``, the optimizer subtracts as usual: ``from_torch(SGD, lr=1.0)`` is FedAvg, and
+    ``from_torch(SGD, lr=0.7, momentum=0.9, nesterov=True)`` with clients that keep their optimizer is DiLoCo (arXiv
+    2311.08105). The state is stored by parameter name: a frozen parameter loses its state, and an unfrozen one starts
+    without state.
 
     Args:
-        optimizer: a class of ``torch.optim`` or another with the same interface whose ``step`` needs no closure.
-        options: its arguments. Name ``lr``: torch's own defaults are made for gradients, not for deltas.
+        optimizer: a class of ``torch.optim``, or another one with the same interface whose ``step`` needs no closure.
+        options: arguments of the optimizer. Pass ``lr``: torch's defaults are for gradients, not for deltas.
 
     Raises:
-        TypeError: if ``optimizer`` cannot be called with parameters and these options, or ``step`` without a closure.
-        ValueError: if it refuses the options' values.
+        TypeError: if ``optimizer`` cannot be called with parameters and these options, or ``step`` needs a closure.
+        ValueError: if it rejects the options' values.
 
     Example:
         >>> import torch
@@ -76,7 +76,7 @@ def _update(
 ) -> tuple[Params, Any]:
     state = own_state(state, _name(optimizer))
     copies, server = _build(params, optimizer, options)
-    # `load_state_dict` keeps references and `step` works in place: without the copy the old state would change.
+    # `load_state_dict` keeps references and `step` works in place, so without a copy the old state would change.
     server.load_state_dict(_renumbered(copy.deepcopy(state), params, fresh=server.state_dict()))
     for value, name in zip(copies, params, strict=True):
         value.grad = delta[name].detach()
@@ -87,7 +87,7 @@ def _update(
 
 
 def _renumbered(state: dict[str, Any], params: Params, *, fresh: dict[str, Any]) -> dict[str, Any]:
-    """``state`` for these parameters: torch knows them by number only, and layers are frozen and unfrozen."""
+    """Renumber ``state`` for these parameters: torch indexes them by number, which freezing and unfreezing changes."""
     kept = {name: state["state"][i] for i, name in enumerate(state["names"]) if i in state["state"]}
     of_kept = {i: kept[name] for i, name in enumerate(params) if name in kept}
     (group,), (now,) = state["param_groups"], fresh["param_groups"]
