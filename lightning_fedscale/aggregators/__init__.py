@@ -1,4 +1,4 @@
-"""How the server turns many client updates into one pseudo-gradient."""
+"""Aggregators, which turn many client updates into one pseudo-gradient."""
 
 from lightning_fedscale.aggregators.base import Aggregator
 from lightning_fedscale.aggregators.coordinates import median, trimmed_mean

@@ -1,4 +1,4 @@
-"""The shape of an aggregation rule."""
+"""The interface of an aggregator."""
 
 from __future__ import annotations
 

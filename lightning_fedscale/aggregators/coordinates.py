@@ -1,4 +1,4 @@
-"""Rules that look at every coordinate by itself: the median and the trimmed mean."""
+"""Coordinate-wise rules: the median and the trimmed mean."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from lightning_fedscale.aggregators.stacked import Stack, stacked
 from lightning_fedscale.types import Cohort
 from lightning_fedscale.utils.factory_repr import told
 
-_PART = 1 << 16  # coordinates at a time, so that sorting them takes no second copy of all updates
+_PART = 1 << 16  # coordinates at a time, so that sorting needs no second copy of all updates
 
 
 @told
 def median() -> Aggregator:
-    """The middle value of every coordinate, of an even number of clients the mean of both (Yin et al., 1803.01498).
+    """Take every coordinate's median; for even numbers it is the mean of the middle two (Yin et al., 1803.01498).
 
-    **Bears any number of attackers below half of the round's clients**: every coordinate of the result lies between
-    two honest clients' values. All clients count the same, however many samples they hold.
+    **It tolerates any number of attackers below half of the round's clients**: every coordinate of the result lies
+    between two honest clients' values. All clients count the same, whatever their number of samples.
 
     Example:
         >>> import torch
@@ -36,18 +36,18 @@ def median() -> Aggregator:
 
 @told
 def trimmed_mean(trim: int | float) -> Aggregator:
-    """Every coordinate's mean without its smallest and largest values (Yin et al., arXiv 1803.01498).
+    """Average every coordinate without its smallest and largest values (Yin et al., arXiv 1803.01498).
 
-    **Bears as many attackers as it cuts off at each end**: then every coordinate of the result lies between two honest
-    clients' values. All clients count the same, however many samples they hold.
+    **It tolerates as many attackers as it trims at each end**: then every coordinate of the result lies between two
+    honest clients' values. All clients count the same, whatever their number of samples.
 
     Args:
-        trim: cut off at each end: an int is a number of clients, a float in [0, 0.5) a share of them, rounded down.
+        trim: amount trimmed at each end: an int is a number of clients, a float in [0, 0.5) a share, rounded down.
 
     Raises:
-        TypeError: if ``trim`` is no number.
-        ValueError: if it is negative or cuts off everything; a number of clients that is too large for the cohort is
-            found at the beginning of a round.
+        TypeError: if ``trim`` is not a number.
+        ValueError: if it is negative or trims everything; a number of clients that is too large for the cohort is found
+            at the beginning of a round.
 
     Example:
         >>> import torch
@@ -68,7 +68,7 @@ def trimmed_mean(trim: int | float) -> Aggregator:
 
 
 def _read(stack: Stack, cohort: Cohort, *, share: float, count: int) -> Tensor:
-    # A share such as 0.29 of 100 clients is 29 of them, though their product in floating point lies below.
+    # A share such as 0.29 of 100 clients is 29 of them, although their floating-point product is smaller.
     return _trimmed(stack.deltas, count + math.floor(share * len(stack.deltas) + 1e-9))
 
 
@@ -77,12 +77,12 @@ def _middle(stack: Stack, cohort: Cohort) -> Tensor:
 
 
 def middle(rows: Tensor) -> Tensor:
-    """The coordinate-wise median of rows."""
+    """Return the coordinate-wise median of rows."""
     return _trimmed(rows, len(rows))
 
 
 def _trimmed(rows: Tensor, trim: int) -> Tensor:
-    # At most to the median: there may be fewer updates than clients, since those that are not finite are left out.
+    # Trim at most to the median: updates that are not finite are left out, so there may be fewer than clients.
     cut = min(trim, (len(rows) - 1) // 2)
     parts = (part.T.contiguous().sort(dim=1).values for part in torch.split(rows, _PART, dim=1))
     return torch.cat([part[:, cut : len(rows) - cut].mean(dim=1) for part in parts])

@@ -1,4 +1,4 @@
-"""The geometric median, which moves less for a far away update than for a near one."""
+"""The geometric median, on which a distant update has bounded influence."""
 
 from __future__ import annotations
 
@@ -20,28 +20,28 @@ from lightning_fedscale.utils.factory_repr import told
 def geometric_median(
     weighting: str = "uniform", smoothing: float = 1e-6, tolerance: float = 1e-6, iterations: int = 100
 ) -> Aggregator:
-    r"""The point with the least weighted sum of distances to all updates (RFA, arXiv 1912.13445).
+    r"""Take the point with the least weighted sum of distances to all updates (RFA, arXiv 1912.13445).
 
-    Found by the paper's smoothed Weiszfeld iteration:
+    It is computed by the paper's smoothed Weiszfeld iteration:
 
     .. math:: z \leftarrow \frac{\sum_k \beta_k \Delta_k}{\sum_k \beta_k}, \qquad
         \beta_k = \frac{w_k}{\max(\nu, \lVert z - \Delta_k \rVert)}
 
     Distances are over trainable parameters; the final weights apply to buffers too. The iteration starts at the
-    coordinate-wise median, where no attacker can put it far away.
+    coordinate-wise median, which attackers cannot move far away.
 
-    **Bears attackers with less than half of the round's weight.** The paper weighs by samples; the default here does
-    not, since an attacker may claim any number of samples.
+    **It tolerates attackers with less than half of the round's weight.** The paper weights by samples; the default here
+    does not, since an attacker may claim any number of samples.
 
     Args:
-        weighting: ``"uniform"``, or ``"samples"``, a client weighs as many samples as it holds.
-        smoothing: the paper's :math:`\nu`: distances below count as this long.
+        weighting: ``"uniform"`` gives all clients the same weight, ``"samples"`` weights by their number of samples.
+        smoothing: the paper's :math:`\nu`, the least distance that is used in the weights.
         tolerance: stop when the point moves by less than this share of its median distance to the updates.
-        iterations: most iterations.
+        iterations: maximum number of iterations.
 
     Raises:
-        TypeError: for a number of another kind.
-        ValueError: for another weighting, or a number that is not above 0.
+        TypeError: if a number has the wrong type.
+        ValueError: if the weighting is unknown, or a number is not above 0.
 
     Example:
         >>> import torch
@@ -60,7 +60,7 @@ def geometric_median(
 def _read(stack: Stack, cohort: Cohort, *, smoothing: float, tolerance: float, iterations: int) -> Tensor:
     rows = stack.deltas[:, : stack.trainable]
     distances = _distances(rows, middle(rows))
-    # The median may coincide with an update, which would hold the first step back: the nearer half count alike in it.
+    # The median may coincide with an update, which would dominate the first step: there the nearer half count equally.
     shares = _shares(stack.weights, distances, max(smoothing, float(distances.median())))
     center = shares @ rows
     distances = _distances(rows, center)
@@ -68,7 +68,7 @@ def _read(stack: Stack, cohort: Cohort, *, smoothing: float, tolerance: float, i
         shares = _shares(stack.weights, distances, smoothing)
         before, center = center, shares @ rows
         distances = _distances(rows, center)
-        # Not by the sum of distances, as the paper's code: one update far away would make every step look small in it.
+        # Unlike the paper's code, do not use the sum of distances: a distant update would make every step look small.
         if torch.dist(before, center) <= tolerance * distances.median():
             break
     return shares @ stack.deltas

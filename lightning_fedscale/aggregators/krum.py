@@ -1,4 +1,4 @@
-"""Rules that trust the updates which lie closest together: Krum and Multi-Krum."""
+"""Rules that select the updates that are closest together: Krum and Multi-Krum."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ from lightning_fedscale.utils.factory_repr import told
 
 @told
 def krum(attackers: int) -> Aggregator:
-    r"""The one update that is closest to its neighbours (Blanchard et al., NeurIPS 2017, arXiv 1703.02757).
+    r"""Take the single update that is closest to its neighbours (Blanchard et al., NeurIPS 2017, arXiv 1703.02757).
 
-    An update's score is the sum of squared distances to its :math:`n - f - 2` closest others, of :math:`n` updates
-    with :math:`f` attackers among them; the lowest score wins, of equal ones the client with the lower number.
-    Distances are over trainable parameters, the winner's buffers come with it.
+    Of :math:`n` updates with :math:`f` attackers, an update's score is the sum of squared distances to its
+    :math:`n - f - 2` closest others; the lowest score is selected, for equal scores the client with the lower number.
+    Distances are over trainable parameters; buffers are taken from the same client.
 
-    **Bears** ``attackers`` **of at least** ``2 * attackers + 3`` **clients.** All count the same, however many samples
-    they hold.
+    **It tolerates** ``attackers`` **of at least** ``2 * attackers + 3`` **clients.** All count the same, whatever their
+    number of samples.
 
     Args:
-        attackers: most clients of a round that may be hostile.
+        attackers: maximum number of hostile clients in a round.
 
     Raises:
-        TypeError: if ``attackers`` is no integer.
+        TypeError: if ``attackers`` is not an integer.
         ValueError: if it is negative; a cohort that is too small is found at the beginning of a round.
 
     Example:
@@ -44,19 +44,19 @@ def krum(attackers: int) -> Aggregator:
 
 @told
 def multi_krum(attackers: int, keep: int) -> Aggregator:
-    """The mean of the updates with the lowest scores of `krum` (Blanchard et al., 2017, section 4).
+    """Average the updates with the lowest scores of `krum` (Blanchard et al., 2017, section 4).
 
-    ``keep=1`` is Krum. The paper's experiments keep all but the attackers' number, which loses least to the plain mean.
+    ``keep=1`` is Krum. The paper's experiments keep all updates but ``attackers``, which stays closest to the mean.
 
-    **Bears** ``attackers`` **of at least** ``2 * attackers + 3`` **clients**, as long as ``keep`` is no more than the
-    honest ones. All count the same, however many samples they hold.
+    **It tolerates** ``attackers`` **of at least** ``2 * attackers + 3`` **clients**, if ``keep`` is at most the number
+    of honest ones. All count the same, whatever their number of samples.
 
     Args:
-        attackers: most clients of a round that may be hostile.
+        attackers: maximum number of hostile clients in a round.
         keep: number of updates in the mean.
 
     Raises:
-        TypeError: if a number is no integer.
+        TypeError: if a number is not an integer.
         ValueError: if it is too small; a cohort that is too small is found at the beginning of a round.
 
     Example:
@@ -87,10 +87,10 @@ def _read(stack: Stack, cohort: Cohort, *, attackers: int, keep: int) -> Tensor:
 
 
 def scores(rows: Tensor, attackers: int) -> Tensor:
-    """Krum's score of every row: the sum of squared distances to its closest others."""
+    """Return Krum's score of every row: the sum of squared distances to its closest others."""
     squares = torch.cdist(rows, rows, compute_mode="donot_use_mm_for_euclid_dist").square_()
-    # A distance that overflows is infinite, never NaN: updates are finite. A row is no neighbour of its own.
+    # A distance that overflows is infinite, never NaN, since updates are finite. A row is not its own neighbour.
     squares.fill_diagonal_(torch.inf)
-    # At least one neighbour: there may be fewer updates than clients, since those that are not finite are left out.
+    # Use at least one neighbour: updates that are not finite are left out, so there may be fewer than clients.
     neighbours = max(1, len(rows) - attackers - 2)
     return squares.sort(dim=1).values[:, :neighbours].sum(dim=1)

@@ -12,22 +12,22 @@ from lightning_fedscale.aggregators.base import Aggregator
 from lightning_fedscale.types import ClientUpdate, Cohort
 from lightning_fedscale.utils.factory_repr import told
 
-_PART = 1 << 18  # elements at a time: the product then stays in the processor's cache and takes no vector of its own
+_PART = 1 << 18  # elements at a time, so that the product stays in the processor's cache and needs no full vector
 
 
 @told
 def mean(weighting: str = "samples") -> Aggregator:
-    r"""FedAvg's mean, :math:`\Delta = \sum_k w_k \Delta_k / \sum_k w_k` (arXiv 1602.05629).
+    r"""Take FedAvg's mean, :math:`\Delta = \sum_k w_k \Delta_k / \sum_k w_k` (arXiv 1602.05629).
 
-    Use it unless clients may be faulty or hostile. The sum is kept in float64 and its weights are whole numbers, so
-    for float32 models with up to about 10^7 samples a round it is exact in nearly every element, and then does not
-    depend on the order of clients or on the number of ranks.
+    Use it unless clients may be faulty or hostile. The sum is in float64 and its weights are integers, so for float32
+    models with up to about 10^7 samples a round it is exact in nearly every element, and then does not depend on the
+    order of clients or on the number of ranks.
 
     Args:
-        weighting: ``"samples"``, a client weighs as many samples as it holds, or ``"uniform"``, all weigh the same.
+        weighting: ``"samples"`` weights clients by their number of samples, ``"uniform"`` gives all the same weight.
 
     Raises:
-        ValueError: for another weighting.
+        ValueError: if the weighting is unknown.
 
     Example:
         >>> import numpy as np
@@ -49,7 +49,7 @@ def _weigh(update: ClientUpdate, *, by_samples: bool) -> float:
 
 
 def _init(like: Tensor, cohort: Cohort) -> Tensor:
-    # The last element is the sum of weights: it crosses the ranks with the rest.
+    # The last element is the sum of weights, which is reduced over the ranks with the rest.
     return torch.zeros(like.numel() + 1, dtype=like.dtype, device=like.device)
 
 
@@ -59,7 +59,7 @@ def _accumulate(total: Tensor, update: ClientUpdate, weight: float, cohort: Coho
     if delta.numel() > _PART:
         parts = list(zip(torch.split(sums, _PART), torch.split(delta, _PART), strict=True))
     for part, own in parts:
-        # Not add_(alpha=...): whether that rounds once or twice depends on the machine and on the element's position.
+        # Do not use add_(alpha=...): whether it rounds once or twice depends on the machine and the element's position.
         part.add_(weight * own)
     total[-1].add_(weight)
     return total
@@ -70,7 +70,7 @@ def _finish(total: Tensor, cohort: Cohort) -> Tensor:
 
 
 def weighted_sum(weigh: Callable[[ClientUpdate], float]) -> Aggregator:
-    """The sum of the weighted deltas, not divided by anything; for those who divide by something fixed.
+    """Sum the weighted deltas without dividing, for callers that divide by a constant.
 
     Example:
         >>> weighted_sum(lambda update: 0.5).finish(torch.ones(2), None).tolist()

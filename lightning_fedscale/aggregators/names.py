@@ -1,4 +1,4 @@
-"""All rules by name."""
+"""The aggregators by name."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ FACTORIES: dict[str, Callable[..., Aggregator]] = {
     "geometric_median": geometric_median,
     "norm_clipped": norm_clipped,
 }
-"""What makes each rule of this room; contract tests read it."""
+"""The factories of this package's aggregators by name; contract tests read it."""
 
 _BY_NAME = {**FACTORIES, "uniform": lambda: mean("uniform")}
 
 
 def by_name(name: str) -> Aggregator:
-    """The aggregator that a string argument stands for: a rule that needs no argument of its own.
+    """Return the aggregator of this name, which must not need arguments.
 
     Raises:
-        ValueError: for another name, with the closest match; for a rule that needs arguments.
+        ValueError: if the name is unknown (the message has the closest match), or its rule needs arguments.
 
     Example:
         >>> by_name("unifrom")
@@ -43,11 +43,11 @@ def by_name(name: str) -> Aggregator:
 
 
 def aggregator_of(value: object) -> Aggregator:
-    """What ``aggregator=`` stands for: an aggregator, or the name of one that needs no argument of its own.
+    """Return the aggregator for the argument ``aggregator=``: an aggregator, or the name of one without arguments.
 
     Raises:
-        TypeError: for anything else, such as a rule of this room that was not called.
-        ValueError: for a name that is unknown or not enough.
+        TypeError: if it is anything else, such as a factory that was not called.
+        ValueError: if the name is unknown, or its rule needs arguments.
 
     Example:
         >>> aggregator_of(median)

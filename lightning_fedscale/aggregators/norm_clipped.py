@@ -1,4 +1,4 @@
-"""No client moves the model by more than a given length."""
+"""Clip the norm of every client's update."""
 
 from __future__ import annotations
 
@@ -16,22 +16,21 @@ from lightning_fedscale.utils.factory_repr import told
 
 @told
 def norm_clipped(max_norm: float, inner: Aggregator | None = None) -> Aggregator:
-    r"""Any rule over updates that are not longer than :math:`S` (Sun et al., arXiv 1911.07963).
+    r"""Apply any rule to updates that are clipped to norm :math:`S` (Sun et al., arXiv 1911.07963).
 
     .. math:: \Delta_k \leftarrow \Delta_k \min(1, S / \lVert \Delta_k \rVert)
 
-    The norm is that of the trainable part, which is what gets shorter; buffers stay.
+    Only the trainable part is measured and clipped; buffers stay unchanged.
 
-    **Bears no number of attackers by itself, but bounds their harm**: under the mean, attackers with a share ``p`` of
-    the weight move the result by at most ``p * max_norm``, from wherever the honest ones put it. With a robust rule
-    inside, both hold.
+    **By itself it tolerates no attackers, but it bounds their harm**: under the mean, attackers with a share ``p`` of
+    the weight move the result by at most ``p * max_norm``. If ``inner`` tolerates attackers, both hold.
 
     Args:
-        max_norm: longest norm, in the units of the parameters; the median of ``RoundRecord.delta_norms`` is a start.
-        inner: the rule over clipped updates; the mean by samples if not given.
+        max_norm: largest norm, in the units of the parameters; start with the median of ``RoundRecord.delta_norms``.
+        inner: the rule for clipped updates; the default is the mean by samples.
 
     Raises:
-        TypeError: if an argument is of another kind.
+        TypeError: if an argument has the wrong type.
         ValueError: if ``max_norm`` is not above 0.
 
     Example:
@@ -57,7 +56,7 @@ def _accumulate(
     max_norm: float,
 ) -> Tensor:
     if update.norm > max_norm:
-        delta = update.delta.clone()  # others may look at what the client sent
+        delta = update.delta.clone()  # others may read the client's original update
         delta[: cohort.trainable] *= max_norm / update.norm
         update = update._replace(delta=delta, norm=max_norm)
     return inner(total, update, weight, cohort)

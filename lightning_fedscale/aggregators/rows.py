@@ -1,4 +1,4 @@
-"""A rule applied to updates that are all at hand: for studies, tests and rules that wrap others."""
+"""Apply a rule to updates that are all available: for studies, tests and rules that wrap others."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from lightning_fedscale.types import ClientUpdate, Cohort
 def aggregate(
     rule: Aggregator, rows: Tensor, held: Sequence[int] | None = None, trainable: int | None = None, seed: int = 0
 ) -> Tensor:
-    """What a rule makes of these updates, in one call.
+    """Aggregate these updates in one call.
 
     Args:
         rule: the rule.
         rows: one update per client, (clients, elements); rows with NaN or infinite values are left out.
-        held: samples of each client; 1 each if not given.
-        trainable: how many of a row's elements belong to trainable parameters, the first ones; all if not given.
-        seed: for rules that draw random numbers.
+        held: number of samples of each client; 1 each by default.
+        trainable: number of a row's first elements that belong to trainable parameters; all by default.
+        seed: seed of rules that draw random numbers.
 
     Example:
         >>> from lightning_fedscale.aggregators import mean, median
@@ -41,13 +41,13 @@ def aggregate(
 
 
 def fold(rule: Aggregator, updates: Iterable[ClientUpdate], like: Tensor, cohort: Cohort) -> Tensor:
-    """Accumulate and finish, as a round on one rank does; zero if there is no update.
+    """Accumulate and finish like a round on one rank; return zero if there is no update.
 
     Args:
         rule: the rule.
-        updates: of the cohort's clients, in any order; those that are not finite are left out.
+        updates: updates of the cohort's clients, in any order; those that are not finite are left out.
         like: a vector as long as an update.
-        cohort: who takes part.
+        cohort: the round's clients.
     """
     total, anybody = rule.init(like, cohort), False
     for update in updates:
@@ -57,17 +57,17 @@ def fold(rule: Aggregator, updates: Iterable[ClientUpdate], like: Tensor, cohort
 
 
 def norm_of(delta: Tensor, cohort: Cohort) -> float:
-    """``ClientUpdate.norm`` of a delta: over its trainable part, not finite when any element is not."""
+    """Return the ``ClientUpdate.norm`` of a delta: that of its trainable part, or NaN if any element is not finite."""
     if not bool(delta.isfinite().all()):
         return float("nan")
     return float(torch.linalg.vector_norm(delta[: cohort.trainable]))
 
 
 def needing(rule: Aggregator, clients: int, name: str) -> Aggregator:
-    """The rule, refusing cohorts of fewer clients when it is applied to them.
+    """Return the rule with a check that rejects cohorts of fewer clients.
 
     Raises:
-        ValueError: from ``init``; names the rule and the remedy.
+        ValueError: from ``init``, if a cohort is too small; names the rule and the remedy.
     """
     return rule._replace(init=partial(_init_enough, rule=rule, clients=clients, name=name), needs=clients)
 

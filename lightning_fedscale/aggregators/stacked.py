@@ -1,4 +1,4 @@
-"""Accumulators in which every client has a row of its own, for rules that must see all updates at once."""
+"""Accumulators with one row per client, for rules that need all updates at once."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from lightning_fedscale.types import ClientUpdate, Cohort
 
 
 class Stack(NamedTuple):
-    """The updates of a round's clients, those that were not finite left out.
+    """The updates of a round's clients, without those that are not finite.
 
     Attributes:
         deltas: one row per client, float64, (clients, elements).
-        weights: of each of them, before normalisation.
-        places: of each of them in the cohort.
-        trainable: how many of a row's elements belong to trainable parameters: the first ones.
+        weights: weight of each client, before normalisation.
+        places: position of each client in the cohort.
+        trainable: number of a row's first elements that belong to trainable parameters.
     """
 
     deltas: Tensor
@@ -30,13 +30,13 @@ class Stack(NamedTuple):
 
 
 def stacked(weigh: Callable[[ClientUpdate], float], read: Callable[[Stack, Cohort], Tensor]) -> Aggregator:
-    """An aggregator from a function of all updates.
+    """Build an aggregator from a function of all updates.
 
-    Every rank then holds as many float64 copies of the model as clients take part in a round.
+    Every rank then stores one float64 copy of the model for each client of the round.
 
     Args:
-        weigh: weight of a client, above 0.
-        read: the aggregated delta, as long as a row.
+        weigh: returns the weight of a client, above 0.
+        read: returns the aggregated delta, as long as a row.
 
     Example:
         >>> import numpy as np
@@ -51,7 +51,7 @@ def stacked(weigh: Callable[[ClientUpdate], float], read: Callable[[Stack, Cohor
 
 
 def _init(like: Tensor, cohort: Cohort) -> Tensor:
-    # The last element of a row is the client's weight; zero where it sent nothing.
+    # The last element of a row is the client's weight; it is zero if the client sent no update.
     return torch.zeros(len(cohort.clients) * (like.numel() + 1), dtype=like.dtype, device=like.device)
 
 
