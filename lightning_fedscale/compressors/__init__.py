@@ -1,4 +1,4 @@
-"""How updates are made small before they are sent."""
+"""Compressors, which reduce the size of updates before they are sent."""
 
 from lightning_fedscale.compressors.base import Compressor, Encoded
 from lightning_fedscale.compressors.choice import adaptive, phase_driven

@@ -1,4 +1,4 @@
-"""The shape of a compressor."""
+"""The interface of a compressor."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ class Encoded(NamedTuple):
     """A compressed update.
 
     Attributes:
-        seen: what the receiver decodes, by parameter name, in float64 tensors.
+        seen: the update that the receiver decodes, as float64 tensors by parameter name.
         bits: exact size of the message; ``len(payload()) == ceil(bits / 8)``.
-        payload: the message itself; made when asked for.
+        payload: returns the message itself, made on demand.
     """
 
     seen: Params
@@ -28,17 +28,17 @@ class Compressor(NamedTuple):
     """A rule in pure functions over an update by parameter name.
 
     Attributes:
-        name: what the factory is called, with its arguments, such as ``"top_k(0.01)"``.
-        init: ``(params) -> state`` of a sender before its first message: tensors and primitives; None for none.
-        encode: ``(delta, state, generator) -> (encoded, state)``. ``delta`` is not changed. Random rules draw from the
-            generator only.
+        name: name of the factory with its arguments, such as ``"top_k(0.01)"``.
+        init: ``(params) -> state`` of a sender before its first message: tensors and primitives, or None without state.
+        encode: ``(delta, state, generator) -> (encoded, state)``. ``delta`` is not changed. Random rules draw only from
+            the generator.
         decode: ``(payload, like) -> seen``: reads a message for parameters like these, named in the same order.
         stateful: whether senders must keep a state from message to message (error feedback, warm starts).
         unbiased: whether ``E[seen] == delta``, up to the rounding of float32.
-        contractive: whether the error is expected to be no longer than the update,
-            ``E|seen - delta|^2 <= |delta|^2``: what error feedback needs, since errors would otherwise grow.
-        keeps_error: whether the state holds what was not sent yet, which is lost if the sender never comes back.
-        operations: for each element of an update, to encode and to decode it; for the ledger of compute alone.
+        contractive: whether the expected error is at most as long as the update, ``E|seen - delta|^2 <= |delta|^2``.
+            Error feedback needs this, since errors would otherwise grow.
+        keeps_error: whether the state holds errors to be sent later, which are lost if the sender is not drawn again.
+        operations: operations per element of an update to encode and decode it; only for compute accounting.
     """
 
     name: str
@@ -53,14 +53,14 @@ class Compressor(NamedTuple):
 
 
 def no_state(params: Params) -> None:
-    """The state of senders that keep none."""
+    """Return None, the state of senders without state."""
 
 
 def check_compressor(name: str, value: object) -> Compressor:
-    """``value``, which must be a compressor.
+    """Return ``value``, which must be a compressor.
 
     Raises:
-        TypeError: if it is something else.
+        TypeError: if it is not a compressor.
     """
     if not isinstance(value, Compressor):
         raise TypeError(f"{name}={value!r}: pass a compressor such as compressors.top_k(0.01).")
@@ -68,10 +68,10 @@ def check_compressor(name: str, value: object) -> Compressor:
 
 
 def check_length(payload: bytes, expected: int, name: str) -> None:
-    """Check that a message is as long as it must be.
+    """Check that a message has the expected length.
 
     Raises:
-        ValueError: if not.
+        ValueError: if it has another length.
     """
     if len(payload) != expected:
         raise ValueError(

@@ -1,4 +1,4 @@
-"""Whole numbers of any width in bits, packed into bytes without gaps."""
+"""Pack integers of any bit width into bytes without gaps."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ import numpy.typing as npt
 UnsignedArray: TypeAlias = npt.NDArray[np.unsignedinteger[Any]]
 
 _AT_A_TIME = 2**16
-"""Bytes, or numbers, whose bits lie apart in memory; a multiple of 64, so that whole bytes come of them."""
+"""Number of bytes or integers that are unpacked into bits at once; a multiple of 64, so that they fill whole bytes."""
 
 
 def width_of(count: int) -> int:
-    """Bits that tell ``count`` different values apart, ``ceil(log2(count))``.
+    """Return the number of bits that encode ``count`` different values, ``ceil(log2(count))``.
 
     Example:
         >>> [width_of(count) for count in (1, 2, 5, 8, 9)]
@@ -24,17 +24,17 @@ def width_of(count: int) -> int:
 
 
 def unsigned(width: int) -> np.dtype[Any]:
-    """The smallest unsigned type of at least so many bits, little-endian."""
+    """Return the smallest unsigned little-endian type of at least this many bits."""
     return np.dtype(f"<u{1 << max(0, width_of(width) - 3)}")
 
 
 def packed_size(count: int, width: int) -> int:
-    """Bytes that `pack` makes of ``count`` numbers: ``ceil(count * width / 8)``."""
+    """Return the number of bytes that `pack` needs for ``count`` numbers: ``ceil(count * width / 8)``."""
     return -(-count * width // 8)
 
 
 def pack(values: UnsignedArray, width: int) -> bytes:
-    """Numbers below ``2**width`` in ``ceil(len(values) * width / 8)`` bytes, the lowest bit first.
+    """Pack numbers below ``2**width`` into ``ceil(len(values) * width / 8)`` bytes, the lowest bit first.
 
     Example:
         >>> pack(np.array([1, 2, 3, 4, 5, 6, 7, 0], np.uint8), 3).hex()
@@ -50,7 +50,7 @@ def pack(values: UnsignedArray, width: int) -> bytes:
 
 
 def unpack(data: bytes, count: int, width: int) -> UnsignedArray:
-    """The ``count`` numbers that `pack` was given.
+    """Unpack the ``count`` numbers that were passed to `pack`.
 
     Example:
         >>> unpack(pack(np.array([300, 5], np.uint16), 9), 2, 9).tolist()

@@ -1,4 +1,4 @@
-"""Compressors that choose how much to send: by the phase of training, or by what compression loses."""
+"""Compressors that choose how much to send: by the phase of training, or by the loss from compression."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _State: TypeAlias = dict[str, Any]
 
 
 class HasPhase(Protocol):
-    """Whatever knows the phase of training, such as the callback ``CriticalPhase``."""
+    """An object that knows the phase of training, such as the callback ``CriticalPhase``."""
 
     @property
     def critical(self) -> bool:
@@ -27,23 +27,23 @@ class HasPhase(Protocol):
 
 
 def phase_driven(phase: HasPhase, critical: Compressor, otherwise: Compressor) -> Compressor:
-    """One compressor in critical phases, which should send much, and another one elsewhere (Accordion's idea).
+    """Use one compressor, which should send much, in critical phases, and another one otherwise (as in Accordion).
 
-    It looks at ``phase.critical`` whenever something is encoded. `lightning_fedscale.callbacks.CriticalPhase` can be
-    given as it is: its decision is the same on all ranks and is in checkpoints, so that nothing has to be kept here;
-    clients go by the decision of the last round. A message says in its first 8 bits who made it.
+    It reads ``phase.critical`` for every message. `lightning_fedscale.callbacks.CriticalPhase` can be passed directly:
+    its decision is the same on all ranks and saved in checkpoints, so no state is needed here. Clients use the decision
+    of the last round. The first 8 bits of a message name its compressor.
 
-    For error feedback put the whole into it, ``error_feedback(phase_driven(...))``, so that what one of them left out
-    is sent by the other.
+    For error feedback wrap the whole, ``error_feedback(phase_driven(...))``, so that each compressor sends the errors
+    of the other.
 
     Args:
         phase: an object with an attribute ``critical``.
         critical: compressor in critical phases.
-        otherwise: compressor elsewhere.
+        otherwise: compressor in all other phases.
 
     Raises:
-        TypeError: for something else than that.
-        ValueError: if one of them keeps errors.
+        TypeError: if an argument has the wrong type.
+        ValueError: if one of the compressors keeps errors.
 
     Example:
         >>> import torch
@@ -111,32 +111,32 @@ def adaptive(
     tolerance: float = 0.01,
     smoothing: float = 0.16,
 ) -> Compressor:
-    r"""As much compression as its gain bears: the rule of GraVAC (arXiv 2305.12201).
+    r"""Compress as much as the gain allows: the rule of GraVAC (arXiv 2305.12201).
 
     The gain of a compression is the part of the squared norm that it sends, :math:`E|C(u)|^2 / E|u|^2`, both averaged
-    with exponential weights within the window. Two factors are tried on every update, a lower one and a higher one:
-    the higher is used if its gain reaches the threshold, else the lower if its gain does, else nothing is compressed.
-    At the end of every window the higher one takes the lower one's place if their gains differ by no more than the
-    tolerance; then the higher one grows, or, if its gain was below the threshold, starts again from the lower one (the
-    paper lets it grow in any case).
+    with exponential weights within the window. Every update is compressed by a lower and a higher factor: the higher
+    one is used if its gain reaches the threshold, else the lower one if its gain does, else nothing is compressed. At
+    the end of every window the higher factor replaces the lower one if their gains differ by at most the tolerance.
+    Then the higher factor grows; if its gain was below the threshold, it grows from the lower one instead (the paper
+    always lets it grow).
 
-    Put it into `error_feedback`, as the paper does: u is then update and residual together, and an update that is not
-    compressed clears the residual. A message has 32 bits more than that of the compressor used, for its factor.
+    Wrap it in `error_feedback`, as in the paper: u is then the sum of update and residual, and an uncompressed update
+    clears the residual. A message has 32 bits more than that of the chosen compressor, for the factor.
 
     Args:
-        compress: makes of a factor a compressor without state, one that sends so many times less. None is
+        compress: returns a compressor without state for a factor, one that sends this many times less. None is
             ``top_k(ratio=1 / factor)``.
-        threshold: of the gain, in (0, 1]; the paper has 0.7 and 0.9.
-        lowest: factor to begin with; the paper's are 10 to 1000.
-        highest: factor never to be exceeded.
-        growth: by what the higher factor grows.
-        window: messages of a sender in a window. The paper has 500 steps of training; a message is a round here.
-        tolerance: relative difference of gains that counts as none; the paper has 0.01.
+        threshold: least gain, in (0, 1]; the paper has 0.7 and 0.9.
+        lowest: initial lower factor; the paper's factors are 10 to 1000.
+        highest: largest factor.
+        growth: multiplier of the higher factor.
+        window: messages of a sender in a window. The paper has 500 training steps; here a message is a round.
+        tolerance: relative difference below which gains count as equal; the paper has 0.01.
         smoothing: weight of the newest update in the averages, in (0, 1]; the paper has a hundredth of the number of
             workers.
 
     Raises:
-        TypeError, ValueError: for arguments that cannot be.
+        TypeError, ValueError: if an argument is invalid.
 
     Example:
         >>> import torch
@@ -174,7 +174,7 @@ def adaptive(
         partial(_decode_by_factor, rule=rule),
         stateful=True,
         contractive=first.contractive,
-        operations=2 * first.operations + 6,  # two are tried, and three squared norms tell which is sent
+        operations=2 * first.operations + 6,  # two compressions, and three squared norms to choose between them
     )
 
 
@@ -193,7 +193,7 @@ class _Rule(NamedTuple):
     smoothing: float
 
     def above(self, factor: float) -> float:
-        """The next factor, as a float32 number since it travels as one."""
+        """Return the next factor, rounded to float32 since it is sent as such."""
         return float(np.float32(min(factor * self.growth, self.highest)))
 
 
@@ -207,7 +207,7 @@ def _encode_by_gain(
 ) -> tuple[Encoded, _State]:
     tried = [rule.compress(state[factor]).encode(delta, None, generator)[0] for factor in ("low", "high")]
     squares = [_square(delta), *(_square(encoded.seen) for encoded in tried)]
-    # Not divided by the sum of weights, which is the same for all three.
+    # Division by the sum of weights is not needed, since it is the same for all three.
     squares = [(1 - rule.smoothing) * old + new for old, new in zip(state["squares"], squares, strict=True)]
     gains = [square / squares[0] if squares[0] else 1.0 for square in squares[1:]]
     if gains[1] >= rule.threshold:

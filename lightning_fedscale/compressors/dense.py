@@ -10,10 +10,10 @@ from lightning_fedscale.types import Params
 
 
 def identity() -> Compressor:
-    """Every value as a float32 number: 32 bits each.
+    """Send every value as a float32 number of 32 bits.
 
-    What other compressors are compared with, and what `phase_driven` and `adaptive` fall back to. Models of float64
-    parameters lose digits by it.
+    It is the baseline of other compressors, and can serve `phase_driven` and `adaptive` as the uncompressed case.
+    Models of float64 parameters lose digits.
 
     Example:
         >>> import torch

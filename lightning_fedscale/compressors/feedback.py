@@ -1,4 +1,4 @@
-"""Error feedback: what a message leaves out is added to the next one."""
+"""Error feedback: the error of a message is added to the next one."""
 
 from __future__ import annotations
 
@@ -17,21 +17,21 @@ _State: TypeAlias = dict[str, Any]
 def error_feedback(compressor: Compressor) -> Compressor:
     r"""Send :math:`m = C(\Delta + e)` and keep :math:`e \leftarrow \Delta + e - m` (arXiv 1901.09847).
 
-    All that was ever sent, and what is kept, is then the sum of all updates: nothing is lost, some of it is late. It
-    makes compressors that are biased, such as `top_k` and `sign`, converge. Senders must come back: what a client
-    keeps that is never drawn again does not arrive.
+    All messages and the kept error together are the sum of all updates: nothing is lost, but some of it is late. This
+    makes biased compressors, such as `top_k` and `sign`, converge. Clients must take part repeatedly: the error of a
+    client that is never drawn again is lost.
 
-    Costs each sender a float64 number per parameter. Messages are those of ``compressor``.
+    It costs each sender a float64 number per parameter. Messages are those of ``compressor``.
 
     Args:
-        compressor: whose errors are kept. It must be contractive. Unbiased ones are not: their errors may be many
-            times as long as the update, and feeding them back makes them grow without bound, while without feedback
-            they average out. For ``random_k`` there is ``unbiased=False``; where you know that the errors of a
-            quantizer are small, say so: ``qsgd(4096)._replace(contractive=True)``.
+        compressor: the compressor whose errors are kept. It must be contractive. Unbiased ones are not: their errors
+            may be many times as long as the update and would grow without bound if fed back, while without feedback
+            they average out. For ``random_k`` there is ``unbiased=False``; if you know that the errors of a quantizer
+            are small, mark it: ``qsgd(4096)._replace(contractive=True)``.
 
     Raises:
-        TypeError: if it is no compressor.
-        ValueError: if it is not contractive, or keeps errors already.
+        TypeError: if it is not a compressor.
+        ValueError: if it is not contractive, or already keeps errors.
 
     Example:
         >>> import torch
@@ -60,7 +60,7 @@ def error_feedback(compressor: Compressor) -> Compressor:
         compressor.decode,
         stateful=True,
         keeps_error=True,
-        operations=compressor.operations + 2,  # the error is added, and what is sent is subtracted
+        operations=compressor.operations + 2,  # the error is added, and the sent value is subtracted
     )
 
 

@@ -1,4 +1,4 @@
-"""PowerSGD: matrices as products of two thin ones."""
+"""PowerSGD: matrices are sent as products of two thin ones."""
 
 from __future__ import annotations
 
@@ -18,23 +18,23 @@ _State: TypeAlias = dict[str, Tensor]
 
 
 def power_sgd(rank: int = 2, min_compression: float = 2.0) -> Compressor:
-    r"""PowerSGD (arXiv 1905.13727): one step of power iteration for each matrix, from where the last one ended.
+    r"""PowerSGD (arXiv 1905.13727): run one power iteration per matrix, starting from the last message's factor.
 
-    A tensor is an n x m matrix M, first dimension by all others. With Q of the sender's last message, normal numbers
-    before the first one: :math:`P = \mathrm{orth}(M Q)`, :math:`Q = M^T P`, and :math:`P Q^T` is what the receiver
-    sees. So :math:`|P Q^T - M| \le |M|`, and messages about similar matrices come ever closer to the best
-    approximation of that rank. Biased: put it into `error_feedback` wherever senders come back.
+    A tensor is an n x m matrix M, first dimension by all others. With Q of the sender's last message, or normal random
+    numbers before the first one: :math:`P = \mathrm{orth}(M Q)`, :math:`Q = M^T P`, and the receiver decodes
+    :math:`P Q^T`. So :math:`|P Q^T - M| \le |M|`, and for similar matrices the messages converge to the best
+    approximation of that rank. It is biased: wrap it in `error_feedback` if senders take part repeatedly.
 
-    Every sender has factors of its own: unlike the paper's workers, clients of a round do not agree on P while they
+    Every sender has its own factors: unlike the paper's workers, clients of a round do not agree on P while they
     compute. A message has ``32 r (n + m)`` bits for a matrix, and 32 for each element of other tensors: vectors,
-    and those that would not become ``min_compression`` times smaller.
+    and matrices that would not become ``min_compression`` times smaller.
 
     Args:
-        rank: r, at least 1; min(n, m) for matrices smaller than that.
-        min_compression: n m / (r (n + m)) must be above it, else a tensor is sent as it is. The authors' code has 2.
+        rank: r, at least 1; min(n, m) for smaller matrices.
+        min_compression: n m / (r (n + m)) must exceed it, else a tensor is sent uncompressed. The authors' code has 2.
 
     Raises:
-        TypeError, ValueError: for arguments that cannot be.
+        TypeError, ValueError: if an argument is invalid.
 
     Example:
         >>> delta = {"w": torch.outer(torch.arange(8.0), torch.ones(8)).double()}
@@ -63,7 +63,7 @@ class _Plan(NamedTuple):
     least: float
 
     def shape(self, tensor: Tensor) -> tuple[int, int, int] | None:
-        """Rows, columns and rank of the factors; None for a tensor that is sent as it is."""
+        """Return rows, columns and rank of the factors; None for a tensor that is sent uncompressed."""
         if tensor.dim() < 2 or not tensor.numel():
             return None
         rows, columns = len(tensor), tensor.numel() // len(tensor)
@@ -71,7 +71,7 @@ class _Plan(NamedTuple):
         return (rows, columns, rank) if rows * columns > self.least * rank * (rows + columns) else None
 
     def numbers(self, tensor: Tensor) -> int:
-        """How many float32 numbers a tensor becomes."""
+        """Return the number of float32 numbers that a tensor is sent as."""
         shape = self.shape(tensor)
         return tensor.numel() if shape is None else shape[2] * (shape[0] + shape[1])
 
@@ -113,7 +113,7 @@ def _decode(payload: bytes, like: Params, *, plan: _Plan, name: str) -> Params:
 
 
 def _started(last: Tensor, generator: np.random.Generator) -> Tensor:
-    """Where the iteration starts. Columns of zeros, from which it could never move, are drawn anew: at first all."""
+    """Return the start of the iteration; zero columns (at first all) would stay zero and are drawn at random."""
     start, gone = last.to(torch.float64, copy=True), ~last.any(0)
     if gone.any():
         start[:, gone] = torch.from_numpy(generator.standard_normal((len(start), int(gone.sum()))))
@@ -126,8 +126,8 @@ def _factors(matrix: Tensor, start: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _product(left: Tensor, right: Tensor) -> Tensor:
-    # Not as one matrix product: there the order of sums, and so the last bit, depends on library and machine. Products
-    # of float32 numbers are exact in float64.
+    # Do not use one matrix product: its order of sums, and so the last bit, depends on library and machine. Products of
+    # float32 numbers are exact in float64.
     total = torch.zeros(len(left), len(right), dtype=torch.float64, device=left.device)
     for column, row in zip(left.double().unbind(1), right.double().unbind(1), strict=True):
         total += torch.outer(column, row)

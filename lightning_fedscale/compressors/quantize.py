@@ -27,21 +27,21 @@ _MOST_LEVELS = 1 << 16
 
 
 def qsgd(levels: int = 127, per_tensor: bool = False) -> Compressor:
-    r"""QSGD (arXiv 1610.02132): magnitudes as shares of the norm, rounded up or down at random to one of few levels.
+    r"""QSGD (arXiv 1610.02132): round magnitudes, relative to the norm, up or down at random to one of few levels.
 
     With :math:`r_i = s\,|u_i| / |u|`, element i becomes :math:`|u|\,\mathrm{sign}(u_i)\,\xi_i / s` where
     :math:`\xi_i` is :math:`\lceil r_i \rceil` with the probability :math:`r_i - \lfloor r_i \rfloor`, else
-    :math:`\lfloor r_i \rfloor`. Unbiased, with a variance of at most :math:`\min(d/s^2, \sqrt d/s)\,|u|^2`.
+    :math:`\lfloor r_i \rfloor`. It is unbiased, with a variance of at most :math:`\min(d/s^2, \sqrt d/s)\,|u|^2`.
 
-    A message has ``32 + d (1 + ceil(log2(s + 1)))`` bits; the fixed width is used, not the paper's variable one.
+    A message has ``32 + d (1 + ceil(log2(s + 1)))`` bits, with a fixed width instead of the paper's variable one.
 
     Args:
-        levels: s, above zero, which is a level too; 1 to 65536. 127 takes 8 bits for an element, 7 takes 4, 1 takes 2.
-        per_tensor: a norm for each tensor, with 32 bits for each, instead of one for all. Less variance, since d is
-            then a tensor's.
+        levels: s, the number of levels besides zero, 1 to 65536. 127 takes 8 bits per element, 7 takes 4, 1 takes 2.
+        per_tensor: use one norm per tensor, with 32 bits for each, instead of one for all. This has less variance,
+            since d is then the size of a tensor.
 
     Raises:
-        TypeError, ValueError: for levels that cannot be.
+        TypeError, ValueError: if the levels are invalid.
 
     Example:
         >>> import torch
@@ -58,13 +58,14 @@ def qsgd(levels: int = 127, per_tensor: bool = False) -> Compressor:
 
 
 def sign(per_tensor: bool = False) -> Compressor:
-    r"""Signs, scaled by the mean magnitude: :math:`(|u|_1 / d)\,\mathrm{sign}(u)` (arXiv 1901.09847).
+    r"""Send signs, scaled by the mean magnitude: :math:`(|u|_1 / d)\,\mathrm{sign}(u)` (arXiv 1901.09847).
 
-    :math:`|C(u) - u|^2 = |u|^2 - |u|_1^2 / d`, which is at most :math:`(1 - 1/d)\,|u|^2`. Biased: put it into
-    `error_feedback` (EF-signSGD) wherever senders come back. Zero counts as positive. A message has ``d + 32`` bits.
+    :math:`|C(u) - u|^2 = |u|^2 - |u|_1^2 / d`, which is at most :math:`(1 - 1/d)\,|u|^2`. It is biased: wrap it in
+    `error_feedback` (EF-signSGD) if senders take part repeatedly. Zero counts as positive. A message has ``d + 32``
+    bits.
 
     Args:
-        per_tensor: a scale for each tensor, with 32 bits for each, instead of one for all.
+        per_tensor: use one scale per tensor, with 32 bits for each, instead of one for all.
 
     Example:
         >>> import torch
@@ -78,19 +79,18 @@ def sign(per_tensor: bool = False) -> Compressor:
 
 
 def uniform_quantization(levels: int = 256) -> Compressor:
-    r"""Each tensor on an even grid from its minimum to its maximum, rounded up or down at random.
+    r"""Round each tensor up or down at random to an even grid from its minimum to its maximum.
 
-    The stochastic quantization of arXiv 1611.00429. Unbiased; an element's variance is at most a quarter of the
-    squared distance of two levels.
+    This is the stochastic quantization of arXiv 1611.00429. It is unbiased; an element's variance is at most a quarter
+    of the squared distance of two levels.
 
-    A message has ``d log2(levels) + 64`` bits for each tensor that is not empty; ``ceil(log2(levels))`` for an element
-    where levels are no power of two.
+    A message has ``d ceil(log2(levels)) + 64`` bits for each tensor that is not empty.
 
     Args:
-        levels: points of the grid, 2 to 65536; 256 takes a byte for an element.
+        levels: points of the grid, 2 to 65536; 256 takes a byte per element.
 
     Raises:
-        TypeError, ValueError: for levels that cannot be.
+        TypeError, ValueError: if the levels are invalid.
 
     Example:
         >>> import torch
@@ -105,11 +105,11 @@ def uniform_quantization(levels: int = 256) -> Compressor:
 
 
 class _Grid(NamedTuple):
-    """How the elements of a group become codes of a few bits, and codes elements.
+    """Converts the elements of a group to codes of a few bits, and back.
 
     Attributes:
         width: bits of a code.
-        scales: float32 numbers that a group takes beside its codes.
+        scales: number of float32 scales of a group, next to its codes.
         write: elements and a generator -> scales and codes.
         read: scales and codes -> elements.
     """
@@ -151,7 +151,7 @@ def _decode(payload: bytes, like: Params, *, grid: _Grid, per_tensor: bool, name
 
 
 def _groups(like: Params, per_tensor: bool) -> list[slice]:
-    """The parts of the vector that have scales of their own."""
+    """Return the parts of the vector that have separate scales."""
     found = parts(like) if per_tensor else [slice(0, size(like))]
     return [part for part in found if part.stop > part.start]
 
@@ -171,7 +171,7 @@ def _share_of_norm(
     values: FloatArray, generator: np.random.Generator, levels: int
 ) -> tuple[list[np.float32], UnsignedArray]:
     width = width_of(levels + 1)
-    # Rounded up, so that no share is above 1. Not np.linalg.norm, whose result depends on the number of threads.
+    # The norm is rounded up, so that no share exceeds 1. np.linalg.norm would depend on the number of threads.
     norm = at_least(float(np.sqrt(np.square(values).sum())))
     shares = np.abs(values)
     shares *= levels / float(norm) if norm else 0.0
@@ -209,6 +209,6 @@ def _of_grid(scales: list[float], codes: UnsignedArray, levels: int) -> FloatArr
 
 
 def _rounded_at_random(places: FloatArray, generator: np.random.Generator, last: int, width: int) -> UnsignedArray:
-    """Up with the probability of the fraction, else down. Works in ``places``."""
+    """Round up with the probability of the fraction, else down, in place."""
     places += generator.random(len(places))
-    return np.clip(places, 0, last, out=places).astype(unsigned(width))  # beyond: numbers that float32 cannot hold
+    return np.clip(places, 0, last, out=places).astype(unsigned(width))  # values beyond float32 are clipped

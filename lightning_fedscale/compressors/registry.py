@@ -23,21 +23,21 @@ FACTORIES: dict[str, Callable[..., Compressor]] = {
     "uniform_quantization": uniform_quantization,
     "adaptive": adaptive,
 }
-"""What makes a compressor, by name; all of them also without arguments."""
+"""The factories of compressors by name; none of them needs arguments."""
 
 WRAPPERS: dict[str, Callable[..., Compressor]] = {"error_feedback": error_feedback, "phase_driven": phase_driven}
-"""What makes a compressor of others: a name alone does not say of which."""
+"""The factories that wrap other compressors, so that a name alone does not suffice."""
 
 
 def by_name(name: str, argument: str = "compressor") -> Compressor:
-    """The compressor that a string argument stands for, with its default arguments.
+    """Return the compressor of this name, with its default arguments.
 
     Args:
         name: one of `FACTORIES`.
-        argument: which one it is, for the message.
+        argument: name of the argument, for the message.
 
     Raises:
-        ValueError: for another name, with the closest match, or one of `WRAPPERS`.
+        ValueError: if the name is unknown (the message has the closest match), or one of `WRAPPERS`.
 
     Example:
         >>> by_name("top_k").name

@@ -15,7 +15,7 @@ from lightning_fedscale.utils import checks
 
 
 class _Share(NamedTuple):
-    """How many elements are sent: a share of them, or a number."""
+    """The number of elements that are sent, given as a share or as a number."""
 
     ratio: float
     k: int | None
@@ -37,20 +37,20 @@ class _Share(NamedTuple):
 
 
 def top_k(ratio: float | None = None, k: int | None = None) -> Compressor:
-    r"""The elements of largest magnitude, over all parameters together; zero for the others.
+    r"""Send the elements of largest magnitude over all parameters; the others become zero.
 
-    :math:`|C(u) - u|^2 \le (1 - k/d)\,|u|^2`. Biased: put it into `error_feedback` wherever senders come back. Of
-    equal magnitudes the first ones are sent.
+    :math:`|C(u) - u|^2 \le (1 - k/d)\,|u|^2`. It is biased: wrap it in `error_feedback` if senders take part
+    repeatedly. Of equal magnitudes the first ones are sent.
 
-    A message has ``k (32 + ceil(log2 d))`` bits, a float32 number and its place for each. Where that saves no byte, all
-    d values are sent without places: ``32 d`` bits.
+    A message has ``k (32 + ceil(log2 d))`` bits, a float32 number and its position for each. If that saves no byte, all
+    d values are sent without positions in ``32 d`` bits.
 
     Args:
         ratio: share of the d elements, in (0, 1]; at least one is sent. 0.01 if neither is given.
-        k: their number instead.
+        k: number of elements, instead of the share.
 
     Raises:
-        TypeError, ValueError: for arguments that cannot be.
+        TypeError, ValueError: if an argument is invalid.
 
     Example:
         >>> import torch
@@ -64,19 +64,19 @@ def top_k(ratio: float | None = None, k: int | None = None) -> Compressor:
 
 
 def random_k(ratio: float | None = None, k: int | None = None, unbiased: bool = True) -> Compressor:
-    r"""Elements drawn at random, over all parameters together; zero for the others.
+    r"""Send randomly drawn elements of all parameters; the others become zero.
 
-    The message carries the seed of the draw instead of places: ``32 k + 64`` bits.
+    A message has the seed of the draw instead of positions: ``32 k + 64`` bits.
 
     Args:
         ratio: share of the d elements, in (0, 1]; at least one is sent. 0.01 if neither is given.
-        k: their number instead.
-        unbiased: multiply what is sent by d/k, so that the expectation is the update and the variance
-            :math:`(d/k - 1)\,|u|^2`. Without it the expected error is :math:`(1 - k/d)\,|u|^2`, as `error_feedback`
+        k: number of elements, instead of the share.
+        unbiased: multiply the sent values by d/k, so that the expectation is the update and the variance is
+            :math:`(d/k - 1)\,|u|^2`. Without this the expected error is :math:`(1 - k/d)\,|u|^2`, as `error_feedback`
             needs.
 
     Raises:
-        TypeError, ValueError: for arguments that cannot be.
+        TypeError, ValueError: if an argument is invalid.
 
     Example:
         >>> import torch
@@ -103,7 +103,7 @@ def _encode_top_k(delta: Params, state: None, generator: np.random.Generator, *,
     vector = flatten(delta, np.float32)
     k, width = share.of(len(vector)), width_of(len(vector))
     bits = k * (32 + width)
-    if bits > 32 * len(vector) - 8:  # so that a message of 4 d bytes is never one with places
+    if bits > 32 * len(vector) - 8:  # so that a message of 4 d bytes never has positions
         return Encoded(unflatten(vector, delta), 32 * len(vector), vector.tobytes), None
     places = _largest(vector, k)
     values = vector[places]
@@ -115,7 +115,7 @@ def _decode_top_k(payload: bytes, like: Params) -> Params:
     elements = size(like)
     if len(payload) == 4 * elements:
         return unflatten(np.frombuffer(payload, "<f4"), like)
-    # How many were sent follows from the length, so that any top_k reads any other's message.
+    # The number of sent elements follows from the length, so that any top_k reads any other's message.
     width = width_of(elements)
     k = 8 * len(payload) // (32 + width)
     check_length(payload, packed_size(k, 32 + width), "top_k")
@@ -124,7 +124,7 @@ def _decode_top_k(payload: bytes, like: Params) -> Params:
 
 
 def _largest(vector: Float32Array, k: int) -> IntArray:
-    """Places of the k largest magnitudes, ascending; the first ones among equals."""
+    """Return the positions of the k largest magnitudes, ascending; among equals the first ones."""
     magnitudes = np.abs(vector)
     limit = np.partition(magnitudes, len(vector) - k)[len(vector) - k]
     above, at = np.flatnonzero(magnitudes > limit), np.flatnonzero(magnitudes == limit)

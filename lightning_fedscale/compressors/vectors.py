@@ -1,4 +1,4 @@
-"""An update as one vector, and numbers as they travel."""
+"""Updates as one vector, and rounding to float32 as in messages."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ LARGEST = float(np.finfo(np.float32).max)
 
 
 def size(params: Params) -> int:
-    """Number of elements.
+    """Return the number of elements.
 
     Example:
         >>> size({"weight": torch.ones(2, 3), "bias": torch.ones(2)})
@@ -28,7 +28,7 @@ def size(params: Params) -> int:
 
 
 def parts(params: Params) -> Iterator[slice]:
-    """Where each tensor lies in the vector."""
+    """Yield the slice of each tensor in the vector."""
     start = 0
     for tensor in params.values():
         yield slice(start, start + tensor.numel())
@@ -36,7 +36,7 @@ def parts(params: Params) -> Iterator[slice]:
 
 
 def flatten(params: Params, dtype: type[_Real]) -> npt.NDArray[_Real]:
-    """A new vector of all elements, in the order of the mapping; see `rounded` for float32."""
+    """Return a new vector of all elements, in the order of the mapping; see `rounded` for float32."""
     vector = np.empty(size(params), dtype)
     with np.errstate(over="ignore"):
         for part, tensor in zip(parts(params), params.values(), strict=True):
@@ -47,7 +47,7 @@ def flatten(params: Params, dtype: type[_Real]) -> npt.NDArray[_Real]:
 
 
 def unflatten(vector: npt.NDArray[np.float64] | Float32Array, like: Params) -> Params:
-    """The vector cut into float64 tensors with names, shapes and devices of ``like``."""
+    """Cut the vector into float64 tensors with the names, shapes and devices of ``like``."""
     whole = torch.from_numpy(vector.astype(np.float64, copy=False))
     return {
         name: whole[part].view(tensor.shape).to(tensor.device)
@@ -56,7 +56,7 @@ def unflatten(vector: npt.NDArray[np.float64] | Float32Array, like: Params) -> P
 
 
 def rounded(values: FloatArray) -> Float32Array:
-    """The nearest float32 numbers; those beyond float32's range become its largest.
+    """Round to the nearest float32 numbers; those beyond float32's range become its largest.
 
     Example:
         >>> rounded(np.array([0.1, 1e300])).tolist()
@@ -66,17 +66,17 @@ def rounded(values: FloatArray) -> Float32Array:
 
 
 def at_least(value: float) -> np.float32:
-    """The smallest float32 number that is not below ``value``, or the largest of all.
+    """Return the smallest float32 number that is not below ``value``, or else the largest finite one.
 
     Example:
         >>> float(at_least(0.1)) > 0.1, float(at_least(0.5))
         (True, 0.5)
     """
     near = np.float32(min(max(value, -LARGEST), LARGEST))
-    # As Python's numbers: numpy would round the value to float32 before it compares.
+    # Compare Python numbers, since numpy would round the value to float32 first.
     return near if float(near) >= min(value, LARGEST) else np.nextafter(near, np.float32(np.inf))
 
 
 def at_most(value: float) -> np.float32:
-    """The largest float32 number that is not above ``value``, or the smallest of all."""
+    """Return the largest float32 number that is not above ``value``, or else the smallest finite one."""
     return -at_least(-value)
