@@ -1,4 +1,4 @@
-"""What a client does differently from plain local training: FedProx, SCAFFOLD, ..."""
+"""Local rules, which change plain local training: FedProx, SCAFFOLD, ..."""
 
 from __future__ import annotations
 
@@ -37,10 +37,10 @@ FACTORIES: dict[str, Callable[..., LocalRule]] = {
 
 
 def by_name(name: str) -> LocalRule:
-    """The local rule of this name, with its defaults.
+    """Return the local rule of this name, with its defaults.
 
     Raises:
-        ValueError: for an unknown name, or one that cannot do without arguments.
+        ValueError: if the name is unknown, or its rule needs arguments.
 
     Example:
         >>> by_name("scaffold").vectors_up

@@ -1,4 +1,4 @@
-"""The shape of what a client does differently from plain local training."""
+"""The interface of a local rule."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from lightning_fedscale.types import Cohort
 
 
 class Correction(NamedTuple):
-    r"""What is added to a client's gradient before every optimizer step (and before clipping).
+    r"""The correction of a client's gradient before every optimizer step (and before clipping).
 
-    :math:`g \leftarrow g + s + \mu (y - x)`, with the client's model :math:`y` and the global one :math:`x` that it
-    started from.
+    :math:`g \leftarrow g + s + \mu (y - x)`, where :math:`y` is the client's model and :math:`x` the global model that
+    it started from.
 
     Attributes:
-        shift: :math:`s`, one float64 vector over the trainable parameters, constant through the round; None is zero.
+        shift: :math:`s`, one float64 vector over the trainable parameters, constant during the round; None is zero.
         proximal: :math:`\mu`.
     """
 
@@ -26,20 +26,20 @@ class Correction(NamedTuple):
 
     @property
     def operations(self) -> int:
-        """For each element, in every optimizer step: one for the shift, two for the proximal term."""
+        """Operations per element and optimizer step: one for the shift, two for the proximal term."""
         return (self.shift is not None) + 2 * (self.proximal != 0)
 
 
 class Outcome(NamedTuple):
-    """What a client's local training came to.
+    """The result of a client's local training.
 
     Attributes:
-        delta: ``x - y`` over the trainable parameters, a float64 vector; a rule may change it in place, and that is
-            what is sent.
-        steps: optimizer steps that were taken.
+        delta: ``x - y`` over the trainable parameters, a float64 vector; a rule may change it in place before it is
+            sent.
+        steps: number of optimizer steps.
         lr: learning rate of the local optimizer's first group in this round.
-        momentum: its momentum, 0 without.
-        gradient: mean gradient of the client's batches at ``x``, where the rule asks for it (``needs_gradient``).
+        momentum: its momentum; 0 if it has none.
+        gradient: mean gradient of the client's batches at ``x``, if the rule has ``needs_gradient``.
     """
 
     delta: Tensor
@@ -50,13 +50,13 @@ class Outcome(NamedTuple):
 
 
 class Report(NamedTuple):
-    """What a client leaves behind.
+    """A client's output besides its delta.
 
     Attributes:
-        state: what it keeps for its next round: tensors and primitives in dicts and lists; None keeps nothing.
-        message: a second float64 vector over the trainable parameters, of which the server sees the plain sum over the
-            round's clients. With ``vectors_up=1`` it is the update once more, and the server sees it as it was sent.
-        normalizer: a number of which the server sees the mean over clients, weighted as their deltas.
+        state: the client's state for its next round: tensors and primitives in dicts and lists; None keeps none.
+        message: a second float64 vector over the trainable parameters; the server gets its plain sum over the round's
+            clients. With ``vectors_up=1`` it equals the update, and the server uses the update as it was sent.
+        normalizer: a number; the server gets its mean over clients, weighted like their deltas.
     """
 
     state: Any = None
@@ -65,14 +65,14 @@ class Report(NamedTuple):
 
 
 class Merged(NamedTuple):
-    """What the server sees of a round.
+    """The server's input from a round.
 
     Attributes:
         delta: the aggregated delta over the trainable parameters; may be changed in place.
         messages: sum of the clients' messages; None if the rule has none.
         normalizer: weighted mean of the clients' normalizers.
         accepted: number of clients whose updates count.
-        cohort: who took part.
+        cohort: the round's clients.
     """
 
     delta: Tensor
@@ -86,23 +86,23 @@ class LocalRule(NamedTuple):
     """A rule for clients, in pure functions over flat float64 vectors of the trainable parameters.
 
     Attributes:
-        name: what the factory is called.
+        name: name of the factory.
         init: ``(like) -> server state`` before the first round, for parameters like this vector.
         begin: ``(client state or None, server state) -> Correction``; None is a client that never took part.
         finish: ``(outcome, client state or None, server state) -> Report``.
         merge: ``(merged, server state) -> (delta, server state)``; the server optimizer moves along the delta.
         keeps_state: whether clients keep a state.
-        sends_message: whether `Report.message` is given, and crosses ranks.
-        vectors_up: how many vectors as long as the parameters a client sends.
-        vectors_down: how many it receives.
-        needs_gradient: whether `Outcome.gradient` is wanted; costs a pass over the client's batches.
-        needs_sgd: whether the rule knows the local optimizer's steps as those of SGD with ``Outcome.lr``, so that no
-            other optimizer will do; and no momentum, unless the rule ``knows_momentum``.
-        knows_momentum: whether a rule that ``needs_sgd`` also bears ``Outcome.momentum``, though neither dampening nor
+        sends_message: whether `Report.message` is set, and summed over ranks.
+        vectors_up: number of vectors, as long as the parameters, that a client sends.
+        vectors_down: number of such vectors that it receives.
+        needs_gradient: whether `Outcome.gradient` is needed, which costs a pass over the client's batches.
+        needs_sgd: whether the rule assumes SGD steps with ``Outcome.lr``, so that other optimizers are invalid, and
+            momentum too, unless the rule ``knows_momentum``.
+        knows_momentum: whether a rule that ``needs_sgd`` also supports ``Outcome.momentum``, but neither dampening nor
             Nesterov.
         changes_delta: whether ``finish`` changes ``Outcome.delta``.
-        call: how it was made, such as ``fed_prox(mu=0.1)``; for logs only.
-        instead: what to use where a rule ``needs_sgd`` and clients train with another optimizer; for messages.
+        call: the call that made it, such as ``fed_prox(mu=0.1)``; for logs only.
+        instead: the alternative if a rule ``needs_sgd`` and clients use another optimizer; for messages.
     """
 
     name: str
@@ -123,6 +123,6 @@ class LocalRule(NamedTuple):
 
     @property
     def operations(self) -> int:
-        """For each element of a client's update: of the vectors that it receives, keeps, sends and changes besides."""
-        sent = 2 * self.sends_message  # made, and added up
+        """Operations per element of a client's update, for additional vectors received, kept, sent and changed."""
+        sent = 2 * self.sends_message  # one to compute it, one to sum it
         return self.vectors_down - 1 + self.keeps_state + sent + self.changes_delta

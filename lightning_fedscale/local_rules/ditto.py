@@ -1,4 +1,4 @@
-"""A model of its own for every client."""
+"""Ditto: one personal model for every client."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from lightning_fedscale.utils import checks
 class Ditto:
     r"""Every client also trains a personal model :math:`v_k` that stays near the global one (arXiv 2012.04221).
 
-    For ``FederatedStrategy(personal=Ditto(strength))``. In a round that a client takes part in, it trains the global
-    model :math:`x` as ever, and then once more, over the same batches, its own:
-    :math:`v \leftarrow v - \eta (\nabla f_k(v) + \lambda (v - x))`, from where the last time left it; at first from
-    :math:`x`. That doubles the computing and sends nothing. What is logged is of the global model's training;
-    `ClientMetrics(personal=True)` evaluates the personal ones.
+    Use it as ``FederatedStrategy(personal=Ditto(strength))``. In each of its rounds a client trains the global model
+    :math:`x` as usual, and then its personal model over the same batches:
+    :math:`v \leftarrow v - \eta (\nabla f_k(v) + \lambda (v - x))`, starting from its last value, or from :math:`x` in
+    the first round. This doubles compute and sends nothing. Logged values come from the training of the global model;
+    `ClientMetrics(personal=True)` evaluates the personal models.
 
     Args:
-        strength: :math:`\lambda`; 0 trains each client for itself. The paper tries 0.05 to 2.
+        strength: :math:`\lambda`; with 0 each client trains alone. The paper tries 0.05 to 2.
 
     Raises:
-        TypeError, ValueError: if it is no number of at least 0.
+        TypeError, ValueError: if it is not a number >= 0.
 
     Example:
         >>> import torch
@@ -37,13 +37,13 @@ class Ditto:
         self.strength = checks.number("strength", strength, remedy, lambda number: 0 <= number < math.inf)
 
     def correction(self, start: Tensor, server: Tensor) -> Correction:
-        """What is added to the gradients of a personal model.
+        """Return the correction of a personal model's gradients.
 
         Args:
-            start: the personal model that training begins with.
-            server: the global model, a vector as long.
+            start: the personal model at the start of training.
+            server: the global model, a vector of the same length.
         """
-        # A correction pulls towards where training began; the shift moves that to the global model.
+        # A correction pulls towards the start of training; the shift changes this to the global model.
         return Correction(self.strength * (start - server), self.strength)
 
     def __repr__(self) -> str:

@@ -1,4 +1,4 @@
-"""FedDyn: a regulariser that follows each client's gradient."""
+"""FedDyn: a regulariser that tracks each client's gradient."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from lightning_fedscale.utils.factory_repr import told
 def fed_dyn(alpha: float) -> LocalRule:
     r"""FedDyn (arXiv 2111.04263): clients minimise :math:`f_k(y) - \lambda_k^\top y + \frac\alpha2 \|y - x\|^2`.
 
-    So every local gradient becomes :math:`g - \lambda_k + \alpha (y - x)`. After a round
-    :math:`\lambda_k \leftarrow \lambda_k - \alpha (y_k - x)`, the client's gradient where it ended, and the server
+    Every local gradient becomes :math:`g - \lambda_k + \alpha (y - x)`. After a round
+    :math:`\lambda_k \leftarrow \lambda_k - \alpha (y_k - x)`, the client's gradient at its final model, and the server
     moves to :math:`\bar y_S - h / \alpha` with :math:`h \leftarrow h - \frac{\alpha}{K} \sum_{k \in S} (y_k - x)` over
-    *all* K clients. It can only rest at the optimum of the clients' plain mean, however many local steps there are.
-    Clients keep :math:`\lambda_k`; traffic is that of FedAvg. The paper's server is ``aggregator="uniform"`` with
+    *all* K clients. The only fixed point is the optimum of the clients' plain mean, for any number of local steps.
+    Clients keep :math:`\lambda_k`; communication is that of FedAvg. The paper's server is ``aggregator="uniform"`` with
     ``server.fed_avg()``.
 
     Args:
@@ -62,7 +62,7 @@ def _begin(client: Any, server: Any, *, alpha: float) -> Correction:
 def _finish(outcome: Outcome, client: Any, server: Any, *, alpha: float) -> Report:
     moved = alpha * outcome.delta
     state = {"gradient": moved if client is None else client["gradient"] + moved}
-    # The server needs the plain sum of deltas whatever the aggregator does; the client sends nothing new by it.
+    # The server needs the plain sum of deltas for every aggregator; the client sends no additional data for it.
     return Report(state=state, message=outcome.delta.clone())
 
 

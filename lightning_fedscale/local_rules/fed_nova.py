@@ -1,4 +1,4 @@
-"""FedNova: clients that take more steps do not count more."""
+"""FedNova: clients with more steps do not count more."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from lightning_fedscale.utils.factory_repr import told
 
 @told
 def fed_nova(proximal: float = 0.0) -> LocalRule:
-    r"""FedNova (arXiv 2007.07481): deltas are divided by the length of the client's way before they are averaged.
+    r"""FedNova (arXiv 2007.07481): divide deltas by the clients' effective numbers of steps before averaging.
 
-    Where clients take unequal numbers of steps, as with ``local_epochs`` and unequal data, FedAvg goes to the optimum
-    of another objective, in which clients weigh as many times more as they take more steps. FedNova steps by
-    :math:`\tau_\mathrm{eff} \sum_k p_k \Delta_k / \|a_k\|_1`, with :math:`a_k` the weights of the client's gradients
-    in its delta: all 1 for plain SGD, so that :math:`\|a_k\|_1` is its number of steps; momentum and the proximal term
-    are accounted for. :math:`\tau_\mathrm{eff} = \sum_k p_k \|a_k\|_1`, or the mean number of steps with a proximal
-    term. What remains is the drift of many steps, in proportion to the learning rate.
+    If clients take unequal numbers of steps, as with ``local_epochs`` and unequal data, FedAvg converges to the optimum
+    of another objective, in which clients are also weighted by their numbers of steps. FedNova steps by
+    :math:`\tau_\mathrm{eff} \sum_k p_k \Delta_k / \|a_k\|_1`, where :math:`a_k` are the weights of the client's
+    gradients in its delta. They are all 1 for plain SGD, so that :math:`\|a_k\|_1` is its number of steps; momentum and
+    the proximal term are accounted for. :math:`\tau_\mathrm{eff} = \sum_k p_k \|a_k\|_1`, or the mean number of steps
+    with a proximal term. The drift of many steps remains, in proportion to the learning rate.
 
-    The paper's slow momentum is ``server.fed_avgm``; its clients reset their optimizer. Costs no memory and one number
-    of traffic.
+    The paper's slow momentum is ``server.fed_avgm``; its clients reset their optimizer. It costs no memory and the
+    communication of one number.
 
     Args:
         proximal: :math:`\mu` of FedProx's term, >= 0, added to the gradients; ``proximal * lr`` must be below 1.
@@ -55,13 +55,13 @@ def fed_nova(proximal: float = 0.0) -> LocalRule:
 
 
 def way(steps: int, *, lr: float, momentum: float, mu: float) -> float:
-    r""":math:`\|a\|_1`: how far local SGD goes along a gradient that is always 1, in learning rates.
+    r"""Return :math:`\|a\|_1`: the distance of local SGD along a constant gradient of 1, in learning rates.
 
     Args:
         steps: optimizer steps.
         lr: learning rate.
         momentum: heavy-ball momentum, without dampening.
-        mu: proximal term, which the optimizer sees as a part of the gradient.
+        mu: proximal term, which is a part of the optimizer's gradient.
 
     Example:
         >>> way(3, lr=0.1, momentum=0.0, mu=0.0), way(3, lr=0.1, momentum=0.5, mu=0.0)  # 1 + 1.5 + 1.75

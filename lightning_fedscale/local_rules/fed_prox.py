@@ -16,9 +16,9 @@ from lightning_fedscale.utils.factory_repr import told
 def fed_prox(mu: float) -> LocalRule:
     r"""FedProx (arXiv 1812.06127): clients minimise :math:`f_k(y) + \frac{\mu}{2} \|y - x\|^2`.
 
-    So every local gradient becomes :math:`g + \mu (y - x)`. Use it where clients differ and train for long, or for
-    unequal numbers of steps: it bounds how far they drift. It does not take away the bias of their drift, as `scaffold`
-    and `fed_dyn` do. Costs no memory and no traffic.
+    Every local gradient becomes :math:`g + \mu (y - x)`. Use it if clients differ and train for many or unequal numbers
+    of steps: it bounds their drift. It does not remove the bias of the drift, as `scaffold` and `fed_dyn` do. It costs
+    no memory and no communication.
 
     Args:
         mu: :math:`\mu`, > 0; the paper tries 0.001, 0.01, 0.1 and 1. With plain SGD, ``mu * lr`` should stay below 1.

@@ -17,26 +17,27 @@ from lightning_fedscale.utils.factory_repr import told
 def scaffold(option: str = "II") -> LocalRule:
     r"""SCAFFOLD (arXiv 1910.06378): every local gradient becomes :math:`g - c_k + c`.
 
-    :math:`c_k` estimates client k's gradient at the global model, :math:`c` that of all clients; so clients no longer
-    drift towards their own optima, and many local steps lead to the optimum of the clients' plain mean. After a round
+    :math:`c_k` estimates client k's gradient at the global model, and :math:`c` that of all clients. Clients therefore
+    do not drift towards their own optima, and many local steps lead to the optimum of the clients' plain mean. After a
+    round
 
-    - option II: :math:`c_k^+ = c_k - c + (x - y) / (H \eta_l)`, the mean gradient along the client's way;
-    - option I: :math:`c_k^+ = g_k(x)`, the gradient of its batches at the global model; costs a pass over them, is more
-      stable, and lets clients train with any optimizer;
+    - option II: :math:`c_k^+ = c_k - c + (x - y) / (H \eta_l)`, the mean gradient over the client's steps;
+    - option I: :math:`c_k^+ = g_k(x)`, the gradient of its batches at the global model; it costs a pass over them, is
+      more stable, and allows any optimizer on the clients;
 
     and :math:`c \leftarrow c + \frac{1}{K} \sum_{k \in S} (c_k^+ - c_k)`, over *all* K clients. Clients keep
-    :math:`c_k`; both directions carry two vectors. A compressor acts on the update alone: the change of :math:`c_k` is
-    sent whole, so with top-k more than half of SCAFFOLD's bytes remain. The paper's server is ``aggregator="uniform"``
-    with ``server.fed_avg(lr)``.
+    :math:`c_k`; uplink and downlink have two vectors each. A compressor only compresses the update: the change of
+    :math:`c_k` is sent whole, so with top-k more than half of SCAFFOLD's bytes remain. The paper's server is
+    ``aggregator="uniform"`` with ``server.fed_avg(lr)``.
 
     Args:
         option: "II", which needs plain SGD on the clients, or "I" for any other optimizer, such as Adam.
 
     Raises:
-        ValueError: for another option.
+        ValueError: if the option is unknown.
 
     Example:
-        A client that moved from x = 0 to y = -0.6 in 3 steps of 0.1 has seen a mean gradient of 2.
+        A client that moves from x = 0 to y = -0.6 in 3 steps of 0.1 had a mean gradient of 2.
 
         >>> rule = scaffold()
         >>> server = rule.init(torch.zeros(1))

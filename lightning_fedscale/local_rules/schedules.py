@@ -1,4 +1,4 @@
-"""How many local steps clients take in which round: functions from the round to the number of steps."""
+"""Schedules of local steps: functions from the round to the clients' number of steps."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from lightning_fedscale.utils import checks
 
 
 def post_local(until: int, steps: int) -> Callable[[int], int]:
-    """Post-local SGD (arXiv 1808.07217): one step a round at first, then ``steps``.
+    """Post-local SGD (arXiv 1808.07217): take one step a round at first, then ``steps``.
 
-    While every round is one step, training is synchronous SGD with all clients' batches together; that lasts until the
-    learning rate first falls, say, and then clients go on by themselves for longer, which saves traffic and, in the
-    paper, generalises better than large batches.
+    While every round is one step, training is synchronous SGD on the clients' joint batch, for example until the
+    learning rate first falls. Then clients take more local steps, which saves communication and, in the paper,
+    generalises better than large batches.
 
     Args:
         until: the first round of local training, > 0.
@@ -32,10 +32,10 @@ def post_local(until: int, steps: int) -> Callable[[int], int]:
 
 
 def in_stages(stages: Mapping[int, int]) -> Callable[[int], int]:
-    """Steps by stages, each from a round on.
+    """Set the number of local steps by stages of rounds.
 
     Args:
-        stages: from the first round of each stage, one of them 0, to its steps a round.
+        stages: maps the first round of each stage, one of them 0, to the stage's steps a round.
 
     Raises:
         TypeError: if a round or a number of steps is not an integer.
