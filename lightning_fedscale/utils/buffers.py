@@ -1,4 +1,4 @@
-"""What becomes of a module's buffers at the end of a round: a policy by kind, or by name."""
+"""Policies for a module's buffers at the end of a round, by kind or by name."""
 
 from __future__ import annotations
 
@@ -16,21 +16,21 @@ from torch.nn.utils.spectral_norm import SpectralNorm
 from lightning_fedscale.utils import checks
 
 Policy: TypeAlias = Literal["mean", "server", "largest", "client"]
-"""What may be asked for: the clients' mean; the server's value as it is; the value of the client with the most samples;
-each client its own."""
+"""Policies of a buffer: the clients' mean; the server's unchanged value; the value of the client with the most samples;
+or one value per client."""
 
 FITTED = "fitted"
-"""Computed from the weights, and so anew from the server's new ones."""
+"""Policy of buffers that are computed from the weights, and so computed again from the server's new weights."""
 
-_TIMES = 50  # power iterations, which cost two products of a matrix and a vector each
+_TIMES = 50  # power iterations, each of which costs two products of a matrix and a vector
 
 
 class Kind(NamedTuple):
-    """What becomes of a buffer.
+    """The policy of a buffer.
 
     Attributes:
         policy: one of `Policy`, or `FITTED`.
-        sure: False for a float buffer of which nobody knows whether its mean means anything.
+        sure: False for a float buffer whose mean may be meaningless.
     """
 
     policy: str
@@ -38,12 +38,12 @@ class Kind(NamedTuple):
 
 
 class BufferPolicies(NamedTuple):
-    """Decides what becomes of each buffer.
+    """The policies of all buffers.
 
     Attributes:
-        by_name: patterns of names and the policies for them; the first that matches decides.
-        sums_only: the server may learn nothing of single clients, so it cannot take the buffers of one.
-        parameters_only: nothing but parameters may leave the clients.
+        by_name: patterns of names with their policies; the first match applies.
+        sums_only: the server may not learn anything about single clients, so it cannot take the buffers of one.
+        parameters_only: only parameters may leave the clients.
     """
 
     by_name: tuple[tuple[str, Policy], ...] = ()
@@ -51,21 +51,21 @@ class BufferPolicies(NamedTuple):
     parameters_only: bool = False
 
     def with_personal(self, patterns: Iterable[str]) -> BufferPolicies:
-        """The same, but what has such a name stays with each client."""
+        """Return a copy in which buffers whose names match stay with each client."""
         return self._replace(by_name=(*((pattern, "client") for pattern in patterns), *self.by_name))
 
     def asked(self, names: Iterable[str]) -> Policy | None:
-        """What the user decided about a buffer with these names; None if nothing."""
+        """Return the user's policy for a buffer with these names; None if there is none."""
         matching = (p for pattern, p in self.by_name if any(fnmatchcase(name, pattern) for name in names))
         return next(matching, None)
 
     def kind(self, names: Iterable[str], owner: nn.Module, name: str, buffer: Tensor, fitted: bool) -> Kind:
-        """What becomes of a buffer.
+        """Return the policy of a buffer.
 
         Args:
             names: all its names in the module.
-            owner: the part of the module that holds it.
-            name: its name there.
+            owner: the submodule that owns it.
+            name: its name in that submodule.
             buffer: its tensor.
             fitted: whether it belongs to a parametrization, or to a hook that computes a weight.
         """
@@ -88,11 +88,11 @@ def _by_default(owner: nn.Module, name: str, buffer: Tensor, fitted: bool) -> Ki
 
 
 def checked(value: object) -> tuple[tuple[str, Policy], ...]:
-    """The user's argument ``buffers`` as pairs of pattern and policy.
+    """Return the user's argument ``buffers`` as pairs of pattern and policy.
 
     Raises:
-        TypeError: if it is no dict of strings.
-        ValueError: for a policy that is not known.
+        TypeError: if it is not a dict of strings.
+        ValueError: if a policy is unknown.
 
     Example:
         >>> checked({"queue*": "largest"})
@@ -115,11 +115,11 @@ def checked(value: object) -> tuple[tuple[str, Policy], ...]:
 
 
 class Fit(NamedTuple):
-    """A weight that is computed from others and from buffers, which training brings up to date each time.
+    """A weight that is computed from other weights and from buffers, which each computation in training updates.
 
     Attributes:
-        compute: does it once.
-        buffers: that belong to it.
+        compute: computes the weight once.
+        buffers: the buffers that belong to it.
     """
 
     compute: Callable[[], object]
@@ -127,7 +127,7 @@ class Fit(NamedTuple):
 
 
 def fits_of(owner: nn.Module) -> Iterator[Fit]:
-    """The weights of this part of a module that are computed from others with the help of buffers."""
+    """Yield the weights of this submodule that are computed from other weights and buffers."""
     if "parametrizations" in owner._modules:
         for name, parametrization in owner.get_submodule("parametrizations").named_children():
             if isinstance(parametrization, ParametrizationList) and (buffers := list(parametrization.buffers())):
@@ -140,7 +140,7 @@ def fits_of(owner: nn.Module) -> Iterator[Fit]:
 
 @torch.no_grad()
 def refit(fits: Iterable[Fit]) -> None:
-    """Bring vectors up to date with the weights, which have changed."""
+    """Update the vectors after a change of the weights."""
     for fit in fits:
         others = [(b, b.clone()) for b in fit.buffers if not b.is_floating_point() and not b.is_complex()]
         for _ in range(_TIMES):

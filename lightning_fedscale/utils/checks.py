@@ -1,4 +1,4 @@
-"""Checks of arguments that all rooms share: each error names the argument, its value and the remedy."""
+"""Checks of arguments that all packages share: each error names the argument, its value and the remedy."""
 
 from __future__ import annotations
 
@@ -33,11 +33,11 @@ def integer(name: str, value: object, minimum: int = 1, maximum: int | None = No
 
 
 def flag(name: str, value: object) -> bool:
-    """A value that must be True or False.
+    """Return a value that must be True or False.
 
     Args:
-        name: the argument.
-        value: what the user gave.
+        name: name of the argument.
+        value: the user's value.
 
     Raises:
         TypeError: if it is neither.
@@ -48,7 +48,7 @@ def flag(name: str, value: object) -> bool:
 
 
 def is_number(value: object) -> bool:
-    """Whether ``value`` is a real number; True and NaN are none."""
+    """Return whether ``value`` is a real number; booleans and NaN are not."""
     return isinstance(value, numbers.Real) and not isinstance(value, bool) and not math.isnan(value)
 
 
@@ -56,14 +56,14 @@ def number(name: str, value: object, remedy: str, accepts: Callable[[float], boo
     """Return ``value`` as a float.
 
     Args:
-        name: of the argument.
-        value: of it.
+        name: name of the argument.
+        value: the user's value.
         remedy: what to pass instead, from "pass" to the full stop.
-        accepts: which numbers will do.
+        accepts: returns whether a number is valid.
 
     Raises:
         TypeError: it is not a number.
-        ValueError: it is one that will not do.
+        ValueError: the number is invalid.
 
     Example:
         >>> number("strength", -1, "pass a number of at least 0.", lambda strength: strength >= 0)
@@ -104,21 +104,21 @@ def positive(name: str, value: object) -> float:
 
 
 def one_of(name: str, value: object, allowed: Sequence[str]) -> None:
-    """Check that ``value`` is one of a few words."""
+    """Check that ``value`` is one of the allowed strings."""
     if value not in allowed:
         raise ValueError(f"{name}={value!r}: pass one of {', '.join(map(repr, allowed))}")
 
 
 def named(argument: str, name: str, factories: Mapping[str, Callable[..., Any]]) -> Callable[..., Any]:
-    """The factory of this name, ready to be called without arguments.
+    """Return the factory of this name, which must not need arguments.
 
     Args:
-        argument: what the user calls the argument that was given a name.
-        name: the name.
-        factories: all that there are, by name.
+        argument: the user's argument that the name was passed to.
+        name: name of a factory.
+        factories: all factories by name.
 
     Raises:
-        ValueError: the name is unknown, or its factory cannot do without arguments.
+        ValueError: the name is unknown, or its factory needs arguments.
 
     Example:
         >>> named("local_rule", "fedprox", {"fed_prox": lambda mu: mu})
@@ -141,16 +141,16 @@ def named(argument: str, name: str, factories: Mapping[str, Callable[..., Any]])
 
 
 def called(argument: str, value: object, room: str, factories: Mapping[str, Callable[..., Any]]) -> None:
-    """Check that ``value`` is none of the factories themselves, whose call was forgotten.
+    """Check that ``value`` is not a factory that the user forgot to call.
 
     Args:
-        argument: what the user calls the argument.
-        value: of it.
+        argument: name of the argument.
+        value: the user's value.
         room: the module in which users find the factories.
-        factories: all that there are, by name.
+        factories: all factories by name.
 
     Raises:
-        TypeError: if it is one.
+        TypeError: if it is a factory.
 
     Example:
         >>> from lightning_fedscale import local_rules
@@ -169,12 +169,12 @@ def known_arguments(caller: str, factory: Callable[..., Any], arguments: Iterabl
     """Check that a factory has all these arguments.
 
     Args:
-        caller: what the message begins with.
-        factory: to be called.
-        arguments: names of what it is to be given.
+        caller: beginning of the message.
+        factory: the factory to be called.
+        arguments: names of the arguments.
 
     Raises:
-        TypeError: if it has not.
+        TypeError: if the factory lacks one of them.
 
     Example:
         >>> known_arguments("register('fed5')", dict.fromkeys, {"itterable": 3})
@@ -191,7 +191,7 @@ def known_arguments(caller: str, factory: Callable[..., Any], arguments: Iterabl
 
 
 def enumerated(names: Sequence[str], most: int = 5) -> str:
-    """The first few names, for a message.
+    """Return the first few names as text for a message.
 
     Example:
         >>> enumerated(["queue", "bank", "seen"], most=2)
@@ -202,7 +202,7 @@ def enumerated(names: Sequence[str], most: int = 5) -> str:
 
 
 def needed(factory: Callable[..., Any]) -> list[str]:
-    """Names of the arguments that a factory cannot do without."""
+    """Return the names of a factory's required arguments."""
     variadic = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
     parameters = inspect.signature(factory).parameters.values()
     return [p.name for p in parameters if p.default is p.empty and p.kind not in variadic]

@@ -1,4 +1,4 @@
-"""The few things that ranks say to each other."""
+"""Communication between ranks."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ from torch.serialization import default_restore_location
 
 
 def world_size() -> int:
-    """Number of ranks."""
+    """Return the number of ranks."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
 def sum_over_ranks(vector: Tensor) -> Tensor:
-    """The element-wise sum over all ranks, the same bits everywhere; the vector itself with a single rank."""
+    """Sum a vector over all ranks in place, bit-identical on every rank; a single rank leaves it unchanged."""
     if world_size() > 1:
         dist.all_reduce(vector, op=dist.ReduceOp.SUM)
     return vector
 
 
 class JointBuffer:
-    """A long vector and some numbers behind it, in memory that is allocated once and added up in one collective.
+    """A long vector followed by some numbers, in memory that is allocated once and summed in one collective.
 
     Args:
-        vector: what the vector starts from.
+        vector: initial value of the vector.
         numbers: how many numbers follow it.
 
     Example:
@@ -44,11 +44,11 @@ class JointBuffer:
 
     @property
     def vector(self) -> Tensor:
-        """The buffer's part for the vector: what is written here need not be copied."""
+        """The buffer's part for the vector; values that are written here need not be copied."""
         return self._buffer[: self._length]
 
     def sum_over_ranks(self, vector: Tensor, numbers: Tensor) -> tuple[Tensor, Tensor]:
-        """`sum_over_ranks` of both, as views of the buffer."""
+        """Sum both over all ranks, and return them as views of the buffer."""
         if vector.data_ptr() != self._buffer.data_ptr():
             self.vector.copy_(vector)
         self._buffer[self._length :].copy_(numbers)
@@ -64,7 +64,7 @@ def send(value: Any, to: int, device: torch.device) -> None:
 
 
 def receive(sender: int, device: torch.device) -> Any:
-    """Receive what another rank gives to `send`; what was on the CPU there is so here, the rest comes to ``device``."""
+    """Receive the value of another rank's `send`: CPU tensors stay on the CPU, others come to ``device``."""
     length = torch.zeros(1, dtype=torch.int64, device=device)
     dist.recv(length, sender)
     data = torch.empty(int(length), dtype=torch.uint8, device=device)
@@ -73,7 +73,7 @@ def receive(sender: int, device: torch.device) -> Any:
 
 
 def broadcast(value: Any, sender: int, device: torch.device) -> Any:
-    """What the sender gives, tensors and primitives, on all ranks; to be called on all of them."""
+    """Return the sender's tensors and primitives on all ranks; all of them must call it."""
     if world_size() == 1:
         return value
     mine = dist.get_rank() == sender
@@ -96,7 +96,7 @@ def _unpacked(data: Tensor, device: torch.device) -> Any:
 
 
 def gather_over_ranks(value: Any, device: torch.device) -> list[Any]:
-    """What every rank gives, as JSON has it, by rank; to be called on all ranks.
+    """Return the values of all ranks in their order, passed as JSON; all ranks must call it.
 
     Example:
         >>> gather_over_ranks({"loss": False}, torch.device("cpu"))
@@ -114,7 +114,7 @@ def gather_over_ranks(value: Any, device: torch.device) -> list[Any]:
 
 
 def min_over_ranks(numbers: Tensor) -> Tensor:
-    """The element-wise minimum over all ranks; the numbers themselves with a single rank."""
+    """Take the element-wise minimum over all ranks in place; a single rank leaves the numbers unchanged."""
     if world_size() > 1:
         dist.all_reduce(numbers, op=dist.ReduceOp.MIN)
     return numbers

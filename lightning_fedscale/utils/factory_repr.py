@@ -1,4 +1,4 @@
-"""Rules are functions in a tuple; here they learn to say by which call they were made, for logs and sweeps."""
+"""Record the call that made a rule (a tuple of functions), for logs and sweeps."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ R = TypeVar("R")
 
 
 def told(factory: Callable[P, R]) -> Callable[P, R]:
-    """A factory whose product has in its field ``call`` how it was made.
+    """Decorate a factory so that its products store their call in the field ``call``.
 
     Example:
         >>> import torch
@@ -34,7 +34,7 @@ def told(factory: Callable[P, R]) -> Callable[P, R]:
 
 
 def numbers_in(call: str) -> dict[str, float]:
-    """The named numbers of a call, by name; what is no call has none.
+    """Return the keyword arguments of a call that are numbers; other text has none.
 
     Example:
         >>> numbers_in("DirichletPartitioner(num_partitions=100, alpha=0.3, label='speaker')")
@@ -80,5 +80,5 @@ def _shown(value: Any) -> str:
     function = getattr(value, "func", value)  # of a partial
     if (name := getattr(function, "__name__", None)) is not None:
         return str(name)
-    # A repr with an address in it would be another one in every run.
+    # A repr with an address would differ in every run.
     return type(value).__name__ if (written := repr(value)).startswith("<") else written

@@ -1,4 +1,4 @@
-"""How evenly a value is spread over clients: pure maths on a list of numbers."""
+"""Statistics of how evenly a value is spread over clients."""
 
 from __future__ import annotations
 
@@ -7,19 +7,19 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 TAIL = 0.1
-"""Share of clients that the worst and the best ones are."""
+"""Share of clients that count as the worst, or as the best."""
 
 
 class Spread(NamedTuple):
     """A value's spread over clients.
 
     Attributes:
-        mean: over clients, each counting the same.
-        weighted_mean: weighted by samples.
+        mean: mean over clients with equal weights.
+        weighted_mean: mean weighted by samples.
         worst10: mean of the worst tenth of the clients, at least one.
         best10: mean of the best tenth.
-        std: standard deviation over clients, of these and not estimated for others.
-        jain: Jain's index, see `jain_index`; NaN where values differ in sign, since it means nothing there.
+        std: population standard deviation over these clients.
+        jain: Jain's index, see `jain_index`; NaN if values differ in sign, since it is meaningless then.
     """
 
     mean: float
@@ -31,7 +31,7 @@ class Spread(NamedTuple):
 
 
 def part_of_spread(name: str) -> tuple[str, str] | None:
-    """Which value's spread, and which part of it, a name says that `ClientMetrics` logged; None for other names.
+    """Split a logged name of `ClientMetrics` into the value and the part of its spread; return None for other names.
 
     Example:
         >>> part_of_spread("clients/val/acc/worst10"), part_of_spread("clients/evaluated"), part_of_spread("val_acc")
@@ -43,12 +43,12 @@ def part_of_spread(name: str) -> tuple[str, str] | None:
 
 
 def spread(values: Sequence[float], weights: Sequence[float], *, higher_is_better: bool) -> Spread:
-    """How a value is spread over clients.
+    """Compute how a value is spread over clients.
 
     Args:
         values: one finite number for each client.
-        weights: at least 0, not all of them; such as samples.
-        higher_is_better: which end is the worst one.
+        weights: numbers >= 0, not all 0, such as numbers of samples.
+        higher_is_better: whether the lowest values are the worst.
 
     Raises:
         ValueError: there is no client.
@@ -69,10 +69,9 @@ def spread(values: Sequence[float], weights: Sequence[float], *, higher_is_bette
 
 
 def jain_index(values: Sequence[float]) -> float:
-    """Jain's fairness index, ``(sum x)^2 / (n sum x^2)`` (Jain, Chiu and Hawe, 1984).
+    """Return Jain's fairness index, ``(sum x)^2 / (n sum x^2)`` (Jain, Chiu and Hawe, 1984).
 
-    For values of one sign it is 1 when all are equal and 1/n when one client has everything.
-    All zeros are equal, hence 1.
+    For values of one sign it is 1 if all are equal (even all zero) and 1/n if one client has everything.
 
     Raises:
         ValueError: ``values`` is empty.
@@ -89,7 +88,7 @@ def jain_index(values: Sequence[float]) -> float:
 
 
 def tail_mean(values: Sequence[float], fraction: float, *, highest: bool) -> float:
-    """Mean of the ``ceil(fraction * n)`` highest (or lowest) values: at least one client.
+    """Return the mean of the ``ceil(fraction * n)`` highest (or lowest) values, which are at least one.
 
     Raises:
         ValueError: ``values`` is empty or ``fraction`` lies outside (0, 1].

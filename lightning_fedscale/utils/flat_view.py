@@ -1,4 +1,4 @@
-"""Many tensors seen as one float64 vector: how a model is copied, subtracted and averaged."""
+"""Many tensors as one float64 vector, to copy, subtract and average models."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from torch import Tensor
 
 
 class FlatView:
-    """The tensors that server and clients exchange, and the one float64 vector that stands for them.
+    """The tensors that server and clients exchange, as one float64 vector.
 
-    Trainable tensors come first, so that ``vector[:trainable]`` is the pseudo-gradient's own part. float64 holds
-    every float32, bfloat16, float16 and (up to 2**53) integer exactly, so copying to the vector and back changes no
-    bit. Complex tensors take two elements each.
+    Trainable tensors come first, so that ``vector[:trainable]`` is the pseudo-gradient's part. float64 represents every
+    float32, bfloat16, float16 and (up to 2**53) integer exactly, so copying to the vector and back changes no bit.
+    Complex numbers take two elements each.
 
     Args:
-        trainable: parameters that local training moves.
-        carried: everything else that is exchanged: float and integer buffers, frozen parameters. Written back
-            rounded where the tensor holds integers.
+        trainable: parameters that local training changes.
+        carried: all other tensors that are exchanged: float and integer buffers, frozen parameters. Integer tensors are
+            written back rounded.
 
     Example:
         >>> weight, counter = torch.ones(2), torch.tensor(3)
@@ -45,13 +45,13 @@ class FlatView:
         self._cut: dict[int, list[Tensor]] = {}
 
     def empty(self) -> Tensor:
-        """A float64 vector of the right length, not initialised."""
+        """Return an uninitialised float64 vector of the right length."""
         return torch.empty(self.size, dtype=torch.float64, device=self._tensors[0].device)
 
     def views(self, vector: Tensor) -> list[Tensor]:
-        """``vector`` cut into the tensors' shapes, without a copy."""
-        # Remembered, since a round cuts the same few vectors for every client. The views keep the vector's memory
-        # alive, so no other vector can come to lie at its address.
+        """Return views of ``vector`` in the tensors' shapes, without a copy."""
+        # Views are cached, since a round cuts the same few vectors for every client. They keep the vector's memory
+        # alive, so no other vector can get its address.
         views = self._cut.get(vector.data_ptr())
         if views is None:
             parts = torch.split(vector, self._sizes)
@@ -60,19 +60,19 @@ class FlatView:
         return views
 
     def elements(self, number: int) -> slice:
-        """Where in the vector the tensor of this number lies."""
+        """Return the slice of the tensor of this number in the vector."""
         return slice(self._starts[number], self._starts[number + 1])
 
     def value(self, number: int) -> Tensor:
-        """The value of the tensor of this number, as the vector would hold it."""
+        """Return the value of the tensor of this number in float64, as in the vector."""
         return self._tensors[number].double()
 
     def forget(self, vector: Tensor) -> None:
-        """Let go of a vector that is no longer needed, so that its memory can be used again."""
+        """Release a vector that is no longer needed, so that its memory can be reused."""
         self._cut.pop(vector.data_ptr(), None)
 
     def read(self) -> Tensor:
-        """A new vector with the tensors' values; integers are also remembered as they are."""
+        """Return a new vector with the tensors' values; the exact integers are kept too."""
         self._exact = {i: self._tensors[i].clone() for i in self._integers}
         return self._read_into(self.empty())
 
@@ -85,11 +85,11 @@ class FlatView:
             self.write_one(i, views[i])
 
     def write_one(self, number: int, value: Tensor) -> None:
-        """`write` for the tensor of this number alone, counted in the vector's order."""
+        """Write only the tensor of this number, counted in the vector's order."""
         self._tensors[number].copy_(self._narrow(number, value))
 
     def substituted(self, state: Mapping[str, Any], vector: Tensor) -> dict[str, Any]:
-        """``state`` with every entry that shares memory with one of the tensors replaced by its value in ``vector``."""
+        """Return ``state`` with the values of ``vector`` for entries that share memory with one of the tensors."""
         views = self.views(vector)
         numbers = {(tensor.data_ptr(), tensor.shape): number for number, tensor in enumerate(self._tensors)}
 
@@ -99,22 +99,22 @@ class FlatView:
             real = as_real(entry)
             if (number := numbers.get((real.data_ptr(), real.shape))) is None:
                 return entry
-            # A copy, also since a complex number may not start at an odd position of the vector.
+            # A copy is also needed since a complex number cannot start at an odd position of the vector.
             value = self._narrow(number, views[number]).to(real.dtype, copy=True)
             return torch.view_as_complex(value) if entry.is_complex() else value.to(entry.dtype)
 
         return {name: substitute(entry) for name, entry in state.items()}
 
     def subtract_from(self, vector: Tensor, out: Tensor) -> Tensor:
-        """``out = vector - tensors``, the delta of a client whose model the tensors hold."""
-        # Widened first and in place: `torch.sub` of float64 and float32 would make a wide copy of its own.
+        """Compute ``out = vector - tensors``, the delta of the client whose model is in the tensors."""
+        # Convert to float64 in ``out`` first: `torch.sub` of float64 and float32 would make another float64 copy.
         return torch.sub(vector, self._read_into(out), out=out)
 
     def _narrow(self, number: int, value: Tensor) -> Tensor:
         tensor = self._tensors[number]
         if tensor.is_floating_point():
             return value
-        # What is as it was read keeps its bits, also where float64 cannot hold them.
+        # Unchanged values keep their bits, even if float64 cannot represent them.
         exact = self._exact.get(number, tensor)
         return torch.where(value == exact.double(), exact, value.round().to(tensor.dtype))
 
@@ -124,7 +124,7 @@ class FlatView:
 
 
 def as_real(tensor: Tensor) -> Tensor:
-    """The same memory as real numbers: complex ones as pairs, booleans as bytes."""
+    """View the memory as real numbers: complex ones as pairs, booleans as bytes."""
     tensor = tensor.detach()
     if tensor.dtype == torch.bool:
         return tensor.view(torch.uint8)

@@ -1,4 +1,4 @@
-"""Asking objects of other people's what they can do: mocks and proxies answer to any name."""
+"""Inspect objects of other libraries safely: mocks and proxies have every attribute."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ _NOBODY_HAS = "_attribute_that_no_object_has"
 
 
 def attribute_of(thing: Any, name: str, default: Any = None) -> Any:
-    """An attribute that the object has; the default if it has none, or if its answer means nothing.
+    """Return an attribute of the object, or the default if the object lacks it or its value is meaningless.
 
-    An answer means nothing where any name is answered, as by a `Mock`, and where a property raises.
+    A value is meaningless if the object has every attribute, like a `Mock`, or if a property raises.
 
     Args:
         thing: any object.
-        name: of the attribute.
-        default: returned otherwise.
+        name: name of the attribute.
+        default: value to return otherwise.
 
     Example:
         >>> from unittest.mock import Mock
@@ -32,7 +32,7 @@ def attribute_of(thing: Any, name: str, default: Any = None) -> Any:
 
 
 def has(thing: Any, name: str) -> bool:
-    """`hasattr` for objects whose properties may raise anything."""
+    """Return whether an object has an attribute, even if its properties may raise any exception."""
     try:
         getattr(thing, name)
     except Exception:
@@ -41,7 +41,7 @@ def has(thing: Any, name: str) -> bool:
 
 
 def is_really(thing: object, kind: type[_T]) -> TypeGuard[_T]:
-    """`isinstance` that is not deceived by ``Mock(spec=kind)``, which has none of the attributes set in ``__init__``.
+    """Check ``isinstance`` without accepting ``Mock(spec=kind)``, which lacks the attributes set in ``__init__``.
 
     Example:
         >>> from unittest.mock import Mock
@@ -52,7 +52,7 @@ def is_really(thing: object, kind: type[_T]) -> TypeGuard[_T]:
 
 
 def is_raised_in(error: BaseException, package: str) -> bool:
-    """Whether a package's own line raised it, not one that the package called."""
+    """Return whether a line of the package itself raised the error, not code that the package called."""
     trace = error.__traceback__
     while trace is not None and trace.tb_next is not None:
         trace = trace.tb_next

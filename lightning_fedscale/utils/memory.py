@@ -1,4 +1,4 @@
-"""How much memory is free, on the host and on a device; amounts of memory as text."""
+"""Free memory of the host and of devices, and amounts of memory as text."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _CONTROL_GROUPS = Path("/sys/fs/cgroup")
 
 
 def free_memory(device: torch.device) -> int:
-    """Bytes that can still be used on ``device``; for a CPU the host's, within the limits of its control groups.
+    """Return the free bytes on ``device``; for a CPU those of the host, within the limits of its control groups.
 
     Example:
         >>> free_memory(torch.device("cpu")) > 0
@@ -28,13 +28,13 @@ def free_memory(device: torch.device) -> int:
 
 
 def _free_on_host() -> int:
-    # What programs get without swapping: free pages, and caches that would be given up for them.
+    # MemAvailable is what programs get without swapping: free pages, and caches that would be released for them.
     found = re.search(r"MemAvailable:\s+(\d+) kB", _read(_PROC / "meminfo"))
     return int(found[1]) * 1024 if found else os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def _left_by_control_groups() -> Iterator[int]:
-    """What containers and batch systems allow this process beyond what it uses, of version 1 and 2."""
+    """Yield the bytes that containers and batch systems still allow this process, by control groups version 1 and 2."""
     for _, controllers, path in re.findall(r"^(\d+):(.*?):(.*)$", _read(_PROC / "self" / "cgroup"), re.M):
         if controllers == "":
             names = "memory.max", "memory.current", "inactive_file"
@@ -44,7 +44,7 @@ def _left_by_control_groups() -> Iterator[int]:
             continue
         root = _CONTROL_GROUPS / controllers
         own = root / path.lstrip("/")
-        # Limits are inherited; inside a container the path may be that of the host, of which only the root is there.
+        # Limits are inherited. Inside a container the path may be the host's, of which only the root exists here.
         for folder in {root, own, *own.parents} - {*root.parents}:
             limit, used = _read(folder / names[0]).strip(), _read(folder / names[1]).strip()
             if limit.isdigit() and used.isdigit():
@@ -68,7 +68,7 @@ _UNITS = {
 
 
 def parse_bytes(name: str, value: int | str) -> int | None:
-    """The number of bytes that an argument ``name`` asks for; None for "auto".
+    """Return the number of bytes of an argument ``name``; None for "auto".
 
     Raises:
         ValueError: if it is neither a number nor an amount of memory; names the argument.
@@ -87,7 +87,7 @@ def parse_bytes(name: str, value: int | str) -> int | None:
 
 
 def format_bytes(amount: float) -> str:
-    """An amount of memory for people.
+    """Format an amount of memory for humans.
 
     Example:
         >>> format_bytes(3 * 1024**3), format_bytes(2600), format_bytes(12)

@@ -1,4 +1,4 @@
-"""Modules by the names that they had before 0.1.0: each old name is the module that it has become, for one release."""
+"""Old module names from before 0.1.0: for one release, each is an alias of the module at its new name."""
 
 from __future__ import annotations
 
@@ -85,9 +85,9 @@ MOVED = {
 
 
 def install() -> None:
-    """Let old names be imported; files that were pickled under them are read, too."""
+    """Make old names importable, which also lets files that were pickled under them be read."""
     if not any(isinstance(each, _Finder) for each in sys.meta_path):
-        # First, for where a package has moved, others would find its modules a second time.
+        # It must come first: for a moved package, other finders would load its modules a second time.
         sys.meta_path.insert(0, _Finder())
 
 
@@ -100,7 +100,7 @@ class _Finder(MetaPathFinder):
 
 
 class _Moved(Loader):
-    """The very module that an old name has become, so that its classes exist once."""
+    """Load the module at the new name itself, so that its classes exist only once."""
 
     def __init__(self, new: str) -> None:
         self._new = new

@@ -1,4 +1,4 @@
-"""Random numbers as a function of their keys: same keys, same numbers, on any rank, in any order."""
+"""Random numbers as a function of their keys: equal keys give equal numbers, on any rank and in any order."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-# The first key of every stream, so that no two purposes ever share one.
+# The first key of every stream, so that no two purposes share a stream.
 COHORT, ORDER, CLIENT, BATCH, LOADER, CACHE, HARDWARE, AVAILABILITY, NOISE = range(9)
 ATTACK, PRIVACY, MASK = range(9, 12)
 DROP_OUT, DAYTIME, COMPRESSION, DOWNLINK = range(12, 16)
@@ -19,7 +19,7 @@ EVALUATION = 16
 
 
 def derive(seed: int, purpose: int, *keys: int) -> int:
-    """A 63-bit seed that depends on every key and on their order.
+    """Return a 63-bit seed that depends on every key and on their order.
 
     Args:
         seed: the user's seed, any integer >= 0.
@@ -36,12 +36,12 @@ def derive(seed: int, purpose: int, *keys: int) -> int:
 
 
 def generator(seed: int, purpose: int, *keys: int) -> np.random.Generator:
-    """A numpy generator for these keys; see `derive`."""
+    """Return a numpy generator for these keys; see `derive`."""
     return np.random.default_rng(_sequence(seed, purpose, *keys))
 
 
 def _sequence(*keys: int) -> np.random.SeedSequence:
-    # numpy takes an array as it is and a list number by number, which costs several microseconds a client.
+    # numpy converts a list number by number, which costs several microseconds a client, but not an array.
     return np.random.SeedSequence(keys if max(keys) >> 32 else np.array(keys, np.uint32))
 
 
@@ -55,13 +55,13 @@ class GlobalState(NamedTuple):
 
 
 def capture(device: torch.device) -> GlobalState:
-    """The present state of Python's, numpy's and torch's global generators (CPU and ``device``)."""
+    """Return the current state of Python's, numpy's and torch's global generators (CPU and ``device``)."""
     cuda = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
     return GlobalState(random.getstate(), np.random.get_state(), torch.get_rng_state(), cuda)
 
 
 def restore(state: GlobalState, device: torch.device) -> None:
-    """Put the global generators back to ``state``."""
+    """Restore the global generators to ``state``."""
     random.setstate(state.python)
     np.random.set_state(state.numpy)
     torch.set_rng_state(state.cpu)
@@ -73,7 +73,7 @@ def seed_globals(seed: int, device: torch.device) -> None:
     """Seed Python's, numpy's and torch's global generators (CPU and ``device``)."""
     random.seed(seed)
     np.random.seed(seed & 0xFFFFFFFF)
-    # Not torch.manual_seed: it seeds every kind of accelerator there might be, ten times slower.
+    # Do not use torch.manual_seed: it seeds every kind of accelerator, and is ten times slower.
     torch.default_generator.manual_seed(seed)
     if device.type == "cuda":
         with torch.cuda.device(device):
@@ -82,7 +82,7 @@ def seed_globals(seed: int, device: torch.device) -> None:
 
 @contextmanager
 def untouched() -> Iterator[None]:
-    """Python's, numpy's and torch's global generators, of all devices, are afterwards where they were."""
+    """Restore Python's, numpy's and torch's global generators of all devices at the end of the context."""
     python, numpy, cpu = random.getstate(), np.random.get_state(), torch.get_rng_state()
     cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else None  # type: ignore[no-untyped-call]
     try:
