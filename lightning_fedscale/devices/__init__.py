@@ -1,4 +1,4 @@
-"""What clients' hardware can hold and how long it takes: memory model, time model, device classes, populations."""
+"""Models of the clients' hardware: memory, time, device classes and populations."""
 
 from lightning_fedscale.devices.classes import CATALOGUE, DeviceClass, device_class
 from lightning_fedscale.devices.memory import ON_CLIENT, SIMULATED, MemoryModel, estimate_memory

@@ -1,4 +1,4 @@
-"""Kinds of hardware that clients run on."""
+"""Device classes: the kinds of hardware that clients run on."""
 
 from __future__ import annotations
 
@@ -17,21 +17,21 @@ _MBIT = _GBIT / 1000
 
 @dataclass(frozen=True)
 class DeviceClass:
-    """A kind of device, by the figures that decide how large a batch it holds and how long a step takes it.
+    """A kind of device, by the figures that determine its largest batch and its time per step.
 
     Attributes:
-        name: what it is called in populations, tables and logs.
-        memory: bytes that training may use at most.
+        name: its name in populations, tables and logs.
+        memory: maximum bytes for training.
         flops: floating-point operations per second that it reaches.
         memory_bandwidth: bytes per second between its memory and its processor.
         up: bytes per second that it sends.
         down: bytes per second that it receives.
         latency: seconds before the first byte of a message arrives.
-        availability: probability that a client of this class can be reached in a round, above 0 and at most 1.
-        source: where the figures come from.
+        availability: probability that a client of this class is available in a round, above 0 and at most 1.
+        source: source of the figures.
 
     Raises:
-        TypeError, ValueError: for a figure that cannot be; names it.
+        TypeError, ValueError: if a figure is invalid; names it.
 
     Example:
         >>> import dataclasses
@@ -74,10 +74,10 @@ class DeviceClass:
 
 
 def device_class(which: str | DeviceClass) -> DeviceClass:
-    """The class of this name in the `CATALOGUE`; a class itself is returned as it is.
+    """Return the class of this name in the `CATALOGUE`; a class itself is returned unchanged.
 
     Raises:
-        ValueError: for an unknown name; lists the known ones.
+        ValueError: if the name is unknown; lists the known ones.
 
     Example:
         >>> device_class("T4").memory
@@ -152,9 +152,9 @@ _ENTRIES = (
 )  # fmt: skip
 
 CATALOGUE: Mapping[str, DeviceClass] = MappingProxyType({entry.name: entry for entry in _ENTRIES})
-"""Real devices by name, with published peak figures in FP32 and where they come from.
+"""Real devices by name, with published peak figures in FP32 and their sources.
 
-Memory is all that the device has: what its system takes has to come off it (``dataclasses.replace``, or the headroom).
-Peaks are never reached: they say more about one class against another than about seconds. Latencies are not published
-and zero; availability is one.
+Memory is the device's total: subtract what its system takes (``dataclasses.replace``, or the headroom). Peaks are never
+reached: they are better for comparing classes than for predicting seconds. Latencies are not published and set to zero;
+availability is one.
 """

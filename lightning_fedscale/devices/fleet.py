@@ -1,4 +1,4 @@
-"""A population's clients with a module on them: their batches and their times."""
+"""Batch sizes and times of a population's clients for a given module."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ if TYPE_CHECKING:
 
 
 class Duty(NamedTuple):
-    """What clients do in a round.
+    """The clients' work in a round.
 
     Attributes:
-        clients: how many take part.
-        local_steps: batches of each, at the loader's batch size.
-        batch_size: the loader's.
-        largest: batch that makes sense for the client that holds most.
-        message_bytes: size of the model on its way to a client.
-        update_bytes: size of an update on its way back.
+        clients: number of clients in a round.
+        local_steps: batches of each client, at the loader's batch size.
+        batch_size: the loader's batch size.
+        largest: largest useful batch, that of the client with the most samples.
+        message_bytes: size of the model on the downlink.
+        update_bytes: size of an update on the uplink.
     """
 
     clients: int
@@ -44,14 +44,14 @@ class Fleet:
     Args:
         population: the hardware.
         model: memory and cost of the module's training step.
-        num_clients: number of registered clients.
-        duty: what they do.
+        num_clients: number of clients.
+        duty: the clients' work in a round.
 
     Attributes:
-        batch_sizes: by device class.
+        batch_sizes: batch size of each device class.
 
     Raises:
-        ValueError: if a class does not hold the smallest batch, or the batch it was given.
+        ValueError: if the smallest batch, or the chosen one, does not fit a class.
     """
 
     def __init__(self, population: Population, model: MemoryModel, num_clients: int, duty: Duty) -> None:
@@ -70,20 +70,20 @@ class Fleet:
         )
 
     def batch_size(self, client: int) -> int:
-        """The batch of a client."""
+        """Return the batch size of a client."""
         return int(self.batch_sizes[self._class_of[client]])
 
     def batch_sizes_of(self, clients: IntArray) -> IntArray:
-        """The batches of several clients."""
+        """Return the batch sizes of several clients."""
         return self.batch_sizes[self._class_of[clients]]
 
     def seconds(self, clients: IntArray, steps: FloatArray, samples: FloatArray) -> FloatArray:
-        """Simulated time of each client: the model comes, its batches are computed, the update goes.
+        """Return each client's simulated time for downlink, local batches and uplink.
 
-        Computing takes what the `roofline` of its device says for full batches, and is interpolated for smaller ones.
+        Compute time is the `roofline` of the device for full batches, and interpolated for smaller ones.
 
         Args:
-            clients: which.
+            clients: the clients.
             steps: local batches of each.
             samples: samples of each, over all batches.
         """
@@ -96,7 +96,7 @@ class Fleet:
     def select(
         self, seed: int, round: int, clients: IntArray, steps: FloatArray, samples: FloatArray, wanted: int
     ) -> Selection:
-        """Who of the clients that are asked counts; see `lightning_fedscale.devices.population.select`."""
+        """Select the sampled clients that count; see `lightning_fedscale.devices.population.select`."""
         return select(
             clients,
             self.seconds(clients, steps, samples),
@@ -107,7 +107,7 @@ class Fleet:
         )
 
     def table(self) -> pd.DataFrame:
-        """Device classes in numbers, one row each: clients, batches, memory, simulated speed."""
+        """Return a table with one row per device class: clients, batches, memory, simulated speed."""
         import pandas as pd
 
         counts = np.bincount(self._class_of, minlength=len(self._steps))
@@ -131,11 +131,11 @@ class Fleet:
         return pd.DataFrame(rows).set_index("class")
 
     def answers(self, seed: int, question: int, client: int) -> bool:
-        """Whether a client can be reached when it is asked for the so manieth time."""
+        """Return whether a client is available for the request of this number."""
         return bool(self._answers(seed, question, np.array([client]))[0] < 1)
 
     def _answers(self, seed: int, round: int, clients: IntArray) -> FloatArray:
-        """Below 1 for those who can be reached."""
+        """Return a number for each client, below 1 if it is available."""
         answers = np.zeros(len(clients))
         for number, client in enumerate(clients.tolist()):
             availability = self.population.classes[self._class_of[client]].availability
@@ -192,13 +192,13 @@ class Fleet:
 
 
 def share_out(mean: float, speeds: FloatArray, counts: FloatArray, most: IntArray) -> IntArray:
-    """Batches in proportion to speeds whose mean over all clients is ``mean``, none above what fits.
+    """Return batch sizes in proportion to speeds, with the given mean over clients, within each class's largest batch.
 
-    What a class cannot hold goes to the others in proportion; if nobody can hold more, the mean is smaller. Fractions
-    are rounded down, but to no less than 1.
+    What does not fit a class goes to the others in proportion; if nothing more fits any class, the mean is smaller.
+    Fractions are rounded down, but not below 1.
 
     Args:
-        mean: samples per batch, over clients.
+        mean: mean samples per batch, over clients.
         speeds: samples per second of each class.
         counts: clients of each class.
         most: largest batch of each class.

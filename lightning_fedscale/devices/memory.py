@@ -1,4 +1,4 @@
-"""The memory model: how many bytes a training step takes at its fullest moment, for any batch size, and the reverse."""
+"""The memory model: peak bytes of a training step for any batch size, and the largest batch for a budget."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 UNLIMITED = 2**24
-"""Largest batch that is looked for when nothing else bounds it."""
+"""Largest batch of the search if nothing else bounds it."""
 
 _SHARE_OF_FREE = 0.8
 
@@ -42,32 +42,32 @@ def estimate_memory(
 ) -> MemoryModel:
     """Predict the memory of a module's training step, for any batch size, without using that memory.
 
-    The unchanged ``training_step``, backward and the optimizer run twice on a copy whose tensors have no contents,
-    while every storage is followed from its birth to its death. What operators take while they run is learned by
-    running each of them once on a few samples, on a CPU, and what libraries keep of convolutions and recurrent layers
-    by running these in a new process; of CUDA's it is not known. Nothing is logged, no random number is drawn, and the
-    module stays as it is. A module whose computation depends on its data cannot run so; then real tensors on a real
-    copy are followed instead, ``MemoryModel.exact`` is False, and ``MemoryModel.fallback`` says why.
+    The unchanged ``training_step``, backward and the optimizer run twice on a copy with fake tensors, while the
+    lifetime of every storage is tracked. The temporary memory of operators is measured by running each of them once on
+    a few samples, on a CPU, and the memory that libraries keep for convolutions and recurrent layers by running these
+    in a new process; on CUDA both are unknown. Nothing is logged, no random number is drawn, and the module does not
+    change. Data-dependent modules are run with real tensors on a real copy instead; ``MemoryModel.exact`` is then
+    False, and ``MemoryModel.fallback`` has the reason.
 
     Args:
-        module: a LightningModule, or anything with its ``training_step`` and ``configure_optimizers``. It may be on the
-            meta device: then a model that does not fit into this machine's memory can be judged.
-        batch: a real batch; its samples are repeated for other sizes. Where lengths vary, give the longest ones.
+        module: a LightningModule, or any module with ``training_step`` and ``configure_optimizers``. It may be on the
+            meta device, so that models that do not fit into this machine's memory can be estimated.
+        batch: a real batch; its samples are repeated for other sizes. If lengths vary, pass the longest ones.
         optimizer: makes an optimizer from the parameters, ``torch.optim.AdamW``; None for the module's own.
-        precision: as of a Trainer: "32-true", "bf16-mixed", "16-mixed", "bf16-true", "16-true", "64-true".
-        make_batch: gives a batch of so many samples, where ``batch`` cannot be resized.
+        precision: as in a Trainer: "32-true", "bf16-mixed", "16-mixed", "bf16-true", "16-true", "64-true".
+        make_batch: returns a batch of this many samples, if ``batch`` cannot be resized.
         accumulate: batches per optimizer step.
-        device: "cpu" or "cuda", whose allocator and optimizers are imitated; "auto" for where the module is;
-            "other" for another kind of machine, such as a phone, of whose operators' own memory nothing is known here.
-        extras: what else training keeps, as bytes per exchanged number by name: `SIMULATED` or `ON_CLIENT`, or
+        device: "cpu" or "cuda", whose allocator and optimizers are simulated; "auto" for the module's device;
+            "other" for another kind of machine, such as a phone, whose operators' temporary memory is unknown.
+        extras: additional memory of training, as bytes per exchanged number by name: `SIMULATED` or `ON_CLIENT`, or
             ``{"control variates": 8, "error feedback": 4}``.
-        trainer: what the module finds as ``self.trainer``.
-        usual: batch size with which it is known to train, in case that it takes neither one sample nor two.
+        trainer: the module's ``self.trainer``.
+        usual: a valid batch size of the module, in case one and two samples are invalid.
 
     Raises:
-        TypeError: if the module is none.
-        ValueError: if the batch cannot be resized, or for an unknown precision or device.
-        Exception: whatever ``training_step`` itself raises.
+        TypeError: if ``module`` is not a module.
+        ValueError: if the batch cannot be resized, or the precision or device is unknown.
+        Exception: any exception of ``training_step`` itself.
 
     Example:
         >>> from lightning.pytorch.demos.boring_classes import BoringModel
@@ -100,26 +100,26 @@ def estimate_memory(
 
 
 SIMULATED: Mapping[str, float] = {"global model": 8, "delta": 8, "accumulator": 8}
-"""What a rank of `FederatedStrategy` keeps in float64 beside the module that trains."""
+"""Float64 memory of a rank of `FederatedStrategy` besides the training module."""
 
 ON_CLIENT: Mapping[str, float] = {"anchor": 4}
-"""What a client's own device keeps: the global weights, for its update is the difference to them."""
+"""Additional memory of a client's own device: the global weights, from which its update is computed."""
 
 
 class MemoryModel:
     """Peak memory as a function of the batch size; made by `estimate_memory`.
 
     The peak is the largest of several moments (end of forward, within backward, optimizer step), each of which grows
-    linearly with the batch: it is convex, not linear. So a line through two sizes is safe between them and too low
-    beyond, and `max_batch` never trusts one upwards. Where torch goes another way from some batch on (convolutions of
-    one by one from 16 samples, for instance), the peak leaps, up or down, and grows on both sides of the leap.
+    linearly with the batch, so it is convex, not linear. A line through two sizes is therefore safe between them and
+    too low beyond, and `max_batch` never extrapolates upwards. If torch switches to another algorithm at some batch
+    (for 1x1 convolutions at 16 samples, for instance), the peak jumps up or down, and grows on both sides of the jump.
 
     Attributes:
-        exact: whether nothing was assumed: False if it took real tensors to find out.
+        exact: whether fake tensors sufficed; False if real tensors were needed.
         fallback: why real tensors were needed; empty if they were not.
         trainable: number of trainable parameters.
-        parameter_bytes: bytes of all parameters and buffers, which is what a message carries.
-        smallest: the smallest batch that the module is known to take: 2 where BatchNorm refuses a single sample.
+        parameter_bytes: bytes of all parameters and buffers, as in a message.
+        smallest: the smallest batch that is known to be valid for the module: 2 if BatchNorm rejects a single sample.
         sizes: the batch sizes that have been run so far, ascending.
     """
 
@@ -139,14 +139,14 @@ class MemoryModel:
         self.smallest = self._begin(usual)
 
     def _begin(self, usual: int | None) -> int:
-        """Run the smallest batch that the module takes, on fake tensors if that is possible."""
+        """Run the smallest batch that is valid for the module, on fake tensors if possible."""
         imagined: Exception | None = None
         for fake in (True, False):
             for smallest in (1, 2, *([usual] if usual is not None and usual > 2 else [])):  # BatchNorm may refuse one
                 try:
                     self._known[smallest] = self._rehearsal.run(smallest, fake=fake)
                 except Exception as error:
-                    imagined = error if fake else imagined  # of the largest: BatchNorm's refusal of one says nothing
+                    imagined = error if fake else imagined  # of the largest batch: BatchNorm may reject one sample
                     own = error
                 else:
                     if fake:
@@ -159,7 +159,7 @@ class MemoryModel:
 
     @property
     def assumed(self) -> str:
-        """Why the usual is assumed of what libraries keep, where it could not be measured; empty if it was."""
+        """Why a typical value is assumed for the libraries' memory; empty if it was measured."""
         return self._rehearsal.assumed
 
     @property
@@ -168,36 +168,35 @@ class MemoryModel:
         return sorted(self._known)
 
     def peak(self, batch: int) -> int:
-        """Bytes alive at the fullest moment of a step with so many samples."""
+        """Return the peak bytes of a step with this many samples."""
         run = self._run(batch)
         return run.peak.total + run.kept + sum(self._extras.values())
 
     def breakdown(self, batch: int) -> dict[str, int]:
-        """The bytes of that moment by what they are for; they add up to `peak`.
+        """Return the bytes at the peak by kind; they sum to `peak`.
 
-        "parameters" (with buffers), "gradients", "optimizer state", "activations" (what forward leaves for backward),
-        "temporaries", "batch", "libraries" (code and buffers that they keep) where there is any, and the extras by
-        their names.
+        The kinds are "parameters" (with buffers), "gradients", "optimizer state", "activations" (kept by forward for
+        backward), "temporaries", "batch", "libraries" (their code and buffers, if any), and the extras by their names.
         """
         run = self._run(batch)
         return {**run.peak.parts, **({"libraries": run.kept} if run.kept else {}), **self._extras}
 
     def cost(self, batch: int) -> StepCost:
-        """What a step with so many samples computes and moves, its optimizer step included."""
+        """Return the cost of a step with this many samples, including the optimizer step."""
         return self._run(batch).cost
 
     def max_batch(self, budget: int, headroom: float = 0.1, limit: int | None = None) -> int:
-        """The largest batch whose peak stays within a budget, as do those of all smaller ones.
+        """Return the largest batch for which it and all smaller batches stay within a budget.
 
         Args:
             budget: bytes.
-            headroom: share of the budget to leave free, for what no model sees: the allocator's fragments, the
+            headroom: share of the budget to leave free for memory outside the model: the allocator's fragments, the
                 libraries' own memory.
-            limit: largest batch that makes sense, such as the number of samples.
+            limit: largest useful batch, such as the number of samples.
 
         Raises:
-            ValueError: if not even one sample fits; says what is missing and which part is largest. Also for a budget,
-                headroom or limit that cannot be.
+            ValueError: if not even one sample fits, with the missing bytes and the largest part; if the budget,
+                headroom or limit is invalid.
 
         Example:
             >>> from lightning.pytorch.demos.boring_classes import BoringModel
@@ -215,15 +214,15 @@ class MemoryModel:
         return largest_within(excess, limit, start=self.smallest, gentle=gentle)
 
     def max_clients(self, budget: int, batch: int, headroom: float = 0.1) -> int:
-        """How many clients fit side by side, each with its own weights, gradients, optimizer and batch.
+        """Return how many clients fit vectorized, each with its own weights, gradients, optimizer and batch.
 
         Args:
             budget: bytes.
             batch: samples in each client's batch.
-            headroom: as of `max_batch`.
+            headroom: as in `max_batch`.
 
         Raises:
-            ValueError: if not even one does.
+            ValueError: if not even one client fits.
         """
         usable = usable_bytes(budget, headroom)
         run = self._run(batch)
@@ -238,10 +237,10 @@ class MemoryModel:
         return (usable - shared) // own
 
     def check_smallest(self, usable: int) -> None:
-        """Refuse a number of bytes that does not hold the smallest batch.
+        """Reject a number of bytes that is too small for the smallest batch.
 
         Raises:
-            ValueError: with what is missing and the largest part.
+            ValueError: with the missing bytes and the largest part.
         """
         if (needed := self.peak(self.smallest)) > usable:
             part, size = max(self.breakdown(self.smallest).items(), key=lambda item: item[1])
@@ -254,7 +253,7 @@ class MemoryModel:
             )
 
     def table(self, batches: Sequence[int] | None = None) -> pd.DataFrame:
-        """Bytes by batch size and part, one row per size; None for the sizes run so far."""
+        """Return a table of bytes by part, one row per batch size; None for the sizes run so far."""
         import pandas as pd
 
         sizes = self.sizes if batches is None else list(batches)
@@ -262,7 +261,7 @@ class MemoryModel:
         return pd.DataFrame(rows).fillna(0).astype("int64").set_index("batch_size")
 
     def plot(self, batches: Sequence[int] | None = None, budgets: Mapping[str, int] | None = None) -> Figure:
-        """Stacked areas of memory against batch size, with budgets as lines.
+        """Plot stacked areas of memory against batch size, with budgets as lines.
 
         Args:
             batches: the sizes to show; None for those run so far.
@@ -273,7 +272,7 @@ class MemoryModel:
         return plot_memory(self.table(batches), dict(budgets or {}))
 
     def real_step(self, batch: int) -> Callable[[], None]:
-        """A function that runs two real steps on a copy, for measuring what they take."""
+        """Return a function that runs two real steps on a copy, to measure their memory."""
         return self._rehearsal.real_step(batch)
 
     def _run(self, batch: int, stop_at: int | None = None) -> Rehearsed:
@@ -283,11 +282,11 @@ class MemoryModel:
         return self._known[batch]
 
     def _excess(self, batch: int, usable: int) -> float:
-        """Bytes by which a batch does not fit; infinite if it was given up on the way."""
+        """Return the bytes by which a batch exceeds the budget; infinite if its run was stopped early."""
         shared = sum(self._extras.values())
         stop_at = usable - shared
         if not self.exact:
-            # What is followed here is allocated here, whatever the budget is of.
+            # Real tensors are allocated on this machine, whichever device the budget belongs to.
             stop_at = min(stop_at, int(free_memory(self._device) * _SHARE_OF_FREE))
         try:
             run = self._run(batch, stop_at)
@@ -303,10 +302,10 @@ def _checked_samples(name: str, samples: int) -> int:
 
 
 def usable_bytes(budget: int, headroom: float) -> int:
-    """What of a budget may be used.
+    """Return the usable bytes of a budget.
 
     Raises:
-        ValueError: for a budget of nothing or a headroom outside [0, 1).
+        ValueError: if the budget is not positive or the headroom is outside [0, 1).
     """
     if isinstance(budget, bool) or not isinstance(budget, numbers.Real) or not budget > 0:
         raise ValueError(f"budget={budget!r}: pass a positive number of bytes.")

@@ -1,4 +1,4 @@
-"""The parallel performance model: how long a round takes, how many are needed, and which batch is fastest in all."""
+"""The parallel performance model: time per round, rounds to a target, and the batch that reaches it first."""
 
 from __future__ import annotations
 
@@ -15,24 +15,24 @@ if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.figure import Figure
 
-_ROUNDING = 1e-6  # relative errors below this are no noise
+_ROUNDING = 1e-6  # relative errors below this are rounding, not noise
 
 
 @dataclass(frozen=True)
 class StepTime:
-    """Seconds of a local step as a line in its batch, ``fixed + per_sample * batch``.
+    """Seconds of a local step as a linear function of its batch, ``fixed + per_sample * batch``.
 
     Attributes:
-        fixed: seconds that every step takes, whatever its batch.
-        per_sample: seconds for each sample in it.
+        fixed: seconds of every step, independent of its batch.
+        per_sample: seconds for each sample.
         residual: root mean square of the relative errors of the fit; 0 for a line that was not fitted.
-        identified: whether the measurements tell the two apart: either is more than twice its standard error. If all
-            batches were of about one size they do not, and only times of that size mean anything.
-        measurements: how many there were.
+        identified: whether the measurements determine both parameters: each is more than twice its standard error. If
+            all batches have about the same size they do not, and only predictions for that size are valid.
+        measurements: number of measurements.
 
     Raises:
-        TypeError: for seconds that are no numbers.
-        ValueError: for seconds below 0.
+        TypeError: if the seconds are not numbers.
+        ValueError: if the seconds are below 0.
     """
 
     fixed: float
@@ -46,12 +46,12 @@ class StepTime:
             checks.number(name, getattr(self, name), "pass seconds, at least 0.", lambda seconds: seconds >= 0)
 
     def seconds(self, samples: float, steps: float = 1) -> float:
-        """Time of so many steps over so many samples in all."""
+        """Return the time of this many steps over this many samples in total."""
         return self.fixed * steps + self.per_sample * samples
 
 
 class StepTimes(NamedTuple):
-    """Measurements of steps, as the sums that a fit needs: so they are added one by one and kept in no list.
+    """Measurements of steps, stored only as the sums that a fit needs.
 
     Example:
         >>> times = StepTimes().add(steps=1, samples=10, seconds=0.3).add(steps=2, samples=80, seconds=1.2)
@@ -68,10 +68,10 @@ class StepTimes(NamedTuple):
     samples: float = 0.0
 
     def add(self, *, steps: float, samples: float, seconds: float) -> StepTimes:
-        """One more measurement: a single step, or all steps of a client in a round.
+        """Add a measurement of a single step, or of all steps of a client in a round.
 
-        Measurements count by their relative error, so that long ones do not drown short ones. One that took no time
-        or whose time is not finite says nothing and is left out.
+        Measurements count by their relative error, so that long ones do not dominate short ones. One whose time is zero
+        or not finite is ignored.
         """
         if not (0 < seconds < math.inf and steps > 0):
             return self
@@ -86,12 +86,12 @@ class StepTimes(NamedTuple):
         )
 
     def fit(self) -> StepTime:
-        """The line with the smallest relative errors, neither part of it negative.
+        """Fit the line with the smallest relative errors and no negative parameter.
 
-        Minimizes ``sum ((fixed * steps + per_sample * samples) / seconds - 1)^2``.
+        It minimizes ``sum ((fixed * steps + per_sample * samples) / seconds - 1)^2``.
 
         Raises:
-            ValueError: without any measurement.
+            ValueError: if there is no measurement.
         """
         if not self.measurements:
             raise ValueError("StepTimes: no step has been measured yet.")
@@ -121,7 +121,7 @@ class StepTimes(NamedTuple):
 
 
 def fit_step_time(batches: Iterable[float], seconds: Iterable[float]) -> StepTime:
-    """`StepTimes.fit` of single steps.
+    """Fit `StepTimes` to single steps.
 
     Example:
         >>> fit_step_time([8, 16], [1.0, 1.5]).fixed
@@ -134,7 +134,7 @@ def fit_step_time(batches: Iterable[float], seconds: Iterable[float]) -> StepTim
 
 
 def roofline(cost: StepCost, device: DeviceClass) -> float:
-    """Seconds of a step on a device that computes and moves at its peak: whichever of the two takes longer.
+    """Return the seconds of a step on a device at its peaks: compute or memory traffic, whichever takes longer.
 
     ``max(flops / device.flops, bytes_moved / device.memory_bandwidth)`` (Williams, Waterman, Patterson 2009).
     """
@@ -142,12 +142,12 @@ def roofline(cost: StepCost, device: DeviceClass) -> float:
 
 
 def roofline_step_time(cost_of: Callable[[int], StepCost], device: DeviceClass, batches: tuple[int, int]) -> StepTime:
-    """The line through a device's `roofline` at two batch sizes, for devices that are not here.
+    """Return the line through a device's `roofline` at two batch sizes, for devices that cannot be measured.
 
     Args:
         cost_of: cost of a step by batch size, such as `MemoryModel.cost`.
         device: the device.
-        batches: the smaller and the larger one of the sizes that matter.
+        batches: the smallest and the largest relevant batch size.
     """
     low, high = batches
     first, last = roofline(cost_of(low), device), roofline(cost_of(high), device)
@@ -159,20 +159,20 @@ def roofline_step_time(cost_of: Callable[[int], StepCost], device: DeviceClass, 
 class PerformanceModel:
     """Time to a target as the product of seconds per round and rounds to the target.
 
-    Seconds: ``H (t_f + t_1 b) + t_sync`` with H local steps of batch b. Rounds: an optimizer needs
-    ``S_min (1 + B_noise / (K b))`` steps when K clients average batches of b samples (McCandlish et al. 2018,
-    1812.06162); B_noise is the gradient noise scale, below which larger batches save steps in proportion, and far above
-    which they save none.
+    A round takes ``H (t_f + t_1 b) + t_sync`` seconds with H local steps of batch b. An optimizer needs
+    ``S_min (1 + B_noise / (K b))`` steps if K clients average batches of b samples (McCandlish et al. 2018,
+    1812.06162). B_noise is the gradient noise scale: below it larger batches save steps in proportion, and far above it
+    they save none.
 
     Attributes:
         step: seconds of a local step.
-        sync: seconds that the exchange of a round takes, or a function of the number of clients that gives them.
+        sync: seconds of a round's communication, or a function of the number of clients that returns them.
         noise_scale: B_noise in samples; None if unknown.
-        max_batch: largest batch that fits; None for any.
+        max_batch: largest batch that fits; None for no limit.
 
     Raises:
-        TypeError: for a step that is no `StepTime`, and for what should be a number and is none.
-        ValueError: for an exchange below 0 seconds, a noise scale or a largest batch that is not positive.
+        TypeError: if ``step`` is not a `StepTime`, or another argument is not a number.
+        ValueError: if ``sync`` is below 0 seconds, or the noise scale or largest batch is not positive.
 
     Example:
         >>> model = PerformanceModel(StepTime(fixed=0.02, per_sample=0.001), sync=0.1, noise_scale=800)
@@ -199,21 +199,21 @@ class PerformanceModel:
                 checks.number(name, value, "pass more than 0, or None if it is not known.", lambda number: number > 0)
 
     def time_per_round(self, batch: int, clients: int, local_steps: int = 1) -> float:
-        """Seconds of a round: all clients compute at the same time, then exchange."""
+        """Return the seconds of a round, in which all clients compute in parallel and then communicate."""
         _check_positive(batch=batch, clients=clients, local_steps=local_steps)
         return local_steps * self.step.seconds(batch) + self._sync(clients)
 
     def rounds_to_target(self, batch: int, clients: int, local_steps: int = 1, min_steps: float = 1.0) -> float:
-        """Rounds until a target is reached, ``S_min (1 + B_noise / (K b)) / H``; steps are worth the same in any round.
+        """Return the rounds to a target, ``S_min (1 + B_noise / (K b)) / H``, assuming equally effective steps.
 
         Args:
             batch: samples per client and step.
             clients: K.
             local_steps: H.
-            min_steps: steps that infinitely large batches would need; with 1 the answer is in these units.
+            min_steps: S_min, the steps of infinitely large batches; with 1 the result is in these units.
 
         Raises:
-            ValueError: without a noise scale.
+            ValueError: if the noise scale is unknown.
         """
         _check_positive(batch=batch, clients=clients, local_steps=local_steps, min_steps=min_steps)
         if self.noise_scale is None:
@@ -223,25 +223,25 @@ class PerformanceModel:
         return min_steps * (1 + self.noise_scale / (clients * batch)) / local_steps
 
     def seconds_to_target(self, batch: int, clients: int, local_steps: int = 1, min_steps: float = 1.0) -> float:
-        """`rounds_to_target` times `time_per_round`; see there."""
+        """Return `rounds_to_target` times `time_per_round`; see there."""
         rounds = self.rounds_to_target(batch, clients, local_steps, min_steps)
         return rounds * self.time_per_round(batch, clients, local_steps)
 
     def best_batch(self, clients: int, local_steps: int = 1, work_share: float = 0.5) -> int:
-        """The batch that reaches the target first.
+        """Return the batch that reaches the target first.
 
-        With the noise scale, ``b* = sqrt(B_noise t_f / (K t_1))`` where ``t_f`` includes the exchange, spread over the
-        local steps, rounded to the better neighbour. Without it, the knee: the smallest batch at which a share
-        ``work_share`` of the time goes into samples, since larger ones hardly process samples faster. At most
-        ``max_batch``.
+        With the noise scale it is ``b* = sqrt(B_noise t_f / (K t_1))``, rounded to the better neighbour, where ``t_f``
+        includes the communication, spread over the local steps. Without it, it is the knee: the smallest batch at which
+        a share ``work_share`` of the time is spent on samples, since larger ones hardly process samples faster. It is
+        at most ``max_batch``.
 
         Args:
             clients: K.
             local_steps: H.
-            work_share: which share, above 0 and below 1; matters only without a noise scale.
+            work_share: the share, above 0 and below 1; only used without a noise scale.
 
         Raises:
-            ValueError: if nothing bounds the batch: steps that cost the same for any batch and no ``max_batch``.
+            ValueError: if nothing bounds the batch: steps cost the same for any batch and ``max_batch`` is None.
         """
         _check_positive(clients=clients, local_steps=local_steps)
         if not 0 < work_share < 1:
@@ -261,7 +261,7 @@ class PerformanceModel:
         return min(sorted(neighbours), key=lambda batch: self.seconds_to_target(batch, clients, local_steps))
 
     def table(self, batches: Sequence[int], clients: int, local_steps: int = 1, min_steps: float = 1.0) -> pd.DataFrame:
-        """Seconds per round, samples per second and, with a noise scale, rounds and seconds to the target, by batch."""
+        """Tabulate seconds per round, samples per second and, with a noise scale, rounds and seconds to the target."""
         import pandas as pd
 
         rows = []
@@ -276,7 +276,7 @@ class PerformanceModel:
         return pd.DataFrame(rows).set_index("batch")
 
     def plot(self, clients: int, local_steps: int = 1, batches: Sequence[int] | None = None) -> Figure:
-        """Time to the target and its two factors against the batch; time per sample if no noise scale is known.
+        """Plot the time to the target and its two factors against the batch; time per sample without a noise scale.
 
         Args:
             clients: K.

@@ -1,7 +1,7 @@
-"""Pictures of what hardware holds.
+"""Plots of memory and time against batch size.
 
-matplotlib is imported only when a function is called. Figures are made without pyplot: nothing is shown or kept alive
-behind the caller's back.
+matplotlib is imported only when a function is called. Figures are made without pyplot, so that nothing is shown or kept
+in memory implicitly.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ if TYPE_CHECKING:
 
 
 def plot_memory(table: pd.DataFrame, budgets: dict[str, int]) -> Figure:
-    """Stacked areas of memory by part against batch size, with budgets as horizontal lines.
+    """Plot stacked areas of memory by part against batch size, with budgets as horizontal lines.
 
     Args:
-        table: as of `MemoryModel.table`, with one row per batch size.
+        table: a table of `MemoryModel.table`, with one row per batch size.
         budgets: bytes by name.
     """
     from matplotlib.figure import Figure
@@ -38,7 +38,7 @@ def plot_memory(table: pd.DataFrame, budgets: dict[str, int]) -> Figure:
     axis.set_xlabel("batch size")
     axis.set_ylabel(f"peak memory ({unit})")
     handles, labels = axis.get_legend_handles_labels()
-    # Beside the plot, whose empty corner has the budgets in it.
+    # Place it next to the plot, whose empty corner has the budgets.
     axis.legend(
         handles[::-1], labels[::-1], fontsize="small", frameon=False, loc="upper left", bbox_to_anchor=(1.0, 1.0)
     )
@@ -46,10 +46,10 @@ def plot_memory(table: pd.DataFrame, budgets: dict[str, int]) -> Figure:
 
 
 def plot_batches(table: pd.DataFrame, best: int, max_batch: int | None) -> Figure:
-    """Time against batch size, each curve relative to its smallest value, with the best batch and the largest marked.
+    """Plot time against batch size, each curve relative to its smallest value, and mark the best and largest batch.
 
     Args:
-        table: as of `PerformanceModel.table`, in ascending order.
+        table: a table of `PerformanceModel.table`, in ascending order.
         best: the batch to mark as best.
         max_batch: the largest that fits, if known.
     """

@@ -1,4 +1,4 @@
-"""Clients on unequal hardware: who has which device, and who of them comes in time."""
+"""Clients on heterogeneous hardware: their devices, and which of them finish in time."""
 
 from __future__ import annotations
 
@@ -20,25 +20,25 @@ BatchRule = Literal["largest", "fastest", "proportional", "loader"]
 class Population:
     """The hardware of a federation's clients, simulated.
 
-    Each client gets a device class by a seed, trains with a batch that suits it, and takes as long as its device would.
-    Time is simulated, so nobody waits: clients that do not answer, miss the deadline or come too late are known before
-    the round and do not train.
+    Each client gets a device class by a seed, trains with a batch that fits it, and takes as long as its device would.
+    Time is simulated, so there is no waiting: clients that are unavailable, miss the deadline or come too late are
+    known before the round and do not train.
 
     Args:
         shares: share of the clients with each class, by the class's name or the class itself; they need not add up to
             one.
-        batch_size: with which batch clients train: "largest", what their class holds; "fastest", what reaches the
-            target first (`PerformanceModel.best_batch`); "proportional", in proportion to their speed, while the mean
-            over clients stays that of the train loader; "loader", the loader's where it fits; or numbers by class.
-        over_selection: how many times as many clients are asked as wanted; the fastest of them count.
+        batch_size: batch size of clients: "largest" that fits their class; "fastest" to the target
+            (`PerformanceModel.best_batch`); "proportional" to their speed, with the train loader's batch size as the
+            mean over clients; "loader" for the loader's, if it fits; or numbers by class.
+        over_selection: factor by which more clients are sampled than needed; the fastest of them count.
         deadline: seconds after which the server closes a round; None waits for all.
-        min_clients: for so many it waits however long they take, so that no round is empty.
+        min_clients: number of clients that it waits for in any case, so that no round is empty.
         noise_scale: the gradient noise scale in samples, if known; for "fastest".
         headroom: share of every device's memory to leave free.
-        seed: which client has which device.
+        seed: seed of the assignment of devices.
 
     Raises:
-        TypeError, ValueError: for arguments that cannot be; names the argument, the value and the remedy.
+        TypeError, ValueError: if an argument is invalid; names the argument, the value and the remedy.
 
     Example:
         >>> population = Population({"phone": 0.7, "jetson": 0.3})
@@ -91,13 +91,13 @@ class Population:
 
     @property
     def may_drop(self) -> bool:
-        """Whether fewer clients may train in a round than are wanted."""
+        """Whether fewer clients than requested may train in a round."""
         return self.deadline is not None or any(each.availability < 1 for each in self.classes)
 
     def assign(self, num_clients: int) -> IntArray:
-        """The class of each client, as an index into ``classes``.
+        """Return the class of each client, as an index into ``classes``.
 
-        Shares are kept as exactly as whole clients allow (largest remainders); who has what is drawn from the seed.
+        Shares are as exact as whole clients allow (largest remainders); the assignment is drawn from the seed.
 
         Args:
             num_clients: number of clients.
@@ -111,11 +111,11 @@ class Population:
         return of_client
 
     def asked(self, wanted: int, num_clients: int) -> int:
-        """How many clients are asked where so many are wanted."""
+        """Return how many clients are sampled if this many are needed."""
         return min(num_clients, math.ceil(self.over_selection * wanted - 1e-9))
 
     def description(self) -> dict[str, Any]:
-        """The population in primitives, to tell whether two are the same."""
+        """Return the population as primitives, for comparison."""
         return {
             "classes": [
                 [getattr(each, field) for field in DeviceClass.__dataclass_fields__ if field != "source"]
@@ -137,12 +137,12 @@ class Population:
 
 
 class Selection(NamedTuple):
-    """Who of the clients that were asked counts in a round, and how long it takes.
+    """The sampled clients that count in a round, and the round's time.
 
     Attributes:
-        clients: those whose updates arrive, ascending.
+        clients: the clients whose updates arrive, ascending.
         seconds: simulated time of each of them, from the first byte sent to the last byte received.
-        dropped: the others, ascending.
+        dropped: the other clients, ascending.
         round_seconds: simulated time until the server closes the round.
     """
 
@@ -161,15 +161,15 @@ def select(
     deadline: float | None = None,
     min_clients: int = 1,
 ) -> Selection:
-    """Close a round: by the number of updates that are wanted, or by the deadline.
+    """Close a round when enough updates have arrived, or at the deadline.
 
     Args:
-        clients: who was asked, ascending.
-        seconds: when each of them would be done.
-        answers: below 1 for those who answer; of the others, smaller is sooner.
-        wanted: so many updates are enough; the first to arrive count.
-        deadline: the server waits no longer, unless for ``min_clients``.
-        min_clients: for so many it waits: for late ones first, then for those who did not answer.
+        clients: the sampled clients, ascending.
+        seconds: time at which each of them would finish.
+        answers: below 1 for available clients; of the others, smaller ones come sooner.
+        wanted: number of updates that suffice; the first to arrive count.
+        deadline: latest time of the round, except to wait for ``min_clients``.
+        min_clients: number of clients to wait for: late ones first, then unavailable ones.
 
     Example:
         >>> done = select(np.array([3, 5, 8]), np.array([9.0, 1.0, 4.0]), np.zeros(3), wanted=2)
@@ -178,7 +178,7 @@ def select(
     """
     silent = answers >= 1
     in_time = ~silent & (seconds <= (math.inf if deadline is None else deadline))
-    # Who comes first: those who answer by their time, then the others by how soon they would have answered.
+    # Available clients come first, by their time; then the others, by how soon they would have been available.
     order = np.lexsort((clients, np.where(silent, answers, seconds), silent))
     count = min(max(min(int(in_time.sum()), wanted), min_clients), len(clients))
     chosen = np.zeros(len(clients), dtype=bool)

@@ -1,4 +1,4 @@
-"""The largest batch that a budget of memory holds: predicted, and confirmed by at most two real steps."""
+"""Predict the largest batch within a memory budget, and confirm it by at most two real steps."""
 
 from __future__ import annotations
 
@@ -13,34 +13,34 @@ from lightning_fedscale.devices.profiling.real_step import RealStep
 from lightning_fedscale.utils.memory import format_bytes
 
 Measure = Callable[[int], RealStep]
-"""Runs a real step with so many samples."""
+"""A function that runs a real step with this many samples."""
 
 
 @dataclass(frozen=True)
 class ProbeResult:
-    """What a probe found. All of it is numbers, texts and dicts of these, so that checkpoints can hold it.
+    """The result of a probe. It has only numbers, texts and dicts of these, so that checkpoints can store it.
 
     Attributes:
         max_batch: largest batch for the budget, on every rank.
         budget: bytes.
         headroom: share of the budget that was left free.
         predicted_bytes: peak of the memory model at ``max_batch``.
-        measured_bytes: peak of the last real step that fitted, None if none was run or its memory could not be read.
+        measured_bytes: peak of the last real step that fitted; None if none was run or its memory is unknown.
         measured_batch: batch of that step.
-        parts: the predicted bytes by what they are for.
-        limited_by: "memory", "samples" if more would fit than there are, or "search" if more would fit than is looked
-            for without a number of samples.
-        bytes_per_sample: how fast the predicted peak grows at ``max_batch``.
-        predicted: predicted peaks by batch size, of all sizes that were rehearsed.
-        real_steps: how many real steps were run, at most two.
-        out_of_memory: how many of them ran out of memory.
-        verified: whether a real step confirmed ``max_batch``, or two steps the line that leads to it.
+        parts: the predicted bytes by kind.
+        limited_by: "memory", "samples" if more would fit than there are, or "search" if more would fit than the search
+            covers without a number of samples.
+        bytes_per_sample: growth of the predicted peak at ``max_batch``.
+        predicted: predicted peaks by batch size, of all sizes with a dry run.
+        real_steps: number of real steps that were run, at most two.
+        out_of_memory: number of them that ran out of memory.
+        verified: whether a real step confirmed ``max_batch``, or two steps confirmed the line that leads to it.
         fallback: why fake tensors could not be used; empty if they could.
-        assumed: why the usual is assumed of what libraries keep; empty if it was measured or is nothing.
-        device_classes: largest batch by device class, 0 where not even one sample fits.
-        seconds: what the probe took.
-        batch_size: what training uses, after `MaxBatchProbe` has set it; None if nothing was set.
-        previous: what it used before, None if unknown.
+        assumed: why a typical value is assumed for the libraries' memory; empty if it was measured or is zero.
+        device_classes: largest batch by device class, 0 if not even one sample fits.
+        seconds: duration of the probe.
+        batch_size: batch size of training after `MaxBatchProbe` has set it; None if nothing was set.
+        previous: batch size before; None if unknown.
     """
 
     max_batch: int
@@ -64,11 +64,11 @@ class ProbeResult:
     assumed: str = ""
 
     def state_dict(self) -> dict[str, Any]:
-        """For a checkpoint: `ProbeResult(**state)` is this result again."""
+        """Return the state for a checkpoint; `ProbeResult(**state)` restores it."""
         return asdict(self)
 
     def metrics(self) -> dict[str, float]:
-        """The numbers that are logged, by their logged names; unknown ones are left out."""
+        """Return the logged numbers by their logged names, without unknown ones."""
         values: dict[str, float | None] = {
             "probe/max_batch": self.max_batch,
             "probe/budget_bytes": self.budget,
@@ -96,13 +96,13 @@ def probe(
     """Find the largest batch for a budget.
 
     Args:
-        model: the memory model, of `estimate_memory`.
+        model: the memory model of `estimate_memory`.
         budget: bytes.
         headroom: share of the budget to leave free.
-        limit: largest batch that makes sense, such as the number of samples.
-        measure: runs a real step with so many samples; None to rely on the prediction.
+        limit: largest useful batch, such as the number of samples.
+        measure: runs a real step with this many samples; None relies on the prediction.
         physical: most bytes that a real step may take here, if less than the budget.
-        device_classes: for which the largest batch is predicted as well.
+        device_classes: device classes whose largest batch is predicted too.
 
     Raises:
         ValueError: if not even one sample fits the budget, or real steps contradict the prediction.
@@ -162,7 +162,7 @@ class _Confirmation(NamedTuple):
 def _confirm(
     model: MemoryModel, candidate: int, usable: int, measure: Measure, limit: int | None, physical: int | None
 ) -> _Confirmation:
-    """Run half the candidate to see by how much the prediction is off, then what the corrected prediction allows."""
+    """Run half the candidate to measure the error of the prediction, then the largest batch of the corrected one."""
     half = max(model.smallest, candidate // 2)
     first = measure(half)
     if not first.fits:
@@ -178,19 +178,19 @@ def _confirm(
     predicted, taken = model.peak(half), first.peak_bytes or 0
 
     def within(amount: float) -> int:
-        """The largest batch that is predicted to take so many bytes, from half the candidate to all of it."""
+        """Return the largest batch, from half the candidate to all of it, predicted to take at most this many bytes."""
         if amount <= predicted:
             return half
         return min(candidate, model.max_batch(int(amount), 0.0, limit))
 
-    # What the model cannot see (workspaces, the allocator's fragments) is at best the same for every size ...
+    # Memory outside the model (workspaces, the allocator's fragments) is at best the same for every size ...
     wanted = within(usable - max(0, taken - predicted))
     tried = wanted if physical is None else min(wanted, within(physical - max(0, taken - predicted)))
     if tried == half:
         return _Confirmation(wanted, wanted == half, first.peak_bytes, half, 1, 0)
     second = measure(tried)
     if not second.fits:
-        # ... and at worst a share of what it sees.
+        # ... and at worst in proportion to the predicted memory.
         careful = within(usable * predicted / max(taken, predicted))
         return _Confirmation(careful, careful == half, first.peak_bytes, half, 2, 1)
     grown = (second.peak_bytes or 0) - taken

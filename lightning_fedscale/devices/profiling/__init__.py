@@ -1,1 +1,1 @@
-"""A module's step, run without its tensors."""
+"""Profiling of a module's training step in a dry run on fake tensors."""

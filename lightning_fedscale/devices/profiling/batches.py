@@ -1,4 +1,4 @@
-"""Batches of another size than the one at hand."""
+"""Signatures of batches, and resizing of batches."""
 
 from __future__ import annotations
 
@@ -18,39 +18,39 @@ _REMEDY = ": pass make_batch=, a function of the number of samples that returns 
 
 
 class Form(NamedTuple):
-    """What two batches of one form have in common: their nesting, and shape, type and layout of every tensor in them.
+    """The signature of a batch: its nesting, and the shape, type and layout of every tensor in it.
 
     Attributes:
         spec: the nesting.
-        leaves: of tensors shape, type and layout; other things as they are, or their type if they cannot be compared.
+        leaves: shape, type and layout of tensors; other objects themselves, or their type if they cannot be compared.
     """
 
     spec: Any
     leaves: tuple[Any, ...]
 
     def __hash__(self) -> int:
-        return hash(self.leaves)  # in older releases of torch the nesting has none; it is compared all the same
+        return hash(self.leaves)  # the nesting has no hash in older releases of torch, but it is compared
 
     def without_rows(self) -> Form:
-        """The form of each of the batches that are stacked in this one."""
+        """Return the signature of each of the batches that are stacked in this one."""
         return Form(self.spec, tuple(_without_rows(leaf) for leaf in self.leaves))
 
     def anonymous(self) -> Form:
-        """The form without what tells batches of one cost apart: types in place of texts and of objects."""
+        """Return the signature with types in place of texts and objects, which do not change the cost of a batch."""
         return Form(self.spec, tuple(leaf if isinstance(leaf, _PLAIN) else type(leaf) for leaf in self.leaves))
 
     @property
     def first(self) -> _TensorForm | None:
-        """Of the first tensor that has a dimension; None in a batch that cannot be opened."""
+        """The signature of the first tensor that has a dimension; None for a batch that cannot be opened."""
         return next((leaf for leaf in self.leaves if isinstance(leaf, _TensorForm) and leaf.shape), None)
 
     @property
     def elements(self) -> int:
-        """How many numbers there are in the tensors."""
+        """Total number of elements of the tensors."""
         return sum(math.prod(leaf.shape) for leaf in self.leaves if isinstance(leaf, _TensorForm))
 
     def without_sizes(self) -> Form:
-        """What batches of all sizes, and with any numbers beside their tensors, have in common."""
+        """Return the signature without sizes of tensors and values of other objects."""
         return Form(self.spec, tuple(map(_without_size, self.leaves)))
 
 
@@ -64,7 +64,7 @@ _PLAIN = (_TensorForm, int, float, complex, torch.dtype, torch.device, type(None
 
 
 def form_of(batch: Any) -> Form:
-    """The form of a batch; can be a key of a dict. Any mapping counts as a dict.
+    """Return the signature of a batch, which can be a key of a dict. Any mapping counts as a dict.
 
     Example:
         >>> form_of([torch.ones(4, 3)]) == form_of([torch.zeros(4, 3)]) != form_of([torch.zeros(5, 3)])
@@ -75,7 +75,7 @@ def form_of(batch: Any) -> Form:
 
 
 def _as_dict(batch: Any) -> Any:
-    # Such as the BatchEncoding of Hugging Face, which pytree takes for a leaf.
+    # This is needed for mappings that pytree treats as leaves, such as the BatchEncoding of Hugging Face.
     return dict(batch) if isinstance(batch, Mapping) and not isinstance(batch, dict) else batch
 
 
@@ -100,14 +100,14 @@ def _without_rows(leaf: Any) -> Any:
 
 
 def samples_in(batch: Any, remedy: str = _REMEDY) -> int:
-    """The number of samples in a batch: what all its tensors have in their first dimension.
+    """Return the number of samples in a batch: the common size of its tensors' first dimension.
 
     Args:
-        batch: tensors in whatever they come in; other things in it do not count.
-        remedy: ends the message of the error.
+        batch: tensors in any container; other objects in it are ignored.
+        remedy: end of the error's message.
 
     Raises:
-        ValueError: if there is no tensor in it or the tensors disagree, so that the batch cannot be resized.
+        ValueError: if it has no tensor or the tensors disagree, so that the batch cannot be resized.
 
     Example:
         >>> samples_in({"image": torch.zeros(8, 1, 28, 28), "label": torch.zeros(8)})
@@ -125,7 +125,7 @@ def samples_in(batch: Any, remedy: str = _REMEDY) -> int:
 
 
 def loaded_samples(loaders: Any, batch_idx: int) -> int | None:
-    """The samples that a loader has put into a batch which cannot be opened; None if it does not know either."""
+    """Return the loader's number of samples in a batch that cannot be opened; None if the loader does not know it."""
     loader = next(iter(tree_leaves(loaders)), None)
     size, sampler = getattr(loader, "batch_size", None), getattr(loader, "sampler", None)
     try:
@@ -139,7 +139,7 @@ def loaded_samples(loaders: Any, batch_idx: int) -> int | None:
 
 
 def resized(batch: Any, samples: int) -> Any:
-    """The batch with its own samples repeated, or cut off, to have so many.
+    """Resize a batch by repeating its samples or dropping the last ones.
 
     Example:
         >>> resized((torch.tensor([1, 2]), "name"), 5)
@@ -156,11 +156,11 @@ def resized(batch: Any, samples: int) -> Any:
 
 
 def changed(batch: Any, change: Callable[[Tensor], Tensor]) -> Any:
-    """The batch in its own types, with something else in place of each tensor.
+    """Replace every tensor of a batch, and keep the batch's types.
 
     Args:
         batch: tensors in any nesting of lists, tuples, dicts and named tuples, or in objects that can be copied.
-        change: makes of a tensor what takes its place.
+        change: returns the replacement of a tensor.
 
     Example:
         >>> from collections import UserDict
@@ -174,7 +174,7 @@ def changed(batch: Any, change: Callable[[Tensor], Tensor]) -> Any:
 
 
 class _Copies(TorchFunctionMode):
-    """Copies of tensors are what a function makes of them: so anything that can be copied can be gone through."""
+    """Applies a function to tensors when they are copied, which reaches those in all objects that can be copied."""
 
     def __init__(self, change: Callable[[Tensor], Tensor]) -> None:
         super().__init__()
@@ -191,7 +191,7 @@ class _Copies(TorchFunctionMode):
 
 def _tensors_in(batch: Any) -> list[Tensor]:
     found = [leaf for leaf in tree_leaves(batch) if isinstance(leaf, Tensor)]
-    if not found:  # in what pytree does not open
+    if not found:  # they may be in objects that pytree does not open
 
         def note(tensor: Tensor) -> Tensor:
             found.append(tensor)

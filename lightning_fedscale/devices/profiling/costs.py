@@ -14,12 +14,12 @@ aten: Any = torch.ops.aten
 
 
 class StepCost(NamedTuple):
-    """What one local step costs.
+    """The cost of one local step.
 
     Attributes:
         flops: floating-point operations of matrix products, convolutions, attention and recurrent layers; a multiply
             and an add count as two.
-        bytes_moved: bytes that all its operators read and write, nothing kept in caches.
+        bytes_moved: bytes that all its operators read and write, assuming no caches.
     """
 
     flops: float
@@ -27,9 +27,9 @@ class StepCost(NamedTuple):
 
 
 def _convolution(result: Tensor, inputs: Tensor, weight: Tensor, *args: Any, transposed: bool | None = None) -> int:
-    """Every place of the output is a product with the whole weight; of a transposed one every place of the input.
+    """Count one product with the whole weight per output position (per input position if transposed).
 
-    Groups, stride and dilation are in the shapes already, so the gradients of input and weight cost the same each.
+    The shapes already include groups, stride and dilation, so the gradients of input and weight cost the same each.
     """
     if transposed is None:
         transposed = len(args) > 4 and bool(args[4])
@@ -51,14 +51,14 @@ def _convolution_in_time_backward(result: Any, gradient: Tensor, inputs: Tensor,
 
 
 def _attention(result: Any, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> int:
-    # By the query's heads, of which several may share a key.
+    # Count the query's heads, of which several may share a key.
     return 2 * _scores(query, key) * (query.shape[-1] + value.shape[-1])
 
 
 def _attention_backward(
     result: Any, gradient: Tensor, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any
 ) -> int:
-    # The scores again; then the gradients of values and scores, and those of queries and keys.
+    # Backward computes the scores again, then the gradients of values and scores, and those of queries and keys.
     return 2 * _scores(query, key) * (3 * query.shape[-1] + 2 * value.shape[-1])
 
 
@@ -67,7 +67,7 @@ def _scores(query: Tensor, key: Tensor) -> int:
 
 
 def _self_attention(result: Any, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> int:
-    # Projections of queries, keys, values and results, and two products of all pairs, in one operator.
+    # The operator has projections of queries, keys, values and results, and two products of all pairs.
     width, weights = int(args[0]), (args[2], args[4])
     return 2 * (query.numel() // width) * _numbers(weights) + 4 * _pairs(query) * width
 
@@ -82,24 +82,24 @@ def _numbers(weights: Iterable[Tensor]) -> int:
 
 
 def _pairs(sequences: Tensor) -> int:
-    """Of positions that look at each other; nested sequences have a length each."""
+    """Return the number of pairs of positions; each nested sequence has its own length."""
     if not sequences.is_nested:
         return sequences.shape[0] * sequences.shape[1] ** 2
     return sum(len(each) ** 2 for each in sequences.unbind())
 
 
 def _recurrent(result: Any, inputs: Tensor, to_hidden: Tensor, within: Tensor, *args: Any, **kwargs: Any) -> int:
-    # The gates of all steps at once: each input and each hidden state times its matrix.
+    # It computes the gates of all steps: each input and each hidden state times its matrix.
     steps = inputs.shape[0] * inputs.shape[1]
     return 2 * steps * (to_hidden.numel() + within.numel())
 
 
 def _recurrent_backward(result: Any, *args: Any, **kwargs: Any) -> int:
-    return 2 * _recurrent(result, *args)  # with respect to states and to matrices
+    return 2 * _recurrent(result, *args)  # gradients of states and of matrices
 
 
 def _layers(result: Any, inputs: Tensor, weights: list[Tensor], *args: Any, **kwargs: Any) -> int:
-    # All layers and directions in one operator; packed sequences have no padding in their rows.
+    # The operator has all layers and directions; packed sequences have no padding in their rows.
     rows = inputs.numel() // inputs.shape[-1]
     return 2 * rows * sum(weight.numel() for weight in weights if weight.ndim > 1)
 
@@ -109,7 +109,7 @@ def _layers_backward(result: Any, inputs: Tensor, weights: list[Tensor], *args: 
 
 
 def _matrix_product(result: Any, left: Tensor, right: Tensor, *args: Any, **kwargs: Any) -> int:
-    if left.layout != torch.strided:  # what is stored of it, and nothing else
+    if left.layout != torch.strided:  # only the stored elements count
         return 2 * left._nnz() * right.shape[-1]
     if right.layout != torch.strided:
         return 2 * right._nnz() * left.shape[0]
@@ -153,8 +153,8 @@ def _trilinear(
 
 _FUSED_ATTENTION = ("flash_attention_for_cpu", "flash_attention", "efficient_attention", "cudnn_attention")
 
-# torch counts neither attention nor LSTMs on a CPU, no recurrent layers on CUDA, nothing with a vector; the gradients
-# of grouped convolutions as if they had no groups, and sparse matrices as if they were full.
+# torch does not count attention and LSTMs on a CPU, recurrent layers on CUDA, and products with vectors. It counts
+# gradients of grouped convolutions as if they had no groups, and sparse matrices as if they were dense.
 _OWN: dict[Any, Callable[..., int]] = {
     aten.convolution: _convolution,
     aten._convolution: _convolution,
@@ -184,18 +184,18 @@ _OWN: dict[Any, Callable[..., int]] = {
     aten._trilinear: _trilinear,
 }
 
-# They read the rows that they are asked for, not the whole table.
+# These operators read only the requested rows, not the whole table.
 _LOOK_UPS = {aten.embedding, aten.index, aten.index_select, aten.gather}
 
 
 def has_formula(operator: Any) -> bool:
-    """Whether the floating-point operations of an aten operator are known."""
+    """Return whether the floating-point operations of an aten operator are known."""
     packet = operator._overloadpacket
     return packet in _OWN or packet in flop_counter.flop_registry
 
 
 def flops_of(operator: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> int:
-    """Floating-point operations of one call of an aten operator; 0 for those that are not counted."""
+    """Return the floating-point operations of one call of an aten operator; 0 for those that are not counted."""
     packet = operator._overloadpacket
     if (own := _OWN.get(packet)) is not None:
         return own(result, *args, **kwargs)
@@ -205,7 +205,7 @@ def flops_of(operator: Any, args: tuple[Any, ...], kwargs: dict[str, Any], resul
 
 
 def bytes_moved_by(operator: Any, inputs: Iterable[Tensor], outputs: Iterable[Tensor]) -> int:
-    """Bytes that one call of an aten operator reads and writes; views move nothing."""
+    """Return the bytes that one call of an aten operator reads and writes; views move nothing."""
     if operator.is_view:
         return 0
     written = sum(map(_size, outputs))

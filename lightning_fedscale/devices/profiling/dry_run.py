@@ -1,4 +1,4 @@
-"""A module's own training step, run on a copy of it: for its memory and its cost, not for its result."""
+"""Dry runs of a module's training step on a copy, to measure memory and cost."""
 
 from __future__ import annotations
 
@@ -42,12 +42,12 @@ MakeOptimizer = Callable[[Iterable[nn.Parameter]], Optimizer]
 
 
 class Rehearsed(NamedTuple):
-    """What a rehearsed step took.
+    """The result of a dry run.
 
     Attributes:
-        peak: the moment at which most memory was alive, over two optimizer steps.
-        cost: of one local batch with optimizer state in place.
-        kept: bytes of code and buffers that libraries keep from then on.
+        peak: the moment of the largest memory, over two optimizer steps.
+        cost: cost of one local batch with existing optimizer state.
+        kept: bytes of code and buffers that libraries keep afterwards.
     """
 
     peak: Peak
@@ -56,25 +56,26 @@ class Rehearsed(NamedTuple):
 
 
 class Rehearsal:
-    """A module's training step on a copy that nobody sees: nothing is logged, no generator moves, nothing is kept.
+    """Dry run of a module's training step on a copy: it logs nothing, moves no generator and keeps nothing.
 
-    Runs as Lightning does: forward, then gradients of the last step are dropped, backward, optimizer step; twice, since
-    the first step is the one that creates the optimizer's state.
+    The order is Lightning's: forward, drop the gradients of the last step, backward, optimizer step. It runs twice,
+    since the first step creates the optimizer's state.
 
     Args:
-        module: has ``training_step`` and ``configure_optimizers``, as a LightningModule; may be on the meta device.
-        batch: a real batch, made into other sizes by repeating its samples.
+        module: a module with ``training_step`` and ``configure_optimizers``, like a LightningModule; may be on the meta
+            device.
+        batch: a real batch, resized by repeating its samples.
         optimizer: makes the optimizer from the parameters; None for the module's own.
-        precision: as of a Trainer.
-        make_batch: gives a real batch of so many samples where ``batch`` cannot be resized.
+        precision: as in a Trainer.
+        make_batch: returns a real batch of this many samples if ``batch`` cannot be resized.
         accumulate: batches per optimizer step.
-        cuda: whether memory is given out as on CUDA, in blocks of 512 bytes and to optimizers that update all
-            parameters at once.
-        learns: whether what this machine's operators take while they run counts.
-        trainer: what the module finds as ``self.trainer``; it may read from it.
+        cuda: whether to simulate CUDA, with memory blocks of 512 bytes and optimizers that update all parameters at
+            once.
+        learns: whether the temporary memory of this machine's operators counts.
+        trainer: the module's ``self.trainer``; the module may read from it.
 
     Raises:
-        ValueError: for an unknown precision, or a batch that cannot be resized.
+        ValueError: if the precision is unknown, or the batch cannot be resized.
     """
 
     def __init__(
@@ -109,22 +110,22 @@ class Rehearsal:
 
     @property
     def makes_batches(self) -> bool:
-        """Whether every rehearsal takes a real batch, and so the memory of one."""
+        """Whether every dry run makes a real batch, and so takes the memory of one."""
         return self._make_batch is not None
 
     def run(self, samples: int, *, fake: bool = True, stop_at: int | None = None, learning: bool = False) -> Rehearsed:
-        """Rehearse with a batch of so many samples.
+        """Do a dry run with a batch of this many samples.
 
         Args:
             samples: size of the batch.
-            fake: on tensors without contents, which take no memory and no time; else on real ones.
-            stop_at: with real tensors, give up once so many bytes are alive.
-            learning: also run each operator for real, to learn what it takes.
+            fake: use fake tensors, which take no memory and no time, rather than real ones.
+            stop_at: with real tensors, stop once more bytes than this are alive.
+            learning: also run each operator on real tensors, to measure its temporary memory.
 
         Raises:
-            OverBudget: if that happened.
-            Exception: whatever the module raises, which with fake tensors may be because its computation depends on
-                their contents.
+            OverBudget: if it was stopped.
+            Exception: any exception of the module; with fake tensors the reason may be that the module is
+                data-dependent.
         """
         if self._scratch is not None:
             self._scratch.begin(learning=learning or samples <= self._learned_up_to, samples=samples)
@@ -147,11 +148,11 @@ class Rehearsal:
         return Rehearsed(tracker.peak(), StepCost(flops / self._accumulate, moved / self._accumulate), kept)
 
     def learn(self, known: Rehearsed, smallest: int) -> None:
-        """Learn what operators take while they run, from as few samples as tell and as the time allows.
+        """Measure the temporary memory of operators on a few samples, as many as the time allows.
 
         Args:
-            known: what a step with the smallest batch took.
-            smallest: its samples.
+            known: the dry run with the smallest batch.
+            smallest: its number of samples.
         """
         if self._scratch is None:
             return
@@ -159,25 +160,25 @@ class Rehearsal:
             smallest * _FLOPS_TO_LEARN / max(1.0, known.cost.flops), smallest * _BYTES_TO_LEARN / known.peak.total
         )
         more = int(min(max(affordable, smallest + 1), _SAMPLES_TO_LEARN if self._make_batch is None else 8))
-        fewer = 16 if more > 16 else max(smallest, more // 2)  # torch has other ways to convolve fewer than 16
+        fewer = 16 if more > 16 else max(smallest, more // 2)  # torch has other convolutions for fewer than 16
         for samples in (fewer, more):
-            with suppress(Exception):  # not every module takes them: then the search will tell
+            with suppress(Exception):  # such a batch may be invalid for the module: the search reports this later
                 self.run(samples, learning=True)
                 self._learned_up_to = samples
         self._scratch.ask()
 
     @property
     def borders(self) -> list[int]:
-        """Batches, ascending, above which some operators go another way, so that the peak may even fall."""
+        """Batches, ascending, above which some operators use another algorithm, so that the peak may even fall."""
         return [] if self._scratch is None else sorted(self._scratch.borders)
 
     @property
     def assumed(self) -> str:
-        """Why the usual is assumed of what libraries keep; empty if it was measured, or if it is nothing."""
+        """Why a typical value is assumed for the libraries' memory; empty if it was measured, or if it is zero."""
         return "" if self._scratch is None else self._scratch.assumed
 
     def real_step(self, samples: int) -> Callable[[], None]:
-        """Two real steps of a fresh copy, to be called where their memory is to be measured."""
+        """Return a function that runs two real steps of a new copy, to measure their memory."""
 
         def steps() -> None:
             with untouched(), self.stage(samples, fake=False) as play:
@@ -188,7 +189,7 @@ class Rehearsal:
 
     @contextmanager
     def stage(self, samples: int, *, fake: bool) -> Iterator[_Play]:
-        """A copy of the module with its optimizers and a batch, all fake or all real; gone afterwards."""
+        """Make a copy of the module with its optimizers and a batch, all fake or all real, for this context only."""
         batch = None if self._make_batch is None else self._make_batch(samples)
         with ExitStack() as stack:
             mode = stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True)) if fake else None
@@ -212,7 +213,7 @@ class Rehearsal:
                 play.drop()
 
     def _prepared(self, module: Any, device: torch.device) -> Callable[[Any], Any]:
-        """What happens to a batch on its way to the step, by the hooks of the data module or the module."""
+        """Return the function that prepares a batch for the step, by the hooks of the data module or the module."""
         data = getattr(self._trainer, "datamodule", None)
         dtype = WHOLE.get(self._precision)
 
@@ -267,12 +268,12 @@ class _Play:
         module.lr_schedulers = lambda: _one_or_all(waiting) if waiting else None
 
     def begin(self) -> None:
-        """What the module prepares when training starts."""
+        """Call the module's hooks for the start of training."""
         for name in ("on_fit_start", "on_train_start", "on_train_epoch_start"):
             self._call(name)
 
     def step(self, batches: int) -> None:
-        """One optimizer step over so many batches."""
+        """Take one optimizer step over this many batches."""
         for number in range(batches):
             if not self._automatic:
                 self._forward()
@@ -283,11 +284,11 @@ class _Play:
             self._steps += 1
 
     def optimizer_state(self) -> Iterator[Any]:
-        """All that the optimizers keep."""
+        """Yield the state of the optimizers."""
         yield from tree_iter([dict(state) for optimizer in self._optimizers for state in optimizer.state.values()])
 
     def drop(self) -> None:
-        """Let go of everything."""
+        """Release everything."""
         del self.module, self.batch, self._optimizers, self._ready, self._prepare
 
     def _call(self, hook: str, *args: Any) -> None:
@@ -311,7 +312,7 @@ class _Play:
         return loss
 
     def _forward(self) -> Any:
-        # A step may take its batch apart, or change what is in it: each gets one of its own.
+        # A step may take its batch apart or change its contents, so each step gets its own batch.
         if self._takes_iterator:
             args: tuple[Any, ...] = (self._batches(),)
         else:
@@ -323,20 +324,20 @@ class _Play:
         return output.get("loss") if isinstance(output, Mapping) else output
 
     def _batches(self) -> Iterator[tuple[Any, int, int]]:
-        """What ``training_step(dataloader_iter)`` takes as many of as it likes."""
+        """Yield batches for ``training_step(dataloader_iter)``, which may take any number."""
         while True:
             yield copy_of_batch(self.batch, alias=True), self._steps, 0
 
 
 def _is_own(owner: Any, hook: str) -> bool:
-    """Whether somebody else than Lightning defines a hook."""
+    """Return whether a hook is defined outside of Lightning."""
     definers = (kind for kind in type(owner).__mro__ if hook in vars(kind))
     definer = next(definers, None)
     return definer is not None and definer.__module__.partition(".")[0] not in ("lightning", "pytorch_lightning")
 
 
 def _signature_of(step: Any) -> tuple[bool, bool]:
-    """Whether a step takes an iterator of batches, and whether it takes the number of the batch, as Lightning tells."""
+    """Return whether a step takes an iterator of batches, and whether the batch index, by Lightning's rules."""
     found = inspect.getfullargspec(getattr(step, "__wrapped__", step))
     names = found.args[1:]
     return "dataloader_iter" in names, "batch_idx" in names or found.varargs is not None or len(names) >= 2
@@ -347,13 +348,13 @@ def _one_or_all(values: list[Any]) -> Any:
 
 
 def copied(module: nn.Module, mode: FakeTensorMode | None = None, view: TrainerView | None = None) -> Any:
-    """A copy with fake tensors in place of all of its own; a real copy without a mode.
+    """Return a copy whose tensors are all fake; without a mode a real copy.
 
     Args:
-        module: of which the Trainer, its strategy, callbacks and loggers and the data module are no part, wherever it
-            keeps them.
+        module: the module; its Trainer, strategy, callbacks, loggers and data module are not copied, wherever it has
+            references to them.
         mode: makes fake tensors.
-        view: what the copy has in place of its Trainer; None for one of the Trainer that the module has.
+        view: the copy's replacement for its Trainer; None for a view of the module's own Trainer.
     """
     view = view or TrainerView(getattr(module, "_trainer", None))
     try:
@@ -368,31 +369,31 @@ def copied(module: nn.Module, mode: FakeTensorMode | None = None, view: TrainerV
         _bring_to_cpu(twin)
     for name in ("forward", "training_step", "validation_step"):
         if getattr(twin, "_compiler_ctx", None) is not None:
-            vars(twin).pop(name, None)  # of torch.compile, which Lightning puts into the instance
+            vars(twin).pop(name, None)  # set on the instance by Lightning for torch.compile
     for parameter in twin.parameters():
         parameter.grad = None
     return twin
 
 
 def copy_of_batch(batch: Any, mode: FakeTensorMode | None = None, *, alias: bool = False) -> Any:
-    """A batch of the same structure and in its own types.
+    """Copy a batch, and keep its structure and types.
 
     Args:
-        batch: tensors in whatever they come in.
+        batch: tensors in any container.
         mode: makes its tensors fake; None for real ones.
-        alias: with its tensors' own memory, not with copies of them.
+        alias: share the tensors' memory instead of copying it.
     """
     copies = _AliasCopyMode() if alias else _DetachedCopyMode() if mode is None else FakeCopyMode(mode)
     try:
         with copies:
             return copy.deepcopy(batch)
     except Exception:
-        with copies:  # what cannot be copied, such as a generator, is left alone
+        with copies:  # objects that cannot be copied, such as generators, stay the same
             return tree_map_only(Tensor, copy.deepcopy, batch)
 
 
 class _DetachedCopyMode(TorchFunctionMode):
-    """Copies what is left of a graph, such as the last loss in a metric, which `copy.deepcopy` refuses to do."""
+    """Copies tensors of a graph, such as the last loss in a metric, which `copy.deepcopy` rejects."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is Tensor.__deepcopy__ and not args[0].is_leaf:
@@ -404,7 +405,7 @@ class _DetachedCopyMode(TorchFunctionMode):
 
 
 class _AliasCopyMode(TorchFunctionMode):
-    """Copies of tensors share their memory."""
+    """Makes copies of tensors share their memory."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is Tensor.__deepcopy__:
@@ -433,7 +434,7 @@ def _on_cpu(tensor: Tensor) -> Tensor:
 
 
 def configured_by(module: Any, make: MakeOptimizer | None = None) -> tuple[list[Optimizer], list[Any]]:
-    """Fresh optimizers of a module's parameters, its own or made by ``make``, and its learning rate schedulers."""
+    """Return new optimizers of a module's parameters, its own or made by ``make``, and its learning rate schedulers."""
     if make is not None:
         return [make([parameter for parameter in module.parameters() if parameter.requires_grad])], []
     configured = module.configure_optimizers()
@@ -451,7 +452,7 @@ def configured_by(module: Any, make: MakeOptimizer | None = None) -> tuple[list[
 
 
 def _update_at_once(optimizers: list[Optimizer]) -> None:
-    """What torch chooses by itself for parameters on CUDA."""
+    """Set ``foreach`` updates, which torch chooses by itself for parameters on CUDA."""
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             if "foreach" in group and group["foreach"] is None and not group.get("fused"):

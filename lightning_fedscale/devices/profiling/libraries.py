@@ -1,7 +1,7 @@
-"""What libraries keep of a step as long as the process lives: oneDNN the code that it compiles, MKL its buffers.
+"""Memory that libraries keep for the lifetime of the process: oneDNN its compiled code, MKL its buffers.
 
-What was compiled before is not compiled again, and may have been given up since: a process that has run anything cannot
-tell. So calls are measured by this file, run as a program of its own, with torch and nothing else of this package.
+Compiled code is reused, and may have been released since, so a process that already ran operators cannot measure it.
+Calls are therefore measured by this file, run as a separate program with torch and without the rest of this package.
 """
 
 from __future__ import annotations
@@ -29,29 +29,29 @@ _ANONYMOUS = re.compile(r"^([0-9a-f]+)-([0-9a-f]+) ..x. \S+ 00:00 0 *$", re.MULT
 _START = "import runpy, sys; sys.path[:] = sys.argv[2:]; runpy.run_path(sys.argv[1], run_name='__main__')"
 _SECONDS = 900
 
-# Where the weight is among the arguments; the input is before it, how to convolve after it and the bias.
+# Position of the weight among the arguments. The input is before it; after it come the bias and the parameters _HOW.
 _CONVOLUTIONS = {"convolution": 1, "convolution_backward": 2}
 _HOW = ("stride", "padding", "dilation", "transposed", "output_padding", "groups")
 _RECURRENT = "mkldnn_rnn_layer"
 FEW = 16
-"""Of fewer rows, torch may convolve by itself what it gives to oneDNN from there on."""
+"""Number of rows from which on torch uses oneDNN for some convolutions; for fewer it may convolve by itself."""
 
-# For code that could not be measured: the mean over the zoo.
+# Typical bytes for code that could not be measured: the mean over the zoo.
 _USUAL = {
     "convolution": 2**20, "convolution_backward": 3 * 2**19,
     "mkldnn_rnn_layer": 3 * 2**20, "mkldnn_rnn_layer_backward": 3 * 2**20,
 }  # fmt: skip
 WITH_DESCRIPTION = 1.1
-"""Each kernel has 256 KiB of addresses of its own, few of them ever touched, and is described on the heap."""
+"""Factor for the description of each kernel on the heap. A kernel has 256 KiB of addresses, few of them ever used."""
 
 
 class Call(NamedTuple):
-    """A call of an operator that is to be measured.
+    """A call of an operator to be measured.
 
     Attributes:
-        operator: what is called.
-        args, kwargs: with what, whose tensors have shapes and no contents.
-        kind: of `kind_of`.
+        operator: the operator.
+        args, kwargs: its arguments, whose tensors have shapes but no contents.
+        kind: the kind by `kind_of`.
     """
 
     operator: Any
@@ -61,12 +61,12 @@ class Call(NamedTuple):
 
 
 class Kept(NamedTuple):
-    """What libraries keep.
+    """The memory that libraries keep.
 
     Attributes:
         code: bytes by kind of call.
-        buffers: bytes, whatever the calls.
-        assumed: why the usual is assumed of code; empty if it was measured.
+        buffers: bytes, independent of the calls.
+        assumed: why typical values are assumed for code; empty if it was measured.
     """
 
     code: Mapping[Any, int]
@@ -75,20 +75,21 @@ class Kept(NamedTuple):
 
 
 def uses(operator: Any) -> bool:
-    """Whether libraries may keep something of an operator's calls that is not left to the headroom."""
+    """Return whether libraries may keep memory for an operator that the headroom does not cover."""
     name: str = operator._overloadpacket.__name__
     return name in _CONVOLUTIONS or name.startswith(_RECURRENT)
 
 
 def kind_of(operator: Any, args: tuple[Any, ...], rows: int | None = None) -> Any:
-    """What tells apart the calls that need code of their own, whatever their batch; None for calls that need none.
+    """Return a key of calls that share compiled code, independent of the batch; None for calls that need none.
 
-    Torch convolves by oneDNN or by itself, as batch and threads decide: one by one, for instance, only from 16 rows.
+    Torch convolves by oneDNN or by itself, depending on batch and threads: 1x1 convolutions, for instance, use oneDNN
+    only from 16 rows.
 
     Args:
-        operator: of the call.
-        args: of the call.
-        rows: judge it for so many rows of its input, at most those that there are; None for all.
+        operator: operator of the call.
+        args: arguments of the call.
+        rows: use only this many rows of its input; None for all.
     """
     name = operator._overloadpacket.__name__
     if (place := _CONVOLUTIONS.get(name)) is not None and len(args) > place:
@@ -104,7 +105,7 @@ def kind_of(operator: Any, args: tuple[Any, ...], rows: int | None = None) -> An
 
 
 def call_of(operator: Any, args: Any, kwargs: Any) -> Call:
-    """A call on fake tensors, to be measured later; it holds on to none of them."""
+    """Return a call on fake tensors, to be measured later, without references to them."""
     kind = kind_of(operator, args)
     with unset_fake_temporarily(), _disable_current_modes():
         args, kwargs = tree_map_only(Tensor, _without_contents, (args, kwargs))
@@ -112,15 +113,15 @@ def call_of(operator: Any, args: Any, kwargs: Any) -> Call:
 
 
 def code_bytes(kinds: Iterable[Any], known: Mapping[Any, int]) -> int:
-    """Address space that the code of so many different calls takes; the usual for those that are not known."""
+    """Return the address space of the code of these kinds of calls; unknown ones count with typical values."""
     code = (known.get(kind, _USUAL.get(kind[0]._overloadpacket.__name__, 0)) for kind in kinds)
     return round(WITH_DESCRIPTION * sum(code))
 
 
 def kept_of(calls: Iterable[Call]) -> Kept:
-    """What libraries keep of calls, one after the other, in a process that has run nothing else.
+    """Measure the memory that libraries keep for a sequence of calls, in a new process.
 
-    The same calls have the same answer, whatever this process has run before, and are measured only once.
+    The result does not depend on what this process has run before; equal calls are measured only once.
     """
     calls = list(calls)
     request = [(call.operator.name(), call.args, call.kwargs) for call in calls]
@@ -130,12 +131,12 @@ def kept_of(calls: Iterable[Call]) -> Kept:
         return Kept({}, 0, f"{type(error).__name__}: {error}"[:300])
     code: dict[Any, int] = {}
     for call, bytes_ in zip(calls, grown, strict=True):
-        code[call.kind] = max(bytes_, code.get(call.kind, 0))  # of different batches
+        code[call.kind] = max(bytes_, code.get(call.kind, 0))  # over different batches
     return Kept(code, buffers, "")
 
 
 def like(tensor: Tensor) -> Tensor:
-    """A real tensor of the same shape and strides: ones, or zeros where it may be an index."""
+    """Return a real tensor of the same shape and strides: ones, or zeros if it may be an index."""
     last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
     fill = torch.ones if tensor.is_floating_point() or tensor.is_complex() else torch.zeros
     numbers: Tensor = fill(last + 1 if tensor.numel() else 0, dtype=tensor.dtype)
@@ -143,20 +144,20 @@ def like(tensor: Tensor) -> Tensor:
 
 
 def executable_bytes() -> int:
-    """Bytes of memory of this process that may be executed and came from no file."""
+    """Return the bytes of this process's executable memory that is not mapped from a file."""
     maps = _MAPS.read_text(encoding="utf-8")
     return sum(int(end, 16) - int(start, 16) for start, end in _ANONYMOUS.findall(maps))
 
 
 def buffer_bytes() -> int:
-    """What MKL holds: buffers in which it packs the factors of larger products, which it keeps for the next ones."""
+    """Return the bytes of MKL's buffers, in which it packs the factors of larger products and which it keeps."""
     mkl = _mkl()
     return 0 if mkl is None else int(mkl.mkl_serv_mem_stat(ctypes.byref(ctypes.c_int())))
 
 
 @cache
 def _mkl() -> Any:
-    """The library with torch's products; None where they are not MKL's, or it does not say what it holds."""
+    """Return the library with torch's products; None if they are not MKL's, or it does not report its buffers."""
     try:
         library = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"))
         library.mkl_serv_mem_stat.restype = ctypes.c_longlong
@@ -166,12 +167,12 @@ def _mkl() -> Any:
 
 
 def _by_onednn(inputs: Tensor, weight: Tensor, how: Iterable[Any]) -> bool:
-    try:  # as torch itself asks for fake tensors
+    try:  # as torch itself does for fake tensors
         select: Any = torch._C._select_conv_backend
         name: str = select(inputs, weight, bias=None, **dict(zip(_HOW, how, strict=True))).name
     except (AttributeError, TypeError):
         return True
-    # Torch's own; some of oneDNN's have no name.
+    # These names are torch's own backends; some of oneDNN's have no name.
     return not name.startswith(("Slow", "Winograd", "Nnpack", "Xnnpack")) and not name.endswith("Empty")
 
 
@@ -193,7 +194,7 @@ def _ask(request: bytes) -> tuple[list[int], int]:
 
 
 def _answer(request: bytes) -> tuple[list[int], int]:
-    """By how much executable memory grows in each call, and what MKL holds afterwards; in a process that is new."""
+    """Return the growth of executable memory in each call, and MKL's buffers afterwards; needs a new process."""
     threads, enabled, calls = pickle.loads(request)
     torch.set_num_threads(threads)
     torch._C._set_mkldnn_enabled(enabled)
@@ -203,7 +204,7 @@ def _answer(request: bytes) -> tuple[list[int], int]:
         operator = getattr(getattr(getattr(torch.ops, space), packet), *overload or ["default"])
         args, kwargs = tree_map_only(Tensor, like, (args, kwargs))
         before = executable_bytes()
-        with suppress(Exception):  # what does not run compiles nothing either
+        with suppress(Exception):  # a call that fails compiles nothing
             operator(*args, **kwargs)
         grown.append(max(0, executable_bytes() - before))
     return grown, buffer_bytes()

@@ -1,4 +1,4 @@
-"""Which memory is alive at every moment of a training step, and what for."""
+"""Track the live memory of a training step, and its kinds."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ PARAMETERS, GRADIENTS, OPTIMIZER, ACTIVATIONS, TEMPORARIES, BATCH = KINDS = (
 
 
 class OverBudget(RuntimeError):
-    """Raised inside an operator once more memory is alive than the tracker may see."""
+    """Raised inside an operator once more memory is alive than the tracker's limit."""
 
 
 class Peak(NamedTuple):
-    """The moment at which most memory is alive.
+    """The moment of the largest live memory.
 
     Attributes:
         total: bytes alive.
@@ -38,16 +38,16 @@ class Peak(NamedTuple):
 
 
 class MemoryTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Follows every storage that operators create from its birth to its death, real or fake.
+    """Tracks the lifetime of every storage that operators create, real or fake.
 
-    A storage's kind may be known only after the fact: that memory became a gradient shows when backward hands it over.
-    So births and deaths are written down, and read once all kinds are known.
+    The kind of a storage may become known only later: memory is known to be a gradient when backward returns it.
+    Therefore allocations and releases are logged, and evaluated once all kinds are known.
 
     Args:
-        granularity: storages take multiples of so many bytes; CUDA's allocator gives out blocks of 512.
+        granularity: storages take multiples of this many bytes; CUDA's allocator uses blocks of 512.
         stop_at: raise `OverBudget` as soon as more bytes than this are alive.
-        scratch: tells what operators take while they run; None where nothing is known of it.
-        fake: whether the tensors are fake; what operators take on real ones is seen, not looked up.
+        scratch: returns the temporary memory of operators; None if it is unknown.
+        fake: whether the tensors are fake; the temporary memory of operators on real ones is measured, not looked up.
 
     Example:
         >>> with MemoryTracker() as tracker:
@@ -70,17 +70,17 @@ class MemoryTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._scratch = scratch
         self._granularity = granularity
         self._stop_at = stop_at
-        self._numbers: dict[int, int] = {}  # address of each living storage -> its number
+        self._numbers: dict[int, int] = {}  # address of each live storage -> its number
         self._watched: dict[int, weakref.ref[Any]] = {}
         self._sizes: list[int] = []
         self._kinds: list[str | None] = []
-        self._log: list[int] = []  # number of a storage at its birth, its complement at its death
+        self._log: list[int] = []  # number of a storage at its allocation, the complement at its release
         self._alive = 0
         self._in_backward = False
         self._flops = self._bytes_moved = 0.0
 
     def mark(self, kind: str, tensors: Iterable[Any]) -> None:
-        """These tensors' memory is of this kind, whenever it was or will be allocated; first come, first served."""
+        """Set the kind of these tensors' memory; the first kind that is set for a storage remains."""
         for tensor in tensors:
             if isinstance(tensor, Tensor):
                 number = self._number_of(tensor)
@@ -88,7 +88,7 @@ class MemoryTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
                     self._kinds[number] = kind
 
     def peak(self) -> Peak:
-        """The fullest moment so far; the first of them if there are several."""
+        """Return the peak so far; the first one if several are equal."""
         alive = most = 0
         when = 0
         for moment, entry in enumerate(self._log):
@@ -104,7 +104,7 @@ class MemoryTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return Peak(most, parts)
 
     def take_cost(self) -> StepCost:
-        """What ran since the last call."""
+        """Return the cost of the operators since the last call."""
         cost = StepCost(self._flops, self._bytes_moved)
         self._flops = self._bytes_moved = 0.0
         return cost
@@ -140,7 +140,7 @@ class MemoryTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if inside and not self._in_backward:
             for number in self._numbers.values():
                 if self._kinds[number] is None:
-                    self._kinds[number] = ACTIVATIONS  # what forward left for backward
+                    self._kinds[number] = ACTIVATIONS  # kept by forward for backward
         self._in_backward = inside
 
     def _number_of(self, tensor: Tensor) -> int:
@@ -158,7 +158,7 @@ class MemoryTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return number
 
     def _born(self, size: int) -> int:
-        """The number of new memory."""
+        """Return the number of a new storage."""
         self._sizes.append(-(-size // self._granularity) * self._granularity)
         self._kinds.append(None)
         return len(self._sizes) - 1
@@ -168,7 +168,7 @@ class MemoryTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
             raise OverBudget
 
     def _of_parts(self, tensor: Tensor) -> int:
-        """Sparse tensors own two dense ones."""
+        """Return the number of a sparse tensor, which consists of dense ones."""
         if tensor.layout is torch.sparse_coo:
             return max(self._number_of(tensor._indices()), self._number_of(tensor._values()))
         return self._number_of(tensor.values())

@@ -1,4 +1,4 @@
-"""Counts what operators cost while a step runs, and knows which of them it cannot count."""
+"""Count the cost of operators while a step runs, and list those that cannot be counted."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from lightning_fedscale.devices.profiling.costs import flops_of, has_formula
 
 FREE, COUNTED, UNKNOWN = "free", "counted", "unknown"
 
-# What has products in it and should be in the tables of costs; element by element nothing counts, as is usual.
+# Operators with products, which should be in the tables of costs; elementwise operations do not count, as is usual.
 _PRODUCTS = re.compile(
     r"mm$|mm_|_mm|conv|attention|rnn|lstm|gru|linalg|fft|cholesky|solve|svd|cdist|trilinear|multi_head|transformer"
     r"|quantized|geqrf|ormqr|lu_"
@@ -30,14 +30,14 @@ _OF_TORCH = ("aten", "prim", "prims", "profiler", "c10d", "_c10d_functional", "f
 
 @dataclass
 class Operator:
-    """What was seen of an operator.
+    """The record of an operator.
 
     Attributes:
-        kind: "counted"; "free" where nothing is to be counted, as in everything element by element; "unknown" where
-            something is, or may be, and is not known.
-        calls: how often it ran.
-        flops: of all calls.
-        seconds: of all calls, if they were timed.
+        kind: "counted"; "free" if it has no FLOPs to count, like elementwise operators; "unknown" if it may have FLOPs
+            that are not known.
+        calls: number of calls.
+        flops: FLOPs of all calls.
+        seconds: time of all calls, if they were timed.
     """
 
     kind: str
@@ -47,25 +47,25 @@ class Operator:
 
 
 class OperatorCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Adds up FLOPs by phase and takes note of every operator of a module's own step, while it is the current mode.
+    """Sums FLOPs by phase and records every operator of a module's own step, while it is the current mode.
 
-    The phases are "forward", "backward" and "optimizer"; in the last one arithmetic counts element by element too,
-    since an optimizer has nothing else. What runs in hooks of callbacks, or on copies of the module, is none of the
-    step's and does not count. What runs is not changed.
+    The phases are "forward", "backward" and "optimizer"; in the last one elementwise arithmetic counts too, since an
+    optimizer has nothing else. Operators in hooks of callbacks, or on copies of the module, are not part of the step
+    and do not count. The computation is not changed.
 
     Args:
-        module: the module, which knows which of its hooks runs.
+        module: the module, whose current hook is read.
         step: the hook whose operators are the forward pass.
-        tables: where rows are looked up, by the identity of their storage: noted is which of them are multiplied.
-        timed: measure how long each operator takes, on CUDA waiting for each.
-        everything: count all that runs, whichever hook it is in.
+        tables: lookup tables by the identity of their storage; those that are multiplied are recorded.
+        timed: measure the time of each operator, on CUDA with a synchronization.
+        everything: count all operators, in any hook.
 
     Attributes:
-        flops: by phase.
-        operators: by name.
+        flops: FLOPs by phase.
+        operators: records by name.
         multiplied: identities of the tables that took part in a product.
-        steps: of optimizers.
-        timed: as given.
+        steps: number of optimizer steps.
+        timed: the argument.
     """
 
     supports_higher_order_operators = True
@@ -88,17 +88,17 @@ class OperatorCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._waits = timed and torch.cuda.is_available()
         self._fields = vars(module)
         self._step = step
-        self._around = {None, step, "backward", "optimizer_step"}  # what runs where the step is the module's own
+        self._around = {None, step, "backward", "optimizer_step"}  # hooks in which operators belong to the step
         self._everything = everything
         self._tables = {table: table for table in tables}
-        self._copies: list[Tensor] = []  # of tables, kept so that nothing else gets their place in memory
-        self._scopes: list[tuple[bool, Any]] = []  # of torch's profiler: is it an optimizer's step, and in which hook
+        self._copies: list[Tensor] = []  # copies of tables, kept so that no other tensor gets their address
+        self._scopes: list[tuple[bool, Any]] = []  # torch's profiler scopes: is it an optimizer's step, in which hook
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         plan = _PLANS.get(func) or _plan_of(func)
         if plan.composite and not plan.counts and not any(getattr(value, "is_nested", False) for value in args):
-            # In inference mode operators come here before they are taken apart, as torch itself would do next.
+            # In inference mode operators arrive here before they are decomposed, as torch itself would do next.
             with self:
                 return func._op_dk(torch._C.DispatchKey.CompositeImplicitAutograd, *args, **kwargs)
         begun = self._now() if self.timed else 0.0
@@ -112,17 +112,17 @@ class OperatorCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     @classmethod
     def ignore_compile_internals(cls) -> bool:
-        """What is compiled stays so, and its products are seen where it calls them."""
+        """Return True: compiled code stays compiled, and its calls of products are counted."""
         return True
 
     def uncounted_share(self) -> float:
-        """Share of the measured time that went to operators of unknown cost."""
+        """Return the share of the measured time of operators of unknown cost."""
         total = sum(operator.seconds for operator in self.operators.values())
         unknown = sum(operator.seconds for operator in self.operators.values() if operator.kind == UNKNOWN)
         return unknown / total if total else 0.0
 
     def _phase(self) -> str | None:
-        """What the operator is for; None if it is not the step's."""
+        """Return the operator's phase; None if it does not belong to the step."""
         hook = self._fields.get("_current_fx_name")
         if not self._everything and hook not in self._around:
             return None
@@ -130,7 +130,7 @@ class OperatorCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]
             return "backward"
         if self._scopes and self._scopes[-1][0]:
             if hook == self._step and (hook != self._scopes[-1][1] or torch.is_grad_enabled()):
-                return "forward"  # the closure runs the step within the optimizer's
+                return "forward"  # the closure runs the training step within the optimizer's step
             return None if torch.is_grad_enabled() else "optimizer"
         return "forward" if self._everything or hook == self._step else None
 
@@ -147,7 +147,7 @@ class OperatorCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if plan.counts:
             try:
                 flops = plan.flops(func, args, kwargs, result)
-            except Exception:  # of a formula that does not know such arguments; the step goes on
+            except Exception:  # the formula does not support these arguments; the step continues
                 plan = plan._replace(kind=UNKNOWN)
             if flops and self._tables:
                 self._note_tables(args)
@@ -171,7 +171,7 @@ class OperatorCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 self.multiplied.add(self._tables[storage])
 
     def _note_copy(self, args: Any, result: Any) -> None:
-        """A copy in another precision is the table as well."""
+        """Record that a copy in another precision is the same table."""
         if args and isinstance(args[0], Tensor) and (storage := storage_of(args[0])) in self._tables:
             self._copies.append(result)
             self._tables[storage_of(result)] = self._tables[storage]
@@ -183,7 +183,7 @@ class OperatorCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 def storage_of(tensor: Tensor) -> int:
-    """The identity of the memory that a tensor is a view of; 0 where there is none."""
+    """Return the identity of a tensor's storage; 0 if it has none."""
     try:
         return int(tensor.untyped_storage()._cdata)
     except (NotImplementedError, RuntimeError):
@@ -191,14 +191,14 @@ def storage_of(tensor: Tensor) -> int:
 
 
 class _Plan(NamedTuple):
-    """What is to be done about an operator.
+    """How an operator is counted.
 
     Attributes:
-        name: of the operator.
-        kind: whether its FLOPs count, are free, or are not known.
+        name: name of the operator.
+        kind: whether its FLOPs are counted, free, or unknown.
         counts: whether there is a formula for it.
-        composite: whether it is made of others.
-        pointwise: whether an optimizer's step counts it element by element.
+        composite: whether it is composed of other operators.
+        pointwise: whether it counts as elementwise arithmetic in an optimizer's step.
         copies: whether it copies tensors into another precision.
         scope: True if it begins a scope of torch's profiler, False if it ends one, None otherwise.
     """
@@ -212,7 +212,7 @@ class _Plan(NamedTuple):
     scope: bool | None
 
     def flops(self, func: Any, args: Any, kwargs: Any, result: Any) -> float:
-        """Of a call, by the formula."""
+        """Return the FLOPs of a call by the formula."""
         if isinstance(func, torch._ops.HigherOrderOperator):
             return float(flop_counter.flop_registry[func](*args, **kwargs, out_val=result))
         return float(flops_of(func, args, kwargs, result))
@@ -247,7 +247,7 @@ _SCOPES = {
 
 
 def _arithmetic(plan: _Plan, args: Any, kwargs: Any, result: Any) -> float:
-    """Operations of an operator in an optimizer's step."""
+    """Return the operations of an operator in an optimizer's step."""
     name = plan.name.removeprefix("aten.")
     if name.startswith("_fused_") and args:
         return float(sum(tensor.numel() for tensor in args[0]) * _operations_of_fused(name, kwargs))
@@ -263,7 +263,7 @@ _FOREACH_COPIES = {"_foreach_copy_", "_foreach_copy", "_foreach_zero_", "_foreac
 
 
 def _operations_of_fused(name: str, kwargs: Any) -> int:
-    """For each element, as torch's loops over parameters do them."""
+    """Return the operations per element of a fused optimizer, as in torch's loops over parameters."""
     given = bool(kwargs.get("weight_decay")) + bool(kwargs.get("maximize"))
     if "sgd" in name:
         momentum = 2 * (bool(kwargs.get("momentum")) and not kwargs.get("is_first_step"))
@@ -280,7 +280,7 @@ def _name(func: Any) -> str:
 
 
 def _kind(func: Any) -> str:
-    """Of an operator without a formula."""
+    """Return the kind of an operator without a formula."""
     if isinstance(func, torch._ops.HigherOrderOperator):
         return UNKNOWN
     if func.is_view or (torch.Tag.pointwise in func.tags and func.namespace in _OF_TORCH):

@@ -1,4 +1,4 @@
-"""A real training step in a child process whose memory is limited: out-of-memory that harms nobody."""
+"""Run a real training step in a child process with limited memory, so that out-of-memory is harmless."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _STATUS = Path("/proc/self/status")
 _LARGE = 2**16
 _RESERVED = 2**28
 
-# Of torch's allocators, and what oneDNN says when it gets no memory.
+# Messages of torch's allocators, and of oneDNN when it gets no memory.
 _SIGNS = (
     "can't allocate memory", "not enough memory", "out of memory", "could not create a memory",
     "could not create a primitive",
@@ -31,14 +31,14 @@ _SIGNS = (
 
 
 class RealStep(NamedTuple):
-    """How a real step went.
+    """The result of a real step.
 
     Attributes:
-        fits: whether it came to its end.
-        out_of_memory: whether it did not because memory ran out.
-        peak_bytes: how far the process's address space grew at most; None if it did not come to its end.
-        seconds: time it took.
-        reason: what ended it, if it did not come to its end.
+        fits: whether it finished.
+        out_of_memory: whether it failed because memory ran out.
+        peak_bytes: largest growth of the process's address space; None if it did not finish.
+        seconds: its duration.
+        reason: why it ended, if it did not finish.
     """
 
     fits: bool
@@ -49,19 +49,19 @@ class RealStep(NamedTuple):
 
 
 def real_step(step: Callable[[], object], budget: int, *, timeout: float = 300.0) -> RealStep:
-    """Run a step in a fork of this process that may take so much more writable address space than it has now.
+    """Run a step in a fork of this process with a limit on additional writable address space.
 
-    Beyond that, allocations fail there, as on a machine with that much memory. This process does not change: its
-    memory is copied when the child writes to it. Address space includes what no model sees, such as the scratch memory
-    of libraries. What this process has freed or reserved without using it is of no help to the child.
+    Beyond the limit, allocations in the child fail, as on a machine with that much memory. This process does not
+    change: its memory is copied when the child writes to it. Address space includes memory outside the model, such as
+    the scratch memory of libraries. The child cannot use memory that this process has freed or reserved.
 
     Args:
-        step: what to run. Its result is dropped.
+        step: the step to run. Its result is dropped.
         budget: bytes.
         timeout: seconds after which the child is killed.
 
     Raises:
-        RuntimeError: where this cannot work: without ``fork``, or once CUDA is in use, whose state a fork cannot share.
+        RuntimeError: if this is impossible: without ``fork``, or once CUDA is in use, whose state a fork cannot share.
 
     Example:
         >>> real_step(lambda: torch.zeros(1000).sum(), budget=2**28).fits
@@ -90,18 +90,18 @@ def real_step(step: Callable[[], object], budget: int, *, timeout: float = 300.0
         return RealStep(False, False, None, time.perf_counter() - started, f"killed after {timeout:g} s")
     if not answer:
         killed = signal.Signals(status & 0x7F).name if status & 0x7F else f"exit code {status >> 8}"
-        # Libraries that do not check their allocations die of them.
+        # Libraries that do not check their allocations crash when these fail.
         gone = killed in ("SIGSEGV", "SIGABRT", "SIGBUS", "SIGKILL")
         return RealStep(False, gone, None, time.perf_counter() - started, f"the child ended with {killed}")
     return RealStep(*pickle.loads(answer))
 
 
 def real_step_on_cuda(step: Callable[[], object], device: torch.device) -> RealStep:
-    """Run a step here and measure what it takes of a CUDA device beyond what was taken before.
+    """Run a step in this process and measure its additional memory on a CUDA device.
 
     Args:
-        step: what to run.
-        device: where it runs.
+        step: the step to run.
+        device: device of the step.
     """
     torch.cuda.synchronize(device)
     torch.cuda.empty_cache()
@@ -115,19 +115,19 @@ def real_step_on_cuda(step: Callable[[], object], device: torch.device) -> RealS
     except RuntimeError as error:
         if not is_out_of_memory(error):
             raise
-        reason = str(error)  # and not the error, whose frames hold on to memory
+        reason = str(error)  # keep the text only, since the error's frames keep memory alive
     seconds = time.perf_counter() - started
-    # The allocator takes blocks that it does not fill: what is reserved is what the device is out of.
+    # The allocator takes blocks that it does not fill, so the reserved bytes are what the device lacks.
     taken = max(torch.cuda.max_memory_allocated(device) - allocated, torch.cuda.max_memory_reserved(device) - reserved)
     torch.cuda.empty_cache()
     return RealStep(not reason, bool(reason), None if reason else taken, seconds, reason)
 
 
 def true_max_batch(step_of: Callable[[int], Callable[[], object]], budget: int, low: int, high: int) -> int:
-    """The largest batch that really fits, found by bisection to real out-of-memory.
+    """Find the true maximum batch by bisection to real out-of-memory.
 
     Args:
-        step_of: gives the step for a batch size.
+        step_of: returns the step for a batch size.
         budget: bytes.
         low: a batch that fits.
         high: a batch that does not.
@@ -142,24 +142,24 @@ def true_max_batch(step_of: Callable[[int], Callable[[], object]], budget: int, 
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an exception says that memory ran out, on any device."""
+    """Return whether an exception reports that memory ran out, on any device."""
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
         return True
     return isinstance(error, RuntimeError) and any(sign in str(error) for sign in _SIGNS)
 
 
 def _be_the_child(step: Callable[[], object], budget: int, writing: int) -> None:
-    """Never returns, and runs nothing that the parent registered for its own end."""
+    """Run the step in the child and exit, without the parent's exit handlers."""
     answer: tuple[Any, ...]
     started = time.perf_counter()
     try:
-        torch.set_num_threads(1)  # the parent's worker threads are not here
+        torch.set_num_threads(1)  # the child does not have the parent's worker threads
         _silence()
         _take_memory_from_the_system()
         before = _status("VmSize")
-        # glibc reserves addresses for every thread, 64 MiB at a time, and falls back on them in the end.
-        # So what counts are writable addresses; of all together there are some more, since Linux checks what becomes
-        # writable only while those are not used up.
+        # glibc reserves addresses for every thread, 64 MiB at a time, and falls back on them in the end. The budget
+        # therefore limits writable addresses. The limit on all addresses is higher, since Linux checks memory that
+        # becomes writable only while that limit is not reached.
         _limit(resource.RLIMIT_DATA, _status("VmData") + budget)
         _limit(resource.RLIMIT_AS, before + budget + _RESERVED)
         step()
@@ -174,12 +174,12 @@ def _be_the_child(step: Callable[[], object], budget: int, writing: int) -> None
 
 
 def _take_memory_from_the_system() -> None:
-    """Blocks of 64 KiB and more get pages of their own, so that neither fragments count nor blocks freed before."""
-    with suppress(AttributeError, OSError):  # of another C library
+    """Give blocks of 64 KiB and more their own pages, so that fragments and previously freed blocks do not count."""
+    with suppress(AttributeError, OSError):  # raised with another C library
         libc = ctypes.CDLL(None)
         libc.mallopt(-3, _LARGE)  # M_MMAP_THRESHOLD
         libc.malloc.restype = ctypes.c_void_p
-        # Free blocks of this size are taken first, whatever the threshold: until there are none, they are held.
+        # Free blocks of this size are used first, whatever the threshold, so allocate them until there are none left.
         while (block := libc.malloc(_LARGE)) and not _has_own_pages(block):
             pass
 
@@ -200,7 +200,7 @@ def _silence() -> None:
     null = os.open(os.devnull, os.O_WRONLY)
     os.dup2(null, 1)
     os.dup2(null, 2)
-    sys.stdout = sys.stderr = os.fdopen(null, "w")  # which may be something else than 1 and 2, as in notebooks
+    sys.stdout = sys.stderr = os.fdopen(null, "w")  # they may differ from 1 and 2, as in notebooks
 
 
 def _status(field: str) -> int:
@@ -210,7 +210,7 @@ def _status(field: str) -> int:
 
 
 def _read(reading: int, timeout: float) -> bytes | None:
-    """All that is written until the other end closes; None if that takes too long."""
+    """Read until the other end closes; return None if that takes too long."""
     parts: list[bytes] = []
     until = time.monotonic() + timeout
     with os.fdopen(reading, "rb", buffering=0) as pipe:

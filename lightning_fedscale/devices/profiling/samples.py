@@ -1,4 +1,4 @@
-"""The sample that takes most memory, which is the one to probe with."""
+"""Find the sample that takes most memory, to probe with it."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ class LargestSample(NamedTuple):
     """The largest sample found.
 
     Attributes:
-        sample: as the dataset gives it.
-        looked_at: how many samples were looked at.
-        total: how many there are; None if that is not known.
+        sample: the sample as returned by the dataset.
+        looked_at: number of samples that were read.
+        total: number of samples; None if it is unknown.
     """
 
     sample: Any
@@ -31,12 +31,12 @@ class LargestSample(NamedTuple):
 def largest_sample(dataset: Any, seconds: float = 5.0) -> LargestSample:
     """Look for the largest sample of a dataset.
 
-    Datasets whose samples are all alike are told by 64 of them, evenly spaced. Where sizes differ, all are looked at
-    while the time lasts, in an order in which any beginning is spread over the dataset.
+    First 64 evenly spaced samples are read, which suffice if all have the same size. If sizes differ, all samples are
+    read while time remains, in an order in which the first ones are always spread over the dataset.
 
     Args:
-        dataset: map-style, or iterable, of which only the beginning is read.
-        seconds: most time to spend.
+        dataset: a map-style dataset, or an iterable one, of which only the beginning is read.
+        seconds: maximum time.
 
     Raises:
         ValueError: if there is no sample.
@@ -57,12 +57,12 @@ def largest_sample(dataset: Any, seconds: float = 5.0) -> LargestSample:
 
 
 def is_map_style(dataset: Any) -> bool:
-    """Whether a dataset can be asked for any of its samples."""
+    """Return whether a dataset can return any of its samples by index."""
     return hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__") and not isinstance(dataset, IterableDataset)
 
 
 def size_of(sample: Any) -> int:
-    """How many numbers or characters a sample holds; anything unknown counts as one."""
+    """Return how many numbers or characters a sample has; any other object counts as one."""
     return sum(_sizes(sample))
 
 
@@ -81,7 +81,7 @@ def _largest(samples: Iterable[tuple[int, Any]], total: int | None, seconds: flo
 
 def _sizes(sample: Any) -> tuple[int, ...]:
     if hasattr(sample, "__dict__") and not isinstance(sample, (Tensor, np.ndarray, Sequence)):
-        sample = vars(sample)  # a data class or the like
+        sample = vars(sample)  # such as a dataclass
     return tuple(map(_size, tree_leaves(sample)))
 
 
@@ -94,7 +94,7 @@ def _size(leaf: Any) -> int:
 
 
 def _spread(total: int) -> Iterator[int]:
-    """All indices, in steps of the golden section."""
+    """Yield all indices, in steps of the golden section."""
     step = max(1, round(total * 0.6180339887))
     while np.gcd(step, total) != 1:
         step += 1

@@ -1,4 +1,4 @@
-"""Memory that operators take while they run, and give back before they return."""
+"""Temporary memory of operators, which they release before they return."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from lightning_fedscale.devices.profiling import libraries
 
-# Nothing but their result, if it can be told from the call.
+# Operators that take no memory besides their result.
 _FREE = {
     "empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "zeros", "zeros_like", "new_zeros",
     "ones", "ones_like", "full", "full_like", "zero_", "fill_", "clone", "copy_", "_to_copy", "cat", "arange", "randn",
@@ -26,19 +26,20 @@ _WHOLE = {torch.float32, torch.float64}
 class _Call(NamedTuple):
     operator: Any
     size: int  # bytes of arguments and results
-    hidden: int  # bytes taken beside them
+    hidden: int  # temporary bytes besides these
 
 
 class Scratch:
-    """What operators of a step take of a CPU's memory beside arguments and results, learned by running them.
+    """The temporary CPU memory of a step's operators, besides arguments and results, measured by running them.
 
-    Convolutions reorder their arguments and results, backward passes copy gradients that are not contiguous, some
-    operators have tables of their own: that is known to nobody but the operator. So every operator of a step with few
-    samples runs for real, apart from the module, on tensors that have the shapes and no meaning. The calls of larger
-    steps are matched by their order; what they take follows the bytes of their arguments and results.
+    Convolutions reorder their arguments and results, backward passes copy gradients that are not contiguous, and some
+    operators have internal tables; only the operator itself knows this. Therefore every operator of a step with few
+    samples is run separately from the module, on real tensors of the right shapes with arbitrary values. The calls of
+    larger steps are matched by their order; their temporary memory is extrapolated by the bytes of their arguments and
+    results.
 
     Attributes:
-        borders: batches above which some operators go another way, which may take less.
+        borders: batches above which some operators use another algorithm, which may take less.
 
     Example:
         >>> scratch, images, weights = Scratch(), torch.ones(16, 32, 8, 8), torch.ones(32, 32, 3, 3)
@@ -61,25 +62,25 @@ class Scratch:
         self.borders: set[int] = set()
 
     def begin(self, *, learning: bool = False, samples: int = 0) -> None:
-        """A rehearsal on fake tensors begins, whose operators are run for real or looked up."""
+        """Start a dry run on fake tensors, whose operators are run on real tensors or looked up."""
         self._calls, self._learning, self._samples, self._kinds = [], learning, samples, set()
 
     def learned(self) -> None:
-        """The rehearsal is over; others follow it."""
+        """Finish the dry run, and use it for later ones."""
         self._steps.append(self._calls)
 
     def ask(self) -> None:
-        """All rehearsals to learn from are over: measure what libraries keep of their calls."""
+        """Measure the memory that libraries keep for the calls of all learning dry runs."""
         if self._used:
             self._kept = libraries.kept_of(self._used)
 
     @property
     def assumed(self) -> str:
-        """Why the usual is assumed of what libraries keep; empty if it was measured, or if it is nothing."""
+        """Why a typical value is assumed for the libraries' memory; empty if it was measured, or if it is zero."""
         return self._kept.assumed
 
     def kept(self) -> int:
-        """What libraries keep of the calls since the rehearsal began; buffers alike for any batch."""
+        """Return the libraries' memory for the calls of this dry run; buffers are the same for any batch."""
         if not self._kept.assumed and self._kinds - self._kept.code.keys():
             self._kept = self._kept._replace(assumed="some operators could not be run on a few samples")
         return libraries.code_bytes(self._kinds, self._kept.code) + self._kept.buffers
@@ -90,7 +91,7 @@ class Scratch:
             self._kinds.add(kind)
 
     def hidden(self, operator: Any, args: Any, kwargs: Any, result: Any) -> int:
-        """Bytes that a call takes at most beside its arguments and results."""
+        """Return the maximum temporary bytes of a call, besides its arguments and results."""
         given = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         if _takes_nothing(operator, given, result):
             return 0
@@ -103,7 +104,7 @@ class Scratch:
     def _follow(self, operator: Any, size: int) -> int:
         number = len(self._calls)
         known = [step[number] for step in self._steps if number < len(step) and step[number].operator is operator]
-        if not known or len(known) < len(self._steps):  # another order: the most that this operator has taken
+        if not known or len(known) < len(self._steps):  # in another order: use this operator's largest ratio
             calls = [call for step in self._steps for call in step if call.operator is operator]
             return round(max((call.hidden / max(1, call.size) for call in calls), default=0.0) * size)
         first, last = min(known, key=_size_of), max(known, key=_size_of)
@@ -122,7 +123,7 @@ class Scratch:
         return self._measured[key]
 
     def _look_below(self, operator: Any, args: Any) -> None:
-        """Note the largest batch with which a convolution goes another way, if it is smaller than this one."""
+        """Record the largest batch for which a convolution uses another algorithm, if it is below this one."""
         rows = len(args[0])
         if libraries.kind_of(operator, args) != libraries.kind_of(operator, args, libraries.FEW - 1):
             self.borders.add(-(-libraries.FEW * self._samples // rows) - 1)
@@ -145,7 +146,7 @@ def _takes_nothing(operator: Any, given: list[Tensor], result: Any) -> bool:
 
 
 def _is_dense(tensor: Tensor) -> bool:
-    """Whether its numbers lie next to each other, in whichever order of dimensions."""
+    """Return whether a tensor's numbers are contiguous in memory, for any order of dimensions."""
     expected = 1
     for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
         if size > 1:
@@ -164,14 +165,14 @@ def _run(operator: Any, args: Any, kwargs: Any) -> int:
         try:
             args, kwargs = tree_map_only(Tensor, libraries.like, (args, kwargs))
             return _most_taken(lambda: operator(*args, **kwargs))
-        except Exception:  # such as indices that have to mean something
+        except Exception:  # such as for invalid indices
             return 0
 
 
 def _most_taken(call: Callable[[], Any]) -> int:
     if not torch._C._autograd._profiler_enabled():
         return watched(call)[1]
-    found: list[int] = []  # the user's own profiler is active in this thread, and in no other
+    found: list[int] = []  # the user's own profiler is only active in this thread
     thread = threading.Thread(target=lambda: found.append(watched(call)[1]))
     thread.start()
     thread.join()
@@ -179,7 +180,7 @@ def _most_taken(call: Callable[[], Any]) -> int:
 
 
 def watched(call: Callable[[], Any]) -> tuple[Any, int]:
-    """A call's result, and most bytes that torch gave out meanwhile beyond those that are in use at its end."""
+    """Return a call's result, and its peak of torch's allocated bytes minus those in use at its end."""
     if torch._C._autograd._profiler_enabled():
         return call(), 0
     torch._C._autograd._enable_profiler_legacy(_MEMORY)

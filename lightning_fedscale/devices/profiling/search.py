@@ -1,4 +1,4 @@
-"""The largest argument at which an increasing function stays within a bound, in few evaluations if it is convex."""
+"""Find the largest argument of an increasing function within a bound, in few evaluations if it is convex."""
 
 from __future__ import annotations
 
@@ -7,17 +7,18 @@ from collections.abc import Callable
 
 
 def largest_within(excess: Callable[[int], float], limit: int, *, start: int = 1, gentle: bool = False) -> int:
-    """The largest integer up to ``limit`` at which ``excess`` is not positive; at ``start`` it must not be.
+    """Return the largest integer up to ``limit`` at which ``excess`` is not positive, which must hold at ``start``.
 
     Peak memory is the maximum of a few lines. A line through two points never lies above such a function beyond them,
-    and never below it between them; so extrapolating bounds the answer from above, interpolating from below, and the
-    two meet after about six evaluations. Every third one bisects, should the function not be convex: where it leaps.
+    and never below it between them. Extrapolation therefore bounds the result from above and interpolation from below,
+    and the two meet after about six evaluations. Every third one bisects, in case the function jumps and is not convex.
 
     Args:
-        excess: how far the function lies above the bound; may be infinite where that is not known.
-        limit: largest integer that is looked at, if above ``start``.
-        start: smallest integer that is looked at.
-        gentle: never look at more than twice what is known to fit, where an evaluation costs what it finds.
+        excess: difference between the function and the bound; may be infinite if it is unknown.
+        limit: largest integer to evaluate, if above ``start``.
+        start: smallest integer to evaluate.
+        gentle: never evaluate more than twice the largest fitting integer, for when an evaluation takes the memory that
+            it measures.
 
     Example:
         >>> largest_within(lambda n: 7 * n + 5 - 1000, limit=10**6)

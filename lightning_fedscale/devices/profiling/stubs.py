@@ -1,4 +1,4 @@
-"""What a rehearsing module meets in place of Trainer, loggers and metrics: nothing that it says or counts leaves it."""
+"""Stubs for Trainer, loggers and metrics in a dry run, so that it has no effects outside of the module."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ _SPOKEN = "log", "log_dict", "print", "clip_gradients", "toggle_optimizer", "unt
 
 
 def silence(module: Any, trainer: Any) -> None:
-    """Nothing that the module says or counts leaves it.
+    """Replace the module's logging and metrics by stubs without effects outside of it.
 
     Args:
-        module: a copy that nobody else sees.
-        trainer: what it finds as ``self.trainer``: a `TrainerView`, or a Trainer to make one of.
+        module: a copy that is not used elsewhere.
+        trainer: its ``self.trainer``: a `TrainerView`, or a Trainer to make one of.
     """
     view = trainer if isinstance(trainer, TrainerView) else TrainerView(trainer)
     for part in module.modules():
@@ -51,7 +51,7 @@ def _backward(module: Any, loss: Tensor, *args: Any, **kwargs: Any) -> None:
 
 
 def _quieten(metric: Any) -> None:
-    """Let a metric compute, since it may be the loss, but concern no other rank, and give 0 if it needs contents."""
+    """Let a metric compute, since it may be the loss, but without other ranks, and return 0 if it is data-dependent."""
     metric.distributed_available_fn = lambda: False
     zero = torch.zeros(())
     instead = dict.fromkeys(metric.keys(), zero) if isinstance(metric, MetricCollection) else zero
@@ -72,7 +72,7 @@ def _attempt(own: Callable[..., Any], instead: Any) -> Callable[..., Any]:
 
 
 class _Anything:
-    """Takes every call, has every attribute, does nothing: a logger's experiment, a scheduler, ``self.log``."""
+    """Accepts every call, has every attribute, and does nothing: a logger's experiment, a scheduler, ``self.log``."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return None if self is _ANYTHING else self
@@ -119,20 +119,20 @@ _AT_START: dict[str, Any] = {
 
 
 class TrainerView:
-    """The Trainer as a rehearsing module sees it: what it reads is the Trainer's, what it would start does not happen.
+    """The Trainer for a module in a dry run: attributes are the Trainer's, and method calls do nothing.
 
-    Without a Trainer, the counters of one that has just begun.
+    Without a Trainer it has the counters of one at the start of training.
     """
 
     def __init__(self, trainer: Any) -> None:
         vars(self)["_real"] = trainer
 
     def replace(self, **attributes: Any) -> None:
-        """Show these in place of the Trainer's own."""
+        """Use these attributes in place of the Trainer's own."""
         vars(self).update(attributes)
 
     def outside(self) -> dict[int, Any]:
-        """What a module may hold on to and a copy of it does not have copies of, by address: what it has instead."""
+        """Return the replacements, by address, of objects that a module may reference and that are not copied."""
         real = self._real
         if real is None:
             return {}
@@ -146,7 +146,7 @@ class TrainerView:
 
     def __getattr__(self, name: str) -> Any:
         if name == "estimated_stepping_batches":
-            return 1000  # the Trainer's would load the data; schedules take no memory
+            return 1000  # the Trainer's value would load the data; schedules take no memory
         if name == "strategy":
             return _Alone(None if self._real is None else self._real.strategy)
         if name in ("logger", "loggers", "should_stop", "profiler"):
@@ -164,7 +164,7 @@ class TrainerView:
 
 
 class _Alone:
-    """The Trainer's strategy with collectives that concern nobody else: other ranks are not rehearsing the same."""
+    """The Trainer's strategy with local collectives, since other ranks do not do the same dry run."""
 
     def __init__(self, strategy: Any) -> None:
         self._real = strategy
@@ -184,13 +184,13 @@ class _Alone:
 
 
 class ManualOptimizer:
-    """An optimizer as manual optimization sees it."""
+    """An optimizer for manual optimization."""
 
     def __init__(self, optimizer: Optimizer) -> None:
         self.optimizer = optimizer
 
     def toggle_model(self, sync_grad: bool = True) -> AbstractContextManager[None]:
-        """Which parameters need gradients stays as it is."""
+        """Leave the parameters' ``requires_grad`` unchanged."""
         return nullcontext()
 
     def __getattr__(self, name: str) -> Any:
@@ -198,13 +198,13 @@ class ManualOptimizer:
 
 
 class ManualScheduler:
-    """A learning rate scheduler as manual optimization sees it: it is asked, and does not move."""
+    """A learning rate scheduler for manual optimization that can be read but does not step."""
 
     def __init__(self, scheduler: Any) -> None:
         self.scheduler = scheduler
 
     def step(self, *args: Any, **kwargs: Any) -> None:
-        """Rates take no memory, and what some schedulers step by has no contents here."""
+        """Do nothing: learning rates take no memory, and metrics for some schedulers are fake tensors here."""
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.scheduler, name)

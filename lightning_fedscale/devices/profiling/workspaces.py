@@ -1,4 +1,4 @@
-"""Memory that operators keep for backward and whose size only the library below torch knows."""
+"""Memory that operators keep for backward, if only the library below torch knows its size."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
 from torch.utils._python_dispatch import _disable_current_modes
 
 _LSTM = torch.ops.aten.mkldnn_rnn_layer.default
-_NUMBERS = 2**18  # hidden numbers in what is run to learn the size
+_NUMBERS = 2**18  # hidden numbers in the layer that is run to measure the size
 _PAGE = 4096
 
 
 def with_workspace(operator: Any, args: tuple[Any, ...], result: Any) -> Any:
-    """A fake operator's result, with workspaces as large as the real ones.
+    """Return a fake operator's result with workspaces as large as the real ones.
 
-    Fake tensors give the LSTM of oneDNN an empty workspace, though it is most of what the layer keeps.
+    With fake tensors the LSTM of oneDNN has an empty workspace, although this is most of the layer's memory.
     """
     if operator is not _LSTM or not isinstance(result[-1], FakeTensor):
         return result
