@@ -182,7 +182,7 @@ def _share_of_norm(
 
 def _of_norm(scales: list[float], codes: UnsignedArray, levels: int) -> FloatArray:
     magnitudes: FloatArray = np.arange(float(1 << width_of(levels + 1))) * (scales[0] / levels)
-    values: FloatArray = np.concatenate([magnitudes, 0.0 - magnitudes])  # not -0.0 where the magnitude is zero
+    values: FloatArray = np.concatenate([magnitudes, 0.0 - magnitudes])  # avoids -0.0 if the magnitude is zero
     return values.take(codes)
 
 

@@ -146,7 +146,7 @@ class MemoryModel:
                 try:
                     self._known[smallest] = self._rehearsal.run(smallest, fake=fake)
                 except Exception as error:
-                    imagined = error if fake else imagined  # of the largest batch: BatchNorm may reject one sample
+                    imagined = error if fake else imagined  # keep the largest batch's: BatchNorm may reject one sample
                     own = error
                 else:
                     if fake:

@@ -194,7 +194,7 @@ def _what_is_lacking(
 ) -> tuple[tuple[float, float], tuple[float, float]]:
     """Return `NoiseScale.needed` and `NoiseScale.shortfall`."""
     shared, mean = float(weights @ weights), float(weights @ squares)
-    variance = float(weights @ (squares - mean) ** 2) / (1.0 - shared)  # of a look
+    variance = float(weights @ (squares - mean) ** 2) / (1.0 - shared)  # variance of a look
     upper = mean + float(stdtrit(1.0 / shared - 1.0, 0.975)) * math.sqrt(variance * shared)
 
     def doubt(shared: float) -> float:

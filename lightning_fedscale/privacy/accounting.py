@@ -10,8 +10,8 @@ Accountant: TypeAlias = Literal["pld", "rdp"]
 
 # Orders below 2 only matter for large epsilon, and dp-accounting's series often does not converge for them.
 _ORDERS = (*(2 + quarter / 4 for quarter in range(12)), *range(5, 65), 80, 96, 128, 256, 512, 1024)
-_STEP = 1e-4  # of the grid of privacy losses, dp-accounting's own
-_CLOSE = 1e-3  # relative, of a noise multiplier that was searched for
+_STEP = 1e-4  # step of the grid of privacy losses, dp-accounting's default
+_CLOSE = 1e-3  # relative precision of the search for a noise multiplier
 
 
 def epsilon(accountant: Accountant, noise_multiplier: float, rounds: int, q: float, delta: float) -> float:

@@ -77,7 +77,7 @@ def _shown(value: Any) -> str:
         return f"{value:g}"
     if isinstance(call := getattr(value, "call", None), str) and call:
         return call
-    function = getattr(value, "func", value)  # of a partial
+    function = getattr(value, "func", value)  # the function of a partial
     if (name := getattr(function, "__name__", None)) is not None:
         return str(name)
     # A repr with an address would differ in every run.
