@@ -12,8 +12,8 @@ from lightning_fedscale.types import Params
 def identity() -> Compressor:
     """Send every value as a float32 number of 32 bits.
 
-    It is the baseline of other compressors, and can serve `phase_driven` and `adaptive` as the uncompressed case.
-    Models of float64 parameters lose digits.
+    It is the baseline of other compressors: `adaptive` falls back to it, and `phase_driven` can use it in critical
+    phases. Models of float64 parameters lose digits.
 
     Example:
         >>> import torch

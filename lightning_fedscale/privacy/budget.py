@@ -22,7 +22,7 @@ class PrivacyBudget:
     def __init__(self, privacy: Privacy, q: float) -> None:
         self.privacy = privacy
         self._q = q
-        # Epsilon of each round is computed twice: before the round, and after it.
+        # Epsilon of each round is requested twice: before the round, and after it.
         self._epsilon = cache(lambda rounds: privacy.epsilon(rounds, q))
 
     def expected_weight(self, sizes: IntArray) -> float:
