@@ -43,7 +43,7 @@ def moved(model: Model, delta: list[float], rule: ServerOptimizer | None = None,
     plan = RoundPlan(4, np.array([0]), np.array([0]))
     table, aggregator = RoundTable(plan, 1), mean()
     update = ClientUpdate(0, torch.tensor(delta, dtype=torch.float64), 1.0, 2, 2, 1, 0.5, 0.1)
-    table.add(update, 2.0, (0, 0), (0.0, 0.0))
+    table.clients.add(update, 2.0, (0, 0), (0.0, 0.0))
     cohort = Cohort(4, plan.cohort, 1, exchange.view.trainable, 0)
     total = aggregator.accumulate(aggregator.init(server, cohort), update, 2.0, cohort)
     model_of_server = GlobalModel(Rules(None, None, None, aggregator, ()), rule or fed_avg())

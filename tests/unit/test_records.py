@@ -30,11 +30,15 @@ def test_record_in_numbers() -> None:
     # Deltas (3, 4), (0, 2) and one that is not finite, with weights 1, 3 and 4: the mean is (0.75, 2.5).
     plan = plan_of([0, 1, 0], cohort=[2, 5, 9])
     table = RoundTable(plan, 2)
-    table.add(
+    table.clients.add(
         update(2, norm=5.0, samples=2, steps=1, loss=1.0, seconds=0.25), 1.0, (1, 2), (8.0, 3.0), sent=(100, 1, 0)
     )
-    table.add(update(5, norm=2.0, samples=6, steps=3, loss=0.5, seconds=1.5), 3.0, (0, 7), (4.0, 2.0), sent=(70, 1, 0))
-    table.add(update(9, norm=math.nan, samples=8, steps=4, loss=math.nan), 4.0, (5, 0), (4.0, 1.0), sent=(30, 1, 0))
+    table.clients.add(
+        update(5, norm=2.0, samples=6, steps=3, loss=0.5, seconds=1.5), 3.0, (0, 7), (4.0, 2.0), sent=(70, 1, 0)
+    )
+    table.clients.add(
+        update(9, norm=math.nan, samples=8, steps=4, loss=math.nan), 4.0, (5, 0), (4.0, 1.0), sent=(30, 1, 0)
+    )
     table.finish_rank(0, 1.0, failed=False)
     table.finish_rank(1, 2.0, failed=False)
     norm = math.hypot(0.75, 2.5)
@@ -57,8 +61,8 @@ def test_record_in_numbers() -> None:
     assert (record.upload_bytes, record.download_bytes) == (200, 300)
     assert record.seconds == 2.0
     assert record.idle == pytest.approx(0.25)  # rank 0 waited for 1 of 2 x 2 seconds
-    assert table.cursors() == {2: (1, 2), 5: (0, 7), 9: (5, 0)}
-    assert table.smallest_scale() == (4.0, 1.0)
+    assert table.clients.cursors() == {2: (1, 2), 5: (0, 7), 9: (5, 0)}
+    assert table.clients.smallest_scale() == (4.0, 1.0)
     assert record.metrics() == {
         "round/loss": record.loss,
         "round/clients": 2.0,
@@ -82,14 +86,14 @@ def test_record_in_numbers() -> None:
 def test_drift_at_its_ends(norms: tuple[float, float], delta_norm: float, expected: float) -> None:
     table = RoundTable(plan_of([0, 0]), 1)
     for client, norm in enumerate(norms):
-        table.add(update(client, norm=norm), 1.0, (0, 0), (0.0, 0.0))
+        table.clients.add(update(client, norm=norm), 1.0, (0, 0), (0.0, 0.0))
     assert table.record(delta_norm, 0).drift == expected
 
 
 def test_unknown_loss_is_left_out_of_the_logs() -> None:
     table = RoundTable(plan_of([0, 0]), 1)
-    table.add(update(0, loss=math.nan), 1.0, (0, 0), (0.0, 0.0))
-    table.add(update(1, loss=math.nan), 1.0, (0, 0), (0.0, 0.0))
+    table.clients.add(update(0, loss=math.nan), 1.0, (0, 0), (0.0, 0.0))
+    table.clients.add(update(1, loss=math.nan), 1.0, (0, 0), (0.0, 0.0))
     record = table.record(1.0, 0)
     assert math.isnan(record.loss)
     assert "round/loss" not in record.metrics()
@@ -126,7 +130,7 @@ def test_sum_over_ranks_is_one_ranks_table(
                 sent = update(
                     client, norm=norm if accepted else math.nan, held=samples, samples=samples, steps=steps, loss=loss
                 )
-                table.add(sent, float(samples), (cursor, client), (2.0**cursor, cursor))
+                table.clients.add(sent, float(samples), (cursor, client), (2.0**cursor, cursor))
         for of in range(world_size):
             if rank in (None, of):
                 table.finish_rank(of, 1.0 + of, failed=of == 1)
@@ -134,10 +138,10 @@ def test_sum_over_ranks_is_one_ranks_table(
 
     together, alone = RoundTable(plan, world_size), filled(None)
     together.unpack(torch.stack([filled(rank).pack() for rank in range(world_size)]).sum(0))
-    assert together.cursors() == alone.cursors()
-    assert together.rejected() == alone.rejected()
-    assert together.smallest_scale() == alone.smallest_scale()
-    if len(alone.rejected()) < len(values):
+    assert together.clients.cursors() == alone.clients.cursors()
+    assert together.clients.rejected() == alone.clients.rejected()
+    assert together.clients.smallest_scale() == alone.clients.smallest_scale()
+    if len(alone.clients.rejected()) < len(values):
         first, second = together.record(1.0, 8), alone.record(1.0, 8)
         for name in RoundRecord.__dataclass_fields__:
             np.testing.assert_equal(getattr(first, name), getattr(second, name))

@@ -474,7 +474,7 @@ class Federation:
                 aggregate,
                 cohort,
                 training=training,
-                mean_square=table.mean_square(),
+                mean_square=table.clients.mean_square(),
                 on_step=self._tell_of_server_step,
             )
             self._warn_of_averages(exchange.changed_unsure(server))
@@ -554,7 +554,7 @@ class Federation:
         if odd:
             for names in collectives.gather_over_ranks(exchange.caches(), self._device):
                 self._caches.update(names)
-        rank = table.rank_of_largest(self._work.held(plan.cohort))
+        rank = table.clients.rank_of_largest(self._work.held(plan.cohort))
         if rank is None or not (exchange.largest or odd):
             return {}
         values: Mapping[str, Tensor | None] = collectives.broadcast(context.largest.values, rank, self._device)
@@ -653,7 +653,7 @@ class Federation:
             if uplink is not None and update.cost is not None:
                 cost = cost.plus(uplink.cost(update))
             update, weight = sent.update, sent.weight
-            table.add(
+            table.clients.add(
                 update,
                 weight,
                 cursors[update.client],
@@ -678,7 +678,9 @@ class Federation:
                 for update in self._executor.run_again(context._replace(guidance=guidance, largest=None)):
                     if update.cost is not None:
                         pulled = guidance.correction(update.client).operations
-                        table.add_cost(update.client, update.cost.plus(corrected(pulled, update, context.exchange)))
+                        table.clients.add_cost(
+                            update.client, update.cost.plus(corrected(pulled, update, context.exchange))
+                        )
                     guidance.keep(update)
         finally:
             self._quiet = False
@@ -759,12 +761,12 @@ class Federation:
 
     def _commit(self, plan: RoundPlan, table: RoundTable) -> None:
         if self._options.local_steps is not None:
-            for client, cursor in table.cursors().items():
+            for client, cursor in table.clients.cursors().items():
                 self._store.stage(client, cursor)
         self._store.commit()
         if self._custody is not None:
             self._custody.commit(plan)
-        self._executor.set_scaler_state(*table.smallest_scale())
+        self._executor.set_scaler_state(*table.clients.smallest_scale())
 
     # ---- while clients train
 

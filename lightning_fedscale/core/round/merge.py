@@ -1,4 +1,4 @@
-"""The numbers of a round: one row per client, filled by the rank that trained it, summed over ranks."""
+"""The numbers of a round: of its clients and of its ranks, summed over ranks."""
 
 from __future__ import annotations
 
@@ -10,26 +10,20 @@ import torch
 from torch import Tensor
 
 from lightning_fedscale.core.plan import RoundPlan
+from lightning_fedscale.core.round.client_rows import ClientRows, in_order
 from lightning_fedscale.types import (
     SIDE,
-    ClientCost,
-    ClientUpdate,
-    Cursor,
     FloatArray,
     IntArray,
     RoundRecord,
     SimulatedRound,
 )
 
-_COLUMNS = (
-    "weight", "samples", "steps", "loss", "norm", "seconds", "rejected", "pass", "batch", "scale", "growth",
-    *ClientCost._fields, "bytes", "normalizer", "within",
-)  # fmt: skip
 _BALLOT = 4
 
 
 class RoundTable:
-    """Rows for the whole cohort, of which a rank fills its own; the sum over ranks is the complete table.
+    """What a rank knows of its clients and of itself; the sum over ranks is the complete table.
 
     It crosses the ranks as part of the round's one collective, so every rank computes the same record from it.
 
@@ -38,63 +32,24 @@ class RoundTable:
         world_size: number of ranks.
         num_parameters: number of parameter tensors that clients may freeze or unfreeze.
         num_logged: how many numbers the clients' logged values take, see `set_logged`.
+
+    Attributes:
+        clients: a row for each.
+        logged: what clients logged.
     """
 
     def __init__(self, plan: RoundPlan, world_size: int, num_parameters: int = 0, num_logged: int = 0) -> None:
         self._plan = plan
-        self._row = {client: row for row, client in enumerate(plan.cohort.tolist())}
-        cells = len(self._row) * len(_COLUMNS)
         # numpy, since torch takes several times as long to write a few numbers.
-        parts = [cells, world_size, world_size, num_parameters + 1, 1, 1, 1, SIDE, _BALLOT]
+        parts = [ClientRows.size_of(plan), world_size, world_size, num_parameters + 1, 1, 1, 1, SIDE, _BALLOT]
         self._numbers = np.zeros(sum(parts) + num_logged)
-        rows, self._busy, self._failed, self._trainable, *others = np.split(self._numbers, np.cumsum(parts))
+        cells, self._busy, self._failed, self._trainable, *others = np.split(self._numbers, np.cumsum(parts))
         self._slots, self._leave, self._odd, self._side, self._ballot, self.logged = others
-        self._rows = rows.reshape(-1, len(_COLUMNS))
-
-    def add(
-        self,
-        update: ClientUpdate,
-        weight: float,
-        cursor: Cursor,
-        scaler: tuple[float, float],
-        cost: ClientCost = ClientCost(),  # noqa: B008 (a constant)
-        sent: tuple[float, float, float] = (0.0, 1.0, 0.0),
-    ) -> None:
-        """Fill a client's row.
-
-        Args:
-            update: what the client sent.
-            weight: its weight in the aggregate.
-            cursor: where its data goes on.
-            scaler: scale and growth counter that its training left in the gradient scaler.
-            cost: of its training.
-            sent: bytes that it sent, its local rule's normalizer, and 1 if privacy did not clip its update.
-        """
-        accepted = update.finite
-        values = (
-            weight if accepted else 0.0,
-            update.samples,
-            update.steps,
-            update.loss,
-            update.norm if accepted else math.nan,
-            update.seconds,
-            0.0 if accepted else 1.0,
-            *cursor,
-            *scaler,
-            *cost,
-            *sent,
-        )
-        self._rows[self._row[update.client]] = values
+        self.clients = ClientRows(plan, cells)
 
     def set_logged(self, numbers: FloatArray) -> None:
         """Note what the clients of this rank logged; ``logged`` is then the sum over ranks."""
         self.logged[:] = numbers
-
-    def add_cost(self, client: int, cost: ClientCost) -> None:
-        """Add the cost of more training of a client, which saw the same tokens again."""
-        row = self._rows[self._row[client]]
-        for name in ("forward", "backward", "optimizer"):
-            row[_COLUMNS.index(name)] += getattr(cost, name)
 
     def add_trainable(self, flags: list[bool]) -> None:
         """Count the parameters that a client left trainable, and the client."""
@@ -167,61 +122,6 @@ class RoundTable:
         """Index of the round."""
         return self._plan.round
 
-    @property
-    def cohort_size(self) -> int:
-        """Number of clients in the round, accepted or not."""
-        return len(self._row)
-
-    def cursors(self) -> dict[int, Cursor]:
-        """Where every client of the cohort goes on."""
-        pairs = zip(self._column("pass").tolist(), self._column("batch").tolist(), strict=True)
-        return {client: (int(p), int(b)) for client, (p, b) in zip(self._row, pairs, strict=True)}
-
-    def rejected(self) -> tuple[int, ...]:
-        """The clients that are left out, see `RoundRecord.rejected`."""
-        return tuple(self._plan.cohort[self._column("rejected") > 0].tolist())
-
-    def without_batches(self) -> tuple[int, ...]:
-        """Those of them all of whose batches were None."""
-        return tuple(self._plan.cohort[(self._column("rejected") > 0) & (self._column("steps") == 0)].tolist())
-
-    def rank_of_largest(self, held: IntArray) -> int | None:
-        """The rank of the client with the most samples whose update counts; None if there is none.
-
-        Args:
-            held: samples of each client of the round.
-        """
-        counts = ((self._column("rejected") == 0) & (self._column("steps") > 0)).nonzero()[0]
-        if not len(counts):
-            return None
-        place = counts[held[counts].argmax()]  # of equal ones the first, which has the lowest number
-        return int(self._plan.ranks[place])
-
-    def smallest_scale(self) -> tuple[float, float]:
-        """Scale and growth counter that no client would find too large: the smallest left by any; zeros by nobody."""
-        if not len(scale := self._column("scale")):
-            return 0.0, 0.0
-        return float(scale.min()), float(self._column("growth")[scale == scale.min()].min())
-
-    def mean_square(self) -> float:
-        """Weighted mean of the accepted clients' squared norms."""
-        accepted, weights = self._column("rejected") == 0, self._column("weight")
-        return _sum(weights[accepted] * self._column("norm")[accepted] ** 2) / (_sum(weights) or 1.0)
-
-    def normalizer(self) -> float:
-        """Weighted mean of the accepted clients' normalizers."""
-        accepted, weights = self._column("rejected") == 0, self._column("weight")
-        return _sum((weights * self._column("normalizer"))[accepted]) / _sum(weights)
-
-    def within(self) -> float:
-        """Number of clients that privacy did not clip."""
-        return _sum(self._column("within"))
-
-    @property
-    def accepted(self) -> int:
-        """Number of clients whose updates count."""
-        return int((self._column("weight") > 0).sum())
-
     def record(
         self,
         delta_norm: float,
@@ -239,12 +139,13 @@ class RoundTable:
             epsilon: what differential privacy has cost so far; None without.
             batch_sizes: of the cohort, in asynchronous training on simulated hardware.
         """
-        weights, norms, losses = self._column("weight"), self._column("norm"), self._column("loss")
-        samples = self._column("samples")
-        weights /= _sum(weights) or 1.0
-        accepted = self._column("rejected") == 0
+        column = self.clients.column
+        weights, norms, losses = column("weight"), column("norm"), column("loss")
+        samples = column("samples")
+        weights /= in_order(weights) or 1.0
+        accepted = column("rejected") == 0
         known = accepted & ~np.isnan(losses)
-        square = _sum(weights[accepted] * norms[accepted] ** 2) - delta_norm**2
+        square = in_order(weights[accepted] * norms[accepted] ** 2) - delta_norm**2
         slowest = float(self._busy.max())
         return RoundRecord(
             round=self._plan.round,
@@ -252,25 +153,25 @@ class RoundTable:
             ranks=self._plan.ranks,
             weights=weights,
             samples=samples.astype(np.int64),
-            local_steps=self._column("steps").astype(np.int64),
+            local_steps=column("steps").astype(np.int64),
             losses=losses,
             delta_norms=norms,
-            client_seconds=self._column("seconds"),
-            rejected=self.rejected(),
-            loss=_sum(losses[known] * samples[known]) / _sum(samples[known]) if known.any() else math.nan,
+            client_seconds=column("seconds"),
+            rejected=self.clients.rejected(),
+            loss=in_order(losses[known] * samples[known]) / in_order(samples[known]) if known.any() else math.nan,
             delta_norm=delta_norm,
             drift=_ratio(math.sqrt(max(0.0, square)), delta_norm),
-            upload_bytes=round(_sum(self._column("bytes"))),
-            download_bytes=message_bytes * len(self._row),
+            upload_bytes=round(in_order(column("bytes"))),
+            download_bytes=message_bytes * len(self.clients),
             seconds=slowest,
-            padding=max(0.0, 1.0 - _sum(self._column("steps")) / float(self._slots[0])) if self._slots[0] else 0.0,
+            padding=max(0.0, 1.0 - in_order(column("steps")) / float(self._slots[0])) if self._slots[0] else 0.0,
             idle=1.0 - float(self._busy.mean()) / slowest if slowest > 0 else 0.0,
             simulated=self._simulated(simulated_before, batch_sizes),
             staleness=None if self._plan.arrived is None else self._plan.round - self._plan.arrived.versions,
-            forward_flops=self._column("forward"),
-            backward_flops=self._column("backward"),
-            optimizer_flops=self._column("optimizer"),
-            tokens=self._column("tokens"),
+            forward_flops=column("forward"),
+            backward_flops=column("backward"),
+            optimizer_flops=column("optimizer"),
+            tokens=column("tokens"),
             side=tuple(self._side.tolist()),
             epsilon=epsilon,
         )
@@ -284,14 +185,6 @@ class RoundTable:
         selection, chosen = self._plan.simulated
         seconds, dropped = selection.round_seconds, tuple(selection.dropped.tolist())
         return SimulatedRound(seconds, before + seconds, chosen, selection.seconds, dropped)
-
-    def _column(self, name: str) -> FloatArray:
-        return self._rows[:, _COLUMNS.index(name)].copy()
-
-
-def _sum(values: FloatArray) -> float:
-    # Not numpy's, which adds up in another order and so rounds differently.
-    return float(torch.from_numpy(values).sum())
 
 
 def _ratio(part: float, whole: float) -> float:

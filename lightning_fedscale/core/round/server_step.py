@@ -159,9 +159,9 @@ class GlobalModel:
             Diverged: if no client's update is finite.
             ValueError: if the aggregator returns something of another shape.
         """
-        absent = table.without_batches()
-        spoilt = tuple(client for client in table.rejected() if client not in absent)
-        if spoilt and len(spoilt) + len(absent) == table.cohort_size:
+        absent = table.clients.without_batches()
+        spoilt = tuple(client for client in table.clients.rejected() if client not in absent)
+        if spoilt and len(spoilt) + len(absent) == len(table.clients):
             raise Diverged(
                 f"round {table.round}: the updates of all {len(spoilt)} clients have NaN or infinite values, so the"
                 " global model stays as it was before this round. Lower the learning rate, clip gradients"
@@ -176,7 +176,7 @@ class GlobalModel:
                     f"round {table.round}: left out {len(left_out)} client(s) {why}:"
                     f" {', '.join(map(str, left_out[:10]))}{', ...' if len(left_out) > 10 else ''}."
                 )
-        if table.accepted:
+        if table.clients.accepted:
             aggregate = self._rules.aggregator.finish(total, cohort)
         else:  # of nobody there is no aggregate: the server optimizer sees a delta of zero
             aggregate = torch.zeros_like(server)
@@ -192,11 +192,11 @@ class GlobalModel:
             aggregate[cohort.trainable :] = _still(server[cohort.trainable :])
             state, generator = self._next[PRIVACY], randomness.generator(cohort.seed, randomness.PRIVACY, cohort.round)
             private, self._next[PRIVACY] = privacy.finish(
-                moved, table.within(), state, cohort, self._expected_weight, generator
+                moved, table.clients.within(), state, cohort, self._expected_weight, generator
             )
             moved.copy_(private)
-        if (rule := self._rules.local) is not None and table.accepted:
-            merged = Merged(moved, messages, table.normalizer(), table.accepted, cohort)
+        if (rule := self._rules.local) is not None and table.clients.accepted:
+            merged = Merged(moved, messages, table.clients.normalizer(), table.clients.accepted, cohort)
             delta, self._next[RULE] = rule.merge(merged, self._next[RULE])
             moved.copy_(delta)
         return aggregate
