@@ -6,16 +6,15 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_fedscale.compressors import Compressor
 from lightning_fedscale.core.client_state import ClientStore
 from lightning_fedscale.core.executors import Exchange
 from lightning_fedscale.core.executors.meter import ClientMeter, Meter
 from lightning_fedscale.core.options.rules import Rules
+from lightning_fedscale.core.round.costs import corrected, update_bytes
 from lightning_fedscale.local_rules import Correction, Ditto, LocalRule, Outcome
 from lightning_fedscale.types import ClientCost, ClientUpdate, Cohort
 from lightning_fedscale.utils import randomness
@@ -191,29 +190,6 @@ class Uplink:
 
     def _plain_bytes(self) -> int:
         return update_bytes(self._rules._replace(compressor=None), self._exchange)
-
-
-def update_bytes(rules: Rules, exchange: Exchange) -> int:
-    """What a client sends in a round; of compressors whose messages differ, what they make of random numbers."""
-    extra = 0 if rules.local is None else rules.local.vectors_up - 1
-    first = exchange.trainable_bytes if rules.compressor is None else size_of_message(rules.compressor, exchange)
-    return exchange.sent_buffer_bytes + first + extra * exchange.trainable_bytes
-
-
-def size_of_message(compressor: Compressor, exchange: Exchange) -> int:
-    """Bytes of a compressed update of random numbers."""
-    generator = np.random.default_rng(0)
-    named = {
-        name: torch.from_numpy(generator.standard_normal(tuple(as_real(parameter).shape)))
-        for name, parameter in zip(exchange.names, exchange.shared, strict=True)
-    }
-    encoded, _ = compressor.encode(named, compressor.init(named), generator)
-    return math.ceil(encoded.bits / 8)
-
-
-def corrected(operations: int, update: ClientUpdate, exchange: Exchange) -> ClientCost:
-    """What it costs to correct a client's gradients, with so many operations for each element in every step."""
-    return ClientCost(optimizer=float(operations * exchange.view.trainable * update.optimizer_steps))
 
 
 class PersonalModels:

@@ -61,10 +61,8 @@ from lightning_fedscale.core.round.client_pipeline import (
     PersonalModels,
     Sent,
     Uplink,
-    corrected,
-    size_of_message,
-    update_bytes,
 )
+from lightning_fedscale.core.round.costs import corrected, model_bytes, operations, size_of_message, update_bytes
 from lightning_fedscale.core.round.merge import RoundTable
 from lightning_fedscale.core.round.server_step import GlobalModel
 from lightning_fedscale.core.round.stale_models import OlderModels
@@ -254,7 +252,7 @@ class Federation:
                 trainer=trainer,
             )
             exchange = self._exchange()
-            down = self._received_bytes(exchange)
+            down = model_bytes(self._options.rules, exchange)
             if (downlink := self._options.downlink_compressor) is not None:
                 down += size_of_message(downlink, exchange) - exchange.trainable_bytes
             duty = work.duty(down, update_bytes(self._options.rules, exchange))
@@ -461,7 +459,7 @@ class Federation:
             norm = float(torch.linalg.vector_norm(aggregate[: exchange.view.trainable]))
             record = table.record(
                 norm,
-                self._received_bytes(exchange),
+                model_bytes(self._options.rules, exchange),
                 self._simulated,
                 None if self._budget is None else self._budget.spent(cohort.round + 1),
                 self._batch_sizes(cohort),
@@ -482,9 +480,11 @@ class Federation:
                 with randomness.untouched():
                     exchange.refit()
             exchange.write_largest(largest)
-            record = replace(record, operations=self._operations(cohort, training=training))
+            if training:
+                computed = operations(self._options.rules, self._options.downlink_compressor, cohort)
+                record = replace(record, operations=computed)
             if bits is not None:
-                uncompressed = self._received_bytes(exchange) - exchange.trainable_bytes
+                uncompressed = model_bytes(self._options.rules, exchange) - exchange.trainable_bytes
                 received = (uncompressed + math.ceil(bits / 8)) * len(cohort.clients)
                 record = replace(record, download_bytes=received)
         except BaseException:
@@ -712,25 +712,6 @@ class Federation:
 
     def _batch_sizes(self, cohort: Cohort) -> IntArray | None:
         return None if self.fleet is None else self.fleet.batch_sizes_of(cohort.clients)
-
-    def _operations(self, cohort: Cohort, *, training: bool) -> float:
-        """What rules, compressors and privacy compute upon the updates of a round, element by element."""
-        if not training:
-            return 0.0
-        rules, downlink, clients = self._options.rules, self._options.downlink_compressor, len(cohort.clients)
-        each = rules.operations * clients
-        if rules.local is not None:
-            each += 2 * rules.local.sends_message  # the server's own vector moves
-        if rules.privacy is not None:
-            each += 2  # noise is drawn and added
-        if downlink is not None:
-            each += downlink.operations * (1 + clients)  # each client decodes it
-        return each * cohort.trainable
-
-    def _received_bytes(self, exchange: Exchange) -> int:
-        """What a client receives, unless it is compressed."""
-        rule = self._options.rules.local
-        return exchange.buffer_bytes + exchange.trainable_bytes * (1 if rule is None else rule.vectors_down)
 
     def _uplink(self, opened: _OpenRound, exchange: Exchange, cohort: Cohort, states: dict[str, Any]) -> Uplink:
         work = {item.client: item for item in opened.work}

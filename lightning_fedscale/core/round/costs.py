@@ -1,0 +1,55 @@
+"""What crosses the network in a round, and what is computed on it besides training."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import torch
+
+from lightning_fedscale.compressors import Compressor
+from lightning_fedscale.core.executors import Exchange
+from lightning_fedscale.core.options.rules import Rules
+from lightning_fedscale.types import ClientCost, ClientUpdate, Cohort
+from lightning_fedscale.utils.flat_view import as_real
+
+
+def model_bytes(rules: Rules, exchange: Exchange) -> int:
+    """What a client receives in a round, unless it is compressed."""
+    return exchange.buffer_bytes + exchange.trainable_bytes * (1 if rules.local is None else rules.local.vectors_down)
+
+
+def update_bytes(rules: Rules, exchange: Exchange) -> int:
+    """What a client sends in a round; of compressors whose messages differ, what they make of random numbers."""
+    extra = 0 if rules.local is None else rules.local.vectors_up - 1
+    first = exchange.trainable_bytes if rules.compressor is None else size_of_message(rules.compressor, exchange)
+    return exchange.sent_buffer_bytes + first + extra * exchange.trainable_bytes
+
+
+def size_of_message(compressor: Compressor, exchange: Exchange) -> int:
+    """Bytes of a compressed update of random numbers."""
+    generator = np.random.default_rng(0)
+    named = {
+        name: torch.from_numpy(generator.standard_normal(tuple(as_real(parameter).shape)))
+        for name, parameter in zip(exchange.names, exchange.shared, strict=True)
+    }
+    encoded, _ = compressor.encode(named, compressor.init(named), generator)
+    return math.ceil(encoded.bits / 8)
+
+
+def corrected(operations: int, update: ClientUpdate, exchange: Exchange) -> ClientCost:
+    """What it costs to correct a client's gradients, with so many operations for each element in every step."""
+    return ClientCost(optimizer=float(operations * exchange.view.trainable * update.optimizer_steps))
+
+
+def operations(rules: Rules, downlink: Compressor | None, cohort: Cohort) -> float:
+    """What rules, compressors and privacy compute upon the updates of a round, element by element."""
+    clients = len(cohort.clients)
+    each = rules.operations * clients
+    if rules.local is not None:
+        each += 2 * rules.local.sends_message  # the server's own vector moves
+    if rules.privacy is not None:
+        each += 2  # noise is drawn and added
+    if downlink is not None:
+        each += downlink.operations * (1 + clients)  # each client decodes it
+    return each * cohort.trainable
