@@ -19,8 +19,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_fedscale.core.client_state import ClientStore, OptimizerKeeper, StateStore, tiers_of
-from lightning_fedscale.core.client_state.ownership import Custody
+from lightning_fedscale.core.client_state import OptimizerKeeper
 from lightning_fedscale.core.executors import (
     Ballot,
     ClientLog,
@@ -56,12 +55,11 @@ from lightning_fedscale.core.options.trainer_checks import check_trainable
 from lightning_fedscale.core.plan import LocalWork, RoundPlan
 from lightning_fedscale.core.round.client_pipeline import (
     DITTO,
-    DITTO_BUFFERS,
-    PERSONAL,
     PersonalModels,
     Sent,
     Uplink,
 )
+from lightning_fedscale.core.round.client_states import ClientStates
 from lightning_fedscale.core.round.costs import corrected, model_bytes, operations, size_of_message, update_bytes
 from lightning_fedscale.core.round.merge import RoundTable
 from lightning_fedscale.core.round.server_step import GlobalModel
@@ -122,9 +120,7 @@ class Federation:
         self._world_size = world_size
         self._device = trainer.strategy.root_device
         processes = world_size // trainer.num_nodes
-        self._store = ClientStore(StateStore(tiers_of(self._device, options.client_state_memory, processes)))
-        keeps = options.keep_optimizers or options.rules.keep_state
-        self._custody = Custody(self._store, rank, world_size, self._device) if keeps else None
+        self.clients = ClientStates(options, rank, world_size, device=self._device, processes=processes)
         self._log = ClientLog(trainer, options.client_log_every_n, world_size)
         self._monitors = Monitors(trainer)
         self._transfer = Transfer(trainer)
@@ -156,7 +152,7 @@ class Federation:
         """Take note of the optimizers just after they were built."""
         options = self._options
         parts: dict[str, Any] = {
-            "store": self._store,
+            "store": self.clients.store,
             "keepers": [OptimizerKeeper(optimizer) for optimizer in optimizers],
             "keep": options.keep_optimizers,
             "watcher": self,
@@ -303,23 +299,11 @@ class Federation:
 
     def holder(self, client: int) -> int | None:
         """The rank that has what the client keeps; None if it makes no difference which."""
-        return None if self._custody is None else self._custody.holder(client)
+        return self.clients.holder(client)
 
     def personal_model(self, client: int) -> dict[str, Any] | None:
         """The module's state dict with what is the client's own in it; None if another rank has that."""
-        if self.holder(client) not in (None, self._rank):
-            return None
-        module, exchange = self._trainer.lightning_module, self._exchange()
-        state = module.state_dict()
-        if self._options.rules.ditto is not None:
-            whole: Tensor | None = self._store.states.get(client, DITTO)
-            if whole is not None:
-                state = exchange.view.substituted(state, whole)
-            return {
-                **state,
-                **exchange.of_personal(module.state_dict(), self._store.states.get(client, DITTO_BUFFERS) or {}),
-            }
-        return {**state, **exchange.of_personal(state, self._store.states.get(client, PERSONAL) or {})}
+        return self.clients.personal_model(client, self._trainer.lightning_module.state_dict(), self._exchange())
 
     def end(self) -> None:
         """The run is over: let go of workers and of what was recorded."""
@@ -352,7 +336,7 @@ class Federation:
         draws = loader.cache is None or self._transfer.has_hooks
         outside = randomness.capture(device) if draws else None
         try:
-            work = [self._work.of_client(client, plan, self._store.cursor(client)) for client in clients]
+            work = [self._work.of_client(client, plan, self.clients.store.cursor(client)) for client in clients]
             # A rank without a client shows the Trainer a batch all the same, of a client that does not train.
             shown = work or [self._work.of_client(0, plan, (0, 0))]
             order = self._executor.order(shown)
@@ -428,8 +412,7 @@ class Federation:
         self._check_trained(exchange)
         server = exchange.view.read()
         cohort = self._cohort(opened.plan, exchange)
-        if self._custody is not None:
-            self._custody.fetch(opened.plan)
+        self.clients.fetch(opened.plan)
         states = self._global.open_round(server, exchange.view.trainable)
         guided = self._options.rules.guided or opened.plan.arrived is not None
         own = {name: tensor.detach().clone() for name, tensor in exchange.personal.items()}
@@ -494,7 +477,7 @@ class Federation:
             exchange.view.write(server)
             exchange.write_personal(own)
             self._executor.close_round()
-            self._store.rollback()
+            self.clients.rollback()
             raise
         exchange.set_trainable(table.trainable())
         if training:
@@ -671,7 +654,7 @@ class Federation:
 
     def _train_personal(self, ditto: Ditto, context: RoundContext, table: RoundTable) -> None:
         """Once more, each client its own model: nothing of it is logged, told or sent."""
-        guidance = PersonalModels(ditto, self._store, context.exchange, context.server)
+        guidance = PersonalModels(ditto, self.clients.store, context.exchange, context.server)
         self._quiet = True
         try:
             with self._log.silenced():
@@ -689,8 +672,7 @@ class Federation:
         """This rank could not even begin: take part in the round's communication, so that no rank waits in vain."""
         if self._world_size == 1:
             return
-        if self._custody is not None:
-            self._custody.fetch(plan)
+        self.clients.fetch(plan)
         exchange = self._exchange()
         table = self._table(plan, exchange)
         cohort = self._cohort(plan, exchange)
@@ -717,7 +699,7 @@ class Federation:
         work = {item.client: item for item in opened.work}
         return Uplink(
             self._options.rules,
-            self._store,
+            self.clients.store,
             exchange,
             cohort,
             self._trainer.optimizers[0],
@@ -741,12 +723,7 @@ class Federation:
         return torch.cat([as_real(found[name]).flatten().double() for name in exchange.names])
 
     def _commit(self, plan: RoundPlan, table: RoundTable) -> None:
-        if self._options.local_steps is not None:
-            for client, cursor in table.clients.cursors().items():
-                self._store.stage(client, cursor)
-        self._store.commit()
-        if self._custody is not None:
-            self._custody.commit(plan)
+        self.clients.commit(plan, table.clients.cursors())
         self._executor.set_scaler_state(*table.clients.smallest_scale())
 
     # ---- while clients train
@@ -825,15 +802,7 @@ class Federation:
 
     def state_dict(self) -> dict[str, Any] | None:
         """What a checkpoint needs to go on exactly; on rank 0, None elsewhere. To be called on all ranks."""
-        if self._custody is None:
-            clients = self._store.state_dict()
-        else:
-            if self.in_client and self._world_size > 1:
-                raise RuntimeError(
-                    "save_checkpoint inside a client: with client_optimizer='keep' on several ranks the clients'"
-                    " optimizers can only be collected between rounds. Save from a callback's on_train_batch_end."
-                )
-            clients = self._custody.state_dict()
+        clients = self.clients.state_dict(in_client=self.in_client)
         monitored = self._monitors.state_dict(in_client=self.in_client)
         if self._rank != 0:
             return None
@@ -912,9 +881,7 @@ class Federation:
             rank_zero_warn(f"ckpt_path: {changed}")
         self._check_resumed()
         self._executor.resume(state.get("executor"), gave_up=state.get("gave_up", False))
-        self._store.load_state_dict(state["clients"])
-        if self._custody is not None:
-            self._custody.reset()
+        self.clients.load_state_dict(state["clients"])
         self._global.load_states(state["server"], self._device)
         self._log.local_batches = state.get("local_batches", 0)
         self._simulated = state.get("simulated", 0.0)

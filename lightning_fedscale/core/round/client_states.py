@@ -1,0 +1,108 @@
+"""What clients keep between rounds, on whichever rank it lies."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_fedscale.core.client_state import ClientStore, StateStore, tiers_of
+from lightning_fedscale.core.client_state.ownership import Custody
+from lightning_fedscale.core.executors import Exchange
+from lightning_fedscale.core.options.options import Arguments
+from lightning_fedscale.core.plan import RoundPlan
+from lightning_fedscale.core.round.client_pipeline import DITTO, DITTO_BUFFERS, PERSONAL
+from lightning_fedscale.types import Cursor
+
+
+class ClientStates:
+    """The clients' states on this rank, and the custody of those that move from rank to rank.
+
+    Args:
+        options: the strategy's checked arguments.
+        rank: this process.
+        world_size: number of processes.
+        device: where clients train.
+        processes: how many processes share this machine's memory.
+
+    Attributes:
+        store: what the clients keep here.
+    """
+
+    def __init__(self, options: Arguments, rank: int, world_size: int, *, device: torch.device, processes: int) -> None:
+        self.store = ClientStore(StateStore(tiers_of(device, options.client_state_memory, processes)))
+        keeps = options.keep_optimizers or options.rules.keep_state
+        self._custody = Custody(self.store, rank, world_size, device) if keeps else None
+        self._rank = rank
+        self._world_size = world_size
+        self._counts_steps = options.local_steps is not None
+        self._ditto = options.rules.ditto is not None
+
+    def fetch(self, plan: RoundPlan) -> None:
+        """Bring what the cohort keeps to the ranks of this round; to be called on all ranks."""
+        if self._custody is not None:
+            self._custody.fetch(plan)
+
+    def commit(self, plan: RoundPlan, cursors: dict[int, Cursor]) -> None:
+        """The round is complete: what was staged holds from now on.
+
+        Args:
+            plan: of the round.
+            cursors: where each client of the cohort goes on in its data; counts with ``local_steps`` only.
+        """
+        if self._counts_steps:
+            for client, cursor in cursors.items():
+                self.store.stage(client, cursor)
+        self.store.commit()
+        if self._custody is not None:
+            self._custody.commit(plan)
+
+    def rollback(self) -> None:
+        """The round did not happen."""
+        self.store.rollback()
+
+    def holder(self, client: int) -> int | None:
+        """The rank that has what the client keeps; None if it makes no difference which."""
+        return None if self._custody is None else self._custody.holder(client)
+
+    def personal_model(self, client: int, state: dict[str, Any], exchange: Exchange) -> dict[str, Any] | None:
+        """The module's state dict with what is the client's own in it; None if another rank has that.
+
+        Args:
+            client: its number.
+            state: the module's state dict, of the global model.
+            exchange: the module's tensors.
+        """
+        if self.holder(client) not in (None, self._rank):
+            return None
+        kept = self.store.states
+        if not self._ditto:
+            return {**state, **exchange.of_personal(state, kept.get(client, PERSONAL) or {})}
+        whole: Tensor | None = kept.get(client, DITTO)
+        model = state if whole is None else exchange.view.substituted(state, whole)
+        return {**model, **exchange.of_personal(state, kept.get(client, DITTO_BUFFERS) or {})}
+
+    def state_dict(self, *, in_client: bool) -> dict[str, Any]:
+        """Those of all ranks on rank 0; to be called on all ranks.
+
+        Args:
+            in_client: whether the checkpoint is saved while a client trains.
+
+        Raises:
+            RuntimeError: if states lie on several ranks, which inside a client do not wait for each other.
+        """
+        if self._custody is None:
+            return self.store.state_dict()
+        if in_client and self._world_size > 1:
+            raise RuntimeError(
+                "save_checkpoint inside a client: with client_optimizer='keep' on several ranks the clients'"
+                " optimizers can only be collected between rounds. Save from a callback's on_train_batch_end."
+            )
+        return self._custody.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from saved states, which every rank has read."""
+        self.store.load_state_dict(state)
+        if self._custody is not None:
+            self._custody.reset()
