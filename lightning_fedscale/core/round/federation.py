@@ -31,7 +31,6 @@ from lightning_fedscale.core.executors import (
     SequentialExecutor,
     Transfer,
     VectorizedExecutor,
-    exchange_of,
     listeners,
 )
 from lightning_fedscale.core.executors.meter import ClientMeter, Meter
@@ -62,6 +61,7 @@ from lightning_fedscale.core.round.client_pipeline import (
 from lightning_fedscale.core.round.client_states import ClientStates
 from lightning_fedscale.core.round.costs import corrected, model_bytes, operations, size_of_message, update_bytes
 from lightning_fedscale.core.round.merge import RoundTable
+from lightning_fedscale.core.round.module_tensors import ModuleTensors
 from lightning_fedscale.core.round.server_step import GlobalModel
 from lightning_fedscale.core.round.stale_models import OlderModels
 from lightning_fedscale.core.round.sums import RoundSums
@@ -73,8 +73,7 @@ from lightning_fedscale.partitioners import Partition
 from lightning_fedscale.privacy import PrivacyBudget
 from lightning_fedscale.samplers import reads_losses
 from lightning_fedscale.types import ClientCost, ClientUpdate, Cohort, IntArray, Params, RoundRecord
-from lightning_fedscale.utils import collectives, randomness
-from lightning_fedscale.utils.checks import enumerated
+from lightning_fedscale.utils import randomness
 from lightning_fedscale.utils.flat_view import as_real
 from lightning_fedscale.utils.memory import format_bytes
 
@@ -134,12 +133,10 @@ class Federation:
         self._quiet = False  # while clients train what nobody is told of
         self._begun: list[LocalWork] = []  # what this rank does in the round that runs
         self._equipped = False
-        self._trained: list[str] | None = None  # which parameters the last round moved
         self._budget: PrivacyBudget | None = None
         self._simulated = 0.0  # seconds, over all rounds
         self._older = OlderModels(options.asynchrony)
-        self._told: set[str] = set()  # buffers about which the user was warned
-        self._caches: set[str] = set()  # buffers that each rank has for itself
+        self.tensors = ModuleTensors(trainer, options)
         self._losses: dict[int, float] = {}  # last known of each client, if the sampler reads them
         self.requeue = Requeue(trainer)
         self.local_accumulation = self._accumulation_asked = trainer.accumulate_grad_batches
@@ -229,7 +226,7 @@ class Federation:
             self._equipped = True
             if self._budget is not None:
                 self._budget.check(trainer.global_step)
-            combinations.check_model(self._options, trainer.lightning_module, self._exchange())
+            combinations.check_model(self._options, trainer.lightning_module, self.tensors.exchange())
             first = trainer.global_step
             work.check_cohorts(range(first, first + min(self._planned_rounds() or _SAMPLED, _SAMPLED)))
             combinations.warn_of_lost_errors(
@@ -247,7 +244,7 @@ class Federation:
                 extras={**ON_CLIENT, **self._options.rules.kept_on_device},
                 trainer=trainer,
             )
-            exchange = self._exchange()
+            exchange = self.tensors.exchange()
             down = model_bytes(self._options.rules, exchange)
             if (downlink := self._options.downlink_compressor) is not None:
                 down += size_of_message(downlink, exchange) - exchange.trainable_bytes
@@ -303,7 +300,7 @@ class Federation:
 
     def personal_model(self, client: int) -> dict[str, Any] | None:
         """The module's state dict with what is the client's own in it; None if another rank has that."""
-        return self.clients.personal_model(client, self._trainer.lightning_module.state_dict(), self._exchange())
+        return self.clients.personal_model(client, self._trainer.lightning_module.state_dict(), self.tensors.exchange())
 
     def end(self) -> None:
         """The run is over: let go of workers and of what was recorded."""
@@ -408,8 +405,8 @@ class Federation:
         opened, self._open = self._open, None
         assert opened is not None
         assert self._work is not None
-        exchange = self._exchange()
-        self._check_trained(exchange)
+        exchange = self.tensors.exchange()
+        self.tensors.check_trained(exchange)
         server = exchange.view.read()
         cohort = self._cohort(opened.plan, exchange)
         self.clients.fetch(opened.plan)
@@ -458,7 +455,7 @@ class Federation:
                 mean_square=table.clients.mean_square(),
                 on_step=self._tell_of_server_step,
             )
-            self._warn_of_averages(exchange.changed_unsure(server))
+            self.tensors.warn_of_averages(exchange.changed_unsure(server))
             if training and exchange.fits:
                 with randomness.untouched():
                     exchange.refit()
@@ -496,29 +493,6 @@ class Federation:
             self._log.commit(int(record.local_steps.sum()))
         return {} if record.loss != record.loss else {"loss": torch.tensor(record.loss, device=self._device)}
 
-    def _check_trained(self, exchange: Exchange) -> None:
-        """Refuse other trainable parameters than in the round before where something is kept for these.
-
-        Raises:
-            ValueError: naming the argument and a parameter.
-        """
-        before, self._trained = self._trained, exchange.names
-        if before is None or before == exchange.names:
-            return
-        downlink, options = self._options.downlink_compressor, self._options
-        keeper = options.rules.bound_to_parameters
-        if keeper is None and downlink is not None and downlink.stateful:
-            keeper = f"downlink_compressor={downlink.name}"
-        if keeper is None and options.asynchrony is not None:
-            keeper = "mode='async'"
-        if keeper is not None:
-            one = min(set(before) ^ set(exchange.names))
-            raise ValueError(
-                f"{keeper}: what is kept for it is for the {len(before)} parameters that were trainable in the round"
-                f" before, and {one!r} is {'' if one in exchange.names else 'not '}trainable now: do not freeze or"
-                " unfreeze layers while it is used."
-            )
-
     def end_round(self) -> None:
         """Log the round and tell callbacks, now that the Trainer has counted it and stepped its schedules.
 
@@ -530,48 +504,10 @@ class Federation:
             self._tell("on_round_end", record)
 
     def _of_largest(self, context: RoundContext, plan: RoundPlan, table: RoundTable) -> Mapping[str, Tensor | None]:
-        """The buffers that are taken from the client with the most samples; to be called on all ranks."""
         assert self._work is not None
         assert context.largest is not None
-        exchange, odd = context.exchange, table.odd_buffers()
-        if odd:
-            for names in collectives.gather_over_ranks(exchange.caches(), self._device):
-                self._caches.update(names)
         rank = table.clients.rank_of_largest(self._work.held(plan.cohort))
-        if rank is None or not (exchange.largest or odd):
-            return {}
-        values: Mapping[str, Tensor | None] = collectives.broadcast(context.largest.values, rank, self._device)
-        self._check_shapes([name for name in values if name not in exchange.largest])
-        return values
-
-    def _check_shapes(self, names: list[str]) -> None:
-        if new := self._not_told(names):
-            said = f"buffers: {enumerated(new)} came up, went or changed shape while a client trained"
-            if self._options.asynchrony is not None or self._options.rules.ditto is not None:
-                raise ValueError(
-                    f"{said}, which models of single clients cannot follow: give them 'server' or 'client' in"
-                    f" FederatedStrategy(buffers={{{new[0]!r}: 'server'}}), or one shape."
-                )
-            rank_zero_warn(
-                f"{said}, and so there is no mean over clients: they are those of the client with the most samples."
-                f" FederatedStrategy(buffers={{{new[0]!r}: 'client'}}) lets each keep its own."
-            )
-
-    def _warn_of_averages(self, names: list[str]) -> None:
-        """Once for each buffer: it is averaged, and nobody but the user knows whether that is right."""
-        if new := self._not_told(names):
-            rank_zero_warn(
-                f"buffers: {enumerated(new)} changed while clients trained, and the global model takes the clients'"
-                " mean, which is right for a quantity and wrong for a queue, a table or a flag. Say which with"
-                f" FederatedStrategy(buffers={{{new[0]!r}: ...}}): 'mean', 'largest' (of the client with the most"
-                " samples; give what belongs together, such as a queue and its pointer, the same), 'server' (as it is)"
-                " or 'client' (each its own)."
-            )
-
-    def _not_told(self, names: list[str]) -> list[str]:
-        new = [name for name in names if name not in self._told]
-        self._told.update(new)
-        return new
+        return self.tensors.of_largest(context.exchange, context.largest, rank, odd=table.odd_buffers())
 
     def _warn_of_no_loss(self, record: RoundRecord) -> None:
         """Once: a ``training_step`` that returns nothing may skip a batch, but to skip all of them is a mistake."""
@@ -606,9 +542,7 @@ class Federation:
             failure = error
         seconds, leaves = time.perf_counter() - opened.started, self.requeue.heard
         assert context.largest is not None
-        odd = bool({*context.exchange.caches()} - self._caches) or bool(
-            {*context.largest.values} - {*context.exchange.largest}
-        )
+        odd = self.tensors.has_odd_buffers(context.exchange, context.largest)
         table.finish_rank(self._rank, seconds, failed=failure is not None, leaves=leaves, odd_buffers=odd)
         table.add_executor(self._executor.slots, self._executor.ballot)
         if self.meter is not None:
@@ -673,7 +607,7 @@ class Federation:
         if self._world_size == 1:
             return
         self.clients.fetch(plan)
-        exchange = self._exchange()
+        exchange = self.tensors.exchange()
         table = self._table(plan, exchange)
         cohort = self._cohort(plan, exchange)
         sums = RoundSums(self._options.rules, exchange.view.empty(), cohort, table, self._world_size)
@@ -687,10 +621,6 @@ class Federation:
 
     def _table(self, plan: RoundPlan, exchange: Exchange) -> RoundTable:
         return RoundTable(plan, self._world_size, len(exchange.parameters), self._log.joint.size)
-
-    def _exchange(self) -> Exchange:
-        rules = self._options.rules
-        return exchange_of(self._trainer.lightning_module, rules.personal, rules.buffer_policies, self._caches)
 
     def _batch_sizes(self, cohort: Cohort) -> IntArray | None:
         return None if self.fleet is None else self.fleet.batch_sizes_of(cohort.clients)
@@ -821,7 +751,7 @@ class Federation:
             versions=self._older.state_dict(),
             accumulation=[self._accumulation_asked, self.local_accumulation],
             flags=self._flags(),
-            trained=self._trained,
+            trained=self.tensors.trained,
             losses=torch.tensor(sorted(self._losses.items()), dtype=torch.float64).reshape(-1, 2),
             monitored=monitored,
         )
@@ -893,7 +823,7 @@ class Federation:
     def _load_flags(self, state: dict[str, Any]) -> None:
         if (flags := state.get("flags")) is None:
             return  # written by an earlier version
-        self._trained = state.get("trained")
+        self.tensors.trained = state.get("trained")
         asked, last = state["accumulation"]
         if asked == self._accumulation_asked:  # otherwise the Trainer is asked for another one from now on
             self.local_accumulation = last

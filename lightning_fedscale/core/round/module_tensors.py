@@ -1,0 +1,116 @@
+"""The user's module as a federation sees it: which tensors are exchanged, and what becomes of them over rounds."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import lightning.pytorch as pl
+from lightning.pytorch.utilities import rank_zero_warn
+from torch import Tensor
+
+from lightning_fedscale.core.executors import Exchange, LargestClient, exchange_of
+from lightning_fedscale.core.options.options import Arguments
+from lightning_fedscale.utils import collectives
+from lightning_fedscale.utils.checks import enumerated
+
+
+class ModuleTensors:
+    """Makes a round's `Exchange`, and watches over rounds what its parameters and buffers do.
+
+    Args:
+        trainer: the Trainer, which has the module.
+        options: the strategy's checked arguments.
+
+    Attributes:
+        trained: the parameters that the last round moved, by name; None before the first one.
+    """
+
+    def __init__(self, trainer: pl.Trainer, options: Arguments) -> None:
+        self._trainer = trainer
+        self._options = options
+        self._caches: set[str] = set()  # buffers that each rank has for itself
+        self._told: set[str] = set()  # buffers about which the user was warned
+        self.trained: list[str] | None = None
+
+    def exchange(self) -> Exchange:
+        """The module's tensors as they are now."""
+        rules = self._options.rules
+        return exchange_of(self._trainer.lightning_module, rules.personal, rules.buffer_policies, self._caches)
+
+    def check_trained(self, exchange: Exchange) -> None:
+        """Refuse other trainable parameters than in the round before where something is kept for these.
+
+        Raises:
+            ValueError: naming the argument and a parameter.
+        """
+        before, self.trained = self.trained, exchange.names
+        if before is None or before == exchange.names:
+            return
+        downlink, options = self._options.downlink_compressor, self._options
+        keeper = options.rules.bound_to_parameters
+        if keeper is None and downlink is not None and downlink.stateful:
+            keeper = f"downlink_compressor={downlink.name}"
+        if keeper is None and options.asynchrony is not None:
+            keeper = "mode='async'"
+        if keeper is not None:
+            one = min(set(before) ^ set(exchange.names))
+            raise ValueError(
+                f"{keeper}: what is kept for it is for the {len(before)} parameters that were trainable in the round"
+                f" before, and {one!r} is {'' if one in exchange.names else 'not '}trainable now: do not freeze or"
+                " unfreeze layers while it is used."
+            )
+
+    def has_odd_buffers(self, exchange: Exchange, largest: LargestClient) -> bool:
+        """Whether on this rank buffers came, went, or changed their shape while clients trained."""
+        new_caches = {*exchange.caches()} - self._caches
+        return bool(new_caches) or bool({*largest.values} - {*exchange.largest})
+
+    def of_largest(
+        self, exchange: Exchange, largest: LargestClient, rank: int | None, *, odd: bool
+    ) -> Mapping[str, Tensor | None]:
+        """The buffers that are taken from the client with the most samples; to be called on all ranks.
+
+        Args:
+            exchange: the module's tensors.
+            largest: this rank's client with the most samples.
+            rank: that of the client with the most samples of all; None if there is none.
+            odd: whether any rank has odd buffers.
+        """
+        device = self._trainer.strategy.root_device
+        if odd:
+            for names in collectives.gather_over_ranks(exchange.caches(), device):
+                self._caches.update(names)
+        if rank is None or not (exchange.largest or odd):
+            return {}
+        values: Mapping[str, Tensor | None] = collectives.broadcast(largest.values, rank, device)
+        self._check_shapes([name for name in values if name not in exchange.largest])
+        return values
+
+    def warn_of_averages(self, names: list[str]) -> None:
+        """Once for each buffer: it is averaged, and nobody but the user knows whether that is right."""
+        if new := self._not_told(names):
+            rank_zero_warn(
+                f"buffers: {enumerated(new)} changed while clients trained, and the global model takes the clients'"
+                " mean, which is right for a quantity and wrong for a queue, a table or a flag. Say which with"
+                f" FederatedStrategy(buffers={{{new[0]!r}: ...}}): 'mean', 'largest' (of the client with the most"
+                " samples; give what belongs together, such as a queue and its pointer, the same), 'server' (as it is)"
+                " or 'client' (each its own)."
+            )
+
+    def _check_shapes(self, names: list[str]) -> None:
+        if new := self._not_told(names):
+            said = f"buffers: {enumerated(new)} came up, went or changed shape while a client trained"
+            if self._options.asynchrony is not None or self._options.rules.ditto is not None:
+                raise ValueError(
+                    f"{said}, which models of single clients cannot follow: give them 'server' or 'client' in"
+                    f" FederatedStrategy(buffers={{{new[0]!r}: 'server'}}), or one shape."
+                )
+            rank_zero_warn(
+                f"{said}, and so there is no mean over clients: they are those of the client with the most samples."
+                f" FederatedStrategy(buffers={{{new[0]!r}: 'client'}}) lets each keep its own."
+            )
+
+    def _not_told(self, names: list[str]) -> list[str]:
+        new = [name for name in names if name not in self._told]
+        self._told.update(new)
+        return new
