@@ -14,7 +14,6 @@ from typing import Any
 import lightning.pytorch as pl
 import numpy as np
 import torch
-from lightning.pytorch.trainer.connectors.data_connector import _worker_check
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from torch.optim import Optimizer
@@ -45,6 +44,14 @@ from lightning_fedscale.core.lightning.half_batches import mean_gradient
 from lightning_fedscale.core.lightning.module_flags import flags_of, restore_flags, restore_groups, restore_pruning
 from lightning_fedscale.core.lightning.monitors import Monitors
 from lightning_fedscale.core.lightning.progress import ClientProgress
+from lightning_fedscale.core.lightning.run_state import (
+    advise_on_workers,
+    is_train_iterator,
+    last_batch_kept,
+    modes_before_validation,
+    next_round,
+    publish_round,
+)
 from lightning_fedscale.core.lightning.side_effects import undone
 from lightning_fedscale.core.lightning.slurm import Requeue
 from lightning_fedscale.core.lightning.train_data import division_by_ranks
@@ -188,19 +195,14 @@ class Federation:
             show_progress=trainer.is_global_zero and trainer.progress_bar_callback is not None,
         )
         if workload.loader.cache is None and self._work is None:  # once, however often loaders are reloaded
-            _worker_check(trainer, loader, "train_dataloader")  # Lightning looks at a DataLoader only
+            advise_on_workers(trainer, loader)
         if self._work is None and (divided := division_by_ranks(trainer, workload.loader.batch_size)):
             rank_zero_warn(divided)
         self.close()
         self._work = workload
         self._calibrate(workload)
         self._check_resumed()
-        return RoundLoader(loader, self._options.rounds_per_epoch, self.open_round, self._is_trainers)
-
-    def _is_trainers(self, iterator: Iterator[Any]) -> bool:
-        """Whether the Trainer itself asks an iterator over the train loader for batches."""
-        running = getattr(self._trainer.fit_loop._combined_loader, "_iterator", None)
-        return running is None or any(each is iterator for each in running.iterators)
+        return RoundLoader(loader, self._options.rounds_per_epoch, self.open_round, partial(is_train_iterator, trainer))
 
     def _calibrate(self, work: Workload) -> None:
         """Make privacy ready for these clients."""
@@ -325,7 +327,7 @@ class Federation:
         assert self._work is not None
         check_trainable(self._trainer.lightning_module)
         self.equip()
-        round, started = self._next_round(), time.perf_counter()
+        round, started = next_round(self._trainer), time.perf_counter()
         plan = self._work.plan(round, self._losses)
         clients = plan.clients_of(self._rank)
         loader, device = self._work.loader, self._device
@@ -519,11 +521,6 @@ class Federation:
                 " return the loss, or set automatic_optimization=False to step optimizers yourself."
             )
 
-    def _next_round(self) -> int:
-        loop = self._trainer.fit_loop
-        # Steps stand still in an epoch that only feeds BatchNorm; its rounds differ all the same.
-        return self._trainer.global_step + (loop.epoch_loop.batch_progress.current.ready if loop._skip_backward else 0)
-
     def _train_together(
         self, context: RoundContext, opened: _OpenRound, cohort: Cohort, uplink: Uplink | None
     ) -> tuple[Tensor, Tensor | None, RoundTable]:
@@ -669,13 +666,11 @@ class Federation:
         outside = randomness.capture(self._device) if self._executor.draws_from_globals else None
         self._live = context
         around, trainer.accumulate_grad_batches = trainer.accumulate_grad_batches, self.local_accumulation
-        progress = trainer.fit_loop.epoch_loop.batch_progress
-        last_round = progress.is_last_batch
         try:
-            yield
+            with last_batch_kept(trainer):
+                yield
         finally:
             trainer.accumulate_grad_batches = around
-            progress.is_last_batch = last_round
             self._live = None
             if outside is not None:
                 randomness.restore(outside, self._device)
@@ -718,14 +713,7 @@ class Federation:
     def _report(self, record: RoundRecord) -> None:
         """Straight to the loggers, every round, and to where callbacks look for what they monitor."""
         self._log.send()
-        trainer, metrics = self._trainer, record.metrics()
-        for logger in trainer.loggers:
-            logger.log_metrics(metrics, step=trainer.fit_loop.epoch_loop._batches_that_stepped)
-        values = dict(zip(metrics, torch.tensor([*metrics.values()]).unbind(), strict=True))
-        for known in (trainer._logger_connector._callback_metrics, trainer._logger_connector._logged_metrics):
-            if not record.empty:  # of nobody nothing is known anew, and callbacks that watch a loss go on with the last
-                known.pop("round/loss", None)  # else a round without a loss would show that of an earlier one
-            known.update(values)
+        publish_round(self._trainer, record.metrics(), empty=record.empty)
         self._monitors.end_round(empty=record.empty)
 
     # ---- checkpoints
@@ -760,8 +748,7 @@ class Federation:
         """What is frozen at the moment; while a client trains, when the round began."""
         trainer = self._trainer
         at_start = () if self._live is None else self._live.exchange.parameters
-        # Validation, in whose end checkpoints are saved, has all of the module in evaluation mode.
-        modes = trainer.fit_loop.epoch_loop.val_loop._module_mode.mode if trainer.evaluating else {}
+        modes = modes_before_validation(trainer)
         module = trainer.lightning_module
         state = self.global_state_dict(module.state_dict())
         return flags_of(module, trainer.optimizers, state, {id(p): flag for p, flag in at_start}, modes)
