@@ -295,7 +295,7 @@ class FederatedStrategy(ReusableStrategy):
     @property
     def local_accumulation(self) -> int:
         """Batches per optimizer step of a client: the Trainer's ``accumulate_grad_batches``."""
-        return 1 if self._federation is None else self._federation.local_accumulation
+        return 1 if self._federation is None else self._federation.scope.accumulation
 
     def client_sizes(self, dataset: Any) -> IntArray:
         """Return the number of samples of a dataset that each client would get."""
@@ -468,7 +468,7 @@ class FederatedStrategy(ReusableStrategy):
         every = trainer.accumulate_grad_batches
         if not isinstance(every, NoAccumulation) and not trainer.fit_loop._skip_backward:
             # A callback such as GradientAccumulationScheduler has set it.
-            federation.local_accumulation, trainer.accumulate_grad_batches = every, NoAccumulation(1)
+            federation.scope.accumulation, trainer.accumulate_grad_batches = every, NoAccumulation(1)
 
     def batch_to_device(self, batch: Any, device: torch.device | None = None, dataloader_idx: int = 0) -> Any:
         """Move a batch to the device; the first batch of a round starts the clients' training."""
@@ -487,7 +487,7 @@ class FederatedStrategy(ReusableStrategy):
         self._undo.callback(federation.end)
         loops = RoundLoops(trainer, federation.run_round)
         self._undo.callback(loops.remove)
-        hooks = LocalBatchHooks(trainer.lightning_module, lambda: federation.in_client)
+        hooks = LocalBatchHooks(trainer.lightning_module, lambda: federation.scope.in_client)
         self._undo.callback(hooks.remove)
         callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
         for own in (RunBoard(self._options), RoundEnd(federation.end_round)):  # the end of the round first
@@ -559,7 +559,7 @@ class FederatedStrategy(ReusableStrategy):
 
     @property
     def _alone(self) -> bool:
-        return self._federation is not None and self._federation.in_client
+        return self._federation is not None and self._federation.scope.in_client
 
     def reduce(self, tensor: Tensor, group: Any = None, reduce_op: Any = "mean") -> Tensor:
         """Reduce over ranks; inside a client, return the client's own value."""
@@ -606,7 +606,7 @@ class FederatedStrategy(ReusableStrategy):
     def lightning_module_state_dict(self) -> dict[str, Any]:
         """Return the global model's state, even while a client trains."""
         state = super().lightning_module_state_dict()
-        return state if self._federation is None else self._federation.global_state_dict(state)
+        return state if self._federation is None else self._federation.scope.global_state_dict(state)
 
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
         """Load the global model in the Trainer's precision; Lightning would convert the module only later."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain
@@ -41,14 +40,12 @@ from lightning_fedscale.core.lightning.checkpoint import (
     refuse_other_rules,
 )
 from lightning_fedscale.core.lightning.half_batches import mean_gradient
-from lightning_fedscale.core.lightning.module_flags import flags_of, restore_flags, restore_groups, restore_pruning
+from lightning_fedscale.core.lightning.module_flags import restore_flags, restore_groups, restore_pruning
 from lightning_fedscale.core.lightning.monitors import Monitors
 from lightning_fedscale.core.lightning.progress import ClientProgress
 from lightning_fedscale.core.lightning.run_state import (
     advise_on_workers,
     is_train_iterator,
-    last_batch_kept,
-    modes_before_validation,
     next_round,
     publish_round,
 )
@@ -65,6 +62,7 @@ from lightning_fedscale.core.round.client_pipeline import (
     Sent,
     Uplink,
 )
+from lightning_fedscale.core.round.client_scope import ClientScope
 from lightning_fedscale.core.round.client_states import ClientStates
 from lightning_fedscale.core.round.costs import corrected, model_bytes, operations, size_of_message, update_bytes
 from lightning_fedscale.core.round.merge import RoundTable
@@ -135,7 +133,6 @@ class Federation:
         self._global = GlobalModel(options.rules, options.server_optimizer, options.downlink_compressor)
         self._resumed: dict[str, Any] | None = None
         self._open: _OpenRound | None = None
-        self._live: RoundContext | None = None  # while the module holds a client's model
         self._progress: ClientProgress
         self._quiet = False  # while clients train what nobody is told of
         self._begun: list[LocalWork] = []  # what this rank does in the round that runs
@@ -146,7 +143,7 @@ class Federation:
         self.tensors = ModuleTensors(trainer, options)
         self._losses: dict[int, float] = {}  # last known of each client, if the sampler reads them
         self.requeue = Requeue(trainer)
-        self.local_accumulation = self._accumulation_asked = trainer.accumulate_grad_batches
+        self.scope = ClientScope(trainer)
         self.meter: Meter | None = None
         self.last_round: RoundRecord | None = None
 
@@ -241,7 +238,7 @@ class Federation:
                 trainer.lightning_module,
                 work.loader.example(),
                 precision=str(trainer.precision),
-                accumulate=self.local_accumulation,
+                accumulate=self.scope.accumulation,
                 device="other",
                 extras={**ON_CLIENT, **self._options.rules.kept_on_device},
                 trainer=trainer,
@@ -530,7 +527,7 @@ class Federation:
         failure: Exception | None = None
         try:
             self._tell("on_round_start", opened.plan.round, opened.plan.cohort)
-            with self._inside_clients(context), self._log.collecting():
+            with self.scope.entered(context, draws=self._executor.draws_from_globals), self._log.collecting():
                 self._train_clients(context, sums, table, uplink)
             if self._world_size > 1:
                 table.set_logged(self._log.joint.pack(self._log.last_clients()))
@@ -655,37 +652,6 @@ class Federation:
 
     # ---- while clients train
 
-    @property
-    def in_client(self) -> bool:
-        """Whether the module holds a client's model right now."""
-        return self._live is not None
-
-    @contextmanager
-    def _inside_clients(self, context: RoundContext) -> Iterator[None]:
-        trainer = self._trainer
-        outside = randomness.capture(self._device) if self._executor.draws_from_globals else None
-        self._live = context
-        around, trainer.accumulate_grad_batches = trainer.accumulate_grad_batches, self.local_accumulation
-        try:
-            with last_batch_kept(trainer):
-                yield
-        finally:
-            trainer.accumulate_grad_batches = around
-            self._live = None
-            if outside is not None:
-                randomness.restore(outside, self._device)
-
-    def global_state_dict(self, state: dict[str, Any]) -> dict[str, Any]:
-        """A module's state dict with the global model's values in place of the client's that is training."""
-        if self._live is None:
-            return state
-        context = self._live
-        state = context.exchange.regular(state)
-        return {
-            **context.exchange.view.substituted(state, context.server),
-            **context.exchange.of_personal(state, context.own),
-        }
-
     def client_started(self, client: int) -> None:
         """See `lightning_fedscale.core.executors.sequential.Watcher`."""
         self._tell("on_client_start", client)
@@ -720,8 +686,8 @@ class Federation:
 
     def state_dict(self) -> dict[str, Any] | None:
         """What a checkpoint needs to go on exactly; on rank 0, None elsewhere. To be called on all ranks."""
-        clients = self.clients.state_dict(in_client=self.in_client)
-        monitored = self._monitors.state_dict(in_client=self.in_client)
+        clients = self.clients.state_dict(in_client=self.scope.in_client)
+        monitored = self._monitors.state_dict(in_client=self.scope.in_client)
         if self._rank != 0:
             return None
         return federated_state(
@@ -737,21 +703,12 @@ class Federation:
             gave_up=self._executor.gave_up,
             simulated=self._simulated,
             versions=self._older.state_dict(),
-            accumulation=[self._accumulation_asked, self.local_accumulation],
-            flags=self._flags(),
+            accumulation=[self.scope.accumulation_asked, self.scope.accumulation],
+            flags=self.scope.flags(),
             trained=self.tensors.trained,
             losses=torch.tensor(sorted(self._losses.items()), dtype=torch.float64).reshape(-1, 2),
             monitored=monitored,
         )
-
-    def _flags(self) -> dict[str, Any]:
-        """What is frozen at the moment; while a client trains, when the round began."""
-        trainer = self._trainer
-        at_start = () if self._live is None else self._live.exchange.parameters
-        modes = modes_before_validation(trainer)
-        module = trainer.lightning_module
-        state = self.global_state_dict(module.state_dict())
-        return flags_of(module, trainer.optimizers, state, {id(p): flag for p, flag in at_start}, modes)
 
     def _settings(self) -> dict[str, Any]:
         """What may be changed on resume, but then the run is another one."""
@@ -775,7 +732,7 @@ class Federation:
 
     def rewind_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Make a checkpoint that is saved while a client trains one of the start of the round."""
-        if self.in_client:
+        if self.scope.in_client:
             self._executor.rewind_checkpoint(checkpoint)
 
     def load_groups(self, state: dict[str, Any]) -> None:
@@ -812,8 +769,8 @@ class Federation:
             return  # written by an earlier version
         self.tensors.trained = state.get("trained")
         asked, last = state["accumulation"]
-        if asked == self._accumulation_asked:  # otherwise the Trainer is asked for another one from now on
-            self.local_accumulation = last
+        if asked == self.scope.accumulation_asked:  # otherwise the Trainer is asked for another one from now on
+            self.scope.accumulation = last
         if changed := restore_flags(flags, self._trainer.lightning_module):
             rank_zero_info(
                 f"Federated: {len(changed)} parameters are frozen or trainable as in the checkpoint, not as the module"

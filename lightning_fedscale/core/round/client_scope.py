@@ -1,0 +1,76 @@
+"""While clients train: what the Trainer shows them, and what the server shows everybody else."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import lightning.pytorch as pl
+
+from lightning_fedscale.core.executors import RoundContext
+from lightning_fedscale.core.lightning.module_flags import flags_of
+from lightning_fedscale.core.lightning.run_state import last_batch_kept, modes_before_validation
+from lightning_fedscale.utils import randomness
+
+
+class ClientScope:
+    """Says whether the module holds a client's model, and gives the global one all the same.
+
+    Args:
+        trainer: the Trainer, as it was asked for.
+
+    Attributes:
+        accumulation: batches per optimizer step of a client; a callback may change it.
+        accumulation_asked: as the Trainer was built with.
+    """
+
+    def __init__(self, trainer: pl.Trainer) -> None:
+        self._trainer = trainer
+        self._live: RoundContext | None = None
+        self.accumulation = self.accumulation_asked = trainer.accumulate_grad_batches
+
+    @property
+    def in_client(self) -> bool:
+        """Whether the module holds a client's model right now."""
+        return self._live is not None
+
+    @contextmanager
+    def entered(self, context: RoundContext, *, draws: bool) -> Iterator[None]:
+        """Clients train inside; the Trainer and the global generators are as before afterwards.
+
+        Args:
+            context: of the round.
+            draws: whether clients draw from the global generators.
+        """
+        trainer, device = self._trainer, self._trainer.strategy.root_device
+        outside = randomness.capture(device) if draws else None
+        self._live = context
+        around, trainer.accumulate_grad_batches = trainer.accumulate_grad_batches, self.accumulation
+        try:
+            with last_batch_kept(trainer):
+                yield
+        finally:
+            trainer.accumulate_grad_batches = around
+            self._live = None
+            if outside is not None:
+                randomness.restore(outside, device)
+
+    def global_state_dict(self, state: dict[str, Any]) -> dict[str, Any]:
+        """A module's state dict with the global model's values in place of the client's that is training."""
+        if self._live is None:
+            return state
+        context = self._live
+        state = context.exchange.regular(state)
+        return {
+            **context.exchange.view.substituted(state, context.server),
+            **context.exchange.of_personal(state, context.own),
+        }
+
+    def flags(self) -> dict[str, Any]:
+        """What is frozen at the moment; while a client trains, when the round began."""
+        trainer, module = self._trainer, self._trainer.lightning_module
+        at_start = () if self._live is None else self._live.exchange.parameters
+        state = self.global_state_dict(module.state_dict())
+        modes = modes_before_validation(trainer)
+        return flags_of(module, trainer.optimizers, state, {id(p): flag for p, flag in at_start}, modes)
