@@ -20,7 +20,7 @@ from lightning.pytorch.accelerators import CPUAccelerator, CUDAAccelerator, MPSA
 
 from lightning_fedscale import FederatedStrategy
 from lightning_fedscale.core.executors import sequential
-from lightning_fedscale.core.round.federation import Federation
+from lightning_fedscale.core.round.notifier import Notifier
 from lightning_fedscale.core.round.run_settings import RunBoard
 from tests.lightning_suite.reasons import read
 
@@ -153,7 +153,7 @@ def pytest_configure(config: pytest.Config) -> None:
 def _take_out_what_rounds_add() -> None:
     """No metrics and hyperparameters of rounds, no entry in checkpoints that hooks see, ``batch_idx`` of the epoch."""
     OneBatchRounds.bare = True
-    Federation._report = lambda self, record: self._log.send()  # type: ignore[method-assign]
+    Notifier._report = lambda self, record: self._log.send()  # type: ignore[method-assign]
     for name in ("on_train_start", "on_train_batch_end", "on_train_end"):
         setattr(RunBoard, name, lambda self, *_: None)
     local_step, call = sequential.local_step, sequential.SequentialExecutor._call

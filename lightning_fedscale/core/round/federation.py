@@ -11,7 +11,6 @@ from itertools import chain
 from typing import Any
 
 import lightning.pytorch as pl
-import numpy as np
 import torch
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
@@ -29,7 +28,6 @@ from lightning_fedscale.core.executors import (
     SequentialExecutor,
     Transfer,
     VectorizedExecutor,
-    listeners,
 )
 from lightning_fedscale.core.executors.meter import ClientMeter, Meter
 from lightning_fedscale.core.lightning.checkpoint import (
@@ -41,13 +39,10 @@ from lightning_fedscale.core.lightning.checkpoint import (
 )
 from lightning_fedscale.core.lightning.half_batches import mean_gradient
 from lightning_fedscale.core.lightning.module_flags import restore_flags, restore_groups, restore_pruning
-from lightning_fedscale.core.lightning.monitors import Monitors
-from lightning_fedscale.core.lightning.progress import ClientProgress
 from lightning_fedscale.core.lightning.run_state import (
     advise_on_workers,
     is_train_iterator,
     next_round,
-    publish_round,
 )
 from lightning_fedscale.core.lightning.side_effects import undone
 from lightning_fedscale.core.lightning.slurm import Requeue
@@ -67,6 +62,7 @@ from lightning_fedscale.core.round.client_states import ClientStates
 from lightning_fedscale.core.round.costs import corrected, model_bytes, operations, size_of_message, update_bytes
 from lightning_fedscale.core.round.merge import RoundTable
 from lightning_fedscale.core.round.module_tensors import ModuleTensors
+from lightning_fedscale.core.round.notifier import Notifier
 from lightning_fedscale.core.round.server_step import GlobalModel
 from lightning_fedscale.core.round.stale_models import OlderModels
 from lightning_fedscale.core.round.sums import RoundSums
@@ -77,7 +73,7 @@ from lightning_fedscale.local_rules import Ditto
 from lightning_fedscale.partitioners import Partition
 from lightning_fedscale.privacy import PrivacyBudget
 from lightning_fedscale.samplers import reads_losses
-from lightning_fedscale.types import ClientCost, ClientUpdate, Cohort, IntArray, Params, RoundRecord
+from lightning_fedscale.types import ClientCost, Cohort, IntArray, RoundRecord
 from lightning_fedscale.utils import randomness
 from lightning_fedscale.utils.flat_view import as_real
 from lightning_fedscale.utils.memory import format_bytes
@@ -126,15 +122,13 @@ class Federation:
         processes = world_size // trainer.num_nodes
         self.clients = ClientStates(options, rank, world_size, device=self._device, processes=processes)
         self._log = ClientLog(trainer, options.client_log_every_n, world_size)
-        self._monitors = Monitors(trainer)
+        self.notifier = Notifier(trainer, self._log)
         self._transfer = Transfer(trainer)
         self._executor: ExecutorChoice
         self._work: Workload | None = None
         self._global = GlobalModel(options.rules, options.server_optimizer, options.downlink_compressor)
         self._resumed: dict[str, Any] | None = None
         self._open: _OpenRound | None = None
-        self._progress: ClientProgress
-        self._quiet = False  # while clients train what nobody is told of
         self._begun: list[LocalWork] = []  # what this rank does in the round that runs
         self._equipped = False
         self._budget: PrivacyBudget | None = None
@@ -156,7 +150,7 @@ class Federation:
             "store": self.clients.store,
             "keepers": [OptimizerKeeper(optimizer) for optimizer in optimizers],
             "keep": options.keep_optimizers,
-            "watcher": self,
+            "watcher": self.notifier,
             "log": self._log,
             "transfer": self._transfer,
         }
@@ -304,7 +298,7 @@ class Federation:
     def end(self) -> None:
         """The run is over: let go of workers and of what was recorded."""
         self.close()
-        self._monitors.close()
+        self.notifier.monitors.close()
         if hasattr(self, "_executor"):  # not if training was refused before its optimizers were built
             self._executor.close()
 
@@ -430,7 +424,8 @@ class Federation:
             own,
             LargestClient(),
         )
-        self._progress, self._begun = ClientProgress(self._trainer, len(opened.work)), opened.work
+        self._begun = opened.work
+        self.notifier.expect_clients(len(opened.work))
         try:
             total, messages, table = self._train_together(context, opened, cohort, uplink)
             largest = self._of_largest(context, opened.plan, table)
@@ -444,7 +439,7 @@ class Federation:
                 self._batch_sizes(cohort),
             )
             if training:
-                self._tell("on_before_server_step", record, exchange.named(aggregate))
+                self.notifier.aggregated(record, exchange.named(aggregate))
             bits = self._global.move(
                 exchange,
                 server,
@@ -452,7 +447,7 @@ class Federation:
                 cohort,
                 training=training,
                 mean_square=table.clients.mean_square(),
-                on_step=self._tell_of_server_step,
+                on_step=self.notifier.server_step,
             )
             self.tensors.warn_of_averages(exchange.changed_unsure(server))
             if training and exchange.fits:
@@ -498,25 +493,13 @@ class Federation:
         What is saved or interrupted from here on belongs to the next round.
         """
         if (record := self.last_round) is not None:
-            self._warn_of_no_loss(record)
-            self._report(record)
-            self._tell("on_round_end", record)
+            self.notifier.round_ended(record)
 
     def _of_largest(self, context: RoundContext, plan: RoundPlan, table: RoundTable) -> Mapping[str, Tensor | None]:
         assert self._work is not None
         assert context.largest is not None
         rank = table.clients.rank_of_largest(self._work.held(plan.cohort))
         return self.tensors.of_largest(context.exchange, context.largest, rank, odd=table.odd_buffers())
-
-    def _warn_of_no_loss(self, record: RoundRecord) -> None:
-        """Once: a ``training_step`` that returns nothing may skip a batch, but to skip all of them is a mistake."""
-        if record.round or not self._trainer.lightning_module.automatic_optimization:
-            return
-        if len(record.clients) and np.isnan(record.losses).all() and not record.delta_norms.any():
-            rank_zero_warn(
-                "training_step returned None for every batch of the first round, so no client has learnt anything:"
-                " return the loss, or set automatic_optimization=False to step optimizers yourself."
-            )
 
     def _train_together(
         self, context: RoundContext, opened: _OpenRound, cohort: Cohort, uplink: Uplink | None
@@ -526,7 +509,7 @@ class Federation:
         sums = RoundSums(self._options.rules, context.server, cohort, table, self._world_size)
         failure: Exception | None = None
         try:
-            self._tell("on_round_start", opened.plan.round, opened.plan.cohort)
+            self.notifier.round_started(opened.plan.round, opened.plan.cohort)
             with self.scope.entered(context, draws=self._executor.draws_from_globals), self._log.collecting():
                 self._train_clients(context, sums, table, uplink)
             if self._world_size > 1:
@@ -583,18 +566,13 @@ class Federation:
     def _train_personal(self, ditto: Ditto, context: RoundContext, table: RoundTable) -> None:
         """Once more, each client its own model: nothing of it is logged, told or sent."""
         guidance = PersonalModels(ditto, self.clients.store, context.exchange, context.server)
-        self._quiet = True
-        try:
-            with self._log.silenced():
-                for update in self._executor.run_again(context._replace(guidance=guidance, largest=None)):
-                    if update.cost is not None:
-                        pulled = guidance.correction(update.client).operations
-                        table.clients.add_cost(
-                            update.client, update.cost.plus(corrected(pulled, update, context.exchange))
-                        )
-                    guidance.keep(update)
-        finally:
-            self._quiet = False
+        with self.notifier.silenced():
+            for update in self._executor.run_again(context._replace(guidance=guidance, largest=None)):
+                if update.cost is not None:
+                    pulled = guidance.correction(update.client).operations
+                    cost = update.cost.plus(corrected(pulled, update, context.exchange))
+                    table.clients.add_cost(update.client, cost)
+                guidance.keep(update)
 
     def _fail_together(self, plan: RoundPlan, started: float) -> None:
         """This rank could not even begin: take part in the round's communication, so that no rank waits in vain."""
@@ -650,44 +628,12 @@ class Federation:
         self.clients.commit(plan, table.clients.cursors())
         self._executor.set_scaler_state(*table.clients.smallest_scale())
 
-    # ---- while clients train
-
-    def client_started(self, client: int) -> None:
-        """See `lightning_fedscale.core.executors.sequential.Watcher`."""
-        self._tell("on_client_start", client)
-
-    def client_stepped(self, done: int, loss: Tensor | None) -> None:
-        """See `lightning_fedscale.core.executors.sequential.Watcher`."""
-        self._progress.show(done, loss)
-
-    def client_ended(self, update: ClientUpdate) -> None:
-        """See `lightning_fedscale.core.executors.sequential.Watcher`."""
-        self._tell("on_client_end", update)
-
-    def _tell(self, event: str, *values: Any) -> None:
-        for each in () if self._quiet else listeners(self._trainer):
-            if (hook := getattr(each, event, None)) is not None:
-                hook(self._trainer, self._trainer.lightning_module, *values)
-
-    def _tell_of_server_step(self, step: Params) -> Params:
-        """Let callbacks change the step; what they get is theirs, since a server optimizer may keep its own."""
-        if any(hasattr(each, "on_server_step") for each in listeners(self._trainer)):
-            step = {name: value.clone() for name, value in step.items()}
-            self._tell("on_server_step", step)
-        return step
-
-    def _report(self, record: RoundRecord) -> None:
-        """Straight to the loggers, every round, and to where callbacks look for what they monitor."""
-        self._log.send()
-        publish_round(self._trainer, record.metrics(), empty=record.empty)
-        self._monitors.end_round(empty=record.empty)
-
     # ---- checkpoints
 
     def state_dict(self) -> dict[str, Any] | None:
         """What a checkpoint needs to go on exactly; on rank 0, None elsewhere. To be called on all ranks."""
         clients = self.clients.state_dict(in_client=self.scope.in_client)
-        monitored = self._monitors.state_dict(in_client=self.scope.in_client)
+        monitored = self.notifier.monitors.state_dict(in_client=self.scope.in_client)
         if self._rank != 0:
             return None
         return federated_state(
@@ -761,7 +707,7 @@ class Federation:
         self._simulated = state.get("simulated", 0.0)
         self._older.load_state_dict(state["versions"], self._device)
         self._losses = {int(client): loss for client, loss in state["losses"].tolist()}
-        self._monitors.load_state_dict(state.get("monitored", {}))
+        self.notifier.monitors.load_state_dict(state.get("monitored", {}))
         self._load_flags(state)
 
     def _load_flags(self, state: dict[str, Any]) -> None:
