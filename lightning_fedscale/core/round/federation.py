@@ -63,6 +63,7 @@ from lightning_fedscale.core.round.costs import corrected, model_bytes, operatio
 from lightning_fedscale.core.round.merge import RoundTable
 from lightning_fedscale.core.round.module_tensors import ModuleTensors
 from lightning_fedscale.core.round.notifier import Notifier
+from lightning_fedscale.core.round.run_totals import RunTotals
 from lightning_fedscale.core.round.server_step import GlobalModel
 from lightning_fedscale.core.round.stale_models import OlderModels
 from lightning_fedscale.core.round.sums import RoundSums
@@ -72,7 +73,6 @@ from lightning_fedscale.devices.fleet import Fleet
 from lightning_fedscale.local_rules import Ditto
 from lightning_fedscale.partitioners import Partition
 from lightning_fedscale.privacy import PrivacyBudget
-from lightning_fedscale.samplers import reads_losses
 from lightning_fedscale.types import ClientCost, Cohort, IntArray, RoundRecord
 from lightning_fedscale.utils import randomness
 from lightning_fedscale.utils.flat_view import as_real
@@ -131,11 +131,9 @@ class Federation:
         self._open: _OpenRound | None = None
         self._begun: list[LocalWork] = []  # what this rank does in the round that runs
         self._equipped = False
-        self._budget: PrivacyBudget | None = None
-        self._simulated = 0.0  # seconds, over all rounds
+        self._totals = RunTotals(options.sampler)
         self._older = OlderModels(options.asynchrony)
         self.tensors = ModuleTensors(trainer, options)
-        self._losses: dict[int, float] = {}  # last known of each client, if the sampler reads them
         self.requeue = Requeue(trainer)
         self.scope = ClientScope(trainer)
         self.meter: Meter | None = None
@@ -200,10 +198,11 @@ class Federation:
         if (privacy := self._options.rules.privacy) is None:
             return
         clients, cohort = work.partition.num_clients, work.cohort_size
-        self._budget = PrivacyBudget(privacy.calibrated(cohort / clients, cohort), cohort / clients)
-        rules = self._options.rules._replace(privacy=self._budget.privacy)
+        budget = PrivacyBudget(privacy.calibrated(cohort / clients, cohort), cohort / clients)
+        self._totals.budget = budget
+        rules = self._options.rules._replace(privacy=budget.privacy)
         self._options = self._options._replace(rules=rules)
-        self._global.calibrate(rules, self._budget.expected_weight(work.partition.sizes))
+        self._global.calibrate(rules, budget.expected_weight(work.partition.sizes))
 
     def equip(self) -> None:
         """Before the first round: look at the model, and give the clients their simulated hardware, if any.
@@ -217,8 +216,8 @@ class Federation:
             return  # a callback may unfreeze layers when the first epoch begins
         if work is not None and not self._equipped:
             self._equipped = True
-            if self._budget is not None:
-                self._budget.check(trainer.global_step)
+            if self._totals.budget is not None:
+                self._totals.budget.check(trainer.global_step)
             combinations.check_model(self._options, trainer.lightning_module, self.tensors.exchange())
             first = trainer.global_step
             work.check_cohorts(range(first, first + min(self._planned_rounds() or _SAMPLED, _SAMPLED)))
@@ -319,7 +318,7 @@ class Federation:
         check_trainable(self._trainer.lightning_module)
         self.equip()
         round, started = next_round(self._trainer), time.perf_counter()
-        plan = self._work.plan(round, self._losses)
+        plan = self._work.plan(round, self._totals.losses)
         clients = plan.clients_of(self._rank)
         loader, device = self._work.loader, self._device
         # Cutting a batch out of cached data draws no random number.
@@ -434,8 +433,8 @@ class Federation:
             record = table.record(
                 norm,
                 model_bytes(self._options.rules, exchange),
-                self._simulated,
-                None if self._budget is None else self._budget.spent(cohort.round + 1),
+                self._totals.simulated,
+                self._totals.epsilon(cohort.round + 1),
                 self._batch_sizes(cohort),
             )
             if training:
@@ -474,16 +473,13 @@ class Federation:
         if training:
             self._commit(opened.plan, table)
             self._older.keep(opened.plan, server)
-            if self._budget is not None and not self._budget.affords(cohort.round + 1):
-                rank_zero_info(f"privacy: {self._budget.told(cohort.round + 1)}, so training ends here.")
+            if (why := self._totals.exhausted(cohort.round + 1)) is not None:
+                rank_zero_info(why)
                 self._trainer.should_stop = True
             self._executor.settle(Ballot(*table.ballot()))
         self.last_round = record
         if training:
-            if reads_losses(self._options.sampler):
-                known = zip(record.clients.tolist(), record.losses.tolist(), strict=True)
-                self._losses.update({client: loss for client, loss in known if math.isfinite(loss)})
-            self._simulated += 0.0 if record.simulated is None else record.simulated.seconds
+            self._totals.add(record)
             self._log.commit(int(record.local_steps.sum()))
         return {} if record.loss != record.loss else {"loss": torch.tensor(record.loss, device=self._device)}
 
@@ -647,12 +643,12 @@ class Federation:
             local_batches=self._log.local_batches,
             executor=self._executor.kind if self._options.executor == "auto" else None,
             gave_up=self._executor.gave_up,
-            simulated=self._simulated,
+            simulated=self._totals.simulated,
             versions=self._older.state_dict(),
             accumulation=[self.scope.accumulation_asked, self.scope.accumulation],
             flags=self.scope.flags(),
             trained=self.tensors.trained,
-            losses=torch.tensor(sorted(self._losses.items()), dtype=torch.float64).reshape(-1, 2),
+            losses=torch.tensor(sorted(self._totals.losses.items()), dtype=torch.float64).reshape(-1, 2),
             monitored=monitored,
         )
 
@@ -704,9 +700,9 @@ class Federation:
         self.clients.load_state_dict(state["clients"])
         self._global.load_states(state["server"], self._device)
         self._log.local_batches = state.get("local_batches", 0)
-        self._simulated = state.get("simulated", 0.0)
+        self._totals.simulated = state.get("simulated", 0.0)
         self._older.load_state_dict(state["versions"], self._device)
-        self._losses = {int(client): loss for client, loss in state["losses"].tolist()}
+        self._totals.losses = {int(client): loss for client, loss in state["losses"].tolist()}
         self.notifier.monitors.load_state_dict(state.get("monitored", {}))
         self._load_flags(state)
 
