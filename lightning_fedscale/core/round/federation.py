@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain
@@ -29,7 +29,7 @@ from lightning_fedscale.core.executors import (
     Transfer,
     VectorizedExecutor,
 )
-from lightning_fedscale.core.executors.meter import ClientMeter, Meter
+from lightning_fedscale.core.executors.meter import Meter
 from lightning_fedscale.core.lightning.checkpoint import (
     changed_settings,
     check_resume,
@@ -37,7 +37,6 @@ from lightning_fedscale.core.lightning.checkpoint import (
     refuse_other_owners,
     refuse_other_rules,
 )
-from lightning_fedscale.core.lightning.half_batches import mean_gradient
 from lightning_fedscale.core.lightning.module_flags import restore_flags, restore_groups, restore_pruning
 from lightning_fedscale.core.lightning.run_state import (
     advise_on_workers,
@@ -51,6 +50,7 @@ from lightning_fedscale.core.options import compatibility as combinations
 from lightning_fedscale.core.options.options import Arguments
 from lightning_fedscale.core.options.trainer_checks import check_trainable
 from lightning_fedscale.core.plan import LocalWork, RoundPlan
+from lightning_fedscale.core.round.client_batches import ClientBatches
 from lightning_fedscale.core.round.client_pipeline import (
     DITTO,
     PersonalModels,
@@ -75,7 +75,6 @@ from lightning_fedscale.partitioners import Partition
 from lightning_fedscale.privacy import PrivacyBudget
 from lightning_fedscale.types import ClientCost, Cohort, IntArray, RoundRecord
 from lightning_fedscale.utils import randomness
-from lightning_fedscale.utils.flat_view import as_real
 from lightning_fedscale.utils.memory import format_bytes
 
 _SAMPLED = 16  # rounds, of which one must be large enough for the aggregator before training begins
@@ -126,6 +125,7 @@ class Federation:
         self._transfer = Transfer(trainer)
         self._executor: ExecutorChoice
         self._work: Workload | None = None
+        self._batches: ClientBatches
         self._global = GlobalModel(options.rules, options.server_optimizer, options.downlink_compressor)
         self._resumed: dict[str, Any] | None = None
         self._open: _OpenRound | None = None
@@ -189,6 +189,9 @@ class Federation:
             rank_zero_warn(divided)
         self.close()
         self._work = workload
+        self._batches = ClientBatches(
+            trainer, workload.loader, self._transfer, seed=self._options.seed, rank=self._rank
+        )
         self._calibrate(workload)
         self._check_resumed()
         return RoundLoader(loader, self._options.rounds_per_epoch, self.open_round, partial(is_train_iterator, trainer))
@@ -258,18 +261,8 @@ class Federation:
         return min((limit for limit in limits if limit > 0), default=0)
 
     def first_batches(self) -> Iterator[tuple[int, Any]]:
-        """The first batch of each of this rank's clients in the round that has begun, on the device, made once more.
-
-        Nothing is drawn from the global generators, and clients whose first batch is None are left out.
-        """
-        assert self._work is not None
-        for work in self._begun:
-            with randomness.untouched():
-                randomness.seed_globals(work.seed, self._device)
-                batch = self._work.loader.fetch(work.batches[0])
-                batch = batch if batch is None else self._transfer(batch)
-            if batch is not None:
-                yield work.client, batch
+        """The first batch of each of this rank's clients in the round that has begun, see `ClientBatches.first_of`."""
+        return self._batches.first_of(self._begun)
 
     @property
     def fleet(self) -> Fleet | None:
@@ -320,9 +313,7 @@ class Federation:
         round, started = next_round(self._trainer), time.perf_counter()
         plan = self._work.plan(round, self._totals.losses)
         clients = plan.clients_of(self._rank)
-        loader, device = self._work.loader, self._device
-        # Cutting a batch out of cached data draws no random number.
-        draws = loader.cache is None or self._transfer.has_hooks
+        device, draws = self._device, self._batches.draw_random_numbers
         outside = randomness.capture(device) if draws else None
         try:
             work = [self._work.of_client(client, plan, self.clients.store.cursor(client)) for client in clients]
@@ -335,7 +326,7 @@ class Federation:
                 first_client, its_batches = shown[number], 1
                 # Of cached data, executors that do not go client by client cut the other batches out themselves.
                 order = chain([(number, batch_idx)], order if draws else ())
-            batches = self._stream(round, shown, order)
+            batches = self._batches.stream(round, shown, order)
             if draws:
                 randomness.seed_globals(first_client.seed, device)
             first, skipped = _first_batch(batches, sum(len(item.batches) for item in shown))
@@ -347,24 +338,11 @@ class Federation:
             raise
         if not work or skipped >= its_batches:
             # Not the first client's batch: it is shown to the Trainer, and training begins with a new stream.
-            batches = self._stream(round, work, self._executor.order(work))
+            batches = self._batches.stream(round, work, self._executor.order(work))
             self._open = _OpenRound(plan, work, None, batches, 0, started, outside)
         else:
             self._open = _OpenRound(plan, work, first_client, batches, skipped, started, outside)
         return first
-
-    def _stream(self, round: int, work: list[LocalWork], order: Iterable[tuple[int, int]] | None) -> Iterator[Any]:
-        """The collated batches of these clients, in the given order or client by client."""
-        assert self._work is not None
-        if not work:
-            return iter(())
-        loader = self._work.loader
-        batches = loader.stream(
-            work,
-            randomness.derive(self._options.seed, randomness.LOADER, round, self._rank),
-            order,
-        )
-        return self._transfer.ahead(batches) if loader.in_workers else batches
 
     def first_batch_arrived(self, batch: Any) -> Any:
         """The first batch is on the device: what its transfer drew is part of the first client's randomness.
@@ -417,7 +395,7 @@ class Federation:
             server,
             training,
             self._work.loader.fetch,
-            partial(self._stream, opened.plan.round),
+            partial(self._batches.stream, opened.plan.round),
             self.meter,
             uplink,
             own,
@@ -604,21 +582,9 @@ class Federation:
             states,
             starts=self._older.starts(opened.plan),
             scales=self._older.scales(opened.plan),
-            gradient_of=lambda client, tally: self._gradient(work[client], exchange, tally),
+            gradient_of=lambda client, tally: self._batches.gradient(work[client], exchange, tally),
             meter=self.meter,
         )
-
-    def _gradient(self, work: LocalWork, exchange: Exchange, tally: ClientMeter | None) -> Tensor:
-        """The mean gradient of a client's batches of this round at the model that the module holds."""
-        assert self._work is not None
-        loader = self._work.loader
-        with randomness.untouched():
-            randomness.seed_globals(work.seed, self._device)
-            batches = [(loader.fetch(indices), len(indices)) for indices in work.batches]
-            ready = [(self._transfer(batch), size) for batch, size in batches if batch is not None]
-        counted = {} if tally is None else {"metered": tally.again}
-        found = mean_gradient(self._trainer, self._trainer.lightning_module, ready, **counted)
-        return torch.cat([as_real(found[name]).flatten().double() for name in exchange.names])
 
     def _commit(self, plan: RoundPlan, table: RoundTable) -> None:
         self.clients.commit(plan, table.clients.cursors())
