@@ -295,7 +295,7 @@ class FederatedStrategy(ReusableStrategy):
     @property
     def local_accumulation(self) -> int:
         """Batches per optimizer step of a client: the Trainer's ``accumulate_grad_batches``."""
-        return 1 if self._federation is None else self._federation.scope.accumulation
+        return 1 if self._federation is None else self._federation.fit.scope.accumulation
 
     def client_sizes(self, dataset: Any) -> IntArray:
         """Return the number of samples of a dataset that each client would get."""
@@ -347,7 +347,7 @@ class FederatedStrategy(ReusableStrategy):
 
     def holder_of(self, client: int) -> int | None:
         """Return the rank that stores a client's state between rounds; None if any rank can be asked."""
-        return None if self._federation is None else self._federation.holder(client)
+        return None if self._federation is None else self._federation.fit.clients.holder(client)
 
     @property
     def server_optimizer(self) -> ServerOptimizer:
@@ -365,7 +365,7 @@ class FederatedStrategy(ReusableStrategy):
             meter: reports the cost of a client's training, on the rank that trained it.
         """
         assert self._federation is not None
-        self._federation.meter = meter
+        self._federation.fit.meter = meter
 
     def first_batches(self) -> Iterator[tuple[int, Any]]:
         """Yield each client of this rank with its first batch of the round; callbacks call this in ``on_round_start``.
@@ -468,7 +468,7 @@ class FederatedStrategy(ReusableStrategy):
         every = trainer.accumulate_grad_batches
         if not isinstance(every, NoAccumulation) and not trainer.fit_loop._skip_backward:
             # A callback such as GradientAccumulationScheduler has set it.
-            federation.scope.accumulation, trainer.accumulate_grad_batches = every, NoAccumulation(1)
+            federation.fit.scope.accumulation, trainer.accumulate_grad_batches = every, NoAccumulation(1)
 
     def batch_to_device(self, batch: Any, device: torch.device | None = None, dataloader_idx: int = 0) -> Any:
         """Move a batch to the device; the first batch of a round starts the clients' training."""
@@ -487,15 +487,15 @@ class FederatedStrategy(ReusableStrategy):
         self._undo.callback(federation.end)
         loops = RoundLoops(trainer, federation.run_round)
         self._undo.callback(loops.remove)
-        hooks = LocalBatchHooks(trainer.lightning_module, lambda: federation.scope.in_client)
+        hooks = LocalBatchHooks(trainer.lightning_module, lambda: federation.fit.scope.in_client)
         self._undo.callback(hooks.remove)
         callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
         for own in (RunBoard(self._options), RoundEnd(federation.end_round)):  # the end of the round first
             callbacks.insert(0, own)
             self._undo.callback(callbacks.remove, own)
-        callbacks.append(federation.requeue)  # last, so that it saves every callback's state after the round
-        self._undo.callback(callbacks.remove, federation.requeue)
-        self._set(trainer._signal_connector, "_slurm_sigusr_handler_fn", federation.requeue.hear)
+        callbacks.append(federation.fit.requeue)  # what it saves has every callback's state after the round
+        self._undo.callback(callbacks.remove, federation.fit.requeue)
+        self._set(trainer._signal_connector, "_slurm_sigusr_handler_fn", federation.fit.requeue.hear)
         for logger in trainer.loggers:
             if is_really(logger, TensorBoardLogger):  # HParams gets real metrics instead of its placeholder
                 self._set(logger, "_default_hp_metric", False)
@@ -559,7 +559,7 @@ class FederatedStrategy(ReusableStrategy):
 
     @property
     def _alone(self) -> bool:
-        return self._federation is not None and self._federation.scope.in_client
+        return self._federation is not None and self._federation.fit.scope.in_client
 
     def reduce(self, tensor: Tensor, group: Any = None, reduce_op: Any = "mean") -> Tensor:
         """Reduce over ranks; inside a client, return the client's own value."""
@@ -606,7 +606,7 @@ class FederatedStrategy(ReusableStrategy):
     def lightning_module_state_dict(self) -> dict[str, Any]:
         """Return the global model's state, even while a client trains."""
         state = super().lightning_module_state_dict()
-        return state if self._federation is None else self._federation.scope.global_state_dict(state)
+        return state if self._federation is None else self._federation.fit.scope.global_state_dict(state)
 
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
         """Load the global model in the Trainer's precision; Lightning would convert the module only later."""

@@ -24,7 +24,7 @@ def weights(executor: str, ranks: int, folder: Path) -> None:
     trainer = reference.quiet_trainer(devices=ranks, max_epochs=4, strategy=strategy)
     trainer.fit(module, reference.loader(reference.dataset(dtype=torch.float64)))
     assert strategy._federation is not None
-    state = {"weights": dict(module.state_dict()), "kind": strategy._federation._executor.kind}
+    state = {"weights": dict(module.state_dict()), "kind": strategy._federation.fit.executor.kind}
     torch.save(state, folder / f"{executor}-{ranks}-{trainer.global_rank}.pt")
 
 

@@ -58,7 +58,7 @@ class Course(pl.Callback):
         self.records.append(record)
         self.trainable.append([parameter.requires_grad for parameter in pl_module.parameters()])
         strategy: Any = trainer.strategy
-        self.states.append(dict(strategy._federation._global.states))
+        self.states.append(dict(strategy._federation.fit.server.states))
         if self.folder is not None:
             trainer.save_checkpoint(self.folder / f"{record.round}.ckpt")
 

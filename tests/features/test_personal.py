@@ -113,7 +113,7 @@ def test_a_tensor_of_several_names_stays_under_all_of_them(case: str, executor: 
     before = by_hand.state_of(module)
     strategy: Any = fit(module, executor, personal=personal).strategy
     models = [strategy.personal_model(client) for client in range(3)]
-    after, kept = module.state_dict(), set(strategy._federation.tensors.exchange().personal)
+    after, kept = module.state_dict(), set(strategy._federation.fit.tensors.exchange().personal)
     own = {id(dict(module.named_parameters(remove_duplicate=False)).get(name)) for name in kept}
     for name, tensor in module.named_parameters(remove_duplicate=False):
         if id(tensor) in own:

@@ -91,7 +91,7 @@ def test_clients_that_never_took_part_are_two_numbers_in_arrays() -> None:
     assert 15.5 < per_client < 16.5
     # Objects that the garbage collector knows; what the clients of three rounds left behind does not depend on others.
     assert many.objects[2] - many.objects[0] == pytest.approx(few.objects[2] - few.objects[0], rel=0.05)
-    store = trainer.strategy._federation.clients.store  # type: ignore[attr-defined]
+    store = trainer.strategy._federation.fit.clients.store  # type: ignore[attr-defined]
     assert set(store.keepers()) == set(store._cursors) == many.took_part
 
 

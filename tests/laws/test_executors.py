@@ -113,7 +113,7 @@ class Run:
         """How clients trained in the end."""
         federation = self.strategy._federation
         assert federation is not None
-        return federation._executor.kind
+        return federation.fit.executor.kind
 
 
 def assert_alike(one: Run, other: Run, rtol: float = 1e-9, atol: float = 1e-10) -> None:
@@ -312,7 +312,7 @@ class Annealed(Net):
 def test_recorded_steps_equal_others_and_follow_attributes() -> None:
     options = {"rounds": 30, "partition": reference.equal_clients(4, 24), "clients_per_round": 4}
     vectorized, sequential = both(lambda: Annealed(dropout=0.2), **options)
-    side = vectorized.strategy._federation._executor._vectorized._side  # type: ignore[union-attr]
+    side = vectorized.strategy._federation.fit.executor._vectorized._side  # type: ignore[union-attr]
     assert side is not None
     assert side.recordings.forgotten == 1
     assert side.recordings.made == 2
@@ -536,7 +536,7 @@ def test_waves_are_halved_when_memory_runs_out(cache: Any) -> None:
     assert_alike(vectorized, sequential, rtol=1e-7)
     federation = vectorized.strategy._federation
     assert federation is not None
-    assert federation._executor._vectorized._width == 2
+    assert federation.fit.executor._vectorized._width == 2
 
 
 def test_the_width_of_waves_does_not_change_what_clients_draw() -> None:

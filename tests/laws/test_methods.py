@@ -52,7 +52,7 @@ def trained(
     if save is not None:
         trainer.save_checkpoint(save)
     assert made._federation is not None
-    assert made._federation._executor.kind == executor
+    assert made._federation.fit.executor.kind == executor
     return module.state_dict(), made
 
 
@@ -66,7 +66,7 @@ def test_layers_that_stay_with_the_clients(executor: str) -> None:
     got, strategy = trained(executor, personal=["head.*"])
     assert same(got, expected)
     assert strategy._federation is not None
-    states = strategy._federation.clients.store.states
+    states = strategy._federation.fit.clients.store.states
     assert sorted(states.clients("personal")) == sorted(own)
     for client, values in own.items():
         assert same(states.get(client, "personal"), values)  # type: ignore[arg-type]
@@ -99,7 +99,7 @@ def test_personal_models_of_ditto(executor: str) -> None:
     got, strategy = trained(executor, personal=Ditto(0.5))
     assert same(got, expected)
     assert strategy._federation is not None
-    states = strategy._federation.clients.store.states
+    states = strategy._federation.fit.clients.store.states
     assert sorted(states.clients("ditto")) == sorted(own)
     for client, values in own.items():
         flat = torch.cat([value.flatten() for value in values.values()])

@@ -300,7 +300,7 @@ OPTIONS: dict[str, Any] = {"rounds": 2 * HALF_WAY, "clients_per_round": 3, "part
 def recordings_of(run: Run) -> Any:
     federation = run.strategy._federation
     assert federation is not None
-    side = federation._executor._vectorized._side
+    side = federation.fit.executor._vectorized._side
     assert side is not None
     return side.recordings
 

@@ -59,8 +59,11 @@ class OneBatchRounds(FederatedStrategy):
         boards = (
             [] if self._federation is None else [c for c in self._trainer_of_fit.callbacks if isinstance(c, RunBoard)]
         )
-        for owner in filter(None, (self, self._federation, *boards)):
+        for owner in (self, *boards):
             owner._options = owner._options._replace(rounds_per_epoch=rounds)
+        if self._federation is not None:
+            fit = self._federation.fit
+            fit.options = fit.options._replace(rounds_per_epoch=rounds)
 
     def _set(self, owner: Any, name: str, value: object) -> None:
         if not (self.bare and name == "_default_hp_metric"):

@@ -552,7 +552,7 @@ def test_rejected_client_with_kept_optimizer_starts_afresh() -> None:
     with pytest.warns(UserWarning, match="round 1: left out 1 client"):
         trainer.fit(Poisoned("loss"), reference.loader(data))
     assert strategy._federation is not None
-    assert sorted(strategy._federation.clients.store.keepers()) == [0, 1, 3, 4, 5, 6]
+    assert sorted(strategy._federation.fit.clients.store.keepers()) == [0, 1, 3, 4, 5, 6]
 
 
 class FailsInRound2(Counting):
