@@ -619,10 +619,10 @@ class FederatedStrategy(ReusableStrategy):
         """Save with ``checkpoint["federated"]``; call it on all ranks."""
         # Without optimizers, the federation belongs to an earlier Trainer.
         if self._federation is not None and self.optimizers and "optimizer_states" in checkpoint:
-            state = self._federation.state_dict()
+            state = self._federation.checkpoint.state_dict()
             if state is not None:
                 checkpoint["federated"] = state
-            self._federation.rewind_checkpoint(checkpoint)
+            self._federation.checkpoint.rewind(checkpoint)
             # The loader of rounds has no state; with this entry, a plain Trainer would refuse to resume.
             checkpoint["loops"]["fit_loop"]["state_dict"].pop("combined_loader", None)
         super().save_checkpoint(checkpoint, filepath, storage_options)
@@ -632,11 +632,11 @@ class FederatedStrategy(ReusableStrategy):
         assert self._federation is not None
         state = checkpoint.get("federated")
         if state is not None:
-            self._federation.load_groups(state)
+            self._federation.checkpoint.load_groups(state)
         super().load_optimizer_state_dict(checkpoint)
         close_finished_epoch(self._trainer_of_fit)
         if state is not None:
-            self._federation.load_state_dict(state)
+            self._federation.checkpoint.load_state_dict(state)
         else:
             rank_zero_warn(
                 "ckpt_path: the checkpoint was not written by FederatedStrategy. Model and counters are restored;"

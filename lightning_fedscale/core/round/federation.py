@@ -27,14 +27,6 @@ from lightning_fedscale.core.executors import (
     SequentialExecutor,
     VectorizedExecutor,
 )
-from lightning_fedscale.core.lightning.checkpoint import (
-    changed_settings,
-    check_resume,
-    federated_state,
-    refuse_other_owners,
-    refuse_other_rules,
-)
-from lightning_fedscale.core.lightning.module_flags import restore_flags, restore_groups, restore_pruning
 from lightning_fedscale.core.lightning.run_state import (
     advise_on_workers,
     is_train_iterator,
@@ -46,9 +38,9 @@ from lightning_fedscale.core.options import compatibility as combinations
 from lightning_fedscale.core.options.options import Arguments
 from lightning_fedscale.core.options.trainer_checks import check_trainable
 from lightning_fedscale.core.plan import LocalWork, RoundPlan
+from lightning_fedscale.core.round.checkpoint import FederationCheckpoint
 from lightning_fedscale.core.round.client_batches import ClientBatches
 from lightning_fedscale.core.round.client_pipeline import (
-    DITTO,
     PersonalModels,
     Sent,
     Uplink,
@@ -104,7 +96,7 @@ class Federation:
 
     def __init__(self, trainer: pl.Trainer, options: Arguments, rank: int, world_size: int) -> None:
         self.fit = Fit(trainer, options, rank, world_size)
-        self._resumed: dict[str, Any] | None = None
+        self.checkpoint = FederationCheckpoint(self.fit)
         self._open: _OpenRound | None = None
         self._begun: list[LocalWork] = []  # what this rank does in the round that runs
         self._equipped = False
@@ -164,7 +156,7 @@ class Federation:
             trainer, workload.loader, self.fit.transfer, seed=self.fit.options.seed, rank=self.fit.rank
         )
         self._calibrate(workload)
-        self._check_resumed()
+        self.checkpoint.check_resumed()
         return RoundLoader(
             loader, self.fit.options.rounds_per_epoch, self.open_round, partial(is_train_iterator, trainer)
         )
@@ -552,111 +544,6 @@ class Federation:
     def _commit(self, plan: RoundPlan, table: RoundTable) -> None:
         self.fit.clients.commit(plan, table.clients.cursors())
         self.fit.executor.set_scaler_state(*table.clients.smallest_scale())
-
-    # ---- checkpoints
-
-    def state_dict(self) -> dict[str, Any] | None:
-        """What a checkpoint needs to go on exactly; on rank 0, None elsewhere. To be called on all ranks."""
-        clients = self.fit.clients.state_dict(in_client=self.fit.scope.in_client)
-        monitored = self.fit.notifier.monitors.state_dict(in_client=self.fit.scope.in_client)
-        if self.fit.rank != 0:
-            return None
-        return federated_state(
-            round=self.fit.trainer.global_step,
-            settings=self._settings(),
-            seed=self.fit.options.seed,
-            num_clients=None if self.partition is None else self.partition.num_clients,
-            partition=None if self.partition is None else self.partition.fingerprint,
-            server=self.fit.server.states,
-            clients=clients,
-            local_batches=self.fit.log.local_batches,
-            executor=self.fit.executor.kind if self.fit.options.executor == "auto" else None,
-            gave_up=self.fit.executor.gave_up,
-            simulated=self.fit.totals.simulated,
-            versions=self.fit.stale.state_dict(),
-            accumulation=[self.fit.scope.accumulation_asked, self.fit.scope.accumulation],
-            flags=self.fit.scope.flags(),
-            trained=self.fit.tensors.trained,
-            losses=torch.tensor(sorted(self.fit.totals.losses.items()), dtype=torch.float64).reshape(-1, 2),
-            monitored=monitored,
-        )
-
-    def _settings(self) -> dict[str, Any]:
-        """What may be changed on resume, but then the run is another one."""
-        options = self.fit.options
-        compressor = options.rules.compressor
-        return {
-            "clients_per_round": options.clients_per_round,
-            "local_epochs": options.local_epochs,
-            # Functions have no value that a checkpoint could hold.
-            "local_steps": "a function" if callable(options.local_steps) else options.local_steps,
-            "rounds_per_epoch": options.rounds_per_epoch,
-            "client_optimizer": "keep" if options.keep_optimizers else "reset",
-            "population": None if options.population is None else options.population.description(),
-            "local_rule": None if options.rules.local is None else options.rules.local.name,
-            "compressor": compressor.name if compressor is not None and compressor.stateful else None,
-            "mode": "sync" if options.asynchrony is None else options.asynchrony.description(),
-            "buffers": dict(options.rules.buffers) or None,
-            "personal": repr(options.rules.ditto) if options.rules.ditto else list(options.rules.personal),
-            "threads": torch.get_num_threads(),
-        }
-
-    def rewind_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Make a checkpoint that is saved while a client trains one of the start of the round."""
-        if self.fit.scope.in_client:
-            self.fit.executor.rewind_checkpoint(checkpoint)
-
-    def load_groups(self, state: dict[str, Any]) -> None:
-        """Before the optimizers are loaded: callbacks may have added groups of parameters to them."""
-        if (flags := state.get("flags")) is not None:
-            restore_pruning(flags, self.fit.trainer.lightning_module)
-            restore_groups(flags, self.fit.trainer.lightning_module, self.fit.trainer.optimizers)
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from a checkpoint, on any number of ranks.
-
-        Raises:
-            ValueError: if the saved run is not this one.
-        """
-        self._resumed = state
-        refuse_other_rules(state["settings"], self._settings())
-        if state["versions"] or DITTO in state["clients"]:
-            refuse_other_owners(state["settings"], self._settings())
-        if changed := changed_settings(state["settings"], self._settings()):
-            rank_zero_warn(f"ckpt_path: {changed}")
-        self._check_resumed()
-        self.fit.executor.resume(state.get("executor"), gave_up=state.get("gave_up", False))
-        self.fit.clients.load_state_dict(state["clients"])
-        self.fit.server.load_states(state["server"], self.fit.device)
-        self.fit.log.local_batches = state.get("local_batches", 0)
-        self.fit.totals.simulated = state.get("simulated", 0.0)
-        self.fit.stale.load_state_dict(state["versions"], self.fit.device)
-        self.fit.totals.losses = {int(client): loss for client, loss in state["losses"].tolist()}
-        self.fit.notifier.monitors.load_state_dict(state.get("monitored", {}))
-        self._load_flags(state)
-
-    def _load_flags(self, state: dict[str, Any]) -> None:
-        if (flags := state.get("flags")) is None:
-            return  # written by an earlier version
-        self.fit.tensors.trained = state.get("trained")
-        asked, last = state["accumulation"]
-        if asked == self.fit.scope.accumulation_asked:  # otherwise the Trainer is asked for another one from now on
-            self.fit.scope.accumulation = last
-        if changed := restore_flags(flags, self.fit.trainer.lightning_module):
-            rank_zero_info(
-                f"Federated: {len(changed)} parameters are frozen or trainable as in the checkpoint, not as the module"
-                f" was built: {', '.join(changed[:5])}{', ...' if len(changed) > 5 else ''}."
-            )
-
-    def _check_resumed(self) -> None:
-        # A checkpoint from before the data was seen (a learning-rate search writes one) has nothing to compare.
-        if self._resumed is not None and self._resumed["partition"] is not None and self.partition is not None:
-            check_resume(
-                self._resumed,
-                seed=self.fit.options.seed,
-                num_clients=self.partition.num_clients,
-                partition=self.partition.fingerprint,
-            )
 
 
 def _first_batch(batches: Iterator[Any], most: int) -> tuple[Any, int]:
