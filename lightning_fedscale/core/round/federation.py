@@ -5,9 +5,8 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
-from itertools import chain
 from typing import Any
 
 import lightning.pytorch as pl
@@ -48,6 +47,7 @@ from lightning_fedscale.core.round.client_pipeline import (
 from lightning_fedscale.core.round.costs import corrected, model_bytes, operations, size_of_message, update_bytes
 from lightning_fedscale.core.round.fit import Fit
 from lightning_fedscale.core.round.merge import RoundTable
+from lightning_fedscale.core.round.opening import OpenRound
 from lightning_fedscale.core.round.sums import RoundSums
 from lightning_fedscale.core.round.work import Workload
 from lightning_fedscale.devices import ON_CLIENT, estimate_memory
@@ -60,20 +60,6 @@ from lightning_fedscale.utils import randomness
 from lightning_fedscale.utils.memory import format_bytes
 
 _SAMPLED = 16  # rounds, of which one must be large enough for the aggregator before training begins
-
-
-@dataclass
-class _OpenRound:
-    """A round whose first batch is on its way through the Trainer's loop."""
-
-    plan: RoundPlan
-    work: list[LocalWork]
-    first: LocalWork | None  # the client whose first batch this is; None if it is only shown
-    batches: Iterator[Any]
-    skipped: int  # batches before the first one that are None
-    started: float
-    outside: randomness.GlobalState | None  # the global generators as the user left them; None if nothing draws
-    inside: randomness.GlobalState | None = None  # as the first client finds them once its first batch is there
 
 
 class Federation:
@@ -97,7 +83,7 @@ class Federation:
     def __init__(self, trainer: pl.Trainer, options: Arguments, rank: int, world_size: int) -> None:
         self.fit = Fit(trainer, options, rank, world_size)
         self.checkpoint = FederationCheckpoint(self.fit)
-        self._open: _OpenRound | None = None
+        self._open: OpenRound | None = None
         self._begun: list[LocalWork] = []  # what this rank does in the round that runs
         self._equipped = False
         self.last_round: RoundRecord | None = None
@@ -260,8 +246,7 @@ class Federation:
     def close(self) -> None:
         """Stop the loader's worker processes; give up a round whose first batch never arrived."""
         if self._open is not None and self._open.inside is None:
-            if self._open.outside is not None:
-                randomness.restore(self._open.outside, self.fit.device)
+            self._open.give_up(self.fit.device)
             self._open = None
         if self.fit.data is not None:
             self.fit.data.loader.close()
@@ -270,56 +255,18 @@ class Federation:
 
     def open_round(self) -> Any:
         """Plan the next round and fetch the first batch of this rank's first client, under that client's randomness."""
-        assert self.fit.data is not None
-        check_trainable(self.fit.trainer.lightning_module)
+        fit = self.fit
+        assert fit.data is not None
+        check_trainable(fit.trainer.lightning_module)
         self.equip()
-        round, started = next_round(self.fit.trainer), time.perf_counter()
-        plan = self.fit.data.plan(round, self.fit.totals.losses)
-        clients = plan.clients_of(self.fit.rank)
-        device, draws = self.fit.device, self.fit.batches.draw_random_numbers
-        outside = randomness.capture(device) if draws else None
-        try:
-            work = [self.fit.data.of_client(client, plan, self.fit.clients.store.cursor(client)) for client in clients]
-            # A rank without a client shows the Trainer a batch all the same, of a client that does not train.
-            shown = work or [self.fit.data.of_client(0, plan, (0, 0))]
-            order = self.fit.executor.order(shown)
-            first_client, its_batches = shown[0], len(shown[0].batches)
-            if order is not None:
-                number, batch_idx = next(order)
-                first_client, its_batches = shown[number], 1
-                # Of cached data, executors that do not go client by client cut the other batches out themselves.
-                order = chain([(number, batch_idx)], order if draws else ())
-            batches = self.fit.batches.stream(round, shown, order)
-            if draws:
-                randomness.seed_globals(first_client.seed, device)
-            first, skipped = _first_batch(batches, sum(len(item.batches) for item in shown))
-        except BaseException as error:
-            if outside is not None:
-                randomness.restore(outside, device)
-            if isinstance(error, Exception):
-                self._fail_together(plan, started)
-            raise
-        if not work or skipped >= its_batches:
-            # Not the first client's batch: it is shown to the Trainer, and training begins with a new stream.
-            batches = self.fit.batches.stream(round, work, self.fit.executor.order(work))
-            self._open = _OpenRound(plan, work, None, batches, 0, started, outside)
-        else:
-            self._open = _OpenRound(plan, work, first_client, batches, skipped, started, outside)
-        return first
+        round, started = next_round(fit.trainer), time.perf_counter()
+        plan = fit.data.plan(round, fit.totals.losses)
+        self._open, batch = OpenRound.begin(fit, plan, started)
+        return batch
 
     def first_batch_arrived(self, batch: Any) -> Any:
-        """The first batch is on the device: what its transfer drew is part of the first client's randomness.
-
-        Returns:
-            The batch; in place of None, where this rank's clients have nothing else, a tensor of one zero: the Trainer
-            passes over a step whose batch is None, and the other ranks wait for this one.
-        """
-        if (opened := self._open) is None:
-            return batch
-        if opened.inside is None and opened.outside is not None:
-            opened.inside = randomness.capture(self.fit.device)
-            randomness.restore(opened.outside, self.fit.device)
-        return torch.zeros(1, device=self.fit.device) if batch is None else batch
+        """The Trainer has moved a batch to the device, the first one of a round if one is open."""
+        return batch if self._open is None else self._open.arrived(batch, self.fit.device)
 
     def run_round(self, batch: Any, *, training: bool) -> dict[str, Any]:
         """Train the cohort, merge the ranks, move the global model.
@@ -350,7 +297,7 @@ class Federation:
         context = RoundContext(
             opened.plan.round,
             opened.work,
-            opened.batches if opened.first is None else chain([None] * opened.skipped, [batch], opened.batches),
+            opened.all_batches(batch),
             opened.first,
             None if opened.first is None else opened.inside,
             self.fit.data.loader.cache,
@@ -439,7 +386,7 @@ class Federation:
         return self.fit.tensors.of_largest(context.exchange, context.largest, rank, odd=table.odd_buffers())
 
     def _train_together(
-        self, context: RoundContext, opened: _OpenRound, cohort: Cohort, uplink: Uplink | None
+        self, context: RoundContext, opened: OpenRound, cohort: Cohort, uplink: Uplink | None
     ) -> tuple[Tensor, Tensor | None, RoundTable]:
         """Train this rank's clients and add up the ranks; an exception on one of them is one on all."""
         table = self.fit.table(opened.plan, context.exchange)
@@ -511,22 +458,10 @@ class Federation:
                     table.clients.add_cost(update.client, cost)
                 guidance.keep(update)
 
-    def _fail_together(self, plan: RoundPlan, started: float) -> None:
-        """This rank could not even begin: take part in the round's communication, so that no rank waits in vain."""
-        if self.fit.world_size == 1:
-            return
-        self.fit.clients.fetch(plan)
-        exchange = self.fit.tensors.exchange()
-        table = self.fit.table(plan, exchange)
-        cohort = self.fit.cohort(plan, exchange)
-        sums = RoundSums(self.fit.options.rules, exchange.view.empty(), cohort, table, self.fit.world_size)
-        table.finish_rank(self.fit.rank, time.perf_counter() - started, failed=True)
-        sums.merge()
-
     def _batch_sizes(self, cohort: Cohort) -> IntArray | None:
         return None if self.fleet is None else self.fleet.batch_sizes_of(cohort.clients)
 
-    def _uplink(self, opened: _OpenRound, exchange: Exchange, cohort: Cohort, states: dict[str, Any]) -> Uplink:
+    def _uplink(self, opened: OpenRound, exchange: Exchange, cohort: Cohort, states: dict[str, Any]) -> Uplink:
         work = {item.client: item for item in opened.work}
         return Uplink(
             self.fit.options.rules,
@@ -544,11 +479,3 @@ class Federation:
     def _commit(self, plan: RoundPlan, table: RoundTable) -> None:
         self.fit.clients.commit(plan, table.clients.cursors())
         self.fit.executor.set_scaler_state(*table.clients.smallest_scale())
-
-
-def _first_batch(batches: Iterator[Any], most: int) -> tuple[Any, int]:
-    """The first batch that is not None, None if all are, and how many were passed over; training skips those too."""
-    for skipped in range(most):
-        if (batch := next(batches)) is not None:
-            return batch, skipped
-    return None, most
