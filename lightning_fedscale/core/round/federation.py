@@ -4,24 +4,18 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Mapping
-from dataclasses import replace
+from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
-from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_fedscale.core.client_state import OptimizerKeeper
 from lightning_fedscale.core.executors import (
-    Ballot,
-    Exchange,
     ExecutorChoice,
-    LargestClient,
-    RoundContext,
     RoundLoader,
     SequentialExecutor,
     VectorizedExecutor,
@@ -36,26 +30,19 @@ from lightning_fedscale.core.lightning.train_data import division_by_ranks
 from lightning_fedscale.core.options import compatibility as combinations
 from lightning_fedscale.core.options.options import Arguments
 from lightning_fedscale.core.options.trainer_checks import check_trainable
-from lightning_fedscale.core.plan import LocalWork, RoundPlan
+from lightning_fedscale.core.plan import LocalWork
 from lightning_fedscale.core.round.checkpoint import FederationCheckpoint
 from lightning_fedscale.core.round.client_batches import ClientBatches
-from lightning_fedscale.core.round.client_pipeline import (
-    PersonalModels,
-    Sent,
-    Uplink,
-)
-from lightning_fedscale.core.round.costs import corrected, model_bytes, operations, size_of_message, update_bytes
+from lightning_fedscale.core.round.costs import model_bytes, size_of_message, update_bytes
 from lightning_fedscale.core.round.fit import Fit
-from lightning_fedscale.core.round.merge import RoundTable
 from lightning_fedscale.core.round.opening import OpenRound
-from lightning_fedscale.core.round.sums import RoundSums
+from lightning_fedscale.core.round.run import RoundRunner
 from lightning_fedscale.core.round.work import Workload
 from lightning_fedscale.devices import ON_CLIENT, estimate_memory
 from lightning_fedscale.devices.fleet import Fleet
-from lightning_fedscale.local_rules import Ditto
 from lightning_fedscale.partitioners import Partition
 from lightning_fedscale.privacy import PrivacyBudget
-from lightning_fedscale.types import ClientCost, Cohort, IntArray, RoundRecord
+from lightning_fedscale.types import RoundRecord
 from lightning_fedscale.utils import randomness
 from lightning_fedscale.utils.memory import format_bytes
 
@@ -284,92 +271,10 @@ class Federation:
         """
         opened, self._open = self._open, None
         assert opened is not None
-        assert self.fit.data is not None
-        exchange = self.fit.tensors.exchange()
-        self.fit.tensors.check_trained(exchange)
-        server = exchange.view.read()
-        cohort = self.fit.cohort(opened.plan, exchange)
-        self.fit.clients.fetch(opened.plan)
-        states = self.fit.server.open_round(server, exchange.view.trainable)
-        guided = self.fit.options.rules.guided or opened.plan.arrived is not None
-        own = {name: tensor.detach().clone() for name, tensor in exchange.personal.items()}
-        uplink = self._uplink(opened, exchange, cohort, states) if training and guided else None
-        context = RoundContext(
-            opened.plan.round,
-            opened.work,
-            opened.all_batches(batch),
-            opened.first,
-            None if opened.first is None else opened.inside,
-            self.fit.data.loader.cache,
-            exchange,
-            server,
-            training,
-            self.fit.data.loader.fetch,
-            partial(self.fit.batches.stream, opened.plan.round),
-            self.fit.meter,
-            uplink,
-            own,
-            LargestClient(),
-        )
+        runner = RoundRunner(self.fit, opened, batch, training=training)
         self._begun = opened.work
-        self.fit.notifier.expect_clients(len(opened.work))
-        try:
-            total, messages, table = self._train_together(context, opened, cohort, uplink)
-            largest = self._of_largest(context, opened.plan, table)
-            aggregate = self.fit.server.aggregate(server, total, table, cohort, messages)
-            norm = float(torch.linalg.vector_norm(aggregate[: exchange.view.trainable]))
-            record = table.record(
-                norm,
-                model_bytes(self.fit.options.rules, exchange),
-                self.fit.totals.simulated,
-                self.fit.totals.epsilon(cohort.round + 1),
-                self._batch_sizes(cohort),
-            )
-            if training:
-                self.fit.notifier.aggregated(record, exchange.named(aggregate))
-            bits = self.fit.server.move(
-                exchange,
-                server,
-                aggregate,
-                cohort,
-                training=training,
-                mean_square=table.clients.mean_square(),
-                on_step=self.fit.notifier.server_step,
-            )
-            self.fit.tensors.warn_of_averages(exchange.changed_unsure(server))
-            if training and exchange.fits:
-                with randomness.untouched():
-                    exchange.refit()
-            exchange.write_largest(largest)
-            if training:
-                computed = operations(self.fit.options.rules, self.fit.options.downlink_compressor, cohort)
-                record = replace(record, operations=computed)
-            if bits is not None:
-                uncompressed = model_bytes(self.fit.options.rules, exchange) - exchange.trainable_bytes
-                received = (uncompressed + math.ceil(bits / 8)) * len(cohort.clients)
-                record = replace(record, download_bytes=received)
-        except BaseException:
-            exchange.settle()
-            exchange.restore()
-            exchange.set_trainable()
-            exchange.view.write(server)
-            exchange.write_personal(own)
-            self.fit.executor.close_round()
-            self.fit.clients.rollback()
-            raise
-        exchange.set_trainable(table.trainable())
-        if training:
-            self._commit(opened.plan, table)
-            self.fit.stale.keep(opened.plan, server)
-            if (why := self.fit.totals.exhausted(cohort.round + 1)) is not None:
-                rank_zero_info(why)
-                self.fit.trainer.should_stop = True
-            self.fit.executor.settle(Ballot(*table.ballot()))
-        self.last_round = record
-        if training:
-            self.fit.totals.add(record)
-            self.fit.log.commit(int(record.local_steps.sum()))
-        return {} if record.loss != record.loss else {"loss": torch.tensor(record.loss, device=self.fit.device)}
+        self.last_round = record = runner.run()
+        return {} if math.isnan(record.loss) else {"loss": torch.tensor(record.loss, device=self.fit.device)}
 
     def end_round(self) -> None:
         """Log the round and tell callbacks, now that the Trainer has counted it and stepped its schedules.
@@ -378,104 +283,3 @@ class Federation:
         """
         if (record := self.last_round) is not None:
             self.fit.notifier.round_ended(record)
-
-    def _of_largest(self, context: RoundContext, plan: RoundPlan, table: RoundTable) -> Mapping[str, Tensor | None]:
-        assert self.fit.data is not None
-        assert context.largest is not None
-        rank = table.clients.rank_of_largest(self.fit.data.held(plan.cohort))
-        return self.fit.tensors.of_largest(context.exchange, context.largest, rank, odd=table.odd_buffers())
-
-    def _train_together(
-        self, context: RoundContext, opened: OpenRound, cohort: Cohort, uplink: Uplink | None
-    ) -> tuple[Tensor, Tensor | None, RoundTable]:
-        """Train this rank's clients and add up the ranks; an exception on one of them is one on all."""
-        table = self.fit.table(opened.plan, context.exchange)
-        sums = RoundSums(self.fit.options.rules, context.server, cohort, table, self.fit.world_size)
-        failure: Exception | None = None
-        try:
-            self.fit.notifier.round_started(opened.plan.round, opened.plan.cohort)
-            with self.fit.scope.entered(context, draws=self.fit.executor.draws_from_globals), self.fit.log.collecting():
-                self._train_clients(context, sums, table, uplink)
-            if self.fit.world_size > 1:
-                table.set_logged(self.fit.log.joint.pack(self.fit.log.last_clients()))
-        except Exception as error:
-            # The other ranks wait for this one in the collective: there they are told.
-            failure = error
-        seconds, leaves = time.perf_counter() - opened.started, self.fit.requeue.heard
-        assert context.largest is not None
-        odd = self.fit.tensors.has_odd_buffers(context.exchange, context.largest)
-        table.finish_rank(self.fit.rank, seconds, failed=failure is not None, leaves=leaves, odd_buffers=odd)
-        table.add_executor(self.fit.executor.slots, self.fit.executor.ballot)
-        if self.fit.meter is not None:
-            table.add_side(self.fit.meter.side())
-        total, messages = sums.merge()
-        self.fit.requeue.agreed = table.leaves()
-        if failure is not None:
-            raise failure
-        if failed := table.failed_ranks():
-            raise RuntimeError(
-                f"round {opened.plan.round}: an exception ended the work of rank {', '.join(map(str, failed))} (see"
-                " there), so the global model stays as it was before this round."
-            )
-        if self.fit.world_size > 1:
-            self.fit.log.joint.merge(table.logged)
-        return total, messages, table
-
-    def _train_clients(self, context: RoundContext, sums: RoundSums, table: RoundTable, uplink: Uplink | None) -> None:
-        rules = self.fit.options.rules
-        plain = float(context.exchange.message_bytes)
-        cursors = {item.client: item.cursor for item in context.work}
-        for update in self.fit.executor.run(context):
-            sent = Sent(update, None, rules.weigh(update), plain) if uplink is None else uplink.send(update)
-            cost = update.cost or ClientCost()
-            if uplink is not None and update.cost is not None:
-                cost = cost.plus(uplink.cost(update))
-            update, weight = sent.update, sent.weight
-            table.clients.add(
-                update,
-                weight,
-                cursors[update.client],
-                self.fit.executor.scaler_state(),
-                cost,
-                (0.0 if update.without_batches else sent.bytes, sent.normalizer, sent.within),
-            )
-            if not update.without_batches:
-                table.add_trainable(context.exchange.trainable_now())
-            if update.finite:
-                context.exchange.strip(update.delta)
-                sums.add(update, weight, sent.message)
-        if (ditto := rules.ditto) is not None and context.training:
-            self._train_personal(ditto, context, table)
-
-    def _train_personal(self, ditto: Ditto, context: RoundContext, table: RoundTable) -> None:
-        """Once more, each client its own model: nothing of it is logged, told or sent."""
-        guidance = PersonalModels(ditto, self.fit.clients.store, context.exchange, context.server)
-        with self.fit.notifier.silenced():
-            for update in self.fit.executor.run_again(context._replace(guidance=guidance, largest=None)):
-                if update.cost is not None:
-                    pulled = guidance.correction(update.client).operations
-                    cost = update.cost.plus(corrected(pulled, update, context.exchange))
-                    table.clients.add_cost(update.client, cost)
-                guidance.keep(update)
-
-    def _batch_sizes(self, cohort: Cohort) -> IntArray | None:
-        return None if self.fleet is None else self.fleet.batch_sizes_of(cohort.clients)
-
-    def _uplink(self, opened: OpenRound, exchange: Exchange, cohort: Cohort, states: dict[str, Any]) -> Uplink:
-        work = {item.client: item for item in opened.work}
-        return Uplink(
-            self.fit.options.rules,
-            self.fit.clients.store,
-            exchange,
-            cohort,
-            self.fit.trainer.optimizers[0],
-            states,
-            starts=self.fit.stale.starts(opened.plan),
-            scales=self.fit.stale.scales(opened.plan),
-            gradient_of=lambda client, tally: self.fit.batches.gradient(work[client], exchange, tally),
-            meter=self.fit.meter,
-        )
-
-    def _commit(self, plan: RoundPlan, table: RoundTable) -> None:
-        self.fit.clients.commit(plan, table.clients.cursors())
-        self.fit.executor.set_scaler_state(*table.clients.smallest_scale())

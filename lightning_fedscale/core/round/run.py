@@ -1,0 +1,274 @@
+"""One communication round."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import torch
+from lightning.pytorch.utilities import rank_zero_info
+from torch import Tensor
+
+from lightning_fedscale.core.executors import Ballot, LargestClient, RoundContext
+from lightning_fedscale.core.round.client_pipeline import PersonalModels, Sent, Uplink
+from lightning_fedscale.core.round.costs import corrected, model_bytes, operations
+from lightning_fedscale.core.round.fit import Fit
+from lightning_fedscale.core.round.opening import OpenRound
+from lightning_fedscale.core.round.sums import RoundSums
+from lightning_fedscale.local_rules import Ditto
+from lightning_fedscale.types import ClientCost, ClientUpdate, RoundRecord
+from lightning_fedscale.utils import randomness
+
+
+class RoundRunner:
+    """Trains the cohort, merges the ranks, and moves the global model.
+
+    Args:
+        fit: the parts that outlive the round.
+        opened: the round, its first batch on the device.
+        batch: that batch.
+        training: False when nothing may learn; then only buffers are averaged.
+
+    Raises:
+        ValueError: if what clients or server keep is for other parameters than those that are trainable now.
+    """
+
+    def __init__(self, fit: Fit, opened: OpenRound, batch: Any, *, training: bool) -> None:
+        assert fit.data is not None
+        self._fit = fit
+        self._data = fit.data
+        self._plan = opened.plan
+        self._started = opened.started
+        self._training = training
+        self._exchange = exchange = fit.tensors.exchange()
+        fit.tensors.check_trained(exchange)
+        self._server = exchange.view.read()  # the global model
+        self._cohort = fit.cohort(opened.plan, exchange)
+        self._table = fit.table(opened.plan, exchange)
+        self._cursors = {item.client: item.cursor for item in opened.work}
+        self._largest = LargestClient()
+        states = fit.server.open_round(self._server, exchange.view.trainable)
+        guided = fit.options.rules.guided or opened.plan.arrived is not None
+        self._uplink = self._way_up(opened, states) if training and guided else None
+        self._context = RoundContext(
+            round=opened.plan.round,
+            work=opened.work,
+            batches=opened.all_batches(batch),
+            first=opened.first,
+            randomness=None if opened.first is None else opened.inside,
+            cache=fit.data.loader.cache,
+            exchange=exchange,
+            server=self._server,
+            training=training,
+            fetch=fit.data.loader.fetch,
+            reopen=partial(fit.batches.stream, opened.plan.round),
+            meter=fit.meter,
+            guidance=self._uplink,
+            own={name: tensor.detach().clone() for name, tensor in exchange.personal.items()},
+            largest=self._largest,
+        )
+
+    def run(self) -> RoundRecord:
+        """One communication round: local training, one collective, one server step.
+
+        Returns:
+            The round in numbers, the same on every rank.
+
+        Raises:
+            RuntimeError: if no client's update, or not the server's step, is finite. The module then holds the last
+                good global model.
+        """
+        fit, context = self._fit, self._context
+        fit.clients.fetch(self._plan)
+        fit.notifier.expect_clients(len(context.work))
+        with self._undone_on_failure():
+            total, messages = self._train_and_merge()
+            largest = self._buffers_of_largest()
+            delta = fit.server.aggregate(self._server, total, self._table, self._cohort, messages)
+            record = self._record(delta)
+            if self._training:
+                fit.notifier.aggregated(record, self._exchange.named(delta))
+            record = self._step_server(delta, record)
+            self._exchange.write_largest(largest)
+        self._exchange.set_trainable(self._table.trainable())
+        if self._training:
+            self._commit(record)
+        return record
+
+    # ---- local training
+
+    def _train_and_merge(self) -> tuple[Tensor, Tensor | None]:
+        """Train this rank's clients and add up the ranks; an exception on one of them is one on all."""
+        fit, table = self._fit, self._table
+        sums = RoundSums(fit.options.rules, self._server, self._cohort, table, fit.world_size)
+        failure: Exception | None = None
+        try:
+            fit.notifier.round_started(self._plan.round, self._plan.cohort)
+            with fit.scope.entered(self._context, draws=fit.executor.draws_from_globals), fit.log.collecting():
+                self._train_clients(sums)
+            if fit.world_size > 1:
+                table.set_logged(fit.log.joint.pack(fit.log.last_clients()))
+        except Exception as error:
+            # The other ranks wait for this one in the collective: there they are told.
+            failure = error
+        self._finish_rank(failed=failure is not None)
+        total, messages = sums.merge()  # *** the ranks meet here, once in a round ***
+        fit.requeue.agreed = table.leaves()
+        if failure is not None:
+            raise failure
+        if failed := table.failed_ranks():
+            raise RuntimeError(
+                f"round {self._plan.round}: an exception ended the work of rank {', '.join(map(str, failed))} (see"
+                " there), so the global model stays as it was before this round."
+            )
+        if fit.world_size > 1:
+            fit.log.joint.merge(table.logged)
+        return total, messages
+
+    def _train_clients(self, sums: RoundSums) -> None:
+        """Take each client's update from its training to the sums."""
+        for update in self._fit.executor.run(self._context):
+            sent = self._send(update)
+            update = sent.update
+            if not update.without_batches:
+                self._table.add_trainable(self._exchange.trainable_now())
+            if update.finite:
+                self._exchange.strip(update.delta)
+                sums.add(update, sent.weight, sent.message)
+        if (ditto := self._fit.options.rules.ditto) is not None and self._training:
+            self._train_personal(ditto)
+
+    def _send(self, update: ClientUpdate) -> Sent:
+        """What of an update reaches the server, noted in the round's table."""
+        rules, uplink, cost = self._fit.options.rules, self._uplink, update.cost or ClientCost()
+        if uplink is None:
+            sent = Sent(update, None, rules.weigh(update), float(self._exchange.message_bytes))
+        else:
+            sent = uplink.send(update)
+            if update.cost is not None:
+                cost = cost.plus(uplink.cost(update))
+        self._table.clients.add(
+            sent.update,
+            sent.weight,
+            self._cursors[update.client],
+            self._fit.executor.scaler_state(),
+            cost,
+            (0.0 if sent.update.without_batches else sent.bytes, sent.normalizer, sent.within),
+        )
+        return sent
+
+    def _train_personal(self, ditto: Ditto) -> None:
+        """Once more, each client its own model: nothing of it is logged, told or sent."""
+        fit, exchange = self._fit, self._exchange
+        guidance = PersonalModels(ditto, fit.clients.store, exchange, self._server)
+        with fit.notifier.silenced():
+            for update in fit.executor.run_again(self._context._replace(guidance=guidance, largest=None)):
+                if update.cost is not None:
+                    pulled = guidance.correction(update.client).operations
+                    cost = update.cost.plus(corrected(pulled, update, exchange))
+                    self._table.clients.add_cost(update.client, cost)
+                guidance.keep(update)
+
+    def _finish_rank(self, *, failed: bool) -> None:
+        """Note in the table what the other ranks are to know of this one."""
+        fit, table = self._fit, self._table
+        seconds, leaves = time.perf_counter() - self._started, fit.requeue.heard
+        odd = fit.tensors.has_odd_buffers(self._exchange, self._largest)
+        table.finish_rank(fit.rank, seconds, failed=failed, leaves=leaves, odd_buffers=odd)
+        table.add_executor(fit.executor.slots, fit.executor.ballot)
+        if fit.meter is not None:
+            table.add_side(fit.meter.side())
+
+    def _way_up(self, opened: OpenRound, states: dict[str, Any]) -> Uplink:
+        fit, exchange = self._fit, self._exchange
+        work = {item.client: item for item in opened.work}
+        return Uplink(
+            fit.options.rules,
+            fit.clients.store,
+            exchange,
+            self._cohort,
+            fit.trainer.optimizers[0],
+            states,
+            starts=fit.stale.starts(opened.plan),
+            scales=fit.stale.scales(opened.plan),
+            gradient_of=lambda client, tally: fit.batches.gradient(work[client], exchange, tally),
+            meter=fit.meter,
+        )
+
+    # ---- the server's part, the same on every rank
+
+    def _buffers_of_largest(self) -> Mapping[str, Tensor | None]:
+        rank = self._table.clients.rank_of_largest(self._data.held(self._plan.cohort))
+        return self._fit.tensors.of_largest(self._exchange, self._largest, rank, odd=self._table.odd_buffers())
+
+    def _record(self, delta: Tensor) -> RoundRecord:
+        fit, fleet = self._fit, self._data.fleet
+        return self._table.record(
+            float(torch.linalg.vector_norm(delta[: self._exchange.view.trainable])),
+            model_bytes(fit.options.rules, self._exchange),
+            fit.totals.simulated,
+            fit.totals.epsilon(self._plan.round + 1),
+            None if fleet is None else fleet.batch_sizes_of(self._cohort.clients),
+        )
+
+    def _step_server(self, delta: Tensor, record: RoundRecord) -> RoundRecord:
+        """Move the global model; returns the record with what the server computed and sends."""
+        fit, exchange = self._fit, self._exchange
+        bits = fit.server.move(
+            exchange,
+            self._server,
+            delta,
+            self._cohort,
+            training=self._training,
+            mean_square=self._table.clients.mean_square(),
+            on_step=fit.notifier.server_step,
+        )
+        fit.tensors.warn_of_averages(exchange.changed_unsure(self._server))
+        if not self._training:
+            return record
+        if exchange.fits:
+            with randomness.untouched():
+                exchange.refit()
+        rules, downlink = fit.options.rules, fit.options.downlink_compressor
+        record = replace(record, operations=operations(rules, downlink, self._cohort))
+        if bits is not None:
+            uncompressed = model_bytes(rules, exchange) - exchange.trainable_bytes
+            received = (uncompressed + math.ceil(bits / 8)) * len(self._cohort.clients)
+            record = replace(record, download_bytes=received)
+        return record
+
+    # ---- the end
+
+    def _commit(self, record: RoundRecord) -> None:
+        """The round is a good one: what clients and server keep holds from now on."""
+        fit, rounds = self._fit, self._plan.round + 1
+        fit.clients.commit(self._plan, self._table.clients.cursors())
+        fit.executor.set_scaler_state(*self._table.clients.smallest_scale())
+        fit.stale.keep(self._plan, self._server)
+        if (why := fit.totals.exhausted(rounds)) is not None:
+            rank_zero_info(why)
+            fit.trainer.should_stop = True
+        fit.executor.settle(Ballot(*self._table.ballot()))
+        fit.totals.add(record)
+        fit.log.commit(int(record.local_steps.sum()))
+
+    @contextmanager
+    def _undone_on_failure(self) -> Iterator[None]:
+        """If anything fails inside, the module and all that clients keep are as before the round."""
+        try:
+            yield
+        except BaseException:
+            exchange = self._exchange
+            exchange.settle()
+            exchange.restore()
+            exchange.set_trainable()
+            exchange.view.write(self._server)
+            exchange.write_personal(self._context.own)
+            self._fit.executor.close_round()
+            self._fit.clients.rollback()
+            raise
