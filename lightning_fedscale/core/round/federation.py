@@ -10,7 +10,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_warn
 from torch.optim import Optimizer
 
 from lightning_fedscale.core.client_state import OptimizerKeeper
@@ -25,7 +25,6 @@ from lightning_fedscale.core.lightning.run_state import (
     is_train_iterator,
     next_round,
 )
-from lightning_fedscale.core.lightning.side_effects import undone
 from lightning_fedscale.core.lightning.train_data import division_by_ranks
 from lightning_fedscale.core.options import compatibility as combinations
 from lightning_fedscale.core.options.options import Arguments
@@ -33,18 +32,15 @@ from lightning_fedscale.core.options.trainer_checks import check_trainable
 from lightning_fedscale.core.plan import LocalWork
 from lightning_fedscale.core.round.checkpoint import FederationCheckpoint
 from lightning_fedscale.core.round.client_batches import ClientBatches
-from lightning_fedscale.core.round.costs import model_bytes, size_of_message, update_bytes
 from lightning_fedscale.core.round.fit import Fit
+from lightning_fedscale.core.round.hardware import simulated_fleet
 from lightning_fedscale.core.round.opening import OpenRound
 from lightning_fedscale.core.round.run import RoundRunner
 from lightning_fedscale.core.round.work import Workload
-from lightning_fedscale.devices import ON_CLIENT, estimate_memory
 from lightning_fedscale.devices.fleet import Fleet
 from lightning_fedscale.partitioners import Partition
 from lightning_fedscale.privacy import PrivacyBudget
 from lightning_fedscale.types import RoundRecord
-from lightning_fedscale.utils import randomness
-from lightning_fedscale.utils.memory import format_bytes
 
 _SAMPLED = 16  # rounds, of which one must be large enough for the aggregator before training begins
 
@@ -79,25 +75,25 @@ class Federation:
 
     def attach_optimizers(self, optimizers: list[Optimizer]) -> None:
         """Take note of the optimizers just after they were built."""
-        options = self.fit.options
+        fit, options = self.fit, self.fit.options
         parts: dict[str, Any] = {
-            "store": self.fit.clients.store,
+            "store": fit.clients.store,
             "keepers": [OptimizerKeeper(optimizer) for optimizer in optimizers],
             "keep": options.keep_optimizers,
-            "watcher": self.fit.notifier,
-            "log": self.fit.log,
-            "transfer": self.fit.transfer,
+            "watcher": fit.notifier,
+            "log": fit.log,
+            "transfer": fit.transfer,
         }
         corrects = options.rules.local is not None or options.rules.ditto is not None
-        sequential = SequentialExecutor(self.fit.trainer, **parts, corrects=corrects)
+        sequential = SequentialExecutor(fit.trainer, **parts, corrects=corrects)
         vectorized = VectorizedExecutor(
-            self.fit.trainer,
+            fit.trainer,
             sequential,
             **parts,
             clients_per_wave=options.clients_per_wave,
             verify=options.verify_executor,
         )
-        self.fit.executor = ExecutorChoice(options.executor, sequential, vectorized)
+        fit.executor = ExecutorChoice(options.executor, sequential, vectorized)
 
     def attach_data(self, loader: object, share: float | int) -> RoundLoader:
         """Divide the user's training data among the clients.
@@ -109,41 +105,38 @@ class Federation:
         Raises:
             TypeError, ValueError: for data that cannot be divided as asked.
         """
-        trainer = self.fit.trainer
-        workload = Workload(
+        fit, trainer, is_first = self.fit, self.fit.trainer, self.fit.data is None  # loaders may be reloaded
+        data = Workload(
             trainer.lightning_module,
             loader,
-            self.fit.options,
-            self.fit.world_size,
+            fit.options,
+            fit.world_size,
             share,
-            device=self.fit.device,
+            device=fit.device,
             show_progress=trainer.is_global_zero and trainer.progress_bar_callback is not None,
         )
-        if workload.loader.cache is None and self.fit.data is None:  # once, however often loaders are reloaded
+        if is_first and data.loader.cache is None:
             advise_on_workers(trainer, loader)
-        if self.fit.data is None and (divided := division_by_ranks(trainer, workload.loader.batch_size)):
+        if is_first and (divided := division_by_ranks(trainer, data.loader.batch_size)):
             rank_zero_warn(divided)
         self.close()
-        self.fit.data = workload
-        self.fit.batches = ClientBatches(
-            trainer, workload.loader, self.fit.transfer, seed=self.fit.options.seed, rank=self.fit.rank
-        )
-        self._calibrate(workload)
+        fit.data = data
+        fit.batches = ClientBatches(trainer, data.loader, fit.transfer, seed=fit.options.seed, rank=fit.rank)
+        self._calibrate(data)
         self.checkpoint.check_resumed()
-        return RoundLoader(
-            loader, self.fit.options.rounds_per_epoch, self.open_round, partial(is_train_iterator, trainer)
-        )
+        is_trainers = partial(is_train_iterator, trainer)
+        return RoundLoader(loader, fit.options.rounds_per_epoch, self.open_round, is_trainers)
 
-    def _calibrate(self, work: Workload) -> None:
+    def _calibrate(self, data: Workload) -> None:
         """Make privacy ready for these clients."""
-        if (privacy := self.fit.options.rules.privacy) is None:
+        fit = self.fit
+        if (privacy := fit.options.rules.privacy) is None:
             return
-        clients, cohort = work.partition.num_clients, work.cohort_size
+        clients, cohort = data.partition.num_clients, data.cohort_size
         budget = PrivacyBudget(privacy.calibrated(cohort / clients, cohort), cohort / clients)
-        self.fit.totals.budget = budget
-        rules = self.fit.options.rules._replace(privacy=budget.privacy)
-        self.fit.options = self.fit.options._replace(rules=rules)
-        self.fit.server.calibrate(rules, budget.expected_weight(work.partition.sizes))
+        rules = fit.options.rules._replace(privacy=budget.privacy)
+        fit.totals.budget, fit.options = budget, fit.options._replace(rules=rules)
+        fit.server.calibrate(rules, budget.expected_weight(data.partition.sizes))
 
     def equip(self) -> None:
         """Before the first round: look at the model, and give the clients their simulated hardware, if any.
@@ -151,44 +144,25 @@ class Federation:
         Raises:
             ValueError: if a device class does not hold the model.
         """
-        population, work = self.fit.options.population, self.fit.data
-        trainer = self.fit.trainer
+        fit, data, trainer = self.fit, self.fit.data, self.fit.trainer
         if not any(parameter.requires_grad for parameter in trainer.lightning_module.parameters()):
             return  # a callback may unfreeze layers when the first epoch begins
-        if work is not None and not self._equipped:
+        if data is not None and not self._equipped:
             self._equipped = True
-            if self.fit.totals.budget is not None:
-                self.fit.totals.budget.check(trainer.global_step)
-            combinations.check_model(self.fit.options, trainer.lightning_module, self.fit.tensors.exchange())
-            first = trainer.global_step
-            work.check_cohorts(range(first, first + min(self._planned_rounds() or _SAMPLED, _SAMPLED)))
-            combinations.warn_of_lost_errors(
-                self.fit.options, work.partition.num_clients, work.cohort_size, self._planned_rounds()
+            self._check_first_rounds(data)
+        if data is not None and data.fleet is None and (population := fit.options.population) is not None:
+            data.fleet = simulated_fleet(
+                population, trainer, fit.options, data, fit.tensors.exchange(), accumulation=fit.scope.accumulation
             )
-        if population is None or work is None or work.fleet is not None:
-            return
-        with randomness.untouched(), undone(trainer):
-            model = estimate_memory(
-                trainer.lightning_module,
-                work.loader.example(),
-                precision=str(trainer.precision),
-                accumulate=self.fit.scope.accumulation,
-                device="other",
-                extras={**ON_CLIENT, **self.fit.options.rules.kept_on_device},
-                trainer=trainer,
-            )
-            exchange = self.fit.tensors.exchange()
-            down = model_bytes(self.fit.options.rules, exchange)
-            if (downlink := self.fit.options.downlink_compressor) is not None:
-                down += size_of_message(downlink, exchange) - exchange.trainable_bytes
-            duty = work.duty(down, update_bytes(self.fit.options.rules, exchange))
-            work.fleet = Fleet(population, model, work.partition.num_clients, duty)
-        for name, row in work.fleet.table().iterrows():
-            rank_zero_info(
-                f"Federated: {row['clients']:,.0f} clients on {name} train with batches of {row['batch_size']:,.0f}"
-                f" ({format_bytes(row['peak_bytes'])} of {format_bytes(row['memory'])},"
-                f" {row['samples_per_second']:,.0f} samples/s)."
-            )
+
+    def _check_first_rounds(self, data: Workload) -> None:
+        """Refuse what would only fail in a round, however far away that is."""
+        fit, first, planned = self.fit, self.fit.trainer.global_step, self._planned_rounds()
+        if fit.totals.budget is not None:
+            fit.totals.budget.check(first)
+        combinations.check_model(fit.options, fit.trainer.lightning_module, fit.tensors.exchange())
+        data.check_cohorts(range(first, first + min(planned or _SAMPLED, _SAMPLED)))
+        combinations.warn_of_lost_errors(fit.options, data.partition.num_clients, data.cohort_size, planned)
 
     def _planned_rounds(self) -> int:
         """At most so many; 0 if there is no end to them."""
@@ -200,7 +174,7 @@ class Federation:
 
     def first_batches(self) -> Iterator[tuple[int, Any]]:
         """The first batch of each of this rank's clients in the round that has begun, see `ClientBatches.first_of`."""
-        return self.fit.batches.first_of(self._begun)
+        return self.fit.batches.first_of(self._begun) if self._begun else iter(())
 
     @property
     def fleet(self) -> Fleet | None:
@@ -219,9 +193,8 @@ class Federation:
 
     def personal_model(self, client: int) -> dict[str, Any] | None:
         """The module's state dict with what is the client's own in it; None if another rank has that."""
-        return self.fit.clients.personal_model(
-            client, self.fit.trainer.lightning_module.state_dict(), self.fit.tensors.exchange()
-        )
+        fit = self.fit
+        return fit.clients.personal_model(client, fit.trainer.lightning_module.state_dict(), fit.tensors.exchange())
 
     def end(self) -> None:
         """The run is over: let go of workers and of what was recorded."""

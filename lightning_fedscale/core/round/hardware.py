@@ -1,0 +1,62 @@
+"""The clients' simulated hardware, once model and data are known."""
+
+from __future__ import annotations
+
+import lightning.pytorch as pl
+from lightning.pytorch.utilities import rank_zero_info
+
+from lightning_fedscale.core.executors import Exchange
+from lightning_fedscale.core.lightning.side_effects import undone
+from lightning_fedscale.core.options.options import Arguments
+from lightning_fedscale.core.round.costs import model_bytes, size_of_message, update_bytes
+from lightning_fedscale.core.round.work import Workload
+from lightning_fedscale.devices import ON_CLIENT, Population, estimate_memory
+from lightning_fedscale.devices.fleet import Fleet
+from lightning_fedscale.utils import randomness
+from lightning_fedscale.utils.memory import format_bytes
+
+
+def simulated_fleet(
+    population: Population,
+    trainer: pl.Trainer,
+    options: Arguments,
+    data: Workload,
+    exchange: Exchange,
+    *,
+    accumulation: int,
+) -> Fleet:
+    """What each client's device holds of this model, and how long it takes; printed in a line for each class.
+
+    Args:
+        population: the clients' device classes.
+        trainer: the Trainer, which has the model.
+        options: the strategy's checked arguments.
+        data: what clients train on.
+        exchange: the module's tensors.
+        accumulation: batches per optimizer step of a client.
+
+    Raises:
+        ValueError: if a device class does not hold the model.
+    """
+    with randomness.untouched(), undone(trainer):
+        model = estimate_memory(
+            trainer.lightning_module,
+            data.loader.example(),
+            precision=str(trainer.precision),
+            accumulate=accumulation,
+            device="other",
+            extras={**ON_CLIENT, **options.rules.kept_on_device},
+            trainer=trainer,
+        )
+        down = model_bytes(options.rules, exchange)
+        if (downlink := options.downlink_compressor) is not None:
+            down += size_of_message(downlink, exchange) - exchange.trainable_bytes
+        duty = data.duty(down, update_bytes(options.rules, exchange))
+        fleet = Fleet(population, model, data.partition.num_clients, duty)
+    for name, row in fleet.table().iterrows():
+        rank_zero_info(
+            f"Federated: {row['clients']:,.0f} clients on {name} train with batches of {row['batch_size']:,.0f}"
+            f" ({format_bytes(row['peak_bytes'])} of {format_bytes(row['memory'])},"
+            f" {row['samples_per_second']:,.0f} samples/s)."
+        )
+    return fleet
