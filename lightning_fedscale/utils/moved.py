@@ -64,7 +64,7 @@ MOVED = {
     "rules": "core.options.rules", "settings": "core.options.settings",
     "federation": "core.round.federation", "global_model": "core.round.server_step",
     "older_models": "core.round.stale_models", "records": "core.round.merge", "run_board": "core.round.run_settings",
-    "sums": "core.round.sums", "uplink": "core.round.client_pipeline", "workload": "core.round.work",
+    "sums": "core.round.sums", "uplink": "core.round.client_pipeline", "workload": "core.round.client_data",
     "executors.guards": "core.user_code.guards", "executors.outside": "core.user_code.outside",
     "executors.python_objects": "core.user_code.objects", "executors.python_state": "core.user_code.state",
     "devices.batches": "devices.profiling.batches", "devices.costs": "devices.profiling.costs",

@@ -16,8 +16,8 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_fedscale import samplers
 from lightning_fedscale.core.plan import plan_round
+from lightning_fedscale.core.round.client_data import ClientData
 from lightning_fedscale.core.round.federation import Federation
-from lightning_fedscale.core.round.work import Workload
 from tests.laws import reference
 from tests.strategies import sequential
 
@@ -139,9 +139,9 @@ class Counting:
 
 def test_planning_reads_the_cohort_and_nothing_else(monkeypatch: pytest.MonkeyPatch) -> None:
     read: list[tuple[int, int]] = []
-    plan = Workload.plan
+    plan = ClientData.plan
 
-    def counted(self: Workload, round: int, losses: Any) -> Any:
+    def counted(self: ClientData, round: int, losses: Any) -> Any:
         partition = self.partition
         offsets, indices = Counting(partition.offsets), Counting(partition.indices)
         with monkeypatch.context() as inside:
@@ -151,7 +151,7 @@ def test_planning_reads_the_cohort_and_nothing_else(monkeypatch: pytest.MonkeyPa
         read.append((offsets.read, indices.read))
         return answer
 
-    monkeypatch.setattr(Workload, "plan", counted)
+    monkeypatch.setattr(ClientData, "plan", counted)
     run(FEW)
     assert read == [(2 * COHORT, 0)] * ROUNDS
 

@@ -32,11 +32,11 @@ from lightning_fedscale.core.options.trainer_checks import check_trainable
 from lightning_fedscale.core.plan import LocalWork
 from lightning_fedscale.core.round.checkpoint import FederationCheckpoint
 from lightning_fedscale.core.round.client_batches import ClientBatches
+from lightning_fedscale.core.round.client_data import ClientData
 from lightning_fedscale.core.round.fit import Fit
 from lightning_fedscale.core.round.hardware import simulated_fleet
 from lightning_fedscale.core.round.opening import OpenRound
 from lightning_fedscale.core.round.run import RoundRunner
-from lightning_fedscale.core.round.work import Workload
 from lightning_fedscale.devices.fleet import Fleet
 from lightning_fedscale.partitioners import Partition
 from lightning_fedscale.privacy import PrivacyBudget
@@ -106,7 +106,7 @@ class Federation:
             TypeError, ValueError: for data that cannot be divided as asked.
         """
         fit, trainer, is_first = self.fit, self.fit.trainer, self.fit.data is None  # loaders may be reloaded
-        data = Workload(
+        data = ClientData(
             trainer.lightning_module,
             loader,
             fit.options,
@@ -127,7 +127,7 @@ class Federation:
         is_trainers = partial(is_train_iterator, trainer)
         return RoundLoader(loader, fit.options.rounds_per_epoch, self.open_round, is_trainers)
 
-    def _calibrate(self, data: Workload) -> None:
+    def _calibrate(self, data: ClientData) -> None:
         """Make privacy ready for these clients."""
         fit = self.fit
         if (privacy := fit.options.rules.privacy) is None:
@@ -155,7 +155,7 @@ class Federation:
                 population, trainer, fit.options, data, fit.tensors.exchange(), accumulation=fit.scope.accumulation
             )
 
-    def _check_first_rounds(self, data: Workload) -> None:
+    def _check_first_rounds(self, data: ClientData) -> None:
         """Refuse what would only fail in a round, however far away that is."""
         fit, first, planned = self.fit, self.fit.trainer.global_step, self._planned_rounds()
         if fit.totals.budget is not None:

@@ -10,6 +10,7 @@ from lightning_fedscale.core.lightning.slurm import Requeue
 from lightning_fedscale.core.options.options import Arguments
 from lightning_fedscale.core.plan import RoundPlan
 from lightning_fedscale.core.round.client_batches import ClientBatches
+from lightning_fedscale.core.round.client_data import ClientData
 from lightning_fedscale.core.round.client_scope import ClientScope
 from lightning_fedscale.core.round.client_states import ClientStates
 from lightning_fedscale.core.round.merge import RoundTable
@@ -18,7 +19,6 @@ from lightning_fedscale.core.round.notifier import Notifier
 from lightning_fedscale.core.round.run_totals import RunTotals
 from lightning_fedscale.core.round.server_step import GlobalModel
 from lightning_fedscale.core.round.stale_models import OlderModels
-from lightning_fedscale.core.round.work import Workload
 from lightning_fedscale.types import Cohort
 
 
@@ -72,7 +72,7 @@ class Fit:
         self.scope = ClientScope(trainer)
         self.transfer = Transfer(trainer)
         self.requeue = Requeue(trainer)
-        self.data: Workload | None = None
+        self.data: ClientData | None = None
         self.meter: Meter | None = None
 
     def cohort(self, plan: RoundPlan, exchange: Exchange) -> Cohort:

@@ -8,8 +8,8 @@ from lightning.pytorch.utilities import rank_zero_info
 from lightning_fedscale.core.executors import Exchange
 from lightning_fedscale.core.lightning.side_effects import undone
 from lightning_fedscale.core.options.options import Arguments
+from lightning_fedscale.core.round.client_data import ClientData
 from lightning_fedscale.core.round.costs import model_bytes, size_of_message, update_bytes
-from lightning_fedscale.core.round.work import Workload
 from lightning_fedscale.devices import ON_CLIENT, Population, estimate_memory
 from lightning_fedscale.devices.fleet import Fleet
 from lightning_fedscale.utils import randomness
@@ -20,7 +20,7 @@ def simulated_fleet(
     population: Population,
     trainer: pl.Trainer,
     options: Arguments,
-    data: Workload,
+    data: ClientData,
     exchange: Exchange,
     *,
     accumulation: int,

@@ -29,7 +29,7 @@ from lightning_fedscale.types import Cohort, Cursor, FloatArray, IntArray
 from lightning_fedscale.utils import randomness
 
 
-class Workload:
+class ClientData:
     """Divides the user's train loader among the clients and says who does what in a round.
 
     Args:
