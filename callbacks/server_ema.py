@@ -9,6 +9,7 @@ import torch
 from lightning.pytorch.callbacks import WeightAveraging
 from torch import Tensor
 
+from lightning_fedscale.core.lightning.trainer_state import forget_updates
 from lightning_fedscale.strategy import FederatedStrategy
 from lightning_fedscale.utils import checks
 
@@ -64,8 +65,8 @@ class ServerEMA(WeightAveraging):
                 f"ServerEMA averages over rounds, but strategy={type(trainer.strategy).__name__} has none: pass"
                 " Trainer(strategy=FederatedStrategy(...)), or use Lightning's EMAWeightAveraging."
             )
-        if trainer.global_step == 0:  # Lightning's class would continue the counts of an earlier Trainer
-            self._latest_update_step, self._latest_update_epoch = 0, -1
+        if trainer.global_step == 0:  # Lightning's own goes on counting where an earlier Trainer stopped
+            forget_updates(self)
         super().setup(trainer, pl_module, stage)
 
     def on_train_batch_end(

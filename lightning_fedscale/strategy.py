@@ -10,29 +10,27 @@ from typing import TYPE_CHECKING, Any, Literal
 import lightning.pytorch as pl
 import torch
 from lightning.fabric.plugins import CheckpointIO, ClusterEnvironment
-from lightning.fabric.strategies.registry import _StrategyRegistry
 from lightning.pytorch.loggers import TensorBoardLogger
-from lightning.pytorch.overrides.distributed import _sync_module_states
-from lightning.pytorch.plugins.io.wrapper import _WrappingCheckpointIO
 from lightning.pytorch.plugins.precision import DoublePrecision, Precision
 from lightning.pytorch.strategies import DDPStrategy, StrategyRegistry
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
-from torch import Tensor, nn
+from torch import Tensor
 
 from lightning_fedscale import samplers, server
 from lightning_fedscale.aggregators import Aggregator
 from lightning_fedscale.compressors import Compressor
-from lightning_fedscale.core.executors import (
-    LocalBatchHooks,
-    NoAccumulation,
-    RoundEnd,
-    RoundLoops,
-    close_finished_epoch,
-)
 from lightning_fedscale.core.executors.meter import Meter
-from lightning_fedscale.core.lightning.checkpoint import AtomicCheckpointIO
+from lightning_fedscale.core.lightning.data_loaders import without_distributed_sampler
 from lightning_fedscale.core.lightning.handover import ReusableStrategy
+from lightning_fedscale.core.lightning.hooks import LocalBatchHooks, RoundEnd
+from lightning_fedscale.core.lightning.round_loops import NoAccumulation, RoundLoops, close_finished_epoch
+from lightning_fedscale.core.lightning.trainer_state import (
+    learns_nothing,
+    replaced,
+    validate_together,
+    without_placeholder_metric,
+)
 from lightning_fedscale.core.options import compatibility as combinations
 from lightning_fedscale.core.options import options as arguments
 from lightning_fedscale.core.options import trainer_checks as refusals
@@ -410,12 +408,6 @@ class FederatedStrategy(ReusableStrategy):
         super().setup_distributed()
         randomness.restore(self.broadcast(drawn), self.root_device)
 
-    def _setup_model(self, model: nn.Module) -> nn.Module:  # type: ignore[override]
-        # No DistributedDataParallel, since clients must not exchange gradients: ranks only start with equal weights.
-        if self._processes > 1:
-            _sync_module_states(model)
-        return model
-
     # ---- from fit to the first round
 
     def setup(self, trainer: pl.Trainer) -> None:
@@ -426,13 +418,14 @@ class FederatedStrategy(ReusableStrategy):
                 trainer,
                 device=self.root_device,
                 processes=self._processes,
-                layer_sync=self._layer_sync is not None,
+                layer_sync=self.syncs_batch_norm,
                 rounds_per_epoch=self._options.rounds_per_epoch,
             )
             self._open_fit(trainer)
         elif self._undo is None:
             self._undo = ExitStack()
-        self._keep_samplers(trainer)
+        assert self._undo is not None
+        self._undo.callback(without_distributed_sampler(trainer, elsewhere=self._processes > 1))
         # Not DDPStrategy's: it wraps the model.
         super(DDPStrategy, self).setup(trainer)
 
@@ -466,7 +459,7 @@ class FederatedStrategy(ReusableStrategy):
         trainer, federation = self._trainer_of_fit, self._federation
         assert federation is not None
         every = trainer.accumulate_grad_batches
-        if not isinstance(every, NoAccumulation) and not trainer.fit_loop._skip_backward:
+        if not isinstance(every, NoAccumulation) and not learns_nothing(trainer):
             # A callback such as GradientAccumulationScheduler has set it.
             federation.fit.scope.accumulation, trainer.accumulate_grad_batches = every, NoAccumulation(1)
 
@@ -495,47 +488,24 @@ class FederatedStrategy(ReusableStrategy):
             self._undo.callback(callbacks.remove, own)
         callbacks.append(federation.fit.requeue)  # what it saves has every callback's state after the round
         self._undo.callback(callbacks.remove, federation.fit.requeue)
-        self._set(trainer._signal_connector, "_slurm_sigusr_handler_fn", federation.fit.requeue.hear)
+        self._undo.callback(federation.fit.requeue.take_over())
         for logger in trainer.loggers:
             if is_really(logger, TensorBoardLogger):  # HParams gets real metrics instead of its placeholder
-                self._set(logger, "_default_hp_metric", False)
-        self._set(trainer, "accumulate_grad_batches", NoAccumulation(1))
-        if self._processes > 1 and getattr(trainer, "_val_check_time_interval", None) is not None:
-            # Clocks differ: one rank would validate and wait for the others, which train and wait for it.
-            epoch_loop = trainer.fit_loop.epoch_loop
-            is_time = epoch_loop._should_check_val_fx
-            self._set(epoch_loop, "_should_check_val_fx", lambda fetcher: self.broadcast(is_time(fetcher)))
-        settings: Any = trainer  # its attributes are set from outside the class, where mypy does not see them
-        self._set(trainer, "log_every_n_steps", min(settings.log_every_n_steps, self._options.rounds_per_epoch))
-        # A float is the fraction of every client's batches; an int counts steps, that is rounds.
+                self._undo.callback(without_placeholder_metric(logger))
+        self._undo.callback(replaced(trainer, "accumulate_grad_batches", NoAccumulation(1)))
+        if self._processes > 1:
+            self._undo.callback(validate_together(trainer, self.broadcast))
+        settings: Any = trainer  # these are set from outside the class, where mypy does not see them
+        every = min(settings.log_every_n_steps, self._options.rounds_per_epoch)
+        self._undo.callback(replaced(trainer, "log_every_n_steps", every))
+        # As a float it is a share of every client's batches; as an int it counts steps, that is rounds.
         self._share = 1.0
         if settings.overfit_batches:
             self._share = settings.overfit_batches
         elif isinstance(trainer.limit_train_batches, float) and trainer.limit_train_batches > 0:
             self._share = trainer.limit_train_batches
         if self._share != 1.0 or isinstance(self._share, int):
-            self._set(trainer, "limit_train_batches", 1.0)
-
-    def _keep_samplers(self, trainer: pl.Trainer) -> None:
-        """Keep Lightning from adding a DistributedSampler to the train loader, and to any loader in a single process.
-
-        To add one, Lightning rebuilds the loader. This loses whether the user's loader shuffles, and fails for custom
-        loader classes that make their own sampler.
-        """
-        connector = trainer._data_connector
-        requires = connector._requires_distributed_sampler
-        several = self._processes > 1
-        self._set(
-            connector, "_requires_distributed_sampler", lambda dl: several and not trainer.training and requires(dl)
-        )
-
-    def _set(self, owner: Any, name: str, value: object) -> None:
-        assert self._undo is not None
-        if name in vars(owner):
-            self._undo.callback(setattr, owner, name, getattr(owner, name))
-        else:
-            self._undo.callback(delattr, owner, name)
-        setattr(owner, name, value)
+            self._undo.callback(replaced(trainer, "limit_train_batches", 1.0))
 
     def _close_fit(self) -> None:
         if self._undo is not None:
@@ -547,10 +517,6 @@ class FederatedStrategy(ReusableStrategy):
         if not self._refused:
             self._close_fit()
         super().teardown()
-        # Lightning ends only the outermost writer; an inner one that writes in the background may not be done yet.
-        writer: Any = self._checkpoint_io
-        while isinstance(writer, _WrappingCheckpointIO) and (writer := writer.checkpoint_io) is not None:
-            writer.teardown()
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "_federation": None, "_undo": None}
@@ -589,19 +555,6 @@ class FederatedStrategy(ReusableStrategy):
         return decision if self._alone else super().reduce_boolean_decision(decision, all)
 
     # ---- checkpoints
-
-    @property
-    def checkpoint_io(self) -> CheckpointIO:
-        """The user's checkpoint writer, or an atomic one."""
-        if self._checkpoint_io is None:
-            self._checkpoint_io = AtomicCheckpointIO()
-        elif isinstance(self._checkpoint_io, _WrappingCheckpointIO):
-            self._checkpoint_io.checkpoint_io = AtomicCheckpointIO()  # goes innermost, if nothing is there
-        return self._checkpoint_io
-
-    @checkpoint_io.setter
-    def checkpoint_io(self, io: CheckpointIO | None) -> None:
-        self._checkpoint_io = io
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
         """Return the global model's state, even while a client trains."""
@@ -679,6 +632,6 @@ class FederatedStrategy(ReusableStrategy):
         StrategyRegistry.register(name, cls, description=written, override=True, **arguments)
 
     @classmethod
-    def register_strategies(cls, strategy_registry: _StrategyRegistry) -> None:
+    def register_strategies(cls, strategy_registry: Any) -> None:
         """Make ``Trainer(strategy="federated")`` known."""
         strategy_registry.register("federated", cls, description="One Trainer step is one federated round")

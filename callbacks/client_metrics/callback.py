@@ -127,7 +127,8 @@ class ClientMetrics(Callback):
     @property
     def state_key(self) -> str:
         """Key of the saved state; it differs between callbacks that evaluate different models."""
-        return self._generate_state_key(personal=self._personal)
+        facts = {"personal": self._personal}
+        return f"{type(self).__qualname__}{facts}"
 
     # ---- hooks
 

@@ -13,6 +13,7 @@ from lightning.pytorch.utilities import CombinedLoader, rank_zero_info
 from torch.utils.data import DataLoader
 
 from lightning_fedscale.core.executors import ClientLoader
+from lightning_fedscale.core.lightning.data_loaders import val_source
 from lightning_fedscale.core.plan import LocalWork
 from lightning_fedscale.partitioners import Partition, Partitioner, by_name, check_partition
 from lightning_fedscale.strategy import FederatedStrategy
@@ -121,7 +122,7 @@ def _loader(given: Any, name: str) -> ClientLoader:
 def _trainers(trainer: pl.Trainer) -> Any:
     """Return the Trainer's validation loader, even if the Trainer does not validate."""
     given: Any = trainer.val_dataloaders
-    source = trainer.fit_loop.epoch_loop.val_loop._data_source
+    source = val_source(trainer)
     if given is None and source.is_defined():
         with randomness.untouched():
             given = source.dataloader()

@@ -8,12 +8,18 @@ from typing import Any, NamedTuple
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.trainer.connectors.logger_connector.result import _ResultCollection
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from torch import Tensor
 from torchmetrics import Metric, MetricCollection
 
+from lightning_fedscale.core.lightning.module_state import (
+    attach,
+    attached_trainer,
+    forget_metric_names,
+    log_apart,
+    set_hook,
+)
 from lightning_fedscale.devices.profiling.dry_run import copied
 from lightning_fedscale.devices.profiling.stubs import TrainerView
 
@@ -50,12 +56,12 @@ class ValidationTwin:
     """
 
     def __init__(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        self._twin = copied(module)
+        self._twin = copied(module, TrainerView(attached_trainer(module)))
         self._twin.eval()
         self._precision = trainer.precision_plugin
         self._view = _Validating(trainer)
-        self._twin._trainer = self._view
-        self._twin._metric_attributes = None  # keyed by address, and the metrics of the copy have others
+        attach(self._twin, self._view)
+        forget_metric_names(self._twin)
         self._twin.print = _nothing
         # Collections last: their reset rebuilds the groups of metrics that share a state.
         kinds = (Metric, MetricCollection)
@@ -98,13 +104,13 @@ class ValidationTwin:
         return found
 
     def _step(self, batch: Any, index: int) -> Any:
-        self._twin._current_fx_name = "validation_step"
+        set_hook(self._twin, "validation_step")
         with self._precision.val_step_context():
             return self._twin.validation_step(*((batch, index) if self._takes_index else (batch,)))
 
     def _call(self, hook: str, *values: Any) -> None:
         if hook in self._hooks:
-            self._twin._current_fx_name = hook
+            set_hook(self._twin, hook)
             getattr(self._twin, hook)(*values)
 
 
@@ -113,23 +119,13 @@ class _Validating(TrainerView):
 
     def __init__(self, trainer: pl.Trainer) -> None:
         super().__init__(trainer)
-        # Always the same object, since Lightning compares a name's reduction from one `log` to the next.
-        vars(self)["strategy"] = self.strategy
-        vars(self).update(training=False, validating=True, _results=None, _logger_connector=_Connector())
+        # One object for good, since Lightning compares how a name is reduced from one `log` to the next.
+        self.replace(strategy=self.strategy, training=False, validating=True)
+        self.open_results()
 
     def open_results(self) -> Any:
-        """Create empty results for the next client."""
-        vars(self)["_results"] = results = _ResultCollection(training=False)
-        return results
-
-
-class _Connector:
-    """The part of the Trainer's connector that `LightningModule.log` uses; it resets nothing, since results are new."""
-
-    _current_fx: str | None = None
-
-    def should_reset_tensors(self, fx: str) -> bool:
-        return False
+        """Empty results, for the next client."""
+        return log_apart(self)
 
 
 def _read(results: Any) -> dict[str, Found]:

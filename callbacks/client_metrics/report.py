@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from lightning_fedscale.core.lightning.loggers import lay_out, show, shows_figures, writers
+from lightning_fedscale.core.lightning.trainer_state import steps_logged
 from lightning_fedscale.types import FloatArray, IntArray
 from lightning_fedscale.utils.fairness import TAIL, Spread, spread
 
@@ -104,7 +105,7 @@ class ClientReport:
 
 def show_clients(trainer: pl.Trainer, report: ClientReport, namespace: str) -> None:
     """Log a histogram over clients and a table of the worst ones for each metric, to loggers that support them."""
-    step = trainer.fit_loop.epoch_loop._batches_that_stepped
+    step = steps_logged(trainer)
     for metric, values in report.values.items():
         known = values[np.isfinite(values)]
         for writer in writers(trainer, "add_histogram") if len(known) else ():

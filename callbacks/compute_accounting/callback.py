@@ -26,6 +26,7 @@ from lightning_fedscale.callbacks.compute_accounting.study import Measured, meas
 from lightning_fedscale.callbacks.compute_accounting.task import has_targets_for_tokens, predicts_its_tokens, size_by
 from lightning_fedscale.callbacks.critical_phase.callback import CriticalPhase
 from lightning_fedscale.core.lightning.loggers import send
+from lightning_fedscale.core.lightning.trainer_state import logs_now
 from lightning_fedscale.core.options.trainer_checks import check_package
 from lightning_fedscale.devices.profiling.operator_counter import UNKNOWN, Operator
 from lightning_fedscale.scaling import (
@@ -266,7 +267,7 @@ class ComputeAccounting(Callback):
     ) -> None:
         """Count the step, stop if ``max_flops`` are spent, and log."""
         self._counting.end_step()
-        logs, alone = trainer._logger_connector.should_update_logs, collectives.world_size() == 1
+        logs, alone = logs_now(trainer), collectives.world_size() == 1
         if logs:
             self._counting.measure_energy()
         if alone or (not _federated(trainer) and (logs or self._max_flops is not None)):

@@ -13,6 +13,7 @@ import torch
 
 from lightning_fedscale.callbacks.compute_accounting.energy import EnergyMeter
 from lightning_fedscale.callbacks.compute_accounting.flop_meter import BatchCost, Meter, MeteredStep, Tally
+from lightning_fedscale.core.lightning.trainer_state import is_accumulating, learns_nothing
 from lightning_fedscale.devices.profiling.batches import Form, form_of, loaded_samples
 from lightning_fedscale.scaling.ledger import Ledger
 from lightning_fedscale.strategy import FederatedStrategy
@@ -71,7 +72,7 @@ class Counting:
             return
         self.drop_step()
         loaded = partial(loaded_samples, trainer.train_dataloader, batch_idx)
-        step = self.meter.step(batch, loaded=loaded, backward=not trainer.fit_loop._skip_backward)
+        step = self.meter.step(batch, loaded=loaded, backward=not learns_nothing(trainer))
         self._step = _OpenStep(trainer, step.__enter__(), _progress(trainer), time.perf_counter())
 
     def end_step(self) -> None:
@@ -82,7 +83,7 @@ class Counting:
         self._step = None
         step.metered.__exit__()
         cost, automatic = step.metered.cost, step.trainer.lightning_module.automatic_optimization
-        stepped = not automatic or not step.trainer.fit_loop.epoch_loop._should_accumulate()
+        stepped = not automatic or not is_accumulating(step.trainer)
         first = step.trainer.is_global_zero  # the other ranks make the same update at the same time
         self._own.add(
             forward=cost.forward, backward=cost.backward, samples=cost.samples, tokens=cost.tokens,

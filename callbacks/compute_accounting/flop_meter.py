@@ -8,6 +8,7 @@ import statistics
 from collections import deque
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from numbers import Real
 from typing import Any, NamedTuple
 
@@ -20,6 +21,7 @@ from lightning_fedscale.callbacks.compute_accounting.parameter_counts import (
     count_parameters,
     tables_of,
 )
+from lightning_fedscale.core.lightning.module_state import current_hook
 from lightning_fedscale.devices.profiling.batches import Form, form_of
 from lightning_fedscale.devices.profiling.operator_counter import UNKNOWN, Operator, OperatorCounter, storage_of
 from lightning_fedscale.types import ClientCost
@@ -345,7 +347,7 @@ class Meter:
         # Timing is cheap on a CPU; CUDA must be synchronized, which is done only if there are unknown operators.
         timed = not torch.cuda.is_available() or self._has_unknown
         tables = {storage_of(table) for table in self._tables().values()}
-        return OperatorCounter(self._module, name, tables, timed=timed, everything=everything)
+        return OperatorCounter(partial(current_hook, self._module), name, tables, timed=timed, everything=everything)
 
     def _tables(self) -> dict[str, nn.Parameter]:
         return {name: table for name, table in tables_of(self._module).items() if name not in self._multiplied}

@@ -16,6 +16,7 @@ from lightning_fedscale.callbacks.critical_phase.history import LAYOUT, PhaseRec
 from lightning_fedscale.callbacks.critical_phase.rounds import RoundWatch
 from lightning_fedscale.callbacks.critical_phase.steps import StepWatch
 from lightning_fedscale.core.lightning.loggers import lay_out, show
+from lightning_fedscale.core.lightning.trainer_state import logs_now
 from lightning_fedscale.core.options.trainer_checks import check_package
 from lightning_fedscale.phases import (
     Decision,
@@ -273,7 +274,7 @@ class CriticalPhase(Callback):
         assert self._watch is not None
         self._watch.after_batch(trainer)
         self._settle()
-        if not trainer._logger_connector.should_update_logs:
+        if not logs_now(trainer):
             return
         values = {**self._keeper.metrics(), **self._watch.metrics(), "phase/scale": self.scale}
         if math.isfinite(self._norm):

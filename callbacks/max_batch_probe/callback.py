@@ -16,9 +16,11 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
+from lightning_fedscale.core.lightning.handover import has_gradient_buckets
 from lightning_fedscale.core.lightning.loggers import Layout, lay_out, show, shows_figures
 from lightning_fedscale.core.lightning.side_effects import undone
 from lightning_fedscale.core.lightning.train_data import TrainData
+from lightning_fedscale.core.lightning.trainer_state import metric_stores
 from lightning_fedscale.core.options.trainer_checks import check_package
 from lightning_fedscale.devices import DeviceClass, MemoryModel, device_class, estimate_memory
 from lightning_fedscale.devices.memory import SIMULATED
@@ -433,7 +435,7 @@ class MaxBatchProbe(Callback):
         if self.model is not None and shows_figures(trainer):
             budgets = {"budget": result.budget, "with headroom": int(result.budget * (1 - result.headroom))}
             show(trainer, "probe/memory", self.model.plot(budgets=budgets))
-        trainer._logger_connector._callback_metrics.update({k: torch.tensor(v) for k, v in metrics.items()})
+        metric_stores(trainer).watched.update({k: torch.tensor(v) for k, v in metrics.items()})
         largest = max(result.parts, key=lambda part: result.parts[part])
         measured = "" if result.measured_bytes is None else f", measured {format_bytes(result.measured_bytes)}"
         measured += "" if result.measured_batch in (None, result.max_batch) else f" at {result.measured_batch}"
@@ -530,7 +532,7 @@ def _extras(trainer: pl.Trainer) -> dict[str, float]:
     """Return the memory of the strategy besides module and optimizers, in bytes per exchanged number."""
     if isinstance(trainer.strategy, FederatedStrategy):
         return dict(SIMULATED)
-    if isinstance(trainer.strategy, DDPStrategy) and not trainer.strategy._ddp_kwargs.get("gradient_as_bucket_view"):
+    if has_gradient_buckets(trainer.strategy):
         return {"gradient buckets": 4}
     return {}
 

@@ -21,7 +21,6 @@ from hydra.errors import CompactHydraException
 from hydra.types import RunMode
 from hydra.utils import instantiate
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
@@ -29,6 +28,7 @@ from rich.table import Table
 
 from lightning_fedscale.cli.files import made
 from lightning_fedscale.cli.told import INTERRUPTED, is_interruption, nobody_reads
+from lightning_fedscale.core.lightning.handover import starts_by_command
 from lightning_fedscale.core.options.trainer_checks import is_told
 from lightning_fedscale.partitioners.names import is_file
 from lightning_fedscale.types import NAMESPACES
@@ -261,7 +261,7 @@ def _check_processes(trainer: pl.Trainer) -> None:
     strategy: Any = trainer.strategy
     if (
         HydraConfig.get().mode == RunMode.MULTIRUN
-        and isinstance(strategy.launcher, _SubprocessScriptLauncher)
+        and starts_by_command(strategy)
         and not strategy.cluster_environment.creates_processes_externally
     ):
         raise Refused(

@@ -4,7 +4,6 @@ from lightning_fedscale.core.executors.auto import Ballot, ExecutorChoice
 from lightning_fedscale.core.executors.device_cache import DeviceData
 from lightning_fedscale.core.executors.exchanged_tensors import Exchange, exchange_of
 from lightning_fedscale.core.executors.loader import ClientLoader, RoundLoader
-from lightning_fedscale.core.executors.loops import NoAccumulation, RoundLoops, close_finished_epoch
 from lightning_fedscale.core.executors.sequential import LargestClient, RoundContext, SequentialExecutor
 from lightning_fedscale.core.executors.transfer import Transfer
 from lightning_fedscale.core.executors.vectorized.executor import VectorizedExecutor
@@ -20,15 +19,12 @@ __all__ = [
     "ExecutorChoice",
     "LargestClient",
     "LocalBatchHooks",
-    "NoAccumulation",
     "RoundContext",
     "RoundEnd",
     "RoundLoader",
-    "RoundLoops",
     "SequentialExecutor",
     "Transfer",
     "VectorizedExecutor",
-    "close_finished_epoch",
     "exchange_of",
     "listeners",
 ]

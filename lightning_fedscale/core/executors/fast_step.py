@@ -17,6 +17,9 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.optimizer import _global_optimizer_pre_hooks
 
+from lightning_fedscale.core.lightning.module_state import set_hook
+from lightning_fedscale.core.lightning.round_loops import outputs_of
+
 _OF_CALLBACKS = ("on_before_zero_grad", "on_before_backward", "on_after_backward", "on_before_optimizer_step")
 _OF_MODULE = (
     *_OF_CALLBACKS,
@@ -145,11 +148,10 @@ class LeanStep:
     def _forward(self, batch: Any, batch_idx: int, window: int) -> tuple[Tensor | None, dict[str, Any]]:
         """The loss to go back from, and what hooks are told."""
         module = self._module
-        fields = vars(module)  # past the setter of nn.Module, which takes its time
-        fields["_current_fx_name"] = "training_step"
+        set_hook(module, "training_step")
         with self._context():
             output = module.training_step(*((batch, batch_idx) if self._takes_index else (batch,)))
-        fields["_current_fx_name"] = None
+        set_hook(module, None)
         if window == 1 and isinstance(output, Tensor):
             return output, {"loss": output.detach().clone()}
         result = ClosureResult.from_training_step_output(output, window)
@@ -187,13 +189,3 @@ def is_patched(optimizer: Optimizer) -> bool:
     # Schedulers put a step in place that notes the call and goes on to the class's own.
     step = own.get("step", kind.step)
     return kind.step not in (step, getattr(step, "__wrapped__", None)) or "zero_grad" in own
-
-
-def outputs_of(result: ClosureResult, window: int) -> dict[str, Any]:
-    """What a local batch gave, with the batch's own loss, which Lightning divides by the accumulated batches."""
-    if result.loss is None:
-        return {}
-    outputs = result.asdict()
-    if window > 1:
-        outputs["loss"] = outputs["loss"] * window
-    return outputs

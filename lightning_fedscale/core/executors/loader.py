@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Literal, NamedTuple
 
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
-from lightning.pytorch.utilities.combined_loader import _shutdown_workers_and_reset_iterator
-from lightning.pytorch.utilities.data import _dataloader_init_kwargs_resolve_sampler
 from torch.utils.data import (
     BatchSampler,
     DataLoader,
@@ -23,6 +20,7 @@ from torch.utils.data import (
 )
 
 from lightning_fedscale.core.executors.device_cache import DeviceData, device_data
+from lightning_fedscale.core.lightning.data_loaders import batches_of, copied_loader, stop_workers
 from lightning_fedscale.core.plan import LocalWork
 from lightning_fedscale.devices.profiling.samples import largest_sample
 from lightning_fedscale.types import IntArray
@@ -162,8 +160,7 @@ class ClientLoader:
         return batches if self._share == 1.0 else batches[: max(1, math.floor(len(batches) * self._share))]
 
     def _cut_anew(self, indices: list[int]) -> list[list[int]]:
-        again = _dataloader_init_kwargs_resolve_sampler(self._template, indices)["batch_sampler"]
-        return [list(batch) for batch in again]
+        return [list(batch) for batch in batches_of(self._template, indices)]
 
     def too_small(self, sizes: IntArray) -> IntArray:
         """The clients whose samples would not fill a single batch under ``drop_last``."""
@@ -240,18 +237,14 @@ class ClientLoader:
     def close(self) -> None:
         """Stop the worker processes; the next stream starts new ones."""
         if self._loader is not None:
-            _shutdown_workers_and_reset_iterator(self._loader)
+            stop_workers(self._loader)
             self._loader = None
 
     def _copy(self) -> DataLoader[Any]:
-        """The user's loader but for its indices; a copy asks nothing of how a subclass is constructed."""
-        mine = copy.copy(self._template)
+        """The user's loader but for its indices."""
+        indices = {"sampler" if self._batches_directly else "batch_sampler": self._relay}
         # The next batch is the next in the client's order, whichever worker is quicker.
-        own: dict[str, Any] = {"generator": self._pool_generator, "in_order": True, "_iterator": None}
-        own["sampler" if self._batches_directly else "batch_sampler"] = self._relay
-        for name, value in own.items():
-            object.__setattr__(mine, name, value)  # DataLoader's own setter forbids it once it is built
-        return mine
+        return copied_loader(self._template, generator=self._pool_generator, in_order=True, **indices)
 
 
 class RoundLoader:

@@ -13,7 +13,6 @@ from typing import Any, NamedTuple, Protocol
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.trainer import call
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor
 
@@ -26,6 +25,7 @@ from lightning_fedscale.core.executors.meter import ClientMeter, Meter
 from lightning_fedscale.core.executors.transfer import Transfer
 from lightning_fedscale.core.lightning.client_log import ClientLog
 from lightning_fedscale.core.lightning.hooks import PER_LOCAL_BATCH
+from lightning_fedscale.core.lightning.module_state import call_hook
 from lightning_fedscale.core.plan import LocalWork
 from lightning_fedscale.devices.profiling.batches import form_of
 from lightning_fedscale.local_rules import Correction
@@ -349,7 +349,7 @@ class SequentialExecutor:
         return trained
 
     def _call(self, hook: str, *values: Any) -> Any:
-        return call._call_lightning_module_hook(self._trainer, hook, *values) if hook in self._hooks else None
+        return call_hook(self._trainer, hook, *values) if hook in self._hooks else None
 
 
 class _Trained:

@@ -7,12 +7,13 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.trainer import call
 from lightning.pytorch.utilities import move_data_to_device
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 from torch.utils.data._utils.pin_memory import pin_memory
+
+from lightning_fedscale.core.lightning.module_state import moved_by_hooks
 
 _HOOKS = ("on_before_batch_transfer", "transfer_batch_to_device", "on_after_batch_transfer")
 
@@ -38,8 +39,7 @@ class Transfer:
         trainer = self._trainer
         batch = trainer.precision_plugin.convert_input(batch)
         if self.has_hooks:
-            batch = trainer.lightning_module._on_before_batch_transfer(batch, dataloader_idx=0)
-            return call._call_strategy_hook(trainer, "batch_to_device", batch, dataloader_idx=0)
+            return moved_by_hooks(trainer, batch)
         return batch if _is_on(batch, self._device) else move_data_to_device(batch, self._device)
 
     def ahead(self, batches: Iterator[Any]) -> Iterator[Any]:

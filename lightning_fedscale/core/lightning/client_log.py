@@ -18,6 +18,7 @@ from torchmetrics import Metric
 
 from lightning_fedscale.core.lightning.hooks import as_it_was
 from lightning_fedscale.core.lightning.log_ranks import RankLog
+from lightning_fedscale.core.lightning.module_state import current_hook, in_hook
 from lightning_fedscale.core.lightning.snapshots import MetricStates
 from lightning_fedscale.types import FloatArray
 
@@ -49,6 +50,12 @@ class ClientLog:
     name and set of options goes through it, and complains at the user's line; later values wait as tensors and are read
     from the device all at once, when the round is over or when somebody looks at the Trainer's metrics. Names, step
     values (the round's last), epoch values and where they are shown are Lightning's own.
+
+    Lightning: `_results` of the epoch loop holds a `_ResultMetric` for each name, whose value, `_forward_cache`,
+    `_update_count` and `_computed` are what it adds up, in the precision of `_get_default_dtype`; `_extract_batch_size`
+    finds a batch's size. Its `_logger_connector` notes the running hook as `_current_fx`, and as `_first_loop_iter`
+    whether values of an earlier epoch are left. `self.log` takes one value at a time, and loggers see no epoch values.
+    Upgrade: `LightningModule.log` in `core/module.py`, and `trainer/connectors/logger_connector/result.py`.
 
     Args:
         trainer: the Trainer, about to fit.
@@ -177,7 +184,7 @@ class ClientLog:
         rank_zero_only: bool = False,
     ) -> None:
         """`LightningModule.log`, with its arguments."""
-        hook = self._module._current_fx_name
+        hook = current_hook(self._module)
         options = (
             prog_bar, logger, on_step, on_epoch, reduce_fx, enable_graph, sync_dist, sync_dist_group,
             add_dataloader_idx, metric_attribute, rank_zero_only,
@@ -226,7 +233,7 @@ class ClientLog:
         key = hook, name, values.dtype, tuple({**_OPTIONS, **options}[option] for option in _OPTIONS)
         series, start = self._find(key), 0
         if series is None:
-            with self._inside(hook):
+            with in_hook(self._module, hook):
                 series, start = self._through_lightning(key, values[0], sizes[0], places[0]), 1
         if series is None:
             return
@@ -243,16 +250,8 @@ class ClientLog:
         if self._silent:
             return
         self.position = position
-        with self._inside(hook):
+        with in_hook(self._module, hook):
             self.log(name, metric, **options)
-
-    @contextmanager
-    def _inside(self, hook: str) -> Iterator[None]:
-        around, self._module._current_fx_name = self._module._current_fx_name, hook
-        try:
-            yield
-        finally:
-            self._module._current_fx_name = around
 
     def _find(self, key: _Key) -> _Series | None:
         try:

@@ -11,9 +11,10 @@ import torch
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from torch import Tensor
 
+from lightning_fedscale.core.lightning.module_state import attached_trainer
 from lightning_fedscale.devices.profiling.batches import changed, samples_in
 from lightning_fedscale.devices.profiling.dry_run import copied
-from lightning_fedscale.devices.profiling.stubs import silence
+from lightning_fedscale.devices.profiling.stubs import TrainerView, silence
 from lightning_fedscale.utils.randomness import untouched
 
 
@@ -109,7 +110,7 @@ class _Twin:
 
     def __init__(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         self._precision = trainer.precision_plugin
-        self._module = copied(module)
+        self._module = copied(module, TrainerView(attached_trainer(module)))
         self._module.train()
         silence(self._module, trainer)
         self._takes_index = is_param_in_hook_signature(module.training_step, "batch_idx", min_args=2)

@@ -5,8 +5,15 @@ from __future__ import annotations
 from typing import Any
 
 import lightning.pytorch as pl
+from lightning.fabric.plugins import CheckpointIO
+from lightning.pytorch.overrides.distributed import _sync_module_states
+from lightning.pytorch.plugins.io.wrapper import _WrappingCheckpointIO
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
+from lightning.pytorch.strategies.strategy import Strategy
+from torch import nn
+
+from lightning_fedscale.core.lightning.checkpoint import AtomicCheckpointIO
 
 _SET_BY_TRAINER = ("_accelerator", "_checkpoint_io", "_precision_plugin", "_parallel_devices", "cluster_environment")
 _OF_A_FIT = ("_optimizers", "_lightning_optimizers", "lr_scheduler_configs")
@@ -18,6 +25,17 @@ class ReusableStrategy(DDPStrategy):
     Lightning's own strategies keep the accelerator, devices and plugins of their first Trainer, and the next one takes
     them for the user's. So libraries that build one Trainer for ``fit`` and another for ``predict`` from the same
     arguments fail with such an object.
+
+    Models are not wrapped in DistributedDataParallel, and checkpoints are written in one step.
+
+    Lightning: a Trainer sets `_accelerator`, `_checkpoint_io`, `_precision_plugin`, `_parallel_devices`, `_layer_sync`
+    and `_process_group_backend` of the strategy from its `_accelerator_connector`, whose `_lazy_init_strategy` does it
+    again, then calls `_configure_launcher`, which makes a `_launcher`. A run leaves `_lightning_module`, `_model`,
+    `_optimizers` and `_lightning_optimizers` behind. `_trainer` of the module says whose run it is. `_setup_model`
+    wraps the model, for which `_sync_module_states` makes ranks start alike, and a `_WrappingCheckpointIO` holds
+    another writer. None of it can be reset or left out by public means.
+    Upgrade: `_AcceleratorConnector` in `trainer/connectors/accelerator_connector.py`, `Strategy.__init__` in
+    `strategies/strategy.py`, `DDPStrategy` in `strategies/ddp.py`, `plugins/io/wrapper.py`.
 
     Args:
         **kwargs: those of `DDPStrategy`.
@@ -77,6 +95,34 @@ class ReusableStrategy(DDPStrategy):
         self._given, self._taken = {name: own[name] for name in _SET_BY_TRAINER}, {}
         self._process_group_backend, self._launcher = self._backend, None
 
+    # ---- what Lightning asks of a strategy under private names
+
+    @property
+    def checkpoint_io(self) -> CheckpointIO:
+        """The user's, or an atomic one."""
+        if self._checkpoint_io is None:
+            self._checkpoint_io = AtomicCheckpointIO()
+        elif isinstance(self._checkpoint_io, _WrappingCheckpointIO):
+            self._checkpoint_io.checkpoint_io = AtomicCheckpointIO()  # goes innermost, if nothing is there
+        return self._checkpoint_io
+
+    @checkpoint_io.setter
+    def checkpoint_io(self, io: CheckpointIO | None) -> None:
+        self._checkpoint_io = io
+
+    @property
+    def syncs_batch_norm(self) -> bool:
+        """Whether the Trainer is to synchronise BatchNorm."""
+        return self._layer_sync is not None
+
+    def _setup_model(self, model: nn.Module) -> nn.Module:  # type: ignore[override]
+        # No DistributedDataParallel: clients must not exchange gradients. Same start on all ranks, that is all.
+        if self._processes > 1:
+            _sync_module_states(model)
+        return model
+
+    # ---- one Trainer after the other
+
     def _configure_launcher(self) -> None:
         """The Trainer has set all that it sets."""
         _ = self.checkpoint_io  # which makes one if there is none
@@ -135,10 +181,32 @@ class ReusableStrategy(DDPStrategy):
             return
         self._in_use = None
         super().teardown()
+        # Lightning ends the outermost writer only; one inside that writes in the background may not be done yet.
+        writer: Any = self._checkpoint_io
+        while isinstance(writer, _WrappingCheckpointIO) and (writer := writer.checkpoint_io) is not None:
+            writer.teardown()
 
     def __getstate__(self) -> dict[str, Any]:
         """What a copy has, in this process or another: arguments, what the Trainer set, and nothing of a fit."""
         state = {**vars(self), "_in_use": None, **{name: [] for name in _OF_A_FIT}}
-        if isinstance(self._launcher, _SubprocessScriptLauncher):
+        if starts_by_command(self):
             state["_launcher"] = None  # it holds the processes that it started
         return state
+
+
+def starts_by_command(strategy: Strategy) -> bool:
+    """Whether the other processes of a strategy are started by the command that started this one.
+
+    Lightning: a `_SubprocessScriptLauncher` does that; `start_method` says it only for strategies that were given one.
+    Upgrade: `DDPStrategy._configure_launcher` in `strategies/ddp.py`.
+    """
+    return isinstance(strategy.launcher, _SubprocessScriptLauncher)
+
+
+def has_gradient_buckets(strategy: Strategy) -> bool:
+    """Whether DDP keeps a copy of all gradients.
+
+    Lightning: `_ddp_kwargs` of the strategy holds what is passed on to `DistributedDataParallel`.
+    Upgrade: `DDPStrategy.__init__` in `strategies/ddp.py`.
+    """
+    return isinstance(strategy, DDPStrategy) and not strategy._ddp_kwargs.get("gradient_as_bucket_view")

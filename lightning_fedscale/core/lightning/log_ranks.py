@@ -57,6 +57,11 @@ class RankLog:
     nothing left to reduce. Values logged without ``sync_dist=True`` stay each rank's own. torchmetrics objects reduce
     themselves, as long as every rank asks them to: that is seen to here.
 
+    Lightning: a `_ResultMetric` has a `_Metadata` with a `_Sync`, whose `_should` says whether ranks are reduced; its
+    value, `_forward_cache`, `_update_count` and `_computed` are what it has added up, in the precision of
+    `_get_default_dtype`. There is no public way to give a result a value, or a rank a name that it has not logged.
+    Upgrade: `trainer/connectors/logger_connector/result.py`, and `Metric.compute` of torchmetrics in `metric.py`.
+
     Args:
         module: whose results they are.
         results: Lightning's collection of them.

@@ -15,6 +15,7 @@ from lightning.pytorch.core.saving import save_hparams_to_yaml
 from lightning.pytorch.loggers import CSVLogger, Logger, MLFlowLogger, TensorBoardLogger, WandbLogger
 from lightning.pytorch.loggers.logger import DummyLogger
 
+from lightning_fedscale.core.lightning.trainer_state import metric_stores, steps_logged
 from lightning_fedscale.utils.foreign import attribute_of, is_really
 
 if TYPE_CHECKING:
@@ -41,14 +42,14 @@ def writers(trainer: pl.Trainer, method: str) -> Iterator[Any]:
 def send(trainer: pl.Trainer, metrics: dict[str, float]) -> None:
     """Straight to the loggers, and to where callbacks look for what they monitor; ``self.log`` takes far longer."""
     for logger in trainer.loggers:
-        logger.log_metrics(metrics, step=trainer.fit_loop.epoch_loop._batches_that_stepped)
+        logger.log_metrics(metrics, step=steps_logged(trainer))
     publish(trainer, metrics)
 
 
 def publish(trainer: pl.Trainer, metrics: dict[str, float]) -> None:
     """Put values where callbacks look for what they monitor."""
     values = {name: torch.tensor(value, dtype=torch.float64) for name, value in metrics.items()}
-    for known in (trainer._logger_connector._callback_metrics, trainer._logger_connector._logged_metrics):
+    for known in metric_stores(trainer):
         known.update(values)
 
 
@@ -86,7 +87,12 @@ def lay_out(trainer: pl.Trainer, layout: Layout) -> None:
 
 
 def log_settings(trainer: pl.Trainer, settings: Mapping[str, Any]) -> None:
-    """Give hyperparameters to every logger, beside those that the module has given it."""
+    """Give hyperparameters to every logger, beside those that the module has given it.
+
+    Lightning: `_fs` of `TensorBoardLogger` is the file system that it writes to. Its `save` writes hyperparameters
+    once, when the module has given its own.
+    Upgrade: `TensorBoardLogger.save` in `loggers/tensorboard.py`.
+    """
     for logger in trainer.loggers:
         logger.log_hyperparams(dict(settings))
         if is_really(logger, TensorBoardLogger) and trainer.is_global_zero:
@@ -99,6 +105,10 @@ def add_hparams(trainer: pl.Trainer, metrics: Mapping[str, float], behind: Calla
     """Give TensorBoard's HParams page a row: all settings that the logger has, and metrics by the tags of their curves.
 
     TensorBoard reads a run's first such row only, and follows the curves to their last values.
+
+    Lightning: `_convert_params`, `_flatten_dict` and `_sanitize_params` of `TensorBoardLogger` make hyperparameters
+    into what TensorBoard takes. Its `log_hyperparams` writes the row at once, without curves that come later.
+    Upgrade: `TensorBoardLogger.log_hyperparams` in `loggers/tensorboard.py` of Fabric.
 
     Args:
         trainer: the Trainer.

@@ -8,6 +8,7 @@ from typing import Any
 import lightning.pytorch as pl
 from torch import Tensor
 
+from lightning_fedscale.core.lightning.trainer_state import metric_stores
 from lightning_fedscale.utils.foreign import attribute_of
 
 
@@ -32,8 +33,8 @@ class Monitors:
         At the end of an epoch those of the epoch belong to them, which Lightning computes when it is asked: on all
         ranks. While a client trains, what is being logged is the client's.
         """
-        connector = self._trainer._logger_connector
-        known = {**self._last, **(connector._callback_metrics if in_client else connector.callback_metrics)}
+        trainer = self._trainer
+        known = {**self._last, **(metric_stores(trainer).watched if in_client else trainer.callback_metrics)}
         return {
             name: value.detach().cpu()
             for name, value in known.items()
@@ -50,7 +51,7 @@ class Monitors:
         if not empty:
             self._last = {}
             return
-        known = self._trainer._logger_connector._callback_metrics
+        known = metric_stores(self._trainer).watched
         for name, value in self._last.items():
             known.setdefault(name, value)
         for each in self._watchers():

@@ -18,6 +18,10 @@ class ClientProgress:
 
     Reading a loss waits for the device, so it is read only when the bar is drawn.
 
+    Lightning: `_metric_component` of `RichProgressBar` holds the values at its right. The bar reads values when a step
+    is over, which is a round here, and takes none in between.
+    Upgrade: `RichProgressBar._update_metrics` in `callbacks/progress/rich_progress.py`.
+
     Args:
         trainer: the Trainer, with a rich or tqdm bar; any other is left alone.
         due: number of clients that this rank trains in the round.

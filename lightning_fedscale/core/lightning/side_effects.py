@@ -10,6 +10,7 @@ from typing import Any
 import lightning.pytorch as pl
 from torch import nn
 
+from lightning_fedscale.core.lightning.data_loaders import train_source
 from lightning_fedscale.core.user_code.objects import is_installed, is_library
 from lightning_fedscale.core.user_code.state import Snapshot
 
@@ -38,7 +39,7 @@ def undone(trainer: pl.Trainer) -> Iterator[None]:
     roots = {
         "module": module,
         "data": getattr(trainer, "datamodule", None),
-        "loaders": trainer.fit_loop._data_source.instance,
+        "loaders": train_source(trainer).instance,
         "callbacks": [*_callbacks(trainer)],
     }
     variables = {name: dict(found) for name, found in _variables(module, roots["data"])}

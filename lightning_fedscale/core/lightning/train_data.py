@@ -12,6 +12,12 @@ from lightning.pytorch.utilities import CombinedLoader
 from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.data import BatchSampler, DataLoader
 
+from lightning_fedscale.core.lightning.data_loaders import (
+    combined_loader,
+    copied_loader,
+    forget_loader,
+    train_source,
+)
 from lightning_fedscale.core.lightning.hooks import as_it_was
 from lightning_fedscale.devices.profiling.samples import LargestSample, is_map_style, largest_sample
 
@@ -21,6 +27,11 @@ NAMES = "batch_size", "train_batch_size", "per_device_batch_size"
 
 class TrainData:
     """The train loader of a Trainer that is about to fit, and its batch size.
+
+    Lightning: `_mode` of a `CombinedLoader` is how it combines loaders, needed for one like it with other batches, and
+    `__pl_saved_args` of a `DataLoader` are what it was constructed from. Neither can be read otherwise.
+    Upgrade: `CombinedLoader.__init__` in `utilities/combined_loader.py`, and `_replace_dunder_methods` in
+    `utilities/data.py` of Fabric.
 
     Args:
         trainer: in or before ``on_fit_start``.
@@ -32,7 +43,7 @@ class TrainData:
 
     def __init__(self, trainer: pl.Trainer, *, need_samples: bool = True) -> None:
         self._trainer = trainer
-        self._source = trainer.fit_loop._data_source
+        self._source = train_source(trainer)
         if not self._source.is_defined():
             raise ValueError("train_dataloaders: MaxBatchProbe needs training data, and there is none.")
         self._given = self._source.dataloader()
@@ -139,8 +150,8 @@ class TrainData:
     def _reload(self) -> None:
         """Where the loader was asked for before (by a schedule that depends on its length), all of that anew."""
         trainer = self._trainer
-        if trainer.fit_loop._combined_loader is not None:
-            trainer.fit_loop._combined_loader = None
+        if combined_loader(trainer) is not None:
+            forget_loader(trainer)
             trainer.strategy.setup_optimizers(trainer)
 
 
@@ -256,9 +267,7 @@ def _resized(loader: DataLoader[Any], size: int) -> DataLoader[Any]:
             f" batch_sampler={type(loader.batch_sampler).__name__}. Keep one as `batch_size` in the data module or the"
             " module and build the loader from it, or pass apply=False to only report."
         )
-    # A copy asks nothing of how a subclass is constructed.
-    mine = copy.copy(loader)
-    own: dict[str, Any] = {"batch_size": size, "_iterator": None}
+    own: dict[str, Any] = {"batch_size": size}
     if isinstance(loader.batch_sampler, BatchSampler):
         own["batch_sampler"] = BatchSampler(loader.batch_sampler.sampler, size, loader.batch_sampler.drop_last)
     if hasattr(loader, "__pl_saved_args"):
@@ -270,9 +279,7 @@ def _resized(loader: DataLoader[Any], size: int) -> DataLoader[Any]:
             own["__pl_saved_args"] = tuple(args)
         else:
             own["__pl_saved_kwargs"] = {**noted["__pl_saved_kwargs"], "batch_size": size}
-    for name, value in own.items():
-        object.__setattr__(mine, name, value)  # DataLoader's own setter forbids it once it is built
-    return mine
+    return copied_loader(loader, **own)
 
 
 def _wrap_hook(owner: Any, size: int) -> Callable[[], None]:

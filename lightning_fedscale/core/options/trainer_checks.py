@@ -6,13 +6,14 @@ import lightning.pytorch as pl
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import GradientAccumulationScheduler, ThroughputMonitor
-from lightning.pytorch.core.optimizer import _MockOptimizer
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from torch import nn
 from torch.optim import Optimizer
 from torchmetrics import Metric
 
+from lightning_fedscale.core.lightning.data_loaders import combined_loader
+from lightning_fedscale.core.lightning.module_state import is_no_optimizer
 from lightning_fedscale.utils.foreign import is_raised_in, is_really
 
 _OURS = {"lightning.pytorch": "lightning_fedscale", "pytorch_lightning": "lightning_fedscale.pytorch_lightning"}
@@ -154,7 +155,7 @@ def check_optimizers(module: pl.LightningModule, optimizers: list[Optimizer]) ->
     Raises:
         ValueError: with the reason and the remedy.
     """
-    if not optimizers or any(isinstance(optimizer, _MockOptimizer) for optimizer in optimizers):
+    if not optimizers or any(map(is_no_optimizer, optimizers)):
         raise ValueError(
             "configure_optimizers returned no optimizer, so clients could not train: return at least one, such as"
             " torch.optim.SGD(self.parameters(), lr=0.1)."
@@ -183,7 +184,7 @@ def check_loaders_and_schedulers(trainer: pl.Trainer) -> None:
                 f" {trainer.num_training_batches} round(s): use interval='epoch', or"
                 f" FederatedStrategy(rounds_per_epoch={config.frequency})."
             )
-    loader = trainer.fit_loop._combined_loader
+    loader = combined_loader(trainer)
     if loader is not None and loader.iterables is not loader.flattened[0]:
         raise ValueError(
             f"train_dataloader: got a {type(loader.iterables).__name__} of {len(loader.flattened)} loaders,"

@@ -19,6 +19,7 @@ from lightning_fedscale.core.lightning.loggers import (
     show,
     shows_figures,
 )
+from lightning_fedscale.core.lightning.trainer_state import metric_stores
 from lightning_fedscale.core.options.options import Arguments
 from lightning_fedscale.core.options.settings import is_detail, settings_of
 from lightning_fedscale.partitioners import (
@@ -85,7 +86,7 @@ class RunBoard(Callback):
         self._compared = True
         if trainer.loggers:
             # Not `logged_metrics`, which would reduce anew.
-            known = trainer._logger_connector._logged_metrics
+            known = metric_stores(trainer).logged
             logged = {name: float(value) for name, value in known.items() if isinstance(value, Tensor | float)}
             names = [*filter(_is_compared, logged), *(name for name in _to_come(trainer) if name not in logged)]
             users_first = sorted(names, key=lambda name: name in _COMPARED)

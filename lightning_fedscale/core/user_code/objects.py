@@ -43,7 +43,7 @@ _FIXED = (
     type(collections.namedtuple("_", "name").name),  # type: ignore[attr-defined]
 )  # fmt: skip
 # What torch and Lightning keep for themselves. "training" counts, and so do submodules and hooks.
-_NOT_THE_USERS = (vars(pl.LightningModule()).keys() | {"_current_fx_name", "_trainer", "log"}) - {"training"}
+_NOT_THE_USERS = (vars(pl.LightningModule()).keys() | {"log"}) - {"training"}
 _STRUCTURE = {"_modules"} | {n for n in vars(nn.Module()) if "_hooks" in n and "state_dict" not in n}
 _OF_CLASSES = {
     "__dict__", "__weakref__", "__doc__", "__module__", "__annotations__", "__orig_bases__", "__parameters__",

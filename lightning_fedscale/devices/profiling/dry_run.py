@@ -194,7 +194,7 @@ class Rehearsal:
         with ExitStack() as stack:
             mode = stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True)) if fake else None
             view = TrainerView(self._trainer)
-            module = copied(self._module, mode, view)
+            module = copied(self._module, view, mode)
             if self._precision in WHOLE and self._precision != "32-true":
                 module.to(WHOLE[self._precision])
             device = next((p.device for p in module.parameters()), torch.device("cpu"))
@@ -347,16 +347,15 @@ def _one_or_all(values: list[Any]) -> Any:
     return values[0] if len(values) == 1 else values
 
 
-def copied(module: nn.Module, mode: FakeTensorMode | None = None, view: TrainerView | None = None) -> Any:
-    """Return a copy whose tensors are all fake; without a mode a real copy.
+def copied(module: nn.Module, view: TrainerView, mode: FakeTensorMode | None = None) -> Any:
+    """A copy with fake tensors in place of all of its own; a real copy without a mode.
 
     Args:
-        module: the module; its Trainer, strategy, callbacks, loggers and data module are not copied, wherever it has
-            references to them.
+        module: of which the Trainer, its strategy, callbacks and loggers and the data module are no part, wherever it
+            keeps them.
+        view: what the copy has in place of its Trainer.
         mode: makes fake tensors.
-        view: the copy's replacement for its Trainer; None for a view of the module's own Trainer.
     """
-    view = view or TrainerView(getattr(module, "_trainer", None))
     try:
         with _DetachedCopyMode() if mode is None else FakeCopyMode(mode):
             twin: Any = copy.deepcopy(module, view.outside())
@@ -368,8 +367,9 @@ def copied(module: nn.Module, mode: FakeTensorMode | None = None, view: TrainerV
     if mode is not None:
         _bring_to_cpu(twin)
     for name in ("forward", "training_step", "validation_step"):
-        if getattr(twin, "_compiler_ctx", None) is not None:
-            vars(twin).pop(name, None)  # set on the instance by Lightning for torch.compile
+        compiled = getattr(vars(twin).get(name), "_torchdynamo_orig_callable", None)
+        if compiled is not None and getattr(compiled, "__func__", None) is getattr(type(twin), name, None):
+            del vars(twin)[name]  # of torch.compile, which Lightning puts into the instance: it runs the original
     for parameter in twin.parameters():
         parameter.grad = None
     return twin

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils import flop_counter
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
@@ -54,7 +54,7 @@ class OperatorCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]
     and do not count. The computation is not changed.
 
     Args:
-        module: the module, whose current hook is read.
+        hook: gives the name of the module's hook that is running, None outside of all; asked for every operator.
         step: the hook whose operators are the forward pass.
         tables: lookup tables by the identity of their storage; those that are multiplied are recorded.
         timed: measure the time of each operator, on CUDA with a synchronization.
@@ -72,7 +72,7 @@ class OperatorCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def __init__(
         self,
-        module: nn.Module,
+        hook: Callable[[], str | None],
         step: str,
         tables: Collection[int] = (),
         *,
@@ -86,7 +86,7 @@ class OperatorCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.steps = 0
         self.timed = timed
         self._waits = timed and torch.cuda.is_available()
-        self._fields = vars(module)
+        self._hook = hook
         self._step = step
         self._around = {None, step, "backward", "optimizer_step"}  # hooks in which operators belong to the step
         self._everything = everything
@@ -123,7 +123,7 @@ class OperatorCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def _phase(self) -> str | None:
         """Return the operator's phase; None if it does not belong to the step."""
-        hook = self._fields.get("_current_fx_name")
+        hook = self._hook()
         if not self._everything and hook not in self._around:
             return None
         if torch._C._current_graph_task_id() != -1:
@@ -139,7 +139,7 @@ class OperatorCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]
             del self._scopes[-1:]
             return
         steps = str(args[0]).startswith("Optimizer.step#")
-        self._scopes.append((steps, self._fields.get("_current_fx_name")))
+        self._scopes.append((steps, self._hook()))
         self.steps += steps
 
     def _note(self, plan: _Plan, phase: str, func: Any, args: Any, kwargs: Any, result: Any, seconds: float) -> None:

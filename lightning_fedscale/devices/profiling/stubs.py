@@ -39,8 +39,8 @@ def _silence(module: Any, view: TrainerView) -> None:
             setattr(module, name, _ANYTHING)
     module.lr_schedulers = lambda: _SOMETHING
     module.manual_backward = partial(_backward, module)
-    if hasattr(type(module), "trainer"):
-        module._trainer = view
+    if getattr(getattr(type(module), "trainer", None), "fset", None) is not None:  # as a LightningModule has it
+        module.trainer = view
 
 
 def _backward(module: Any, loss: Tensor, *args: Any, **kwargs: Any) -> None:

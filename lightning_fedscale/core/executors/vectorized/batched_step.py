@@ -24,6 +24,7 @@ from lightning_fedscale.core.executors.vectorized.recording import Recording, un
 from lightning_fedscale.core.executors.vectorized.recordings import Recordings
 from lightning_fedscale.core.executors.vectorized.rng import ClientStreams, DrawPerClient
 from lightning_fedscale.core.executors.vectorized.stacking import Obstacle, Opened
+from lightning_fedscale.core.lightning.module_state import set_hook
 from lightning_fedscale.core.user_code.guards import NoValues, Reads
 
 _LOG_ARGUMENTS = list(inspect.signature(pl.LightningModule.log).parameters)[3:]
@@ -306,11 +307,11 @@ def logging_to(module: pl.LightningModule, note: Callable[[Logged], None]) -> It
 
     outside = {name: vars(module)[name] for name in ("log",) if name in vars(module)}
     object.__setattr__(module, "log", log)
-    module._current_fx_name = "training_step"
+    set_hook(module, "training_step")
     try:
         yield
     finally:
-        module._current_fx_name = None
+        set_hook(module, None)
         object.__delattr__(module, "log")
         vars(module).update(outside)
 

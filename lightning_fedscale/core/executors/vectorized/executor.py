@@ -6,7 +6,7 @@ import math
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from functools import partial
 from itertools import accumulate, cycle, islice
 from typing import Any, NamedTuple
@@ -40,6 +40,7 @@ from lightning_fedscale.core.executors.vectorized.stacking import Obstacle, Open
 from lightning_fedscale.core.executors.vectorized.wave import ClientStart, Wave
 from lightning_fedscale.core.lightning.client_log import ClientLog
 from lightning_fedscale.core.lightning.hooks import listeners
+from lightning_fedscale.core.lightning.module_state import in_hook
 from lightning_fedscale.core.lightning.snapshots import MetricStates
 from lightning_fedscale.core.plan import LocalWork
 from lightning_fedscale.core.user_code.outside import places_of
@@ -575,7 +576,7 @@ class VectorizedExecutor:
             places = [positions[wave[row].client] + note.batch_idx for row in rows]
             for name, values, options in note.logged:
                 if isinstance(values, Metric):
-                    with _hook(self._module, "training_step"):
+                    with in_hook(self._module, "training_step"):
                         self._module.log(name, values, **options)
                     continue
                 if isinstance(values, Tensor):
@@ -592,16 +593,6 @@ class _Unequal:
 
     def __bool__(self) -> bool:
         raise Obstacle("training_step asks for trainer.is_last_batch, which differs between clients of one step")
-
-
-@contextmanager
-def _hook(module: pl.LightningModule, name: str) -> Iterator[None]:
-    """What the module logs inside counts as logged by this hook."""
-    around, module._current_fx_name = module._current_fx_name, name
-    try:
-        yield
-    finally:
-        module._current_fx_name = around
 
 
 def _start(guidance: Guidance, client: int) -> ClientStart:

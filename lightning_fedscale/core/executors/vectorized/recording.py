@@ -14,6 +14,7 @@ from torch.fx import GraphModule, Node
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from lightning_fedscale.core.executors.vectorized.rng import ClientStreams, draw_per_client, is_random
+from lightning_fedscale.core.lightning.module_state import attach, attached_trainer
 from lightning_fedscale.utils import randomness
 
 Flat = Callable[..., list[Tensor | None]]
@@ -139,9 +140,9 @@ def unseen(module: pl.LightningModule) -> Iterator[Any]:
     A step that reads the epoch, say, or the number of its batch changes with them and must not be recorded.
     """
     nothing = _Unseen()
-    trainer = module._trainer
-    object.__setattr__(module, "_trainer", nothing)
+    trainer = attached_trainer(module)
+    attach(module, nothing)
     try:
         yield nothing
     finally:
-        object.__setattr__(module, "_trainer", trainer)
+        attach(module, trainer)
