@@ -7,16 +7,18 @@ without the site, and for the reference every public name with the file that its
 from __future__ import annotations
 
 import inspect
+import pkgutil
 import re
 import sys
 from collections.abc import Iterable
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 DOCS = Path(__file__).resolve().parent
 ROOT = DOCS.parent
 BLOCK = re.compile(r"^<!-- (\w+)(?:: (.+?))? -->\n(?:(?!<!-- ).*\n)*<!-- end -->$", re.M)
+SAYS = re.compile(r"^Lightning: (.+?)\nUpgrade: (.+?)(?:\n\n|\Z)", re.M | re.S)
 ROLE = re.compile(r":\w+:`~?([^`]+)`")
 
 
@@ -26,7 +28,10 @@ def filled(page: Path) -> str:
 
     def block(found: re.Match[str]) -> str:
         kind, argument = found[1], found[2] or ""
-        text = {"reference": reference, "papers": papers, "messages": messages, "groups": groups}
+        text = {
+            "readme": readme, "reference": reference, "papers": papers, "messages": messages, "groups": groups,
+            "privates": privates,
+        }  # fmt: skip
         return f"{found[0].splitlines()[0]}\n\n{text[kind](argument, up)}\n\n<!-- end -->"
 
     return BLOCK.sub(block, page.read_text("utf8"))
@@ -63,6 +68,48 @@ def _is_own(thing: Any, module: Any) -> bool:
 def _about(thing: Any) -> str:
     paragraph = " ".join((inspect.getdoc(thing) or "").partition("\n\n")[0].split())
     return re.sub(r"(?<!\\)\|", r"\\|", ROLE.sub(r"`\1`", paragraph))  # a bare one would end the cell
+
+
+class Private(NamedTuple):
+    """What the docstring of a function or class says of private names of Lightning.
+
+    Attributes:
+        thing: the function or class.
+        names: of Lightning, in the order in which it is said what they are.
+        kept: what Lightning keeps under them, and why there is no public way to it.
+        look_at: where, when Lightning changes.
+    """
+
+    thing: Any
+    names: list[str]
+    kept: str
+    look_at: str
+
+
+def privates_of(module: Any) -> list[Private]:
+    """What a module says of Lightning, in the order of its source."""
+    found = []
+    for thing in vars(module).values():
+        paragraphs = SAYS.search(inspect.getdoc(thing) or "") if _is_own(thing, module) else None
+        if paragraphs is not None:
+            kept, look_at = (" ".join(each.split()) for each in paragraphs.groups())
+            found.append(Private(thing, list(dict.fromkeys(re.findall(r"`(_(?!_)\w+)`", kept))), kept, look_at))
+    return found
+
+
+def privates(room: str, up: str | None) -> str:
+    """All functions and classes of a room that name what is private to Lightning; linked, where their files are."""
+    rows = [
+        "| where | private names | what it is for | what Lightning keeps there | what to look at |",
+        "|---|---|---|---|---|",
+    ]
+    for each in pkgutil.iter_modules(import_module(room).__path__, f"{room}."):
+        for thing, names, kept, look_at in privates_of(import_module(each.name)):
+            name = f"`{each.name.rpartition('.')[2]}.{thing.__name__}`"
+            where = name if up is None else f"[{name}]({up}{each.name.replace('.', '/')}.py)"
+            cells = where, ", ".join(f"`{one}`" for one in names), _about(thing), kept, look_at
+            rows.append(f"| {' | '.join(cells)} |")
+    return "\n".join(rows)
 
 
 def papers(rooms: str, up: str) -> str:

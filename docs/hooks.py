@@ -1,9 +1,10 @@
 """What `mkdocs build` does beyond the pages: the reference, the list of messages, files that lie elsewhere.
 
-A page says ``<!-- reference: MODULE -->`` where the docstrings of a module are, ``<!-- messages -->`` where all errors
-and warnings are, ``<!-- papers: ROOM ROOM -->`` where the public names of rooms and their papers are, and
-``<!-- groups -->`` where Hydra's groups are. What stands from there to ``<!-- end -->`` is for readers of the
-repository (see fill.py), and is replaced.
+A page says ``<!-- readme: Heading -->`` where that section of README.md is to stand, ``<!-- reference: MODULE -->``
+where the docstrings of a module are, ``<!-- messages -->`` where all errors and warnings are,
+``<!-- papers: ROOM ROOM -->`` where the public names of rooms and their papers are, ``<!-- groups -->`` where Hydra's
+groups are, and ``<!-- privates: PACKAGE -->`` where a package's use of Lightning's private names is. What stands from
+there to ``<!-- end -->`` is for readers of the repository (see fill.py), and is replaced.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import groups  # docs/groups.py, and so on: mkdocs puts this folder on the path
 import messages
 import papers
 from api import readable
-from fill import BLOCK
+from fill import BLOCK, privates
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
@@ -48,6 +49,7 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
         "papers": lambda rooms: sources(rooms.split()),
         "groups": lambda _: options(),
         "messages": lambda _: listed(),
+        "privates": lambda room: privates(room, None),
     }
     markdown = BLOCK.sub(lambda found: made[found[1]](found[2] or ""), markdown)
     # What lies outside of docs/ in the repository is one step nearer here.
