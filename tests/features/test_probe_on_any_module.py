@@ -14,7 +14,9 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.demos.boring_classes import BoringModel
 from lightning.pytorch.trainer.connectors.data_connector import _DataHookSelector
+from lightning.pytorch.utilities.compile import from_compiled
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from torchmetrics import MeanSquaredError, MetricCollection
@@ -22,7 +24,8 @@ from torchmetrics import MeanSquaredError, MetricCollection
 from lightning_fedscale import FederatedStrategy
 from lightning_fedscale.callbacks import MaxBatchProbe
 from lightning_fedscale.devices import estimate_memory
-from lightning_fedscale.devices.profiling.stubs import TrainerView
+from lightning_fedscale.devices.profiling.dry_run import copied
+from lightning_fedscale.devices.profiling.stubs import TrainerView, silence
 from tests.ids import stable
 
 ROWS, FEATURES = 24, 6
@@ -559,3 +562,41 @@ def test_a_metric_that_is_the_loss_is_counted() -> None:
     assert metric.exact
     assert metric.breakdown(4)["gradients"] == plain.breakdown(4)["gradients"] > 0
     assert metric.breakdown(4)["optimizer state"] == plain.breakdown(4)["optimizer state"] > 0
+
+
+@pytest.mark.parametrize("by", ["lightning", "the module"])
+def test_a_copy_of_a_compiled_module_runs_its_own_steps(by: str) -> None:
+    """What torch.compile puts into a module runs the module's own weights, also when it is found in a copy."""
+    module = BoringModel()
+    if by == "lightning":
+        from_compiled(torch.compile(module, backend="eager"))
+    else:
+        module.forward = torch.compile(module.forward, backend="eager")
+    assert "forward" in vars(module)
+    other = module.other = torch.compile(torch.sin, backend="eager")
+    twin = copied(module, TrainerView(None))
+    assert not {"forward", "training_step", "validation_step"} & vars(twin).keys()
+    assert twin.other is other
+    assert "forward" in vars(module)
+    torch.nn.init.zeros_(twin.layer.weight)
+    torch.nn.init.zeros_(twin.layer.bias)
+    assert not twin(torch.ones(1, 32)).any()
+
+
+def test_a_function_that_a_module_has_compiled_in_place_of_a_method_stays() -> None:
+    module = BoringModel()
+    module.forward = torch.compile(torch.sin, backend="eager")
+    assert copied(module, TrainerView(None)).forward is module.forward
+
+
+def test_the_trainer_of_a_part_that_is_no_lightning_module_is_its_own() -> None:
+    class Part(torch.nn.Linear):
+        trainer = "coach"
+
+    module = BoringModel()
+    module.inner, module.part = BoringModel(), Part(2, 2)
+    view = TrainerView(None)
+    silence(module, view)
+    assert module.trainer is view
+    assert module.inner.trainer is view
+    assert module.part.trainer == "coach"
