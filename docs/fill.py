@@ -107,9 +107,13 @@ def privates(room: str, up: str | None) -> str:
         for thing, names, kept, look_at in privates_of(import_module(each.name)):
             name = f"`{each.name.rpartition('.')[2]}.{thing.__name__}`"
             where = name if up is None else f"[{name}]({up}{each.name.replace('.', '/')}.py)"
-            cells = where, ", ".join(f"`{one}`" for one in names), _about(thing), kept, look_at
+            cells = where, ", ".join(f"`{one}`" for one in names), _about(thing), _capital(kept), _capital(look_at)
             rows.append(f"| {' | '.join(cells)} |")
     return "\n".join(rows)
+
+
+def _capital(text: str) -> str:
+    return text[0].upper() + text[1:]
 
 
 def papers(rooms: str, up: str) -> str:

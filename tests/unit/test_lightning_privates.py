@@ -26,6 +26,7 @@ ROOM = "core.lightning"
 PACKAGES = ("lightning", "lightning_fabric", "pytorch_lightning", "torchmetrics")
 OF_TRAINER = {"trainer", "_trainer", "fit_loop", "epoch_loop", "lightning_module", "pl_module"}
 """Whatever is reached through one of these belongs to Lightning, also under a name that a class of ours has too."""
+FOLDERS = [Path(str(each.__file__)).parent for each in (lightning.pytorch, lightning.fabric, torchmetrics)]
 NOT_YET = {"core.round.federation"}
 
 
@@ -57,9 +58,8 @@ def defined_in(tree: ast.AST) -> set[str]:
 @cache
 def lightnings() -> frozenset[str]:
     """Private names that Lightning's sources define, without those that torch gives every module and tensor."""
-    folders = [Path(str(package.__file__)).parent for package in (lightning.pytorch, lightning.fabric)]
-    sources = [path for folder in folders for path in folder.rglob("*.py")]
-    sources += [Path(str(torchmetrics.__file__)).with_name(name) for name in ("metric.py", "collections.py")]
+    pytorch, fabric, metrics = FOLDERS
+    sources = [*pytorch.rglob("*.py"), *fabric.rglob("*.py"), metrics / "metric.py", metrics / "collections.py"]
     found = {name for source in sources for name in defined_in(ast.parse(source.read_text(encoding="utf-8")))}
     return frozenset(found - vars(nn.Module()).keys() - set(dir(Tensor)))
 
@@ -260,6 +260,24 @@ def test_what_the_room_names_is_there(module: str) -> None:
         assert not gone, (
             f"{each.thing.__name__} needs {sorted(gone)}, which Lightning has no more: look at {each.look_at}"
         )
+
+
+@pytest.mark.parametrize("module", HERE)
+def test_where_to_look_is_there(module: str) -> None:
+    """Files exist, and classes and functions are defined in one of those that are named with them."""
+    for each in privates_of(module):
+        paths = re.findall(r"`([\w/]+\.py)`", each.look_at)
+        texts = {path: [folder / path for folder in FOLDERS if (folder / path).exists()] for path in paths}
+        assert all(texts.values()), f"{each.thing.__name__}: {texts}"
+        text = "".join(path.read_text("utf8") for found in texts.values() for path in found)
+        places = [name for name in re.findall(r"`([\w.]+)`", each.look_at) if not name.endswith(".py")]
+        if each.look_at.startswith("as for"):
+            (other,) = places
+            assert hasattr(import_module(f"{PACKAGE}.{module}"), other)
+        elif not each.look_at.startswith("`torch."):
+            assert paths
+            for name in (part for place in places for part in place.split(".")):
+                assert re.search(rf"(?:def|class) {name}\b", text), f"{each.thing.__name__}: no {name} in {paths}"
 
 
 def test_the_page_has_every_function_of_the_room() -> None:

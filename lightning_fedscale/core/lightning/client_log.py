@@ -54,7 +54,8 @@ class ClientLog:
     Lightning: `_results` of the epoch loop holds a `_ResultMetric` for each name, whose value, `_forward_cache`,
     `_update_count` and `_computed` are what it adds up, in the precision of `_get_default_dtype`; `_extract_batch_size`
     finds a batch's size. Its `_logger_connector` notes the running hook as `_current_fx`, and as `_first_loop_iter`
-    whether values of an earlier epoch are left. `self.log` takes one value at a time, and loggers see no epoch values.
+    whether values of an earlier epoch are left. The public way, `self.log`, takes one value at a time and costs more
+    than a step.
     Upgrade: `LightningModule.log` in `core/module.py`, and `trainer/connectors/logger_connector/result.py`.
 
     Args:

@@ -75,7 +75,7 @@ def warn_of_few_workers(trainer: pl.Trainer, loader: object) -> None:
 def without_distributed_sampler(trainer: pl.Trainer, *, elsewhere: bool) -> Callable[[], None]:
     """Have no DistributedSampler in the train loader; returns what undoes it.
 
-    To put one in, Lightning builds the loader anew, which loses whether the user's one shuffles, and fails for loaders
+    To put one in, Lightning builds the loader again, which loses whether the user's one shuffles, and fails for loaders
     of the user's own kind that make their sampler themselves.
 
     Lightning: `_requires_distributed_sampler` of the `_data_connector` decides for every loader.
@@ -98,7 +98,7 @@ def without_distributed_sampler(trainer: pl.Trainer, *, elsewhere: bool) -> Call
 def copied_loader(loader: DataLoader[Any], **attributes: Any) -> DataLoader[Any]:
     """A copy of a loader with other attributes, which asks nothing of how a subclass is constructed.
 
-    Lightning: no part of it; torch's `_iterator`, where a loader with persistent workers keeps them, must be new.
+    Lightning: `_iterator`, which is torch's, holds persistent workers, and the copy must have its own.
     Upgrade: `torch.utils.data.DataLoader.__iter__`.
     """
     mine = copy.copy(loader)

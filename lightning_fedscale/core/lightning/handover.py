@@ -28,12 +28,12 @@ class ReusableStrategy(DDPStrategy):
 
     Models are not wrapped in DistributedDataParallel, and checkpoints are written in one step.
 
-    Lightning: a Trainer sets `_accelerator`, `_checkpoint_io`, `_precision_plugin`, `_parallel_devices`, `_layer_sync`
-    and `_process_group_backend` of the strategy from its `_accelerator_connector`, whose `_lazy_init_strategy` does it
-    again, then calls `_configure_launcher`, which makes a `_launcher`. A run leaves `_lightning_module`, `_model`,
-    `_optimizers` and `_lightning_optimizers` behind. `_trainer` of the module says whose run it is. `_setup_model`
-    wraps the model, for which `_sync_module_states` makes ranks start alike, and a `_WrappingCheckpointIO` holds
-    another writer. None of it can be reset or left out by public means.
+    Lightning: a Trainer sets `_accelerator`, `_checkpoint_io`, `_precision_plugin`, `_parallel_devices` and
+    `_layer_sync` of the strategy from its `_accelerator_connector`, whose `_lazy_init_strategy` does it again, then
+    calls `_configure_launcher`, which makes a `_launcher`. A run leaves `_lightning_module`, `_model`,
+    `_optimizers`, `_lightning_optimizers` and `_process_group_backend` behind. `_trainer` of the module says whose
+    run it is. `_setup_model` wraps the model, before which `_sync_module_states` makes ranks start alike, and a
+    `_WrappingCheckpointIO` holds another writer. None of it can be reset or left out by public means.
     Upgrade: `_AcceleratorConnector` in `trainer/connectors/accelerator_connector.py`, `Strategy.__init__` in
     `strategies/strategy.py`, `DDPStrategy` in `strategies/ddp.py`, `plugins/io/wrapper.py`.
 

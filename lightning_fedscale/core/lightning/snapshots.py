@@ -13,8 +13,8 @@ from torchmetrics import Metric
 class MetricStates:
     """The module's metrics as they are now.
 
-    Lightning: no part of it; `_copy_state_dict`, `_update_count`, `_forward_cache` and `_computed` of a torchmetrics
-    object are all that an update changes. `state_dict()` has only what is persistent, which by default is nothing.
+    Lightning: `_copy_state_dict`, `_update_count`, `_forward_cache` and `_computed` of a torchmetrics object are all
+    that an update changes. `state_dict()` has only what is persistent, which by default is nothing.
     Upgrade: `Metric.forward` and `Metric.reset` of torchmetrics in `metric.py`.
     """
 

@@ -70,7 +70,7 @@ def metric_stores(trainer: pl.Trainer) -> MetricStores:
     """The dicts behind ``trainer.callback_metrics`` and ``trainer.logged_metrics``, to read and to write.
 
     Lightning: `_callback_metrics` and `_logged_metrics` of its `_logger_connector`. The public properties compute all
-    metrics anew when they are read, on all ranks, and what is written into them is not sure to stay.
+    metrics again when they are read, on all ranks, and what is written into them is not sure to stay.
     Upgrade: `_LoggerConnector.callback_metrics` in `trainer/connectors/logger_connector/logger_connector.py`.
     """
     connector = trainer._logger_connector
@@ -102,7 +102,7 @@ def validate_together(trainer: pl.Trainer, decide: Callable[[bool], bool]) -> Ca
     Without it one rank would validate and wait for the others, which train and wait for it.
 
     Lightning: `_val_check_time_interval` is the interval in seconds, and `_should_check_val_fx` of the epoch loop looks
-    at the clock of its rank. `val_check_interval` itself is gone once the Trainer is built, and no hook is asked.
+    at the clock of its rank. No hook is asked whether it is time.
     Upgrade: `_TrainingEpochLoop._should_check_val_fx` in `loops/training_epoch_loop.py`.
 
     Args:
