@@ -29,8 +29,7 @@ def filled(page: Path) -> str:
     def block(found: re.Match[str]) -> str:
         kind, argument = found[1], found[2] or ""
         text = {
-            "readme": readme, "reference": reference, "papers": papers, "messages": messages, "groups": groups,
-            "privates": privates,
+            "reference": reference, "papers": papers, "messages": messages, "groups": groups, "privates": privates,
         }  # fmt: skip
         return f"{found[0].splitlines()[0]}\n\n{text[kind](argument, up)}\n\n<!-- end -->"
 

@@ -1,10 +1,9 @@
 """What `mkdocs build` does beyond the pages: the reference, the list of messages, files that lie elsewhere.
 
-A page says ``<!-- readme: Heading -->`` where that section of README.md is to stand, ``<!-- reference: MODULE -->``
-where the docstrings of a module are, ``<!-- messages -->`` where all errors and warnings are,
-``<!-- papers: ROOM ROOM -->`` where the public names of rooms and their papers are, ``<!-- groups -->`` where Hydra's
-groups are, and ``<!-- privates: PACKAGE -->`` where a package's use of Lightning's private names is. What stands from
-there to ``<!-- end -->`` is for readers of the repository (see fill.py), and is replaced.
+A page says ``<!-- reference: MODULE -->`` where the docstrings of a module are, ``<!-- messages -->`` where all errors
+and warnings are, ``<!-- papers: ROOM ROOM -->`` where the public names of rooms and their papers are, ``<!-- groups
+-->`` where Hydra's groups are, and ``<!-- privates: PACKAGE -->`` where a package's use of Lightning's private names
+is. What stands from there to ``<!-- end -->`` is for readers of the repository (see fill.py), and is replaced.
 """
 
 from __future__ import annotations

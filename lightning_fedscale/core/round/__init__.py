@@ -49,7 +49,7 @@ When all have left, each client's update goes the way of a sequential client's; 
 **From the strategy to the user's training_step**, without a step back::
 
     strategy.py                    FederatedStrategy._open_fit
-    core/executors/loops.py        _RoundAutomatic.run
+    core/lightning/round_loops.py  _RoundAutomatic.run
     core/round/federation.py       Federation.run_round
     core/round/run.py              RoundRunner.run
     core/round/run.py              RoundRunner._train_and_merge

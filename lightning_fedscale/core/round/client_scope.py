@@ -10,7 +10,8 @@ import lightning.pytorch as pl
 
 from lightning_fedscale.core.executors import RoundContext
 from lightning_fedscale.core.lightning.module_flags import flags_of
-from lightning_fedscale.core.lightning.run_state import last_batch_kept, modes_before_validation
+from lightning_fedscale.core.lightning.run_state import last_batch_kept
+from lightning_fedscale.core.lightning.trainer_state import modes_before_validation
 from lightning_fedscale.utils import randomness
 
 

@@ -20,11 +20,8 @@ from lightning_fedscale.core.executors import (
     SequentialExecutor,
     VectorizedExecutor,
 )
-from lightning_fedscale.core.lightning.run_state import (
-    advise_on_workers,
-    is_train_iterator,
-    next_round,
-)
+from lightning_fedscale.core.lightning.data_loaders import is_asked_by_trainer, warn_of_few_workers
+from lightning_fedscale.core.lightning.run_state import next_round
 from lightning_fedscale.core.lightning.train_data import division_by_ranks
 from lightning_fedscale.core.options import compatibility as combinations
 from lightning_fedscale.core.options.options import Arguments
@@ -116,7 +113,7 @@ class Federation:
             show_progress=trainer.is_global_zero and trainer.progress_bar_callback is not None,
         )
         if is_first and data.loader.cache is None:
-            advise_on_workers(trainer, loader)
+            warn_of_few_workers(trainer, loader)
         if is_first and (divided := division_by_ranks(trainer, data.loader.batch_size)):
             rank_zero_warn(divided)
         self.close()
@@ -124,7 +121,7 @@ class Federation:
         fit.batches = ClientBatches(trainer, data.loader, fit.transfer, seed=fit.options.seed, rank=fit.rank)
         self._calibrate(data)
         self.checkpoint.check_resumed()
-        is_trainers = partial(is_train_iterator, trainer)
+        is_trainers = partial(is_asked_by_trainer, trainer)
         return RoundLoader(loader, fit.options.rounds_per_epoch, self.open_round, is_trainers)
 
     def _calibrate(self, data: ClientData) -> None:
