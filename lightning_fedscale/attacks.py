@@ -68,13 +68,12 @@ def attacked(aggregator: str | Aggregator, attack: Attack, attackers: Iterable[i
     hostile = frozenset(checks.integer("attackers", client, minimum=0) for client in attackers)
     init = partial(_init, aggregator=aggregator, hostile=hostile)
     finish = partial(_finish, aggregator=aggregator, attack=attack, hostile=hostile)
-    made = Aggregator(aggregator.weigh, init, _accumulate, finish, sees_all=True)
-    return made._replace(hides_clients=aggregator.hides_clients, needs=aggregator.needs)
+    return aggregator._replace(init=init, accumulate=_accumulate, finish=finish, sees_all=True)
 
 
 def _finish(
-    total: Tensor, cohort: Cohort, *, aggregator: Aggregator, attack: Attack, hostile: frozenset[int]
-) -> Tensor:
+    total: Tensor, cohort: Cohort, *state: Any, aggregator: Aggregator, attack: Attack, hostile: frozenset[int]
+) -> Any:
     updates = _updates(total, cohort)
     rows = [row for row, update in enumerate(updates) if update.client in hostile]
     if rows:
@@ -87,7 +86,8 @@ def _finish(
         for row, sent in zip(rows, attack(stack, rows, cohort), strict=True):
             delta = torch.cat([sent, updates[row].delta[cohort.trainable :]])
             updates[row] = updates[row]._replace(delta=delta, norm=norm_of(delta, cohort))
-    return fold(aggregator, updates, total.new_zeros(_length(total, cohort)), cohort)
+    delta, after = fold(aggregator, updates, total.new_zeros(_length(total, cohort)), cohort, *state)
+    return (delta, after) if state else delta
 
 
 _NUMBERS = 7  # numbers of a row after the delta: whether the client sent an update, and the scalars of the update

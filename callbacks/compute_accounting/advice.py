@@ -18,7 +18,7 @@ from torch import nn
 
 from lightning_fedscale.core.user_code.objects import is_installed
 from lightning_fedscale.partitioners import FilePartitioner, Partitioner
-from lightning_fedscale.partitioners.names import name_of
+from lightning_fedscale.partitioners.registry import name_of
 from lightning_fedscale.scaling.project import LEVELS, sweep_command
 from lightning_fedscale.scaling.tuning import RATES
 from lightning_fedscale.strategy import FederatedStrategy

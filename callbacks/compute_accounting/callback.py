@@ -20,7 +20,7 @@ from torch import Tensor
 from lightning_fedscale.callbacks.compute_accounting.advice import sweep_advice
 from lightning_fedscale.callbacks.compute_accounting.counting import Counting
 from lightning_fedscale.callbacks.compute_accounting.flop_meter import Meter
-from lightning_fedscale.callbacks.compute_accounting.report import ComputeCurves, report
+from lightning_fedscale.callbacks.compute_accounting.report import ComputeCurves, Report, print_report, save_report
 from lightning_fedscale.callbacks.compute_accounting.run_facts import agreement_of
 from lightning_fedscale.callbacks.compute_accounting.study import Measured, measured_of, study_of
 from lightning_fedscale.callbacks.compute_accounting.task import has_targets_for_tokens, predicts_its_tokens, size_by
@@ -43,7 +43,7 @@ from lightning_fedscale.scaling.runs import LOSSES
 from lightning_fedscale.strategy import FederatedStrategy
 from lightning_fedscale.types import RoundRecord
 from lightning_fedscale.utils import collectives
-from lightning_fedscale.utils.checks import integer
+from lightning_fedscale.utils.checks import flag, integer
 
 _GROWTH = 1.02
 """Compute must grow by this factor before the next log, since closer points only cost time."""
@@ -93,6 +93,9 @@ class ComputeAccounting(Callback):
         max_flops: stop training at the end of the step, or round, in which so many training FLOPs are spent. With
             several processes and no clients, every step then ends in a small collective.
         study: the ``size.json`` of ``fedscale size``; "auto" for the one in this folder, if any; None for none.
+        report: False leaves out the report at the end: the table and the advice in the terminal, ``position.json``, and
+            the texts and the figure in TensorBoard. What is logged during training stays, and so do ``position``,
+            ``no_position`` and ``measured``.
 
     Attributes:
         position: a `Position`, once compute was spent, if a law applies. It is also saved, with the ledger's sums, in
@@ -124,6 +127,7 @@ class ComputeAccounting(Callback):
         max_flops: float | None = None,
         clients: int | None = None,
         study: str | Path | None = "auto",
+        report: bool = True,
     ) -> None:
         self._law, _ = law_of(law, text=False)
         self._auto = isinstance(law, str) and law == "auto"
@@ -131,6 +135,7 @@ class ComputeAccounting(Callback):
         rho_of(rho)
         study_of(study)
         self._asked_study = study
+        self._reports = flag("report", report)
         if clients is not None:
             integer("clients", clients, 1)
         self._asked_clients = clients
@@ -220,11 +225,19 @@ class ComputeAccounting(Callback):
         self._locate(trainer, full=True)
         self._check_coverage()
         self.measured = self._measured(trainer)
-        report(
-            trainer, self.ledger, meter.size, self.clients, meter.operators, self.position, self._law, self.no_position,
-            self.measured,
-        )  # fmt: skip
+        if self._reports:
+            self._report(trainer, pl_module, meter)
         self._curves.close()
+
+    def _report(self, trainer: pl.Trainer, pl_module: pl.LightningModule, meter: Meter) -> None:
+        """Say at the end what the run cost, where it stands, and what to do next."""
+        if trainer.is_global_zero:
+            known = Report(
+                self.ledger, meter.size, self.clients, meter.operators, self.position, self._law, self.no_position,
+                self.measured,
+            )  # fmt: skip
+            print_report(known)
+            save_report(trainer, known)
         if self.no_position and self._law is not None and not (self._auto and self._law.fitted_on is None):
             rank_zero_warn(f"ComputeAccounting: no position under {self._law.name}: {self.no_position}")
         nothing_said = self.measured is None and self.position is None and self._auto

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import lightning.pytorch as pl
 from lightning.pytorch.utilities import rank_zero_warn
@@ -93,42 +93,59 @@ class ComputeCurves:
         self._sibling = None
 
 
-def report(
-    trainer: pl.Trainer,
-    ledger: Ledger,
-    size: ParameterCounts,
-    clients: int,
-    operators: dict[str, Operator],
-    position: Position | None,
-    law: Law | None,
-    no_position: str = "",
-    measured: Measured | None = None,
-) -> None:
+class Report(NamedTuple):
+    """What there is to say of a run at its end.
+
+    Attributes:
+        ledger: what was spent.
+        size: the model's parameters.
+        clients: number of clients that the position is about.
+        operators: every operator of the steps that were counted.
+        position: where the run stands, if a law says so.
+        law: the law in use.
+        no_position: why there is no position, in words.
+        measured: what a study measured of runs like this one.
+    """
+
+    ledger: Ledger
+    size: ParameterCounts
+    clients: int
+    operators: dict[str, Operator]
+    position: Position | None
+    law: Law | None
+    no_position: str = ""
+    measured: Measured | None = None
+
+
+def print_report(report: Report) -> None:
     """Print table and advice, log figure and operators to TensorBoard, write ``position.json`` to the run's folder."""
-    if not trainer.is_global_zero:
-        return
     console = Console()
-    console.print(_table(ledger, size, clients, position))
-    if measured is not None:
-        console.print(f"{measured.said}.", highlight=False)
-    if position is not None:
-        console.print(position.sentences(), highlight=False)
-    elif no_position:
-        console.print(f"No position: {no_position}.", highlight=False)
+    console.print(_table(report.ledger, report.size, report.clients, report.position))
+    if report.measured is not None:
+        console.print(f"{report.measured.said}.", highlight=False)
+    if report.position is not None:
+        console.print(report.position.sentences(), highlight=False)
+    elif report.no_position:
+        console.print(f"No position: {report.no_position}.", highlight=False)
+
+
+def save_report(trainer: pl.Trainer, report: Report) -> None:
+    """Write ``position.json`` into the run's folder, and give figure, advice and operators to TensorBoard."""
+    position, measured = report.position, report.measured
     if (folder := run_folder(trainer)) is not None:
         folder.mkdir(parents=True, exist_ok=True)
-        facts = _facts(ledger, size, clients, position, no_position)
+        facts = _facts(report.ledger, report.size, report.clients, position, report.no_position)
         facts["trained_as"] = trained_as(trainer)
         facts["measured"] = None if measured is None else measured._asdict()
         (folder / "position.json").write_text(json.dumps(facts, indent=1), "utf8")
-    if position is not None and law is not None:
-        show(trainer, "compute/position", plot(position, law))
+    if position is not None and report.law is not None:
+        show(trainer, "compute/position", plot(position, report.law))
     for writer in writers(trainer, "add_text"):
         if measured is not None:
             writer.add_text("compute/measured", measured.said, trainer.global_step)
         if position is not None:
             writer.add_text("compute/advice", position.sentences(), trainer.global_step)
-        writer.add_text("compute/operators", _coverage(operators), trainer.global_step)
+        writer.add_text("compute/operators", _coverage(report.operators), trainer.global_step)
 
 
 def _facts(

@@ -9,7 +9,7 @@ from typing import Any
 import lightning.pytorch as pl
 
 from lightning_fedscale.partitioners import FilePartitioner, Partition
-from lightning_fedscale.partitioners.names import name_of
+from lightning_fedscale.partitioners.registry import name_of
 from lightning_fedscale.scaling import Law
 from lightning_fedscale.scaling.agreement import Agreement, agreement
 from lightning_fedscale.scaling.made_for import Given, MadeFor

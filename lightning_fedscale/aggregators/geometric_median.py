@@ -10,6 +10,7 @@ from torch import Tensor
 from lightning_fedscale.aggregators.base import Aggregator
 from lightning_fedscale.aggregators.coordinates import middle
 from lightning_fedscale.aggregators.mean import mean
+from lightning_fedscale.aggregators.rows import distances_to
 from lightning_fedscale.aggregators.stacked import Stack, stacked
 from lightning_fedscale.types import Cohort
 from lightning_fedscale.utils import checks
@@ -59,15 +60,15 @@ def geometric_median(
 
 def _read(stack: Stack, cohort: Cohort, *, smoothing: float, tolerance: float, iterations: int) -> Tensor:
     rows = stack.deltas[:, : stack.trainable]
-    distances = _distances(rows, middle(rows))
+    distances = distances_to(middle(rows), rows)
     # The median may coincide with an update, which would dominate the first step: there the nearer half count equally.
     shares = _shares(stack.weights, distances, max(smoothing, float(distances.median())))
     center = shares @ rows
-    distances = _distances(rows, center)
+    distances = distances_to(center, rows)
     for _ in range(iterations):
         shares = _shares(stack.weights, distances, smoothing)
         before, center = center, shares @ rows
-        distances = _distances(rows, center)
+        distances = distances_to(center, rows)
         # Unlike the paper's code, do not use the sum of distances: a distant update would make every step look small.
         if torch.dist(before, center) <= tolerance * distances.median():
             break
@@ -77,7 +78,3 @@ def _read(stack: Stack, cohort: Cohort, *, smoothing: float, tolerance: float, i
 def _shares(weights: Tensor, distances: Tensor, shortest: float) -> Tensor:
     shares = weights / distances.clamp(min=shortest)
     return shares.div_(shares.sum())
-
-
-def _distances(rows: Tensor, center: Tensor) -> Tensor:
-    return torch.stack([torch.dist(row, center) for row in rows])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,7 +17,7 @@ from lightning_fedscale.types import ClientUpdate, Cohort
 def aggregate(
     rule: Aggregator, rows: Tensor, held: Sequence[int] | None = None, trainable: int | None = None, seed: int = 0
 ) -> Tensor:
-    """Aggregate these updates in one call.
+    """What a rule makes of these updates, in one call; a rule with state as in a first round.
 
     Args:
         rule: the rule.
@@ -37,23 +38,30 @@ def aggregate(
         ClientUpdate(client, row, norm_of(row, cohort), size, size, 1, torch.nan, 0.0)
         for client, (row, size) in enumerate(zip(rows.double(), held or [1] * clients, strict=True))
     )
-    return fold(rule, updates, torch.zeros(length, dtype=torch.float64), cohort)
+    like = torch.zeros(length, dtype=torch.float64)
+    return fold(rule, updates, like, cohort, rule.fresh_state(like, cohort))[0]
 
 
-def fold(rule: Aggregator, updates: Iterable[ClientUpdate], like: Tensor, cohort: Cohort) -> Tensor:
-    """Accumulate and finish like a round on one rank; return zero if there is no update.
+def fold(
+    rule: Aggregator, updates: Iterable[ClientUpdate], like: Tensor, cohort: Cohort, state: Any = None
+) -> tuple[Tensor, Any]:
+    """Accumulate and finish, as a round on one rank does; zero and the same state if there is no update.
 
     Args:
         rule: the rule.
         updates: updates of the cohort's clients, in any order; those that are not finite are left out.
         like: a vector as long as an update.
-        cohort: the round's clients.
+        cohort: who takes part.
+        state: of the rule, see `Aggregator.finish_with`.
+
+    Returns:
+        The aggregated delta, and the next state.
     """
     total, anybody = rule.init(like, cohort), False
     for update in updates:
         if update.finite:
             total, anybody = rule.accumulate(total, update, float(rule.weigh(update)), cohort), True
-    return rule.finish(total, cohort) if anybody else torch.zeros_like(like)
+    return rule.finish_with(total, cohort, state) if anybody else (torch.zeros_like(like), state)
 
 
 def norm_of(delta: Tensor, cohort: Cohort) -> float:
@@ -61,6 +69,11 @@ def norm_of(delta: Tensor, cohort: Cohort) -> float:
     if not bool(delta.isfinite().all()):
         return float("nan")
     return float(torch.linalg.vector_norm(delta[: cohort.trainable]))
+
+
+def distances_to(center: Tensor, rows: Tensor) -> Tensor:
+    """The Euclidean distance of each row to a point, without a second copy of the rows."""
+    return torch.stack([torch.dist(row, center) for row in rows])
 
 
 def needing(rule: Aggregator, clients: int, name: str) -> Aggregator:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -29,14 +29,24 @@ class Stack(NamedTuple):
     trainable: int
 
 
-def stacked(weigh: Callable[[ClientUpdate], float], read: Callable[[Stack, Cohort], Tensor]) -> Aggregator:
-    """Build an aggregator from a function of all updates.
+Read: TypeAlias = Callable[[Stack, Cohort], Tensor]
+ReadWithState: TypeAlias = Callable[[Stack, Cohort, Any], tuple[Tensor, Any]]
+
+
+def stacked(
+    weigh: Callable[[ClientUpdate], float],
+    read: Read | ReadWithState,
+    init_state: Callable[[Tensor, Cohort], Any] | None = None,
+) -> Aggregator:
+    """An aggregator from a function of all updates.
 
     Every rank then stores one float64 copy of the model for each client of the round.
 
     Args:
-        weigh: returns the weight of a client, above 0.
-        read: returns the aggregated delta, as long as a row.
+        weigh: weight of a client, above 0.
+        read: ``(stack, cohort)``: the aggregated delta, as long as a row. With ``init_state`` it is
+            ``(stack, cohort, state)``, and returns the delta and the next state.
+        init_state: ``(like, cohort)``: the state before the first round, see `Aggregator`; None keeps nothing.
 
     Example:
         >>> import numpy as np
@@ -47,7 +57,7 @@ def stacked(weigh: Callable[[ClientUpdate], float], read: Callable[[Stack, Cohor
         >>> first.finish(first.accumulate(total, update, 1.0, cohort), cohort).tolist()
         [5.0]
     """
-    return Aggregator(weigh, _init, _accumulate, partial(_finish, read=read), sees_all=True)
+    return Aggregator(weigh, _init, _accumulate, partial(_finish, read=read), sees_all=True, init_state=init_state)
 
 
 def _init(like: Tensor, cohort: Cohort) -> Tensor:
@@ -62,8 +72,8 @@ def _accumulate(total: Tensor, update: ClientUpdate, weight: float, cohort: Coho
     return total
 
 
-def _finish(total: Tensor, cohort: Cohort, *, read: Callable[[Stack, Cohort], Tensor]) -> Tensor:
+def _finish(total: Tensor, cohort: Cohort, *state: Any, read: Callable[..., Any]) -> Any:
     rows = total.view(len(cohort.clients), -1)
     places: list[int] = (rows[:, -1] > 0).nonzero().flatten().tolist()
     sent = rows if len(places) == len(rows) else rows[places]
-    return read(Stack(sent[:, :-1], sent[:, -1], places, cohort.trainable), cohort)
+    return read(Stack(sent[:, :-1], sent[:, -1], places, cohort.trainable), cohort, *state)

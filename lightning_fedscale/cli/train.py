@@ -30,7 +30,7 @@ from lightning_fedscale.cli.files import made
 from lightning_fedscale.cli.told import INTERRUPTED, is_interruption, nobody_reads
 from lightning_fedscale.core.lightning.handover import starts_by_command
 from lightning_fedscale.core.options.trainer_checks import is_told
-from lightning_fedscale.partitioners.names import is_file
+from lightning_fedscale.partitioners.registry import is_file
 from lightning_fedscale.types import NAMESPACES
 from lightning_fedscale.utils.checks import integer
 

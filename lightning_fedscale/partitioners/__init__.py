@@ -22,11 +22,11 @@ from lightning_fedscale.partitioners.holdout import split
 from lightning_fedscale.partitioners.iid import IidPartitioner
 from lightning_fedscale.partitioners.inner_dirichlet import InnerDirichletPartitioner
 from lightning_fedscale.partitioners.labels import find_labels, known_labels, num_samples
-from lightning_fedscale.partitioners.names import by_name
 from lightning_fedscale.partitioners.natural_id import GroupedNaturalIdPartitioner, NaturalIdPartitioner
 from lightning_fedscale.partitioners.partition import Partition, check_partition
 from lightning_fedscale.partitioners.pathological import PathologicalPartitioner
 from lightning_fedscale.partitioners.plots import plot_comparison_label_distribution, plot_label_distributions
+from lightning_fedscale.partitioners.registry import by_name
 from lightning_fedscale.partitioners.shard import ShardPartitioner
 from lightning_fedscale.partitioners.sizes import (
     ExponentialPartitioner,

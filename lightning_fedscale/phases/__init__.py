@@ -7,18 +7,17 @@ here are pure functions of numbers; `lightning_fedscale.callbacks.CriticalPhase`
 """
 
 from lightning_fedscale.phases.detectors import (
-    DETECTORS,
     Decision,
     Detector,
     Observation,
     State,
     accordion,
-    detector_by_name,
     federated_gradient_norm,
     fisher_trace,
     page_hinkley,
     relative_change,
 )
+from lightning_fedscale.phases.registry import DETECTORS, detector_by_name
 from lightning_fedscale.phases.run_length import alarm_limit, run_length_of
 from lightning_fedscale.phases.scale_rules import (
     Phase,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from difflib import get_close_matches
 from functools import lru_cache, partial
 from operator import mul
 from typing import Any, NamedTuple, TypeAlias
@@ -282,45 +281,6 @@ def fisher_trace(threshold: float = 0.01, window: int = 1) -> Detector:
         window: observations that are averaged first; 1 as published.
     """
     return _growth("fisher_trace", threshold, window)
-
-
-DETECTORS: dict[str, Callable[..., Detector]] = {
-    "relative_change": relative_change,
-    "accordion": accordion,
-    "page_hinkley": page_hinkley,
-    "federated_gradient_norm": federated_gradient_norm,
-    "fisher_trace": fisher_trace,
-}
-
-
-def detector_by_name(name: str, threshold: float | None = None) -> Detector:
-    """Return the detector of this name.
-
-    Args:
-        name: one of `DETECTORS`.
-        threshold: the detector's first argument: for "page_hinkley" the false alarms in 1,000 observations. None takes
-            its default.
-
-    Raises:
-        ValueError: if the name is unknown; the message has the closest match.
-
-    Example:
-        >>> detector_by_name("accordian", 0.5)  # doctest: +ELLIPSIS
-        Traceback (most recent call last):
-        ...
-        ValueError: detector='accordian' is not known. Did you mean 'accordion'? Known: 'relative_change', ...
-    """
-    if name not in DETECTORS:
-        close = get_close_matches(name, DETECTORS, 1)
-        hint = f" Did you mean {close[0]!r}?" if close else ""
-        raise ValueError(f"detector={name!r} is not known.{hint} Known: {', '.join(map(repr, DETECTORS))}.")
-    if threshold is None:
-        return DETECTORS[name]()
-    positive("threshold", threshold)
-    try:
-        return DETECTORS[name](threshold)
-    except ValueError as error:
-        raise ValueError(f"threshold={threshold!r} of detector={name!r}: {error}") from None
 
 
 # ---- parts

@@ -1,16 +1,10 @@
 """Samplers choose the clients of a round."""
 
-from __future__ import annotations
-
-import inspect
-from collections.abc import Callable
-from typing import Any
-
 from lightning_fedscale.samplers.availability import available, daily_cycle, drop_out
 from lightning_fedscale.samplers.base import Sampler, reads_losses
+from lightning_fedscale.samplers.registry import FACTORIES, by_name
 from lightning_fedscale.samplers.uniform import poisson, round_robin, uniform
 from lightning_fedscale.samplers.weighted import power_of_choice, weighted
-from lightning_fedscale.utils import checks
 
 __all__ = [
     "FACTORIES",
@@ -26,33 +20,3 @@ __all__ = [
     "uniform",
     "weighted",
 ]
-
-FACTORIES: dict[str, Callable[..., Any]] = {
-    "uniform": uniform,
-    "poisson": poisson,
-    "round_robin": round_robin,
-    "weighted": weighted,
-    "power_of_choice": power_of_choice,
-    "available": available,
-    "daily_cycle": daily_cycle,
-    "drop_out": drop_out,
-}
-"""The samplers by name; one that takes no arguments is the sampler itself, the others are factories."""
-
-
-def by_name(name: str) -> Sampler:
-    """Return the sampler of this name.
-
-    Raises:
-        ValueError: if the name is unknown, or its sampler needs arguments.
-
-    Example:
-        >>> by_name("round_robin")(seed=0, round=1, num_clients=4, clients_per_round=2).tolist()
-        [2, 3]
-    """
-    ready = {key: made for key, made in FACTORIES.items() if "round" in inspect.signature(made).parameters}
-    if name in ready:
-        sampler: Sampler = ready[name]
-        return sampler
-    others: Sampler = checks.named("sampler", name, FACTORIES)()
-    return others

@@ -10,7 +10,6 @@ from lightning_fedscale.scaling.base import (
     mean_flops,
 )
 from lightning_fedscale.scaling.batch import CriticalBatch, EMARule, LossToLoss, LRAnnealing
-from lightning_fedscale.scaling.catalogue import FORMS, LAW_FILE, LAWS, law_by_name
 from lightning_fedscale.scaling.chinchilla import (
     AverageParameters,
     Chinchilla,
@@ -39,6 +38,7 @@ from lightning_fedscale.scaling.logs import Logs, has_logs, read_logs
 from lightning_fedscale.scaling.planning import Plan, plan, plot_plans
 from lightning_fedscale.scaling.position import Position, position_of
 from lightning_fedscale.scaling.project import law_of, project_law, sweep_command
+from lightning_fedscale.scaling.registry import FORMS, LAW_FILE, LAWS, law_by_name
 from lightning_fedscale.scaling.report import plot_fit, write_report
 from lightning_fedscale.scaling.runs import read_runs
 

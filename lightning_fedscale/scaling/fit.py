@@ -13,12 +13,12 @@ import numpy as np
 import pandas as pd
 
 from lightning_fedscale.scaling.base import Law
-from lightning_fedscale.scaling.catalogue import FORMS
 from lightning_fedscale.scaling.chinchilla import Chinchilla, Rosenfeld
 from lightning_fedscale.scaling.dual import FloatArray
 from lightning_fedscale.scaling.form import Form, Interval, Range, Refit, closest, gathered
 from lightning_fedscale.scaling.isoflop import IsoFlop, isoflop
 from lightning_fedscale.scaling.made_for import MadeFor
+from lightning_fedscale.scaling.registry import FORMS
 from lightning_fedscale.scaling.rho import Rho
 from lightning_fedscale.scaling.runs import columns_of, runs_to_fit
 from lightning_fedscale.scaling.search import Problem

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from lightning_fedscale.scaling.base import Law
-from lightning_fedscale.scaling.catalogue import LAW_FILE, law_by_name
 from lightning_fedscale.scaling.chinchilla import Chinchilla
 from lightning_fedscale.scaling.fit import law_from_file
+from lightning_fedscale.scaling.registry import LAW_FILE, law_by_name
 
 LEVELS = (1 / 16, 1 / 4, 1.0)
 """Fractions of the compute that a sweep trains with, since a law of size and data needs several amounts of both."""

@@ -73,6 +73,8 @@ MOVED = {
     "devices.scratch": "devices.profiling.scratch", "devices.search": "devices.profiling.search",
     "devices.stubs": "devices.profiling.stubs", "devices.tracker": "devices.profiling.memory_tracker",
     "devices.verify": "devices.profiling.real_step", "devices.workspaces": "devices.profiling.workspaces",
+    "aggregators.names": "aggregators.registry", "partitioners.names": "partitioners.registry",
+    "scaling.catalogue": "scaling.registry",
     "schedules": "local_rules.schedules",
     "noise": "phases.noise", "phase_keeper": "phases.tracker",
     "asynchrony": "server.asynchrony",

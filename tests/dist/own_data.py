@@ -1,5 +1,6 @@
 """Clients' own models on their own data: ``python own_data.py FOLDER DEVICES ROUNDS FROM TO [FAILS]``.
 
+The aggregator has a state.
 Goes on from ``FROM.ckpt`` in the folder, or begins if that is ``-``, and leaves ``TO.ckpt`` and what the last
 evaluations found in ``TO.pt``. With ``FAILS``, validation raises on rank 1 in the second round; ``TO-RANK.txt`` says
 what that led to.
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from lightning_fedscale.aggregators import centered_clipping
 from lightning_fedscale.callbacks import ClientMetrics
 from lightning_fedscale.local_rules import Ditto
 from tests.dist import scenarios
@@ -34,7 +36,12 @@ class Module(scenarios.Module):
 def main(folder: Path, devices: int, rounds: int, before: str, after: str, fails: bool) -> None:
     torch.set_num_threads(1)
     watches = [ClientMetrics(personal=True), ClientMetrics(every_n_rounds=3, clients=4)]
-    strategy = sequential(partitioner=scenarios.partitioner(), clients_per_round=4, personal=Ditto(0.5))
+    strategy = sequential(
+        partitioner=scenarios.partitioner(),
+        clients_per_round=4,
+        personal=Ditto(0.5),
+        aggregator=centered_clipping(0.3, iterations=2),
+    )
     trainer = reference.quiet_trainer(
         max_epochs=rounds, devices=devices, limit_val_batches=0, strategy=strategy, callbacks=watches
     )

@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset
 from torchmetrics.classification import MulticlassAccuracy
 
 from lightning_fedscale import RoundRecord
-from lightning_fedscale.aggregators import trimmed_mean
+from lightning_fedscale.aggregators import centered_clipping, trimmed_mean
 from lightning_fedscale.attacks import attacked, sign_flip
 from lightning_fedscale.callbacks import ClientMetrics, ComputeAccounting, CriticalPhase
 from lightning_fedscale.compressors import error_feedback, power_sgd, qsgd, top_k
@@ -397,6 +397,9 @@ SCENARIOS: dict[str, Scenario] = {
     "hostile": Scenario(
         lambda: {"clients_per_round": 6, "aggregator": attacked(trimmed_mean(1), sign_flip(3.0), attackers=[1, 4])},
         lambda: {"max_epochs": 4},
+    ),
+    "centered": Scenario(
+        lambda: {"clients_per_round": 5, "aggregator": centered_clipping(0.3, iterations=2)}, lambda: {"max_epochs": 4}
     ),
     "private": Scenario(
         lambda: {

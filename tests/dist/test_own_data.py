@@ -1,4 +1,5 @@
-"""What clients' own data say of their own models does not depend on ranks, nor on a restart on other ones."""
+"""What clients' own data say of their own models does not depend on ranks, nor on a restart on other ones; nor does
+what an aggregator keeps."""
 
 from __future__ import annotations
 
@@ -42,6 +43,17 @@ def test_personal_models_move_with_their_clients(folder: Path, ranks: int) -> No
         torch.load(folder / f"on_{ranks}.pt", weights_only=True), (own, shared, weights), strict=True
     ):
         assert equal(left, right)
+
+
+@pytest.mark.parametrize("ranks", [1, 3])
+def test_the_aggregators_state_moves_to_other_numbers_of_ranks(folder: Path, ranks: int) -> None:
+    half, whole, resumed = (
+        torch.load(folder / f"{name}.ckpt", weights_only=True)["federated"]["server"]["aggregator"]
+        for name in ("half", "whole", f"on_{ranks}")
+    )
+    assert float(half.norm()) > 0
+    assert not torch.equal(half, whole)
+    assert torch.equal(resumed, whole)
 
 
 def test_a_rank_that_fails_takes_the_others_with_it(folder: Path) -> None:

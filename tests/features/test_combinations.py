@@ -17,6 +17,7 @@ from lightning_fedscale.compressors import error_feedback, top_k
 from lightning_fedscale.local_rules import Ditto, fed_dyn, fed_nova, fed_prox, scaffold
 from lightning_fedscale.server.asynchrony import FedBuff
 from tests.laws import reference
+from tests.unit.test_contracts import example
 
 FIRST = stacked(lambda update: 1.0, lambda stack, cohort: stack.deltas[0])
 
@@ -135,8 +136,7 @@ ADVISED = re.compile(r"local_rules\.\w+\([^)]*\)")
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 @pytest.mark.parametrize("name", local_rules.FACTORIES)
 def test_a_refusal_advises_what_takes_the_optimizer(name: str, optimizer: str) -> None:
-    needed = {"fed_prox": {"mu": 0.1}, "fed_dyn": {"alpha": 0.1}}
-    rule = local_rules.FACTORIES[name](**needed.get(name, {}))
+    rule = example("local_rules", name)
     try:
         fit(Net(OPTIMIZERS[optimizer]), local_rule=rule)
     except ValueError as error:

@@ -201,6 +201,37 @@ def test_the_position_is_that_of_the_law(tmp_path: Path) -> None:
     assert "compute/position" in events.Tags()["images"]
 
 
+def test_without_a_report_the_run_is_counted_logged_and_placed_as_with_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    law, found = Rosenfeld(E=0.2, A=50.0, B=30.0, alpha=0.4, beta=0.3), {}
+    for report in (True, False):
+        logger = TensorBoardLogger(tmp_path, name=str(report))
+        accounting = ComputeAccounting(law=law, rho=0.5, report=report)
+        run = trainer(accounting, strategy=federated(), logger=logger, log_every_n_steps=1)
+        run.fit(Net(), data())
+        assert ("What the run cost" in capsys.readouterr().out) == report
+        assert (Path(logger.log_dir) / "position.json").exists() == report
+        events = EventAccumulator(logger.log_dir)
+        events.Reload()
+        tags = events.Tags()
+        assert ("compute/position" in tags["images"]) == report
+        assert any("compute/advice" in tag for tag in tags["tensors"]) == report
+        logged = {tag: events.Scalars(tag)[-1].value for tag in tags["scalars"] if tag.startswith("compute/flops")}
+        found[report] = logged, accounting.position
+    assert found[True][1] is not None
+    assert found[True][0]["compute/flops_total"] > 0
+    assert found[False] == found[True]
+
+
+def test_without_a_report_a_missing_position_is_an_attribute_and_no_warning() -> None:
+    accounting = ComputeAccounting(law=ComputeOnly(3.0, 0.05), report=False)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="ComputeAccounting: no position")
+        trainer(accounting).fit(Net(), data())
+    assert "every size is as good" in accounting.no_position
+
+
 def test_a_law_knows_its_domain(capsys: pytest.CaptureFixture[str]) -> None:
     accounting = ComputeAccounting()
     trainer(accounting).fit(Net(), data())
@@ -423,6 +454,7 @@ def test_logs_reach_any_logger(tmp_path: Path) -> None:
         ({"budget": 0}, ValueError, "budget=0: pass a number of FLOPs above 0"),
         ({"max_flops": -1}, ValueError, "max_flops=-1"),
         ({"tokens_fn": 3}, TypeError, "tokens_fn=3"),
+        ({"report": "no"}, TypeError, "report='no': pass True or False"),
     ],
 )
 def test_bad_arguments_are_named(options: dict[str, Any], kind: type[Exception], message: str) -> None:

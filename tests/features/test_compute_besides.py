@@ -23,14 +23,14 @@ from lightning_fedscale.callbacks import ComputeAccounting
 from lightning_fedscale.devices import DeviceClass, Population
 from lightning_fedscale.local_rules import Ditto
 from lightning_fedscale.privacy import dp_fed_avg
+from tests.unit.test_contracts import example
 
 CLIENTS, EACH, BATCH, WIDTH, HIDDEN, OUT = 4, 12, 4, 6, 8, 3
 ELEMENTS = HIDDEN * (WIDTH + 1) + OUT * (HIDDEN + 1)
 ROUNDS = 6  # by the last of them nothing is tried out, recorded or verified any more
 
-ARGUMENTS: dict[str, dict[str, Any]] = {"fed_prox": {"mu": 0.1}, "fed_dyn": {"alpha": 0.1}}
 RULES: dict[str, Callable[[], Any]] = {
-    **{name: partial(make, **ARGUMENTS.get(name, {})) for name, make in local_rules.FACTORIES.items()},
+    **{name: partial(example, "local_rules", name) for name in local_rules.FACTORIES},
     "scaffold by gradients": lambda: local_rules.scaffold("I"),
 }
 METHODS: dict[str, Callable[[], dict[str, Any]]] = {

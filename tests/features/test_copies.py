@@ -24,7 +24,7 @@ from lightning_fedscale import FedBuff, attacks, callbacks, local_rules, partiti
 from lightning_fedscale.aggregators import Aggregator
 from lightning_fedscale.compressors import WRAPPERS, by_name
 from lightning_fedscale.devices import Population
-from lightning_fedscale.partitioners.names import _PARTITIONERS
+from lightning_fedscale.partitioners.registry import PARTITIONERS
 from lightning_fedscale.phases import Detector, Observation, Phase
 from tests.laws import reference
 from tests.strategies import sequential
@@ -96,7 +96,7 @@ OPTIONS: dict[str, Callable[[], Any]] = {
         name: lambda value=value: made(value)  # type: ignore[misc]
         for name, value in factories(schedules, "Callable[[int], int]").items()
     },
-    **{f"partitioners.{name}": lambda kind=kind: made(kind) for name, kind in _PARTITIONERS.items()},  # type: ignore[misc]
+    **{f"partitioners.{name}": lambda kind=kind: made(kind) for name, kind in PARTITIONERS.items()},  # type: ignore[misc]
     "privacy": lambda: privacy.dp_fed_avg(1.0, 1.0, delta=1e-5),
     "privacy, adaptive": lambda: privacy.dp_fed_avg(1.0, 1.0, delta=1e-5, adaptive=privacy.AdaptiveClipping()),
     "attacked": lambda: attacks.attacked("mean", attacks.sign_flip(), [0]),

@@ -88,6 +88,7 @@ GIVEN: dict[str, Any] = {
     "period": 24,
     "probability": 0.1,
     "preassigned_num_samples_per_label": 1,
+    "radius": 1.0,
     "reference": 8.0,
     "shares": {"phone": 0.5, "jetson": 0.5},
     "stages": {0: 1, 3: 2},
@@ -150,6 +151,7 @@ def complete(name: str) -> DictConfig:
 def _give(node: DictConfig) -> None:
     for key in list(node):
         if OmegaConf.is_missing(node, key):
+            assert str(key) in GIVEN, f"{Path(__file__).name}: add a value for {key!r} to GIVEN, or to ALSO_GIVEN"
             node[key] = GIVEN[str(key)]
         elif isinstance(node._get_node(key), DictConfig):
             _give(node[key])
@@ -179,7 +181,7 @@ def test_every_factory_has_a_file(group: str) -> None:
 
 
 def test_every_class_has_a_file() -> None:
-    known = partitioners.names._PARTITIONERS  # type: ignore[attr-defined]
+    known = partitioners.registry.PARTITIONERS  # type: ignore[attr-defined]
     assert options("strategy/partitioner") == set(known)
     public = {name for name in partitioners.__all__ if name.endswith("Partitioner")} - {
         "Partitioner",

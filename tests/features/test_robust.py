@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader, Subset, TensorDataset
 
 from lightning_fedscale.aggregators import (
     Aggregator,
+    centered_clipping,
     geometric_median,
     krum,
     mean,
@@ -83,6 +84,7 @@ ROBUST = {
     "krum": krum(2),
     "multi_krum": multi_krum(2, keep=8),
     "geometric_median": geometric_median(),
+    "centered_clipping": centered_clipping(0.5),
 }
 
 

@@ -13,14 +13,14 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_fedscale import FederatedStrategy, local_rules
 from lightning_fedscale.core.lightning.half_batches import half_gradients
-from lightning_fedscale.utils.checks import needed
 from tests.laws import reference
+from tests.unit.test_contracts import example
 
 PERSONAL = {"ditto": lambda: {"personal": local_rules.Ditto(0.1)}}
 RULES: dict[str, Callable[[], dict[str, Any]]] = {
     **{
-        name: lambda factory=factory: {"local_rule": factory(*[0.1 for _ in needed(factory)])}  # type: ignore[misc]
-        for name, factory in local_rules.FACTORIES.items()
+        name: lambda name=name: {"local_rule": example("local_rules", name)}  # type: ignore[misc]
+        for name in local_rules.FACTORIES
     },
     "fed_nova, proximal": lambda: {"local_rule": local_rules.fed_nova(0.1)},
     "scaffold, option I": lambda: {"local_rule": local_rules.scaffold("I")},

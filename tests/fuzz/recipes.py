@@ -159,6 +159,7 @@ STRATEGY: dict[str, Sequence[str]] = {
         "aggregators.krum(0)",
         "aggregators.geometric_median()",
         "aggregators.norm_clipped(0.3)",
+        "aggregators.centered_clipping(0.3)",
     ),
     "server_optimizer": (
         "server.fed_avgm(0.5)",

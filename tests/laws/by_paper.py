@@ -269,6 +269,19 @@ def top_k_with_feedback(world: World, rounds: int, k: int) -> Model:
     return x
 
 
+def centered_clipping(world: World, rounds: int, radius: float, iterations: int) -> Model:
+    """Karimireddy et al. 2021 (2012.10333), algorithm 2, on the clients' updates: v starts from the previous v."""
+    x, v = world.start, zeros(world.start)
+    for round in range(rounds):
+        deltas = [minus(x, world.local_sgd(x, k, round)[0]) for k in world.cohort(round)]
+        for _ in range(iterations):
+            away = [minus(delta, v) for delta in deltas]
+            norms = [float(torch.cat([value.flatten() for value in each.values()]).norm()) for each in away]
+            v = plus(v, mean([times(min(1.0, radius / norm), each) for norm, each in zip(norms, away, strict=True)]))
+        x = minus(x, v)
+    return x
+
+
 def dp_fed_avg(
     world: World, cohorts: list[list[int]], clip_norm: float, expected: float, noise: Callable[[int, int], Tensor]
 ) -> Model:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from lightning_fedscale import FederatedStrategy
-from lightning_fedscale.aggregators import geometric_median
+from lightning_fedscale.aggregators import centered_clipping, geometric_median, norm_clipped
 from lightning_fedscale.attacks import attacked, sign_flip
 from lightning_fedscale.compressors import adaptive, error_feedback, power_sgd, qsgd, random_k, sign, top_k
 from lightning_fedscale.local_rules import Ditto, fed_dyn, fed_nova, fed_prox, scaffold
@@ -149,6 +149,15 @@ def test_fed_nova(executor: str, momentum: float, mu: float) -> None:
 
 
 @executors
+@pytest.mark.parametrize("iterations", [1, 3])
+def test_centered_clipping(executor: str, iterations: int) -> None:
+    got, strategy = trained(executor, aggregator=centered_clipping(0.05, iterations))
+    assert same(got, by_paper.centered_clipping(world(), ROUNDS, 0.05, iterations))
+    assert strategy._federation is not None
+    assert float(strategy._federation._global.states["aggregator"].norm()) > 0
+
+
+@executors
 def test_top_k_with_error_feedback(executor: str) -> None:
     got, strategy = trained(executor, compressor=error_feedback(top_k(k=14)))
     assert same(got, by_paper.top_k_with_feedback(world(), ROUNDS, 14))
@@ -197,6 +206,14 @@ COMBINED: dict[str, Callable[[], dict[str, Any]]] = {
         "local_rule": fed_prox(0.1),
     },
     "hostile": lambda: {"aggregator": attacked(geometric_median(), sign_flip(2.0), attackers=[1])},
+    "centered": lambda: {
+        "aggregator": centered_clipping(0.1, iterations=2),
+        "local_rule": scaffold(),
+        "server_optimizer": "fed_avgm",
+    },
+    "centered and hostile": lambda: {
+        "aggregator": norm_clipped(0.5, attacked(centered_clipping(0.1), sign_flip(2.0), attackers=[1]))
+    },
     "hardest first": lambda: {"sampler": power_of_choice(candidates=6), "server_optimizer": "fed_yogi"},
     "post-local": lambda: {"local_steps": post_local(3, 4), "local_epochs": None, "local_rule": fed_prox(0.1)},
 }

@@ -34,6 +34,7 @@ ROOMS = {
     "samplers": samplers,
     "privacy": privacy,
 }
+PLACE = "docs/papers.md"
 TABLE = (Path(__file__).parents[2] / "docs" / "papers.md").read_text("utf8").partition("\n## ")[0]
 METHODS = [
     (room, name) for room, module in ROOMS.items() for name in getattr(module, "FACTORIES", {}) if name[0].isalpha()
@@ -54,7 +55,7 @@ def example(room: str, name: str) -> Any:
     """The method as the table shows it first."""
     names = {**ROOMS, "torch": torch, "SGD": torch.optim.SGD, "StepLR": torch.optim.lr_scheduler.StepLR}
     shown = next(expressions(room, name), None)
-    assert shown is not None, f"docs/papers.md: add a row with the expression {room}.{name}(...)"
+    assert shown is not None, f"{PLACE}: add a row with the expression {room}.{name}(...)"
     return eval(shown, names)
 
 
@@ -237,7 +238,9 @@ def test_aggregators_heed_neither_ranks_nor_order(name: str) -> None:
             for place in places:
                 total = rule.accumulate(total, update(place), rule.weigh(update(place)), cohort)
             totals.append(total)
-        result: Tensor = rule.finish(torch.stack(totals).sum(0), cohort)
+        state = rule.fresh_state(torch.zeros(5, dtype=torch.float64), cohort)
+        result, after = rule.finish_with(torch.stack(totals).sum(0), cohort, state)
+        assert str(saved(after)) == str(after)
         return result
 
     everyone = list(range(len(clients)))

@@ -19,6 +19,7 @@ from lightning_fedscale.aggregators import (
     Aggregator,
     aggregate,
     by_name,
+    centered_clipping,
     geometric_median,
     krum,
     mean,
@@ -27,7 +28,7 @@ from lightning_fedscale.aggregators import (
     norm_clipped,
     trimmed_mean,
 )
-from lightning_fedscale.aggregators.rows import norm_of
+from lightning_fedscale.aggregators.rows import fold, norm_of
 from lightning_fedscale.types import ClientUpdate, Cohort
 
 Array = npt.NDArray[np.float64]
@@ -41,6 +42,7 @@ RULES: dict[str, Aggregator] = {
     "multi_krum": multi_krum(2, keep=3),
     "geometric_median": geometric_median(),
     "norm_clipped": norm_clipped(1.0),
+    "centered_clipping": centered_clipping(4.0, iterations=2),
 }
 
 
@@ -150,6 +152,44 @@ def test_norm_clipped_leaves_the_update_to_others_as_it_was() -> None:
     assert rule.finish(total, cohort).tolist() == pytest.approx([0.6, 0.8, 7.0])
 
 
+def clipped_around(center: Array, rows: Array, radius: float) -> Array:
+    """Karimireddy et al. 2021, equation CC: ``v + 1/n sum_i (x_i - v) min(1, tau / |x_i - v|)``, by a loop."""
+    total = np.zeros_like(center)
+    for row in rows:
+        away = row - center
+        norm = np.linalg.norm(away)
+        total += away if norm <= radius else away * radius / norm
+    return center + total / len(rows)
+
+
+@quick
+@given(st.integers(0, 10**6), st.integers(1, 9), st.floats(0.1, 5.0), st.integers(1, 3))
+def test_centered_clipping_equals_the_paper_round_after_round(
+    seed: int, clients: int, radius: float, iterations: int
+) -> None:
+    rule, center = centered_clipping(radius, iterations), np.zeros(5)
+    cohort = Cohort(0, np.arange(clients), clients, 5, 0)
+    state = rule.fresh_state(torch.zeros(5, dtype=torch.float64), cohort)
+    for round in range(4):
+        rows = normal(seed + round, clients)
+        updates = [
+            ClientUpdate(i, torch.from_numpy(row), float(np.linalg.norm(row)), 1, 1, 1, 0.0, 0.0)
+            for i, row in enumerate(rows)
+        ]
+        found, state = fold(rule, updates, torch.zeros(5, dtype=torch.float64), cohort, state)
+        for _ in range(iterations):
+            center = clipped_around(center, rows, radius)
+        np.testing.assert_allclose(found.numpy(), center, rtol=1e-12, atol=1e-14)
+
+
+def test_centered_clipping_passes_where_no_distance_is_zero_or_finite() -> None:
+    at_center, far = np.zeros((1, 3)), np.full((3, 3), 1e200)
+    np.testing.assert_allclose(applied(centered_clipping(3.0), np.vstack([at_center, far])), 0.0, atol=3.0)
+    # Buffers take the mean of those that count in full; the others' factors are as good as nothing.
+    rows = np.array([[0.5, 8.0], [-0.5, 4.0], [1e300, 1e6]])
+    assert applied(centered_clipping(1.0), rows, trainable=1)[1] == pytest.approx(6.0)
+
+
 # ---- flwr, and what it gives for these rows, so that the comparison also runs without it
 
 ROWS = np.array(
@@ -202,16 +242,21 @@ def test_order_of_clients_and_number_of_ranks_change_nothing(name: str, seed: in
     rule, rows = RULES[name], torch.from_numpy(normal(seed))
     cohort = Cohort(0, np.arange(9), 9, 4, 0)
     updates = [ClientUpdate(i, row, norm_of(row, cohort), 1 + i, 1, 1, 0.0, 0.0) for i, row in enumerate(rows)]
-    expected = rule.finish(folded(rule, updates, cohort), cohort)
+    expected = finished(rule, folded(rule, updates, cohort), cohort)
     random.shuffle(updates)
     shares = [folded(rule, updates[rank::ranks], cohort) for rank in range(ranks)]
     # Rows that other ranks leave zero give the very bits; sums are rounded.
-    torch.testing.assert_close(rule.finish(torch.stack(shares).sum(0), cohort), expected, rtol=1e-12, atol=1e-14)
+    torch.testing.assert_close(finished(rule, torch.stack(shares).sum(0), cohort), expected, rtol=1e-12, atol=1e-14)
 
     # Whoever is called client 0 counts no more than others.
     renamed = rows[torch.tensor(random.sample(range(9), 9))]
     uniform = aggregate(rule, rows, trainable=4)
     torch.testing.assert_close(aggregate(rule, renamed, trainable=4), uniform, rtol=1e-6, atol=1e-9)
+
+
+def finished(rule: Aggregator, total: Tensor, cohort: Cohort) -> Tensor:
+    state = rule.fresh_state(torch.zeros(5, dtype=torch.float64), cohort)
+    return rule.finish_with(total, cohort, state)[0]
 
 
 def folded(rule: Aggregator, updates: list[ClientUpdate], cohort: Cohort) -> Tensor:
@@ -282,6 +327,17 @@ def test_krum_stays_near_honest_clients(seed: int, attack: Array) -> None:
 
 
 @quick
+@given(st.integers(0, 10**6), attacks, st.integers(1, 3))
+def test_centered_clipping_bounds_the_harm(seed: int, attack: Array, iterations: int) -> None:
+    honest = normal(seed, 5)
+    found = applied(centered_clipping(0.5, iterations), np.vstack([honest, attack]))
+    still = np.zeros(5)
+    for _ in range(iterations):  # attackers that agree with the center do not move it
+        still += (clipped_around(still, honest, 0.5) - still) * 5 / 9
+    assert np.linalg.norm(found - still) <= iterations * 0.5 * 4 / 9 + 1e-12
+
+
+@quick
 @given(st.integers(0, 10**6), attacks)
 def test_norm_clipped_bounds_the_harm(seed: int, attack: Array) -> None:
     honest = normal(seed, 5)
@@ -346,6 +402,9 @@ def test_a_cohort_that_is_too_small_is_refused(rule: Aggregator, clients: int, m
         (lambda: multi_krum(1, keep=2.0), TypeError, "keep=2.0: pass the number"),  # type: ignore[arg-type]
         (lambda: norm_clipped(0), ValueError, "max_norm=0: pass the longest norm"),
         (lambda: norm_clipped("1"), TypeError, "max_norm='1': pass the longest norm"),  # type: ignore[arg-type]
+        (lambda: centered_clipping(0.0), ValueError, "radius=0.0"),
+        (lambda: centered_clipping("1"), TypeError, "radius='1'"),  # type: ignore[arg-type]
+        (lambda: centered_clipping(1.0, 0), ValueError, "iterations=0"),
         (lambda: norm_clipped(1.0, "median"), TypeError, "inner='median': pass an aggregators.Aggregator"),  # type: ignore[arg-type]
         (lambda: geometric_median(tolerance="a"), TypeError, "tolerance='a': pass a positive number"),  # type: ignore[arg-type]
         (lambda: norm_clipped(float("nan")), ValueError, "max_norm=nan: pass"),

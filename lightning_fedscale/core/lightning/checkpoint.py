@@ -120,7 +120,7 @@ def check_resume(state: dict[str, Any], *, seed: int, num_clients: int, partitio
 
 
 def refuse_other_rules(saved: dict[str, Any], now: dict[str, Any]) -> None:
-    """Refuse to go on with rules for which what clients keep means something else.
+    """Refuse to go on with rules for which what clients and server keep means something else.
 
     Raises:
         ValueError: naming the argument, the saved and the present value.
@@ -132,7 +132,10 @@ def refuse_other_rules(saved: dict[str, Any], now: dict[str, Any]) -> None:
         ValueError: local_rule='fed_dyn' differs from 'scaffold' in the checkpoint: resume with that one, or start a new
         run without ckpt_path.
     """
-    for name in ("local_rule", "compressor"):
+    # An aggregator's state is of use to the same rule with other arguments; whoever keeps none may take over.
+    kept = [(each.get("aggregator") or "").partition("(")[0] for each in (saved, now)]
+    others = ["aggregator"] if all(kept) and kept[0] != kept[1] else []
+    for name in ("local_rule", "compressor", *others):
         if saved.get(name) != now.get(name):
             raise ValueError(
                 f"{name}={now.get(name)!r} differs from {saved.get(name)!r} in the checkpoint: resume with that one, or"

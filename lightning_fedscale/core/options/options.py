@@ -27,7 +27,7 @@ from lightning_fedscale.partitioners import (
     check_partition,
 )
 from lightning_fedscale.partitioners.checks import integer
-from lightning_fedscale.partitioners.names import is_file
+from lightning_fedscale.partitioners.registry import is_file
 from lightning_fedscale.privacy import Privacy
 from lightning_fedscale.samplers import Sampler
 from lightning_fedscale.server import ServerOptimizer

@@ -87,6 +87,8 @@ class Rules(NamedTuple):
             return f"local_rule={self.local.name!r}"
         if self.compressor is not None and self.compressor.stateful:
             return f"compressor={self.compressor.name}"
+        if self.aggregator.kept is not None:
+            return f"aggregator={self.aggregator.kept}"
         return None
 
     def weigh(self, update: ClientUpdate) -> float:

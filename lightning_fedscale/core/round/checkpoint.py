@@ -138,6 +138,7 @@ def _settings(options: Arguments) -> dict[str, Any]:
         "client_optimizer": "keep" if options.keep_optimizers else "reset",
         "population": None if options.population is None else options.population.description(),
         "local_rule": None if options.rules.local is None else options.rules.local.name,
+        "aggregator": options.rules.aggregator.kept,
         "compressor": compressor.name if compressor is not None and compressor.stateful else None,
         "mode": "sync" if options.asynchrony is None else options.asynchrony.description(),
         "buffers": dict(options.rules.buffers) or None,

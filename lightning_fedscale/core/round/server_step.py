@@ -16,12 +16,13 @@ from lightning_fedscale.core.executors import Exchange
 from lightning_fedscale.core.options.rules import Rules
 from lightning_fedscale.core.round.client_pipeline import PRIVACY, RULE
 from lightning_fedscale.core.round.merge import RoundTable
+from lightning_fedscale.core.user_code.state import Snapshot
 from lightning_fedscale.local_rules import Merged
 from lightning_fedscale.server import ServerOptimizer
 from lightning_fedscale.types import Cohort, Params
 from lightning_fedscale.utils import randomness
 
-OPTIMIZER, DOWNLINK = "optimizer", "downlink"
+OPTIMIZER, DOWNLINK, AGGREGATOR = "optimizer", "downlink", "aggregator"
 """Names of what the server keeps."""
 
 
@@ -41,7 +42,7 @@ class GlobalModel:
         downlink: compresses the server's step on its way to the clients; None sends the model itself.
 
     Attributes:
-        states: of the local rule, privacy, the optimizer and the downlink, by name.
+        states: of the local rule, privacy, the aggregator, the optimizer and the downlink, by name.
     """
 
     def __init__(self, rules: Rules, optimizer: ServerOptimizer, downlink: Compressor | None = None) -> None:
@@ -51,6 +52,7 @@ class GlobalModel:
         self._next: dict[str, Any] = {}  # what the states will be if the round is a good one
         self.states: dict[str, Any] = {}
         self._expected_weight = 0.0
+        self._watched = False  # whether the aggregator was seen to keep nothing besides its state
 
     def calibrate(self, rules: Rules, expected_weight: float) -> None:
         """Take rules whose privacy is ready, and the expected weight of a round's clients together."""
@@ -157,7 +159,8 @@ class GlobalModel:
 
         Raises:
             Diverged: if no client's update is finite.
-            ValueError: if the aggregator returns something of another shape.
+            TypeError: if the aggregator returns something else, or keeps what no checkpoint can hold.
+            ValueError: if its delta has another shape.
         """
         absent = table.clients.without_batches()
         spoilt = tuple(client for client in table.clients.rejected() if client not in absent)
@@ -177,7 +180,7 @@ class GlobalModel:
                     f" {', '.join(map(str, left_out[:10]))}{', ...' if len(left_out) > 10 else ''}."
                 )
         if table.clients.accepted:
-            aggregate = self._rules.aggregator.finish(total, cohort)
+            aggregate = self._finished(server, total, cohort)
         else:  # of nobody there is no aggregate: the server optimizer sees a delta of zero
             aggregate = torch.zeros_like(server)
             aggregate[cohort.trainable :] = _still(server[cohort.trainable :])
@@ -200,6 +203,42 @@ class GlobalModel:
             delta, self._next[RULE] = rule.merge(merged, self._next[RULE])
             moved.copy_(delta)
         return aggregate
+
+    def _finished(self, server: Tensor, total: Tensor, cohort: Cohort) -> Tensor:
+        """What the aggregator makes of the sum over clients; its next state is noted."""
+        rule, state = self._rules.aggregator, self._next.pop(AGGREGATOR, None)
+        state = rule.fresh_state(server, cohort) if state is None else state
+        before = None if self._watched else Snapshot(rule._asdict(), most=0)
+        aggregate, state = rule.finish_with(total, cohort, state)
+        if before is not None and (place := before.difference(Snapshot(rule._asdict(), most=0))) is not None:
+            rank_zero_warn(
+                f"aggregator: {place} has changed in round {cohort.round}, and no checkpoint has it: a run that is"
+                " resumed would differ. Keep it as the rule's state, Aggregator(..., init_state=...)."
+            )
+        self._watched = True
+        if rule.kept is not None:
+            self._next[AGGREGATOR] = _copied(state)
+        return aggregate
+
+
+def _copied(state: Any) -> Any:
+    """An aggregator's state, apart from the delta: what comes after changes that in place.
+
+    Raises:
+        TypeError: if there is something in it that checkpoints cannot hold.
+    """
+    if isinstance(state, Tensor):
+        return state.detach().clone()
+    if type(state) is dict:
+        return {key: _copied(value) for key, value in state.items()}
+    if type(state) in (list, tuple):
+        return type(state)(map(_copied, state))
+    if state is None or type(state) in (bool, int, float, str):
+        return state
+    raise TypeError(
+        f"aggregator: its state holds a {type(state).__name__}, which a checkpoint cannot: keep tensors, numbers and"
+        " strings, in dicts, lists and tuples."
+    )
 
 
 def _still(carried: Tensor) -> Tensor:

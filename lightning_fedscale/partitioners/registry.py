@@ -24,7 +24,7 @@ from lightning_fedscale.partitioners.sizes import (
     SquarePartitioner,
 )
 
-_PARTITIONERS: dict[str, type[Partitioner]] = {
+PARTITIONERS: dict[str, type[Partitioner]] = {
     "iid": IidPartitioner,
     "dirichlet": DirichletPartitioner,
     "inner_dirichlet": InnerDirichletPartitioner,
@@ -114,7 +114,7 @@ def name_of(partitioner: Partitioner) -> str | None:
         >>> name_of(by_name("dirichlet", 4)), name_of(by_name("dirichlet", 4, alpha=0.1))
         ('dirichlet', None)
     """
-    name = next((name for name, cls in _PARTITIONERS.items() if type(partitioner) is cls), None)
+    name = next((name for name, cls in PARTITIONERS.items() if type(partitioner) is cls), None)
     if name is None:
         return None
     try:
@@ -125,10 +125,10 @@ def name_of(partitioner: Partitioner) -> str | None:
 
 
 def _find(name: str) -> type[Partitioner]:
-    known = {cls.__name__.lower(): cls for cls in _PARTITIONERS.values()} | _PARTITIONERS
+    known = {cls.__name__.lower(): cls for cls in PARTITIONERS.values()} | PARTITIONERS
     key = str(name).lower()
     if key in known:
         return known[key]
     close = difflib.get_close_matches(key.replace("-", "_"), known, n=1, cutoff=0.5)
     guess = f"did you mean {close[0]!r}? The names are" if close else "the names are"
-    raise ValueError(f"partitioner={name!r} is unknown: {guess} {', '.join(_PARTITIONERS)}")
+    raise ValueError(f"partitioner={name!r} is unknown: {guess} {', '.join(PARTITIONERS)}")

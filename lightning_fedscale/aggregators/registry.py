@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 
 from lightning_fedscale.aggregators.base import Aggregator
+from lightning_fedscale.aggregators.centered_clipping import centered_clipping
 from lightning_fedscale.aggregators.coordinates import median, trimmed_mean
 from lightning_fedscale.aggregators.geometric_median import geometric_median
 from lightning_fedscale.aggregators.krum import krum, multi_krum
@@ -20,6 +22,7 @@ FACTORIES: dict[str, Callable[..., Aggregator]] = {
     "multi_krum": multi_krum,
     "geometric_median": geometric_median,
     "norm_clipped": norm_clipped,
+    "centered_clipping": centered_clipping,
 }
 """The factories of this package's aggregators by name; contract tests read it."""
 
@@ -46,8 +49,9 @@ def aggregator_of(value: object) -> Aggregator:
     """Return the aggregator for the argument ``aggregator=``: an aggregator, or the name of one without arguments.
 
     Raises:
-        TypeError: if it is anything else, such as a factory that was not called.
-        ValueError: if the name is unknown, or its rule needs arguments.
+        TypeError: for anything else, such as a rule of this room that was not called, or one whose ``finish`` takes
+            other arguments.
+        ValueError: for a name that is unknown or not enough.
 
     Example:
         >>> aggregator_of(median)
@@ -63,4 +67,12 @@ def aggregator_of(value: object) -> Aggregator:
         raise TypeError(
             f"aggregator={value!r}: pass one of {names}, or an aggregators.Aggregator such as aggregators.krum(1)."
         )
+    takes = ("total", "cohort") if value.init_state is None else ("total", "cohort", "state")
+    try:
+        inspect.signature(value.finish).bind(*takes)
+    except TypeError as error:
+        raise TypeError(
+            f"aggregator: {error}; finish is a function of ({', '.join(takes)})"
+            f"{', and of a state where there is an init_state' if value.init_state is None else ''}."
+        ) from None
     return value
