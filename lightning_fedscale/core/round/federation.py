@@ -1,4 +1,4 @@
-"""A run of rounds: the data divided among clients, what they keep, the server, and how a round goes."""
+"""What the strategy calls in a fit, from the optimizers and the data to the end of each round."""
 
 from __future__ import annotations
 
@@ -45,19 +45,19 @@ _SAMPLED = 16  # rounds, of which one must be large enough for the aggregator be
 class Federation:
     """Everything between ``trainer.fit`` and the last round.
 
-    A round goes so; the line marked with stars crosses ranks, and kept optimizers do that move with their clients:
-
-        open_round    plan the cohort, start streaming its batches, hand the first one to the Trainer
-        run_round     for each client of this rank: global weights -> local batches -> delta -> accumulate
-                      *** one sum over ranks of accumulator and table ***
-                      server step, write the global weights, commit what clients keep
-        end_round     log it, tell callbacks
+    The strategy calls `attach_optimizers` and `attach_data`, then `equip`, and for each round `open_round`,
+    `first_batch_arrived`, `run_round` and `end_round`; at last `end`. `lightning_fedscale.core.round` has a drawing.
 
     Args:
         trainer: the Trainer, its strategy's optimizers not yet built.
         options: the strategy's checked arguments.
         rank: this process.
         world_size: number of processes.
+
+    Attributes:
+        fit: the parts that rounds and checkpoints are made of.
+        checkpoint: reads and writes their state.
+        last_round: the record of the last finished round; None before the first.
     """
 
     def __init__(self, trainer: pl.Trainer, options: Arguments, rank: int, world_size: int) -> None:
