@@ -1,4 +1,4 @@
-"""Who trains where and on what in a round: pure functions of (seed, round, client)."""
+"""The plan of a round: its cohort, each client's rank and batches, as pure functions of (seed, round, client)."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from lightning_fedscale.utils import randomness
 
 
 class Simulated(NamedTuple):
-    """What a round would be on the clients' own hardware: who counts and when, and the batches of those."""
+    """A round on the clients' simulated hardware: the clients that count, their times, and their batch sizes."""
 
     selection: Selection
     batch_sizes: IntArray
 
 
 class RoundPlan(NamedTuple):
-    """The cohort of a round and the rank that trains each client; both may be empty, and ranks may be without a client.
+    """The cohort of a round and the rank that trains each client; both may be empty, and a rank may have no client.
 
-    With simulated hardware, how that turned out; ``local_steps`` is None where passes over the data are counted. In
-    asynchronous training, ``arrived`` says when this cohort's updates were there, and from which models they started.
+    ``simulated`` is the outcome on simulated hardware. ``local_steps`` is None if local work is given in epochs. In
+    asynchronous training, ``arrived`` says when this cohort's updates arrived and from which models they started.
     """
 
     round: int
@@ -37,15 +37,15 @@ class RoundPlan(NamedTuple):
     local_steps: int | None = None
 
     def clients_of(self, rank: int) -> list[int]:
-        """The clients that ``rank`` trains, in cohort order."""
+        """Return the clients that ``rank`` trains, in cohort order."""
         clients: list[int] = self.cohort[self.ranks == rank].tolist()
         return clients
 
 
 class LocalWork(NamedTuple):
-    """What one client does in one round: its batches in order, where it goes on next time, what it draws from.
+    """The work of one client in one round: its batches in order, where it resumes next time, and its random seed.
 
-    ``keys`` are the strategy's seed and the round.
+    ``held`` is its number of samples; ``keys`` are the strategy's seed and the round.
     """
 
     client: int
@@ -66,7 +66,7 @@ class LocalWork(NamedTuple):
 
 
 def client_seed(seed: int, round: int, client: int) -> int:
-    """The seed of a client's random numbers in a round: dropout, augmentation, whatever its training draws."""
+    """Return the seed of all random numbers of a client's training in a round, such as dropout and augmentation."""
     return randomness.derive(seed, randomness.CLIENT, round, client)
 
 
@@ -84,23 +84,23 @@ def plan_round(
 ) -> RoundPlan:
     """Sample the cohort of a round and place it on the ranks, in time proportional to the cohort.
 
-    A sampler may choose fewer clients than there are ranks, or none (Poisson sampling, availability). The ranks that
-    get none then have nothing to train in this round.
+    A sampler may choose fewer clients than there are ranks, or none (Poisson sampling, availability). Ranks without
+    a client then train nothing in this round.
 
     Args:
         round: index of the round, from 0.
         seed: the strategy's seed.
         sampler: chooses the cohort.
-        num_clients: number of registered clients.
-        clients_per_round: number of clients asked.
-        cost: work of given clients, in any unit, to balance the ranks by.
+        num_clients: number of clients.
+        clients_per_round: number of clients that the sampler is asked for.
+        cost: work of given clients, in any unit, by which the ranks are balanced.
         world_size: number of ranks.
-        simulate: who of those that are asked takes part; None for all.
+        simulate: selects the sampled clients that take part; None for all.
         losses: last known training losses by client, for samplers that read them.
 
     Raises:
-        TypeError: if the sampler's answer is not a one-dimensional array of integers.
-        ValueError: if it is not an ascending set of clients.
+        TypeError: if the sampler does not return a one-dimensional array of integers.
+        ValueError: if its clients are not distinct and in ascending order.
 
     Example:
         >>> from lightning_fedscale.samplers import uniform
@@ -125,7 +125,7 @@ def sampled(
     clients_per_round: int,
     losses: Mapping[int, float] | None = None,
 ) -> IntArray:
-    """The clients that a sampler chooses; arguments and errors are those of `plan_round`."""
+    """Return the clients that a sampler chooses; arguments and errors are those of `plan_round`."""
     known = {"losses": losses or {}} if reads_losses(sampler) else {}
     chosen = sampler(seed=seed, round=round, num_clients=num_clients, clients_per_round=clients_per_round, **known)
     cohort = np.asarray(chosen)
@@ -144,7 +144,7 @@ def sampled(
 
 
 def nobody_simulated() -> Simulated:
-    """A round in which nobody takes part: it takes no time."""
+    """Return a round without clients, which takes no time."""
     nobody = np.zeros(0, dtype=np.int64)
     return Simulated(Selection(nobody, np.zeros(0), nobody, 0.0), nobody)
 
@@ -153,7 +153,7 @@ def place_longest_first(costs: IntArray, world_size: int) -> IntArray:
     """Give every client, costliest first, to the rank with the least work so far (Graham 1969, LPT).
 
     The slowest rank's load is at most ``4/3 - 1/(3 * world_size)`` of the optimum. With at least ``world_size``
-    clients no rank stays empty. Ties go to the lower index, so the answer is unique.
+    clients, every rank has one. Ties go to the lower index, so the result is unique.
 
     Args:
         costs: work of each client, in any unit.
@@ -178,11 +178,11 @@ def place_longest_first(costs: IntArray, world_size: int) -> IntArray:
 
 
 def pass_order(indices: IntArray, *, shuffle: bool, seed: int, client: int, number: int) -> IntArray:
-    """The order in which a client sees its samples in one pass.
+    """Return the order in which a client sees its samples in one pass.
 
     Args:
         indices: dataset positions of the client's samples, in any order.
-        shuffle: whether the user's loader shuffles; if not, the dataset's own order is kept.
+        shuffle: whether the user's loader shuffles; if not, the dataset's order is kept.
         seed: the strategy's seed.
         client: index of the client.
         number: number of the pass, counted from the client's first.
@@ -194,19 +194,19 @@ def pass_order(indices: IntArray, *, shuffle: bool, seed: int, client: int, numb
 
 
 def epochs_from(first_pass: int, epochs: int, batches_of: Callable[[int], list[list[int]]]) -> list[list[int]]:
-    """The batches of ``epochs`` whole passes, starting with pass number ``first_pass``."""
+    """Return the batches of ``epochs`` whole passes, starting with pass number ``first_pass``."""
     return [batch for number in range(first_pass, first_pass + epochs) for batch in batches_of(number)]
 
 
 def steps_from(
     cursor: Cursor, steps: int, batches_of: Callable[[int], list[list[int]]]
 ) -> tuple[list[list[int]], Cursor]:
-    """The next ``steps`` batches of an endless sequence of passes, and where to go on.
+    """Return the next ``steps`` batches of an endless sequence of passes, and the cursor after them.
 
     Args:
-        cursor: where the client stopped the last time, ``(0, 0)`` at first.
+        cursor: where the client stopped last time as (pass, batch); ``(0, 0)`` at first.
         steps: number of batches to take.
-        batches_of: the batches of a pass; never empty.
+        batches_of: returns the batches of a pass; never empty.
 
     Example:
         >>> steps_from((0, 1), 3, lambda number: [[number, 0], [number, 1]])

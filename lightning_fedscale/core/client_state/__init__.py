@@ -1,4 +1,4 @@
-"""What stays with a client between its rounds: where its data goes on, and any state that training leaves behind."""
+"""The state of a client between its rounds: its position in its data, and what its training leaves behind."""
 
 from lightning_fedscale.core.client_state.optimizers import OptimizerKeeper, OptimizerState
 from lightning_fedscale.core.client_state.states import Files, Memory, PinnedMemory, StateStore, Tier, size_of, tiers_of

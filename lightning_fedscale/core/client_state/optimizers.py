@@ -1,4 +1,4 @@
-"""One optimizer object for all clients, and the state that each of them finds in it."""
+"""One optimizer object for all clients, with each client's own state."""
 
 from __future__ import annotations
 
@@ -23,21 +23,21 @@ _FRESH: dict[type[Optimizer], dict[str, float]] = {
     Adadelta: dict.fromkeys(("step", "square_avg", "acc_delta"), 0.0),
     RMSprop: dict.fromkeys(("step", "square_avg", "grad_avg", "momentum_buffer"), 0.0),
 }
-"""What torch's optimizers fill a parameter's state with before its first step. Only these very classes: one that is
-derived from them may do anything. Not SGD, whose first step is another than the later ones."""
+"""Values with which torch's optimizers fill a parameter's state before its first step. Subclasses are not covered,
+since they may do anything; nor is SGD, whose first step differs from later ones."""
 _MISSING = object()
 _MUTABLE = (Tensor, list, dict)
 
 
 class OptimizerKeeper:
-    """Gives every client its own optimizer state while all share one optimizer object and its learning rates.
+    """Gives every client its own optimizer state; all clients share one optimizer object and its learning rates.
 
-    Group options (learning rate, momentum, ...) belong to the server, whose schedulers move them between rounds: a
-    client that changes them changes them for itself only. Options other than the scheduled ones that a client's
-    optimizer changed by itself (step counters, distances) are kept with its state.
+    Group options (learning rate, momentum, ...) belong to the server, whose schedulers change them between rounds; a
+    client that changes them does so only for itself. Other options that a client's optimizer changes (step counters,
+    distances) are kept with its state.
 
     Args:
-        optimizer: just built, before its first step: what it holds now is what every new client starts from.
+        optimizer: newly built, before its first step; every new client starts from its present state.
     """
 
     _SCHEDULED = ("params", "lr", "initial_lr", "momentum", "betas", "weight_decay")
@@ -50,7 +50,7 @@ class OptimizerKeeper:
 
     @property
     def fresh(self) -> dict[Any, Any]:
-        """The state that every new client starts from; to be copied, not changed."""
+        """The state that every new client starts from; copy it, do not change it."""
         return self._fresh
 
     def open_round(self) -> None:
@@ -62,7 +62,7 @@ class OptimizerKeeper:
         self._reusable = False
 
     def load(self, kept: OptimizerState | None) -> None:
-        """Set the optimizer up for the next client: its kept state, or that of a fresh optimizer."""
+        """Give the optimizer the next client's kept state, or that of a fresh optimizer."""
         untouched = self._restore_options()
         if kept is not None:
             self._unpack(kept["state"])
@@ -70,11 +70,11 @@ class OptimizerKeeper:
                 group.update({key: _copied(value) for key, value in options.items()})
         elif not (self._reusable and untouched and self._refresh()):
             self._unpack(self._fresh)
-        # What the optimizer itself makes of a fresh state, the next client may find in the same memory.
+        # A state that began fresh can be reset in the same memory for the next client.
         self._reusable = kept is None
 
     def unload(self) -> OptimizerState:
-        """The state that the client's training left in the optimizer, now the caller's own."""
+        """Return the state that the client's training left in the optimizer; the caller owns it."""
         self._reusable = False
         changed = [
             {
@@ -87,13 +87,13 @@ class OptimizerKeeper:
         return {"state": self._pack(), "options": changed}
 
     def close_round(self) -> None:
-        """Back to the server's options and no client's state."""
+        """Restore the server's options and the fresh state."""
         self._restore_options()
         self._unpack(self._fresh)
         self._reusable = False
 
     def at_round_start(self, saved: dict[str, Any]) -> dict[str, Any]:
-        """The optimizer's state dict, taken while a client trains, with what the round began with in its place."""
+        """Return ``saved``, a state dict taken while a client trains, with the values from the start of the round."""
         groups = zip(saved["param_groups"], self._options, strict=True)
         return {
             "state": self._fresh,
@@ -101,7 +101,7 @@ class OptimizerKeeper:
         }
 
     def _restore_options(self) -> bool:
-        """The server's options are in every group again; whether the last client had left them as they were."""
+        """Restore the server's options in every group; return whether the last client had left them unchanged."""
         untouched = True
         for group, options in zip(self._optimizer.param_groups, self._options, strict=True):
             for key in group.keys() - options.keys() - {"params"}:
@@ -111,12 +111,12 @@ class OptimizerKeeper:
                 if (found := group.get(key, _MISSING)) is value:
                     continue
                 group[key] = _copied(value)
-                # Learning rates and tensors (which may have been changed in place) have no say in what a state is.
+                # Learning rates, and tensors, which may have been changed in place, do not affect a fresh state.
                 untouched = untouched and (key == "lr" or isinstance(value, _MUTABLE) or _same(found, value))
         return untouched
 
     def _refresh(self) -> bool:
-        """Make the state that of a fresh optimizer, in the same memory; False if it is not known how."""
+        """Reset the state to that of a fresh optimizer in the same memory; return False if this is not possible."""
         fills = _FRESH.get(type(self._optimizer))
         if fills is None or any(group.get("differentiable") for group in self._optimizer.param_groups):
             return False
@@ -149,7 +149,7 @@ class OptimizerKeeper:
         )
         i = -1
         for group in self._optimizer.param_groups:
-            # Step counters stay on the CPU, as torch has it, unless the optimizer reads them on the device.
+            # Step counters stay on the CPU, as in torch, unless the optimizer reads them on the device.
             steps_on_device = bool(group.get("capturable") or group.get("fused"))
             for parameter in group["params"]:
                 i += 1
@@ -162,7 +162,7 @@ class OptimizerKeeper:
 
 
 def _is_plain(value: Any, parameter: Tensor) -> bool:
-    """Whether it is a real tensor of the parameter's shape, or a counter."""
+    """Return whether the value is a dense real tensor of the parameter's shape, or a counter."""
     return (
         isinstance(value, Tensor)
         and value.layout == torch.strided
@@ -172,12 +172,12 @@ def _is_plain(value: Any, parameter: Tensor) -> bool:
 
 
 def _placed(value: Any, device: torch.device | None) -> Any:
-    """A copy, so that the stored state survives if this round does not."""
+    """Return a copy, so that the stored state survives a round that fails."""
     if isinstance(value, Tensor):
         if device is None or device == value.device:
             return value.detach().clone()
         return value.detach().to(device, non_blocking=device.type != "cpu")
-    if isinstance(value, int | float):  # by far the most frequent ones need no pytree
+    if isinstance(value, int | float):  # by far the most frequent types need no pytree
         return value
     return tree_map(lambda leaf: _placed(leaf, device) if isinstance(leaf, Tensor) else leaf, value)
 

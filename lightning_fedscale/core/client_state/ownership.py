@@ -1,4 +1,4 @@
-"""Which rank holds what clients keep, and how it comes to the rank that needs it."""
+"""The ranks that hold the clients' state, and its transfer to the rank that needs it."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ from lightning_fedscale.core.client_state import ClientStore, size_of
 from lightning_fedscale.core.plan import RoundPlan
 from lightning_fedscale.utils import collectives
 
-_PARCEL = 1 << 26  # bytes, so that a checkpoint's states never lie on a rank twice
+_PARCEL = 1 << 26  # bytes, so that a rank never holds a checkpoint's states twice
 
 
 class Custody:
-    """What a client keeps stays on the rank that trained it last, and moves when another one trains it.
+    """Keeps a client's state on the rank that trained it last, and moves it when another rank trains the client.
 
-    Every rank knows every plan, so all know who holds what, and only what moves is sent. Where clients keep nothing,
-    or on a single rank, nothing is ever sent.
+    Every rank knows every plan, hence every state's holder, and only the states that move are sent. If clients keep
+    no state, or on a single rank, nothing is sent.
 
     Args:
         store: this rank's client state.
         rank: this process.
         world_size: number of processes.
-        device: where tensors cross ranks.
+        device: where tensors are sent and received.
     """
 
     def __init__(self, store: ClientStore, rank: int, world_size: int, device: torch.device) -> None:
@@ -32,14 +32,14 @@ class Custody:
         self._rank = rank
         self._world_size = world_size
         self._device = device
-        self._holder: dict[int, int] = {}  # absent: every rank has its states (from a checkpoint), or none yet
+        self._holder: dict[int, int] = {}  # absent: every rank has its states (from a checkpoint), or no rank
 
     def holder(self, client: int) -> int | None:
-        """The rank that has what the client keeps; None if it makes no difference which."""
+        """Return the rank that holds the client's state; None if all ranks have the same."""
         return self._holder.get(client)
 
     def fetch(self, plan: RoundPlan) -> None:
-        """Bring what the cohort keeps to the ranks of this round; to be called on all ranks."""
+        """Bring the cohort's states to the ranks of this round; call this on all ranks."""
         states = self._store.states
         for client, rank in zip(plan.cohort.tolist(), plan.ranks.tolist(), strict=True):
             holder = self._holder.get(client, rank)
@@ -51,14 +51,14 @@ class Custody:
                 states.replace(client, collectives.receive(holder, self._device))
 
     def commit(self, plan: RoundPlan) -> None:
-        """The round is complete: its ranks hold what its clients keep, the others let go of it."""
+        """Record that the round's ranks hold its clients' states, and drop them on the other ranks."""
         for client, rank in zip(plan.cohort.tolist(), plan.ranks.tolist(), strict=True):
             self._holder[client] = rank
             if rank != self._rank:
                 self._store.states.replace(client, {})
 
     def state_dict(self) -> dict[str, Any]:
-        """`ClientStore.state_dict` with the states of all ranks, on rank 0; to be called on all ranks."""
+        """Return `ClientStore.state_dict` with the states of all ranks, on rank 0; call this on all ranks."""
         if self._world_size == 1:
             return self._store.state_dict()
         if self._rank != 0:
@@ -72,14 +72,14 @@ class Custody:
         return saved
 
     def reset(self) -> None:
-        """Every rank has read every client's states from a checkpoint."""
+        """Record that every rank has read every client's states from a checkpoint."""
         self._holder = {}
 
     def _holds(self, client: int) -> bool:
         return self._holder.get(client, 0) == self._rank
 
     def _parcels(self) -> Iterator[list[tuple[int, str, Any]]]:
-        """What this rank holds, some clients at a time; an empty parcel says that this was all."""
+        """Yield the states that this rank holds, some clients at a time, then an empty parcel as the end."""
         parcel: list[tuple[int, str, Any]] = []
         size = 0
         for name, states in self._store.states.snapshot().items():
@@ -95,7 +95,7 @@ class Custody:
         yield []
 
     def _of_other_ranks(self) -> dict[str, dict[int, Any]]:
-        # Through a store of the same bounds, so that it need not all lie in memory.
+        # A store with the same limits, so that not everything has to fit in memory.
         guests = self._store.states.another()
         for sender in range(1, self._world_size):
             while parcel := collectives.receive(sender, self._device):

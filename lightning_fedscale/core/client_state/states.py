@@ -1,4 +1,4 @@
-"""Bounded memory for what clients keep between rounds: on the device, then on the host, then in files."""
+"""Bounded memory for client state between rounds: on the device, then on the host, then in files."""
 
 from __future__ import annotations
 
@@ -25,56 +25,56 @@ class Tier(Protocol):
     """A place for states.
 
     Attributes:
-        limit: bytes of tensors that may lie here.
+        limit: most bytes of tensors here.
     """
 
     limit: float
 
     def keep(self, state: Any) -> Any:
-        """Bring a state here; returns what `read` and `drop` need."""
+        """Store a state here; return the handle for `read` and `drop`."""
 
     def read(self, kept: Any, *, mapped: bool = True) -> Any:
-        """The state, not to be written to; ``mapped`` lets its tensors stay in a file until they are used."""
+        """Return the state, which is read-only; ``mapped`` lets its tensors stay in a file until they are used."""
 
     def drop(self, kept: Any) -> None:
-        """Let go of it."""
+        """Forget the state."""
 
 
 class Memory:
-    """States as they are, on the device where training left them.
+    """Keeps states unchanged on the device where training left them.
 
     Args:
-        limit: bytes of tensors that may lie here.
+        limit: most bytes of tensors here.
     """
 
     def __init__(self, limit: float = math.inf) -> None:
         self.limit = limit
 
     def keep(self, state: Any) -> Any:
-        """The state itself."""
+        """Return the state itself."""
         return state
 
     def read(self, kept: Any, *, mapped: bool = True) -> Any:
-        """The state itself."""
+        """Return the state itself."""
         return kept
 
     def drop(self, kept: Any) -> None:
-        """Nothing to do."""
+        """Do nothing."""
 
 
 class PinnedMemory(Memory):
-    """Copies on the host in pinned memory, from which a CUDA device reads fastest."""
+    """Keeps copies in the host's pinned memory, from which a CUDA device reads fastest."""
 
     def keep(self, state: Any) -> Any:
-        """A pinned copy."""
+        """Return a pinned copy."""
         return _mapped(_pinned, state)
 
 
 class Files:
-    """One file for each state in a private folder of the system's temporary one (``TMPDIR``).
+    """Keeps each state in a file, in a private folder inside the system's temporary folder (``TMPDIR``).
 
-    The folder is made when it is first needed, and goes when this object or the process does. A file is never written
-    to again, so tensors that were read from it stay what they are, also after it is gone.
+    The folder is created when it is first needed, and deleted with this object or the process. A file is never written
+    to again, so tensors that were read from it keep their values, even after it is deleted.
     """
 
     limit = math.inf
@@ -91,13 +91,13 @@ class Files:
         """
         if self._folder is None:
             self._folder = Path(tempfile.mkdtemp(prefix="lightning_fedscale-"))
-            # Unlike a TemporaryDirectory's own, also at the end of processes that multiprocessing started, and not in
-            # worker processes that were forked off.
+            # Unlike TemporaryDirectory's finalizer, this one also runs at the end of processes that multiprocessing
+            # started, and not in forked worker processes.
             Finalize(self, shutil.rmtree, (self._folder,), {"ignore_errors": True}, exitpriority=0)
         self._written += 1
         path = self._folder / f"{self._written}.pt"
         try:
-            # On the CPU, and without the rest of a larger tensor that this one may be a part of.
+            # On the CPU; of a view, only the view's elements.
             torch.save(_mapped(_alone_on_host, state), path)
         except (OSError, RuntimeError) as error:
             path.unlink(missing_ok=True)
@@ -108,7 +108,7 @@ class Files:
         return path
 
     def read(self, kept: Path, *, mapped: bool = True) -> Any:
-        """The state in the file."""
+        """Return the state in the file."""
         return torch.load(kept, mmap=mapped, weights_only=True)
 
     def drop(self, kept: Path) -> None:
@@ -118,12 +118,12 @@ class Files:
 
 
 def tiers_of(device: torch.device, memory: int | None = None, processes: int = 1) -> list[Tier]:
-    """Where states of clients that train on ``device`` may lie, the nearest place first.
+    """Return the tiers for states of clients that train on ``device``, the nearest first.
 
     Args:
         device: where clients train.
-        memory: most bytes in memory, on device and host together; None for a quarter of what is free on either.
-        processes: how many processes share the host.
+        memory: most bytes in memory, on device and host together; None for a quarter of the free memory of each.
+        processes: number of processes that share the host.
     """
     host = free_memory(torch.device("cpu")) // 4 // processes
     if device.type != "cuda":
@@ -136,7 +136,7 @@ def tiers_of(device: torch.device, memory: int | None = None, processes: int = 1
 
 
 class _Entry:
-    """A state and where it lies."""
+    """A state and its location."""
 
     __slots__ = ("devices", "kept", "size", "tier")
 
@@ -144,21 +144,21 @@ class _Entry:
         self.kept = state
         self.tier = 0
         self.size = size_of(state)
-        self.devices: list[torch.device] | None = None  # of its tensors, once it has moved on from there
+        self.devices: list[torch.device] | None = None  # of its tensors, once it has left them
 
 
 class StateStore:
-    """Any number of named states of any number of clients, in bounded memory.
+    """Stores any number of named states of any number of clients in bounded memory.
 
-    States are staged while a round runs and committed when it is complete, so that one that is interrupted leaves no
-    trace. When a tier is full, the states that were staged longest ago move on to the next one. What is staged does not
-    replace what is committed before its time; from then on the replaced state does not count, so that while a round
-    runs there may be twice as much in memory as the limits say.
+    States are staged while a round runs and committed when it is complete, so that an interrupted round leaves no
+    trace. When a tier is full, the states that were staged longest ago move to the next one. A staged state replaces
+    the committed one only at the commit, but the committed one no longer counts towards the limit once the new one is
+    staged. Memory in use may therefore be twice the limits while a round runs.
 
-    A state is made of dicts, lists, tuples, tensors and primitives. It belongs to the store: nobody may write to it.
+    A state is made of dicts, lists, tuples, tensors and primitives. It belongs to the store and is read-only.
 
     Args:
-        tiers: where states may lie, the nearest place first; the last one must have no limit.
+        tiers: the places for states, the nearest first; the last one must have no limit.
 
     Example:
         >>> store = StateStore([Memory(limit=16), Files()])
@@ -173,14 +173,14 @@ class StateStore:
 
     def __init__(self, tiers: Sequence[Tier] = (Memory(),)) -> None:
         self._tiers = tiers
-        # Dicts, since they remember an order: what is to move on next comes first.
+        # Dicts, since they are ordered: the state that moves next comes first.
         self._queues: list[dict[_Entry, None]] = [{} for _ in tiers]
         self._used = [0] * len(tiers)
         self._committed: dict[str, dict[int, _Entry]] = {}
         self._staged: dict[tuple[str, int], _Entry | None] = {}
 
     def get(self, client: int, name: str) -> Any | None:
-        """The client's committed state as it was staged, on the same devices; None if there is none."""
+        """Return the client's committed state on the devices where it was staged; None if there is none."""
         entry = self._committed.get(name, {}).get(client)
         if entry is None:
             return None
@@ -188,15 +188,15 @@ class StateStore:
         return state if entry.devices is None else _on(entry.devices, state)
 
     def of(self, client: int) -> dict[str, Any]:
-        """All committed states of a client, by name."""
+        """Return all committed states of a client, by name."""
         return {name: self.get(client, name) for name, entries in self._committed.items() if client in entries}
 
     def clients(self, name: str) -> Iterable[int]:
-        """The clients that have a committed state of this name."""
+        """Return the clients that have a committed state of this name."""
         return self._committed.get(name, {}).keys()
 
     def stage(self, client: int, name: str, state: Any | None) -> None:
-        """Note the client's state after this round; None forgets it.
+        """Stage the client's state after this round; None forgets it.
 
         Raises:
             OSError: if there is no room, in memory or for files.
@@ -216,12 +216,12 @@ class StateStore:
             self._try_to_make_room()
 
     def replace(self, client: int, states: dict[str, Any]) -> None:
-        """`put` all of a client's states, by name; it has no others then."""
+        """Replace all states of a client by these, given by name."""
         for name in {*self._committed, *states}:
             self.put(client, name, states.get(name))
 
     def commit(self) -> None:
-        """The round is complete: what was staged holds from now on."""
+        """Commit the staged states, since the round is complete."""
         for (name, client), entry in self._staged.items():
             entries = self._committed.setdefault(name, {})
             self._discard(entries.pop(client, None))
@@ -230,7 +230,7 @@ class StateStore:
         self._staged = {}
 
     def rollback(self) -> None:
-        """The round did not happen: forget what was staged."""
+        """Forget the staged states, since the round did not happen."""
         staged, self._staged = self._staged, {}
         for (name, client), entry in staged.items():
             self._discard(entry)
@@ -247,7 +247,7 @@ class StateStore:
         self._committed = {}
 
     def snapshot(self) -> dict[str, dict[int, Any]]:
-        """All committed states by name and client, wherever they lie; those in files stay there until they are used."""
+        """Return all committed states by name and client; those in files stay there until they are used."""
         read = 0
         states: dict[str, dict[int, Any]] = {}
         for name, entries in self._committed.items():
@@ -258,7 +258,7 @@ class StateStore:
         return states
 
     def another(self) -> StateStore:
-        """An empty store of the same bounds."""
+        """Return an empty store with the same limits."""
         return StateStore(self._tiers)
 
     def _join(self, entry: _Entry) -> _Entry:
@@ -282,7 +282,7 @@ class StateStore:
                 self._move_on(next(iter(self._queues[number])))
 
     def _try_to_make_room(self) -> None:
-        # Not the moment for an error: other ranks may wait for this one. The next `stage` tries again, and tells.
+        # No error here, since other ranks may wait for this one. The next `stage` tries again and raises it.
         with contextlib.suppress(OSError):
             self._make_room()
 
@@ -297,8 +297,8 @@ class StateStore:
 
 
 def size_of(state: Any) -> int:
-    """Bytes of all tensors in it."""
-    # Not by pytrees, which take ten times as long, and this is done for every client.
+    """Return the bytes of all tensors in a state."""
+    # Pytrees would take ten times as long, and this runs for every client.
     if isinstance(state, Tensor):
         return state.numel() * state.element_size()
     if isinstance(state, dict):

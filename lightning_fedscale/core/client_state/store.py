@@ -1,4 +1,4 @@
-"""Everything that clients keep, as the rest of the package asks for it."""
+"""All client state, as the rest of the package reads and writes it."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ OPTIMIZERS = "optimizers"
 
 
 class ClientStore:
-    """What clients leave behind, in two steps: staged while a round runs, committed when it is complete.
+    """Stages client state while a round runs and commits it when the round is complete.
 
-    A round that is interrupted therefore leaves no trace and can be repeated exactly. Clients that never took part
-    cost nothing.
+    An interrupted round therefore leaves no trace and can be repeated exactly. Clients that never took part take no
+    memory.
 
     Args:
-        states: where states are kept; None for one without bounds.
+        states: stores the states; None for a store without limits.
 
     Example:
         >>> store = ClientStore()
@@ -39,44 +39,44 @@ class ClientStore:
         self._staged_cursors: dict[int, Cursor] = {}
 
     def cursor(self, client: int) -> Cursor:
-        """Where the client's data goes on; ``(0, 0)`` before its first round."""
+        """Return where the client resumes in its data; ``(0, 0)`` before its first round."""
         return self._cursors.get(client, (0, 0))
 
     def stage(self, client: int, cursor: Cursor) -> None:
-        """Note where the client's data goes on once this round is complete."""
+        """Stage where the client resumes in its data after this round."""
         self._staged_cursors[client] = cursor
 
     def optimizers(self, client: int) -> list[OptimizerState] | None:
-        """The states of the client's optimizers as of its last round, None before its first one or elsewhere."""
+        """Return the states of the client's optimizers after its last round; None before its first or elsewhere."""
         return self.states.get(client, OPTIMIZERS)
 
     def stage_optimizers(self, client: int, states: list[OptimizerState] | None) -> None:
-        """Note the client's optimizer states after this round; None forgets them."""
+        """Stage the client's optimizer states after this round; None forgets them."""
         self.states.stage(client, OPTIMIZERS, states)
 
     def keepers(self) -> Iterable[int]:
-        """The clients whose optimizer states are here."""
+        """Return the clients whose optimizer states are here."""
         return self.states.clients(OPTIMIZERS)
 
     def commit(self) -> None:
-        """The round is complete: what was staged holds from now on."""
+        """Commit the staged state, since the round is complete."""
         self._cursors.update(self._staged_cursors)
         self._staged_cursors = {}
         self.states.commit()
 
     def rollback(self) -> None:
-        """The round did not happen: forget what was staged."""
+        """Forget the staged state, since the round did not happen."""
         self._staged_cursors = {}
         self.states.rollback()
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything committed, as tensors and primitives; states by their names."""
+        """Return everything committed, as tensors and primitives; states by their names."""
         rows = [(client, *cursor) for client, cursor in sorted(self._cursors.items())]
         cursors = torch.tensor(rows, dtype=torch.int64).reshape(-1, 3)
         return {"cursors": cursors, OPTIMIZERS: {}, **self.states.snapshot()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Replace everything by what `state_dict` gave."""
+        """Replace everything by the result of `state_dict`."""
         self._staged_cursors = {}
         self._cursors = {client: (number, batch) for client, number, batch in state["cursors"].tolist()}
         self.states.clear()

@@ -1,4 +1,4 @@
-"""How the clients of a rank train inside Lightning."""
+"""Executors, which train the clients of a rank inside Lightning."""
 
 from lightning_fedscale.core.executors.auto import Ballot, ExecutorChoice
 from lightning_fedscale.core.executors.device_cache import DeviceData

@@ -1,4 +1,4 @@
-"""Which executor trains the clients: the one that was asked for, or the one that proves faster."""
+"""The choice of the executor: the requested one, or the faster of the two."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ from lightning_fedscale.types import ClientUpdate
 
 Kind = Literal["sequential", "vectorized"]
 
-# Steps that take longer are too large to gain from being taken together.
+# Longer steps, in seconds, gain too little from being vectorized.
 _LONGEST_STEP = 0.5
-# Side by side must be so many times as fast: a clear case is decided alike in every run.
+# Vectorized steps must be this many times as fast, so that clear cases are decided alike in every run.
 _MARGIN = 1.25
 _REHEARSED_STEPS = 3
 
 
 class Ballot(NamedTuple):
-    """What a rank found out in a round; the sum over ranks makes all of them decide alike.
+    """The measurements of a rank in a round; all ranks decide by the sum over ranks.
 
     Attributes:
-        votes: 1 if it compared the two executors.
-        able: 1 if its clients can train side by side.
-        sequential: seconds per local batch, one client after the other.
-        vectorized: seconds per local batch, side by side.
+        votes: 1 if the rank compared the two executors.
+        able: 1 if its clients can be vectorized.
+        sequential: seconds per local batch of the sequential executor.
+        vectorized: seconds per local batch of the vectorized executor.
     """
 
     votes: float = 0.0
@@ -39,15 +39,15 @@ class Ballot(NamedTuple):
 
 
 class ExecutorChoice:
-    """Runs rounds with one executor or the other.
+    """Runs rounds with the sequential or the vectorized executor.
 
-    ``"auto"`` measures both in the first round: it rehearses the first steps of a wave side by side, forgets them, and
-    trains the round's clients one after the other. From then on the faster one trains, the same on every rank.
+    ``"auto"`` times both in the first round: it runs the first steps of a wave vectorized, discards these trial steps,
+    and trains the round's clients sequentially. All later rounds use the faster executor, the same on every rank.
 
     Args:
         wanted: the strategy's argument.
-        sequential: one client after the other.
-        vectorized: side by side.
+        sequential: the sequential executor.
+        vectorized: the vectorized executor.
     """
 
     def __init__(
@@ -61,18 +61,18 @@ class ExecutorChoice:
         self.slots = 0
 
     def order(self, work: Sequence[LocalWork]) -> Iterator[tuple[int, int]] | None:
-        """The batches as they are needed, as (number in ``work``, number of the batch); None for client by client."""
+        """Return the batches in the order of use, as (number in ``work``, number of the batch); None if sequential."""
         return self._vectorized.order(work) if self.kind == "vectorized" else None
 
     @property
     def draws_from_globals(self) -> bool:
-        """Whether clients draw from the process-wide generators, rather than from streams of their own."""
+        """Whether clients draw from the process-wide generators rather than from their own streams."""
         return self.kind != "vectorized"
 
     def run(self, context: RoundContext) -> Iterator[ClientUpdate]:
         """Train the clients of this rank and yield their updates; the module holds the global weights on return.
 
-        ``slots`` then says how many local steps there was room for.
+        ``slots`` is then the number of local steps for which there was room.
         """
         self.ballot, self.slots = Ballot(), sum(len(work.batches) for work in context.work)
         compare = self.kind is None and context.training and len(context.work) > 1
@@ -84,7 +84,7 @@ class ExecutorChoice:
                 if update.steps:
                     times.append(update.seconds / update.steps)
                 yield update
-            # Clients without a batch say nothing: then the next round decides.
+            # Without a batch nothing was timed, and the next round decides.
             self.ballot = self.ballot._replace(sequential=statistics.median(times)) if times else Ballot()
         elif self.kind != "vectorized":
             yield from self._sequential.run(context)
@@ -101,10 +101,10 @@ class ExecutorChoice:
                 )
 
     def run_again(self, context: RoundContext) -> Iterator[ClientUpdate]:
-        """Train the same clients once more in this round; what `run` found out stays."""
+        """Train the same clients once more in this round; keep the measurements of `run`."""
         vectorized = self.kind == "vectorized"
         context = context.restarted(self._vectorized.order(context.work) if vectorized else None)
-        # The round may have begun side by side, when nobody kept the global generators.
+        # If the round began vectorized, nobody kept the global generators.
         yield from (self._vectorized.run if vectorized else self._vectorized.one_by_one)(context)
 
     def scaler_state(self) -> tuple[float, float]:
@@ -116,7 +116,7 @@ class ExecutorChoice:
         self._sequential.set_scaler_state(scale, growth)
 
     def close(self) -> None:
-        """The run is over; see `VectorizedExecutor.close`."""
+        """Release resources at the end of the run; see `VectorizedExecutor.close`."""
         self._vectorized.close()
 
     def close_round(self) -> None:
@@ -129,18 +129,18 @@ class ExecutorChoice:
 
     @property
     def gave_up(self) -> bool:
-        """Whether clients that were to train side by side train one after the other, since they cannot."""
+        """Whether clients train sequentially because they cannot be vectorized as requested."""
         return self._wanted == "vectorized" and self.kind == "sequential"
 
     def resume(self, kind: Kind | None, *, gave_up: bool) -> None:
-        """Go on with what was found out before the run was interrupted, which decides about the bits."""
+        """Restore the choice made before the run was interrupted, so that results are bit-identical."""
         if self.kind is None:
             self.kind = kind
         elif self._wanted == "vectorized" and gave_up:
             self.kind = "sequential"
 
     def settle(self, ballots: Ballot) -> None:
-        """Decide, given the sum of all ranks' ballots."""
+        """Choose the executor, given the sum of all ranks' ballots."""
         if self.kind is not None or not ballots.votes:
             return
         if ballots.able < ballots.votes:

@@ -1,4 +1,4 @@
-"""What a local rule adds to the gradients, for one client and for many side by side."""
+"""Terms that a local rule adds to the gradients, for one client and for vectorized clients."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class ClientCorrection:
 
     @torch.no_grad()
     def begin(self, exchange: Exchange, correction: Correction) -> None:
-        """The next client's; the module holds the model that it starts from."""
+        """Set the next client's correction; the module holds the model from which the client starts."""
         self._parameters, self._proximal = exchange.shared, correction.proximal
         own = [as_real(parameter) for parameter in self._parameters]
         views = [] if correction.shift is None else exchange.trainable_views(correction.shift)
@@ -41,12 +41,12 @@ class ClientCorrection:
         if not (self._shifts or self._proximal):
             return
         own = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-        # A parameter without a gradient takes no part in the step.
+        # A parameter without a gradient is not stepped.
         chosen = [i for i, p in enumerate(self._parameters) if p.grad is not None and id(p) in own]
         sparse = {i: _fill(self._parameters[i]) for i in chosen if self._parameters[i].grad.is_sparse}  # type: ignore[union-attr]
         gradients = [as_real(self._parameters[i].grad) for i in chosen]  # type: ignore[arg-type]
         self._add(chosen, gradients)
-        for i, dimensions in sparse.items():  # as which optimizers such as SparseAdam want it
+        for i, dimensions in sparse.items():  # for optimizers such as SparseAdam
             self._parameters[i].grad = self._parameters[i].grad.to_sparse(dimensions)  # type: ignore[union-attr]
 
     def _add(self, chosen: list[int], gradients: list[Tensor]) -> None:
@@ -59,7 +59,7 @@ class ClientCorrection:
 
     @contextmanager
     def within(self, trainer: pl.Trainer) -> Iterator[None]:
-        """Have Lightning's own loops call it: after gradients were unscaled, before they are clipped."""
+        """Apply the correction in Lightning's own loops, after gradients are unscaled and before they are clipped."""
         callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
         hook = _Hook(self)
         callbacks.insert(0, hook)
@@ -70,7 +70,7 @@ class ClientCorrection:
 
 
 def _fill(parameter: Tensor) -> int:
-    """Make a sparse gradient dense, since a correction has no zeros; returns its number of sparse dimensions."""
+    """Make a sparse gradient dense, since a correction is dense; return its number of sparse dimensions."""
     sparse = parameter.grad
     assert sparse is not None
     parameter.grad = sparse.to_dense()
@@ -88,12 +88,12 @@ class _Hook(pl.Callback):
 
 
 class WaveCorrection:
-    """Corrects the stacked gradients of clients side by side, as `ClientCorrection` does each one's.
+    """Corrects the stacked gradients of vectorized clients, each as `ClientCorrection` does.
 
     Args:
         exchange: the module's tensors.
-        stacks: the models that the clients start from, one row each, of the trainable parameters that are shared.
-        corrections: of each client.
+        stacks: the shared, trainable parameters from which the clients start, stacked with one row for each client.
+        corrections: the correction of each client.
     """
 
     @torch.no_grad()
@@ -112,7 +112,7 @@ class WaveCorrection:
     def __call__(
         self, rows: Rows, parameters: Sequence[Tensor], gradients: Sequence[Tensor | None]
     ) -> list[Tensor | None]:
-        """The corrected gradients of some clients; those of parameters that stay with each client as they are."""
+        """Return the corrected gradients of some clients; those of personal parameters are unchanged."""
         corrected = list(gradients)
         for i in range(max(len(self._shifts), len(self._anchors))):
             if (gradient := corrected[i]) is None:
@@ -122,7 +122,7 @@ class WaveCorrection:
             if self._anchors:
                 drift = as_real(parameters[i]) - as_real(rows.of(self._anchors[i]))
                 factor = self._proximal[list(rows.indices)].to(drift)
-                # Not add(alpha=...), which takes one number for all clients.
+                # add(alpha=...) would take one number for all clients.
                 gradient = gradient.clone()
                 as_real(gradient).add_(drift * factor.view(-1, *[1] * (drift.dim() - 1)))
             corrected[i] = gradient

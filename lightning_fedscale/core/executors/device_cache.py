@@ -1,4 +1,4 @@
-"""Training data that lies on the device, cut into batches without a DataLoader."""
+"""Training data on the device, cut into batches without a DataLoader."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ _BATCHES_PER_TRANSFER = 64
 class DeviceData:
     """All samples of a dataset as tensors on one device; a batch is a selection of their rows.
 
-    Batches have the values, the types and the bits that the default collate function gives.
+    Batches are bit-identical to those of the default collate function and have the same types.
 
     Args:
         samples: tensors with one row for each sample, alone or nested in lists, tuples and dicts.
-        rows: row of each sample, on the CPU; None where they are the same.
+        rows: row of each sample, on the CPU; None if sample i is row i.
 
     Example:
         >>> data = DeviceData([torch.arange(8).reshape(4, 2), torch.arange(4)])
@@ -46,18 +46,18 @@ class DeviceData:
         self._flat = type(samples) is list and len(samples) == len(self._leaves)
 
     def batch(self, indices: list[int] | Tensor) -> Any:
-        """The samples at these dataset positions, in order."""
+        """Return the samples at these dataset positions, in order."""
         return self._select(self._to_rows(indices))
 
     def stacked(self, rows: list[list[int]]) -> Any:
-        """Several batches of equal size at once, with a leading dimension that counts them."""
+        """Return several batches of equal size, stacked along a new first dimension."""
         selected = self._select(self._to_rows([index for row in rows for index in row]))
         leaves, _ = tree_flatten(selected)
         shape = len(rows), len(rows[0])
         return tree_unflatten([leaf.view(*shape, *leaf.shape[1:]) for leaf in leaves], self._structure)
 
     def batches(self, indices: Iterable[list[int]]) -> Iterator[Any]:
-        """One batch after the other; the indices of many cross to the device together."""
+        """Yield the batches; the indices of many batches are sent to the device together."""
         remaining = iter(indices)
         while several := list(islice(remaining, _BATCHES_PER_TRANSFER)):
             rows = self._to_rows(list(chain.from_iterable(several)))
@@ -78,14 +78,14 @@ class DeviceData:
 def device_data(
     loader: DataLoader[Any], cache: bool | Literal["auto"], device: torch.device, *, seed: int, show_progress: bool
 ) -> DeviceData | None:
-    """The loader's dataset on the device, None where it is to stay where it is.
+    """Return the loader's dataset on the device; None if it is not to be cached.
 
     Args:
         loader: the user's train loader.
         cache: the strategy's ``cache_dataset``.
         device: where clients train.
-        seed: what the samples draw while they are read follows from it; they keep it from then on.
-        show_progress: whether reading all samples shows a bar.
+        seed: for random numbers that the dataset draws while samples are read; these draws stay fixed from then on.
+        show_progress: whether to show a progress bar while samples are read.
 
     Raises:
         ValueError: if ``cache`` is True and the samples cannot be kept as tensors.
@@ -112,7 +112,7 @@ def device_data(
 
 
 def _obstacle(loader: DataLoader[Any]) -> str | None:
-    """What of the loader might make other batches than rows of the stacked samples."""
+    """Return the loader's option that may make batches other than rows of stacked samples; None if there is none."""
     if loader.batch_sampler is None:
         return "batch_size=None"
     if type(loader.batch_sampler) is not BatchSampler:
@@ -127,7 +127,7 @@ def _obstacle(loader: DataLoader[Any]) -> str | None:
 
 
 def _plain_tensors(dataset: Any) -> tuple[list[Tensor], Tensor | None] | None:
-    """Tensors of a `TensorDataset`, and which of their rows the samples are if subsets were taken."""
+    """Return the tensors of a `TensorDataset`, and the samples' rows if it is a subset; None for other datasets."""
     rows: Tensor | None = None
     while type(dataset) is Subset:
         chosen = torch.as_tensor(dataset.indices, dtype=torch.int64)
@@ -143,7 +143,7 @@ def _plain_tensors(dataset: Any) -> tuple[list[Tensor], Tensor | None] | None:
 
 
 def _read_all(loader: DataLoader[Any], seed: int, device: torch.device, show_progress: bool) -> Any:
-    """Every sample once, stacked; no global generator is any different afterwards."""
+    """Read every sample once and stack them; the global generators are unchanged afterwards."""
     drawn = randomness.derive(seed, randomness.CACHE)
     reader = DataLoader(
         loader.dataset,

@@ -1,4 +1,4 @@
-"""Which of a module's tensors server and clients exchange."""
+"""The tensors of a module that server and clients exchange."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from lightning_fedscale.utils.flat_view import FlatView, as_real
 
 
 class _Place(NamedTuple):
-    """Where a module holds a tensor, the tensor, and its memory."""
+    """A tensor of a module, its memory, and where the module holds it."""
 
     owner: MutableMapping[str, Any]
     name: str
@@ -26,13 +26,13 @@ class _Place(NamedTuple):
 
 
 class _Part(NamedTuple):
-    """A part of a module, and each of its buffers with its memory when the round began; None where there was none."""
+    """A submodule, and each of its buffers with its memory when the round began; None for a buffer that was None."""
 
     module: nn.Module
     buffers: dict[str, tuple[Tensor, Tensor] | None]
 
     def odd(self) -> list[str]:
-        """Buffers that are there no more, are there now, or have another shape."""
+        """Return the names of buffers that were removed, added, or have another shape."""
         now, before = self.module._buffers, self.buffers
         if len(now) == len(before) and all(name in now and _same(now[name], entry) for name, entry in before.items()):
             return []
@@ -40,11 +40,11 @@ class _Part(NamedTuple):
         return [name for name in {**before, **now} if not _same(now.get(name), before.get(name))]
 
     def is_cache(self, name: str) -> bool:
-        """Whether a buffer is one that the module can make again."""
+        """Return whether the module can recompute a buffer."""
         return name in self.module._non_persistent_buffers_set
 
     def restore(self, name: str) -> None:
-        """Put a buffer back that the round began with."""
+        """Restore a buffer from the start of the round."""
         if (entry := self.buffers.get(name)) is not None:
             tensor, memory = entry
             tensor.data = memory
@@ -55,7 +55,7 @@ class _Part(NamedTuple):
             del self.module._buffers[name]
 
     def put(self, name: str, value: Tensor | None) -> None:
-        """Put a buffer of any shape, or None, where there may be one of another shape, or none."""
+        """Set a buffer to a tensor of any shape, or to None, whatever it is now."""
         if value is not None and (entry := self.buffers.get(name)) is not None:
             entry[0].data = value.to(entry[0].dtype, copy=True)
             value = entry[0]
@@ -72,7 +72,7 @@ def _same(now: Tensor | None, entry: tuple[Tensor, Tensor] | None) -> bool:
 
 
 class _Home(NamedTuple):
-    """The part of a module that holds a buffer, its name there, and its names in the module."""
+    """The submodule that holds a buffer, its name there, and its names in the module."""
 
     part: nn.Module
     name: str
@@ -83,26 +83,26 @@ class Exchange(NamedTuple):
     """The exchanged tensors of a module at the start of a round.
 
     Attributes:
-        view: all of them as one vector: trainable parameters, buffers, frozen parameters.
-        names: names of the trainable parameters that are shared, in the vector's order.
-        trainable: the trainable parameters: those that are shared, then those that stay with each client.
-        buffers: the buffers, in the same order, and the frozen parameters that stay with each client.
-        frozen: the frozen parameters that are shared.
-        trainable_bytes: size of the trainable, shared parameters in their own precision.
-        buffer_bytes: size of the shared buffers, which a client receives. Frozen parameters are carried along (some
-            modules write to them) but do not travel.
-        sent_buffer_bytes: size of those that a client sends.
-        places: where the module holds them.
-        parameters: all parameters among them, and whether each was trainable when the round began.
-        personal: of ``trainable`` and ``buffers``, by name, what stays with each client and is not in the vector. A
-            tensor of several names is there under its first one.
-        kinds: what becomes of each buffer, under all its names.
+        view: all shared tensors as one vector: trainable parameters, buffers, frozen parameters.
+        names: names of the shared trainable parameters, in the vector's order.
+        trainable: the trainable parameters: shared ones, then personal ones.
+        buffers: the buffers in the same order, then the personal frozen parameters.
+        frozen: the shared frozen parameters.
+        trainable_bytes: size of the shared trainable parameters in their own precision.
+        buffer_bytes: size of the shared buffers, which a client receives. Frozen parameters are in the vector (some
+            modules write to them) but are not sent.
+        sent_buffer_bytes: size of the buffers that a client sends.
+        places: where the module holds the tensors.
+        parameters: all parameters, and whether each was trainable when the round began.
+        personal: the part of ``trainable`` and ``buffers``, by name, that stays with each client and is not in the
+            vector. A tensor with several names is listed under its first one.
+        kinds: the policy of each buffer, under all its names.
         largest: shared buffers by name that take the value of the client with the most samples.
-        unsure: shared buffers that are averaged since nobody said otherwise, by name, with their number in the vector.
-        unmoved: numbers in the vector of what clients change for themselves only, and the elements that it takes there.
-        fits: how to bring vectors up to date that belong to weights.
-        parts: the parts of the module by their names, with their buffers.
-        policies: decide about buffers that only come up in training.
+        unsure: shared buffers by name that are averaged only by default, with their number in the vector.
+        unmoved: shared buffers whose deltas are not summed: the number and elements of each in the vector.
+        fits: how to update vectors that depend on weights.
+        parts: the submodules by name, with their buffers.
+        policies: decide about buffers that first appear in training.
     """
 
     view: FlatView
@@ -126,13 +126,13 @@ class Exchange(NamedTuple):
 
     @property
     def all_names(self) -> list[str]:
-        """Where the module holds the trainable parameters, then the buffers; for messages."""
+        """The paths of the trainable parameters, then of the buffers; for messages."""
         paths = {id(place.tensor): place.path for place in reversed(self.places)}
         return [paths[id(tensor)] for tensor in (*self.trainable, *self.buffers)]
 
     @property
     def message_bytes(self) -> int:
-        """Size of what a client sends, unless it is compressed."""
+        """Bytes that a client sends, before compression."""
         return self.trainable_bytes + self.sent_buffer_bytes
 
     @property
@@ -141,28 +141,28 @@ class Exchange(NamedTuple):
         return self.trainable[: len(self.names)]
 
     def trainable_views(self, vector: Tensor) -> list[Tensor]:
-        """A vector of the trainable, shared elements alone, cut into the parameters' shapes, complex ones as pairs."""
+        """Split a vector of only the shared trainable elements into the parameters' shapes, complex ones as pairs."""
         shapes = [as_real(parameter).shape for parameter in self.shared]
         parts = torch.split(vector, [shape.numel() for shape in shapes])
         return [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
 
     def named(self, vector: Tensor) -> Params:
-        """The trainable part of ``vector`` by parameter name, without a copy."""
+        """Return the trainable part of ``vector`` by parameter name, without a copy."""
         views = self.view.views(vector)[: len(self.names)]
         return dict(zip(self.names, views, strict=True))
 
     @torch.no_grad()
     def write_personal(self, values: Mapping[str, Tensor]) -> None:
-        """Show these values of what stays with each client in the module."""
+        """Write these values of personal tensors to the module."""
         self._show(self.personal, values)
 
     def copy_personal(self) -> dict[str, Tensor]:
-        """The module's values of what stays with each client."""
+        """Return copies of the module's personal tensors."""
         own = {name: tensor.detach().clone() for name, tensor in self.personal.items()}
         return {**own, **{name: value.clone() for name, value in self._odd("client").items() if value is not None}}
 
     def of_personal(self, state: Mapping[str, Any], values: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Those of a module's state dict that stay with each client, with these values."""
+        """Return the personal entries of a module's state dict, with these values."""
         known = {name: value for name, value in values.items() if name in self.personal}
         addresses = {self.personal[name].data_ptr(): value for name, value in known.items()}
         tensors = {name: entry for name, entry in state.items() if isinstance(entry, Tensor)}
@@ -170,9 +170,9 @@ class Exchange(NamedTuple):
         return {**own, **{name: value for name, value in values.items() if name not in known}}
 
     def settle(self) -> None:
-        """Bring back what training put in a tensor's place: ``self.average = ...``, ``parameter.data = ...``.
+        """Restore tensors that training replaced, as in ``self.average = ...`` or ``parameter.data = ...``.
 
-        The value goes into the exchanged tensor and that back into the module. A buffer of another shape stays.
+        The new value is copied into the exchanged tensor, which is put back. A buffer of another shape stays.
         """
         for owner, name, tensor, memory, _ in self.places:
             now = owner[name] if name in owner else None  # noqa: SIM401 (scripted modules' have no `get`)
@@ -183,37 +183,37 @@ class Exchange(NamedTuple):
             owner[name] = tensor
 
     def strip(self, delta: Tensor) -> None:
-        """Take out of a client's delta what does not reach the server's sum."""
+        """Zero the elements of a client's delta that are not summed on the server."""
         for elements in self.unmoved.values():
             delta[elements].zero_()
 
     def copy_largest(self) -> dict[str, Tensor | None]:
-        """The module's values of `largest`, and of what has come, gone, or changed its shape."""
+        """Return copies of the module's `largest` buffers, and of such buffers that are new, removed or reshaped."""
         odd = {name: None if value is None else value.clone() for name, value in self._odd("largest").items()}
         return {**{name: buffer.detach().clone() for name, buffer in self.largest.items()}, **odd}
 
     @torch.no_grad()
     def write_largest(self, values: Mapping[str, Tensor | None]) -> None:
-        """Show these values of `largest` in the module; those that are not given stay as they are."""
+        """Write these values of `largest` to the module; buffers without a value are unchanged."""
         self._show(self.largest, values)
 
     def odd(self) -> list[str]:
-        """Names of all buffers that have come, gone, or changed their shape since the round began."""
+        """Return the names of all buffers that were added, removed or reshaped since the round began."""
         return [f"{path}.{name}" if path else name for path, part in self.parts.items() for name in part.odd()]
 
     def caches(self) -> list[str]:
-        """Those of `odd` that the module makes again itself: each rank has its own, and they are not exchanged."""
+        """Return the names in `odd` that the module recomputes; each rank has its own, and they are not exchanged."""
         return [path for path in self.odd() if self._policy(path) is None]
 
     def restore(self) -> None:
-        """Put back the buffers that the round began with, but for `caches`, which the next client may go on with."""
+        """Restore the buffers from the start of the round, except `caches`, which the next client may use."""
         for path in self.odd():
             if self._policy(path) is not None:
                 part, name = self._find(path)
                 part.restore(name)
 
     def regular(self, state: Mapping[str, Any]) -> dict[str, Any]:
-        """A module's state dict with the buffers that the round began with."""
+        """Return a module's state dict with the buffers from the start of the round."""
         state = dict(state)
         for path in self.odd():
             part, name = self._find(path)
@@ -236,7 +236,7 @@ class Exchange(NamedTuple):
         return {path: part.module._buffers.get(name) for path, (part, name) in found.items()}
 
     def _policy(self, path: str) -> str | None:
-        """What becomes of a buffer whose shape is not always the same; None if it is a cache."""
+        """Return the policy of a buffer whose shape varies; None for a cache."""
         part, name = self._find(path)
         if self.policies.asked([path]) is None and part.is_cache(name):
             return None
@@ -253,12 +253,12 @@ class Exchange(NamedTuple):
         return self.parts[owner], name
 
     def refit(self) -> None:
-        """Bring vectors that belong to weights up to date with the weights that the module holds."""
+        """Update the vectors that depend on weights to the module's present weights."""
         refit(self.fits)
         self.settle()
 
     def changed_unsure(self, server: Tensor) -> list[str]:
-        """Names in `unsure` of buffers that are not as in this vector any more."""
+        """Return the names in `unsure` of buffers that differ from this vector."""
         views = self.view.views(server)
 
         def changed(number: int) -> bool:
@@ -268,7 +268,7 @@ class Exchange(NamedTuple):
         return [name for name, number in self.unsure.items() if changed(number)]
 
     def put_back(self) -> None:
-        """Bring back the tensors that training put something in the place of, with their own values."""
+        """Restore tensors that training replaced, with their original values."""
         for path in self.odd():
             part, name = self._find(path)
             part.restore(name)
@@ -279,23 +279,23 @@ class Exchange(NamedTuple):
                 owner[name] = tensor
 
     def trainable_now(self) -> list[bool]:
-        """Which parameters are trainable at the moment; a client's training may freeze and unfreeze some."""
+        """Return which parameters are trainable now; a client's training may freeze and unfreeze some."""
         return [parameter.requires_grad for parameter, _ in self.parameters]
 
     def set_trainable(self, flags: Iterable[bool] | None = None) -> None:
-        """Make parameters trainable or not, None as they were when the round began."""
+        """Set which parameters are trainable; None restores the start of the round."""
         for i, flag in enumerate([at_start for _, at_start in self.parameters] if flags is None else flags):
             if self.parameters[i][0].requires_grad != flag:
                 self.parameters[i][0].requires_grad_(flag)
 
     def origin(self, server: Tensor) -> Tensor:
-        """What deltas are counted from: the global model, and zero where a carried tensor is not finite.
+        """Return the origin of deltas: the global model, with zeros where a carried tensor is not finite.
 
-        There a difference would mean nothing: a mask of -inf minus itself is NaN, and a running minimum that starts
+        A difference would be meaningless there: a mask of -inf minus itself is NaN, and a running minimum that starts
         at inf would be infinitely far from any other value.
         """
         carried = server[self.view.trainable :]
-        # If the sum is finite, so is every element, and finding out takes no memory.
+        # If the sum is finite, so is every element; the sum takes no memory.
         if carried.sum().isfinite() or carried.isfinite().all():
             return server
         origin = server.clone()
@@ -309,18 +309,18 @@ def exchange_of(
     policies: BufferPolicies = DEFAULTS,
     caches: Collection[str] = (),
 ) -> Exchange:
-    """Parameters and buffers of ``module``, without those of torchmetrics, whose state Lightning looks after.
+    """Return the parameters and buffers of ``module``, except those of torchmetrics, whose state Lightning manages.
 
-    Read anew every round: callbacks freeze and unfreeze parameters, pruning replaces them.
+    Call this every round, since callbacks freeze and unfreeze parameters and pruning replaces them.
 
     Args:
-        module: the user's.
+        module: the user's module.
         personal: patterns of names (`fnmatch`, as in a shell) of parameters and buffers that stay with each client.
-        policies: what becomes of the other buffers.
+        policies: the policies of the other buffers.
         caches: names of buffers that are not exchanged.
 
     Raises:
-        ValueError: if what stays with each client is shared under another name.
+        ValueError: if a personal tensor is shared under another name.
     """
     places: list[_Place] = []
     parameters: dict[str, nn.Parameter] = {}
@@ -331,7 +331,7 @@ def exchange_of(
     fits: list[Fit] = []
     parts: dict[str, _Part] = {}
     metrics: set[nn.Module] = set()
-    # In the order of `named_parameters` and `buffers`, which would each walk through all modules.
+    # The order is that of `named_parameters` and `buffers`, each of which would walk through all modules.
     for path, part in module.named_modules():
         if isinstance(part, Metric):
             left_out |= {id(tensor) for tensor in (*part.parameters(), *part.buffers())}
@@ -406,13 +406,13 @@ def _bytes_of(tensors: Mapping[str, Tensor]) -> int:
 
 
 def _apart(tensors: dict[str, Any], own: set[int]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Those that are shared and those that stay with each client."""
+    """Split tensors into shared and personal ones."""
     mine = {name: tensor for name, tensor in tensors.items() if id(tensor) in own}
     return {name: tensor for name, tensor in tensors.items() if name not in mine}, mine
 
 
 def _own(module: nn.Module, personal: Sequence[str]) -> set[int]:
-    """Ids of the tensors of which all names match the patterns."""
+    """Return the ids of the tensors of which all names match the patterns."""
     names: dict[int, dict[str, bool]] = {}
     for tensors in (module.named_parameters, module.named_buffers):
         for name, tensor in tensors(remove_duplicate=False):
@@ -428,8 +428,8 @@ def _own(module: nn.Module, personal: Sequence[str]) -> set[int]:
 
 
 def _check_apart(personal: Sequence[str], own: Mapping[str, Tensor], others: Mapping[str, Tensor]) -> None:
-    """Refuse memory that both stays and is shared: parameters tied by their ``.data``, buffers that are views."""
-    reach = {True: (0, ""), False: (0, "")}  # of those that stay and of those that are shared, so far
+    """Raise an error if personal and shared tensors overlap: parameters tied by their ``.data``, or views."""
+    reach = {True: (0, ""), False: (0, "")}  # end of the personal and of the shared memory so far
     tensors = [(tensor, name, mine) for mine, part in ((True, own), (False, others)) for name, tensor in part.items()]
     for start, end, name, mine in sorted((*_span(tensor), name, mine) for tensor, name, mine in tensors):
         until, other = reach[not mine]
@@ -443,7 +443,7 @@ def _check_apart(personal: Sequence[str], own: Mapping[str, Tensor], others: Map
 
 
 def _span(tensor: Tensor) -> tuple[int, int]:
-    """The addresses between which it lies."""
+    """Return the addresses of a tensor's start and end."""
     if not tensor.numel():
         return 0, 0
     last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
@@ -451,7 +451,7 @@ def _span(tensor: Tensor) -> tuple[int, int]:
 
 
 def _is_constant(buffer: Tensor) -> bool:
-    """Sparse, or expanded so that elements share memory: training cannot write to such a buffer in place."""
+    """Return whether training cannot write to a buffer in place: it is sparse, or expanded with shared elements."""
     if buffer.layout != torch.strided:
         return True
     return any(size > 1 and stride == 0 for size, stride in zip(buffer.shape, buffer.stride(), strict=True))

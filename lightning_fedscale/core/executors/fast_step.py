@@ -1,4 +1,4 @@
-"""The local step and nothing else, where nobody needs the rest of Lightning's."""
+"""A local step without Lightning's full closure, for runs in which nothing needs the closure."""
 
 from __future__ import annotations
 
@@ -43,10 +43,10 @@ _PRECISIONS = (Precision, DoublePrecision, HalfPrecision, MixedPrecision)
 
 
 def why_not_lean(trainer: pl.Trainer) -> str | None:
-    """What about the Trainer needs Lightning's full path for local batches; None if nothing does.
+    """Return why local batches need Lightning's full path; None if they do not.
 
     Args:
-        trainer: the Trainer, its optimizers built.
+        trainer: the Trainer with its optimizers built.
     """
     module, strategy, precision = trainer.lightning_module, trainer.strategy, trainer.precision_plugin
     if not module.automatic_optimization:
@@ -73,7 +73,7 @@ def why_not_lean(trainer: pl.Trainer) -> str | None:
 
 
 def _overridden(instance: object, base: type, names: Sequence[str]) -> str | None:
-    """The first of the methods that is not the base's own; a mock has its own of each, since it counts calls."""
+    """Return the first method that differs from the base's; a mock, which counts calls, differs in all of them."""
     kind = type(instance)
     return next(
         (name for name in names if name in vars(instance) or getattr(kind, name, None) is not getattr(base, name)), None
@@ -81,14 +81,14 @@ def _overridden(instance: object, base: type, names: Sequence[str]) -> str | Non
 
 
 class LeanStep:
-    """A local batch as training step, backward pass and optimizer step, with Lightning's results to the bit.
+    """Runs only training step, backward pass and optimizer step; results are bit-identical to Lightning's.
 
-    To be used where `why_not_lean` finds no reason against it.
+    Use it only if `why_not_lean` returns None.
 
     Args:
         trainer: the Trainer.
-        takes_index: whether ``training_step`` wants the number of the batch.
-        correct: changes the gradients before they are clipped; None if nothing does.
+        takes_index: whether ``training_step`` takes the number of the batch.
+        correct: changes the gradients before they are clipped; None for no change.
     """
 
     def __init__(
@@ -146,7 +146,7 @@ class LeanStep:
         return loss, outputs
 
     def _forward(self, batch: Any, batch_idx: int, window: int) -> tuple[Tensor | None, dict[str, Any]]:
-        """The loss to go back from, and what hooks are told."""
+        """Return the loss for the backward pass and the outputs for hooks."""
         module = self._module
         set_hook(module, "training_step")
         with self._context():
@@ -162,7 +162,7 @@ class LeanStep:
         return result.closure_loss, outputs_of(result, window)
 
     def _forget_grads(self) -> None:
-        """What ``Optimizer.zero_grad`` does, but for an entry in torch's profiler."""
+        """Reset gradients as ``Optimizer.zero_grad`` does, without an entry in torch's profiler."""
         for group in self._optimizer.param_groups:
             for parameter in group["params"]:
                 parameter.grad = None
@@ -178,14 +178,14 @@ class LeanStep:
 
 
 def _wants_closure(optimizer: Optimizer) -> bool:
-    """Whether the optimizer, which Lightning lets ask for the gradients, may do more than ask first and once."""
+    """Return whether the optimizer may do other than call its closure exactly once, before all else."""
     hooks = optimizer._optimizer_step_pre_hooks or _global_optimizer_pre_hooks
     return type(optimizer) not in _GRADIENTS_FIRST or is_patched(optimizer) or bool(hooks)
 
 
 def is_patched(optimizer: Optimizer) -> bool:
-    """Whether the object steps or forgets gradients in another way than its class."""
+    """Return whether the object overrides its class's ``step`` or ``zero_grad``."""
     kind, own = type(optimizer), vars(optimizer)
-    # Schedulers put a step in place that notes the call and goes on to the class's own.
+    # Schedulers replace the step by one that counts the call and calls the class's step.
     step = own.get("step", kind.step)
     return kind.step not in (step, getattr(step, "__wrapped__", None)) or "zero_grad" in own

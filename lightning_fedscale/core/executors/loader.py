@@ -1,4 +1,4 @@
-"""The user's DataLoader, taken apart and put together again so that one of it streams all clients of a round."""
+"""The user's DataLoader, rebuilt so that a single loader streams the batches of all clients of a round."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ from lightning_fedscale.utils import randomness
 
 
 class Seeded(NamedTuple):
-    """What to fetch, a batch's sample indices or one index; unpickled in a worker process, it seeds that process.
+    """The sample indices of a batch, or one index; unpickling it in a worker process seeds that process.
 
-    A worker's random augmentations then depend on the batch alone, not on which worker got it or what that worker
+    A worker's random augmentations then depend only on the batch, not on which worker got it or what that worker
     did before.
     """
 
@@ -48,7 +48,7 @@ def _seed_worker(item: Any, seed: int) -> Any:
 
 
 class _Relay(Sampler[Any]):
-    """A (batch) sampler that hands on whatever it was last given, so that one worker pool serves every round."""
+    """A (batch) sampler that yields the items last assigned to it, so that one worker pool serves every round."""
 
     def __init__(self) -> None:
         self.items: list[Any] = []
@@ -61,17 +61,17 @@ class _Relay(Sampler[Any]):
 
 
 class ClientLoader:
-    """Batches of single clients, made by the user's own loader: its dataset, batch size, collate function, workers.
+    """Makes batches of single clients with the user's own loader: its dataset, batch size, collate function, workers.
 
     Args:
         loader: the user's train loader.
-        share: share or number of each pass's batches to use (``limit_train_batches`` as a float, or
+        share: fraction or number of each pass's batches to use (``limit_train_batches`` as a float, or
             ``overfit_batches``); 1.0 for all.
         merge_single: join a last batch of one sample to the batch before it, for models with BatchNorm.
-        name: what the user calls the loader.
+        name: the loader's name in messages.
 
     Attributes:
-        cache: the dataset on the device; while it is there, batches come from it and no worker is asked.
+        cache: the dataset on the device, from which batches are then taken without workers; None if not cached.
 
     Raises:
         TypeError: if the loader is not a map-style ``DataLoader``.
@@ -99,7 +99,7 @@ class ClientLoader:
         self.shuffle = _shuffles(loader, name)
         self.drop_last = bool(getattr(cutter, "drop_last", loader.drop_last))
         self.batch_size = getattr(cutter, "batch_size", None) or 1
-        # A user who seeds the loader's own generator expects another seed to give another order.
+        # A user who seeds the loader's generator expects the order to depend on that seed.
         self.salt = loader.generator.initial_seed() if loader.generator is not None else None
         self._name = name
         self._share = share
@@ -125,15 +125,15 @@ class ClientLoader:
 
     @property
     def cuts_anew(self) -> bool:
-        """Whether a batch sampler of the user's own decides what a batch is."""
+        """Whether a custom batch sampler makes the batches."""
         return self._custom
 
     def batches(self, order: IntArray, batch_size: int | None = None) -> list[list[int]]:
-        """One pass over a client's samples, cut into batches as the user's loader would.
+        """Return one pass over a client's samples, cut into batches as the user's loader does.
 
         Args:
             order: dataset positions, in the order of the pass.
-            batch_size: of this client; None for the loader's own.
+            batch_size: the client's batch size; None for the loader's.
 
         Raises:
             ValueError: if the user's batch sampler makes no batch of them.
@@ -163,7 +163,7 @@ class ClientLoader:
         return [list(batch) for batch in batches_of(self._template, indices)]
 
     def too_small(self, sizes: IntArray) -> IntArray:
-        """The clients whose samples would not fill a single batch under ``drop_last``."""
+        """Return the clients whose samples do not fill a single batch under ``drop_last``."""
         short = sizes < (self.batch_size if self.drop_last and not self._custom else 1)
         found: IntArray = short.nonzero()[0]
         return found
@@ -174,12 +174,12 @@ class ClientLoader:
         seed: int,
         order: Iterable[tuple[int, int]] | None = None,
     ) -> Iterator[Any]:
-        """The collated batches of several clients, through one worker pool, fetched ahead across clients.
+        """Return the collated batches of several clients from one worker pool, prefetched across clients.
 
         Args:
-            clients: what each has to do; workers draw from its seed.
-            seed: for the pool itself, so that no global generator is drawn from.
-            order: in which batches are wanted, as (number in ``clients``, number of the batch); None for client by
+            clients: the work of each client; workers draw from its seed.
+            seed: for the pool itself, so that nothing is drawn from the global generators.
+            order: the order of the batches, as (number in ``clients``, number of the batch); None for client by
                 client.
         """
         if order is None:
@@ -208,14 +208,14 @@ class ClientLoader:
             yield batch
 
     def example(self) -> Any:
-        """A batch of the largest sample twice, made in this process; of any where the dataset makes the batches."""
+        """Make a batch of the largest sample twice in this process; of any sample if the dataset makes the batches."""
         if self._batches_directly and not self._asks_singly:
             return self.fetch([0, 0])
         sample = largest_sample(self.dataset).sample
         return self._template.collate_fn(sample if self._asks_singly else [sample, sample])
 
     def fetch(self, indices: list[int]) -> Any:
-        """One collated batch, made in this process."""
+        """Make one collated batch in this process."""
         if self.cache is not None:
             return self.cache.batch(indices)
         dataset: Any = self.dataset
@@ -226,12 +226,12 @@ class ClientLoader:
         return self._template.collate_fn([dataset[index] for index in indices])
 
     def keep_on(self, device: torch.device, cache: bool | Literal["auto"], *, seed: int, show_progress: bool) -> None:
-        """Keep the dataset on the device if that is possible or wanted; see `device_data`."""
+        """Keep the dataset on the device if possible or requested; see `device_data`."""
         self.cache = device_data(self._template, cache, device, seed=seed, show_progress=show_progress)
 
     @property
     def in_workers(self) -> bool:
-        """Whether batches are made in other processes, so that fetching one early changes nothing in this one."""
+        """Whether other processes make the batches, so that prefetching changes nothing in this one."""
         return self.cache is None and self._template.num_workers > 0
 
     def close(self) -> None:
@@ -243,21 +243,21 @@ class ClientLoader:
     def _copy(self) -> DataLoader[Any]:
         """The user's loader but for its indices."""
         indices = {"sampler" if self._batches_directly else "batch_sampler": self._relay}
-        # The next batch is the next in the client's order, whichever worker is quicker.
+        # Batches arrive in the client's order, whichever worker is faster.
         return copied_loader(self._template, generator=self._pool_generator, in_order=True, **indices)
 
 
 class RoundLoader:
-    """What the Trainer iterates over: ``rounds_per_epoch`` items, each the first batch of the rank's round.
+    """The Trainer's loader: ``rounds_per_epoch`` items, each the first batch of the rank's round.
 
-    To all others it is the user's loader: attributes are that loader's, and so are the batches that a callback sees
-    which iterates over ``trainer.train_dataloader`` itself. Only the length counts rounds.
+    For everyone else it is the user's loader: it has that loader's attributes, and a callback that iterates over
+    ``trainer.train_dataloader`` gets that loader's batches. Only the length counts rounds.
 
     Args:
-        loader: the user's.
+        loader: the user's loader.
         rounds_per_epoch: the length.
-        open_round: plans the next round and returns its first batch; called when the Trainer asks for it.
-        is_trainers: whether an iterator is one that the Trainer asks.
+        open_round: plans the next round and returns its first batch; called when the Trainer requests it.
+        is_trainers: returns whether an iterator belongs to the Trainer.
     """
 
     def __init__(
@@ -283,18 +283,18 @@ class RoundLoader:
     def __iter__(self) -> Iterator[Any]:
         return _RoundIterator(self)
 
-    # Every round is a function of its number, so there is nothing to save; Lightning takes a loader without these
-    # for one that cannot be resumed within an epoch.
+    # Every round is a function of its number, so there is nothing to save; but Lightning takes a loader without these
+    # methods for one that cannot be resumed within an epoch.
     def state_dict(self) -> dict[str, Any]:
-        """Nothing: the round's number, which the Trainer saves, says all."""
+        """Return an empty dict, since the Trainer saves the round's number."""
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Nothing to do."""
+        """Do nothing."""
 
 
 class _RoundIterator(Iterator[Any]):
-    """Decides at the first item, since the Trainer takes note of its iterators only after it has made them."""
+    """Decides at the first item whether it is the Trainer's, which registers iterators only after it has made them."""
 
     def __init__(self, loader: RoundLoader) -> None:
         self._loader = loader
@@ -314,10 +314,10 @@ class _RoundIterator(Iterator[Any]):
 
 
 def batch_sampler_of(loader: DataLoader[Any]) -> Any:
-    """What cuts a loader's batches; None if it asks its dataset for single items and hands them on as they are.
+    """Return the sampler that makes a loader's batches; None if the loader yields single items without batching.
 
-    With ``DataLoader(dataset, batch_size=None, sampler=BatchSampler(...))`` the dataset is asked for whole batches, as
-    torch's documentation advises for data that is read faster so.
+    With ``DataLoader(dataset, batch_size=None, sampler=BatchSampler(...))`` the dataset returns whole batches, as
+    torch's documentation recommends for data that is faster to read in bulk.
     """
     if loader.batch_sampler is None and type(loader.sampler) is BatchSampler:
         return loader.sampler
@@ -325,10 +325,10 @@ def batch_sampler_of(loader: DataLoader[Any]) -> Any:
 
 
 def _shuffles(loader: DataLoader[Any], name: str) -> bool:
-    """Whether the user's loader shuffles; refuses samplers that cannot be applied to single clients."""
+    """Return whether the user's loader shuffles; raise an error for samplers that do not apply to single clients."""
     cutter = batch_sampler_of(loader)
     sampler = loader.sampler if cutter is None else getattr(cutter, "sampler", None)
-    # One with an __iter__ of its own may hand out anything, whole batches for instance.
+    # A custom __iter__ may yield anything, such as whole batches.
     if isinstance(sampler, DistributedSampler) and type(sampler).__iter__ is DistributedSampler.__iter__:
         return bool(sampler.shuffle)
     if type(sampler) is SequentialSampler:

@@ -18,22 +18,22 @@ class LocalStep(Protocol):
     """Runs one local batch."""
 
     def step(self, batch: Any, batch_idx: int, *, last: bool, training: bool) -> dict[str, Any]:
-        """One local batch; returns what ``training_step`` gave, with ``loss`` as a detached tensor if there is one.
+        """Run one local batch; return the outputs of ``training_step``, with a detached ``loss`` if there is one.
 
         Args:
-            batch: on the device.
+            batch: the batch on the device.
             batch_idx: number of the batch within the client's round.
-            last: whether it is the client's last, where accumulated gradients are used up.
+            last: whether it is the client's last batch, after which accumulated gradients are applied.
             training: False runs the forward pass only.
         """
 
 
 def local_step(trainer: pl.Trainer, correction: ClientCorrection | None = None) -> LocalStep:
-    """The cheapest way to run local batches that leaves out nothing the Trainer was asked for, and say which.
+    """Return the fastest local step that supports everything this Trainer needs, and log the choice.
 
     Args:
-        trainer: the Trainer, its optimizers built, callbacks and hooks in place.
-        correction: changes the gradients of every optimizer step; None if nothing does.
+        trainer: the Trainer with its optimizers built, and callbacks and hooks in place.
+        correction: changes the gradients of every optimizer step; None for no change.
     """
     takes_index = is_param_in_hook_signature(trainer.lightning_module.training_step, "batch_idx", min_args=2)
     if (reason := why_not_lean(trainer)) is None:
@@ -44,12 +44,12 @@ def local_step(trainer: pl.Trainer, correction: ClientCorrection | None = None) 
 
 
 class FullStep:
-    """A local batch exactly as Lightning itself would run it, hooks, precision, clipping and all.
+    """Runs a local batch exactly as Lightning does, with hooks, precision plugin and clipping.
 
     Args:
         trainer: the Trainer.
-        takes_index: whether ``training_step`` wants the number of the batch.
-        correction: changes the gradients of every optimizer step; None if nothing does.
+        takes_index: whether ``training_step`` takes the number of the batch.
+        correction: changes the gradients of every optimizer step; None for no change.
     """
 
     def __init__(self, trainer: pl.Trainer, *, takes_index: bool, correction: ClientCorrection | None = None) -> None:

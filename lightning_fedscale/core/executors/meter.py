@@ -1,4 +1,4 @@
-"""What executors tell to whoever counts what the training of clients costs."""
+"""The interface by which executors report the cost of clients' training."""
 
 from __future__ import annotations
 
@@ -13,32 +13,32 @@ class ClientMeter(Protocol):
     """Adds up what one client's training costs."""
 
     def batch(self, batch: Any, samples: int, *, training: bool = True) -> AbstractContextManager[Any]:
-        """To be active while a batch of the client runs; ``training`` is False for a forward pass alone."""
+        """Measure a batch of the client inside the context; ``training`` is False for only a forward pass."""
 
     def add(self, form: Form, samples: int) -> None:
-        """A batch of this form ran side by side with those of other clients."""
+        """Add the cost of a vectorized batch with this batch signature."""
 
     def again(self, batch: Any, samples: int) -> AbstractContextManager[Any]:
-        """To be active while a copy of the module computes the gradient of a batch besides the client's training."""
+        """Measure, inside the context, a copy of the module that computes a batch's gradient besides the training."""
 
     def total(self, optimizer_steps: int) -> ClientCost:
-        """All of it, with so many steps of the client's optimizer."""
+        """Return the total cost, including this many steps of the client's optimizer."""
 
 
 class Meter(Protocol):
-    """What says what things cost."""
+    """Measures the cost of training."""
 
     def client(self) -> ClientMeter:
-        """A client is about to train."""
+        """Return the meter of the next client."""
 
     def alone(self, batch: Any, samples: int) -> AbstractContextManager[Any]:
-        """To be active while a batch runs by itself that counts side by side: it tells what such batches cost."""
+        """Measure a batch that runs alone inside the context, as the cost of such batches when they are vectorized."""
 
     def wants(self, form: Form, samples: int) -> bool:
-        """Whether nothing is known of the cost of such batches."""
+        """Return whether the cost of such batches is unknown."""
 
     def optimizer_step(self, clients: int) -> AbstractContextManager[Any]:
-        """To be active while the optimizers of so many clients step at once."""
+        """Measure a joint step of this many clients' optimizers inside the context."""
 
     def side(self) -> tuple[float, ...]:
-        """What this rank spent and counted besides, since the round before; see `RoundRecord.side`."""
+        """Return this rank's other costs and counts since the previous round; see `RoundRecord.side`."""

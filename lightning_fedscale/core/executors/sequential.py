@@ -1,4 +1,4 @@
-"""One client after the other, each as Lightning itself would train it."""
+"""The sequential executor, which trains one client at a time as Lightning itself would."""
 
 from __future__ import annotations
 
@@ -36,34 +36,34 @@ _UNMETERED: AbstractContextManager[Any] = nullcontext()
 
 
 class Guidance(Protocol):
-    """What is particular to each client's training, asked for when the client begins and when it is done."""
+    """The individual parts of each client's training, requested when the client starts and when it ends."""
 
     def start(self, client: int) -> Tensor | None:
-        """The model that the client starts from, as a vector; None for the global one."""
+        """Return the model from which the client starts, as a vector; None for the global model."""
 
     def correction(self, client: int) -> Correction | None:
-        """What is added to its gradients, the module holding the model that it starts from; None if nothing is."""
+        """Return the correction of its gradients, while the module holds its first model; None for no correction."""
 
     def personal(self, client: int) -> dict[str, Tensor]:
-        """What of the module stays with each client, by name, as this one left it; empty if it never took part."""
+        """Return the client's personal tensors by name as it left them; empty if it never took part."""
 
     def keep_personal(self, client: int, values: dict[str, Tensor]) -> None:
-        """Note what the client's training made of it."""
+        """Store the client's personal tensors after its training."""
 
 
 class LargestClient:
-    """The buffers of the client with the most samples of this rank; of equal ones, the one with the lower number."""
+    """The buffers of this rank's client with the most samples; ties go to the lower client number."""
 
     def __init__(self) -> None:
         self._key: tuple[int, int] | None = None
         self.values: Mapping[str, Tensor | None] = {}
 
     def offer(self, update: ClientUpdate, values: Callable[[], Mapping[str, Tensor | None]]) -> None:
-        """Note a client's buffers, unless there is a larger one or its update is left out.
+        """Keep a client's buffers, unless another client has more samples or its update is excluded.
 
         Args:
-            update: what the client sends.
-            values: gives copies of its buffers, by name; None for one that is not there any more.
+            update: the client's update.
+            values: returns copies of its buffers by name; None for a buffer that was removed.
         """
         key = (update.held, -update.client)
         if update.finite and (self._key is None or key >= self._key):
@@ -71,26 +71,26 @@ class LargestClient:
 
 
 class RoundContext(NamedTuple):
-    """What an executor needs for the clients of one rank in one round.
+    """Everything that an executor needs for the clients of one rank in one round.
 
     Attributes:
         round: index of the round.
         work: the rank's clients and their batches.
-        batches: the collated batches of all of them in order; those of ``cache`` on the device, others on the CPU but
-            for the first.
-        first: the client whose first batch has come through the Trainer's own loop and is on the device.
-        randomness: state of the global generators for that client; None where fetching a batch draws nothing.
-        cache: the dataset on the device, if it is there.
+        batches: the clients' collated batches in order; on the device if they come from ``cache``, else on the CPU
+            except the first.
+        first: the client whose first batch came through the Trainer's own loop and is on the device.
+        randomness: state of the global generators for that client; None if fetching a batch draws nothing.
+        cache: the dataset on the device; None if not cached.
         exchange: the model's exchanged tensors, which hold the global model.
         server: the global model as a vector.
         training: False runs forward passes only.
-        fetch: one batch of these dataset positions, made here and now.
-        reopen: the collated batches of given clients anew, in the order given or client by client.
-        meter: says what clients' training costs; None if nobody asks.
-        guidance: what is particular to each client's training; None if nothing is.
-        own: the server's values of what stays with each client, as the module was built with them, by name.
-        largest: notes the buffers of the client with the most samples; None if nobody asks for them.
-        timed: whether local batches are timed, so that those whose cost is known should not be counted anew.
+        fetch: makes one batch of these dataset positions in this process.
+        reopen: returns the collated batches of given clients again, in the given order or client by client.
+        meter: measures the cost of clients' training; None for no measurement.
+        guidance: the individual parts of each client's training; None if there are none.
+        own: the server's values of the personal tensors, as the module was built, by name.
+        largest: keeps the buffers of the client with the most samples; None if they are not needed.
+        timed: whether local batches are timed; batches of known cost should then not be counted again.
     """
 
     round: int
@@ -111,41 +111,41 @@ class RoundContext(NamedTuple):
     timed: bool = False
 
     def restarted(self, order: Iterable[tuple[int, int]] | None) -> RoundContext:
-        """The same clients with all their batches still to come.
+        """Return a context in which the same clients start again with their first batches.
 
         Args:
-            order: of the batches, as (number in ``work``, number of the batch); None for client by client.
+            order: order of the batches, as (number in ``work``, number of the batch); None for client by client.
         """
         return self._replace(batches=self.reopen(self.work, order), first=None, randomness=None)
 
 
 class Watcher(Protocol):
-    """Told about clients as they train."""
+    """Is called as clients train."""
 
     def client_started(self, client: int) -> None:
-        """The model holds the global weights and ``client`` is about to train."""
+        """Handle the start of a client; the model holds the global weights."""
 
     def client_stepped(self, done: int, loss: Tensor | None) -> None:
-        """A local batch is over; ``done`` clients of this rank are complete."""
+        """Handle the end of a local batch; ``done`` clients of this rank are complete."""
 
     def client_ended(self, update: ClientUpdate) -> None:
-        """The model holds the client's weights."""
+        """Handle the end of a client; the model holds its weights."""
 
 
 class SequentialExecutor:
-    """Trains the clients of a rank one after the other in the user's module, in place.
+    """Trains the clients of a rank sequentially in the user's module, in place.
 
     Every client starts from the global weights, the round's optimizer options, its own random numbers and its own
-    (kept or fresh) optimizer state; what it does in between are Lightning's own loops, so precision plugins, clipping,
-    accumulation, manual optimization and hooks work as they always do.
+    (kept or fresh) optimizer state. It then trains in Lightning's own loops, so precision plugins, clipping,
+    accumulation, manual optimization and hooks work as usual.
 
     Args:
         trainer: the Trainer.
         store: client state between rounds.
         keepers: one for each optimizer.
-        keep: whether optimizer state lives on with the client.
-        watcher: told about clients as they train.
-        log: collects what clients log.
+        keep: whether each client keeps its optimizer state.
+        watcher: is called as clients train.
+        log: collects the values that clients log.
         transfer: brings batches to the device.
         corrects: whether something may be added to the gradients.
     """
@@ -176,13 +176,13 @@ class SequentialExecutor:
         self._hooks: set[str]
         self._round_start: tuple[Any, list[dict[str, Any]]] | None = None
         self._scaler: Any = getattr(trainer.precision_plugin, "scaler", None)
-        # In manual optimization the user steps the schedulers inside the client; they are the server's all the same.
+        # In manual optimization the user steps the schedulers inside the client, but they belong to the server.
         self._schedulers: list[Any] = (
             [] if self._module.automatic_optimization else [config.scheduler for config in trainer.lr_scheduler_configs]
         )
 
     def scaler_state(self) -> tuple[float, float]:
-        """Scale and growth counter of the gradient scaler, which the client just trained left; zeros without one."""
+        """Return the gradient scaler's scale and growth counter after the last client; zeros without a scaler."""
         if self._scaler is None:
             return 0.0, 0.0
         state = self._scaler.state_dict()
@@ -194,13 +194,13 @@ class SequentialExecutor:
             self._scaler.load_state_dict({**self._scaler.state_dict(), "scale": scale, "_growth_tracker": int(growth)})
 
     def run(self, context: RoundContext, positions: Mapping[int, int] | None = None) -> Iterator[ClientUpdate]:
-        """Train the clients and yield each one's update while the model still holds its weights.
+        """Train the clients and yield each client's update while the model still holds its weights.
 
-        On return the model holds the global weights again; if it is left by an exception it need not.
+        On return the model holds the global weights again; after an exception it may not.
 
         Args:
             context: the round.
-            positions: number of each client's first local batch within the rank's round; None if nobody else trains.
+            positions: number of each client's first local batch within the rank's round; None if these are all clients.
         """
         view, server_origin = context.exchange.view, context.exchange.origin(context.server)
         delta = view.empty()
@@ -240,7 +240,7 @@ class SequentialExecutor:
             if context.largest is not None:
                 context.largest.offer(update, context.exchange.copy_largest)
             if self._keep and context.training and trained.had_batch:
-                # An update that is not finite has spoilt the optimizer's state too: that client starts afresh.
+                # After an update that is not finite the optimizer's state is invalid too: the client starts afresh.
                 states = [keeper.unload() for keeper in self._keepers] if update.finite else None
                 self._store.stage_optimizers(work.client, states)
             self._watcher.client_ended(update)
@@ -253,7 +253,7 @@ class SequentialExecutor:
         self.close_round()
 
     def _guide(self, context: RoundContext, client: int, origin: Tensor) -> Tensor:
-        """Put the client's own start and correction in place; returns what its delta is counted from."""
+        """Set the client's start and correction; return the origin of its delta."""
         guidance = context.guidance
         if guidance is not None and (start := guidance.start(client)) is not None:
             context.exchange.view.write(start)
@@ -274,16 +274,16 @@ class SequentialExecutor:
         self._parameters = list(self._module.parameters())
 
     def close_round(self) -> None:
-        """Optimizers, schedulers and scaler are the server's and no client's; also after a round that failed."""
+        """Restore the server's optimizers, schedulers and scaler; also after a failed round."""
         for keeper in self._keepers:
             keeper.close_round()
         self._rewind()
         self._round_start = None
 
     def rewind_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """In a checkpoint taken while a client trains, replace what is the client's by what the round began with."""
+        """Replace the client's state in a checkpoint taken while it trains by the state from the start of the round."""
         if self._round_start is None:
-            return  # clients train side by side, in optimizers of their own
+            return  # vectorized clients have their own optimizers
         scaler, schedulers = self._round_start
         saved = zip(self._keepers, checkpoint["optimizer_states"], strict=True)
         checkpoint["optimizer_states"] = [keeper.at_round_start(state) for keeper, state in saved]
@@ -310,7 +310,7 @@ class SequentialExecutor:
             parameter.grad = None
 
     def _train(self, context: RoundContext, number: int, position: int, tally: ClientMeter | None) -> _Trained:
-        """The local batches of a client, of which the first is number ``position`` of the rank's round."""
+        """Train the local batches of a client; the first is number ``position`` of the rank's round."""
         assert self._step is not None
         trainer, step, work = self._trainer, self._step, context.work[number]
         progress = trainer.fit_loop.epoch_loop.batch_progress
@@ -321,14 +321,14 @@ class SequentialExecutor:
             if batch is None:
                 continue  # as the Trainer's own loop does
             trained.had_batch = True
-            # What the module reads as `trainer.is_last_batch` goes with the client's `batch_idx`.
+            # `trainer.is_last_batch` must match the client's `batch_idx`.
             progress.is_last_batch = last = batch_idx == last_idx
             if trained.steps or work is not context.first:
                 batch = self._transfer(batch)
                 self._log.start_batch(batch)
             self._log.position = position + trained.steps
             if self._call("on_train_batch_start", batch, batch_idx) == -1:
-                # The user's way to say that this epoch is over: here, the client's.
+                # With -1 the user ends the epoch, which here is the client's.
                 for _ in range(batch_idx, last_idx):
                     next(context.batches)
                 return trained
@@ -353,16 +353,16 @@ class SequentialExecutor:
 
 
 class _Trained:
-    """What is known of a client's local training, besides its model."""
+    """The results of a client's local training, besides its model."""
 
     def __init__(self) -> None:
         self.samples = self.steps = self.optimizer_steps = 0
-        self.had_batch = False  # that is not None
+        self.had_batch = False  # other than None
         self._losses: list[Tensor] = []
         self._weights: list[int] = []
 
     def add(self, samples: int, loss: Tensor | None) -> None:
-        """A local batch is over; its loss is the mean over its samples."""
+        """Add a local batch; its loss is the mean over its samples."""
         self.samples += samples
         self.steps += 1
         if loss is not None:
@@ -370,7 +370,7 @@ class _Trained:
             self._weights.append(samples)
 
     def mean_loss(self) -> float:
-        """Loss per sample, NaN if there was none."""
+        """Return the loss per sample; NaN if there was none."""
         if not self._losses:
             return math.nan
         losses: list[float] = torch.stack(self._losses).flatten().tolist()
@@ -378,7 +378,7 @@ class _Trained:
 
 
 class Personal:
-    """What of the module stays with each client; the server's own, as it was built, is back after each of them."""
+    """The personal tensors of each client; after each client the server's values, as built, are restored."""
 
     def __init__(self, context: RoundContext) -> None:
         self._guidance = context.guidance
@@ -386,17 +386,17 @@ class Personal:
         self._servers = context.own
 
     def load(self, client: int) -> None:
-        """Show what is this client's in the module."""
+        """Write this client's personal tensors to the module."""
         if self._guidance is not None:
             self._exchange.write_personal(self._guidance.personal(client))
 
     def keep(self, client: int, update: ClientUpdate) -> None:
-        """Note what its training made of it, unless that is spoilt."""
+        """Store the client's personal tensors after its training, unless its update is not finite."""
         if self._guidance is not None and update.finite and (values := self._exchange.copy_personal()):
             self._guidance.keep_personal(client, values)
 
     def restore(self) -> None:
-        """Show the server's own again."""
+        """Write the server's values to the module."""
         self._exchange.write_personal(self._servers)
 
 
@@ -406,8 +406,8 @@ def _norm(delta: Tensor, server: Tensor, trainable: int) -> float:
     else:
         moved, carried = delta[:trainable], delta[trainable:]
         square, total = torch.stack([moved.dot(moved), carried.sum()]).tolist()
-        # The carried part does not count, but must not be spoilt where the server's is not (see `Exchange.origin`). If
-        # its sum is finite, so is all of it, and finding out takes no memory.
+        # The carried part does not count, but must be finite wherever the server's is (see `Exchange.origin`). If
+        # its sum is finite, so is every element; the sum takes no memory.
         if not math.isfinite(total) and (~carried.isfinite() & server[trainable:].isfinite()).any():
             return math.nan
     return math.sqrt(square) if math.isfinite(square) else math.nan

@@ -1,4 +1,4 @@
-"""How local batches come to the device."""
+"""Transfer of local batches to the device."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ _HOOKS = ("on_before_batch_transfer", "transfer_batch_to_device", "on_after_batc
 
 
 class Transfer:
-    """Brings local batches to the device, converted to the precision and through the user's hooks if there are any.
+    """Moves local batches to the device, converts them to the Trainer's precision, and calls the user's hooks.
 
     Args:
         trainer: the Trainer, about to fit.
 
     Attributes:
-        has_hooks: whether the user's module or data module takes part.
+        has_hooks: whether the user's module or data module has transfer hooks.
     """
 
     def __init__(self, trainer: pl.Trainer) -> None:
@@ -35,7 +35,7 @@ class Transfer:
         self.has_hooks = any(owner is not None and is_overridden(hook, owner) for owner in owners for hook in _HOOKS)
 
     def __call__(self, batch: Any) -> Any:
-        """The batch on the device."""
+        """Return the batch on the device."""
         trainer = self._trainer
         batch = trainer.precision_plugin.convert_input(batch)
         if self.has_hooks:
@@ -43,9 +43,9 @@ class Transfer:
         return batch if _is_on(batch, self._device) else move_data_to_device(batch, self._device)
 
     def ahead(self, batches: Iterator[Any]) -> Iterator[Any]:
-        """The same batches, of which the next is on its way to a CUDA device while the present one is used.
+        """Return the same batches; the next one is copied to a CUDA device while the present one is used.
 
-        Nothing is done ahead for hooks of the user's own, which may draw random numbers.
+        With transfer hooks nothing is copied ahead, since they may draw random numbers.
         """
         if self._device.type != "cuda" or self.has_hooks:
             return batches
@@ -70,12 +70,12 @@ def _arrived(batch: Any, event: Any, device: torch.device) -> Any:
     present.wait_event(event)
     for leaf in tree_leaves(batch):
         if isinstance(leaf, Tensor):
-            leaf.record_stream(present)  # so that its memory is not used again while the present stream needs it
+            leaf.record_stream(present)  # so that its memory is not reused while the present stream needs it
     return batch
 
 
 def _is_on(batch: Any, device: torch.device) -> bool:
-    """Whether a batch of the usual kinds lies on the device; False for others, which know how to move themselves."""
+    """Return whether a batch of a usual type is on the device; False for other types, which can move themselves."""
     if isinstance(batch, dict):
         batch = tuple(batch.values())
     tensors = batch if type(batch) in (list, tuple) else (batch,)

@@ -1,1 +1,1 @@
-"""What meets Lightning's loops, hooks, loggers and checkpoints."""
+"""The interface to Lightning's loops, hooks, loggers and checkpoints."""

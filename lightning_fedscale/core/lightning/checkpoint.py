@@ -1,4 +1,4 @@
-"""Checkpoints that are either the old file or the new one, never half of either."""
+"""Atomic writing of checkpoints, and checks for resuming from them."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ _FORMAT = 1
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
-    """Writes beside the target, flushes to disk, then renames over it.
+    """Writes a file next to the target, flushes it to disk, and renames it to the target.
 
-    Lightning's own writer goes through the temporary folder, which may lie on another file system; moving from there
-    is a copy, and a process killed in the middle of it leaves a broken checkpoint in place of the last good one.
-    Remote targets (with a ``://``) are left to Lightning.
+    Lightning's own writer uses the temporary folder, which may be on another file system. Moving from there is a copy,
+    and a process killed during the copy leaves a broken checkpoint in place of the last good one. Remote targets (with
+    ``://``) are left to Lightning.
     """
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any | None = None) -> None:
-        """Write ``checkpoint`` to ``path``, in one step as far as any reader can see."""
+        """Write ``checkpoint`` to ``path`` atomically."""
         if "://" in str(path):
             super().save_checkpoint(checkpoint, path, storage_options)
             return
@@ -31,7 +31,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             )
         target = Path(path)
         target.parent.mkdir(parents=True, exist_ok=True)
-        # Always the same name, so that what a killed process left is overwritten and not collected.
+        # Always the same name, so that files left by killed processes are overwritten and do not accumulate.
         part = target.with_name(target.name + ".part")
         with part.open("wb") as file:
             torch.save(checkpoint, file)
@@ -71,7 +71,7 @@ def federated_state(
     trained: list[str] | None,
     monitored: dict[str, torch.Tensor],
 ) -> dict[str, Any]:
-    """What ``checkpoint["federated"]`` holds: tensors and primitives, loadable with ``weights_only=True``."""
+    """Return ``checkpoint["federated"]``: tensors and primitives, loadable with ``weights_only=True``."""
     return {
         "format": _FORMAT,
         "round": round,
@@ -95,10 +95,10 @@ def federated_state(
 
 
 def check_resume(state: dict[str, Any], *, seed: int, num_clients: int, partition: str) -> None:
-    """Refuse to go on with a run that would not be the one that was saved.
+    """Check that the resumed run is the one that was saved.
 
     Raises:
-        ValueError: naming the argument that differs, the saved and the present value.
+        ValueError: if an argument differs; names it, the saved and the present value.
     """
     if state["format"] > _FORMAT:
         raise ValueError(
@@ -123,7 +123,7 @@ def refuse_other_rules(saved: dict[str, Any], now: dict[str, Any]) -> None:
     """Refuse to go on with rules for which what clients and server keep means something else.
 
     Raises:
-        ValueError: naming the argument, the saved and the present value.
+        ValueError: if a rule differs; names the argument, the saved and the present value.
 
     Example:
         >>> refuse_other_rules({"local_rule": "scaffold"}, {"local_rule": "fed_dyn"})
@@ -144,10 +144,10 @@ def refuse_other_rules(saved: dict[str, Any], now: dict[str, Any]) -> None:
 
 
 def refuse_other_owners(saved: dict[str, Any], now: dict[str, Any]) -> None:
-    """Refuse to go on with whole models of clients or earlier rounds if other parts stay with each client now.
+    """Check that the same parts stay with each client as in the saved models of clients or earlier rounds.
 
     Raises:
-        ValueError: naming the arguments, the saved and the present patterns.
+        ValueError: if they differ; names the arguments, the saved and the present patterns.
 
     Example:
         >>> refuse_other_owners({"personal": []}, {"personal": [], "buffers": {"queue": "client"}})
@@ -165,14 +165,14 @@ def refuse_other_owners(saved: dict[str, Any], now: dict[str, Any]) -> None:
 
 
 def _owned(settings: dict[str, Any]) -> list[str]:
-    """Patterns of what stays with each client."""
+    """Return the patterns of tensors that stay with each client."""
     layers, buffers = settings.get("personal"), settings.get("buffers") or {}
     kept = layers if isinstance(layers, list) else []
     return [*kept, *(pattern for pattern, policy in buffers.items() if policy == "client")]
 
 
 def changed_settings(saved: dict[str, Any], now: dict[str, Any]) -> str | None:
-    """What to tell a user who resumes with other settings; None if there is nothing to tell.
+    """Return a warning for a user who resumes with other settings; None if they are the same.
 
     Example:
         >>> changed_settings({"local_epochs": 1, "threads": 2}, {"local_epochs": 3, "threads": 2})

@@ -1,4 +1,4 @@
-"""What local training logs, collected on the device and handed to Lightning's own results once a round."""
+"""Values logged in local training, collected on the device and passed to Lightning's own results once a round."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from lightning_fedscale.core.lightning.module_state import current_hook, in_hook
 from lightning_fedscale.core.lightning.snapshots import MetricStates
 from lightning_fedscale.types import FloatArray
 
-_MOST_WAITING = 8192  # values that wait on the device before they are read, so that memory stays bounded
+_MOST_WAITING = 8192  # values that wait on the device before they are read, to bound memory
 
 _OPTIONS: dict[str, Any] = {
     "prog_bar": False,
@@ -37,19 +37,19 @@ _OPTIONS: dict[str, Any] = {
     "metric_attribute": None,
     "rank_zero_only": False,
 }
-"""The arguments of ``self.log`` that say what happens to a value, and their defaults."""
+"""The arguments of ``self.log`` that determine what happens to a value, and their defaults."""
 
 _Key: TypeAlias = tuple[str | None, str, Hashable, tuple[Any, ...]]
-"""Hook, name, kind of value, options."""
+"""Hook, name, type of value, options."""
 
 
 class ClientLog:
     """Stands in for ``module.log`` while the clients of a rank train.
 
-    Lightning spends more on one logged value than on a step of a small model. So only the first call for each hook,
-    name and set of options goes through it, and complains at the user's line; later values wait as tensors and are read
-    from the device all at once, when the round is over or when somebody looks at the Trainer's metrics. Names, step
-    values (the round's last), epoch values and where they are shown are Lightning's own.
+    Lightning takes longer to log one value than to step a small model. Therefore only the first call for each hook,
+    name and set of options goes through it, so that errors point to the user's line. Later values wait as tensors and
+    are read from the device all at once, when the round ends or the Trainer's metrics are read. Names, step values (the
+    round's last), epoch values and where they are shown are Lightning's own.
 
     Lightning: `_results` of the epoch loop holds a `_ResultMetric` for each name, whose value, `_forward_cache`,
     `_update_count` and `_computed` are what it adds up, in the precision of `_get_default_dtype`; `_extract_batch_size`
@@ -65,9 +65,10 @@ class ClientLog:
             batches.
 
     Attributes:
-        local_batches: local batches of all ranks in all complete rounds, where the x-axis of ``client/...`` goes on.
-        position: number of the current local batch within the rank's round, to be set by whoever runs it.
-        joint: brings the ranks together.
+        local_batches: local batches of all ranks in all complete rounds, from which the x-axis of ``client/...``
+            continues.
+        position: number of the current local batch within the rank's round, set by the executor.
+        joint: merges the values of all ranks.
     """
 
     def __init__(self, trainer: pl.Trainer, every_n: int | None = None, ranks: int = 1) -> None:
@@ -83,7 +84,7 @@ class ClientLog:
         self._known: dict[_Key, _Series] = {}
         self._waiting = 0
         self._silent = False
-        self._clients: dict[int, int] = {}  # by the number of their first local batch within the rank's round
+        self._clients: dict[int, int] = {}  # keys: number of their first local batch within the rank's round
         self._picked: list[tuple[str, list[int], Any]] = []  # for the loggers: name, positions, values
         self._points: dict[int, dict[str, float]] = {}
 
@@ -91,12 +92,12 @@ class ClientLog:
 
     @contextmanager
     def collecting(self) -> Iterator[None]:
-        """Collect what is logged inside, for the clients of one round; if they fail, what waits is dropped."""
+        """Collect values logged inside the context, for the clients of one round; drop waiting values on failure."""
         self._forget()
         self._clients = {}
         self.joint.open_round()
         fields, results, look = vars(self._module), vars(self._results), self._results.metrics
-        # A `log` of the user's own does more than we know, and stays.
+        # A custom `log` may do anything, so it stays.
         stands_in = "log" not in fields and type(self._module).log is pl.LightningModule.log
 
         def look_now(on_step: bool) -> Any:
@@ -119,7 +120,7 @@ class ClientLog:
 
     @contextmanager
     def silenced(self) -> Iterator[None]:
-        """Nothing that is logged inside counts, and metrics are afterwards what they were."""
+        """Discard values logged inside the context, and restore metrics afterwards."""
         fields, metrics = vars(self._module), MetricStates(self._module)
         around = fields.get("log")
         fields["log"] = _nothing
@@ -135,30 +136,30 @@ class ClientLog:
                 fields["log"] = around
 
     def place(self, client: int, position: int) -> None:
-        """The client's local batches are numbered from this position on within the rank's round."""
+        """Set the position within the rank's round from which the client's local batches are numbered."""
         self._clients[position] = client
 
     def last_clients(self) -> dict[str, int]:
-        """Of each name, by the key of Lightning's result, the client that logged it last in this round."""
+        """Return the client that logged each name last in this round, by the key of Lightning's result."""
         starts = sorted(self._clients)
-        last = defaultdict(lambda: self._clients[starts[-1]])  # where Lightning alone saw the values
+        last = defaultdict(lambda: self._clients[starts[-1]])  # for values that only Lightning saw
         for key, series in self._series.items():
             if series.latest >= 0:
                 last[key] = self._clients[starts[bisect_right(starts, series.latest) - 1]]
         return last
 
     def start_batch(self, batch: Any) -> None:
-        """A local batch begins that has not come through the Trainer's own loop; sizes are read off it if needed."""
+        """Start a local batch outside of the Trainer's own loop; its size is inferred if needed."""
         # As Lightning's own `on_batch_start` does, which looks for both objects again every time.
         self._connector._first_loop_iter = False
         self._results.batch, self._results.batch_size, self._results.dataloader_idx = batch, None, None
 
     def commit(self, batches: int) -> None:
-        """The round is complete, with this number of local batches on all ranks."""
+        """Count the local batches of all ranks, since the round is complete."""
         self.local_batches += batches
 
     def send(self) -> None:
-        """Give the loggers what was picked for them since the last time."""
+        """Send the loggers the step values picked since the last call."""
         points, self._points = self._points, {}
         for step, values in sorted(points.items()):
             for logger in self._trainer.loggers:
@@ -184,7 +185,7 @@ class ClientLog:
         metric_attribute: str | None = None,
         rank_zero_only: bool = False,
     ) -> None:
-        """`LightningModule.log`, with its arguments."""
+        """Log a value; see `LightningModule.log`."""
         hook = current_hook(self._module)
         options = (
             prog_bar, logger, on_step, on_epoch, reduce_fx, enable_graph, sync_dist, sync_dist_group,
@@ -215,20 +216,20 @@ class ClientLog:
         *,
         positions: Sequence[int],
     ) -> None:
-        """Add what several local batches logged at once, as in a vectorized step.
+        """Add values that several local batches logged at once, as in a vectorized step.
 
         Args:
             name: the logged name.
             values: one value for each of the local batches.
-            batch_sizes: what each of them weighs in a mean.
-            options: the other arguments of ``self.log``, those that are not at their defaults.
-            hook: where it was logged.
+            batch_sizes: the weight of each batch in a mean.
+            options: the other arguments of ``self.log`` that differ from their defaults.
+            hook: the hook in which it was logged.
             positions: number of each local batch within the rank's round, client by client. The value of the round's
-                last one becomes the step value, and sums are taken in this order.
+                last batch becomes the step value, and sums are taken in this order.
         """
         if self._silent:
             return
-        # Many batches are not the epoch's first, where Lightning would take values of another hook for leftovers.
+        # Several batches are not the epoch's first batch, in which Lightning resets values of other hooks.
         self._connector._first_loop_iter = False
         values, places, sizes = values.detach(), list(positions), list(batch_sizes)
         key = hook, name, values.dtype, tuple({**_OPTIONS, **options}[option] for option in _OPTIONS)
@@ -247,7 +248,7 @@ class ClientLog:
     def add_metric(
         self, name: str, metric: Metric, options: Mapping[str, Any], hook: str = "training_step", *, position: int = 0
     ) -> None:
-        """Show a torchmetrics object that several local batches, the last of them ``position``, have updated."""
+        """Log a torchmetrics object that several local batches updated, the last one at ``position``."""
         if self._silent:
             return
         self.position = position
@@ -257,11 +258,11 @@ class ClientLog:
     def _find(self, key: _Key) -> _Series | None:
         try:
             return self._known.get(key)
-        except TypeError:  # an option without a hash: Lightning's to judge
+        except TypeError:  # an unhashable option, which Lightning checks
             return None
 
     def _through_lightning(self, key: _Key, value: Any, batch_size: int | None, position: int) -> _Series | None:
-        """Lightning's own way; returns where later values of the kind go, None if they must come this way too."""
+        """Log through Lightning; return the series for later values of this kind, None if they must come here too."""
         hook, name, _, given = key
         options = dict(zip(_OPTIONS, given, strict=True))
         self.flush()
@@ -278,7 +279,7 @@ class ClientLog:
         return series
 
     def _enter(self, hook: str) -> None:
-        """Lightning's own precaution against leftovers: a hook's first value in an epoch's first batch starts anew."""
+        """Reset the results at a hook's first value in an epoch's first batch, as Lightning does."""
         if self._connector._first_loop_iter is not False and self._connector.should_reset_tensors(hook):
             self.flush()
             self._results.reset(metrics=False, fx=hook)
@@ -309,7 +310,7 @@ class ClientLog:
     # ---- values go out
 
     def flush(self) -> None:
-        """Hand everything that waits to Lightning and to the loggers' points, with a single read from the device."""
+        """Pass all waiting values to Lightning and to the loggers' points, with a single read from the device."""
         full = [series for series in self._series.values() if series.positions]
         picked, self._picked, self._waiting = self._picked, [], 0
         if not full and not picked:
@@ -334,13 +335,13 @@ class ClientLog:
 
 
 class _Series:
-    """The values of one name from one hook, waiting for the place where Lightning keeps their result.
+    """Collects the values of one name from one hook until they are passed to Lightning's result.
 
     Args:
-        result: that place, as Lightning made it at the first value.
+        result: Lightning's result, as made at the first value.
 
     Attributes:
-        latest: number of the local batch within the round whose value is the step value, -1 if none is.
+        latest: number of the local batch within the round whose value is the step value; -1 if there is none.
     """
 
     def __init__(self, result: _ResultMetric) -> None:
@@ -355,40 +356,40 @@ class _Series:
         self.drop()
 
     def drop(self) -> None:
-        """Forget what waits."""
+        """Forget the waiting values."""
         self.positions: list[int] = []
-        self.values: list[Tensor | float] = []  # each a number, or a vector that stands for several positions
+        self.values: list[Tensor | float] = []  # each a number, or a vector of values at several positions
         self._sizes: list[int] = []
 
     def add(self, position: int, value: Tensor | float, size: int) -> None:
-        """One value waits."""
+        """Add one waiting value."""
         if not self.result.meta.on_epoch and len(self.positions) == 1 and self.positions[0] < position:
-            self.drop()  # the last one is all that is ever shown
+            self.drop()  # only the last one is ever shown
         self.positions.append(position)
         self.values.append(value)
         self._sizes.append(size)
         self._widen(value)
 
     def add_many(self, positions: list[int], values: Tensor, sizes: list[int]) -> None:
-        """The values of several positions wait."""
+        """Add the waiting values of several positions."""
         self.positions += positions
         self.values.append(values)
         self._sizes += sizes
         self._widen(values)
 
     def show(self, metric: Metric, position: int) -> None:
-        """A torchmetrics object reduces for itself; Lightning asks it when needed."""
+        """Set a torchmetrics object, which reduces itself when Lightning calls it."""
         self.latest = position
         self.result.value, self.result._forward_cache = metric, metric._forward_cache
         self._updated(1)
 
     def hand_over(self, start: FloatArray, numbers: FloatArray, device: torch.device) -> None:
-        """Reduce what waits as Lightning does: one value after the other, in the precision of its results.
+        """Reduce the waiting values as Lightning does: one by one, in the precision of its results.
 
         Args:
             start: Lightning's result so far, one number.
             numbers: the waiting values.
-            device: where the result is to be.
+            device: the device of the result.
         """
         result, kind = self.result, np.float64 if self._wide else np.float32
         order = np.argsort(self.positions, kind="stable")
@@ -420,7 +421,7 @@ class _Series:
 
 
 class _StandIn:
-    """What ``module.log`` is while clients train; a module that is copied or pickled then has its own again."""
+    """Replaces ``module.log`` while clients train; copying or pickling the module restores its own."""
 
     def __init__(self, log: Callable[..., None], own: Callable[..., None]) -> None:
         self._log = log
@@ -434,7 +435,7 @@ class _StandIn:
 
 
 def _kind(value: Any) -> Hashable:
-    """What a later value must share with one that Lightning has seen, so that it need not be checked again."""
+    """Return a key; a value need not be checked again if Lightning has seen one with the same key."""
     if isinstance(value, Tensor):
         return value.dtype
     kind: Any = id(value) if isinstance(value, Metric) else type(value)
@@ -446,9 +447,9 @@ def _is_single(value: Any) -> bool:
 
 
 def _read(values: list[Any], device: torch.device) -> FloatArray:
-    """Tensors of any shape, and plain numbers, in a row; all tensors cross from the device at once."""
+    """Flatten tensors and plain numbers into one array; all tensors are read from the device at once."""
     tensors = [value.reshape(-1).to(device) for value in values if isinstance(value, Tensor)]
-    # Where fractions are mixed, `cat` takes the widest; whole numbers it would squeeze into the fractions' precision.
+    # `cat` uses the widest floating-point type, but would convert integers to that type with a loss of precision.
     tensors = [tensor if tensor.is_floating_point() else tensor.double() for tensor in tensors]
     read: FloatArray = torch.cat(tensors or [torch.empty(0)]).double().cpu().numpy()
     if len(tensors) == len(values):
@@ -464,4 +465,4 @@ def _read(values: list[Any], device: torch.device) -> FloatArray:
 
 
 def _nothing(*values: Any, **options: Any) -> None:
-    """In place of ``log`` while nothing counts."""
+    """Replace ``log`` while logged values are discarded."""

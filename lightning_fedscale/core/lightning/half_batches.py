@@ -1,4 +1,4 @@
-"""The gradients of both halves of a batch, at the module's present weights, without a trace."""
+"""Gradients of both halves of a batch at the module's present weights, without side effects."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Halves(NamedTuple):
     """The gradients of both halves of a batch.
 
     Attributes:
-        gradients: of each half, one tensor for each trainable parameter; zeros where it takes no part.
+        gradients: of each half, one tensor for each trainable parameter; zeros for unused parameters.
         samples: in each half.
     """
 
@@ -30,20 +30,20 @@ class Halves(NamedTuple):
     samples: tuple[int, int]
 
     def difference_square(self) -> Tensor:
-        """Squared norm of the difference."""
+        """Return the squared norm of the difference."""
         return squared_norm(torch._foreach_sub(*self.gradients))
 
     def mean(self) -> list[Tensor]:
-        """The gradient of the whole batch, if the loss is a mean over its samples."""
+        """Return the gradient of the whole batch, if the loss is a mean over its samples."""
         (first, second), (m, n) = self.gradients, self.samples
         return [a * (m / (m + n)) + b * (n / (m + n)) for a, b in zip(first, second, strict=True)]
 
 
 def half_gradients(trainer: pl.Trainer, module: pl.LightningModule, batch: Any, batch_idx: int = 0) -> Halves | None:
-    """The gradients of both halves of a batch, by the module's own ``training_step``.
+    """Return the gradients of both halves of a batch, computed by the module's own ``training_step``.
 
-    It runs on a copy of the module, under the Trainer's precision: nothing is logged, metrics and buffers stay as they
-    are, gradients too, and no generator moves. Costs one forward and backward pass and a copy of the module's memory.
+    The step runs on a copy of the module, in the Trainer's precision. It logs nothing and does not change metrics,
+    buffers, gradients or random generators. It costs one forward and backward pass and a copy of the module's memory.
 
     Args:
         trainer: the Trainer.
@@ -81,16 +81,16 @@ def mean_gradient(
     batches: Iterable[tuple[Any, int]],
     metered: Callable[[Any, int], AbstractContextManager[Any]] = lambda batch, samples: nullcontext(),
 ) -> dict[str, Tensor]:
-    """The mean of the gradients of some batches, each weighing as many samples as it has; as `half_gradients` does it.
+    """Return the mean gradient of some batches, weighted by their samples, without side effects as in `half_gradients`.
 
     Args:
         trainer: the Trainer.
         module: holds the weights.
         batches: on the module's device, each with its number of samples.
-        metered: is given each of them; what it returns is active while its gradient is computed.
+        metered: returns, for each batch, a context in which its gradient is computed.
 
     Returns:
-        Of each trainable parameter, by name; zeros where it takes no part.
+        The mean gradient of each trainable parameter, by name; zeros for unused parameters.
     """
     total: dict[str, Tensor] = {}
     samples = 0
@@ -106,7 +106,7 @@ def mean_gradient(
 
 
 class _Twin:
-    """A copy of the module that says nothing and leaves no trace."""
+    """A copy of the module that logs nothing and has no side effects."""
 
     def __init__(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         self._precision = trainer.precision_plugin
@@ -117,7 +117,7 @@ class _Twin:
         self.parameters = {name: p for name, p in self._module.named_parameters() if p.requires_grad}
 
     def gradient(self, batch: Any, batch_idx: int) -> dict[str, Tensor] | None:
-        """By name; None if there is no loss."""
+        """Return the gradients by name; None if there is no loss."""
         with torch.enable_grad(), self._precision.train_step_context():
             output = self._module.training_step(*((batch, batch_idx) if self._takes_index else (batch,)))
         loss = output["loss"] if isinstance(output, dict) else output
@@ -131,14 +131,14 @@ class _Twin:
 
 
 def _dense(parameter: Tensor) -> Tensor:
-    """A parameter's gradient; of zeros if it took no part."""
+    """Return a parameter's dense gradient; zeros if it has none."""
     if parameter.grad is None:
         return torch.zeros_like(parameter)
     return parameter.grad.detach().to_dense()
 
 
 def no_halves(error: Exception) -> str:
-    """What to tell a user whose module or batches do not allow it."""
+    """Return a message for a user whose module or batches cannot be evaluated on half batches."""
     return (
         "CriticalPhase: the noise of single samples is not measured, since a batch cannot be cut into halves and run on"
         f" a copy of the module ({type(error).__name__}: {error}). Pass noise_every=None."
@@ -146,7 +146,7 @@ def no_halves(error: Exception) -> str:
 
 
 def squared_norm(tensors: Sequence[Tensor]) -> Tensor:
-    """Of all elements together, as a number on their device."""
+    """Return the squared norm of all elements together, as a scalar on their device."""
     norms: Sequence[Tensor] = torch._foreach_norm(list(tensors), dtype=torch.float64)
     return torch.stack(list(norms)).square().sum()
 

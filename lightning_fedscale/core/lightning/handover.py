@@ -1,4 +1,4 @@
-"""A strategy object from Trainer to Trainer: what one of them set in it is taken out again for the next."""
+"""Reuse of a strategy object by several Trainers: attributes set by one Trainer are reset for the next."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ _OF_A_FIT = ("_optimizers", "_lightning_optimizers", "lr_scheduler_configs")
 
 
 class ReusableStrategy(DDPStrategy):
-    """A `DDPStrategy` whose object serves one Trainer after the other, and can be pickled and copied at any time.
+    """A `DDPStrategy` that several Trainers can use in turn, and that can be pickled and copied at any time.
 
-    Lightning's own strategies keep the accelerator, devices and plugins of their first Trainer, and the next one takes
-    them for the user's. So libraries that build one Trainer for ``fit`` and another for ``predict`` from the same
-    arguments fail with such an object.
+    Lightning's own strategies keep the accelerator, devices and plugins of their first Trainer, and the next Trainer
+    takes them for the user's. Libraries that build one Trainer for ``fit`` and another for ``predict`` from the same
+    arguments therefore fail with them.
 
     Models are not wrapped in DistributedDataParallel, and checkpoints are written in one step.
 
@@ -38,7 +38,7 @@ class ReusableStrategy(DDPStrategy):
     `strategies/strategy.py`, `DDPStrategy` in `strategies/ddp.py`, `plugins/io/wrapper.py`.
 
     Args:
-        **kwargs: those of `DDPStrategy`.
+        **kwargs: arguments of `DDPStrategy`.
     """
 
     def __init__(self, **kwargs: Any) -> None:
@@ -49,8 +49,8 @@ class ReusableStrategy(DDPStrategy):
         self._backend = kwargs.get("process_group_backend")
         super().__init__(**kwargs)
 
-    # A Trainer that is being built reads `_accelerator` before all else, and nobody else does, since the property
-    # `accelerator` does not: this is how a strategy learns that another Trainer wants it.
+    # A Trainer under construction first reads `_accelerator`, and nothing else does, since the property `accelerator`
+    # does not. This read shows the strategy that another Trainer wants to use it.
 
     @property
     def _accelerator(self) -> pl.accelerators.Accelerator | None:
@@ -76,10 +76,10 @@ class ReusableStrategy(DDPStrategy):
         return self.num_nodes * self.num_processes
 
     def _let_go(self) -> None:
-        """Be as the user made it, for another Trainer.
+        """Reset the strategy to the user's arguments, for another Trainer.
 
         Raises:
-            RuntimeError: if a Trainer is running with it.
+            RuntimeError: if a Trainer with this strategy is running.
         """
         if self._in_use is not None:
             self._raise_in_use()
@@ -90,7 +90,7 @@ class ReusableStrategy(DDPStrategy):
     def _take_out(self) -> None:
         own = vars(self)
         for name, value in self._taken.items():
-            if own[name] is value:  # else the user has set another one since
+            if own[name] is value:  # otherwise the user has replaced it
                 own[name] = self._given[name]
         self._given, self._taken = {name: own[name] for name in _SET_BY_TRAINER}, {}
         self._process_group_backend, self._launcher = self._backend, None
@@ -124,18 +124,18 @@ class ReusableStrategy(DDPStrategy):
     # ---- one Trainer after the other
 
     def _configure_launcher(self) -> None:
-        """The Trainer has set all that it sets."""
+        """Record everything that the Trainer set."""
         _ = self.checkpoint_io  # which makes one if there is none
         self._taken = {name: vars(self)[name] for name in _SET_BY_TRAINER}
-        # A single process needs no launcher and no sockets; so it also runs in notebooks.
+        # A single process needs no launcher and no sockets, so it also runs in notebooks.
         if self._processes > 1:
             super()._configure_launcher()
 
     def setup_environment(self) -> None:
-        """A Trainer begins to run.
+        """Start the run of a Trainer.
 
         Raises:
-            RuntimeError: if another one is running with this object, or has set it up for other processes.
+            RuntimeError: if another Trainer is running with this object, or has set it up for other processes.
         """
         module = self._lightning_module
         if module is not None and (trainer := module._trainer) is not None:
@@ -146,7 +146,7 @@ class ReusableStrategy(DDPStrategy):
         super().setup_environment()
 
     def _belong_to(self, trainer: pl.Trainer) -> None:
-        """Take back what the Trainer had set, if another one was built since."""
+        """Set the Trainer's attributes again if another Trainer was built since."""
         connector = trainer._accelerator_connector
         if self.accelerator is connector.accelerator and self.parallel_devices is connector._parallel_devices:
             return
@@ -160,7 +160,7 @@ class ReusableStrategy(DDPStrategy):
             )
 
     def _refuse(self) -> None:
-        """The Trainer that is running goes on as if nobody had asked."""
+        """Keep the running Trainer connected, and raise an error for the other one."""
         assert self._in_use is not None
         trainer, module = self._in_use
         self.connect(module)
@@ -175,7 +175,7 @@ class ReusableStrategy(DDPStrategy):
         )
 
     def teardown(self) -> None:
-        """The Trainer has ended, in whatever way."""
+        """End the run of the Trainer, successful or not."""
         if self._refused:  # it is not the one that is running
             self._refused = False
             return
@@ -187,7 +187,7 @@ class ReusableStrategy(DDPStrategy):
             writer.teardown()
 
     def __getstate__(self) -> dict[str, Any]:
-        """What a copy has, in this process or another: arguments, what the Trainer set, and nothing of a fit."""
+        """Return the state of a copy: arguments and attributes that the Trainer set, without the state of a fit."""
         state = {**vars(self), "_in_use": None, **{name: [] for name in _OF_A_FIT}}
         if starts_by_command(self):
             state["_launcher"] = None  # it holds the processes that it started

@@ -1,4 +1,4 @@
-"""Hooks of the user's module that belong to local batches, kept silent where a step is a round."""
+"""The module's hooks for local batches, which must not run when a step is a round."""
 
 from __future__ import annotations
 
@@ -13,13 +13,14 @@ PER_LOCAL_BATCH = ("on_train_batch_start", "on_train_batch_end")
 
 
 class LocalBatchHooks:
-    """While in place, the module's per-batch hooks answer only inside a client.
+    """Makes the module's per-batch hooks run only inside a client, until removed.
 
-    The Trainer calls them once per step, that is per round, with the global model; they were written for batches.
+    The Trainer calls them once per step, that is once per round, with the global model; but they were written for
+    batches.
 
     Args:
         module: the user's module.
-        in_client: whether a client is training right now.
+        in_client: returns whether a client is training now.
     """
 
     def __init__(self, module: pl.LightningModule, in_client: Callable[[], bool]) -> None:
@@ -30,7 +31,7 @@ class LocalBatchHooks:
             setattr(module, name, _Gated(getattr(module, name), in_client))
 
     def remove(self) -> None:
-        """The module is as it was."""
+        """Restore the module."""
         for name in self._names:
             delattr(self._module, name)
         for name, hook in self._own.items():
@@ -38,9 +39,9 @@ class LocalBatchHooks:
 
 
 def listeners(trainer: pl.Trainer) -> Iterator[Any]:
-    """Who hears of the events of a round: the Trainer's callbacks, each followed by what it keeps in ``listeners``.
+    """Yield the receivers of a round's events: the Trainer's callbacks, each followed by those in its ``listeners``.
 
-    Those do not show up in ``trainer.callbacks``, where others look, or in checkpoints.
+    The latter do not appear in ``trainer.callbacks``, which others read, or in checkpoints.
     """
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         yield callback
@@ -48,36 +49,36 @@ def listeners(trainer: pl.Trainer) -> Iterator[Any]:
 
 
 class RoundEnd(Callback):
-    """The first of the Trainer's callbacks: ends a round where the Trainer's own count of it is complete.
+    """The first of the Trainer's callbacks: ends a round when the Trainer has counted it.
 
-    A checkpoint that a callback saves at the end of a round, or that an exception there leads to, then holds the new
-    global model together with the counters and schedules that belong to it.
+    A checkpoint that a callback saves at the end of a round, or that is saved after an exception there, then holds the
+    new global model together with the matching counters and schedules.
 
     Args:
-        end: what to do.
+        end: ends the round.
     """
 
     def __init__(self, end: Callable[[], None]) -> None:
         self._end = end
 
     def on_train_batch_end(self, *_: Any) -> None:
-        """The Trainer has counted the round; the other callbacks have yet to be told."""
+        """End the round, after the Trainer counted it and before other callbacks are called."""
         self._end()
 
 
 class _Gated:
     def __init__(self, hook: Callable[..., Any], in_client: Callable[[], bool]) -> None:
-        self.__wrapped__ = hook  # where Lightning looks for what the user wrote
+        self.__wrapped__ = hook  # where Lightning looks for the user's hook
         self._in_client = in_client
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self.__wrapped__(*args, **kwargs) if self._in_client() else None
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # A module that is copied or pickled during `fit` has its own hook again.
+        # Copying or pickling a module during `fit` restores its own hook.
         return as_it_was, (self.__wrapped__,)
 
 
 def as_it_was(hook: Callable[..., Any]) -> Callable[..., Any]:
-    """What a stand-in for a hook becomes when its module is copied or pickled: the hook."""
+    """Return the hook; copying or pickling a module calls this in place of the hook's replacement."""
     return hook

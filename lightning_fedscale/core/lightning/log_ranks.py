@@ -1,4 +1,4 @@
-"""What the clients of several ranks logged, brought together by name in the round's own collective."""
+"""Values logged by the clients of several ranks, merged by name in the round's own collective."""
 
 from __future__ import annotations
 
@@ -20,9 +20,7 @@ from torch import Tensor
 from lightning_fedscale.types import FloatArray
 from lightning_fedscale.utils import collectives
 
-_ROOM = (
-    1024  # numbers in which new names cross the ranks, 4 bytes in each: hundreds; more take a collective of their own
-)
+_ROOM = 1024  # numbers for new names, 4 bytes each, enough for hundreds; more names take a collective of their own
 _META = (
     "fx", "name", "prog_bar", "logger", "on_step", "on_epoch", "enable_graph", "add_dataloader_idx", "dataloader_idx",
     "metric_attribute",
@@ -30,14 +28,14 @@ _META = (
 
 
 class _Part(NamedTuple):
-    """What a rank's clients logged of a name in a round; all zeros if nothing.
+    """The values that a rank's clients logged under a name in a round; all zeros if none.
 
     Attributes:
-        logged: 1 if they logged it.
-        value: what they add to Lightning's sum, or their extreme.
-        weight: samples behind a mean.
+        logged: 1 if they logged the name.
+        value: their contribution to Lightning's sum, or their extreme.
+        weight: number of samples in a mean.
         step: the last local batch's value.
-        client: one more than the client that logged that; 0 where there is no such value.
+        client: one more than the client that logged ``step``; 0 if there is no such value.
     """
 
     logged: float = 0.0
@@ -48,14 +46,14 @@ class _Part(NamedTuple):
 
 
 class RankLog:
-    """Makes Lightning's results of what clients log the same on every rank, under the same names in the same order.
+    """Makes Lightning's results of clients' logs the same on every rank, with the same names in the same order.
 
-    Lightning reduces name after name at the end of an epoch, each rank those that it has. Here ranks train different
-    clients, which may log different names, and a rank may have no client at all. So what each rank's clients added in
-    a round travels with the round's table, by names that all ranks have agreed on; new names travel as text beside it.
-    Afterwards every rank holds the value over all clients, which is what one process would hold, and Lightning has
-    nothing left to reduce. Values logged without ``sync_dist=True`` stay each rank's own. torchmetrics objects reduce
-    themselves, as long as every rank asks them to: that is seen to here.
+    At the end of an epoch, Lightning on each rank reduces the names that the rank has. Here ranks train different
+    clients, which may log different names, and a rank may have no client. Therefore each rank's contributions of a
+    round are sent with the round's table, by names that all ranks have agreed on; new names are sent as text with it.
+    Afterwards every rank holds the value over all clients, which is the value in a single process, and Lightning has
+    nothing left to reduce. Values logged without ``sync_dist=True`` stay local to each rank. torchmetrics objects
+    reduce themselves if every rank calls them, which this class ensures.
 
     Lightning: a `_ResultMetric` has a `_Metadata` with a `_Sync`, whose `_should` says whether ranks are reduced; its
     value, `_forward_cache`, `_update_count` and `_computed` are what it has added up, in the precision of
@@ -63,10 +61,10 @@ class RankLog:
     Upgrade: `trainer/connectors/logger_connector/result.py`, and `Metric.compute` of torchmetrics in `metric.py`.
 
     Args:
-        module: whose results they are.
-        results: Lightning's collection of them.
+        module: the module that logs.
+        results: Lightning's collection of its results.
         ranks: number of processes.
-        rank: this one.
+        rank: this process.
     """
 
     def __init__(self, module: pl.LightningModule, results: Any, ranks: int, rank: int) -> None:
@@ -74,24 +72,24 @@ class RankLog:
         self._results = results
         self._ranks = ranks
         self._rank = rank
-        self._agreed: dict[str, dict[str, Any]] = {}  # by key of the result: what makes it
+        self._agreed: dict[str, dict[str, Any]] = {}  # by key of the result: the arguments to make it
         self._before: dict[str, tuple[int, Any, Any]] = {}
         self._news: list[Any] = []
 
     @property
     def size(self) -> int:
-        """How many numbers `pack` gives in this round; the same on every rank."""
+        """The number of values that `pack` returns in this round; the same on every rank."""
         return self._ranks * (1 + _ROOM + len(_Part._fields) * len(self._agreed)) if self._ranks > 1 else 0
 
     def open_round(self) -> None:
-        """Note where the results stand before the clients train; that is the same on every rank."""
+        """Record the results before the clients train; they are the same on every rank."""
         self._before = {key: _state(result) for key, result in self._results.items()} if self._ranks > 1 else {}
 
     def pack(self, clients: dict[str, int]) -> FloatArray:
-        """What this rank's clients logged, in its own place of a row of zeros that ranks add up.
+        """Return the values logged by this rank's clients in its part of an array of zeros that is summed over ranks.
 
         Args:
-            clients: the client whose value is the last one, by key of the result.
+            clients: the client that logged the last value, by key of the result.
         """
         rows = np.zeros((self._ranks, self.size // self._ranks))
         parts = self._parts(clients)
@@ -109,7 +107,7 @@ class RankLog:
         return rows.ravel()
 
     def merge(self, total: FloatArray) -> None:
-        """Take over the sum of all ranks' `pack`; to be called on all of them."""
+        """Set the results from the sum of all ranks' `pack`; call this on all ranks."""
         rows = total.reshape(self._ranks, -1)
         width = len(_Part._fields)
         parts = {
@@ -138,14 +136,14 @@ class RankLog:
     # ---- on this rank
 
     def _parts(self, clients: dict[str, int]) -> dict[str, _Part]:
-        """Of every result that belongs to all ranks and that has changed since `open_round`."""
+        """Return the values of every joint result that has changed since `open_round`."""
         tensors: list[Tensor] = []
         found: list[tuple[str, int]] = []
         for key, result in self._results.items():
             count, value, weight = self._before.get(key, (0, None, 0))
             if not _is_joint(result) or result.has_reset or result._update_count == count:
                 continue
-            if value is None or result._update_count < count:  # it was reset before, or in between
+            if value is None or result._update_count < count:  # it was reset before or since then
                 value, weight = 0.0, 0
             meta, step = result.meta, result._forward_cache
             added: Any = 0.0
@@ -165,7 +163,7 @@ class RankLog:
         }
 
     def _made_of(self, key: str) -> dict[str, Any]:
-        """What another rank needs to make the same result, in primitives."""
+        """Return the primitives from which another rank makes the same result."""
         result = self._results[key]
         meta = result.meta
         return {
@@ -178,7 +176,7 @@ class RankLog:
         }
 
     def _new(self, made_of: dict[str, Any]) -> _ResultMetric:
-        """A result that other ranks have, as Lightning would make it here if the name were logged."""
+        """Make a result that other ranks have, as Lightning would if the name were logged here."""
         meta = _Metadata(reduce_fx=made_of["reduce_fx"], **{name: made_of[name] for name in _META})
         meta.sync = _Sync(_should=made_of["sync"], fn=self._module.trainer.strategy.reduce)
         result = _ResultMetric(meta, made_of["is_tensor"]).to(self._module.device)
@@ -187,7 +185,7 @@ class RankLog:
         return result
 
     def _show(self, key: str, logged: list[_Part]) -> None:
-        """Give a result its value over all ranks."""
+        """Set a result to its value over all ranks."""
         result, meta = self._results[key], self._results[key].meta
         device, wide = self._module.device, self._agreed[key]["wide"]
         dtype = torch.float64 if wide else _get_default_dtype()
@@ -208,7 +206,7 @@ class RankLog:
         else:
             total = sum(values, 0.0 if value is None else float(value))
         result.value = torch.tensor(total, dtype=dtype, device=device)
-        result._computed = result.value  # no need to reduce it any more
+        result._computed = result.value  # already reduced
         if meta.is_mean_reduction:
             samples = weight + sum(part.weight for part in logged)
             result.cumulated_batch_size = torch.as_tensor(samples, device=device)
@@ -216,7 +214,7 @@ class RankLog:
 
 
 def _is_joint(result: _ResultMetric) -> bool:
-    """Whether a result is to be the same on all ranks."""
+    """Return whether a result must be the same on all ranks."""
     sync = result.meta.sync
     return not result.is_tensor or (sync.should and sync.group is None and not sync.rank_zero_only)
 
@@ -227,7 +225,7 @@ def _dtype_of(result: _ResultMetric) -> torch.dtype:
 
 
 def _state(result: _ResultMetric) -> tuple[int, Any, Any]:
-    """How often it was updated, its value and the samples behind it; nothing in what was reset counts."""
+    """Return a result's number of updates, value and number of samples; empty after a reset."""
     if not result.is_tensor:
         return result._update_count, None, 0
     if result.has_reset:

@@ -1,4 +1,4 @@
-"""What callbacks give to loggers, what these show beside, and where a run keeps its files."""
+"""Metrics, figures, layouts and settings for loggers, and the folder of a run."""
 
 from __future__ import annotations
 
@@ -22,17 +22,17 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 Layout = dict[str, dict[str, list[Any]]]
-"""For ``SummaryWriter.add_custom_scalars``: categories of charts of tags."""
+"""Argument of ``SummaryWriter.add_custom_scalars``: categories of charts of tags."""
 
 FIRST = "Rounds"
-"""The category that stands above all others."""
+"""The category shown above all others."""
 
 _layouts: WeakKeyDictionary[Any, Layout] = WeakKeyDictionary()
-"""What each writer was told so far."""
+"""The layout that each writer has so far."""
 
 
 def writers(trainer: pl.Trainer, method: str) -> Iterator[Any]:
-    """The loggers' writers that have such a method; on rank 0."""
+    """Yield the loggers' writers that have this method; only on rank 0."""
     for logger in _loggers(trainer):
         experiment = attribute_of(logger, "experiment")
         if attribute_of(experiment, method) is not None:
@@ -40,21 +40,21 @@ def writers(trainer: pl.Trainer, method: str) -> Iterator[Any]:
 
 
 def send(trainer: pl.Trainer, metrics: dict[str, float]) -> None:
-    """Straight to the loggers, and to where callbacks look for what they monitor; ``self.log`` takes far longer."""
+    """Send metrics directly to the loggers, and `publish` them; ``self.log`` takes far longer."""
     for logger in trainer.loggers:
         logger.log_metrics(metrics, step=steps_logged(trainer))
     publish(trainer, metrics)
 
 
 def publish(trainer: pl.Trainer, metrics: dict[str, float]) -> None:
-    """Put values where callbacks look for what they monitor."""
+    """Make values available to callbacks that monitor them."""
     values = {name: torch.tensor(value, dtype=torch.float64) for name, value in metrics.items()}
     for known in metric_stores(trainer):
         known.update(values)
 
 
 def show(trainer: pl.Trainer, tag: str, figure: Figure) -> None:
-    """Give a figure to the loggers that take one: of TensorBoard's kind, W&B's and MLflow's."""
+    """Send a figure to the loggers that accept figures: those like TensorBoard's, W&B's and MLflow's."""
     for writer in writers(trainer, "add_figure"):
         writer.add_figure(tag, figure, trainer.global_step)
     for logger in _loggers(trainer):
@@ -65,7 +65,7 @@ def show(trainer: pl.Trainer, tag: str, figure: Figure) -> None:
 
 
 def shows_figures(trainer: pl.Trainer) -> bool:
-    """Whether a figure would be seen by anybody."""
+    """Return whether any logger accepts figures."""
     by_their_own_way = any(
         is_really(logger, WandbLogger) or is_really(logger, MLFlowLogger) for logger in _loggers(trainer)
     )
@@ -73,14 +73,14 @@ def shows_figures(trainer: pl.Trainer) -> bool:
 
 
 def _loggers(trainer: pl.Trainer) -> list[Logger]:
-    """Those of rank 0, without Lightning's stand-in that has every method."""
+    """Return the loggers on rank 0, without Lightning's dummy logger, which has every method."""
     return [each for each in trainer.loggers if trainer.is_global_zero and not isinstance(each, DummyLogger)]
 
 
 def lay_out(trainer: pl.Trainer, layout: Layout) -> None:
-    """Tell TensorBoard which curves belong together, beside what other callbacks told it."""
+    """Group curves in TensorBoard, in addition to the groups of other callbacks."""
     for writer in writers(trainer, "add_custom_scalars"):
-        # Of several layouts of a run only one is shown.
+        # TensorBoard shows only one layout of a run.
         known = _layouts.setdefault(writer, {})
         known.update(layout)
         writer.add_custom_scalars(dict(sorted(known.items(), key=lambda item: item[0] != FIRST)))
@@ -96,15 +96,15 @@ def log_settings(trainer: pl.Trainer, settings: Mapping[str, Any]) -> None:
     for logger in trainer.loggers:
         logger.log_hyperparams(dict(settings))
         if is_really(logger, TensorBoardLogger) and trainer.is_global_zero:
-            # It writes the file once only, and has done so.
+            # The logger writes the file only once, and has already done so.
             logger._fs.makedirs(logger.log_dir, exist_ok=True)
             save_hparams_to_yaml(os.path.join(logger.log_dir, logger.NAME_HPARAMS_FILE), logger.hparams)
 
 
 def add_hparams(trainer: pl.Trainer, metrics: Mapping[str, float], behind: Callable[[str], bool]) -> None:
-    """Give TensorBoard's HParams page a row: all settings that the logger has, and metrics by the tags of their curves.
+    """Add a row to TensorBoard's HParams page: all settings of the logger, and metrics by the tags of their curves.
 
-    TensorBoard reads a run's first such row only, and follows the curves to their last values.
+    TensorBoard reads only a run's first such row, and takes the last values of the curves.
 
     Lightning: `_convert_params`, `_flatten_dict` and `_sanitize_params` of `TensorBoardLogger` make hyperparameters
     into what TensorBoard takes. Its `log_hyperparams` writes the row at once, without curves that come later.
@@ -112,8 +112,8 @@ def add_hparams(trainer: pl.Trainer, metrics: Mapping[str, float], behind: Calla
 
     Args:
         trainer: the Trainer.
-        metrics: values of now.
-        behind: whether the setting of this name comes after the others; the first five are shown.
+        metrics: present values.
+        behind: returns whether the setting of this name comes after the others; the first five are shown.
     """
     from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
     from torch.utils.tensorboard.summary import hparams
@@ -126,14 +126,14 @@ def add_hparams(trainer: pl.Trainer, metrics: Mapping[str, float], behind: Calla
         plugin = experiment.value[0].metadata.plugin_data
         content = HParamsPluginData.FromString(plugin.content)
         for info in content.experiment.hparam_infos:
-            info.differs = not behind(info.name)  # by which the page sorts them
+            info.differs = not behind(info.name)  # the page sorts them by this
         plugin.content = content.SerializeToString()
         for summary in (experiment, *session):
             logger.experiment._get_file_writer().add_summary(summary)
 
 
 def run_folder(trainer: pl.Trainer) -> Path | None:
-    """Where the first logger keeps its files of this run; None without one, or if it keeps none. For rank 0."""
+    """Return the first logger's folder for this run; None without a logger, or if it keeps no files. For rank 0."""
     if not trainer.loggers:
         return None  # `trainer.log_dir` would be the current directory
     logger: Any = trainer.loggers[0]

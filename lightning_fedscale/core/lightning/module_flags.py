@@ -1,4 +1,4 @@
-"""What callbacks change of a module and its optimizers besides values: what is frozen or pruned, and who holds what."""
+"""Changes by callbacks besides values: frozen and pruned parameters, modes, and parameter groups of optimizers."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ def flags_of(
     trainable: Mapping[int, bool],
     training: Mapping[str, bool],
 ) -> dict[str, Any]:
-    """All of it by name, in primitives and tensors.
+    """Return all flags by name, as primitives and tensors.
 
     Args:
-        module: the user's.
+        module: the user's module.
         optimizers: its optimizers.
         state: its state dict.
-        trainable: parameters, by id, that count as trainable or frozen whatever they are now.
-        training: submodules, by name, that count as in training or evaluation mode whatever they are now.
+        trainable: by parameter id, whether it counts as trainable, overriding its present flag.
+        training: by submodule name, whether it counts as in training mode, overriding its present mode.
     """
     names = {id(parameter): name for name, parameter in module.named_parameters()}
     return {
@@ -45,7 +45,7 @@ def flags_of(
 
 
 def restore_pruning(flags: Mapping[str, Any], module: nn.Module) -> None:
-    """Prune again what was pruned; Lightning's `ModelPruning` saves models in which pruning is permanent."""
+    """Restore pruning, which Lightning's `ModelPruning` makes permanent in saved models."""
     for name, (original, mask) in flags.get("pruned", {}).items():
         path, _, tensor = name.rpartition(".")
         part = module.get_submodule(path)
@@ -56,7 +56,7 @@ def restore_pruning(flags: Mapping[str, Any], module: nn.Module) -> None:
 
 
 def restore_groups(flags: Mapping[str, Any], module: nn.Module, optimizers: Sequence[Optimizer]) -> None:
-    """Give the optimizers the groups of parameters that they had; options and state are loaded into these."""
+    """Restore the optimizers' parameter groups, into which options and state are then loaded."""
     parameters = dict(module.named_parameters())
     for optimizer, saved in zip(optimizers, flags["groups"], strict=False):
         now = [[id(parameter) for parameter in group["params"]] for group in optimizer.param_groups]
@@ -66,10 +66,10 @@ def restore_groups(flags: Mapping[str, Any], module: nn.Module, optimizers: Sequ
 
 
 def restore_flags(flags: Mapping[str, Any], module: nn.Module) -> list[str]:
-    """Freeze, unfreeze and set modes as they were.
+    """Restore which parameters are frozen, and the modes of submodules.
 
     Returns:
-        Names of parameters that were trainable and are not in the module as it was built, or the other way round.
+        Names of parameters that were trainable but are frozen in the newly built module, or the other way round.
     """
     changed = []
     for name, parameter in module.named_parameters():
@@ -84,7 +84,7 @@ def restore_flags(flags: Mapping[str, Any], module: nn.Module) -> list[str]:
 
 
 def _pruned(part: nn.Module) -> list[str]:
-    """Names of the tensors of this part of a module that torch prunes in every forward pass."""
+    """Return the names of this submodule's tensors that torch prunes in every forward pass."""
     hooks: Any = part._forward_pre_hooks.values()
     return [hook._tensor_name for hook in hooks if isinstance(hook, prune.BasePruningMethod)]
 

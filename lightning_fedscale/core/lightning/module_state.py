@@ -34,7 +34,7 @@ def set_hook(module: pl.LightningModule, name: str | None) -> None:
 
 @contextmanager
 def in_hook(module: pl.LightningModule, name: str) -> Iterator[None]:
-    """What the module logs inside counts as logged by this hook."""
+    """Attribute to this hook the values that the module logs inside the context."""
     around = current_hook(module)
     set_hook(module, name)
     try:

@@ -1,4 +1,4 @@
-"""What callbacks and schedulers watch, through rounds of nobody."""
+"""Values monitored by callbacks and schedulers, in rounds without clients."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from lightning_fedscale.utils.foreign import attribute_of
 
 
 class Monitors:
-    """A round of nobody logs nothing: who watches a value goes on with the last one, or waits for the first.
+    """Provides the last monitored values in rounds without clients, which log nothing; before any value, monitors wait.
 
-    Without it `EarlyStopping` and `ReduceLROnPlateau` would end a training whose first round is empty, or the first
-    one after it was resumed, since what they watch is missing.
+    Without this, `EarlyStopping` and `ReduceLROnPlateau` would end a run whose first round, or first round after
+    resuming, is empty, since the value that they monitor is missing.
 
     Args:
         trainer: the Trainer.
@@ -28,10 +28,10 @@ class Monitors:
         self._waiting: list[Any] = []
 
     def state_dict(self, *, in_client: bool) -> dict[str, Tensor]:
-        """The last values of all that callbacks can watch, but for what every round has of its own.
+        """Return the last values that callbacks can monitor, except those that every round logs itself.
 
-        At the end of an epoch those of the epoch belong to them, which Lightning computes when it is asked: on all
-        ranks. While a client trains, what is being logged is the client's.
+        At the end of an epoch they include the epoch's values, which Lightning computes on request: on all ranks.
+        While a client trains, the values being logged are the client's.
         """
         trainer = self._trainer
         known = {**self._last, **(metric_stores(trainer).watched if in_client else trainer.callback_metrics)}
@@ -42,11 +42,11 @@ class Monitors:
         }
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Go on with these."""
+        """Set the last values."""
         self._last = dict(state)
 
     def end_round(self, *, empty: bool) -> None:
-        """A round's values have been logged, if there are any; callbacks and schedulers are to look at them now."""
+        """Provide missing values after a round's values were logged, before callbacks and schedulers read them."""
         self.close()
         if not empty:
             self._last = {}
@@ -60,7 +60,7 @@ class Monitors:
                 self._waiting.append(each)
 
     def close(self) -> None:
-        """Who waited is as strict as before."""
+        """Restore the strictness of those that waited."""
         for each in self._waiting:
             each.strict = True
         self._waiting = []

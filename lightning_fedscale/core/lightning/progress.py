@@ -1,4 +1,4 @@
-"""What the Trainer's progress bar shows while a round runs."""
+"""Values in the Trainer's progress bar while a round runs."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ import lightning.pytorch as pl
 from lightning.pytorch.callbacks import RichProgressBar, TQDMProgressBar
 from torch import Tensor
 
-# By the clock that rounds are timed with: projects that test `val_check_interval` by time replace the one that the
-# timers of Lightning read, and count its readings.
+# Measured by the clock that times rounds: projects that test `val_check_interval` by time replace the clock of
+# Lightning's timers and count its readings.
 _SECONDS_BETWEEN_UPDATES = 0.2
 
 
@@ -23,7 +23,7 @@ class ClientProgress:
     Upgrade: `RichProgressBar._update_metrics` in `callbacks/progress/rich_progress.py`.
 
     Args:
-        trainer: the Trainer, with a rich or tqdm bar; any other is left alone.
+        trainer: the Trainer, with a rich or tqdm bar; any other bar is unchanged.
         due: number of clients that this rank trains in the round.
     """
 
@@ -34,7 +34,7 @@ class ClientProgress:
         self._next = time.perf_counter() + _SECONDS_BETWEEN_UPDATES
 
     def show(self, done: int, loss: Tensor | None) -> None:
-        """Draw the bar anew if the last time is long enough ago."""
+        """Redraw the bar if enough time has passed since the last time."""
         if self._bar is None or time.perf_counter() < self._next:
             return
         values: dict[str, int | str | float | dict[str, float]] = {"clients": f"{done}/{self._due}"}

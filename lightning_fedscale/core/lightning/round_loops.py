@@ -20,14 +20,14 @@ from torch.optim import Optimizer
 
 
 class NoAccumulation(int):
-    """The 1 that the Trainer has as ``accumulate_grad_batches``, since rounds are not accumulated.
+    """The Trainer's ``accumulate_grad_batches`` of 1, since rounds are not accumulated.
 
-    Any other number, also another 1, was set by a callback, and is meant for the local batches.
+    A number of any other type, even 1, was set by a callback and is meant for the local batches.
     """
 
 
 class RunRound(Protocol):
-    """Runs a round; ``training`` is False when nothing may learn (an epoch that only feeds BatchNorm)."""
+    """Runs a round; ``training`` is False if nothing may be learnt (an epoch that only updates BatchNorm)."""
 
     def __call__(self, batch: Any, *, training: bool) -> dict[str, Any]:
         """See `lightning_fedscale.core.round.federation.Federation.run_round`."""
@@ -43,7 +43,7 @@ class RoundLoops:
 
     Args:
         trainer: the Trainer.
-        run_round: what a step does.
+        run_round: runs a round in place of a step.
     """
 
     def __init__(self, trainer: pl.Trainer, run_round: RunRound) -> None:
@@ -54,7 +54,7 @@ class RoundLoops:
         self._epoch_loop.manual_optimization = _RoundManual(manual, run_round)
 
     def remove(self) -> None:
-        """The Trainer's own loops are back; they share the counters, so nothing is lost."""
+        """Restore the Trainer's own loops; they share the counters, so nothing is lost."""
         self._epoch_loop.automatic_optimization, self._epoch_loop.manual_optimization = self._originals
 
 
@@ -90,11 +90,11 @@ class _RoundManual(_ManualOptimization):
 
 
 def close_finished_epoch(trainer: pl.Trainer) -> None:
-    """After the Trainer's counters were loaded: an epoch whose last round was over is over.
+    """Count an epoch as complete if its last round was, after the Trainer's counters were loaded.
 
-    A checkpoint written between the last batch of an epoch and its end leaves Lightning's counters half way, and from
-    such a state they go wrong: a run that is interrupted twice trains for too long. Epochs are short here, by default
-    one round, so checkpoints at such moments are the rule.
+    A checkpoint written between the last batch of an epoch and the epoch's end holds inconsistent counters, with which
+    Lightning counts wrongly: a run that is interrupted twice trains for too long. Since epochs are short here, by
+    default one round, most checkpoints are written at such moments.
 
     Lightning: `_batches_that_stepped` of the epoch loop is saved with the counters, and the setter of `_Loop` says that
     the fit loop does not restart, past the one of the fit loop, which would set counters back.
@@ -105,7 +105,7 @@ def close_finished_epoch(trainer: pl.Trainer) -> None:
     batches, epochs = fit_loop.epoch_loop.batch_progress, fit_loop.epoch_progress
     if not batches.is_last_batch or epochs.current.completed == epochs.current.ready:
         return
-    if batches.current.processed < batches.current.ready:  # written inside the round, which is to be repeated
+    if batches.current.processed < batches.current.ready:  # written inside the round, which is repeated
         return
     if batches.current.completed < batches.current.ready:  # written in on_train_batch_end
         batches.increment_completed()
@@ -153,7 +153,7 @@ class ClientLoops:
 
 
 def outputs_of(result: ClosureResult, window: int) -> dict[str, Any]:
-    """What a local batch gave, with the batch's own loss, which Lightning divides by the accumulated batches."""
+    """Return the outputs of a local batch with the batch's own loss, which Lightning divides by ``window``."""
     if result.loss is None:
         return {}
     outputs = result.asdict()
@@ -163,7 +163,7 @@ def outputs_of(result: ClosureResult, window: int) -> dict[str, Any]:
 
 
 class _ClientAutomatic(_AutomaticOptimization):
-    """Decides by the client's own batches when to accumulate, and lets a client skip a step on any number of ranks."""
+    """Accumulates by the client's own batches, and lets a client skip a step on any number of ranks."""
 
     accumulates = False
 

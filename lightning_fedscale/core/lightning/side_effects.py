@@ -1,4 +1,4 @@
-"""What a step that runs on a copy of the module may change all the same, and how that is undone."""
+"""Undoing the side effects of steps that run on a copy of the module."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from lightning_fedscale.core.user_code.state import Snapshot
 
 @contextmanager
 def undone(trainer: pl.Trainer) -> Iterator[None]:
-    """Undo what happens meanwhile to anything that the module, the data and the callbacks can reach in Python.
+    """Undo changes inside the context to any Python object that the module, the data and the callbacks can reach.
 
-    A copy of a module shares its classes with it, what the functions of these refer to, and the variables of the Python
-    modules in which they are written. Files and the values of large tensors are out of reach.
+    A copy of a module shares the module's classes, the objects to which their functions refer, and the variables of the
+    Python modules in which they are written. Files and the values of large tensors are not restored.
 
     Example:
         >>> from types import SimpleNamespace as Namespace
@@ -59,7 +59,7 @@ def _callbacks(trainer: pl.Trainer) -> Iterator[Any]:
 
 
 def _variables(module: nn.Module, data: Any) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Of the Python modules in which the project is written, by name."""
+    """Yield the variables of the project's own Python modules, by name."""
     kinds = [kind for each in (*module.modules(), data) for kind in type(each).__mro__]
     for name in dict.fromkeys(kind.__module__ for kind in kinds):
         if not is_installed(name) and name in sys.modules:

@@ -1,4 +1,4 @@
-"""SLURM's signal that a job's time is nearly over, which may come at any moment."""
+"""Handling of SLURM's signal that a job's time is nearly over, which may come at any moment."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from lightning_fedscale.core.lightning.trainer_state import replaced
 
 
 class Requeue(Callback):
-    """Lightning answers the signal with a checkpoint and has SLURM run the job again; here at the end of the round.
+    """Defers Lightning's answer to the signal, a checkpoint and a requeued job, to the end of the round.
 
-    Lightning does so between any two instructions. Inside a round the ranks are at different places, some wait for
-    others, and no collective would meet its own. So the signal is only noted, and the round's collective tells all
-    ranks.
+    Lightning answers between any two instructions. Inside a round the ranks are at different points, some wait for
+    others, and collectives would not match. The signal is therefore only recorded, and the round's collective informs
+    all ranks.
 
     Lightning: `_slurm_sigusr_handler_fn` of its `_signal_connector` is the handler, which is installed when `fit`
     begins. There is no argument for another one.
@@ -30,7 +30,7 @@ class Requeue(Callback):
     def __init__(self, trainer: pl.Trainer) -> None:
         self._connector = trainer._signal_connector
         self._answer = self._connector._slurm_sigusr_handler_fn
-        self._signal: int = signal.SIGTERM  # replaced by the one that came
+        self._signal: int = signal.SIGTERM  # replaced by the received one
         self.heard = False
         self.agreed = False
 
@@ -39,11 +39,11 @@ class Requeue(Callback):
         return replaced(self._connector, "_slurm_sigusr_handler_fn", self.hear)
 
     def hear(self, signum: int, frame: Any) -> None:
-        """Take note; this is the handler."""
+        """Record the signal, as its handler."""
         self._signal, self.heard = signum, True
 
     def on_train_batch_end(self, *_: Any) -> None:
-        """The round is over for everybody: save, and ask for another run."""
+        """Save a checkpoint and requeue the job if all ranks have agreed, at the end of the round."""
         if self.agreed:
             self.heard = self.agreed = False
             self._answer(self._signal, None)  # type: ignore[arg-type]  # the frame, which it does not look at

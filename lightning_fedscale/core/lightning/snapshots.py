@@ -1,4 +1,4 @@
-"""What must be told apart from clients' models when they train on trial: metrics, and memory."""
+"""Snapshots for dry runs of clients: metric states, and the memory saved for backward."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class MetricStates:
         self._buffers = [(buffer, buffer.clone()) for metric, *_ in self._states for buffer in metric.buffers()]
 
     def restore(self) -> None:
-        """They know nothing of what has happened since."""
+        """Restore the metrics."""
         for buffer, value in self._buffers:
             buffer.copy_(value)
         for metric, state, count, cache in self._states:
@@ -37,7 +37,7 @@ class MetricStates:
             metric._update_count, metric._forward_cache, metric._computed = count, cache, None
 
     def agree(self, other: MetricStates, close: Callable[[Tensor, Tensor], bool]) -> bool:
-        """Whether the metrics know the same, values as close as asked."""
+        """Return whether the metrics have the same number of updates and close values."""
         for (_, mine, count, _), (_, theirs, other_count, _) in zip(self._states, other._states, strict=True):
             if count != other_count:
                 return False
@@ -50,7 +50,7 @@ class MetricStates:
 
 
 class SavedBytes(saved_tensors_hooks):
-    """While active, counts the memory of what is saved for the backward pass."""
+    """Counts, inside the context, the bytes saved for the backward pass."""
 
     def __init__(self) -> None:
         self.bytes = 0

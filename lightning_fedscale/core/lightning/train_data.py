@@ -1,4 +1,4 @@
-"""A project's training data as it is before a run: a sample of it, and where the project keeps its batch size."""
+"""A project's training data before a run: its largest samples, and where the project keeps its batch size."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from lightning_fedscale.core.lightning.hooks import as_it_was
 from lightning_fedscale.devices.profiling.samples import LargestSample, is_map_style, largest_sample
 
 NAMES = "batch_size", "train_batch_size", "per_device_batch_size"
-"""Under which projects keep their batch size, in the order in which they are looked for."""
+"""Names under which projects keep their batch size, in the order in which they are searched."""
 
 
 class TrainData:
@@ -35,7 +35,7 @@ class TrainData:
 
     Args:
         trainer: in or before ``on_fit_start``.
-        need_samples: whether samples are to be taken from the loader, which must be a DataLoader then.
+        need_samples: whether samples will be taken from the loader, which must then be a DataLoader.
 
     Raises:
         ValueError: if there is no train loader.
@@ -64,7 +64,7 @@ class TrainData:
 
     @property
     def batch_size(self) -> int | None:
-        """The present one; None if a loader has none."""
+        """The present batch size; None if a loader has none."""
         if not self.loaders:
             return getattr(self._given, "batch_size", None)
         size: int | None = self.loaders[0].batch_size
@@ -72,24 +72,24 @@ class TrainData:
 
     @property
     def drops_tails(self) -> bool:
-        """Whether a last batch that is not full is left out."""
+        """Whether an incomplete last batch is dropped."""
         return any(getattr(loader.batch_sampler, "drop_last", False) for loader in self.loaders)
 
     @property
     def gives_batches(self) -> bool:
-        """Whether the dataset's items are batches already, ``DataLoader(batch_size=None)``."""
+        """Whether the dataset's items are already batches, ``DataLoader(batch_size=None)``."""
         return any(loader.batch_sampler is None for loader in self.loaders)
 
     @property
     def samples(self) -> int | None:
-        """How many samples the smallest dataset has; None if that is not known."""
+        """Number of samples of the smallest dataset; None if unknown."""
         if self.gives_batches:
             return None
         sizes = [len(loader.dataset) for loader in self.loaders if hasattr(loader.dataset, "__len__")]
         return min(sizes, default=None)
 
     def largest(self) -> tuple[Callable[[int], Any], list[LargestSample]]:
-        """Batches of the largest samples: a function that makes one of any size, and what was found."""
+        """Return a function that makes a batch of the largest samples in any size, and these samples."""
         found = {id(loader): largest_sample(_read_apart(loader.dataset)) for loader in self.loaders}
 
         def make(samples: int) -> Any:
@@ -102,10 +102,10 @@ class TrainData:
         return make, list(found.values())
 
     def keepers(self, name: str | None = None) -> list[tuple[Any, str]]:
-        """Who keeps the batch size, and under which name: attributes and hyperparameters.
+        """Return the objects that keep the batch size as attribute or hyperparameter, each with its name for it.
 
         Raises:
-            ValueError: if nobody has the name that was given.
+            ValueError: if no object has the given name.
         """
         found = list(_keepers(self._trainer, self._source.instance, name))
         if name is not None and not found:
@@ -117,15 +117,15 @@ class TrainData:
     def set_batch_size(self, size: int, name: str | None = None) -> Callable[[], None]:
         """Make the project train with batches of this size.
 
-        Attributes and hyperparameters of whoever makes the loader are set where they exist; where setting them does not
-        change the loader, and for a loader passed to ``fit``, the loader itself is rebuilt.
+        Existing attributes and hyperparameters of the object that makes the loader are set. If that does not change the
+        loader, or if the loader was passed to ``fit``, the loader itself is rebuilt.
 
         Args:
             size: samples per batch and process.
-            name: the attribute that holds the batch size, if it has another name than the usual ones.
+            name: the attribute that holds the batch size, if not one of the usual names.
 
         Returns:
-            A function to be called after the run, which takes out what was put into the project for its length.
+            A function to call after the run, which removes what was added to the project for the run.
 
         Raises:
             ValueError: if there is no batch size anywhere.
@@ -148,7 +148,7 @@ class TrainData:
         return undo
 
     def _reload(self) -> None:
-        """Where the loader was asked for before (by a schedule that depends on its length), all of that anew."""
+        """Set up the optimizers again if the loader was already loaded, by a schedule that depends on its length."""
         trainer = self._trainer
         if combined_loader(trainer) is not None:
             forget_loader(trainer)
@@ -156,17 +156,17 @@ class TrainData:
 
 
 def division_by_ranks(trainer: pl.Trainer, batch_size: int) -> str | None:
-    """Say so if the project seems to have divided its batch size by the number of ranks.
+    """Return a warning if the project seems to have divided its batch size by the number of ranks.
 
-    As for DDP, whose ranks share a batch. Here they share clients, each of which trains with whole batches, so a batch
-    that is divided makes the number of ranks a part of the method.
+    This is right for DDP, whose ranks share a batch. Here ranks share clients, each of which trains with whole batches,
+    so dividing the batch size makes results depend on the number of ranks.
 
     Args:
         trainer: a Trainer with its train loader.
-        batch_size: that of the loader.
+        batch_size: the loader's batch size.
 
     Returns:
-        a sentence with both numbers and the remedy; None if there is no sign of it.
+        A sentence with both numbers and the remedy; None if there is no sign of it.
     """
     numbers = {"trainer.world_size": trainer.world_size, "trainer.num_devices": trainer.num_devices}
     for owner in (getattr(trainer, "datamodule", None), trainer.lightning_module):
@@ -188,13 +188,13 @@ _NOT_OF_TRAINING = re.compile(r"val|test|eval|pred|infer", re.IGNORECASE)
 
 
 def _sizes_kept(owner: Any) -> Iterator[tuple[str, int]]:
-    """Attributes and hyperparameters, also nested ones, that are a batch size for training by their name."""
+    """Yield attributes and hyperparameters, also nested ones, whose name is that of a batch size for training."""
 
     def walk(mapping: Mapping[Any, Any], path: str) -> Iterator[tuple[str, int]]:
         for key in mapping:
             try:
                 value = mapping[key]
-            except Exception:  # a value of OmegaConf's that is missing
+            except Exception:  # a missing value in OmegaConf
                 continue
             name = f"{path}{key}"
             if isinstance(value, Mapping):
@@ -208,7 +208,7 @@ def _sizes_kept(owner: Any) -> Iterator[tuple[str, int]]:
 
 
 def _read_apart(dataset: Any) -> Any:
-    """An iterable dataset may remember how far it was read: a copy is read instead."""
+    """Return a copy of an iterable dataset, which may remember how far it was read; other datasets as they are."""
     if is_map_style(dataset):
         return dataset
     try:
@@ -218,7 +218,7 @@ def _read_apart(dataset: Any) -> Any:
 
 
 def _keepers(trainer: pl.Trainer, owner: Any, name: str | None) -> Iterator[tuple[Any, str]]:
-    """Who keeps the batch size, and under which name."""
+    """Yield the objects that keep the batch size, each with its name for it."""
     module, data = trainer.lightning_module, getattr(trainer, "datamodule", None)
     names = NAMES if name is None else (name,)
     places = [place for place in (data, module) if place is not None and (name is not None or place is owner)]
@@ -252,7 +252,7 @@ def _size_of(loader: Any) -> int | None:
 
 
 def _with_batch_size(loader: Any, size: int) -> Any:
-    """The user's loader, or several in any nesting, with other batches."""
+    """Return the user's loader, or several in any nesting, with another batch size."""
     if isinstance(loader, CombinedLoader):
         mine = copy.copy(loader)
         mine.__init__(_with_batch_size(loader.iterables, size), loader._mode)  # type: ignore[misc]
@@ -271,7 +271,7 @@ def _resized(loader: DataLoader[Any], size: int) -> DataLoader[Any]:
     if isinstance(loader.batch_sampler, BatchSampler):
         own["batch_sampler"] = BatchSampler(loader.batch_sampler.sampler, size, loader.batch_sampler.drop_last)
     if hasattr(loader, "__pl_saved_args"):
-        # What Lightning noted of the construction, to repeat it with a DistributedSampler.
+        # Lightning recorded these arguments to rebuild the loader with a DistributedSampler.
         noted = vars(loader)
         names, args = noted["__pl_saved_arg_names"], list(noted["__pl_saved_args"])
         if "batch_size" in names:
@@ -283,9 +283,9 @@ def _resized(loader: DataLoader[Any], size: int) -> DataLoader[Any]:
 
 
 def _wrap_hook(owner: Any, size: int) -> Callable[[], None]:
-    """Rebuild whatever ``train_dataloader()`` returns, while the run lasts."""
+    """Rebuild the loaders that ``train_dataloader()`` returns, for the length of the run."""
     original = owner.train_dataloader
-    _with_batch_size(original(), size)  # raises here and now what it would later
+    _with_batch_size(original(), size)  # raises now any error that it would raise later
 
     kept = vars(owner).get("train_dataloader")
     object.__setattr__(owner, "train_dataloader", _ResizedLoader(original, size))
@@ -300,7 +300,7 @@ def _wrap_hook(owner: Any, size: int) -> Callable[[], None]:
 
 
 class _ResizedLoader:
-    """Stands in for a project's ``train_dataloader()``, which a copy of the project has again."""
+    """Replaces a project's ``train_dataloader()``; copying the project restores the original."""
 
     def __init__(self, original: Callable[[], Any], size: int) -> None:
         self.__wrapped__ = original

@@ -1,1 +1,1 @@
-"""What FederatedStrategy was asked for, checked."""
+"""The checked arguments of FederatedStrategy."""

@@ -1,4 +1,4 @@
-"""What does not go together, and why: told before training starts."""
+"""Checks for incompatible options, before training starts; errors give the reason."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from lightning_fedscale.utils.checks import enumerated
 
 
 def check_arguments(options: Arguments) -> None:
-    """Refuse arguments that exclude each other.
+    """Check that the arguments are compatible with each other.
 
     Raises:
         ValueError: with the reason and the remedy.
@@ -102,7 +102,7 @@ def _check_asynchrony(options: Arguments) -> None:
 
 
 def check_model(options: Arguments, module: nn.Module, exchange: Exchange) -> None:
-    """Refuse what only the module shows.
+    """Check the arguments against the module.
 
     Raises:
         ValueError: with the reason and the remedy.
@@ -143,7 +143,7 @@ def _check_buffers(rules: Rules, module: nn.Module, exchange: Exchange) -> None:
 
 
 def _not_there_yet(module: nn.Module) -> list[str]:
-    """Names of buffers that are None until training fills them."""
+    """Return the names of buffers that are None until training fills them."""
     parts = [(f"{path}." if path else "", part) for path, part in module.named_modules()]
     return [prefix + name for prefix, part in parts for name, buffer in part._buffers.items() if buffer is None]
 
@@ -159,7 +159,7 @@ def _norm_that_learns(options: Arguments, module: nn.Module, exchange: Exchange)
 
 
 def check_optimizers(options: Arguments, module: torch.nn.Module, optimizers: list[Optimizer]) -> None:
-    """Refuse optimizers that a local rule does not know.
+    """Check that the local rule supports the optimizers.
 
     Raises:
         ValueError: with the reason and the remedy.
@@ -198,7 +198,7 @@ def _why_unknown(rule: LocalRule, optimizers: list[Optimizer]) -> str | None:
 
 
 def warn_of_lost_errors(options: Arguments, num_clients: int, cohort: int, rounds: int) -> None:
-    """Error feedback is of use to clients that come back."""
+    """Warn if most clients take part only once, so that error feedback is of no use."""
     compressor = options.rules.compressor
     if compressor is not None and compressor.keeps_error and 0 < rounds * cohort < 2 * num_clients:
         rank_zero_warn(

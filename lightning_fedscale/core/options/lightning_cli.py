@@ -1,7 +1,7 @@
-"""Parts in the configuration files of LightningCLI: ``class_path`` may name the function that makes one.
+"""Options in the configuration files of LightningCLI: ``class_path`` may name the factory function of an option.
 
-jsonargparse does so by itself where a part is an object of a class. Rules that are tuples of functions it takes for
-structures whose fields are to be given; here they are registered as what their factories make.
+jsonargparse supports this only for options that are objects of classes. For rules that are tuples of functions it would
+require the fields, so these are registered here as the results of their factories.
 
     server_optimizer:
       class_path: lightning_fedscale.server.fed_adam
@@ -31,9 +31,9 @@ KINDS: tuple[type[Any], ...] = (Aggregator, Compressor, Detector, LocalRule, Ser
 
 
 def _remembering(kind: type[Any], given: dict[str, Any]) -> type[Any]:
-    """The same kind of tuple, whose class knows how it was given, so that configurations can be saved.
+    """Return a subclass of the tuple that stores its configuration, so that configurations can be saved.
 
-    The class, since jsonargparse makes new tuples of the values of those that it is given.
+    The class stores it because jsonargparse makes new tuples from the values of given ones.
     """
 
     def reduced(part: Any) -> tuple[Any, ...]:
@@ -43,7 +43,7 @@ def _remembering(kind: type[Any], given: dict[str, Any]) -> type[Any]:
 
 
 def register() -> None:
-    """Let jsonargparse make parts by the path of their factories, and laws, which are dataclasses, by their classes."""
+    """Let jsonargparse make options by the paths of their factories, and laws (dataclasses) by their classes."""
     set_parsing_settings(subclasses_enabled=[Law])
     for kind in KINDS:
         register_type(
@@ -55,15 +55,15 @@ def register() -> None:
 
 
 def made_by_path(kind: type[Any], given: Any) -> Any:
-    """What a function makes that a configuration names.
+    """Return the result of the function that a configuration names.
 
     Args:
-        kind: what it must make.
-        given: ``class_path``, ``init_args``, which are checked against the function's types, and ``dict_kwargs`` for
-            what it takes besides; parts of parts are given in the same way, and several in a list.
+        kind: the required type of the result.
+        given: ``class_path``; ``init_args``, which are checked against the function's types; and ``dict_kwargs`` for
+            further arguments. Nested options are given in the same way, several of them in a list.
 
     Raises:
-        ValueError: if there is no such function, it makes something else, or its arguments are wrong.
+        ValueError: if there is no such function, its result has another type, or its arguments are invalid.
 
     Example:
         >>> from lightning_fedscale.compressors import Compressor
@@ -85,7 +85,7 @@ def made_by_path(kind: type[Any], given: Any) -> Any:
 
 
 def _given(kind: type[Any], value: Any) -> Any:
-    """How a part was given; what was made in Python is shown as it is."""
+    """Return the configuration of an option, or a placeholder if the option was made in Python."""
     return getattr(value, "given", None) or f"<{kind.__name__}>"
 
 

@@ -1,4 +1,4 @@
-"""What `FederatedStrategy` was asked for, checked once and in one place."""
+"""The arguments of `FederatedStrategy`, checked once and in one place."""
 
 from __future__ import annotations
 
@@ -40,14 +40,14 @@ from lightning_fedscale.utils.checks import flag
 from lightning_fedscale.utils.memory import parse_bytes
 
 LocalSteps: TypeAlias = Callable[[int], int]
-"""From the round's number to its local batches; the same on every rank and after a restart."""
+"""Maps a round's number to its number of local batches; the same on every rank and after a restart."""
 
 
 class Arguments(NamedTuple):
     """Checked arguments; see `FederatedStrategy` for their meaning.
 
-    ``num_clients`` is None when it is read off the data, as with natural ids. ``client_state_memory`` is in bytes, None
-    for "auto".
+    ``num_clients`` is None if it is inferred from the data, as with natural ids. ``client_state_memory`` is in bytes,
+    None for "auto".
     """
 
     num_clients: int | None
@@ -72,10 +72,10 @@ class Arguments(NamedTuple):
     seed: int
 
     def cohort_size(self, num_clients: int) -> int:
-        """Clients per round once the number of clients is known.
+        """Return the number of clients per round, given the number of clients.
 
         Raises:
-            ValueError: if more are asked for than there are.
+            ValueError: if more clients are requested than exist.
         """
         wanted = self.clients_per_round
         if wanted is None:
@@ -90,20 +90,20 @@ class Arguments(NamedTuple):
         return wanted
 
     def steps_in(self, round: int) -> int | None:
-        """Local batches of a client in a round; None where passes over the data are counted.
+        """Return a client's number of local batches in a round; None if local work is given in epochs.
 
         Raises:
-            TypeError, ValueError: if a function answers otherwise.
+            TypeError, ValueError: if the user's function returns no valid number.
         """
         if self.local_steps is None or isinstance(self.local_steps, int):
             return self.local_steps
         return integer(f"local_steps({round})", self.local_steps(round))
 
     def partition(self, dataset: Any) -> Partition:
-        """Divide a dataset among the clients.
+        """Partition a dataset among the clients.
 
         Raises:
-            ValueError: if the dataset cannot be divided as asked; names the argument and the remedy.
+            ValueError: if the dataset cannot be partitioned as requested; names the argument and the remedy.
         """
         samples = len(dataset)
         if isinstance(self.partitioner, Partition):
@@ -132,15 +132,15 @@ class Arguments(NamedTuple):
         return partition
 
     def divide_alike(self, training: Any, dataset: Any, seed: int) -> Partition:
-        """Divide further data as the training data were divided.
+        """Partition further data in the same way as the training data.
 
         Raises:
-            TypeError, ValueError: if labels or ids that decide are not to be found.
+            TypeError, ValueError: if the labels or ids of the partition are missing.
         """
         return self._partitioner_of(training).divide_alike(dataset, seed)
 
     def _partitioner_of(self, dataset: Any) -> Partitioner:
-        # A copy, since the user's may be in several strategies, and is not to hold their data.
+        # A copy, since the user's partitioner may be in several strategies and must not keep their data.
         given = self.partitioner
         mine = FinishedPartitioner(given) if isinstance(given, Partition) else copy.copy(given)
         mine.dataset = dataset
@@ -175,11 +175,11 @@ def check(
     population: Population | None,
     seed: int,
 ) -> Arguments:
-    """Check all arguments that can be judged without data.
+    """Check all arguments that do not depend on the data.
 
     Raises:
-        TypeError: for a value of the wrong kind.
-        ValueError: for a wrong value; both name the argument, the value and the remedy.
+        TypeError: for a value of an invalid type.
+        ValueError: for an invalid value; both name the argument, the value and the remedy.
     """
     if num_clients is not None:
         num_clients = integer("num_clients", num_clients)
@@ -326,10 +326,10 @@ def _rules(
 
 
 def check_processes(start_method: str, timeout: timedelta, backend: str | None) -> None:
-    """Check how processes are to be started, how long they may wait, and by what they speak.
+    """Check the start method of processes, their timeout, and the backend by which they communicate.
 
     Raises:
-        TypeError: if ``timeout`` is no timedelta.
+        TypeError: if ``timeout`` is not a timedelta.
         ValueError: if the start method or the backend is unknown.
     """
     known = ("popen", "fork", "spawn", "forkserver")
@@ -348,7 +348,7 @@ def check_processes(start_method: str, timeout: timedelta, backend: str | None) 
 
 
 def name_clients(clients: IntArray) -> str:
-    """The first few of them, for a message.
+    """List the first few clients, for a message.
 
     Example:
         >>> import numpy as np
@@ -411,5 +411,5 @@ def _check_sampler(sampler: Sampler) -> None:
 
 
 def _declared(partitioner: Partitioner) -> int | None:
-    """The number of clients that a partitioner was told, None if it depends on the data."""
+    """Return the partitioner's number of clients; None if it depends on the data."""
     return partitioner._num_partitions

@@ -1,4 +1,4 @@
-"""What is done differently from FedAvg between a client's training and the server's step."""
+"""The options that differ from FedAvg between a client's training and the server's step."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from lightning_fedscale.utils.buffers import BufferPolicies, Policy
 
 
 class Rules(NamedTuple):
-    """What is done differently from FedAvg on the way up; None where nothing is.
+    """The options that differ from FedAvg on the uplink; None as in FedAvg.
 
     Attributes:
-        local: of the clients' training.
-        compressor: of what they send.
-        privacy: bounds what a client may change.
-        aggregator: turns updates into one.
-        personal: patterns of names that stay with each client.
-        ditto: each client trains a model of its own besides.
-        buffers: patterns of names of buffers and what becomes of them.
+        local: the rule of the clients' training.
+        compressor: compresses the updates.
+        privacy: bounds the influence of each client.
+        aggregator: aggregates the updates.
+        personal: patterns of names of tensors that stay with each client.
+        ditto: each client also trains its own model.
+        buffers: patterns of names of buffers, and their policies.
     """
 
     local: LocalRule | None
@@ -35,27 +35,27 @@ class Rules(NamedTuple):
 
     @property
     def own(self) -> tuple[str, ...]:
-        """Patterns of all that stays with each client."""
+        """Patterns of all tensors that stay with each client."""
         return (*self.personal, *(pattern for pattern, policy in self.buffers if policy == "client"))
 
     @property
     def buffer_policies(self) -> BufferPolicies:
-        """What becomes of each buffer."""
+        """The policy of each buffer."""
         return BufferPolicies(self.buffers, self.aggregator.hides_clients, self.privacy is not None)
 
     @property
     def guided(self) -> bool:
-        """Whether a client does anything else than FedAvg's."""
+        """Whether a client does anything that differs from FedAvg."""
         return bool(self.own) or any(rule is not None for rule in (self.local, self.compressor, self.privacy))
 
     @property
     def keep_state(self) -> bool:
-        """Whether clients keep anything because of them."""
+        """Whether these options make clients keep state."""
         return bool(self.own) or bool(self.kept_on_device)
 
     @property
     def kept_on_device(self) -> dict[str, float]:
-        """What a client's device keeps because of them, in bytes per parameter by name."""
+        """The state that a client's device keeps for these options, in bytes per parameter by name."""
         kept: dict[str, float] = {}
         if self.local is not None and self.local.keeps_state:
             kept["control variates"] = 4.0 * self.local.vectors_down
@@ -67,20 +67,20 @@ class Rules(NamedTuple):
 
     @property
     def passes(self) -> int:
-        """How often a client computes gradients of its batches in a round."""
+        """The number of times that a client computes the gradients of its batches in a round."""
         return 1 + (self.local is not None and self.local.needs_gradient) + (self.ditto is not None)
 
     @property
     def operations(self) -> float:
-        """For each trainable element of each client's update, besides training and the sum over clients."""
+        """Operations per trainable element of each client's update, besides training and the sum over clients."""
         local = 0 if self.local is None else self.local.operations
         compressed = 0.0 if self.compressor is None else self.compressor.operations
-        clipped = 0 if self.privacy is None else 3  # the squared norm, and the shorter update
+        clipped = 0 if self.privacy is None else 3  # the squared norm and the scaling
         return local + compressed + clipped
 
     @property
     def bound_to_parameters(self) -> str | None:
-        """The argument because of which clients or server keep what is for certain parameters; None if nothing is."""
+        """The argument for which clients or server keep state of specific parameters; None if there is none."""
         if self.ditto is not None:
             return f"personal={self.ditto!r}"
         if self.local is not None and (self.local.keeps_state or self.local.sends_message):
@@ -92,5 +92,5 @@ class Rules(NamedTuple):
         return None
 
     def weigh(self, update: ClientUpdate) -> float:
-        """What a client counts in the aggregate, before normalisation."""
+        """Return the client's weight in the aggregate, before normalisation."""
         return float(self.aggregator.weigh(update) if self.privacy is None else self.privacy.weigh(update))

@@ -1,4 +1,4 @@
-"""What a federated run was asked for, as the numbers and words that a sweep is compared by."""
+"""The settings of a federated run as numbers and strings, by which the runs of a sweep are compared."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from lightning_fedscale.utils.factory_repr import numbers_in
 
 PREFIX = "federated/"
 NONE = "none"
-"""Where there is nothing. It is named all the same: TensorBoard takes the columns of a sweep from its first run."""
+"""Value of an unused setting, which must be present, since TensorBoard takes a sweep's columns from its first run."""
 
 _OFTEN_SWEPT = ("num_clients", "clients_per_round", "params", "alpha", "lr", "mu", "noise_multiplier")
 _NOT_SWEPT = ("num_partitions", "min_partition_size", "seed")
 
 
 def is_detail(name: str) -> bool:
-    """Whether a setting is one of those that runs of a sweep seldom differ in.
+    """Return whether a setting is one in which the runs of a sweep seldom differ.
 
     Example:
         >>> [name for name in ("lr", "federated/num_clients", "federated/mode", "federated/partitioner.alpha")
@@ -29,15 +29,15 @@ def is_detail(name: str) -> bool:
 
 
 def settings_of(options: Arguments, partition: Partition, params: int) -> dict[str, Any]:
-    """Settings by name, numbers and words only.
+    """Return the settings by name, only numbers and strings.
 
-    Rules are named by the call that makes them, ``fed_adam(lr=0.01)``, and the numbers in it have names of their own
-    beside, ``federated/server_optimizer.lr``.
+    A rule's value is the call that makes it, such as ``fed_adam(lr=0.01)``; the numbers in it are also listed
+    separately, such as ``federated/server_optimizer.lr``.
 
     Args:
         options: the strategy's checked arguments.
-        partition: who holds what.
-        params: parameters of the model.
+        partition: the partition of the data.
+        params: number of parameters of the model.
     """
     clients = partition.num_clients
     calls = {
@@ -50,7 +50,7 @@ def settings_of(options: Arguments, partition: Partition, params: int) -> dict[s
         "clients_per_round": options.cohort_size(clients),
         "samples": partition.num_samples,
         "params": params,
-        # Clients count one or the other.
+        # Local work is given by one or the other.
         "local_epochs": options.local_epochs or NONE,
         "local_steps": -1 if callable(options.local_steps) else options.local_steps or NONE,
         "rounds_per_epoch": options.rounds_per_epoch,
@@ -68,7 +68,7 @@ def settings_of(options: Arguments, partition: Partition, params: int) -> dict[s
 
 
 def method_of(options: Arguments) -> dict[str, Any]:
-    """What makes two runs ones of the same method: how clients train, and how what they send is put together.
+    """Return the settings that define the method of a run: how clients train and how updates are aggregated.
 
     Args:
         options: the strategy's checked arguments.
@@ -79,7 +79,7 @@ def method_of(options: Arguments) -> dict[str, Any]:
 
 
 def _rules_of(options: Arguments) -> dict[str, str]:
-    """Rules, by the calls that make them."""
+    """Return the rules as the calls that make them."""
     rules, local = options.rules, options.rules.local
     return {
         "aggregator": rules.aggregator.call or "custom",
@@ -96,7 +96,7 @@ def _client_optimizer(options: Arguments) -> str:
 
 
 def _parts(options: Arguments) -> dict[str, str]:
-    """What of the model is not everybody's."""
+    """Return the settings of the parts of the model that are not shared."""
     rules = options.rules
     return {
         "personal": repr(rules.ditto) if rules.ditto else ", ".join(rules.personal) or NONE,

@@ -1,4 +1,4 @@
-"""What cannot work under `FederatedStrategy`, refused before a client trains, each with its reason and remedy."""
+"""Checks for everything that `FederatedStrategy` does not support; errors give the reason and the remedy."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from lightning_fedscale.core.lightning.module_state import is_no_optimizer
 from lightning_fedscale.utils.foreign import is_raised_in, is_really
 
 _OURS = {"lightning.pytorch": "lightning_fedscale", "pytorch_lightning": "lightning_fedscale.pytorch_lightning"}
-"""For each of Lightning's two packages, which do not mix, the one of ours."""
+"""Our package for each of Lightning's two packages, which cannot be mixed."""
 
 
 def of_package(name: str, room: str = "") -> str:
-    """What to say of an object of ours in a Trainer of Lightning's other package.
+    """Return a message for one of our objects in a Trainer of Lightning's other package.
 
     Example:
         >>> print(of_package("MaxBatchProbe", ".callbacks"))
@@ -33,7 +33,7 @@ def of_package(name: str, room: str = "") -> str:
 
 
 def check_package(callback: pl.Callback, trainer: pl.Trainer) -> None:
-    """Check that a callback of ours is for the package that the Trainer is of.
+    """Check that one of our callbacks is for the Trainer's package.
 
     Raises:
         TypeError: with the remedy.
@@ -51,11 +51,11 @@ def check_fit(
         trainer: the Trainer, about to fit.
         device: this process's device.
         processes: number of ranks.
-        layer_sync: whether BatchNorm is to be synchronised.
+        layer_sync: whether synchronised BatchNorm is requested.
         rounds_per_epoch: the strategy's argument.
 
     Raises:
-        TypeError: for a callback of another kind.
+        TypeError: for a callback of Lightning's other package.
         ValueError: with the reason and the remedy.
     """
     module = trainer.lightning_module
@@ -129,7 +129,7 @@ def check_fit(
 
 
 def check_trainable(module: nn.Module) -> None:
-    """Check, when a round begins, that something can be learnt in it; callbacks freeze and unfreeze between rounds.
+    """Check that some parameter is trainable when a round begins, since callbacks freeze and unfreeze between rounds.
 
     Raises:
         ValueError: with the remedy.
@@ -142,7 +142,7 @@ def check_trainable(module: nn.Module) -> None:
 
 
 def _is_of_other_package(callback: object) -> bool:
-    """Whether it is a Callback of Lightning's other package; what merely acts as one, as a mock does, is welcome."""
+    """Return whether it is a Callback of Lightning's other package; objects that only act as one, as mocks do, pass."""
     packages = {name.partition(".")[0] for name in _OURS}
     return not isinstance(callback, pl.Callback) and any(
         kind.__name__ == "Callback" and kind.__module__.partition(".")[0] in packages for kind in type(callback).__mro__
@@ -150,7 +150,7 @@ def _is_of_other_package(callback: object) -> bool:
 
 
 def check_optimizers(module: pl.LightningModule, optimizers: list[Optimizer]) -> None:
-    """Check what ``configure_optimizers`` returned.
+    """Check the result of ``configure_optimizers``.
 
     Raises:
         ValueError: with the reason and the remedy.
@@ -171,7 +171,7 @@ def check_optimizers(module: pl.LightningModule, optimizers: list[Optimizer]) ->
 
 
 def check_loaders_and_schedulers(trainer: pl.Trainer) -> None:
-    """Check what only shows once loaders and schedulers are there, just before the first round.
+    """Check loaders and schedulers just before the first round.
 
     Raises:
         ValueError: with the reason and the remedy.
@@ -194,7 +194,7 @@ def check_loaders_and_schedulers(trainer: pl.Trainer) -> None:
 
 
 def is_told(error: BaseException) -> bool:
-    """Whether this package, or Lightning, said that something cannot be; others' mistakes need their line."""
+    """Return whether this package or Lightning raised the error as a message; other errors need their traceback."""
     if isinstance(error, MisconfigurationException):
         return True
     return isinstance(error, (TypeError, ValueError)) and is_raised_in(error, "lightning_fedscale")

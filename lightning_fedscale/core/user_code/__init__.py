@@ -1,1 +1,1 @@
-"""What the user's Python code reads and writes besides tensors."""
+"""The Python state that the user's code reads and writes besides tensors."""

@@ -1,4 +1,4 @@
-"""What the Python code of a training step reads outside its module, so that it can be seen whether that has changed."""
+"""Detection of changes in what a training step's Python code reads outside of its module."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from lightning_fedscale.core.user_code.objects import is_library
 from lightning_fedscale.core.user_code.outside import names_in, resolved
 from lightning_fedscale.core.user_code.state import Place, PythonState, Variables
 
-# Builtins whose results depend on their arguments alone. The others print, open, look around or draw.
+# Builtins whose results depend only on their arguments. Others print, open files, inspect the process or draw.
 _PURE = {
     "abs", "all", "any", "bin", "callable", "chr", "divmod", "format", "getattr", "hasattr", "hash", "hex",
     "isinstance", "issubclass", "iter", "len", "max", "min", "next", "oct", "ord", "pow", "repr", "round", "setattr",
@@ -48,7 +48,7 @@ _PURE_FUNCTIONS = {
     "torch._compile.inner", "torch.is_tensor", "torch.get_default_device", "torch.are_deterministic_algorithms_enabled",
     "torch.get_float32_matmul_precision", "os.__getitem__", "_collections_abc.get",
 }  # fmt: skip
-# Methods and functions of torch that hand values to Python, or are no functions of their arguments.
+# Methods and functions of torch that pass values to Python, or whose results depend on more than their arguments.
 _IMPURE_OF_TORCH = {
     "item", "tolist", "numpy", "__array__", "data_ptr", "storage", "untyped_storage", "backward", "set_rng_state",
     "get_rng_state", "initial_seed", "seed", "manual_seed", "save", "load", "is_shared", "share_memory_",
@@ -56,14 +56,14 @@ _IMPURE_OF_TORCH = {
 
 
 class Unguarded(RuntimeError):
-    """A step does what cannot be guarded; says what."""
+    """Raised if a step does something that cannot be guarded; says what."""
 
 
 class Reads:
-    """Notes, while `watching`, which Python code runs outside the libraries, and what it calls directly.
+    """Records, inside `watching`, the Python code that runs outside the libraries, and its direct calls.
 
     Attributes:
-        obstacle: the first thing that ran and cannot be guarded; None if there was none.
+        obstacle: the first call that cannot be guarded; None if there was none.
     """
 
     def __init__(self) -> None:
@@ -74,7 +74,7 @@ class Reads:
 
     @contextmanager
     def watching(self) -> Iterator[None]:
-        """While active, what runs in this thread is noted."""
+        """Record the code that runs in this thread inside the context."""
         if sys.getprofile() is not None:
             self.obstacle = "a profiler is active"
             yield
@@ -108,10 +108,10 @@ class Reads:
                 self.obstacle = self.obstacle or f"it calls {module}.{name}"
 
     def sources(self) -> tuple[list[Place], list[Any]]:
-        """Where the code that ran may read what it is not given: names in dicts of variables, classes and functions.
+        """Return where the code that ran may read more than its arguments: global variables, classes and functions.
 
         Raises:
-            Unguarded: if something ran that may read anything.
+            Unguarded: if some code that ran may read anything.
         """
         if self.obstacle is not None:
             raise Unguarded(self.obstacle)
@@ -124,7 +124,7 @@ class Reads:
         return places, [*self._classes, *self._functions()]
 
     def _functions(self) -> list[types.FunctionType]:
-        """The functions that ran and have something of their own to read, wherever they are kept."""
+        """Return the functions that ran and have a closure, defaults or attributes to read, wherever they are kept."""
         codes = {id(code): code for code, _ in self._ran.values()}
         return [
             found
@@ -136,10 +136,10 @@ class Reads:
 
 
 class Guard:
-    """Tells whether what recorded steps read in Python is as it was when they were recorded.
+    """Checks whether everything that recorded steps read in Python is unchanged since they were recorded.
 
     Args:
-        module: the user's.
+        module: the user's module.
     """
 
     def __init__(self, module: nn.Module) -> None:
@@ -149,10 +149,10 @@ class Guard:
         self._then = self._now()
 
     def add(self, reads: Reads, state: PythonState) -> None:
-        """Watch also what a step has read, apart from what ``state`` is about.
+        """Also guard the reads of a step that ``state`` does not cover.
 
         Raises:
-            Unguarded: if it cannot be watched.
+            Unguarded: if they cannot be guarded.
         """
         if not state.complete:
             raise Unguarded("the module keeps what cannot be opened")
@@ -165,7 +165,7 @@ class Guard:
             raise Unguarded("it reads what cannot be opened")
 
     def holds(self) -> bool:
-        """Whether all of it is unchanged."""
+        """Return whether everything is unchanged."""
         variables, flags = self._then
         return flags == _flags() and variables == variables.again()
 
@@ -174,7 +174,7 @@ class Guard:
 
 
 class NoValues(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """While active, no operator may hand values or sizes that depend on them to Python."""
+    """Raises an error if an operator passes values, or sizes that depend on values, to Python."""
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -185,7 +185,7 @@ class NoValues(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 def _is_pure(function: Any) -> bool:
-    """Whether a function in C depends on its arguments alone, and on what is guarded."""
+    """Return whether a C function depends only on its arguments and on guarded state."""
     owner, name = getattr(function, "__self__", None), getattr(function, "__name__", "")
     if name in _IMPURE_OF_TORCH:
         return False
@@ -203,7 +203,7 @@ def _is_pure(function: Any) -> bool:
 
 
 def _flags() -> tuple[Any, ...]:
-    """What torch's operators read from the process, where it may change which of them are called."""
+    """Return the process state that may change which of torch's operators are called."""
     hooks, modes = torch.nn.modules.module, torch._C._len_torch_function_stack()
     return (
         torch.get_default_dtype(),

@@ -1,4 +1,4 @@
-"""What objects of each type hold: how to read it, and how to put it back."""
+"""The contents of objects of each type: how to read and how to restore them."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ _PACKAGES = {
     *sys.stdlib_module_names, "torch", "torchmetrics", "lightning", "pytorch_lightning", "lightning_fabric",
     "lightning_utilities", "lightning_fedscale", "numpy", "omegaconf",
 }  # fmt: skip
-# They cannot change, or what they hold is not the module's: metrics have states of their own.
+# Types that cannot change, or whose contents are not the module's; metrics have their own states.
 _FIXED = (
     enum.Enum, re.Pattern, range, slice, datetime.date, datetime.time, datetime.timedelta, datetime.tzinfo,
     decimal.Decimal, torch.layout, torch.memory_format, np.dtype, np.ufunc, types.CodeType, types.ModuleType,
@@ -42,7 +42,7 @@ _FIXED = (
     types.ClassMethodDescriptorType, types.MethodWrapperType, types.GenericAlias, types.UnionType, logging.Logger,
     type(collections.namedtuple("_", "name").name),  # type: ignore[attr-defined]
 )  # fmt: skip
-# What torch and Lightning keep for themselves. "training" counts, and so do submodules and hooks.
+# Internal attributes of torch and Lightning. "training", submodules and hooks count as the user's.
 _NOT_THE_USERS = (vars(pl.LightningModule()).keys() | {"log"}) - {"training"}
 _STRUCTURE = {"_modules"} | {n for n in vars(nn.Module()) if "_hooks" in n and "state_dict" not in n}
 _OF_CLASSES = {
@@ -56,7 +56,7 @@ _LARGE = 1 << 16  # bytes
 
 
 class Closed(Exception):
-    """An object that cannot be opened, or is too large to be."""
+    """Raised for an object that cannot be opened, or is too large."""
 
 
 def _numbered(held: list[Any]) -> list[str]:
@@ -64,13 +64,13 @@ def _numbered(held: list[Any]) -> list[str]:
 
 
 class Part(NamedTuple):
-    """One of the ways in which objects of a type hold something.
+    """One kind of contents of objects of a type, such as attributes or items.
 
     Attributes:
-        read: gives a dict by name or a list of what is held, or anything else that is compared as it is.
-        write: puts what was read back.
-        names: how the entries of a list are called, given the list.
-        valued: ``read`` is also told whether large values are to be read, and how many bytes may be copied.
+        read: returns the contents as a dict by name or as a list, or as any other value that is compared directly.
+        write: restores the contents that were read.
+        names: returns the names of the entries of a list, given the list.
+        valued: whether ``read`` also takes whether to read large values, and how many bytes may be copied.
     """
 
     read: Callable[..., Any]
@@ -80,7 +80,7 @@ class Part(NamedTuple):
 
 
 def is_library(module: Any) -> bool:
-    """Whether a Python module, by its dotted name, is part of Python, torch, Lightning, numpy or this package."""
+    """Return whether a Python module, by its dotted name, is of Python, torch, Lightning, numpy or this package."""
     return isinstance(module, str) and module.partition(".")[0] in _PACKAGES
 
 
@@ -88,7 +88,7 @@ _INSTALLED = tuple({sysconfig.get_path(kind) + os.sep for kind in ("purelib", "p
 
 
 def is_installed(module: Any) -> bool:
-    """Whether a Python module, by its dotted name, is part of an installed package, or of a library."""
+    """Return whether a Python module, by its dotted name, is part of an installed package or of a library."""
     if is_library(module):
         return True
     file = getattr(sys.modules.get(module), "__file__", None) if isinstance(module, str) else None
@@ -96,7 +96,7 @@ def is_installed(module: Any) -> bool:
 
 
 def parts_of(value: Any) -> tuple[Part, ...] | None:
-    """How an object holds what it holds: nothing for one that cannot change, None if that cannot be said."""
+    """Return the kinds of contents of an object: empty if it cannot change, None if they are unknown."""
     kind: Any = type(value)
     if kind is types.ModuleType:
         return () if is_library(value.__name__) else None
@@ -106,7 +106,7 @@ def parts_of(value: Any) -> tuple[Part, ...] | None:
 
 @functools.lru_cache(4096)
 def parts_of_type(kind: Any) -> tuple[Part, ...] | None:
-    """How instances of a type hold what they hold; see `parts_of`."""
+    """Return the kinds of contents of a type's instances; see `parts_of`."""
     if issubclass(kind, type):
         return (_CLASS,)
     if issubclass(kind, (Metric, *_FIXED)):
@@ -130,7 +130,7 @@ def parts_of_type(kind: Any) -> tuple[Part, ...] | None:
     if special is None:
         size = object.__basicsize__ + 8 * (len(slots) + (kind.__dictoffset__ > 0) + (kind.__weakrefoffset__ > 0))
         if kind.__basicsize__ > size or kind.__itemsize__:
-            return None  # as `object.__reduce__` finds out that an object has more to it than Python can see
+            return None  # the test of `object.__reduce__` for contents that Python cannot see
     return _with_class(kind, tuple(parts))
 
 
@@ -198,7 +198,7 @@ def _write_class(value: Any, held: dict[str, Any]) -> None:
 
 
 def _slots_of(kind: type) -> Iterator[tuple[str, Any]]:
-    """The slots that a class in Python adds to its instances."""
+    """Yield the slots that a Python class adds to its instances."""
     names = vars(kind).get("__slots__", ())
     for name in [names] if isinstance(names, str) else names:
         mangled = f"_{kind.__name__.lstrip('_')}{name}" if name.startswith("__") and not name.endswith("__") else name
@@ -274,7 +274,7 @@ def _write_set(value: Any, held: Any) -> None:
 
 
 def _nothing(value: Any, held: Any) -> None:
-    """It cannot change."""
+    """Do nothing, since the contents cannot change."""
 
 
 # ---- functions
@@ -330,11 +330,11 @@ def _read_builtin(value: Any) -> list[Any]:
 
 
 class TensorValue:
-    """A tensor's identity, layout and values, as they were.
+    """A snapshot of a tensor's identity, layout and values.
 
-    The values of small ones on the CPU are compared to the bit. Of others the version counter tells whether they were
-    written to, which writes through ``.data`` escape; ``exact`` compares their values as well. Large ones are copied
-    once, and again when they were written to; those of more than ``most`` bytes are not, and cannot be put back.
+    Small tensors on the CPU are compared bit by bit. Others are compared by their version counter, which misses writes
+    through ``.data``; ``exact`` compares their values as well. Large tensors are copied once, and again after they were
+    written to; those of more than ``most`` bytes are not copied and cannot be restored.
     """
 
     def __init__(self, tensor: Tensor, exact: bool, most: int) -> None:
@@ -372,14 +372,14 @@ class TensorValue:
     __hash__ = None  # type: ignore[assignment]
 
     def write(self, tensor: Tensor) -> None:
-        """Put the values back, if others are there now."""
+        """Restore the values if they have changed."""
         if self._copy is None:
             return
         if tensor.data_ptr() != self._alias.data_ptr() or tensor.shape != self._alias.shape:
             tensor.data = self._alias
         if not torch.equal(_bits(self._alias), _bits(self._copy)):
             self._alias.data.copy_(self._copy)
-            if tensor in _copies:  # the version counter goes on as if nothing had been written
+            if tensor in _copies:  # so that this write does not count as a change
                 _copies[tensor] = (tensor._version, tensor.data_ptr()), self._copy
 
 
@@ -391,7 +391,7 @@ def _bits(tensor: Tensor) -> Tensor:
 
 
 class ArrayValue:
-    """A numpy array's identity, layout and values, as they were; a large one is opened only if it is to be exact."""
+    """A snapshot of a numpy array's identity, layout and values; a large array is opened only if ``exact``."""
 
     def __init__(self, array: Any, exact: bool, most: int) -> None:
         if isinstance(array, np.memmap) or array.dtype.hasobject or (array.nbytes > _LARGE and not exact):
@@ -405,7 +405,7 @@ class ArrayValue:
     __hash__ = None  # type: ignore[assignment]
 
     def write(self, array: Any) -> None:
-        """Put the values back, if others are there now."""
+        """Restore the values if they have changed."""
         if array.tobytes() != self._key[-1]:
             array[...] = self._copy
 
@@ -428,7 +428,7 @@ def _flat(state: Any) -> Any:
     return state.tobytes() if isinstance(state, np.ndarray) else state
 
 
-# ---- which type holds things in which way
+# ---- the kinds of contents by type
 
 _TENSOR = Part(TensorValue, lambda value, held: held.write(value), valued=True)
 _ATTRIBUTES = Part(_read_attributes, _write_attributes)

@@ -1,4 +1,4 @@
-"""Which global variables code can name: what it may read and write outside of its module."""
+"""The global variables that code names, and so may read and write outside of its module."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ _ATTRIBUTE = {"LOAD_ATTR", "LOAD_METHOD", "STORE_ATTR", "DELETE_ATTR", "IMPORT_F
 
 
 class Names(NamedTuple):
-    """What a piece of code names.
+    """The names in a piece of code.
 
     Attributes:
-        variables: global ones.
-        attributes: of whatever.
+        variables: global variables.
+        attributes: attributes of any object.
         imports: Python modules that it imports itself.
     """
 
@@ -37,7 +37,7 @@ class Names(NamedTuple):
 
 @functools.lru_cache(1 << 14)
 def names_in(code: types.CodeType) -> Names:
-    """What a piece of code names, and the functions that are defined in it.
+    """Return the names in a piece of code and in the functions that are defined in it.
 
     Example:
         >>> sorted(names_in((lambda x: sorted(x.items())).__code__).attributes)
@@ -54,9 +54,9 @@ def names_in(code: types.CodeType) -> Names:
 
 
 def resolved(codes: Collection[Code]) -> tuple[list[Place], list[types.ModuleType]]:
-    """The global variables that pieces of code name, those in Python modules among them, and these modules.
+    """Return the global variables that pieces of code name, also in other Python modules, and these modules.
 
-    Any piece may have a module from another one, so each module is asked for all attributes that any of them names.
+    Any piece may get a module from another one, so all attributes that any piece names are looked up in each module.
     """
     places: dict[tuple[int, str], Place] = {}
     pending: list[Any] = []
@@ -79,14 +79,14 @@ def resolved(codes: Collection[Code]) -> tuple[list[Place], list[types.ModuleTyp
 
 
 def places_of(module: nn.Module) -> list[Place]:
-    """The global variables that a module's methods can name, and those that these call, where it is the user's code.
+    """Return the global variables named by a module's methods and by the user's functions that these call.
 
-    Of installed packages the methods of the module and its parts count, whose layers may be theirs, and not what these
-    call: that may be all of a package, with thousands of variables. What is reached through ``globals()``, or with a
-    name that is put together, is not found.
+    In installed packages, whose layers the module may use, only the methods of the module and its submodules count, not
+    the functions that they call: these may be a whole package, with thousands of variables. Variables reached through
+    ``globals()`` or by computed names are not found.
 
     Args:
-        module: the user's.
+        module: the user's module.
     """
     codes: dict[tuple[types.CodeType, int], Code] = {}
     places: list[Place] = []

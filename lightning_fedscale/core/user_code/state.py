@@ -1,4 +1,4 @@
-"""What a module keeps in Python, where no stacking of tensors reaches."""
+"""A module's state in Python, which stacking of tensors does not cover."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from lightning_fedscale.core.user_code.objects import TENSORS, Closed, Part, is_installed, parts_of, parts_of_type
 
-# Compared as they are. Neither `bool` nor `float` is here, since 1 == True == 1.0 and nan != nan.
+# Types compared directly. Neither `bool` nor `float` is here, since 1 == True == 1.0 and nan != nan.
 _PLAIN = {int, str, bytes, type(None), types.EllipsisType, torch.dtype, torch.device, types.CodeType}
 _TRUE, _FALSE, _REGISTERED, _OPENED = object(), object(), object(), object()
 _MOST = 10_000
@@ -22,17 +22,17 @@ _FIXED = (types.ModuleType, torch._ops.OpOverload, torch._ops.OpOverloadPacket)
 _OWNERS_OF_FIXED = (types.ModuleType, type, type(None))
 _WITH_A_MODULE = (types.FunctionType, type)
 _WRAPPERS = (functools._lru_cache_wrapper, staticmethod, classmethod)
-_MOST_OUTSIDE = 1 << 24  # bytes of a tensor in a global variable that is copied, to be put back
+_MOST_OUTSIDE = 1 << 24  # bytes of a tensor in a global variable that is copied, so that it can be restored
 MISSING = object()
-"""Stands for what is not there."""
+"""Stands for a missing variable."""
 
 
 class Place(NamedTuple):
     """A global variable.
 
     Attributes:
-        variables: all of its Python module.
-        name: its own.
+        variables: all variables of its Python module.
+        name: its name.
     """
 
     variables: dict[str, Any]
@@ -40,11 +40,11 @@ class Place(NamedTuple):
 
     @property
     def value(self) -> Any:
-        """What it refers to; `MISSING` if there is none of this name."""
+        """The variable's value; `MISSING` if it does not exist."""
         return self.variables.get(self.name, MISSING)
 
     def write(self, value: Any) -> None:
-        """Have it refer to this again."""
+        """Set the variable to this value; `MISSING` deletes it."""
         if value is MISSING:
             self.variables.pop(self.name, None)
         elif self.value is not value:
@@ -52,12 +52,12 @@ class Place(NamedTuple):
 
 
 class _Node(NamedTuple):
-    """An object that was opened.
+    """An opened object.
 
     Attributes:
         value: the object.
-        held: what it held, with the part that reads and writes it.
-        compared: its type, and what is compared of each part.
+        held: its contents, with the part that reads and writes them.
+        compared: its type, and the compared values of each part.
     """
 
     value: Any
@@ -66,23 +66,23 @@ class _Node(NamedTuple):
 
 
 class Snapshot:
-    """What can be reached from some objects, at any depth, to be compared with what can be reached later.
+    """A snapshot of everything that can be reached from some objects, at any depth, to compare with later snapshots.
 
-    Numbers, strings and the like count by value, containers and other objects by what is in them, tensors and arrays
-    by identity and by value, generators by their state. Parameters, buffers and metrics of ``module`` do not count,
-    nor what torch, Lightning and this package keep for themselves.
+    Numbers, strings and the like are compared by value, containers and other objects by their contents, tensors and
+    arrays by identity and value, generators by their state. Parameters, buffers and metrics of ``module`` are left
+    out, and so are internals of torch, Lightning and this package.
 
     Args:
-        roots: where to begin, by name.
-        module: its parameters and buffers are looked after by others.
-        exact: open large containers and arrays too, and compare the values of large tensors. It takes as much time
-            and memory as they do, so it is for proofs; compare it with what is exact as well.
-        most: bytes of the largest tensor that is copied, to be put back.
+        roots: the objects to start from, by name.
+        module: its parameters and buffers are left out, since others manage them.
+        exact: also open large containers and arrays, and compare the values of large tensors. This takes as much time
+            and memory as they do, so it is for proofs; compare only exact snapshots with each other.
+        most: bytes of the largest tensor that is copied, so that it can be restored.
 
     Attributes:
-        complete: False if something cannot be opened or is too large to be; it may then change unnoticed.
-        iterators: what goes on when it is asked for the next value and cannot be opened, so that nothing can bring it
-            back to where it was, such as generators and files; in words.
+        complete: False if an object cannot be opened or is too large; it may then change unnoticed.
+        iterators: descriptions of iterators, such as generators and files, that cannot be opened and therefore cannot
+            be reset to their present position.
     """
 
     def __init__(
@@ -100,13 +100,13 @@ class Snapshot:
         self._room = sys.maxsize if exact else _MOST
         self._numbers: dict[int, int] = {}
         self._found: list[Any] = []
-        self._bare: list[tuple[types.FunctionType, types.CodeType]] = []  # those with nothing to open
+        self._bare: list[tuple[types.FunctionType, types.CodeType]] = []  # functions with nothing to open
         self._parameters, buffers = ([], []) if module is None else _registered(module)
         self._own = {*map(id, self._parameters), *map(id, buffers)}
         self._flags = [_flags_of(parameter) for parameter in self._parameters]
         self._names, self._begun_with = list(roots), list(roots.values())
         self._roots = [self._token(value) for value in roots.values()]
-        # While they are opened more are found.
+        # Opening objects finds further ones.
         self._nodes = [self._open(value) for value in self._found]
         self._compared = [node.compared for node in self._nodes]
         self.iterators = [f"{type(each).__name__} ({self._path_to(each)})" for each in self._iterators]
@@ -122,9 +122,9 @@ class Snapshot:
     __hash__ = None  # type: ignore[assignment]
 
     def still_holds(self) -> bool:
-        """Whether everything is certainly as it was: the same objects in the same places; much cheaper than anew.
+        """Return whether certainly nothing changed: the same objects in the same places; cheaper than a new snapshot.
 
-        False says nothing: a number may have been computed anew, and what cannot be opened may have changed.
+        False does not prove a change: a number may have been recomputed, or an object could not be opened.
         """
         if not self.complete or self._flags != [_flags_of(parameter) for parameter in self._parameters]:
             return False
@@ -142,7 +142,7 @@ class Snapshot:
         return True
 
     def difference(self, other: Snapshot) -> str | None:
-        """Where the first difference is, such as "cfg.loss.kl.beta" or "net.0.table"; None if there is none."""
+        """Return the path of the first difference, such as "cfg.loss.kl.beta" or "net.0.table"; None without one."""
         if Snapshot.__eq__(self, other):
             return None
         if self._flags != other._flags:
@@ -174,23 +174,23 @@ class Snapshot:
         return next(iter(self._names), None)
 
     def _path_to(self, value: Any) -> str:
-        """Where an object that was opened is, such as "cfg.batches"."""
+        """Return the path of an opened object, such as "cfg.batches"."""
         paths: dict[int, str] = {}
         for name, root in zip(self._names, self._roots, strict=True):
             _note(paths, root, name)
         for number, node in enumerate(self._nodes):
-            for held, tokens in zip(node.held, node.compared[1:], strict=False):  # of what is closed nothing is held
+            for held, tokens in zip(node.held, node.compared[1:], strict=False):  # unopened objects have no contents
                 inside = _named(held, tokens) if isinstance(tokens, list) else tokens
                 for name, token in inside.items() if isinstance(inside, dict) else ():
                     _note(paths, token, _joined(paths.get(number, ""), name))
         return paths.get(self._numbers[id(value)], "")
 
     def reaches(self, value: Any) -> bool:
-        """Whether an object is among what was opened."""
+        """Return whether an object was opened."""
         return id(value) in self._numbers
 
     def functions(self) -> Iterator[types.FunctionType]:
-        """Those written in Python among the roots, what was opened and what it holds."""
+        """Yield the Python functions among the roots, the opened objects and their contents."""
         inside = [
             one
             for node in self._nodes
@@ -204,7 +204,7 @@ class Snapshot:
                 yield function
 
     def restore(self) -> None:
-        """Put everything back: attributes, members of containers, values of tensors and arrays, generators' states."""
+        """Restore attributes, members of containers, values of tensors and arrays, and states of generators."""
         for parameter, (flag, *_) in zip(self._parameters, self._flags, strict=True):
             if parameter.requires_grad != flag:
                 parameter.requires_grad_(flag)
@@ -215,7 +215,7 @@ class Snapshot:
                 part.write(value, inside)
 
     def _token(self, value: Any) -> Any:
-        """What stands for a value in comparisons; an object is opened later, once."""
+        """Return what stands for a value in comparisons; an object is opened later, once."""
         kind = type(value)
         if kind in _PLAIN:
             return value
@@ -233,7 +233,7 @@ class Snapshot:
         return _OPENED, number
 
     def _tokens(self, held: Any, part: Part) -> Any:
-        """What is compared of what a part holds."""
+        """Return the compared values of the contents of a part."""
         if type(held) is dict:
             self._room -= len(held)
             if part is TENSORS:
@@ -266,11 +266,11 @@ class Snapshot:
 
 
 class Variables(Snapshot):
-    """A snapshot of global variables, and of what can be reached from them.
+    """A snapshot of global variables, and of everything that can be reached from them.
 
     Args:
         places: the variables.
-        others: further objects that count.
+        others: further roots.
         module: see `Snapshot`.
         most: see `Snapshot`.
 
@@ -313,7 +313,7 @@ class Variables(Snapshot):
     __hash__ = None
 
     def _rebound(self, other: Variables) -> str | None:
-        """The first variable that refers to another function, class or module of a library."""
+        """Return the first variable that now refers to another function, class or module of a library."""
         pairs = zip(self._given[0], self._fixed, other._fixed, strict=True)
         return next((_name_of(place) for place, mine, theirs in pairs if mine is not theirs), None)
 
@@ -326,28 +326,28 @@ class Variables(Snapshot):
         return super().still_holds()
 
     def again(self) -> Variables:
-        """The same of now: this very one, if it certainly holds."""
+        """Return a present snapshot: this one if certainly nothing changed, else a new one."""
         return self if self.still_holds() else Variables(*self._given, most=self._most)
 
     def difference(self, other: Snapshot) -> str | None:
-        """Where the first difference is; see `Snapshot`."""
+        """Return the path of the first difference; see `Snapshot`."""
         assert isinstance(other, Variables)
         return rebound if (rebound := self._rebound(other)) is not None else super().difference(other)
 
     def restore(self) -> None:
-        """Put everything back, and have the variables refer to what they did."""
+        """Restore everything, including the objects to which the variables refer."""
         for place, value in zip(self._given[0], self._values, strict=True):
             place.write(value)
         super().restore()
 
 
 class PythonState(Snapshot):
-    """A snapshot of a module's Python attributes, of what they refer to, and of the classes that they are of.
+    """A snapshot of a module's Python attributes, of the objects to which they refer, and of the classes of these.
 
     Args:
-        module: the user's.
-        places: global variables that belong to it as well.
-        exact: see `Snapshot`; not of the variables, which may be the data that all train on.
+        module: the user's module.
+        places: global variables that are included.
+        exact: see `Snapshot`; does not apply to the variables, which may be the training data.
 
     Example:
         >>> module = nn.Module()
@@ -377,27 +377,27 @@ class PythonState(Snapshot):
         return super().still_holds() and self._outside.still_holds()
 
     def again(self) -> PythonState:
-        """The same of now: this very one, if it certainly holds."""
+        """Return a present snapshot: this one if certainly nothing changed, else a new one."""
         return self if self.still_holds() else PythonState(self._module, self._places, exact=self._exact)
 
     def exactly(self) -> PythonState:
-        """An exact one of now; see `Snapshot`."""
+        """Return a present, exact snapshot; see `Snapshot`."""
         return PythonState(self._module, self._places, exact=True)
 
     def difference(self, other: Snapshot) -> str | None:
-        """Where the first difference is; see `Snapshot`."""
+        """Return the path of the first difference; see `Snapshot`."""
         assert isinstance(other, PythonState)
         own = super().difference(other)
         return own if own is not None else self._outside.difference(other._outside)
 
     def restore(self) -> None:
-        """Put everything back."""
+        """Restore everything."""
         self._outside.restore()
         super().restore()
 
 
 def is_fixed(value: Any) -> bool:
-    """Whether of a global variable's value identity is all that counts: nothing, modules, what packages define."""
+    """Return whether a global variable's value is compared only by identity: missing, a module, or from a package."""
     if isinstance(value, _WITH_A_MODULE):
         return is_installed(value.__module__)
     if isinstance(value, types.BuiltinFunctionType):
@@ -423,7 +423,7 @@ def _identical(held: Any, now: Any) -> bool:
 
 
 def _registered(module: nn.Module) -> tuple[list[nn.Parameter], list[Tensor]]:
-    """Parameters and buffers of all parts that are no metrics, faster than `named_parameters` finds them."""
+    """Return the parameters and buffers of all submodules except metrics, faster than `named_parameters` does."""
     parts = {module: None}
     parameters: list[nn.Parameter] = []
     buffers: list[Tensor] = []

@@ -1,1 +1,1 @@
-"""Many clients in one batched step."""
+"""The vectorized executor: many clients in one batched step."""

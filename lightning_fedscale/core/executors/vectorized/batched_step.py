@@ -41,12 +41,12 @@ class Logged(NamedTuple):
 
 
 class StepResult(NamedTuple):
-    """What `SideBySide.run` returns, one row for each client.
+    """The result of `SideBySide.run`, with one row for each client.
 
     Attributes:
-        losses: None if ``training_step`` returned none.
-        gradients: of the trainable parameters, None for those that took no part.
-        buffers: new values.
+        losses: the losses; None if ``training_step`` returned none.
+        gradients: of the trainable parameters; None for unused parameters.
+        buffers: the new values.
         logged: in the order of the calls.
     """
 
@@ -57,18 +57,18 @@ class StepResult(NamedTuple):
 
 
 class SideBySide:
-    """Runs one local batch of several clients in one go: forward and backward pass under `torch.func.vmap`.
+    """Runs one local batch of several clients at once: forward and backward pass under `torch.func.vmap`.
 
-    The gradient is taken inside, for each client: some operators (an embedding's ``padding_idx``, say) follow another
-    rule backwards than forwards, and autograd outside would not know of the clients.
+    The gradient is taken inside vmap, for each client: some operators (such as an embedding with ``padding_idx``)
+    follow other rules backward than forward, and autograd outside of vmap would not know the clients.
 
     Args:
         trainer: the Trainer.
-        exchange: the module's tensors: every client has its own of the trainable parameters and the buffers.
+        exchange: the module's tensors; every client has its own trainable parameters and buffers.
 
     Attributes:
-        recordings: of its steps.
-        ran_python: set when a step ran the module's own code, rather than a recording.
+        recordings: the recorded steps.
+        ran_python: set when a step ran the module's code rather than a recording.
         about_to_run_python: called just before that.
     """
 
@@ -100,7 +100,7 @@ class SideBySide:
         ]
 
     def is_of(self, exchange: Exchange) -> bool:
-        """Whether ``exchange`` is about the same tensors in the same places."""
+        """Return whether ``exchange`` has the same tensors in the same places."""
         return self._of == _described(exchange)
 
     def run(
@@ -114,16 +114,16 @@ class SideBySide:
         *,
         share: float = 1.0,
     ) -> StepResult:
-        """Loss, gradients, buffers and logged values of one batch of every client.
+        """Compute loss, gradients, buffers and logged values of one batch of every client.
 
         Args:
-            parameters: stacked.
-            buffers: stacked.
-            batch: its tensors are stacked; what else is in it is the same for all clients.
+            parameters: stacked parameters.
+            buffers: stacked buffers.
+            batch: its tensors are stacked; everything else in it is the same for all clients.
             batch_idx: number of the batch within the client's round.
             clients: the rows' clients, by their number in ``streams``.
             streams: random streams of the clients.
-            share: the loss's factor in the gradient.
+            share: factor of the loss in the gradient.
         """
         tensors = batch.tensors
         form = self._form(len(clients), batch, share)
@@ -147,7 +147,7 @@ class SideBySide:
                 gradients = [gradient for gradient in found if gradient is not None]
                 return torch.zeros(()), (loss, gradients, new, values)
 
-            # For its tape alone: the gradient was taken where it is known which parameters took part.
+            # vjp is used only for its tape: the gradient was taken inside, where unused parameters are known.
             results: Any = vjp(step, parameters, has_aux=True)
             return results[2]  # type: ignore[no-any-return]
 
@@ -156,10 +156,10 @@ class SideBySide:
         ) -> tuple[list[Tensor], list[Tensor | None], list[Tensor], list[Tensor]]:
             notes.clear()
             randomness = "error" if self._draws is False else "different"
-            # Not a partial, which some releases of torch would print with the number of the batch.
+            # Not a partial, which some torch releases would print with the number of the batch.
             mapped = vmap(lambda *given: one(batch_idx, *given), randomness=randomness)
             losses, found, new, values = mapped([p.detach() for p in parameters], list(buffers), tensors)
-            if any(loss.requires_grad for loss in losses):  # the clients' own are none of autograd's out here
+            if any(loss.requires_grad for loss in losses):  # out here, autograd does not track the clients' parameters
                 raise Obstacle("training_step uses a parameter by a second reference, past the module")
             following = iter(found)
             losses = [loss.detach() for loss in losses]
@@ -193,7 +193,7 @@ class SideBySide:
         streams: ClientStreams,
         clients: Sequence[int],
     ) -> Callable[..., StepResult]:
-        """Record a step, if that is the same to the last bit; gives what replays it."""
+        """Record a step and return its replay; raise an error if the replay is not bit-identical."""
         lengths = [len(part) for part in results]
         kept = list(notes)
 
@@ -207,7 +207,7 @@ class SideBySide:
                 recording = Recording(flat, [tensor.clone() for tensor in given], given[0].device)
         finally:
             notes[:] = kept
-        # Many zeros, say, may give the same bits by chance; noise does not.
+        # Some inputs, such as many zeros, may give the same bits by chance; noise does not.
         own = torch.Generator(given[0].device).manual_seed(0)
         noise = [torch.empty_like(t).normal_(generator=own) if t.is_floating_point() else t for t in given]
 
@@ -237,14 +237,14 @@ class SideBySide:
         return replay
 
     def _form(self, width: int, batch: Opened, share: float) -> Any:
-        """What a recording depends on besides the module."""
+        """Return everything besides the module on which a recording depends; None if it cannot be compared."""
         guard = batch.guard()
         return None if guard is None else (width, share, guard)
 
     def _local_step(
         self, parameters: Sequence[Tensor], buffers: Sequence[Tensor], batch: Any, batch_idx: int, notes: list[Logged]
     ) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
-        """Of one client, as vmap sees it: loss (or none), buffers afterwards, logged tensors."""
+        """Run one client's step under vmap; return its loss (or none), new buffers, and logged tensors."""
         values: list[Tensor] = []
 
         def note(logged: Logged) -> None:
@@ -263,9 +263,9 @@ class SideBySide:
 
     @contextmanager
     def _holding(self, tensors: Sequence[Tensor]) -> Iterator[Callable[[int], Tensor]]:
-        """The module has these tensors in place of its own; what it puts in their place can be read."""
+        """Replace the module's tensors by these; yield a function from a tensor's number to its present value."""
         seat: dict[int, tuple[Any, str]] = {}
-        # Recurrent layers keep their weights in lists besides, which they bring up to date when they run.
+        # Recurrent layers also keep their weights in lists, which they update when they run.
         lists = [(part, name, vars(part)[name]) for part in self._recurrent for name in _LISTS if name in vars(part)]
         for owner, name, _, i in self._places:
             owner[name] = tensors[i]
@@ -280,7 +280,7 @@ class SideBySide:
 
     @contextmanager
     def _asking_metrics_in_turn(self) -> Iterator[None]:
-        """Metrics understand values of many clients."""
+        """Make metrics accept values of many clients."""
         patched: list[tuple[Any, str, Any]] = []
         for metric in self._metrics:
             for name in ("forward", "update"):
@@ -299,7 +299,7 @@ class SideBySide:
 
 @contextmanager
 def logging_to(module: pl.LightningModule, note: Callable[[Logged], None]) -> Iterator[None]:
-    """While active, what ``training_step`` logs goes to ``note``, tensors without their graph."""
+    """Redirect values that ``training_step`` logs to ``note``, tensors without their graph."""
 
     def log(name: str, value: Any, *args: Any, **kwargs: Any) -> None:
         options = {**dict(zip(_LOG_ARGUMENTS, args, strict=False)), **kwargs}
@@ -317,7 +317,7 @@ def logging_to(module: pl.LightningModule, note: Callable[[Logged], None]) -> It
 
 
 def loss_of(output: Any) -> Tensor | None:
-    """The loss among what ``training_step`` returned; None if there is none."""
+    """Return the loss in the output of ``training_step``; None if there is none."""
     loss: Tensor | None = output["loss"] if isinstance(output, Mapping) else output
     return loss
 
@@ -329,11 +329,11 @@ def _described(exchange: Exchange) -> tuple[Any, ...]:
 
 @contextmanager
 def _batched_kernels(device: torch.device) -> Iterator[None]:
-    """Operators that work on all clients at once, where vmap would otherwise take one after the other."""
+    """Choose operators that process all clients at once, where vmap would otherwise loop over them."""
     if device.type != "cpu":
         yield
         return
-    # Of the rest, the comparison of times takes account.
+    # The comparison of times accounts for other operators.
     with sdpa_kernel(SDPBackend.MATH), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "There is a performance drop")
         yield
@@ -358,7 +358,7 @@ def _same_bits(left: Tensor | None, right: Tensor | None) -> bool:
 
 
 class _ForEachClient:
-    """A metric's method that, given values of many clients, is called for one client after the other."""
+    """A metric's method that is called for each client in turn if given values of many clients."""
 
     def __init__(self, owner: SideBySide, method: Callable[..., Any]) -> None:
         self._owner = owner
@@ -378,7 +378,7 @@ class _ForEachClient:
             own_args, own_kwargs = tree_unflatten(own, spec)
             values, form = tree_flatten(self._method(*own_args, **own_kwargs))
             forms.append(form)
-            # A function of tensors must return one; `update` has nothing to say.
+            # A function of tensors must return a tensor, but `update` returns None.
             return [torch.zeros(()) if value is None else torch.as_tensor(value) for value in values]
 
         results = _PerClientCall.apply(call_once, *tensors)  # type: ignore[no-untyped-call]

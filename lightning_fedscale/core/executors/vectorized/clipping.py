@@ -1,4 +1,4 @@
-"""Gradient clipping of clients that train side by side, each on its own."""
+"""Gradient clipping of vectorized clients, for each client separately."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 Clip: TypeAlias = Callable[[list[Tensor | None]], list[Tensor | None]]
-"""From stacked gradients to clipped ones, every row on its own."""
+"""Clips stacked gradients, each row separately."""
 
 
 def clip_of(trainer: pl.Trainer) -> Clip | None:
-    """The clipping that the Trainer was asked for, None for none."""
+    """Return the Trainer's gradient clipping; None for no clipping."""
     value, algorithm = trainer.gradient_clip_val, trainer.gradient_clip_algorithm or "norm"
     if not value:
         return None
@@ -27,7 +27,7 @@ def _clip_by_value(gradients: list[Tensor | None], bound: float) -> list[Tensor 
 
 
 def _clip_by_norm(gradients: list[Tensor | None], bound: float) -> list[Tensor | None]:
-    # As torch.nn.utils.clip_grad_norm_ does, for every row.
+    # The same as torch.nn.utils.clip_grad_norm_, for every row.
     norms = [torch.linalg.vector_norm(g.flatten(1), dim=1) for g in gradients if g is not None]
     if not norms:
         return gradients

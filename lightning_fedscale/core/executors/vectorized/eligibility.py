@@ -1,4 +1,4 @@
-"""What keeps clients from training side by side: seen beforehand, or noticed when they first do."""
+"""Reasons why clients cannot be vectorized, found before training or in the first vectorized steps."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _GLOBAL_HOOKS = (_global_optimizer_pre_hooks, _global_optimizer_post_hooks)
 
 
 def why_not(trainer: pl.Trainer) -> str | None:
-    """Why clients of this Trainer's module cannot train side by side, as far as can be seen without trying."""
+    """Return why clients of this Trainer cannot be vectorized; None if only a trial can show a reason."""
     module, callbacks = trainer.lightning_module, trainer.callbacks  # type: ignore[attr-defined]
     if (obstacle := why_not_lean(trainer)) is not None:
         return obstacle
@@ -58,10 +58,10 @@ def why_not(trainer: pl.Trainer) -> str | None:
 
 
 class Surroundings:
-    """What training should leave alone when clients train side by side, since all of them would share it.
+    """State outside of the clients that vectorized training must not change, since all clients would share it.
 
     Args:
-        module: the user's.
+        module: the user's module.
         device: where it trains.
     """
 
@@ -73,16 +73,16 @@ class Surroundings:
         self._versions: list[int] = []
 
     def note(self) -> None:
-        """Something is about to run."""
+        """Record the present state before the user's code runs."""
         if self._generators is None:
             self._generators, self._environment = randomness.capture(self._device), dict(os.environ)
         self._versions = self._versions_now()
 
     def check(self) -> None:
-        """After it has run.
+        """Check the state after the user's code ran.
 
         Raises:
-            Obstacle: if these clients must train one after the other.
+            Obstacle: if the state changed, so that these clients must train sequentially.
         """
         if self._generators is None:
             return
@@ -95,7 +95,7 @@ class Surroundings:
             raise Obstacle("training_step draws from Python's or numpy's random numbers")
 
     def restore(self) -> None:
-        """The global generators are where they were, and environment variables as they were."""
+        """Restore the global generators and the environment variables."""
         if self._generators is None:
             return
         randomness.restore(self._generators, self._device)
@@ -116,7 +116,7 @@ def _is_same_generator(mine: Any, theirs: Any) -> bool:
 
 
 def explained(error: Exception) -> str:
-    """An error in one line, with the last line of the user's own code that led to it."""
+    """Describe an error in one line, with the last line of the user's own code in its traceback."""
     if isinstance(error, Obstacle):
         return str(error)
     frames = [frame for frame in traceback.extract_tb(error.__traceback__) if not _is_library(frame.filename)]

@@ -1,4 +1,4 @@
-"""Clients side by side: the local steps of many in one."""
+"""The vectorized executor: the local steps of many clients in one."""
 
 from __future__ import annotations
 
@@ -50,34 +50,34 @@ from lightning_fedscale.types import ClientUpdate
 from lightning_fedscale.utils import randomness
 from lightning_fedscale.utils.memory import free_memory
 
-# Of the model: a client's own, its gradients, its optimizer's state, and as much again for what comes and goes.
+# Copies of the model per client: its model, gradients and optimizer state, and as much again for temporary tensors.
 _COPIES = 6
 _SHARE_OF_MEMORY = 0.5
-_REHEARSED = 3  # clients, and at most one step more
+_REHEARSED = 3  # clients of a dry run, which has at most one step more
 
 
 class _Group(NamedTuple):
-    """A batch of each of some clients, all of one form."""
+    """A batch of each of some clients, all with one batch signature."""
 
     rows: Rows
     batch: Opened  # stacked
-    alone: Callable[[int], Any]  # each one's batch as it would come to it alone
+    alone: Callable[[int], Any]  # each client's batch as in sequential training
     samples: list[int]
     batch_size: int  # as Lightning would read it off each batch
 
     def form(self) -> Form:
-        """Of each of the batches."""
+        """Return the batch signature, which all the batches share."""
         return form_of(self.batch.close(self.batch.tensors)).without_rows().anonymous()
 
     def weight(self, device: torch.device) -> Tensor | int:
-        """Samples in each batch, one number if they are the same."""
+        """Return the samples in each batch; a single number if they are all the same."""
         if len(set(self.samples)) == 1:
             return self.samples[0]
         return torch.tensor(self.samples, dtype=torch.float64).to(device, non_blocking=True)
 
 
 class _Note(NamedTuple):
-    """What was logged for a batch of each of some clients."""
+    """The values logged for a batch of each of some clients."""
 
     logged: list[Logged]
     rows: Rows
@@ -86,7 +86,7 @@ class _Note(NamedTuple):
 
 
 class _Trained(NamedTuple):
-    """What is known of a wave's clients when it is over, besides their models."""
+    """The results of a wave's clients, besides their models."""
 
     losses: list[float]
     samples: list[int]
@@ -98,7 +98,7 @@ class _Trained(NamedTuple):
 
 
 class _Attempt(NamedTuple):
-    """How training a wave went."""
+    """The outcome of training a wave."""
 
     trained: _Trained | None
     out_of_memory: bool = False
@@ -106,24 +106,24 @@ class _Attempt(NamedTuple):
 
 
 class VectorizedExecutor:
-    """Trains the clients of a rank in waves, in which they advance side by side.
+    """Trains the clients of a rank in waves of vectorized clients.
 
-    In every step of a wave, the clients whose batches have the same form share one call of ``training_step`` under
-    `torch.func.vmap`; a client that has finished takes no part any more. Results equal those of the
-    `SequentialExecutor` to rounding, with the same random numbers.
+    In every step of a wave, the clients whose batches have the same signature share one call of ``training_step`` under
+    `torch.func.vmap`; clients that have finished are left out. Results equal those of the `SequentialExecutor` up to
+    rounding, with the same random numbers.
 
     Args:
         trainer: the Trainer.
-        sequential: takes over where clients cannot train side by side.
+        sequential: trains clients that cannot be vectorized.
         store: client state between rounds.
         keepers: one for each optimizer.
-        keep: whether optimizer state lives on with the client.
-        watcher: told about clients as they train.
-        log: collects what clients log.
+        keep: whether each client keeps its optimizer state.
+        watcher: is called as clients train.
+        log: collects the values that clients log.
         transfer: brings batches to the device.
-        clients_per_wave: most clients in a wave, None for as many as fit into memory.
-        verify: whether clients' steps are held against the same steps alone not only before the first wave but now and
-            then while training, too.
+        clients_per_wave: most clients in a wave; None for as many as fit into memory.
+        verify: whether to compare clients' steps with the same sequential steps now and then during training, not only
+            before the first wave.
     """
 
     def __init__(
@@ -155,7 +155,7 @@ class VectorizedExecutor:
         self._side: SideBySide | None = None
         self._proofs = Proofs(while_training=verify)
         self._state: PythonState | None = None
-        self._seconds_alone = 0.0  # of what a wave took, for the comparison with clients alone
+        self._seconds_alone = 0.0  # of a wave's time, for the sequential steps of comparisons
         self._recorded = 0
         self._prepared = False
         self._step_seconds = 0.0
@@ -167,7 +167,7 @@ class VectorizedExecutor:
     # ---- a round
 
     def order(self, work: Sequence[LocalWork]) -> Iterator[tuple[int, int]]:
-        """The batches in the order in which they are needed, as (number in ``work``, number of the batch)."""
+        """Yield the batches in the order of use, as (number in ``work``, number of the batch)."""
         left = list(range(len(work)))
         while left:
             wave = self._next_wave([work[number] for number in left])
@@ -225,7 +225,7 @@ class VectorizedExecutor:
             context = context._replace(work=rest, randomness=None, first=None)
 
     def one_by_one(self, context: RoundContext, positions: Mapping[int, int] | None = None) -> Iterator[ClientUpdate]:
-        """The sequential executor, after which the global generators are as they were before."""
+        """Train with the sequential executor, and restore the global generators afterwards."""
         outside = randomness.capture(self._device)
         try:
             yield from self._sequential.run(context, positions)
@@ -235,12 +235,12 @@ class VectorizedExecutor:
         randomness.restore(outside, self._device)
 
     def _attempt(self, context: RoundContext, wave: list[LocalWork]) -> _Attempt:
-        """Train a wave; what goes wrong is said, and then nothing has happened."""
+        """Train a wave; on failure, undo everything and return the reason."""
         if self._proofs.due:
             self._state = PythonState(self._module, places_of(self._module))
         metrics, state = MetricStates(self._module), self._state_now()
         side, around = self._side_of(context.exchange, state), Surroundings(self._module, self._device)
-        if self._proofs.due:  # then large tensors must be equal to the last element, too
+        if self._proofs.due:  # then large tensors must be equal in every element, too
             state = state.exactly()
         try:
             if state.iterators:
@@ -262,20 +262,20 @@ class VectorizedExecutor:
         metrics.restore()
         state.restore()
         around.restore()
-        # Past the handler, where no traceback holds the wave's memory any more.
+        # Outside of the handler, where no traceback holds the wave's memory.
         if self._device.type == "cuda" and attempt.out_of_memory:
             torch.cuda.empty_cache()
         return attempt
 
     def seconds_per_step(self, context: RoundContext, steps: int, longest: float) -> float | None:
-        """Time of a local batch side by side; None if that cannot be, or cannot pay, and ``obstacle`` says why.
+        """Return the seconds of a vectorized local batch; None if impossible or useless, see ``obstacle``.
 
-        Nothing of what is tried for it remains: no update, nothing logged, no random number drawn.
+        The trial has no effects: no updates, no logged values, no random numbers drawn.
 
         Args:
             context: a round.
-            steps: how many batches of each client to try.
-            longest: seconds for a batch of a single client from which on nothing can be gained.
+            steps: number of batches of each client to try.
+            longest: seconds per batch of a single client above which vectorizing gains nothing.
         """
         self._prepare(context)
         if self.obstacle is None and self._step_seconds > longest:
@@ -296,7 +296,7 @@ class VectorizedExecutor:
         return None if again is None else again.seconds / sum(again.steps)
 
     def _prepare(self, context: RoundContext) -> None:
-        """Before the first wave: find out whether clients can train side by side, and how many fit into memory."""
+        """Find out, before the first wave, whether clients can be vectorized and how many fit into memory."""
         if self._prepared or len(context.work) < 2:
             return
         self._prepared = True
@@ -320,11 +320,11 @@ class VectorizedExecutor:
             self._width = max(1, int(free_memory(self._device) * share / each))
 
     def _rehearsed_steps(self) -> int:
-        """Enough for the clients' models to differ, as long as that is not too many."""
+        """Return a number of steps after which the clients' models differ, within a limit."""
         return min(self._trainer.accumulate_grad_batches, _REHEARSED) + 1
 
     def _rehearse(self, context: RoundContext, wave: list[LocalWork], steps: int) -> _Attempt:
-        """Train the first steps of some clients, those with fewer from the start again, and forget it."""
+        """Dry-run the first steps of some clients; a client with fewer batches repeats them."""
         wave = [work._replace(batches=list(islice(cycle(work.batches), steps))) for work in wave]
         order = [work.batches[i] for i in range(steps) for work in wave if i < len(work.batches)]
         context = context._replace(work=wave, batches=map(context.fetch, order), randomness=None, first=None)
@@ -335,7 +335,7 @@ class VectorizedExecutor:
         return attempt
 
     def _next_wave(self, work: Sequence[LocalWork]) -> list[int]:
-        """The clients that train next, longest first: those of a wave should be done at about the same time."""
+        """Return the next wave's clients, longest first, so that clients of a wave end at about the same time."""
         longest = sorted(range(len(work)), key=lambda i: -len(work[i].batches))
         width = min(len(work), self._width or len(work))
         waves = -(-len(work) // width)
@@ -350,7 +350,7 @@ class VectorizedExecutor:
         side.ran_python, side.about_to_run_python = False, around.note
         states = [self._start_of(work.client) for work in wave]
         self._starts = [_start(context.guidance, work.client) for work in wave] if context.guidance is not None else []
-        started = time.perf_counter()  # what rules compute before the first step is none of it, with either executor
+        started = time.perf_counter()  # excludes, in both executors, what rules compute before the first step
         self._wave.begin(context.exchange, states, self._starts)
         streams = ClientStreams(lambda row: wave[row].seed, self._device)
         if context.randomness is not None and wave[0] is context.first:
@@ -408,7 +408,7 @@ class VectorizedExecutor:
         streams: ClientStreams,
         around: Surroundings,
     ) -> StepResult:
-        """One local batch of some clients; where that is due, held against the same batch of some of them alone.
+        """Run one local batch of some clients; if a comparison is due, also run it sequentially for some of them.
 
         Raises:
             Obstacle: if the two differ by more than rounding.
@@ -419,7 +419,7 @@ class VectorizedExecutor:
         progress.is_last_batch = together = last[0] if len(set(last)) == 1 else _Unequal()
         watched = self._proofs.watched(rows.indices, group.batch.form, batch_idx)
         if not watched and context.meter is not None and context.meter.wants(group.form(), group.samples[0]):
-            watched = [0]  # what it costs is counted alone
+            watched = [0]  # its cost is measured in a sequential step
         if not watched:
             return side.run(parameters, buffers, group.batch, batch_idx, rows.indices, streams, share=share)
         started, before, alone = time.perf_counter(), MetricStates(self._module), dict[int, StepResult]()
@@ -463,7 +463,7 @@ class VectorizedExecutor:
         return self._state
 
     def _side_of(self, exchange: Exchange, state: PythonState) -> SideBySide:
-        """The module as a function; what it recorded holds as long as nothing that it reads in Python changes."""
+        """Return the module as a function; its recordings are valid until the Python state that it reads changes."""
         if self._side is None or not self._side.is_of(exchange):
             if self._side is not None:
                 self._proofs.demand()
@@ -473,19 +473,19 @@ class VectorizedExecutor:
         return self._side
 
     def close(self) -> None:
-        """The run is over: let go of what was recorded, and of what the module kept."""
+        """Release the recordings and the module's Python state at the end of the run."""
         self._state = None
         if self._side is not None:
             self._side.recordings.close()
 
     def _cuts_itself(self, context: RoundContext) -> bool:
-        """Whether batches are cut out of cached data for many clients at once, rather than taken as they come."""
+        """Return whether batches are cut from cached data for many clients at once rather than taken one by one."""
         return context.cache is not None and not self._transfer.has_hooks
 
     def _groups(
         self, context: RoundContext, wave: list[LocalWork], active: list[int], batch_idx: int, streams: ClientStreams
     ) -> Iterator[_Group]:
-        """The clients' batches, those of one form together."""
+        """Yield the clients' batches, grouped by batch signature."""
         if self._cuts_itself(context):
             assert context.cache is not None
             by_size: dict[int, list[int]] = {}
@@ -508,10 +508,10 @@ class VectorizedExecutor:
                 if batch is None:
                     continue
                 if batch_idx or wave[row] is not context.first:
-                    # The very first batch of a round has come this way already, through the Trainer's own loop.
+                    # The first batch of a round was already transferred, in the Trainer's own loop.
                     batch = self._transfer(batch)
             if self._side is not None:
-                self._side.recordings.suspect()  # the loader and the hooks of the transfer are the user's
+                self._side.recordings.suspect()  # the loader and the transfer hooks are user code
             parts = opened(batch)
             members, batches, each = found.setdefault(parts.form, ([], [], []))
             members.append(row)
@@ -537,7 +537,7 @@ class VectorizedExecutor:
             spoilt = (~torch.isfinite(deltas[:, cut:]) & torch.isfinite(server[cut:])).any(dim=1)
             for delta, norm in zip(deltas, torch.where(spoilt, math.nan, norms).tolist(), strict=True):
                 row += 1
-                work, trained_any = wave[row], trained.steps[row] > 0  # else all its batches were None
+                work, trained_any = wave[row], trained.steps[row] > 0  # false if all its batches were None
                 update = ClientUpdate(
                     client=work.client,
                     delta=delta,
@@ -559,7 +559,7 @@ class VectorizedExecutor:
                         "state": self._wave.optimizer_state(row),
                         "options": [{} for _ in self._trainer.optimizers[0].param_groups],
                     }
-                    # An update that is not finite has spoilt the optimizer's state too: that client starts afresh.
+                    # After an update that is not finite the optimizer's state is invalid too: the client starts afresh.
                     self._store.stage_optimizers(work.client, [state] if update.finite else None)
                 if self._shown:
                     self._wave.write_to(exchange, row)
@@ -570,7 +570,7 @@ class VectorizedExecutor:
             initial.restore()
 
     def _report(self, notes: list[_Note], wave: list[LocalWork], positions: dict[int, int]) -> None:
-        """Hand on what was logged, as if the clients had trained one after the other."""
+        """Forward the logged values as if the clients had trained sequentially."""
         for note in notes:
             rows = note.rows.indices
             places = [positions[wave[row].client] + note.batch_idx for row in rows]
@@ -589,7 +589,7 @@ class VectorizedExecutor:
 
 
 class _Unequal:
-    """Whether a batch is its client's last, where that is not the same for all clients of a step."""
+    """Stands for ``trainer.is_last_batch`` if it differs between the clients of a step."""
 
     def __bool__(self) -> bool:
         raise Obstacle("training_step asks for trainer.is_last_batch, which differs between clients of one step")
@@ -600,7 +600,7 @@ def _start(guidance: Guidance, client: int) -> ClientStart:
 
 
 def _alike(work: Sequence[LocalWork]) -> list[LocalWork]:
-    """The clients whose first batches have the most common size: only such share a step."""
+    """Return the clients whose first batches have the most common size, since only batches of one size share a step."""
     sizes = [len(each.batches[0]) for each in work]
     common = Counter(sizes).most_common(1)[0][0]
     return [each for each, size in zip(work, sizes, strict=True) if size == common]

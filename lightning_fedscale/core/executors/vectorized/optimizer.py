@@ -1,4 +1,4 @@
-"""One optimizer for clients that train side by side, each with a state of its own."""
+"""One optimizer for vectorized clients, each with its own state."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from lightning_fedscale.core.client_state import OptimizerState
 from lightning_fedscale.core.executors.vectorized.rows import Rows
 
 ELEMENTWISE = (Adadelta, Adagrad, Adam, Adamax, AdamW, NAdam, RAdam, RMSprop, Rprop, SGD)
-"""Optimizers that move every element by its own gradient and state: stacked parameters are as good as separate ones."""
+"""Optimizers that update every element by its own gradient and state, so that parameters can be stacked."""
 
-# State that is one number for a whole parameter; all other tensors have the parameter's shape.
+# State that is a single number for a parameter; all other tensors have the parameter's shape.
 _NUMBERS = ("step", "mu_product")
 _IN_STACK: Final = object()
 
@@ -26,29 +26,29 @@ _State = dict[_Key, Any]
 
 
 class StackedOptimizer:
-    """The user's optimizer over parameters that have one row for each client.
+    """The user's optimizer over stacked parameters, with one row for each client.
 
-    Clients that step together must agree in what the optimizer keeps as one number for a parameter (its step counter)
-    and in which state there is at all (momentum begins with the first step); those that do not step in turns.
+    Clients can step together only if they agree in state that is a single number for a parameter (its step counter),
+    and in which state exists (momentum begins with the first step). Other clients step in turns.
 
     Args:
-        optimizer: the user's, whose class and group options are taken over.
+        optimizer: the user's optimizer, whose class and group options are used.
     """
 
     def __init__(self, optimizer: Optimizer) -> None:
         self._template = optimizer
-        # By way of __getstate__: without what learning-rate schedulers patched on.
+        # copy uses __getstate__, so patches by learning-rate schedulers are left out.
         self._optimizer = copy.copy(optimizer)
         self._stacks: dict[_Key, Tensor] = {}
-        self._states: list[_State] = []  # of each client; clients that are alike share one
+        self._states: list[_State] = []  # of each client; clients with equal state share one
         self._loaded: tuple[Rows, Sequence[Tensor]] | None = None
 
     def begin(self, stacks: Sequence[Tensor | None], states: Sequence[OptimizerState]) -> None:
         """Start with the round's group options and each client's state.
 
         Args:
-            stacks: for every parameter of the optimizer's groups, in order, its stack; None for those that stay.
-            states: packed as `lightning_fedscale.core.client_state.OptimizerKeeper` does.
+            stacks: the stack of every parameter of the optimizer's groups, in order; None for parameters not stepped.
+            states: packed as by `lightning_fedscale.core.client_state.OptimizerKeeper`.
         """
         self._places = [place for place, stack in enumerate(stacks) if stack is not None]
         self._loaded = None
@@ -78,12 +78,12 @@ class StackedOptimizer:
             position = end
 
     def step(self, rows: Rows, parameters: Sequence[Tensor], gradients: Sequence[Tensor | None]) -> None:
-        """One step of some clients.
+        """Step some clients.
 
         Args:
-            rows: which.
-            parameters: these rows of the stacks, leaves of no graph, moved in place.
-            gradients: theirs; None where a parameter took no part.
+            rows: the clients' rows.
+            parameters: these rows of the stacks, without a graph; updated in place.
+            gradients: their gradients; None for unused parameters.
         """
         if self._loaded is None or self._loaded[0] is not rows or self._loaded[1] is not parameters:
             self._unload()
@@ -98,14 +98,14 @@ class StackedOptimizer:
                 return
             self._load(rows, parameters)
         for parameter, gradient in zip(parameters, gradients, strict=True):
-            # Fused kernels take for granted that gradients lie in memory as their parameters do.
+            # Fused kernels require gradients with the memory layout of their parameters.
             parameter.grad = gradient.contiguous() if self._fused and gradient is not None else gradient
         self._optimizer.step()
         for parameter in parameters:
             parameter.grad = None
 
     def state_of(self, row: int) -> dict[Any, Any]:
-        """A client's state, the caller's own, packed as `lightning_fedscale.core.client_state.OptimizerKeeper` does."""
+        """Return a copy of a client's state, packed as by `lightning_fedscale.core.client_state.OptimizerKeeper`."""
         self._unload()
         packed: dict[Any, Any] = {}
         for (place, key), value in self._states[row].items():
@@ -141,7 +141,7 @@ class StackedOptimizer:
         self._loaded = rows, parameters
 
     def _unload(self) -> None:
-        """Bring what the last steps left back to the clients they belong to."""
+        """Store the state after the last steps with the clients to which it belongs."""
         if self._loaded is None:
             return
         (rows, parameters), self._loaded = self._loaded, None
@@ -156,7 +156,7 @@ class StackedOptimizer:
             self._states[row] = state
 
     def _stack(self, key: _Key, like: Tensor, dtype: torch.dtype) -> Tensor:
-        """The stack of a kind of state, for as many clients as the wave has."""
+        """Return the stack of a kind of state, with a row for each client of the wave."""
         stack, count = self._stacks.get(key), len(self._states)
         if stack is None or stack.shape[1:] != like.shape[1:] or stack.dtype != dtype or len(stack) < count:
             stack = self._stacks[key] = torch.zeros(count, *like.shape[1:], dtype=dtype, device=like.device)

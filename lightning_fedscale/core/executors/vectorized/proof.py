@@ -1,4 +1,4 @@
-"""A client's step side by side with others, held against the same step alone, which is the definition of right."""
+"""Comparison of vectorized steps with the same sequential steps, which define the correct result."""
 
 from __future__ import annotations
 
@@ -21,38 +21,38 @@ from lightning_fedscale.utils.flat_view import as_real
 
 
 class Tolerance(NamedTuple):
-    """How far apart two values may be that differ by rounding alone.
+    """The largest difference between two values that can be due to rounding.
 
     Attributes:
-        relative: as a share of the tensor's largest element.
-        noise: as a share of the largest element of all gradients: what is left where large terms cancel.
+        relative: as a fraction of the tensor's largest element.
+        noise: as a fraction of the largest element of all gradients; it remains where large terms cancel.
     """
 
     relative: float
     noise: float
 
 
-# Sums in another order differ by a few times the precision; where large terms cancel, as behind a BatchNorm with a
-# batch of two, by ten thousand times. What is wrong is mostly wrong by its own size.
+# Sums in another order differ by a few times the precision; if large terms cancel, as after a BatchNorm with a batch of
+# two, by ten thousand times the precision. Wrong values mostly differ by their own size.
 _TOLERANCES: Final = {
     torch.float64: Tolerance(1e-8, 1e-11),
     torch.float32: Tolerance(3e-3, 2e-5),
     torch.float16: Tolerance(2e-2, 4e-3),
     torch.bfloat16: Tolerance(1e-1, 3e-2),
 }
-_FORMS: Final = 64  # of batches that are looked at on their first appearance
+_FORMS: Final = 64  # batch signatures that are compared on their first appearance
 _ROUNDED_PRODUCTS: Final = Tolerance(1e-2, 1e-3)  # float32 whose matrix products a GPU may round to TF32
 
 
 class Proofs:
-    """When which client's step is held against the same step alone.
+    """Decides which client's vectorized steps are compared with the same sequential steps, and when.
 
-    Before the first wave all steps of some clients are. While training all steps of one client are in rounds 1, 2, 4,
-    8 and so on, and one step after something has changed: the module's Python state, what is recorded, or the form
-    of a batch. The client is another one each time.
+    Before the first wave, all steps of some clients are compared. In training, all steps of one client are compared in
+    rounds 1, 2, 4, 8 and so on, and one step after a change of the module's Python state, of the recordings, or of
+    the batch signature. The client differs each time.
 
     Args:
-        while_training: False for the rehearsal alone.
+        while_training: False for only the comparison before the first wave.
     """
 
     def __init__(self, *, while_training: bool) -> None:
@@ -66,7 +66,7 @@ class Proofs:
 
     @contextmanager
     def of_everything(self) -> Iterator[SavedBytes]:
-        """While active, every step of every client is; gives the memory that a step saves for its backward pass."""
+        """Compare every step of every client inside the context; yield the memory that a step saves for backward."""
         saved = self._saved = SavedBytes()
         self._everything = True
         try:
@@ -76,36 +76,36 @@ class Proofs:
 
     @contextmanager
     def measuring(self) -> Iterator[None]:
-        """Around a step alone."""
+        """Measure, inside the context, the memory that a sequential step saves for backward."""
         saved, self._saved = self._saved, None
         with nullcontext() if saved is None else saved:
             yield
 
     @property
     def due(self) -> bool:
-        """Whether a comparison is to come in this wave, whatever its batches look like."""
+        """Whether a comparison is due in this wave, whatever its batch signatures."""
         return self._everything or (self._while_training and self._steps > 0)
 
     def open_round(self, round: int) -> None:
-        """A round begins; the first one of this process is looked at whatever its number."""
+        """Start a round; the first round of this process is always compared."""
         if self._fresh or (round + 1).bit_count() == 1:
             self._steps = math.inf
         self._fresh = False
 
     def demand(self) -> None:
-        """Something has changed: the next step is due."""
+        """Request a comparison of the next step, after a change."""
         self._steps = max(self._steps, 1.0)
 
     def choose(self, row: int) -> None:
-        """A wave begins; which client is watched if anything is due."""
+        """Set the client that is compared in the next wave if a comparison is due."""
         self._chosen = row
 
     def close_wave(self) -> None:
-        """What was due is done."""
+        """Mark the comparisons that were due as done."""
         self._steps = 0.0
 
     def watched(self, rows: Sequence[int], form: Any, batch_idx: int) -> list[int]:
-        """Which of these clients are watched in this step, by their place in ``rows``."""
+        """Return the clients that are compared in this step, by their place in ``rows``."""
         if self._everything:
             self._forms.add(form)
             return list(range(len(rows)))
@@ -129,19 +129,19 @@ def step_alone(
     batch_idx: int,
     share: float,
 ) -> StepResult:
-    """A local batch of one client in the module itself, as `LeanStep` runs it; the module's tensors are then as before.
+    """Run a local batch of one client in the module itself, as `LeanStep` does; then restore the module's tensors.
 
     Args:
         trainer: the Trainer.
         exchange: the module's tensors.
-        parameters: the client's.
-        buffers: the client's.
-        batch: the client's, on the device.
+        parameters: the client's parameters.
+        buffers: the client's buffers.
+        batch: the client's batch on the device.
         batch_idx: number of the batch within the client's round.
-        share: the loss's factor in the gradient.
+        share: factor of the loss in the gradient.
 
     Raises:
-        Obstacle: if the step does what clients side by side cannot.
+        Obstacle: if the step does something that vectorized clients cannot do.
     """
     module = trainer.lightning_module
     own = [*exchange.trainable, *exchange.buffers]
@@ -175,14 +175,14 @@ def step_alone(
 
 
 def difference(mine: StepResult, row: int, alone: StepResult, names: Sequence[str], tolerance: Tolerance) -> str | None:
-    """What a client's step side by side has otherwise than alone, beyond rounding; None if nothing.
+    """Describe how a client's vectorized step differs from its sequential step, beyond rounding; None if it does not.
 
     Args:
-        mine: of several clients.
-        row: which of them.
-        alone: the client's own.
+        mine: the vectorized step of several clients.
+        row: the client's row.
+        alone: the client's sequential step.
         names: of the parameters, then of the buffers.
-        tolerance: for gradients.
+        tolerance: for all compared values.
     """
     if (mine.losses is None) != (alone.losses is None):
         return "whether there is a loss"
@@ -201,7 +201,7 @@ def difference(mine: StepResult, row: int, alone: StepResult, names: Sequence[st
 
 
 def tolerance_of(trainer: pl.Trainer, exchange: Exchange) -> Tolerance:
-    """What rounding may do to the gradients of this module, in the Trainer's precision."""
+    """Return the tolerance for rounding errors of this module's gradients in the Trainer's precision."""
     precision = str(trainer.precision)
     if "mixed" in precision:
         return _TOLERANCES[torch.bfloat16 if "bf16" in precision else torch.float16]
@@ -214,7 +214,7 @@ def tolerance_of(trainer: pl.Trainer, exchange: Exchange) -> Tolerance:
 
 
 def is_close(mine: Tensor, theirs: Tensor, tolerance: Tolerance) -> bool:
-    """Whether two tensors are the same up to rounding."""
+    """Return whether two tensors are equal up to rounding."""
     return _apart(mine, theirs, tolerance, 1.0) is None
 
 
@@ -240,7 +240,7 @@ def _listed(notes: Sequence[Logged]) -> str:
 
 
 def _apart(mine: Tensor, theirs: Tensor | None, tolerance: Tolerance, scale: float) -> str | None:
-    """How two tensors differ, if by more than rounding."""
+    """Describe how two tensors differ beyond rounding; None if they do not."""
     assert theirs is not None
     if mine.shape != theirs.shape:
         return f"(shape {tuple(mine.shape)} instead of {tuple(theirs.shape)})"

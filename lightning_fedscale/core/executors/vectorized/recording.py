@@ -1,4 +1,4 @@
-"""A step of many clients recorded once and replayed, without Python, autograd and vmap in between."""
+"""Recording of a vectorized step, and its replay without Python, autograd and vmap."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ Flat = Callable[..., list[Tensor | None]]
 
 
 class Recording:
-    """The tensor operations of a function, replayable on tensors of the same shapes.
+    """The tensor operations of a function, which can be replayed on tensors of the same shapes.
 
-    Replaying runs the same operators in the same order, so the results are the same bits; what they draw comes from
-    the clients' own streams. Everything that the function does in Python is frozen: see `unseen`.
+    A replay runs the same operators in the same order, so results are bit-identical; random numbers are drawn from the
+    clients' own streams. Everything that the function does in Python is frozen: see `unseen`.
 
     Args:
-        function: from tensors to tensors.
+        function: maps tensors to tensors.
         tensors: an example; the function may write to it.
         device: where random numbers are drawn.
     """
@@ -44,12 +44,12 @@ class Recording:
         self._graph = graph
 
     def replay(self, tensors: Sequence[Tensor], streams: ClientStreams, clients: Sequence[int]) -> list[Tensor | None]:
-        """The function's results for other tensors.
+        """Return the function's results for other tensors.
 
         Args:
-            tensors: of the example's shapes.
+            tensors: with the example's shapes.
             streams: the clients' random streams.
-            clients: which clients the rows stand for.
+            clients: the clients of the rows.
         """
         self._streams, self._clients = streams, clients
         with torch.no_grad():
@@ -57,10 +57,10 @@ class Recording:
         return results
 
     def improve(self, is_same: Callable[[], bool]) -> None:
-        """Compute (AB)' as B'A' wherever that gives the same bits: then gradients lie in memory as parameters do.
+        """Compute (AB)' as B'A' where results are bit-identical, so that gradients have the parameters' memory layout.
 
         Args:
-            is_same: whether a replay still gives what it should.
+            is_same: returns whether a replay still gives the expected result.
         """
         graph = self._graph.graph
         for node in [node for node in graph.nodes if _is_turned_product(node)]:
@@ -79,7 +79,7 @@ class Recording:
         return draw_per_client(self._streams, self._clients, func, *args, **kwargs)
 
     def _simplify(self, module: GraphModule) -> None:
-        """Leave out what changes nothing, and draw each client's random numbers from its own stream."""
+        """Remove operations without effect, and draw each client's random numbers from its own stream."""
         graph = module.graph
         for node in list(graph.nodes):
             if _is_identity(node):
@@ -107,7 +107,7 @@ def _is_identity(node: Node) -> bool:
         return True
     if node.target in (_ATEN.view.default, _ATEN._unsafe_view.default, _ATEN.expand.default):
         return bool(node.meta["val"].shape == node.args[0].meta["val"].shape)  # type: ignore[union-attr]
-    # vmap writes alpha=1 and beta=1 of a matrix product out.
+    # vmap makes alpha=1 and beta=1 of a matrix product explicit multiplications.
     return node.target is _ATEN.mul.Scalar and type(node.args[1]) is int and node.args[1] == 1
 
 
@@ -118,11 +118,11 @@ def _is_turned_product(node: Node) -> bool:
 
 
 class Seen(Exception):
-    """Something was read that a recording cannot follow."""
+    """Raised when a step reads something that a recording cannot follow."""
 
 
 class _Unseen:
-    """Stands where nothing may be read."""
+    """A placeholder that must not be read."""
 
     def __getattr__(self, name: str) -> Any:
         raise Seen(name)
@@ -135,9 +135,9 @@ class _Unseen:
 
 @contextmanager
 def unseen(module: pl.LightningModule) -> Iterator[Any]:
-    """While active the module cannot see its Trainer; gives an object that can be handed on but not used.
+    """Hide the Trainer from the module inside the context; yield an object that can be passed on but not used.
 
-    A step that reads the epoch, say, or the number of its batch changes with them and must not be recorded.
+    A step that reads, for example, the epoch or the number of its batch depends on it and must not be recorded.
     """
     nothing = _Unseen()
     trainer = attached_trainer(module)

@@ -1,4 +1,4 @@
-"""Steps that were recorded, and what must be unchanged for them to be replayed."""
+"""Recorded steps, and the check of everything that must be unchanged for a replay."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ _FORMS = 64
 
 
 class Recordings:
-    """The recorded steps of a module, by form.
+    """The recorded steps of a module, by batch signature.
 
-    A recording holds as long as everything that the step's Python code reads is as it was: the module at any depth, and
-    what the code reads outside of it. What cannot be watched so is not recorded.
+    A recording is valid while everything that the step's Python code reads is unchanged: the module at any depth, and
+    anything that the code reads outside of it. A step whose reads cannot be checked is not recorded.
 
     Args:
-        module: the user's.
+        module: the user's module.
 
     Attributes:
-        record_at: how many times a step of one form is taken before it is recorded.
-        obstacle: why nothing is recorded any more; None if it is.
-        made: how many steps were recorded.
-        forgotten: how many times recordings ceased to hold.
+        record_at: the number of runs of a step, by signature, at which it is recorded.
+        obstacle: why nothing is recorded any more; None while steps are recorded.
+        made: number of recorded steps.
+        forgotten: number of times that recordings became invalid.
     """
 
     def __init__(self, module: pl.LightningModule) -> None:
@@ -47,10 +47,10 @@ class Recordings:
         return len(self._steps)
 
     def open_wave(self, state: PythonState) -> bool:
-        """Forget what does not hold any more; whether something has changed since the last wave.
+        """Drop invalid recordings; return whether something has changed since the last wave.
 
         Args:
-            state: the module's, now.
+            state: the module's present state.
         """
         before, self._state, self._suspect = self._state, state, False
         changed = before is not None and (state != before or not self._guard.holds())
@@ -59,11 +59,11 @@ class Recordings:
         return changed
 
     def suspect(self) -> None:
-        """Some Python code has run since the wave began."""
+        """Note that some Python code has run since the wave began, so that recordings must be checked again."""
         self._suspect = True
 
     def find(self, form: Any) -> Callable[..., Any] | None:
-        """The recorded step of a form, if there is one that holds."""
+        """Return the valid recording of a signature; None if there is none."""
         if form in self._steps and self._suspect:
             self._suspect = False
             if self._state is None or self._state.again() != self._state or not self._guard.holds():
@@ -71,22 +71,22 @@ class Recordings:
         return self._steps.get(form)
 
     def is_due(self, form: Any) -> bool:
-        """Count a step that is about to be taken in Python; whether it is time to record it."""
+        """Count a step that is about to run in Python; return whether it should be recorded."""
         self._suspect = True
         if form is None or self.obstacle is not None:
             return False
-        if len(self._uses) >= _FORMS and form not in self._uses:  # forms that do not come again
+        if len(self._uses) >= _FORMS and form not in self._uses:  # signatures that do not recur
             self._steps, self._uses = {}, {}
         self._uses[form] = uses = self._uses.get(form, 0) + 1
         return uses == self.record_at
 
     def add(self, form: Any, record: Callable[[], Callable[..., Any]], reads: Reads) -> None:
-        """Record a step that was taken while its reads were noted.
+        """Record a step that ran while its reads were noted.
 
         Args:
-            form: what it depends on besides what Python reads.
-            record: gives what replays it, or raises an error if that is not the same.
-            reads: what its Python code reads.
+            form: everything on which it depends besides Python's reads.
+            record: returns its replay, or raises an error if the replay is not bit-identical.
+            reads: the reads of its Python code.
         """
         assert self._state is not None
         try:
@@ -103,11 +103,11 @@ class Recordings:
             self.stop(str(error) or type(error).__name__)
 
     def stop(self, obstacle: str) -> None:
-        """Record nothing any more."""
+        """Stop recording."""
         self.obstacle = self.obstacle or obstacle
 
     def close(self) -> None:
-        """Let go of everything: the run is over."""
+        """Release everything at the end of the run."""
         self._steps, self._uses, self._guard, self._state = {}, {}, Guard(self._module), None
 
     def _forget(self) -> None:

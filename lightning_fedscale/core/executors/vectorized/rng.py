@@ -1,4 +1,4 @@
-"""Random numbers for clients that train side by side: each draws from its own stream, as if it were alone."""
+"""Random numbers for vectorized clients: each draws from its own stream, as in sequential training."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from lightning_fedscale.utils import randomness
 class ClientStreams:
     """The random streams of the clients of a wave.
 
-    A stream is the state of Python's, numpy's and torch's global generators as the client would find them if it
-    trained alone. It is set up when the client first draws.
+    A stream is the state of Python's, numpy's and torch's global generators that the client would have in sequential
+    training. It is set up when the client first draws.
 
     Args:
-        seed_of: each client's seed, asked for when it first draws.
+        seed_of: returns a client's seed; called when the client first draws.
         device: the clients' device.
     """
 
@@ -32,18 +32,18 @@ class ClientStreams:
         self._hosts: dict[int, tuple[Any, Any]] = {}
 
     def begin(self, client: int, state: randomness.GlobalState) -> None:
-        """A client's stream is already under way."""
+        """Set the state of a stream from which the client has already drawn."""
         self._set(client, state)
 
     def copy(self) -> ClientStreams:
-        """Streams that go on from here on their own."""
+        """Return independent streams that continue from the present state."""
         other = ClientStreams(self._seed_of, self._device)
         other._generators = {key: generator.clone_state() for key, generator in self._generators.items()}
         other._hosts = dict(self._hosts)
         return other
 
     def generator(self, client: int, device: torch.device) -> torch.Generator:
-        """The client's torch generator on a kind of device."""
+        """Return the client's torch generator on a type of device."""
         key = client, device.type
         if key not in self._generators:
             self._generators[key] = torch.Generator(device).manual_seed(self._seed_of(client))
@@ -51,9 +51,9 @@ class ClientStreams:
 
     @contextmanager
     def of(self, client: int) -> Iterator[None]:
-        """The global generators are this client's; afterwards they are whose they were before."""
+        """Use this client's stream in the global generators inside the context, and restore them afterwards."""
         outside = randomness.capture(self._device)
-        if client not in self._hosts:  # Python's and numpy's streams begin here; torch's may be under way
+        if client not in self._hosts:  # Python's and numpy's streams begin here; torch's may have begun
             randomness.seed_globals(self._seed_of(client), torch.device("cpu"))
             begun = randomness.capture(torch.device("cpu"))
             self._hosts[client] = begun.python, begun.numpy
@@ -74,18 +74,18 @@ class ClientStreams:
 
 
 def is_random(func: Any) -> bool:
-    """Whether an operator draws random numbers."""
+    """Return whether an operator draws random numbers."""
     return isinstance(func, torch._ops.OpOverload) and torch.Tag.nondeterministic_seeded in func.tags
 
 
 class DrawPerClient(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """While active below `torch.func.vmap(..., randomness="different")`, every client draws from its own stream.
+    """Makes every client draw from its own stream below `torch.func.vmap(..., randomness="different")`.
 
-    vmap asks for the random numbers of all clients at once, with the clients along the first dimension.
+    vmap draws the random numbers of all clients at once, with the clients along the first dimension.
 
     Args:
         streams: the clients' streams.
-        clients: which of them train side by side, in the order of the first dimension.
+        clients: the vectorized clients, in the order of the first dimension.
 
     Attributes:
         noticed: whether anything was drawn.
@@ -149,7 +149,7 @@ def draw_per_client(streams: ClientStreams, clients: Sequence[int], func: Any, *
 
 @cache
 def _place_for_generator(func: Any) -> Any:
-    """The overload of an operator that takes a generator, None if there is none."""
+    """Return the overload of an operator that takes a generator; None if there is none."""
     packet = func.overloadpacket
     for overload in (func, *(getattr(packet, name) for name in packet.overloads())):
         arguments = overload._schema.arguments

@@ -1,4 +1,4 @@
-"""Some rows of stacked tensors: the clients of a wave that take a step together."""
+"""Selections of rows of stacked tensors: the clients of a wave that take a step together."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 class Rows:
-    """A selection of rows; a view where they lie next to each other, a copy otherwise.
+    """A selection of rows; `of` returns a view if the rows are adjacent, else a copy.
 
     Args:
         indices: the rows, ascending.
@@ -32,11 +32,11 @@ class Rows:
         return len(self.indices)
 
     def of(self, stack: Tensor) -> Tensor:
-        """These rows of a stack."""
+        """Return these rows of a stack."""
         return stack[self._slice] if self.adjacent else stack.index_select(0, self._on(stack))
 
     def write(self, stack: Tensor, values: Tensor) -> None:
-        """Set these rows of a stack; nothing to do for what `of` gave as a view."""
+        """Set these rows of a stack; do nothing if ``values`` is already a view of them."""
         if self.adjacent:
             target = stack[self._slice]
             if target.data_ptr() != values.data_ptr() or values.dtype != stack.dtype:

@@ -1,4 +1,4 @@
-"""Batches of several clients as one: opened, compared, stacked, and closed again in their own types."""
+"""Stacking of several clients' batches into one: they are opened, compared, stacked, and rebuilt in their own types."""
 
 from __future__ import annotations
 
@@ -25,24 +25,25 @@ _ATOMS = frozenset((
     datetime.timedelta, uuid.UUID,
 ))  # fmt: skip
 _KINDS_OF_ATOMS = (enum.Enum, np.generic, np.dtype, pathlib.PurePath)
-_HEAP_TYPE = 1 << 9  # of `type.__flags__`: a class that was made at run time, by Python's ``class`` as a rule
+_HEAP_TYPE = 1 << 9  # of `type.__flags__`: a class made at run time, usually by Python's ``class``
 _OWN = (dict, collections.OrderedDict, collections.defaultdict, list, tuple, collections.deque)
-_BARE = (object, types.SimpleNamespace)  # attributes and nothing else
+_BARE = (object, types.SimpleNamespace)  # only attributes
 _Build = Callable[[Sequence[Tensor], dict[int, Any]], Any]
 
 
 class Obstacle(RuntimeError):
-    """Why clients of this module cannot train side by side."""
+    """Raised with the reason why clients of this module cannot be vectorized."""
 
 
 class Opened(NamedTuple):
     """A batch taken apart.
 
     Attributes:
-        tensors: those in it, each once.
-        form: types, keys and nesting of everything, and shape, type and device of the tensors; can be a key of a dict.
-        rest: what is no tensor, each with its place in the batch.
-        close: the batch again, newly made and in its own types, around other tensors.
+        tensors: the tensors in it, each once.
+        form: the batch signature: types, keys and nesting of everything, and shape, type and device of the tensors; it
+            is hashable.
+        rest: the values other than tensors, each with its place in the batch.
+        close: rebuilds the batch, in its own types, with other tensors.
     """
 
     tensors: list[Tensor]
@@ -51,7 +52,7 @@ class Opened(NamedTuple):
     close: Callable[[Sequence[Tensor]], Any]
 
     def guard(self) -> Any:
-        """What a step with such a batch may depend on besides the tensors' values; None if it cannot be compared."""
+        """Return everything besides the tensors' values on which a step may depend; None if it cannot be compared."""
         guard = self.form, tuple((type(value), _comparable(value)) for _, value in self.rest)
         try:
             hash(guard)
@@ -63,12 +64,12 @@ class Opened(NamedTuple):
 def opened(batch: Any) -> Opened:
     """Take a batch apart.
 
-    Opened are tensors, numbers, texts and the like; dicts, lists, tuples, named tuples, dataclasses, mappings and other
-    objects with attributes, whatever they are derived from; and what is registered with torch's pytree. What appears
-    twice in a batch appears twice in the closed one.
+    A batch may hold tensors, numbers, strings and the like; dicts, lists, tuples, named tuples, dataclasses, mappings
+    and other objects with attributes, including subclasses; and types that are registered with torch's pytree. An
+    object that appears twice in a batch appears twice in the rebuilt one.
 
     Raises:
-        Obstacle: if there is something else in it.
+        Obstacle: if it holds anything else.
 
     Example:
         >>> batch = opened({"x": torch.zeros(2, 3), "name": "a"})
@@ -77,7 +78,7 @@ def opened(batch: Any) -> Opened:
     """
     kind = type(batch)
     if (kind is list or kind is tuple) and batch and _all_plain(batch):
-        # The usual batch, opened as the rest of this module would; there may be one for each client and step.
+        # A fast path for the usual batch, with the same result, since there may be one for each client and step.
         forms = [(tensor.shape, tensor.dtype, tensor.device) for tensor in batch]
         return Opened(list(batch), (kind, repr(None), *forms), [], kind)
     opening = _Opening()
@@ -86,10 +87,10 @@ def opened(batch: Any) -> Opened:
 
 
 def stacked(batches: Sequence[Opened]) -> Opened:
-    """Batches of one form as one: every tensor has the batches along a new first dimension.
+    """Stack batches of one signature along a new first dimension of every tensor.
 
     Raises:
-        Obstacle: if they differ in something that is no tensor.
+        Obstacle: if they differ in a value that is not a tensor.
     """
     first, *others = batches
     for other in others:
@@ -101,7 +102,7 @@ def stacked(batches: Sequence[Opened]) -> Opened:
 
 
 def _all_plain(batch: Sequence[Any]) -> bool:
-    """Whether they are tensors with nothing more to them, none of which comes twice."""
+    """Return whether all are distinct plain tensors, without attributes or gradients."""
     for value in batch:
         if type(value) is not Tensor or value.layout is not torch.strided or value.requires_grad or vars(value):
             return False
@@ -109,16 +110,16 @@ def _all_plain(batch: Sequence[Any]) -> bool:
 
 
 class _Opening:
-    """Collects what is found in a batch on the way through it."""
+    """Collects the tensors and other values of a batch while walking through it."""
 
     def __init__(self) -> None:
         self.tensors: list[Tensor] = []
         self.rest: list[tuple[str, Any]] = []
-        self._met: dict[int, tuple[_Build, Any]] = {}  # with what was met, which keeps its address
+        self._met: dict[int, tuple[_Build, Any]] = {}  # with the object itself, so that its id stays unique
         self._within: set[int] = set()
 
     def open(self, value: Any, place: str) -> tuple[_Build, Any]:
-        """How to build such a value, and its form."""
+        """Return a function that rebuilds the value, and its signature."""
         if _is_atom(value):
             self.rest.append((place, value))
             return lambda tensors, made: value, type(value)
@@ -162,7 +163,7 @@ class _Opening:
         return self._open_object(value, place)
 
     def _open_node(self, value: Any, place: str) -> tuple[_Build, Any]:
-        """What somebody registered with pytree."""
+        """Open an object of a type that is registered with pytree."""
         kind = type(value)
         node = _pytree.SUPPORTED_NODES[kind]
         children, context = node.flatten_fn(value)
@@ -173,10 +174,10 @@ class _Opening:
         )  # fmt: skip
 
     def _open_object(self, value: Any, place: str) -> tuple[_Build, Any]:
-        """Anything that Python made: members, if it is a container, and attributes."""
+        """Open any Python object: the members of a container, and attributes."""
         kind = type(value)
         base: Any = kind
-        attributes: dict[str, Any] = {}  # Python's own containers have none, and most batches are of these
+        attributes: dict[str, Any] = {}  # Python's own containers, which most batches are, have none
         if kind not in _OWN or kind.__dictoffset__:
             base = next(parent for parent in kind.__mro__ if not parent.__flags__ & _HEAP_TYPE)
             attributes = _attributes_of(value)
@@ -208,7 +209,7 @@ class _Opening:
 
 
 def _new(base: Any, kind: Any, keys: Sequence[Any], members: list[Any], options: Any) -> Any:
-    """An object of a class with these members, past what the class does when it is called."""
+    """Make an object of a class with these members, without calling the class."""
     if base is tuple:
         return tuple.__new__(kind, members)
     new = base.__new__(kind)
@@ -225,7 +226,7 @@ def _new(base: Any, kind: Any, keys: Sequence[Any], members: list[Any], options:
 
 
 def _options_of(base: Any, value: Any) -> Any:
-    """What a container of the standard library keeps besides its members."""
+    """Return what a container of the standard library keeps besides its members."""
     if base is collections.deque:
         return value.maxlen
     return value.default_factory if base is collections.defaultdict else None
@@ -246,7 +247,7 @@ def _is_atom(value: Any) -> bool:
 
 
 def _is_python(kind: type) -> bool:
-    """Whether instances have attributes that Python can see, in a ``__dict__`` or in slots."""
+    """Return whether instances have attributes that Python can see, in a ``__dict__`` or in slots."""
     return any("__dict__" in vars(parent) or "__slots__" in vars(parent) for parent in kind.__mro__)
 
 
@@ -258,9 +259,9 @@ def _same(mine: Any, theirs: Any) -> bool:
     try:
         return bool(_comparable(mine) == _comparable(theirs))
     except Exception:
-        return False  # such as arrays in what pytree was told
+        return False  # such as arrays in a pytree context
 
 
 def _comparable(value: Any) -> Any:
-    """Equal to what cannot be told apart from it: NaN from NaN, but 0.0 from -0.0."""
+    """Return a value whose comparison treats NaN as equal to NaN, and 0.0 as different from -0.0."""
     return repr(value) if isinstance(value, float | complex | np.inexact) else value

@@ -1,4 +1,4 @@
-"""The models and optimizers of clients that train side by side."""
+"""The models and optimizers of vectorized clients."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ _DELTA_BYTES = 64 * 2**20
 
 
 class ClientStart(NamedTuple):
-    """What is particular to a client's training.
+    """The individual parts of a client's training.
 
     Attributes:
-        model: what it starts from, as a vector; None for the global model.
-        personal: what stays with it, by name.
-        correction: what is added to its gradients.
+        model: the model from which it starts, as a vector; None for the global model.
+        personal: its personal tensors by name.
+        correction: the correction of its gradients.
     """
 
     model: Tensor | None = None
@@ -37,10 +37,10 @@ class ClientStart(NamedTuple):
 
 
 class Wave:
-    """One row of every trainable parameter and buffer for each client; the memory stays from wave to wave.
+    """Holds one row of every trainable parameter and buffer for each client; waves reuse the memory.
 
     Args:
-        optimizer: the user's.
+        optimizer: the user's optimizer.
     """
 
     def __init__(self, optimizer: Optimizer) -> None:
@@ -60,12 +60,12 @@ class Wave:
         states: Sequence[OptimizerState],
         starts: Sequence[ClientStart] = (),
     ) -> None:
-        """Every client starts from the global model, which the module holds, with an optimizer state of its own.
+        """Start every client from the global model, which the module holds, with its own optimizer state.
 
         Args:
             exchange: the module's tensors.
-            states: of the clients' optimizers.
-            starts: what is particular to each client; empty if nothing is.
+            states: the clients' optimizer states.
+            starts: the individual parts of each client's training; empty if there are none.
         """
         width, tensors = len(states), [*exchange.trainable, *exchange.buffers]
         if not self._fits(width, tensors):
@@ -96,7 +96,7 @@ class Wave:
         self._sums = [None] * self._trainable
 
     def _place(self, exchange: Exchange, tensors: Sequence[Tensor], row: int, start: ClientStart) -> None:
-        """Put what is a client's own into its row."""
+        """Write a client's own model and personal tensors to its row."""
         if any(self._shapes.get(name) != value.shape for name, value in start.personal.items()):
             raise ValueError("a client's own buffers do not have the shape of the module's")
         shared = [number for number, tensor in enumerate(tensors) if id(tensor) not in self._personal]
@@ -110,17 +110,17 @@ class Wave:
                 self._stacks[number][row].copy_(start.personal[name])
 
     def of_client(self, exchange: Exchange, tensors: Mapping[str, Tensor], row: int) -> dict[str, Tensor]:
-        """A client's values of some of the exchange's tensors, by name, the caller's own."""
+        """Return copies of a client's values of some of the exchange's tensors, by name."""
         names = {id(tensor): name for name, tensor in tensors.items()}
         stacks = zip(self._stacks, [*exchange.trainable, *exchange.buffers], strict=True)
         return {names[id(tensor)]: stack[row].clone() for stack, tensor in stacks if id(tensor) in names}
 
     def rows(self, indices: Sequence[int]) -> Rows:
-        """The selection of these rows, always the same object."""
+        """Return the selection of these rows, always the same object."""
         return self._rows.setdefault(tuple(indices), Rows(indices))
 
     def parameters(self, rows: Rows) -> list[Tensor]:
-        """Trainable parameters of some clients, as leaves that require gradients."""
+        """Return the trainable parameters of some clients, as leaves that require gradients."""
         if (leaves := self._leaves.get(rows)) is None:
             leaves = [rows.of(stack).detach().requires_grad_() for stack in self._stacks[: self._trainable]]
             if rows.adjacent:
@@ -128,16 +128,16 @@ class Wave:
         return leaves
 
     def buffers(self, rows: Rows) -> list[Tensor]:
-        """Buffers of some clients."""
+        """Return the buffers of some clients."""
         return [rows.of(stack) for stack in self._stacks[self._trainable :]]
 
     def set_buffers(self, rows: Rows, values: Sequence[Tensor]) -> None:
-        """What training made of the buffers."""
+        """Set the buffers of some clients after a step."""
         for stack, value in zip(self._stacks[self._trainable :], values, strict=True):
             rows.write(stack, value)
 
     def accumulate(self, rows: Rows, gradients: Sequence[Tensor | None]) -> None:
-        """Add to the gradients that wait for the next step."""
+        """Add to the gradients accumulated for the next step."""
         for i, gradient in enumerate(gradients):
             if gradient is None:
                 continue
@@ -147,7 +147,7 @@ class Wave:
             rows.add(total, gradient)
 
     def step_accumulated(self, rows: Rows, clip: Clip | None) -> None:
-        """A step of some clients with what they have accumulated."""
+        """Step some clients with their accumulated gradients."""
         gradients = [None if total is None else rows.of(total).clone() for total in self._sums]
         for total in self._sums:
             if total is not None:
@@ -157,17 +157,17 @@ class Wave:
         self.step(rows, self.parameters(rows), gradients, clip)
 
     def step(self, rows: Rows, parameters: list[Tensor], gradients: list[Tensor | None], clip: Clip | None) -> None:
-        """A step of some clients.
+        """Step some clients.
 
         Args:
-            rows: which.
-            parameters: as `parameters` gave them.
+            rows: the clients' rows.
+            parameters: the result of `parameters`.
             gradients: of these parameters.
-            clip: bounds the gradients of the optimizer's parameters.
+            clip: clips the gradients of the optimizer's parameters.
         """
         if self._correction is not None:
             gradients = self._correction(rows, parameters, gradients)
-        # Parameters that no optimizer holds stay as they are.
+        # Parameters that are in no optimizer are unchanged.
         if len(self._moved) == self._trainable and self._moved == list(range(self._trainable)):
             moved, own = parameters, gradients
         else:
@@ -179,20 +179,20 @@ class Wave:
                 rows.write(self._stacks[i], parameters[i].detach())
 
     def optimizer_state(self, row: int) -> OptimizerState:
-        """A client's optimizer state, the caller's own."""
+        """Return a copy of a client's optimizer state."""
         return self._optimizer.state_of(row)
 
     def write_to(self, exchange: Exchange, row: int) -> None:
-        """Show a client's model in the module."""
+        """Write a client's model to the module."""
         for stack, tensor in zip(self._stacks, [*exchange.trainable, *exchange.buffers], strict=True):
             tensor.detach().copy_(stack[row])
 
     def deltas(self, exchange: Exchange, origins: Sequence[Tensor]) -> Iterator[Tensor]:
-        """``origin - client``, some rows at a time, as float64 vectors like those of the exchange's view.
+        """Yield ``origin - client``, some rows at a time, as float64 vectors like those of the exchange's view.
 
         Args:
             exchange: the module's tensors.
-            origins: what each client's delta is counted from; a single one if it is the same for all.
+            origins: the origin of each client's delta; a single one if it is the same for all.
         """
         origin = origins[0]
         width = len(self._stacks[0])
@@ -215,7 +215,7 @@ class Wave:
                     continue
                 real = as_real(stack[start : start + len(part)]).reshape(len(part), -1)
                 end = offset + real.shape[1]
-                # Widened first: a difference of mixed precisions takes twice as long.
+                # Widen first, since a difference of mixed precisions takes twice as long.
                 subtract(part[:, offset:end].copy_(real), offset, end)
                 offset = end
             for tensor in exchange.frozen:
