@@ -55,7 +55,7 @@ def state_in(path: Path) -> Any:
 
 def states_of(strategy: FederatedStrategy) -> dict[str, Any]:
     assert strategy._federation is not None
-    return strategy._federation._global.states
+    return strategy._federation.fit.server.states
 
 
 def test_a_rule_from_scratch_is_resumed_bit_for_bit(tmp_path: Path) -> None:
