@@ -23,7 +23,7 @@ from lightning_fedscale.strategy import FederatedStrategy
 from lightning_fedscale.types import ClientUpdate, RoundRecord
 from lightning_fedscale.utils import moved
 
-__version__ = "0.1.0.dev0"
+__version__ = "0.1.0"
 __all__ = [
     "ClientUpdate",
     "FedBuff",
