@@ -1,4 +1,4 @@
-"""What a checkpoint holds of a federation, and how a run goes on from it."""
+"""What a checkpoint holds of a federation, and how a run resumes from it."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class FederationCheckpoint:
         self._resumed: dict[str, Any] | None = None
 
     def state_dict(self) -> dict[str, Any] | None:
-        """What a checkpoint needs to go on exactly; on rank 0, None elsewhere. To be called on all ranks."""
+        """Return the state from which a run resumes exactly on rank 0, None on others; call it on all ranks."""
         fit, in_client = self._fit, self._fit.scope.in_client
         clients = fit.clients.state_dict(in_client=in_client)
         monitored = fit.notifier.monitors.state_dict(in_client=in_client)
@@ -60,18 +60,18 @@ class FederationCheckpoint:
         )
 
     def rewind(self, checkpoint: dict[str, Any]) -> None:
-        """Make a checkpoint that is saved while a client trains one of the start of the round."""
+        """Turn a checkpoint that is saved while a client trains into one of the start of the round."""
         if self._fit.scope.in_client:
             self._fit.executor.rewind_checkpoint(checkpoint)
 
     def load_groups(self, state: dict[str, Any]) -> None:
-        """Before the optimizers are loaded: callbacks may have added groups of parameters to them."""
+        """Restore pruning and parameter groups that callbacks added; call it before optimizers are loaded."""
         if (flags := state.get("flags")) is not None:
             restore_pruning(flags, self._fit.trainer.lightning_module)
             restore_groups(flags, self._fit.trainer.lightning_module, self._fit.trainer.optimizers)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from a checkpoint, on any number of ranks.
+        """Resume from a checkpoint, on any number of ranks.
 
         Raises:
             ValueError: if the saved run is not this one.
@@ -100,7 +100,7 @@ class FederationCheckpoint:
             return  # written by an earlier version
         fit.tensors.trained = state.get("trained")
         asked, last = state["accumulation"]
-        if asked == fit.scope.accumulation_asked:  # otherwise the Trainer is asked for another one from now on
+        if asked == fit.scope.accumulation_asked:  # otherwise the Trainer has a new value, which counts from now on
             fit.scope.accumulation = last
         if changed := restore_flags(flags, fit.trainer.lightning_module):
             rank_zero_info(
@@ -127,7 +127,7 @@ class FederationCheckpoint:
 
 
 def _settings(options: Arguments) -> dict[str, Any]:
-    """What may be changed on resume, but then the run is another one."""
+    """Return the settings that may be changed on resume; a run with other settings is another run."""
     compressor = options.rules.compressor
     return {
         "clients_per_round": options.clients_per_round,

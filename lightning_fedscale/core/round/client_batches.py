@@ -1,4 +1,4 @@
-"""Clients' batches on their way to the device: a round's stream of them, and single ones made once more."""
+"""Clients' batches on their way to the device: a round's stream of them, and single ones made a second time."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class ClientBatches:
         return self.loader.cache is None or self._transfer.has_hooks
 
     def stream(self, round: int, work: list[LocalWork], order: Iterable[tuple[int, int]] | None) -> Iterator[Any]:
-        """The collated batches of these clients, in the given order or client by client."""
+        """Return an iterator over the collated batches of these clients, in the given order or client by client."""
         if not work:
             return iter(())
         seed = randomness.derive(self._seed, randomness.LOADER, round, self._rank)
@@ -53,7 +53,7 @@ class ClientBatches:
         return self._transfer.ahead(batches) if self.loader.in_workers else batches
 
     def first_of(self, work: Iterable[LocalWork]) -> Iterator[tuple[int, Any]]:
-        """Each of these clients with its first batch, on the device, made once more.
+        """Yield each of these clients and its first batch, made a second time and moved to the device.
 
         Nothing is drawn from the global generators, and clients whose first batch is None are left out.
         """
@@ -66,7 +66,7 @@ class ClientBatches:
                 yield each.client, batch
 
     def gradient(self, work: LocalWork, exchange: Exchange, tally: ClientMeter | None) -> Tensor:
-        """The mean gradient of a client's batches of this round at the model that the module holds."""
+        """Return the mean gradient of a client's batches of this round at the model that the module holds."""
         with randomness.untouched():
             randomness.seed_globals(work.seed, self._device)
             batches = [(self.loader.fetch(indices), len(indices)) for indices in work.batches]

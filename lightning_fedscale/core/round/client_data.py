@@ -1,4 +1,4 @@
-"""The training data divided among clients, and what each of them has to do in a round."""
+"""The training data divided among clients, and the work of each client in a round."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class ClientData:
         fleet: the clients' simulated hardware, once it is known; decides their batch sizes and who comes in time.
 
     Raises:
-        TypeError, ValueError: for data that cannot be divided as asked; names what is wrong and the remedy.
+        TypeError, ValueError: for data that cannot be divided as asked; the message names the problem and the remedy.
     """
 
     def __init__(
@@ -121,7 +121,7 @@ class ClientData:
             )
 
     def duty(self, message_bytes: int, update_bytes: int) -> Duty:
-        """What clients do in a round, for those who simulate their hardware."""
+        """Return the work of the clients in a round, from which their hardware is simulated."""
         options, sizes = self._options, self.partition.sizes
         per_pass = float(sizes.mean()) / self.loader.batch_size
         steps = options.steps_in(0) or (options.local_epochs or 1) * per_pass
@@ -131,7 +131,7 @@ class ClientData:
         return Duty(self.cohort_size, steps, self.loader.batch_size, most, message_bytes, update_bytes)
 
     def plan(self, round: int, losses: Mapping[int, float]) -> RoundPlan:
-        """The cohort of a round and where each client trains, given the clients' last known losses."""
+        """Return the cohort of a round and the rank of each client, given the clients' last known losses."""
         steps = self._options.steps_in(round)
         if self._options.asynchrony is not None:
             return self._plan_of_arrivals(self._options.asynchrony, round, steps)
@@ -156,7 +156,7 @@ class ClientData:
         return self.cohort_size if population is None else population.asked(self.cohort_size, clients)
 
     def _enough(self, plan: RoundPlan) -> RoundPlan:
-        """The plan, or that of an empty round where the sampler found fewer clients than the aggregator needs."""
+        """Return the plan, or that of an empty round if it has fewer clients than the aggregator needs."""
         rule, clients = self._options.rules.aggregator, len(plan.cohort)
         if clients == 0 or clients >= rule.needs:
             return plan
@@ -171,7 +171,7 @@ class ClientData:
         """Refuse an aggregator that needs more clients than any of these rounds has.
 
         Raises:
-            ValueError: names the aggregator, the number and the remedy.
+            ValueError: the message names the aggregator, the number and the remedy.
         """
         options, count = self._options, self.partition.num_clients
         rule, largest, at = options.rules.aggregator, 0, 0
@@ -231,12 +231,12 @@ class ClientData:
         return Simulated(selection, fleet.batch_sizes_of(selection.clients))
 
     def _amounts(self, fleet: Fleet, local_steps: int | None, clients: IntArray) -> tuple[FloatArray, FloatArray]:
-        """Batches that each client computes on in a round, and samples over all of them."""
+        """Return the number of batches of each client in a round, and the samples in all of them."""
         times = self._options.rules.passes
         passes = [self._pass(int(size), fleet.batch_size(client)) for client, size in self._held(clients)]
         steps, samples = np.array(passes, dtype=np.float64).T
         if local_steps is not None:
-            # Where in its data a client goes on does not matter here: it meets full and last batches as they come.
+            # The place in its data from which a client resumes is ignored here: full and last batches count on average.
             return np.full(len(passes), float(local_steps * times)), samples / steps * local_steps * times
         assert self._options.local_epochs is not None
         times *= self._options.local_epochs
@@ -249,8 +249,8 @@ class ClientData:
         return self._passes[held, batch_size]
 
     def held(self, clients: IntArray) -> IntArray:
-        """Samples that each of these clients holds."""
-        # Not `partition.sizes`: that is of all clients.
+        """Return the number of samples of each of these clients."""
+        # `partition.sizes` has the sizes of all clients.
         offsets = self.partition.offsets
         sizes: IntArray = offsets[clients + 1] - offsets[clients]
         return sizes
@@ -264,12 +264,12 @@ class ClientData:
         return sizes if local_steps is None else sizes * 0 + local_steps
 
     def of_client(self, client: int, plan: RoundPlan, cursor: Cursor) -> LocalWork:
-        """What a client does in a round.
+        """Return the work of a client in a round.
 
         Args:
             client: index of the client.
             plan: of the round.
-            cursor: where its data goes on; counts with ``local_steps`` only.
+            cursor: where it resumes in its data; used with ``local_steps`` only.
         """
         indices, options = self.partition.client(client), self._options
 

@@ -1,4 +1,4 @@
-"""The way between a client and the server's sums: what rules make of a client's start, gradients and update."""
+"""The way from a client to the server's sums: rules act on the client's start, gradients and update."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ DITTO_BUFFERS = "ditto_buffers"
 
 
 class Sent(NamedTuple):
-    """What reaches the server of a client.
+    """What the server receives from a client.
 
     Attributes:
         update: as the server sees it.
         message: the local rule's second vector.
         weight: of the update.
-        bytes: that the client sent.
+        bytes: number of bytes that the client sent.
         normalizer: see `lightning_fedscale.local_rules.Report`.
         within: 1 if the update was not clipped for privacy.
     """
@@ -49,16 +49,16 @@ class Uplink:
     """A round's way from the clients of this rank to the server's sums.
 
     Args:
-        rules: what is done on the way.
+        rules: the rules that act on the way.
         store: what clients keep.
         exchange: the module's tensors.
         cohort: who takes part.
-        optimizer: the clients' first one, as it is when the round begins.
+        optimizer: the clients' first optimizer, as it is when the round begins.
         states: of the server, by rule.
-        starts: models that clients start from other than the global one, by client.
-        scales: what the server scales these clients' updates by.
+        starts: the models of clients that do not start from the global one, by client.
+        scales: the factors by which the server scales these clients' updates.
         gradient_of: mean gradient of a client's batches at the model that the module holds, counted by a meter if any.
-        meter: says what that costs; None if nobody asks.
+        meter: counts what that costs; None if nobody asks for it.
     """
 
     def __init__(
@@ -92,15 +92,15 @@ class Uplink:
     # ---- before and while a client trains: see `lightning_fedscale.core.executors.sequential.Guidance`
 
     def start(self, client: int) -> Tensor | None:
-        """The model that the client starts from; None is the global one."""
+        """Return the model that the client starts from; None is the global one."""
         return self._starts.get(client)
 
     def correction(self, client: int) -> Correction | None:
-        """What the local rule adds to the client's gradients."""
+        """Return what the local rule adds to the client's gradients."""
         if (rule := self._rules.local) is None:
             return None
         if rule.needs_gradient:
-            # Anew where the client is tried once more, in another way: what did not come to an end does not count.
+            # Computed again if the client is trained again in another way: an attempt that did not end does not count.
             tally = None if self._meter is None else self._meter.client()
             self._gradients[client] = self._gradient_of(client, tally)
             if tally is not None:
@@ -110,15 +110,15 @@ class Uplink:
         return correction
 
     def personal(self, client: int) -> dict[str, Tensor]:
-        """What of the module stays with the client."""
+        """Return the tensors of the module that stay with the client."""
         return self._store.states.get(client, PERSONAL) or {} if self._rules.own else {}
 
     def keep_personal(self, client: int, values: dict[str, Tensor]) -> None:
-        """Note what the client's training made of it."""
+        """Store these tensors as the client's training left them."""
         self._store.states.stage(client, PERSONAL, values)
 
     def cost(self, update: ClientUpdate) -> ClientCost:
-        """What a client's training has cost besides plain local training; to be asked once, when it is over."""
+        """Return what a client's training has cost besides plain local training; call it once, at the end."""
         tally = self._tallies.pop(update.client, None)
         gradient = ClientCost() if tally is None else tally.total(0)
         return gradient.plus(corrected(self._corrections.get(update.client, 0), update, self._exchange))
@@ -128,7 +128,7 @@ class Uplink:
     def send(self, update: ClientUpdate) -> Sent:
         """Take an update from its client to the server; it may be changed in place.
 
-        What the client keeps is staged. An update that is not finite goes nowhere.
+        What the client keeps is staged. An update that is not finite is returned as it is.
         """
         rules, exchange = self._rules, self._exchange
         if not update.finite:
@@ -139,7 +139,7 @@ class Uplink:
             message, normalizer = self._finish(rules.local, update, delta)
         sent = self._plain_bytes() if rules.compressor is None else self._compress(update.client, delta)
         if message is not None and rules.local is not None and rules.local.vectors_up == 1:
-            message = delta.clone()  # it is the update itself, of which the server sees what was sent
+            message = delta.clone()  # the message is the update itself, which the server sees as it was sent
         if rules.privacy is not None:
             within = float(rules.privacy.clip(delta, self._states[PRIVACY]))
         if (scale := self._scales.get(update.client)) is not None:
@@ -162,9 +162,9 @@ class Uplink:
         return report.message, report.normalizer
 
     def _round(self, vector: Tensor) -> None:
-        """To the precision in which parameters travel: sums over clients are then exact, so ranks do not matter.
+        """Round to the parameters' precision: sums over clients are then exact on any number of ranks.
 
-        Towards zero, so that what was clipped is not made longer by it.
+        It rounds towards zero, so that a clipped update does not become longer.
         """
         for view, parameter in zip(self._exchange.trainable_views(vector), self._exchange.shared, strict=True):
             dtype = as_real(parameter).dtype
@@ -193,7 +193,7 @@ class Uplink:
 
 
 class PersonalModels:
-    """What clients start from and are pulled to when each trains a model of its own.
+    """The start and the correction of clients that each train a personal model.
 
     Args:
         ditto: how strongly they are pulled to the global model.
@@ -209,25 +209,25 @@ class PersonalModels:
         self._server = server
 
     def start(self, client: int) -> Tensor | None:
-        """Its own model as it left it; at first the global one."""
+        """Return the client's own model as it left it; None, before the first time, is the global one."""
         own: Tensor | None = self._store.states.get(client, DITTO)
         return own
 
     def correction(self, client: int) -> Correction:
-        """Pulls it to the global model."""
+        """Return the correction that pulls the client's model to the global one."""
         own, cut = self.start(client), self._exchange.view.trainable
         return self._ditto.correction((self._server if own is None else own)[:cut], self._server[:cut])
 
     def personal(self, client: int) -> dict[str, Tensor]:
-        """All of the model is its own; buffers that are not in its vector are kept apart."""
+        """Return the client's buffers that are not in the vector of its model; they are kept apart."""
         return self._store.states.get(client, DITTO_BUFFERS) or {}
 
     def keep_personal(self, client: int, values: dict[str, Tensor]) -> None:
-        """Note what the client's training made of these buffers."""
+        """Store these buffers as the client's training left them."""
         self._store.states.stage(client, DITTO_BUFFERS, values)
 
     def keep(self, update: ClientUpdate) -> None:
-        """Note the model that training came to, unless it is spoilt."""
+        """Store the trained model, unless the update is not finite."""
         if update.finite:
             start = self.start(update.client)
             model = self._exchange.origin(self._server if start is None else start) - update.delta

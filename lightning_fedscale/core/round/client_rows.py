@@ -1,4 +1,4 @@
-"""The numbers of a round's clients: one row for each."""
+"""The numbers of a round's clients, one row for each client."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _COLUMNS = (
 
 
 class ClientRows:
-    """A row for each client of the cohort, of which a rank fills those of the clients that it trains.
+    """A row for each client of the cohort; a rank fills the rows of the clients that it trains.
 
     Args:
         plan: the round's plan.
@@ -31,11 +31,11 @@ class ClientRows:
 
     @staticmethod
     def size_of(plan: RoundPlan) -> int:
-        """How many numbers the clients of a round take."""
+        """Return how many numbers the clients of a round take."""
         return len(plan.cohort) * len(_COLUMNS)
 
     def __len__(self) -> int:
-        """Number of clients in the round, accepted or not."""
+        """Return the number of clients in the round, accepted or not."""
         return len(self._row)
 
     def add(
@@ -52,9 +52,9 @@ class ClientRows:
         Args:
             update: what the client sent.
             weight: its weight in the aggregate.
-            cursor: where its data goes on.
+            cursor: where it resumes in its data.
             scaler: scale and growth counter that its training left in the gradient scaler.
-            cost: of its training.
+            cost: the cost of its training.
             sent: bytes that it sent, its local rule's normalizer, and 1 if privacy did not clip its update.
         """
         accepted = update.finite
@@ -80,23 +80,23 @@ class ClientRows:
             row[_COLUMNS.index(name)] += getattr(cost, name)
 
     def cursors(self) -> dict[int, Cursor]:
-        """Where every client of the cohort goes on."""
+        """Return where each client of the cohort resumes in its data."""
         pairs = zip(self.column("pass").tolist(), self.column("batch").tolist(), strict=True)
         return {client: (int(p), int(b)) for client, (p, b) in zip(self._row, pairs, strict=True)}
 
     def rejected(self) -> tuple[int, ...]:
-        """The clients that are left out, see `RoundRecord.rejected`."""
+        """Return the clients that are left out, see `RoundRecord.rejected`."""
         return tuple(self._cohort[self.column("rejected") > 0].tolist())
 
     def without_batches(self) -> tuple[int, ...]:
-        """Those of them all of whose batches were None."""
+        """Return the clients that are left out because all of their batches were None."""
         return tuple(self._cohort[(self.column("rejected") > 0) & (self.column("steps") == 0)].tolist())
 
     def rank_of_largest(self, held: IntArray) -> int | None:
-        """The rank of the client with the most samples whose update counts; None if there is none.
+        """Return the rank of the client with the most samples among the accepted ones; None if there is none.
 
         Args:
-            held: samples of each client of the round.
+            held: number of samples of each client of the round.
         """
         counts = ((self.column("rejected") == 0) & (self.column("steps") > 0)).nonzero()[0]
         if not len(counts):
@@ -105,23 +105,23 @@ class ClientRows:
         return int(self._ranks[place])
 
     def smallest_scale(self) -> tuple[float, float]:
-        """Scale and growth counter that no client would find too large: the smallest left by any; zeros by nobody."""
+        """Return the smallest scale, which is too large for no client, and its growth counter; else zeros."""
         if not len(scale := self.column("scale")):
             return 0.0, 0.0
         return float(scale.min()), float(self.column("growth")[scale == scale.min()].min())
 
     def mean_square(self) -> float:
-        """Weighted mean of the accepted clients' squared norms."""
+        """Return the weighted mean of the accepted clients' squared norms."""
         accepted, weights = self.column("rejected") == 0, self.column("weight")
         return in_order(weights[accepted] * self.column("norm")[accepted] ** 2) / (in_order(weights) or 1.0)
 
     def normalizer(self) -> float:
-        """Weighted mean of the accepted clients' normalizers."""
+        """Return the weighted mean of the accepted clients' normalizers."""
         accepted, weights = self.column("rejected") == 0, self.column("weight")
         return in_order((weights * self.column("normalizer"))[accepted]) / in_order(weights)
 
     def within(self) -> float:
-        """Number of clients that privacy did not clip."""
+        """Return the number of clients that privacy did not clip."""
         return in_order(self.column("within"))
 
     @property
@@ -130,10 +130,10 @@ class ClientRows:
         return int((self.column("weight") > 0).sum())
 
     def column(self, name: str) -> FloatArray:
-        """A copy of one number of each client."""
+        """Return a copy of one column: a number of each client."""
         return self._rows[:, _COLUMNS.index(name)].copy()
 
 
 def in_order(values: FloatArray) -> float:
-    """Their sum, rounded as torch does: numpy adds up in another order."""
+    """Return the sum, rounded as torch does; numpy adds up in another order."""
     return float(torch.from_numpy(values).sum())

@@ -1,4 +1,4 @@
-"""While clients train: what the Trainer shows them, and what the server shows everybody else."""
+"""The state of the Trainer while clients train, and the global model for everybody else meanwhile."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from lightning_fedscale.utils import randomness
 
 
 class ClientScope:
-    """Says whether the module holds a client's model, and gives the global one all the same.
+    """Knows whether the module holds a client's model, and gives the global one at any time.
 
     Args:
-        trainer: the Trainer, as it was asked for.
+        trainer: the Trainer, as the user built it.
 
     Attributes:
         accumulation: batches per optimizer step of a client; a callback may change it.
-        accumulation_asked: as the Trainer was built with.
+        accumulation_asked: the value that the Trainer was built with.
     """
 
     def __init__(self, trainer: pl.Trainer) -> None:
@@ -38,10 +38,10 @@ class ClientScope:
 
     @contextmanager
     def entered(self, context: RoundContext, *, draws: bool) -> Iterator[None]:
-        """Clients train inside; the Trainer and the global generators are as before afterwards.
+        """Let clients train inside; afterwards the Trainer and the global generators are as before.
 
         Args:
-            context: of the round.
+            context: the context of the round.
             draws: whether clients draw from the global generators.
         """
         trainer, device = self._trainer, self._trainer.strategy.root_device
@@ -58,7 +58,7 @@ class ClientScope:
                 randomness.restore(outside, device)
 
     def global_state_dict(self, state: dict[str, Any]) -> dict[str, Any]:
-        """A module's state dict with the global model's values in place of the client's that is training."""
+        """Return a module's state dict with the global model's values in place of the training client's."""
         if self._live is None:
             return state
         context = self._live
@@ -69,7 +69,7 @@ class ClientScope:
         }
 
     def flags(self) -> dict[str, Any]:
-        """What is frozen at the moment; while a client trains, when the round began."""
+        """Return what is frozen now or, while a client trains, what was frozen when the round began."""
         trainer, module = self._trainer, self._trainer.lightning_module
         at_start = () if self._live is None else self._live.exchange.parameters
         state = self.global_state_dict(module.state_dict())

@@ -1,4 +1,4 @@
-"""What clients keep between rounds, on whichever rank it lies."""
+"""What clients keep between rounds, on whichever rank it is stored."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from lightning_fedscale.types import Cursor
 
 
 class ClientStates:
-    """The clients' states on this rank, and the custody of those that move from rank to rank.
+    """The clients' states on this rank, and the placement of those that move between ranks.
 
     Args:
         options: the strategy's checked arguments.
@@ -40,16 +40,16 @@ class ClientStates:
         self._ditto = options.rules.ditto is not None
 
     def fetch(self, plan: RoundPlan) -> None:
-        """Bring what the cohort keeps to the ranks of this round; to be called on all ranks."""
+        """Move the states of the cohort to the ranks of this round; call it on all ranks."""
         if self._custody is not None:
             self._custody.fetch(plan)
 
     def commit(self, plan: RoundPlan, cursors: dict[int, Cursor]) -> None:
-        """The round is complete: what was staged holds from now on.
+        """Make the staged states valid, now that the round is complete.
 
         Args:
-            plan: of the round.
-            cursors: where each client of the cohort goes on in its data; counts with ``local_steps`` only.
+            plan: the plan of the round.
+            cursors: where each client of the cohort resumes in its data; used with ``local_steps`` only.
         """
         if self._counts_steps:
             for client, cursor in cursors.items():
@@ -59,15 +59,15 @@ class ClientStates:
             self._custody.commit(plan)
 
     def rollback(self) -> None:
-        """The round did not happen."""
+        """Discard what was staged in a round that failed."""
         self.store.rollback()
 
     def holder(self, client: int) -> int | None:
-        """The rank that has what the client keeps; None if it makes no difference which."""
+        """Return the rank that has the client's states; None if any rank will do."""
         return None if self._custody is None else self._custody.holder(client)
 
     def personal_model(self, client: int, state: dict[str, Any], exchange: Exchange) -> dict[str, Any] | None:
-        """The module's state dict with what is the client's own in it; None if another rank has that.
+        """Return the module's state dict with the client's own values in it; None if another rank has them.
 
         Args:
             client: its number.
@@ -84,13 +84,13 @@ class ClientStates:
         return {**model, **exchange.of_personal(state, kept.get(client, DITTO_BUFFERS) or {})}
 
     def state_dict(self, *, in_client: bool) -> dict[str, Any]:
-        """Those of all ranks on rank 0; to be called on all ranks.
+        """Return the states of all ranks on rank 0; call it on all ranks.
 
         Args:
             in_client: whether the checkpoint is saved while a client trains.
 
         Raises:
-            RuntimeError: if states lie on several ranks, which inside a client do not wait for each other.
+            RuntimeError: inside a client if states lie on several ranks, which do not wait for each other there.
         """
         if self._custody is None:
             return self.store.state_dict()
@@ -102,7 +102,7 @@ class ClientStates:
         return self._custody.state_dict()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from saved states, which every rank has read."""
+        """Resume from saved states, which every rank has read."""
         self.store.load_state_dict(state)
         if self._custody is not None:
             self._custody.reset()

@@ -1,4 +1,4 @@
-"""What crosses the network in a round, and what is computed on it besides training."""
+"""The bytes that cross the network in a round, and the operations on them besides training."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ from lightning_fedscale.utils.flat_view import as_real
 
 
 def model_bytes(rules: Rules, exchange: Exchange) -> int:
-    """What a client receives in a round, unless it is compressed."""
+    """Return the bytes that a client receives in a round, without compression."""
     return exchange.buffer_bytes + exchange.trainable_bytes * (1 if rules.local is None else rules.local.vectors_down)
 
 
 def update_bytes(rules: Rules, exchange: Exchange) -> int:
-    """What a client sends in a round; of compressors whose messages differ, what they make of random numbers."""
+    """Return the bytes that a client sends in a round; with a compressor, for an update of random numbers."""
     extra = 0 if rules.local is None else rules.local.vectors_up - 1
     first = exchange.trainable_bytes if rules.compressor is None else size_of_message(rules.compressor, exchange)
     return exchange.sent_buffer_bytes + first + extra * exchange.trainable_bytes
 
 
 def size_of_message(compressor: Compressor, exchange: Exchange) -> int:
-    """Bytes of a compressed update of random numbers."""
+    """Return the bytes of a compressed update of random numbers."""
     generator = np.random.default_rng(0)
     named = {
         name: torch.from_numpy(generator.standard_normal(tuple(as_real(parameter).shape)))
@@ -38,12 +38,12 @@ def size_of_message(compressor: Compressor, exchange: Exchange) -> int:
 
 
 def corrected(operations: int, update: ClientUpdate, exchange: Exchange) -> ClientCost:
-    """What it costs to correct a client's gradients, with so many operations for each element in every step."""
+    """Return the cost of correcting a client's gradients, given the operations per element and step."""
     return ClientCost(optimizer=float(operations * exchange.view.trainable * update.optimizer_steps))
 
 
 def operations(rules: Rules, downlink: Compressor | None, cohort: Cohort) -> float:
-    """What rules, compressors and privacy compute upon the updates of a round, element by element."""
+    """Return the operations of rules, compressors and privacy on the elements of a round's updates."""
     clients = len(cohort.clients)
     each = rules.operations * clients
     if rules.local is not None:

@@ -1,4 +1,4 @@
-"""What the strategy calls in a fit, from the optimizers and the data to the end of each round."""
+"""The entry points of the strategy in a fit, from the optimizers and the data to the end of each round."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ from lightning_fedscale.partitioners import Partition
 from lightning_fedscale.privacy import PrivacyBudget
 from lightning_fedscale.types import RoundRecord
 
-_SAMPLED = 16  # rounds, of which one must be large enough for the aggregator before training begins
+_SAMPLED = 16  # rounds; training begins only if one of them is large enough for the aggregator
 
 
 class Federation:
@@ -71,7 +71,7 @@ class Federation:
     # ---- before the first round
 
     def attach_optimizers(self, optimizers: list[Optimizer]) -> None:
-        """Take note of the optimizers just after they were built."""
+        """Make the executors for the optimizers that were just built."""
         fit, options = self.fit, self.fit.options
         parts: dict[str, Any] = {
             "store": fit.clients.store,
@@ -100,7 +100,7 @@ class Federation:
             share: share or number of each client's batches to use.
 
         Raises:
-            TypeError, ValueError: for data that cannot be divided as asked.
+            TypeError, ValueError: if the data cannot be divided as requested.
         """
         fit, trainer, is_first = self.fit, self.fit.trainer, self.fit.data is None  # loaders may be reloaded
         data = ClientData(
@@ -136,7 +136,7 @@ class Federation:
         fit.server.calibrate(rules, budget.expected_weight(data.partition.sizes))
 
     def equip(self) -> None:
-        """Before the first round: look at the model, and give the clients their simulated hardware, if any.
+        """Check the model, and simulate the clients' hardware if there is any, before the first round.
 
         Raises:
             ValueError: if a device class does not hold the model.
@@ -153,7 +153,7 @@ class Federation:
             )
 
     def _check_first_rounds(self, data: ClientData) -> None:
-        """Refuse what would only fail in a round, however far away that is."""
+        """Raise now for what would otherwise fail in a round, however late."""
         fit, first, planned = self.fit, self.fit.trainer.global_step, self._planned_rounds()
         if fit.totals.budget is not None:
             fit.totals.budget.check(first)
@@ -162,7 +162,7 @@ class Federation:
         combinations.warn_of_lost_errors(fit.options, data.partition.num_clients, data.cohort_size, planned)
 
     def _planned_rounds(self) -> int:
-        """At most so many; 0 if there is no end to them."""
+        """Return the largest number of rounds in the fit; 0 if it has no end."""
         # Not `estimated_stepping_batches`, which sets up loaders and draws random numbers for it.
         trainer = self.fit.trainer
         epochs = -1 if trainer.max_epochs is None else trainer.max_epochs
@@ -170,7 +170,7 @@ class Federation:
         return min((limit for limit in limits if limit > 0), default=0)
 
     def first_batches(self) -> Iterator[tuple[int, Any]]:
-        """The first batch of each of this rank's clients in the round that has begun, see `ClientBatches.first_of`."""
+        """Return the first batch of each of this rank's clients in the running round, see `ClientBatches.first_of`."""
         return self.fit.batches.first_of(self._begun) if self._begun else iter(())
 
     @property
@@ -184,17 +184,17 @@ class Federation:
         return None if self.fit.data is None else self.fit.data.partition
 
     def divide_alike(self, dataset: Any, seed: int) -> Partition:
-        """Further data divided as the training data are; see `Arguments.divide_alike`."""
+        """Divide further data as the training data are divided; see `Arguments.divide_alike`."""
         assert self.fit.data is not None
         return self.fit.options.divide_alike(self.fit.data.loader.dataset, dataset, seed)
 
     def personal_model(self, client: int) -> dict[str, Any] | None:
-        """The module's state dict with what is the client's own in it; None if another rank has that."""
+        """Return the module's state dict with the client's own values in it; None if another rank has them."""
         fit = self.fit
         return fit.clients.personal_model(client, fit.trainer.lightning_module.state_dict(), fit.tensors.exchange())
 
     def end(self) -> None:
-        """The run is over: let go of workers and of what was recorded."""
+        """End the run: stop the workers and close monitors and executor."""
         self.close()
         self.fit.notifier.monitors.close()
         if hasattr(self.fit, "executor"):  # not if training was refused before its optimizers were built
@@ -222,11 +222,11 @@ class Federation:
         return batch
 
     def first_batch_arrived(self, batch: Any) -> Any:
-        """The Trainer has moved a batch to the device, the first one of a round if one is open."""
+        """Take a batch that the Trainer has moved to the device, the first of a round if one is open."""
         return batch if self._open is None else self._open.arrived(batch, self.fit.device)
 
     def run_round(self, batch: Any, *, training: bool) -> dict[str, Any]:
-        """Train the cohort, merge the ranks, move the global model.
+        """Train the cohort, merge the ranks, and move the global model.
 
         Args:
             batch: the first batch, on the device.

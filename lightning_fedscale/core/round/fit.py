@@ -1,4 +1,4 @@
-"""What one fit consists of."""
+"""The parts of one fit."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from lightning_fedscale.types import Cohort
 class Fit:
     """The parts that live from ``trainer.fit`` to the last round; rounds and checkpoints are made of them.
 
-    No part knows another one that is not above it in `Fit.__init__`, and none knows who uses it.
+    A part may use the parts above it in `Fit.__init__`, and does not know who uses it.
 
     Args:
         trainer: the Trainer, its strategy's optimizers not yet built.
@@ -34,7 +34,7 @@ class Fit:
         world_size: number of processes.
 
     Attributes:
-        options: as given; its privacy is ready for these clients once the data was seen.
+        options: as given; its privacy is calibrated for these clients once the data is known.
         device: where clients train.
         clients: what clients keep between rounds.
         tensors: which tensors of the module are exchanged.
@@ -46,10 +46,10 @@ class Fit:
         scope: says whether the module holds a client's model.
         transfer: brings batches to the device.
         requeue: answers SLURM at the end of a round.
-        executor: trains clients; there once the optimizers are built.
-        data: the training data divided among clients; None before it was seen.
-        batches: of these data; there once it was seen.
-        meter: says what clients' training costs; None if nobody asks.
+        executor: trains clients; set once the optimizers are built.
+        data: the training data divided among clients; None before it is known.
+        batches: makes the batches of these data; set together with them.
+        meter: counts what clients' training costs; None if nobody asks for it.
     """
 
     executor: ExecutorChoice
@@ -76,11 +76,11 @@ class Fit:
         self.meter: Meter | None = None
 
     def cohort(self, plan: RoundPlan, exchange: Exchange) -> Cohort:
-        """Who takes part in a round, as aggregators and compressors are told."""
+        """Return the cohort of a round, as aggregators and compressors receive it."""
         assert self.data is not None
         clients = self.data.partition.num_clients
         return Cohort(plan.round, plan.cohort, clients, exchange.view.trainable, self.options.seed)
 
     def table(self, plan: RoundPlan, exchange: Exchange) -> RoundTable:
-        """An empty table of a round, as long on every rank."""
+        """Return an empty table of a round, which has the same length on every rank."""
         return RoundTable(plan, self.world_size, len(exchange.parameters), self.log.joint.size)

@@ -25,7 +25,7 @@ def simulated_fleet(
     *,
     accumulation: int,
 ) -> Fleet:
-    """What each client's device holds of this model, and how long it takes; printed in a line for each class.
+    """Return the batch sizes and times of the clients' devices for this model, and print a line for each class.
 
     Args:
         population: the clients' device classes.
@@ -36,7 +36,7 @@ def simulated_fleet(
         accumulation: batches per optimizer step of a client.
 
     Raises:
-        ValueError: if a device class does not hold the model.
+        ValueError: if the model does not fit on a device class.
     """
     with randomness.untouched(), undone(trainer):
         model = estimate_memory(

@@ -1,4 +1,4 @@
-"""The numbers of a round: of its clients and of its ranks, summed over ranks."""
+"""The numbers of a round's clients and ranks, summed over ranks."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _BALLOT = 4
 
 
 class RoundTable:
-    """What a rank knows of its clients and of itself; the sum over ranks is the complete table.
+    """The numbers of a rank and of its clients; the sum over ranks is the complete table.
 
     It crosses the ranks as part of the round's one collective, so every rank computes the same record from it.
 
@@ -34,7 +34,7 @@ class RoundTable:
         num_logged: how many numbers the clients' logged values take, see `set_logged`.
 
     Attributes:
-        clients: a row for each.
+        clients: a row for each client.
         logged: what clients logged.
     """
 
@@ -56,7 +56,7 @@ class RoundTable:
         self._trainable += [*flags, True]
 
     def trainable(self) -> list[bool] | None:
-        """The parameters that are trainable from now on: those that any client left so; None if no client trained."""
+        """Return which parameters are trainable now: those that any client left so; None if no client trained."""
         *flags, anybody = (self._trainable > 0).tolist()
         return flags if anybody else None
 
@@ -69,8 +69,8 @@ class RoundTable:
             rank: this one.
             seconds: of work.
             failed: whether an exception ended it.
-            leaves: whether the rank's job is to end soon.
-            odd_buffers: whether buffers came, went, or changed their shape.
+            leaves: whether the rank's job will end soon.
+            odd_buffers: whether buffers appeared, disappeared, or changed their shape.
         """
         self._busy[rank] = seconds
         self._failed[rank] = float(failed)
@@ -78,43 +78,43 @@ class RoundTable:
         self._odd[0] = float(odd_buffers)
 
     def add_side(self, side: Sequence[float]) -> None:
-        """Note what this rank spent and counted besides since the last round, see `RoundRecord.side`."""
+        """Note what else this rank spent and counted since the last round, see `RoundRecord.side`."""
         self._side[:] = side
 
     def add_executor(self, slots: int, ballot: Sequence[float]) -> None:
-        """Note how many local steps this rank had room for, and what it found out about its executors."""
+        """Note how many local steps this rank had slots for, and what it measured of its executors."""
         self._slots[0] = slots
         self._ballot[:] = ballot
 
     def ballot(self) -> list[float]:
-        """What the ranks found out about their executors, added up."""
+        """Return the sum of what the ranks measured of their executors."""
         numbers: list[float] = self._ballot.tolist()
         return numbers
 
     @property
     def size(self) -> int:
-        """How many numbers `pack` gives."""
+        """How many numbers `pack` returns."""
         return len(self._numbers)
 
     def pack(self) -> Tensor:
-        """Everything as one float64 vector on the CPU, to be summed over ranks; a view, not a copy."""
+        """Return all numbers as one float64 vector on the CPU, to be summed over ranks; it is a view."""
         return torch.from_numpy(self._numbers)
 
     def unpack(self, packed: Tensor) -> None:
-        """Take over the sum."""
+        """Replace the numbers by the sum over ranks."""
         self.pack().copy_(packed)
 
     def failed_ranks(self) -> list[int]:
-        """The ranks whose work ended in an exception."""
+        """Return the ranks whose work ended in an exception."""
         ranks: list[int] = self._failed.nonzero()[0].tolist()
         return ranks
 
     def odd_buffers(self) -> bool:
-        """Whether on any rank buffers came, went, or changed their shape."""
+        """Return whether buffers appeared, disappeared, or changed their shape on any rank."""
         return bool(self._odd[0] > 0)
 
     def leaves(self) -> bool:
-        """Whether any rank was told that its job is to end soon."""
+        """Return whether the job of any rank will end soon."""
         return bool(self._leave[0] > 0)
 
     @property
@@ -130,13 +130,13 @@ class RoundTable:
         epsilon: float | None = None,
         batch_sizes: IntArray | None = None,
     ) -> RoundRecord:
-        """The round in numbers.
+        """Return the round in numbers.
 
         Args:
             delta_norm: L2 norm of the aggregated pseudo-gradient.
-            message_bytes: what one client receives.
+            message_bytes: the bytes that one client receives.
             simulated_before: simulated seconds of all rounds before this one.
-            epsilon: what differential privacy has cost so far; None without.
+            epsilon: what differential privacy has cost so far; None without privacy.
             batch_sizes: of the cohort, in asynchronous training on simulated hardware.
         """
         column = self.clients.column

@@ -1,4 +1,4 @@
-"""The user's module as a federation sees it: which tensors are exchanged, and what becomes of them over rounds."""
+"""The tensors of the user's module: which of them are exchanged, and how they change over rounds."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from lightning_fedscale.utils.checks import enumerated
 
 
 class ModuleTensors:
-    """Makes a round's `Exchange`, and watches over rounds what its parameters and buffers do.
+    """Makes a round's `Exchange`, and tracks its parameters and buffers over rounds.
 
     Args:
         trainer: the Trainer, which has the module.
@@ -28,20 +28,20 @@ class ModuleTensors:
     def __init__(self, trainer: pl.Trainer, options: Arguments) -> None:
         self._trainer = trainer
         self._options = options
-        self._caches: set[str] = set()  # buffers that each rank has for itself
+        self._caches: set[str] = set()  # buffers that each rank keeps for itself
         self._told: set[str] = set()  # buffers about which the user was warned
         self.trained: list[str] | None = None
 
     def exchange(self) -> Exchange:
-        """The module's tensors as they are now."""
+        """Return the module's tensors as they are now."""
         rules = self._options.rules
         return exchange_of(self._trainer.lightning_module, rules.personal, rules.buffer_policies, self._caches)
 
     def check_trained(self, exchange: Exchange) -> None:
-        """Refuse other trainable parameters than in the round before where something is kept for these.
+        """Reject other trainable parameters than in the round before if a state is kept for those.
 
         Raises:
-            ValueError: naming the argument and a parameter.
+            ValueError: the message names the argument and a parameter.
         """
         before, self.trained = self.trained, exchange.names
         if before is None or before == exchange.names:
@@ -61,19 +61,19 @@ class ModuleTensors:
             )
 
     def has_odd_buffers(self, exchange: Exchange, largest: LargestClient) -> bool:
-        """Whether on this rank buffers came, went, or changed their shape while clients trained."""
+        """Return whether buffers of this rank appeared, disappeared, or changed shape while clients trained."""
         new_caches = {*exchange.caches()} - self._caches
         return bool(new_caches) or bool({*largest.values} - {*exchange.largest})
 
     def of_largest(
         self, exchange: Exchange, largest: LargestClient, rank: int | None, *, odd: bool
     ) -> Mapping[str, Tensor | None]:
-        """The buffers that are taken from the client with the most samples; to be called on all ranks.
+        """Return the buffers that are taken from the client with the most samples; call it on all ranks.
 
         Args:
             exchange: the module's tensors.
             largest: this rank's client with the most samples.
-            rank: that of the client with the most samples of all; None if there is none.
+            rank: the rank of the client with the most samples of all; None if there is none.
             odd: whether any rank has odd buffers.
         """
         device = self._trainer.strategy.root_device
@@ -87,7 +87,7 @@ class ModuleTensors:
         return values
 
     def warn_of_averages(self, names: list[str]) -> None:
-        """Once for each buffer: it is averaged, and nobody but the user knows whether that is right."""
+        """Warn, once for each buffer, that it is averaged: only the user knows whether that is right."""
         if new := self._not_told(names):
             rank_zero_warn(
                 f"buffers: {enumerated(new)} changed while clients trained, and the global model takes the clients'"

@@ -1,4 +1,4 @@
-"""What the Trainer's callbacks, loggers and progress bar hear of a round."""
+"""How the Trainer's callbacks, loggers and progress bar follow a round."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from lightning_fedscale.types import ClientUpdate, IntArray, Params, RoundRecord
 
 
 class Notifier:
-    """Calls the hooks of `lightning_fedscale.callbacks.RoundEvents`, shows progress, and logs what a round came to.
+    """Calls the hooks of `lightning_fedscale.callbacks.RoundEvents`, shows progress, and logs the results of a round.
 
     It is the `lightning_fedscale.core.executors.sequential.Watcher` of the executors.
 
@@ -40,7 +40,7 @@ class Notifier:
 
     @contextmanager
     def silenced(self) -> Iterator[None]:
-        """Clients train inside, and nobody hears of it."""
+        """Let clients train inside without calling hooks or logging."""
         self._silent = True
         try:
             with self._log.silenced():
@@ -49,11 +49,11 @@ class Notifier:
             self._silent = False
 
     def expect_clients(self, due: int) -> None:
-        """A round begins, in which this rank trains so many clients."""
+        """Prepare for a round in which this rank trains so many clients."""
         self._progress = ClientProgress(self._trainer, due)
 
     def round_started(self, round: int, cohort: IntArray) -> None:
-        """The cohort is known and the module holds the global model."""
+        """Tell callbacks that the cohort is known and the module holds the global model."""
         self._call("on_round_start", round, cohort)
 
     def client_started(self, client: int) -> None:
@@ -69,18 +69,18 @@ class Notifier:
         self._call("on_client_end", update)
 
     def aggregated(self, record: RoundRecord, delta: Params) -> None:
-        """The updates are merged, and the server is about to step."""
+        """Tell callbacks that the updates are merged and the server is about to step."""
         self._call("on_before_server_step", record, delta)
 
     def server_step(self, step: Params) -> Params:
-        """Let callbacks change the step; what they get is theirs, since a server optimizer may keep its own."""
+        """Let callbacks change a copy of the step, since a server optimizer may keep the original."""
         if any(hasattr(each, "on_server_step") for each in listeners(self._trainer)):
             step = {name: value.clone() for name, value in step.items()}
             self._call("on_server_step", step)
         return step
 
     def round_ended(self, record: RoundRecord) -> None:
-        """The Trainer has counted the round and stepped its schedules: log it and tell callbacks."""
+        """Log the round and tell callbacks, once the Trainer has counted it and stepped its schedules."""
         self._warn_of_no_loss(record)
         self._report(record)
         self._call("on_round_end", record)
@@ -91,13 +91,13 @@ class Notifier:
                 method(self._trainer, self._trainer.lightning_module, *values)
 
     def _report(self, record: RoundRecord) -> None:
-        """Straight to the loggers, every round, and to where callbacks look for what they monitor."""
+        """Send the metrics of each round straight to the loggers, and to where callbacks monitor them."""
         self._log.send()
         publish_round(self._trainer, record.metrics(), empty=record.empty)
         self.monitors.end_round(empty=record.empty)
 
     def _warn_of_no_loss(self, record: RoundRecord) -> None:
-        """Once: a ``training_step`` that returns nothing may skip a batch, but to skip all of them is a mistake."""
+        """Warn in the first round if ``training_step`` returned nothing for all batches; it may skip some."""
         if record.round or not self._trainer.lightning_module.automatic_optimization:
             return
         if len(record.clients) and np.isnan(record.losses).all() and not record.delta_norms.any():

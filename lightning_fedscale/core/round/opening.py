@@ -28,7 +28,7 @@ class OpenRound:
         skipped: batches before the first one that are None.
         started: when the round began, by ``time.perf_counter``.
         outside: the global generators as the user left them; None if no batch draws from them.
-        inside: the same as the first client finds them, once its first batch is there.
+        inside: the same as the first client finds them, once its first batch has arrived.
     """
 
     plan: RoundPlan
@@ -52,7 +52,7 @@ class OpenRound:
         outside = randomness.capture(fit.device) if draws else None
         try:
             work = [data.of_client(each, plan, fit.clients.store.cursor(each)) for each in plan.clients_of(fit.rank)]
-            # A rank without a client shows the Trainer a batch all the same, of a client that does not train.
+            # A rank without a client shows the Trainer a batch too, of a client that does not train.
             shown = work or [data.of_client(0, plan, (0, 0))]
             order = fit.executor.order(shown)
             first_client, its_batches = shown[0], len(shown[0].batches)
@@ -78,11 +78,11 @@ class OpenRound:
         return cls(plan, work, first_client, stream, skipped, started, outside), first
 
     def arrived(self, batch: Any, device: torch.device) -> Any:
-        """The first batch is on the device: what its transfer drew is part of the first client's randomness.
+        """Take the first batch, on the device; its transfer drew from the first client's randomness.
 
         Returns:
-            The batch; in place of None, where this rank's clients have nothing else, a tensor of one zero: the Trainer
-            passes over a step whose batch is None, and the other ranks wait for this one.
+            The batch. If it is None, since this rank's clients have no other, a tensor of one zero: the Trainer would
+            skip a step whose batch is None, and the other ranks would wait for this one.
         """
         if self.inside is None and self.outside is not None:
             self.inside = randomness.capture(device)
@@ -90,17 +90,17 @@ class OpenRound:
         return torch.zeros(1, device=device) if batch is None else batch
 
     def all_batches(self, batch: Any) -> Iterator[Any]:
-        """Those of this rank's clients in order, given the first one on the device."""
+        """Return the batches of this rank's clients in order, given the first one on the device."""
         return self.batches if self.first is None else chain([None] * self.skipped, [batch], self.batches)
 
     def give_up(self, device: torch.device) -> None:
-        """The first batch never arrived."""
+        """Restore the global generators, since the first batch never arrived."""
         if self.outside is not None:
             randomness.restore(self.outside, device)
 
 
 def _first_batch(batches: Iterator[Any], most: int) -> tuple[Any, int]:
-    """The first batch that is not None, None if all are, and how many were passed over; training skips those too."""
+    """Return the first batch that is not None, else None, and how many were skipped, as training skips them."""
     for skipped in range(most):
         if (batch := next(batches)) is not None:
             return batch, skipped
@@ -108,7 +108,7 @@ def _first_batch(batches: Iterator[Any], most: int) -> tuple[Any, int]:
 
 
 def _fail_together(fit: Fit, plan: RoundPlan, started: float) -> None:
-    """This rank could not even begin: take part in the round's communication, so that no rank waits in vain."""
+    """Take part in the round's communication though this rank could not begin, so that no rank waits in vain."""
     if fit.world_size == 1:
         return
     fit.clients.fetch(plan)
