@@ -1,11 +1,11 @@
 """One fit, round by round.
 
-`Federation` is what the strategy calls. It owns one `Fit`, the parts that live from the first round to the last, and
-makes of it, in turn, an `OpenRound` and a `RoundRunner` for each round, and a `FederationCheckpoint` for whoever saves.
+The strategy calls `Federation`. It owns one `Fit`, the parts that live from the first round to the last. From these it
+makes an `OpenRound` and then a `RoundRunner` for each round, and a `FederationCheckpoint` that saves and loads.
 None of these knows another one; each part of `Fit` has a class that says which data it owns.
 
-**A round.** Time runs down, ranks stand beside each other, and on the right is who does it. Only the line of stars
-crosses ranks; before it, what clients keep has moved to the ranks that train them (`ClientStates.fetch`)::
+**A round.** Time runs down, ranks are next to each other, and the method is on the right. Only the line of stars
+crosses ranks; before it, the clients' states have moved to the ranks that train them (`ClientStates.fetch`)::
 
     the Trainer           rank 0                 rank 1
     -------------------   --------------------   --------------------
@@ -23,15 +23,15 @@ crosses ranks; before it, what clients keep has moved to the ranks that train th
       |                   ***** one sum over both ranks *****             RoundSums.merge
       |                   aggregate -> delta, the same on both            GlobalModel.aggregate
       |                   server step -> the next global model            GlobalModel.move
-      |                   what clients and server keep holds now          RoundRunner._commit
+      |                   the states that are kept become valid           RoundRunner._commit
     counters, schedules   log, callbacks                                Federation.end_round
 
-If anything fails between the first client and the end of the server's step, the module and all that is kept are as
+If anything fails between the first client and the end of the server's step, the module and all kept states are as
 before the round (`RoundRunner._undone_on_failure`), on every rank.
 
-**A wave.** Where clients are vectorized, a rank trains several at once. Rows are clients, columns local steps, numbers
-the samples of a batch. Batches in one box have the same shapes and share one call of ``training_step`` under
-`torch.func.vmap`; a client without further batches has left, and ``round/padding`` counts the dots::
+**A wave.** If clients are vectorized, a rank trains several at once. Rows are clients, columns are local steps, and
+numbers are the samples of a batch. Batches in one box have the same shapes and share one call of ``training_step``
+under `torch.func.vmap`; a client without further batches stops early, and ``round/padding`` counts the dots::
 
     step             0       1       2       3
                   +-----+ +-----+ +-----+ +-----+
@@ -44,9 +44,9 @@ the samples of a batch. Batches in one box have the same shapes and share one ca
     client 12     |  8  | |  1  |    .       .
                   +-----+ +-----+
 
-When all have left, each client's update goes the way of a sequential client's; the next wave uses the same memory.
+When all have stopped, their updates are treated as those of sequential clients; the next wave reuses the memory.
 
-**From the strategy to the user's training_step**, without a step back::
+**From the strategy to the user's training_step**, each method calls the next::
 
     strategy.py                    FederatedStrategy._open_fit
     core/lightning/round_loops.py  _RoundAutomatic.run

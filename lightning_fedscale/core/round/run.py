@@ -35,7 +35,7 @@ class RoundRunner:
         training: False when nothing may learn; then only buffers are averaged.
 
     Raises:
-        ValueError: if what clients or server keep is for other parameters than those that are trainable now.
+        ValueError: if clients or server keep states for other parameters than those that are trainable now.
     """
 
     def __init__(self, fit: Fit, opened: OpenRound, batch: Any, *, training: bool) -> None:
@@ -74,7 +74,7 @@ class RoundRunner:
         )
 
     def run(self) -> RoundRecord:
-        """One communication round: local training, one collective, one server step.
+        """Run one communication round: local training, one collective, one server step.
 
         Returns:
             The round in numbers, the same on every rank.
@@ -103,7 +103,7 @@ class RoundRunner:
     # ---- local training
 
     def _train_and_merge(self) -> tuple[Tensor, Tensor | None]:
-        """Train this rank's clients and add up the ranks; an exception on one of them is one on all."""
+        """Train this rank's clients and add up the ranks; an exception on one rank is raised on all."""
         fit, table = self._fit, self._table
         sums = RoundSums(fit.options.rules, self._server, self._cohort, table, fit.world_size)
         failure: Exception | None = None
@@ -114,7 +114,7 @@ class RoundRunner:
             if fit.world_size > 1:
                 table.set_logged(fit.log.joint.pack(fit.log.last_clients()))
         except Exception as error:
-            # The other ranks wait for this one in the collective: there they are told.
+            # The other ranks wait for this one in the collective, where they learn of it.
             failure = error
         self._finish_rank(failed=failure is not None)
         total, messages = sums.merge()  # *** the ranks meet here, once in a round ***
@@ -131,7 +131,7 @@ class RoundRunner:
         return total, messages
 
     def _train_clients(self, sums: RoundSums) -> None:
-        """Take each client's update from its training to the sums."""
+        """Train the clients, and add each update to the sums."""
         for update in self._fit.executor.run(self._context):
             sent = self._send(update)
             update = sent.update
@@ -144,7 +144,7 @@ class RoundRunner:
             self._train_personal(ditto)
 
     def _send(self, update: ClientUpdate) -> Sent:
-        """What of an update reaches the server, noted in the round's table."""
+        """Return what the server receives of an update, and note it in the round's table."""
         rules, uplink, cost = self._fit.options.rules, self._uplink, update.cost or ClientCost()
         if uplink is None:
             sent = Sent(update, None, rules.weigh(update), float(self._exchange.message_bytes))
@@ -163,7 +163,7 @@ class RoundRunner:
         return sent
 
     def _train_personal(self, ditto: Ditto) -> None:
-        """Once more, each client its own model: nothing of it is logged, told or sent."""
+        """Train each client's personal model; nothing of it is logged, reported to callbacks or sent."""
         fit, exchange = self._fit, self._exchange
         guidance = PersonalModels(ditto, fit.clients.store, exchange, self._server)
         with fit.notifier.silenced():
@@ -175,7 +175,7 @@ class RoundRunner:
                 guidance.keep(update)
 
     def _finish_rank(self, *, failed: bool) -> None:
-        """Note in the table what the other ranks are to know of this one."""
+        """Note in the table what the other ranks need to know of this one."""
         fit, table = self._fit, self._table
         seconds, leaves = time.perf_counter() - self._started, fit.requeue.heard
         odd = fit.tensors.has_odd_buffers(self._exchange, self._largest)
@@ -217,7 +217,7 @@ class RoundRunner:
         )
 
     def _step_server(self, delta: Tensor, record: RoundRecord) -> RoundRecord:
-        """Move the global model; returns the record with what the server computed and sends."""
+        """Move the global model; return the record with the server's operations and the bytes it sends."""
         fit, exchange = self._fit, self._exchange
         bits = fit.server.move(
             exchange,
@@ -245,7 +245,7 @@ class RoundRunner:
     # ---- the end
 
     def _commit(self, record: RoundRecord) -> None:
-        """The round is a good one: what clients and server keep holds from now on."""
+        """Commit what clients and server keep, now that the round has succeeded."""
         fit, rounds = self._fit, self._plan.round + 1
         fit.clients.commit(self._plan, self._table.clients.cursors())
         fit.executor.set_scaler_state(*self._table.clients.smallest_scale())
@@ -259,7 +259,7 @@ class RoundRunner:
 
     @contextmanager
     def _undone_on_failure(self) -> Iterator[None]:
-        """If anything fails inside, the module and all that clients keep are as before the round."""
+        """Restore the module and all that clients keep to before the round if anything fails inside."""
         try:
             yield
         except BaseException:

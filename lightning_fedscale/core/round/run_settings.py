@@ -1,4 +1,4 @@
-"""What loggers are told of every federated run: its settings, who holds what, which curves belong together."""
+"""What loggers get of every federated run: its settings, its partition, and the layout of its curves."""
 
 from __future__ import annotations
 
@@ -33,17 +33,17 @@ from lightning_fedscale.types import NAMESPACES
 from lightning_fedscale.utils.fairness import part_of_spread
 
 _MOST_CLIENTS, _MOST_LABELS, _MOST_SAMPLES = 200, 100, 2_000_000
-"""Of the figure: clients that it shows, labels and samples up to which there is one, so that it takes no time."""
+"""Limits of the figure of labels: clients that it shows, labels and samples above which it is left out."""
 
 _COMPARED = (
     "round/loss", "round/simulated_total", "round/epsilon", "compute/flops_total", "compute/params",
     "compute/size_ratio", "compute/excess_loss", "probe/max_batch",
 )  # fmt: skip
-"""What runs of a sweep are compared by beside the user's own metrics."""
+"""The metrics by which runs of a sweep are compared, besides the user's own."""
 
 
 class RunBoard(Callback):
-    """Tells loggers of the run: when it begins, and for HParams once the first metrics are there.
+    """Logs the run's settings when it begins, and its HParams once the first metrics are known.
 
     Args:
         options: the strategy's checked arguments.
@@ -54,7 +54,7 @@ class RunBoard(Callback):
         self._validated = self._compared = False
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """The data is divided and the model is built."""
+        """Log settings, layout and labels, now that the data is divided and the model is built."""
         self._validated = self._compared = False  # as a search for a learning rate may have left them
         if not trainer.loggers:
             return
@@ -68,16 +68,16 @@ class RunBoard(Callback):
             self._show_labels(trainer, partition)
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """From the next round on its metrics are known."""
+        """Note that the metrics of validation are known from the next round on."""
         self._validated = self._validated or not trainer.sanity_checking
 
     def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
-        """A run that is interrupted later is compared all the same."""
+        """Log HParams after the first epoch, so that a run that is interrupted later has them too."""
         if trainer.current_epoch > 0 and (self._validated or not trainer.enable_validation):
             self._compare(trainer)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Even a single epoch is a run."""
+        """Log HParams of a run with a single epoch too."""
         self._compare(trainer)
 
     def _compare(self, trainer: pl.Trainer) -> None:
@@ -85,7 +85,7 @@ class RunBoard(Callback):
             return
         self._compared = True
         if trainer.loggers:
-            # Not `logged_metrics`, which would reduce anew.
+            # Not `logged_metrics`, which would reduce again.
             known = metric_stores(trainer).logged
             logged = {name: float(value) for name, value in known.items() if isinstance(value, Tensor | float)}
             names = [*filter(_is_compared, logged), *(name for name in _to_come(trainer) if name not in logged)]
@@ -113,7 +113,7 @@ class RunBoard(Callback):
         return layout
 
     def _show_labels(self, trainer: pl.Trainer, partition: Partition) -> None:
-        """Who holds what, where labels are there to be read without reading samples."""
+        """Show the partition's labels, if they can be read without reading samples."""
         given = self._options.partitioner
         column = given.partition_by if isinstance(given, Partitioner) else None
         dataset = getattr(trainer.train_dataloader, "dataset", None)
@@ -126,7 +126,7 @@ class RunBoard(Callback):
         holder.dataset = dataset
         shown = min(_MOST_CLIENTS, partition.num_clients)
         of_all = "" if shown == partition.num_clients else f" of {partition.num_clients:,}"
-        # Of hundreds of clients a bar for each would take seconds.
+        # One bar for each of hundreds of clients would take seconds.
         figure, _, _ = plot_label_distributions(
             holder, plot_type="heatmap", max_num_partitions=shown, legend=True, legend_title="samples",
             title=f"Labels of {shown}{of_all} clients",
@@ -135,9 +135,9 @@ class RunBoard(Callback):
 
 
 def _to_come(trainer: pl.Trainer) -> Iterator[str]:
-    """What callbacks will log later on, perhaps: the columns of the page are those that a run has at first."""
+    """Yield metrics that callbacks may log later: the page's columns are those that a run has at first."""
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
-        if (names := getattr(type(callback), "metrics_to_come", None)) is not None:  # of mocks every attribute is there
+        if (names := getattr(type(callback), "metrics_to_come", None)) is not None:  # a mock has every attribute
             yield from names(callback)
 
 

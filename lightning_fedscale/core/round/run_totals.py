@@ -1,4 +1,4 @@
-"""What adds up from round to round: privacy that was spent, simulated time, and what is known of clients' losses."""
+"""What adds up over rounds: the privacy spent, the simulated time, and the clients' last known losses."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from lightning_fedscale.types import RoundRecord
 
 
 class RunTotals:
-    """Grows by one round at a time, the same on every rank.
+    """Totals over rounds, the same on every rank.
 
     Args:
-        sampler: may ask for losses; otherwise they are not kept.
+        sampler: losses are kept only if it reads them.
 
     Attributes:
-        budget: of privacy; None without, or before the data was seen.
+        budget: the privacy budget; None without privacy, or before the data is known.
         simulated: seconds on the clients' simulated hardware.
-        losses: the last known one of each client.
+        losses: the last known loss of each client.
     """
 
     def __init__(self, sampler: Sampler) -> None:
@@ -28,17 +28,17 @@ class RunTotals:
         self.losses: dict[int, float] = {}
 
     def epsilon(self, rounds: int) -> float | None:
-        """What so many rounds cost; None without privacy."""
+        """Return the epsilon that so many rounds spend; None without privacy."""
         return None if self.budget is None else self.budget.spent(rounds)
 
     def exhausted(self, rounds: int) -> str | None:
-        """Why there is no round after so many; None if there may be."""
+        """Return why no round may follow after so many; None if one may."""
         if self.budget is None or self.budget.affords(rounds):
             return None
         return f"privacy: {self.budget.told(rounds)}, so training ends here."
 
     def add(self, record: RoundRecord) -> None:
-        """A round is complete."""
+        """Add a complete round."""
         if self._keeps_losses:
             known = zip(record.clients.tolist(), record.losses.tolist(), strict=True)
             self.losses.update({client: loss for client, loss in known if math.isfinite(loss)})

@@ -33,44 +33,44 @@ class Diverged(RuntimeError):
 class GlobalModel:
     """Moves the global model, and holds what the server keeps from round to round.
 
-    Every rank does the same from the same sums, so nothing needs to be sent back.
+    Every rank computes the same from the same sums, so nothing needs to be sent back.
 
     Args:
-        rules: of the way up: the aggregator reads the aggregate off the sum over clients, the local rule and privacy
-            have their say in it.
-        optimizer: how trainable parameters move; averaged buffers and frozen parameters take the clients' mean.
+        rules: of the uplink: the aggregator turns the sum over clients into the aggregate, which the local rule and
+            privacy then change.
+        optimizer: moves trainable parameters; averaged buffers and frozen parameters take the clients' mean.
         downlink: compresses the server's step on its way to the clients; None sends the model itself.
 
     Attributes:
-        states: of the local rule, privacy, the aggregator, the optimizer and the downlink, by name.
+        states: those of the local rule, privacy, the aggregator, the optimizer and the downlink, by name.
     """
 
     def __init__(self, rules: Rules, optimizer: ServerOptimizer, downlink: Compressor | None = None) -> None:
         self._rules = rules
         self._optimizer = optimizer
         self._downlink = downlink
-        self._next: dict[str, Any] = {}  # what the states will be if the round is a good one
+        self._next: dict[str, Any] = {}  # the states to be kept if the round succeeds
         self.states: dict[str, Any] = {}
         self._expected_weight = 0.0
         self._watched = False  # whether the aggregator was seen to keep nothing besides its state
 
     def calibrate(self, rules: Rules, expected_weight: float) -> None:
-        """Take rules whose privacy is ready, and the expected weight of a round's clients together."""
+        """Take rules whose privacy is calibrated, and the expected total weight of a round's clients."""
         self._rules, self._expected_weight = rules, expected_weight
 
     def load_states(self, states: dict[str, Any], device: torch.device) -> None:
-        """Go on from saved states."""
+        """Resume from saved states."""
         self.states = tree_map(lambda leaf: leaf.to(device) if isinstance(leaf, Tensor) else leaf, states)
 
     def open_round(self, server: Tensor, trainable: int) -> dict[str, Any]:
-        """The states that the round begins with, of the local rule and of privacy.
+        """Return the server's states at the start of the round; new ones for local rule and privacy if needed.
 
         Args:
             server: the global model.
             trainable: how many of its elements are trainable and shared.
 
         Raises:
-            ValueError: if the local rule's state is one for other parameters.
+            ValueError: if the local rule's state belongs to other parameters.
         """
         states = dict(self.states)
         if (rule := self._rules.local) is not None:
@@ -105,14 +105,14 @@ class GlobalModel:
             cohort: who took part.
             training: False leaves trainable parameters alone.
             mean_square: weighted mean of the clients' squared norms.
-            on_step: what becomes of the server optimizer's step before it is taken.
+            on_step: changes the server optimizer's step before it is taken.
 
         Returns:
-            Bits that a client receives of the trainable parameters; None if the model itself is sent.
+            Bits of the trainable parameters that a client receives; None if the model itself is sent.
 
         Raises:
             RuntimeError: if the server's step is not finite; the caller then writes ``server`` back into the module.
-            TypeError: if the server optimizer returns something else than a step and a state.
+            TypeError: if the server optimizer returns anything but a step and a state.
         """
         params, bits = exchange.named(server), None
         if training:
@@ -148,7 +148,7 @@ class GlobalModel:
     def aggregate(
         self, server: Tensor, total: Tensor, table: RoundTable, cohort: Cohort, messages: Tensor | None = None
     ) -> Tensor:
-        """The aggregated delta.
+        """Return the aggregated delta.
 
         Args:
             server: the global model of this round.
@@ -159,7 +159,7 @@ class GlobalModel:
 
         Raises:
             Diverged: if no client's update is finite.
-            TypeError: if the aggregator returns something else, or keeps what no checkpoint can hold.
+            TypeError: if the aggregator returns something else, or keeps a state that checkpoints cannot hold.
             ValueError: if its delta has another shape.
         """
         absent = table.clients.without_batches()
@@ -181,7 +181,7 @@ class GlobalModel:
                 )
         if table.clients.accepted:
             aggregate = self._finished(server, total, cohort)
-        else:  # of nobody there is no aggregate: the server optimizer sees a delta of zero
+        else:  # without clients there is no aggregate: the server optimizer sees a delta of zero
             aggregate = torch.zeros_like(server)
             aggregate[cohort.trainable :] = _still(server[cohort.trainable :])
         if aggregate.shape != server.shape:
@@ -191,7 +191,7 @@ class GlobalModel:
             )
         moved = aggregate[: cohort.trainable]
         if (privacy := self._rules.privacy) is not None:
-            # What is not clipped may not leave the clients.
+            # Values that are not clipped may not leave the clients.
             aggregate[cohort.trainable :] = _still(server[cohort.trainable :])
             state, generator = self._next[PRIVACY], randomness.generator(cohort.seed, randomness.PRIVACY, cohort.round)
             private, self._next[PRIVACY] = privacy.finish(
@@ -205,7 +205,7 @@ class GlobalModel:
         return aggregate
 
     def _finished(self, server: Tensor, total: Tensor, cohort: Cohort) -> Tensor:
-        """What the aggregator makes of the sum over clients; its next state is noted."""
+        """Return the aggregate of the sum over clients, and note the aggregator's next state."""
         rule, state = self._rules.aggregator, self._next.pop(AGGREGATOR, None)
         state = rule.fresh_state(server, cohort) if state is None else state
         before = None if self._watched else Snapshot(rule._asdict(), most=0)
@@ -222,10 +222,10 @@ class GlobalModel:
 
 
 def _copied(state: Any) -> Any:
-    """An aggregator's state, apart from the delta: what comes after changes that in place.
+    """Copy an aggregator's state, which may share memory with the delta: that is changed in place later.
 
     Raises:
-        TypeError: if there is something in it that checkpoints cannot hold.
+        TypeError: if it contains something that checkpoints cannot hold.
     """
     if isinstance(state, Tensor):
         return state.detach().clone()
@@ -242,7 +242,7 @@ def _copied(state: Any) -> Any:
 
 
 def _still(carried: Tensor) -> Tensor:
-    """The delta of buffers and frozen parameters that do not change, counted from `Exchange.origin`."""
+    """Return the delta of buffers and frozen parameters that do not change, counted from `Exchange.origin`."""
     return torch.where(carried.isfinite(), torch.zeros_like(carried), -carried)
 
 
@@ -252,7 +252,7 @@ def _is_tensor(leaf: Any) -> bool:
 
 @torch.no_grad()
 def _subtract(exchange: Exchange, server: Tensor, steps: list[Tensor]) -> bool:
-    """Write ``server - steps`` into the module, one tensor at a time; False if it spoils what was finite."""
+    """Write ``server - steps`` into the module, tensor by tensor; return False if it spoils finite values."""
     trainable, befores = len(exchange.names), exchange.view.views(server)
 
     def after(number: int) -> Tensor:
@@ -266,14 +266,14 @@ def _subtract(exchange: Exchange, server: Tensor, steps: list[Tensor]) -> bool:
         return value.sum()
 
     moved = [number for number in range(len(befores)) if number not in exchange.unmoved]
-    # If all sums are finite, so is every element, and finding out takes no memory.
+    # If all sums are finite, so is every element, and this check takes no memory.
     if torch.stack([write(number) for number in moved]).isfinite().all():
         return True
     return all((after(number).isfinite() | ~befores[number].isfinite()).all() for number in moved)
 
 
 def _checked(answer: Any, params: Params) -> tuple[Params, Any]:
-    """What a server optimizer's ``update`` returned, if it is what it should be."""
+    """Return the answer of a server optimizer's ``update`` if it is valid."""
     if isinstance(answer, tuple) and len(answer) == 2 and isinstance(answer[0], Mapping):
         step, state = answer
         if step.keys() == params.keys() and all(step[name].shape == params[name].shape for name in params):

@@ -13,41 +13,41 @@ class OlderModels:
     """Keeps each model as long as a client trains from it.
 
     Args:
-        asynchrony: how updates are scaled that come late; None where rounds wait for all clients.
+        asynchrony: scales updates that arrive late; None if rounds wait for all clients.
     """
 
     def __init__(self, asynchrony: FedBuff | None) -> None:
         self._asynchrony = asynchrony
-        self._models: dict[int, Tensor] = {}  # by the round at whose beginning they were the global one
+        self._models: dict[int, Tensor] = {}  # by the round that began with them
 
     def starts(self, plan: RoundPlan) -> dict[int, Tensor]:
-        """What clients of a round started from that is not the present model, by client."""
+        """Return the models of the round's clients that started from an earlier one, by client."""
         return {client: self._models[version] for client, version in _late(plan)}
 
     def scales(self, plan: RoundPlan) -> dict[int, float]:
-        """What the updates of these clients count."""
+        """Return the factors that scale the updates of these clients, by client."""
         if self._asynchrony is None:
             return {}
         return {client: self._asynchrony.scale(plan.round - version) for client, version in _late(plan)}
 
     def keep(self, plan: RoundPlan, server: Tensor) -> None:
-        """A round is complete that began with this model; those that nobody needs any more go."""
+        """Keep the model that a complete round began with, and drop models that no client needs any more."""
         if plan.arrived is not None:
             self._models[plan.round] = server
             oldest = plan.arrived.waiting
             self._models = {round: model for round, model in self._models.items() if round >= oldest}
 
     def state_dict(self) -> dict[int, Tensor]:
-        """The models, by round."""
+        """Return the models, by round."""
         return self._models
 
     def load_state_dict(self, state: dict[int, Tensor], device: torch.device) -> None:
-        """Go on from saved ones."""
+        """Resume from saved models."""
         self._models = {round: model.to(device) for round, model in state.items()}
 
 
 def _late(plan: RoundPlan) -> list[tuple[int, int]]:
-    """Clients that started from an older model, and its round."""
+    """Return the clients that started from an older model, each with that model's round."""
     if plan.arrived is None:
         return []
     pairs = zip(plan.arrived.clients.tolist(), plan.arrived.versions.tolist(), strict=True)

@@ -1,4 +1,4 @@
-"""What adds up over the clients of a round and over ranks, in the round's one collective."""
+"""The sums over the clients of a round and over ranks, in the round's one collective."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from lightning_fedscale.utils import collectives
 class RoundSums:
     """The aggregator's accumulator, and the sum of the local rule's messages if it has any.
 
-    With several ranks both lie in the buffer in which they and the table cross them.
+    With several ranks, both are views of one buffer, in which they and the table are summed over ranks.
 
     Args:
         rules: the aggregator, and the local rule.
@@ -42,17 +42,17 @@ class RoundSums:
                 self._messages = self._joint.vector[length:]
 
     def add(self, update: ClientUpdate, weight: float, message: Tensor | None) -> None:
-        """Add a client's update, which is finite, and its message."""
+        """Add a client's finite update and its message."""
         self._total = self._aggregator.accumulate(self._total, update, weight, self._cohort)
         if self._messages is not None and message is not None:
             self._messages.add_(message)
 
     def merge(self) -> tuple[Tensor, Tensor | None]:
-        """Add up all ranks, the table too; returns accumulator and messages."""
+        """Add up all ranks, including the table; return accumulator and messages."""
         if self._joint is None:
             return self._total, self._messages
         length, vector = len(self._total), self._joint.vector
-        # An aggregator may have answered with a vector of its own.
+        # An aggregator may have returned a new vector.
         if self._total.data_ptr() != vector.data_ptr():
             vector[:length].copy_(self._total)
         vector, numbers = self._joint.sum_over_ranks(vector, self._table.pack())
