@@ -104,7 +104,7 @@ class Aggregator(NamedTuple):
         return None if self.init_state is None else self.call or "a custom rule"
 
     def fresh_state(self, like: Tensor, cohort: Cohort) -> Any:
-        """The state before the first round, for deltas as long as ``like``; None without ``init_state``."""
+        """Return the state before the first round, for deltas as long as ``like``; None without ``init_state``."""
         return None if self.init_state is None else self.init_state(like, cohort)
 
     def finish_with(self, total: Tensor, cohort: Cohort, state: Any) -> tuple[Tensor, Any]:

@@ -1,4 +1,4 @@
-"""Clipping around the previous aggregate, the one rule here that remembers earlier rounds."""
+"""Clipping around the previous aggregate: the only rule here that keeps a state between rounds."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from lightning_fedscale.utils.factory_repr import told
 
 @told
 def centered_clipping(radius: float, iterations: int = 1) -> Aggregator:
-    r"""Updates clipped to a ball around the previous aggregate (Karimireddy, He and Jaggi, arXiv 2012.10333).
+    r"""Clip updates to a ball around the previous aggregate (Karimireddy, He and Jaggi, arXiv 2012.10333).
 
     .. math:: v \leftarrow v + \frac{1}{n} \sum_{k=1}^{n} (\Delta_k - v) \min\Big(1, \frac{\tau}{\lVert \Delta_k - v
         \rVert}\Big)

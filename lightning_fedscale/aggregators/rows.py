@@ -17,7 +17,7 @@ from lightning_fedscale.types import ClientUpdate, Cohort
 def aggregate(
     rule: Aggregator, rows: Tensor, held: Sequence[int] | None = None, trainable: int | None = None, seed: int = 0
 ) -> Tensor:
-    """What a rule makes of these updates, in one call; a rule with state as in a first round.
+    """Aggregate these updates in one call; a rule with state acts as in the first round.
 
     Args:
         rule: the rule.
@@ -72,7 +72,7 @@ def norm_of(delta: Tensor, cohort: Cohort) -> float:
 
 
 def distances_to(center: Tensor, rows: Tensor) -> Tensor:
-    """The Euclidean distance of each row to a point, without a second copy of the rows."""
+    """Return the Euclidean distance of each row to a point, without a second copy of the rows."""
     return torch.stack([torch.dist(row, center) for row in rows])
 
 

@@ -38,7 +38,7 @@ def stacked(
     read: Read | ReadWithState,
     init_state: Callable[[Tensor, Cohort], Any] | None = None,
 ) -> Aggregator:
-    """An aggregator from a function of all updates.
+    """Return an aggregator from a function of all updates.
 
     Every rank then stores one float64 copy of the model for each client of the round.
 

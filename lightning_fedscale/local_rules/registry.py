@@ -21,7 +21,7 @@ FACTORIES: dict[str, Callable[..., LocalRule]] = {
 
 
 def by_name(name: str) -> LocalRule:
-    """The local rule of this name, with its defaults.
+    """Return the local rule of this name, with its defaults.
 
     Raises:
         ValueError: for an unknown name, or one that cannot do without arguments.

@@ -25,7 +25,7 @@ DETECTORS: dict[str, Callable[..., Detector]] = {
 
 
 def detector_by_name(name: str, threshold: float | None = None) -> Detector:
-    """The detector that a string argument stands for.
+    """Return the detector that a string argument names.
 
     Args:
         name: one of `DETECTORS`.

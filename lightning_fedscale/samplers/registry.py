@@ -26,7 +26,7 @@ FACTORIES: dict[str, Callable[..., Any]] = {
 
 
 def by_name(name: str) -> Sampler:
-    """The sampler of this name.
+    """Return the sampler of this name.
 
     Raises:
         ValueError: for an unknown name, or one that cannot do without arguments.

@@ -29,7 +29,7 @@ FACTORIES: dict[str, Callable[..., ServerOptimizer]] = {
 
 
 def by_name(name: str) -> ServerOptimizer:
-    """The server optimizer of this name, with its defaults.
+    """Return the server optimizer of this name, with its defaults.
 
     Raises:
         ValueError: for an unknown name, or one that cannot do without arguments.

@@ -241,7 +241,7 @@ class ClientLoader:
             self._loader = None
 
     def _copy(self) -> DataLoader[Any]:
-        """The user's loader but for its indices."""
+        """Copy the user's loader with other indices."""
         indices = {"sampler" if self._batches_directly else "batch_sampler": self._relay}
         # Batches arrive in the client's order, whichever worker is faster.
         return copied_loader(self._template, generator=self._pool_generator, in_order=True, **indices)

@@ -17,7 +17,7 @@ from lightning_fedscale.core.lightning.trainer_state import replaced
 
 
 def train_source(trainer: pl.Trainer) -> Any:
-    """Where training data come from: a loader, or the object whose ``train_dataloader()`` makes one.
+    """Return where training data come from: a loader, or the object whose ``train_dataloader()`` makes one.
 
     Lightning: `_data_source` of the fit loop. `trainer.train_dataloader` is None until the loop has set it up.
     Upgrade: `_DataLoaderSource` in `trainer/connectors/data_connector.py`.
@@ -26,7 +26,7 @@ def train_source(trainer: pl.Trainer) -> Any:
 
 
 def val_source(trainer: pl.Trainer) -> Any:
-    """The same for validation.
+    """Return where validation data come from, as `train_source` does.
 
     Lightning: `_data_source` of the validation loop. `trainer.val_dataloaders` is None where the Trainer does not
     validate.
@@ -36,7 +36,7 @@ def val_source(trainer: pl.Trainer) -> Any:
 
 
 def combined_loader(trainer: pl.Trainer) -> CombinedLoader | None:
-    """What Lightning has made of the train loader; None before.
+    """Return what Lightning has made of the train loader; None before.
 
     Lightning: `_combined_loader` of the fit loop. `trainer.train_dataloader` gives what is inside it only.
     Upgrade: `_FitLoop.setup_data` in `loops/fit_loop.py`.
@@ -54,7 +54,7 @@ def forget_loader(trainer: pl.Trainer) -> None:
 
 
 def is_asked_by_trainer(trainer: pl.Trainer, iterator: Iterator[Any]) -> bool:
-    """Whether it is the Trainer that asks this iterator over the train loader, and no callback.
+    """Return whether the Trainer uses this iterator over the train loader, and not a callback.
 
     Lightning: `_iterator` of the `_combined_loader` holds the iterators in use, and nobody says who made one.
     Upgrade: `CombinedLoader.__iter__` in `utilities/combined_loader.py`.
@@ -64,7 +64,7 @@ def is_asked_by_trainer(trainer: pl.Trainer, iterator: Iterator[Any]) -> bool:
 
 
 def warn_of_few_workers(trainer: pl.Trainer, loader: object) -> None:
-    """Say what Lightning says of a train loader with few worker processes.
+    """Warn as Lightning does of a train loader with few worker processes.
 
     Lightning: `_worker_check`, which looks at a `DataLoader` only, and the Trainer's is no such one here.
     Upgrade: `_FitLoop.setup_data` in `loops/fit_loop.py`.
@@ -73,7 +73,7 @@ def warn_of_few_workers(trainer: pl.Trainer, loader: object) -> None:
 
 
 def without_distributed_sampler(trainer: pl.Trainer, *, elsewhere: bool) -> Callable[[], None]:
-    """Have no DistributedSampler in the train loader; returns what undoes it.
+    """Keep Lightning from putting a DistributedSampler into the train loader; return a function that undoes it.
 
     To put one in, Lightning builds the loader again, which loses whether the user's one shuffles, and fails for loaders
     of the user's own kind that make their sampler themselves.
@@ -96,7 +96,7 @@ def without_distributed_sampler(trainer: pl.Trainer, *, elsewhere: bool) -> Call
 
 
 def copied_loader(loader: DataLoader[Any], **attributes: Any) -> DataLoader[Any]:
-    """A copy of a loader with other attributes, which asks nothing of how a subclass is constructed.
+    """Copy a loader with other attributes, without calling its class, whose arguments are unknown.
 
     Lightning: `_iterator`, which is torch's, holds persistent workers, and the copy must have its own.
     Upgrade: `torch.utils.data.DataLoader.__iter__`.
@@ -117,7 +117,7 @@ def stop_workers(loader: DataLoader[Any]) -> None:
 
 
 def batches_of(loader: DataLoader[Any], indices: Iterable[int]) -> Iterable[Any]:
-    """What a loader's batch sampler, of whatever kind, makes of these indices.
+    """Return the batches into which a loader's batch sampler, of any kind, cuts these indices.
 
     Lightning: `_dataloader_init_kwargs_resolve_sampler` builds a batch sampler of the same kind with other indices, as
     for the DistributedSampler.

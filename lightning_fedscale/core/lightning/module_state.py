@@ -13,7 +13,7 @@ from lightning.pytorch.trainer.connectors.logger_connector.result import _Result
 
 
 def current_hook(module: pl.LightningModule) -> str | None:
-    """The hook of the module that is running, None outside of all.
+    """Return the hook of the module that is running; None if none is.
 
     Lightning: `_current_fx_name` of the module, by which `self.log` knows where it was called. Read past the lookup of
     `nn.Module`, since it is asked for every operator.
@@ -23,7 +23,7 @@ def current_hook(module: pl.LightningModule) -> str | None:
 
 
 def set_hook(module: pl.LightningModule, name: str | None) -> None:
-    """Have what the module logs from now on count as logged by this hook.
+    """Attribute to this hook the values that the module logs from now on.
 
     Lightning: `_current_fx_name` of the module, without which `self.log` refuses to log. Written past the setter of
     `nn.Module`, which takes its time.
@@ -44,7 +44,7 @@ def in_hook(module: pl.LightningModule, name: str) -> Iterator[None]:
 
 
 def attached_trainer(module: pl.LightningModule) -> Any:
-    """The module's Trainer, or what stands in for it; None without one.
+    """Return the module's Trainer, or the object in its place; None without one.
 
     Lightning: `_trainer` of the module. The property `trainer` raises where there is none, and gives another object
     under Fabric.
@@ -54,7 +54,7 @@ def attached_trainer(module: pl.LightningModule) -> Any:
 
 
 def attach(module: pl.LightningModule, trainer: Any) -> None:
-    """Show the module, and none of the modules inside, this object as its Trainer.
+    """Set this object as the Trainer of the module, and of none of the modules inside.
 
     Lightning: `_trainer` of the module. The setter of `trainer` goes through the modules inside too.
     Upgrade: as for `attached_trainer`.
@@ -72,7 +72,7 @@ def forget_metric_names(module: pl.LightningModule) -> None:
 
 
 def log_apart(stand_in: object) -> Any:
-    """Have modules whose Trainer is this stand-in log into new results, which are returned and nobody else sees.
+    """Make modules whose Trainer is this stand-in log into new results, and return these.
 
     Lightning: `self.log` writes into the Trainer's `_results`, a `_ResultCollection`, and asks its `_logger_connector`
     whether values of an earlier epoch are in there. It has no argument for where to log.
@@ -88,7 +88,7 @@ class _Connector:
     """What ``self.log`` asks of the Trainer's own: the results are new, so there is nothing to forget."""
 
     def should_reset_tensors(self, fx: str) -> bool:
-        """Whether values of an earlier epoch are left."""
+        """Return False: no values of an earlier epoch are left."""
         return False
 
 
@@ -102,7 +102,7 @@ def call_hook(trainer: pl.Trainer, name: str, *values: Any) -> Any:
 
 
 def moved_by_hooks(trainer: pl.Trainer, batch: Any) -> Any:
-    """A batch on the device, by the transfer hooks of the module and the data module.
+    """Move a batch to the device by the transfer hooks of the module and the data module.
 
     Lightning: `_on_before_batch_transfer` calls the hook before, `_call_strategy_hook` those of the move and after it,
     as the loops do for batches of their own. No public function does it.
@@ -114,7 +114,7 @@ def moved_by_hooks(trainer: pl.Trainer, batch: Any) -> Any:
 
 
 def is_no_optimizer(optimizer: object) -> bool:
-    """Whether ``configure_optimizers`` returned nothing, for which Lightning has a stand-in.
+    """Return whether ``configure_optimizers`` returned nothing, for which Lightning has a stand-in.
 
     Lightning: a `_MockOptimizer` among the strategy's optimizers is all that is left of the None.
     Upgrade: `_init_optimizers_and_lr_schedulers` in `core/optimizer.py`.

@@ -35,7 +35,7 @@ def replaced(owner: Any, name: str, value: object) -> Callable[[], None]:
 
 
 def steps_logged(trainer: pl.Trainer) -> int:
-    """The step under which loggers get what belongs to now.
+    """Return the step under which loggers get the present values.
 
     Lightning: `_batches_that_stepped` of the epoch loop, which `self.log` gives to loggers. `trainer.global_step` is
     another number with several optimizers or manual optimization, so curves would not lie above each other.
@@ -45,7 +45,7 @@ def steps_logged(trainer: pl.Trainer) -> int:
 
 
 def logs_now(trainer: pl.Trainer) -> bool:
-    """Whether the Trainer logs in this step, by its ``log_every_n_steps``.
+    """Return whether the Trainer logs in this step, by its ``log_every_n_steps``.
 
     Lightning: `_logger_connector` decides it from the running loop's own counter. The same from `global_step` would be
     off by one before and after the step, and wrong with several optimizers.
@@ -67,7 +67,7 @@ class MetricStores(NamedTuple):
 
 
 def metric_stores(trainer: pl.Trainer) -> MetricStores:
-    """The dicts behind ``trainer.callback_metrics`` and ``trainer.logged_metrics``, to read and to write.
+    """Return the dicts behind ``trainer.callback_metrics`` and ``trainer.logged_metrics``, to read and to write.
 
     Lightning: `_callback_metrics` and `_logged_metrics` of its `_logger_connector`. The public properties compute all
     metrics again when they are read, on all ranks, and what is written into them is not sure to stay.
@@ -78,7 +78,7 @@ def metric_stores(trainer: pl.Trainer) -> MetricStores:
 
 
 def learns_nothing(trainer: pl.Trainer) -> bool:
-    """Whether this epoch has forward passes only, as the last one of `StochasticWeightAveraging`.
+    """Return whether this epoch has forward passes only, as the last one of `StochasticWeightAveraging`.
 
     Lightning: `_skip_backward` of the fit loop, set by that callback, which says it nowhere else.
     Upgrade: `StochasticWeightAveraging.on_train_epoch_start` in `callbacks/stochastic_weight_avg.py`.
@@ -87,7 +87,7 @@ def learns_nothing(trainer: pl.Trainer) -> bool:
 
 
 def is_accumulating(trainer: pl.Trainer) -> bool:
-    """Whether the batch that was trained last has only added to gradients, without an optimizer step.
+    """Return whether the batch that was trained last has only added to gradients, without an optimizer step.
 
     Lightning: `_should_accumulate` of the epoch loop, which also knows the last batch of an epoch and strategies that
     accumulate by themselves; `accumulate_grad_batches` alone does not say it.

@@ -348,12 +348,12 @@ def _one_or_all(values: list[Any]) -> Any:
 
 
 def copied(module: nn.Module, view: TrainerView, mode: FakeTensorMode | None = None) -> Any:
-    """A copy with fake tensors in place of all of its own; a real copy without a mode.
+    """Copy a module with fake tensors in place of its own; without a mode, make a real copy.
 
     Args:
-        module: of which the Trainer, its strategy, callbacks and loggers and the data module are no part, wherever it
-            keeps them.
-        view: what the copy has in place of its Trainer.
+        module: the module; the Trainer, its strategy, callbacks, loggers and data module are not copied, wherever the
+            module keeps them.
+        view: replaces the Trainer in the copy.
         mode: makes fake tensors.
     """
     try:
