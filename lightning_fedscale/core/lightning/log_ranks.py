@@ -208,8 +208,8 @@ class RankLog:
         result.value = torch.tensor(total, dtype=dtype, device=device)
         result._computed = result.value  # already reduced
         if meta.is_mean_reduction:
-            samples = weight + sum(part.weight for part in logged)
-            result.cumulated_batch_size = torch.as_tensor(samples, device=device)
+            samples = int(weight) + sum(int(part.weight) for part in logged)  # whole, or the mean would be float64
+            result.cumulated_batch_size = torch.tensor(samples, device=device)
             result._computed = result.value / result.cumulated_batch_size
 
 
