@@ -59,6 +59,33 @@ def equal(left: Any, right: Any) -> bool:
     return bool(left == right)
 
 
+class Seldom(pl.Callback):
+    """It logs a value in the first round only."""
+
+    def on_train_batch_end(self, trainer: pl.Trainer, module: pl.LightningModule, *_: Any) -> None:
+        if trainer.global_step == 1:
+            self.log("seldom", 3.0, on_step=True, on_epoch=False)
+
+
+def test_a_value_that_is_logged_seldom_can_be_monitored_after_a_resume(tmp_path: Path) -> None:
+    """As without an interruption: the Trainer keeps the last value of every name."""
+
+    def run(rounds: int, path: Path | None) -> Any:
+        trainer = reference.quiet_trainer(
+            max_epochs=rounds, strategy=sequential(num_clients=3), enable_checkpointing=True,
+            callbacks=[Seldom(), Every(tmp_path / str(rounds))],
+        )  # fmt: skip
+        trainer.fit(reference.make_module(), reference.loader(reference.dataset(60)), ckpt_path=path)
+        return trainer
+
+    whole = run(4, None)
+    run(2, None)
+    resumed = run(4, tmp_path / "2" / "2.ckpt")
+    assert float(whole.callback_metrics["seldom"]) == 3.0
+    assert resumed.callback_metrics.keys() == whole.callback_metrics.keys()
+    assert float(resumed.callback_metrics["seldom"]) == 3.0
+
+
 # ---- modules and data for the runs below
 
 

@@ -1,4 +1,4 @@
-"""Values monitored by callbacks and schedulers, in rounds without clients."""
+"""Values monitored by callbacks and schedulers, in rounds without clients and after a resume."""
 
 from __future__ import annotations
 
@@ -15,8 +15,9 @@ from lightning_fedscale.utils.foreign import attribute_of
 class Monitors:
     """Provides the last monitored values in rounds without clients, which log nothing; before any value, monitors wait.
 
-    Without this, `EarlyStopping` and `ReduceLROnPlateau` would end a run whose first round, or first round after
-    resuming, is empty, since the value that they monitor is missing.
+    After a resume it also provides those that rounds do not log every time, as in a run that was never stopped. Without
+    this, `EarlyStopping` and `ReduceLROnPlateau` would end a run whose first round, or first round after resuming, is
+    empty, since the value that they monitor is missing.
 
     Args:
         trainer: the Trainer.
@@ -48,12 +49,13 @@ class Monitors:
     def end_round(self, *, empty: bool) -> None:
         """Provide missing values after a round's values were logged, before callbacks and schedulers read them."""
         self.close()
+        known = metric_stores(self._trainer).watched
+        for name, value in self._last.items():
+            if empty or not name.startswith("round/"):  # of which a round with clients has what it has
+                known.setdefault(name, value)
         if not empty:
             self._last = {}
             return
-        known = metric_stores(self._trainer).watched
-        for name, value in self._last.items():
-            known.setdefault(name, value)
         for each in self._watchers():
             if each.monitor not in known and attribute_of(each, "strict") is True:
                 each.strict = False
