@@ -128,7 +128,7 @@ def test_no_page_borrows_the_readme() -> None:
     """Marks are for what is made from the source; all else stands on the page itself."""
     texts = {page: (DOCS / page).read_text("utf8") for page in PAGES}
     assert {kind for text in texts.values() for kind in re.findall(r"^<!-- (\w+)", text, re.M)} == {
-        "reference", "papers", "messages", "groups", "end",
+        "reference", "papers", "messages", "groups", "privates", "end",
     }  # fmt: skip
     # benchmarks/ and examples/ have a README each, which are pages of the site.
     leading = [page for page, text in texts.items() if re.search(r"\]\((?:\.\./)+README\.md", text)]
