@@ -154,7 +154,7 @@ def test_centered_clipping(executor: str, iterations: int) -> None:
     got, strategy = trained(executor, aggregator=centered_clipping(0.05, iterations))
     assert same(got, by_paper.centered_clipping(world(), ROUNDS, 0.05, iterations))
     assert strategy._federation is not None
-    assert float(strategy._federation._global.states["aggregator"].norm()) > 0
+    assert float(strategy._federation.fit.server.states["aggregator"].norm()) > 0
 
 
 @executors
