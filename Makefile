@@ -18,7 +18,7 @@ demo: $(VENV)/.demo ## Train 100 federated clients on real digits, less than a m
 test: lint ## Lint, types and all tests
 	$(RUN) -m pytest -n $(WORKERS)
 
-test-fast: $(VENV)/.test ## The tests that are not slow, for whoever changes a line; three minutes
+test-fast: $(VENV)/.test ## The tests that are not slow, for whoever changes a line; some minutes
 	$(RUN) -m pytest -n $(WORKERS) -m "not slow" -q
 
 coverage: $(VENV)/.test ## The lines that no fast test reaches

@@ -15,6 +15,7 @@ from absl import logging as absl_logging
 from hypothesis import HealthCheck, settings
 
 from tests import clock as clocks
+from tests import slow
 
 # Of dp-accounting. It keeps the first error stream that it sees, which is pytest's, and closes it as soon as Hydra sets
 # up logging anew; Python's own it leaves open.
@@ -25,6 +26,15 @@ settings.register_profile(
     "lightning_fedscale", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow]
 )
 settings.load_profile("lightning_fedscale")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark what takes long."""
+    here = Path(__file__).parent
+    for item in items:
+        name = item.path.relative_to(here).as_posix() if item.path.is_relative_to(here) else ""
+        if name in slow.FILES or name.startswith(tuple(f"{folder}/" for folder in slow.FOLDERS)):
+            item.add_marker(pytest.mark.slow)
 
 
 @pytest.fixture(autouse=True)
