@@ -102,7 +102,8 @@ def agreement(
         if value is not None and getattr(made, name) not in (None, value):
             others[name] = f"{name}={value!r}"
     if isinstance(method, str):
-        (others if made.method else unknown).update({"method": f"method={method!r}"} if method != made.method else {})
+        if method != made.method:
+            (others if made.method else unknown)["method"] = f"method={method!r}"
     elif method is not None and made.rules is None:
         unknown["method"] = "this one"
     elif method is not None and made.rules is not None:

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pandas as pd
 
+from lightning_fedscale.scaling.text import as_dict
 from lightning_fedscale.scaling.tuning import NOT_TOLD, SAME
 
 _PLURALS = {
@@ -225,7 +226,7 @@ def made_for(table: pd.DataFrame, learning_rate: str = NOT_TOLD, *, has_clients:
         samples=_whole(samples),
         clients=tuple(sorted({int(each) for each in table["clients"]})) if has_clients else (),
         method=_text(one["method"]),
-        rules=None if one["rules"] is None else json.loads(one["rules"]),
+        rules=as_dict(one["rules"]),
         batch_size=_whole(batch),
         local_steps=_whole(one["local_steps"]),
         tokens_per_sample=words,

@@ -238,3 +238,11 @@ def test_clients_that_are_unlike_have_a_floor() -> None:
     (note,) = [each for each in runs_to_fit(swept(mean_js_distance=0.34), TRUTH).notes if "floor" in each]
     assert "mean Jensen-Shannon distance 0.34" in note
     assert not any("floor" in each for each in runs_to_fit(swept(mean_js_distance=0.1), TRUTH).notes)
+
+
+@pytest.mark.parametrize("value", ["strict", "[1]", 3, 2.5])
+def test_a_column_of_the_users_own_called_rules_is_none_of_ours(value: object) -> None:
+    table = pd.DataFrame(
+        {"params": [10.0, 20.0], "tokens": [1e3, 1e3], "clients": 1, "loss": [0.5, 0.3], "rules": value}
+    )
+    assert made_for(table).rules is None
