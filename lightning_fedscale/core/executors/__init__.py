@@ -1,6 +1,6 @@
 """Executors, which train the clients of a rank inside Lightning."""
 
-from lightning_fedscale.core.executors.auto import Ballot, ExecutorChoice
+from lightning_fedscale.core.executors.auto import ExecutorChoice, ExecutorTiming
 from lightning_fedscale.core.executors.device_cache import DeviceData
 from lightning_fedscale.core.executors.exchanged_tensors import Exchange, exchange_of
 from lightning_fedscale.core.executors.loader import ClientLoader, RoundLoader
@@ -11,12 +11,12 @@ from lightning_fedscale.core.lightning.client_log import ClientLog
 from lightning_fedscale.core.lightning.hooks import LocalBatchHooks, RoundEnd, listeners
 
 __all__ = [
-    "Ballot",
     "ClientLoader",
     "ClientLog",
     "DeviceData",
     "Exchange",
     "ExecutorChoice",
+    "ExecutorTiming",
     "LargestClient",
     "LocalBatchHooks",
     "RoundContext",

@@ -19,20 +19,20 @@ Kind = Literal["sequential", "vectorized"]
 _LONGEST_STEP = 0.5
 # Vectorized steps must be this many times as fast, so that clear cases are decided alike in every run.
 _MARGIN = 1.25
-_REHEARSED_STEPS = 3
+_TRIAL_STEPS = 3
 
 
-class Ballot(NamedTuple):
+class ExecutorTiming(NamedTuple):
     """The measurements of a rank in a round; all ranks decide by the sum over ranks.
 
     Attributes:
-        votes: 1 if the rank compared the two executors.
+        compared: 1 if the rank compared the two executors.
         able: 1 if its clients can be vectorized.
         sequential: seconds per local batch of the sequential executor.
         vectorized: seconds per local batch of the vectorized executor.
     """
 
-    votes: float = 0.0
+    compared: float = 0.0
     able: float = 0.0
     sequential: float = 0.0
     vectorized: float = 0.0
@@ -57,7 +57,7 @@ class ExecutorChoice:
         self._sequential = sequential
         self._vectorized = vectorized
         self.kind: Kind | None = None if wanted == "auto" else wanted
-        self.ballot = Ballot()
+        self.timing = ExecutorTiming()
         self.slots = 0
 
     def order(self, work: Sequence[LocalWork]) -> Iterator[tuple[int, int]] | None:
@@ -74,18 +74,18 @@ class ExecutorChoice:
 
         ``slots`` is then the number of local steps for which there was room.
         """
-        self.ballot, self.slots = Ballot(), sum(len(work.batches) for work in context.work)
+        self.timing, self.slots = ExecutorTiming(), sum(len(work.batches) for work in context.work)
         compare = self.kind is None and context.training and len(context.work) > 1
         if compare:
-            self.ballot = self._rehearse(context)
-            context = context._replace(timed=self.ballot.able > 0)
+            self.timing = self._time_vectorized(context)
+            context = context._replace(timed=self.timing.able > 0)
             times: list[float] = []
             for update in self._sequential.run(context):
                 if update.steps:
                     times.append(update.seconds / update.steps)
                 yield update
             # Without a batch nothing was timed, and the next round decides.
-            self.ballot = self.ballot._replace(sequential=statistics.median(times)) if times else Ballot()
+            self.timing = self.timing._replace(sequential=statistics.median(times)) if times else ExecutorTiming()
         elif self.kind != "vectorized":
             yield from self._sequential.run(context)
         elif not context.training:
@@ -139,23 +139,23 @@ class ExecutorChoice:
         elif self._wanted == "vectorized" and gave_up:
             self.kind = "sequential"
 
-    def settle(self, ballots: Ballot) -> None:
-        """Choose the executor, given the sum of all ranks' ballots."""
-        if self.kind is not None or not ballots.votes:
+    def choose(self, timings: ExecutorTiming) -> None:
+        """Choose the executor, given the sum of all ranks' timings."""
+        if self.kind is not None or not timings.compared:
             return
-        if ballots.able < ballots.votes:
+        if timings.able < timings.compared:
             self.kind = "sequential"
             why = self._vectorized.obstacle or "their clients on another rank cannot"
             rank_zero_info(f"Executor: clients train one after the other, since side by side they cannot: {why}.")
             return
-        gain = ballots.sequential / ballots.vectorized
+        gain = timings.sequential / timings.vectorized
         self.kind = "vectorized" if gain > _MARGIN else "sequential"
         rank_zero_info(
             f"Executor: clients train {'side by side' if self.kind == 'vectorized' else 'one after the other'};"
-            f" a local batch took {ballots.sequential / ballots.votes * 1e3:.3g} ms one after the other and"
-            f" {ballots.vectorized / ballots.votes * 1e3:.3g} ms side by side ({gain:.2f} times as fast)."
+            f" a local batch took {timings.sequential / timings.compared * 1e3:.3g} ms one after the other and"
+            f" {timings.vectorized / timings.compared * 1e3:.3g} ms side by side ({gain:.2f} times as fast)."
         )
 
-    def _rehearse(self, context: RoundContext) -> Ballot:
-        seconds = self._vectorized.seconds_per_step(context, _REHEARSED_STEPS, _LONGEST_STEP)
-        return Ballot(1.0) if seconds is None else Ballot(1.0, 1.0, 0.0, seconds)
+    def _time_vectorized(self, context: RoundContext) -> ExecutorTiming:
+        seconds = self._vectorized.seconds_per_step(context, _TRIAL_STEPS, _LONGEST_STEP)
+        return ExecutorTiming(1.0) if seconds is None else ExecutorTiming(1.0, 1.0, 0.0, seconds)

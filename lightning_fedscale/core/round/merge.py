@@ -19,7 +19,7 @@ from lightning_fedscale.types import (
     SimulatedRound,
 )
 
-_BALLOT = 4
+_TIMINGS = 4
 
 
 class RoundTable:
@@ -41,10 +41,10 @@ class RoundTable:
     def __init__(self, plan: RoundPlan, world_size: int, num_parameters: int = 0, num_logged: int = 0) -> None:
         self._plan = plan
         # numpy, since torch takes several times as long to write a few numbers.
-        parts = [ClientRows.size_of(plan), world_size, world_size, num_parameters + 1, 1, 1, 1, SIDE, _BALLOT]
+        parts = [ClientRows.size_of(plan), world_size, world_size, num_parameters + 1, 1, 1, 1, SIDE, _TIMINGS]
         self._numbers = np.zeros(sum(parts) + num_logged)
         cells, self._busy, self._failed, self._trainable, *others = np.split(self._numbers, np.cumsum(parts))
-        self._slots, self._leave, self._odd, self._side, self._ballot, self.logged = others
+        self._slots, self._leave, self._odd, self._side, self._timing, self.logged = others
         self.clients = ClientRows(plan, cells)
 
     def set_logged(self, numbers: FloatArray) -> None:
@@ -81,14 +81,14 @@ class RoundTable:
         """Note what else this rank spent and counted since the last round, see `RoundRecord.side`."""
         self._side[:] = side
 
-    def add_executor(self, slots: int, ballot: Sequence[float]) -> None:
+    def add_executor(self, slots: int, timing: Sequence[float]) -> None:
         """Note how many local steps this rank had slots for, and what it measured of its executors."""
         self._slots[0] = slots
-        self._ballot[:] = ballot
+        self._timing[:] = timing
 
-    def ballot(self) -> list[float]:
+    def executor_timing(self) -> list[float]:
         """Return the sum of what the ranks measured of their executors."""
-        numbers: list[float] = self._ballot.tolist()
+        numbers: list[float] = self._timing.tolist()
         return numbers
 
     @property

@@ -14,7 +14,7 @@ import torch
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
-from lightning_fedscale.core.executors import Ballot, LargestClient, RoundContext
+from lightning_fedscale.core.executors import ExecutorTiming, LargestClient, RoundContext
 from lightning_fedscale.core.round.client_pipeline import PersonalModels, Sent, Uplink
 from lightning_fedscale.core.round.costs import corrected, model_bytes, operations
 from lightning_fedscale.core.round.fit import Fit
@@ -180,7 +180,7 @@ class RoundRunner:
         seconds, leaves = time.perf_counter() - self._started, fit.requeue.heard
         odd = fit.tensors.has_odd_buffers(self._exchange, self._largest)
         table.finish_rank(fit.rank, seconds, failed=failed, leaves=leaves, odd_buffers=odd)
-        table.add_executor(fit.executor.slots, fit.executor.ballot)
+        table.add_executor(fit.executor.slots, fit.executor.timing)
         if fit.meter is not None:
             table.add_side(fit.meter.side())
 
@@ -253,7 +253,7 @@ class RoundRunner:
         if (why := fit.totals.exhausted(rounds)) is not None:
             rank_zero_info(why)
             fit.trainer.should_stop = True
-        fit.executor.settle(Ballot(*self._table.ballot()))
+        fit.executor.choose(ExecutorTiming(*self._table.executor_timing()))
         fit.totals.add(record)
         fit.log.commit(int(record.local_steps.sum()))
 
