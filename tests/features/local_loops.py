@@ -1,4 +1,4 @@
-"""FedAvg by hand around any local training, for what `by_hand` does not know: other optimizers, servers, tensors."""
+"""FedAvg around any local training, for what `reference_loop` does not know: other optimizers, servers, tensors."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_fedscale.core.plan import client_seed
-from tests.features import by_hand
-from tests.features.by_hand import State
+from tests.features import reference_loop
+from tests.features.reference_loop import State
 from tests.laws import reference
 from tests.strategies import sequential
 
@@ -63,21 +63,21 @@ def rounds(
 ) -> list[State]:
     """The global model before the first round, after it, after the next one, ...
 
-    Clients, data and batches are those of `by_hand`, not shuffled.
+    Clients, data and batches are those of `reference_loop`, not shuffled.
     """
-    clients, data = by_hand.partition(), by_hand.data()
-    cut = by_hand.passes(clients, shuffle=False)
+    clients, data = reference_loop.partition(), reference_loop.data()
+    cut = reference_loop.passes(clients, shuffle=False)
     module.train()
-    models = [by_hand.state_of(module)]
+    models = [reference_loop.state_of(module)]
     for round in range(number):
         updates = []
-        for client in by_hand.cohort(round, clients, per_round):
+        for client in reference_loop.cohort(round, clients, per_round):
             module.load_state_dict(models[-1])
             torch.manual_seed(client_seed(0, round, client))
             batches = [[convert(data.tensors[0][b]), data.tensors[1][b]] for b in cut(client, round)]
             if local(round, client, batches) is not False:
                 held = len(clients.client(client))
-                updates.append((held, weigh(held), by_hand.state_of(module)))
+                updates.append((held, weigh(held), reference_loop.state_of(module)))
         models.append(_merged(models[-1], updates, server))
     return models
 
@@ -120,12 +120,12 @@ def fit(
 ) -> pl.Trainer:
     """Train for ``number`` epochs of rounds with the same clients, data and batches as `rounds`."""
     federated = sequential(
-        partitioner=by_hand.partition(),
+        partitioner=reference_loop.partition(),
         rounds_per_epoch=rounds_per_epoch,
         **(strategy or {}),  # type: ignore[arg-type]
     )
     trainer = reference.quiet_trainer(strategy=federated, max_epochs=number, **options)
-    trainer.fit(module, reference.loader(by_hand.data(), shuffle=False), val)
+    trainer.fit(module, reference.loader(reference_loop.data(), shuffle=False), val)
     return trainer
 
 
@@ -171,14 +171,14 @@ def check(kind: type[Model], number: int = 4) -> tuple[State, State, pl.Trainer]
             optimizer.step()
 
     expected = rounds(by_loop, local, number, per_round=2)
-    module, snapshots = make(kind), by_hand.Snapshots()
-    before = by_hand.state_of(module)
+    module, snapshots = make(kind), reference_loop.Snapshots()
+    before = reference_loop.state_of(module)
     trainer = fit(module, number, strategy={"clients_per_round": 2}, callbacks=[snapshots])
     for got, right in zip(snapshots.after_round, expected[1:], strict=True):
         for name, value in right.items():
             assert got[name].dtype == value.dtype == before[name].dtype, name
             assert torch.equal(got[name], value), name
-    return before, by_hand.state_of(module), trainer
+    return before, reference_loop.state_of(module), trainer
 
 
 def parameters(state: State) -> int:

@@ -23,7 +23,7 @@ from lightning_fedscale.core.executors import exchange_of
 from lightning_fedscale.local_rules import Ditto
 from lightning_fedscale.privacy import dp_fed_avg, secure_mean
 from lightning_fedscale.server.asynchrony import FedBuff
-from tests.features import by_hand
+from tests.features import reference_loop
 from tests.laws import reference
 from tests.strategies import sequential
 
@@ -469,7 +469,7 @@ def test_resume_is_bit_identical(executor: str, tmp_path: Path) -> None:
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message="ckpt_path")
         trainer = fit(resumed, 5, ckpt_path=tmp_path / "half.ckpt", **options)
-    assert by_hand.same(saved(whole), saved(resumed))
+    assert reference_loop.same(saved(whole), saved(resumed))
     seen = [trainer.strategy.personal_model(client)["whole"].item() for client in range(4)]  # type: ignore[attr-defined]
     assert any(value > size for value, size in zip(seen, SIZES, strict=True))
     assert all(value % size == 0 for value, size in zip(seen, SIZES, strict=True))

@@ -17,7 +17,7 @@ from torch.utils.data import BatchSampler, DataLoader, Dataset, RandomSampler, S
 from lightning_fedscale import Partition
 from lightning_fedscale.core.executors import DeviceData, loader
 from lightning_fedscale.core.executors import device_cache as cache
-from tests.features import by_hand, local_loops
+from tests.features import local_loops, reference_loop
 from tests.laws import reference
 from tests.strategies import sequential
 
@@ -88,7 +88,7 @@ def test_a_batch_is_what_the_loader_collates(how: str) -> None:
 
 
 def test_data_on_the_device_already_is_not_copied() -> None:
-    data = by_hand.data()
+    data = reference_loop.data()
     found = kept(DataLoader(data, batch_size=8))
     assert found is not None
     data.tensors[0][3] = 7.0
@@ -127,7 +127,7 @@ def nothing(worker: int) -> None:
     ],
 )
 def test_loaders_that_may_make_other_batches(make: Any, obstacle: str) -> None:
-    train = make(by_hand.data())
+    train = make(reference_loop.data())
     assert kept(train) is None
     with pytest.raises(ValueError, match=rf"cache_dataset=True: .*{obstacle}.*cache_dataset=False"):
         kept(train, True)
@@ -137,7 +137,7 @@ def test_loaders_that_may_make_other_batches(make: Any, obstacle: str) -> None:
     "data",
     [
         OwnDataset(torch.zeros(4)),
-        by_hand.Indexed(by_hand.data()),
+        reference_loop.Indexed(reference_loop.data()),
         TensorDataset(torch.zeros(4, requires_grad=True)),
         TensorDataset(torch.eye(4).to_sparse()),
         TensorDataset(nn.Parameter(torch.zeros(4), requires_grad=False)),
@@ -146,7 +146,7 @@ def test_loaders_that_may_make_other_batches(make: Any, obstacle: str) -> None:
 )
 def test_auto_takes_plain_tensors_only(data: Any) -> None:
     assert kept(DataLoader(data, batch_size=2)) is None
-    assert kept(DataLoader(by_hand.data(), batch_size=2), False) is None
+    assert kept(DataLoader(reference_loop.data(), batch_size=2), False) is None
 
 
 def test_auto_needs_room(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -267,10 +267,10 @@ def test_errors_of_the_dataset_are_its_own() -> None:
 
 def run(
     train: Any, cached: Any, module: type[pl.LightningModule] = reference.Classifier, **options: Any
-) -> list[by_hand.State]:
-    snapshots = by_hand.Snapshots()
+) -> list[reference_loop.State]:
+    snapshots = reference_loop.Snapshots()
     trainer_options = {"max_epochs": 3, **options.pop("trainer", {})}
-    strategy = sequential(**{"partitioner": by_hand.partition(), "cache_dataset": cached, **options})
+    strategy = sequential(**{"partitioner": reference_loop.partition(), "cache_dataset": cached, **options})
     trainer = reference.quiet_trainer(strategy=strategy, callbacks=[snapshots], **trainer_options)
     trainer.fit(local_loops.make(module, dropout=0.3, batch_norm=True), train)
     return snapshots.after_round
@@ -299,7 +299,7 @@ RUNS: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("name", RUNS)
 def test_same_bits_with_and_without(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     options = {"batch_size": 8, **RUNS[name]}
-    data = options.pop("data", by_hand.data)()
+    data = options.pop("data", reference_loop.data)()
     keys = ("batch_size", "shuffle", "drop_last", "num_workers")
     arguments = {key: options.pop(key) for key in keys if key in options}
     without = run(DataLoader(data, **arguments), False, **options)
@@ -307,7 +307,7 @@ def test_same_bits_with_and_without(name: str, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(loader.ClientLoader, "_copy", None)
     for mode in ("auto", True):
         for got, right in zip(run(DataLoader(data, **arguments), mode, **options), without, strict=True):
-            assert by_hand.same(got, right)
+            assert reference_loop.same(got, right)
 
 
 class Asked(reference.Classifier):
@@ -328,7 +328,7 @@ def test_global_generators_are_the_users(cached: Any) -> None:
 
     module = local_loops.make(Asked)
     seed_everything(3, verbose=False)
-    by_hand.fit(module, strategy={"cache_dataset": cached}, max_epochs=4)
+    reference_loop.fit(module, strategy={"cache_dataset": cached}, max_epochs=4)
     seed_everything(3, verbose=False)
     assert module.drawn == [(random.random(), np.random.random(), float(torch.rand(()))) for _ in range(4)]
 
@@ -339,7 +339,7 @@ def test_frozen_samples_in_a_run() -> None:
     class Noisy(Dataset[Any]):
         def __init__(self) -> None:
             self.reads: list[int] = []
-            self.inputs, self.labels = by_hand.data().tensors
+            self.inputs, self.labels = reference_loop.data().tensors
 
         def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
             self.reads.append(index)
@@ -352,7 +352,7 @@ def test_frozen_samples_in_a_run() -> None:
     models = run(DataLoader(data, batch_size=8), True, trainer={"max_epochs": 5})
     assert data.reads == list(range(45))
     again = run(DataLoader(Noisy(), batch_size=8), True, trainer={"max_epochs": 5})
-    assert by_hand.same(models[-1], again[-1])
+    assert reference_loop.same(models[-1], again[-1])
 
 
 def test_a_new_loader_is_a_new_cache() -> None:

@@ -40,22 +40,22 @@ from torch.optim.lr_scheduler import StepLR
 
 from lightning_fedscale import server
 from tests.clock import Clock, Minutes
-from tests.features import by_hand
+from tests.features import reference_loop
 from tests.laws import reference
 from tests.strategies import sequential
 
 
-def states_in(folder: Path) -> dict[int, by_hand.State]:
+def states_in(folder: Path) -> dict[int, reference_loop.State]:
     """Every checkpoint's model by the round it was written after."""
     files = [torch.load(path, weights_only=True) for path in folder.glob("*.ckpt")]
     return {file["global_step"]: file["state_dict"] for file in files}
 
 
 def validation_losses(rounds: int) -> list[float]:
-    return [by_hand.validation_loss(state) for state in by_hand.models(rounds)]
+    return [reference_loop.validation_loss(state) for state in reference_loop.models(rounds)]
 
 
-def mean_of(states: list[by_hand.State]) -> by_hand.State:
+def mean_of(states: list[reference_loop.State]) -> reference_loop.State:
     return {name: torch.stack([state[name] for state in states]).mean(0) for name in states[0]}
 
 
@@ -95,51 +95,51 @@ def test_model_checkpoint_saves_the_global_model_after_these_rounds(
     tmp_path: Path, rounds_per_epoch: int, options: dict[str, Any], when: set[int]
 ) -> None:
     save = ModelCheckpoint(tmp_path, save_top_k=-1, **options)
-    by_hand.fit(
+    reference_loop.fit(
         strategy={"rounds_per_epoch": rounds_per_epoch},
         validate=True,
         enable_checkpointing=True,
         callbacks=[save],
         max_steps=6,
     )
-    saved, expected = states_in(tmp_path), by_hand.models(6)
+    saved, expected = states_in(tmp_path), reference_loop.models(6)
     assert saved.keys() == when
-    assert all(by_hand.same(state, expected[round]) for round, state in saved.items())
+    assert all(reference_loop.same(state, expected[round]) for round, state in saved.items())
 
 
 def test_model_checkpoint_by_time(tmp_path: Path, clock: Clock) -> None:
     save = ModelCheckpoint(tmp_path, save_top_k=-1, train_time_interval=timedelta(minutes=1.5))
-    by_hand.fit(enable_checkpointing=True, callbacks=[save, Minutes(clock)], max_epochs=6)
-    saved, expected = states_in(tmp_path), by_hand.models(6)
+    reference_loop.fit(enable_checkpointing=True, callbacks=[save, Minutes(clock)], max_epochs=6)
+    saved, expected = states_in(tmp_path), reference_loop.models(6)
     assert saved.keys() == {2, 4, 6}
-    assert all(by_hand.same(state, expected[round]) for round, state in saved.items())
+    assert all(reference_loop.same(state, expected[round]) for round, state in saved.items())
 
 
 def test_model_checkpoint_keeps_the_best_and_the_last(tmp_path: Path) -> None:
     best = ModelCheckpoint(tmp_path / "best", monitor="val_loss", save_top_k=2, mode="max")
     last = ModelCheckpoint(tmp_path / "last", save_last=True)
-    by_hand.fit(validate=True, enable_checkpointing=True, callbacks=[best, last], max_epochs=5)
-    losses, models = validation_losses(5), by_hand.models(5)
+    reference_loop.fit(validate=True, enable_checkpointing=True, callbacks=[best, last], max_epochs=5)
+    losses, models = validation_losses(5), reference_loop.models(5)
     worst_first = sorted(range(1, 6), key=lambda round: -losses[round])
     kept = states_in(tmp_path / "best")
     assert kept.keys() == set(worst_first[:2]) != {4, 5}
-    assert all(by_hand.same(state, models[round]) for round, state in kept.items())
+    assert all(reference_loop.same(state, models[round]) for round, state in kept.items())
     assert best.best_model_score == pytest.approx(losses[worst_first[0]], rel=1e-5)
     final = torch.load(tmp_path / "last" / "last.ckpt", weights_only=True)
-    assert by_hand.same(final["state_dict"], models[5])
+    assert reference_loop.same(final["state_dict"], models[5])
 
 
 def test_model_checkpoint_monitors_the_rounds_own_loss_within_an_epoch(tmp_path: Path) -> None:
     save = ModelCheckpoint(tmp_path, monitor="round/loss", every_n_train_steps=1, save_top_k=1)
-    by_hand.fit(strategy={"rounds_per_epoch": 6}, enable_checkpointing=True, callbacks=[save], max_epochs=1)
+    reference_loop.fit(strategy={"rounds_per_epoch": 6}, enable_checkpointing=True, callbacks=[save], max_epochs=1)
     losses: list[float] = []
-    by_hand.models(6, losses=losses)
+    reference_loop.models(6, losses=losses)
     best = min(range(6), key=losses.__getitem__)
     assert states_in(tmp_path).keys() == {best + 1}
     assert save.best_model_score == pytest.approx(losses[best], rel=1e-6)
 
 
-class Breaks(by_hand.Validated):
+class Breaks(reference_loop.Validated):
     """Raises within its 12th local batch, which is in a client of the second round."""
 
     count = 0
@@ -153,7 +153,7 @@ class Breaks(by_hand.Validated):
 
 @pytest.mark.parametrize("by", ["OnExceptionCheckpoint", "ModelCheckpoint"])
 def test_a_checkpoint_on_exception_holds_the_last_global_model(tmp_path: Path, by: str) -> None:
-    batches = by_hand.passes(by_hand.partition())
+    batches = reference_loop.passes(reference_loop.partition())
     assert sum(len(batches(client, 0)) for client in range(4)) == 7
 
     class Keep(OnExceptionCheckpoint):
@@ -165,10 +165,10 @@ def test_a_checkpoint_on_exception_holds_the_last_global_model(tmp_path: Path, b
         callback = ModelCheckpoint(tmp_path, save_on_exception=True, every_n_train_steps=100)
     torch.manual_seed(0)
     with pytest.raises(KeyError, match="on purpose"):
-        by_hand.fit(Breaks(), enable_checkpointing=True, callbacks=[callback], max_epochs=3)
+        reference_loop.fit(Breaks(), enable_checkpointing=True, callbacks=[callback], max_epochs=3)
     found = [torch.load(path, weights_only=True) for path in tmp_path.glob("*.ckpt")]
     assert [file["global_step"] for file in found] == [1]
-    assert by_hand.same(found[0]["state_dict"], by_hand.models(1)[1])
+    assert reference_loop.same(found[0]["state_dict"], reference_loop.models(1)[1])
 
 
 # ---- stopping
@@ -180,49 +180,51 @@ def test_early_stopping_on_a_validation_loss() -> None:
     expected = next(round for round in range(1, 9) if losses[round] < threshold)
     assert 1 < expected < 8
     stop = EarlyStopping("val_loss", stopping_threshold=threshold, patience=100)
-    trainer, module = by_hand.fit(validate=True, callbacks=[stop], max_epochs=8)
+    trainer, module = reference_loop.fit(validate=True, callbacks=[stop], max_epochs=8)
     assert trainer.global_step == stop.stopped_epoch + 1 == expected
-    assert by_hand.same(module.state_dict(), by_hand.models(expected)[-1])
+    assert reference_loop.same(module.state_dict(), reference_loop.models(expected)[-1])
 
 
 def test_early_stopping_loses_patience_with_the_rounds_own_loss() -> None:
     stop = EarlyStopping("round/loss", mode="max", patience=2, check_on_train_epoch_end=True)
     losses: list[float] = []
-    by_hand.models(8, losses=losses)
+    reference_loop.models(8, losses=losses)
     best = max(range(8), key=lambda i: (losses[i], -i))
     assert best == 0
-    trainer, _ = by_hand.fit(callbacks=[stop], max_epochs=8)
+    trainer, _ = reference_loop.fit(callbacks=[stop], max_epochs=8)
     assert trainer.global_step == 3
     assert stop.best_score == pytest.approx(losses[0], rel=1e-6)
 
 
 def test_timer_stops_between_rounds(clock: Clock) -> None:
     timer = Timer(timedelta(minutes=3.5), interval="step")
-    trainer, module = by_hand.fit(strategy={"rounds_per_epoch": 3}, callbacks=[Minutes(clock), timer], max_epochs=9)
+    trainer, module = reference_loop.fit(
+        strategy={"rounds_per_epoch": 3}, callbacks=[Minutes(clock), timer], max_epochs=9
+    )
     assert trainer.global_step == 4
     assert timer.time_elapsed("train") == 240
-    assert by_hand.same(module.state_dict(), by_hand.models(4)[-1])
+    assert reference_loop.same(module.state_dict(), reference_loop.models(4)[-1])
 
 
 # ---- averages of the global model
 
 
-class SeesValidation(by_hand.Validated):
+class SeesValidation(reference_loop.Validated):
     """Keeps the weights that it is validated with."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.validated: list[by_hand.State] = []
+        self.validated: list[reference_loop.State] = []
 
     def validation_step(self, batch: list[Tensor], batch_idx: int) -> None:
         if batch_idx == 0:
-            self.validated.append(by_hand.state_of(self))
+            self.validated.append(reference_loop.state_of(self))
 
 
 def test_weight_averaging_averages_global_models() -> None:
     torch.manual_seed(0)
-    _, module = by_hand.fit(SeesValidation(), validate=True, callbacks=[WeightAveraging()], max_epochs=5)
-    models = by_hand.models(5)
+    _, module = reference_loop.fit(SeesValidation(), validate=True, callbacks=[WeightAveraging()], max_epochs=5)
+    models = reference_loop.models(5)
     assert reference.difference(module.state_dict(), mean_of(models[1:])) < 1e-6
     for round, state in enumerate(module.validated, 1):  # type: ignore[arg-type]
         assert reference.difference(state, mean_of(models[1 : round + 1])) < 1e-6
@@ -231,8 +233,8 @@ def test_weight_averaging_averages_global_models() -> None:
 def test_ema_averages_global_models() -> None:
     torch.manual_seed(0)
     ema = EMAWeightAveraging(decay=0.8, update_every_n_steps=2, update_starting_at_step=2)
-    _, module = by_hand.fit(SeesValidation(), validate=True, callbacks=[ema], max_epochs=8)
-    models = by_hand.models(8)
+    _, module = reference_loop.fit(SeesValidation(), validate=True, callbacks=[ema], max_epochs=8)
+    models = reference_loop.models(8)
     # Updates happen at step indices 2, 4, 6, that is with the models after rounds 3, 5, 7; the first is a copy.
     average = models[3]
     for round in (5, 7):
@@ -251,25 +253,25 @@ def swa(**options: object) -> StochasticWeightAveraging:
 
 
 def test_swa_averages_global_models() -> None:
-    _, module = by_hand.fit(callbacks=[swa()], max_epochs=6)
+    _, module = reference_loop.fit(callbacks=[swa()], max_epochs=6)
     # Lightning averages the models at the start of epochs 2 to 5.
-    expected = mean_of(by_hand.models(6)[2:6])
+    expected = mean_of(reference_loop.models(6)[2:6])
     assert reference.difference(module.state_dict(), expected) < 1e-6
 
 
 @pytest.mark.parametrize("rounds_per_epoch", [1, 2])
 def test_swa_feeds_batch_norm_for_an_epoch_in_which_nothing_trains(rounds_per_epoch: int) -> None:
     torch.manual_seed(0)
-    trainer, module = by_hand.fit(
+    trainer, module = reference_loop.fit(
         WithNorm(), strategy={"rounds_per_epoch": rounds_per_epoch}, callbacks=[swa()], max_epochs=4
     )
     assert trainer.global_step == 4 * rounds_per_epoch
 
-    clients, data = by_hand.partition(), by_hand.data()
+    clients, data = reference_loop.partition(), reference_loop.data()
     torch.manual_seed(0)
     plain = WithNorm()
-    start = by_hand.state_of(plain)
-    run = by_hand.fed_avg(plain, data, clients, by_hand.passes(clients))
+    start = reference_loop.state_of(plain)
+    run = reference_loop.fed_avg(plain, data, clients, reference_loop.passes(clients))
     models = [start, *itertools.islice(run, 4 * rounds_per_epoch)]
     got, trained = module.state_dict(), [name for name, _ in plain.named_parameters()]
     average = {name: (models[2 * rounds_per_epoch][name] + models[3 * rounds_per_epoch][name]) / 2 for name in trained}
@@ -281,7 +283,7 @@ def test_swa_feeds_batch_norm_for_an_epoch_in_which_nothing_trains(rounds_per_ep
         means, variances, counts = torch.zeros(16), torch.zeros(16), 0.0
         for client in range(4):
             mean, variance, count = running_mean.clone(), running_var.clone(), tracked
-            for positions in by_hand.passes(clients)(client, number):
+            for positions in reference_loop.passes(clients)(client, number):
                 inputs = nn.functional.linear(
                     data.tensors[0][positions], average["net.0.weight"], average["net.0.bias"]
                 )
@@ -300,7 +302,7 @@ def test_swa_feeds_batch_norm_for_an_epoch_in_which_nothing_trains(rounds_per_ep
 # ---- learning rates
 
 
-class Stepped(by_hand.Validated):
+class Stepped(reference_loop.Validated):
     """Its learning rate halves every second round."""
 
     lr = 0.1
@@ -310,7 +312,7 @@ class Stepped(by_hand.Validated):
         return {"optimizer": optimizer, "lr_scheduler": StepLR(optimizer, 2, 0.5)}
 
 
-class Plain(by_hand.Validated):
+class Plain(reference_loop.Validated):
     """The usual model; its learning rate has a name."""
 
     def __init__(self, lr: float = 0.1) -> None:
@@ -326,17 +328,17 @@ def test_learning_rate_monitor_logs_the_rounds_rate(interval: str) -> None:
     torch.manual_seed(0)
     logger = Memory()
     monitor = LearningRateMonitor(logging_interval=interval)  # type: ignore[arg-type]
-    _, module = by_hand.fit(Stepped(), logger=logger, callbacks=[monitor], max_epochs=5)
+    _, module = reference_loop.fit(Stepped(), logger=logger, callbacks=[monitor], max_epochs=5)
     assert logger.of("lr-SGD") == [(i, rate) for i, rate in enumerate([0.1, 0.1, 0.05, 0.05, 0.025])]
-    expected = by_hand.models(5, lr=lambda round: 0.1 * 0.5 ** (round // 2))[-1]
-    assert by_hand.same(module.state_dict(), expected)
+    expected = reference_loop.models(5, lr=lambda round: 0.1 * 0.5 ** (round // 2))[-1]
+    assert reference_loop.same(module.state_dict(), expected)
 
 
 def search(num_training: int, lowest: float, highest: float) -> tuple[list[float], list[float]]:
     """Learning rates and smoothed losses of Lightning's range test, by hand."""
     rates = [lowest] + [lowest * (highest / lowest) ** ((i + 1) / num_training) for i in range(1, num_training)]
     losses: list[float] = []
-    by_hand.models(num_training, lr=rates.__getitem__, losses=losses)
+    reference_loop.models(num_training, lr=rates.__getitem__, losses=losses)
     average, smoothed = 0.0, []
     for i, loss in enumerate(losses):
         average = 0.98 * average + 0.02 * loss
@@ -356,47 +358,47 @@ def test_lr_find_searches_over_rounds(tmp_path: Path) -> None:
     torch.manual_seed(0)
     module = Plain()
     trainer = reference.quiet_trainer(
-        strategy=sequential(partitioner=by_hand.partition()), max_epochs=20, default_root_dir=tmp_path
+        strategy=sequential(partitioner=reference_loop.partition()), max_epochs=20, default_root_dir=tmp_path
     )
     found = Tuner(trainer).lr_find(
-        module, reference.loader(by_hand.data()), min_lr=1e-4, max_lr=1.0, num_training=12, update_attr=False
+        module, reference.loader(reference_loop.data()), min_lr=1e-4, max_lr=1.0, num_training=12, update_attr=False
     )
     rates, losses = search(12, 1e-4, 1.0)
     assert found.results["lr"] == pytest.approx(rates)
     assert found.results["loss"] == pytest.approx(losses, rel=1e-5)
-    assert by_hand.same(module.state_dict(), by_hand.models(0)[0])
+    assert reference_loop.same(module.state_dict(), reference_loop.models(0)[0])
     assert list(tmp_path.iterdir()) == []
 
 
-def untouched(**options: object) -> by_hand.State:
+def untouched(**options: object) -> reference_loop.State:
     torch.manual_seed(0)
-    _, module = by_hand.fit(Plain(), strategy=OPTIONS, max_epochs=4, **options)
-    return by_hand.state_of(module)
+    _, module = reference_loop.fit(Plain(), strategy=OPTIONS, max_epochs=4, **options)
+    return reference_loop.state_of(module)
 
 
 def test_after_lr_find_a_fit_is_as_if_nothing_had_been(tmp_path: Path) -> None:
     torch.manual_seed(0)
-    module, loader = Plain(), reference.loader(by_hand.data())
-    strategy = sequential(partitioner=by_hand.partition(), **OPTIONS)
+    module, loader = Plain(), reference.loader(reference_loop.data())
+    strategy = sequential(partitioner=reference_loop.partition(), **OPTIONS)
     trainer = reference.quiet_trainer(strategy=strategy, max_epochs=4, default_root_dir=tmp_path)
     Tuner(trainer).lr_find(module, loader, num_training=3, update_attr=False)
     trainer.fit(module, loader)
     assert trainer.global_step == 4
-    assert by_hand.same(module.state_dict(), untouched())
+    assert reference_loop.same(module.state_dict(), untouched())
 
 
 def test_learning_rate_finder_inside_a_fit_leaves_server_and_clients_as_they_were(tmp_path: Path) -> None:
     finder = LearningRateFinder(num_training_steps=3, update_attr=False)
-    assert by_hand.same(untouched(callbacks=[finder], default_root_dir=tmp_path), untouched())
+    assert reference_loop.same(untouched(callbacks=[finder], default_root_dir=tmp_path), untouched())
 
 
 def test_learning_rate_finder_sets_the_rate_that_clients_use(tmp_path: Path) -> None:
     finder = LearningRateFinder(min_lr=1e-3, max_lr=1.0, num_training_steps=20, update_attr=True)
     torch.manual_seed(0)
-    _, module = by_hand.fit(Plain(), callbacks=[finder], max_epochs=20, default_root_dir=tmp_path)
+    _, module = reference_loop.fit(Plain(), callbacks=[finder], max_epochs=20, default_root_dir=tmp_path)
     rate = finder.optimal_lr.suggestion()  # type: ignore[union-attr]
     assert module.lr == rate != 0.1
-    assert by_hand.same(module.state_dict(), by_hand.models(20, lr=lambda round: rate)[-1])
+    assert reference_loop.same(module.state_dict(), reference_loop.models(20, lr=lambda round: rate)[-1])
 
 
 # ---- refused
@@ -404,13 +406,13 @@ def test_learning_rate_finder_sets_the_rate_that_clients_use(tmp_path: Path) -> 
 
 def test_batch_size_finder_is_refused_by_lightning() -> None:
     with pytest.raises(MisconfigurationException, match="Batch size finder is not supported"):
-        by_hand.fit(callbacks=[BatchSizeFinder()], max_epochs=1)
+        reference_loop.fit(callbacks=[BatchSizeFinder()], max_epochs=1)
 
 
 def test_throughput_monitor_is_refused_with_what_to_read_instead() -> None:
     monitor = ThroughputMonitor(batch_size_fn=len)
     with pytest.raises(ValueError, match=r"ThroughputMonitor.*Remove it.*round/seconds"):
-        by_hand.fit(callbacks=[monitor], logger=Memory(), max_epochs=1)
+        reference_loop.fit(callbacks=[monitor], logger=Memory(), max_epochs=1)
 
 
 # ---- others
@@ -421,7 +423,7 @@ def test_device_stats_monitor_logs_twice_a_round(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr("lightning.pytorch.callbacks.device_stats_monitor._PSUTIL_AVAILABLE", True)
     monkeypatch.setattr(CPUAccelerator, "get_device_stats", lambda self, device: {"load": next(counter)})
     logger = Memory()
-    by_hand.fit(callbacks=[DeviceStatsMonitor()], logger=logger, max_epochs=3)
+    reference_loop.fit(callbacks=[DeviceStatsMonitor()], logger=logger, max_epochs=3)
     prefix = "DeviceStatsMonitor.on_train_batch_"
     assert [value for _, value in logger.of(f"{prefix}start/load")] == [0, 2, 4]
     assert [value for _, value in logger.of(f"{prefix}end/load")] == [1, 3, 5]
@@ -452,7 +454,7 @@ class Frozen(TwoParts):
 def test_backbone_finetuning_adds_a_group_that_reaches_the_clients() -> None:
     torch.manual_seed(0)
     module = TwoParts()
-    start = by_hand.state_of(module)
+    start = reference_loop.state_of(module)
     unfreeze = BackboneFinetuning(
         unfreeze_backbone_at_epoch=2,
         backbone_initial_lr=0.02,
@@ -460,28 +462,28 @@ def test_backbone_finetuning_adds_a_group_that_reaches_the_clients() -> None:
         lambda_func=lambda epoch: 1.0,
         should_align=False,
     )
-    snapshots = by_hand.Snapshots()
-    by_hand.fit(module, callbacks=[unfreeze, snapshots], max_epochs=4)
+    snapshots = reference_loop.Snapshots()
+    reference_loop.fit(module, callbacks=[unfreeze, snapshots], max_epochs=4)
 
-    data, clients = by_hand.data(), by_hand.partition()
+    data, clients = reference_loop.data(), reference_loop.partition()
     expected, first = [], 0
     for kind in (Frozen, Unfrozen):
         plain = kind()
         plain.load_state_dict(expected[-1] if expected else start)
-        run = by_hand.fed_avg(plain, data, clients, by_hand.passes(clients), first=first)
+        run = reference_loop.fed_avg(plain, data, clients, reference_loop.passes(clients), first=first)
         expected += itertools.islice(run, 2)
         first += 2
-    assert all(map(by_hand.same, snapshots.after_round, expected))
+    assert all(map(reference_loop.same, snapshots.after_round, expected))
     assert torch.equal(snapshots.after_round[1]["backbone.weight"], start["backbone.weight"])
     assert not torch.equal(snapshots.after_round[2]["backbone.weight"], start["backbone.weight"])
 
 
 def test_gradient_accumulation_scheduler_counts_batches_of_a_client() -> None:
     schedule = GradientAccumulationScheduler({0: 1, 2: 3})
-    trainer, module = by_hand.fit(callbacks=[schedule], max_epochs=4)
-    expected = by_hand.models(4, accumulate=lambda round: 1 if round < 2 else 3)
+    trainer, module = reference_loop.fit(callbacks=[schedule], max_epochs=4)
+    expected = reference_loop.models(4, accumulate=lambda round: 1 if round < 2 else 3)
     assert trainer.global_step == 4
-    assert by_hand.same(module.state_dict(), expected[-1])
+    assert reference_loop.same(module.state_dict(), expected[-1])
 
 
 def test_model_pruning_of_one_client_is_that_of_the_plain_trainer() -> None:
@@ -496,10 +498,10 @@ def test_model_pruning_of_one_client_is_that_of_the_plain_trainer() -> None:
             use_lottery_ticket_hypothesis=False,
         )
         trainer = reference.quiet_trainer(strategy=strategy, callbacks=[prune], max_epochs=4)
-        trainer.fit(module, reference.loader(by_hand.data(), shuffle=False))
-        results.append(by_hand.state_of(module))
+        trainer.fit(module, reference.loader(reference_loop.data(), shuffle=False))
+        results.append(reference_loop.state_of(module))
     assert int((results[0]["net.0.weight"] == 0).sum()) == round(0.3 * 12 * 16)
-    assert by_hand.same(*results)
+    assert reference_loop.same(*results)
 
 
 def test_model_pruning_holds_over_clients() -> None:
@@ -511,8 +513,8 @@ def test_model_pruning_holds_over_clients() -> None:
         amount=lambda epoch: 0.5 if epoch == 1 else 0,
         use_lottery_ticket_hypothesis=False,
     )
-    by_hand.fit(module, callbacks=[prune], max_epochs=4)
-    dense = by_hand.models(2)[2]["net.0.weight"]
+    reference_loop.fit(module, callbacks=[prune], max_epochs=4)
+    dense = reference_loop.models(2)[2]["net.0.weight"]
     smallest = dense.abs().flatten().argsort()[: dense.numel() // 2]
     pruned = (module.net[0].weight == 0).flatten().nonzero().flatten()
     assert set(pruned.tolist()) == set(smallest.tolist())
@@ -521,7 +523,7 @@ def test_model_pruning_holds_over_clients() -> None:
 # ---- progress
 
 
-class Losses(by_hand.Validated):
+class Losses(reference_loop.Validated):
     """Keeps the losses of its local batches."""
 
     def __init__(self) -> None:
@@ -535,7 +537,7 @@ class Losses(by_hand.Validated):
 
 
 def expected_progress(losses: list[float]) -> Iterator[tuple[str, str]]:
-    batches = by_hand.passes(by_hand.partition())
+    batches = reference_loop.passes(reference_loop.partition())
     remaining = iter(losses)
     for round in range(4):
         for client in range(4):
@@ -567,7 +569,9 @@ def test_tqdm_counts_rounds_and_shows_clients(monkeypatch: pytest.MonkeyPatch) -
 
     torch.manual_seed(0)
     module = Losses()
-    by_hand.fit(module, strategy={"rounds_per_epoch": 2}, callbacks=[Bar()], enable_progress_bar=True, max_epochs=2)
+    reference_loop.fit(
+        module, strategy={"rounds_per_epoch": 2}, callbacks=[Bar()], enable_progress_bar=True, max_epochs=2
+    )
     clients = [(row["clients"], row["client_loss"]) for row in shown if "clients" in row]
     assert clients == list(expected_progress(module.losses))
     assert counts == [(1, 2), (2, 2)] * 2
@@ -597,7 +601,9 @@ def test_rich_counts_rounds_and_shows_clients(monkeypatch: pytest.MonkeyPatch) -
     torch.manual_seed(0)
     module = Losses()
     bar = Bar(console_kwargs={"file": io.StringIO()})
-    by_hand.fit(module, strategy={"rounds_per_epoch": 2}, callbacks=[bar], enable_progress_bar=True, max_epochs=2)
+    reference_loop.fit(
+        module, strategy={"rounds_per_epoch": 2}, callbacks=[bar], enable_progress_bar=True, max_epochs=2
+    )
     clients = [(row["clients"], row["client_loss"]) for row in shown if "clients" in row]
     assert clients == list(expected_progress(module.losses))
     assert counts == [(1, 2), (2, 2)] * 2
@@ -614,6 +620,6 @@ def test_progress_waits_between_drawings(monkeypatch: pytest.MonkeyPatch) -> Non
             bar.set_postfix = lambda *args, **kwargs: drawn.append(dict(*args, **kwargs))
             return bar
 
-    by_hand.fit(callbacks=[Bar()], enable_progress_bar=True, max_epochs=2)
+    reference_loop.fit(callbacks=[Bar()], enable_progress_bar=True, max_epochs=2)
     assert drawn
     assert not any("clients" in row for row in drawn)

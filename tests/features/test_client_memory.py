@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from lightning_fedscale.core.client_state import Files
-from tests.features import by_hand
+from tests.features import reference_loop
 from tests.features.test_resume import Adam, Every, Fragile, Manual, Norm, equal, read
 
 KEEP: dict[str, Any] = {"clients_per_round": 2, "client_optimizer": "keep", "executor": "sequential"}
@@ -43,10 +43,10 @@ def spilled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Pa
     assert os.listdir(folder) == []
 
 
-def fit(kind: type[pl.LightningModule], folder: Path, bound: int | str, **options: Any) -> by_hand.State:
+def fit(kind: type[pl.LightningModule], folder: Path, bound: int | str, **options: Any) -> reference_loop.State:
     torch.manual_seed(0)
     module = kind()
-    by_hand.fit(
+    reference_loop.fit(
         module,
         strategy={**KEEP, "client_state_memory": bound},
         enable_checkpointing=True,
@@ -54,7 +54,7 @@ def fit(kind: type[pl.LightningModule], folder: Path, bound: int | str, **option
         max_epochs=6,
         **options,
     )
-    return by_hand.state_of(module)
+    return reference_loop.state_of(module)
 
 
 @pytest.mark.parametrize("kind", [Adam, Norm, Manual])
@@ -72,7 +72,7 @@ def test_any_bound_gives_the_same_bits_and_the_same_checkpoints(
     if kind is Adam:
         assert 0 < counts[2] < counts[1] < counts[0]
     for number in range(1, len(BOUNDS)):
-        assert by_hand.same(results[0], results[number])
+        assert reference_loop.same(results[0], results[number])
         for round in range(1, 7):
             first, other = (read(tmp_path / str(i) / f"{round}.ckpt") for i in (0, number))
             assert first["federated"]["clients"]["optimizers"]
@@ -87,7 +87,7 @@ def test_a_checkpoint_of_any_bound_goes_on_with_any_other_and_needs_no_file(
     gc.collect()
     assert not any(path.exists() for path in spilled)
     resumed = fit(Adam, tmp_path / "resumed", then, ckpt_path=str(tmp_path / "whole" / "3.ckpt"))
-    assert by_hand.same(resumed, whole)
+    assert reference_loop.same(resumed, whole)
     for round in range(4, 7):
         left, right = (read(tmp_path / kind / f"{round}.ckpt") for kind in ("whole", "resumed"))
         assert equal(left["federated"], right["federated"])
@@ -95,14 +95,14 @@ def test_a_checkpoint_of_any_bound_goes_on_with_any_other_and_needs_no_file(
 
 def test_a_checkpoint_saved_after_fit_still_has_all_states(tmp_path: Path) -> None:
     torch.manual_seed(0)
-    _, whole = by_hand.fit(Adam(), strategy={**KEEP, "client_state_memory": 0}, max_epochs=6)
+    _, whole = reference_loop.fit(Adam(), strategy={**KEEP, "client_state_memory": 0}, max_epochs=6)
     torch.manual_seed(0)
-    trainer, _ = by_hand.fit(Adam(), strategy={**KEEP, "client_state_memory": 0}, max_epochs=2)
+    trainer, _ = reference_loop.fit(Adam(), strategy={**KEEP, "client_state_memory": 0}, max_epochs=2)
     trainer.save_checkpoint(tmp_path / "mine.ckpt")
-    _, resumed = by_hand.fit(
+    _, resumed = reference_loop.fit(
         Adam(), strategy={**KEEP, "client_state_memory": 0}, max_epochs=6, ckpt_path=str(tmp_path / "mine.ckpt")
     )
-    assert by_hand.same(resumed.state_dict(), whole.state_dict())
+    assert reference_loop.same(resumed.state_dict(), whole.state_dict())
 
 
 class Once(Fragile):
@@ -117,16 +117,16 @@ def test_an_interrupted_round_leaves_the_committed_states(bound: int, tmp_path: 
     options = {**KEEP, "local_steps": 3, "client_state_memory": bound}
     torch.manual_seed(0)
     whole = Fragile()
-    by_hand.fit(whole, strategy=options, max_epochs=5)
+    reference_loop.fit(whole, strategy=options, max_epochs=5)
     torch.manual_seed(0)
     save = Every(tmp_path, save_on_exception=True)
     with pytest.raises(OSError, match="on purpose"):
-        by_hand.fit(Once(), strategy=options, enable_checkpointing=True, callbacks=[save], max_epochs=5)
+        reference_loop.fit(Once(), strategy=options, enable_checkpointing=True, callbacks=[save], max_epochs=5)
     before = len(spilled)
     assert before > 0
     resumed = Fragile()
-    by_hand.fit(resumed, strategy=options, max_epochs=5, ckpt_path=str(tmp_path / "2.ckpt"))
-    assert by_hand.same(resumed.state_dict(), whole.state_dict())
+    reference_loop.fit(resumed, strategy=options, max_epochs=5, ckpt_path=str(tmp_path / "2.ckpt"))
+    assert reference_loop.same(resumed.state_dict(), whole.state_dict())
 
 
 def test_a_checkpoint_saved_inside_a_client_holds_what_was_committed(tmp_path: Path) -> None:
@@ -134,7 +134,7 @@ def test_a_checkpoint_saved_inside_a_client_holds_what_was_committed(tmp_path: P
     for bound in (0, "auto"):
         torch.manual_seed(0)
         path = tmp_path / f"{bound}.ckpt"
-        by_hand.fit(
+        reference_loop.fit(
             Fragile(save_in=18, path=path),
             strategy={**KEEP, "local_steps": 3, "client_state_memory": bound},
             max_epochs=4,

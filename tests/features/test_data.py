@@ -30,20 +30,20 @@ from torch.utils.data import (
 from lightning_fedscale import FederatedStrategy, Partition
 from lightning_fedscale.devices import Population
 from lightning_fedscale.utils import randomness
-from tests.features import by_hand
+from tests.features import reference_loop
 from tests.laws import reference
 from tests.strategies import sequential
 
 Batches = list[list[int]]
 
 
-def indexed() -> by_hand.Indexed:
-    return by_hand.Indexed(by_hand.data())
+def indexed() -> reference_loop.Indexed:
+    return reference_loop.Indexed(reference_loop.data())
 
 
-def recorder(**options: object) -> by_hand.Recorder:
+def recorder(**options: object) -> reference_loop.Recorder:
     torch.manual_seed(0)
-    return by_hand.Recorder(**options)
+    return reference_loop.Recorder(**options)
 
 
 def flat(batches: Batches) -> list[int]:
@@ -53,20 +53,20 @@ def flat(batches: Batches) -> list[int]:
 def seen(loader: object, rounds: int = 2, **options: Any) -> Batches:
     """The positions of the local batches that this loader gives, in order."""
     module = recorder()
-    by_hand.fit(module, loader, max_epochs=rounds, **options)
+    reference_loop.fit(module, loader, max_epochs=rounds, **options)
     return module.seen
 
 
 def expected(rounds: int = 2, **options: Any) -> Batches:
-    clients = by_hand.partition()
-    return by_hand.seen(range(rounds), clients, by_hand.passes(clients, **options))
+    clients = reference_loop.partition()
+    return reference_loop.seen(range(rounds), clients, reference_loop.passes(clients, **options))
 
 
 # ---- batches
 
 
 def test_shuffled_anew_in_every_pass_or_in_the_datasets_own_order() -> None:
-    clients = by_hand.partition()
+    clients = reference_loop.partition()
     shuffled = seen(DataLoader(indexed(), batch_size=8, shuffle=True))
     in_order = seen(DataLoader(indexed(), batch_size=8))
     assert shuffled == expected()
@@ -104,7 +104,7 @@ class Buckets(BatchSampler):
 def test_a_batch_sampler_of_the_users_own() -> None:
     data = indexed()
     got = seen(DataLoader(data, batch_sampler=Buckets(RandomSampler(data), 4, False)))
-    clients = by_hand.partition()
+    clients = reference_loop.partition()
     held = [sorted(clients.client(client).tolist()) for client in range(4)]
     one_pass = [batch for part in held for batch in [part[i : i + 4] for i in range(0, len(part), 4)][::-1]]
     assert got == one_pass * 2
@@ -119,17 +119,18 @@ def test_a_distributed_sampler_counts_as_the_shuffling_that_it_asks_for() -> Non
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_samples_without_batches(workers: int) -> None:
-    class Single(by_hand.Recorder):
+    class Single(reference_loop.Recorder):
         def training_step(self, batch: tuple[Tensor, ...], batch_idx: int) -> Tensor:
             assert batch[0].shape == (12,)
             return super().training_step([part[None] for part in batch], batch_idx)
 
     torch.manual_seed(0)
     module = Single()
-    by_hand.fit(module, DataLoader(indexed(), batch_size=None, shuffle=True, num_workers=workers), max_epochs=2)
+    reference_loop.fit(module, DataLoader(indexed(), batch_size=None, shuffle=True, num_workers=workers), max_epochs=2)
     assert module.seen == expected(batch_size=1)
-    assert by_hand.same(
-        module.state_dict(), by_hand.models(2, batches=by_hand.passes(by_hand.partition(), batch_size=1))[-1]
+    assert reference_loop.same(
+        module.state_dict(),
+        reference_loop.models(2, batches=reference_loop.passes(reference_loop.partition(), batch_size=1))[-1],
     )
 
 
@@ -151,7 +152,7 @@ class Whole(AskedForBatches):
     """The same without the positions."""
 
     def __init__(self) -> None:
-        self.whole = by_hand.data()
+        self.whole = reference_loop.data()
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -167,17 +168,17 @@ def test_a_dataset_that_is_asked_for_whole_batches_side_by_side_and_on_simulated
     def trained(data: Any, **options: Any) -> dict[str, Tensor]:
         torch.manual_seed(0)
         module = reference.Classifier(dropout=0.0)
-        by_hand.fit(module, data, strategy=options, max_epochs=2)
-        return by_hand.state_of(module)
+        reference_loop.fit(module, data, strategy=options, max_epochs=2)
+        return reference_loop.state_of(module)
 
     data = Whole()
     whole = DataLoader(data, batch_size=None, sampler=BatchSampler(RandomSampler(data), 8, False))
-    one_by_one = DataLoader(by_hand.data(), batch_size=8, shuffle=True)
+    one_by_one = DataLoader(reference_loop.data(), batch_size=8, shuffle=True)
     for options in (
         {"executor": "vectorized"},
         {"executor": "sequential", "population": Population({"phone": 1.0}, batch_size="largest")},
     ):
-        assert by_hand.same(trained(whole, **options), trained(one_by_one, **options))
+        assert reference_loop.same(trained(whole, **options), trained(one_by_one, **options))
 
 
 class MakesItsSampler(DataLoader[Any]):
@@ -188,7 +189,7 @@ class MakesItsSampler(DataLoader[Any]):
 
 
 def test_in_a_single_process_the_evaluation_loaders_are_the_users_own() -> None:
-    class Watches(by_hand.Validated):
+    class Watches(reference_loop.Validated):
         def __init__(self) -> None:
             super().__init__()
             self.shapes: list[int] = []
@@ -222,25 +223,25 @@ def test_a_tail_of_one_sample_joins_the_batch_before_it_where_there_is_batch_nor
     order = torch.randperm(45, generator=torch.Generator().manual_seed(0)).tolist()
     clients = Partition.from_lists([order[:9], order[9:26], order[26:45]])
     module = recorder(batch_norm=True, dropout=0.0)
-    start = by_hand.state_of(module)
-    by_hand.fit(
+    start = reference_loop.state_of(module)
+    reference_loop.fit(
         module, DataLoader(indexed(), batch_size=8, shuffle=True), strategy={"partitioner": clients}, max_epochs=2
     )
 
     def merged(client: int, number: int) -> Batches:
-        batches = by_hand.passes(clients)(client, number)
+        batches = reference_loop.passes(clients)(client, number)
         return batches if len(batches[-1]) > 1 else [*batches[:-2], batches[-2] + batches[-1]]
 
-    assert module.seen == by_hand.seen(range(2), clients, merged)
+    assert module.seen == reference_loop.seen(range(2), clients, merged)
     assert {len(batch) for batch in module.seen} == {9, 8, 3}
     plain = reference.make_module(batch_norm=True, dropout=0.0)
     plain.load_state_dict(start)
-    run = by_hand.fed_avg(plain, by_hand.data(), clients, merged)
+    run = reference_loop.fed_avg(plain, reference_loop.data(), clients, merged)
     next(run)
-    assert by_hand.same(module.state_dict(), next(run))
+    assert reference_loop.same(module.state_dict(), next(run))
     # Without BatchNorm a batch of one is a batch.
     module = recorder()
-    by_hand.fit(
+    reference_loop.fit(
         module, DataLoader(indexed(), batch_size=8, shuffle=True), strategy={"partitioner": clients}, max_epochs=1
     )
     assert {len(batch) for batch in module.seen} == {1, 8, 3}
@@ -274,8 +275,8 @@ class FromDict(reference.Classifier):
 def test_other_datasets_give_the_same_model(kind: type[reference.Classifier], make: Callable[..., Any]) -> None:
     torch.manual_seed(0)
     module = kind()
-    by_hand.fit(module, DataLoader(make(by_hand.data()), batch_size=8, shuffle=True), max_epochs=2)
-    assert by_hand.same(module.state_dict(), by_hand.models(2)[-1])
+    reference_loop.fit(module, DataLoader(make(reference_loop.data()), batch_size=8, shuffle=True), max_epochs=2)
+    assert reference_loop.same(module.state_dict(), reference_loop.models(2)[-1])
 
 
 def test_a_datamodule_and_the_modules_own_loader_give_the_same_model() -> None:
@@ -287,7 +288,7 @@ def test_a_datamodule_and_the_modules_own_loader_give_the_same_model() -> None:
 
         def setup(self, stage: str) -> None:
             calls.append(stage)
-            self.samples = by_hand.data()
+            self.samples = reference_loop.data()
 
         def train_dataloader(self) -> DataLoader[Any]:
             return reference.loader(self.samples)
@@ -295,22 +296,22 @@ def test_a_datamodule_and_the_modules_own_loader_give_the_same_model() -> None:
         def teardown(self, stage: str) -> None:
             calls.append("teardown")
 
-    class WithData(by_hand.Validated):
+    class WithData(reference_loop.Validated):
         def train_dataloader(self) -> DataLoader[Any]:
-            return reference.loader(by_hand.data())
+            return reference.loader(reference_loop.data())
 
-    strategy = {"partitioner": by_hand.partition()}
+    strategy = {"partitioner": reference_loop.partition()}
     torch.manual_seed(0)
-    first, second = by_hand.Validated(), WithData()
+    first, second = reference_loop.Validated(), WithData()
     second.load_state_dict(first.state_dict())
     trainer = reference.quiet_trainer(strategy=sequential(**strategy), max_epochs=2)  # type: ignore[arg-type]
     trainer.fit(first, datamodule=Data())
     assert calls == ["prepare", "fit", "teardown"]
     trainer = reference.quiet_trainer(strategy=sequential(**strategy), max_epochs=2)  # type: ignore[arg-type]
     trainer.fit(second)
-    third = by_hand.models(2)[-1]
-    assert by_hand.same(first.state_dict(), third)
-    assert by_hand.same(second.state_dict(), third)
+    third = reference_loop.models(2)[-1]
+    assert reference_loop.same(first.state_dict(), third)
+    assert reference_loop.same(second.state_dict(), third)
 
 
 class Odd(DataLoader[Any]):
@@ -328,23 +329,23 @@ class Odd(DataLoader[Any]):
 @pytest.mark.parametrize("made", ["before", "in the hook"])
 def test_a_loader_class_may_be_constructed_as_it_likes(made: str) -> None:
     def make() -> Odd:
-        loader = Odd(by_hand.data(), 8)
+        loader = Odd(reference_loop.data(), 8)
         loader.scale = 0.5
         return loader
 
-    class WithData(by_hand.Validated):
+    class WithData(reference_loop.Validated):
         def train_dataloader(self) -> DataLoader[Any]:
             return make()
 
     torch.manual_seed(0)
     module = WithData()
-    strategy = sequential(partitioner=by_hand.partition())
+    strategy = sequential(partitioner=reference_loop.partition())
     reference.quiet_trainer(strategy=strategy, max_epochs=2).fit(module, make() if made == "before" else None)
-    assert by_hand.same(module.state_dict(), by_hand.models(2, fetch=halved)[-1])
+    assert reference_loop.same(module.state_dict(), reference_loop.models(2, fetch=halved)[-1])
 
 
 def halved(positions: list[int]) -> list[Tensor]:
-    inputs, labels = by_hand.data()[positions]
+    inputs, labels = reference_loop.data()[positions]
     return [inputs * 0.5, labels]
 
 
@@ -400,9 +401,9 @@ class Unpacks(reference.Classifier):
 def test_batches_of_any_kind_from_a_custom_collate_function(collate: Callable[..., Any], workers: int) -> None:
     torch.manual_seed(0)
     module = Unpacks()
-    loader = DataLoader(by_hand.data(), batch_size=8, shuffle=True, collate_fn=collate, num_workers=workers)
-    by_hand.fit(module, loader, max_epochs=1)
-    assert by_hand.same(module.state_dict(), by_hand.models(1)[-1])
+    loader = DataLoader(reference_loop.data(), batch_size=8, shuffle=True, collate_fn=collate, num_workers=workers)
+    reference_loop.fit(module, loader, max_epochs=1)
+    assert reference_loop.same(module.state_dict(), reference_loop.models(1)[-1])
 
 
 # ---- workers
@@ -418,9 +419,9 @@ def test_batches_of_any_kind_from_a_custom_collate_function(collate: Callable[..
     ],
 )
 def test_workers_give_the_same_model(options: dict[str, Any]) -> None:
-    loader = DataLoader(by_hand.data(), batch_size=8, shuffle=True, **options)
-    _, module = by_hand.fit(None, loader, max_epochs=3)
-    assert by_hand.same(module.state_dict(), by_hand.models(3)[-1])
+    loader = DataLoader(reference_loop.data(), batch_size=8, shuffle=True, **options)
+    _, module = reference_loop.fit(None, loader, max_epochs=3)
+    assert reference_loop.same(module.state_dict(), reference_loop.models(3)[-1])
 
 
 def start_worker(worker: int) -> None:
@@ -444,7 +445,7 @@ class Watched(DataLoader[Any]):
         return [batch[0] * self.scale, *batch[1:]]
 
 
-class WithBonus(by_hand.Indexed):
+class WithBonus(reference_loop.Indexed):
     bonus = 0
 
     def __getitem__(self, index: int) -> tuple[Tensor, ...]:
@@ -464,9 +465,9 @@ def test_one_loader_with_the_users_settings_streams_all_clients_of_a_round(persi
         "collate_fn": lambda samples: torch.utils.data.default_collate(samples),
         "multiprocessing_context": "fork",
     }
-    loader = Watched(WithBonus(by_hand.data()), 0.5, batch_size=8, shuffle=True, **settings)
+    loader = Watched(WithBonus(reference_loop.data()), 0.5, batch_size=8, shuffle=True, **settings)
     module = recorder()
-    by_hand.fit(module, loader, max_epochs=3)
+    reference_loop.fit(module, loader, max_epochs=3)
     assert len(Watched.iterated) == 3
     assert len(set(Watched.iterated)) == 1
     used = Watched.iterated[0]
@@ -475,12 +476,12 @@ def test_one_loader_with_the_users_settings_streams_all_clients_of_a_round(persi
     assert used.multiprocessing_context.get_start_method() == "fork"
     assert module.seen == [[position + 1000 for position in batch] for batch in expected(3)]
 
-    assert by_hand.same(module.state_dict(), by_hand.models(3, fetch=halved)[-1])
+    assert reference_loop.same(module.state_dict(), reference_loop.models(3, fetch=halved)[-1])
     if persistent:
         assert used._iterator is None, "workers must not outlive fit"
 
 
-class WorkerNames(by_hand.Indexed):
+class WorkerNames(reference_loop.Indexed):
     def __getitem__(self, index: int) -> tuple[Tensor, ...]:
         inputs, labels, _ = super().__getitem__(index)
         return inputs, labels, torch.tensor(os.getpid())
@@ -488,13 +489,13 @@ class WorkerNames(by_hand.Indexed):
 
 @pytest.mark.parametrize(("persistent", "processes"), [(True, 2), (False, 6)])
 def test_persistent_workers_serve_every_round(persistent: bool, processes: int) -> None:
-    loader = DataLoader(WorkerNames(by_hand.data()), batch_size=8, num_workers=2, persistent_workers=persistent)
+    loader = DataLoader(WorkerNames(reference_loop.data()), batch_size=8, num_workers=2, persistent_workers=persistent)
     assert len(set(flat(seen(loader, rounds=3)))) == processes
 
 
 def test_out_of_order_workers_are_put_in_order() -> None:
     Watched.iterated = []
-    by_hand.fit(recorder(), Watched(indexed(), 1.0, batch_size=8, num_workers=2, in_order=False), max_epochs=1)
+    reference_loop.fit(recorder(), Watched(indexed(), 1.0, batch_size=8, num_workers=2, in_order=False), max_epochs=1)
     assert [loader.in_order for loader in Watched.iterated] == [True]
 
 
@@ -516,13 +517,13 @@ class Noisy(Dataset[tuple[Tensor, Tensor]]):
 
 
 def test_augmentation_in_the_main_process_draws_from_the_client() -> None:
-    noisy = Noisy(by_hand.data())
-    _, module = by_hand.fit(None, DataLoader(noisy, batch_size=8, shuffle=True), max_epochs=2)
+    noisy = Noisy(reference_loop.data())
+    _, module = reference_loop.fit(None, DataLoader(noisy, batch_size=8, shuffle=True), max_epochs=2)
 
     def fetch(positions: list[int]) -> list[Tensor]:
         return torch.utils.data.default_collate([noisy[position] for position in positions])
 
-    assert by_hand.same(module.state_dict(), by_hand.models(2, fetch=fetch)[-1])
+    assert reference_loop.same(module.state_dict(), reference_loop.models(2, fetch=fetch)[-1])
 
 
 @pytest.mark.parametrize("batch_size", [8, None])
@@ -543,13 +544,13 @@ def test_augmentation_in_workers_does_not_depend_on_how_many_there_are(batch_siz
         module = Kept()
         # Whatever the main process drew before must not matter either.
         torch.rand(workers)
-        loader = DataLoader(Noisy(by_hand.data()), batch_size=batch_size, shuffle=True, num_workers=workers)
-        by_hand.fit(module, loader, max_epochs=2)
+        loader = DataLoader(Noisy(reference_loop.data()), batch_size=batch_size, shuffle=True, num_workers=workers)
+        reference_loop.fit(module, loader, max_epochs=2)
         runs.append(torch.cat(module.inputs))
     assert torch.equal(runs[0], runs[1])
     assert torch.equal(runs[0], runs[2])
     order = flat(expected(batch_size=batch_size or 1))
-    noise = runs[0] - by_hand.data().tensors[0][order]
+    noise = runs[0] - reference_loop.data().tensors[0][order]
     assert len(noise.unique(dim=0)) == len(order), "no two samples share their noise, also not in another round"
 
 
@@ -571,8 +572,8 @@ def test_random_transfer_hooks_draw_from_the_client_whoever_is_first(per_round: 
     torch.manual_seed(0)
     module = Transfers()
     strategy = {"clients_per_round": per_round}
-    by_hand.fit(module, noisy_loader(), strategy=strategy, max_epochs=3)
-    noisy, plain = Noisy(by_hand.data()), Transfers()
+    reference_loop.fit(module, noisy_loader(), strategy=strategy, max_epochs=3)
+    noisy, plain = Noisy(reference_loop.data()), Transfers()
 
     def fetch(positions: list[int]) -> list[Tensor]:
         batch = torch.utils.data.default_collate([noisy[position] for position in positions])
@@ -580,11 +581,11 @@ def test_random_transfer_hooks_draw_from_the_client_whoever_is_first(per_round: 
         batch = plain.transfer_batch_to_device(batch, torch.device("cpu"), 0)
         return plain.on_after_batch_transfer(batch, 0)
 
-    assert by_hand.same(module.state_dict(), by_hand.models(3, fetch=fetch, per_round=per_round)[-1])
+    assert reference_loop.same(module.state_dict(), reference_loop.models(3, fetch=fetch, per_round=per_round)[-1])
 
 
 def noisy_loader() -> DataLoader[Any]:
-    return DataLoader(Noisy(by_hand.data()), batch_size=8, shuffle=True)
+    return DataLoader(Noisy(reference_loop.data()), batch_size=8, shuffle=True)
 
 
 def draw() -> tuple[float, float, float]:
@@ -608,8 +609,8 @@ def test_the_users_generators_are_untouched(workers: int) -> None:
         module = Transfers()
         randomness.seed_globals(7, torch.device("cpu"))
         between.append([])
-        loader = DataLoader(Noisy(by_hand.data()), batch_size=8, shuffle=True, num_workers=workers)
-        by_hand.fit(module, loader, strategy={"clients_per_round": per_round}, callbacks=[Draws()], max_epochs=2)
+        loader = DataLoader(Noisy(reference_loop.data()), batch_size=8, shuffle=True, num_workers=workers)
+        reference_loop.fit(module, loader, strategy={"clients_per_round": per_round}, callbacks=[Draws()], max_epochs=2)
         between[-1].append(draw())
     randomness.seed_globals(7, torch.device("cpu"))
     alone = [draw() for _ in range(2 * 4 + 1)]
@@ -627,7 +628,7 @@ def test_a_failing_round_leaves_the_users_generators_as_well() -> None:
         module = Transfers()
         loader = noisy_loader()
         if error_in == "first batch":
-            loader = DataLoader(Fails(by_hand.data()), batch_size=8)
+            loader = DataLoader(Fails(reference_loop.data()), batch_size=8)
         else:
 
             def fail(*args: object) -> None:
@@ -637,7 +638,7 @@ def test_a_failing_round_leaves_the_users_generators_as_well() -> None:
             module = type("Broken", (Transfers,), {name: fail})()
         randomness.seed_globals(7, torch.device("cpu"))
         with pytest.raises(LookupError, match="on purpose"):
-            by_hand.fit(module, loader, max_epochs=2)
+            reference_loop.fit(module, loader, max_epochs=2)
         after = draw()
         randomness.seed_globals(7, torch.device("cpu"))
         assert after == draw(), error_in

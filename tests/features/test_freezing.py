@@ -17,7 +17,7 @@ from torch.nn.utils.parametrizations import weight_norm
 from lightning_fedscale import FederatedStrategy, aggregators, compressors, local_rules, server
 from lightning_fedscale.callbacks import CriticalPhase
 from lightning_fedscale.server.asynchrony import FedBuff
-from tests.features import by_hand
+from tests.features import reference_loop
 from tests.laws import reference
 from tests.unit.test_contracts import example
 
@@ -183,7 +183,7 @@ def outcome(trainer: pl.Trainer) -> dict[str, Any]:
     module, optimizer = trainer.lightning_module, trainer.optimizers[0]
     names = {id(parameter): name for name, parameter in module.named_parameters()}
     return {
-        "model": by_hand.state_of(module),
+        "model": reference_loop.state_of(module),
         "trainable": [name for name, parameter in module.named_parameters() if parameter.requires_grad],
         "modes": {n: (m.training, getattr(m, "track_running_stats", None)) for n, m in module.named_modules()},
         "groups": [[names[id(p)] for p in group["params"]] for group in optimizer.param_groups],
@@ -193,7 +193,7 @@ def outcome(trainer: pl.Trainer) -> dict[str, Any]:
 
 def same(left: dict[str, Any], right: dict[str, Any]) -> bool:
     rest = all(left[key] == right[key] for key in ("trainable", "modes", "groups", "options"))
-    return rest and by_hand.same(left["model"], right["model"])
+    return rest and reference_loop.same(left["model"], right["model"])
 
 
 @pytest.mark.parametrize("name", RUNS)
@@ -226,7 +226,7 @@ def test_one_client_learns_what_the_plain_trainer_learns(name: str) -> None:
         trainer = reference.quiet_trainer(max_epochs=4, strategy=strategy, callbacks=callbacks())
         trainer.fit(module, reference.loader(data, 16, shuffle=False))
         results.append(outcome(trainer))
-    assert by_hand.same(results[0]["model"], results[1]["model"])
+    assert reference_loop.same(results[0]["model"], results[1]["model"])
     assert results[0]["trainable"] == results[1]["trainable"]
 
 
@@ -366,10 +366,10 @@ class Frozen(Callback):
 @pytest.mark.parametrize("executor", ["sequential", "vectorized"])
 def test_a_round_in_which_nothing_can_be_learnt_is_refused(executor: Any) -> None:
     torch.manual_seed(0)
-    module, snapshots = Model(), by_hand.Snapshots()
+    module, snapshots = Model(), reference_loop.Snapshots()
     strategy = FederatedStrategy(num_clients=3, executor=executor)
     trainer = reference.quiet_trainer(max_epochs=4, strategy=strategy, callbacks=[Frozen(), snapshots])
     with pytest.raises(ValueError, match="has 9 parameter tensors and none is trainable"):
         trainer.fit(module, reference.loader(reference.dataset(48)))
     assert trainer.global_step == 2
-    assert by_hand.same(by_hand.state_of(module), snapshots.after_round[-1])
+    assert reference_loop.same(reference_loop.state_of(module), snapshots.after_round[-1])

@@ -20,7 +20,7 @@ from torchmetrics import MeanMetric, SumMetric
 
 from lightning_fedscale.core.executors import ClientLog
 from lightning_fedscale.core.lightning import client_log
-from tests.features import by_hand, local_loops
+from tests.features import local_loops, reference_loop
 from tests.laws import reference
 from tests.strategies import sequential
 
@@ -136,7 +136,7 @@ def test_same_bits_as_the_plain_trainer(
     for strategy in ("auto", sequential(num_clients=1, client_optimizer="keep")):
         module, epochs = kind(), Epochs()
         trainer = reference.quiet_trainer(strategy=strategy, max_epochs=3, callbacks=[epochs], precision=precision)
-        trainer.fit(module, reference.loader(by_hand.data(), shuffle=False))
+        trainer.fit(module, reference.loader(reference_loop.data(), shuffle=False))
         found.append(epochs.found)
         seen.append(module.seen)
     assert len(found[0][-1]) > 30
@@ -164,7 +164,7 @@ def test_only_first_calls_go_through_lightning(monkeypatch: pytest.MonkeyPatch) 
         through(self, fx, name, *args, **kwargs)
 
     monkeypatch.setattr(_ResultCollection, "log", counted)
-    by_hand.fit(Means(), max_epochs=3)
+    reference_loop.fit(Means(), max_epochs=3)
     assert sorted(calls) == ["both", "epoch", "hidden", "python", "step"]
 
 
@@ -211,7 +211,7 @@ BAD_CALLS: dict[str, Callable[[Any], None]] = {
 def complaint(module: pl.LightningModule, strategy: object) -> tuple[type, str]:
     with pytest.raises(Exception) as caught:  # noqa: PT011
         reference.quiet_trainer(strategy=strategy, max_epochs=2).fit(
-            module, reference.loader(by_hand.data(), shuffle=False)
+            module, reference.loader(reference_loop.data(), shuffle=False)
         )
     assert any(entry.name in ("<lambda>", "on_after_batch_transfer") for entry in caught.traceback)
     return caught.type, str(caught.value)
@@ -239,8 +239,8 @@ class Prefixed(Means):
 
 
 def test_a_log_of_the_users_own() -> None:
-    trainer, _ = by_hand.fit(Prefixed(), max_epochs=2)
-    plain, _ = by_hand.fit(Means(), max_epochs=2)
+    trainer, _ = reference_loop.fit(Prefixed(), max_epochs=2)
+    plain, _ = reference_loop.fit(Means(), max_epochs=2)
     for name in ("step", "both", "both_epoch", "epoch", "python"):
         assert trainer.callback_metrics[f"train/{name}"] == plain.callback_metrics[name]
 
@@ -257,7 +257,7 @@ class Copies(pl.Callback):
 
 def test_copies_made_inside_a_client_have_their_own_log() -> None:
     callback = Copies()
-    _, module = by_hand.fit(Means(), callbacks=[callback], max_epochs=1)
+    _, module = reference_loop.fit(Means(), callbacks=[callback], max_epochs=1)
     assert "log" not in vars(module)
     assert len(callback.copies) == 8
     for own in callback.copies:
@@ -275,7 +275,7 @@ class Fails(Means):
 def test_after_a_client_failed() -> None:
     module = Fails()
     with pytest.raises(RuntimeError, match="in the middle"):
-        by_hand.fit(module, max_epochs=3)
+        reference_loop.fit(module, max_epochs=3)
     assert "log" not in vars(module)
     assert "metrics" not in vars(module.trainer.fit_loop.epoch_loop._results)
 
@@ -309,9 +309,17 @@ class Points(Logger):
 
 
 def expected_points(rounds: int, every: int) -> list[tuple[str, int, float]]:
-    clients, inputs = by_hand.partition(), by_hand.data().tensors[0].double()
-    batches = by_hand.seen(range(rounds), clients, by_hand.passes(clients), 3)
-    assert len({len(by_hand.seen(range(r, r + 1), clients, by_hand.passes(clients), 3)) for r in range(rounds)}) > 1
+    clients, inputs = reference_loop.partition(), reference_loop.data().tensors[0].double()
+    batches = reference_loop.seen(range(rounds), clients, reference_loop.passes(clients), 3)
+    assert (
+        len(
+            {
+                len(reference_loop.seen(range(r, r + 1), clients, reference_loop.passes(clients), 3))
+                for r in range(rounds)
+            }
+        )
+        > 1
+    )
     due = [(i + 1, float(inputs[batch].mean())) for i, batch in enumerate(batches) if (i + 1) % every == 0]
     factors = {"client/step": 1, "client/both": 2, "client/python": 3}
     return sorted((name, step, factor * mean) for name, factor in factors.items() for step, mean in due)
@@ -319,7 +327,7 @@ def expected_points(rounds: int, every: int) -> list[tuple[str, int, float]]:
 
 def fit_points(every: int | None, epochs: int, **options: Any) -> Points:
     points = Points()
-    by_hand.fit(
+    reference_loop.fit(
         Means(),
         strategy={"client_log_every_n": every, "clients_per_round": 3},
         logger=points,
@@ -345,7 +353,7 @@ class Skips(Means):
 
 def test_batches_that_were_not_trained_do_not_count() -> None:
     points = Points()
-    by_hand.fit(Skips(), strategy={"client_log_every_n": 1, "clients_per_round": 3}, logger=points, max_epochs=4)
+    reference_loop.fit(Skips(), strategy={"client_log_every_n": 1, "clients_per_round": 3}, logger=points, max_epochs=4)
     steps = [step for name, step, _ in points.of_clients() if name == "client/step"]
     assert steps == list(range(1, 1 + 3 * 4))
 

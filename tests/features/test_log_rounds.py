@@ -17,7 +17,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch import Tensor, nn
 
 from lightning_fedscale.types import RoundRecord
-from tests.features import by_hand, local_loops
+from tests.features import local_loops, reference_loop
 from tests.laws import reference
 
 NAMES = {
@@ -91,13 +91,13 @@ def test_every_round_is_one_point_in_every_logger(tmp_path: Path, rounds_per_epo
 @pytest.mark.parametrize("aggregator", ["mean", "uniform"])
 def test_values_follow_from_the_clients_deltas(aggregator: str) -> None:
     clients, records, module = local_loops.Clients(), Records(), local_loops.make(Norm)
-    before = by_hand.state_of(module)
+    before = reference_loop.state_of(module)
     strategy = {"clients_per_round": 3, "aggregator": aggregator, "local_epochs": 2}
     trainer = local_loops.fit(module, 4, strategy=strategy, callbacks=[clients, records])
     trainable = sum(parameter.numel() for parameter in module.parameters())
-    partition, batches_of = by_hand.partition(), by_hand.passes(by_hand.partition(), shuffle=False)
+    partition, batches_of = reference_loop.partition(), reference_loop.passes(reference_loop.partition(), shuffle=False)
     for round, (deltas, record) in enumerate(zip(clients.deltas, records.records, strict=True)):
-        cohort = by_hand.cohort(round, partition, 3)
+        cohort = reference_loop.cohort(round, partition, 3)
         assert record.clients.tolist() == cohort == sorted(deltas)
         held = [len(partition.client(client)) for client in cohort]
         shares = [h / sum(held) for h in held] if aggregator == "mean" else [1 / 3] * 3

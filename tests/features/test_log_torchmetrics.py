@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader
 from torchmetrics import MeanMetric, Metric, MetricCollection, SumMetric
 from torchmetrics.classification import MulticlassAccuracy, MulticlassConfusionMatrix, MulticlassF1Score
 
-from tests.features import by_hand, local_loops
+from tests.features import local_loops, reference_loop
 from tests.laws import reference
 
 
@@ -64,7 +64,7 @@ class Measured(reference.Classifier):
 
 
 def right(positions: list[int]) -> Tensor:
-    inputs, labels = by_hand.data().tensors
+    inputs, labels = reference_loop.data().tensors
     return (labels_of(inputs[positions]) == labels[positions]).double()
 
 
@@ -83,14 +83,14 @@ def test_metrics_count_every_local_batch_of_the_epochs_rounds() -> None:
         3,
         rounds_per_epoch=2,
         strategy={"clients_per_round": 3},
-        val=DataLoader(by_hand.data(), batch_size=10),
+        val=DataLoader(reference_loop.data(), batch_size=10),
         callbacks=[Collect()],
     )
-    clients = by_hand.partition()
-    inputs, labels = by_hand.data().tensors
+    clients = reference_loop.partition()
+    inputs, labels = reference_loop.data().tensors
     for epoch, got in enumerate(epochs[1:]):
         rounds = range(2 * epoch, 2 * epoch + 2)
-        batches = by_hand.seen(rounds, clients, by_hand.passes(clients, shuffle=False), 3)
+        batches = reference_loop.seen(rounds, clients, reference_loop.passes(clients, shuffle=False), 3)
         seen = [position for batch in batches for position in batch]
         assert len(seen) > 45
         assert got["accuracy_epoch"] == pytest.approx(float(right(seen).mean()))
@@ -153,8 +153,8 @@ def test_a_metric_that_holds_a_network() -> None:
     twin = local_loops.make(WithNetwork)
     trainer = local_loops.fit(module, 2)
 
-    clients, inputs = by_hand.partition(), by_hand.data().tensors[0]
-    batches = by_hand.seen(range(2), clients, by_hand.passes(clients, shuffle=False))
+    clients, inputs = reference_loop.partition(), reference_loop.data().tensors[0]
+    batches = reference_loop.seen(range(2), clients, reference_loop.passes(clients, shuffle=False))
     twin.distance.train()
     for batch in batches[:7]:
         twin.distance.update(inputs[batch])

@@ -13,7 +13,7 @@ from lightning.pytorch.loggers import CSVLogger
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from tests.features import by_hand
+from tests.features import reference_loop
 from tests.laws import reference
 from tests.strategies import sequential
 
@@ -107,9 +107,9 @@ class Collect(pl.Callback):
 
 def hand_computed(epoch: int) -> dict[str, float]:
     """What the epoch's values must be, from the batches' means and sizes alone, in float64."""
-    clients, inputs = by_hand.partition(), by_hand.data().tensors[0].double()
+    clients, inputs = reference_loop.partition(), reference_loop.data().tensors[0].double()
     rounds = range(epoch * ROUNDS_PER_EPOCH, (epoch + 1) * ROUNDS_PER_EPOCH)
-    batches = by_hand.seen(rounds, clients, by_hand.passes(clients), PER_ROUND)
+    batches = reference_loop.seen(rounds, clients, reference_loop.passes(clients), PER_ROUND)
     means = torch.stack([inputs[batch].mean() for batch in batches])
     sizes = torch.tensor([float(len(batch)) for batch in batches])
     assert len(set(sizes.tolist())) > 2
@@ -142,13 +142,13 @@ def hand_computed(epoch: int) -> dict[str, float]:
 def run(tmp_path: Path) -> tuple[pl.Trainer, Collect]:
     collect = Collect()
     strategy = sequential(
-        partitioner=by_hand.partition(), clients_per_round=PER_ROUND, rounds_per_epoch=ROUNDS_PER_EPOCH
+        partitioner=reference_loop.partition(), clients_per_round=PER_ROUND, rounds_per_epoch=ROUNDS_PER_EPOCH
     )
     trainer = reference.quiet_trainer(
         strategy=strategy, max_epochs=EPOCHS, callbacks=[collect], logger=CSVLogger(tmp_path, name="", version="")
     )
-    loader = reference.loader(by_hand.data())
-    trainer.fit(Logs(), loader, DataLoader(by_hand.data(), batch_size=7))
+    loader = reference.loader(reference_loop.data())
+    trainer.fit(Logs(), loader, DataLoader(reference_loop.data(), batch_size=7))
     return trainer, collect
 
 
@@ -175,14 +175,14 @@ def test_progress_bar_values(run: tuple[pl.Trainer, Collect]) -> None:
 def test_logged_values(run: tuple[pl.Trainer, Collect], tmp_path: Path) -> None:
     """A round's step value is that of its last local batch; epoch values come once an epoch, at its last round."""
     table = pd.read_csv(tmp_path / "metrics.csv")
-    clients, inputs = by_hand.partition(), by_hand.data().tensors[0].double()
-    batches = by_hand.passes(clients)
+    clients, inputs = reference_loop.partition(), reference_loop.data().tensors[0].double()
+    batches = reference_loop.passes(clients)
     for name in ("default", "per_step", "both_step", "synced_step", "hooks/start_step", "hooks/end_step"):
         rows = table[table[name].notna()]
         # Every second round, as there are two in an epoch: log_every_n_steps is never more than that.
         assert rows["step"].tolist() == [1, 3, 5], name
         for round, value in zip(rows["step"], rows[name], strict=True):
-            last = by_hand.seen(range(round, round + 1), clients, batches, PER_ROUND)[-1]
+            last = reference_loop.seen(range(round, round + 1), clients, batches, PER_ROUND)[-1]
             assert value == pytest.approx(float(inputs[last].mean()), rel=1e-5)
     for name in ("per_epoch", "both_epoch", "sum", "count", "hooks/epoch_end", "hooks/gradient"):
         rows = table[table[name].notna()]
@@ -196,8 +196,8 @@ def test_one_client_logs_what_the_plain_trainer_logs() -> None:
     for strategy in ("auto", sequential(num_clients=1, client_optimizer="keep")):
         collect = Collect()
         trainer = reference.quiet_trainer(strategy=strategy, max_epochs=2, callbacks=[collect])
-        loader = reference.loader(by_hand.data(), shuffle=False)
-        trainer.fit(Logs(), loader, DataLoader(by_hand.data(), batch_size=7))
+        loader = reference.loader(reference_loop.data(), shuffle=False)
+        trainer.fit(Logs(), loader, DataLoader(reference_loop.data(), batch_size=7))
         kept = [
             {k: v for k, v in epoch.items() if not k.startswith("round/") and k != "callback/round"}
             for epoch in collect.epochs
@@ -224,9 +224,9 @@ def test_round_loss_is_the_epoch_mean_of_the_loss() -> None:
             if trainer.current_epoch:
                 pairs.append(tuple(float(trainer.callback_metrics[n]) for n in ("train_loss", "round/loss")))  # type: ignore[arg-type]
 
-    strategy = sequential(partitioner=by_hand.partition(), clients_per_round=2)
+    strategy = sequential(partitioner=reference_loop.partition(), clients_per_round=2)
     trainer = reference.quiet_trainer(strategy=strategy, max_epochs=5, callbacks=[Watch()])
-    trainer.fit(module, reference.loader(by_hand.data()))
+    trainer.fit(module, reference.loader(reference_loop.data()))
     assert len(pairs) == 4
     for logged, recorded in pairs:
         assert logged == pytest.approx(recorded, rel=1e-6)

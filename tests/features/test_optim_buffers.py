@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tests.features import by_hand, local_loops
+from tests.features import local_loops, reference_loop
 from tests.features.local_loops import Model, check
 
 
@@ -53,10 +53,10 @@ def test_integer_and_boolean_buffers() -> None:
     assert bool(after["flags"][0])
     assert int(after["seen"]) > 0
     # Two clients a round with n_k samples in b_k batches: the mean of b_k, weighted by n_k, is added every round.
-    sizes, batches = by_hand.SIZES, (1, 1, 2, 3)
+    sizes, batches = reference_loop.SIZES, (1, 1, 2, 3)
     expected = 0.0
     for round in range(4):
-        cohort = by_hand.cohort(round, by_hand.partition(), 2)
+        cohort = reference_loop.cohort(round, reference_loop.partition(), 2)
         expected += sum(sizes[c] * batches[c] for c in cohort) / sum(sizes[c] for c in cohort)
     assert float(trainer.lightning_module.hidden) == pytest.approx(expected)  # type: ignore[arg-type, union-attr]
 
@@ -99,9 +99,9 @@ def test_buffers_that_are_not_finite() -> None:
     assert torch.equal(module.mask, mask)
     assert module.unset.isnan()
     assert trainer.strategy.last_round.rejected == ()  # type: ignore[attr-defined]
-    data, clients = by_hand.data().tensors[0], by_hand.partition()
+    data, clients = reference_loop.data().tensors[0], reference_loop.partition()
     lowest = [data[torch.tensor(clients.client(c))].min(0).values.double() for c in range(4)]
-    expected = sum(size * low for size, low in zip(by_hand.SIZES, lowest, strict=True)) / 45
+    expected = sum(size * low for size, low in zip(reference_loop.SIZES, lowest, strict=True)) / 45
     assert torch.allclose(module.lowest.double(), expected, atol=1e-6)  # type: ignore[arg-type]
 
 

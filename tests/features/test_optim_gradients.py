@@ -11,7 +11,7 @@ from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from tests.features import by_hand, local_loops
+from tests.features import local_loops, reference_loop
 from tests.features.local_loops import Batches
 from tests.laws import reference
 
@@ -21,7 +21,7 @@ class Module(reference.Classifier):
         super().__init__(dropout=0.3)
 
 
-def loop(rounds: int, **options: Any) -> list[by_hand.State]:
+def loop(rounds: int, **options: Any) -> list[reference_loop.State]:
     module = local_loops.make(Module)
 
     def local(round: int, client: int, batches: Batches) -> None:
@@ -100,7 +100,7 @@ def test_accumulation_counts_within_the_client(accumulate: int, rounds_per_epoch
 
 
 def test_accumulation_schedule() -> None:
-    module, snapshots = local_loops.make(Module), by_hand.Snapshots()
+    module, snapshots = local_loops.make(Module), reference_loop.Snapshots()
     local_loops.fit(module, 4, callbacks=[GradientAccumulationScheduler({0: 1, 2: 3}), snapshots])
     expected = loop(4, accumulate=lambda round: 3 if round >= 2 else 1)
     for got, right in zip(snapshots.after_round, expected[1:], strict=True):
@@ -125,7 +125,7 @@ class Doubling(pl.Callback):
 )
 def test_accumulation_set_by_a_callback_of_the_projects_own(hook: str) -> None:
     """Also back to 1, which is what the Trainer has for rounds."""
-    module, snapshots = local_loops.make(Module), by_hand.Snapshots()
+    module, snapshots = local_loops.make(Module), reference_loop.Snapshots()
     chosen = Doubling(hook, {0: 2, 2: 1} if hook != "on_train_start" else {0: 2})
     local_loops.fit(module, 4, callbacks=[chosen, snapshots], accumulate_grad_batches=3)
     every = {"on_train_start": [2] * 4, "on_train_epoch_end": [3, 2, 2, 1]}.get(hook, [2, 2, 1, 1])
@@ -156,9 +156,9 @@ def test_losses_are_reported_whole_under_accumulation() -> None:
         logged.append(float(trainer.callback_metrics["round/loss"]))
     # The first batch of each client sees the same weights in both runs, and clients 0 and 1 have no other.
     assert outputs[:2] == outputs[7:9]
-    clients = by_hand.partition()
+    clients = reference_loop.partition()
     start = local_loops.make(Module)
-    data = by_hand.data().tensors
+    data = reference_loop.data().tensors
     total = 0.0
     for client in range(4):
         indices = torch.tensor(sorted(clients.client(client).tolist()))

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_fedscale import server
-from tests.features import by_hand, local_loops
+from tests.features import local_loops, reference_loop
 from tests.features.local_loops import Batches
 from tests.laws import reference
 
@@ -162,7 +162,7 @@ def test_a_kept_optimizer_that_saw_nan_is_dropped_and_its_update_left_out() -> N
 
     expected = local_loops.rounds(expected_module, local, 4)
     module = local_loops.make(Spoilt, build=BUILDERS["adam"])
-    snapshots = by_hand.Snapshots()
+    snapshots = reference_loop.Snapshots()
     with pytest.warns(UserWarning, match=r"round 1: left out 1 client\(s\).*: 2\."):
         local_loops.fit(module, 4, strategy={"client_optimizer": "keep"}, callbacks=[local_loops.Clients(), snapshots])
     for got, right in zip(snapshots.after_round, expected[1:], strict=True):
@@ -183,7 +183,7 @@ def test_diloco() -> None:
         by_closure(expected_module, batches, optimizer)
         kept[client] = optimizer.state_dict()
 
-    def outer(model: by_hand.State, delta: by_hand.State) -> by_hand.State:
+    def outer(model: reference_loop.State, delta: reference_loop.State) -> reference_loop.State:
         moved = {}
         for name, value in model.items():
             velocity[name] = 0.9 * velocity.get(name, torch.zeros_like(value)) + delta[name]
@@ -203,7 +203,7 @@ def test_diloco() -> None:
 
 
 def test_uniform_weights() -> None:
-    def by_hand_with(weigh: Callable[[int], float]) -> by_hand.State:
+    def loop_with(weigh: Callable[[int], float]) -> reference_loop.State:
         module = local_loops.make(Module, build=BUILDERS["sgd"])
 
         def local(round: int, client: int, batches: Batches) -> None:
@@ -213,8 +213,8 @@ def test_uniform_weights() -> None:
 
     module = local_loops.make(Module, build=BUILDERS["sgd"])
     trainer = local_loops.fit(module, 3, strategy={"aggregator": "uniform"})
-    assert reference.difference(module.state_dict(), by_hand_with(lambda held: 1.0)) == 0.0
-    assert reference.difference(module.state_dict(), by_hand_with(float)) > 1e-3
+    assert reference.difference(module.state_dict(), loop_with(lambda held: 1.0)) == 0.0
+    assert reference.difference(module.state_dict(), loop_with(float)) > 1e-3
     assert trainer.strategy.last_round.weights.tolist() == [0.25] * 4  # type: ignore[attr-defined]
 
 

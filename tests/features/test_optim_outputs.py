@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from tests.features import by_hand, local_loops
+from tests.features import local_loops, reference_loop
 from tests.features.local_loops import Batches
 from tests.laws import reference
 from tests.strategies import sequential
@@ -24,7 +24,7 @@ class Module(reference.Classifier):
         super().__init__(dropout=0.3)
 
 
-def loop(rounds: int, step: Callable[[Any, Optimizer, list[Tensor], int], None]) -> by_hand.State:
+def loop(rounds: int, step: Callable[[Any, Optimizer, list[Tensor], int], None]) -> reference_loop.State:
     module = local_loops.make(Module)
 
     def local(round: int, client: int, batches: Batches) -> None:
@@ -115,9 +115,9 @@ class Stopping(Module):
 def test_minus_one_ends_the_clients_round(workers: int) -> None:
     """The next client gets its own batches all the same."""
     module = local_loops.make(Stopping)
-    strategy = sequential(partitioner=by_hand.partition())
+    strategy = sequential(partitioner=reference_loop.partition())
     trainer = reference.quiet_trainer(strategy=strategy, max_epochs=2)
-    trainer.fit(module, torch.utils.data.DataLoader(by_hand.data(), batch_size=8, num_workers=workers))
+    trainer.fit(module, torch.utils.data.DataLoader(reference_loop.data(), batch_size=8, num_workers=workers))
     assert module.started == [0, 0, 0, 1, 0, 1] * 2
 
     def step(by_loop: Any, optimizer: Optimizer, batch: list[Tensor], index: int) -> None:

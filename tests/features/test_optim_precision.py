@@ -11,7 +11,7 @@ import pytest
 import torch
 from lightning.pytorch.plugins import MixedPrecision
 
-from tests.features import by_hand, local_loops
+from tests.features import local_loops, reference_loop
 from tests.features.local_loops import Batches
 from tests.laws import reference
 
@@ -98,7 +98,7 @@ def test_float16_with_loss_scaling() -> None:
 
     rounds = 12
     expected = local_loops.rounds(by_loop, local, rounds)
-    module, scales, snapshots = local_loops.make(reference.Classifier), Scales(), by_hand.Snapshots()
+    module, scales, snapshots = local_loops.make(reference.Classifier), Scales(), reference_loop.Snapshots()
     plugin = MixedPrecision("16-mixed", "cpu", new_scaler())
     local_loops.fit(module, rounds, plugins=[plugin], gradient_clip_val=0.5, callbacks=[scales, snapshots])
     for got, right in zip(snapshots.after_round, expected[1:], strict=True):

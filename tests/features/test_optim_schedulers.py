@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer, lr_scheduler
 from torch.utils.data import DataLoader
 
-from tests.features import by_hand, local_loops
+from tests.features import local_loops, reference_loop
 from tests.features.local_loops import Batches
 from tests.laws import reference
 
@@ -165,7 +165,7 @@ def test_plateau_on_a_validation_metric() -> None:
         return {"scheduler": scheduler, "monitor": "val_score"}
 
     module = local_loops.make(Validated, schedule=schedule)
-    local_loops.fit(module, len(SCRIPT), val=DataLoader(by_hand.data(), batch_size=16))
+    local_loops.fit(module, len(SCRIPT), val=DataLoader(reference_loop.data(), batch_size=16))
     rates = plateau(SCRIPT)
     assert rates == [0.1, 0.1, 0.1, 0.05, 0.025, 0.025, 0.0125, 0.00625]
     assert module.rates == repeated(rates)

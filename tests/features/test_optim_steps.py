@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_fedscale import FederatedStrategy
-from tests.features import by_hand, local_loops
+from tests.features import local_loops, reference_loop
 from tests.features.local_loops import Batches
 from tests.laws import reference
 
@@ -26,7 +26,7 @@ class Module(reference.Classifier):
         super().__init__(dropout=0.3)
 
 
-def loop(rounds: int, step: Callable[[Any, Optimizer, list[Tensor], int], None]) -> by_hand.State:
+def loop(rounds: int, step: Callable[[Any, Optimizer, list[Tensor], int], None]) -> reference_loop.State:
     module = local_loops.make(Module)
 
     def local(round: int, client: int, batches: Batches) -> None:
@@ -205,11 +205,11 @@ def test_a_step_that_does_not_run_the_closure_is_an_error(make: Any, executor: s
     module = local_loops.make(reference.Classifier if make != "module" else Stepping)
     if make != "module":
         module.configure_optimizers = lambda: make(module.parameters(), lr=0.1)
-    before = by_hand.state_of(module)
+    before = reference_loop.state_of(module)
     for strategy in ("auto", FederatedStrategy(num_clients=2, executor=executor)):  # type: ignore[arg-type]
         trainer = reference.quiet_trainer(max_epochs=1, strategy=strategy, accumulate_grad_batches=accumulate)
         with pytest.raises(MisconfigurationException, match="closure hasn't been executed"):
-            trainer.fit(module, reference.loader(by_hand.data()))
+            trainer.fit(module, reference.loader(reference_loop.data()))
         if strategy == "auto":
             module.load_state_dict(before)
-    assert by_hand.same(by_hand.state_of(module), before)
+    assert reference_loop.same(reference_loop.state_of(module), before)

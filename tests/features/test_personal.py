@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_fedscale import FederatedStrategy
 from lightning_fedscale.local_rules import Ditto
-from tests.features import by_hand
+from tests.features import reference_loop
 from tests.laws import reference
 
 EXECUTORS = ["sequential", "vectorized"]
@@ -99,10 +99,10 @@ def made(tie: Callable[[Any], None] = lambda module: None) -> Any:
 def test_a_tensor_that_is_shared_under_another_name_is_refused(case: str, executor: str) -> None:
     tie, personal, own, shared = REFUSED[case]
     module = made(tie)
-    before = by_hand.state_of(module)
+    before = reference_loop.state_of(module)
     with pytest.raises(ValueError, match=rf"personal=.* matches '{own}', which .* with '{shared}'.* add '{shared}'"):
         fit(module, executor, personal=personal)
-    assert by_hand.same(by_hand.state_of(module), before)
+    assert reference_loop.same(reference_loop.state_of(module), before)
 
 
 @pytest.mark.parametrize("executor", EXECUTORS)
@@ -110,7 +110,7 @@ def test_a_tensor_that_is_shared_under_another_name_is_refused(case: str, execut
 def test_a_tensor_of_several_names_stays_under_all_of_them(case: str, executor: str) -> None:
     tie, personal = KEPT[case]
     module = made(tie)
-    before = by_hand.state_of(module)
+    before = reference_loop.state_of(module)
     strategy: Any = fit(module, executor, personal=personal).strategy
     models = [strategy.personal_model(client) for client in range(3)]
     after, kept = module.state_dict(), set(strategy._federation.fit.tensors.exchange().personal)

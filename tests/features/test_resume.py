@@ -26,7 +26,7 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from lightning_fedscale import server
 from lightning_fedscale.core.lightning.checkpoint import AtomicCheckpointIO
-from tests.features import by_hand
+from tests.features import reference_loop
 from tests.laws import reference
 from tests.strategies import sequential
 
@@ -184,9 +184,9 @@ def run(name: str, folder: Path, *, start: int, ckpt_path: Path | None = None) -
     torch.manual_seed(start)
     module = make()
     workers = more.get("workers", 0)
-    by_hand.fit(
+    reference_loop.fit(
         module,
-        DataLoader(Noisy(by_hand.data()), batch_size=8, shuffle=True, num_workers=workers),
+        DataLoader(Noisy(reference_loop.data()), batch_size=8, shuffle=True, num_workers=workers),
         strategy=strategy,
         enable_checkpointing=True,
         callbacks=[Every(folder), *more.get("callbacks", list)()],
@@ -201,13 +201,13 @@ def run(name: str, folder: Path, *, start: int, ckpt_path: Path | None = None) -
 def test_resumed_in_the_middle_equals_never_stopped(name: str, tmp_path: Path) -> None:
     whole = run(name, tmp_path / "whole", start=0)
     resumed = run(name, tmp_path / "resumed", start=1, ckpt_path=tmp_path / "whole" / "4.ckpt")
-    assert by_hand.same(whole.state_dict(), resumed.state_dict())
+    assert reference_loop.same(whole.state_dict(), resumed.state_dict())
     assert not (tmp_path / "resumed" / "4.ckpt").exists(), "the resumed run repeated a round"
     for round in range(5, 10):
         left, right = (read(tmp_path / kind / f"{round}.ckpt") for kind in ("whole", "resumed"))
         for part in ("state_dict", "optimizer_states", "lr_schedulers", "federated"):
             assert equal(left[part], right[part]), (round, part)
-    assert not by_hand.same(run(name, tmp_path / "other", start=1).state_dict(), whole.state_dict())
+    assert not reference_loop.same(run(name, tmp_path / "other", start=1).state_dict(), whole.state_dict())
 
 
 def test_resuming_within_an_epoch_warns_of_nothing(tmp_path: Path, recwarn: pytest.WarningsRecorder) -> None:
@@ -222,7 +222,7 @@ def test_resumed_from_any_round(first: int, tmp_path: Path) -> None:
     def go(folder: str, max_epochs: int, ckpt_path: str | None = None) -> pl.LightningModule:
         torch.manual_seed(len(folder))
         module = Adam()
-        by_hand.fit(
+        reference_loop.fit(
             module,
             strategy={**SOME, "client_optimizer": "keep", "local_steps": 3},
             enable_checkpointing=True,
@@ -235,19 +235,19 @@ def test_resumed_from_any_round(first: int, tmp_path: Path) -> None:
     whole = go("a", 8)
     go("b", first)
     resumed = go("bb", 8, str(tmp_path / "b" / "last.ckpt"))
-    assert by_hand.same(resumed.state_dict(), whole.state_dict())
+    assert reference_loop.same(resumed.state_dict(), whole.state_dict())
 
 
 def test_a_checkpoint_saved_by_hand_after_fit_goes_on_as_well(tmp_path: Path) -> None:
     options = {**SOME, "client_optimizer": "keep", "local_steps": 3, "server_optimizer": MOMENTUM}
     torch.manual_seed(0)
-    _, whole = by_hand.fit(Adam(), strategy=options, max_epochs=6)
+    _, whole = reference_loop.fit(Adam(), strategy=options, max_epochs=6)
     torch.manual_seed(0)
-    trainer, _ = by_hand.fit(Adam(), strategy=options, max_epochs=2)
+    trainer, _ = reference_loop.fit(Adam(), strategy=options, max_epochs=2)
     trainer.save_checkpoint(tmp_path / "mine.ckpt")
     assert read(tmp_path / "mine.ckpt")["federated"]["round"] == 2
-    _, resumed = by_hand.fit(Adam(), strategy=options, max_epochs=6, ckpt_path=str(tmp_path / "mine.ckpt"))
-    assert by_hand.same(resumed.state_dict(), whole.state_dict())
+    _, resumed = reference_loop.fit(Adam(), strategy=options, max_epochs=6, ckpt_path=str(tmp_path / "mine.ckpt"))
+    assert reference_loop.same(resumed.state_dict(), whole.state_dict())
 
 
 # ---- inside a round
@@ -282,20 +282,20 @@ INSIDE: dict[str, Any] = {
 def test_an_exception_inside_a_client_leaves_the_round_to_be_repeated(batch: int, tmp_path: Path) -> None:
     # Six local batches a round: these are the first and the last of the first and of the second client of round 2.
     torch.manual_seed(0)
-    whole, snapshots = Fragile(), by_hand.Snapshots()
-    by_hand.fit(whole, strategy=INSIDE, callbacks=[snapshots], max_epochs=5)
+    whole, snapshots = Fragile(), reference_loop.Snapshots()
+    reference_loop.fit(whole, strategy=INSIDE, callbacks=[snapshots], max_epochs=5)
     assert whole.count == 6 * 5
     torch.manual_seed(0)
     fragile = Fragile(raise_in=batch)
     save = Every(tmp_path, save_on_exception=True, every_n_train_steps=100)
     with pytest.raises(OSError, match="on purpose"):
-        by_hand.fit(fragile, strategy=INSIDE, enable_checkpointing=True, callbacks=[save], max_epochs=5)
-    assert by_hand.same(fragile.state_dict(), snapshots.after_round[1])
-    assert by_hand.same(read(tmp_path / "2.ckpt")["state_dict"], snapshots.after_round[1])
+        reference_loop.fit(fragile, strategy=INSIDE, enable_checkpointing=True, callbacks=[save], max_epochs=5)
+    assert reference_loop.same(fragile.state_dict(), snapshots.after_round[1])
+    assert reference_loop.same(read(tmp_path / "2.ckpt")["state_dict"], snapshots.after_round[1])
     resumed = Fragile()
-    by_hand.fit(resumed, strategy=INSIDE, max_epochs=5, ckpt_path=str(tmp_path / "2.ckpt"))
+    reference_loop.fit(resumed, strategy=INSIDE, max_epochs=5, ckpt_path=str(tmp_path / "2.ckpt"))
     assert resumed.count == 6 * 3
-    assert by_hand.same(resumed.state_dict(), whole.state_dict())
+    assert reference_loop.same(resumed.state_dict(), whole.state_dict())
 
 
 @pytest.mark.parametrize("rounds_per_epoch", [1, 3])
@@ -303,7 +303,7 @@ def test_interrupted_again_and_again_equals_never_stopped(rounds_per_epoch: int,
     options, epochs = {**INSIDE, "rounds_per_epoch": rounds_per_epoch}, 6 // rounds_per_epoch
     torch.manual_seed(0)
     whole = Fragile()
-    by_hand.fit(whole, strategy=options, max_epochs=epochs)
+    reference_loop.fit(whole, strategy=options, max_epochs=epochs)
     assert whole.count == 6 * 6
     torch.manual_seed(0)
     module, interruptions, last = Fragile(raise_in=9), 0, None
@@ -312,7 +312,7 @@ def test_interrupted_again_and_again_equals_never_stopped(rounds_per_epoch: int,
         save = Every(tmp_path, save_last=True, enable_version_counter=False)
         flags: dict[str, Any] = {"enable_checkpointing": True, "callbacks": [save], "max_epochs": epochs}
         try:
-            trainer, _ = by_hand.fit(module, strategy=options, ckpt_path=last, **flags)
+            trainer, _ = reference_loop.fit(module, strategy=options, ckpt_path=last, **flags)
             break
         except OSError:
             interruptions += 1
@@ -320,22 +320,22 @@ def test_interrupted_again_and_again_equals_never_stopped(rounds_per_epoch: int,
         assert interruptions < 10
     assert interruptions == 5
     assert trainer.global_step == 6
-    assert by_hand.same(module.state_dict(), whole.state_dict())
+    assert reference_loop.same(module.state_dict(), whole.state_dict())
 
 
 @pytest.mark.parametrize("batch", [1, 10, 12])
 def test_a_checkpoint_saved_inside_a_client_holds_the_global_model(batch: int, tmp_path: Path) -> None:
     torch.manual_seed(0)
-    module, snapshots = Fragile(save_in=batch, path=tmp_path / "inside.ckpt"), by_hand.Snapshots()
-    start = by_hand.state_of(module)
-    by_hand.fit(module, strategy=INSIDE, callbacks=[snapshots], max_epochs=4)
+    module, snapshots = Fragile(save_in=batch, path=tmp_path / "inside.ckpt"), reference_loop.Snapshots()
+    start = reference_loop.state_of(module)
+    reference_loop.fit(module, strategy=INSIDE, callbacks=[snapshots], max_epochs=4)
     round = (batch - 1) // 6
     saved = read(tmp_path / "inside.ckpt")
     assert saved["global_step"] == saved["federated"]["round"] == round
-    assert by_hand.same(saved["state_dict"], [start, *snapshots.after_round][round])
+    assert reference_loop.same(saved["state_dict"], [start, *snapshots.after_round][round])
     resumed = Fragile()
-    by_hand.fit(resumed, strategy=INSIDE, max_epochs=4, ckpt_path=str(tmp_path / "inside.ckpt"))
-    assert by_hand.same(resumed.state_dict(), module.state_dict())
+    reference_loop.fit(resumed, strategy=INSIDE, max_epochs=4, ckpt_path=str(tmp_path / "inside.ckpt"))
+    assert reference_loop.same(resumed.state_dict(), module.state_dict())
 
 
 # ---- without this package
@@ -383,7 +383,7 @@ class Saved(reference.Classifier):
 
 def test_plain_lightning_reads_the_checkpoint_without_this_package(tmp_path: Path) -> None:
     torch.manual_seed(0)
-    by_hand.fit(
+    reference_loop.fit(
         Saved(16),
         strategy={"client_optimizer": "keep", "server_optimizer": server.fed_avg()},
         enable_checkpointing=True,
@@ -391,7 +391,7 @@ def test_plain_lightning_reads_the_checkpoint_without_this_package(tmp_path: Pat
         max_epochs=3,
     )
     checkpoint = read(tmp_path / "3.ckpt")
-    torch.save(list(by_hand.validation_data().tensors), tmp_path / "data.pt")
+    torch.save(list(reference_loop.validation_data().tensors), tmp_path / "data.pt")
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     done = subprocess.run(
         [sys.executable, "-c", READS, str(tmp_path / "3.ckpt"), str(tmp_path / "data.pt")],
@@ -405,7 +405,7 @@ def test_plain_lightning_reads_the_checkpoint_without_this_package(tmp_path: Pat
     result = json.loads(re.search(r"RESULT (.*)", done.stdout)[1])  # type: ignore[index]
     assert result["width"] == 16
     assert result["sum"] == float(checkpoint["state_dict"]["net.0.weight"].double().sum())
-    assert result["val_loss"] == pytest.approx(by_hand.validation_loss(checkpoint["state_dict"]), rel=1e-5)
+    assert result["val_loss"] == pytest.approx(reference_loop.validation_loss(checkpoint["state_dict"]), rel=1e-5)
     assert result["step"] == 4
 
 
@@ -413,21 +413,21 @@ def test_a_plain_checkpoint_is_taken_as_the_start_with_a_warning(tmp_path: Path)
     torch.manual_seed(0)
     module = reference.Classifier()
     plain = reference.quiet_trainer(max_epochs=2)
-    plain.fit(module, reference.loader(by_hand.data()))
+    plain.fit(module, reference.loader(reference_loop.data()))
     plain.save_checkpoint(tmp_path / "plain.ckpt")
     step = plain.global_step
     assert step == 2 * 6
 
     resumed = reference.Classifier()
     with pytest.warns(UserWarning, match="was not written by FederatedStrategy"):
-        trainer, _ = by_hand.fit(resumed, max_epochs=4, ckpt_path=str(tmp_path / "plain.ckpt"))
+        trainer, _ = reference_loop.fit(resumed, max_epochs=4, ckpt_path=str(tmp_path / "plain.ckpt"))
     assert trainer.global_step == step + 2
     start = reference.Classifier()
     start.load_state_dict(module.state_dict())
-    clients = by_hand.partition()
-    rounds = by_hand.fed_avg(start, by_hand.data(), clients, by_hand.passes(clients), first=step)
+    clients = reference_loop.partition()
+    rounds = reference_loop.fed_avg(start, reference_loop.data(), clients, reference_loop.passes(clients), first=step)
     next(rounds)
-    assert by_hand.same(resumed.state_dict(), next(rounds))
+    assert reference_loop.same(resumed.state_dict(), next(rounds))
 
 
 # ---- refused
@@ -443,19 +443,19 @@ def test_a_plain_checkpoint_is_taken_as_the_start_with_a_warning(tmp_path: Path)
 )
 def test_another_federation_is_refused_before_it_trains(options: dict[str, Any], message: str, tmp_path: Path) -> None:
     saved: dict[str, Any] = {"num_clients": 4, "partitioner": "iid"}
-    by_hand.fit(strategy=saved, enable_checkpointing=True, callbacks=[Every(tmp_path)], max_epochs=2)
+    reference_loop.fit(strategy=saved, enable_checkpointing=True, callbacks=[Every(tmp_path)], max_epochs=2)
     torch.manual_seed(0)
     module = Fragile(raise_in=1)
     with pytest.raises(ValueError, match=message):
-        by_hand.fit(module, strategy={**saved, **options}, max_epochs=4, ckpt_path=str(tmp_path / "2.ckpt"))
+        reference_loop.fit(module, strategy={**saved, **options}, max_epochs=4, ckpt_path=str(tmp_path / "2.ckpt"))
     assert module.count == 0
 
 
 def test_another_dataset_is_refused(tmp_path: Path) -> None:
     saved: dict[str, Any] = {"num_clients": 4, "partitioner": "iid"}
-    by_hand.fit(strategy=saved, enable_checkpointing=True, callbacks=[Every(tmp_path)], max_epochs=1)
+    reference_loop.fit(strategy=saved, enable_checkpointing=True, callbacks=[Every(tmp_path)], max_epochs=1)
     with pytest.raises(ValueError, match=r"partitioner: .*same dataset"):
-        by_hand.fit(
+        reference_loop.fit(
             None,
             reference.loader(reference.dataset(46)),
             strategy=saved,
@@ -519,7 +519,7 @@ def test_a_process_killed_while_it_writes_leaves_the_old_checkpoint(tmp_path: Pa
 def test_a_failing_write_in_a_run_leaves_the_last_good_checkpoint(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    save, whole, writes = torch.save, by_hand.models(3), iter([True, True, False])
+    save, whole, writes = torch.save, reference_loop.models(3), iter([True, True, False])
 
     def sometimes(value: Any, file: Any) -> None:
         if not next(writes):
@@ -531,11 +531,11 @@ def test_a_failing_write_in_a_run_leaves_the_last_good_checkpoint(
     # One file for all rounds.
     last = ModelCheckpoint(tmp_path, filename="model", every_n_train_steps=1, enable_version_counter=False)
     with pytest.raises(OSError, match="disk full"):
-        by_hand.fit(enable_checkpointing=True, callbacks=[last], max_epochs=5)
-    assert by_hand.same(read(tmp_path / "model.ckpt")["state_dict"], whole[2])
+        reference_loop.fit(enable_checkpointing=True, callbacks=[last], max_epochs=5)
+    assert reference_loop.same(read(tmp_path / "model.ckpt")["state_dict"], whole[2])
     monkeypatch.undo()
-    _, resumed = by_hand.fit(max_epochs=3, ckpt_path=str(tmp_path / "model.ckpt"))
-    assert by_hand.same(resumed.state_dict(), whole[3])
+    _, resumed = reference_loop.fit(max_epochs=3, ckpt_path=str(tmp_path / "model.ckpt"))
+    assert reference_loop.same(resumed.state_dict(), whole[3])
 
 
 def test_remote_paths_are_lightnings(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -565,13 +565,13 @@ def test_the_users_own_writer_is_kept(tmp_path: Path) -> None:
             super().save_checkpoint(*args, **kwargs)
 
     writer = Counting()
-    strategy = sequential(partitioner=by_hand.partition(), checkpoint_io=writer)
+    strategy = sequential(partitioner=reference_loop.partition(), checkpoint_io=writer)
     trainer = reference.quiet_trainer(
         strategy=strategy, enable_checkpointing=True, callbacks=[Every(tmp_path)], max_epochs=2
     )
-    trainer.fit(reference.make_module(), reference.loader(by_hand.data()))
+    trainer.fit(reference.make_module(), reference.loader(reference_loop.data()))
     assert writer.written == 2
-    assert by_hand.same(read(tmp_path / "2.ckpt")["state_dict"], by_hand.models(2)[-1])
+    assert reference_loop.same(read(tmp_path / "2.ckpt")["state_dict"], reference_loop.models(2)[-1])
 
 
 class Wrapping(_WrappingCheckpointIO):
@@ -593,13 +593,13 @@ def test_wrapped_writers_end_in_a_base(tmp_path: Path, given: str, base: type[An
         wrappers.append((AsyncCheckpointIO if len(wrappers) == 1 else Wrapping)(wrappers[-1]))
     own = {"checkpoint_io": wrappers[-1]} if given == "strategy" else {}
     trainer = reference.quiet_trainer(
-        strategy=sequential(partitioner=by_hand.partition(), **own),
+        strategy=sequential(partitioner=reference_loop.partition(), **own),
         enable_checkpointing=True,
         callbacks=[Every(tmp_path)],
         max_epochs=2,
         plugins=[wrappers[-1]] if given == "plugins" else [],
     )
-    trainer.fit(reference.make_module(), reference.loader(by_hand.data()))
+    trainer.fit(reference.make_module(), reference.loader(reference_loop.data()))
     assert wrappers[0].passed == 2
     assert type(wrappers[0].checkpoint_io) is (base or AtomicCheckpointIO)
-    assert by_hand.same(read(tmp_path / "2.ckpt")["state_dict"], by_hand.models(2)[-1])
+    assert reference_loop.same(read(tmp_path / "2.ckpt")["state_dict"], reference_loop.models(2)[-1])

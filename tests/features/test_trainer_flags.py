@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import lightning_fedscale
 from lightning_fedscale import FederatedStrategy
 from tests.clock import Clock, Minutes
-from tests.features import by_hand
+from tests.features import reference_loop
 from tests.laws import reference
 from tests.strategies import sequential
 
@@ -56,9 +56,9 @@ def fit(
     **options: object,
 ) -> tuple[pl.Trainer, pl.LightningModule]:
     module = module or make()
-    strategy = sequential(partitioner=by_hand.partition(), rounds_per_epoch=rounds_per_epoch)
+    strategy = sequential(partitioner=reference_loop.partition(), rounds_per_epoch=rounds_per_epoch)
     trainer = reference.quiet_trainer(strategy=strategy, **options)
-    loader = reference.loader(by_hand.data(), shuffle=shuffle)
+    loader = reference.loader(reference_loop.data(), shuffle=shuffle)
     trainer.fit(module, loader, validation_loader() if validate else None)
     return trainer, module
 
@@ -75,19 +75,19 @@ def test_fast_dev_run_runs_that_many_rounds_and_validation_batches(flag: bool | 
     trainer, module = fit(rounds_per_epoch=5, validate=True, fast_dev_run=flag)
     assert trainer.global_step == rounds
     assert module.evaluated == rounds  # type: ignore[union-attr]
-    assert by_hand.same(module.state_dict(), by_hand.models(rounds)[-1])
+    assert reference_loop.same(module.state_dict(), reference_loop.models(rounds)[-1])
 
 
 def test_limit_train_batches_as_a_number_counts_rounds_of_an_epoch() -> None:
     trainer, module = fit(rounds_per_epoch=5, limit_train_batches=2, max_epochs=2)
     assert trainer.global_step == 4
-    assert by_hand.same(module.state_dict(), by_hand.models(4)[-1])
+    assert reference_loop.same(module.state_dict(), reference_loop.models(4)[-1])
 
 
 @pytest.mark.parametrize("share", [0.5, 0.1])
 def test_limit_train_batches_as_a_share_takes_it_of_each_clients_batches(share: float) -> None:
-    clients = by_hand.partition()
-    whole = by_hand.passes(clients)
+    clients = reference_loop.partition()
+    whole = reference_loop.passes(clients)
 
     def limited(client: int, number: int) -> list[list[int]]:
         batches = whole(client, number)
@@ -96,19 +96,19 @@ def test_limit_train_batches_as_a_share_takes_it_of_each_clients_batches(share: 
     assert any(len(limited(client, 0)) < len(whole(client, 0)) for client in range(4))
     trainer, module = fit(limit_train_batches=share, max_epochs=3)
     assert trainer.global_step == 3
-    assert by_hand.same(module.state_dict(), by_hand.models(3, batches=limited)[-1])
+    assert reference_loop.same(module.state_dict(), reference_loop.models(3, batches=limited)[-1])
 
 
 def test_limit_train_batches_zero_trains_nothing() -> None:
     trainer, module = fit(limit_train_batches=0, max_epochs=2)
     assert trainer.global_step == 0
-    assert by_hand.same(module.state_dict(), by_hand.models(0)[0])
+    assert reference_loop.same(module.state_dict(), reference_loop.models(0)[0])
 
 
 def test_max_steps_counts_rounds() -> None:
     trainer, module = fit(rounds_per_epoch=2, max_steps=3, max_epochs=-1)
     assert trainer.global_step == 3
-    assert by_hand.same(module.state_dict(), by_hand.models(3)[-1])
+    assert reference_loop.same(module.state_dict(), reference_loop.models(3)[-1])
 
 
 @pytest.mark.parametrize(("options", "rounds"), [({}, 3), ({"min_epochs": 5}, 5), ({"min_steps": 4}, 4)])
@@ -117,7 +117,7 @@ def test_max_time_stops_between_rounds_but_not_before_the_minimum(
 ) -> None:
     trainer, module = fit(max_time=timedelta(minutes=2.5), max_epochs=10, callbacks=[Minutes(clock)], **options)
     assert trainer.global_step == rounds
-    assert by_hand.same(module.state_dict(), by_hand.models(rounds)[-1])
+    assert reference_loop.same(module.state_dict(), reference_loop.models(rounds)[-1])
 
 
 def test_min_epochs_holds_against_early_stopping() -> None:
@@ -143,21 +143,21 @@ def test_min_epochs_holds_against_early_stopping() -> None:
 def test_validation_after_these_rounds_sees_the_global_model(
     rounds_per_epoch: int, options: dict[str, object], when: list[int]
 ) -> None:
-    snapshots = by_hand.Snapshots()
+    snapshots = reference_loop.Snapshots()
     fit(rounds_per_epoch=rounds_per_epoch, validate=True, callbacks=[snapshots], **options)
-    expected = by_hand.models(8)
+    expected = reference_loop.models(8)
     assert [round for round, _ in snapshots.validated] == when
-    assert all(by_hand.same(state, expected[round]) for round, state in snapshots.validated)
+    assert all(reference_loop.same(state, expected[round]) for round, state in snapshots.validated)
 
 
 def test_sanity_check_runs_before_the_first_round_on_the_initial_model() -> None:
-    snapshots = by_hand.Snapshots()
+    snapshots = reference_loop.Snapshots()
     _, module = fit(validate=True, callbacks=[snapshots], num_sanity_val_steps=2, max_epochs=2, limit_val_batches=3)
-    expected = by_hand.models(2)
+    expected = reference_loop.models(2)
     assert len(snapshots.sane) == 1
-    assert by_hand.same(snapshots.sane[0], expected[0])
+    assert reference_loop.same(snapshots.sane[0], expected[0])
     assert module.evaluated == 2 + 2 * 3  # type: ignore[union-attr]
-    assert by_hand.same(module.state_dict(), expected[2])
+    assert reference_loop.same(module.state_dict(), expected[2])
 
 
 # ---- data
@@ -165,8 +165,8 @@ def test_sanity_check_runs_before_the_first_round_on_the_initial_model() -> None
 
 @pytest.mark.parametrize(("overfit", "share"), [(2, 2.0), (0.5, 0.5), (0.1, 0.0)])
 def test_overfit_batches_keeps_each_clients_first_batches_unshuffled(overfit: float | int, share: float) -> None:
-    clients = by_hand.partition()
-    whole = by_hand.passes(clients, shuffle=False)
+    clients = reference_loop.partition()
+    whole = reference_loop.passes(clients, shuffle=False)
 
     def first(client: int, number: int) -> list[list[int]]:
         batches = whole(client, number)
@@ -174,7 +174,7 @@ def test_overfit_batches_keeps_each_clients_first_batches_unshuffled(overfit: fl
 
     trainer, module = fit(overfit_batches=overfit, max_epochs=3)
     assert trainer.global_step == 3
-    assert by_hand.same(module.state_dict(), by_hand.models(3, batches=first)[-1])
+    assert reference_loop.same(module.state_dict(), reference_loop.models(3, batches=first)[-1])
 
 
 def test_reload_dataloaders_brings_new_loaders_between_epochs() -> None:
@@ -186,9 +186,9 @@ def test_reload_dataloaders_brings_new_loaders_between_epochs() -> None:
             self.sizes = [2, 4, 8]
 
         def train_dataloader(self) -> DataLoader[list[Tensor]]:
-            return reference.loader(by_hand.data(), batch_size=self.sizes.pop(0))
+            return reference.loader(reference_loop.data(), batch_size=self.sizes.pop(0))
 
-    clients = by_hand.partition()
+    clients = reference_loop.partition()
     module = reference.make_module()
     trainer = reference.quiet_trainer(
         strategy=sequential(partitioner=clients), max_epochs=6, reload_dataloaders_every_n_epochs=2
@@ -197,10 +197,10 @@ def test_reload_dataloaders_brings_new_loaders_between_epochs() -> None:
     trainer.fit(module, datamodule=datamodule)
 
     def growing(client: int, number: int) -> list[list[int]]:
-        return by_hand.passes(clients, batch_size=2 ** (1 + number // 2))(client, number)
+        return reference_loop.passes(clients, batch_size=2 ** (1 + number // 2))(client, number)
 
     assert datamodule.sizes == []
-    assert by_hand.same(module.state_dict(), by_hand.models(6, batches=growing)[-1])
+    assert reference_loop.same(module.state_dict(), reference_loop.models(6, batches=growing)[-1])
 
 
 # ---- evaluation without and around fit
@@ -208,12 +208,12 @@ def test_reload_dataloaders_brings_new_loaders_between_epochs() -> None:
 
 def test_validate_test_and_predict_before_and_after_fit() -> None:
     module, loader = make(), validation_loader()
-    trainer = reference.quiet_trainer(strategy=sequential(partitioner=by_hand.partition()), max_epochs=2)
+    trainer = reference.quiet_trainer(strategy=sequential(partitioner=reference_loop.partition()), max_epochs=2)
     plain = reference.quiet_trainer()
     inputs, labels = (torch.cat(parts) for parts in zip(*loader, strict=True))
     for when in ("before", "after"):
         if when == "after":
-            trainer.fit(module, reference.loader(by_hand.data()))
+            trainer.fit(module, reference.loader(reference_loop.data()))
         module.eval()
         with torch.no_grad():
             logits = module.net(inputs)
@@ -224,7 +224,7 @@ def test_validate_test_and_predict_before_and_after_fit() -> None:
         predicted = torch.cat(trainer.predict(module, loader))
         assert torch.equal(predicted, torch.cat(plain.predict(module, loader)))
         assert torch.allclose(predicted, logits, atol=1e-6)
-    assert by_hand.same(module.state_dict(), by_hand.models(2)[-1])
+    assert reference_loop.same(module.state_dict(), reference_loop.models(2)[-1])
 
 
 @pytest.mark.parametrize("inference", [True, False])
@@ -240,26 +240,26 @@ def test_inference_mode_is_the_users_choice(inference: bool) -> None:
     trainer, module = fit(Spy(), validate=True, inference_mode=inference, max_epochs=2, limit_val_batches=1)
     trainer.validate(module, validation_loader(), verbose=False)
     assert modes == [False, False, inference]
-    assert by_hand.same(module.state_dict(), by_hand.models(2)[-1])
+    assert reference_loop.same(module.state_dict(), reference_loop.models(2)[-1])
 
 
 # ---- fit again
 
 
 def test_a_second_fit_with_more_epochs_goes_on() -> None:
-    module, loader = make(), reference.loader(by_hand.data())
-    trainer = reference.quiet_trainer(strategy=sequential(partitioner=by_hand.partition()), max_epochs=2)
+    module, loader = make(), reference.loader(reference_loop.data())
+    trainer = reference.quiet_trainer(strategy=sequential(partitioner=reference_loop.partition()), max_epochs=2)
     trainer.fit(module, loader)
     trainer.fit_loop.max_epochs = 5
     trainer.fit(module, loader)
     assert trainer.global_step == 5
-    assert by_hand.same(module.state_dict(), by_hand.models(5)[-1])
+    assert reference_loop.same(module.state_dict(), reference_loop.models(5)[-1])
 
 
 def test_a_second_fit_with_another_dataset_divides_that_one() -> None:
     module = make()
     trainer = reference.quiet_trainer(strategy=sequential(num_clients=3), max_epochs=2)
-    first, second = by_hand.data(), reference.dataset(70)
+    first, second = reference_loop.data(), reference.dataset(70)
     trainer.fit(module, reference.loader(first))
     held = trainer.strategy.partition  # type: ignore[attr-defined]
     trainer.fit_loop.max_epochs = 4
@@ -269,12 +269,12 @@ def test_a_second_fit_with_another_dataset_divides_that_one() -> None:
     assert sum(others.sizes) == 70
 
     expected = reference.make_module()
-    run = by_hand.fed_avg(expected, first, held, by_hand.passes(held))
+    run = reference_loop.fed_avg(expected, first, held, reference_loop.passes(held))
     next(run)
     expected.load_state_dict(next(run))
-    run = by_hand.fed_avg(expected, second, others, by_hand.passes(others), first=2)
+    run = reference_loop.fed_avg(expected, second, others, reference_loop.passes(others), first=2)
     next(run)
-    assert by_hand.same(module.state_dict(), next(run))
+    assert reference_loop.same(module.state_dict(), next(run))
 
 
 def test_a_fresh_trainer_goes_on_from_the_module_with_round_zero_again() -> None:
@@ -283,10 +283,15 @@ def test_a_fresh_trainer_goes_on_from_the_module_with_round_zero_again() -> None
         fit(module, max_epochs=2)
     expected = reference.make_module()
     for _ in range(2):
-        run = by_hand.fed_avg(expected, by_hand.data(), by_hand.partition(), by_hand.passes(by_hand.partition()))
+        run = reference_loop.fed_avg(
+            expected,
+            reference_loop.data(),
+            reference_loop.partition(),
+            reference_loop.passes(reference_loop.partition()),
+        )
         next(run)
         expected.load_state_dict(next(run))
-    assert by_hand.same(module.state_dict(), by_hand.state_of(expected))
+    assert reference_loop.same(module.state_dict(), reference_loop.state_of(expected))
 
 
 @pytest.mark.parametrize("fails", [False, True])
@@ -301,7 +306,7 @@ def test_trainer_and_module_are_left_as_a_plain_fit_leaves_them(fails: bool) -> 
 
     flags = {"max_epochs": 2, "accumulate_grad_batches": 3, "limit_train_batches": 0.75, "log_every_n_steps": 7}
     left = []
-    for strategy in ("auto", sequential(partitioner=by_hand.partition())):
+    for strategy in ("auto", sequential(partitioner=reference_loop.partition())):
         Hooked.calls = 0
         torch.manual_seed(0)
         module = Hooked()
@@ -309,7 +314,7 @@ def test_trainer_and_module_are_left_as_a_plain_fit_leaves_them(fails: bool) -> 
         loop = trainer.fit_loop.epoch_loop
         loops = loop.automatic_optimization, loop.manual_optimization
         with pytest.raises(RuntimeError, match="on purpose") if fails else nullcontext():
-            trainer.fit(module, reference.loader(by_hand.data()))
+            trainer.fit(module, reference.loader(reference_loop.data()))
         assert (loop.automatic_optimization, loop.manual_optimization) == loops
         assert {name: getattr(trainer, name) for name in flags if name != "max_epochs"} == {
             name: value for name, value in flags.items() if name != "max_epochs"
@@ -318,7 +323,7 @@ def test_trainer_and_module_are_left_as_a_plain_fit_leaves_them(fails: bool) -> 
     plain, federated = left
     assert federated == plain
     if fails:
-        assert by_hand.same(module.state_dict(), by_hand.models(0)[0])
+        assert reference_loop.same(module.state_dict(), reference_loop.models(0)[0])
 
 
 @pytest.mark.parametrize("automatic", [True, False])
@@ -338,24 +343,24 @@ def test_a_checkpoints_counters_are_those_of_a_plain_run_of_as_many_steps(automa
             return loss
 
     counters = []
-    for strategy in ("auto", sequential(partitioner=by_hand.partition(), rounds_per_epoch=3)):
+    for strategy in ("auto", sequential(partitioner=reference_loop.partition(), rounds_per_epoch=3)):
         trainer = reference.quiet_trainer(strategy=strategy, max_epochs=2, limit_train_batches=3)
-        trainer.fit(Module(), reference.loader(by_hand.data()))
+        trainer.fit(Module(), reference.loader(reference_loop.data()))
         trainer.save_checkpoint(tmp_path / "saved.ckpt")
         counters.append(torch.load(tmp_path / "saved.ckpt", weights_only=True)["loops"]["fit_loop"])
     assert counters[0] == counters[1]
 
 
 def test_a_module_that_was_federated_trains_plainly_as_ever() -> None:
-    module, loader = make(), reference.loader(by_hand.data(), shuffle=False)
+    module, loader = make(), reference.loader(reference_loop.data(), shuffle=False)
     fit(module, max_epochs=1)
     twin = make()
     twin.load_state_dict(module.state_dict())
     for one in (module, twin):
         torch.manual_seed(1)
         reference.quiet_trainer(max_epochs=1).fit(one, loader)
-    assert by_hand.same(module.state_dict(), twin.state_dict())
-    assert not by_hand.same(module.state_dict(), by_hand.models(1)[-1])
+    assert reference_loop.same(module.state_dict(), twin.state_dict())
+    assert not reference_loop.same(module.state_dict(), reference_loop.models(1)[-1])
 
 
 # ---- the rest
@@ -364,11 +369,13 @@ def test_a_module_that_was_federated_trains_plainly_as_ever() -> None:
 def test_strategy_by_name() -> None:
     trainer = reference.quiet_trainer(strategy="federated", max_epochs=2)
     module = make()
-    trainer.fit(module, reference.loader(by_hand.data()))
+    trainer.fit(module, reference.loader(reference_loop.data()))
     assert isinstance(trainer.strategy, FederatedStrategy)
     iid = lightning_fedscale.partitioners.IidPartitioner(10)
-    iid.dataset = by_hand.data()
-    run = by_hand.fed_avg(reference.make_module(), by_hand.data(), iid.partition, by_hand.passes(iid.partition))
+    iid.dataset = reference_loop.data()
+    run = reference_loop.fed_avg(
+        reference.make_module(), reference_loop.data(), iid.partition, reference_loop.passes(iid.partition)
+    )
     next(run)
     # From the second round on clients may train side by side, which rounds differently.
     assert reference.difference(module.state_dict(), next(run)) < 1e-6
@@ -390,7 +397,7 @@ def test_a_single_process_is_rank_0_of_1_whatever_the_job_says(
 
     _, module = fit(max_epochs=2, plugins=[SLURMEnvironment(auto_requeue=False)], callbacks=[Watch()])
     assert seen == [(0, 0, 0, 1)] * 2
-    assert by_hand.same(module.state_dict(), by_hand.models(2)[-1])
+    assert reference_loop.same(module.state_dict(), reference_loop.models(2)[-1])
 
 
 def test_deterministic_detect_anomaly_and_profiler_change_no_number() -> None:
@@ -400,8 +407,8 @@ def test_deterministic_detect_anomaly_and_profiler_change_no_number() -> None:
     finally:
         torch.use_deterministic_algorithms(False)
         torch.autograd.set_detect_anomaly(False)
-    assert by_hand.same(module.state_dict(), by_hand.models(2)[-1])
-    batches = sum(len(by_hand.passes(by_hand.partition())(client, 0)) for client in range(4))
+    assert reference_loop.same(module.state_dict(), reference_loop.models(2)[-1])
+    batches = sum(len(reference_loop.passes(reference_loop.partition())(client, 0)) for client in range(4))
     assert len(profiler.recorded_durations["[Strategy]FederatedStrategy.training_step"]) == 2 * batches
     assert len(profiler.recorded_durations["run_training_batch"]) == 2
 
@@ -428,11 +435,11 @@ def test_barebones_gives_the_same_model() -> None:
         barebones=True,
         accelerator="cpu",
         devices=1,
-        strategy=sequential(partitioner=by_hand.partition()),
+        strategy=sequential(partitioner=reference_loop.partition()),
         max_epochs=2,
     )
-    trainer.fit(module, reference.loader(by_hand.data()))
-    assert by_hand.same(module.state_dict(), by_hand.models(2)[-1])
+    trainer.fit(module, reference.loader(reference_loop.data()))
+    assert reference_loop.same(module.state_dict(), reference_loop.models(2)[-1])
 
 
 # ---- validation by time
@@ -460,7 +467,7 @@ def test_validation_by_time_is_after_the_rounds_in_which_it_is_time(
     options = {"max_epochs": 8 // rounds_per_epoch, "val_check_interval": every, **options}  # type: ignore[dict-item]
     plain, federated = Validations(clock), Validations(clock)
     trainer = reference.quiet_trainer(limit_train_batches=rounds_per_epoch, callbacks=[plain], **options)
-    trainer.fit(make(), reference.loader(by_hand.data()), validation_loader())
+    trainer.fit(make(), reference.loader(reference_loop.data()), validation_loader())
     assert plain.after[:2] == [3, 6]
     fit(rounds_per_epoch=rounds_per_epoch, validate=True, callbacks=[federated], **options)
     assert federated.after == plain.after

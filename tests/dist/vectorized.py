@@ -1,4 +1,4 @@
-"""Clients side by side on several ranks: ``python side_by_side.py EXECUTOR RANKS FOLDER`` saves how each rank ends."""
+"""Vectorized clients on several ranks: ``python vectorized.py EXECUTOR RANKS FOLDER`` saves how each rank ends."""
 
 from __future__ import annotations
 

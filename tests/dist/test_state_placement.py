@@ -1,4 +1,4 @@
-"""What clients keep, on several ranks: it comes to the rank that needs it, and together in a checkpoint."""
+"""Client states on several ranks: they move to the rank that needs them, and to rank 0 for a checkpoint."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Rounds written by hand: what the tests of this folder compare Lightning's features with."""
+"""Plain PyTorch loops of whole rounds, with which the tests of this folder compare Lightning's features."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The lean local step and Lightning's full path give the same bits, whatever the module and the Trainer ask for."""
+"""The fast local step and Lightning's full path give the same bits, whatever the module and the Trainer ask for."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 
 from lightning_fedscale import FederatedStrategy
 from lightning_fedscale.core.executors import loops
-from tests.features import by_hand, local_loops
+from tests.features import local_loops, reference_loop
 from tests.laws import reference
 from tests.strategies import sequential
 
@@ -203,17 +203,17 @@ SCENARIOS: dict[str, dict[str, Any]] = {
 }
 
 
-def train(scenario: dict[str, Any]) -> tuple[list[by_hand.State], list[Any], dict[str, Tensor], list[float]]:
+def train(scenario: dict[str, Any]) -> tuple[list[reference_loop.State], list[Any], dict[str, Tensor], list[float]]:
     """The global model after every round; what hooks, loggers and records were told."""
     options = dict(scenario)
     module = local_loops.make(options.pop("module", Model))
     callbacks: list[pl.Callback] = options.pop("callbacks", list)()
-    snapshots = by_hand.Snapshots()
-    strategy = sequential(partitioner=by_hand.partition(), **options.pop("strategy", {}))
+    snapshots = reference_loop.Snapshots()
+    strategy = sequential(partitioner=reference_loop.partition(), **options.pop("strategy", {}))
     trainer = reference.quiet_trainer(
         strategy=strategy, max_epochs=ROUNDS, callbacks=[snapshots, *callbacks], **options
     )
-    trainer.fit(module, reference.loader(by_hand.data()))
+    trainer.fit(module, reference.loader(reference_loop.data()))
     record = strategy.last_round
     assert record is not None
     return snapshots.after_round, getattr(module, "told", []), dict(trainer.callback_metrics), record.losses.tolist()
@@ -227,9 +227,9 @@ def test_same_bits_on_both_paths(name: str, monkeypatch: pytest.MonkeyPatch, cap
         monkeypatch.setattr(loops, "why_not_lean", lambda trainer: "a test wants to compare")
         full_models, full_told, full_metrics, full_losses = train(SCENARIOS[name])
         assert caplog.text.count("full path, since a test wants to compare") == 1
-    assert not by_hand.same(models[0], models[-1])
+    assert not reference_loop.same(models[0], models[-1])
     for lean, full in zip(models, full_models, strict=True):
-        assert by_hand.same(lean, full)
+        assert reference_loop.same(lean, full)
     for (index, last, outputs), (full_index, full_last, full_outputs) in zip(told, full_told, strict=True):
         assert (index, last, outputs.keys()) == (full_index, full_last, full_outputs.keys())
         assert all(torch.equal(outputs[key], full_outputs[key]) for key in outputs)
@@ -272,10 +272,10 @@ class Doubled(FederatedStrategy):
 
 
 def reason(module: pl.LightningModule, caplog: pytest.LogCaptureFixture, **options: Any) -> str:
-    strategy = options.pop("strategy", None) or sequential(partitioner=by_hand.partition())
+    strategy = options.pop("strategy", None) or sequential(partitioner=reference_loop.partition())
     with caplog.at_level(logging.INFO):
         trainer = reference.quiet_trainer(strategy=strategy, max_epochs=2, **options)
-        trainer.fit(module, reference.loader(by_hand.data()))
+        trainer.fit(module, reference.loader(reference_loop.data()))
     (line,) = (r.getMessage() for r in caplog.records if "a local step" in r.getMessage())
     return line.partition("full path, since ")[2]
 
@@ -315,7 +315,7 @@ def test_other_reasons(caplog: pytest.LogCaptureFixture) -> None:
     scaling = MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu"))  # type: ignore[attr-defined]
     assert reason(local_loops.make(Model), caplog, plugins=[scaling]).startswith("precision 16-mixed")
     caplog.clear()
-    strategy = Doubled(partitioner=by_hand.partition(), executor="sequential")
+    strategy = Doubled(partitioner=reference_loop.partition(), executor="sequential")
     assert reason(local_loops.make(Model), caplog, strategy=strategy) == "Doubled has its own backward."
 
 
@@ -331,7 +331,7 @@ def test_a_bad_answer_of_training_step_is_lightnings_own_complaint() -> None:
 def test_the_model_is_trained_at_all() -> None:
     """Against the hand-written loop, on both paths' common ground."""
     module = local_loops.make(reference.Classifier)
-    snapshots = by_hand.Snapshots()
-    by_hand.fit(module, callbacks=[snapshots], max_epochs=ROUNDS)
-    for got, right in zip(snapshots.after_round, by_hand.models(ROUNDS)[1:], strict=True):
-        assert by_hand.same(got, right)
+    snapshots = reference_loop.Snapshots()
+    reference_loop.fit(module, callbacks=[snapshots], max_epochs=ROUNDS)
+    for got, right in zip(snapshots.after_round, reference_loop.models(ROUNDS)[1:], strict=True):
+        assert reference_loop.same(got, right)

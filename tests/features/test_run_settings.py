@@ -1,4 +1,4 @@
-"""What loggers are told of a federated run: settings, HParams, curves that belong together, who holds what."""
+"""What loggers get of a federated run: settings, HParams, curves that belong together, the partition."""
 
 from __future__ import annotations
 

@@ -13,11 +13,9 @@ from tests.laws import reference
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("side_by_side")
+    folder = tmp_path_factory.mktemp("vectorized")
     kinds = [("sequential", 1), *((executor, ranks) for executor in ("vectorized", "auto") for ranks in (1, 2, 3))]
-    for ended in processes.run_forked(
-        [("side_by_side.py", ranks, kind, ranks, folder) for kind, ranks in kinds], folder
-    ):
+    for ended in processes.run_forked([("vectorized.py", ranks, kind, ranks, folder) for kind, ranks in kinds], folder):
         processes.assert_well(ended)
     return folder
 
