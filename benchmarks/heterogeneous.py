@@ -125,7 +125,7 @@ def federate(
         if rule is not None:
             sent = [report.message for report in reports if report.message is not None]
             normalizer = float(shares @ [report.normalizer for report in reports])
-            cohort = Cohort(round, chosen, registered=clients, trainable=dimensions, seed=seed)
+            cohort = Cohort(round, chosen, num_clients=clients, trainable=dimensions, seed=seed)
             messages = torch.stack(sent).sum(0) if sent else None
             delta, state = rule.merge(Merged(delta, messages, normalizer, len(chosen), cohort), state)
         server = server - server_lr * delta.numpy()

@@ -94,9 +94,9 @@ _NUMBERS = 7  # numbers of a row after the delta: whether the client sent an upd
 
 
 def _init(like: Tensor, cohort: Cohort, *, aggregator: Aggregator, hostile: frozenset[int]) -> Tensor:
-    if hostile and max(hostile) >= cohort.registered:
+    if hostile and max(hostile) >= cohort.num_clients:
         raise ValueError(
-            f"attackers={max(hostile)}: there is no such client, pass numbers from 0 to {cohort.registered - 1}."
+            f"attackers={max(hostile)}: there is no such client, pass numbers from 0 to {cohort.num_clients - 1}."
         )
     aggregator.init(like[:0], cohort)  # so that it can refuse the round
     return torch.zeros(len(cohort.clients) * (like.numel() + _NUMBERS), dtype=like.dtype, device=like.device)
@@ -109,7 +109,7 @@ def _length(total: Tensor, cohort: Cohort) -> int:
 def _accumulate(total: Tensor, update: ClientUpdate, weight: float, cohort: Cohort) -> Tensor:
     row = total.view(len(cohort.clients), -1)[cohort.place(update.client)]
     row[:-_NUMBERS].copy_(update.delta)
-    numbers = (1, update.norm, update.held, update.samples, update.steps, update.loss, update.seconds)
+    numbers = (1, update.norm, update.num_samples, update.samples, update.steps, update.loss, update.seconds)
     row[-_NUMBERS:].copy_(torch.tensor(numbers, dtype=row.dtype))
     return total
 
@@ -117,10 +117,10 @@ def _accumulate(total: Tensor, update: ClientUpdate, weight: float, cohort: Coho
 def _updates(total: Tensor, cohort: Cohort) -> list[ClientUpdate]:
     found = []
     for client, row in zip(cohort.clients.tolist(), total.view(len(cohort.clients), -1), strict=True):
-        sent, norm, held, samples, steps, loss, seconds = row[-_NUMBERS:].tolist()
+        sent, norm, num_samples, samples, steps, loss, seconds = row[-_NUMBERS:].tolist()
         if sent:
             delta = row[:-_NUMBERS]
-            found.append(ClientUpdate(client, delta, norm, int(held), int(samples), int(steps), loss, seconds))
+            found.append(ClientUpdate(client, delta, norm, int(num_samples), int(samples), int(steps), loss, seconds))
     return found
 
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+import warnings
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import NamedTuple, TypeAlias
+from functools import wraps
+from typing import Any, NamedTuple, TypeAlias, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -20,12 +22,44 @@ FloatArray: TypeAlias = npt.NDArray[np.float64]
 NAMESPACES = ("round", "client", "clients", "personal", "phase", "probe", "compute")
 """Prefixes of the logged values that are not the user's."""
 
+_T = TypeVar("_T")
+
 Cursor: TypeAlias = tuple[int, int]
 """Where a client resumes its data: (pass over its data, batch within that pass)."""
 
 
 SIDE = 7
 """Length of `RoundRecord.side`."""
+
+
+def _renamed(old: str, new: str) -> Callable[[type[_T]], type[_T]]:
+    """Let a field still be read and passed by its old name, with a warning, for one release."""
+
+    def decorate(kind: type[_T]) -> type[_T]:
+        def warn() -> None:
+            text = f"{kind.__name__}.{old} is {new} now: use that; the old name goes after one release."
+            warnings.warn(text, DeprecationWarning, stacklevel=3)
+
+        def accepting(function: Callable[..., Any]) -> Callable[..., Any]:
+            @wraps(function)
+            def call(owner: Any, *args: Any, **fields: Any) -> Any:
+                if old in fields:
+                    warn()
+                    fields[new] = fields.pop(old)
+                return function(owner, *args, **fields)
+
+            return call
+
+        def read(self: Any) -> Any:
+            warn()
+            return getattr(self, new)
+
+        for name in ("__new__", "_replace"):
+            setattr(kind, name, accepting(getattr(kind, name)))
+        setattr(kind, old, property(read))
+        return kind
+
+    return decorate
 
 
 class ClientCost(NamedTuple):
@@ -53,6 +87,7 @@ class ClientCost(NamedTuple):
         return ClientCost(*(mine + more for mine, more in zip(self, other, strict=True)))
 
 
+@_renamed("held", "num_samples")
 class ClientUpdate(NamedTuple):
     """The update that a client sends to the server at the end of its local training.
 
@@ -63,7 +98,7 @@ class ClientUpdate(NamedTuple):
             It is a scratch buffer: copy it to keep it.
         norm: L2 norm of the trainable part; not finite when any element of ``delta`` is not, or when the client had no
             batch to train on.
-        held: number of samples of the client (FedAvg's weight).
+        num_samples: number of samples of the client (FedAvg's weight).
         samples: number of samples that it trained on in this round, every pass counted.
         steps: number of local batches.
         loss: mean training loss per sample over the round, NaN when ``training_step`` returned none.
@@ -75,7 +110,7 @@ class ClientUpdate(NamedTuple):
     client: int
     delta: Tensor
     norm: float
-    held: int
+    num_samples: int
     samples: int
     steps: int
     loss: float
@@ -94,20 +129,21 @@ class ClientUpdate(NamedTuple):
         return not self.finite and not self.steps
 
 
+@_renamed("registered", "num_clients")
 class Cohort(NamedTuple):
     """The clients that take part in a round.
 
     Attributes:
         round: index of the round, from 0.
         clients: the clients, ascending, including those whose update is not finite; possibly empty.
-        registered: number of all clients, most of which may not take part.
+        num_clients: number of all clients, most of which may not take part.
         trainable: number of elements of a delta that belong to trainable parameters; they come first.
         seed: the strategy's seed.
     """
 
     round: int
     clients: IntArray
-    registered: int
+    num_clients: int
     trainable: int
     seed: int
 

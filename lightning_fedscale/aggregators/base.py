@@ -55,7 +55,7 @@ class Aggregator(NamedTuple):
         A change to a rule that there is:
 
         >>> from lightning_fedscale.aggregators import aggregate, mean
-        >>> by_root = mean()._replace(weigh=lambda update: update.held**0.5)  # large clients count, but not so much
+        >>> by_root = mean()._replace(weigh=lambda update: update.num_samples**0.5)  # large clients count less
 
         A rule from scratch, the mean of the updates' directions; the last element counts the clients:
 

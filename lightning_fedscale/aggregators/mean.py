@@ -31,11 +31,11 @@ def mean(weighting: str = "samples") -> Aggregator:
 
     Example:
         >>> import numpy as np
-        >>> rule, cohort = mean(), Cohort(0, np.arange(2), registered=2, trainable=1, seed=0)
+        >>> rule, cohort = mean(), Cohort(0, np.arange(2), num_clients=2, trainable=1, seed=0)
         >>> total = rule.init(torch.zeros(1, dtype=torch.float64), cohort)
-        >>> for held, delta in [(1, 0.0), (3, 4.0)]:
+        >>> for size, delta in [(1, 0.0), (3, 4.0)]:
         ...     vector = torch.tensor([delta], dtype=torch.float64)
-        ...     total = rule.accumulate(total, ClientUpdate(0, vector, delta, held, held, 1, 0.0, 0.0), held, cohort)
+        ...     total = rule.accumulate(total, ClientUpdate(0, vector, delta, size, size, 1, 0.0, 0.0), size, cohort)
         >>> rule.finish(total, cohort).tolist()
         [3.0]
     """
@@ -45,7 +45,7 @@ def mean(weighting: str = "samples") -> Aggregator:
 
 
 def _weigh(update: ClientUpdate, *, by_samples: bool) -> float:
-    return float(update.held) if by_samples else 1.0
+    return float(update.num_samples) if by_samples else 1.0
 
 
 def _init(like: Tensor, cohort: Cohort) -> Tensor:

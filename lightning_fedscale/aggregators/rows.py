@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Sequence
 from functools import partial
 from typing import Any
@@ -15,16 +16,23 @@ from lightning_fedscale.types import ClientUpdate, Cohort
 
 
 def aggregate(
-    rule: Aggregator, rows: Tensor, held: Sequence[int] | None = None, trainable: int | None = None, seed: int = 0
+    rule: Aggregator,
+    rows: Tensor,
+    num_samples: Sequence[int] | None = None,
+    trainable: int | None = None,
+    seed: int = 0,
+    *,
+    held: Sequence[int] | None = None,
 ) -> Tensor:
     """Aggregate these updates in one call; a rule with state acts as in the first round.
 
     Args:
         rule: the rule.
         rows: one update per client, (clients, elements); rows with NaN or infinite values are left out.
-        held: number of samples of each client; 1 each by default.
+        num_samples: number of samples of each client; 1 each by default.
         trainable: number of a row's first elements that belong to trainable parameters; all by default.
         seed: seed of rules that draw random numbers.
+        held: the old name of ``num_samples``, which goes after one release.
 
     Example:
         >>> from lightning_fedscale.aggregators import mean, median
@@ -32,11 +40,14 @@ def aggregate(
         >>> aggregate(mean(), rows).tolist(), aggregate(median(), rows).tolist()
         ([201.0], [2.0])
     """
+    if held is not None:
+        warnings.warn("aggregate: held is num_samples now: use that.", DeprecationWarning, stacklevel=2)
+        num_samples = held
     clients, length = rows.shape
     cohort = Cohort(0, np.arange(clients), clients, length if trainable is None else trainable, seed)
     updates = (
         ClientUpdate(client, row, norm_of(row, cohort), size, size, 1, torch.nan, 0.0)
-        for client, (row, size) in enumerate(zip(rows.double(), held or [1] * clients, strict=True))
+        for client, (row, size) in enumerate(zip(rows.double(), num_samples or [1] * clients, strict=True))
     )
     like = torch.zeros(length, dtype=torch.float64)
     return fold(rule, updates, like, cohort, rule.fresh_state(like, cohort))[0]

@@ -51,7 +51,7 @@ def stacked(
     Example:
         >>> import numpy as np
         >>> first = stacked(lambda update: 1.0, lambda stack, cohort: stack.deltas[0])
-        >>> cohort = Cohort(0, np.array([3, 8]), registered=9, trainable=1, seed=0)
+        >>> cohort = Cohort(0, np.array([3, 8]), num_clients=9, trainable=1, seed=0)
         >>> total = first.init(torch.zeros(1, dtype=torch.float64), cohort)
         >>> update = ClientUpdate(8, torch.tensor([5.0], dtype=torch.float64), 5.0, 1, 1, 1, 0.0, 0.0)
         >>> first.finish(first.accumulate(total, update, 1.0, cohort), cohort).tolist()

@@ -68,5 +68,5 @@ def _finish(outcome: Outcome, client: Any, server: Any, *, alpha: float) -> Repo
 
 def _merge(merged: Merged, server: Any, *, alpha: float) -> tuple[Tensor, dict[str, Tensor]]:
     assert merged.messages is not None
-    h = server["h"] + merged.messages * (alpha / merged.cohort.registered)
+    h = server["h"] + merged.messages * (alpha / merged.cohort.num_clients)
     return merged.delta.add_(h / alpha), {"h": h}

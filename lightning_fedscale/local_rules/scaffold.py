@@ -82,4 +82,4 @@ def _finish(outcome: Outcome, client: Any, server: Any, *, at_start: bool) -> Re
 
 def _merge(merged: Merged, server: Any) -> tuple[Tensor, dict[str, Tensor]]:
     assert merged.messages is not None
-    return merged.delta, {"control": server["control"] + merged.messages / merged.cohort.registered}
+    return merged.delta, {"control": server["control"] + merged.messages / merged.cohort.num_clients}

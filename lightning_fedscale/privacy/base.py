@@ -91,7 +91,7 @@ class Privacy:
 
     def weigh(self, update: ClientUpdate) -> float:
         """Return a client's weight, at most 1."""
-        return 1.0 if self.weight_cap is None else min(update.held / self.weight_cap, 1.0)
+        return 1.0 if self.weight_cap is None else min(update.num_samples / self.weight_cap, 1.0)
 
     def init(self) -> dict[str, Any]:
         """Return the state before the first round."""

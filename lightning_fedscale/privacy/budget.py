@@ -27,9 +27,9 @@ class PrivacyBudget:
 
     def expected_weight(self, sizes: IntArray) -> float:
         """Return the expected total weight of a round's clients, given each client's number of samples."""
-        held, counts = np.unique(sizes, return_counts=True)
+        num_samples, counts = np.unique(sizes, return_counts=True)
         nothing = ClientUpdate(0, torch.empty(0), 0.0, 0, 0, 0, 0.0, 0.0)
-        weights = [self.privacy.weigh(nothing._replace(held=int(size))) for size in held.tolist()]
+        weights = [self.privacy.weigh(nothing._replace(num_samples=int(size))) for size in num_samples.tolist()]
         return self._q * float(np.dot(weights, counts))
 
     def spent(self, rounds: int) -> float:

@@ -60,7 +60,7 @@ def dp_fed_avg(
         >>> delta, state = torch.tensor([3.0, 4.0], dtype=torch.float64), private.init()
         >>> private.clip(delta, state), delta.tolist()
         (False, [0.6000000000000001, 0.8])
-        >>> cohort = Cohort(0, np.arange(1), registered=10, trainable=2, seed=0)
+        >>> cohort = Cohort(0, np.arange(1), num_clients=10, trainable=2, seed=0)
         >>> mean, state = private.finish(delta, 0.0, state, cohort, expected=2.0, generator=np.random.default_rng(0))
         >>> mean.tolist(), state["rounds"]
         ([0.30000000000000004, 0.4], 1)

@@ -101,7 +101,9 @@ class Events(pl.Callback):
             assert torch.equal(now, before), "a client starts from the global model"
 
     def on_client_end(self, trainer: pl.Trainer, module: pl.LightningModule, update: ClientUpdate) -> None:
-        self.log_of_calls.append(("callback.on_client_end", update.client, update.steps, update.samples, update.held))
+        self.log_of_calls.append(
+            ("callback.on_client_end", update.client, update.steps, update.samples, update.num_samples)
+        )
         delta = torch.cat(
             [
                 (before.double() - now.detach().double()).flatten()

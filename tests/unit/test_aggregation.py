@@ -22,7 +22,7 @@ quick = settings(max_examples=40, deadline=None)
 deltas = st.integers(-(2**24), 2**24).map(lambda n: n * 2.0**-30)
 anything = st.floats(-1e30, 1e30, allow_nan=False)
 
-COHORT = Cohort(0, np.arange(8), registered=8, trainable=3, seed=0)
+COHORT = Cohort(0, np.arange(8), num_clients=8, trainable=3, seed=0)
 
 
 def clients(values: st.SearchStrategy[float]) -> st.SearchStrategy[list[tuple[int, list[float]]]]:
@@ -98,7 +98,7 @@ def test_by_name(name: str, expected: list[float]) -> None:
 
 
 def test_weights_are_those_that_the_record_shows() -> None:
-    update = ClientUpdate(0, torch.zeros(1), 0.0, held=12, samples=24, steps=3, loss=0.0, seconds=0.0)
+    update = ClientUpdate(0, torch.zeros(1), 0.0, num_samples=12, samples=24, steps=3, loss=0.0, seconds=0.0)
     assert mean().weigh(update) == 12.0
     assert mean("uniform").weigh(update) == 1.0
 

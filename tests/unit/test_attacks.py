@@ -27,7 +27,7 @@ from lightning_fedscale.attacks import (
 from lightning_fedscale.types import ClientUpdate, Cohort
 
 CLIENTS = np.array([2, 3, 5, 7, 11])
-COHORT = Cohort(4, CLIENTS, registered=20, trainable=3, seed=1)
+COHORT = Cohort(4, CLIENTS, num_clients=20, trainable=3, seed=1)
 
 
 def updates(seed: int = 0) -> list[ClientUpdate]:
@@ -43,11 +43,13 @@ def seen(attack: Attack, attackers: Any, sent: list[ClientUpdate], ranks: int = 
     found: dict[int, ClientUpdate] = {}
 
     def accumulate(total: Tensor, update: ClientUpdate, weight: float, cohort: Cohort) -> Tensor:
-        assert weight == update.held
+        assert weight == update.num_samples
         found[update.client] = update._replace(delta=update.delta.clone())
         return total
 
-    spy = Aggregator(lambda update: float(update.held), lambda like, cohort: like, accumulate, lambda total, _: total)
+    spy = Aggregator(
+        lambda update: float(update.num_samples), lambda like, cohort: like, accumulate, lambda total, _: total
+    )
     rule = attacked(spy, attack, attackers)
     parts = []
     for rank in range(ranks):

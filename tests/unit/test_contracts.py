@@ -160,7 +160,7 @@ def outcome(number: int) -> Outcome:
 def test_local_rules_do_what_they_announce(name: str) -> None:
     rule: LocalRule = example("local_rules", name)
     assert rule.name == name
-    cohort = Cohort(0, np.array([1, 4]), registered=6, trainable=5, seed=0)
+    cohort = Cohort(0, np.array([1, 4]), num_clients=6, trainable=5, seed=0)
     server_state = rule.init(torch.zeros(5, dtype=torch.float64))
     clients: dict[int, Any] = {}
     for round in range(3):
@@ -223,7 +223,7 @@ def test_compressors_send_what_they_count(name: str) -> None:
 def test_aggregators_heed_neither_ranks_nor_order(name: str) -> None:
     rule = example("aggregators", name)
     clients = np.arange(0, 22, 2)
-    cohort = Cohort(0, clients, registered=30, trainable=4, seed=0)
+    cohort = Cohort(0, clients, num_clients=30, trainable=4, seed=0)
     deltas = np.random.default_rng(0).normal(size=(len(clients), 5))
 
     def update(place: int) -> ClientUpdate:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import pickle
 
 import numpy as np
 import pytest
@@ -12,13 +13,13 @@ from hypothesis import strategies as st
 
 from lightning_fedscale.core.plan import RoundPlan, place_longest_first
 from lightning_fedscale.core.round.merge import RoundTable
-from lightning_fedscale.types import ClientUpdate, RoundRecord
+from lightning_fedscale.types import ClientUpdate, Cohort, RoundRecord
 from tests.laws import reference
 from tests.strategies import sequential
 
 
 def update(client: int, **changes: float) -> ClientUpdate:
-    made = ClientUpdate(client, torch.zeros(0), norm=1.0, held=4, samples=4, steps=1, loss=0.5, seconds=0.1)
+    made = ClientUpdate(client, torch.zeros(0), norm=1.0, num_samples=4, samples=4, steps=1, loss=0.5, seconds=0.1)
     return made._replace(**changes)
 
 
@@ -127,9 +128,8 @@ def test_sum_over_ranks_is_one_ranks_table(
         table = RoundTable(plan, world_size)
         for client, (norm, samples, steps, loss, accepted, cursor) in enumerate(values):
             if rank in (None, ranks[client]):
-                sent = update(
-                    client, norm=norm if accepted else math.nan, held=samples, samples=samples, steps=steps, loss=loss
-                )
+                norm = norm if accepted else math.nan
+                sent = update(client, norm=norm, num_samples=samples, samples=samples, steps=steps, loss=loss)
                 table.clients.add(sent, float(samples), (cursor, client), (2.0**cursor, cursor))
         for of in range(world_size):
             if rank in (None, of):
@@ -202,3 +202,16 @@ def test_a_word_to_one_rank_is_known_to_all() -> None:
         table.unpack(packed[0] + packed[1])
         assert table.leaves()
         assert table.failed_ranks() == []
+
+
+def test_old_names_of_fields_are_read_and_passed_with_a_warning() -> None:
+    with pytest.warns(DeprecationWarning, match=r"ClientUpdate\.held is num_samples now"):
+        made = ClientUpdate(3, torch.zeros(0), norm=1.0, held=4, samples=8, steps=1, loss=0.5, seconds=0.1)
+    assert (made.num_samples, made.samples) == (4, 8)
+    with pytest.warns(DeprecationWarning, match="held"):
+        assert made.held == 4
+    with pytest.warns(DeprecationWarning, match="held"):
+        assert made._replace(held=5).num_samples == 5
+    with pytest.warns(DeprecationWarning, match=r"Cohort\.registered is num_clients now"):
+        cohort = Cohort(0, np.arange(2), registered=6, trainable=1, seed=0)
+    assert pickle.loads(pickle.dumps(cohort)).num_clients == 6

@@ -732,7 +732,7 @@ def test_weigh_decides_what_is_computed_and_what_is_reported() -> None:
     expected = reference.fed_avg(
         reference.make_module(), data, partition, rounds=2, clients_per_round=7, weigh=lambda held: float(held**2)
     )
-    rule = aggregators.mean()._replace(weigh=lambda update: float(update.held**2))
+    rule = aggregators.mean()._replace(weigh=lambda update: float(update.num_samples**2))
     strategy = sequential(partitioner=partition, aggregator=rule)
     module = reference.make_module()
     reference.quiet_trainer(max_epochs=2, strategy=strategy).fit(module, reference.loader(data))

@@ -112,12 +112,12 @@ def test_geometric_median_has_the_least_sum_of_distances(seed: int, clients: int
         return float(weights @ np.linalg.norm(rows - point, axis=1))
 
     rule = geometric_median(weighting, tolerance=1e-12, iterations=10_000)
-    found = applied(rule, rows, held=held.tolist())
+    found = applied(rule, rows, num_samples=held.tolist())
     starts = [rows.mean(axis=0), *rows]
     least = min(cost(minimize(cost, start, method="Nelder-Mead", tol=1e-12).x) for start in starts)
     assert cost(found) <= least * (1 + 1e-6)
     # As it comes, it is a little less exact.
-    assert cost(applied(geometric_median(weighting), rows, held=held.tolist())) <= least * (1 + 1e-4)
+    assert cost(applied(geometric_median(weighting), rows, num_samples=held.tolist())) <= least * (1 + 1e-4)
 
 
 def test_geometric_median_is_not_held_by_an_update_at_the_coordinate_wise_median() -> None:

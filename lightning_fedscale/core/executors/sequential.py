@@ -65,7 +65,7 @@ class LargestClient:
             update: the client's update.
             values: returns copies of its buffers by name; None for a buffer that was removed.
         """
-        key = (update.held, -update.client)
+        key = (update.num_samples, -update.client)
         if update.finite and (self._key is None or key >= self._key):
             self._key, self.values = key, values()
 
@@ -228,7 +228,7 @@ class SequentialExecutor:
                 client=work.client,
                 delta=delta,
                 norm=_norm(delta, context.server, view.trainable) if trained.had_batch else math.nan,
-                held=work.held,
+                num_samples=work.held,
                 samples=trained.samples,
                 steps=trained.steps,
                 loss=trained.mean_loss(),

@@ -542,7 +542,7 @@ class VectorizedExecutor:
                     client=work.client,
                     delta=delta,
                     norm=norm if trained_any and math.isfinite(norm) else math.nan,
-                    held=work.held,
+                    num_samples=work.held,
                     samples=trained.samples[row],
                     steps=trained.steps[row],
                     loss=trained.losses[row],
