@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_fedscale.partitioners import DirichletPartitioner
 from lightning_fedscale.study import sentences, size, write
-from lightning_fedscale.study.told import rows_of
+from lightning_fedscale.study.answer_page import rows_of
 
 # ------------------------------------------------------- An ordinary Lightning project, whose module has a `width`.
 

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from lightning_fedscale.cli.arguments import Named, parse
 from lightning_fedscale.cli.bench import bench
+from lightning_fedscale.cli.errors import INTERRUPTED, exit_after_broken_pipe, is_interruption
 from lightning_fedscale.cli.fit import fit
 from lightning_fedscale.cli.partition import partition
 from lightning_fedscale.cli.plan import plan
@@ -19,8 +20,7 @@ from lightning_fedscale.cli.probe import probe
 from lightning_fedscale.cli.report import report
 from lightning_fedscale.cli.size import size
 from lightning_fedscale.cli.sweep import sweep
-from lightning_fedscale.cli.told import INTERRUPTED, is_interruption, nobody_reads
-from lightning_fedscale.core.options.trainer_checks import is_told
+from lightning_fedscale.core.options.trainer_checks import is_user_error
 
 COMMANDS: dict[str, Callable[..., None]] = {
     "bench": bench,
@@ -53,7 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         finally:
             sys.stdout.flush()
     except BrokenPipeError:
-        return nobody_reads()
+        return exit_after_broken_pipe()
 
 
 def _run(given: Sequence[str]) -> int:
@@ -72,7 +72,7 @@ def _run(given: Sequence[str]) -> int:
         print(f"fedscale {command}: interrupted.{_AFTERWARDS.get(command, '')}", file=sys.stderr)
         return INTERRUPTED
     except Exception as error:
-        if not is_told(error):
+        if not is_user_error(error):
             raise
         print(f"fedscale {command}: {error}", file=sys.stderr)
         return 1

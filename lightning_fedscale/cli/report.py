@@ -8,7 +8,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from lightning_fedscale.cli.reports import facts, read_run, write_page
+from lightning_fedscale.cli.run_page import facts, read_run, write_page
 
 
 def report(run: str, output: str | None = None, json: bool = False) -> None:

@@ -14,7 +14,7 @@ from lightning_fedscale.cli.files import made, written
 from lightning_fedscale.cli.makers import Maker
 from lightning_fedscale.cli.projects import check_accelerator
 from lightning_fedscale.study import size as find
-from lightning_fedscale.study.told import PAGE, rows_of, sentences, write
+from lightning_fedscale.study.answer_page import PAGE, rows_of, sentences, write
 
 
 def size(

@@ -26,10 +26,10 @@ from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 from rich.table import Table
 
+from lightning_fedscale.cli.errors import INTERRUPTED, exit_after_broken_pipe, is_interruption
 from lightning_fedscale.cli.files import made
-from lightning_fedscale.cli.told import INTERRUPTED, is_interruption, nobody_reads
 from lightning_fedscale.core.lightning.handover import starts_by_command
-from lightning_fedscale.core.options.trainer_checks import is_told
+from lightning_fedscale.core.options.trainer_checks import is_user_error
 from lightning_fedscale.partitioners.registry import is_file
 from lightning_fedscale.types import NAMESPACES
 from lightning_fedscale.utils.checks import integer
@@ -171,7 +171,7 @@ def _run(config: DictConfig) -> float | None:
         try:
             (_print if config.json else _show)(metrics, HydraConfig.get().runtime.output_dir)
         except BrokenPipeError:
-            sys.exit(nobody_reads())  # without this, Hydra would show a traceback
+            sys.exit(exit_after_broken_pipe())  # without this, Hydra would show a traceback
     return _optimized(metrics, config.optimized_metric)
 
 
@@ -294,7 +294,7 @@ def _told(what: str = "") -> Iterator[None]:
         cause = error.__cause__ or error
         raise Refused(f"fedscale train: {what}{cause}") from error
     except (TypeError, ValueError, MisconfigurationException) as error:
-        if not what and not is_told(error):
+        if not what and not is_user_error(error):
             raise
         raise Refused(f"fedscale train: {what}{error}") from error
 

@@ -32,6 +32,7 @@ from lightning_fedscale.scaling.compute import (
 from lightning_fedscale.scaling.diloco import DiLoCo
 from lightning_fedscale.scaling.federated import Federated, FederatedPACBayes, federated, information
 from lightning_fedscale.scaling.fit import Fit, fit, law_from_file
+from lightning_fedscale.scaling.fit_page import plot_fit, write_report
 from lightning_fedscale.scaling.form import Form, Interval, Range, Unfitted
 from lightning_fedscale.scaling.isoflop import IsoFlop, isoflop
 from lightning_fedscale.scaling.logs import Logs, has_logs, read_logs
@@ -39,7 +40,6 @@ from lightning_fedscale.scaling.planning import Plan, plan, plot_plans
 from lightning_fedscale.scaling.position import Position, position_of
 from lightning_fedscale.scaling.project import law_of, project_law, sweep_command
 from lightning_fedscale.scaling.registry import FORMS, LAW_FILE, LAWS, law_by_name
-from lightning_fedscale.scaling.report import plot_fit, write_report
 from lightning_fedscale.scaling.runs import read_runs
 
 __all__ = [

@@ -34,7 +34,7 @@ class Allocation(NamedTuple):
     clients: int = 1
 
 
-class Spread(NamedTuple):
+class ConstantsCovariance(NamedTuple):
     """How far published constants may be off.
 
     Attributes:
@@ -69,7 +69,7 @@ class Law(Form):
     """
 
     columns: ClassVar[tuple[str, ...]] = ("params", "tokens")
-    spread: ClassVar[Spread | None] = None
+    spread: ClassVar[ConstantsCovariance | None] = None
     no_optimum: ClassVar[str] = ""
     no_loss: ClassVar[str] = ""
     counts: ClassVar[str] = "active"

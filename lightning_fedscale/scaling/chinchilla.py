@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from lightning_fedscale.scaling.base import Allocation, Law, Spread
+from lightning_fedscale.scaling.base import Allocation, ConstantsCovariance, Law
 from lightning_fedscale.scaling.dual import exp, value_of, where
 from lightning_fedscale.scaling.form import EXPONENT, LINEAR, Range, Unknown, positive
 
@@ -15,7 +15,7 @@ PARAMS_PER_TOKEN = 0.051
 """Parameters that each unique token supports, in `RepeatedData`."""
 TERMS: Mapping[str, Unknown] = {"E": LINEAR, "A": LINEAR, "B": LINEAR, "alpha": EXPONENT, "beta": EXPONENT}
 
-SPREAD = Spread(
+SPREAD = ConstantsCovariance(
     {"E": 1.8172, "A": 482.01, "B": 2085.43, "alpha": 0.3478, "beta": 0.3658},
     (
         (0.000206, 0.002044, 0.004007, 0.00035, 0.000524),
@@ -47,7 +47,7 @@ class Chinchilla(Law):
     holds: ClassVar[Range] = Range("text", params=(4e7, 2e10), flops=(1e18, 1e24))
     counts: ClassVar[str] = "all"  # arXiv 2406.12907, on why Kaplan's sizes and these differ
     unknowns: ClassVar[Mapping[str, Unknown]] = TERMS
-    spread: ClassVar[Spread | None] = SPREAD
+    spread: ClassVar[ConstantsCovariance | None] = SPREAD
 
     E: float = 1.8172
     A: float = 482.01
@@ -115,7 +115,7 @@ class RepeatedData(Chinchilla):
     unknowns: ClassVar[Mapping[str, Unknown]] = {
         **TERMS, "half_life": Unknown(1.0, 100.0), "half_life_params": Unknown(1.0, 100.0),
     }  # fmt: skip
-    spread: ClassVar[Spread | None] = None
+    spread: ClassVar[ConstantsCovariance | None] = None
 
     E: float = 1.87
     A: float = 521.0
@@ -165,7 +165,7 @@ class Rosenfeld(Chinchilla):
     units: ClassVar[str] = "parameters, samples, loss"
     holds: ClassVar[Range] = Range("any")
     counts: ClassVar[str] = "active"
-    spread: ClassVar[Spread | None] = None
+    spread: ClassVar[ConstantsCovariance | None] = None
 
     E: float = None  # type: ignore[assignment]
     A: float = None  # type: ignore[assignment]

@@ -7,14 +7,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from lightning_fedscale.scaling.base import Allocation, Law, Spread
+from lightning_fedscale.scaling.base import Allocation, ConstantsCovariance, Law
 from lightning_fedscale.scaling.form import LINEAR, Range, Unknown, positive
 
 SEQUENCE = 2048
 """Tokens in a sequence. The published batch law is in sequences, although the paper's text says tokens."""
 
 
-SPREAD = Spread(
+SPREAD = ConstantsCovariance(
     {"A": 40.668, "alpha": -0.163846, "beta": 0.018305, "floor": 1.135354},
     (
         (1.861834e-02, -1.365260e-03, 2.316923e-04, 1.278104e-02),
@@ -53,7 +53,7 @@ class DiLoCo(Law):
         "A": LINEAR, "alpha": Unknown(-0.5, -0.05, positive=False), "beta": Unknown(0.0, 0.1, positive=False),
         "floor": LINEAR,
     }  # fmt: skip
-    spread: ClassVar[Spread | None] = SPREAD
+    spread: ClassVar[ConstantsCovariance | None] = SPREAD
 
     A: float = 40.668
     alpha: float = -0.163846

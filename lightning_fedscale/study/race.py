@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Sequence
 from itertools import pairwise, zip_longest
 from typing import NamedTuple
 
-from lightning_fedscale.study.settings import FED_AVG, Setting, Space, best_of_each, without_twins
+from lightning_fedscale.study.settings import FED_AVG, Setting, Space, best_of_each, without_duplicates
 
 _TIMES = 3
 """Ratio of the budgets of successive stages."""
@@ -159,7 +159,7 @@ class Race:
 
     def _entrants(self) -> list[Setting]:
         long_enough = (each for each in self.space.spread() if self.prices.rounds(each, 1.0) >= FEWEST_ROUNDS)
-        return without_twins([*self.anchors, *long_enough])
+        return without_duplicates([*self.anchors, *long_enough])
 
     def _stage_seconds(self, shares: Sequence[float]) -> float:
         return self.seconds / 2 / max(1, len(shares) - 1)
@@ -172,7 +172,7 @@ class Race:
         losses = {each: loss for each, loss in self.losses.get(share, {}).items() if math.isfinite(loss)}
         ordered = sorted(losses, key=lambda each: losses[each])
         others = [each for pair in zip_longest(ordered, waiting) for each in pair if each is not None]
-        return without_twins([
+        return without_duplicates([
             *ordered[:1], *self._present(losses), *best_of_each(losses, ["size"]), *best_of_each(losses, ["method"]),
             *best_of_each(losses, ["rate"]), *others,
         ])  # fmt: skip
@@ -202,7 +202,7 @@ class Race:
         there = self.losses.get(following, {})
         if there.get(slower(first), math.inf) >= there.get(first, math.inf):
             return list(going)
-        return without_twins([slower(first), first, *map(slower, going)])
+        return without_duplicates([slower(first), first, *map(slower, going)])
 
     def _new(self, jobs: Iterable[Job]) -> list[Job]:
         """Return the jobs that have not run and that have enough rounds."""
@@ -246,7 +246,7 @@ class Race:
         """Return jobs with other seeds, of the best setting, the current ones, and the next best."""
         losses = {each: loss for each, loss in self.losses.get(1.0, {}).items() if math.isfinite(loss)}
         best = sorted(losses, key=lambda each: losses[each])
-        finalists = without_twins([*best[:1], *self._present(losses), *best])[:_MOST_FINALISTS]
+        finalists = without_duplicates([*best[:1], *self._present(losses), *best])[:_MOST_FINALISTS]
         return [Job(each, 1.0, seed) for each in finalists for seed in range(1, self.seeds + 1)]
 
     def _climb(self, end: float, for_seeds: float) -> None:

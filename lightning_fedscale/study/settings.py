@@ -123,7 +123,7 @@ def best_of_each(losses: dict[Setting, float], names: Sequence[str]) -> list[Set
     return list(found.values())
 
 
-def without_twins(settings: Iterable[Setting]) -> list[Setting]:
+def without_duplicates(settings: Iterable[Setting]) -> list[Setting]:
     """Remove duplicates; the order is that of first occurrence."""
     return list(dict.fromkeys(settings))
 

@@ -14,7 +14,7 @@ import lightning.pytorch as pl
 import pandas as pd
 import torch
 
-from lightning_fedscale.core.options.trainer_checks import is_told
+from lightning_fedscale.core.options.trainer_checks import is_user_error
 from lightning_fedscale.partitioners import Partition, Partitioner
 from lightning_fedscale.strategy import FederatedStrategy
 from lightning_fedscale.study.answer import Answer, current_of, results_of
@@ -207,7 +207,7 @@ class _Study:
             try:
                 row = self._short(self._plain(smallest)._replace(method=name), _PILOT_ROUNDS[0], _EXECUTORS[0])
             except Exception as error:
-                if not is_told(error) or name == FED_AVG:
+                if not is_user_error(error) or name == FED_AVG:
                     raise
                 self._drop(name, str(error))
                 continue

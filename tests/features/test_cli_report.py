@@ -15,7 +15,7 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 
 from lightning_fedscale import FederatedStrategy, cli
 from lightning_fedscale.callbacks import ClientMetrics, ComputeAccounting, CriticalPhase, MaxBatchProbe
-from lightning_fedscale.cli.reports import facts, read_run, write_page
+from lightning_fedscale.cli.run_page import facts, read_run, write_page
 from lightning_fedscale.scaling import Rosenfeld
 from lightning_fedscale.scaling.form import Range, Refit
 from tests.features.test_cli_sweep import Data, Net

@@ -18,7 +18,7 @@ import torch
 from lightning_fedscale import FederatedStrategy, cli
 from lightning_fedscale.cli.digits import Classifier, Digits
 from lightning_fedscale.cli.train import Refused, _optimized
-from lightning_fedscale.core.options.trainer_checks import is_told
+from lightning_fedscale.core.options.trainer_checks import is_user_error
 from lightning_fedscale.scaling import read_runs
 
 ROOT = Path(__file__).parents[2]
@@ -321,8 +321,8 @@ def test_only_refusals_of_this_package_are_told_plainly() -> None:
             return error
         raise AssertionError
 
-    assert is_told(error_of(lambda: FederatedStrategy(num_clients=0)))
-    assert not is_told(error_of(lambda: int("one")))
+    assert is_user_error(error_of(lambda: FederatedStrategy(num_clients=0)))
+    assert not is_user_error(error_of(lambda: int("one")))
 
 
 def fedscale(*arguments: str) -> subprocess.CompletedProcess[str]:

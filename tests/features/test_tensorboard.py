@@ -15,7 +15,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 
 from lightning_fedscale import FederatedStrategy
 from lightning_fedscale.callbacks import ClientMetrics, ComputeAccounting, CriticalPhase, MaxBatchProbe
-from lightning_fedscale.cli.reports import read_run, write_page
+from lightning_fedscale.cli.run_page import read_run, write_page
 from lightning_fedscale.scaling import Rosenfeld
 from tests.browser import MISSING, Browser, wait
 from tests.dist.processes import free_port

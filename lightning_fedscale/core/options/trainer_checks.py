@@ -193,7 +193,7 @@ def check_loaders_and_schedulers(trainer: pl.Trainer) -> None:
         )
 
 
-def is_told(error: BaseException) -> bool:
+def is_user_error(error: BaseException) -> bool:
     """Return whether this package or Lightning raised the error as a message; other errors need their traceback."""
     if isinstance(error, MisconfigurationException):
         return True

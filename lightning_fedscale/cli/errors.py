@@ -1,4 +1,4 @@
-"""The exit of a command after an interruption or a broken pipe."""
+"""The exit codes of a command that was interrupted, or whose output nobody reads."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def is_interruption(error: BaseException) -> bool:
     return isinstance(error, KeyboardInterrupt) or isinstance(error.__context__, KeyboardInterrupt)
 
 
-def nobody_reads() -> int:
+def exit_after_broken_pipe() -> int:
     """Discard further output after a broken pipe, and return the exit code that a shell expects."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 141

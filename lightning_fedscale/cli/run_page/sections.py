@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any, NamedTuple
 
-from lightning_fedscale.cli.reports.charts import (
+from lightning_fedscale.cli.run_page.charts import (
     Picture,
     client_charts,
     metric_charts,
@@ -14,8 +14,8 @@ from lightning_fedscale.cli.reports.charts import (
     round_charts,
     spread_charts,
 )
-from lightning_fedscale.cli.reports.facts import clients, costs, metrics, phases, position, steps
-from lightning_fedscale.cli.reports.run import Run
+from lightning_fedscale.cli.run_page.facts import clients, costs, metrics, phases, position, steps
+from lightning_fedscale.cli.run_page.run import Run
 from lightning_fedscale.scaling.position import in_sentences
 from lightning_fedscale.utils.fairness import Spread
 from lightning_fedscale.utils.memory import format_bytes

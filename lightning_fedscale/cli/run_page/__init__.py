@@ -4,8 +4,8 @@ All data comes from the run's folder: TensorBoard's events or CSVLogger's ``metr
 ``position.json`` of `ComputeAccounting`. Sections without data are left out.
 """
 
-from lightning_fedscale.cli.reports.facts import facts
-from lightning_fedscale.cli.reports.page import write_page
-from lightning_fedscale.cli.reports.run import Run, read_run
+from lightning_fedscale.cli.run_page.facts import facts
+from lightning_fedscale.cli.run_page.page import write_page
+from lightning_fedscale.cli.run_page.run import Run, read_run
 
 __all__ = ["Run", "facts", "read_run", "write_page"]

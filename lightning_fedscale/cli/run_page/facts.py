@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from lightning_fedscale.cli.reports.run import Run, Series
+from lightning_fedscale.cli.run_page.run import Run, Series
 from lightning_fedscale.types import NAMESPACES
 from lightning_fedscale.utils.fairness import part_of_spread
 

@@ -7,8 +7,8 @@ import re
 from html import escape
 from pathlib import Path
 
-from lightning_fedscale.cli.reports.run import Run
-from lightning_fedscale.cli.reports.sections import Section, headline, sections
+from lightning_fedscale.cli.run_page.run import Run
+from lightning_fedscale.cli.run_page.sections import Section, headline, sections
 
 _STYLE = """
 :root { color-scheme: light; }

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 import pandas as pd
 
-from lightning_fedscale.cli.reports.facts import clients, is_metric, kind_of
-from lightning_fedscale.cli.reports.run import Run, Series, along
+from lightning_fedscale.cli.run_page.facts import clients, is_metric, kind_of
+from lightning_fedscale.cli.run_page.run import Run, Series, along
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
