@@ -316,7 +316,7 @@ class FederatedStrategy(ReusableStrategy):
     @property
     def personal(self) -> tuple[str, ...] | Ditto | None:
         """The personal part of each client: patterns of names, a whole model by `Ditto`, or None."""
-        return self._options.rules.ditto or self._options.rules.own or None
+        return self._options.algorithm.ditto or self._options.algorithm.own or None
 
     def personal_model(self, client: int) -> dict[str, Any] | None:
         """Return a client's personal model as a state dict of the module; needs ``FederatedStrategy(personal=...)``.
@@ -354,7 +354,7 @@ class FederatedStrategy(ReusableStrategy):
 
     def weight_of(self, update: ClientUpdate) -> float:
         """Return the weight of a client in the aggregate, before normalisation."""
-        return self._options.rules.weigh(update)
+        return self._options.algorithm.weigh(update)
 
     def meter_clients(self, meter: Meter) -> None:
         """Meter every client's training, for ``RoundRecord.flops``; callbacks call this in ``on_fit_start``.

@@ -23,7 +23,7 @@ Start: TypeAlias = Callable[[int], Ranks]
 def _keeps(name: str) -> bool:
     """Whether clients keep anything, which then moves with them."""
     options = sequential(**scenarios.SCENARIOS[name].strategy())._options
-    return options.keep_optimizers or options.rules.keep_state
+    return options.keep_optimizers or options.algorithm.keep_state
 
 
 TRAINED = sorted(name for name, each in scenarios.SCENARIOS.items() if not each.fails)

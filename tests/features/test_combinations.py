@@ -46,10 +46,10 @@ def test_names_stand_for_objects() -> None:
         local_rule="scaffold", server_optimizer="fed_avgm", compressor="top_k", downlink_compressor="qsgd"
     )
     options = strategy._options
-    assert options.rules.local is not None
-    assert options.rules.compressor is not None
+    assert options.algorithm.local_rule is not None
+    assert options.algorithm.compressor is not None
     assert options.downlink_compressor is not None
-    assert (options.rules.local.name, options.rules.compressor.name) == ("scaffold", "top_k(0.01)")
+    assert (options.algorithm.local_rule.name, options.algorithm.compressor.name) == ("scaffold", "top_k(0.01)")
     assert options.downlink_compressor.name.startswith("qsgd")
 
 

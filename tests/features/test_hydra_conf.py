@@ -305,14 +305,14 @@ def test_the_strategy_shows_all_its_arguments_at_their_defaults() -> None:
     assert repr(ours.partitioner) == repr(theirs.partitioner)
     assert ours.sampler is theirs.sampler
     assert instantiate(node.timeout) == parameters["timeout"].default
-    same = set(ours._fields) - {"partitioner", "rules", "server_optimizer"}
+    same = set(ours._fields) - {"partitioner", "algorithm", "server_optimizer"}
     assert {name: getattr(ours, name) for name in same} == {name: getattr(theirs, name) for name in same}
     delta = {"weight": np.ones(2)}
     for each in (ours, theirs):
         step, _ = each.server_optimizer.update(delta, {}, delta)
         assert step["weight"].tolist() == [1.0, 1.0]
-    assert ours.rules._replace(aggregator=theirs.rules.aggregator) == theirs.rules
-    assert ours.rules.aggregator.weigh.keywords == theirs.rules.aggregator.weigh.keywords
+    assert ours.algorithm._replace(aggregator=theirs.algorithm.aggregator) == theirs.algorithm
+    assert ours.algorithm.aggregator.weigh.keywords == theirs.algorithm.aggregator.weigh.keywords
 
 
 @pytest.mark.parametrize(
@@ -342,9 +342,9 @@ def test_groups_and_arguments_from_the_command_line(base: str, at: str, group: s
     )._options
     assert made.num_clients == 16
     assert repr(made.partitioner) == "DirichletPartitioner(num_partitions=16, alpha=0.3, min_partition_size=1)"
-    assert made.rules.local.name == "fed_prox"
-    assert made.rules.compressor.name == "error_feedback(top_k(0.25))"
-    assert made.rules.aggregator.sees_all
+    assert made.algorithm.local_rule.name == "fed_prox"
+    assert made.algorithm.compressor.name == "error_feedback(top_k(0.25))"
+    assert made.algorithm.aggregator.sees_all
 
 
 @pytest.mark.parametrize(
@@ -352,7 +352,7 @@ def test_groups_and_arguments_from_the_command_line(base: str, at: str, group: s
     [
         (
             ["strategy.local_rule=scaffold", "strategy.aggregator=uniform"],
-            lambda made: made.rules.local.name == "scaffold",
+            lambda made: made.algorithm.local_rule.name == "scaffold",
         ),
         (["strategy.partitioner=shard", "strategy.partitioner=iid"], lambda made: made.num_clients == 10),
         (
@@ -360,9 +360,9 @@ def test_groups_and_arguments_from_the_command_line(base: str, at: str, group: s
             lambda made: [made.steps_in(round) for round in (0, 2)] == [1, 4] and made.local_epochs is None,
         ),
         (["strategy.local_steps=3"], lambda made: (made.local_steps, made.local_epochs) == (3, None)),
-        (["strategy.personal=[head.*]"], lambda made: made.rules.personal == ("head.*",)),
-        (["+strategy.buffers={queue*:client}"], lambda made: made.rules.own == ("queue*",)),
-        (["strategy/personal=ditto"], lambda made: made.rules.ditto.strength == 0.1),
+        (["strategy.personal=[head.*]"], lambda made: made.algorithm.personal == ("head.*",)),
+        (["+strategy.buffers={queue*:client}"], lambda made: made.algorithm.own == ("queue*",)),
+        (["strategy/personal=ditto"], lambda made: made.algorithm.ditto.strength == 0.1),
         (
             ["strategy/mode=fed_buff", "strategy.mode.seconds=[1,2,3]", "strategy.num_clients=3"],
             lambda made: made.asynchrony.seconds is not None,
@@ -376,7 +376,7 @@ def test_groups_and_arguments_from_the_command_line(base: str, at: str, group: s
                 "strategy.privacy.delta=1e-5",
                 "strategy/privacy/adaptive=adaptive_clipping",
             ],
-            lambda made: made.sampler is samplers.poisson and made.rules.privacy.adaptive.quantile == 0.5,
+            lambda made: made.sampler is samplers.poisson and made.algorithm.privacy.adaptive.quantile == 0.5,
         ),
         (
             ["strategy/population=population", "strategy.population.shares={phone: 0.7, jetson: 0.3}"],
@@ -407,7 +407,7 @@ def test_groups_and_arguments_from_the_command_line(base: str, at: str, group: s
                 "strategy.aggregator.attack.std=2",
                 "strategy/aggregator@strategy.aggregator.aggregator=median",
             ],
-            lambda made: made.rules.aggregator.sees_all,
+            lambda made: made.algorithm.aggregator.sees_all,
         ),
     ],
 )

@@ -127,7 +127,7 @@ def test_privacy_and_buffered_rounds_from_a_file(tmp_path: Path) -> None:
                      adaptive={"quantile": 0.7, "count_noise": 1.0}),
     )  # fmt: skip
     ran = cli(["fit", f"--config={private}"], save_config_callback=None)
-    adaptive = strategy_of(ran)._options.rules.privacy.adaptive  # type: ignore[union-attr]
+    adaptive = strategy_of(ran)._options.algorithm.privacy.adaptive  # type: ignore[union-attr]
     assert adaptive is not None
     assert adaptive.quantile == 0.7
     buffered = yaml_file(
@@ -142,7 +142,7 @@ def test_privacy_and_buffered_rounds_from_a_file(tmp_path: Path) -> None:
 def test_buffers_from_a_file_and_on_the_command_line(tmp_path: Path) -> None:
     file = yaml_file(tmp_path / "run.yaml", num_clients=4, buffers={"bank": "client", "queue*": "largest"})
     ran = cli([f"--config={file}"], save_config_callback=None, run=False)
-    assert strategy_of(ran)._options.rules.buffers == (("bank", "client"), ("queue*", "largest"))
+    assert strategy_of(ran)._options.algorithm.buffers == (("bank", "client"), ("queue*", "largest"))
     with pytest.raises(SystemExit):
         cli([f"--config={file}", "--trainer.strategy.buffers.bank=avg"], save_config_callback=None, run=False)
 
@@ -177,8 +177,8 @@ def test_parts_on_the_command_line() -> None:
         run=False,
     )
     options = strategy_of(ran)._options
-    assert options.rules.local is not None
-    assert options.rules.local.name == "fed_nova"
+    assert options.algorithm.local_rule is not None
+    assert options.algorithm.local_rule.name == "fed_nova"
     delta = {"w": torch.ones(1, dtype=torch.float64)}
     state = options.server_optimizer.init(delta)
     _, state = options.server_optimizer.update(delta, state, delta)

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from lightning_fedscale import FederatedStrategy, Partition, partitioners, samplers, server
-from lightning_fedscale.core.options.options import Arguments
+from lightning_fedscale.core.options.options import Options
 from tests.ids import stable
 from tests.laws import reference
 
@@ -223,8 +223,8 @@ def test_pickles_as_spawn_needs(arguments: dict[str, Any]) -> None:
     steps = [o.server_optimizer.update(params, o.server_optimizer.init(params), params)[0] for o in (old, new)]
     assert torch.equal(steps[0]["w"], steps[1]["w"])
 
-    def plain(options: Arguments) -> Arguments:
-        return options._replace(partitioner=None, rules=None, server_optimizer=None)  # type: ignore[arg-type]
+    def plain(options: Options) -> Options:
+        return options._replace(partitioner=None, algorithm=None, server_optimizer=None)  # type: ignore[arg-type]
 
     assert plain(new) == plain(old)
 

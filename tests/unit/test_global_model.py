@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from lightning_fedscale.aggregators import mean
 from lightning_fedscale.core.executors import exchange_of
 from lightning_fedscale.core.executors.sequential import _norm
-from lightning_fedscale.core.options.rules import Rules
+from lightning_fedscale.core.options.algorithm_options import AlgorithmOptions
 from lightning_fedscale.core.plan import RoundPlan
 from lightning_fedscale.core.round.merge import RoundTable
 from lightning_fedscale.core.round.server_step import GlobalModel
@@ -46,7 +46,7 @@ def moved(model: Model, delta: list[float], rule: ServerOptimizer | None = None,
     table.clients.add(update, 2.0, (0, 0), (0.0, 0.0))
     cohort = Cohort(4, plan.cohort, 1, exchange.view.trainable, 0)
     total = aggregator.accumulate(aggregator.init(server, cohort), update, 2.0, cohort)
-    model_of_server = GlobalModel(Rules(None, None, None, aggregator, ()), rule or fed_avg())
+    model_of_server = GlobalModel(AlgorithmOptions(None, None, None, aggregator, ()), rule or fed_avg())
     aggregate = model_of_server.aggregate(server, total, table, cohort)
     model_of_server.move(exchange, server, aggregate, cohort, training=training)
     assert torch.equal(server, kept)

@@ -12,41 +12,41 @@ from torch.optim import SGD, Optimizer
 
 from lightning_fedscale import samplers
 from lightning_fedscale.core.executors import Exchange
-from lightning_fedscale.core.options.options import Arguments
-from lightning_fedscale.core.options.rules import Rules
+from lightning_fedscale.core.options.algorithm_options import AlgorithmOptions
+from lightning_fedscale.core.options.options import Options
 from lightning_fedscale.local_rules import LocalRule
 from lightning_fedscale.privacy import Privacy
 from lightning_fedscale.utils.checks import enumerated
 
 
-def check_arguments(options: Arguments) -> None:
+def check_arguments(options: Options) -> None:
     """Check that the arguments are compatible with each other.
 
     Raises:
         ValueError: with the reason and the remedy.
     """
-    rules = options.rules
-    if rules.privacy is not None:
-        _check_privacy(options, rules.privacy)
+    algorithm = options.algorithm
+    if algorithm.privacy is not None:
+        _check_privacy(options, algorithm.privacy)
     if options.asynchrony is not None:
         _check_asynchrony(options)
-    if rules.ditto is not None and options.keep_optimizers:
+    if algorithm.ditto is not None and options.keep_optimizers:
         raise ValueError(
             "personal=Ditto(...) with client_optimizer='keep': which of its two models would a client's optimizer"
             " belong to? Use client_optimizer='reset'."
         )
-    if rules.aggregator.hides_clients:
+    if algorithm.aggregator.hides_clients:
         reason = "the server would see what one client sends"
-        _refuse_policies(rules, ("largest",), f"aggregator={rules.aggregator.call}", reason)
-    if rules.local is not None and rules.local.sends_message and rules.aggregator.sees_all:
+        _refuse_policies(algorithm, ("largest",), f"aggregator={algorithm.aggregator.call}", reason)
+    if algorithm.local_rule is not None and algorithm.local_rule.sends_message and algorithm.aggregator.sees_all:
         rank_zero_warn(
-            f"local_rule={rules.local.name!r}: its second vector is summed plainly, so hostile clients reach the server"
-            " through it whatever the aggregator does."
+            f"local_rule={algorithm.local_rule.name!r}: its second vector is summed plainly, so hostile clients reach"
+            " the server through it whatever the aggregator does."
         )
 
 
-def _refuse_policies(rules: Rules, policies: tuple[str, ...], rule: str, reason: str) -> None:
-    for pattern, policy in rules.buffers:
+def _refuse_policies(algorithm: AlgorithmOptions, policies: tuple[str, ...], rule: str, reason: str) -> None:
+    for pattern, policy in algorithm.buffers:
         if policy in policies:
             raise ValueError(
                 f"buffers={{{pattern!r}: {policy!r}}} with {rule}: {reason}. Use 'client', which keeps it there, or"
@@ -54,13 +54,13 @@ def _refuse_policies(rules: Rules, policies: tuple[str, ...], rule: str, reason:
             )
 
 
-def _check_privacy(options: Arguments, privacy: Privacy) -> None:
-    rules = options.rules
-    _refuse_policies(rules, ("mean", "largest"), "privacy", "it would leave the clients neither clipped nor noised")
-    if rules.local is not None and (rules.local.sends_message or rules.local.needs_sgd):
+def _check_privacy(options: Options, privacy: Privacy) -> None:
+    algorithm = options.algorithm
+    _refuse_policies(algorithm, ("mean", "largest"), "privacy", "it would leave the clients neither clipped nor noised")
+    if algorithm.local_rule is not None and (algorithm.local_rule.sends_message or algorithm.local_rule.needs_sgd):
         raise ValueError(
-            f"privacy with local_rule={rules.local.name!r}: what the rule sends beside the update is neither clipped"
-            " nor noised. Use local_rules.fed_prox(...) or none."
+            f"privacy with local_rule={algorithm.local_rule.name!r}: what the rule sends beside the update is neither"
+            " clipped nor noised. Use local_rules.fed_prox(...) or none."
         )
     if options.asynchrony is not None:
         raise ValueError(
@@ -82,8 +82,8 @@ def _check_privacy(options: Arguments, privacy: Privacy) -> None:
         )
 
 
-def _check_asynchrony(options: Arguments) -> None:
-    rule = options.rules.local
+def _check_asynchrony(options: Options) -> None:
+    rule = options.algorithm.local_rule
     if rule is not None and (rule.sends_message or rule.keeps_state):
         raise ValueError(
             f"local_rule={rule.name!r} with mode='async': its correction is made of the server's state when a client"
@@ -101,14 +101,14 @@ def _check_asynchrony(options: Arguments) -> None:
         )
 
 
-def check_model(options: Arguments, module: nn.Module, exchange: Exchange) -> None:
+def check_model(options: Options, module: nn.Module, exchange: Exchange) -> None:
     """Check the arguments against the module.
 
     Raises:
         ValueError: with the reason and the remedy.
     """
-    personal = options.rules.personal
-    _check_buffers(options.rules, module, exchange)
+    personal = options.algorithm.personal
+    _check_buffers(options.algorithm, module, exchange)
     if personal and not exchange.personal:
         names = [name for name, _ in module.named_parameters()][:3]
         raise ValueError(
@@ -117,16 +117,16 @@ def check_model(options: Arguments, module: nn.Module, exchange: Exchange) -> No
         )
     if personal and not exchange.names and not exchange.frozen:
         raise ValueError(f"personal={list(personal)!r} matches all parameters: nothing is left to be shared.")
-    if options.rules.privacy is not None and (name := _norm_that_learns(options, module, exchange)) is not None:
+    if options.algorithm.privacy is not None and (name := _norm_that_learns(options, module, exchange)) is not None:
         raise ValueError(
             f"privacy: the running statistics of {name!r} would leave the clients unclipped. Keep them there, personal="
             f"['{name}.*'], or use GroupNorm or LayerNorm."
         )
 
 
-def _check_buffers(rules: Rules, module: nn.Module, exchange: Exchange) -> None:
+def _check_buffers(algorithm: AlgorithmOptions, module: nn.Module, exchange: Exchange) -> None:
     names = [*exchange.kinds, *_not_there_yet(module)]
-    for pattern, policy in rules.buffers:
+    for pattern, policy in algorithm.buffers:
         given = f"buffers={{{pattern!r}: {policy!r}}}"
         matching = [name for name in names if fnmatchcase(name, pattern)]
         if not matching:
@@ -134,10 +134,10 @@ def _check_buffers(rules: Rules, module: nn.Module, exchange: Exchange) -> None:
             hint = f" Did you mean {close[0]!r}?" if close else ""
             known = f"The names are {enumerated(names)}" if names else "The module has none"
             raise ValueError(f"{given} matches no buffer.{hint} {known}: correct the pattern or leave it out.")
-        both = [name for name in matching if any(fnmatchcase(name, own) for own in rules.personal)]
+        both = [name for name in matching if any(fnmatchcase(name, own) for own in algorithm.personal)]
         if both and policy != "client":
             raise ValueError(
-                f"{given} and personal={list(rules.personal)!r} both decide about {both[0]!r}: let only one of them"
+                f"{given} and personal={list(algorithm.personal)!r} both decide about {both[0]!r}: let only one of them"
                 " match it."
             )
 
@@ -148,23 +148,23 @@ def _not_there_yet(module: nn.Module) -> list[str]:
     return [prefix + name for prefix, part in parts for name, buffer in part._buffers.items() if buffer is None]
 
 
-def _norm_that_learns(options: Arguments, module: nn.Module, exchange: Exchange) -> str | None:
+def _norm_that_learns(options: Options, module: nn.Module, exchange: Exchange) -> str | None:
     own = {id(tensor) for tensor in exchange.personal.values()}
     for name, part in module.named_modules():
         mean = part.running_mean if isinstance(part, nn.modules.batchnorm._NormBase) else None
-        asked = options.rules.buffer_policies.asked([f"{name}.running_mean" if name else "running_mean"])
+        asked = options.algorithm.buffer_policies.asked([f"{name}.running_mean" if name else "running_mean"])
         if mean is not None and id(mean) not in own and asked != "server":
             return str(name)
     return None
 
 
-def check_optimizers(options: Arguments, module: torch.nn.Module, optimizers: list[Optimizer]) -> None:
+def check_optimizers(options: Options, module: torch.nn.Module, optimizers: list[Optimizer]) -> None:
     """Check that the local rule supports the optimizers.
 
     Raises:
         ValueError: with the reason and the remedy.
     """
-    rule = options.rules.local
+    rule = options.algorithm.local_rule
     if rule is None or not (rule.needs_sgd or rule.needs_gradient):
         return
     if not getattr(module, "automatic_optimization", True):
@@ -197,9 +197,9 @@ def _why_unknown(rule: LocalRule, optimizers: list[Optimizer]) -> str | None:
     return None
 
 
-def warn_of_lost_errors(options: Arguments, num_clients: int, cohort: int, rounds: int) -> None:
+def warn_of_lost_errors(options: Options, num_clients: int, cohort: int, rounds: int) -> None:
     """Warn if most clients take part only once, so that error feedback is of no use."""
-    compressor = options.rules.compressor
+    compressor = options.algorithm.compressor
     if compressor is not None and compressor.keeps_error and 0 < rounds * cohort < 2 * num_clients:
         rank_zero_warn(
             f"compressor={compressor.name}: what a client did not send waits until it takes part again, and with"

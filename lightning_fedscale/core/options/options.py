@@ -15,7 +15,7 @@ from torch import distributed
 from lightning_fedscale import aggregators, compressors, local_rules, samplers, server
 from lightning_fedscale.aggregators import Aggregator, weighted_sum
 from lightning_fedscale.compressors import Compressor
-from lightning_fedscale.core.options.rules import Rules
+from lightning_fedscale.core.options.algorithm_options import AlgorithmOptions
 from lightning_fedscale.devices import Population
 from lightning_fedscale.local_rules import Ditto, LocalRule
 from lightning_fedscale.partitioners import (
@@ -43,7 +43,7 @@ LocalSteps: TypeAlias = Callable[[int], int]
 """Maps a round's number to its number of local batches; the same on every rank and after a restart."""
 
 
-class Arguments(NamedTuple):
+class Options(NamedTuple):
     """Checked arguments; see `FederatedStrategy` for their meaning.
 
     ``num_clients`` is None if it is inferred from the data, as with natural ids. ``client_state_memory`` is in bytes,
@@ -57,7 +57,7 @@ class Arguments(NamedTuple):
     local_steps: int | LocalSteps | None
     rounds_per_epoch: int
     sampler: Sampler
-    rules: Rules
+    algorithm: AlgorithmOptions
     server_optimizer: ServerOptimizer
     downlink_compressor: Compressor | None
     asynchrony: FedBuff | None
@@ -174,7 +174,7 @@ def check(
     client_state_memory: int | str,
     population: Population | None,
     seed: int,
-) -> Arguments:
+) -> Options:
     """Check all arguments that do not depend on the data.
 
     Raises:
@@ -246,7 +246,7 @@ def check(
         )
     if cache_dataset not in ("auto", True, False):
         raise ValueError(f"cache_dataset={cache_dataset!r}: choose 'auto', True or False.")
-    return Arguments(
+    return Options(
         num_clients=declared,
         clients_per_round=clients_per_round,
         partitioner=partitioner,
@@ -254,7 +254,7 @@ def check(
         local_steps=_checked_local_steps(local_steps),
         rounds_per_epoch=integer("rounds_per_epoch", rounds_per_epoch),
         sampler=sampler,
-        rules=_rules(
+        algorithm=_rules(
             local_rule,
             _checked_compressor("compressor", compressor),
             privacy,
@@ -299,7 +299,7 @@ def _rules(
     privacy: Privacy | None,
     aggregator: Aggregator,
     personal: Sequence[str] | Ditto,
-) -> Rules:
+) -> AlgorithmOptions:
     if isinstance(local_rule, str):
         local_rule = local_rules.by_name(local_rule)
     checks.called("local_rule", local_rule, "local_rules", local_rules.FACTORIES)
@@ -313,7 +313,7 @@ def _rules(
             raise TypeError(f"privacy={privacy!r}: pass what privacy.dp_fed_avg(...) makes, or None.")
         aggregator = weighted_sum(privacy.weigh)
     if isinstance(personal, Ditto):
-        return Rules(local_rule, compressor, privacy, aggregator, ditto=personal)
+        return AlgorithmOptions(local_rule, compressor, privacy, aggregator, ditto=personal)
     if (
         isinstance(personal, str)
         or not isinstance(personal, Iterable)
@@ -322,7 +322,7 @@ def _rules(
         raise TypeError(
             f"personal={personal!r}: pass a list of patterns of names, such as ['head.*'], or local_rules.Ditto(0.1)."
         )
-    return Rules(local_rule, compressor, privacy, aggregator, tuple(personal))
+    return AlgorithmOptions(local_rule, compressor, privacy, aggregator, tuple(personal))
 
 
 def check_processes(start_method: str, timeout: timedelta, backend: str | None) -> None:

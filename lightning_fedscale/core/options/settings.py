@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from lightning_fedscale.core.options.options import Arguments
+from lightning_fedscale.core.options.options import Options
 from lightning_fedscale.partitioners import Partition
 from lightning_fedscale.utils.factory_repr import numbers_in
 
@@ -28,7 +28,7 @@ def is_detail(name: str) -> bool:
     return own != name and own.rpartition(".")[2] not in _OFTEN_SWEPT
 
 
-def settings_of(options: Arguments, partition: Partition, params: int) -> dict[str, Any]:
+def settings_of(options: Options, partition: Partition, params: int) -> dict[str, Any]:
     """Return the settings by name, only numbers and strings.
 
     A rule's value is the call that makes it, such as ``fed_adam(lr=0.01)``; the numbers in it are also listed
@@ -67,7 +67,7 @@ def settings_of(options: Arguments, partition: Partition, params: int) -> dict[s
     return {PREFIX + name: value for name, value in found.items()}
 
 
-def method_of(options: Arguments) -> dict[str, Any]:
+def method_of(options: Options) -> dict[str, Any]:
     """Return the settings that define the method of a run: how clients train and how updates are aggregated.
 
     Args:
@@ -78,34 +78,34 @@ def method_of(options: Arguments) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _rules_of(options: Arguments) -> dict[str, str]:
+def _rules_of(options: Options) -> dict[str, str]:
     """Return the rules as the calls that make them."""
-    rules, local = options.rules, options.rules.local
+    algorithm, local = options.algorithm, options.algorithm.local_rule
     return {
-        "aggregator": rules.aggregator.call or "custom",
+        "aggregator": algorithm.aggregator.call or "custom",
         "server_optimizer": options.server_optimizer.call or "custom",
         "local_rule": NONE if local is None else local.call or local.name,
-        "compressor": NONE if rules.compressor is None else rules.compressor.name,
+        "compressor": NONE if algorithm.compressor is None else algorithm.compressor.name,
         "downlink_compressor": NONE if options.downlink_compressor is None else options.downlink_compressor.name,
         "mode": "sync" if options.asynchrony is None else repr(options.asynchrony),
     }
 
 
-def _client_optimizer(options: Arguments) -> str:
+def _client_optimizer(options: Options) -> str:
     return "keep" if options.keep_optimizers else "reset"
 
 
-def _parts(options: Arguments) -> dict[str, str]:
+def _parts(options: Options) -> dict[str, str]:
     """Return the settings of the parts of the model that are not shared."""
-    rules = options.rules
+    algorithm = options.algorithm
     return {
-        "personal": repr(rules.ditto) if rules.ditto else ", ".join(rules.personal) or NONE,
-        "buffers": ", ".join(f"{pattern}: {policy}" for pattern, policy in rules.buffers) or NONE,
+        "personal": repr(algorithm.ditto) if algorithm.ditto else ", ".join(algorithm.personal) or NONE,
+        "buffers": ", ".join(f"{pattern}: {policy}" for pattern, policy in algorithm.buffers) or NONE,
     }
 
 
-def _privacy(options: Arguments) -> dict[str, Any]:
-    privacy = options.rules.privacy
+def _privacy(options: Options) -> dict[str, Any]:
+    privacy = options.algorithm.privacy
     if privacy is None:
         return {"privacy": NONE}
     known = {

@@ -15,7 +15,7 @@ from lightning_fedscale.core.lightning.checkpoint import (
     refuse_other_rules,
 )
 from lightning_fedscale.core.lightning.module_flags import restore_flags, restore_groups, restore_pruning
-from lightning_fedscale.core.options.options import Arguments
+from lightning_fedscale.core.options.options import Options
 from lightning_fedscale.core.round.client_pipeline import DITTO
 from lightning_fedscale.core.round.fit import Fit
 
@@ -126,9 +126,9 @@ class FederationCheckpoint:
         )
 
 
-def _settings(options: Arguments) -> dict[str, Any]:
+def _settings(options: Options) -> dict[str, Any]:
     """Return the settings that may be changed on resume; a run with other settings is another run."""
-    compressor = options.rules.compressor
+    compressor = options.algorithm.compressor
     return {
         "clients_per_round": options.clients_per_round,
         "local_epochs": options.local_epochs,
@@ -137,11 +137,11 @@ def _settings(options: Arguments) -> dict[str, Any]:
         "rounds_per_epoch": options.rounds_per_epoch,
         "client_optimizer": "keep" if options.keep_optimizers else "reset",
         "population": None if options.population is None else options.population.description(),
-        "local_rule": None if options.rules.local is None else options.rules.local.name,
-        "aggregator": options.rules.aggregator.kept,
+        "local_rule": None if options.algorithm.local_rule is None else options.algorithm.local_rule.name,
+        "aggregator": options.algorithm.aggregator.kept,
         "compressor": compressor.name if compressor is not None and compressor.stateful else None,
         "mode": "sync" if options.asynchrony is None else options.asynchrony.description(),
-        "buffers": dict(options.rules.buffers) or None,
-        "personal": repr(options.rules.ditto) if options.rules.ditto else list(options.rules.personal),
+        "buffers": dict(options.algorithm.buffers) or None,
+        "personal": repr(options.algorithm.ditto) if options.algorithm.ditto else list(options.algorithm.personal),
         "threads": torch.get_num_threads(),
     }

@@ -10,7 +10,7 @@ import torch
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from lightning_fedscale.core.executors import ClientLoader
-from lightning_fedscale.core.options.options import Arguments, name_clients
+from lightning_fedscale.core.options.options import Options, name_clients
 from lightning_fedscale.core.plan import (
     LocalWork,
     RoundPlan,
@@ -52,7 +52,7 @@ class ClientData:
         self,
         module: torch.nn.Module,
         loader: object,
-        options: Arguments,
+        options: Options,
         world_size: int,
         share: float | int,
         *,
@@ -127,7 +127,7 @@ class ClientData:
         steps = options.steps_in(0) or (options.local_epochs or 1) * per_pass
         # Where tails are dropped, a larger batch would leave the smallest client without any.
         most = int(sizes.min() if self.loader.drop_last else sizes.max())
-        steps *= options.rules.passes
+        steps *= options.algorithm.passes
         return Duty(self.cohort_size, steps, self.loader.batch_size, most, message_bytes, update_bytes)
 
     def plan(self, round: int, losses: Mapping[int, float]) -> RoundPlan:
@@ -157,7 +157,7 @@ class ClientData:
 
     def _enough(self, plan: RoundPlan) -> RoundPlan:
         """Return the plan, or that of an empty round if it has fewer clients than the aggregator needs."""
-        rule, clients = self._options.rules.aggregator, len(plan.cohort)
+        rule, clients = self._options.algorithm.aggregator, len(plan.cohort)
         if clients == 0 or clients >= rule.needs:
             return plan
         rank_zero_warn(
@@ -174,7 +174,7 @@ class ClientData:
             ValueError: the message names the aggregator, the number and the remedy.
         """
         options, count = self._options, self.partition.num_clients
-        rule, largest, at = options.rules.aggregator, 0, 0
+        rule, largest, at = options.algorithm.aggregator, 0, 0
         for round in rounds if rule.needs else ():
             clients = self.cohort_size
             if options.asynchrony is None:
@@ -232,7 +232,7 @@ class ClientData:
 
     def _amounts(self, fleet: Fleet, local_steps: int | None, clients: IntArray) -> tuple[FloatArray, FloatArray]:
         """Return the number of batches of each client in a round, and the samples in all of them."""
-        times = self._options.rules.passes
+        times = self._options.algorithm.passes
         passes = [self._pass(int(size), fleet.batch_size(client)) for client, size in self._held(clients)]
         steps, samples = np.array(passes, dtype=np.float64).T
         if local_steps is not None:

@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 from lightning_fedscale.core.client_state import ClientStore
 from lightning_fedscale.core.executors import Exchange
 from lightning_fedscale.core.executors.meter import ClientMeter, Meter
-from lightning_fedscale.core.options.rules import Rules
+from lightning_fedscale.core.options.algorithm_options import AlgorithmOptions
 from lightning_fedscale.core.round.costs import corrected, update_bytes
 from lightning_fedscale.local_rules import Correction, Ditto, LocalRule, Outcome
 from lightning_fedscale.types import ClientCost, ClientUpdate, Cohort
@@ -49,7 +49,7 @@ class Uplink:
     """A round's way from the clients of this rank to the server's sums.
 
     Args:
-        rules: the rules that act on the way.
+        algorithm: the rules that act on the way.
         store: what clients keep.
         exchange: the module's tensors.
         cohort: who takes part.
@@ -63,7 +63,7 @@ class Uplink:
 
     def __init__(
         self,
-        rules: Rules,
+        algorithm: AlgorithmOptions,
         store: ClientStore,
         exchange: Exchange,
         cohort: Cohort,
@@ -74,7 +74,7 @@ class Uplink:
         gradient_of: Callable[[int, ClientMeter | None], Tensor],
         meter: Meter | None = None,
     ) -> None:
-        self._rules = rules
+        self._algorithm = algorithm
         self._store = store
         self._exchange = exchange
         self._cohort = cohort
@@ -97,7 +97,7 @@ class Uplink:
 
     def correction(self, client: int) -> Correction | None:
         """Return what the local rule adds to the client's gradients."""
-        if (rule := self._rules.local) is None:
+        if (rule := self._algorithm.local_rule) is None:
             return None
         if rule.needs_gradient:
             # Computed again if the client is trained again in another way: an attempt that did not end does not count.
@@ -111,7 +111,7 @@ class Uplink:
 
     def personal(self, client: int) -> dict[str, Tensor]:
         """Return the tensors of the module that stay with the client."""
-        return self._store.states.get(client, PERSONAL) or {} if self._rules.own else {}
+        return self._store.states.get(client, PERSONAL) or {} if self._algorithm.own else {}
 
     def keep_personal(self, client: int, values: dict[str, Tensor]) -> None:
         """Store these tensors as the client's training left them."""
@@ -130,26 +130,26 @@ class Uplink:
 
         What the client keeps is staged. An update that is not finite is returned as it is.
         """
-        rules, exchange = self._rules, self._exchange
+        algorithm, exchange = self._algorithm, self._exchange
         if not update.finite:
-            return Sent(update, None, rules.weigh(update), self._plain_bytes())
+            return Sent(update, None, algorithm.weigh(update), self._plain_bytes())
         delta = update.delta[: exchange.view.trainable]
         message, normalizer, within = None, 1.0, 0.0
-        if rules.local is not None:
-            message, normalizer = self._finish(rules.local, update, delta)
-        sent = self._plain_bytes() if rules.compressor is None else self._compress(update.client, delta)
-        if message is not None and rules.local is not None and rules.local.vectors_up == 1:
+        if algorithm.local_rule is not None:
+            message, normalizer = self._finish(algorithm.local_rule, update, delta)
+        sent = self._plain_bytes() if algorithm.compressor is None else self._compress(update.client, delta)
+        if message is not None and algorithm.local_rule is not None and algorithm.local_rule.vectors_up == 1:
             message = delta.clone()  # the message is the update itself, which the server sees as it was sent
-        if rules.privacy is not None:
-            within = float(rules.privacy.clip(delta, self._states[PRIVACY]))
+        if algorithm.privacy is not None:
+            within = float(algorithm.privacy.clip(delta, self._states[PRIVACY]))
         if (scale := self._scales.get(update.client)) is not None:
             update.delta.mul_(scale)
-        changed = scale is not None or (rules.local is not None and rules.local.changes_delta)
-        if changed or rules.privacy is not None:
+        changed = scale is not None or (algorithm.local_rule is not None and algorithm.local_rule.changes_delta)
+        if changed or algorithm.privacy is not None:
             self._round(delta)
-        if scale is not None or any(rule is not None for rule in rules[:3]):
+        if scale is not None or any(rule is not None for rule in algorithm[:3]):
             update = update._replace(norm=float(torch.linalg.vector_norm(delta)))
-        return Sent(update, message, rules.weigh(update), sent, normalizer, within)
+        return Sent(update, message, algorithm.weigh(update), sent, normalizer, within)
 
     def _finish(self, rule: LocalRule, update: ClientUpdate, delta: Tensor) -> tuple[Tensor | None, float]:
         client = update.client
@@ -173,7 +173,7 @@ class Uplink:
             view.copy_(torch.where(near.abs() > view.abs(), less, near))
 
     def _compress(self, client: int, delta: Tensor) -> float:
-        compressor = self._rules.compressor
+        compressor = self._algorithm.compressor
         assert compressor is not None
         named = dict(zip(self._exchange.names, self._exchange.trainable_views(delta), strict=True))
         state = self._store.states.get(client, RESIDUAL) if compressor.stateful else None
@@ -184,12 +184,12 @@ class Uplink:
             self._store.states.stage(client, RESIDUAL, state)
         for name, view in named.items():
             view.copy_(encoded.seen[name])
-        rule = self._rules.local
+        rule = self._algorithm.local_rule
         extra = 0 if rule is None else rule.vectors_up - 1
         return math.ceil(encoded.bits / 8) + self._exchange.sent_buffer_bytes + extra * self._exchange.trainable_bytes
 
     def _plain_bytes(self) -> int:
-        return update_bytes(self._rules._replace(compressor=None), self._exchange)
+        return update_bytes(self._algorithm._replace(compressor=None), self._exchange)
 
 
 class PersonalModels:

@@ -10,7 +10,7 @@ from torch import Tensor
 from lightning_fedscale.core.client_state import ClientStore, StateStore, tiers_of
 from lightning_fedscale.core.client_state.ownership import Custody
 from lightning_fedscale.core.executors import Exchange
-from lightning_fedscale.core.options.options import Arguments
+from lightning_fedscale.core.options.options import Options
 from lightning_fedscale.core.plan import RoundPlan
 from lightning_fedscale.core.round.client_pipeline import DITTO, DITTO_BUFFERS, PERSONAL
 from lightning_fedscale.types import Cursor
@@ -30,14 +30,14 @@ class ClientStates:
         store: what the clients keep here.
     """
 
-    def __init__(self, options: Arguments, rank: int, world_size: int, *, device: torch.device, processes: int) -> None:
+    def __init__(self, options: Options, rank: int, world_size: int, *, device: torch.device, processes: int) -> None:
         self.store = ClientStore(StateStore(tiers_of(device, options.client_state_memory, processes)))
-        keeps = options.keep_optimizers or options.rules.keep_state
+        keeps = options.keep_optimizers or options.algorithm.keep_state
         self._custody = Custody(self.store, rank, world_size, device) if keeps else None
         self._rank = rank
         self._world_size = world_size
         self._counts_steps = options.local_steps is not None
-        self._ditto = options.rules.ditto is not None
+        self._ditto = options.algorithm.ditto is not None
 
     def fetch(self, plan: RoundPlan) -> None:
         """Move the states of the cohort to the ranks of this round; call it on all ranks."""

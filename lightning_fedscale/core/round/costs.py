@@ -9,20 +9,24 @@ import torch
 
 from lightning_fedscale.compressors import Compressor
 from lightning_fedscale.core.executors import Exchange
-from lightning_fedscale.core.options.rules import Rules
+from lightning_fedscale.core.options.algorithm_options import AlgorithmOptions
 from lightning_fedscale.types import ClientCost, ClientUpdate, Cohort
 from lightning_fedscale.utils.flat_view import as_real
 
 
-def model_bytes(rules: Rules, exchange: Exchange) -> int:
+def model_bytes(algorithm: AlgorithmOptions, exchange: Exchange) -> int:
     """Return the bytes that a client receives in a round, without compression."""
-    return exchange.buffer_bytes + exchange.trainable_bytes * (1 if rules.local is None else rules.local.vectors_down)
+    return exchange.buffer_bytes + exchange.trainable_bytes * (
+        1 if algorithm.local_rule is None else algorithm.local_rule.vectors_down
+    )
 
 
-def update_bytes(rules: Rules, exchange: Exchange) -> int:
+def update_bytes(algorithm: AlgorithmOptions, exchange: Exchange) -> int:
     """Return the bytes that a client sends in a round; with a compressor, for an update of random numbers."""
-    extra = 0 if rules.local is None else rules.local.vectors_up - 1
-    first = exchange.trainable_bytes if rules.compressor is None else size_of_message(rules.compressor, exchange)
+    extra = 0 if algorithm.local_rule is None else algorithm.local_rule.vectors_up - 1
+    first = (
+        exchange.trainable_bytes if algorithm.compressor is None else size_of_message(algorithm.compressor, exchange)
+    )
     return exchange.sent_buffer_bytes + first + extra * exchange.trainable_bytes
 
 
@@ -42,13 +46,13 @@ def corrected(operations: int, update: ClientUpdate, exchange: Exchange) -> Clie
     return ClientCost(optimizer=float(operations * exchange.view.trainable * update.optimizer_steps))
 
 
-def operations(rules: Rules, downlink: Compressor | None, cohort: Cohort) -> float:
+def operations(algorithm: AlgorithmOptions, downlink: Compressor | None, cohort: Cohort) -> float:
     """Return the operations of rules, compressors and privacy on the elements of a round's updates."""
     clients = len(cohort.clients)
-    each = rules.operations * clients
-    if rules.local is not None:
-        each += 2 * rules.local.sends_message  # the server's own vector moves
-    if rules.privacy is not None:
+    each = algorithm.operations * clients
+    if algorithm.local_rule is not None:
+        each += 2 * algorithm.local_rule.sends_message  # the server's own vector moves
+    if algorithm.privacy is not None:
         each += 2  # noise is drawn and added
     if downlink is not None:
         each += downlink.operations * (1 + clients)  # each client decodes it

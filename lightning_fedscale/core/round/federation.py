@@ -24,7 +24,7 @@ from lightning_fedscale.core.lightning.data_loaders import is_asked_by_trainer, 
 from lightning_fedscale.core.lightning.run_state import next_round
 from lightning_fedscale.core.lightning.train_data import division_by_ranks
 from lightning_fedscale.core.options import compatibility as combinations
-from lightning_fedscale.core.options.options import Arguments
+from lightning_fedscale.core.options.options import Options
 from lightning_fedscale.core.options.trainer_checks import check_trainable
 from lightning_fedscale.core.plan import LocalWork
 from lightning_fedscale.core.round.checkpoint import FederationCheckpoint
@@ -60,7 +60,7 @@ class Federation:
         last_round: the record of the last finished round; None before the first.
     """
 
-    def __init__(self, trainer: pl.Trainer, options: Arguments, rank: int, world_size: int) -> None:
+    def __init__(self, trainer: pl.Trainer, options: Options, rank: int, world_size: int) -> None:
         self.fit = Fit(trainer, options, rank, world_size)
         self.checkpoint = FederationCheckpoint(self.fit)
         self._open: OpenRound | None = None
@@ -81,7 +81,7 @@ class Federation:
             "log": fit.log,
             "transfer": fit.transfer,
         }
-        corrects = options.rules.local is not None or options.rules.ditto is not None
+        corrects = options.algorithm.local_rule is not None or options.algorithm.ditto is not None
         sequential = SequentialExecutor(fit.trainer, **parts, corrects=corrects)
         vectorized = VectorizedExecutor(
             fit.trainer,
@@ -127,13 +127,13 @@ class Federation:
     def _calibrate(self, data: ClientData) -> None:
         """Make privacy ready for these clients."""
         fit = self.fit
-        if (privacy := fit.options.rules.privacy) is None:
+        if (privacy := fit.options.algorithm.privacy) is None:
             return
         clients, cohort = data.partition.num_clients, data.cohort_size
         budget = PrivacyBudget(privacy.calibrated(cohort / clients, cohort), cohort / clients)
-        rules = fit.options.rules._replace(privacy=budget.privacy)
-        fit.totals.budget, fit.options = budget, fit.options._replace(rules=rules)
-        fit.server.calibrate(rules, budget.expected_weight(data.partition.sizes))
+        algorithm = fit.options.algorithm._replace(privacy=budget.privacy)
+        fit.totals.budget, fit.options = budget, fit.options._replace(algorithm=algorithm)
+        fit.server.calibrate(algorithm, budget.expected_weight(data.partition.sizes))
 
     def equip(self) -> None:
         """Check the model, and simulate the clients' hardware if there is any, before the first round.
@@ -184,7 +184,7 @@ class Federation:
         return None if self.fit.data is None else self.fit.data.partition
 
     def divide_alike(self, dataset: Any, seed: int) -> Partition:
-        """Divide further data as the training data are divided; see `Arguments.divide_alike`."""
+        """Divide further data as the training data are divided; see `Options.divide_alike`."""
         assert self.fit.data is not None
         return self.fit.options.divide_alike(self.fit.data.loader.dataset, dataset, seed)
 

@@ -7,7 +7,7 @@ import lightning.pytorch as pl
 from lightning_fedscale.core.executors import ClientLog, Exchange, ExecutorChoice, Transfer
 from lightning_fedscale.core.executors.meter import Meter
 from lightning_fedscale.core.lightning.slurm import Requeue
-from lightning_fedscale.core.options.options import Arguments
+from lightning_fedscale.core.options.options import Options
 from lightning_fedscale.core.plan import RoundPlan
 from lightning_fedscale.core.round.client_batches import ClientBatches
 from lightning_fedscale.core.round.client_data import ClientData
@@ -55,7 +55,7 @@ class Fit:
     executor: ExecutorChoice
     batches: ClientBatches
 
-    def __init__(self, trainer: pl.Trainer, options: Arguments, rank: int, world_size: int) -> None:
+    def __init__(self, trainer: pl.Trainer, options: Options, rank: int, world_size: int) -> None:
         self.trainer = trainer
         self.options = options
         self.rank = rank
@@ -64,7 +64,7 @@ class Fit:
         processes = world_size // trainer.num_nodes
         self.clients = ClientStates(options, rank, world_size, device=self.device, processes=processes)
         self.tensors = ModuleTensors(trainer, options)
-        self.server = GlobalModel(options.rules, options.server_optimizer, options.downlink_compressor)
+        self.server = GlobalModel(options.algorithm, options.server_optimizer, options.downlink_compressor)
         self.stale = OlderModels(options.asynchrony)
         self.totals = RunTotals(options.sampler)
         self.log = ClientLog(trainer, options.client_log_every_n, world_size)

@@ -7,7 +7,7 @@ from lightning.pytorch.utilities import rank_zero_info
 
 from lightning_fedscale.core.executors import Exchange
 from lightning_fedscale.core.lightning.side_effects import undone
-from lightning_fedscale.core.options.options import Arguments
+from lightning_fedscale.core.options.options import Options
 from lightning_fedscale.core.round.client_data import ClientData
 from lightning_fedscale.core.round.costs import model_bytes, size_of_message, update_bytes
 from lightning_fedscale.devices import ON_CLIENT, Population, estimate_memory
@@ -19,7 +19,7 @@ from lightning_fedscale.utils.memory import format_bytes
 def simulated_fleet(
     population: Population,
     trainer: pl.Trainer,
-    options: Arguments,
+    options: Options,
     data: ClientData,
     exchange: Exchange,
     *,
@@ -45,13 +45,13 @@ def simulated_fleet(
             precision=str(trainer.precision),
             accumulate=accumulation,
             device="other",
-            extras={**ON_CLIENT, **options.rules.kept_on_device},
+            extras={**ON_CLIENT, **options.algorithm.kept_on_device},
             trainer=trainer,
         )
-        down = model_bytes(options.rules, exchange)
+        down = model_bytes(options.algorithm, exchange)
         if (downlink := options.downlink_compressor) is not None:
             down += size_of_message(downlink, exchange) - exchange.trainable_bytes
-        duty = data.duty(down, update_bytes(options.rules, exchange))
+        duty = data.duty(down, update_bytes(options.algorithm, exchange))
         fleet = Fleet(population, model, data.partition.num_clients, duty)
     for name, row in fleet.table().iterrows():
         rank_zero_info(

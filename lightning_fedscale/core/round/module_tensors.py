@@ -9,7 +9,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from lightning_fedscale.core.executors import Exchange, LargestClient, exchange_of
-from lightning_fedscale.core.options.options import Arguments
+from lightning_fedscale.core.options.options import Options
 from lightning_fedscale.utils import collectives
 from lightning_fedscale.utils.checks import enumerated
 
@@ -25,7 +25,7 @@ class ModuleTensors:
         trained: the parameters that the last round moved, by name; None before the first one.
     """
 
-    def __init__(self, trainer: pl.Trainer, options: Arguments) -> None:
+    def __init__(self, trainer: pl.Trainer, options: Options) -> None:
         self._trainer = trainer
         self._options = options
         self._caches: set[str] = set()  # buffers that each rank keeps for itself
@@ -34,8 +34,8 @@ class ModuleTensors:
 
     def exchange(self) -> Exchange:
         """Return the module's tensors as they are now."""
-        rules = self._options.rules
-        return exchange_of(self._trainer.lightning_module, rules.personal, rules.buffer_policies, self._caches)
+        algorithm = self._options.algorithm
+        return exchange_of(self._trainer.lightning_module, algorithm.personal, algorithm.buffer_policies, self._caches)
 
     def check_trained(self, exchange: Exchange) -> None:
         """Reject other trainable parameters than in the round before if a state is kept for those.
@@ -47,7 +47,7 @@ class ModuleTensors:
         if before is None or before == exchange.names:
             return
         downlink, options = self._options.downlink_compressor, self._options
-        keeper = options.rules.bound_to_parameters
+        keeper = options.algorithm.bound_to_parameters
         if keeper is None and downlink is not None and downlink.stateful:
             keeper = f"downlink_compressor={downlink.name}"
         if keeper is None and options.asynchrony is not None:
@@ -100,7 +100,7 @@ class ModuleTensors:
     def _check_shapes(self, names: list[str]) -> None:
         if new := self._not_told(names):
             said = f"buffers: {enumerated(new)} came up, went or changed shape while a client trained"
-            if self._options.asynchrony is not None or self._options.rules.ditto is not None:
+            if self._options.asynchrony is not None or self._options.algorithm.ditto is not None:
                 raise ValueError(
                     f"{said}, which models of single clients cannot follow: give them 'server' or 'client' in"
                     f" FederatedStrategy(buffers={{{new[0]!r}: 'server'}}), or one shape."

@@ -114,6 +114,6 @@ def _fail_together(fit: Fit, plan: RoundPlan, started: float) -> None:
     fit.clients.fetch(plan)
     exchange = fit.tensors.exchange()
     table, cohort = fit.table(plan, exchange), fit.cohort(plan, exchange)
-    sums = RoundSums(fit.options.rules, exchange.view.empty(), cohort, table, fit.world_size)
+    sums = RoundSums(fit.options.algorithm, exchange.view.empty(), cohort, table, fit.world_size)
     table.finish_rank(fit.rank, time.perf_counter() - started, failed=True)
     sums.merge()

@@ -53,7 +53,7 @@ class RoundRunner:
         self._cursors = {item.client: item.cursor for item in opened.work}
         self._largest = LargestClient()
         states = fit.server.open_round(self._server, exchange.view.trainable)
-        guided = fit.options.rules.guided or opened.plan.arrived is not None
+        guided = fit.options.algorithm.guided or opened.plan.arrived is not None
         self._uplink = self._way_up(opened, states) if training and guided else None
         self._context = RoundContext(
             round=opened.plan.round,
@@ -105,7 +105,7 @@ class RoundRunner:
     def _train_and_merge(self) -> tuple[Tensor, Tensor | None]:
         """Train this rank's clients and add up the ranks; an exception on one rank is raised on all."""
         fit, table = self._fit, self._table
-        sums = RoundSums(fit.options.rules, self._server, self._cohort, table, fit.world_size)
+        sums = RoundSums(fit.options.algorithm, self._server, self._cohort, table, fit.world_size)
         failure: Exception | None = None
         try:
             fit.notifier.round_started(self._plan.round, self._plan.cohort)
@@ -140,14 +140,14 @@ class RoundRunner:
             if update.finite:
                 self._exchange.strip(update.delta)
                 sums.add(update, sent.weight, sent.message)
-        if (ditto := self._fit.options.rules.ditto) is not None and self._training:
+        if (ditto := self._fit.options.algorithm.ditto) is not None and self._training:
             self._train_personal(ditto)
 
     def _send(self, update: ClientUpdate) -> Sent:
         """Return what the server receives of an update, and note it in the round's table."""
-        rules, uplink, cost = self._fit.options.rules, self._uplink, update.cost or ClientCost()
+        algorithm, uplink, cost = self._fit.options.algorithm, self._uplink, update.cost or ClientCost()
         if uplink is None:
-            sent = Sent(update, None, rules.weigh(update), float(self._exchange.message_bytes))
+            sent = Sent(update, None, algorithm.weigh(update), float(self._exchange.message_bytes))
         else:
             sent = uplink.send(update)
             if update.cost is not None:
@@ -188,7 +188,7 @@ class RoundRunner:
         fit, exchange = self._fit, self._exchange
         work = {item.client: item for item in opened.work}
         return Uplink(
-            fit.options.rules,
+            fit.options.algorithm,
             fit.clients.store,
             exchange,
             self._cohort,
@@ -210,7 +210,7 @@ class RoundRunner:
         fit, fleet = self._fit, self._data.fleet
         return self._table.record(
             float(torch.linalg.vector_norm(delta[: self._exchange.view.trainable])),
-            model_bytes(fit.options.rules, self._exchange),
+            model_bytes(fit.options.algorithm, self._exchange),
             fit.totals.simulated,
             fit.totals.epsilon(self._plan.round + 1),
             None if fleet is None else fleet.batch_sizes_of(self._cohort.clients),
@@ -234,10 +234,10 @@ class RoundRunner:
         if exchange.fits:
             with randomness.untouched():
                 exchange.refit()
-        rules, downlink = fit.options.rules, fit.options.downlink_compressor
-        record = replace(record, operations=operations(rules, downlink, self._cohort))
+        algorithm, downlink = fit.options.algorithm, fit.options.downlink_compressor
+        record = replace(record, operations=operations(algorithm, downlink, self._cohort))
         if bits is not None:
-            uncompressed = model_bytes(rules, exchange) - exchange.trainable_bytes
+            uncompressed = model_bytes(algorithm, exchange) - exchange.trainable_bytes
             received = (uncompressed + math.ceil(bits / 8)) * len(self._cohort.clients)
             record = replace(record, download_bytes=received)
         return record

@@ -20,7 +20,7 @@ from lightning_fedscale.core.lightning.loggers import (
     shows_figures,
 )
 from lightning_fedscale.core.lightning.trainer_state import metric_stores
-from lightning_fedscale.core.options.options import Arguments
+from lightning_fedscale.core.options.options import Options
 from lightning_fedscale.core.options.settings import is_detail, settings_of
 from lightning_fedscale.partitioners import (
     FinishedPartitioner,
@@ -49,7 +49,7 @@ class RunBoard(Callback):
         options: the strategy's checked arguments.
     """
 
-    def __init__(self, options: Arguments) -> None:
+    def __init__(self, options: Options) -> None:
         self._options = options
         self._validated = self._compared = False
 
@@ -103,7 +103,7 @@ class RunBoard(Callback):
             "seconds": ["Multiline", ["round/seconds$", *(["round/simulated_seconds$"] if simulates else [])]],
             "idle time": ["Multiline", ["round/padding$", "round/idle$"]],
         }
-        if options.rules.privacy is not None:
+        if options.algorithm.privacy is not None:
             charts["privacy spent"] = ["Multiline", ["round/epsilon$"]]
         if options.asynchrony is not None:
             charts["staleness in rounds"] = ["Multiline", ["round/staleness$"]]

@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from lightning_fedscale.compressors import Compressor
 from lightning_fedscale.core.executors import Exchange
-from lightning_fedscale.core.options.rules import Rules
+from lightning_fedscale.core.options.algorithm_options import AlgorithmOptions
 from lightning_fedscale.core.round.client_pipeline import PRIVACY, RULE
 from lightning_fedscale.core.round.merge import RoundTable
 from lightning_fedscale.core.user_code.state import Snapshot
@@ -36,7 +36,7 @@ class GlobalModel:
     Every rank computes the same from the same sums, so nothing needs to be sent back.
 
     Args:
-        rules: of the uplink: the aggregator turns the sum over clients into the aggregate, which the local rule and
+        algorithm: of the uplink: the aggregator turns the sum over clients into the aggregate, which the local rule and
             privacy then change.
         optimizer: moves trainable parameters; averaged buffers and frozen parameters take the clients' mean.
         downlink: compresses the server's step on its way to the clients; None sends the model itself.
@@ -45,8 +45,10 @@ class GlobalModel:
         states: those of the local rule, privacy, the aggregator, the optimizer and the downlink, by name.
     """
 
-    def __init__(self, rules: Rules, optimizer: ServerOptimizer, downlink: Compressor | None = None) -> None:
-        self._rules = rules
+    def __init__(
+        self, algorithm: AlgorithmOptions, optimizer: ServerOptimizer, downlink: Compressor | None = None
+    ) -> None:
+        self._algorithm = algorithm
         self._optimizer = optimizer
         self._downlink = downlink
         self._next: dict[str, Any] = {}  # the states to be kept if the round succeeds
@@ -54,9 +56,9 @@ class GlobalModel:
         self._expected_weight = 0.0
         self._watched = False  # whether the aggregator was seen to keep nothing besides its state
 
-    def calibrate(self, rules: Rules, expected_weight: float) -> None:
+    def calibrate(self, algorithm: AlgorithmOptions, expected_weight: float) -> None:
         """Take rules whose privacy is calibrated, and the expected total weight of a round's clients."""
-        self._rules, self._expected_weight = rules, expected_weight
+        self._algorithm, self._expected_weight = algorithm, expected_weight
 
     def load_states(self, states: dict[str, Any], device: torch.device) -> None:
         """Resume from saved states."""
@@ -73,14 +75,14 @@ class GlobalModel:
             ValueError: if the local rule's state belongs to other parameters.
         """
         states = dict(self.states)
-        if (rule := self._rules.local) is not None:
+        if (rule := self._algorithm.local_rule) is not None:
             states.setdefault(RULE, rule.init(torch.zeros_like(server[:trainable])))
             if any(leaf.dim() and len(leaf) != trainable for leaf in tree_leaves(states[RULE]) if _is_tensor(leaf)):
                 raise ValueError(
                     f"local_rule={rule.name!r}: what it keeps is for other parameters than the {trainable:,} trainable"
                     " elements of this round: do not freeze or unfreeze layers while it is used."
                 )
-        if (privacy := self._rules.privacy) is not None:
+        if (privacy := self._algorithm.privacy) is not None:
             states.setdefault(PRIVACY, privacy.init())
         self._next = states
         return states
@@ -190,7 +192,7 @@ class GlobalModel:
                 f" clients' deltas, {tuple(server.shape)}."
             )
         moved = aggregate[: cohort.trainable]
-        if (privacy := self._rules.privacy) is not None:
+        if (privacy := self._algorithm.privacy) is not None:
             # Values that are not clipped may not leave the clients.
             aggregate[cohort.trainable :] = _still(server[cohort.trainable :])
             state, generator = self._next[PRIVACY], randomness.generator(cohort.seed, randomness.PRIVACY, cohort.round)
@@ -198,7 +200,7 @@ class GlobalModel:
                 moved, table.clients.within(), state, cohort, self._expected_weight, generator
             )
             moved.copy_(private)
-        if (rule := self._rules.local) is not None and table.clients.accepted:
+        if (rule := self._algorithm.local_rule) is not None and table.clients.accepted:
             merged = Merged(moved, messages, table.clients.normalizer(), table.clients.accepted, cohort)
             delta, self._next[RULE] = rule.merge(merged, self._next[RULE])
             moved.copy_(delta)
@@ -206,7 +208,7 @@ class GlobalModel:
 
     def _finished(self, server: Tensor, total: Tensor, cohort: Cohort) -> Tensor:
         """Return the aggregate of the sum over clients, and note the aggregator's next state."""
-        rule, state = self._rules.aggregator, self._next.pop(AGGREGATOR, None)
+        rule, state = self._algorithm.aggregator, self._next.pop(AGGREGATOR, None)
         state = rule.fresh_state(server, cohort) if state is None else state
         before = None if self._watched else Snapshot(rule._asdict(), most=0)
         aggregate, state = rule.finish_with(total, cohort, state)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lightning_fedscale.core.options.rules import Rules
+from lightning_fedscale.core.options.algorithm_options import AlgorithmOptions
 from lightning_fedscale.core.round.merge import RoundTable
 from lightning_fedscale.types import ClientUpdate, Cohort
 from lightning_fedscale.utils import collectives
@@ -17,21 +17,23 @@ class RoundSums:
     With several ranks, both are views of one buffer, in which they and the table are summed over ranks.
 
     Args:
-        rules: the aggregator, and the local rule.
+        algorithm: the aggregator, and the local rule.
         like: a vector as long as an update.
         cohort: who takes part.
         table: the round in numbers.
         world_size: number of ranks.
     """
 
-    def __init__(self, rules: Rules, like: Tensor, cohort: Cohort, table: RoundTable, world_size: int) -> None:
-        self._aggregator = rules.aggregator
+    def __init__(
+        self, algorithm: AlgorithmOptions, like: Tensor, cohort: Cohort, table: RoundTable, world_size: int
+    ) -> None:
+        self._aggregator = algorithm.aggregator
         self._cohort = cohort
         self._table = table
         self._total = self._aggregator.init(like, cohort) if len(cohort.clients) else like.new_zeros(0)
         self._messages: Tensor | None = None
         self._joint: collectives.JointBuffer | None = None
-        if rules.local is not None and rules.local.sends_message:
+        if algorithm.local_rule is not None and algorithm.local_rule.sends_message:
             self._messages = torch.zeros_like(like[: cohort.trainable])
         if world_size > 1:
             length = len(self._total)

@@ -12,11 +12,11 @@ from lightning_fedscale.types import ClientUpdate
 from lightning_fedscale.utils.buffers import BufferPolicies, Policy
 
 
-class Rules(NamedTuple):
+class AlgorithmOptions(NamedTuple):
     """The options that differ from FedAvg on the uplink; None as in FedAvg.
 
     Attributes:
-        local: the rule of the clients' training.
+        local_rule: the rule of the clients' training.
         compressor: compresses the updates.
         privacy: bounds the influence of each client.
         aggregator: aggregates the updates.
@@ -25,7 +25,7 @@ class Rules(NamedTuple):
         buffers: patterns of names of buffers, and their policies.
     """
 
-    local: LocalRule | None
+    local_rule: LocalRule | None
     compressor: Compressor | None
     privacy: Privacy | None
     aggregator: Aggregator
@@ -46,7 +46,7 @@ class Rules(NamedTuple):
     @property
     def guided(self) -> bool:
         """Whether a client does anything that differs from FedAvg."""
-        return bool(self.own) or any(rule is not None for rule in (self.local, self.compressor, self.privacy))
+        return bool(self.own) or any(rule is not None for rule in (self.local_rule, self.compressor, self.privacy))
 
     @property
     def keep_state(self) -> bool:
@@ -57,8 +57,8 @@ class Rules(NamedTuple):
     def kept_on_device(self) -> dict[str, float]:
         """The state that a client's device keeps for these options, in bytes per parameter by name."""
         kept: dict[str, float] = {}
-        if self.local is not None and self.local.keeps_state:
-            kept["control variates"] = 4.0 * self.local.vectors_down
+        if self.local_rule is not None and self.local_rule.keeps_state:
+            kept["control variates"] = 4.0 * self.local_rule.vectors_down
         if self.compressor is not None and self.compressor.stateful:
             kept["error feedback"] = 4.0
         if self.ditto is not None:
@@ -68,12 +68,12 @@ class Rules(NamedTuple):
     @property
     def passes(self) -> int:
         """The number of times that a client computes the gradients of its batches in a round."""
-        return 1 + (self.local is not None and self.local.needs_gradient) + (self.ditto is not None)
+        return 1 + (self.local_rule is not None and self.local_rule.needs_gradient) + (self.ditto is not None)
 
     @property
     def operations(self) -> float:
         """Operations per trainable element of each client's update, besides training and the sum over clients."""
-        local = 0 if self.local is None else self.local.operations
+        local = 0 if self.local_rule is None else self.local_rule.operations
         compressed = 0.0 if self.compressor is None else self.compressor.operations
         clipped = 0 if self.privacy is None else 3  # the squared norm and the scaling
         return local + compressed + clipped
@@ -83,8 +83,8 @@ class Rules(NamedTuple):
         """The argument for which clients or server keep state of specific parameters; None if there is none."""
         if self.ditto is not None:
             return f"personal={self.ditto!r}"
-        if self.local is not None and (self.local.keeps_state or self.local.sends_message):
-            return f"local_rule={self.local.name!r}"
+        if self.local_rule is not None and (self.local_rule.keeps_state or self.local_rule.sends_message):
+            return f"local_rule={self.local_rule.name!r}"
         if self.compressor is not None and self.compressor.stateful:
             return f"compressor={self.compressor.name}"
         if self.aggregator.kept is not None:
