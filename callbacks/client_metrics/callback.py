@@ -15,7 +15,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
 from lightning_fedscale.callbacks.client_metrics.data import Loaders, OwnData, own_data
-from lightning_fedscale.callbacks.client_metrics.module_copy import Found, ValidationTwin
+from lightning_fedscale.callbacks.client_metrics.module_copy import Found, ValidationCopy
 from lightning_fedscale.callbacks.client_metrics.report import ClientReport, draw_clients, lay_out_clients, show_clients
 from lightning_fedscale.callbacks.client_metrics.table import ClientTable
 from lightning_fedscale.core.executors import Transfer
@@ -235,14 +235,14 @@ class ClientMetrics(Callback):
         mine = clients[self._places(strategy, clients) == trainer.global_rank].tolist()
         if not mine:
             return found
-        twin, transfer = ValidationTwin(trainer, module), Transfer(trainer)
+        model, transfer = ValidationCopy(trainer, module), Transfer(trainer)
         listeners = [
             hook
             for callback in trainer.callbacks  # type: ignore[attr-defined]
             if (hook := getattr(callback, "on_client_evaluation", None)) is not None
         ]
 
-        def tell(batch: Any) -> AbstractContextManager[Any]:
+        def announce(batch: Any) -> AbstractContextManager[Any]:
             around = ExitStack()
             for hook in listeners:
                 if isinstance(context := hook(trainer, batch), AbstractContextManager):
@@ -254,15 +254,15 @@ class ClientMetrics(Callback):
             if self._evaluates_personal:
                 own = strategy.personal_model(work.client)
                 assert own is not None
-                twin.load(own)
+                model.load(own)
             ready = (batch if batch is None else transfer(batch) for batch in batches)
             try:
-                found[work.client] = twin.evaluate(ready, tell)
+                found[work.client] = model.evaluate(ready, announce)
             except Exception as error:
                 if work.held > 1:
                     raise
                 self._leave_out(work.client, error)
-                twin = ValidationTwin(trainer, module)  # a new copy, since the failed step may have changed this one
+                model = ValidationCopy(trainer, module)  # a new copy, since the failed step may have changed this one
         return found
 
     def _leave_out(self, client: int, error: Exception) -> None:
@@ -290,8 +290,8 @@ class ClientMetrics(Callback):
         assert self._data is not None
         ranks = place_longest_first(self._data.sizes[clients], collectives.world_size())
         if self._evaluates_personal:
-            held = [strategy.holder_of(client) for client in clients.tolist()]
-            ranks = np.array([rank if at is None else at for rank, at in zip(ranks.tolist(), held, strict=True)])
+            holders = [strategy.holder_of(client) for client in clients.tolist()]
+            ranks = np.array([rank if at is None else at for rank, at in zip(ranks.tolist(), holders, strict=True)])
         return ranks
 
     def _is_higher_better(self, name: str, known: bool | None) -> bool:

@@ -67,8 +67,8 @@ class OwnData:
             loader.close()
 
     def _work(self, client: int, loader: ClientLoader, round: int) -> LocalWork:
-        held = np.arange(self.sizes[client]) if self._partition is None else np.sort(self._partition.client(client))
-        return LocalWork(client, len(held), loader.batches(held), (0, 0), (self._seed, round))
+        own = np.arange(self.sizes[client]) if self._partition is None else np.sort(self._partition.client(client))
+        return LocalWork(client, len(own), loader.batches(own), (0, 0), (self._seed, round))
 
 
 def own_data(

@@ -41,7 +41,7 @@ class Found(NamedTuple):
     higher_is_better: bool | None
 
 
-class ValidationTwin:
+class ValidationCopy:
     """Runs ``validation_step`` and the module's hooks around it as Lightning does, once for each client.
 
     Logged values are reduced by Lightning's own results, separately for each client. They reach no logger, no progress
@@ -56,24 +56,24 @@ class ValidationTwin:
     """
 
     def __init__(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        self._twin = copied(module, TrainerView(attached_trainer(module)))
-        self._twin.eval()
+        self._copy = copied(module, TrainerView(attached_trainer(module)))
+        self._copy.eval()
         self._precision = trainer.precision_plugin
         self._view = _Validating(trainer)
-        attach(self._twin, self._view)
-        forget_metric_names(self._twin)
-        self._twin.print = _nothing
+        attach(self._copy, self._view)
+        forget_metric_names(self._copy)
+        self._copy.print = _nothing
         # Collections last: their reset rebuilds the groups of metrics that share a state.
         kinds = (Metric, MetricCollection)
-        self._metrics: list[Any] = [part for kind in kinds for part in self._twin.modules() if isinstance(part, kind)]
+        self._metrics: list[Any] = [part for kind in kinds for part in self._copy.modules() if isinstance(part, kind)]
         for metric in self._metrics:  # other ranks have other clients
             metric.distributed_available_fn = lambda: False
-        self._hooks = [name for name in _HOOKS if is_overridden(name, self._twin)]
+        self._hooks = [name for name in _HOOKS if is_overridden(name, self._copy)]
         self._takes_index = is_param_in_hook_signature(module.validation_step, "batch_idx", min_args=2)
 
     def load(self, state: Mapping[str, Any]) -> None:
         """Load the weights from a state dict of the module."""
-        self._twin.load_state_dict(state)
+        self._copy.load_state_dict(state)
 
     @torch.no_grad()
     def evaluate(
@@ -104,14 +104,14 @@ class ValidationTwin:
         return found
 
     def _step(self, batch: Any, index: int) -> Any:
-        set_hook(self._twin, "validation_step")
+        set_hook(self._copy, "validation_step")
         with self._precision.val_step_context():
-            return self._twin.validation_step(*((batch, index) if self._takes_index else (batch,)))
+            return self._copy.validation_step(*((batch, index) if self._takes_index else (batch,)))
 
     def _call(self, hook: str, *values: Any) -> None:
         if hook in self._hooks:
-            set_hook(self._twin, hook)
-            getattr(self._twin, hook)(*values)
+            set_hook(self._copy, hook)
+            getattr(self._copy, hook)(*values)
 
 
 class _Validating(TrainerView):

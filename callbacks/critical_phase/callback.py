@@ -29,8 +29,8 @@ from lightning_fedscale.phases import (
     reads_noise,
     step,
 )
-from lightning_fedscale.phases.noise import FEWEST, NoiseScale
-from lightning_fedscale.phases.tracker import PhaseKeeper
+from lightning_fedscale.phases.noise import MIN_ESTIMATES, NoiseScale
+from lightning_fedscale.phases.tracker import PhaseTracker
 from lightning_fedscale.strategy import FederatedStrategy
 
 if TYPE_CHECKING:
@@ -159,7 +159,7 @@ class CriticalPhase(Callback):
         self._level = level
         self._rule = scale if callable(scale) else step(scale)
         check_rule(self._rule)
-        self._keeper = PhaseKeeper(self.detector, self._rule)
+        self._tracker = PhaseTracker(self.detector, self._rule)
         self._norm = math.nan
         self._watch: StepWatch | RoundWatch | None = None
         self._resumed: dict[str, Any] | None = None
@@ -173,27 +173,27 @@ class CriticalPhase(Callback):
     @property
     def critical(self) -> bool:
         """Whether training is in a critical phase; it is before the first observation."""
-        return self._keeper.phase.critical
+        return self._tracker.phase.critical
 
     @property
     def phase(self) -> Phase:
         """The current phase: whether it is critical, for how long it was not, and the noise scale."""
-        return self._keeper.phase
+        return self._tracker.phase
 
     @property
     def scale(self) -> float:
         """Current factor of updates; 1 unless ``action="scale"``."""
-        return self._keeper.scale if self.action == "scale" else 1.0
+        return self._tracker.scale if self.action == "scale" else 1.0
 
     @property
     def noise_scale(self) -> NoiseScale:
         """The gradient noise scale with its interval; with clients, that of their updates."""
-        return self._keeper.noise
+        return self._tracker.noise
 
     @property
     def sampling_noise(self) -> NoiseScale:
         """The noise scale of single samples' gradients, from both halves of batches."""
-        return self._keeper.sampling
+        return self._tracker.sampling
 
     @property
     def adds_noise(self) -> bool:
@@ -208,7 +208,7 @@ class CriticalPhase(Callback):
         return "the scale rule" if self.action == "scale" and reads_noise(self._rule) else None
 
     def _noise_in_words(self) -> str:
-        of_clients = self.noise_scale.looks > 0 and self.noise_scale is self._keeper.members
+        of_clients = self.noise_scale.estimates > 0 and self.noise_scale is self._tracker.members
         return noise_in_words(
             self.noise_scale, self._unit, "as many clients in each" if of_clients else "as large batches"
         )
@@ -228,17 +228,17 @@ class CriticalPhase(Callback):
         self._round = None
         before = None if self._watch is None else self._watch.saved_state()
         if trainer.global_step == 0:  # else this callback continues a run
-            self._keeper, self.record = PhaseKeeper(self.detector, self._rule), PhaseRecord()
+            self._tracker, self.record = PhaseTracker(self.detector, self._rule), PhaseRecord()
             self._norm, before = math.nan, None
         federated = isinstance(trainer.strategy, FederatedStrategy)
         self._unit = "round" if federated else "step"
         watch: Any
         if not federated:
-            watch = StepWatch(self, self._keeper)
+            watch = StepWatch(self, self._tracker)
         elif self._level == "step":
-            watch = ClientStepWatch(self, self._keeper)
+            watch = ClientStepWatch(self, self._tracker)
         else:
-            watch = RoundWatch(self, self._keeper)
+            watch = RoundWatch(self, self._tracker)
         kind = self._noise or ("reweighting" if isinstance(watch, RoundWatch) else "diagonal")
         watch.check(trainer, pl_module, kind)
         if before is not None:
@@ -258,7 +258,7 @@ class CriticalPhase(Callback):
         """Restore a checkpoint's state, and attach to the optimizers, which exist from here on."""
         assert self._watch is not None
         if self._resumed is not None:
-            self._keeper.load_state_dict(self._resumed["keeper"])
+            self._tracker.load_state_dict(self._resumed["keeper"])
             self.record.load_state_dict(self._resumed["record"])
             self._watch.load_saved_state(self._resumed["watch"])
             self._norm, self._resumed = self._resumed["norm"], None
@@ -276,7 +276,7 @@ class CriticalPhase(Callback):
         self._settle()
         if not logs_now(trainer):
             return
-        values = {**self._keeper.metrics(), **self._watch.metrics(), "phase/scale": self.scale}
+        values = {**self._tracker.metrics(), **self._watch.metrics(), "phase/scale": self.scale}
         if math.isfinite(self._norm):
             values["phase/grad_norm"] = self._norm
         pl_module.log_dict(values, on_step=True, on_epoch=False, batch_size=1)
@@ -314,7 +314,7 @@ class CriticalPhase(Callback):
 
     def _state(self) -> dict[str, Any]:
         watch = {} if self._watch is None else self._watch.saved_state()
-        return {"keeper": self._keeper.state_dict(), "watch": watch, "norm": self._norm}
+        return {"keeper": self._tracker.state_dict(), "watch": watch, "norm": self._norm}
 
     # ---- for the observers of rounds and steps
 
@@ -331,8 +331,8 @@ class CriticalPhase(Callback):
             decisions: one decision, or those for several clients or optimizers.
         """
         self._norm = norm
-        self._keeper.decide(decisions)
-        decision = self._keeper.decision
+        self._tracker.decide(decisions)
+        decision = self._tracker.decision
         row = (at, norm, decision.statistic, decision.threshold, self.scale, decision.critical)
         if self._round is None:
             self.record.add(*row)
@@ -342,7 +342,7 @@ class CriticalPhase(Callback):
     def observe(self, at: int, observation: Observation) -> None:
         """Judge a step or round by one observation."""
         norm = math.sqrt(math.fsum(n * n for n in observation.layer_norms))
-        self.judge(at, norm, [self._keeper.detect(observation)])
+        self.judge(at, norm, [self._tracker.detect(observation)])
 
     def _settle(self) -> None:
         """Make the judgement of a round final, if the Trainer has counted it."""
@@ -371,18 +371,18 @@ def noise_in_words(noise: NoiseScale, unit: str, more: str) -> str:
         more: what each of them could have more of: "as many clients", "as large batches".
 
     Example:
-        >>> from lightning_fedscale.phases.noise import Look, noise_scale
-        >>> little = noise_scale([Look(0.5 + (-1) ** i, 2.0, 32.0, 2.0) for i in range(10)])
+        >>> from lightning_fedscale.phases.noise import NoiseEstimate, noise_scale
+        >>> little = noise_scale([NoiseEstimate(0.5 + (-1) ** i, 2.0, 32.0, 2.0) for i in range(10)])
         >>> print(noise_in_words(little, "round", "as many clients").partition(": ")[2])
         about 5.7 (at least 1.4) times as many rounds, or about 10 (at least 1.6) times as many clients, would be enough
     """
     if noise.enough:
         return f"gradient noise scale {noise.scale:,.0f} samples ({noise.low:,.0f} to {noise.high:,.0f})"
     said = "not enough evidence on the gradient noise scale"
-    if noise.looks < FEWEST:
-        return f"{said}: {FEWEST} looks at it are the least, and there were {noise.looks}: train for more {unit}s"
+    if noise.estimates < MIN_ESTIMATES:
+        return f"{said}: {noise.estimates} of at least {MIN_ESTIMATES} estimates: train for more {unit}s"
     known = f"{noise.low:,.0f} to {noise.high:,.0f}" if noise.high < math.inf else f"above {noise.low:,.0f}"
-    times = noise.needed[0] / noise.looks, noise.needed[1] / noise.looks
+    times = noise.needed[0] / noise.estimates, noise.needed[1] / noise.estimates
     ways = [f"{_times(times)} times as many {unit}s"] if times[1] < math.inf else []
     if noise.shortfall[1] < math.inf:
         ways.append(f"{_times(noise.shortfall)} times {more}")

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lightning_fedscale.callbacks.critical_phase.steps import Seen, StepWatch
 from lightning_fedscale.phases import Decision, Observation
-from lightning_fedscale.phases.tracker import PhaseKeeper, joined
+from lightning_fedscale.phases.tracker import PhaseTracker, joined
 from lightning_fedscale.types import IntArray, Params, RoundRecord
 from lightning_fedscale.utils import collectives
 
@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 class ClientStepWatch(StepWatch):
     """Observes the gradients of every client's local steps, and decides once a round, equally on every rank."""
 
-    def __init__(self, owner: CriticalPhase, keeper: PhaseKeeper) -> None:
-        super().__init__(owner, keeper)
+    def __init__(self, owner: CriticalPhase, tracker: PhaseTracker) -> None:
+        super().__init__(owner, tracker)
         self._client = -1
         self._norms: dict[int, list[Tensor]] = {}  # of a client's steps: optimizer, sum of norms, squared norm
 
@@ -65,7 +65,7 @@ class ClientStepWatch(StepWatch):
         self._owner.begin_round(trainer)
         if record.empty:
             return
-        self._keeper.look_at_clients(record)
+        self._tracker.estimate_from_updates(record)
         rows = {client: row for row, client in enumerate(record.clients.tolist())}
         # The backend of the gradients' device may not communicate tensors of other devices.
         device = trainer.strategy.root_device
@@ -85,7 +85,7 @@ class ClientStepWatch(StepWatch):
             for number in np.unique(seen[:, 0]).astype(int).tolist():
                 _, totals, squares = seen[seen[:, 0] == number].T
                 sequence = self._sequence(number, client)
-                decisions = [self._keeper.detect(Observation([total]), sequence) for total in totals]
+                decisions = [self._tracker.detect(Observation([total]), sequence) for total in totals]
                 found[number].append((float(squares.mean()), decisions[-1]))
         if not found:
             self._warn_if_unseen(trainer, int(record.local_steps.sum()))

@@ -16,14 +16,14 @@ from lightning_fedscale.core.lightning.half_batches import half_gradients, no_ha
 from lightning_fedscale.phases import Observation
 from lightning_fedscale.phases.noise import (
     Diagonal,
-    Look,
+    NoiseEstimate,
     diagonal_init,
     diagonal_noise,
     diagonal_update,
-    look_at_halves,
+    estimate_from_half_batches,
     reweighting_strength,
 )
-from lightning_fedscale.phases.tracker import PhaseKeeper
+from lightning_fedscale.phases.tracker import PhaseTracker
 from lightning_fedscale.server import follows_scale, own_decay
 from lightning_fedscale.types import ClientUpdate, FloatArray, IntArray, Params, RoundRecord
 from lightning_fedscale.utils import collectives, randomness
@@ -37,12 +37,12 @@ class RoundWatch:
 
     Args:
         owner: the callback, which decides.
-        keeper: tracks the phase.
+        tracker: tracks the phase.
     """
 
-    def __init__(self, owner: CriticalPhase, keeper: PhaseKeeper) -> None:
+    def __init__(self, owner: CriticalPhase, tracker: PhaseTracker) -> None:
         self._owner = owner
-        self._keeper = keeper
+        self._tracker = tracker
         self._since_look = 0.0  # local batches of a client
         self._halves: _HalfBatches | None = None
         self._summed = 0
@@ -136,12 +136,12 @@ class RoundWatch:
     # ---- observation
 
     def _look(self, record: RoundRecord) -> None:
-        self._keeper.look_at_clients(record)
+        self._tracker.estimate_from_updates(record)
         self._since_look += float(record.local_steps.mean())
         if self._halves is not None:
             self._since_look = 0.0
             if (look := self._halves.look()) is not None:
-                self._keeper.look("sampling", look)
+                self._tracker.add_estimate("sampling", look)
             self._halves = None
 
     def _add_up(self, delta: Params) -> bool:
@@ -161,7 +161,7 @@ class RoundWatch:
             Observation(
                 norms,
                 client_square=float(record.weights[accepted] @ record.delta_norms[accepted] ** 2),
-                fisher_trace=self._keeper.sampling.fisher_trace,
+                fisher_trace=self._tracker.sampling.fisher_trace,
                 learning_rate=learning_rate(*trainer.optimizers),
             ),
         )
@@ -289,7 +289,7 @@ class _HalfBatches:
             self._table.fill_(math.nan)  # so that every rank sees the failure
             rank_zero_warn(no_halves(error))
 
-    def look(self) -> Look | None:
+    def look(self) -> NoiseEstimate | None:
         """Return the noise seen by all ranks together, None if there is none; call it on all ranks."""
         joint = collectives.sum_over_ranks(torch.cat([self._sum, self._table.flatten()]))
         table: FloatArray = joint[len(self._sum) :].cpu().numpy().reshape(-1, 4)
@@ -300,4 +300,4 @@ class _HalfBatches:
             return None
         weights = np.full(len(table), 1.0 / len(table))
         mean_square = float(joint[: len(self._sum)].square().sum()) / len(table) ** 2
-        return look_at_halves(table[:, 0], table[:, 2:], table[:, 1], weights, mean_square)
+        return estimate_from_half_batches(table[:, 0], table[:, 2:], table[:, 1], weights, mean_square)

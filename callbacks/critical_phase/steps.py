@@ -27,8 +27,8 @@ from lightning_fedscale.callbacks.critical_phase.optimizers import GradientMemor
 from lightning_fedscale.core.lightning.half_batches import half_gradients, no_halves
 from lightning_fedscale.devices.profiling.batches import loaded_samples, samples_in
 from lightning_fedscale.phases import Decision, Observation
-from lightning_fedscale.phases.noise import look_at_halves
-from lightning_fedscale.phases.tracker import PhaseKeeper
+from lightning_fedscale.phases.noise import estimate_from_half_batches
+from lightning_fedscale.phases.tracker import PhaseTracker
 from lightning_fedscale.types import FloatArray
 from lightning_fedscale.utils import collectives, randomness
 
@@ -65,12 +65,12 @@ class StepWatch(Callback):
 
     Args:
         owner: the callback, which decides.
-        keeper: tracks the phase.
+        tracker: tracks the phase.
     """
 
-    def __init__(self, owner: CriticalPhase, keeper: PhaseKeeper) -> None:
+    def __init__(self, owner: CriticalPhase, tracker: PhaseTracker) -> None:
         self._owner = owner
-        self._keeper = keeper
+        self._tracker = tracker
         self._holds: list[StepHold] = []
         self._memories: defaultdict[int, GradientMemory] = defaultdict(GradientMemory)  # by number of the optimizer
         self._seen: dict[int, Seen] = {}  # likewise
@@ -275,7 +275,8 @@ class StepWatch(Callback):
             if np.isfinite(norms).all()
         ]
         decisions = [
-            self._keeper.detect(self._observation(number, norms), self._sequence(number)) for _, number, norms in judged
+            self._tracker.detect(self._observation(number, norms), self._sequence(number))
+            for _, number, norms in judged
         ]
         flags = _on_any_rank([decision.critical for decision in decisions], device)
         for (at, number, norms), decision, flag in zip(judged, decisions, flags, strict=True):
@@ -295,12 +296,14 @@ class StepWatch(Callback):
         batch = samples * trainer.accumulate_grad_batches
         one, halves = np.ones(1), np.full((1, 2), batch / 2)
         # Only the difference comes from the halves; the mean gradient is that of the whole update.
-        self._keeper.look("sampling", look_at_halves(one * trace * 4 / batch, halves, one * square, one, square))
+        self._tracker.add_estimate(
+            "sampling", estimate_from_half_batches(one * trace * 4 / batch, halves, one * square, one, square)
+        )
 
     def _observation(self, number: int, norms: FloatArray) -> Observation:
         return Observation(
             norms.tolist(),
-            fisher_trace=self._keeper.sampling.fisher_trace,
+            fisher_trace=self._tracker.sampling.fisher_trace,
             learning_rate=learning_rate(self._holds[number].optimizer),
         )
 

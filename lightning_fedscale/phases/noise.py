@@ -11,6 +11,7 @@ here is a pure function of numbers or tensors.
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -20,16 +21,28 @@ from scipy.special import stdtrit
 from torch import Tensor
 
 from lightning_fedscale.types import FloatArray
+from lightning_fedscale.utils.moved import renamed
 
-FEWEST = 5
-"""Least number of looks for an estimate of the noise scale."""
+__getattr__ = renamed(
+    __name__,
+    {
+        "Look": "NoiseEstimate",
+        "look_at_halves": "estimate_from_half_batches",
+        "look_at_members": "estimate_from_members",
+        "FEWEST": "MIN_ESTIMATES",
+        "MOST_LOOKS": "MAX_ESTIMATES",
+    },
+)
 
-MOST_LOOKS = 300
-"""Number of latest looks that are kept; older ones would hardly count."""
+MIN_ESTIMATES = 5
+"""Least number of estimates from which a noise scale is computed."""
+
+MAX_ESTIMATES = 300
+"""Number of latest estimates that are kept; the weight of older ones would be negligible."""
 
 
-class Look(NamedTuple):
-    """Unbiased estimates from several gradients at one point.
+class NoiseEstimate(NamedTuple):
+    """Unbiased estimates of signal and noise from several gradients at the same weights.
 
     Attributes:
         square: estimated squared norm of the true gradient; may be negative.
@@ -44,7 +57,9 @@ class Look(NamedTuple):
     within: float = math.nan
 
 
-def look_at_members(squares: FloatArray, weights: FloatArray, mean_square: float, batches: FloatArray) -> Look:
+def estimate_from_members(
+    squares: FloatArray, weights: FloatArray, mean_square: float, batches: FloatArray
+) -> NoiseEstimate:
     """Estimate noise from the gradients of several members and their weighted mean.
 
     With weights ``p`` that sum to 1, ``E sum p |g_k|^2 = |G|^2 + U`` and ``E |mean|^2 = |G|^2 + U sum p^2``.
@@ -59,19 +74,21 @@ def look_at_members(squares: FloatArray, weights: FloatArray, mean_square: float
         ValueError: if fewer than two members have weight.
 
     Example:
-        >>> look_at_members(np.array([4.0, 4.0]), np.array([0.5, 0.5]), 3.0, np.array([8, 8]))
-        Look(square=2.0, variance=2.0, batch=8.0, within=nan)
+        >>> estimate_from_members(np.array([4.0, 4.0]), np.array([0.5, 0.5]), 3.0, np.array([8, 8]))
+        NoiseEstimate(square=2.0, variance=2.0, batch=8.0, within=nan)
     """
     shared = float(weights @ weights)
     if shared >= 1.0 - 1e-12:
-        raise ValueError(f"weights={weights!r}: the noise of gradients shows in two members or more.")
+        raise ValueError(
+            f"weights={weights!r}: pass at least two weights above 0, since noise is the difference of gradients."
+        )
     variance = (float(weights @ squares) - mean_square) / (1.0 - shared)
-    return Look(mean_square - shared * variance, variance, float(weights @ batches))
+    return NoiseEstimate(mean_square - shared * variance, variance, float(weights @ batches))
 
 
-def look_at_halves(
+def estimate_from_half_batches(
     differences: FloatArray, halves: FloatArray, squares: FloatArray, weights: FloatArray, mean_square: float
-) -> Look:
+) -> NoiseEstimate:
     """Estimate noise from both halves of each member's batch, and separate sampling noise from members' differences.
 
     ``E |g' - g''|^2 = tr(Sigma) (1/b' + 1/b'')`` holds within a member for any true gradient of the member. With a
@@ -86,24 +103,24 @@ def look_at_halves(
 
     Example:
         >>> one = np.array([1.0])
-        >>> look_at_halves(np.array([4.0]), np.array([[8, 8]]), np.array([5.0]), one, 5.0)
-        Look(square=4.0, variance=1.0, batch=16.0, within=1.0)
+        >>> estimate_from_half_batches(np.array([4.0]), np.array([[8, 8]]), np.array([5.0]), one, 5.0)
+        NoiseEstimate(square=4.0, variance=1.0, batch=16.0, within=1.0)
     """
     batches = halves.sum(1)
     trace = float(weights @ (differences / (1.0 / halves).sum(1)))
     batch, shared = float(weights @ batches), float(weights @ weights)
     noise_of_mean = trace * float((weights**2) @ (1.0 / batches))
     if len(weights) == 1:
-        return Look(mean_square - noise_of_mean, trace / batch, batch, trace / batch)
+        return NoiseEstimate(mean_square - noise_of_mean, trace / batch, batch, trace / batch)
     spread = float(weights @ squares) - mean_square
     from_sampling = trace * float((weights * (1.0 - weights)) @ (1.0 / batches))
     between = (spread - from_sampling) / (1.0 - shared)
     within = trace / batch
-    return Look(mean_square - noise_of_mean - shared * between, between + within, batch, within)
+    return NoiseEstimate(mean_square - noise_of_mean - shared * between, between + within, batch, within)
 
 
 class NoiseScale(NamedTuple):
-    """The gradient noise scale with its uncertainty, from all looks so far.
+    """The gradient noise scale with its uncertainty, from all estimates so far.
 
     Attributes:
         scale: variance over squared gradient, in samples: a batch of this size has as much noise as signal. NaN while
@@ -114,12 +131,12 @@ class NoiseScale(NamedTuple):
         critical_cohort: variance over squared gradient, in members.
         square: squared norm of the true gradient.
         fisher_trace: mean squared gradient norm of single samples; NaN if sampling noise is unknown.
-        looks: number of looks.
-        needed: number of looks that would suffice for a scale if they continued like this: by the mean squared
-            gradient, and at least, by the upper end of its interval. Infinite if no number suffices, since older looks
-            fade; NaN if there is enough evidence, or fewer looks than `FEWEST`.
-        shortfall: factor by which more members, or samples per member, would have sufficed in as many looks, in the
-            same two ways. The variance of a look falls at least in proportion.
+        estimates: number of estimates.
+        needed: number of estimates that would suffice for a scale if they continued like this: by the mean squared
+            gradient, and at least, by the upper end of its interval. Infinite if no number suffices, since the
+            weight of older estimates decays; NaN if there is enough evidence, or fewer estimates than `MIN_ESTIMATES`.
+        shortfall: factor by which more members, or samples per member, would have sufficed with as many
+            estimates, in the same two ways. The variance of an estimate falls at least in proportion.
     """
 
     scale: float
@@ -129,7 +146,7 @@ class NoiseScale(NamedTuple):
     critical_cohort: float
     square: float
     fisher_trace: float
-    looks: int
+    estimates: int
     needed: tuple[float, float] = (math.nan, math.nan)
     shortfall: tuple[float, float] = (math.nan, math.nan)
 
@@ -138,44 +155,54 @@ class NoiseScale(NamedTuple):
         """Whether there is enough evidence: the squared gradient differs from zero at 99.9 % confidence."""
         return not math.isnan(self.scale)
 
+    @property
+    def looks(self) -> int:
+        """The old name of ``estimates``."""
+        warnings.warn(
+            "NoiseScale.looks is called estimates now: the old name goes after one release.",
+            DeprecationWarning,
+            stacklevel=2,
+        )
+        return self.estimates
+
 
 UNKNOWN = NoiseScale(math.nan, 0.0, math.inf, math.nan, math.nan, math.nan, math.nan, 0)
 
 
-def noise_scale(looks: Sequence[Look], decay: float = 0.99, confidence: float = 0.95) -> NoiseScale:
-    """Estimate the noise scale from a series of looks, latest last.
+def noise_scale(estimates: Sequence[NoiseEstimate], decay: float = 0.99, confidence: float = 0.95) -> NoiseScale:
+    """Estimate the noise scale from a series of estimates, latest last.
 
-    Numerator and denominator are averaged separately, with weights that fall by ``decay`` from look to look, and then
-    divided: the mean of the quotients would be biased, and a single look's squared gradient is often negative. The
+    Numerator and denominator are averaged separately, with weights that fall by ``decay`` with age, and then divided:
+    the mean of the quotients would be biased, and a single estimate of the squared gradient is often negative. The
     interval is Fieller's for a quotient of means, with jackknife variances; it has no upper end if the mean squared
-    gradient does not differ from zero at that confidence. A point estimate requires a difference at 99.9 %: with a
-    weaker condition, the estimates that pass it would be too small.
+    gradient does not differ from zero at that confidence. A noise scale requires a difference at 99.9 %: with a weaker
+    condition, the scales that pass it would be too small.
 
     Args:
-        looks: the looks; at least `FEWEST` for an estimate.
-        decay: weight of a look relative to the next one, in (0, 1].
+        estimates: the estimates; at least `MIN_ESTIMATES` are needed.
+        decay: weight of an estimate relative to the next one, in (0, 1].
         confidence: confidence of the interval, in (0, 1).
 
     Example:
-        >>> noise_scale([Look(1.0 + 0.1 * (-1) ** i, 2.0, 32.0, 2.0) for i in range(10)]).critical_cohort
+        >>> noise_scale([NoiseEstimate(1.0 + 0.1 * (-1) ** i, 2.0, 32.0, 2.0) for i in range(10)]).critical_cohort
         2.0...
-        >>> noise_scale([Look(0.1 - (-1) ** i, 2.0, 32.0, 2.0) for i in range(10)]).enough
+        >>> noise_scale([NoiseEstimate(0.1 - (-1) ** i, 2.0, 32.0, 2.0) for i in range(10)]).enough
         False
     """
     if not 0 < decay <= 1:
         raise ValueError(f"decay={decay!r}: pass a number in (0, 1].")
     if not 0 < confidence < 1:
         raise ValueError(f"confidence={confidence!r}: pass a number in (0, 1).")
-    number = len(looks)
-    if number < FEWEST:
-        return UNKNOWN._replace(looks=number)
-    squares, variances, batches, withins = np.array(looks, dtype=np.float64).T
+    number = len(estimates)
+    if number < MIN_ESTIMATES:
+        return UNKNOWN._replace(estimates=number)
+    squares, variances, batches, withins = np.array(estimates, dtype=np.float64).T
     weights = decay ** np.arange(number - 1, -1, -1.0)
     weights /= weights.sum()
     noises, square = variances * batches, float(weights @ squares)
     trace = float(weights @ (withins * batches))
     low, high = _quotient_interval(noises, squares, weights, confidence)
-    known = UNKNOWN._replace(low=low, high=high, square=square, fisher_trace=trace + square, looks=number)
+    known = UNKNOWN._replace(low=low, high=high, square=square, fisher_trace=trace + square, estimates=number)
     if _quotient_interval(noises, squares, weights, _BEYOND_DOUBT)[1] == math.inf:
         needed, shortfall = _what_is_lacking(squares, weights, decay)
         return known._replace(needed=needed, shortfall=shortfall)
@@ -194,15 +221,15 @@ def _what_is_lacking(
 ) -> tuple[tuple[float, float], tuple[float, float]]:
     """Return `NoiseScale.needed` and `NoiseScale.shortfall`."""
     shared, mean = float(weights @ weights), float(weights @ squares)
-    variance = float(weights @ (squares - mean) ** 2) / (1.0 - shared)  # variance of a look
+    variance = float(weights @ (squares - mean) ** 2) / (1.0 - shared)  # variance of an estimate
     upper = mean + float(stdtrit(1.0 / shared - 1.0, 0.975)) * math.sqrt(variance * shared)
 
     def doubt(shared: float) -> float:
         """Return the least squared mean that differs from zero, for this sum of squared weights."""
         return float(stdtrit(1.0 / shared - 1.0, 0.5 + _BEYOND_DOUBT / 2)) ** 2 * variance * shared
 
-    def looks(mean: float) -> float:
-        few, many = len(squares), max(len(squares), MOST_LOOKS)
+    def number(mean: float) -> float:
+        few, many = len(squares), max(len(squares), MAX_ESTIMATES)
         if mean <= 0 or doubt(_shared(many, decay)) >= mean**2:
             return math.inf
         while many - few > 1:
@@ -213,19 +240,19 @@ def _what_is_lacking(
     def factor(mean: float) -> float:
         return max(1.0, doubt(shared) / mean**2) if mean > 0 else math.inf
 
-    return (looks(mean), looks(upper)), (factor(mean), factor(upper))
+    return (number(mean), number(upper)), (factor(mean), factor(upper))
 
 
-def _shared(looks: int, decay: float) -> float:
-    """Return the sum of the squared weights of this many looks.
+def _shared(estimates: int, decay: float) -> float:
+    """Return the sum of the squared weights of this many estimates.
 
     Example:
         >>> _shared(4, 1.0), round(1 / _shared(10**6, 0.99))
         (0.25, 199)
     """
     if decay == 1.0:
-        return 1.0 / looks
-    faded = decay**looks
+        return 1.0 / estimates
+    faded = decay**estimates
     return (1.0 - decay) / (1.0 + decay) * (1.0 + faded) / (1.0 - faded)
 
 

@@ -9,8 +9,18 @@ from typing import Any
 import numpy as np
 
 from lightning_fedscale.phases import Decision, Detector, Observation, Phase, ScaleRule, State
-from lightning_fedscale.phases.noise import MOST_LOOKS, UNKNOWN, Look, NoiseScale, look_at_members, noise_scale
+from lightning_fedscale.phases.noise import (
+    MAX_ESTIMATES,
+    UNKNOWN,
+    NoiseEstimate,
+    NoiseScale,
+    estimate_from_members,
+    noise_scale,
+)
 from lightning_fedscale.types import RoundRecord
+from lightning_fedscale.utils.moved import renamed
+
+__getattr__ = renamed(__name__, {"PhaseKeeper": "PhaseTracker"})
 
 
 def joined(decisions: Sequence[Decision]) -> Decision:
@@ -20,7 +30,7 @@ def joined(decisions: Sequence[Decision]) -> Decision:
     return shown._replace(critical=any(decision.critical for decision in decisions))
 
 
-class PhaseKeeper:
+class PhaseTracker:
     """Update detector, scale rule and noise scale with every observation.
 
     Args:
@@ -31,15 +41,15 @@ class PhaseKeeper:
         decision: the last decision; critical before the first.
         phase: the phase of training.
         scale: the rule's factor for updates.
-        sampling: noise of single samples, from both halves of batches.
+        sampling: noise of single samples, from the two halves of batches.
         members: noise of whole clients, from their updates; unknown without clients.
 
     Example:
         >>> from lightning_fedscale.phases import relative_change, step
-        >>> keeper = PhaseKeeper(relative_change(window=1), step(2.0))
+        >>> tracker = PhaseTracker(relative_change(window=1), step(2.0))
         >>> for norm in (1.0, 1.0):
-        ...     keeper.decide([keeper.detect(Observation([norm]))])
-        >>> keeper.phase, keeper.scale
+        ...     tracker.decide([tracker.detect(Observation([norm]))])
+        >>> tracker.phase, tracker.scale
         (Phase(critical=False, quiet=1, noise_scale=nan), 2.0)
     """
 
@@ -48,7 +58,7 @@ class PhaseKeeper:
         self._rule = rule
         self._states: dict[int, State] = {}
         self._quiet = 0
-        self._looks: dict[str, list[Look]] = {"sampling": [], "members": []}
+        self._estimates: dict[str, list[NoiseEstimate]] = {"sampling": [], "members": []}
         self.decision = Decision(True, math.nan, math.nan)
         self.sampling = self.members = UNKNOWN
 
@@ -60,7 +70,7 @@ class PhaseKeeper:
     @property
     def noise(self) -> NoiseScale:
         """Noise of clients' updates if there are clients, else of single samples."""
-        return self.members if self.members.looks else self.sampling
+        return self.members if self.members.estimates else self.sampling
 
     @property
     def scale(self) -> float:
@@ -80,19 +90,21 @@ class PhaseKeeper:
         self.decision = joined(decisions)
         self._quiet = 0 if self.decision.critical else self._quiet + 1
 
-    def look(self, kind: str, look: Look) -> None:
+    def add_estimate(self, kind: str, estimate: NoiseEstimate) -> None:
         """Add an estimate of gradient noise; ``kind`` is "sampling" or "members"."""
-        looks = self._looks[kind]
-        looks.append(look)
-        del looks[:-MOST_LOOKS]
-        setattr(self, kind, noise_scale(looks))
+        estimates = self._estimates[kind]
+        estimates.append(estimate)
+        del estimates[:-MAX_ESTIMATES]
+        setattr(self, kind, noise_scale(estimates))
 
-    def look_at_clients(self, record: RoundRecord) -> None:
+    def estimate_from_updates(self, record: RoundRecord) -> None:
         """Estimate the noise of clients from a round's updates, at no cost; this needs two or more updates."""
         used = record.weights > 0
         if used.sum() > 1:
             squares, samples = record.delta_norms[used] ** 2, record.samples[used].astype(np.float64)
-            self.look("members", look_at_members(squares, record.weights[used], record.delta_norm**2, samples))
+            self.add_estimate(
+                "members", estimate_from_members(squares, record.weights[used], record.delta_norm**2, samples)
+            )
 
     def metrics(self) -> dict[str, float]:
         """Return the logged numbers, without unknown ones."""
@@ -102,7 +114,7 @@ class PhaseKeeper:
             f"phase/{self._detector.statistic}": self.decision.statistic,
             "phase/threshold": self.decision.threshold,
             "phase/noise_scale": noise.scale,
-            "phase/noise_scale_low": noise.low if noise.looks else math.nan,
+            "phase/noise_scale_low": noise.low if noise.estimates else math.nan,
             "phase/noise_scale_high": noise.high,
             "phase/critical_batch": self.sampling.critical_batch,
             "phase/critical_cohort": self.members.critical_cohort,
@@ -115,7 +127,7 @@ class PhaseKeeper:
             "states": [[sequence, state] for sequence, state in self._states.items()],
             "quiet": self._quiet,
             "decision": list(self.decision),
-            "looks": {kind: [list(look) for look in looks] for kind, looks in self._looks.items()},
+            "looks": {kind: [list(each) for each in estimates] for kind, estimates in self._estimates.items()},
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -123,6 +135,6 @@ class PhaseKeeper:
         self._states = dict(state["states"])
         self._quiet = state["quiet"]
         self.decision = Decision(*state["decision"])
-        for kind, looks in state["looks"].items():
-            self._looks[kind] = [Look(*look) for look in looks]
-            setattr(self, kind, noise_scale(self._looks[kind]) if looks else UNKNOWN)
+        for kind, estimates in state["looks"].items():
+            self._estimates[kind] = [NoiseEstimate(*each) for each in estimates]
+            setattr(self, kind, noise_scale(self._estimates[kind]) if estimates else UNKNOWN)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
+from typing import Any
 
 _PACKAGE = "lightning_fedscale."
 
@@ -95,6 +96,27 @@ def install() -> None:
     if not any(isinstance(each, _Finder) for each in sys.meta_path):
         # It must come first: for a moved package, other finders would load its modules a second time.
         sys.meta_path.insert(0, _Finder())
+
+
+def renamed(module: str, names: Mapping[str, str]) -> Callable[[str], Any]:
+    """Return a module's ``__getattr__`` that finds renamed functions and classes by their old names, with a warning.
+
+    Args:
+        module: name of the module.
+        names: new names by old ones.
+    """
+
+    def find(name: str) -> Any:
+        if (new := names.get(name)) is None:
+            raise AttributeError(f"module {module!r} has no attribute {name!r}")
+        warnings.warn(
+            f"{module}.{name} is called {new} now: the old name goes after one release.",
+            DeprecationWarning,
+            stacklevel=2,
+        )
+        return getattr(import_module(module), new)
+
+    return find
 
 
 class _Finder(MetaPathFinder):

@@ -95,7 +95,7 @@ def run(ranks: int) -> dict[str, Any]:
         "spans": phase.record.spans,
         "ledger": {**accounting.ledger.state_dict(), "seconds": 0.0, "energy": 0.0, "meters": 0.0},
         "position": accounting.position.advice(),  # type: ignore[union-attr]
-        "noise": [phase.noise_scale.square, phase.noise_scale.fisher_trace, phase.noise_scale.looks],
+        "noise": [phase.noise_scale.square, phase.noise_scale.fisher_trace, phase.noise_scale.estimates],
     }
 
 

@@ -397,7 +397,7 @@ def test_half_batches_measure_the_noise_of_single_samples() -> None:
     trace, square = float(samples.var(0).sum()), float(samples.mean(0).square().sum())
     found = callback.noise_scale
     assert found.enough
-    assert found.looks == 300
+    assert found.estimates == 300
     assert found.low <= trace / square <= found.high
     assert found.high < 2 * found.low
     assert found.fisher_trace == pytest.approx(trace + square, rel=0.1)

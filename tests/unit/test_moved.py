@@ -40,6 +40,24 @@ def test_what_was_pickled_before_is_read() -> None:
         assert pickle.loads(old) is StateStore
 
 
+@pytest.mark.parametrize(
+    ("module", "old", "new"),
+    [
+        ("phases.noise", "Look", "NoiseEstimate"),
+        ("phases.noise", "look_at_halves", "estimate_from_half_batches"),
+        ("phases.noise", "look_at_members", "estimate_from_members"),
+        ("phases.noise", "MOST_LOOKS", "MAX_ESTIMATES"),
+        ("phases.tracker", "PhaseKeeper", "PhaseTracker"),
+    ],
+)
+def test_a_renamed_class_or_function_is_found_by_its_old_name(module: str, old: str, new: str) -> None:
+    found = import_module(f"{PACKAGE}.{module}")
+    with pytest.warns(DeprecationWarning, match=f"{old} is called {new} now"):
+        assert getattr(found, old) is getattr(found, new)
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        found.nothing  # noqa: B018
+
+
 def test_the_package_uses_no_old_name() -> None:
     code = f"""
 import warnings

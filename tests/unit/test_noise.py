@@ -13,14 +13,14 @@ from scipy.stats import binomtest
 
 from lightning_fedscale.callbacks.critical_phase.callback import noise_in_words
 from lightning_fedscale.phases.noise import (
-    MOST_LOOKS,
+    MAX_ESTIMATES,
     UNKNOWN,
-    Look,
+    NoiseEstimate,
     diagonal_init,
     diagonal_noise,
     diagonal_update,
-    look_at_halves,
-    look_at_members,
+    estimate_from_half_batches,
+    estimate_from_members,
     noise_scale,
     reweighted,
     reweighting_strength,
@@ -52,39 +52,39 @@ class Quadratic:
     def of_batch(self, centre: np.ndarray, samples: int) -> np.ndarray:
         return centre + self.deviations * self.rng.normal(size=WIDTH) / math.sqrt(samples)
 
-    def halves(self, sizes: list[tuple[int, int]], weights: np.ndarray | None = None) -> Look:
+    def halves(self, sizes: list[tuple[int, int]], weights: np.ndarray | None = None) -> NoiseEstimate:
         pairs = [[self.of_batch(centre, n) for n in size] for size in sizes for centre in [self.client()]]
         counts = np.array(sizes)
         means = np.array([(m * a + n * b) / (m + n) for (a, b), (m, n) in zip(pairs, sizes, strict=True)])
         weights = np.full(len(sizes), 1 / len(sizes)) if weights is None else weights
         mean = weights @ means
         differences = np.array([((a - b) ** 2).sum() for a, b in pairs])
-        return look_at_halves(differences, counts, (means**2).sum(1), weights, float(mean @ mean))
+        return estimate_from_half_batches(differences, counts, (means**2).sum(1), weights, float(mean @ mean))
 
-    def members(self, sizes: list[int], weights: np.ndarray) -> Look:
+    def members(self, sizes: list[int], weights: np.ndarray) -> NoiseEstimate:
         gradients = np.array([self.of_batch(self.client(), n) for n in sizes])
         mean = weights @ gradients
-        return look_at_members((gradients**2).sum(1), weights, float(mean @ mean), np.array(sizes, float))
+        return estimate_from_members((gradients**2).sum(1), weights, float(mean @ mean), np.array(sizes, float))
 
 
 def test_halves_are_unbiased_also_for_unequal_weights_and_sizes() -> None:
     problem = Quadratic(between=3.0)
     sizes, weights = [(4, 4), (10, 11), (3, 30)], np.array([0.2, 0.5, 0.3])
-    looks = np.array([problem.halves(sizes, weights) for _ in range(4000)])
+    estimates = np.array([problem.halves(sizes, weights) for _ in range(4000)])
     batch = float(weights @ np.array(sizes).sum(1))
     expected = problem.square, 3.0 + problem.trace / batch, batch, problem.trace / batch
-    error = looks.std(0) / math.sqrt(len(looks)) + 1e-12
-    assert (np.abs(looks.mean(0) - expected) < 4.5 * error).all()
+    error = estimates.std(0) / math.sqrt(len(estimates)) + 1e-12
+    assert (np.abs(estimates.mean(0) - expected) < 4.5 * error).all()
 
 
 def test_members_are_unbiased_and_cannot_tell_what_is_between() -> None:
     problem = Quadratic(between=2.0)
     sizes = [8] * 6
     weights = np.array([0.3, 0.3, 0.1, 0.1, 0.1, 0.1])
-    looks = np.array([problem.members(sizes, weights) for _ in range(4000)])
-    error = looks[:, :2].std(0) / math.sqrt(len(looks))
-    assert (np.abs(looks[:, :2].mean(0) - (problem.square, 2.0 + problem.trace / 8)) < 4.5 * error).all()
-    assert np.isnan(looks[:, 3]).all()
+    estimates = np.array([problem.members(sizes, weights) for _ in range(4000)])
+    error = estimates[:, :2].std(0) / math.sqrt(len(estimates))
+    assert (np.abs(estimates[:, :2].mean(0) - (problem.square, 2.0 + problem.trace / 8)) < 4.5 * error).all()
+    assert np.isnan(estimates[:, 3]).all()
 
 
 @pytest.mark.parametrize(("size", "number"), [(8, 40), (64, 10), (64, 100)])
@@ -121,8 +121,8 @@ def test_the_split_finds_planted_heterogeneity() -> None:
     assert binomtest(covered, 100, 0.95).pvalue > 1e-3
     # Without unlike clients, there is nothing between.
     alike = Quadratic(between=0.0)
-    looks = [alike.halves(sizes) for _ in range(400)]
-    between = np.array([look.variance - look.within for look in looks])
+    estimates = [alike.halves(sizes) for _ in range(400)]
+    between = np.array([estimate.variance - estimate.within for estimate in estimates])
     assert abs(between.mean()) < 4 * between.std() / 20
 
 
@@ -133,70 +133,73 @@ def test_little_evidence_is_said() -> None:
     assert not found.enough
     assert math.isnan(found.scale)
     assert found.high > problem.trace / problem.square or found.high == math.inf
-    assert not noise_scale([Look(1.0, 1.0, 8.0)] * 4).enough
+    few = noise_scale([NoiseEstimate(1.0, 1.0, 8.0)] * 4)
+    assert not few.enough
+    with pytest.warns(DeprecationWarning, match="looks is called estimates"):
+        assert few.looks == few.estimates == 4
     assert noise_scale([]) == UNKNOWN
 
 
-def mostly_enough(looks: int, clients: int, samples: int) -> bool:
-    """Whether in most runs so many looks at so many clients, with so many samples for each, tell the noise scale."""
+def mostly_enough(estimates: int, clients: int, samples: int) -> bool:
+    """Whether in most runs these estimates, from so many clients with so many samples each, give a noise scale."""
     enough = 0
     for seed in range(20):
         problem = Quadratic(seed=seed)
         weights = np.full(clients, 1 / clients)
-        enough += noise_scale([problem.members([samples] * clients, weights) for _ in range(looks)]).enough
+        enough += noise_scale([problem.members([samples] * clients, weights) for _ in range(estimates)]).enough
     return enough > 10
 
 
 def test_what_would_be_enough_is() -> None:
-    """Sampling alone makes gradients noisy here: what is said to be enough is, and half of the looks are not."""
-    looks, clients, samples, lacking = 10, 4, 6, []
+    """Sampling alone makes gradients noisy here: what is said to be enough is, and half of the estimates are not."""
+    estimates, clients, samples, lacking = 10, 4, 6, []
     for seed in range(20):
         problem = Quadratic(seed=seed)
         weights = np.full(clients, 1 / clients)
-        found = noise_scale([problem.members([samples] * clients, weights) for _ in range(looks)])
+        found = noise_scale([problem.members([samples] * clients, weights) for _ in range(estimates)])
         if not found.enough:
             lacking.append((*found.needed, *found.shortfall))
     assert len(lacking) > 15
     needed, at_least, factor, factor_at_least = np.median(np.array(lacking), axis=0)
-    assert looks < at_least < needed < MOST_LOOKS
+    assert estimates < at_least < needed < MAX_ESTIMATES
     assert 1 < factor_at_least < factor < 20
-    assert not mostly_enough(looks, clients, samples)
+    assert not mostly_enough(estimates, clients, samples)
     assert not mostly_enough(math.floor(needed / 2), clients, samples)
     assert mostly_enough(math.ceil(1.2 * needed), clients, samples)
-    assert mostly_enough(looks, math.ceil(clients * factor), samples)
-    assert mostly_enough(looks, clients, math.ceil(samples * factor))
+    assert mostly_enough(estimates, math.ceil(clients * factor), samples)
+    assert mostly_enough(estimates, clients, math.ceil(samples * factor))
 
 
 @pytest.mark.parametrize("decay", [0.9, 0.99, 1.0])
 def test_the_needed_looks_are_the_first_that_suffice(decay: float) -> None:
     """Looks of two values in turn have the same mean and variance however many there are."""
 
-    def looks(number: int) -> list[Look]:
-        return [Look(1.0 + 1.5 * (-1) ** i, 2.0, 8.0) for i in range(number)]
+    def estimates(number: int) -> list[NoiseEstimate]:
+        return [NoiseEstimate(1.0 + 1.5 * (-1) ** i, 2.0, 8.0) for i in range(number)]
 
-    found = noise_scale(looks(10), decay)
+    found = noise_scale(estimates(10), decay)
     assert not found.enough
-    if decay == 0.9:  # which never has more than 19 looks' worth of evidence
+    if decay == 0.9:  # which never has more than 19 estimates' worth of evidence
         assert found.needed[0] == math.inf
-        assert not noise_scale(looks(MOST_LOOKS), decay).enough
+        assert not noise_scale(estimates(MAX_ESTIMATES), decay).enough
         return
     number = int(found.needed[0])
-    assert noise_scale(looks(math.ceil(1.15 * number)), decay).enough
-    assert not noise_scale(looks(int(0.85 * number)), decay).enough
+    assert noise_scale(estimates(math.ceil(1.15 * number)), decay).enough
+    assert not noise_scale(estimates(int(0.85 * number)), decay).enough
 
 
 def test_where_no_gradient_shows_nothing_is_promised() -> None:
-    around_zero = noise_scale([Look(0.01 * (-1) ** i - 0.1, 2.0, 8.0) for i in range(20)])
+    around_zero = noise_scale([NoiseEstimate(0.01 * (-1) ** i - 0.1, 2.0, 8.0) for i in range(20)])
     assert around_zero.needed == around_zero.shortfall == (math.inf, math.inf)
     assert "no sign of a gradient" in noise_in_words(around_zero, "round", "as many clients in each")
-    below = noise_scale([Look((-1) ** i - 0.1, 2.0, 8.0) for i in range(20)])
+    below = noise_scale([NoiseEstimate((-1) ** i - 0.1, 2.0, 8.0) for i in range(20)])
     assert below.needed[0] == below.shortfall[0] == math.inf
     assert below.needed[1] < math.inf
     assert "at least" in noise_in_words(below, "round", "as many clients in each")
 
 
 def test_the_words_say_interval_and_remedy() -> None:
-    little = noise_scale([Look(1.0 + 1.5 * (-1) ** i, 2.0, 8.0) for i in range(10)])
+    little = noise_scale([NoiseEstimate(1.0 + 1.5 * (-1) ** i, 2.0, 8.0) for i in range(10)])
     said = noise_in_words(little, "step", "as large batches")
     assert said.startswith("not enough evidence on the gradient noise scale (")
     assert f"{little.needed[0] / 10:.2g} (at least {little.needed[1] / 10:.2g}) times as many steps" in said
@@ -204,9 +207,9 @@ def test_the_words_say_interval_and_remedy() -> None:
         f"{little.shortfall[0]:.2g} (at least {little.shortfall[1]:.2g}) times as large batches, would be enough"
         in said
     )
-    few = noise_in_words(noise_scale([Look(1.0, 1.0, 8.0)] * 3), "round", "as many clients in each")
-    assert few.endswith("5 looks at it are the least, and there were 3: train for more rounds")
-    much = noise_scale([Look(1.0, 2.0, 8.0)] * 10)
+    few = noise_in_words(noise_scale([NoiseEstimate(1.0, 1.0, 8.0)] * 3), "round", "as many clients in each")
+    assert few.endswith("3 of at least 5 estimates: train for more rounds")
+    much = noise_scale([NoiseEstimate(1.0, 2.0, 8.0)] * 10)
     assert noise_in_words(much, "round", "") == "gradient noise scale 16 samples (16 to 16)"
     assert all(map(math.isnan, (*much.needed, *much.shortfall)))
 
@@ -220,18 +223,18 @@ def test_agrees_with_adaptdl_on_the_same_gradients() -> None:
     local_square = float((gradients**2).sum(1).mean())
     square = (n * mean_square - local_square) / (n - 1)
     variance = (local_square - mean_square) * n / (n - 1)  # of a replica's gradient
-    look = look_at_members((gradients**2).sum(1), np.full(n, 1 / n), mean_square, np.full(n, float(batch)))
-    assert look.square == pytest.approx(square, rel=1e-12)
-    assert look.variance == pytest.approx(variance, rel=1e-12)
+    estimate = estimate_from_members((gradients**2).sum(1), np.full(n, 1 / n), mean_square, np.full(n, float(batch)))
+    assert estimate.square == pytest.approx(square, rel=1e-12)
+    assert estimate.variance == pytest.approx(variance, rel=1e-12)
 
 
 @settings(max_examples=50, deadline=None)
 @given(st.floats(1e-3, 1e3), st.integers(0, 2**32 - 1))
 def test_the_noise_scale_has_no_unit_of_the_gradient(factor: float, seed: int) -> None:
     problem = Quadratic(between=1.0, seed=seed)
-    looks = [problem.halves([(8, 8)] * 4) for _ in range(12)]
-    scaled = [Look(factor * l.square, factor * l.variance, l.batch, factor * l.within) for l in looks]  # noqa: E741
-    one, other = noise_scale(looks), noise_scale(scaled)
+    estimates = [problem.halves([(8, 8)] * 4) for _ in range(12)]
+    scaled = [NoiseEstimate(factor * l.square, factor * l.variance, l.batch, factor * l.within) for l in estimates]  # noqa: E741
+    one, other = noise_scale(estimates), noise_scale(scaled)
     for name in ("scale", "low", "high", "critical_batch", "critical_cohort"):
         assert getattr(other, name) == pytest.approx(getattr(one, name), rel=1e-6, nan_ok=True)
 
@@ -291,8 +294,8 @@ def test_diagonal_noise_has_the_variance_of_a_smaller_batch() -> None:
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: look_at_members(np.ones(1), np.ones(1), 1.0, np.ones(1)), "two members or more"),
-        (lambda: reweighting_strength(np.ones(1), 8, 4), "two members or more"),
+        (lambda: estimate_from_members(np.ones(1), np.ones(1), 1.0, np.ones(1)), "weights="),
+        (lambda: reweighting_strength(np.ones(1), 8, 4), "weights="),
         (lambda: reweighting_strength(np.full(2, 0.5), 8, 16), r"target_batch=16: pass .* at most 8"),
         (lambda: noise_scale([], decay=0), r"decay=0: pass a number in \(0, 1\]"),
         (lambda: noise_scale([], confidence=95), "confidence=95"),
