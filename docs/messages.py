@@ -68,7 +68,7 @@ def _said(node: ast.AST) -> tuple[str, ast.expr] | None:
     made = node.exc if isinstance(node, ast.Raise) else node.value if isinstance(node, ast.Return) else None
     if isinstance(made, ast.Call) and made.args:
         name = ast.unparse(made.func).rpartition(".")[2]
-        if name == "Obstacle":
+        if name == "NotVectorizable":
             return "runs one by one", made.args[0]
         if name == "kind" or (name.endswith("Error") and name not in INTERNAL) or name == "Unfitted":
             return name.replace("kind", "error"), made.args[0]

@@ -45,7 +45,7 @@ MOVED = {
     "executors.cache": "core.executors.device_cache", "executors.choice": "core.executors.auto",
     "executors.correction": "core.executors.correction", "executors.exchange": "core.executors.exchanged_tensors",
     "executors.lean": "core.executors.fast_step", "executors.loader": "core.executors.loader",
-    "executors.loops": "core.executors.loops", "executors.meter": "core.executors.meter",
+    "executors.loops": "core.executors.local_step", "executors.meter": "core.executors.meter",
     "executors.sequential": "core.executors.sequential", "executors.transfer": "core.executors.transfer",
     "executors.capture": "core.executors.vectorized.recording",
     "executors.clipping": "core.executors.vectorized.clipping", "executors.draws": "core.executors.vectorized.rng",

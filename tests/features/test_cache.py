@@ -117,7 +117,7 @@ def nothing(worker: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("make", "obstacle"),
+    ("make", "reason"),
     [
         (lambda d: DataLoader(d, batch_size=None, sampler=None), "batch_size=None"),
         (lambda d: DataLoader(d, batch_size=4, collate_fn=collate), "collate_fn=collate"),
@@ -126,10 +126,10 @@ def nothing(worker: int) -> None:
         (lambda d: DataLoader(d, batch_size=4, num_workers=1, worker_init_fn=nothing), "worker_init_fn=nothing"),
     ],
 )
-def test_loaders_that_may_make_other_batches(make: Any, obstacle: str) -> None:
+def test_loaders_that_may_make_other_batches(make: Any, reason: str) -> None:
     train = make(reference_loop.data())
     assert kept(train) is None
-    with pytest.raises(ValueError, match=rf"cache_dataset=True: .*{obstacle}.*cache_dataset=False"):
+    with pytest.raises(ValueError, match=rf"cache_dataset=True: .*{reason}.*cache_dataset=False"):
         kept(train, True)
 
 

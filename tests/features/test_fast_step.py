@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_fedscale import FederatedStrategy
-from lightning_fedscale.core.executors import loops
+from lightning_fedscale.core.executors import local_step
 from tests.features import local_loops, reference_loop
 from tests.laws import reference
 from tests.strategies import sequential
@@ -224,12 +224,12 @@ def test_same_bits_on_both_paths(name: str, monkeypatch: pytest.MonkeyPatch, cap
     with caplog.at_level(logging.INFO):
         models, told, metrics, losses = train(SCENARIOS[name])
         assert caplog.text.count("nothing else") == 1
-        monkeypatch.setattr(loops, "why_not_lean", lambda trainer: "a test wants to compare")
+        monkeypatch.setattr(local_step, "reason_for_lightning_step", lambda trainer: "a test wants to compare")
         full_models, full_told, full_metrics, full_losses = train(SCENARIOS[name])
         assert caplog.text.count("full path, since a test wants to compare") == 1
     assert not reference_loop.same(models[0], models[-1])
-    for lean, full in zip(models, full_models, strict=True):
-        assert reference_loop.same(lean, full)
+    for fast, full in zip(models, full_models, strict=True):
+        assert reference_loop.same(fast, full)
     for (index, last, outputs), (full_index, full_last, full_outputs) in zip(told, full_told, strict=True):
         assert (index, last, outputs.keys()) == (full_index, full_last, full_outputs.keys())
         assert all(torch.equal(outputs[key], full_outputs[key]) for key in outputs)

@@ -424,7 +424,7 @@ class Starts(Callback):
         module.factor = client
 
 
-OBSTACLES: dict[str, tuple[Callable[[], pl.LightningModule], str, dict[str, Any]]] = {
+NOT_VECTORIZABLE: dict[str, tuple[Callable[[], pl.LightningModule], str, dict[str, Any]]] = {
     "branch": (Branches, "if loss > 1.3:  # the offending line", {}),
     "item": (Reads, re.escape("self.seen = loss.item()  # the offending line"), {}),
     "attribute": (Remembers, "changes attributes", {}),
@@ -440,10 +440,10 @@ OBSTACLES: dict[str, tuple[Callable[[], pl.LightningModule], str, dict[str, Any]
 }
 
 
-@pytest.mark.parametrize("obstacle", OBSTACLES)
+@pytest.mark.parametrize("case", NOT_VECTORIZABLE)
 @pytest.mark.parametrize("cache", ["auto", False])
-def test_what_cannot_be_vectorized_is_explained_and_runs_all_the_same(obstacle: str, cache: Any) -> None:
-    make, reason, options = OBSTACLES[obstacle]
+def test_what_cannot_be_vectorized_is_explained_and_runs_all_the_same(case: str, cache: Any) -> None:
+    make, reason, options = NOT_VECTORIZABLE[case]
     vectorized = Run("vectorized", make, cache_dataset=cache, **options)
     sequential = Run("sequential", make, cache_dataset=cache, **options)
     assert len(vectorized.warnings) == 1

@@ -325,7 +325,7 @@ def test_a_change_half_way_is_followed(name: str, as_before: Callable[[], None])
         assert max((unchanged()[key] - value).abs().max() for key, value in sequential.state.items()) > 1e-6
     assert vectorized.kind == "vectorized"
     recordings = recordings_of(vectorized)
-    assert bool(recordings.made) == case.recorded, recordings.obstacle
+    assert bool(recordings.made) == case.recorded, recordings.reason
     assert recordings.forgotten == (case.recorded if case.forgotten is None else case.forgotten)
 
 

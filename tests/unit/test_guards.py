@@ -130,14 +130,14 @@ def watched(function: Callable[[], object]) -> Reads:
 @pytest.mark.parametrize("name", PURE)
 def test_what_depends_on_its_arguments_can_be_recorded(name: str) -> None:
     with torch.enable_grad():
-        assert watched(PURE[name]).obstacle is None
+        assert watched(PURE[name]).reason is None
 
 
 @pytest.mark.parametrize("name", IMPURE)
 def test_what_looks_elsewhere_cannot(name: str) -> None:
     warnings.simplefilter("ignore")
     reads = watched(IMPURE[name])
-    assert reads.obstacle is not None
+    assert reads.reason is not None
     with pytest.raises(Unguarded):
         reads.sources()
 
@@ -156,7 +156,7 @@ def test_a_profiler_is_left_alone() -> None:
         assert sys.getprofile() is not None
     finally:
         sys.setprofile(None)
-    assert reads.obstacle is not None
+    assert reads.reason is not None
 
 
 def test_what_functions_read_in_turn_is_watched() -> None:

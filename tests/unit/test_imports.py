@@ -109,7 +109,7 @@ def test_imports_point_down(module: str) -> None:
         ("core.plan", "def f():\n    import lightning_fedscale.strategy", "does not lie below core.plan"),
         (
             "core.lightning.hooks",
-            "from lightning_fedscale.core.executors import loops",
+            "from lightning_fedscale.core.executors import local_step",
             "does not lie below core.lightning",
         ),
         ("callbacks.probe", "from lightning_fedscale import FederatedStrategy", "no part of the package"),
@@ -129,7 +129,7 @@ def test_right_imports_are_not() -> None:
     assert complaints("strategy", "import torch\nimport lightning\nfrom lightning_fedscale import server") == []
     assert complaints("server.base", "from lightning_fedscale.types import Params") == []
     assert (
-        complaints("core.executors.loops", "from lightning_fedscale.core.lightning.hooks import LocalBatchHooks") == []
+        complaints("core.executors.auto", "from lightning_fedscale.core.lightning.hooks import LocalBatchHooks") == []
     )
 
 

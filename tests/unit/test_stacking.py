@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lightning_fedscale.core.executors.vectorized.stacking import Obstacle, opened, stacked
+from lightning_fedscale.core.executors.vectorized.stacking import NotVectorizable, opened, stacked
 
 
 class Pair(NamedTuple):
@@ -141,7 +141,7 @@ def test_a_closed_batch_is_nobody_elses() -> None:
 def test_an_unequal_leaf_is_never_merged(one: object, other: object) -> None:
     batches = [opened({"x": torch.ones(2), "rest": [leaf]}) for leaf in (one, other)]
     if batches[0].form == batches[1].form:
-        with pytest.raises(Obstacle, match=r"batch\['rest'\]\[0\] is no tensor and differs between clients"):
+        with pytest.raises(NotVectorizable, match=r"batch\['rest'\]\[0\] is no tensor and differs between clients"):
             stacked(batches)
     assert batches[0].guard() != batches[1].guard()
 
@@ -175,5 +175,5 @@ def cyclic() -> list[Any]:
     ],
 )  # fmt: skip
 def test_what_cannot_be_taken_apart_is_named(make: Callable[[], Any]) -> None:
-    with pytest.raises(Obstacle, match=r"batch\['odd'\]"):
+    with pytest.raises(NotVectorizable, match=r"batch\['odd'\]"):
         opened({"x": torch.ones(2), "odd": make()})

@@ -93,11 +93,11 @@ class ExecutorChoice:
         else:
             yield from self._vectorized.run(context)
             self.slots = self._vectorized.slots
-            if (obstacle := self._vectorized.obstacle) is not None:
+            if (reason := self._vectorized.reason) is not None:
                 self.kind = "sequential"
                 rank_zero_warn(
                     f"executor={self._wanted!r}: clients train one after the other from now on, with the same results,"
-                    f" since side by side they cannot: {obstacle}."
+                    f" since side by side they cannot: {reason}."
                 )
 
     def run_again(self, context: RoundContext) -> Iterator[ClientUpdate]:
@@ -145,7 +145,7 @@ class ExecutorChoice:
             return
         if timings.able < timings.compared:
             self.kind = "sequential"
-            why = self._vectorized.obstacle or "their clients on another rank cannot"
+            why = self._vectorized.reason or "their clients on another rank cannot"
             rank_zero_info(f"Executor: clients train one after the other, since side by side they cannot: {why}.")
             return
         gain = timings.sequential / timings.vectorized

@@ -92,11 +92,11 @@ def device_data(
     """
     if cache is False:
         return None
-    obstacle, plain = _obstacle(loader), _plain_tensors(loader.dataset)
-    if cache == "auto" and (obstacle is not None or plain is None):
+    reason, plain = _reason_not_cacheable(loader), _plain_tensors(loader.dataset)
+    if cache == "auto" and (reason is not None or plain is None):
         return None
-    if obstacle is not None:
-        raise ValueError(f"cache_dataset=True: train_dataloader has {obstacle}: remove it, or use cache_dataset=False.")
+    if reason is not None:
+        raise ValueError(f"cache_dataset=True: train_dataloader has {reason}: remove it, or use cache_dataset=False.")
     samples, rows = plain or (_read_all(loader, seed, device, show_progress), None)
     leaves, structure = tree_flatten(samples)
     size = sum(leaf.numel() * leaf.element_size() for leaf in leaves if leaf.device != device)
@@ -111,7 +111,7 @@ def device_data(
     return DeviceData(tree_unflatten([leaf.to(device) for leaf in leaves], structure), rows)
 
 
-def _obstacle(loader: DataLoader[Any]) -> str | None:
+def _reason_not_cacheable(loader: DataLoader[Any]) -> str | None:
     """Return the loader's option that may make batches other than rows of stacked samples; None if there is none."""
     if loader.batch_sampler is None:
         return "batch_size=None"

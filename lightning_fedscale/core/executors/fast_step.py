@@ -42,7 +42,7 @@ _GRADIENTS_FIRST = (
 _PRECISIONS = (Precision, DoublePrecision, HalfPrecision, MixedPrecision)
 
 
-def why_not_lean(trainer: pl.Trainer) -> str | None:
+def reason_for_lightning_step(trainer: pl.Trainer) -> str | None:
     """Return why local batches need Lightning's full path; None if they do not.
 
     Args:
@@ -80,10 +80,10 @@ def _overridden(instance: object, base: type, names: Sequence[str]) -> str | Non
     )
 
 
-class LeanStep:
+class FastStep:
     """Runs only training step, backward pass and optimizer step; results are bit-identical to Lightning's.
 
-    Use it only if `why_not_lean` returns None.
+    Use it only if `reason_for_lightning_step` returns None.
 
     Args:
         trainer: the Trainer.
@@ -106,7 +106,7 @@ class LeanStep:
         self._by_closure = _wants_closure(self._optimizer)
 
     def step(self, batch: Any, batch_idx: int, *, last: bool, training: bool) -> dict[str, Any]:
-        """See `lightning_fedscale.core.executors.loops.LocalStep`."""
+        """See `lightning_fedscale.core.executors.local_step.LocalStep`."""
         window = self._trainer.accumulate_grad_batches
         if not training:
             return self._forward(batch, batch_idx, window)[1]

@@ -20,7 +20,7 @@ from lightning_fedscale.core.client_state import ClientStore, OptimizerKeeper
 from lightning_fedscale.core.executors.correction import ClientCorrection
 from lightning_fedscale.core.executors.device_cache import DeviceData
 from lightning_fedscale.core.executors.exchanged_tensors import Exchange
-from lightning_fedscale.core.executors.loops import LocalStep, local_step
+from lightning_fedscale.core.executors.local_step import LocalStep, local_step
 from lightning_fedscale.core.executors.meter import ClientMeter, Meter
 from lightning_fedscale.core.executors.transfer import Transfer
 from lightning_fedscale.core.lightning.client_log import ClientLog

@@ -57,7 +57,7 @@ When all have stopped, their updates are treated as those of sequential clients;
     core/executors/auto.py         ExecutorChoice.run
     core/executors/sequential.py   SequentialExecutor.run
     core/executors/sequential.py   SequentialExecutor._train
-    core/executors/fast_step.py    LeanStep.step
-    core/executors/fast_step.py    LeanStep._forward_backward
-    core/executors/fast_step.py    LeanStep._forward
+    core/executors/fast_step.py    FastStep.step
+    core/executors/fast_step.py    FastStep._forward_backward
+    core/executors/fast_step.py    FastStep._forward
 """

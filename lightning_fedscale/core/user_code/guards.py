@@ -63,11 +63,11 @@ class Reads:
     """Records, inside `watching`, the Python code that runs outside the libraries, and its direct calls.
 
     Attributes:
-        obstacle: the first call that cannot be guarded; None if there was none.
+        reason: the first call that cannot be guarded; None if there was none.
     """
 
     def __init__(self) -> None:
-        self.obstacle: str | None = None
+        self.reason: str | None = None
         self._dynamic = False
         self._ran: dict[tuple[int, int], tuple[types.CodeType, dict[str, Any]]] = {}
         self._classes: dict[type, None] = {}
@@ -76,7 +76,7 @@ class Reads:
     def watching(self) -> Iterator[None]:
         """Record the code that runs in this thread inside the context."""
         if sys.getprofile() is not None:
-            self.obstacle = "a profiler is active"
+            self.reason = "a profiler is active"
             yield
             return
         sys.setprofile(self._note)
@@ -90,7 +90,7 @@ class Reads:
         if event == "c_call" and mine:
             self._dynamic |= arg is getattr
             if not _is_pure(arg):
-                self.obstacle = self.obstacle or f"it calls {getattr(arg, '__qualname__', arg)}"
+                self.reason = self.reason or f"it calls {getattr(arg, '__qualname__', arg)}"
         elif event == "call" and mine:
             code = frame.f_code
             self._ran[id(code), id(frame.f_globals)] = code, frame.f_globals
@@ -105,7 +105,7 @@ class Reads:
             if name in _IMPURE_OF_TORCH or not (
                 f"{module}.{name}" in _PURE_FUNCTIONS or any(f"{module}.".startswith(f"{p}.") for p in _PURE_PACKAGES)
             ):
-                self.obstacle = self.obstacle or f"it calls {module}.{name}"
+                self.reason = self.reason or f"it calls {module}.{name}"
 
     def sources(self) -> tuple[list[Place], list[Any]]:
         """Return where the code that ran may read more than its arguments: global variables, classes and functions.
@@ -113,8 +113,8 @@ class Reads:
         Raises:
             Unguarded: if some code that ran may read anything.
         """
-        if self.obstacle is not None:
-            raise Unguarded(self.obstacle)
+        if self.reason is not None:
+            raise Unguarded(self.reason)
         codes = self._ran.values()
         if missing := {name for code, _ in codes for name in names_in(code).imports} - sys.modules.keys():
             raise Unguarded(f"it imports {min(missing)}")

@@ -23,7 +23,7 @@ from lightning_fedscale.core.executors.exchanged_tensors import Exchange
 from lightning_fedscale.core.executors.vectorized.recording import Recording, unseen
 from lightning_fedscale.core.executors.vectorized.recordings import Recordings
 from lightning_fedscale.core.executors.vectorized.rng import ClientStreams, DrawPerClient
-from lightning_fedscale.core.executors.vectorized.stacking import Obstacle, Opened
+from lightning_fedscale.core.executors.vectorized.stacking import NotVectorizable, Opened
 from lightning_fedscale.core.lightning.module_state import set_hook
 from lightning_fedscale.core.user_code.guards import NoValues, Reads
 
@@ -160,7 +160,7 @@ class SideBySide:
             mapped = vmap(lambda *given: one(batch_idx, *given), randomness=randomness)
             losses, found, new, values = mapped([p.detach() for p in parameters], list(buffers), tensors)
             if any(loss.requires_grad for loss in losses):  # out here, autograd does not track the clients' parameters
-                raise Obstacle("training_step uses a parameter by a second reference, past the module")
+                raise NotVectorizable("training_step uses a parameter by a second reference, past the module")
             following = iter(found)
             losses = [loss.detach() for loss in losses]
             return losses, [next(following) if part else None for part in taking_part], new, values

@@ -15,20 +15,20 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor, nn
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
-from lightning_fedscale.core.executors.fast_step import is_patched, why_not_lean
+from lightning_fedscale.core.executors.fast_step import is_patched, reason_for_lightning_step
 from lightning_fedscale.core.executors.vectorized.optimizer import ELEMENTWISE
-from lightning_fedscale.core.executors.vectorized.stacking import Obstacle
+from lightning_fedscale.core.executors.vectorized.stacking import NotVectorizable
 from lightning_fedscale.core.lightning.hooks import PER_LOCAL_BATCH
 from lightning_fedscale.utils import randomness
 
 _GLOBAL_HOOKS = (_global_optimizer_pre_hooks, _global_optimizer_post_hooks)
 
 
-def why_not(trainer: pl.Trainer) -> str | None:
+def reason_not_vectorizable(trainer: pl.Trainer) -> str | None:
     """Return why clients of this Trainer cannot be vectorized; None if only a trial can show a reason."""
     module, callbacks = trainer.lightning_module, trainer.callbacks  # type: ignore[attr-defined]
-    if (obstacle := why_not_lean(trainer)) is not None:
-        return obstacle
+    if (reason := reason_for_lightning_step(trainer)) is not None:
+        return reason
     if len(trainer.optimizers) > 1:
         return "there are several optimizers"
     optimizer: Any = trainer.optimizers[0]
@@ -82,17 +82,17 @@ class Surroundings:
         """Check the state after the user's code ran.
 
         Raises:
-            Obstacle: if the state changed, so that these clients must train sequentially.
+            NotVectorizable: if the state changed, so that these clients must train sequentially.
         """
         if self._generators is None:
             return
         if self._versions_now() != self._versions:
-            raise Obstacle("training_step writes to tensors that all clients share")
+            raise NotVectorizable("training_step writes to tensors that all clients share")
         if os.environ != self._environment:
-            raise Obstacle("training_step changes environment variables")
+            raise NotVectorizable("training_step changes environment variables")
         now = randomness.capture(self._device)
         if not all(map(_is_same_generator, now, self._generators)):
-            raise Obstacle("training_step draws from Python's or numpy's random numbers")
+            raise NotVectorizable("training_step draws from Python's or numpy's random numbers")
 
     def restore(self) -> None:
         """Restore the global generators and the environment variables."""
@@ -117,7 +117,7 @@ def _is_same_generator(mine: Any, theirs: Any) -> bool:
 
 def explained(error: Exception) -> str:
     """Describe an error in one line, with the last line of the user's own code in its traceback."""
-    if isinstance(error, Obstacle):
+    if isinstance(error, NotVectorizable):
         return str(error)
     frames = [frame for frame in traceback.extract_tb(error.__traceback__) if not _is_library(frame.filename)]
     where = f" ({frames[-1].filename}:{frames[-1].lineno}: {frames[-1].line})" if frames else ""

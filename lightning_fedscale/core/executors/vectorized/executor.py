@@ -32,11 +32,11 @@ from lightning_fedscale.core.executors.sequential import (
 from lightning_fedscale.core.executors.transfer import Transfer
 from lightning_fedscale.core.executors.vectorized.batched_step import Logged, SideBySide, StepResult
 from lightning_fedscale.core.executors.vectorized.clipping import clip_of
-from lightning_fedscale.core.executors.vectorized.eligibility import Surroundings, explained, why_not
+from lightning_fedscale.core.executors.vectorized.eligibility import Surroundings, explained, reason_not_vectorizable
 from lightning_fedscale.core.executors.vectorized.proof import Proofs, difference, is_close, step_alone, tolerance_of
 from lightning_fedscale.core.executors.vectorized.rng import ClientStreams
 from lightning_fedscale.core.executors.vectorized.rows import Rows
-from lightning_fedscale.core.executors.vectorized.stacking import Obstacle, Opened, opened, stacked
+from lightning_fedscale.core.executors.vectorized.stacking import NotVectorizable, Opened, opened, stacked
 from lightning_fedscale.core.executors.vectorized.wave import ClientStart, Wave
 from lightning_fedscale.core.lightning.client_log import ClientLog
 from lightning_fedscale.core.lightning.hooks import listeners
@@ -102,7 +102,7 @@ class _Attempt(NamedTuple):
 
     trained: _Trained | None
     out_of_memory: bool = False
-    obstacle: str | None = None
+    reason: str | None = None
 
 
 class VectorizedExecutor:
@@ -161,7 +161,7 @@ class VectorizedExecutor:
         self._step_seconds = 0.0
         self._starts: list[ClientStart] = []
         self._shown = any(hasattr(each, "on_client_end") for each in listeners(trainer))
-        self.obstacle: str | None = None
+        self.reason: str | None = None
         self.slots = self.steps = 0
 
     # ---- a round
@@ -181,7 +181,7 @@ class VectorizedExecutor:
         """Train the clients and yield their updates, wave by wave; the module holds the global weights on return."""
         planned = self._width or len(context.work)
         self._prepare(context)
-        if self.obstacle is not None:
+        if self.reason is not None:
             yield from self.one_by_one(context.restarted(None))
             return
         if min(planned, len(context.work)) > (self._width or planned):
@@ -212,7 +212,7 @@ class VectorizedExecutor:
                     context = context.restarted(self.order(context.work))
                     continue
                 if attempt.trained is None:
-                    self.obstacle = attempt.obstacle
+                    self.reason = attempt.reason
                     yield from self.one_by_one(context.restarted(None), positions)
                     return
                 self._proofs.close_wave()
@@ -244,14 +244,16 @@ class VectorizedExecutor:
             state = state.exactly()
         try:
             if state.iterators:
-                raise Obstacle(
+                raise NotVectorizable(
                     f"training_step can reach a {state.iterators[0]}, which cannot be put back to where it was"
                 )
             trained = self._train(context, wave, side, around)
             if side.ran_python:
                 around.check()
                 if (changed := state.difference(state.again())) is not None:
-                    raise Obstacle(f"training_step changes attributes of the module, or global variables: {changed}")
+                    raise NotVectorizable(
+                        f"training_step changes attributes of the module, or global variables: {changed}"
+                    )
             return _Attempt(trained)
         except Exception as error:
             attempt = _Attempt(None, is_oom_error(error) and len(wave) > 1, explained(error))
@@ -268,7 +270,7 @@ class VectorizedExecutor:
         return attempt
 
     def seconds_per_step(self, context: RoundContext, steps: int, longest: float) -> float | None:
-        """Return the seconds of a vectorized local batch; None if impossible or useless, see ``obstacle``.
+        """Return the seconds of a vectorized local batch; None if impossible or useless, see ``reason``.
 
         The trial has no effects: no updates, no logged values, no random numbers drawn.
 
@@ -278,9 +280,9 @@ class VectorizedExecutor:
             longest: seconds per batch of a single client above which vectorizing gains nothing.
         """
         self._prepare(context)
-        if self.obstacle is None and self._step_seconds > longest:
-            self.obstacle = f"a local batch takes {self._step_seconds:.1f} s, so there is little overhead to share"
-        if self.obstacle is not None:
+        if self.reason is None and self._step_seconds > longest:
+            self.reason = f"a local batch takes {self._step_seconds:.1f} s, so there is little overhead to share"
+        if self.reason is not None:
             return None
         side = self._side_of(context.exchange, self._state_now())
         side.recordings.record_at, usual = 1, side.recordings.record_at
@@ -290,7 +292,7 @@ class VectorizedExecutor:
             wave = [context.work[i] for i in self._next_wave(context.work)]
         side.recordings.record_at = usual
         if first.trained is None:
-            self.obstacle = first.obstacle
+            self.reason = first.reason
             return None
         again = self._rehearse(context, wave, steps).trained
         return None if again is None else again.seconds / sum(again.steps)
@@ -300,15 +302,15 @@ class VectorizedExecutor:
         if self._prepared or len(context.work) < 2:
             return
         self._prepared = True
-        self.obstacle = why_not(self._trainer)
-        if self.obstacle is not None:
+        self.reason = reason_not_vectorizable(self._trainer)
+        if self.reason is not None:
             return
         some = _alike(context.work)[:_REHEARSED]
         with self._proofs.of_everything() as saved:
             while (attempt := self._rehearse(context, some, self._rehearsed_steps())).out_of_memory:
                 some.pop()
         if attempt.trained is None:
-            self.obstacle = attempt.obstacle
+            self.reason = attempt.reason
             return
         self._step_seconds = attempt.trained.seconds / sum(attempt.trained.steps)
         if self._width is None:
@@ -411,7 +413,7 @@ class VectorizedExecutor:
         """Run one local batch of some clients; if a comparison is due, also run it sequentially for some of them.
 
         Raises:
-            Obstacle: if the two differ by more than rounding.
+            NotVectorizable: if the two differ by more than rounding.
         """
         rows, exchange, share = group.rows, context.exchange, 1.0 / self._trainer.accumulate_grad_batches
         parameters, buffers = self._wave.parameters(rows), self._wave.buffers(rows)
@@ -442,10 +444,10 @@ class VectorizedExecutor:
         started, tolerance = time.perf_counter(), tolerance_of(self._trainer, exchange)
         for i, each in alone.items():
             if (told := difference(result, i, each, exchange.all_names, tolerance)) is not None:
-                raise Obstacle(f"a step of theirs is not what it is alone: {told}")
+                raise NotVectorizable(f"a step of theirs is not what it is alone: {told}")
         every = len(alone) == len(rows)
         if every and not MetricStates(self._module).agree(expected, partial(is_close, tolerance=tolerance)):
-            raise Obstacle("a metric is not what it is if they train one after the other")
+            raise NotVectorizable("a metric is not what it is if they train one after the other")
         self._seconds_alone += time.perf_counter() - started
         return result
 
@@ -592,7 +594,7 @@ class _Unequal:
     """Stands for ``trainer.is_last_batch`` if it differs between the clients of a step."""
 
     def __bool__(self) -> bool:
-        raise Obstacle("training_step asks for trainer.is_last_batch, which differs between clients of one step")
+        raise NotVectorizable("training_step asks for trainer.is_last_batch, which differs between clients of one step")
 
 
 def _start(guidance: Guidance, client: int) -> ClientStart:

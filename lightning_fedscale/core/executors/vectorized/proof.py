@@ -15,7 +15,7 @@ from torchmetrics import Metric
 
 from lightning_fedscale.core.executors.exchanged_tensors import Exchange
 from lightning_fedscale.core.executors.vectorized.batched_step import Logged, StepResult, logging_to, loss_of
-from lightning_fedscale.core.executors.vectorized.stacking import Obstacle
+from lightning_fedscale.core.executors.vectorized.stacking import NotVectorizable
 from lightning_fedscale.core.lightning.snapshots import SavedBytes
 from lightning_fedscale.utils.flat_view import as_real
 
@@ -129,7 +129,7 @@ def step_alone(
     batch_idx: int,
     share: float,
 ) -> StepResult:
-    """Run a local batch of one client in the module itself, as `LeanStep` does; then restore the module's tensors.
+    """Run a local batch of one client in the module itself, as `FastStep` does; then restore the module's tensors.
 
     Args:
         trainer: the Trainer.
@@ -141,7 +141,7 @@ def step_alone(
         share: factor of the loss in the gradient.
 
     Raises:
-        Obstacle: if the step does something that vectorized clients cannot do.
+        NotVectorizable: if the step does something that vectorized clients cannot do.
     """
     module = trainer.lightning_module
     own = [*exchange.trainable, *exchange.buffers]
@@ -159,9 +159,9 @@ def step_alone(
             (loss if share == 1.0 else loss * share).backward()  # type: ignore[no-untyped-call]
         gradients = [parameter.grad for parameter in exchange.trainable]
         if any(gradient is not None and gradient.layout != torch.strided for gradient in gradients):
-            raise Obstacle("a gradient is sparse")
+            raise NotVectorizable("a gradient is sparse")
         if any(now.shape != then.shape for now, then in zip(exchange.buffers, buffers, strict=True)):
-            raise Obstacle("training_step changes the shape of a buffer")
+            raise NotVectorizable("training_step changes the shape of a buffer")
         exchange.settle()
         new = [buffer.detach().clone() for buffer in exchange.buffers]
     finally:
@@ -170,7 +170,7 @@ def step_alone(
         exchange.put_back()
         _write(own, before)
     if [tensor._version for tensor in exchange.frozen] != frozen:
-        raise Obstacle("training_step writes to frozen parameters, which all clients share")
+        raise NotVectorizable("training_step writes to frozen parameters, which all clients share")
     return StepResult(None if loss is None else loss.detach().reshape(()), gradients, new, notes)
 
 

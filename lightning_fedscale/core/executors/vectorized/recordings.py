@@ -27,7 +27,7 @@ class Recordings:
 
     Attributes:
         record_at: the number of runs of a step, by signature, at which it is recorded.
-        obstacle: why nothing is recorded any more; None while steps are recorded.
+        reason: why nothing is recorded any more; None while steps are recorded.
         made: number of recorded steps.
         forgotten: number of times that recordings became invalid.
     """
@@ -40,7 +40,7 @@ class Recordings:
         self._uses: dict[Any, int] = {}
         self._guard = Guard(module)
         self.record_at = _RECORD_AT
-        self.obstacle: str | None = None
+        self.reason: str | None = None
         self.made = self.forgotten = 0
 
     def __len__(self) -> int:
@@ -73,7 +73,7 @@ class Recordings:
     def is_due(self, form: Any) -> bool:
         """Count a step that is about to run in Python; return whether it should be recorded."""
         self._suspect = True
-        if form is None or self.obstacle is not None:
+        if form is None or self.reason is not None:
             return False
         if len(self._uses) >= _FORMS and form not in self._uses:  # signatures that do not recur
             self._steps, self._uses = {}, {}
@@ -102,9 +102,9 @@ class Recordings:
         except Exception as error:
             self.stop(str(error) or type(error).__name__)
 
-    def stop(self, obstacle: str) -> None:
+    def stop(self, reason: str) -> None:
         """Stop recording."""
-        self.obstacle = self.obstacle or obstacle
+        self.reason = self.reason or reason
 
     def close(self) -> None:
         """Release everything at the end of the run."""

@@ -31,7 +31,7 @@ _BARE = (object, types.SimpleNamespace)  # only attributes
 _Build = Callable[[Sequence[Tensor], dict[int, Any]], Any]
 
 
-class Obstacle(RuntimeError):
+class NotVectorizable(RuntimeError):
     """Raised with the reason why clients of this module cannot be vectorized."""
 
 
@@ -69,7 +69,7 @@ def opened(batch: Any) -> Opened:
     object that appears twice in a batch appears twice in the rebuilt one.
 
     Raises:
-        Obstacle: if it holds anything else.
+        NotVectorizable: if it holds anything else.
 
     Example:
         >>> batch = opened({"x": torch.zeros(2, 3), "name": "a"})
@@ -90,13 +90,15 @@ def stacked(batches: Sequence[Opened]) -> Opened:
     """Stack batches of one signature along a new first dimension of every tensor.
 
     Raises:
-        Obstacle: if they differ in a value that is not a tensor.
+        NotVectorizable: if they differ in a value that is not a tensor.
     """
     first, *others = batches
     for other in others:
         for (place, mine), (_, theirs) in zip(first.rest, other.rest, strict=True):
             if not _same(mine, theirs):
-                raise Obstacle(f"{place} is no tensor and differs between clients ({mine!r:.40} and {theirs!r:.40})")
+                raise NotVectorizable(
+                    f"{place} is no tensor and differs between clients ({mine!r:.40} and {theirs!r:.40})"
+                )
     columns = zip(*(batch.tensors for batch in batches), strict=True)
     return first._replace(tensors=[torch.stack(column) for column in columns])
 
@@ -127,7 +129,7 @@ class _Opening:
         if key in self._met:
             return self._met[key][0], ("again", list(self._met).index(key))
         if key in self._within:
-            raise Obstacle(f"{place} contains itself")
+            raise NotVectorizable(f"{place} contains itself")
         self._within.add(key)
         build, form = self._open_tensor(value, place) if isinstance(value, Tensor) else self._open(value, place)
 
@@ -141,9 +143,11 @@ class _Opening:
 
     def _open_tensor(self, value: Tensor, place: str) -> tuple[_Build, Any]:
         if type(value) is not Tensor or vars(value):
-            raise Obstacle(f"{place} is a {type(value).__name__} with more to it than a tensor")
+            raise NotVectorizable(f"{place} is a {type(value).__name__} with more to it than a tensor")
         if value.layout != torch.strided or value.requires_grad:
-            raise Obstacle(f"{place} is a tensor that is {'part of a graph' if value.requires_grad else value.layout}")
+            raise NotVectorizable(
+                f"{place} is a tensor that is {'part of a graph' if value.requires_grad else value.layout}"
+            )
         self.tensors.append(value)
         number = len(self.tensors) - 1
         return lambda tensors, made: tensors[number], (value.shape, value.dtype, value.device)
@@ -155,7 +159,7 @@ class _Opening:
             return lambda tensors, made: types.MappingProxyType(build(tensors, made)), (kind, form)
         if kind is set or kind is frozenset:
             if not all(map(_is_atom, value)):
-                raise Obstacle(f"{place} is a {kind.__name__} of more than numbers and texts")
+                raise NotVectorizable(f"{place} is a {kind.__name__} of more than numbers and texts")
             self.rest.append((place, frozenset(value)))
             return lambda tensors, made: kind(value), kind
         if kind not in _OWN and kind in _pytree.SUPPORTED_NODES:
@@ -182,7 +186,7 @@ class _Opening:
             base = next(parent for parent in kind.__mro__ if not parent.__flags__ & _HEAP_TYPE)
             attributes = _attributes_of(value)
         if base not in (*_OWN, *_BARE) or (base is object and not _is_python(kind)):
-            raise Obstacle(f"{place} is a {kind.__name__}, which cannot be taken apart")
+            raise NotVectorizable(f"{place} is a {kind.__name__}, which cannot be taken apart")
         members, keys = [], list[Any]()
         if issubclass(base, dict):
             keys = list(dict.keys(value))
@@ -190,7 +194,7 @@ class _Opening:
         elif base not in _BARE:
             members = [(f"{place}[{i}]", member) for i, member in enumerate(base.__iter__(value))]
         if not all(_is_atom(key) or isinstance(key, tuple) for key in keys):
-            raise Obstacle(f"{place} has keys that are neither numbers nor texts")
+            raise NotVectorizable(f"{place} has keys that are neither numbers nor texts")
         builds, forms = self._each([*members, *((f"{place}.{name}", each) for name, each in attributes.items())])
         options = _options_of(base, value)
 

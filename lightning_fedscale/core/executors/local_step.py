@@ -10,7 +10,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 
 from lightning_fedscale.core.executors.correction import ClientCorrection
-from lightning_fedscale.core.executors.fast_step import LeanStep, why_not_lean
+from lightning_fedscale.core.executors.fast_step import FastStep, reason_for_lightning_step
 from lightning_fedscale.core.lightning.round_loops import ClientLoops
 
 
@@ -36,14 +36,14 @@ def local_step(trainer: pl.Trainer, correction: ClientCorrection | None = None) 
         correction: changes the gradients of every optimizer step; None for no change.
     """
     takes_index = is_param_in_hook_signature(trainer.lightning_module.training_step, "batch_idx", min_args=2)
-    if (reason := why_not_lean(trainer)) is None:
+    if (reason := reason_for_lightning_step(trainer)) is None:
         rank_zero_info("Federated: a local step is training_step, backward and optimizer step, nothing else.")
-        return LeanStep(trainer, takes_index=takes_index, correct=correction)
+        return FastStep(trainer, takes_index=takes_index, correct=correction)
     rank_zero_info(f"Federated: a local step takes Lightning's full path, since {reason}.")
-    return FullStep(trainer, takes_index=takes_index, correction=correction)
+    return LightningStep(trainer, takes_index=takes_index, correction=correction)
 
 
-class FullStep:
+class LightningStep:
     """Runs a local batch exactly as Lightning does, with hooks, precision plugin and clipping.
 
     Args:
