@@ -80,9 +80,9 @@ def _check(recipe: Recipe, law: str | None, folder: Path) -> Verdict:
     def wanted(name: str) -> bool:
         return law in (None, name)
 
-    # Recording takes most of the time, so that in one pass either of the two does it, and by itself each.
+    # Capturing takes most of the time: in one pass one of the two does it, in a run of one law each.
     odd = recipe.seed % 2 == 1
-    records = {"vectorized": law is not None or odd, "auto": law is not None or not odd}
+    captures = {"vectorized": law is not None or odd, "auto": law is not None or not odd}
     near = TOLERANCES[recipe.precision]
     sequential = run(recipe, "sequential", save=folder / "sequential.ckpt")
     if sequential.error and not sequential.refused:
@@ -93,7 +93,7 @@ def _check(recipe: Recipe, law: str | None, folder: Path) -> Verdict:
     if sequential.error:
         for executor in ("vectorized", "auto"):
             if wanted(f"{executor} == sequential"):
-                compare(f"{executor} == sequential", run(recipe, executor, record=False), near)
+                compare(f"{executor} == sequential", run(recipe, executor, capture=False), near)
         return Verdict(failures, refused=True, sequential=sequential)
     if wanted("plain loop == sequential") and plain.defines(recipe):
         loop = plain.fed_avg(recipe)
@@ -102,17 +102,17 @@ def _check(recipe: Recipe, law: str | None, folder: Path) -> Verdict:
             failures.append(Failure("plain loop == sequential", how))
     vectorized = Outcome()
     if wanted("vectorized == sequential") or wanted("resumed == never stopped"):
-        vectorized = run(recipe, "vectorized", save=folder / "vectorized.ckpt", record=records["vectorized"])
+        vectorized = run(recipe, "vectorized", save=folder / "vectorized.ckpt", capture=captures["vectorized"])
         if wanted("vectorized == sequential"):
             compare("vectorized == sequential", vectorized, near)
     if wanted("auto == sequential"):
-        compare("auto == sequential", run(recipe, "auto", record=records["auto"]), near)
+        compare("auto == sequential", run(recipe, "auto", capture=captures["auto"]), near)
     if wanted("resumed == never stopped") and resumes(recipe):
         for executor, whole in {"sequential": sequential, "vectorized": vectorized}.items():
             # One of the two, if both are looked at with everything else.
             if whole.error or (law is None and (executor == "vectorized") != odd):
                 continue
-            again = run(recipe, executor, resume=folder / f"{executor}.ckpt", record=records["vectorized"])
+            again = run(recipe, executor, resume=folder / f"{executor}.ckpt", capture=captures["vectorized"])
             how = difference(whole, again, 0.0, epochs=len(again.logged))
             if how is not None:
                 failures.append(Failure("resumed == never stopped", f"{executor}: {how}\n{again.where}"))

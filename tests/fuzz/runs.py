@@ -21,7 +21,7 @@ from torch import Tensor
 
 import lightning_fedscale
 from lightning_fedscale.core.executors import auto as choice
-from lightning_fedscale.core.executors.vectorized import recordings
+from lightning_fedscale.core.executors.vectorized import captured_steps
 from tests.fuzz.build import build, make_strategy, make_trainer
 from tests.fuzz.habits import GLOBALS
 from tests.fuzz.recipes import Recipe
@@ -120,7 +120,7 @@ def run(
     *,
     save: Path | None = None,
     resume: Path | None = None,
-    record: bool = True,
+    capture: bool = True,
     **options: Any,
 ) -> Outcome:
     """Train.
@@ -130,7 +130,7 @@ def run(
         executor: "sequential", "vectorized", "auto", or "none": a plain Trainer without the strategy.
         save: where to write a checkpoint in the middle.
         resume: a checkpoint to go on from.
-        record: whether steps are recorded as soon as can be, rather than after the usual number of times.
+        capture: whether steps are captured as soon as can be, rather than after the usual number of times.
         options: other arguments of the Trainer.
     """
     outcome = Outcome()
@@ -140,7 +140,7 @@ def run(
     callbacks: list[pl.Callback] = [Notes(outcome), Metrics(outcome)]
     if save is not None:
         callbacks.append(Keep(save, middle(recipe)))
-    with quiet() as told, eager(record):
+    with quiet() as told, eager(capture):
         try:
             strategy = "auto" if executor == "none" else make_strategy(recipe, executor)
             trainer = make_trainer(recipe, strategy, callbacks, **options)
@@ -189,11 +189,11 @@ def quiet() -> Iterator[list[warnings.WarningMessage]]:
 
 
 @contextmanager
-def eager(record: bool) -> Iterator[None]:
-    """Steps are recorded soon, and "auto" takes the vectorized executor wherever it can: clocks decide nothing."""
-    usual = recordings._RECORD_AT
+def eager(capture: bool) -> Iterator[None]:
+    """Steps are captured soon, and "auto" takes the vectorized executor wherever it can: clocks decide nothing."""
+    usual = captured_steps._CAPTURE_AT
     with (
-        mock.patch.object(recordings, "_RECORD_AT", 2 if record else usual),
+        mock.patch.object(captured_steps, "_CAPTURE_AT", 2 if capture else usual),
         mock.patch.object(choice, "_MARGIN", 0.0),
     ):
         yield

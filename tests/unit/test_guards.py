@@ -28,7 +28,7 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_fedscale.core.executors.vectorized.recordings import Recordings
+from lightning_fedscale.core.executors.vectorized.captured_steps import CapturedSteps
 from lightning_fedscale.core.user_code.guards import Guard, NoValues, Reads, Unguarded
 from lightning_fedscale.core.user_code.state import PythonState
 
@@ -128,7 +128,7 @@ def watched(function: Callable[[], object]) -> Reads:
 
 
 @pytest.mark.parametrize("name", PURE)
-def test_what_depends_on_its_arguments_can_be_recorded(name: str) -> None:
+def test_what_depends_on_its_arguments_can_be_captured(name: str) -> None:
     with torch.enable_grad():
         assert watched(PURE[name]).reason is None
 
@@ -181,39 +181,39 @@ def test_values_of_tensors_are_not_given_to_python(read: Callable[[Any], object]
 
 
 def test_forms_that_do_not_come_again_are_forgotten() -> None:
-    recordings = Recordings(pl.LightningModule())
+    captured_steps = CapturedSteps(pl.LightningModule())
     for number in range(10_000):
-        assert not recordings.is_due(f"a text of step {number}")
-    assert len(recordings._uses) < 100
+        assert not captured_steps.is_due(f"a text of step {number}")
+    assert len(captured_steps._uses) < 100
 
 
 def test_nothing_is_kept_after_a_run() -> None:
     module = pl.LightningModule()
-    recordings = Recordings(module)
-    recordings.record_at = 1
-    recordings.open_wave(PythonState(module))
-    assert recordings.is_due("a")
-    recordings.add("a", lambda: lambda: None, watched(lambda: None))
-    assert recordings.made == len(recordings) == 1
-    assert recordings.find("a") is not None
-    recordings.close()
-    assert recordings.find("a") is None
-    assert recordings._state is None
+    captured_steps = CapturedSteps(module)
+    captured_steps.capture_at = 1
+    captured_steps.open_wave(PythonState(module))
+    assert captured_steps.is_due("a")
+    captured_steps.add("a", lambda: lambda: None, watched(lambda: None))
+    assert captured_steps.made == len(captured_steps) == 1
+    assert captured_steps.find("a") is not None
+    captured_steps.close()
+    assert captured_steps.find("a") is None
+    assert captured_steps._state is None
 
 
-def test_a_recorded_step_is_checked_again_after_python_ran() -> None:
+def test_a_captured_step_is_checked_again_after_python_ran() -> None:
     module: Any = pl.LightningModule()
     module.rate = 1.0
-    recordings = Recordings(module)
-    recordings.record_at = 1
-    recordings.open_wave(PythonState(module))
-    recordings.is_due("a")
-    recordings.add("a", lambda: lambda: None, watched(lambda: None))
-    recordings.open_wave(PythonState(module))
+    captured_steps = CapturedSteps(module)
+    captured_steps.capture_at = 1
+    captured_steps.open_wave(PythonState(module))
+    captured_steps.is_due("a")
+    captured_steps.add("a", lambda: lambda: None, watched(lambda: None))
+    captured_steps.open_wave(PythonState(module))
     module.rate = 2.0
-    recordings.suspect()
-    assert recordings.find("a") is None
-    assert recordings.forgotten == 1
+    captured_steps.suspect()
+    assert captured_steps.find("a") is None
+    assert captured_steps.forgotten == 1
 
 
 def test_module_objects_of_the_user_are_not_seen_through() -> None:

@@ -14,7 +14,7 @@ MAY = {
     "clock.py": "is the clock",
     "compat.py": "says how long a command took",
     "dist/several.py": "gives the Trainer a clock that it moves itself",
-    "laws/test_recordings.py": "steps that read the time, which must not be recorded",
+    "laws/test_captured_steps.py": "steps that read the time, which must not be captured",
     "unit/test_guards.py": "code that reads the time, which cannot be guarded",
     "lightning_suite/__main__.py": "ends a test of somebody else's that trains for ever",
     "projects/from_nothing.py": "says how long a command took",

@@ -1,4 +1,4 @@
-"""The parts of which clients side by side are made: their draws, recorded steps, what a module keeps in Python."""
+"""The parts of which clients side by side are made: their draws, captured steps, what a module keeps in Python."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.func import vmap
 from torch.nn import functional
 
-from lightning_fedscale.core.executors.vectorized.recording import Recording, Seen, unseen
+from lightning_fedscale.core.executors.vectorized.graph_capture import CapturedStep, TrainerAccessed, hide_trainer
 from lightning_fedscale.core.executors.vectorized.rng import ClientStreams, DrawPerClient
 from lightning_fedscale.core.executors.vectorized.rows import Rows
 from lightning_fedscale.utils import randomness
@@ -57,11 +57,11 @@ def test_every_client_draws_what_it_would_draw_alone(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["dropout", "randn_like", "rand"])
-def test_a_recording_draws_from_the_streams_it_is_given(name: str) -> None:
+def test_a_captured_step_draws_from_the_streams_it_is_given(name: str) -> None:
     stack, other = torch.randn(CLIENTS, 8, 4), torch.randn(CLIENTS, 8, 4)
-    recording = Recording(lambda x: [vmap(RANDOM[name], randomness="different")(x)], [stack.clone()], CPU)
+    captured = CapturedStep(lambda x: [vmap(RANDOM[name], randomness="different")(x)], [stack.clone()], CPU)
     for given in (stack, other):
-        (got,) = recording.replay([given], ClientStreams(lambda client: 100 + client, CPU), range(CLIENTS))
+        (got,) = captured.replay([given], ClientStreams(lambda client: 100 + client, CPU), range(CLIENTS))
         assert got is not None
         assert torch.equal(got, alone(RANDOM[name], given))
 
@@ -75,7 +75,7 @@ def test_what_cannot_be_told_apart_is_refused(function: Callable[[Tensor], Tenso
         vmap(function, randomness="different")(torch.randn(CLIENTS, 8, 4))
 
 
-def test_recorded_gradients_have_the_bits_of_autograd() -> None:
+def test_captured_gradients_have_the_bits_of_autograd() -> None:
     torch.manual_seed(0)
     weights, inputs = torch.randn(CLIENTS, 16, 8), torch.randn(CLIENTS, 10, 8)
 
@@ -85,19 +85,19 @@ def test_recorded_gradients_have_the_bits_of_autograd() -> None:
         return [loss.detach(), *torch.autograd.grad(loss.sum(), [leaf])]
 
     expected = gradients(weights, inputs)
-    recording = Recording(gradients, [weights.clone(), inputs.clone()], CPU)
+    captured = CapturedStep(gradients, [weights.clone(), inputs.clone()], CPU)
     streams = ClientStreams(lambda client: client, CPU)
 
     def is_same() -> bool:
-        again = recording.replay([weights, inputs], streams, range(CLIENTS))
+        again = captured.replay([weights, inputs], streams, range(CLIENTS))
         return all(torch.equal(a, b) for a, b in zip(again, expected, strict=True))  # type: ignore[arg-type]
 
     assert is_same()
-    recording.improve(is_same)
+    captured.improve(is_same)
     assert is_same()
 
 
-def test_a_recorded_step_sees_no_trainer() -> None:
+def test_a_captured_step_sees_no_trainer() -> None:
     module = pl.LightningModule()
     for read in (
         lambda: module.trainer.current_epoch,
@@ -105,7 +105,7 @@ def test_a_recorded_step_sees_no_trainer() -> None:
         lambda: module.global_step,
         lambda: module.logger,
     ):
-        with unseen(module), pytest.raises(Seen):
+        with hide_trainer(module), pytest.raises(TrainerAccessed):
             read()
     assert module._trainer is None
 
@@ -114,8 +114,8 @@ def test_a_recorded_step_sees_no_trainer() -> None:
     "use",
     [lambda i: i == 0, lambda i: i + 1, lambda i: f"{i}", lambda i: [1, 2][i], bool, hash, lambda i: i % 2, float],
 )
-def test_a_recorded_step_cannot_use_the_number_of_its_batch(use: Callable[[object], object]) -> None:
-    with unseen(pl.LightningModule()) as number, pytest.raises((Seen, TypeError)):
+def test_a_captured_step_cannot_use_the_number_of_its_batch(use: Callable[[object], object]) -> None:
+    with hide_trainer(pl.LightningModule()) as number, pytest.raises((TrainerAccessed, TypeError)):
         use(number)
 
 

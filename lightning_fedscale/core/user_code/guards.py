@@ -136,7 +136,7 @@ class Reads:
 
 
 class Guard:
-    """Checks whether everything that recorded steps read in Python is unchanged since they were recorded.
+    """Checks whether everything that captured steps read in Python is unchanged since their capture.
 
     Args:
         module: the user's module.

@@ -20,8 +20,8 @@ from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 from torchmetrics import Metric, MetricCollection
 
 from lightning_fedscale.core.executors.exchanged_tensors import Exchange
-from lightning_fedscale.core.executors.vectorized.recording import Recording, unseen
-from lightning_fedscale.core.executors.vectorized.recordings import Recordings
+from lightning_fedscale.core.executors.vectorized.captured_steps import CapturedSteps
+from lightning_fedscale.core.executors.vectorized.graph_capture import CapturedStep, hide_trainer
 from lightning_fedscale.core.executors.vectorized.rng import ClientStreams, DrawPerClient
 from lightning_fedscale.core.executors.vectorized.stacking import NotVectorizable, Opened
 from lightning_fedscale.core.lightning.module_state import set_hook
@@ -67,8 +67,8 @@ class SideBySide:
         exchange: the module's tensors; every client has its own trainable parameters and buffers.
 
     Attributes:
-        recordings: the recorded steps.
-        ran_python: set when a step ran the module's code rather than a recording.
+        captured: the captured steps.
+        ran_python: set when a step ran the module's code rather than a captured step.
         about_to_run_python: called just before that.
     """
 
@@ -77,7 +77,7 @@ class SideBySide:
         self._module = trainer.lightning_module
         self._takes_batch_idx = is_param_in_hook_signature(self._module.training_step, "batch_idx", min_args=2)
         self._draws: bool | None = None  # unknown before the first run
-        self.recordings = Recordings(self._module)
+        self.captured = CapturedSteps(self._module)
         self.ran_python = False
         self.about_to_run_python: Callable[[], None] = lambda: None
         moving = [*exchange.trainable, *exchange.buffers]
@@ -127,9 +127,9 @@ class SideBySide:
         """
         tensors = batch.tensors
         form = self._form(len(clients), batch, share)
-        if (recorded := self.recordings.find(form)) is not None:
+        if (captured := self.captured.find(form)) is not None:
             with self._trainer.precision_plugin.train_step_context():
-                result: StepResult = recorded(parameters, buffers, tensors, streams, clients)
+                result: StepResult = captured(parameters, buffers, tensors, streams, clients)
             return result
         notes: list[Logged] = []
         taking_part: list[bool] = []
@@ -167,7 +167,7 @@ class SideBySide:
 
         self.ran_python = True
         self.about_to_run_python()
-        reads, before = (Reads(), streams.copy()) if self.recordings.is_due(form) else (None, None)
+        reads, before = (Reads(), streams.copy()) if self.captured.is_due(form) else (None, None)
         with self._trainer.precision_plugin.train_step_context(), _batched_kernels(parameters[0].device):
             with nullcontext() if reads is None else reads.watching():
                 if self._draws is False:
@@ -179,11 +179,11 @@ class SideBySide:
             if reads is not None and before is not None:
                 given = [*(p.detach() for p in parameters), *buffers, *tensors]
                 counts = [len(parameters), len(buffers), len(tensors)]
-                record = partial(self._record, everyone, results, notes, given, counts, before, clients)
-                self.recordings.add(form, record, reads)
+                capture = partial(self._capture, everyone, results, notes, given, counts, before, clients)
+                self.captured.add(form, capture, reads)
         return _result_of(results, notes)
 
-    def _record(
+    def _capture(
         self,
         function: Callable[..., Any],
         results: tuple[list[Tensor], list[Tensor | None], list[Tensor], list[Tensor]],
@@ -193,7 +193,7 @@ class SideBySide:
         streams: ClientStreams,
         clients: Sequence[int],
     ) -> Callable[..., StepResult]:
-        """Record a step and return its replay; raise an error if the replay is not bit-identical."""
+        """Capture a step and return its replay; raise an error if the replay is not bit-identical."""
         lengths = [len(part) for part in results]
         kept = list(notes)
 
@@ -203,8 +203,8 @@ class SideBySide:
                 return [value for part in function(nothing, parameters, buffers, tensors) for value in part]
 
         try:
-            with unseen(self._module) as nothing:
-                recording = Recording(flat, [tensor.clone() for tensor in given], given[0].device)
+            with hide_trainer(self._module) as nothing:
+                captured = CapturedStep(flat, [tensor.clone() for tensor in given], given[0].device)
         finally:
             notes[:] = kept
         # Some inputs, such as many zeros, may give the same bits by chance; noise does not.
@@ -212,7 +212,7 @@ class SideBySide:
         noise = [torch.empty_like(t).normal_(generator=own) if t.is_floating_point() else t for t in given]
 
         def replayed(tensors: Sequence[Tensor]) -> list[Tensor | None]:
-            return recording.replay([tensor.clone() for tensor in tensors], streams.copy(), clients)
+            return captured.replay([tensor.clone() for tensor in tensors], streams.copy(), clients)
 
         expected = [value for part in results for value in part], replayed(noise)
 
@@ -221,8 +221,8 @@ class SideBySide:
             return all(all(map(_same_bits, replayed(tensors), values)) for tensors, values in pairs)
 
         if not is_same():
-            raise RuntimeError("the recorded step gives other bits")
-        recording.improve(is_same)
+            raise RuntimeError("the captured step gives other bits")
+        captured.improve(is_same)
 
         def replay(
             parameters: Sequence[Tensor],
@@ -232,12 +232,12 @@ class SideBySide:
             clients: Sequence[int],
         ) -> StepResult:
             given = [*(p.detach() for p in parameters), *buffers, *tensors]
-            return _result_of(_split(recording.replay(given, streams, clients), lengths), kept)
+            return _result_of(_split(captured.replay(given, streams, clients), lengths), kept)
 
         return replay
 
     def _form(self, width: int, batch: Opened, share: float) -> Any:
-        """Return everything besides the module on which a recording depends; None if it cannot be compared."""
+        """Return everything besides the module on which a captured step depends; None if it cannot be compared."""
         guard = batch.guard()
         return None if guard is None else (width, share, guard)
 
@@ -369,7 +369,7 @@ class _ForEachClient:
         tensors = [leaf.detach() for leaf in leaves if isinstance(leaf, Tensor)]
         if not any(map(torch._C._functorch.is_functorch_wrapped_tensor, tensors)):
             return self._method(*args, **kwargs)
-        self._owner.recordings.stop("it asks a metric")
+        self._owner.captured.stop("it asks a metric")
         forms: list[TreeSpec] = []
 
         def call_once(tensors: Sequence[Tensor]) -> list[Tensor]:

@@ -156,7 +156,7 @@ class VectorizedExecutor:
         self._proofs = Proofs(while_training=verify)
         self._state: PythonState | None = None
         self._seconds_alone = 0.0  # of a wave's time, for the sequential steps of comparisons
-        self._recorded = 0
+        self._captured = 0
         self._prepared = False
         self._step_seconds = 0.0
         self._starts: list[ClientStart] = []
@@ -216,8 +216,8 @@ class VectorizedExecutor:
                     yield from self.one_by_one(context.restarted(None), positions)
                     return
                 self._proofs.close_wave()
-                if self._side is not None and self._side.recordings.made > self._recorded:
-                    self._recorded = self._side.recordings.made
+                if self._side is not None and self._side.captured.made > self._captured:
+                    self._captured = self._side.captured.made
                     self._proofs.demand()
                 yield from self._updates(context, wave, attempt.trained)
                 self._report(attempt.trained.notes, wave, positions)
@@ -285,12 +285,12 @@ class VectorizedExecutor:
         if self.reason is not None:
             return None
         side = self._side_of(context.exchange, self._state_now())
-        side.recordings.record_at, usual = 1, side.recordings.record_at
+        side.captured.capture_at, usual = 1, side.captured.capture_at
         wave = [context.work[i] for i in self._next_wave(context.work)]
         while (first := self._rehearse(context, wave, steps)).out_of_memory:
             self._width = len(wave) // 2
             wave = [context.work[i] for i in self._next_wave(context.work)]
-        side.recordings.record_at = usual
+        side.captured.capture_at = usual
         if first.trained is None:
             self.reason = first.reason
             return None
@@ -433,7 +433,7 @@ class VectorizedExecutor:
             metered = nullcontext() if context.meter is None else context.meter.alone(batch, group.samples[i])
             with streams.copy().of(rows.indices[i]), self._proofs.measuring(), metered:
                 alone[i] = step_alone(self._trainer, exchange, *own, batch, batch_idx, share)
-        side.recordings.suspect()
+        side.captured.suspect()
         progress.is_last_batch = together
         expected = MetricStates(self._module)
         before.restore()
@@ -465,20 +465,20 @@ class VectorizedExecutor:
         return self._state
 
     def _side_of(self, exchange: Exchange, state: PythonState) -> SideBySide:
-        """Return the module as a function; its recordings are valid until the Python state that it reads changes."""
+        """Return the batched step; captured steps are dropped if the Python state that they read has changed."""
         if self._side is None or not self._side.is_of(exchange):
             if self._side is not None:
                 self._proofs.demand()
             self._side = SideBySide(self._trainer, exchange)
-        if self._side.recordings.open_wave(state):
+        if self._side.captured.open_wave(state):
             self._proofs.demand()
         return self._side
 
     def close(self) -> None:
-        """Release the recordings and the module's Python state at the end of the run."""
+        """Release the captured steps and the module's Python state at the end of the run."""
         self._state = None
         if self._side is not None:
-            self._side.recordings.close()
+            self._side.captured.close()
 
     def _cuts_itself(self, context: RoundContext) -> bool:
         """Return whether batches are cut from cached data for many clients at once rather than taken one by one."""
@@ -513,7 +513,7 @@ class VectorizedExecutor:
                     # The first batch of a round was already transferred, in the Trainer's own loop.
                     batch = self._transfer(batch)
             if self._side is not None:
-                self._side.recordings.suspect()  # the loader and the transfer hooks are user code
+                self._side.captured.suspect()  # the loader and the transfer hooks are user code
             parts = opened(batch)
             members, batches, each = found.setdefault(parts.form, ([], [], []))
             members.append(row)

@@ -48,7 +48,7 @@ class Proofs:
     """Decides which client's vectorized steps are compared with the same sequential steps, and when.
 
     Before the first wave, all steps of some clients are compared. In training, all steps of one client are compared in
-    rounds 1, 2, 4, 8 and so on, and one step after a change of the module's Python state, of the recordings, or of
+    rounds 1, 2, 4, 8 and so on, and one step after a change of the module's Python state, of the captured steps, or of
     the batch signature. The client differs each time.
 
     Args:

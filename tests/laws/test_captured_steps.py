@@ -1,4 +1,4 @@
-"""A recorded step is replayed only while everything that its Python code reads is as it was."""
+"""A captured step is replayed only while everything that its Python code reads is as it was."""
 
 from __future__ import annotations
 
@@ -168,13 +168,13 @@ class Case(NamedTuple):
     Attributes:
         factor: reads it.
         change: changes it.
-        recorded: whether the step can be recorded all the same.
-        forgotten: how often recordings cease to hold, if that is not once.
+        captured: whether the step can be captured all the same.
+        forgotten: how often captured steps cease to hold, if that is not once.
     """
 
     factor: Callable[[Any], Any]
     change: Callable[[Any], object]
-    recorded: bool = True
+    captured: bool = True
     forgotten: int | None = None
 
 
@@ -288,7 +288,7 @@ def as_before(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[], None]]:
         torch.set_float32_matmul_precision("highest")
         torch.use_deterministic_algorithms(False)
 
-    monkeypatch.setattr("lightning_fedscale.core.executors.vectorized.recordings._RECORD_AT", 3)
+    monkeypatch.setattr("lightning_fedscale.core.executors.vectorized.captured_steps._CAPTURE_AT", 3)
     restore()
     yield restore
     restore()
@@ -297,12 +297,12 @@ def as_before(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[], None]]:
 OPTIONS: dict[str, Any] = {"rounds": 2 * HALF_WAY, "clients_per_round": 3, "partition": reference.equal_clients(3, 24)}
 
 
-def recordings_of(run: Run) -> Any:
+def captured_steps_of(run: Run) -> Any:
     federation = run.strategy._federation
     assert federation is not None
     side = federation.fit.executor._vectorized._side
     assert side is not None
-    return side.recordings
+    return side.captured
 
 
 @functools.cache
@@ -324,9 +324,9 @@ def test_a_change_half_way_is_followed(name: str, as_before: Callable[[], None])
     if name != "deterministic algorithms":
         assert max((unchanged()[key] - value).abs().max() for key, value in sequential.state.items()) > 1e-6
     assert vectorized.kind == "vectorized"
-    recordings = recordings_of(vectorized)
-    assert bool(recordings.made) == case.recorded, recordings.reason
-    assert recordings.forgotten == (case.recorded if case.forgotten is None else case.forgotten)
+    captured_steps = captured_steps_of(vectorized)
+    assert bool(captured_steps.made) == case.captured, captured_steps.reason
+    assert captured_steps.forgotten == (case.captured if case.forgotten is None else case.forgotten)
 
 
 @pytest.mark.parametrize("name", ["number", "global dict", "OmegaConf"])
@@ -340,7 +340,7 @@ def test_auto_follows_it_too(name: str, as_before: Callable[[], None]) -> None:
 
 
 class Transfers(Step):
-    """Its hook is called between recorded steps, and sets a value for each that is the same for all clients."""
+    """Its hook is called between captured steps, and sets a value for each that is the same for all clients."""
 
     def on_after_batch_transfer(self, batch: list[Tensor], dataloader_idx: int) -> list[Tensor]:
         self.number = 1.0 / (1 + int(batch[0][0, 0]))

@@ -1,4 +1,4 @@
-"""Recording of a vectorized step, and its replay without Python, autograd and vmap."""
+"""Capture of a vectorized step, and its replay without Python, autograd and vmap."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from lightning_fedscale.utils import randomness
 Flat = Callable[..., list[Tensor | None]]
 
 
-class Recording:
+class CapturedStep:
     """The tensor operations of a function, which can be replayed on tensors of the same shapes.
 
     A replay runs the same operators in the same order, so results are bit-identical; random numbers are drawn from the
-    clients' own streams. Everything that the function does in Python is frozen: see `unseen`.
+    clients' own streams. Everything that the function does in Python is frozen: see `hide_trainer`.
 
     Args:
         function: maps tensors to tensors.
@@ -117,29 +117,29 @@ def _is_turned_product(node: Node) -> bool:
     return node.args[0].target is _ATEN.bmm.default  # type: ignore[union-attr]
 
 
-class Seen(Exception):
-    """Raised when a step reads something that a recording cannot follow."""
+class TrainerAccessed(Exception):
+    """Raised when a step reads something that a captured step cannot follow."""
 
 
-class _Unseen:
+class _Inaccessible:
     """A placeholder that must not be read."""
 
     def __getattr__(self, name: str) -> Any:
-        raise Seen(name)
+        raise TrainerAccessed(name)
 
     def _raise(self, *_: Any, **__: Any) -> Any:
-        raise Seen
+        raise TrainerAccessed
 
     __eq__ = __ne__ = __bool__ = __hash__ = __str__ = __repr__ = __format__ = _raise
 
 
 @contextmanager
-def unseen(module: pl.LightningModule) -> Iterator[Any]:
+def hide_trainer(module: pl.LightningModule) -> Iterator[Any]:
     """Hide the Trainer from the module inside the context; yield an object that can be passed on but not used.
 
-    A step that reads, for example, the epoch or the number of its batch depends on it and must not be recorded.
+    A step that reads, for example, the epoch or the number of its batch depends on it and must not be captured.
     """
-    nothing = _Unseen()
+    nothing = _Inaccessible()
     trainer = attached_trainer(module)
     attach(module, nothing)
     try:

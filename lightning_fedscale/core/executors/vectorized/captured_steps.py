@@ -1,4 +1,4 @@
-"""Recorded steps, and the check of everything that must be unchanged for a replay."""
+"""Captured steps, and the check of everything that must be unchanged for a replay."""
 
 from __future__ import annotations
 
@@ -10,26 +10,26 @@ import lightning.pytorch as pl
 from lightning_fedscale.core.user_code.guards import Guard, Reads, Unguarded
 from lightning_fedscale.core.user_code.state import PythonState
 
-# Recording costs about as much as this many steps.
-_RECORD_AT = 20
+# Capturing costs about as much as this many steps.
+_CAPTURE_AT = 20
 _FORGOTTEN_TOO_OFTEN = 3
 _FORMS = 64
 
 
-class Recordings:
-    """The recorded steps of a module, by batch signature.
+class CapturedSteps:
+    """The captured steps of a module, by batch signature.
 
-    A recording is valid while everything that the step's Python code reads is unchanged: the module at any depth, and
-    anything that the code reads outside of it. A step whose reads cannot be checked is not recorded.
+    A captured step is valid while everything that its Python code reads is unchanged: the module at any depth, and
+    anything that the code reads outside of it. A step whose reads cannot be checked is not captured.
 
     Args:
         module: the user's module.
 
     Attributes:
-        record_at: the number of runs of a step, by signature, at which it is recorded.
-        reason: why nothing is recorded any more; None while steps are recorded.
-        made: number of recorded steps.
-        forgotten: number of times that recordings became invalid.
+        capture_at: the number of runs of a step, by signature, at which it is captured.
+        reason: why nothing is captured any more; None while steps are captured.
+        made: number of captured steps.
+        forgotten: number of times that captured steps became invalid.
     """
 
     def __init__(self, module: pl.LightningModule) -> None:
@@ -39,7 +39,7 @@ class Recordings:
         self._steps: dict[Any, Callable[..., Any]] = {}
         self._uses: dict[Any, int] = {}
         self._guard = Guard(module)
-        self.record_at = _RECORD_AT
+        self.capture_at = _CAPTURE_AT
         self.reason: str | None = None
         self.made = self.forgotten = 0
 
@@ -47,7 +47,7 @@ class Recordings:
         return len(self._steps)
 
     def open_wave(self, state: PythonState) -> bool:
-        """Drop invalid recordings; return whether something has changed since the last wave.
+        """Drop invalid captured steps; return whether something has changed since the last wave.
 
         Args:
             state: the module's present state.
@@ -59,11 +59,11 @@ class Recordings:
         return changed
 
     def suspect(self) -> None:
-        """Note that some Python code has run since the wave began, so that recordings must be checked again."""
+        """Note that some Python code has run since the wave began, so that captured steps must be checked again."""
         self._suspect = True
 
     def find(self, form: Any) -> Callable[..., Any] | None:
-        """Return the valid recording of a signature; None if there is none."""
+        """Return the valid captured step of a signature; None if there is none."""
         if form in self._steps and self._suspect:
             self._suspect = False
             if self._state is None or self._state.again() != self._state or not self._guard.holds():
@@ -71,21 +71,21 @@ class Recordings:
         return self._steps.get(form)
 
     def is_due(self, form: Any) -> bool:
-        """Count a step that is about to run in Python; return whether it should be recorded."""
+        """Count a step that is about to run in Python; return whether it should be captured."""
         self._suspect = True
         if form is None or self.reason is not None:
             return False
         if len(self._uses) >= _FORMS and form not in self._uses:  # signatures that do not recur
             self._steps, self._uses = {}, {}
         self._uses[form] = uses = self._uses.get(form, 0) + 1
-        return uses == self.record_at
+        return uses == self.capture_at
 
-    def add(self, form: Any, record: Callable[[], Callable[..., Any]], reads: Reads) -> None:
-        """Record a step that ran while its reads were noted.
+    def add(self, form: Any, capture: Callable[[], Callable[..., Any]], reads: Reads) -> None:
+        """Capture a step that ran while its reads were noted.
 
         Args:
             form: everything on which it depends besides Python's reads.
-            record: returns its replay, or raises an error if the replay is not bit-identical.
+            capture: returns its replay, or raises an error if the replay is not bit-identical.
             reads: the reads of its Python code.
         """
         assert self._state is not None
@@ -94,7 +94,7 @@ class Recordings:
                 self._forget()
                 raise Unguarded("what it reads has changed meanwhile")
             self._guard.add(reads, self._state)
-            step = record()
+            step = capture()
             if not self._guard.holds():
                 raise Unguarded("it changes what it reads")
             self._steps[form] = step
@@ -103,7 +103,7 @@ class Recordings:
             self.stop(str(error) or type(error).__name__)
 
     def stop(self, reason: str) -> None:
-        """Stop recording."""
+        """Stop capturing."""
         self.reason = self.reason or reason
 
     def close(self) -> None:
