@@ -36,7 +36,7 @@ from lightning_fedscale.core.options import options as arguments
 from lightning_fedscale.core.options import trainer_checks as refusals
 from lightning_fedscale.core.options.settings import method_of
 from lightning_fedscale.core.round.federation import Federation
-from lightning_fedscale.core.round.run_settings import RunBoard
+from lightning_fedscale.core.round.run_settings_logger import RunSettingsLogger
 from lightning_fedscale.devices import Population
 from lightning_fedscale.local_rules import Ditto, LocalRule
 from lightning_fedscale.partitioners import Partition, Partitioner
@@ -483,7 +483,7 @@ class FederatedStrategy(ReusableStrategy):
         hooks = LocalBatchHooks(trainer.lightning_module, lambda: federation.fit.scope.in_client)
         self._undo.callback(hooks.remove)
         callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
-        for own in (RunBoard(self._options), RoundEnd(federation.end_round)):  # the end of the round first
+        for own in (RunSettingsLogger(self._options), RoundEnd(federation.end_round)):  # the end of the round first
             callbacks.insert(0, own)
             self._undo.callback(callbacks.remove, own)
         callbacks.append(federation.fit.requeue)  # what it saves has every callback's state after the round

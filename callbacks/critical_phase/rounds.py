@@ -12,7 +12,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from lightning_fedscale.callbacks.critical_phase.gradients import learning_rate
-from lightning_fedscale.core.lightning.half_batches import half_gradients, no_halves, squared_norm
+from lightning_fedscale.core.lightning.half_batch_gradients import half_batch_gradients, no_halves, squared_norm
 from lightning_fedscale.phases import Observation
 from lightning_fedscale.phases.noise import (
     Diagonal,
@@ -279,7 +279,7 @@ class _HalfBatches:
         self._sum = torch.zeros(size, dtype=torch.float64, device=module.device)
         try:
             for client, batch in strategy.first_batches():
-                if (halves := half_gradients(trainer, module, batch)) is not None:
+                if (halves := half_batch_gradients(trainer, module, batch)) is not None:
                     mean = halves.mean()
                     row = self._table[rows[client]]
                     row[0], row[1] = halves.difference_square(), squared_norm(mean)

@@ -24,7 +24,7 @@ from lightning_fedscale.callbacks.critical_phase.gradients import (
     learning_rate,
 )
 from lightning_fedscale.callbacks.critical_phase.optimizers import GradientMemory, StepHold
-from lightning_fedscale.core.lightning.half_batches import half_gradients, no_halves
+from lightning_fedscale.core.lightning.half_batch_gradients import half_batch_gradients, no_halves
 from lightning_fedscale.devices.profiling.batches import loaded_samples, samples_in
 from lightning_fedscale.phases import Decision, Observation
 from lightning_fedscale.phases.noise import estimate_from_half_batches
@@ -352,7 +352,7 @@ def _look_at(trainer: pl.Trainer, module: pl.LightningModule, batch: Any, batch_
     """Return the trace of the covariance of a sample's gradient, 1, and samples; zeros if it cannot be measured."""
     look = torch.zeros(_LOOK - 1, dtype=torch.float64, device=module.device)
     try:
-        if (halves := half_gradients(trainer, module, batch, batch_idx)) is not None:
+        if (halves := half_batch_gradients(trainer, module, batch, batch_idx)) is not None:
             m, n = halves.samples
             look[0], look[1], look[2] = halves.difference_square() / (1 / m + 1 / n), 1.0, m + n
     except Exception as error:

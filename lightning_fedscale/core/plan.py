@@ -10,7 +10,7 @@ import numpy as np
 
 from lightning_fedscale.devices.population import Selection
 from lightning_fedscale.samplers import Sampler, reads_losses
-from lightning_fedscale.server.asynchrony import Flush
+from lightning_fedscale.server.asynchrony import BufferedRound
 from lightning_fedscale.types import Cursor, IntArray
 from lightning_fedscale.utils import randomness
 
@@ -26,14 +26,14 @@ class RoundPlan(NamedTuple):
     """The cohort of a round and the rank that trains each client; both may be empty, and a rank may have no client.
 
     ``simulated`` is the outcome on simulated hardware. ``local_steps`` is None if local work is given in epochs. In
-    asynchronous training, ``arrived`` says when this cohort's updates arrived and from which models they started.
+    asynchronous training, ``buffered`` says when this cohort's updates arrived and from which models they started.
     """
 
     round: int
     cohort: IntArray
     ranks: IntArray
     simulated: Simulated | None = None
-    arrived: Flush | None = None
+    buffered: BufferedRound | None = None
     local_steps: int | None = None
 
     def clients_of(self, rank: int) -> list[int]:

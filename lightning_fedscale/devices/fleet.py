@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 
-class Duty(NamedTuple):
+class ClientWorkload(NamedTuple):
     """The clients' work in a round.
 
     Attributes:
@@ -45,7 +45,7 @@ class Fleet:
         population: the hardware.
         model: memory and cost of the module's training step.
         num_clients: number of clients.
-        duty: the clients' work in a round.
+        workload: the clients' work in a round.
 
     Attributes:
         batch_sizes: batch size of each device class.
@@ -54,17 +54,17 @@ class Fleet:
         ValueError: if the smallest batch, or the chosen one, does not fit a class.
     """
 
-    def __init__(self, population: Population, model: MemoryModel, num_clients: int, duty: Duty) -> None:
+    def __init__(self, population: Population, model: MemoryModel, num_clients: int, workload: ClientWorkload) -> None:
         self.population = population
         self._model = model
-        self._duty = duty
+        self._workload = workload
         self._class_of = population.assign(num_clients)
-        self._largest = [self._most(number, duty.largest) for number in range(len(population.classes))]
+        self._largest = [self._most(number, workload.largest) for number in range(len(population.classes))]
         self.batch_sizes: IntArray = np.array(self._choose(), dtype=np.int64)
         self._steps = [self._step_time(number, int(size)) for number, size in enumerate(self.batch_sizes)]
         self._messages = np.array(
             [
-                star(duty.message_bytes, each.up, each.down, each.latency, duty.update_bytes)
+                star(workload.message_bytes, each.up, each.down, each.latency, workload.update_bytes)
                 for each in population.classes
             ]
         )
@@ -152,7 +152,7 @@ class Fleet:
             raise ValueError(f"population: device class {device.name!r}: {error}") from None
 
     def _choose(self) -> list[int]:
-        rule, largest, own = self.population.batch_size, self._largest, self._duty.batch_size
+        rule, largest, own = self.population.batch_size, self._largest, self._workload.batch_size
         if rule == "largest":
             return largest
         if rule == "loader":
@@ -177,14 +177,14 @@ class Fleet:
         return size
 
     def _fastest(self, number: int) -> int:
-        device, duty = self.population.classes[number], self._duty
+        device, workload = self.population.classes[number], self._workload
         performance = PerformanceModel(
             self._step_time(number, self._largest[number]),
-            star(duty.message_bytes, device.up, device.down, device.latency, duty.update_bytes),
+            star(workload.message_bytes, device.up, device.down, device.latency, workload.update_bytes),
             self.population.noise_scale,
             self._largest[number],
         )
-        return performance.best_batch(duty.clients, max(1, round(duty.local_steps)))
+        return performance.best_batch(workload.clients, max(1, round(workload.local_steps)))
 
     def _step_time(self, number: int, size: int) -> StepTime:
         low = self._model.smallest

@@ -87,8 +87,8 @@ class FedBuff:
         return f"FedBuff(concurrency={self.concurrency}, staleness={self.staleness!r}{given})"
 
 
-class Flush(NamedTuple):
-    """A full buffer.
+class BufferedRound(NamedTuple):
+    """An asynchronous round: the clients whose updates filled the buffer.
 
     Attributes:
         clients: the clients whose updates it has, ascending.
@@ -105,7 +105,7 @@ class Flush(NamedTuple):
     waiting: int
 
 
-class Arrivals:
+class AsyncSimulation:
     """The simulation of asynchronous clients: a pure function of its arguments that computes rounds on demand.
 
     Args:
@@ -117,8 +117,8 @@ class Arrivals:
         available: ``(start, client)``: returns whether a client is available for the attempt of this number.
 
     Example:
-        >>> arrivals = Arrivals(0, num_clients=4, buffer=2, concurrency=2, seconds=lambda client, _: 1.0 + client)
-        >>> [len(arrivals.of_round(number).clients) for number in range(3)]
+        >>> simulation = AsyncSimulation(0, 4, buffer=2, concurrency=2, seconds=lambda client, _: 1.0 + client)
+        >>> [len(simulation.of_round(number).clients) for number in range(3)]
         [2, 2, 2]
     """
 
@@ -136,7 +136,7 @@ class Arrivals:
         self._buffer = buffer
         self._seconds = seconds
         self._available = available
-        self._flushes: list[Flush] = []
+        self._rounds: list[BufferedRound] = []
         self._training: list[tuple[float, int, int, int, float]] = []  # done at, start, client, version, duration
         self._waiting: dict[int, tuple[int, float]] = {}  # in the buffer: client -> version, duration
         self._busy: set[int] = set()
@@ -144,13 +144,13 @@ class Arrivals:
         for _ in range(concurrency):
             self._start(0.0)
 
-    def of_round(self, round: int) -> Flush:
+    def of_round(self, round: int) -> BufferedRound:
         """Return the buffer of a round."""
-        while len(self._flushes) <= round:
-            self._flushes.append(self._next())
-        return self._flushes[round]
+        while len(self._rounds) <= round:
+            self._rounds.append(self._next())
+        return self._rounds[round]
 
-    def _next(self) -> Flush:
+    def _next(self) -> BufferedRound:
         while True:
             now, _, client, version, duration = heapq.heappop(self._training)
             self._waiting[client] = version, duration
@@ -162,12 +162,12 @@ class Arrivals:
             self._busy -= self._waiting.keys()
             self._waiting = {}
             # The next client starts from the model that this round produces.
-            self._start(now, version=len(self._flushes) + 1)
+            self._start(now, version=len(self._rounds) + 1)
             oldest = min(entry[3] for entry in self._training)
-            return Flush(np.array(clients), np.array(versions), np.array(durations), now, oldest)
+            return BufferedRound(np.array(clients), np.array(versions), np.array(durations), now, oldest)
 
     def _start(self, now: float, version: int | None = None) -> None:
-        version = len(self._flushes) if version is None else version
+        version = len(self._rounds) if version is None else version
         rng = randomness.generator(self._seed, randomness.COHORT, self._starts)
         free = None
         for attempt in range(1000):

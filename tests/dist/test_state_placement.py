@@ -12,9 +12,8 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from lightning_fedscale.core.client_state import ClientStore, Files, Memory, StateStore
-from lightning_fedscale.core.client_state import ownership as custody
-from lightning_fedscale.core.client_state.ownership import Custody
+from lightning_fedscale.core.client_state import ClientStore, Files, Memory, StateStore, placement
+from lightning_fedscale.core.client_state.placement import StatePlacement
 from lightning_fedscale.core.plan import RoundPlan
 from tests.dist import processes
 from tests.features.test_resume import equal
@@ -31,7 +30,7 @@ def cohort(round: int) -> list[int]:
     return chosen
 
 
-def rounds(rank: int, world_size: int, limit: float, first: int, store: ClientStore, mine: Custody) -> None:
+def rounds(rank: int, world_size: int, limit: float, first: int, store: ClientStore, mine: StatePlacement) -> None:
     """Rounds in which each client checks what it finds and leaves the next; client 3 forgets in odd ones."""
     for round in range(first, first + ROUNDS):
         clients = cohort(round)
@@ -60,9 +59,9 @@ def run(rank: int, world_size: int, limit: float, port: int, folder: Path) -> No
     torch.set_num_threads(1)
     if world_size > 1:
         dist.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=world_size)
-    custody._PARCEL = 300  # one state and a half
+    placement._PARCEL = 300  # one state and a half
     store = ClientStore(StateStore([Memory(limit), Files()]))
-    mine = Custody(store, rank, world_size, torch.device("cpu"))
+    mine = StatePlacement(store, rank, world_size, torch.device("cpu"))
     for part in range(2):
         rounds(rank, world_size, limit, part * ROUNDS, store, mine)
         saved = mine.state_dict()
@@ -76,7 +75,7 @@ def run(rank: int, world_size: int, limit: float, port: int, folder: Path) -> No
         # Every rank goes on from the checkpoint, as after a restart.
         store = ClientStore(StateStore([Memory(limit), Files()]))
         store.load_state_dict(torch.load(path, weights_only=True))
-        mine = Custody(store, rank, world_size, torch.device("cpu"))
+        mine = StatePlacement(store, rank, world_size, torch.device("cpu"))
     if world_size > 1:
         dist.destroy_process_group()
 

@@ -305,4 +305,4 @@ def test_what_watches_rounds_is_not_among_the_trainers_callbacks(name: str, opti
     given = build(name, options)
     trainer_of(sequential(num_clients=3), given, Sees()).fit(BoringModel())
     ours = {each.__name__ for each in seen if each.__module__.startswith("lightning_fedscale")}
-    assert ours == {type(given).__name__, "RunBoard", "RoundEnd", "Requeue"}
+    assert ours == {type(given).__name__, "RunSettingsLogger", "RoundEnd", "Requeue"}

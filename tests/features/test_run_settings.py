@@ -314,4 +314,4 @@ def test_without_a_logger_nothing_is_written(tmp_path: Path) -> None:
 
 def test_the_trainer_gets_its_callbacks_back(tmp_path: Path) -> None:
     trainer = train(TensorBoardLogger(tmp_path))
-    assert "RunBoard" not in {type(each).__name__ for each in trainer.callbacks}  # type: ignore[attr-defined]
+    assert "RunSettingsLogger" not in {type(each).__name__ for each in trainer.callbacks}  # type: ignore[attr-defined]

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_fedscale import FederatedStrategy, local_rules
-from lightning_fedscale.core.lightning.half_batches import half_gradients
+from lightning_fedscale.core.lightning.half_batch_gradients import half_batch_gradients
 from tests.laws import reference
 from tests.unit.test_contracts import example
 
@@ -137,7 +137,7 @@ def test_the_noise_of_halves() -> None:
     for sparse in (True, False):
         module = made(Words, sparse)
         trainer = fit(module, "sequential", {})
-        halves = half_gradients(trainer, made(Words, sparse), next(iter(data())))
+        halves = half_batch_gradients(trainer, made(Words, sparse), next(iter(data())))
         assert halves is not None
         found.append((halves.difference_square(), torch.cat([g.flatten() for g in halves.mean()])))
     for left, right in zip(*found, strict=True):

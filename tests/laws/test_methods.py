@@ -21,7 +21,7 @@ from lightning_fedscale.local_rules.schedules import post_local
 from lightning_fedscale.privacy import AdaptiveClipping, dp_fed_avg
 from lightning_fedscale.samplers import poisson, power_of_choice
 from lightning_fedscale.server import fed_adam, fed_avgm
-from lightning_fedscale.server.asynchrony import Arrivals, FedBuff
+from lightning_fedscale.server.asynchrony import AsyncSimulation, FedBuff
 from lightning_fedscale.utils import randomness
 from tests.laws import by_paper, reference
 
@@ -79,18 +79,18 @@ def test_a_buffer_of_updates_from_older_models(executor: str) -> None:
     seconds = [3.0, 1.0, 2.5, 7.0, 1.5, 4.0, 2.0]
     mode = FedBuff(concurrency=4, seconds=seconds)
     got, strategy = trained(executor, mode=mode, clients_per_round=3)
-    arrivals = Arrivals(0, 7, 3, 4, lambda client, version: seconds[client])
-    flushes = [arrivals.of_round(round) for round in range(ROUNDS)]
-    assert any((flush.versions < round).any() for round, flush in enumerate(flushes))
+    simulation = AsyncSimulation(0, 7, 3, 4, lambda client, version: seconds[client])
+    rounds = [simulation.of_round(round) for round in range(ROUNDS)]
+    assert any((buffered.versions < round).any() for round, buffered in enumerate(rounds))
     of_world = by_paper.World(reference.dataset(dtype=torch.float64), reference.unequal_clients(), 3, 2)
-    pairs = [(flush.clients.tolist(), flush.versions.tolist()) for flush in flushes]
+    pairs = [(buffered.clients.tolist(), buffered.versions.tolist()) for buffered in rounds]
     assert same(got, by_paper.buffered(of_world, pairs, lambda late: float((1 + late) ** -0.5)))
     record = strategy.last_round
     assert record is not None
     assert record.simulated is not None
-    assert record.simulated.total == flushes[-1].time
+    assert record.simulated.total == rounds[-1].time
     assert record.staleness is not None
-    assert record.staleness.tolist() == (ROUNDS - 1 - flushes[-1].versions).tolist()
+    assert record.staleness.tolist() == (ROUNDS - 1 - rounds[-1].versions).tolist()
 
 
 @executors

@@ -21,7 +21,7 @@ from lightning.pytorch.accelerators import CPUAccelerator, CUDAAccelerator, MPSA
 from lightning_fedscale import FederatedStrategy
 from lightning_fedscale.core.executors import sequential
 from lightning_fedscale.core.round.notifier import Notifier
-from lightning_fedscale.core.round.run_settings import RunBoard
+from lightning_fedscale.core.round.run_settings_logger import RunSettingsLogger
 from tests.lightning_suite.reasons import read
 
 MODES = ("plain", "federated", "bare")
@@ -57,7 +57,9 @@ class OneBatchRounds(FederatedStrategy):
 
     def _set_epoch(self, rounds: int) -> None:
         boards = (
-            [] if self._federation is None else [c for c in self._trainer_of_fit.callbacks if isinstance(c, RunBoard)]
+            []
+            if self._federation is None
+            else [c for c in self._trainer_of_fit.callbacks if isinstance(c, RunSettingsLogger)]
         )
         for owner in (self, *boards):
             owner._options = owner._options._replace(rounds_per_epoch=rounds)
@@ -158,7 +160,7 @@ def _take_out_what_rounds_add() -> None:
     OneBatchRounds.bare = True
     Notifier._report = lambda self, record: self._log.send()  # type: ignore[method-assign]
     for name in ("on_train_start", "on_train_batch_end", "on_train_end"):
-        setattr(RunBoard, name, lambda self, *_: None)
+        setattr(RunSettingsLogger, name, lambda self, *_: None)
     local_step, call = sequential.local_step, sequential.SequentialExecutor._call
 
     def numbered_step(trainer: Trainer, correction: Any = None) -> Any:

@@ -9,12 +9,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lightning_fedscale.server.asynchrony import Arrivals, FedBuff
+from lightning_fedscale.server.asynchrony import AsyncSimulation, FedBuff
 
 
-def arrivals(clients: int, buffer: int, concurrency: int, seed: int = 0) -> Arrivals:
+def simulation(clients: int, buffer: int, concurrency: int, seed: int = 0) -> AsyncSimulation:
     speeds = np.random.default_rng(seed).uniform(1.0, 20.0, clients)
-    return Arrivals(seed, clients, buffer, concurrency, lambda client, version: float(speeds[client]))
+    return AsyncSimulation(seed, clients, buffer, concurrency, lambda client, version: float(speeds[client]))
 
 
 @settings(max_examples=40)
@@ -22,30 +22,30 @@ def arrivals(clients: int, buffer: int, concurrency: int, seed: int = 0) -> Arri
 def test_every_round_is_a_full_buffer_in_the_order_of_time(
     buffer: int, concurrency: int, spare: int, seed: int
 ) -> None:
-    made = arrivals(buffer + concurrency - 1 + spare, buffer, concurrency, seed)
+    made = simulation(buffer + concurrency - 1 + spare, buffer, concurrency, seed)
     before = 0.0
     for round in range(12):
-        flush = made.of_round(round)
-        assert len(set(flush.clients.tolist())) == buffer
-        assert (np.diff(flush.clients) > 0).all()
-        assert (flush.versions <= round).all()
-        assert flush.time >= before
-        assert flush.waiting <= round + 1
-        before = flush.time
+        buffered = made.of_round(round)
+        assert len(set(buffered.clients.tolist())) == buffer
+        assert (np.diff(buffered.clients) > 0).all()
+        assert (buffered.versions <= round).all()
+        assert buffered.time >= before
+        assert buffered.waiting <= round + 1
+        before = buffered.time
 
 
 def test_older_versions_are_kept_as_long_as_somebody_trains_from_them() -> None:
-    made = arrivals(30, 3, 9)
+    made = simulation(30, 3, 9)
     kept = {0}
     for round in range(60):
-        flush = made.of_round(round)
-        assert set(flush.versions.tolist()) <= kept | {round}
-        kept = {version for version in kept | {round} if version >= flush.waiting}
+        buffered = made.of_round(round)
+        assert set(buffered.versions.tolist()) <= kept | {round}
+        kept = {version for version in kept | {round} if version >= buffered.waiting}
         assert len(kept) < 30
 
 
 def test_how_far_it_was_asked_before_does_not_matter() -> None:
-    once, again = arrivals(20, 4, 8), arrivals(20, 4, 8)
+    once, again = simulation(20, 4, 8), simulation(20, 4, 8)
     last = once.of_round(25)
     for round in range(26):
         step = again.of_round(round)
@@ -55,24 +55,24 @@ def test_how_far_it_was_asked_before_does_not_matter() -> None:
 
 def test_by_hand() -> None:
     """Two clients of 2 and 3 seconds, no others, a buffer of one: an event list worked out on paper."""
-    made = Arrivals(0, 2, 1, 2, lambda client, version: (2.0, 3.0)[client])
-    flushes = [made.of_round(round) for round in range(5)]
-    assert [flush.time for flush in flushes] == [2.0, 3.0, 4.0, 6.0, 6.0]
+    made = AsyncSimulation(0, 2, 1, 2, lambda client, version: (2.0, 3.0)[client])
+    rounds = [made.of_round(round) for round in range(5)]
+    assert [buffered.time for buffered in rounds] == [2.0, 3.0, 4.0, 6.0, 6.0]
     # Client 0 comes at 2, 4, 6, client 1 at 3, 6; at 6 the one that started earlier is first (client 1, at 3).
-    assert [flush.clients.tolist() for flush in flushes] == [[0], [1], [0], [1], [0]]
-    assert [flush.versions.tolist() for flush in flushes] == [[0], [0], [1], [2], [3]]
+    assert [buffered.clients.tolist() for buffered in rounds] == [[0], [1], [0], [1], [0]]
+    assert [buffered.versions.tolist() for buffered in rounds] == [[0], [0], [1], [2], [3]]
 
 
 def test_same_as_a_simulation_of_another_kind() -> None:
     """As many clients as train at once and a buffer of one: every client comes again and again, by its own speed."""
     speeds = [1.5, 2.25, 4.0]
-    made = Arrivals(3, 3, 1, 3, lambda client, version: speeds[client])
+    made = AsyncSimulation(3, 3, 1, 3, lambda client, version: speeds[client])
     times = heapq.merge(*[[speed * n for n in range(1, 40)] for speed in speeds])
     assert [made.of_round(round).time for round in range(30)] == pytest.approx(list(times)[:30])
 
 
 def test_clients_that_do_not_answer_are_not_asked_to_train() -> None:
-    made = Arrivals(0, 10, 2, 3, lambda client, version: 1.0, lambda start, client: client >= 5)
+    made = AsyncSimulation(0, 10, 2, 3, lambda client, version: 1.0, lambda start, client: client >= 5)
     assert min(int(made.of_round(round).clients.min()) for round in range(20)) >= 5
 
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from lightning_fedscale.devices import DeviceClass, Population, estimate_memory
 from lightning_fedscale.devices.communication import star
-from lightning_fedscale.devices.fleet import Duty, Fleet, share_out
+from lightning_fedscale.devices.fleet import ClientWorkload, Fleet, share_out
 from lightning_fedscale.devices.performance import PerformanceModel, roofline, roofline_step_time
 from lightning_fedscale.devices.population import select
 from tests.networks import Classifier, mlp, vectors
@@ -28,7 +28,7 @@ def device(name: str, **figures: Any) -> DeviceClass:
 
 SLOW, FAST = device("slow"), device("fast", memory=MODEL.peak(200), flops=8e9, memory_bandwidth=8e9, latency=0.1)
 SIZE = MODEL.parameter_bytes
-DUTY = Duty(clients=5, local_steps=4, batch_size=32, largest=500, message_bytes=SIZE, update_bytes=SIZE)
+WORKLOAD = ClientWorkload(clients=5, local_steps=4, batch_size=32, largest=500, message_bytes=SIZE, update_bytes=SIZE)
 
 
 # ---- who has what
@@ -102,7 +102,7 @@ def test_the_order_of_clients_does_not_matter(given_: dict[str, Any], random: An
 
 def test_availability_is_a_function_of_round_and_client() -> None:
     population = Population({device("shy", availability=0.3): 1}, headroom=0.0)
-    fleet = Fleet(population, MODEL, 2000, DUTY)
+    fleet = Fleet(population, MODEL, 2000, WORKLOAD)
     everyone = np.arange(2000)
     one = fleet.select(7, 3, everyone, np.ones(2000), np.full(2000, 32.0), wanted=2000)
     assert 480 < len(one.clients) < 720
@@ -136,7 +136,7 @@ def test_sharing_out_keeps_the_mean(mean: float, classes: list[tuple[float, int,
 def test_rules() -> None:
     def sizes(rule: Any, **options: Any) -> list[int]:
         population = Population({SLOW: 0.5, FAST: 0.5}, batch_size=rule, headroom=0.0, **options)
-        return Fleet(population, MODEL, 10, DUTY).batch_sizes.tolist()
+        return Fleet(population, MODEL, 10, WORKLOAD).batch_sizes.tolist()
 
     assert sizes("largest") == [64, 200]
     assert sizes("loader") == [32, 32]
@@ -157,7 +157,7 @@ def test_rules() -> None:
 
 def test_simulated_seconds_by_hand() -> None:
     population = Population({SLOW: 0.5, FAST: 0.5}, headroom=0.0)
-    fleet = Fleet(population, MODEL, 10, DUTY)
+    fleet = Fleet(population, MODEL, 10, WORKLOAD)
     clients = np.arange(10)
     kinds = population.assign(10)
     seconds = fleet.seconds(clients, np.full(10, 3.0), 3.0 * fleet.batch_sizes_of(clients))
@@ -169,7 +169,7 @@ def test_simulated_seconds_by_hand() -> None:
 
 
 def test_table() -> None:
-    table = Fleet(Population({SLOW: 0.3, FAST: 0.7}, headroom=0.0), MODEL, 10, DUTY).table()
+    table = Fleet(Population({SLOW: 0.3, FAST: 0.7}, headroom=0.0), MODEL, 10, WORKLOAD).table()
     assert table["clients"].to_dict() == {"slow": 3, "fast": 7}
     assert table.loc["fast", "peak_bytes"] == MODEL.peak(200) == table.loc["fast", "memory"]
     assert table.loc["slow", "step_seconds"] == pytest.approx(roofline(MODEL.cost(64), SLOW))
@@ -205,9 +205,9 @@ def test_bad_arguments(shares: Any, options: dict[str, Any], message: str) -> No
 def test_devices_that_are_too_small() -> None:
     tiny = device("tiny", memory=1000)
     with pytest.raises(ValueError, match="device class 'tiny': a step with one sample takes"):
-        Fleet(Population({tiny: 1}), MODEL, 3, DUTY)
+        Fleet(Population({tiny: 1}), MODEL, 3, WORKLOAD)
     with pytest.raises(ValueError, match=r"batch_size=90 for device class 'slow'.* at most 64 fit"):
-        Fleet(Population({SLOW: 1}, batch_size={"slow": 90}, headroom=0.0), MODEL, 3, DUTY)
+        Fleet(Population({SLOW: 1}, batch_size={"slow": 90}, headroom=0.0), MODEL, 3, WORKLOAD)
 
 
 def test_over_selection_asks_for_more() -> None:

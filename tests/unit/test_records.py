@@ -195,12 +195,12 @@ def test_parameters_stay_trainable_if_a_client_of_any_rank_left_them_so() -> Non
 def test_a_word_to_one_rank_is_known_to_all() -> None:
     ranks = [RoundTable(plan_of([0, 1]), 2) for _ in range(2)]
     for rank, table in enumerate(ranks):
-        table.finish_rank(rank, 1.0, failed=False, leaves=rank == 1)
+        table.finish_rank(rank, 1.0, failed=False, preempted=rank == 1)
     packed = [table.pack().clone() for table in ranks]
-    assert [table.leaves() for table in ranks] == [False, True]
+    assert [table.preempted() for table in ranks] == [False, True]
     for table in ranks:
         table.unpack(packed[0] + packed[1])
-        assert table.leaves()
+        assert table.preempted()
         assert table.failed_ranks() == []
 
 

@@ -35,8 +35,8 @@ from lightning_fedscale.utils import randomness
 _UNMETERED: AbstractContextManager[Any] = nullcontext()
 
 
-class Guidance(Protocol):
-    """The individual parts of each client's training, requested when the client starts and when it ends."""
+class Pipeline(Protocol):
+    """What the chosen algorithm does to each client's training, requested when the client starts and when it ends."""
 
     def start(self, client: int) -> Tensor | None:
         """Return the model from which the client starts, as a vector; None for the global model."""
@@ -87,7 +87,7 @@ class RoundContext(NamedTuple):
         fetch: makes one batch of these dataset positions in this process.
         reopen: returns the collated batches of given clients again, in the given order or client by client.
         meter: measures the cost of clients' training; None for no measurement.
-        guidance: the individual parts of each client's training; None if there are none.
+        pipeline: what the chosen algorithm does to each client's training; None for plain FedAvg.
         own: the server's values of the personal tensors, as the module was built, by name.
         largest: keeps the buffers of the client with the most samples; None if they are not needed.
         timed: whether local batches are timed; batches of known cost should then not be counted again.
@@ -105,7 +105,7 @@ class RoundContext(NamedTuple):
     fetch: Callable[[list[int]], Any]
     reopen: Callable[[list[LocalWork], Iterable[tuple[int, int]] | None], Iterator[Any]]
     meter: Meter | None = None
-    guidance: Guidance | None = None
+    pipeline: Pipeline | None = None
     own: Mapping[str, Tensor] = MappingProxyType({})
     largest: LargestClient | None = None
     timed: bool = False
@@ -213,7 +213,7 @@ class SequentialExecutor:
             else:
                 randomness.seed_globals(work.seed, self._device)
             self._prepare(work.client)
-            origin = self._guide(context, work.client, server_origin)
+            origin = self._begin_client(context, work.client, server_origin)
             own.load(work.client)
             self._watcher.client_started(work.client)
             started = time.perf_counter()
@@ -252,14 +252,14 @@ class SequentialExecutor:
         view.forget(delta)
         self.close_round()
 
-    def _guide(self, context: RoundContext, client: int, origin: Tensor) -> Tensor:
+    def _begin_client(self, context: RoundContext, client: int, origin: Tensor) -> Tensor:
         """Set the client's start and correction; return the origin of its delta."""
-        guidance = context.guidance
-        if guidance is not None and (start := guidance.start(client)) is not None:
+        pipeline = context.pipeline
+        if pipeline is not None and (start := pipeline.start(client)) is not None:
             context.exchange.view.write(start)
             origin = context.exchange.origin(start)
         if self._correction is not None:
-            own = None if guidance is None else guidance.correction(client)
+            own = None if pipeline is None else pipeline.correction(client)
             self._correction.begin(context.exchange, own or Correction())
         return origin
 
@@ -381,19 +381,19 @@ class Personal:
     """The personal tensors of each client; after each client the server's values, as built, are restored."""
 
     def __init__(self, context: RoundContext) -> None:
-        self._guidance = context.guidance
+        self._pipeline = context.pipeline
         self._exchange = context.exchange
         self._servers = context.own
 
     def load(self, client: int) -> None:
         """Write this client's personal tensors to the module."""
-        if self._guidance is not None:
-            self._exchange.write_personal(self._guidance.personal(client))
+        if self._pipeline is not None:
+            self._exchange.write_personal(self._pipeline.personal(client))
 
     def keep(self, client: int, update: ClientUpdate) -> None:
         """Store the client's personal tensors after its training, unless its update is not finite."""
-        if self._guidance is not None and update.finite and (values := self._exchange.copy_personal()):
-            self._guidance.keep_personal(client, values)
+        if self._pipeline is not None and update.finite and (values := self._exchange.copy_personal()):
+            self._pipeline.keep_personal(client, values)
 
     def restore(self) -> None:
         """Write the server's values to the module."""

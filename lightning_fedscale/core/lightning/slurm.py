@@ -25,25 +25,29 @@ class Requeue(Callback):
 
     Args:
         trainer: the Trainer, before it sets its signal handlers.
+
+    Attributes:
+        requested: whether this rank has received the signal.
+        agreed: whether any rank has, as all ranks know from the round's collective.
     """
 
     def __init__(self, trainer: pl.Trainer) -> None:
         self._connector = trainer._signal_connector
         self._answer = self._connector._slurm_sigusr_handler_fn
         self._signal: int = signal.SIGTERM  # replaced by the received one
-        self.heard = False
+        self.requested = False
         self.agreed = False
 
     def take_over(self) -> Callable[[], None]:
-        """Hear the signal in Lightning's place; returns what undoes it."""
-        return replaced(self._connector, "_slurm_sigusr_handler_fn", self.hear)
+        """Receive the signal in Lightning's place; return a function that undoes it."""
+        return replaced(self._connector, "_slurm_sigusr_handler_fn", self.request)
 
-    def hear(self, signum: int, frame: Any) -> None:
-        """Record the signal, as its handler."""
-        self._signal, self.heard = signum, True
+    def request(self, signum: int, frame: Any) -> None:
+        """Handle the signal: record that SLURM has requested a checkpoint."""
+        self._signal, self.requested = signum, True
 
     def on_train_batch_end(self, *_: Any) -> None:
         """Save a checkpoint and requeue the job if all ranks have agreed, at the end of the round."""
         if self.agreed:
-            self.heard = self.agreed = False
+            self.requested = self.agreed = False
             self._answer(self._signal, None)  # type: ignore[arg-type]  # the frame, which it does not look at

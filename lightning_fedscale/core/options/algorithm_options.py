@@ -44,8 +44,8 @@ class AlgorithmOptions(NamedTuple):
         return BufferPolicies(self.buffers, self.aggregator.hides_clients, self.privacy is not None)
 
     @property
-    def guided(self) -> bool:
-        """Whether a client does anything that differs from FedAvg."""
+    def needs_pipeline(self) -> bool:
+        """Whether a client does anything that differs from FedAvg, so that rounds need a `ClientPipeline`."""
         return bool(self.own) or any(rule is not None for rule in (self.local_rule, self.compressor, self.privacy))
 
     @property

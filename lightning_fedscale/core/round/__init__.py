@@ -19,8 +19,8 @@ crosses ranks; before it, the clients' states have moved to the ranks that train
       |                   client 12              client 9
       |                     batch                  batch batch batch
       |                     -> update              -> update
-      |                   sums and table         sums and table           RoundSums.add, ClientRows.add
-      |                   ***** one sum over both ranks *****             RoundSums.merge
+      |                   sums and table         sums and table           RoundAccumulator.add, ClientRows.add
+      |                   ***** one sum over both ranks *****             RoundAccumulator.merge
       |                   aggregate -> delta, the same on both            GlobalModel.aggregate
       |                   server step -> the next global model            GlobalModel.move
       |                   the states that are kept become valid           RoundRunner._commit

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lightning_fedscale.core.executors import ClientLoader, Exchange, Transfer
 from lightning_fedscale.core.executors.meter import ClientMeter
-from lightning_fedscale.core.lightning.half_batches import mean_gradient
+from lightning_fedscale.core.lightning.half_batch_gradients import mean_gradient
 from lightning_fedscale.core.plan import LocalWork
 from lightning_fedscale.utils import randomness
 from lightning_fedscale.utils.flat_view import as_real

@@ -23,8 +23,8 @@ from lightning_fedscale.core.plan import (
     sampled,
     steps_from,
 )
-from lightning_fedscale.devices.fleet import Duty, Fleet
-from lightning_fedscale.server.asynchrony import Arrivals, FedBuff
+from lightning_fedscale.devices.fleet import ClientWorkload, Fleet
+from lightning_fedscale.server.asynchrony import AsyncSimulation, FedBuff
 from lightning_fedscale.types import Cohort, Cursor, FloatArray, IntArray
 from lightning_fedscale.utils import randomness
 
@@ -64,7 +64,7 @@ class ClientData:
         self.partition = options.partition(self.loader.dataset)
         self.fleet: Fleet | None = None
         self._passes: dict[tuple[int, int], tuple[int, int]] = {}
-        self._arrivals: Arrivals | None = None
+        self._simulation: AsyncSimulation | None = None
         self._options = options
         self._world_size = world_size
         self.cohort_size = options.cohort_size(self.partition.num_clients)
@@ -120,7 +120,7 @@ class ClientData:
                 f" Population(..., min_clients={self._world_size}) or use fewer devices."
             )
 
-    def duty(self, message_bytes: int, update_bytes: int) -> Duty:
+    def workload(self, message_bytes: int, update_bytes: int) -> ClientWorkload:
         """Return the work of the clients in a round, from which their hardware is simulated."""
         options, sizes = self._options, self.partition.sizes
         per_pass = float(sizes.mean()) / self.loader.batch_size
@@ -128,13 +128,13 @@ class ClientData:
         # Where tails are dropped, a larger batch would leave the smallest client without any.
         most = int(sizes.min() if self.loader.drop_last else sizes.max())
         steps *= options.algorithm.passes
-        return Duty(self.cohort_size, steps, self.loader.batch_size, most, message_bytes, update_bytes)
+        return ClientWorkload(self.cohort_size, steps, self.loader.batch_size, most, message_bytes, update_bytes)
 
     def plan(self, round: int, losses: Mapping[int, float]) -> RoundPlan:
         """Return the cohort of a round and the rank of each client, given the clients' last known losses."""
         steps = self._options.steps_in(round)
         if self._options.asynchrony is not None:
-            return self._plan_of_arrivals(self._options.asynchrony, round, steps)
+            return self._plan_buffered(self._options.asynchrony, round, steps)
         asked, simulate = self._asked(), None
         if (fleet := self.fleet) is not None:
             simulate = partial(self._simulate, fleet, round, steps)
@@ -186,17 +186,17 @@ class ClientData:
         if largest:
             rule.init(torch.zeros(0, dtype=torch.float64), Cohort(at, np.arange(largest), count, 0, options.seed))
 
-    def _plan_of_arrivals(self, asynchrony: FedBuff, round: int, local_steps: int | None) -> RoundPlan:
-        if self._arrivals is None:
+    def _plan_buffered(self, asynchrony: FedBuff, round: int, local_steps: int | None) -> RoundPlan:
+        if self._simulation is None:
             count, options, fleet = self.partition.num_clients, self._options, self.fleet
             concurrency = asynchrony.concurrent(self.cohort_size, count)
             answers = (lambda start, client: True) if fleet is None else partial(fleet.answers, options.seed)
-            self._arrivals = Arrivals(
+            self._simulation = AsyncSimulation(
                 options.seed, count, self.cohort_size, concurrency, partial(self._seconds, asynchrony), answers
             )
-        flush = self._arrivals.of_round(round)
-        ranks = place_longest_first(self._cost(local_steps, flush.clients), self._world_size)
-        return RoundPlan(round, flush.clients, ranks, local_steps=local_steps, arrived=flush)
+        buffered = self._simulation.of_round(round)
+        ranks = place_longest_first(self._cost(local_steps, buffered.clients), self._world_size)
+        return RoundPlan(round, buffered.clients, ranks, local_steps=local_steps, buffered=buffered)
 
     def _seconds(self, asynchrony: FedBuff, client: int, version: int) -> float:
         if asynchrony.seconds is not None:

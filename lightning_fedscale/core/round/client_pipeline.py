@@ -1,4 +1,4 @@
-"""The way from a client to the server's sums: rules act on the client's start, gradients and update."""
+"""What the chosen algorithm does to a client: its start, its gradients, and its update on the way to the server."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ DITTO_BUFFERS = "ditto_buffers"
 """Names of what clients and the server keep."""
 
 
-class Sent(NamedTuple):
-    """What the server receives from a client.
+class Contribution(NamedTuple):
+    """What a client contributes to the round, as the server receives it.
 
     Attributes:
         update: as the server sees it.
         message: the local rule's second vector.
         weight: of the update.
-        bytes: number of bytes that the client sent.
+        bytes: number of bytes that the client sends.
         normalizer: see `lightning_fedscale.local_rules.Report`.
         within: 1 if the update was not clipped for privacy.
     """
@@ -45,11 +45,11 @@ class Sent(NamedTuple):
     within: float = 0.0
 
 
-class Uplink:
-    """A round's way from the clients of this rank to the server's sums.
+class ClientPipeline:
+    """What the chosen algorithm does to the clients of this rank in a round.
 
     Args:
-        algorithm: the rules that act on the way.
+        algorithm: local rule, compressor, privacy and personal tensors.
         store: what clients keep.
         exchange: the module's tensors.
         cohort: who takes part.
@@ -89,7 +89,7 @@ class Uplink:
         self._tallies: dict[int, ClientMeter] = {}  # of these gradients
         self._corrections: dict[int, int] = {}  # operations for each element in every step
 
-    # ---- before and while a client trains: see `lightning_fedscale.core.executors.sequential.Guidance`
+    # ---- before and while a client trains: see `lightning_fedscale.core.executors.sequential.Pipeline`
 
     def start(self, client: int) -> Tensor | None:
         """Return the model that the client starts from; None is the global one."""
@@ -125,14 +125,14 @@ class Uplink:
 
     # ---- what it sends
 
-    def send(self, update: ClientUpdate) -> Sent:
+    def send(self, update: ClientUpdate) -> Contribution:
         """Take an update from its client to the server; it may be changed in place.
 
         What the client keeps is staged. An update that is not finite is returned as it is.
         """
         algorithm, exchange = self._algorithm, self._exchange
         if not update.finite:
-            return Sent(update, None, algorithm.weigh(update), self._plain_bytes())
+            return Contribution(update, None, algorithm.weigh(update), self._plain_bytes())
         delta = update.delta[: exchange.view.trainable]
         message, normalizer, within = None, 1.0, 0.0
         if algorithm.local_rule is not None:
@@ -149,7 +149,7 @@ class Uplink:
             self._round(delta)
         if scale is not None or any(rule is not None for rule in algorithm[:3]):
             update = update._replace(norm=float(torch.linalg.vector_norm(delta)))
-        return Sent(update, message, algorithm.weigh(update), sent, normalizer, within)
+        return Contribution(update, message, algorithm.weigh(update), sent, normalizer, within)
 
     def _finish(self, rule: LocalRule, update: ClientUpdate, delta: Tensor) -> tuple[Tensor | None, float]:
         client = update.client
@@ -192,8 +192,8 @@ class Uplink:
         return update_bytes(self._algorithm._replace(compressor=None), self._exchange)
 
 
-class PersonalModels:
-    """The start and the correction of clients that each train a personal model.
+class PersonalPipeline:
+    """What Ditto does to clients that each train a personal model, which is not sent.
 
     Args:
         ditto: how strongly they are pulled to the global model.

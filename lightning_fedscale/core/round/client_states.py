@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from lightning_fedscale.core.client_state import ClientStore, StateStore, tiers_of
-from lightning_fedscale.core.client_state.ownership import Custody
+from lightning_fedscale.core.client_state.placement import StatePlacement
 from lightning_fedscale.core.executors import Exchange
 from lightning_fedscale.core.options.options import Options
 from lightning_fedscale.core.plan import RoundPlan
@@ -33,7 +33,7 @@ class ClientStates:
     def __init__(self, options: Options, rank: int, world_size: int, *, device: torch.device, processes: int) -> None:
         self.store = ClientStore(StateStore(tiers_of(device, options.client_state_memory, processes)))
         keeps = options.keep_optimizers or options.algorithm.keep_state
-        self._custody = Custody(self.store, rank, world_size, device) if keeps else None
+        self._placement = StatePlacement(self.store, rank, world_size, device) if keeps else None
         self._rank = rank
         self._world_size = world_size
         self._counts_steps = options.local_steps is not None
@@ -41,8 +41,8 @@ class ClientStates:
 
     def fetch(self, plan: RoundPlan) -> None:
         """Move the states of the cohort to the ranks of this round; call it on all ranks."""
-        if self._custody is not None:
-            self._custody.fetch(plan)
+        if self._placement is not None:
+            self._placement.fetch(plan)
 
     def commit(self, plan: RoundPlan, cursors: dict[int, Cursor]) -> None:
         """Make the staged states valid, now that the round is complete.
@@ -55,8 +55,8 @@ class ClientStates:
             for client, cursor in cursors.items():
                 self.store.stage(client, cursor)
         self.store.commit()
-        if self._custody is not None:
-            self._custody.commit(plan)
+        if self._placement is not None:
+            self._placement.commit(plan)
 
     def rollback(self) -> None:
         """Discard what was staged in a round that failed."""
@@ -64,7 +64,7 @@ class ClientStates:
 
     def holder(self, client: int) -> int | None:
         """Return the rank that has the client's states; None if any rank will do."""
-        return None if self._custody is None else self._custody.holder(client)
+        return None if self._placement is None else self._placement.holder(client)
 
     def personal_model(self, client: int, state: dict[str, Any], exchange: Exchange) -> dict[str, Any] | None:
         """Return the module's state dict with the client's own values in it; None if another rank has them.
@@ -92,17 +92,17 @@ class ClientStates:
         Raises:
             RuntimeError: inside a client if states lie on several ranks, which do not wait for each other there.
         """
-        if self._custody is None:
+        if self._placement is None:
             return self.store.state_dict()
         if in_client and self._world_size > 1:
             raise RuntimeError(
                 "save_checkpoint inside a client: with client_optimizer='keep' on several ranks the clients'"
                 " optimizers can only be collected between rounds. Save from a callback's on_train_batch_end."
             )
-        return self._custody.state_dict()
+        return self._placement.state_dict()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Resume from saved states, which every rank has read."""
         self.store.load_state_dict(state)
-        if self._custody is not None:
-            self._custody.reset()
+        if self._placement is not None:
+            self._placement.reset()

@@ -18,7 +18,7 @@ from lightning_fedscale.core.round.module_tensors import ModuleTensors
 from lightning_fedscale.core.round.notifier import Notifier
 from lightning_fedscale.core.round.run_totals import RunTotals
 from lightning_fedscale.core.round.server_step import GlobalModel
-from lightning_fedscale.core.round.stale_models import OlderModels
+from lightning_fedscale.core.round.stale_models import StaleModels
 from lightning_fedscale.types import Cohort
 
 
@@ -65,7 +65,7 @@ class Fit:
         self.clients = ClientStates(options, rank, world_size, device=self.device, processes=processes)
         self.tensors = ModuleTensors(trainer, options)
         self.server = GlobalModel(options.algorithm, options.server_optimizer, options.downlink_compressor)
-        self.stale = OlderModels(options.asynchrony)
+        self.stale = StaleModels(options.asynchrony)
         self.totals = RunTotals(options.sampler)
         self.log = ClientLog(trainer, options.client_log_every_n, world_size)
         self.notifier = Notifier(trainer, self.log)

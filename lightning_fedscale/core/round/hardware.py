@@ -51,8 +51,8 @@ def simulated_fleet(
         down = model_bytes(options.algorithm, exchange)
         if (downlink := options.downlink_compressor) is not None:
             down += size_of_message(downlink, exchange) - exchange.trainable_bytes
-        duty = data.duty(down, update_bytes(options.algorithm, exchange))
-        fleet = Fleet(population, model, data.partition.num_clients, duty)
+        workload = data.workload(down, update_bytes(options.algorithm, exchange))
+        fleet = Fleet(population, model, data.partition.num_clients, workload)
     for name, row in fleet.table().iterrows():
         rank_zero_info(
             f"Federated: {row['clients']:,.0f} clients on {name} train with batches of {row['batch_size']:,.0f}"

@@ -44,7 +44,7 @@ class RoundTable:
         parts = [ClientRows.size_of(plan), world_size, world_size, num_parameters + 1, 1, 1, 1, SIDE, _TIMINGS]
         self._numbers = np.zeros(sum(parts) + num_logged)
         cells, self._busy, self._failed, self._trainable, *others = np.split(self._numbers, np.cumsum(parts))
-        self._slots, self._leave, self._odd, self._side, self._timing, self.logged = others
+        self._slots, self._preempted, self._odd, self._side, self._timing, self.logged = others
         self.clients = ClientRows(plan, cells)
 
     def set_logged(self, numbers: FloatArray) -> None:
@@ -61,7 +61,7 @@ class RoundTable:
         return flags if anybody else None
 
     def finish_rank(
-        self, rank: int, seconds: float, *, failed: bool, leaves: bool = False, odd_buffers: bool = False
+        self, rank: int, seconds: float, *, failed: bool, preempted: bool = False, odd_buffers: bool = False
     ) -> None:
         """Note how long this rank worked.
 
@@ -69,12 +69,12 @@ class RoundTable:
             rank: this one.
             seconds: of work.
             failed: whether an exception ended it.
-            leaves: whether the rank's job will end soon.
+            preempted: whether the rank's job will end soon.
             odd_buffers: whether buffers appeared, disappeared, or changed their shape.
         """
         self._busy[rank] = seconds
         self._failed[rank] = float(failed)
-        self._leave[0] = float(leaves)
+        self._preempted[0] = float(preempted)
         self._odd[0] = float(odd_buffers)
 
     def add_side(self, side: Sequence[float]) -> None:
@@ -113,9 +113,9 @@ class RoundTable:
         """Return whether buffers appeared, disappeared, or changed their shape on any rank."""
         return bool(self._odd[0] > 0)
 
-    def leaves(self) -> bool:
+    def preempted(self) -> bool:
         """Return whether the job of any rank will end soon."""
-        return bool(self._leave[0] > 0)
+        return bool(self._preempted[0] > 0)
 
     @property
     def round(self) -> int:
@@ -167,7 +167,7 @@ class RoundTable:
             padding=max(0.0, 1.0 - in_order(column("steps")) / float(self._slots[0])) if self._slots[0] else 0.0,
             idle=1.0 - float(self._busy.mean()) / slowest if slowest > 0 else 0.0,
             simulated=self._simulated(simulated_before, batch_sizes),
-            staleness=None if self._plan.arrived is None else self._plan.round - self._plan.arrived.versions,
+            staleness=None if self._plan.buffered is None else self._plan.round - self._plan.buffered.versions,
             forward_flops=column("forward"),
             backward_flops=column("backward"),
             optimizer_flops=column("optimizer"),
@@ -177,9 +177,9 @@ class RoundTable:
         )
 
     def _simulated(self, before: float, batch_sizes: IntArray | None) -> SimulatedRound | None:
-        if (arrived := self._plan.arrived) is not None:
-            sizes = np.zeros(len(arrived.clients), dtype=np.int64) if batch_sizes is None else batch_sizes
-            return SimulatedRound(arrived.time - before, arrived.time, sizes, arrived.durations, ())
+        if (buffered := self._plan.buffered) is not None:
+            sizes = np.zeros(len(buffered.clients), dtype=np.int64) if batch_sizes is None else batch_sizes
+            return SimulatedRound(buffered.time - before, buffered.time, sizes, buffered.durations, ())
         if self._plan.simulated is None:
             return None
         selection, chosen = self._plan.simulated

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 
 from lightning_fedscale.core.plan import LocalWork, RoundPlan
+from lightning_fedscale.core.round.accumulator import RoundAccumulator
 from lightning_fedscale.core.round.fit import Fit
-from lightning_fedscale.core.round.sums import RoundSums
 from lightning_fedscale.utils import randomness
 
 
@@ -114,6 +114,6 @@ def _fail_together(fit: Fit, plan: RoundPlan, started: float) -> None:
     fit.clients.fetch(plan)
     exchange = fit.tensors.exchange()
     table, cohort = fit.table(plan, exchange), fit.cohort(plan, exchange)
-    sums = RoundSums(fit.options.algorithm, exchange.view.empty(), cohort, table, fit.world_size)
+    accumulator = RoundAccumulator(fit.options.algorithm, exchange.view.empty(), cohort, table, fit.world_size)
     table.finish_rank(fit.rank, time.perf_counter() - started, failed=True)
-    sums.merge()
+    accumulator.merge()

@@ -15,11 +15,11 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
 from lightning_fedscale.core.executors import ExecutorTiming, LargestClient, RoundContext
-from lightning_fedscale.core.round.client_pipeline import PersonalModels, Sent, Uplink
+from lightning_fedscale.core.round.accumulator import RoundAccumulator
+from lightning_fedscale.core.round.client_pipeline import ClientPipeline, Contribution, PersonalPipeline
 from lightning_fedscale.core.round.costs import corrected, model_bytes, operations
 from lightning_fedscale.core.round.fit import Fit
 from lightning_fedscale.core.round.opening import OpenRound
-from lightning_fedscale.core.round.sums import RoundSums
 from lightning_fedscale.local_rules import Ditto
 from lightning_fedscale.types import ClientCost, ClientUpdate, RoundRecord
 from lightning_fedscale.utils import randomness
@@ -53,8 +53,8 @@ class RoundRunner:
         self._cursors = {item.client: item.cursor for item in opened.work}
         self._largest = LargestClient()
         states = fit.server.open_round(self._server, exchange.view.trainable)
-        guided = fit.options.algorithm.guided or opened.plan.arrived is not None
-        self._uplink = self._way_up(opened, states) if training and guided else None
+        needs_pipeline = fit.options.algorithm.needs_pipeline or opened.plan.buffered is not None
+        self._pipeline = self._make_pipeline(opened, states) if training and needs_pipeline else None
         self._context = RoundContext(
             round=opened.plan.round,
             work=opened.work,
@@ -68,7 +68,7 @@ class RoundRunner:
             fetch=fit.data.loader.fetch,
             reopen=partial(fit.batches.stream, opened.plan.round),
             meter=fit.meter,
-            guidance=self._uplink,
+            pipeline=self._pipeline,
             own={name: tensor.detach().clone() for name, tensor in exchange.personal.items()},
             largest=self._largest,
         )
@@ -105,20 +105,20 @@ class RoundRunner:
     def _train_and_merge(self) -> tuple[Tensor, Tensor | None]:
         """Train this rank's clients and add up the ranks; an exception on one rank is raised on all."""
         fit, table = self._fit, self._table
-        sums = RoundSums(fit.options.algorithm, self._server, self._cohort, table, fit.world_size)
+        accumulator = RoundAccumulator(fit.options.algorithm, self._server, self._cohort, table, fit.world_size)
         failure: Exception | None = None
         try:
             fit.notifier.round_started(self._plan.round, self._plan.cohort)
             with fit.scope.entered(self._context, draws=fit.executor.draws_from_globals), fit.log.collecting():
-                self._train_clients(sums)
+                self._train_clients(accumulator)
             if fit.world_size > 1:
                 table.set_logged(fit.log.joint.pack(fit.log.last_clients()))
         except Exception as error:
             # The other ranks wait for this one in the collective, where they learn of it.
             failure = error
         self._finish_rank(failed=failure is not None)
-        total, messages = sums.merge()  # *** the ranks meet here, once in a round ***
-        fit.requeue.agreed = table.leaves()
+        total, messages = accumulator.merge()  # *** the ranks meet here, once in a round ***
+        fit.requeue.agreed = table.preempted()
         if failure is not None:
             raise failure
         if failed := table.failed_ranks():
@@ -130,64 +130,65 @@ class RoundRunner:
             fit.log.joint.merge(table.logged)
         return total, messages
 
-    def _train_clients(self, sums: RoundSums) -> None:
-        """Train the clients, and add each update to the sums."""
+    def _train_clients(self, accumulator: RoundAccumulator) -> None:
+        """Train the clients, and add each update to the accumulator."""
         for update in self._fit.executor.run(self._context):
-            sent = self._send(update)
-            update = sent.update
+            contribution = self._contribution_of(update)
+            update = contribution.update
             if not update.without_batches:
                 self._table.add_trainable(self._exchange.trainable_now())
             if update.finite:
                 self._exchange.strip(update.delta)
-                sums.add(update, sent.weight, sent.message)
+                accumulator.add(update, contribution.weight, contribution.message)
         if (ditto := self._fit.options.algorithm.ditto) is not None and self._training:
             self._train_personal(ditto)
 
-    def _send(self, update: ClientUpdate) -> Sent:
+    def _contribution_of(self, update: ClientUpdate) -> Contribution:
         """Return what the server receives of an update, and note it in the round's table."""
-        algorithm, uplink, cost = self._fit.options.algorithm, self._uplink, update.cost or ClientCost()
-        if uplink is None:
-            sent = Sent(update, None, algorithm.weigh(update), float(self._exchange.message_bytes))
+        algorithm, pipeline, cost = self._fit.options.algorithm, self._pipeline, update.cost or ClientCost()
+        if pipeline is None:
+            contribution = Contribution(update, None, algorithm.weigh(update), float(self._exchange.message_bytes))
         else:
-            sent = uplink.send(update)
+            contribution = pipeline.send(update)
             if update.cost is not None:
-                cost = cost.plus(uplink.cost(update))
+                cost = cost.plus(pipeline.cost(update))
+        sent = 0.0 if contribution.update.without_batches else contribution.bytes
         self._table.clients.add(
-            sent.update,
-            sent.weight,
+            contribution.update,
+            contribution.weight,
             self._cursors[update.client],
             self._fit.executor.scaler_state(),
             cost,
-            (0.0 if sent.update.without_batches else sent.bytes, sent.normalizer, sent.within),
+            (sent, contribution.normalizer, contribution.within),
         )
-        return sent
+        return contribution
 
     def _train_personal(self, ditto: Ditto) -> None:
         """Train each client's personal model; nothing of it is logged, reported to callbacks or sent."""
         fit, exchange = self._fit, self._exchange
-        guidance = PersonalModels(ditto, fit.clients.store, exchange, self._server)
+        pipeline = PersonalPipeline(ditto, fit.clients.store, exchange, self._server)
         with fit.notifier.silenced():
-            for update in fit.executor.run_again(self._context._replace(guidance=guidance, largest=None)):
+            for update in fit.executor.run_again(self._context._replace(pipeline=pipeline, largest=None)):
                 if update.cost is not None:
-                    pulled = guidance.correction(update.client).operations
+                    pulled = pipeline.correction(update.client).operations
                     cost = update.cost.plus(corrected(pulled, update, exchange))
                     self._table.clients.add_cost(update.client, cost)
-                guidance.keep(update)
+                pipeline.keep(update)
 
     def _finish_rank(self, *, failed: bool) -> None:
         """Note in the table what the other ranks need to know of this one."""
         fit, table = self._fit, self._table
-        seconds, leaves = time.perf_counter() - self._started, fit.requeue.heard
+        seconds = time.perf_counter() - self._started
         odd = fit.tensors.has_odd_buffers(self._exchange, self._largest)
-        table.finish_rank(fit.rank, seconds, failed=failed, leaves=leaves, odd_buffers=odd)
+        table.finish_rank(fit.rank, seconds, failed=failed, preempted=fit.requeue.requested, odd_buffers=odd)
         table.add_executor(fit.executor.slots, fit.executor.timing)
         if fit.meter is not None:
             table.add_side(fit.meter.side())
 
-    def _way_up(self, opened: OpenRound, states: dict[str, Any]) -> Uplink:
+    def _make_pipeline(self, opened: OpenRound, states: dict[str, Any]) -> ClientPipeline:
         fit, exchange = self._fit, self._exchange
         work = {item.client: item for item in opened.work}
-        return Uplink(
+        return ClientPipeline(
             fit.options.algorithm,
             fit.clients.store,
             exchange,

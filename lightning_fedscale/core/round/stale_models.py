@@ -9,7 +9,7 @@ from lightning_fedscale.core.plan import RoundPlan
 from lightning_fedscale.server.asynchrony import FedBuff
 
 
-class OlderModels:
+class StaleModels:
     """Keeps each model as long as a client trains from it.
 
     Args:
@@ -32,9 +32,9 @@ class OlderModels:
 
     def keep(self, plan: RoundPlan, server: Tensor) -> None:
         """Keep the model that a complete round began with, and drop models that no client needs any more."""
-        if plan.arrived is not None:
+        if plan.buffered is not None:
             self._models[plan.round] = server
-            oldest = plan.arrived.waiting
+            oldest = plan.buffered.waiting
             self._models = {round: model for round, model in self._models.items() if round >= oldest}
 
     def state_dict(self) -> dict[int, Tensor]:
@@ -48,7 +48,7 @@ class OlderModels:
 
 def _late(plan: RoundPlan) -> list[tuple[int, int]]:
     """Return the clients that started from an older model, each with that model's round."""
-    if plan.arrived is None:
+    if plan.buffered is None:
         return []
-    pairs = zip(plan.arrived.clients.tolist(), plan.arrived.versions.tolist(), strict=True)
+    pairs = zip(plan.buffered.clients.tolist(), plan.buffered.versions.tolist(), strict=True)
     return [(client, version) for client, version in pairs if version < plan.round]

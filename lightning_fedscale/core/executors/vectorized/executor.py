@@ -23,8 +23,8 @@ from lightning_fedscale.core.executors.device_cache import DeviceData
 from lightning_fedscale.core.executors.exchanged_tensors import Exchange
 from lightning_fedscale.core.executors.meter import ClientMeter
 from lightning_fedscale.core.executors.sequential import (
-    Guidance,
     Personal,
+    Pipeline,
     RoundContext,
     SequentialExecutor,
     Watcher,
@@ -351,7 +351,7 @@ class VectorizedExecutor:
         lengths = [len(work.batches) for work in wave]
         side.ran_python, side.about_to_run_python = False, around.note
         states = [self._start_of(work.client) for work in wave]
-        self._starts = [_start(context.guidance, work.client) for work in wave] if context.guidance is not None else []
+        self._starts = [_start(context.pipeline, work.client) for work in wave] if context.pipeline is not None else []
         started = time.perf_counter()  # excludes, in both executors, what rules compute before the first step
         self._wave.begin(context.exchange, states, self._starts)
         streams = ClientStreams(lambda row: wave[row].seed, self._device)
@@ -552,8 +552,8 @@ class VectorizedExecutor:
                     cost=trained.tallies[row].total(trained.optimizer_steps[row]) if trained.tallies else None,
                     optimizer_steps=trained.optimizer_steps[row],
                 )
-                if context.guidance is not None and exchange.personal and update.finite:
-                    context.guidance.keep_personal(work.client, self._wave.of_client(exchange, exchange.personal, row))
+                if context.pipeline is not None and exchange.personal and update.finite:
+                    context.pipeline.keep_personal(work.client, self._wave.of_client(exchange, exchange.personal, row))
                 if context.largest is not None:
                     context.largest.offer(update, partial(self._wave.of_client, exchange, exchange.largest, row))
                 if self._keep and trained_any:
@@ -597,8 +597,8 @@ class _Unequal:
         raise NotVectorizable("training_step asks for trainer.is_last_batch, which differs between clients of one step")
 
 
-def _start(guidance: Guidance, client: int) -> ClientStart:
-    return ClientStart(guidance.start(client), guidance.personal(client), guidance.correction(client))
+def _start(pipeline: Pipeline, client: int) -> ClientStart:
+    return ClientStart(pipeline.start(client), pipeline.personal(client), pipeline.correction(client))
 
 
 def _alike(work: Sequence[LocalWork]) -> list[LocalWork]:

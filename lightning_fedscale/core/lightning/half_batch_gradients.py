@@ -18,7 +18,7 @@ from lightning_fedscale.devices.profiling.stubs import TrainerView, silence
 from lightning_fedscale.utils.randomness import untouched
 
 
-class Halves(NamedTuple):
+class HalfBatchGradients(NamedTuple):
     """The gradients of both halves of a batch.
 
     Attributes:
@@ -39,7 +39,9 @@ class Halves(NamedTuple):
         return [a * (m / (m + n)) + b * (n / (m + n)) for a, b in zip(first, second, strict=True)]
 
 
-def half_gradients(trainer: pl.Trainer, module: pl.LightningModule, batch: Any, batch_idx: int = 0) -> Halves | None:
+def half_batch_gradients(
+    trainer: pl.Trainer, module: pl.LightningModule, batch: Any, batch_idx: int = 0
+) -> HalfBatchGradients | None:
     """Return the gradients of both halves of a batch, computed by the module's own ``training_step``.
 
     The step runs on a copy of the module, in the Trainer's precision. It logs nothing and does not change metrics,
@@ -63,16 +65,16 @@ def half_gradients(trainer: pl.Trainer, module: pl.LightningModule, batch: Any, 
         return None
     middle, gradients = samples // 2, list[list[Tensor]]()
     with untouched():
-        twin = _Twin(trainer, module)
+        copy = _ModuleCopy(trainer, module)
         for part in (slice(None, middle), slice(middle, None)):
-            found = twin.gradient(_cut(batch, part), batch_idx)
+            found = copy.gradient(_cut(batch, part), batch_idx)
             if found is None:
                 return None
             gradients.append(list(found.values()))
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         if (hook := getattr(callback, "on_probe", None)) is not None:
             hook(trainer, batch)
-    return Halves((gradients[0], gradients[1]), (middle, samples - middle))
+    return HalfBatchGradients((gradients[0], gradients[1]), (middle, samples - middle))
 
 
 def mean_gradient(
@@ -81,7 +83,7 @@ def mean_gradient(
     batches: Iterable[tuple[Any, int]],
     metered: Callable[[Any, int], AbstractContextManager[Any]] = lambda batch, samples: nullcontext(),
 ) -> dict[str, Tensor]:
-    """Return the mean gradient of some batches, weighted by their samples, without side effects as in `half_gradients`.
+    """Return the mean gradient of some batches, weighted by their samples, without side effects.
 
     Args:
         trainer: the Trainer.
@@ -95,17 +97,17 @@ def mean_gradient(
     total: dict[str, Tensor] = {}
     samples = 0
     with untouched():
-        twin = _Twin(trainer, module)
+        copy = _ModuleCopy(trainer, module)
         for batch_idx, (batch, size) in enumerate(batches):
             with metered(batch, size):
-                found = twin.gradient(batch, batch_idx) or {}
+                found = copy.gradient(batch, batch_idx) or {}
             for name, gradient in found.items():
                 total[name] = gradient * size if name not in total else total[name].add_(gradient, alpha=size)
             samples += size
-    return {n: total[n] / samples if n in total else torch.zeros_like(p) for n, p in twin.parameters.items()}
+    return {n: total[n] / samples if n in total else torch.zeros_like(p) for n, p in copy.parameters.items()}
 
 
-class _Twin:
+class _ModuleCopy:
     """A copy of the module that logs nothing and has no side effects."""
 
     def __init__(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:

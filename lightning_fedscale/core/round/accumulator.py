@@ -11,7 +11,7 @@ from lightning_fedscale.types import ClientUpdate, Cohort
 from lightning_fedscale.utils import collectives
 
 
-class RoundSums:
+class RoundAccumulator:
     """The aggregator's accumulator, and the sum of the local rule's messages if it has any.
 
     With several ranks, both are views of one buffer, in which they and the table are summed over ranks.

@@ -42,7 +42,7 @@ _COMPARED = (
 """The metrics by which runs of a sweep are compared, besides the user's own."""
 
 
-class RunBoard(Callback):
+class RunSettingsLogger(Callback):
     """Logs the run's settings when it begins, and its HParams once the first metrics are known.
 
     Args:

@@ -14,7 +14,7 @@ from lightning_fedscale.utils import collectives
 _PARCEL = 1 << 26  # bytes, so that a rank never holds a checkpoint's states twice
 
 
-class Custody:
+class StatePlacement:
     """Keeps a client's state on the rank that trained it last, and moves it when another rank trains the client.
 
     Every rank knows every plan, hence every state's holder, and only the states that move are sent. If clients keep
