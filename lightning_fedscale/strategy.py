@@ -17,7 +17,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
-from lightning_fedscale import samplers, server
+from lightning_fedscale import samplers
 from lightning_fedscale.aggregators import Aggregator
 from lightning_fedscale.compressors import Compressor
 from lightning_fedscale.core.executors.meter import Meter
@@ -31,9 +31,9 @@ from lightning_fedscale.core.lightning.trainer_state import (
     validate_together,
     without_placeholder_metric,
 )
-from lightning_fedscale.core.options import compatibility as combinations
-from lightning_fedscale.core.options import options as arguments
-from lightning_fedscale.core.options import trainer_checks as refusals
+from lightning_fedscale.core.options import compatibility, trainer_checks
+from lightning_fedscale.core.options.argument_checks import check_processes
+from lightning_fedscale.core.options.options import checked
 from lightning_fedscale.core.options.settings import method_of
 from lightning_fedscale.core.round.federation import Federation
 from lightning_fedscale.core.round.run_settings_logger import RunSettingsLogger
@@ -189,7 +189,8 @@ class FederatedStrategy(ReusableStrategy):
         timeout: timedelta = _THIRTY_MINUTES,
         start_method: Literal["popen", "spawn", "fork", "forkserver"] = "popen",
     ) -> None:
-        arguments.check_processes(start_method, timeout, process_group_backend)
+        given = locals()
+        check_processes(start_method, timeout, process_group_backend)
         super().__init__(
             accelerator=accelerator,
             parallel_devices=parallel_devices,
@@ -200,41 +201,15 @@ class FederatedStrategy(ReusableStrategy):
             timeout=timeout,
             start_method=start_method,
         )
-        self._options = arguments.check(
-            num_clients=num_clients,
-            clients_per_round=clients_per_round,
-            partitioner=partitioner,
-            local_epochs=local_epochs,
-            local_steps=local_steps,
-            rounds_per_epoch=rounds_per_epoch,
-            sampler=sampler,
-            local_rule=local_rule,
-            aggregator=aggregator,
-            server_optimizer=server.fed_avg() if server_optimizer is None else server_optimizer,
-            compressor=compressor,
-            downlink_compressor=downlink_compressor,
-            privacy=privacy,
-            personal=personal,
-            buffers=buffers,
-            mode=mode,
-            client_optimizer=client_optimizer,
-            executor=executor,
-            clients_per_wave=clients_per_wave,
-            verify_executor=verify_executor,
-            cache_dataset=cache_dataset,
-            client_log_every_n=client_log_every_n,
-            client_state_memory=client_state_memory,
-            population=population,
-            seed=seed,
-        )
-        combinations.check_arguments(self._options)
+        self._options = checked(given)
+        compatibility.check_arguments(self._options)
         self._federation: Federation | None = None
         self._share: float | int = 1.0
         self._undo: ExitStack | None = None
 
     def __repr__(self) -> str:
         # The Trainer of the other Lightning package shows this when it refuses the object.
-        return f"<{refusals.of_package(type(self).__name__)}>"
+        return f"<{trainer_checks.of_package(type(self).__name__)}>"
 
     @property
     def last_round(self) -> RoundRecord | None:
@@ -414,7 +389,7 @@ class FederatedStrategy(ReusableStrategy):
         """Make each Trainer step a round, then set up model and optimizers as for a single device."""
         if trainer.state.fn == TrainerFn.FITTING:
             self._close_fit()
-            refusals.check_fit(
+            trainer_checks.check_fit(
                 trainer,
                 device=self.root_device,
                 processes=self._processes,
@@ -434,8 +409,8 @@ class FederatedStrategy(ReusableStrategy):
         super().setup_optimizers(trainer)
         assert self.lightning_module is not None
         assert self._federation is not None
-        refusals.check_optimizers(self.lightning_module, self.optimizers)
-        combinations.check_optimizers(self._options, self.lightning_module, self.optimizers)
+        trainer_checks.check_optimizers(self.lightning_module, self.optimizers)
+        compatibility.check_optimizers(self._options, self.lightning_module, self.optimizers)
         self._federation.attach_optimizers(self.optimizers)
 
     def process_dataloader(self, dataloader: object) -> object:
@@ -450,7 +425,7 @@ class FederatedStrategy(ReusableStrategy):
         Raises:
             ValueError: with the reason and the remedy.
         """
-        refusals.check_loaders_and_schedulers(self._trainer_of_fit)
+        trainer_checks.check_loaders_and_schedulers(self._trainer_of_fit)
         assert self._federation is not None
         self._federation.equip()
 

@@ -6,6 +6,7 @@ one Trainer step is then one batch, and an epoch is one pass over the data. By l
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
 import os
@@ -62,10 +63,10 @@ class OneBatchRounds(FederatedStrategy):
             else [c for c in self._trainer_of_fit.callbacks if isinstance(c, RunSettingsLogger)]
         )
         for owner in (self, *boards):
-            owner._options = owner._options._replace(rounds_per_epoch=rounds)
+            owner._options = dataclasses.replace(owner._options, rounds_per_epoch=rounds)
         if self._federation is not None:
             fit = self._federation.fit
-            fit.options = fit.options._replace(rounds_per_epoch=rounds)
+            fit.options = dataclasses.replace(fit.options, rounds_per_epoch=rounds)
 
     def _set(self, owner: Any, name: str, value: object) -> None:
         if not (self.bare and name == "_default_hp_metric"):

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import inspect
 import pickle
+from dataclasses import fields, replace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from lightning.pytorch.strategies import DDPStrategy
 
 from lightning_fedscale import FederatedStrategy, Partition, partitioners, samplers, server
 from lightning_fedscale.core.options.options import Options
@@ -121,6 +124,11 @@ def test_refuses(arguments: dict[str, Any], kind: type[Exception], message: str)
         FederatedStrategy(**arguments)
 
 
+def test_options_are_the_arguments_of_the_strategy_without_those_of_ddp() -> None:
+    given, of_ddp = inspect.signature(FederatedStrategy).parameters, inspect.signature(DDPStrategy).parameters
+    assert [each.name for each in fields(Options)] == [name for name in given if name not in of_ddp]
+
+
 @pytest.mark.parametrize(
     ("arguments", "epochs", "steps"),
     [
@@ -224,7 +232,7 @@ def test_pickles_as_spawn_needs(arguments: dict[str, Any]) -> None:
     assert torch.equal(steps[0]["w"], steps[1]["w"])
 
     def plain(options: Options) -> Options:
-        return options._replace(partitioner=None, algorithm=None, server_optimizer=None)  # type: ignore[arg-type]
+        return replace(options, partitioner=None, aggregator=None, server_optimizer=None)  # type: ignore[arg-type]
 
     assert plain(new) == plain(old)
 

@@ -114,7 +114,7 @@ def test_tracebacks_show_the_real_lines() -> None:
     frames = {(frame.filename, frame.name): frame.line for frame in traceback.extract_tb(caught.tb)}
     (line,) = (line for (file, name), line in frames.items() if file.endswith("strategy.py") and name == "__init__")
     assert line is not None
-    assert line.startswith("self._options = arguments.check(")
+    assert line == "self._options = checked(given)"
 
 
 def test_what_is_pickled_is_found_in_a_new_process() -> None:

@@ -1,75 +1,95 @@
-"""The arguments of `FederatedStrategy`, checked once and in one place."""
+"""The arguments of `FederatedStrategy`, checked once and listed once."""
 
 from __future__ import annotations
 
 import copy
-import inspect
-import numbers
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from datetime import timedelta
-from pathlib import Path
-from typing import Any, Literal, NamedTuple, TypeAlias
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Annotated, Any, Literal, get_type_hints
 
-from torch import distributed
-
-from lightning_fedscale import aggregators, compressors, local_rules, samplers, server
 from lightning_fedscale.aggregators import Aggregator, weighted_sum
 from lightning_fedscale.compressors import Compressor
+from lightning_fedscale.core.options import argument_checks as checks
 from lightning_fedscale.core.options.algorithm_options import AlgorithmOptions
+from lightning_fedscale.core.options.argument_checks import Check, LocalSteps, choice, optional
 from lightning_fedscale.devices import Population
 from lightning_fedscale.local_rules import Ditto, LocalRule
-from lightning_fedscale.partitioners import (
-    FilePartitioner,
-    FinishedPartitioner,
-    Partition,
-    Partitioner,
-    by_name,
-    check_partition,
-)
-from lightning_fedscale.partitioners.checks import integer
-from lightning_fedscale.partitioners.registry import is_file
+from lightning_fedscale.partitioners import FinishedPartitioner, Partition, Partitioner, check_partition
 from lightning_fedscale.privacy import Privacy
 from lightning_fedscale.samplers import Sampler
 from lightning_fedscale.server import ServerOptimizer
 from lightning_fedscale.server.asynchrony import FedBuff
 from lightning_fedscale.types import IntArray
-from lightning_fedscale.utils import checks
 from lightning_fedscale.utils.buffers import Policy
-from lightning_fedscale.utils.buffers import checked as checked_buffers
-from lightning_fedscale.utils.checks import flag
+from lightning_fedscale.utils.checks import flag, integer
 from lightning_fedscale.utils.memory import parse_bytes
 
-LocalSteps: TypeAlias = Callable[[int], int]
-"""Maps a round's number to its number of local batches; the same on every rank and after a restart."""
+_OPTIMIZER = choice(
+    "reset", "keep",
+    remedy="choose 'reset', a fresh optimizer every round, or 'keep', its state lives on with the client.",
+)  # fmt: skip
+_EXECUTOR = choice("auto", "sequential", "vectorized", remedy="choose 'auto', 'sequential' or 'vectorized'.")
+_CACHE = choice("auto", True, False, remedy="choose 'auto', True or False.")
 
 
-class Options(NamedTuple):
-    """Checked arguments; see `FederatedStrategy` for their meaning.
+@dataclass(frozen=True)
+class Options:
+    """The arguments of `FederatedStrategy` by their names, each as it is used; see there for their meaning.
 
-    ``num_clients`` is None if it is inferred from the data, as with natural ids. ``client_state_memory`` is in bytes,
-    None for "auto".
+    Beside the type is the check, which takes the argument's name and the user's value and returns the value to be used.
+
+    What users may give in several ways is here in one: rules by name are objects, and
+
+    - ``num_clients`` is that of the partitioner, None if it is inferred from the data, as with natural ids;
+    - one of ``local_epochs`` and ``local_steps`` is None;
+    - ``aggregator`` is the sum that privacy needs, if there is privacy;
+    - ``client_state_memory`` is in bytes, None for "auto".
     """
 
-    num_clients: int | None
-    clients_per_round: int | float | None
-    partitioner: Partitioner | Partition
-    local_epochs: int | None
-    local_steps: int | LocalSteps | None
-    rounds_per_epoch: int
-    sampler: Sampler
-    algorithm: AlgorithmOptions
-    server_optimizer: ServerOptimizer
-    downlink_compressor: Compressor | None
-    asynchrony: FedBuff | None
-    keep_optimizers: bool
-    executor: Literal["auto", "sequential", "vectorized"]
-    clients_per_wave: int | None
-    verify_executor: bool
-    cache_dataset: bool | Literal["auto"]
-    client_log_every_n: int | None
-    client_state_memory: int | None
-    population: Population | None
-    seed: int
+    num_clients: Annotated[int | None, optional(integer)]
+    clients_per_round: Annotated[int | float | None, checks.clients_per_round]
+    partitioner: Annotated[Partitioner | Partition, checks.partitioner]
+    local_epochs: Annotated[int | None, optional(integer)]
+    local_steps: Annotated[int | LocalSteps | None, checks.local_steps]
+    rounds_per_epoch: Annotated[int, integer]
+    sampler: Annotated[Sampler, checks.sampler]
+    local_rule: Annotated[LocalRule | None, checks.local_rule]
+    aggregator: Annotated[Aggregator, checks.aggregator]
+    server_optimizer: Annotated[ServerOptimizer, checks.server_optimizer]
+    compressor: Annotated[Compressor | None, checks.compressor]
+    downlink_compressor: Annotated[Compressor | None, checks.compressor]
+    privacy: Annotated[Privacy | None, checks.privacy]
+    personal: Annotated[tuple[str, ...] | Ditto, checks.personal]
+    buffers: Annotated[tuple[tuple[str, Policy], ...], checks.buffers]
+    mode: Annotated[Literal["sync"] | FedBuff, checks.mode]
+    client_optimizer: Annotated[Literal["reset", "keep"], _OPTIMIZER]
+    executor: Annotated[Literal["auto", "sequential", "vectorized"], _EXECUTOR]
+    clients_per_wave: Annotated[int | None, optional(integer)]
+    verify_executor: Annotated[bool, flag]
+    cache_dataset: Annotated[bool | Literal["auto"], _CACHE]
+    client_log_every_n: Annotated[int | None, optional(integer)]
+    client_state_memory: Annotated[int | None, parse_bytes]
+    population: Annotated[Population | None, checks.population]
+    seed: Annotated[int, partial(integer, minimum=0)]
+
+    @property
+    def algorithm(self) -> AlgorithmOptions:
+        """The options that differ from FedAvg between a client's training and the server's step."""
+        personal, ditto = ((), self.personal) if isinstance(self.personal, Ditto) else (self.personal, None)
+        return AlgorithmOptions(
+            self.local_rule, self.compressor, self.privacy, self.aggregator, personal, ditto, self.buffers
+        )
+
+    @property
+    def asynchrony(self) -> FedBuff | None:
+        """The buffer of asynchronous training; None if rounds wait for all clients."""
+        return self.mode if isinstance(self.mode, FedBuff) else None
+
+    @property
+    def keep_optimizers(self) -> bool:
+        """Whether clients keep the state of their optimizers between rounds."""
+        return self.client_optimizer == "keep"
 
     def cohort_size(self, num_clients: int) -> int:
         """Return the number of clients per round, given the number of clients.
@@ -147,204 +167,64 @@ class Options(NamedTuple):
         return mine
 
 
-def check(
-    *,
-    num_clients: int | None,
-    clients_per_round: int | float | None,
-    partitioner: str | Partitioner | Partition,
-    local_epochs: int | Literal["auto"] | None,
-    local_steps: int | LocalSteps | None,
-    rounds_per_epoch: int,
-    sampler: str | Sampler,
-    local_rule: str | LocalRule | None,
-    aggregator: str | Aggregator,
-    server_optimizer: str | ServerOptimizer,
-    compressor: str | Compressor | None,
-    downlink_compressor: str | Compressor | None,
-    privacy: Privacy | None,
-    personal: Sequence[str] | Ditto | None,
-    buffers: Mapping[str, Policy] | None,
-    mode: Literal["sync", "async"] | FedBuff,
-    client_optimizer: Literal["reset", "keep"],
-    executor: Literal["auto", "sequential", "vectorized"],
-    clients_per_wave: int | None,
-    verify_executor: bool,
-    cache_dataset: bool | Literal["auto"],
-    client_log_every_n: int | None,
-    client_state_memory: int | str,
-    population: Population | None,
-    seed: int,
-) -> Options:
+_CHECKS: dict[str, Check] = {
+    name: hint.__metadata__[0] for name, hint in get_type_hints(Options, include_extras=True).items()
+}
+
+
+def checked(given: Mapping[str, Any]) -> Options:
     """Check all arguments that do not depend on the data.
+
+    Args:
+        given: the user's arguments by name; others than those of `Options` are ignored.
 
     Raises:
         TypeError: for a value of an invalid type.
         ValueError: for an invalid value; both name the argument, the value and the remedy.
     """
-    if num_clients is not None:
-        num_clients = integer("num_clients", num_clients)
-    if isinstance(partitioner, Path):
-        partitioner = FilePartitioner(partitioner)
-    if isinstance(partitioner, type) and issubclass(partitioner, Partitioner):
-        raise TypeError(
-            f"partitioner={partitioner.__name__} is a class: make an object of it, {partitioner.__name__}(...)."
-        )
-    if isinstance(partitioner, str):
-        partitioner = by_name(partitioner, None if is_file(partitioner) else num_clients)
-    elif isinstance(partitioner, Partitioner):
-        if getattr(partitioner, "seed", 0) is None:
-            raise ValueError(
-                "partitioner: seed=None divides the data differently on every rank and after every restart: give it a"
-                " number."
-            )
-    elif not isinstance(partitioner, Partition):
-        raise TypeError(
-            f"partitioner={partitioner!r}: pass a name such as 'iid' or 'dirichlet', a file, a Partitioner or a"
-            " Partition (Partition.from_lists makes one of index lists)."
-        )
-    declared = partitioner.num_clients if isinstance(partitioner, Partition) else _declared(partitioner)
+    values = {**given, **_clients(given), **_local_work(given), **_aggregator(given)}
+    options = Options(**{name: check(name, values[name]) for name, check in _CHECKS.items()})
+    if options.num_clients is not None:
+        options.cohort_size(options.num_clients)
+    return options
+
+
+def _clients(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the number of clients and the partitioner, of which either may decide the other."""
+    num_clients: int | None = optional(integer)("num_clients", given["num_clients"])
+    partitioner = checks.partitioner("partitioner", given["partitioner"], num_clients)
+    declared = partitioner.num_clients if isinstance(partitioner, Partition) else partitioner._num_partitions
     if num_clients is not None and declared not in (None, num_clients):
         raise ValueError(
             f"num_clients={num_clients} but the partitioner makes {declared} clients: pass the same number to both, or"
             " leave num_clients out (None)."
         )
-    clients_per_round = _checked_clients_per_round(clients_per_round, declared)
-    if local_epochs == "auto":
-        local_epochs = 1 if local_steps is None else None
-    if (local_epochs is None) == (local_steps is None):
+    return {"num_clients": declared, "partitioner": partitioner}
+
+
+def _local_work(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the number of local epochs, which "auto" leaves to the number of local steps."""
+    epochs, steps = given["local_epochs"], given["local_steps"]
+    if epochs == "auto":
+        epochs = 1 if steps is None else None
+    if (epochs is None) == (steps is None):
         raise ValueError(
-            f"local_epochs={local_epochs} and local_steps={local_steps}: give exactly one of them, the passes over its"
-            " data or the number of batches that a client trains for in a round; set the other to None."
+            f"local_epochs={epochs} and local_steps={steps}: give exactly one of them, the passes over its data or the"
+            " number of batches that a client trains for in a round; set the other to None."
         )
-    if isinstance(sampler, str):
-        sampler = samplers.by_name(sampler)
-    _check_sampler(sampler)
-    if privacy is not None and aggregator != "mean":
+    return {"local_epochs": epochs}
+
+
+def _aggregator(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the aggregator that privacy needs; nothing without privacy."""
+    if (privacy := checks.privacy("privacy", given["privacy"])) is None:
+        return {}
+    if given["aggregator"] != "mean":
         raise ValueError(
-            f"aggregator={aggregator!r} with privacy: noise is made for a sum of clipped updates over a fixed number,"
-            " and for nothing else. Leave aggregator out; privacy has weights of its own."
+            f"aggregator={given['aggregator']!r} with privacy: noise is made for a sum of clipped updates over a fixed"
+            " number, and for nothing else. Leave aggregator out; privacy has weights of its own."
         )
-    aggregator = aggregators.aggregator_of(aggregator)
-    if isinstance(server_optimizer, str):
-        server_optimizer = server.by_name(server_optimizer)
-    checks.called("server_optimizer", server_optimizer, "server", server.FACTORIES)
-    if not isinstance(server_optimizer, ServerOptimizer):
-        raise TypeError(
-            f"server_optimizer={server_optimizer!r}: pass a server.ServerOptimizer such as server.fed_avg(), or wrap a"
-            " torch optimizer, server.from_torch(torch.optim.SGD, lr=0.7)."
-        )
-    if client_optimizer not in ("reset", "keep"):
-        raise ValueError(
-            f"client_optimizer={client_optimizer!r}: choose 'reset', a fresh optimizer every round, or 'keep', its"
-            " state lives on with the client."
-        )
-    if executor not in ("auto", "sequential", "vectorized"):
-        raise ValueError(f"executor={executor!r}: choose 'auto', 'sequential' or 'vectorized'.")
-    if population is not None and not isinstance(population, Population):
-        raise TypeError(
-            f"population={population!r}: pass a devices.Population, Population({{'phone': 0.7, 'jetson': 0.3}})."
-        )
-    if cache_dataset not in ("auto", True, False):
-        raise ValueError(f"cache_dataset={cache_dataset!r}: choose 'auto', True or False.")
-    return Options(
-        num_clients=declared,
-        clients_per_round=clients_per_round,
-        partitioner=partitioner,
-        local_epochs=None if local_epochs is None else integer("local_epochs", local_epochs),
-        local_steps=_checked_local_steps(local_steps),
-        rounds_per_epoch=integer("rounds_per_epoch", rounds_per_epoch),
-        sampler=sampler,
-        algorithm=_rules(
-            local_rule,
-            _checked_compressor("compressor", compressor),
-            privacy,
-            aggregator,
-            () if personal is None else personal,
-        )._replace(buffers=checked_buffers(buffers)),
-        server_optimizer=server_optimizer,
-        downlink_compressor=_checked_compressor("downlink_compressor", downlink_compressor),
-        asynchrony=_checked_mode(mode),
-        keep_optimizers=client_optimizer == "keep",
-        executor=executor,
-        clients_per_wave=None if clients_per_wave is None else integer("clients_per_wave", clients_per_wave),
-        verify_executor=flag("verify_executor", verify_executor),
-        cache_dataset=cache_dataset if cache_dataset == "auto" else bool(cache_dataset),
-        client_log_every_n=None if client_log_every_n is None else integer("client_log_every_n", client_log_every_n),
-        client_state_memory=parse_bytes("client_state_memory", client_state_memory),
-        population=population,
-        seed=integer("seed", seed, minimum=0),
-    )
-
-
-def _checked_mode(mode: object) -> FedBuff | None:
-    if isinstance(mode, FedBuff):
-        return mode
-    if mode not in ("sync", "async"):
-        raise ValueError(f"mode={mode!r}: choose 'sync', 'async' or an asynchrony.FedBuff(...).")
-    return FedBuff() if mode == "async" else None
-
-
-def _checked_compressor(argument: str, value: object) -> Compressor | None:
-    if isinstance(value, str):
-        return compressors.by_name(value, argument)
-    if value is None or isinstance(value, Compressor):
-        return value
-    checks.called(argument, value, "compressors", {**compressors.FACTORIES, **compressors.WRAPPERS})
-    raise TypeError(f"{argument}={value!r}: pass a compressor such as compressors.top_k(0.01), its name, or None.")
-
-
-def _rules(
-    local_rule: str | LocalRule | None,
-    compressor: Compressor | None,
-    privacy: Privacy | None,
-    aggregator: Aggregator,
-    personal: Sequence[str] | Ditto,
-) -> AlgorithmOptions:
-    if isinstance(local_rule, str):
-        local_rule = local_rules.by_name(local_rule)
-    checks.called("local_rule", local_rule, "local_rules", local_rules.FACTORIES)
-    if local_rule is not None and not isinstance(local_rule, LocalRule):
-        raise TypeError(
-            f"local_rule={local_rule!r}: pass a local_rules.LocalRule such as local_rules.fed_prox(0.1), its name, or"
-            " None."
-        )
-    if privacy is not None:
-        if not isinstance(privacy, Privacy):
-            raise TypeError(f"privacy={privacy!r}: pass what privacy.dp_fed_avg(...) makes, or None.")
-        aggregator = weighted_sum(privacy.weigh)
-    if isinstance(personal, Ditto):
-        return AlgorithmOptions(local_rule, compressor, privacy, aggregator, ditto=personal)
-    if (
-        isinstance(personal, str)
-        or not isinstance(personal, Iterable)
-        or not all(isinstance(pattern, str) for pattern in personal)
-    ):
-        raise TypeError(
-            f"personal={personal!r}: pass a list of patterns of names, such as ['head.*'], or local_rules.Ditto(0.1)."
-        )
-    return AlgorithmOptions(local_rule, compressor, privacy, aggregator, tuple(personal))
-
-
-def check_processes(start_method: str, timeout: timedelta, backend: str | None) -> None:
-    """Check the start method of processes, their timeout, and the backend by which they communicate.
-
-    Raises:
-        TypeError: if ``timeout`` is not a timedelta.
-        ValueError: if the start method or the backend is unknown.
-    """
-    known = ("popen", "fork", "spawn", "forkserver")
-    if start_method not in known:
-        raise ValueError(f"start_method={start_method!r}: choose one of {', '.join(map(repr, known))}.")
-    if not isinstance(timeout, timedelta):
-        raise TypeError(f"timeout={timeout!r}: pass a datetime.timedelta, such as timedelta(minutes=30).")
-    if backend is not None and distributed.is_available():
-        backends = [each for each in distributed.Backend.backend_list if each != distributed.Backend.UNDEFINED]
-        # One for all devices, "gloo", or one for each, "cpu:gloo,cuda:nccl".
-        if not all(each.rpartition(":")[2].lower() in backends for each in str(backend).split(",")):
-            raise ValueError(
-                f"process_group_backend={backend!r}: choose one of {', '.join(map(repr, backends))}, or None, which"
-                " chooses by device."
-            )
+    return {"aggregator": weighted_sum(privacy.weigh)}
 
 
 def name_clients(clients: IntArray) -> str:
@@ -357,59 +237,3 @@ def name_clients(clients: IntArray) -> str:
     """
     shown = ", ".join(map(str, clients[:5].tolist()))
     return f"client{'s' * (len(clients) > 1)} {shown}{', ...' if len(clients) > 5 else ''}"
-
-
-def _checked_clients_per_round(value: object, num_clients: int | None) -> int | float | None:
-    if value is None:
-        return None
-    if isinstance(value, bool) or not isinstance(value, numbers.Real):
-        raise TypeError(
-            f"clients_per_round={value!r}: pass a number of clients, a fraction in (0, 1], or None for all of them."
-        )
-    if not isinstance(value, numbers.Integral):
-        fraction = float(value)
-        if not 0.0 < fraction <= 1.0:
-            raise ValueError(
-                f"clients_per_round={fraction}: a fraction must lie in (0, 1], 0.1 takes a tenth of the clients; for a"
-                " number of clients pass an int."
-            )
-        return fraction
-    wanted = integer("clients_per_round", value)
-    if num_clients is not None and wanted > num_clients:
-        raise ValueError(
-            f"clients_per_round={wanted} is more than num_clients={num_clients}: lower it, or leave it out to take all."
-        )
-    return wanted
-
-
-def _checked_local_steps(value: object) -> int | LocalSteps | None:
-    if value is None:
-        return None
-    if not callable(value):
-        return integer("local_steps", value)
-    try:
-        inspect.signature(value).bind(0)
-    except TypeError as error:
-        raise TypeError(
-            f"local_steps={value!r}: {error}; pass a number of batches, or a function that makes one of the round's"
-            " number."
-        ) from None
-    return value
-
-
-def _check_sampler(sampler: Sampler) -> None:
-    remedy = (
-        "pass a function sampler(*, seed, round, num_clients, clients_per_round) such as"
-        " lightning_fedscale.samplers.uniform."
-    )
-    if not callable(sampler):
-        raise TypeError(f"sampler={sampler!r}: {remedy}")
-    try:
-        inspect.signature(sampler).bind(seed=0, round=0, num_clients=1, clients_per_round=1)
-    except TypeError as error:
-        raise TypeError(f"sampler={sampler!r}: {error}; {remedy}") from None
-
-
-def _declared(partitioner: Partitioner) -> int | None:
-    """Return the partitioner's number of clients; None if it depends on the data."""
-    return partitioner._num_partitions

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -131,9 +132,8 @@ class Federation:
             return
         clients, cohort = data.partition.num_clients, data.cohort_size
         budget = PrivacyBudget(privacy.calibrated(cohort / clients, cohort), cohort / clients)
-        algorithm = fit.options.algorithm._replace(privacy=budget.privacy)
-        fit.totals.budget, fit.options = budget, fit.options._replace(algorithm=algorithm)
-        fit.server.calibrate(algorithm, budget.expected_weight(data.partition.sizes))
+        fit.totals.budget, fit.options = budget, replace(fit.options, privacy=budget.privacy)
+        fit.server.calibrate(fit.options.algorithm, budget.expected_weight(data.partition.sizes))
 
     def equip(self) -> None:
         """Check the model, and simulate the clients' hardware if there is any, before the first round.
