@@ -37,7 +37,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_fedscale.callbacks import MaxBatchProbe
 from lightning_fedscale.devices import estimate_memory
-from lightning_fedscale.devices.profiling.dry_run import Rehearsal
+from lightning_fedscale.devices.profiling.dry_run import DryRun
 from lightning_fedscale.devices.profiling.real_step import is_out_of_memory, real_step
 from tests.networks import KINDS, Classifier, images
 
@@ -146,11 +146,11 @@ def ours(setting: Setting, verify: bool) -> Row:
     )
 
 
-def rehearsal(setting: Setting) -> Rehearsal:
+def dry_run(setting: Setting) -> DryRun:
     """Gives real steps, of a process that has predicted nothing."""
     make, batch_of = ZOO[setting.kind]
     cuda = setting.device == "cuda"
-    return Rehearsal(Classifier(make()).to(setting.device), batch_of(2), precision=setting.precision, cuda=cuda)
+    return DryRun(Classifier(make()).to(setting.device), batch_of(2), precision=setting.precision, cuda=cuda)
 
 
 def finder(setting: Setting, mode: str) -> Row:
@@ -235,7 +235,7 @@ def truth(setting: Setting, start: int, step_of: Callable[[int], Callable[[], No
 def measure(setting: Setting) -> list[Row]:
     predicted, verified = (in_child(ours, setting, verify) for verify in (False, True))
     rows = [predicted, verified, *(finder(setting, mode) for mode in ("power", "binsearch"))]
-    return [*rows, truth(setting, verified.batch or 2, rehearsal(setting).real_step)]
+    return [*rows, truth(setting, verified.batch or 2, dry_run(setting).real_step)]
 
 
 class Kept(NamedTuple):
@@ -261,7 +261,7 @@ class Kept(NamedTuple):
 
 def kept(setting: Setting) -> Kept:
     fixed, batch, seconds = in_child(_predicted, setting)
-    step_of = rehearsal(setting).real_step
+    step_of = dry_run(setting).real_step
     taken = real_step(step_of(batch), 2 * setting.budget).peak_bytes
     true = truth(setting, batch, step_of, exact=0.01).batch
     assert taken is not None

@@ -68,14 +68,14 @@ __all__ = [
 __path__: list[str] = []  # the modules below this one have no files
 
 _PACKAGE = __name__.rpartition(".")[0]
-_TWINS = {"lightning.pytorch": "pytorch_lightning", "lightning.fabric": "lightning_fabric"}
+_COUNTERPARTS = {"lightning.pytorch": "pytorch_lightning", "lightning.fabric": "lightning_fabric"}
 KNOW_LIGHTNING = {"callbacks", "core", "strategy", "study"}
 """The parts of the package that exist twice."""
 
 
-def _twin_of(module: str) -> str:
+def _counterpart_of(module: str) -> str:
     """Return the name of the module to import instead."""
-    for one, other in _TWINS.items():
+    for one, other in _COUNTERPARTS.items():
         if module == one or module.startswith(one + "."):
             return other + module.removeprefix(one)
     package, _, below = module.partition(".")
@@ -87,24 +87,26 @@ class _OtherImports(ast.NodeTransformer):
 
     def visit_Import(self, node: ast.Import) -> ast.Import:  # import lightning.pytorch as pl
         for alias in node.names:
-            if (twin := _twin_of(alias.name)) != alias.name:
+            if (counterpart := _counterpart_of(alias.name)) != alias.name:
                 if alias.asname is None:
-                    raise ImportError(f"line {node.lineno}: write `import {alias.name} as ...`, so that it has a twin")
-                alias.name = twin
+                    raise ImportError(
+                        f"line {node.lineno}: write `import {alias.name} as ...`, so that its import can be replaced"
+                    )
+                alias.name = counterpart
         return node
 
     def visit_ImportFrom(self, node: ast.ImportFrom) -> list[ast.ImportFrom]:  # from lightning.pytorch import Callback
         assert node.module is not None
         if node.module != _PACKAGE:
-            node.module = _twin_of(node.module)
+            node.module = _counterpart_of(node.module)
             return [node]
-        twins = [alias for alias in node.names if alias.name in KNOW_LIGHTNING]
+        doubled = [alias for alias in node.names if alias.name in KNOW_LIGHTNING]
         others = [alias for alias in node.names if alias.name not in KNOW_LIGHTNING]
-        both = ast.ImportFrom(__name__, twins, 0), ast.ImportFrom(_PACKAGE, others, 0)
+        both = ast.ImportFrom(__name__, doubled, 0), ast.ImportFrom(_PACKAGE, others, 0)
         return [ast.copy_location(each, node) for each in both if each.names]
 
 
-class _TwinLoader(SourceFileLoader):
+class _CounterpartLoader(SourceFileLoader):
     """Runs a file with replaced imports, without ``__pycache__``, which belongs to the original."""
 
     def get_code(self, fullname: str) -> CodeType:
@@ -135,7 +137,7 @@ class _Finder(MetaPathFinder):
             return None
         if below.partition(".")[0] not in KNOW_LIGHTNING:
             return ModuleSpec(fullname, _SameModule(original.name))
-        loader = _TwinLoader(fullname, original.origin)
+        loader = _CounterpartLoader(fullname, original.origin)
         folders = original.submodule_search_locations
         return spec_from_file_location(fullname, loader=loader, submodule_search_locations=folders)
 

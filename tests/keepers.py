@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from lightning_fedscale.devices import MemoryModel, estimate_memory
 from lightning_fedscale.devices.profiling import libraries
-from lightning_fedscale.devices.profiling.dry_run import Rehearsal
+from lightning_fedscale.devices.profiling.dry_run import DryRun
 from lightning_fedscale.devices.profiling.real_step import real_step
 from tests.networks import Classifier
 
@@ -92,7 +92,7 @@ PROMISED = Case(lambda: mobile(28, 26), (3, 26, 26))
 def _kept(case: Case, batch: int) -> list[int]:
     """Growth of executable memory in two real steps, and MKL's buffers after them."""
     reading, writing = os.pipe()
-    step = Rehearsal(*case.project()).real_step(batch)
+    step = DryRun(*case.project()).real_step(batch)
 
     def watched() -> None:
         before = libraries.executable_bytes()
@@ -110,7 +110,7 @@ def _kept(case: Case, batch: int) -> list[int]:
 def main(batches: list[int]) -> None:
     torch.set_num_threads(1)
     kept = {kind: [_kept(case, batch) for batch in BATCHES] for kind, case in KEEPERS.items()}
-    step_of = Rehearsal(*PROMISED.project()).real_step
+    step_of = DryRun(*PROMISED.project()).real_step
     fits = [real_step(step_of(batch), BUDGET).fits for batch in batches]
     model = PROMISED.model()
     print(json.dumps({"kept": kept, "fits": fits, "peaks": [model.peak(batch) for batch in BATCHES]}))

@@ -20,7 +20,7 @@ from lightning_fedscale.core.lightning.module_state import (
     log_apart,
     set_hook,
 )
-from lightning_fedscale.devices.profiling.dry_run import copied
+from lightning_fedscale.devices.profiling.copies import copied
 from lightning_fedscale.devices.profiling.stubs import TrainerView
 
 _HOOKS = (

@@ -14,7 +14,7 @@ import torch
 from lightning_fedscale.callbacks.compute_accounting.energy import EnergyMeter
 from lightning_fedscale.callbacks.compute_accounting.flop_meter import BatchCost, Meter, MeteredStep, Tally
 from lightning_fedscale.core.lightning.trainer_state import is_accumulating, learns_nothing
-from lightning_fedscale.devices.profiling.batches import Form, form_of, loaded_samples
+from lightning_fedscale.devices.profiling.batches import BatchSignature, loaded_samples, signature_of
 from lightning_fedscale.scaling.ledger import Ledger
 from lightning_fedscale.strategy import FederatedStrategy
 from lightning_fedscale.types import ClientCost, RoundRecord
@@ -42,7 +42,7 @@ class Counting:
         self._clients = [0.0] * 5  # values of this rank's clients that the open round's table lacks
         self._step: _OpenStep | None = None
         self._evaluation: MeteredStep | None = None
-        self._later: Counter[Form] = Counter()  # probing steps with batches whose cost is not known yet
+        self._later: Counter[BatchSignature] = Counter()  # probing steps with batches whose cost is not known yet
         self._record: RoundRecord | None = None  # counted last
         self._mark = (0.0, 0.0)  # tokens and updates at the last update
         self._energy: EnergyMeter | None = None
@@ -111,7 +111,7 @@ class Counting:
         assert self.meter is not None
         return self.meter.alone(batch, samples)
 
-    def wants(self, form: Form, samples: int) -> bool:
+    def wants(self, form: BatchSignature, samples: int) -> bool:
         """See `Meter.wants`."""
         assert self.meter is not None
         return self.meter.wants(form, samples)
@@ -196,7 +196,7 @@ class Counting:
         """Count an extra training step, with this batch or of so many FLOPs."""
         self._own.add(probing=flops)
         if self.meter is not None and batch is not None:
-            self._later[form_of(batch).anonymous()] += 1
+            self._later[signature_of(batch).anonymous()] += 1
 
     def _count_later(self) -> None:
         """Count probing steps by the cost of the run's own batches, once a similar one has run."""

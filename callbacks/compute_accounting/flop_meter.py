@@ -22,7 +22,7 @@ from lightning_fedscale.callbacks.compute_accounting.parameter_counts import (
     tables_of,
 )
 from lightning_fedscale.core.lightning.module_state import current_hook
-from lightning_fedscale.devices.profiling.batches import Form, form_of
+from lightning_fedscale.devices.profiling.batches import BatchSignature, signature_of
 from lightning_fedscale.devices.profiling.operator_counter import UNKNOWN, Operator, OperatorCounter, storage_of
 from lightning_fedscale.types import ClientCost
 
@@ -163,7 +163,7 @@ class Meter:
         self._multiplied: set[str] = set()
         self._uncounted = math.nan
         self._alone = 0
-        self._last: tuple[Form, int, _Counted, BatchCost | None] | None = None
+        self._last: tuple[BatchSignature, int, _Counted, BatchCost | None] | None = None
         self.operators: dict[str, Operator] = {}
         self.counts_text = False
         self.evaluations = Evaluations()
@@ -228,7 +228,7 @@ class Meter:
             everything: count everything that runs in it, not only the module's own hook.
             charge: called with the cost.
         """
-        form, flags = form_of(batch).anonymous(), self._flags()
+        form, flags = signature_of(batch).anonymous(), self._flags()
         if samples is None and form.first is None:
             samples = loaded()
         counted, scale = self._of(name if backward else f"{name} forward", form, flags, samples)
@@ -258,7 +258,7 @@ class Meter:
         number, self._alone = self._alone, 0
         return number
 
-    def wants(self, form: Form, samples: int) -> bool:
+    def wants(self, form: BatchSignature, samples: int) -> bool:
         """Return whether no such batch has been counted yet."""
         return not self._of("training_step", form, self._flags(), samples)[0].counted
 
@@ -269,7 +269,9 @@ class Meter:
             return nullcontext()
         return _OptimizerStep(self._counter("training_step", False), self._optimizer(flags), clients)
 
-    def expected(self, form: Form, samples: int | None = None, name: str = "training_step") -> BatchCost | None:
+    def expected(
+        self, form: BatchSignature, samples: int | None = None, name: str = "training_step"
+    ) -> BatchCost | None:
         """Return the estimated cost of such a batch; None if no similar batch has been counted yet.
 
         Args:
@@ -277,13 +279,12 @@ class Meter:
             samples: number of samples; None reads it off the signature.
             name: name of the step.
         """
-        flags = self._flags()
-        counted, scale = self._of(name, form, flags, samples)
+        counted, scale = self._of(name, form, self._flags(), samples)
         if not counted.counted:
             return self._scaled(form, samples, name)
-        return self._estimate(counted, scale, form, samples, flags)
+        return self._estimate(counted, scale, form, samples)
 
-    def side_by_side(self, form: Form, samples: int) -> BatchCost | None:
+    def side_by_side(self, form: BatchSignature, samples: int) -> BatchCost | None:
         """Return the cost of one of several batches that share a step and a signature, given as the same object."""
         if self._last is None or self._last[0] is not form or self._last[1] != samples or self._last[3] is None:
             counted = self._of("training_step", form, self._flags(), samples)[0]
@@ -300,17 +301,15 @@ class Meter:
         if self._tokens_fn is not None:
             self._told_tokens(batch)
 
-    def _estimate(
-        self, counted: _Counted, scale: float, form: Form, samples: int | None, flags: tuple[bool, ...]
-    ) -> BatchCost:
+    def _estimate(self, counted: _Counted, scale: float, form: BatchSignature, samples: int | None) -> BatchCost:
         forward, backward, optimizer, tokens = counted.mean
         return BatchCost(
             forward * scale, backward * scale, optimizer * scale,
             tokens * scale if self._tokens_fn is not None else self._tokens(form, samples),
-            _samples(form, samples), self._size_of(flags).active, False, counted.error * scale,
+            _samples(form, samples), self.size.active, False, counted.error * scale,
         )  # fmt: skip
 
-    def _scaled(self, form: Form, samples: int | None, name: str) -> BatchCost | None:
+    def _scaled(self, form: BatchSignature, samples: int | None, name: str) -> BatchCost | None:
         """Estimate the cost from the cost per sample of batches with another signature."""
         like = [(key[1], seen) for key, seen in self._known.items() if key[0] == name and seen.counted]
         like = [(other, seen) for other, seen in like if other.first is not None]
@@ -318,15 +317,17 @@ class Meter:
             return None
         other, seen = like[-1]
         scale = _samples(form, samples) / max(1.0, _samples(other, None))
-        return self._estimate(seen, scale, form, samples, self._flags())
+        return self._estimate(seen, scale, form, samples)
 
     # ---- counts by signature
 
-    def _of(self, name: str, form: Form, flags: tuple[bool, ...], samples: int | None = None) -> tuple[_Counted, float]:
+    def _of(
+        self, name: str, form: BatchSignature, flags: tuple[bool, ...], samples: int | None = None
+    ) -> tuple[_Counted, float]:
         """Return the counts of a signature, and the factor to multiply them by."""
         exact = form
         if form.first is None and samples is not None:
-            exact = Form(form.spec, (*form.leaves, samples))  # the only known size of the batch
+            exact = BatchSignature(form.spec, (*form.leaves, samples))  # the only known size of the batch
         key = name, exact, flags
         if (known := self._known.get(key)) is not None:
             return known, 1.0
@@ -367,7 +368,7 @@ class Meter:
 
     # ---- tokens
 
-    def _tokens(self, form: Form, samples: int | None) -> float:
+    def _tokens(self, form: BatchSignature, samples: int | None) -> float:
         first = form.first
         if first is not None and first.dtype in _TEXT and len(first.shape) == 2:
             self.counts_text = True
@@ -493,7 +494,7 @@ class Tally:
         self._meter = meter
         self._told = told
         self._sums = [0.0, 0.0, 0.0, 0.0]
-        self._lacking: list[tuple[Form, int]] = []
+        self._lacking: list[tuple[BatchSignature, int]] = []
         self.size_tokens = self.error = 0.0
         self.steps = self.counted = 0
 
@@ -505,7 +506,7 @@ class Tally:
         """Return a context manager for the gradient of a batch that a copy of the module computes besides training."""
         return self._meter.step(batch, samples, name="gradient", everything=True, charge=self._add)
 
-    def add(self, form: Form, samples: int) -> None:
+    def add(self, form: BatchSignature, samples: int) -> None:
         """Add a batch of this signature that ran vectorized, together with those of other clients."""
         if (cost := self._meter.side_by_side(form, samples)) is None:
             self._lacking.append((form, samples))
@@ -555,10 +556,10 @@ class Evaluations(pl.Callback):
         return number
 
 
-_NOTHING = form_of(())
+_NOTHING = signature_of(())
 
 
-def _samples(form: Form, samples: int | None) -> float:
+def _samples(form: BatchSignature, samples: int | None) -> float:
     """Return ``samples`` if known; else, as Lightning does, the length of the first tensor that has one."""
     if samples is not None:
         return float(samples)

@@ -100,7 +100,7 @@ class Fleet:
         return select(
             clients,
             self.seconds(clients, steps, samples),
-            self._answers(seed, round, clients),
+            self._unavailability(seed, round, clients),
             wanted=wanted,
             deadline=self.population.deadline,
             min_clients=self.population.min_clients,
@@ -130,19 +130,19 @@ class Fleet:
         ]  # fmt: skip
         return pd.DataFrame(rows).set_index("class")
 
-    def answers(self, seed: int, question: int, client: int) -> bool:
+    def is_available(self, seed: int, request: int, client: int) -> bool:
         """Return whether a client is available for the request of this number."""
-        return bool(self._answers(seed, question, np.array([client]))[0] < 1)
+        return bool(self._unavailability(seed, request, np.array([client]))[0] < 1)
 
-    def _answers(self, seed: int, round: int, clients: IntArray) -> FloatArray:
+    def _unavailability(self, seed: int, round: int, clients: IntArray) -> FloatArray:
         """Return a number for each client, below 1 if it is available."""
-        answers = np.zeros(len(clients))
+        unavailability = np.zeros(len(clients))
         for number, client in enumerate(clients.tolist()):
             availability = self.population.classes[self._class_of[client]].availability
             if availability < 1:
                 drawn = randomness.generator(seed, randomness.AVAILABILITY, round, client).random()
-                answers[number] = drawn / availability
-        return answers
+                unavailability[number] = drawn / availability
+        return unavailability
 
     def _most(self, number: int, limit: int) -> int:
         device, model = self.population.classes[number], self._model

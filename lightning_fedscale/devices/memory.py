@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from lightning_fedscale.devices.profiling.costs import StepCost
-from lightning_fedscale.devices.profiling.dry_run import MakeOptimizer, Rehearsal, Rehearsed
+from lightning_fedscale.devices.profiling.dry_run import DryRun, DryRunResult, MakeOptimizer
 from lightning_fedscale.devices.profiling.memory_tracker import OverBudget
 from lightning_fedscale.devices.profiling.search import largest_within
 from lightning_fedscale.utils.memory import format_bytes, free_memory
@@ -85,7 +85,7 @@ def estimate_memory(
         raise ValueError(f"accumulate={accumulate!r}: pass the number of batches per optimizer step, at least 1.")
     if device == "auto":
         device = next((parameter.device.type for parameter in module.parameters()), "cpu")
-    rehearsal = Rehearsal(
+    dry_run = DryRun(
         module,
         batch,
         optimizer=optimizer,
@@ -96,7 +96,7 @@ def estimate_memory(
         learns=device == "cpu",
         trainer=trainer,
     )
-    return MemoryModel(rehearsal, module, extras or {}, usual)
+    return MemoryModel(dry_run, module, extras or {}, usual)
 
 
 SIMULATED: Mapping[str, float] = {"global model": 8, "delta": 8, "accumulator": 8}
@@ -124,9 +124,9 @@ class MemoryModel:
     """
 
     def __init__(
-        self, rehearsal: Rehearsal, module: nn.Module, extras: Mapping[str, float], usual: int | None = None
+        self, dry_run: DryRun, module: nn.Module, extras: Mapping[str, float], usual: int | None = None
     ) -> None:
-        self._rehearsal = rehearsal
+        self._dry_run = dry_run
         parameters = list(module.parameters())
         self._device = next((p.device for p in parameters if p.device.type != "meta"), torch.device("cpu"))
         exchanged = [*parameters, *module.buffers()]
@@ -134,7 +134,7 @@ class MemoryModel:
         self.parameter_bytes = sum(tensor.numel() * tensor.element_size() for tensor in exchanged)
         numbers = sum(tensor.numel() for tensor in exchanged)
         self._extras = {name: round(each * numbers) for name, each in extras.items()}
-        self._known: dict[int, Rehearsed] = {}
+        self._known: dict[int, DryRunResult] = {}
         self.exact, self.fallback = True, ""
         self.smallest = self._begin(usual)
 
@@ -144,14 +144,14 @@ class MemoryModel:
         for fake in (True, False):
             for smallest in (1, 2, *([usual] if usual is not None and usual > 2 else [])):  # BatchNorm may refuse one
                 try:
-                    self._known[smallest] = self._rehearsal.run(smallest, fake=fake)
+                    self._known[smallest] = self._dry_run.run(smallest, fake=fake)
                 except Exception as error:
                     imagined = error if fake else imagined  # keep the largest batch's: BatchNorm may reject one sample
                     own = error
                 else:
                     if fake:
-                        self._rehearsal.learn(self._known[smallest], smallest)
-                        self._known[smallest] = self._rehearsal.run(smallest)
+                        self._dry_run.learn(self._known[smallest], smallest)
+                        self._known[smallest] = self._dry_run.run(smallest)
                     else:
                         self.exact, self.fallback = False, f"{type(imagined).__name__}: {imagined}".splitlines()[0]
                     return smallest
@@ -160,7 +160,7 @@ class MemoryModel:
     @property
     def assumed(self) -> str:
         """Why a typical value is assumed for the libraries' memory; empty if it was measured."""
-        return self._rehearsal.assumed
+        return self._dry_run.assumed
 
     @property
     def sizes(self) -> list[int]:
@@ -207,10 +207,10 @@ class MemoryModel:
         limit = UNLIMITED if limit is None else _checked_samples("limit", limit)
         self.check_smallest(usable)
         excess = partial(self._excess, usable=usable)
-        for border in self._rehearsal.borders:  # the last batch of an epoch may be as small
+        for border in self._dry_run.borders:  # the last batch of an epoch may be as small
             if self.smallest < border < limit and excess(border) > 0:
                 limit = border
-        gentle = not self.exact or self._rehearsal.makes_batches
+        gentle = not self.exact or self._dry_run.makes_batches
         return largest_within(excess, limit, start=self.smallest, gentle=gentle)
 
     def max_clients(self, budget: int, batch: int, headroom: float = 0.1) -> int:
@@ -273,12 +273,12 @@ class MemoryModel:
 
     def real_step(self, batch: int) -> Callable[[], None]:
         """Return a function that runs two real steps on a copy, to measure their memory."""
-        return self._rehearsal.real_step(batch)
+        return self._dry_run.real_step(batch)
 
-    def _run(self, batch: int, stop_at: int | None = None) -> Rehearsed:
+    def _run(self, batch: int, stop_at: int | None = None) -> DryRunResult:
         if batch not in self._known:
             _checked_samples("batch", batch)
-            self._known[batch] = self._rehearsal.run(batch, fake=self.exact, stop_at=None if self.exact else stop_at)
+            self._known[batch] = self._dry_run.run(batch, fake=self.exact, stop_at=None if self.exact else stop_at)
         return self._known[batch]
 
     def _excess(self, batch: int, usable: int) -> float:

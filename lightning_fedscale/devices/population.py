@@ -155,7 +155,7 @@ class Selection(NamedTuple):
 def select(
     clients: IntArray,
     seconds: FloatArray,
-    answers: FloatArray,
+    unavailability: FloatArray,
     *,
     wanted: int,
     deadline: float | None = None,
@@ -166,7 +166,7 @@ def select(
     Args:
         clients: the sampled clients, ascending.
         seconds: time at which each of them would finish.
-        answers: below 1 for available clients; of the others, smaller ones come sooner.
+        unavailability: below 1 for available clients; of the others, smaller ones come sooner.
         wanted: number of updates that suffice; the first to arrive count.
         deadline: latest time of the round, except to wait for ``min_clients``.
         min_clients: number of clients to wait for: late ones first, then unavailable ones.
@@ -176,10 +176,10 @@ def select(
         >>> done.clients.tolist(), done.dropped.tolist(), done.round_seconds
         ([5, 8], [3], 4.0)
     """
-    silent = answers >= 1
+    silent = unavailability >= 1
     in_time = ~silent & (seconds <= (math.inf if deadline is None else deadline))
     # Available clients come first, by their time; then the others, by how soon they would have been available.
-    order = np.lexsort((clients, np.where(silent, answers, seconds), silent))
+    order = np.lexsort((clients, np.where(silent, unavailability, seconds), silent))
     count = min(max(min(int(in_time.sum()), wanted), min_clients), len(clients))
     chosen = np.zeros(len(clients), dtype=bool)
     chosen[order[:count]] = True

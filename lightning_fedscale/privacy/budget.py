@@ -41,7 +41,7 @@ class PrivacyBudget:
         budget = self.privacy.max_epsilon
         return budget is None or self.spent(rounds + 1) <= budget
 
-    def told(self, rounds: int) -> str:
+    def reason_to_stop(self, rounds: int) -> str:
         """Return the reason why there is no other round after this many."""
         return (
             f"after {rounds} round(s) epsilon is {self.spent(rounds) if rounds else 0.0:.4g} and another one would make"
@@ -56,5 +56,6 @@ class PrivacyBudget:
         """
         if not self.affords(rounds):
             raise ValueError(
-                f"privacy: {self.told(rounds)}. Raise max_epsilon or noise_multiplier, or let fewer clients take part."
+                f"privacy: {self.reason_to_stop(rounds)}. Raise max_epsilon or noise_multiplier, or sample fewer"
+                " clients per round."
             )

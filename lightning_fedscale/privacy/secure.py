@@ -150,9 +150,9 @@ def unmasked(total: IntArray, present: Sequence[int], cohort: Cohort, needed: in
         )
     total = total.copy()
     for place in present:
-        total -= _mask(_told(cohort, place, needed, present, which=1), len(total))
+        total -= _mask(_recovered(cohort, place, needed, present, which=1), len(total))
     for place in set(range(len(cohort.clients))) - set(present):
-        key = _told(cohort, place, needed, present, which=0)
+        key = _recovered(cohort, place, needed, present, which=0)
         for other in present:
             total -= _sign(other, place) * _mask(_agreed(key, _public(cohort, other, needed)), len(total))
     return total % FIELD
@@ -179,7 +179,7 @@ def _secrets(cohort: Cohort, place: int, needed: int) -> tuple[tuple[int, ...], 
     return _polynomials(cohort.seed, cohort.round, int(cohort.clients[place]), needed)
 
 
-def _told(cohort: Cohort, place: int, needed: int, by: Iterable[int], which: int) -> int:
+def _recovered(cohort: Cohort, place: int, needed: int, by: Iterable[int], which: int) -> int:
     """Recover a client's secret from the shares that the clients in ``by`` hold."""
     coefficients = _secrets(cohort, place, needed)[which]
     holders = list(by)[:needed]

@@ -54,7 +54,7 @@ class BufferPolicies(NamedTuple):
         """Return a copy in which buffers whose names match stay with each client."""
         return self._replace(by_name=(*((pattern, "client") for pattern in patterns), *self.by_name))
 
-    def asked(self, names: Iterable[str]) -> Policy | None:
+    def chosen(self, names: Iterable[str]) -> Policy | None:
         """Return the user's policy for a buffer with these names; None if there is none."""
         matching = (p for pattern, p in self.by_name if any(fnmatchcase(name, pattern) for name in names))
         return next(matching, None)
@@ -69,8 +69,8 @@ class BufferPolicies(NamedTuple):
             buffer: its tensor.
             fitted: whether it belongs to a parametrization, or to a hook that computes a weight.
         """
-        asked = self.asked(names)
-        kind = Kind(asked) if asked is not None else _by_default(owner, name, buffer, fitted)
+        chosen = self.chosen(names)
+        kind = Kind(chosen) if chosen is not None else _by_default(owner, name, buffer, fitted)
         hidden = (self.sums_only and kind.policy == "largest") or (
             self.parameters_only and kind.policy in ("largest", "mean")
         )

@@ -24,7 +24,7 @@ from torchmetrics import MeanSquaredError, MetricCollection
 from lightning_fedscale import FederatedStrategy
 from lightning_fedscale.callbacks import MaxBatchProbe
 from lightning_fedscale.devices import estimate_memory
-from lightning_fedscale.devices.profiling.dry_run import copied
+from lightning_fedscale.devices.profiling.copies import copied
 from lightning_fedscale.devices.profiling.stubs import TrainerView, silence
 from tests.ids import stable
 

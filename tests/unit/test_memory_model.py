@@ -34,7 +34,7 @@ from lightning_fedscale.devices.probe import probe
 from lightning_fedscale.devices.profiling import libraries, scratch
 from lightning_fedscale.devices.profiling.batches import resized, samples_in
 from lightning_fedscale.devices.profiling.costs import StepCost
-from lightning_fedscale.devices.profiling.dry_run import Rehearsal, Rehearsed
+from lightning_fedscale.devices.profiling.dry_run import DryRun, DryRunResult
 from lightning_fedscale.devices.profiling.memory_tracker import Peak
 from lightning_fedscale.devices.profiling.search import largest_within
 from lightning_fedscale.utils.memory import format_bytes
@@ -284,7 +284,7 @@ def nothing() -> None:
 def the_steps_themselves() -> None:
     module, batch = keepers.PROMISED.project()
     for samples in (*keepers.BATCHES, 16, 24):
-        Rehearsal(module, batch).real_step(samples)()
+        DryRun(module, batch).real_step(samples)()
 
 
 def steps_under_a_profiler() -> None:
@@ -378,7 +378,7 @@ class Twice(Classifier):
 def test_peak_grows_but_where_torch_goes_another_way(kind: str) -> None:
     model = KEEPERS[kind].model()
     borders = [15] if kind in ("one by one", "inverted residuals") else []
-    assert model._rehearsal.borders == borders
+    assert model._dry_run.borders == borders
     sizes = [2, 15, 16, 24, 25, 300]
     peaks = [model.peak(size) for size in sizes]
     for (size, less), (_, more) in itertools.pairwise(zip(sizes, peaks, strict=True)):
@@ -391,8 +391,8 @@ def test_peak_grows_but_where_torch_goes_another_way(kind: str) -> None:
 
 def test_the_border_is_where_operators_meet_so_many_rows() -> None:
     module, batch = KEEPERS["one by one"].project()
-    assert estimate_memory(Twice(module.network), batch)._rehearsal.borders == [7]
-    assert estimate_memory(Twice(mlp()), vectors(2))._rehearsal.borders == []
+    assert estimate_memory(Twice(module.network), batch)._dry_run.borders == [7]
+    assert estimate_memory(Twice(mlp()), vectors(2))._dry_run.borders == []
 
 
 @pytest.mark.parametrize("fall", [-300, 0, 70, 300])
@@ -402,11 +402,11 @@ def test_all_smaller_batches_fit_as_well(fall: int) -> None:
     def needed(batch: int) -> int:
         return 10 * batch - fall * ((batch > 15) + (batch > 40))
 
-    rehearsal: Any = SimpleNamespace(
-        run=lambda batch, **_: Rehearsed(Peak(1000 + needed(batch), {}), StepCost(0.0, 0.0), 0),
+    dry_run: Any = SimpleNamespace(
+        run=lambda batch, **_: DryRunResult(Peak(1000 + needed(batch), {}), StepCost(0.0, 0.0), 0),
         learn=lambda known, smallest: None, makes_batches=False, borders=[15, 40], assumed="",
     )  # fmt: skip
-    model = MemoryModel(rehearsal, nn.Linear(1, 1), {})
+    model = MemoryModel(dry_run, nn.Linear(1, 1), {})
     for budget in range(1010, 1900, 7):
         expected = next(batch for batch in range(1, 1000) if model.peak(batch + 1) > budget)
         assert model.max_batch(budget, headroom=0.0) == expected

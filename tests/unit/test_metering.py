@@ -19,7 +19,7 @@ from lightning_fedscale.callbacks.compute_accounting.flop_meter import BatchCost
 from lightning_fedscale.callbacks.compute_accounting.parameter_counts import count_parameters
 from lightning_fedscale.devices.profiling import costs
 from lightning_fedscale.devices.profiling import operator_counter as operators
-from lightning_fedscale.devices.profiling.batches import Form, form_of
+from lightning_fedscale.devices.profiling.batches import BatchSignature, signature_of
 from tests.networks import KINDS, Classifier
 
 
@@ -194,10 +194,10 @@ def test_forms_are_keys_also_where_their_nesting_has_no_hash() -> None:
         def __eq__(self, other: object) -> bool:
             return isinstance(other, Nesting) and other.name == self.name
 
-    leaves = form_of(torch.ones(2)).leaves
-    known = {Form(Nesting("list"), leaves): 1, Form(Nesting("dict"), leaves): 2}
-    assert known[Form(Nesting("list"), leaves)] == 1
-    assert Form(Nesting("set"), leaves) not in known
+    leaves = signature_of(torch.ones(2)).leaves
+    known = {BatchSignature(Nesting("list"), leaves): 1, BatchSignature(Nesting("dict"), leaves): 2}
+    assert known[BatchSignature(Nesting("list"), leaves)] == 1
+    assert BatchSignature(Nesting("set"), leaves) not in known
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -414,21 +414,21 @@ def test_a_step_that_fails_says_nothing() -> None:
     meter = meter_of(module := Wrapped(nn.Linear(4, 3)))
     with pytest.raises(OSError, match="no such file"), meter.step(torch.ones(5, 4)):
         raise OSError("no such file")
-    assert meter.expected(form_of(torch.ones(5, 4))) is None
+    assert meter.expected(signature_of(torch.ones(5, 4))) is None
     assert run(module, torch.ones(5, 4), meter).flops == 2 * 2 * 5 * 4 * 3
 
 
 def test_batches_side_by_side_cost_what_one_alone_did() -> None:
     module, told = Wrapped(nn.Linear(4, 3)), []
     meter = meter_of(module)
-    tally, form = Tally(meter, lambda *both: told.append(both)), form_of(torch.ones(5, 4))
+    tally, form = Tally(meter, lambda *both: told.append(both)), signature_of(torch.ones(5, 4))
     tally.add(form, 5)  # before anything is known
     with meter.alone(torch.ones(5, 4), 5):
         module._current_fx_name = "training_step"
         module.training_step(torch.ones(5, 4), 0).backward()
     module._current_fx_name = None
     tally.add(form, 5)
-    tally.add(form_of(torch.ones(10, 4)), 10)  # like nothing that was counted: by samples
+    tally.add(signature_of(torch.ones(10, 4)), 10)  # like nothing that was counted: by samples
     cost = tally.total(3)
     assert (cost.forward, cost.backward, cost.tokens) == (20 * 24, 20 * 24, 20)
     assert told == [(tally, cost)]

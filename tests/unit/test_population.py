@@ -60,7 +60,7 @@ def rounds(draw: st.DrawFn) -> dict[str, Any]:
     return {
         "clients": np.sort(np.array(draw(st.permutations(range(50)))[:count])),
         "seconds": np.array(draw(st.lists(st.floats(0.1, 9), min_size=count, max_size=count))),
-        "answers": np.array(draw(st.lists(st.floats(0, 3), min_size=count, max_size=count))),
+        "unavailability": np.array(draw(st.lists(st.floats(0, 3), min_size=count, max_size=count))),
         "wanted": draw(st.integers(1, 12)),
         "deadline": draw(st.none() | st.floats(0.1, 9)),
         "min_clients": draw(st.integers(1, 5)),
@@ -69,12 +69,12 @@ def rounds(draw: st.DrawFn) -> dict[str, Any]:
 
 @given(rounds())
 def test_closing_a_round(given_: dict[str, Any]) -> None:
-    clients, seconds, answers = given_["clients"], given_["seconds"], given_["answers"]
+    clients, seconds, unavailability = given_["clients"], given_["seconds"], given_["unavailability"]
     wanted, deadline, least = given_["wanted"], given_["deadline"], given_["min_clients"]
-    found = select(clients, seconds, answers, wanted=wanted, deadline=deadline, min_clients=least)
+    found = select(clients, seconds, unavailability, wanted=wanted, deadline=deadline, min_clients=least)
     # The same by hand: a list of arrivals, taken one after the other.
-    arrivals = sorted((s, c) for c, s, a in zip(clients, seconds, answers, strict=True) if a < 1)
-    silent = sorted((a, c) for c, a in zip(clients, answers, strict=True) if a >= 1)
+    arrivals = sorted((s, c) for c, s, a in zip(clients, seconds, unavailability, strict=True) if a < 1)
+    silent = sorted((a, c) for c, a in zip(clients, unavailability, strict=True) if a >= 1)
     kept = [c for s, c in arrivals if deadline is None or s <= deadline][:wanted]
     for client in [c for _, c in arrivals + silent]:
         if len(kept) < least and client not in kept:
@@ -94,7 +94,7 @@ def test_closing_a_round(given_: dict[str, Any]) -> None:
 def test_the_order_of_clients_does_not_matter(given_: dict[str, Any], random: Any) -> None:
     order = list(range(len(given_["clients"])))
     random.shuffle(order)
-    mixed = {name: given_[name][order] for name in ("clients", "seconds", "answers")}
+    mixed = {name: given_[name][order] for name in ("clients", "seconds", "unavailability")}
     one, other = select(**given_), select(**{**given_, **mixed})
     assert set(one.clients) == set(other.clients)
     assert one.round_seconds == other.round_seconds

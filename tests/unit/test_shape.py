@@ -26,7 +26,6 @@ LONG_FILES = {
     "core.lightning.client_log": 470,
     "core.user_code.objects": 480,
     "core.user_code.state": 470,
-    "devices.profiling.dry_run": 460,
     "scaling.made_for": 420,
     "scaling.planning": 430,
     "strategy": 620,

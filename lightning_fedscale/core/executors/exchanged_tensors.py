@@ -238,7 +238,7 @@ class Exchange(NamedTuple):
     def _policy(self, path: str) -> str | None:
         """Return the policy of a buffer whose shape varies; None for a cache."""
         part, name = self._find(path)
-        if self.policies.asked([path]) is None and part.is_cache(name):
+        if self.policies.chosen([path]) is None and part.is_cache(name):
             return None
         tensor = part.module._buffers.get(name)
         if path in self.kinds or tensor is None:

@@ -27,7 +27,7 @@ from lightning_fedscale.core.lightning.client_log import ClientLog
 from lightning_fedscale.core.lightning.hooks import PER_LOCAL_BATCH
 from lightning_fedscale.core.lightning.module_state import call_hook
 from lightning_fedscale.core.plan import LocalWork
-from lightning_fedscale.devices.profiling.batches import form_of
+from lightning_fedscale.devices.profiling.batches import signature_of
 from lightning_fedscale.local_rules import Correction
 from lightning_fedscale.types import ClientUpdate
 from lightning_fedscale.utils import randomness
@@ -335,7 +335,7 @@ class SequentialExecutor:
             # Before the step, which may change its batch.
             metered = _UNMETERED
             if tally is not None and context.timed:
-                tally.add(form_of(batch).anonymous(), len(indices))
+                tally.add(signature_of(batch).anonymous(), len(indices))
             elif tally is not None:
                 metered = tally.batch(batch, len(indices), training=context.training)
             with metered:

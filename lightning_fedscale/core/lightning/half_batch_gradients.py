@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lightning_fedscale.core.lightning.module_state import attached_trainer
 from lightning_fedscale.devices.profiling.batches import changed, samples_in
-from lightning_fedscale.devices.profiling.dry_run import copied
+from lightning_fedscale.devices.profiling.copies import copied
 from lightning_fedscale.devices.profiling.stubs import TrainerView, silence
 from lightning_fedscale.utils.randomness import untouched
 

@@ -152,7 +152,7 @@ def _norm_that_learns(options: Options, module: nn.Module, exchange: Exchange) -
     own = {id(tensor) for tensor in exchange.personal.values()}
     for name, part in module.named_modules():
         mean = part.running_mean if isinstance(part, nn.modules.batchnorm._NormBase) else None
-        asked = options.algorithm.buffer_policies.asked([f"{name}.running_mean" if name else "running_mean"])
+        asked = options.algorithm.buffer_policies.chosen([f"{name}.running_mean" if name else "running_mean"])
         if mean is not None and id(mean) not in own and asked != "server":
             return str(name)
     return None

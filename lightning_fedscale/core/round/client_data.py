@@ -190,9 +190,9 @@ class ClientData:
         if self._simulation is None:
             count, options, fleet = self.partition.num_clients, self._options, self.fleet
             concurrency = asynchrony.concurrent(self.cohort_size, count)
-            answers = (lambda start, client: True) if fleet is None else partial(fleet.answers, options.seed)
+            available = (lambda start, client: True) if fleet is None else partial(fleet.is_available, options.seed)
             self._simulation = AsyncSimulation(
-                options.seed, count, self.cohort_size, concurrency, partial(self._seconds, asynchrony), answers
+                options.seed, count, self.cohort_size, concurrency, partial(self._seconds, asynchrony), available
             )
         buffered = self._simulation.of_round(round)
         ranks = place_longest_first(self._cost(local_steps, buffered.clients), self._world_size)

@@ -35,7 +35,7 @@ class RunTotals:
         """Return why no round may follow after so many; None if one may."""
         if self.budget is None or self.budget.affords(rounds):
             return None
-        return f"privacy: {self.budget.told(rounds)}, so training ends here."
+        return f"privacy: {self.budget.reason_to_stop(rounds)}, so training ends here."
 
     def add(self, record: RoundRecord) -> None:
         """Add a complete round."""

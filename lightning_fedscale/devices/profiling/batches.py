@@ -17,7 +17,7 @@ from torch.utils.data import BatchSampler
 _REMEDY = ": pass make_batch=, a function of the number of samples that returns such a batch."
 
 
-class Form(NamedTuple):
+class BatchSignature(NamedTuple):
     """The signature of a batch: its nesting, and the shape, type and layout of every tensor in it.
 
     Attributes:
@@ -31,47 +31,49 @@ class Form(NamedTuple):
     def __hash__(self) -> int:
         return hash(self.leaves)  # the nesting has no hash in older releases of torch, but it is compared
 
-    def without_rows(self) -> Form:
+    def without_rows(self) -> BatchSignature:
         """Return the signature of each of the batches that are stacked in this one."""
-        return Form(self.spec, tuple(_without_rows(leaf) for leaf in self.leaves))
+        return BatchSignature(self.spec, tuple(_without_rows(leaf) for leaf in self.leaves))
 
-    def anonymous(self) -> Form:
+    def anonymous(self) -> BatchSignature:
         """Return the signature with types in place of texts and objects, which do not change the cost of a batch."""
-        return Form(self.spec, tuple(leaf if isinstance(leaf, _PLAIN) else type(leaf) for leaf in self.leaves))
+        return BatchSignature(
+            self.spec, tuple(leaf if isinstance(leaf, _PLAIN) else type(leaf) for leaf in self.leaves)
+        )
 
     @property
-    def first(self) -> _TensorForm | None:
+    def first(self) -> _TensorSignature | None:
         """The signature of the first tensor that has a dimension; None for a batch that cannot be opened."""
-        return next((leaf for leaf in self.leaves if isinstance(leaf, _TensorForm) and leaf.shape), None)
+        return next((leaf for leaf in self.leaves if isinstance(leaf, _TensorSignature) and leaf.shape), None)
 
     @property
     def elements(self) -> int:
         """Total number of elements of the tensors."""
-        return sum(math.prod(leaf.shape) for leaf in self.leaves if isinstance(leaf, _TensorForm))
+        return sum(math.prod(leaf.shape) for leaf in self.leaves if isinstance(leaf, _TensorSignature))
 
-    def without_sizes(self) -> Form:
+    def without_sizes(self) -> BatchSignature:
         """Return the signature without sizes of tensors and values of other objects."""
-        return Form(self.spec, tuple(map(_without_size, self.leaves)))
+        return BatchSignature(self.spec, tuple(map(_without_size, self.leaves)))
 
 
-class _TensorForm(NamedTuple):
+class _TensorSignature(NamedTuple):
     shape: tuple[int, ...]
     dtype: torch.dtype
     layout: torch.layout
 
 
-_PLAIN = (_TensorForm, int, float, complex, torch.dtype, torch.device, type(None))
+_PLAIN = (_TensorSignature, int, float, complex, torch.dtype, torch.device, type(None))
 
 
-def form_of(batch: Any) -> Form:
+def signature_of(batch: Any) -> BatchSignature:
     """Return the signature of a batch, which can be a key of a dict. Any mapping counts as a dict.
 
     Example:
-        >>> form_of([torch.ones(4, 3)]) == form_of([torch.zeros(4, 3)]) != form_of([torch.zeros(5, 3)])
+        >>> signature_of([torch.ones(4, 3)]) == signature_of([torch.zeros(4, 3)]) != signature_of([torch.zeros(5, 3)])
         True
     """
     leaves, spec = tree_flatten(_as_dict(batch))
-    return Form(spec, tuple(map(_form_of_leaf, leaves)))
+    return BatchSignature(spec, tuple(map(_signature_of_leaf, leaves)))
 
 
 def _as_dict(batch: Any) -> Any:
@@ -79,9 +81,9 @@ def _as_dict(batch: Any) -> Any:
     return dict(batch) if isinstance(batch, Mapping) and not isinstance(batch, dict) else batch
 
 
-def _form_of_leaf(leaf: Any) -> Any:
+def _signature_of_leaf(leaf: Any) -> Any:
     if isinstance(leaf, Tensor):
-        return _TensorForm(tuple(leaf.shape), leaf.dtype, leaf.layout)
+        return _TensorSignature(tuple(leaf.shape), leaf.dtype, leaf.layout)
     try:
         hash(leaf)
     except TypeError:
@@ -90,13 +92,13 @@ def _form_of_leaf(leaf: Any) -> Any:
 
 
 def _without_size(leaf: Any) -> Any:
-    if isinstance(leaf, _TensorForm):
+    if isinstance(leaf, _TensorSignature):
         return len(leaf.shape), leaf.dtype
     return leaf if isinstance(leaf, type) else type(leaf)
 
 
 def _without_rows(leaf: Any) -> Any:
-    return leaf._replace(shape=leaf.shape[1:]) if isinstance(leaf, _TensorForm) else leaf
+    return leaf._replace(shape=leaf.shape[1:]) if isinstance(leaf, _TensorSignature) else leaf
 
 
 def samples_in(batch: Any, remedy: str = _REMEDY) -> int:
@@ -169,23 +171,30 @@ def changed(batch: Any, change: Callable[[Tensor], Tensor]) -> Any:
     """
     if all(isinstance(leaf, (Tensor, str, *_PLAIN)) for leaf in tree_leaves(batch)):
         return tree_map_only(Tensor, change, batch)
-    with _Copies(change):
+    with TensorCopies(change):
         return copy.deepcopy(batch)
 
 
-class _Copies(TorchFunctionMode):
-    """Applies a function to tensors when they are copied, which reaches those in all objects that can be copied."""
+class TensorCopies(TorchFunctionMode):
+    """Chooses the copies of tensors while anything is deep-copied, which reaches tensors in all objects.
 
-    def __init__(self, change: Callable[[Tensor], Tensor]) -> None:
+    Args:
+        copied: returns the copy of a tensor; None for an ordinary one.
+    """
+
+    def __init__(self, copied: Callable[[Tensor], Tensor | None]) -> None:
         super().__init__()
-        self._change = change
+        self._copied = copied
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is not Tensor.__deepcopy__:
             return func(*args, **(kwargs or {}))
         tensor, memo = args
         if id(tensor) not in memo:
-            memo[id(tensor)] = self._change(tensor)
+            copied = self._copied(tensor)
+            if copied is None:
+                return func(tensor, memo)  # type: ignore[no-untyped-call]
+            memo[id(tensor)] = copied
         return memo[id(tensor)]
 
 

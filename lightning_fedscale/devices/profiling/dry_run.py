@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
@@ -10,12 +9,12 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.optim import Optimizer
-from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_iter, tree_map_only
 
 from lightning_fedscale.devices.profiling.batches import resized, samples_in
+from lightning_fedscale.devices.profiling.copies import copied, copy_of_batch
 from lightning_fedscale.devices.profiling.costs import StepCost
 from lightning_fedscale.devices.profiling.memory_tracker import (
     BATCH,
@@ -41,7 +40,7 @@ _BYTES_TO_LEARN = 2**31
 MakeOptimizer = Callable[[Iterable[nn.Parameter]], Optimizer]
 
 
-class Rehearsed(NamedTuple):
+class DryRunResult(NamedTuple):
     """The result of a dry run.
 
     Attributes:
@@ -55,7 +54,7 @@ class Rehearsed(NamedTuple):
     kept: int
 
 
-class Rehearsal:
+class DryRun:
     """Dry run of a module's training step on a copy: it logs nothing, moves no generator and keeps nothing.
 
     The order is Lightning's: forward, drop the gradients of the last step, backward, optimizer step. It runs twice,
@@ -113,7 +112,9 @@ class Rehearsal:
         """Whether every dry run makes a real batch, and so takes the memory of one."""
         return self._make_batch is not None
 
-    def run(self, samples: int, *, fake: bool = True, stop_at: int | None = None, learning: bool = False) -> Rehearsed:
+    def run(
+        self, samples: int, *, fake: bool = True, stop_at: int | None = None, learning: bool = False
+    ) -> DryRunResult:
         """Do a dry run with a batch of this many samples.
 
         Args:
@@ -145,9 +146,9 @@ class Rehearsal:
         if self._scratch is not None and learning:
             self._scratch.learned()
         kept = 0 if self._scratch is None else self._scratch.kept()
-        return Rehearsed(tracker.peak(), StepCost(flops / self._accumulate, moved / self._accumulate), kept)
+        return DryRunResult(tracker.peak(), StepCost(flops / self._accumulate, moved / self._accumulate), kept)
 
-    def learn(self, known: Rehearsed, smallest: int) -> None:
+    def learn(self, known: DryRunResult, smallest: int) -> None:
         """Measure the temporary memory of operators on a few samples, as many as the time allows.
 
         Args:
@@ -345,92 +346,6 @@ def _signature_of(step: Any) -> tuple[bool, bool]:
 
 def _one_or_all(values: list[Any]) -> Any:
     return values[0] if len(values) == 1 else values
-
-
-def copied(module: nn.Module, view: TrainerView, mode: FakeTensorMode | None = None) -> Any:
-    """Copy a module with fake tensors in place of its own; without a mode, make a real copy.
-
-    Args:
-        module: the module; the Trainer, its strategy, callbacks, loggers and data module are not copied, wherever the
-            module keeps them.
-        view: replaces the Trainer in the copy.
-        mode: makes fake tensors.
-    """
-    try:
-        with _DetachedCopyMode() if mode is None else FakeCopyMode(mode):
-            twin: Any = copy.deepcopy(module, view.outside())
-    except Exception as error:
-        raise TypeError(
-            f"module={type(module).__name__} cannot be copied, which running its steps on the side needs"
-            f" ({type(error).__name__}: {error}): leave what is in the way out of its __getstate__, or open it later."
-        ) from error
-    if mode is not None:
-        _bring_to_cpu(twin)
-    for name in ("forward", "training_step", "validation_step"):
-        compiled = getattr(vars(twin).get(name), "_torchdynamo_orig_callable", None)
-        if compiled is not None and getattr(compiled, "__func__", None) is getattr(type(twin), name, None):
-            del vars(twin)[name]  # of torch.compile, which Lightning puts into the instance: it runs the original
-    for parameter in twin.parameters():
-        parameter.grad = None
-    return twin
-
-
-def copy_of_batch(batch: Any, mode: FakeTensorMode | None = None, *, alias: bool = False) -> Any:
-    """Copy a batch, and keep its structure and types.
-
-    Args:
-        batch: tensors in any container.
-        mode: makes its tensors fake; None for real ones.
-        alias: share the tensors' memory instead of copying it.
-    """
-    copies = _AliasCopyMode() if alias else _DetachedCopyMode() if mode is None else FakeCopyMode(mode)
-    try:
-        with copies:
-            return copy.deepcopy(batch)
-    except Exception:
-        with copies:  # objects that cannot be copied, such as generators, stay the same
-            return tree_map_only(Tensor, copy.deepcopy, batch)
-
-
-class _DetachedCopyMode(TorchFunctionMode):
-    """Copies tensors of a graph, such as the last loss in a metric, which `copy.deepcopy` rejects."""
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is Tensor.__deepcopy__ and not args[0].is_leaf:
-            tensor, memo = args
-            if id(tensor) not in memo:
-                memo[id(tensor)] = tensor.detach().clone()
-            return memo[id(tensor)]
-        return func(*args, **(kwargs or {}))
-
-
-class _AliasCopyMode(TorchFunctionMode):
-    """Makes copies of tensors share their memory."""
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is Tensor.__deepcopy__:
-            tensor, memo = args
-            if id(tensor) not in memo:
-                memo[id(tensor)] = tensor.detach()
-            return memo[id(tensor)]
-        return func(*args, **(kwargs or {}))
-
-
-def _bring_to_cpu(module: nn.Module) -> None:
-    placed: dict[int, tuple[Tensor, Tensor]] = {}
-    for part in module.modules():
-        for own in (part._parameters, part._buffers):
-            tensors: dict[str, Any] = own
-            for name, tensor in tensors.items():
-                if tensor is not None and tensor.device.type == "meta":
-                    if id(tensor) not in placed:
-                        placed[id(tensor)] = tensor, _on_cpu(tensor)
-                    tensors[name] = placed[id(tensor)][1]
-
-
-def _on_cpu(tensor: Tensor) -> Tensor:
-    there = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="cpu")
-    return nn.Parameter(there, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else there
 
 
 def configured_by(module: Any, make: MakeOptimizer | None = None) -> tuple[list[Optimizer], list[Any]]:

@@ -114,7 +114,7 @@ class Scratch:
         return max(0, round(last.hidden + slope * (size - last.size)))
 
     def _measure(self, operator: Any, args: Any, kwargs: Any) -> int:
-        key = operator, *map(_told_by, tree_leaves((args, kwargs)))
+        key = operator, *map(_key_of, tree_leaves((args, kwargs)))
         if key not in self._measured:
             self._measured[key] = _run(operator, args, kwargs)
             if libraries.uses(operator):
@@ -156,7 +156,7 @@ def _is_dense(tensor: Tensor) -> bool:
     return True
 
 
-def _told_by(leaf: Any) -> Any:
+def _key_of(leaf: Any) -> Any:
     return (leaf.shape, leaf.stride(), leaf.dtype) if isinstance(leaf, Tensor) else repr(leaf)
 
 

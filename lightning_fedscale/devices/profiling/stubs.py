@@ -15,7 +15,7 @@ from torchmetrics import Metric, MetricCollection
 
 from lightning_fedscale.devices.profiling.memory_tracker import OverBudget
 
-_SPOKEN = "log", "log_dict", "print", "clip_gradients", "toggle_optimizer", "untoggle_optimizer"
+_IGNORED = "log", "log_dict", "print", "clip_gradients", "toggle_optimizer", "untoggle_optimizer"
 
 
 def silence(module: Any, trainer: Any) -> None:
@@ -30,14 +30,14 @@ def silence(module: Any, trainer: Any) -> None:
         if part is module or hasattr(type(part), "trainer"):
             _silence(part, view)
         if isinstance(part, (Metric, MetricCollection)):
-            _quieten(part)
+            _make_local(part)
 
 
 def _silence(module: Any, view: TrainerView) -> None:
-    for name in _SPOKEN:
+    for name in _IGNORED:
         if hasattr(module, name):
-            setattr(module, name, _ANYTHING)
-    module.lr_schedulers = lambda: _SOMETHING
+            setattr(module, name, _ignore)
+    module.lr_schedulers = _NullObject
     module.manual_backward = partial(_backward, module)
     if getattr(getattr(type(module), "trainer", None), "fset", None) is not None:  # as a LightningModule has it
         module.trainer = view
@@ -50,7 +50,7 @@ def _backward(module: Any, loss: Tensor, *args: Any, **kwargs: Any) -> None:
         loss.backward(*args, **kwargs)  # type: ignore[no-untyped-call]
 
 
-def _quieten(metric: Any) -> None:
+def _make_local(metric: Any) -> None:
     """Let a metric compute, since it may be the loss, but without other ranks, and return 0 if it is data-dependent."""
     metric.distributed_available_fn = lambda: False
     zero = torch.zeros(())
@@ -71,27 +71,28 @@ def _attempt(own: Callable[..., Any], instead: Any) -> Callable[..., Any]:
     return attempt
 
 
-class _Anything:
-    """Accepts every call, has every attribute, and does nothing: a logger's experiment, a scheduler, ``self.log``."""
+def _ignore(*args: Any, **kwargs: Any) -> None:
+    """Accept any call and do nothing, in place of ``self.log`` or a method of the Trainer."""
+
+
+class _NullObject:
+    """Accepts every call and has every attribute, without effect: a logger's experiment, a scheduler."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return None if self is _ANYTHING else self
+        return self
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
             raise AttributeError(name)
-        return _SOMETHING
+        return self
 
     def __iter__(self) -> Iterator[Any]:
         return iter(())
 
 
-class _Profiler(_Anything):
+class _NullProfiler(_NullObject):
     def profile(self, action: str) -> AbstractContextManager[None]:
         return nullcontext()
-
-
-_ANYTHING, _SOMETHING = _Anything(), _Anything()
 
 
 _AT_START: dict[str, Any] = {
@@ -139,7 +140,7 @@ class TrainerView:
         shared = [real.datamodule, *real.callbacks]
         return {
             **{id(each): each for each in shared if each is not None},
-            **{id(logger): _SOMETHING for logger in real.loggers},
+            **{id(logger): _NullObject() for logger in real.loggers},
             id(real.strategy): self.strategy,
             id(real): self,
         }
@@ -148,22 +149,22 @@ class TrainerView:
         if name == "estimated_stepping_batches":
             return 1000  # the Trainer's value would load the data; schedules take no memory
         if name == "strategy":
-            return _Alone(None if self._real is None else self._real.strategy)
+            return _LocalStrategy(None if self._real is None else self._real.strategy)
         if name in ("logger", "loggers", "should_stop", "profiler"):
-            return {"logger": _SOMETHING, "loggers": [], "should_stop": False, "profiler": _Profiler()}[name]
+            return {"logger": _NullObject(), "loggers": [], "should_stop": False, "profiler": _NullProfiler()}[name]
         if self._real is not None:
             found = getattr(self._real, name)
-            return _ANYTHING if inspect.ismethod(found) and found.__self__ is self._real else found
+            return _ignore if inspect.ismethod(found) and found.__self__ is self._real else found
         try:
             return _AT_START[name]
         except KeyError:
-            raise AttributeError(f"the Trainer's {name} is not there without a Trainer") from None
+            raise AttributeError(f"trainer.{name}: a dry run without a Trainer has no such attribute.") from None
 
     def __setattr__(self, name: str, value: Any) -> None:
         pass
 
 
-class _Alone:
+class _LocalStrategy:
     """The Trainer's strategy with local collectives, since other ranks do not do the same dry run."""
 
     def __init__(self, strategy: Any) -> None:
@@ -179,7 +180,7 @@ class _Alone:
 
     def __getattr__(self, name: str) -> Any:
         if self._real is None:
-            return {"world_size": 1, "global_rank": 0, "local_rank": 0, "is_global_zero": True}.get(name, _SOMETHING)
+            return {"world_size": 1, "global_rank": 0, "local_rank": 0, "is_global_zero": True}.get(name, _NullObject())
         return getattr(self._real, name)
 
 

@@ -45,7 +45,7 @@ from lightning_fedscale.core.lightning.snapshots import MetricStates
 from lightning_fedscale.core.plan import LocalWork
 from lightning_fedscale.core.user_code.outside import places_of
 from lightning_fedscale.core.user_code.state import PythonState
-from lightning_fedscale.devices.profiling.batches import Form, form_of
+from lightning_fedscale.devices.profiling.batches import BatchSignature, signature_of
 from lightning_fedscale.types import ClientUpdate
 from lightning_fedscale.utils import randomness
 from lightning_fedscale.utils.memory import free_memory
@@ -65,9 +65,9 @@ class _Group(NamedTuple):
     samples: list[int]
     batch_size: int  # as Lightning would read it off each batch
 
-    def form(self) -> Form:
+    def form(self) -> BatchSignature:
         """Return the batch signature, which all the batches share."""
-        return form_of(self.batch.close(self.batch.tensors)).without_rows().anonymous()
+        return signature_of(self.batch.close(self.batch.tensors)).without_rows().anonymous()
 
     def weight(self, device: torch.device) -> Tensor | int:
         """Return the samples in each batch; a single number if they are all the same."""
