@@ -43,7 +43,7 @@ MOVED = {
     "clients.optimizers": "core.client_state.optimizers", "clients.states": "core.client_state.states",
     "clients.store": "core.client_state.store", "custody": "core.client_state.placement",
     "executors.cache": "core.executors.device_cache", "executors.choice": "core.executors.auto",
-    "executors.correction": "core.executors.correction", "executors.exchange": "core.executors.exchanged_tensors",
+    "executors.correction": "core.executors.correction", "executors.exchange": "core.executors.shared_tensors",
     "executors.lean": "core.executors.fast_step", "executors.loader": "core.executors.loader",
     "executors.loops": "core.executors.local_step", "executors.meter": "core.executors.meter",
     "executors.sequential": "core.executors.sequential", "executors.transfer": "core.executors.transfer",

@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_fedscale import Partition
 from lightning_fedscale.aggregators import krum
-from lightning_fedscale.core.executors import exchange_of
+from lightning_fedscale.core.executors import shared_tensors_of
 from lightning_fedscale.local_rules import Ditto
 from lightning_fedscale.privacy import dp_fed_avg, secure_mean
 from lightning_fedscale.server.asynchrony import FedBuff
@@ -303,7 +303,7 @@ class Renorm(nn.Module):
 def test_running_statistics_are_averaged(layer: nn.Module) -> None:
     module = Counting()
     module.layer = nn.Sequential(layer, nn.Linear(4, 3))
-    kinds = exchange_of(module).kinds
+    kinds = shared_tensors_of(module).kinds
     assert {kinds[name] for name, _ in module.named_buffers() if name.startswith("layer.")} == {("mean", True)}
     assert warned(lambda: fit(module, 2, buffers={"re*": "mean"})) == []
     batches = sum(size * math.ceil(size / 8) for size in SIZES) / sum(SIZES)

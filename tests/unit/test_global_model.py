@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_fedscale.aggregators import mean
-from lightning_fedscale.core.executors import exchange_of
+from lightning_fedscale.core.executors import shared_tensors_of
 from lightning_fedscale.core.executors.sequential import _norm
 from lightning_fedscale.core.options.algorithm_options import AlgorithmOptions
 from lightning_fedscale.core.plan import RoundPlan
@@ -37,18 +37,18 @@ class Model(nn.Module):
 
 def moved(model: Model, delta: list[float], rule: ServerOptimizer | None = None, training: bool = True) -> Tensor:
     """Move by the delta of a single client; returns the aggregate."""
-    exchange = exchange_of(model, policies=BufferPolicies((("counter", "mean"),)))
-    server = exchange.view.read()
+    shared = shared_tensors_of(model, policies=BufferPolicies((("counter", "mean"),)))
+    server = shared.view.read()
     kept = server.clone()
     plan = RoundPlan(4, np.array([0]), np.array([0]))
     table, aggregator = RoundTable(plan, 1), mean()
     update = ClientUpdate(0, torch.tensor(delta, dtype=torch.float64), 1.0, 2, 2, 1, 0.5, 0.1)
     table.clients.add(update, 2.0, (0, 0), (0.0, 0.0))
-    cohort = Cohort(4, plan.cohort, 1, exchange.view.trainable, 0)
+    cohort = Cohort(4, plan.cohort, 1, shared.view.trainable, 0)
     total = aggregator.accumulate(aggregator.init(server, cohort), update, 2.0, cohort)
     model_of_server = GlobalModel(AlgorithmOptions(None, None, None, aggregator, ()), rule or fed_avg())
     aggregate = model_of_server.aggregate(server, total, table, cohort)
-    model_of_server.move(exchange, server, aggregate, cohort, training=training)
+    model_of_server.move(shared, server, aggregate, cohort, training=training)
     assert torch.equal(server, kept)
     return aggregate
 
@@ -104,15 +104,15 @@ def test_what_a_server_optimizer_keeps_of_its_arguments_stays_what_it_was() -> N
 
 
 def test_deltas_count_from_zero_where_the_global_model_is_not_finite() -> None:
-    exchange = exchange_of(Model(frozen=HUGE))
-    server = exchange.view.read()
-    assert exchange.origin(server).tolist() == [1.0, 1.0, 1.0, 0.0, 0.0, 5.0, HUGE, HUGE]
+    shared = shared_tensors_of(Model(frozen=HUGE))
+    server = shared.view.read()
+    assert shared.origin(server).tolist() == [1.0, 1.0, 1.0, 0.0, 0.0, 5.0, HUGE, HUGE]
     assert server[4] == -math.inf
     finite = Model(frozen=HUGE)
     finite.mask.zero_()
-    exchange = exchange_of(finite)
-    server = exchange.view.read()
-    assert exchange.origin(server) is server
+    shared = shared_tensors_of(finite)
+    server = shared.view.read()
+    assert shared.origin(server) is server
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,6 @@ LONG_FILES = {
     "callbacks.compute_accounting.flop_meter": 580,
     "callbacks.critical_phase.callback": 410,
     "callbacks.max_batch_probe.callback": 550,
-    "core.executors.exchanged_tensors": 460,
     "core.executors.sequential": 420,
     "core.executors.vectorized.batched_step": 410,
     "core.executors.vectorized.executor": 610,
@@ -37,12 +36,10 @@ LARGE_CLASSES = {
     "callbacks.critical_phase.callback.CriticalPhase": 24,
     "callbacks.critical_phase.steps.StepWatch": 24,
     "callbacks.max_batch_probe.callback.MaxBatchProbe": 29,
-    "core.executors.exchanged_tensors.Exchange": 26,
     "core.executors.vectorized.executor.VectorizedExecutor": 21,
     "strategy.FederatedStrategy": 49,  # overrides hooks of Lightning, of which there are that many
 }
 LONG_FUNCTIONS = {
-    "core.executors.exchanged_tensors.exchange_of": 83,
     "core.executors.vectorized.batched_step.SideBySide.run": 68,
     "core.options.trainer_checks.check_fit": 71,
     "partitioners.plots.plot_comparison_label_distribution": 65,

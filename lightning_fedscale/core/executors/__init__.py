@@ -2,9 +2,9 @@
 
 from lightning_fedscale.core.executors.auto import ExecutorChoice, ExecutorTiming
 from lightning_fedscale.core.executors.device_cache import DeviceData
-from lightning_fedscale.core.executors.exchanged_tensors import Exchange, exchange_of
 from lightning_fedscale.core.executors.loader import ClientLoader, RoundLoader
 from lightning_fedscale.core.executors.sequential import LargestClient, RoundContext, SequentialExecutor
+from lightning_fedscale.core.executors.shared_tensors import SharedTensors, shared_tensors_of
 from lightning_fedscale.core.executors.transfer import Transfer
 from lightning_fedscale.core.executors.vectorized.executor import VectorizedExecutor
 from lightning_fedscale.core.lightning.client_log import ClientLog
@@ -14,7 +14,6 @@ __all__ = [
     "ClientLoader",
     "ClientLog",
     "DeviceData",
-    "Exchange",
     "ExecutorChoice",
     "ExecutorTiming",
     "LargestClient",
@@ -23,8 +22,9 @@ __all__ = [
     "RoundEnd",
     "RoundLoader",
     "SequentialExecutor",
+    "SharedTensors",
     "Transfer",
     "VectorizedExecutor",
-    "exchange_of",
     "listeners",
+    "shared_tensors_of",
 ]

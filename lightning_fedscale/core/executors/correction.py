@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_fedscale.core.executors.exchanged_tensors import Exchange
+from lightning_fedscale.core.executors.shared_tensors import SharedTensors
 from lightning_fedscale.core.executors.vectorized.rows import Rows
 from lightning_fedscale.local_rules import Correction
 from lightning_fedscale.utils.flat_view import as_real
@@ -27,11 +27,11 @@ class ClientCorrection:
         self._proximal = 0.0
 
     @torch.no_grad()
-    def begin(self, exchange: Exchange, correction: Correction) -> None:
+    def begin(self, shared: SharedTensors, correction: Correction) -> None:
         """Set the next client's correction; the module holds the model from which the client starts."""
-        self._parameters, self._proximal = exchange.shared, correction.proximal
+        self._parameters, self._proximal = shared.trainable_shared, correction.proximal
         own = [as_real(parameter) for parameter in self._parameters]
-        views = [] if correction.shift is None else exchange.trainable_views(correction.shift)
+        views = [] if correction.shift is None else shared.trainable_views(correction.shift)
         self._shifts = [view.to(tensor.dtype) for view, tensor in zip(views, own, strict=False)]
         self._anchors = [tensor.clone() for tensor in own] if self._proximal else []
 
@@ -91,13 +91,13 @@ class WaveCorrection:
     """Corrects the stacked gradients of vectorized clients, each as `ClientCorrection` does.
 
     Args:
-        exchange: the module's tensors.
+        shared: the module's tensors.
         stacks: the shared, trainable parameters from which the clients start, stacked with one row for each client.
         corrections: the correction of each client.
     """
 
     @torch.no_grad()
-    def __init__(self, exchange: Exchange, stacks: Sequence[Tensor], corrections: Sequence[Correction]) -> None:
+    def __init__(self, shared: SharedTensors, stacks: Sequence[Tensor], corrections: Sequence[Correction]) -> None:
         self._proximal = torch.tensor([correction.proximal for correction in corrections], dtype=torch.float64)
         self._anchors = [stack.clone() for stack in stacks] if self._proximal.any() else []
         self._shifts: list[Tensor] = []
@@ -105,7 +105,7 @@ class WaveCorrection:
             self._shifts = [torch.zeros_like(stack) for stack in stacks]
             for row, correction in enumerate(corrections):
                 if correction.shift is not None:
-                    for stack, view in zip(self._shifts, exchange.trainable_views(correction.shift), strict=True):
+                    for stack, view in zip(self._shifts, shared.trainable_views(correction.shift), strict=True):
                         as_real(stack)[row].copy_(view)
 
     @torch.no_grad()

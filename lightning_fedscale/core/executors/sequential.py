@@ -19,9 +19,9 @@ from torch import Tensor
 from lightning_fedscale.core.client_state import ClientStore, OptimizerKeeper
 from lightning_fedscale.core.executors.correction import ClientCorrection
 from lightning_fedscale.core.executors.device_cache import DeviceData
-from lightning_fedscale.core.executors.exchanged_tensors import Exchange
 from lightning_fedscale.core.executors.local_step import LocalStep, local_step
 from lightning_fedscale.core.executors.meter import ClientMeter, Meter
+from lightning_fedscale.core.executors.shared_tensors import SharedTensors
 from lightning_fedscale.core.executors.transfer import Transfer
 from lightning_fedscale.core.lightning.client_log import ClientLog
 from lightning_fedscale.core.lightning.hooks import PER_LOCAL_BATCH
@@ -81,7 +81,7 @@ class RoundContext(NamedTuple):
         first: the client whose first batch came through the Trainer's own loop and is on the device.
         randomness: state of the global generators for that client; None if fetching a batch draws nothing.
         cache: the dataset on the device; None if not cached.
-        exchange: the model's exchanged tensors, which hold the global model.
+        shared: the model's tensors, which hold the global model.
         server: the global model as a vector.
         training: False runs forward passes only.
         fetch: makes one batch of these dataset positions in this process.
@@ -99,7 +99,7 @@ class RoundContext(NamedTuple):
     first: LocalWork | None
     randomness: randomness.GlobalState | None
     cache: DeviceData | None
-    exchange: Exchange
+    shared: SharedTensors
     server: Tensor
     training: bool
     fetch: Callable[[list[int]], Any]
@@ -202,7 +202,7 @@ class SequentialExecutor:
             context: the round.
             positions: number of each client's first local batch within the rank's round; None if these are all clients.
         """
-        view, server_origin = context.exchange.view, context.exchange.origin(context.server)
+        view, server_origin = context.shared.view, context.shared.origin(context.server)
         delta = view.empty()
         self._open_round()
         own = Personal(context)
@@ -222,7 +222,7 @@ class SequentialExecutor:
             tally = None if context.meter is None else context.meter.client()
             trained = self._train(context, number, start, tally)
             position += trained.steps
-            context.exchange.settle()
+            context.shared.rebind()
             view.subtract_from(origin, out=delta)
             update = ClientUpdate(
                 client=work.client,
@@ -238,17 +238,17 @@ class SequentialExecutor:
             )
             own.keep(work.client, update)
             if context.largest is not None:
-                context.largest.offer(update, context.exchange.copy_largest)
+                context.largest.offer(update, context.shared.copy_largest)
             if self._keep and context.training and trained.had_batch:
                 # After an update that is not finite the optimizer's state is invalid too: the client starts afresh.
                 states = [keeper.unload() for keeper in self._keepers] if update.finite else None
                 self._store.stage_optimizers(work.client, states)
             self._watcher.client_ended(update)
             yield update
-            context.exchange.restore()
+            context.shared.irregular.restore()
             view.write(context.server)
             own.restore()
-            context.exchange.set_trainable()
+            context.shared.set_trainable()
         view.forget(delta)
         self.close_round()
 
@@ -256,11 +256,11 @@ class SequentialExecutor:
         """Set the client's start and correction; return the origin of its delta."""
         pipeline = context.pipeline
         if pipeline is not None and (start := pipeline.start(client)) is not None:
-            context.exchange.view.write(start)
-            origin = context.exchange.origin(start)
+            context.shared.view.write(start)
+            origin = context.shared.origin(start)
         if self._correction is not None:
             own = None if pipeline is None else pipeline.correction(client)
-            self._correction.begin(context.exchange, own or Correction())
+            self._correction.begin(context.shared, own or Correction())
         return origin
 
     def _open_round(self) -> None:
@@ -382,22 +382,22 @@ class Personal:
 
     def __init__(self, context: RoundContext) -> None:
         self._pipeline = context.pipeline
-        self._exchange = context.exchange
+        self._shared = context.shared
         self._servers = context.own
 
     def load(self, client: int) -> None:
         """Write this client's personal tensors to the module."""
         if self._pipeline is not None:
-            self._exchange.write_personal(self._pipeline.personal(client))
+            self._shared.write_personal(self._pipeline.personal(client))
 
     def keep(self, client: int, update: ClientUpdate) -> None:
         """Store the client's personal tensors after its training, unless its update is not finite."""
-        if self._pipeline is not None and update.finite and (values := self._exchange.copy_personal()):
+        if self._pipeline is not None and update.finite and (values := self._shared.copy_personal()):
             self._pipeline.keep_personal(client, values)
 
     def restore(self) -> None:
         """Write the server's values to the module."""
-        self._exchange.write_personal(self._servers)
+        self._shared.write_personal(self._servers)
 
 
 def _norm(delta: Tensor, server: Tensor, trainable: int) -> float:
@@ -406,7 +406,7 @@ def _norm(delta: Tensor, server: Tensor, trainable: int) -> float:
     else:
         moved, carried = delta[:trainable], delta[trainable:]
         square, total = torch.stack([moved.dot(moved), carried.sum()]).tolist()
-        # The carried part does not count, but must be finite wherever the server's is (see `Exchange.origin`). If
+        # The carried part does not count, but must be finite wherever the server's is (see `SharedTensors.origin`). If
         # its sum is finite, so is every element; the sum takes no memory.
         if not math.isfinite(total) and (~carried.isfinite() & server[trainable:].isfinite()).any():
             return math.nan

@@ -11,7 +11,7 @@ from torch import nn
 from torch.optim import SGD, Optimizer
 
 from lightning_fedscale import samplers
-from lightning_fedscale.core.executors import Exchange
+from lightning_fedscale.core.executors import SharedTensors
 from lightning_fedscale.core.options.algorithm_options import AlgorithmOptions
 from lightning_fedscale.core.options.options import Options
 from lightning_fedscale.local_rules import LocalRule
@@ -101,31 +101,31 @@ def _check_asynchrony(options: Options) -> None:
         )
 
 
-def check_model(options: Options, module: nn.Module, exchange: Exchange) -> None:
+def check_model(options: Options, module: nn.Module, shared: SharedTensors) -> None:
     """Check the arguments against the module.
 
     Raises:
         ValueError: with the reason and the remedy.
     """
     personal = options.algorithm.personal
-    _check_buffers(options.algorithm, module, exchange)
-    if personal and not exchange.personal:
+    _check_buffers(options.algorithm, module, shared)
+    if personal and not shared.personal:
         names = [name for name, _ in module.named_parameters()][:3]
         raise ValueError(
             f"personal={list(personal)!r} matches no parameter or buffer; their names are like"
             f" {', '.join(map(repr, names))}."
         )
-    if personal and not exchange.names and not exchange.frozen:
+    if personal and not shared.names and not shared.frozen:
         raise ValueError(f"personal={list(personal)!r} matches all parameters: nothing is left to be shared.")
-    if options.algorithm.privacy is not None and (name := _norm_that_learns(options, module, exchange)) is not None:
+    if options.algorithm.privacy is not None and (name := _norm_that_learns(options, module, shared)) is not None:
         raise ValueError(
             f"privacy: the running statistics of {name!r} would leave the clients unclipped. Keep them there, personal="
             f"['{name}.*'], or use GroupNorm or LayerNorm."
         )
 
 
-def _check_buffers(algorithm: AlgorithmOptions, module: nn.Module, exchange: Exchange) -> None:
-    names = [*exchange.kinds, *_not_there_yet(module)]
+def _check_buffers(algorithm: AlgorithmOptions, module: nn.Module, shared: SharedTensors) -> None:
+    names = [*shared.kinds, *_not_there_yet(module)]
     for pattern, policy in algorithm.buffers:
         given = f"buffers={{{pattern!r}: {policy!r}}}"
         matching = [name for name in names if fnmatchcase(name, pattern)]
@@ -148,8 +148,8 @@ def _not_there_yet(module: nn.Module) -> list[str]:
     return [prefix + name for prefix, part in parts for name, buffer in part._buffers.items() if buffer is None]
 
 
-def _norm_that_learns(options: Options, module: nn.Module, exchange: Exchange) -> str | None:
-    own = {id(tensor) for tensor in exchange.personal.values()}
+def _norm_that_learns(options: Options, module: nn.Module, shared: SharedTensors) -> str | None:
+    own = {id(tensor) for tensor in shared.personal.values()}
     for name, part in module.named_modules():
         mean = part.running_mean if isinstance(part, nn.modules.batchnorm._NormBase) else None
         asked = options.algorithm.buffer_policies.chosen([f"{name}.running_mean" if name else "running_mean"])

@@ -9,7 +9,7 @@ import lightning.pytorch as pl
 import torch
 from torch import Tensor
 
-from lightning_fedscale.core.executors import ClientLoader, Exchange, Transfer
+from lightning_fedscale.core.executors import ClientLoader, SharedTensors, Transfer
 from lightning_fedscale.core.executors.meter import ClientMeter
 from lightning_fedscale.core.lightning.half_batch_gradients import mean_gradient
 from lightning_fedscale.core.plan import LocalWork
@@ -65,7 +65,7 @@ class ClientBatches:
             if batch is not None:
                 yield each.client, batch
 
-    def gradient(self, work: LocalWork, exchange: Exchange, tally: ClientMeter | None) -> Tensor:
+    def gradient(self, work: LocalWork, shared: SharedTensors, tally: ClientMeter | None) -> Tensor:
         """Return the mean gradient of a client's batches of this round at the model that the module holds."""
         with randomness.untouched():
             randomness.seed_globals(work.seed, self._device)
@@ -73,4 +73,4 @@ class ClientBatches:
             ready = [(self._transfer(batch), size) for batch, size in batches if batch is not None]
         counted = {} if tally is None else {"metered": tally.again}
         found = mean_gradient(self._trainer, self._trainer.lightning_module, ready, **counted)
-        return torch.cat([as_real(found[name]).flatten().double() for name in exchange.names])
+        return torch.cat([as_real(found[name]).flatten().double() for name in shared.names])

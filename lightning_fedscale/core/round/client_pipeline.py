@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_fedscale.core.client_state import ClientStore
-from lightning_fedscale.core.executors import Exchange
+from lightning_fedscale.core.executors import SharedTensors
 from lightning_fedscale.core.executors.meter import ClientMeter, Meter
 from lightning_fedscale.core.options.algorithm_options import AlgorithmOptions
 from lightning_fedscale.core.round.costs import corrected, update_bytes
@@ -51,7 +51,7 @@ class ClientPipeline:
     Args:
         algorithm: local rule, compressor, privacy and personal tensors.
         store: what clients keep.
-        exchange: the module's tensors.
+        shared: the module's tensors.
         cohort: who takes part.
         optimizer: the clients' first optimizer, as it is when the round begins.
         states: of the server, by rule.
@@ -65,7 +65,7 @@ class ClientPipeline:
         self,
         algorithm: AlgorithmOptions,
         store: ClientStore,
-        exchange: Exchange,
+        shared: SharedTensors,
         cohort: Cohort,
         optimizer: Optimizer,
         states: dict[str, Any],
@@ -76,7 +76,7 @@ class ClientPipeline:
     ) -> None:
         self._algorithm = algorithm
         self._store = store
-        self._exchange = exchange
+        self._shared = shared
         self._cohort = cohort
         self._states = states
         self._lr = float(optimizer.param_groups[0]["lr"])
@@ -121,7 +121,7 @@ class ClientPipeline:
         """Return what a client's training has cost besides plain local training; call it once, at the end."""
         tally = self._tallies.pop(update.client, None)
         gradient = ClientCost() if tally is None else tally.total(0)
-        return gradient.plus(corrected(self._corrections.get(update.client, 0), update, self._exchange))
+        return gradient.plus(corrected(self._corrections.get(update.client, 0), update, self._shared))
 
     # ---- what it sends
 
@@ -130,10 +130,10 @@ class ClientPipeline:
 
         What the client keeps is staged. An update that is not finite is returned as it is.
         """
-        algorithm, exchange = self._algorithm, self._exchange
+        algorithm, shared = self._algorithm, self._shared
         if not update.finite:
             return Contribution(update, None, algorithm.weigh(update), self._plain_bytes())
-        delta = update.delta[: exchange.view.trainable]
+        delta = update.delta[: shared.view.trainable]
         message, normalizer, within = None, 1.0, 0.0
         if algorithm.local_rule is not None:
             message, normalizer = self._finish(algorithm.local_rule, update, delta)
@@ -166,7 +166,7 @@ class ClientPipeline:
 
         It rounds towards zero, so that a clipped update does not become longer.
         """
-        for view, parameter in zip(self._exchange.trainable_views(vector), self._exchange.shared, strict=True):
+        for view, parameter in zip(self._shared.trainable_views(vector), self._shared.trainable_shared, strict=True):
             dtype = as_real(parameter).dtype
             near = view.to(dtype).double()
             less = (near * (1 - torch.finfo(dtype).eps)).to(dtype).double()  # the next number towards zero
@@ -175,7 +175,7 @@ class ClientPipeline:
     def _compress(self, client: int, delta: Tensor) -> float:
         compressor = self._algorithm.compressor
         assert compressor is not None
-        named = dict(zip(self._exchange.names, self._exchange.trainable_views(delta), strict=True))
+        named = dict(zip(self._shared.names, self._shared.trainable_views(delta), strict=True))
         state = self._store.states.get(client, RESIDUAL) if compressor.stateful else None
         state = compressor.init(named) if state is None else state
         generator = randomness.generator(self._cohort.seed, randomness.COMPRESSION, self._cohort.round, client)
@@ -186,10 +186,10 @@ class ClientPipeline:
             view.copy_(encoded.seen[name])
         rule = self._algorithm.local_rule
         extra = 0 if rule is None else rule.vectors_up - 1
-        return math.ceil(encoded.bits / 8) + self._exchange.sent_buffer_bytes + extra * self._exchange.trainable_bytes
+        return math.ceil(encoded.bits / 8) + self._shared.sent_buffer_bytes + extra * self._shared.trainable_bytes
 
     def _plain_bytes(self) -> int:
-        return update_bytes(self._algorithm._replace(compressor=None), self._exchange)
+        return update_bytes(self._algorithm._replace(compressor=None), self._shared)
 
 
 class PersonalPipeline:
@@ -198,14 +198,14 @@ class PersonalPipeline:
     Args:
         ditto: how strongly they are pulled to the global model.
         store: what clients keep.
-        exchange: the module's tensors.
+        shared: the module's tensors.
         server: the global model.
     """
 
-    def __init__(self, ditto: Ditto, store: ClientStore, exchange: Exchange, server: Tensor) -> None:
+    def __init__(self, ditto: Ditto, store: ClientStore, shared: SharedTensors, server: Tensor) -> None:
         self._ditto = ditto
         self._store = store
-        self._exchange = exchange
+        self._shared = shared
         self._server = server
 
     def start(self, client: int) -> Tensor | None:
@@ -215,7 +215,7 @@ class PersonalPipeline:
 
     def correction(self, client: int) -> Correction:
         """Return the correction that pulls the client's model to the global one."""
-        own, cut = self.start(client), self._exchange.view.trainable
+        own, cut = self.start(client), self._shared.view.trainable
         return self._ditto.correction((self._server if own is None else own)[:cut], self._server[:cut])
 
     def personal(self, client: int) -> dict[str, Tensor]:
@@ -230,5 +230,5 @@ class PersonalPipeline:
         """Store the trained model, unless the update is not finite."""
         if update.finite:
             start = self.start(update.client)
-            model = self._exchange.origin(self._server if start is None else start) - update.delta
+            model = self._shared.origin(self._server if start is None else start) - update.delta
             self._store.states.stage(update.client, DITTO, model)

@@ -62,16 +62,16 @@ class ClientScope:
         if self._live is None:
             return state
         context = self._live
-        state = context.exchange.regular(state)
+        state = context.shared.irregular.regular(state)
         return {
-            **context.exchange.view.substituted(state, context.server),
-            **context.exchange.of_personal(state, context.own),
+            **context.shared.view.substituted(state, context.server),
+            **context.shared.of_personal(state, context.own),
         }
 
     def flags(self) -> dict[str, Any]:
         """Return what is frozen now or, while a client trains, what was frozen when the round began."""
         trainer, module = self._trainer, self._trainer.lightning_module
-        at_start = () if self._live is None else self._live.exchange.parameters
+        at_start = () if self._live is None else self._live.shared.parameters
         state = self.global_state_dict(module.state_dict())
         modes = modes_before_validation(trainer)
         return flags_of(module, trainer.optimizers, state, {id(p): flag for p, flag in at_start}, modes)

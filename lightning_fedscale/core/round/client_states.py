@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lightning_fedscale.core.client_state import ClientStore, StateStore, tiers_of
 from lightning_fedscale.core.client_state.placement import StatePlacement
-from lightning_fedscale.core.executors import Exchange
+from lightning_fedscale.core.executors import SharedTensors
 from lightning_fedscale.core.options.options import Options
 from lightning_fedscale.core.plan import RoundPlan
 from lightning_fedscale.core.round.client_pipeline import DITTO, DITTO_BUFFERS, PERSONAL
@@ -66,22 +66,22 @@ class ClientStates:
         """Return the rank that has the client's states; None if any rank will do."""
         return None if self._placement is None else self._placement.holder(client)
 
-    def personal_model(self, client: int, state: dict[str, Any], exchange: Exchange) -> dict[str, Any] | None:
+    def personal_model(self, client: int, state: dict[str, Any], shared: SharedTensors) -> dict[str, Any] | None:
         """Return the module's state dict with the client's own values in it; None if another rank has them.
 
         Args:
             client: its number.
             state: the module's state dict, of the global model.
-            exchange: the module's tensors.
+            shared: the module's tensors.
         """
         if self.holder(client) not in (None, self._rank):
             return None
         kept = self.store.states
         if not self._ditto:
-            return {**state, **exchange.of_personal(state, kept.get(client, PERSONAL) or {})}
+            return {**state, **shared.of_personal(state, kept.get(client, PERSONAL) or {})}
         whole: Tensor | None = kept.get(client, DITTO)
-        model = state if whole is None else exchange.view.substituted(state, whole)
-        return {**model, **exchange.of_personal(state, kept.get(client, DITTO_BUFFERS) or {})}
+        model = state if whole is None else shared.view.substituted(state, whole)
+        return {**model, **shared.of_personal(state, kept.get(client, DITTO_BUFFERS) or {})}
 
     def state_dict(self, *, in_client: bool) -> dict[str, Any]:
         """Return the states of all ranks on rank 0; call it on all ranks.

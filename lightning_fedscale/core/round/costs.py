@@ -8,42 +8,40 @@ import numpy as np
 import torch
 
 from lightning_fedscale.compressors import Compressor
-from lightning_fedscale.core.executors import Exchange
+from lightning_fedscale.core.executors import SharedTensors
 from lightning_fedscale.core.options.algorithm_options import AlgorithmOptions
 from lightning_fedscale.types import ClientCost, ClientUpdate, Cohort
 from lightning_fedscale.utils.flat_view import as_real
 
 
-def model_bytes(algorithm: AlgorithmOptions, exchange: Exchange) -> int:
+def model_bytes(algorithm: AlgorithmOptions, shared: SharedTensors) -> int:
     """Return the bytes that a client receives in a round, without compression."""
-    return exchange.buffer_bytes + exchange.trainable_bytes * (
+    return shared.buffer_bytes + shared.trainable_bytes * (
         1 if algorithm.local_rule is None else algorithm.local_rule.vectors_down
     )
 
 
-def update_bytes(algorithm: AlgorithmOptions, exchange: Exchange) -> int:
+def update_bytes(algorithm: AlgorithmOptions, shared: SharedTensors) -> int:
     """Return the bytes that a client sends in a round; with a compressor, for an update of random numbers."""
     extra = 0 if algorithm.local_rule is None else algorithm.local_rule.vectors_up - 1
-    first = (
-        exchange.trainable_bytes if algorithm.compressor is None else size_of_message(algorithm.compressor, exchange)
-    )
-    return exchange.sent_buffer_bytes + first + extra * exchange.trainable_bytes
+    first = shared.trainable_bytes if algorithm.compressor is None else size_of_message(algorithm.compressor, shared)
+    return shared.sent_buffer_bytes + first + extra * shared.trainable_bytes
 
 
-def size_of_message(compressor: Compressor, exchange: Exchange) -> int:
+def size_of_message(compressor: Compressor, shared: SharedTensors) -> int:
     """Return the bytes of a compressed update of random numbers."""
     generator = np.random.default_rng(0)
     named = {
         name: torch.from_numpy(generator.standard_normal(tuple(as_real(parameter).shape)))
-        for name, parameter in zip(exchange.names, exchange.shared, strict=True)
+        for name, parameter in zip(shared.names, shared.trainable_shared, strict=True)
     }
     encoded, _ = compressor.encode(named, compressor.init(named), generator)
     return math.ceil(encoded.bits / 8)
 
 
-def corrected(operations: int, update: ClientUpdate, exchange: Exchange) -> ClientCost:
+def corrected(operations: int, update: ClientUpdate, shared: SharedTensors) -> ClientCost:
     """Return the cost of correcting a client's gradients, given the operations per element and step."""
-    return ClientCost(optimizer=float(operations * exchange.view.trainable * update.optimizer_steps))
+    return ClientCost(optimizer=float(operations * shared.view.trainable * update.optimizer_steps))
 
 
 def operations(algorithm: AlgorithmOptions, downlink: Compressor | None, cohort: Cohort) -> float:

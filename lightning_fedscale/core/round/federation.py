@@ -149,7 +149,7 @@ class Federation:
             self._check_first_rounds(data)
         if data is not None and data.fleet is None and (population := fit.options.population) is not None:
             data.fleet = simulated_fleet(
-                population, trainer, fit.options, data, fit.tensors.exchange(), accumulation=fit.scope.accumulation
+                population, trainer, fit.options, data, fit.tensors.shared(), accumulation=fit.scope.accumulation
             )
 
     def _check_first_rounds(self, data: ClientData) -> None:
@@ -157,7 +157,7 @@ class Federation:
         fit, first, planned = self.fit, self.fit.trainer.global_step, self._planned_rounds()
         if fit.totals.budget is not None:
             fit.totals.budget.check(first)
-        combinations.check_model(fit.options, fit.trainer.lightning_module, fit.tensors.exchange())
+        combinations.check_model(fit.options, fit.trainer.lightning_module, fit.tensors.shared())
         data.check_cohorts(range(first, first + min(planned or _SAMPLED, _SAMPLED)))
         combinations.warn_of_lost_errors(fit.options, data.partition.num_clients, data.cohort_size, planned)
 
@@ -191,7 +191,7 @@ class Federation:
     def personal_model(self, client: int) -> dict[str, Any] | None:
         """Return the module's state dict with the client's own values in it; None if another rank has them."""
         fit = self.fit
-        return fit.clients.personal_model(client, fit.trainer.lightning_module.state_dict(), fit.tensors.exchange())
+        return fit.clients.personal_model(client, fit.trainer.lightning_module.state_dict(), fit.tensors.shared())
 
     def end(self) -> None:
         """End the run: stop the workers and close monitors and executor."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import lightning.pytorch as pl
 
-from lightning_fedscale.core.executors import ClientLog, Exchange, ExecutorChoice, Transfer
+from lightning_fedscale.core.executors import ClientLog, ExecutorChoice, SharedTensors, Transfer
 from lightning_fedscale.core.executors.meter import Meter
 from lightning_fedscale.core.lightning.slurm import Requeue
 from lightning_fedscale.core.options.options import Options
@@ -75,12 +75,12 @@ class Fit:
         self.data: ClientData | None = None
         self.meter: Meter | None = None
 
-    def cohort(self, plan: RoundPlan, exchange: Exchange) -> Cohort:
+    def cohort(self, plan: RoundPlan, shared: SharedTensors) -> Cohort:
         """Return the cohort of a round, as aggregators and compressors receive it."""
         assert self.data is not None
         clients = self.data.partition.num_clients
-        return Cohort(plan.round, plan.cohort, clients, exchange.view.trainable, self.options.seed)
+        return Cohort(plan.round, plan.cohort, clients, shared.view.trainable, self.options.seed)
 
-    def table(self, plan: RoundPlan, exchange: Exchange) -> RoundTable:
+    def table(self, plan: RoundPlan, shared: SharedTensors) -> RoundTable:
         """Return an empty table of a round, which has the same length on every rank."""
-        return RoundTable(plan, self.world_size, len(exchange.parameters), self.log.joint.size)
+        return RoundTable(plan, self.world_size, len(shared.parameters), self.log.joint.size)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import lightning.pytorch as pl
 from lightning.pytorch.utilities import rank_zero_info
 
-from lightning_fedscale.core.executors import Exchange
+from lightning_fedscale.core.executors import SharedTensors
 from lightning_fedscale.core.lightning.side_effects import undone
 from lightning_fedscale.core.options.options import Options
 from lightning_fedscale.core.round.client_data import ClientData
@@ -21,7 +21,7 @@ def simulated_fleet(
     trainer: pl.Trainer,
     options: Options,
     data: ClientData,
-    exchange: Exchange,
+    shared: SharedTensors,
     *,
     accumulation: int,
 ) -> Fleet:
@@ -32,7 +32,7 @@ def simulated_fleet(
         trainer: the Trainer, which has the model.
         options: the strategy's checked arguments.
         data: what clients train on.
-        exchange: the module's tensors.
+        shared: the module's tensors.
         accumulation: batches per optimizer step of a client.
 
     Raises:
@@ -48,10 +48,10 @@ def simulated_fleet(
             extras={**ON_CLIENT, **options.algorithm.kept_on_device},
             trainer=trainer,
         )
-        down = model_bytes(options.algorithm, exchange)
+        down = model_bytes(options.algorithm, shared)
         if (downlink := options.downlink_compressor) is not None:
-            down += size_of_message(downlink, exchange) - exchange.trainable_bytes
-        workload = data.workload(down, update_bytes(options.algorithm, exchange))
+            down += size_of_message(downlink, shared) - shared.trainable_bytes
+        workload = data.workload(down, update_bytes(options.algorithm, shared))
         fleet = Fleet(population, model, data.partition.num_clients, workload)
     for name, row in fleet.table().iterrows():
         rank_zero_info(

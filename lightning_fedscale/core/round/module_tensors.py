@@ -8,14 +8,14 @@ import lightning.pytorch as pl
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
-from lightning_fedscale.core.executors import Exchange, LargestClient, exchange_of
+from lightning_fedscale.core.executors import LargestClient, SharedTensors, shared_tensors_of
 from lightning_fedscale.core.options.options import Options
 from lightning_fedscale.utils import collectives
 from lightning_fedscale.utils.checks import enumerated
 
 
 class ModuleTensors:
-    """Makes a round's `Exchange`, and tracks its parameters and buffers over rounds.
+    """Makes a round's `SharedTensors`, and tracks its parameters and buffers over rounds.
 
     Args:
         trainer: the Trainer, which has the module.
@@ -32,19 +32,19 @@ class ModuleTensors:
         self._told: set[str] = set()  # buffers about which the user was warned
         self.trained: list[str] | None = None
 
-    def exchange(self) -> Exchange:
+    def shared(self) -> SharedTensors:
         """Return the module's tensors as they are now."""
-        algorithm = self._options.algorithm
-        return exchange_of(self._trainer.lightning_module, algorithm.personal, algorithm.buffer_policies, self._caches)
+        algorithm, module = self._options.algorithm, self._trainer.lightning_module
+        return shared_tensors_of(module, algorithm.personal, algorithm.buffer_policies, self._caches)
 
-    def check_trained(self, exchange: Exchange) -> None:
+    def check_trained(self, shared: SharedTensors) -> None:
         """Reject other trainable parameters than in the round before if a state is kept for those.
 
         Raises:
             ValueError: the message names the argument and a parameter.
         """
-        before, self.trained = self.trained, exchange.names
-        if before is None or before == exchange.names:
+        before, self.trained = self.trained, shared.names
+        if before is None or before == shared.names:
             return
         downlink, options = self._options.downlink_compressor, self._options
         keeper = options.algorithm.bound_to_parameters
@@ -53,37 +53,37 @@ class ModuleTensors:
         if keeper is None and options.asynchrony is not None:
             keeper = "mode='async'"
         if keeper is not None:
-            one = min(set(before) ^ set(exchange.names))
+            one = min(set(before) ^ set(shared.names))
             raise ValueError(
                 f"{keeper}: what is kept for it is for the {len(before)} parameters that were trainable in the round"
-                f" before, and {one!r} is {'' if one in exchange.names else 'not '}trainable now: do not freeze or"
+                f" before, and {one!r} is {'' if one in shared.names else 'not '}trainable now: do not freeze or"
                 " unfreeze layers while it is used."
             )
 
-    def has_odd_buffers(self, exchange: Exchange, largest: LargestClient) -> bool:
+    def has_odd_buffers(self, shared: SharedTensors, largest: LargestClient) -> bool:
         """Return whether buffers of this rank appeared, disappeared, or changed shape while clients trained."""
-        new_caches = {*exchange.caches()} - self._caches
-        return bool(new_caches) or bool({*largest.values} - {*exchange.largest})
+        new_caches = {*shared.irregular.caches()} - self._caches
+        return bool(new_caches) or bool({*largest.values} - {*shared.largest})
 
     def of_largest(
-        self, exchange: Exchange, largest: LargestClient, rank: int | None, *, odd: bool
+        self, shared: SharedTensors, largest: LargestClient, rank: int | None, *, odd: bool
     ) -> Mapping[str, Tensor | None]:
         """Return the buffers that are taken from the client with the most samples; call it on all ranks.
 
         Args:
-            exchange: the module's tensors.
+            shared: the module's tensors.
             largest: this rank's client with the most samples.
             rank: the rank of the client with the most samples of all; None if there is none.
             odd: whether any rank has odd buffers.
         """
         device = self._trainer.strategy.root_device
         if odd:
-            for names in collectives.gather_over_ranks(exchange.caches(), device):
+            for names in collectives.gather_over_ranks(shared.irregular.caches(), device):
                 self._caches.update(names)
-        if rank is None or not (exchange.largest or odd):
+        if rank is None or not (shared.largest or odd):
             return {}
         values: Mapping[str, Tensor | None] = collectives.broadcast(largest.values, rank, device)
-        self._check_shapes([name for name in values if name not in exchange.largest])
+        self._check_shapes([name for name in values if name not in shared.largest])
         return values
 
     def warn_of_averages(self, names: list[str]) -> None:

@@ -112,8 +112,8 @@ def _fail_together(fit: Fit, plan: RoundPlan, started: float) -> None:
     if fit.world_size == 1:
         return
     fit.clients.fetch(plan)
-    exchange = fit.tensors.exchange()
-    table, cohort = fit.table(plan, exchange), fit.cohort(plan, exchange)
-    accumulator = RoundAccumulator(fit.options.algorithm, exchange.view.empty(), cohort, table, fit.world_size)
+    shared = fit.tensors.shared()
+    table, cohort = fit.table(plan, shared), fit.cohort(plan, shared)
+    accumulator = RoundAccumulator(fit.options.algorithm, shared.view.empty(), cohort, table, fit.world_size)
     table.finish_rank(fit.rank, time.perf_counter() - started, failed=True)
     accumulator.merge()

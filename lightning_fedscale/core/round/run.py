@@ -45,14 +45,14 @@ class RoundRunner:
         self._plan = opened.plan
         self._started = opened.started
         self._training = training
-        self._exchange = exchange = fit.tensors.exchange()
-        fit.tensors.check_trained(exchange)
-        self._server = exchange.view.read()  # the global model
-        self._cohort = fit.cohort(opened.plan, exchange)
-        self._table = fit.table(opened.plan, exchange)
+        self._shared = shared = fit.tensors.shared()
+        fit.tensors.check_trained(shared)
+        self._server = shared.view.read()  # the global model
+        self._cohort = fit.cohort(opened.plan, shared)
+        self._table = fit.table(opened.plan, shared)
         self._cursors = {item.client: item.cursor for item in opened.work}
         self._largest = LargestClient()
-        states = fit.server.open_round(self._server, exchange.view.trainable)
+        states = fit.server.open_round(self._server, shared.view.trainable)
         needs_pipeline = fit.options.algorithm.needs_pipeline or opened.plan.buffered is not None
         self._pipeline = self._make_pipeline(opened, states) if training and needs_pipeline else None
         self._context = RoundContext(
@@ -62,14 +62,14 @@ class RoundRunner:
             first=opened.first,
             randomness=None if opened.first is None else opened.inside,
             cache=fit.data.loader.cache,
-            exchange=exchange,
+            shared=shared,
             server=self._server,
             training=training,
             fetch=fit.data.loader.fetch,
             reopen=partial(fit.batches.stream, opened.plan.round),
             meter=fit.meter,
             pipeline=self._pipeline,
-            own={name: tensor.detach().clone() for name, tensor in exchange.personal.items()},
+            own={name: tensor.detach().clone() for name, tensor in shared.personal.items()},
             largest=self._largest,
         )
 
@@ -92,10 +92,10 @@ class RoundRunner:
             delta = fit.server.aggregate(self._server, total, self._table, self._cohort, messages)
             record = self._record(delta)
             if self._training:
-                fit.notifier.aggregated(record, self._exchange.named(delta))
+                fit.notifier.aggregated(record, self._shared.named(delta))
             record = self._step_server(delta, record)
-            self._exchange.write_largest(largest)
-        self._exchange.set_trainable(self._table.trainable())
+            self._shared.write_largest(largest)
+        self._shared.set_trainable(self._table.trainable())
         if self._training:
             self._commit(record)
         return record
@@ -136,9 +136,9 @@ class RoundRunner:
             contribution = self._contribution_of(update)
             update = contribution.update
             if not update.without_batches:
-                self._table.add_trainable(self._exchange.trainable_now())
+                self._table.add_trainable(self._shared.trainable_now())
             if update.finite:
-                self._exchange.strip(update.delta)
+                self._shared.strip(update.delta)
                 accumulator.add(update, contribution.weight, contribution.message)
         if (ditto := self._fit.options.algorithm.ditto) is not None and self._training:
             self._train_personal(ditto)
@@ -147,7 +147,7 @@ class RoundRunner:
         """Return what the server receives of an update, and note it in the round's table."""
         algorithm, pipeline, cost = self._fit.options.algorithm, self._pipeline, update.cost or ClientCost()
         if pipeline is None:
-            contribution = Contribution(update, None, algorithm.weigh(update), float(self._exchange.message_bytes))
+            contribution = Contribution(update, None, algorithm.weigh(update), float(self._shared.message_bytes))
         else:
             contribution = pipeline.send(update)
             if update.cost is not None:
@@ -165,13 +165,13 @@ class RoundRunner:
 
     def _train_personal(self, ditto: Ditto) -> None:
         """Train each client's personal model; nothing of it is logged, reported to callbacks or sent."""
-        fit, exchange = self._fit, self._exchange
-        pipeline = PersonalPipeline(ditto, fit.clients.store, exchange, self._server)
+        fit, shared = self._fit, self._shared
+        pipeline = PersonalPipeline(ditto, fit.clients.store, shared, self._server)
         with fit.notifier.silenced():
             for update in fit.executor.run_again(self._context._replace(pipeline=pipeline, largest=None)):
                 if update.cost is not None:
                     pulled = pipeline.correction(update.client).operations
-                    cost = update.cost.plus(corrected(pulled, update, exchange))
+                    cost = update.cost.plus(corrected(pulled, update, shared))
                     self._table.clients.add_cost(update.client, cost)
                 pipeline.keep(update)
 
@@ -179,25 +179,25 @@ class RoundRunner:
         """Note in the table what the other ranks need to know of this one."""
         fit, table = self._fit, self._table
         seconds = time.perf_counter() - self._started
-        odd = fit.tensors.has_odd_buffers(self._exchange, self._largest)
+        odd = fit.tensors.has_odd_buffers(self._shared, self._largest)
         table.finish_rank(fit.rank, seconds, failed=failed, preempted=fit.requeue.requested, odd_buffers=odd)
         table.add_executor(fit.executor.slots, fit.executor.timing)
         if fit.meter is not None:
             table.add_side(fit.meter.side())
 
     def _make_pipeline(self, opened: OpenRound, states: dict[str, Any]) -> ClientPipeline:
-        fit, exchange = self._fit, self._exchange
+        fit, shared = self._fit, self._shared
         work = {item.client: item for item in opened.work}
         return ClientPipeline(
             fit.options.algorithm,
             fit.clients.store,
-            exchange,
+            shared,
             self._cohort,
             fit.trainer.optimizers[0],
             states,
             starts=fit.stale.starts(opened.plan),
             scales=fit.stale.scales(opened.plan),
-            gradient_of=lambda client, tally: fit.batches.gradient(work[client], exchange, tally),
+            gradient_of=lambda client, tally: fit.batches.gradient(work[client], shared, tally),
             meter=fit.meter,
         )
 
@@ -205,13 +205,13 @@ class RoundRunner:
 
     def _buffers_of_largest(self) -> Mapping[str, Tensor | None]:
         rank = self._table.clients.rank_of_largest(self._data.held(self._plan.cohort))
-        return self._fit.tensors.of_largest(self._exchange, self._largest, rank, odd=self._table.odd_buffers())
+        return self._fit.tensors.of_largest(self._shared, self._largest, rank, odd=self._table.odd_buffers())
 
     def _record(self, delta: Tensor) -> RoundRecord:
         fit, fleet = self._fit, self._data.fleet
         return self._table.record(
-            float(torch.linalg.vector_norm(delta[: self._exchange.view.trainable])),
-            model_bytes(fit.options.algorithm, self._exchange),
+            float(torch.linalg.vector_norm(delta[: self._shared.view.trainable])),
+            model_bytes(fit.options.algorithm, self._shared),
             fit.totals.simulated,
             fit.totals.epsilon(self._plan.round + 1),
             None if fleet is None else fleet.batch_sizes_of(self._cohort.clients),
@@ -219,9 +219,9 @@ class RoundRunner:
 
     def _step_server(self, delta: Tensor, record: RoundRecord) -> RoundRecord:
         """Move the global model; return the record with the server's operations and the bytes it sends."""
-        fit, exchange = self._fit, self._exchange
+        fit, shared = self._fit, self._shared
         bits = fit.server.move(
-            exchange,
+            shared,
             self._server,
             delta,
             self._cohort,
@@ -229,16 +229,16 @@ class RoundRunner:
             mean_square=self._table.clients.mean_square(),
             on_step=fit.notifier.server_step,
         )
-        fit.tensors.warn_of_averages(exchange.changed_unsure(self._server))
+        fit.tensors.warn_of_averages(shared.changed_unsure(self._server))
         if not self._training:
             return record
-        if exchange.fits:
+        if shared.fits:
             with randomness.untouched():
-                exchange.refit()
+                shared.refit()
         algorithm, downlink = fit.options.algorithm, fit.options.downlink_compressor
         record = replace(record, operations=operations(algorithm, downlink, self._cohort))
         if bits is not None:
-            uncompressed = model_bytes(algorithm, exchange) - exchange.trainable_bytes
+            uncompressed = model_bytes(algorithm, shared) - shared.trainable_bytes
             received = (uncompressed + math.ceil(bits / 8)) * len(self._cohort.clients)
             record = replace(record, download_bytes=received)
         return record
@@ -264,12 +264,12 @@ class RoundRunner:
         try:
             yield
         except BaseException:
-            exchange = self._exchange
-            exchange.settle()
-            exchange.restore()
-            exchange.set_trainable()
-            exchange.view.write(self._server)
-            exchange.write_personal(self._context.own)
+            shared = self._shared
+            shared.rebind()
+            shared.irregular.restore()
+            shared.set_trainable()
+            shared.view.write(self._server)
+            shared.write_personal(self._context.own)
             self._fit.executor.close_round()
             self._fit.clients.rollback()
             raise

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
 from lightning_fedscale.compressors import Compressor
-from lightning_fedscale.core.executors import Exchange
+from lightning_fedscale.core.executors import SharedTensors
 from lightning_fedscale.core.options.algorithm_options import AlgorithmOptions
 from lightning_fedscale.core.round.client_pipeline import PRIVACY, RULE
 from lightning_fedscale.core.round.merge import RoundTable
@@ -89,7 +89,7 @@ class GlobalModel:
 
     def move(
         self,
-        exchange: Exchange,
+        shared: SharedTensors,
         server: Tensor,
         aggregate: Tensor,
         cohort: Cohort,
@@ -101,7 +101,7 @@ class GlobalModel:
         """Write the next global model into the module.
 
         Args:
-            exchange: the module's tensors.
+            shared: the module's tensors.
             server: the global model of this round; stays as it is.
             aggregate: the aggregated delta.
             cohort: who took part.
@@ -116,11 +116,11 @@ class GlobalModel:
             RuntimeError: if the server's step is not finite; the caller then writes ``server`` back into the module.
             TypeError: if the server optimizer returns anything but a step and a state.
         """
-        params, bits = exchange.named(server), None
+        params, bits = shared.named(server), None
         if training:
             state = self._next.get(OPTIMIZER)
             state = self._optimizer.init(params) if state is None else state
-            delta, norms = exchange.named(aggregate), (mean_square,) if self._optimizer.reads_norms else ()
+            delta, norms = shared.named(aggregate), (mean_square,) if self._optimizer.reads_norms else ()
             step, state = _checked(self._optimizer.update(delta, state, params, *norms), params)
             self._next[OPTIMIZER] = state
             step = on_step(step)
@@ -130,8 +130,8 @@ class GlobalModel:
         else:
             steps = [server.new_zeros(())] * len(params)
         # Averaged buffers and frozen parameters take the clients' mean.
-        steps += exchange.view.views(aggregate)[len(params) :]
-        if not _subtract(exchange, server, steps):
+        steps += shared.view.views(aggregate)[len(params) :]
+        if not _subtract(shared, server, steps):
             raise RuntimeError(
                 f"server_optimizer: its step in round {cohort.round} has NaN or infinite values, so the global model"
                 " stays as it was before this round. Lower the server learning rate."
@@ -244,7 +244,7 @@ def _copied(state: Any) -> Any:
 
 
 def _still(carried: Tensor) -> Tensor:
-    """Return the delta of buffers and frozen parameters that do not change, counted from `Exchange.origin`."""
+    """Return the delta of buffers and frozen parameters that do not change, counted from `SharedTensors.origin`."""
     return torch.where(carried.isfinite(), torch.zeros_like(carried), -carried)
 
 
@@ -253,21 +253,21 @@ def _is_tensor(leaf: Any) -> bool:
 
 
 @torch.no_grad()
-def _subtract(exchange: Exchange, server: Tensor, steps: list[Tensor]) -> bool:
+def _subtract(shared: SharedTensors, server: Tensor, steps: list[Tensor]) -> bool:
     """Write ``server - steps`` into the module, tensor by tensor; return False if it spoils finite values."""
-    trainable, befores = len(exchange.names), exchange.view.views(server)
+    trainable, befores = len(shared.names), shared.view.views(server)
 
     def after(number: int) -> Tensor:
         before, step = befores[number], steps[number]
-        # As in `Exchange.origin`, from which deltas are counted.
+        # As in `SharedTensors.origin`, from which deltas are counted.
         return before - step if number < trainable else before.nan_to_num(0.0, 0.0, 0.0).sub_(step)
 
     def write(number: int) -> Tensor:
         value = after(number)
-        exchange.view.write_one(number, value)
+        shared.view.write_one(number, value)
         return value.sum()
 
-    moved = [number for number in range(len(befores)) if number not in exchange.unmoved]
+    moved = [number for number in range(len(befores)) if number not in shared.unmoved]
     # If all sums are finite, so is every element, and this check takes no memory.
     if torch.stack([write(number) for number in moved]).isfinite().all():
         return True

@@ -19,7 +19,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 from torchmetrics import Metric, MetricCollection
 
-from lightning_fedscale.core.executors.exchanged_tensors import Exchange
+from lightning_fedscale.core.executors.shared_tensors import SharedTensors
 from lightning_fedscale.core.executors.vectorized.captured_steps import CapturedSteps
 from lightning_fedscale.core.executors.vectorized.graph_capture import CapturedStep, hide_trainer
 from lightning_fedscale.core.executors.vectorized.rng import ClientStreams, DrawPerClient
@@ -64,7 +64,7 @@ class SideBySide:
 
     Args:
         trainer: the Trainer.
-        exchange: the module's tensors; every client has its own trainable parameters and buffers.
+        shared: the module's tensors; every client has its own trainable parameters and buffers.
 
     Attributes:
         captured: the captured steps.
@@ -72,7 +72,7 @@ class SideBySide:
         about_to_run_python: called just before that.
     """
 
-    def __init__(self, trainer: pl.Trainer, exchange: Exchange) -> None:
+    def __init__(self, trainer: pl.Trainer, shared: SharedTensors) -> None:
         self._trainer = trainer
         self._module = trainer.lightning_module
         self._takes_batch_idx = is_param_in_hook_signature(self._module.training_step, "batch_idx", min_args=2)
@@ -80,11 +80,11 @@ class SideBySide:
         self.captured = CapturedSteps(self._module)
         self.ran_python = False
         self.about_to_run_python: Callable[[], None] = lambda: None
-        moving = [*exchange.trainable, *exchange.buffers]
+        moving = [*shared.trainable, *shared.buffers]
         own = {id(tensor): i for i, tensor in enumerate(moving)}
-        self._places = [(p.owner, p.name, p.tensor, own[id(p.tensor)]) for p in exchange.places if id(p.tensor) in own]
-        self._of = _described(exchange)
-        self._buffers = range(len(exchange.trainable), len(moving))
+        self._places = [(p.owner, p.name, p.tensor, own[id(p.tensor)]) for p in shared.bindings if id(p.tensor) in own]
+        self._of = _described(shared)
+        self._buffers = range(len(shared.trainable), len(moving))
         self._recurrent = [part for part in self._module.modules() if isinstance(part, nn.RNNBase)]
         members = {
             id(metric)
@@ -99,9 +99,9 @@ class SideBySide:
             if isinstance(part, Metric | MetricCollection) and id(part) not in members
         ]
 
-    def is_of(self, exchange: Exchange) -> bool:
-        """Return whether ``exchange`` has the same tensors in the same places."""
-        return self._of == _described(exchange)
+    def is_of(self, shared: SharedTensors) -> bool:
+        """Return whether ``shared`` has the same tensors in the same places."""
+        return self._of == _described(shared)
 
     def run(
         self,
@@ -322,9 +322,9 @@ def loss_of(output: Any) -> Tensor | None:
     return loss
 
 
-def _described(exchange: Exchange) -> tuple[Any, ...]:
-    places = [(id(p.owner), p.name, id(p.tensor), p.tensor.shape, p.tensor.dtype) for p in exchange.places]
-    return places, [id(t) for t in exchange.trainable], [id(t) for t in exchange.buffers]
+def _described(shared: SharedTensors) -> tuple[Any, ...]:
+    places = [(id(p.owner), p.name, id(p.tensor), p.tensor.shape, p.tensor.dtype) for p in shared.bindings]
+    return places, [id(t) for t in shared.trainable], [id(t) for t in shared.buffers]
 
 
 @contextmanager

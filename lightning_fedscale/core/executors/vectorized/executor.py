@@ -20,7 +20,6 @@ from torchmetrics import Metric
 
 from lightning_fedscale.core.client_state import ClientStore, OptimizerKeeper
 from lightning_fedscale.core.executors.device_cache import DeviceData
-from lightning_fedscale.core.executors.exchanged_tensors import Exchange
 from lightning_fedscale.core.executors.meter import ClientMeter
 from lightning_fedscale.core.executors.sequential import (
     Personal,
@@ -29,6 +28,7 @@ from lightning_fedscale.core.executors.sequential import (
     SequentialExecutor,
     Watcher,
 )
+from lightning_fedscale.core.executors.shared_tensors import SharedTensors
 from lightning_fedscale.core.executors.transfer import Transfer
 from lightning_fedscale.core.executors.vectorized.batched_step import Logged, SideBySide, StepResult
 from lightning_fedscale.core.executors.vectorized.clipping import clip_of
@@ -239,7 +239,7 @@ class VectorizedExecutor:
         if self._proofs.due:
             self._state = PythonState(self._module, places_of(self._module))
         metrics, state = MetricStates(self._module), self._state_now()
-        side, around = self._side_of(context.exchange, state), Surroundings(self._module, self._device)
+        side, around = self._side_of(context.shared, state), Surroundings(self._module, self._device)
         if self._proofs.due:  # then large tensors must be equal in every element, too
             state = state.exactly()
         try:
@@ -257,10 +257,10 @@ class VectorizedExecutor:
             return _Attempt(trained)
         except Exception as error:
             attempt = _Attempt(None, is_oom_error(error) and len(wave) > 1, explained(error))
-        context.exchange.put_back()
-        context.exchange.set_trainable()
-        context.exchange.view.write(context.server)
-        context.exchange.write_personal(context.own)
+        context.shared.put_back()
+        context.shared.set_trainable()
+        context.shared.view.write(context.server)
+        context.shared.write_personal(context.own)
         metrics.restore()
         state.restore()
         around.restore()
@@ -284,7 +284,7 @@ class VectorizedExecutor:
             self.reason = f"a local batch takes {self._step_seconds:.1f} s, so there is little overhead to share"
         if self.reason is not None:
             return None
-        side = self._side_of(context.exchange, self._state_now())
+        side = self._side_of(context.shared, self._state_now())
         side.captured.capture_at, usual = 1, side.captured.capture_at
         wave = [context.work[i] for i in self._next_wave(context.work)]
         while (first := self._rehearse(context, wave, steps)).out_of_memory:
@@ -314,7 +314,7 @@ class VectorizedExecutor:
             return
         self._step_seconds = attempt.trained.seconds / sum(attempt.trained.steps)
         if self._width is None:
-            model = sum(t.numel() * t.element_size() for t in (*context.exchange.trainable, *context.exchange.buffers))
+            model = sum(t.numel() * t.element_size() for t in (*context.shared.trainable, *context.shared.buffers))
             each = _COPIES * model + saved.bytes
             share = _SHARE_OF_MEMORY / (
                 1 if self._device.type == "cuda" else getattr(self._trainer.strategy, "num_processes", 1)
@@ -353,7 +353,7 @@ class VectorizedExecutor:
         states = [self._start_of(work.client) for work in wave]
         self._starts = [_start(context.pipeline, work.client) for work in wave] if context.pipeline is not None else []
         started = time.perf_counter()  # excludes, in both executors, what rules compute before the first step
-        self._wave.begin(context.exchange, states, self._starts)
+        self._wave.begin(context.shared, states, self._starts)
         streams = ClientStreams(lambda row: wave[row].seed, self._device)
         if context.randomness is not None and wave[0] is context.first:
             streams.begin(0, context.randomness)
@@ -415,7 +415,7 @@ class VectorizedExecutor:
         Raises:
             NotVectorizable: if the two differ by more than rounding.
         """
-        rows, exchange, share = group.rows, context.exchange, 1.0 / self._trainer.accumulate_grad_batches
+        rows, shared, share = group.rows, context.shared, 1.0 / self._trainer.accumulate_grad_batches
         parameters, buffers = self._wave.parameters(rows), self._wave.buffers(rows)
         progress: Any = self._trainer.fit_loop.epoch_loop.batch_progress
         progress.is_last_batch = together = last[0] if len(set(last)) == 1 else _Unequal()
@@ -432,7 +432,7 @@ class VectorizedExecutor:
             batch = group.alone(i)
             metered = nullcontext() if context.meter is None else context.meter.alone(batch, group.samples[i])
             with streams.copy().of(rows.indices[i]), self._proofs.measuring(), metered:
-                alone[i] = step_alone(self._trainer, exchange, *own, batch, batch_idx, share)
+                alone[i] = step_alone(self._trainer, shared, *own, batch, batch_idx, share)
         side.captured.suspect()
         progress.is_last_batch = together
         expected = MetricStates(self._module)
@@ -441,9 +441,9 @@ class VectorizedExecutor:
         self._seconds_alone += time.perf_counter() - started
         result = side.run(parameters, buffers, group.batch, batch_idx, rows.indices, streams, share=share)
         around.check()
-        started, tolerance = time.perf_counter(), tolerance_of(self._trainer, exchange)
+        started, tolerance = time.perf_counter(), tolerance_of(self._trainer, shared)
         for i, each in alone.items():
-            if (told := difference(result, i, each, exchange.all_names, tolerance)) is not None:
+            if (told := difference(result, i, each, shared.all_names, tolerance)) is not None:
                 raise NotVectorizable(f"a step of theirs is not what it is alone: {told}")
         every = len(alone) == len(rows)
         if every and not MetricStates(self._module).agree(expected, partial(is_close, tolerance=tolerance)):
@@ -464,12 +464,12 @@ class VectorizedExecutor:
         self._state = PythonState(self._module) if self._state is None else self._state.again()
         return self._state
 
-    def _side_of(self, exchange: Exchange, state: PythonState) -> SideBySide:
+    def _side_of(self, shared: SharedTensors, state: PythonState) -> SideBySide:
         """Return the batched step; captured steps are dropped if the Python state that they read has changed."""
-        if self._side is None or not self._side.is_of(exchange):
+        if self._side is None or not self._side.is_of(shared):
             if self._side is not None:
                 self._proofs.demand()
-            self._side = SideBySide(self._trainer, exchange)
+            self._side = SideBySide(self._trainer, shared)
         if self._side.captured.open_wave(state):
             self._proofs.demand()
         return self._side
@@ -527,14 +527,14 @@ class VectorizedExecutor:
     # ---- after a wave
 
     def _updates(self, context: RoundContext, wave: list[LocalWork], trained: _Trained) -> Iterator[ClientUpdate]:
-        exchange, server = context.exchange, context.server
-        cut, row = exchange.view.trainable, -1
+        shared, server = context.shared, context.server
+        cut, row = shared.view.trainable, -1
         initial = Personal(context)
         models = [server if start.model is None else start.model for start in self._starts]
-        origins = [exchange.origin(server)]
+        origins = [shared.origin(server)]
         if any(model is not server for model in models):
-            origins = [exchange.origin(model) for model in models]
-        for deltas in self._wave.deltas(exchange, origins):
+            origins = [shared.origin(model) for model in models]
+        for deltas in self._wave.deltas(shared, origins):
             norms = torch.linalg.vector_norm(deltas[:, :cut], dim=1)
             spoilt = (~torch.isfinite(deltas[:, cut:]) & torch.isfinite(server[cut:])).any(dim=1)
             for delta, norm in zip(deltas, torch.where(spoilt, math.nan, norms).tolist(), strict=True):
@@ -552,10 +552,10 @@ class VectorizedExecutor:
                     cost=trained.tallies[row].total(trained.optimizer_steps[row]) if trained.tallies else None,
                     optimizer_steps=trained.optimizer_steps[row],
                 )
-                if context.pipeline is not None and exchange.personal and update.finite:
-                    context.pipeline.keep_personal(work.client, self._wave.of_client(exchange, exchange.personal, row))
+                if context.pipeline is not None and shared.personal and update.finite:
+                    context.pipeline.keep_personal(work.client, self._wave.of_client(shared, shared.personal, row))
                 if context.largest is not None:
-                    context.largest.offer(update, partial(self._wave.of_client, exchange, exchange.largest, row))
+                    context.largest.offer(update, partial(self._wave.of_client, shared, shared.largest, row))
                 if self._keep and trained_any:
                     state = {
                         "state": self._wave.optimizer_state(row),
@@ -564,11 +564,11 @@ class VectorizedExecutor:
                     # After an update that is not finite the optimizer's state is invalid too: the client starts afresh.
                     self._store.stage_optimizers(work.client, [state] if update.finite else None)
                 if self._shown:
-                    self._wave.write_to(exchange, row)
+                    self._wave.write_to(shared, row)
                     self._watcher.client_ended(update)
                 yield update
         if self._shown:
-            exchange.view.write(server)
+            shared.view.write(server)
             initial.restore()
 
     def _report(self, notes: list[_Note], wave: list[LocalWork], positions: dict[int, int]) -> None:

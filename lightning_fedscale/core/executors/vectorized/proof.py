@@ -13,7 +13,7 @@ from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signatu
 from torch import Tensor
 from torchmetrics import Metric
 
-from lightning_fedscale.core.executors.exchanged_tensors import Exchange
+from lightning_fedscale.core.executors.shared_tensors import SharedTensors
 from lightning_fedscale.core.executors.vectorized.batched_step import Logged, StepResult, logging_to, loss_of
 from lightning_fedscale.core.executors.vectorized.stacking import NotVectorizable
 from lightning_fedscale.core.lightning.snapshots import SavedBytes
@@ -122,7 +122,7 @@ class Proofs:
 
 def step_alone(
     trainer: pl.Trainer,
-    exchange: Exchange,
+    shared: SharedTensors,
     parameters: Sequence[Tensor],
     buffers: Sequence[Tensor],
     batch: Any,
@@ -133,7 +133,7 @@ def step_alone(
 
     Args:
         trainer: the Trainer.
-        exchange: the module's tensors.
+        shared: the module's tensors.
         parameters: the client's parameters.
         buffers: the client's buffers.
         batch: the client's batch on the device.
@@ -144,32 +144,32 @@ def step_alone(
         NotVectorizable: if the step does something that vectorized clients cannot do.
     """
     module = trainer.lightning_module
-    own = [*exchange.trainable, *exchange.buffers]
+    own = [*shared.trainable, *shared.buffers]
     before = [tensor.detach().clone() for tensor in own]
-    frozen = [tensor._version for tensor in exchange.frozen]
+    frozen = [tensor._version for tensor in shared.frozen]
     notes: list[Logged] = []
     try:
         _write(own, [*parameters, *buffers])
-        for parameter in exchange.trainable:
+        for parameter in shared.trainable:
             parameter.grad = None
         takes_index = is_param_in_hook_signature(module.training_step, "batch_idx", min_args=2)
         with trainer.precision_plugin.train_step_context(), logging_to(module, notes.append), torch.enable_grad():
             output = module.training_step(*((batch, batch_idx) if takes_index else (batch,)))
         if (loss := loss_of(output)) is not None:
             (loss if share == 1.0 else loss * share).backward()  # type: ignore[no-untyped-call]
-        gradients = [parameter.grad for parameter in exchange.trainable]
+        gradients = [parameter.grad for parameter in shared.trainable]
         if any(gradient is not None and gradient.layout != torch.strided for gradient in gradients):
             raise NotVectorizable("a gradient is sparse")
-        if any(now.shape != then.shape for now, then in zip(exchange.buffers, buffers, strict=True)):
+        if any(now.shape != then.shape for now, then in zip(shared.buffers, buffers, strict=True)):
             raise NotVectorizable("training_step changes the shape of a buffer")
-        exchange.settle()
-        new = [buffer.detach().clone() for buffer in exchange.buffers]
+        shared.rebind()
+        new = [buffer.detach().clone() for buffer in shared.buffers]
     finally:
-        for parameter in exchange.trainable:
+        for parameter in shared.trainable:
             parameter.grad = None
-        exchange.put_back()
+        shared.put_back()
         _write(own, before)
-    if [tensor._version for tensor in exchange.frozen] != frozen:
+    if [tensor._version for tensor in shared.frozen] != frozen:
         raise NotVectorizable("training_step writes to frozen parameters, which all clients share")
     return StepResult(None if loss is None else loss.detach().reshape(()), gradients, new, notes)
 
@@ -200,14 +200,14 @@ def difference(mine: StepResult, row: int, alone: StepResult, names: Sequence[st
     return _difference_of_logs(mine.logged, row, alone.logged, tolerance)
 
 
-def tolerance_of(trainer: pl.Trainer, exchange: Exchange) -> Tolerance:
+def tolerance_of(trainer: pl.Trainer, shared: SharedTensors) -> Tolerance:
     """Return the tolerance for rounding errors of this module's gradients in the Trainer's precision."""
     precision = str(trainer.precision)
     if "mixed" in precision:
         return _TOLERANCES[torch.bfloat16 if "bf16" in precision else torch.float16]
-    dtypes = {as_real(tensor).dtype for tensor in exchange.trainable}
+    dtypes = {as_real(tensor).dtype for tensor in shared.trainable}
     coarsest = max((_TOLERANCES.get(dtype, _ROUNDED_PRODUCTS) for dtype in dtypes), default=_TOLERANCES[torch.float32])
-    on_gpu = any(tensor.device.type == "cuda" for tensor in exchange.trainable)
+    on_gpu = any(tensor.device.type == "cuda" for tensor in shared.trainable)
     if on_gpu and torch.float32 in dtypes and torch.get_float32_matmul_precision() != "highest":
         return max(coarsest, _ROUNDED_PRODUCTS)
     return coarsest

@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 
 from lightning_fedscale.core.client_state import OptimizerState
 from lightning_fedscale.core.executors.correction import WaveCorrection
-from lightning_fedscale.core.executors.exchanged_tensors import Exchange
+from lightning_fedscale.core.executors.shared_tensors import SharedTensors
 from lightning_fedscale.core.executors.vectorized.clipping import Clip
 from lightning_fedscale.core.executors.vectorized.optimizer import StackedOptimizer
 from lightning_fedscale.core.executors.vectorized.rows import Rows
@@ -56,18 +56,18 @@ class Wave:
 
     def begin(
         self,
-        exchange: Exchange,
+        shared: SharedTensors,
         states: Sequence[OptimizerState],
         starts: Sequence[ClientStart] = (),
     ) -> None:
         """Start every client from the global model, which the module holds, with its own optimizer state.
 
         Args:
-            exchange: the module's tensors.
+            shared: the module's tensors.
             states: the clients' optimizer states.
             starts: the individual parts of each client's training; empty if there are none.
         """
-        width, tensors = len(states), [*exchange.trainable, *exchange.buffers]
+        width, tensors = len(states), [*shared.trainable, *shared.buffers]
         if not self._fits(width, tensors):
             self._memory = [torch.empty(width, *t.shape, dtype=t.dtype, device=t.device) for t in tensors]
         if [len(stack) for stack in self._stacks[:1]] != [width] or self._stacks[0].data_ptr() != self._memory[
@@ -75,44 +75,44 @@ class Wave:
         ].data_ptr():
             self._stacks = [memory[:width] for memory in self._memory]
             self._rows, self._leaves = {}, {}
-        if self._trainable != len(exchange.trainable):
-            self._trainable, self._leaves = len(exchange.trainable), {}
+        if self._trainable != len(shared.trainable):
+            self._trainable, self._leaves = len(shared.trainable), {}
         for stack, tensor in zip(self._stacks, tensors, strict=True):
             stack.copy_(tensor.detach())
-        self._personal = {id(tensor): name for name, tensor in exchange.personal.items()}
-        self._shapes = {name: tensor.shape for name, tensor in exchange.personal.items()}
+        self._personal = {id(tensor): name for name, tensor in shared.personal.items()}
+        self._shapes = {name: tensor.shape for name, tensor in shared.personal.items()}
         for row, start in enumerate(starts):
-            self._place(exchange, tensors, row, start)
+            self._place(shared, tensors, row, start)
         corrections = [start.correction for start in starts]
         self._correction = None
         if any(each is not None for each in corrections):
-            shared = self._stacks[: len(exchange.shared)]
-            self._correction = WaveCorrection(exchange, shared, [each or Correction() for each in corrections])
-        places = {id(parameter): i for i, parameter in enumerate(exchange.trainable)}
+            stacks = self._stacks[: len(shared.trainable_shared)]
+            self._correction = WaveCorrection(shared, stacks, [each or Correction() for each in corrections])
+        places = {id(parameter): i for i, parameter in enumerate(shared.trainable)}
         # Callbacks may have added groups of parameters.
         of_optimizer = [parameter for group in self._template.param_groups for parameter in group["params"]]
         self._moved = [places[id(p)] for p in of_optimizer if id(p) in places]
         self._optimizer.begin([self._stacks[places[id(p)]] if id(p) in places else None for p in of_optimizer], states)
         self._sums = [None] * self._trainable
 
-    def _place(self, exchange: Exchange, tensors: Sequence[Tensor], row: int, start: ClientStart) -> None:
+    def _place(self, shared: SharedTensors, tensors: Sequence[Tensor], row: int, start: ClientStart) -> None:
         """Write a client's own model and personal tensors to its row."""
         if any(self._shapes.get(name) != value.shape for name, value in start.personal.items()):
             raise ValueError("a client's own buffers do not have the shape of the module's")
-        shared = [number for number, tensor in enumerate(tensors) if id(tensor) not in self._personal]
+        in_vector = [number for number, tensor in enumerate(tensors) if id(tensor) not in self._personal]
         if start.model is not None:
-            views = exchange.view.views(start.model)
-            for number, view in zip(shared, views, strict=False):
+            views = shared.view.views(start.model)
+            for number, view in zip(in_vector, views, strict=False):
                 stack = as_real(self._stacks[number])[row]
                 stack.copy_(view if stack.is_floating_point() else view.round())
         for number, tensor in enumerate(tensors):
             if (name := self._personal.get(id(tensor))) is not None and name in start.personal:
                 self._stacks[number][row].copy_(start.personal[name])
 
-    def of_client(self, exchange: Exchange, tensors: Mapping[str, Tensor], row: int) -> dict[str, Tensor]:
-        """Return copies of a client's values of some of the exchange's tensors, by name."""
+    def of_client(self, shared: SharedTensors, tensors: Mapping[str, Tensor], row: int) -> dict[str, Tensor]:
+        """Return copies of a client's values of some of the module's tensors, by name."""
         names = {id(tensor): name for name, tensor in tensors.items()}
-        stacks = zip(self._stacks, [*exchange.trainable, *exchange.buffers], strict=True)
+        stacks = zip(self._stacks, [*shared.trainable, *shared.buffers], strict=True)
         return {names[id(tensor)]: stack[row].clone() for stack, tensor in stacks if id(tensor) in names}
 
     def rows(self, indices: Sequence[int]) -> Rows:
@@ -182,16 +182,16 @@ class Wave:
         """Return a copy of a client's optimizer state."""
         return self._optimizer.state_of(row)
 
-    def write_to(self, exchange: Exchange, row: int) -> None:
+    def write_to(self, shared: SharedTensors, row: int) -> None:
         """Write a client's model to the module."""
-        for stack, tensor in zip(self._stacks, [*exchange.trainable, *exchange.buffers], strict=True):
+        for stack, tensor in zip(self._stacks, [*shared.trainable, *shared.buffers], strict=True):
             tensor.detach().copy_(stack[row])
 
-    def deltas(self, exchange: Exchange, origins: Sequence[Tensor]) -> Iterator[Tensor]:
-        """Yield ``origin - client``, some rows at a time, as float64 vectors like those of the exchange's view.
+    def deltas(self, shared: SharedTensors, origins: Sequence[Tensor]) -> Iterator[Tensor]:
+        """Yield ``origin - client``, some rows at a time, as float64 vectors like those of `SharedTensors.view`.
 
         Args:
-            exchange: the module's tensors.
+            shared: the module's tensors.
             origins: the origin of each client's delta; a single one if it is the same for all.
         """
         origin = origins[0]
@@ -210,7 +210,7 @@ class Wave:
                     for row, each in zip(out, own, strict=True):
                         torch.sub(each[offset:end], row, out=row)
 
-            for stack, tensor in zip(self._stacks, [*exchange.trainable, *exchange.buffers], strict=True):
+            for stack, tensor in zip(self._stacks, [*shared.trainable, *shared.buffers], strict=True):
                 if id(tensor) in self._personal:
                     continue
                 real = as_real(stack[start : start + len(part)]).reshape(len(part), -1)
@@ -218,7 +218,7 @@ class Wave:
                 # Widen first, since a difference of mixed precisions takes twice as long.
                 subtract(part[:, offset:end].copy_(real), offset, end)
                 offset = end
-            for tensor in exchange.frozen:
+            for tensor in shared.frozen:
                 real = as_real(tensor).reshape(-1)
                 end = offset + real.numel()
                 subtract(part[:, offset:end].copy_(real.expand(len(part), -1)), offset, end)
