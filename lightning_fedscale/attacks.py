@@ -22,14 +22,14 @@ from lightning_fedscale.aggregators import Aggregator, Stack, aggregator_of
 from lightning_fedscale.aggregators.rows import fold, norm_of
 from lightning_fedscale.types import ClientUpdate, Cohort, IntArray
 from lightning_fedscale.utils import checks, randomness
-from lightning_fedscale.utils.factory_repr import told
+from lightning_fedscale.utils.factory_repr import record_call
 
 Attack: TypeAlias = Callable[[Stack, list[int], Cohort], Tensor]
 """A function of ``(stack, rows, cohort)``: the stack of all honest updates, the attackers' rows in it, the cohort. It
 returns the trainable parts that the attackers send instead, one row for each of ``rows``."""
 
 
-@told
+@record_call
 def attacked(aggregator: str | Aggregator, attack: Attack, attackers: Iterable[int]) -> Aggregator:
     """Return an aggregator that replaces the updates of hostile clients.
 

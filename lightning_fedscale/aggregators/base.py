@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, TypeAlias, cast
 
 from torch import Tensor
@@ -50,6 +50,7 @@ class Aggregator(NamedTuple):
         hides_clients: whether the server learns nothing but the sum, and so takes no buffer of a single client.
         needs: fewest clients of a round with which it bears what it promises. Where fewer are sampled, nobody trains.
         init_state: ``(like, cohort)``: the state before the first round; None keeps nothing between rounds.
+        arguments: those of ``call`` by name; for logs only.
 
     Example:
         A change to a rule that there is:
@@ -97,6 +98,7 @@ class Aggregator(NamedTuple):
     hides_clients: bool = False
     needs: int = 0
     init_state: Callable[[Tensor, Cohort], Any] | None = None
+    arguments: Mapping[str, Any] = {}
 
     @property
     def kept(self) -> str | None:

@@ -13,10 +13,10 @@ from lightning_fedscale.aggregators.rows import distances_to
 from lightning_fedscale.aggregators.stacked import Stack, stacked
 from lightning_fedscale.types import Cohort
 from lightning_fedscale.utils import checks
-from lightning_fedscale.utils.factory_repr import told
+from lightning_fedscale.utils.factory_repr import record_call
 
 
-@told
+@record_call
 def centered_clipping(radius: float, iterations: int = 1) -> Aggregator:
     r"""Clip updates to a ball around the previous aggregate (Karimireddy, He and Jaggi, arXiv 2012.10333).
 

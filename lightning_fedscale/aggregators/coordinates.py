@@ -13,12 +13,12 @@ from lightning_fedscale.aggregators.mean import mean
 from lightning_fedscale.aggregators.rows import needing
 from lightning_fedscale.aggregators.stacked import Stack, stacked
 from lightning_fedscale.types import Cohort
-from lightning_fedscale.utils.factory_repr import told
+from lightning_fedscale.utils.factory_repr import record_call
 
 _PART = 1 << 16  # coordinates at a time, so that sorting needs no second copy of all updates
 
 
-@told
+@record_call
 def median() -> Aggregator:
     """Take every coordinate's median; for even numbers it is the mean of the middle two (Yin et al., 1803.01498).
 
@@ -34,7 +34,7 @@ def median() -> Aggregator:
     return stacked(mean("uniform").weigh, _middle)
 
 
-@told
+@record_call
 def trimmed_mean(trim: int | float) -> Aggregator:
     """Average every coordinate without its smallest and largest values (Yin et al., arXiv 1803.01498).
 

@@ -14,10 +14,10 @@ from lightning_fedscale.aggregators.rows import distances_to
 from lightning_fedscale.aggregators.stacked import Stack, stacked
 from lightning_fedscale.types import Cohort
 from lightning_fedscale.utils import checks
-from lightning_fedscale.utils.factory_repr import told
+from lightning_fedscale.utils.factory_repr import record_call
 
 
-@told
+@record_call
 def geometric_median(
     weighting: str = "uniform", smoothing: float = 1e-6, tolerance: float = 1e-6, iterations: int = 100
 ) -> Aggregator:

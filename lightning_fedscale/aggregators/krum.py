@@ -12,10 +12,10 @@ from lightning_fedscale.aggregators.mean import mean
 from lightning_fedscale.aggregators.rows import needing
 from lightning_fedscale.aggregators.stacked import Stack, stacked
 from lightning_fedscale.types import Cohort
-from lightning_fedscale.utils.factory_repr import told
+from lightning_fedscale.utils.factory_repr import record_call
 
 
-@told
+@record_call
 def krum(attackers: int) -> Aggregator:
     r"""Take the single update that is closest to its neighbours (Blanchard et al., NeurIPS 2017, arXiv 1703.02757).
 
@@ -42,7 +42,7 @@ def krum(attackers: int) -> Aggregator:
     return _krum(attackers, 1, f"krum(attackers={attackers})")
 
 
-@told
+@record_call
 def multi_krum(attackers: int, keep: int) -> Aggregator:
     """Average the updates with the lowest scores of `krum` (Blanchard et al., 2017, section 4).
 

@@ -10,12 +10,12 @@ from torch import Tensor
 
 from lightning_fedscale.aggregators.base import Aggregator
 from lightning_fedscale.types import ClientUpdate, Cohort
-from lightning_fedscale.utils.factory_repr import told
+from lightning_fedscale.utils.factory_repr import record_call
 
 _PART = 1 << 18  # elements at a time, so that the product stays in the processor's cache and needs no full vector
 
 
-@told
+@record_call
 def mean(weighting: str = "samples") -> Aggregator:
     r"""Take FedAvg's mean, :math:`\Delta = \sum_k w_k \Delta_k / \sum_k w_k` (arXiv 1602.05629).
 

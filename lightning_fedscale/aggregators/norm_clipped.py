@@ -11,10 +11,10 @@ from lightning_fedscale.aggregators.base import Aggregator
 from lightning_fedscale.aggregators.mean import mean
 from lightning_fedscale.types import ClientUpdate, Cohort
 from lightning_fedscale.utils import checks
-from lightning_fedscale.utils.factory_repr import told
+from lightning_fedscale.utils.factory_repr import record_call
 
 
-@told
+@record_call
 def norm_clipped(max_norm: float, inner: Aggregator | None = None) -> Aggregator:
     r"""Apply any rule to updates that are clipped to norm :math:`S` (Sun et al., arXiv 1911.07963).
 

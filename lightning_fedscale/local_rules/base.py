@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -102,6 +102,7 @@ class LocalRule(NamedTuple):
             Nesterov.
         changes_delta: whether ``finish`` changes ``Outcome.delta``.
         call: the call that made it, such as ``fed_prox(mu=0.1)``; for logs only.
+        arguments: the arguments of that call; for logs only.
         instead: the alternative if a rule ``needs_sgd`` and clients use another optimizer; for messages.
     """
 
@@ -120,6 +121,7 @@ class LocalRule(NamedTuple):
     changes_delta: bool = False
     call: str = ""
     instead: str = ""
+    arguments: Mapping[str, Any] = {}
 
     @property
     def operations(self) -> int:

@@ -10,10 +10,10 @@ from torch import Tensor
 
 from lightning_fedscale.local_rules.base import Correction, LocalRule, Merged, Outcome, Report
 from lightning_fedscale.utils import checks
-from lightning_fedscale.utils.factory_repr import told
+from lightning_fedscale.utils.factory_repr import record_call
 
 
-@told
+@record_call
 def fed_dyn(alpha: float) -> LocalRule:
     r"""FedDyn (arXiv 2111.04263): clients minimise :math:`f_k(y) - \lambda_k^\top y + \frac\alpha2 \|y - x\|^2`.
 

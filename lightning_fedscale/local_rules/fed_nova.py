@@ -9,10 +9,10 @@ from torch import Tensor
 
 from lightning_fedscale.local_rules.base import Correction, LocalRule, Merged, Outcome, Report
 from lightning_fedscale.utils import checks
-from lightning_fedscale.utils.factory_repr import told
+from lightning_fedscale.utils.factory_repr import record_call
 
 
-@told
+@record_call
 def fed_nova(proximal: float = 0.0) -> LocalRule:
     r"""FedNova (arXiv 2007.07481): divide deltas by the clients' effective numbers of steps before averaging.
 

@@ -9,10 +9,10 @@ from torch import Tensor
 
 from lightning_fedscale.local_rules.base import Correction, LocalRule, Merged, Outcome, Report
 from lightning_fedscale.utils import checks
-from lightning_fedscale.utils.factory_repr import told
+from lightning_fedscale.utils.factory_repr import record_call
 
 
-@told
+@record_call
 def fed_prox(mu: float) -> LocalRule:
     r"""FedProx (arXiv 1812.06127): clients minimise :math:`f_k(y) + \frac{\mu}{2} \|y - x\|^2`.
 

@@ -10,10 +10,10 @@ from torch import Tensor
 
 from lightning_fedscale.local_rules.base import Correction, LocalRule, Merged, Outcome, Report
 from lightning_fedscale.utils import checks
-from lightning_fedscale.utils.factory_repr import told
+from lightning_fedscale.utils.factory_repr import record_call
 
 
-@told
+@record_call
 def scaffold(option: str = "II") -> LocalRule:
     r"""SCAFFOLD (arXiv 1910.06378): every local gradient becomes :math:`g - c_k + c`.
 

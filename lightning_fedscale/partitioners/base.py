@@ -114,14 +114,18 @@ class Partitioner(ABC):
         return alike_by_labels(self.partition, self._labels(), find_labels(dataset, self.partition_by), seed)
 
     def __repr__(self) -> str:
-        values = {name: getattr(self, name) for name in self._arguments() if name != "num_partitions"}
-        values = {"num_partitions": self._num_partitions, **values}
-        shown = (
-            f"{name}={values[name]!r}"
-            for name, parameter in self._arguments().items()
-            if repr(values[name]) != repr(parameter.default)
-        )
-        return f"{type(self).__name__}({', '.join(shown)})"
+        return f"{type(self).__name__}({', '.join(f'{name}={value!r}' for name, value in self.arguments.items())})"
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """The arguments by name that differ from their defaults."""
+        values = {
+            name: self._num_partitions if name == "num_partitions" else getattr(self, name)
+            for name in self._arguments()
+        }
+        return {
+            n: values[n] for n, parameter in self._arguments().items() if repr(values[n]) != repr(parameter.default)
+        }
 
     def _arguments(self) -> Mapping[str, inspect.Parameter]:
         return inspect.signature(type(self)).parameters

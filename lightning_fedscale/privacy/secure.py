@@ -16,7 +16,7 @@ from lightning_fedscale.aggregators.rows import needing
 from lightning_fedscale.privacy import shamir
 from lightning_fedscale.types import ClientUpdate, Cohort, FloatArray, IntArray
 from lightning_fedscale.utils import checks, randomness
-from lightning_fedscale.utils.factory_repr import told
+from lightning_fedscale.utils.factory_repr import record_call
 
 FIELD = (1 << 31) - 1
 """Masked values are numbers below this prime, so that float64 sums those of 2^22 clients without rounding."""
@@ -24,7 +24,7 @@ FIELD = (1 << 31) - 1
 _BASE = 3  # base of the key agreement
 
 
-@told
+@record_call
 def secure_mean(clip: float, bits: int = 16, threshold: float = 2 / 3) -> Aggregator:
     """Compute the uniform mean under masks that cancel in the sum (Bonawitz et al., CCS 2017, as a simulation).
 

@@ -13,10 +13,10 @@ from lightning_fedscale.server.chain import chain
 from lightning_fedscale.server.per_parameter import Moments, per_parameter
 from lightning_fedscale.server.scale import scale
 from lightning_fedscale.utils import checks
-from lightning_fedscale.utils.factory_repr import told
+from lightning_fedscale.utils.factory_repr import record_call
 
 
-@told
+@record_call
 def fed_adagrad(lr: float = 0.01, beta1: float = 0.0, tau: float = 1e-3) -> ServerOptimizer:
     r"""FedAdagrad (arXiv 2003.00295): :math:`x \leftarrow x - \eta\, m / (\sqrt v + \tau)`, where v is a sum.
 
@@ -42,7 +42,7 @@ def fed_adagrad(lr: float = 0.01, beta1: float = 0.0, tau: float = 1e-3) -> Serv
     return chain(scale_by_adagrad(beta1, tau), scale(checks.positive("lr", lr)))
 
 
-@told
+@record_call
 def fed_adam(lr: float = 0.01, beta1: float = 0.9, beta2: float = 0.99, tau: float = 1e-3) -> ServerOptimizer:
     r"""FedAdam (arXiv 2003.00295): :math:`x \leftarrow x - \eta\, m / (\sqrt v + \tau)`, where both are averages.
 
@@ -68,7 +68,7 @@ def fed_adam(lr: float = 0.01, beta1: float = 0.9, beta2: float = 0.99, tau: flo
     return chain(scale_by_adam(beta1, beta2, tau), scale(checks.positive("lr", lr)))
 
 
-@told
+@record_call
 def fed_yogi(lr: float = 0.01, beta1: float = 0.9, beta2: float = 0.99, tau: float = 1e-3) -> ServerOptimizer:
     r"""FedYogi (arXiv 2003.00295): FedAdam whose :math:`v` changes by at most :math:`(1 - \beta_2) \Delta^2`.
 
@@ -93,7 +93,7 @@ def fed_yogi(lr: float = 0.01, beta1: float = 0.9, beta2: float = 0.99, tau: flo
     return chain(scale_by_yogi(beta1, beta2, tau), scale(checks.positive("lr", lr)))
 
 
-@told
+@record_call
 def scale_by_adagrad(beta1: float = 0.0, tau: float = 1e-3) -> ServerOptimizer:
     """`fed_adagrad` without the learning rate: a link of `chain`.
 
@@ -105,7 +105,7 @@ def scale_by_adagrad(beta1: float = 0.0, tau: float = 1e-3) -> ServerOptimizer:
     return _adaptive("scale_by_adagrad", _sum, beta1, 0.0, tau)
 
 
-@told
+@record_call
 def scale_by_adam(beta1: float = 0.9, beta2: float = 0.99, tau: float = 1e-3) -> ServerOptimizer:
     """`fed_adam` without the learning rate: a link of `chain`.
 
@@ -117,7 +117,7 @@ def scale_by_adam(beta1: float = 0.9, beta2: float = 0.99, tau: float = 1e-3) ->
     return _adaptive("scale_by_adam", _average, beta1, beta2, tau)
 
 
-@told
+@record_call
 def scale_by_yogi(beta1: float = 0.9, beta2: float = 0.99, tau: float = 1e-3) -> ServerOptimizer:
     """`fed_yogi` without the learning rate: a link of `chain`.
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -20,12 +20,14 @@ class ServerOptimizer(NamedTuple):
         reads_norms: whether ``update`` also takes the weighted mean of the clients' squared norms,
             ``sum_k p_k |delta_k|^2``.
         call: the call that made it, such as ``fed_adam(lr=0.01)``; for logs only.
+        arguments: the arguments of that call; for logs only.
     """
 
     init: Callable[[Params], Any]
     update: Callable[..., tuple[Params, Any]]
     reads_norms: bool = False
     call: str = ""
+    arguments: Mapping[str, Any] = {}
 
 
 def own_state(state: Any, name: str) -> dict[str, Any]:

@@ -7,10 +7,10 @@ from typing import Any
 
 from lightning_fedscale.server.base import ServerOptimizer, own_state
 from lightning_fedscale.types import Params
-from lightning_fedscale.utils.factory_repr import told
+from lightning_fedscale.utils.factory_repr import record_call
 
 
-@told
+@record_call
 def chain(*rules: ServerOptimizer) -> ServerOptimizer:
     """Apply rules in sequence: the step of each is the delta of the next, and the last step moves the global model.
 

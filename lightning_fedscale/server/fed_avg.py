@@ -7,10 +7,10 @@ from lightning_fedscale.server.chain import chain
 from lightning_fedscale.server.momentum import trace
 from lightning_fedscale.server.scale import scale
 from lightning_fedscale.utils import checks
-from lightning_fedscale.utils.factory_repr import told
+from lightning_fedscale.utils.factory_repr import record_call
 
 
-@told
+@record_call
 def fed_avg(lr: float = 1.0) -> ServerOptimizer:
     r"""Move by the aggregated delta: :math:`x \leftarrow x - \eta\,\Delta` (arXiv 1602.05629, 2003.00295).
 
@@ -34,7 +34,7 @@ def fed_avg(lr: float = 1.0) -> ServerOptimizer:
     return scale(checks.positive("lr", lr))
 
 
-@told
+@record_call
 def fed_avgm(lr: float = 1.0, momentum: float = 0.9, nesterov: bool = False) -> ServerOptimizer:
     r"""FedAvg with server momentum (arXiv 1909.06335): :math:`v \leftarrow \beta v + \Delta, x \leftarrow x - \eta v`.
 
@@ -60,7 +60,7 @@ def fed_avgm(lr: float = 1.0, momentum: float = 0.9, nesterov: bool = False) -> 
     return chain(trace(momentum, nesterov), scale(checks.positive("lr", lr)))
 
 
-@told
+@record_call
 def nesterov(lr: float = 0.7, momentum: float = 0.9) -> ServerOptimizer:
     r"""Outer optimizer of DiLoCo: :math:`v \leftarrow \beta v + \Delta,\; x \leftarrow x - \eta(\Delta + \beta v)`.
 

@@ -7,10 +7,10 @@ from functools import partial
 from lightning_fedscale.server.base import ServerOptimizer
 from lightning_fedscale.types import Params
 from lightning_fedscale.utils import checks
-from lightning_fedscale.utils.factory_repr import told
+from lightning_fedscale.utils.factory_repr import record_call
 
 
-@told
+@record_call
 def fed_exp(epsilon: float = 1e-3) -> ServerOptimizer:
     r"""FedExP (arXiv 2301.09604): set the server learning rate by the clients' disagreement in each round.
 

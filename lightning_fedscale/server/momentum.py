@@ -10,10 +10,10 @@ from torch import Tensor
 from lightning_fedscale.server.base import ServerOptimizer
 from lightning_fedscale.server.per_parameter import Moments, per_parameter
 from lightning_fedscale.utils import checks
-from lightning_fedscale.utils.factory_repr import told
+from lightning_fedscale.utils.factory_repr import record_call
 
 
-@told
+@record_call
 def trace(momentum: float = 0.9, nesterov: bool = False) -> ServerOptimizer:
     r"""Heavy-ball momentum, :math:`v \leftarrow \beta v + \Delta`: step by :math:`v`, or :math:`\Delta + \beta v`.
 

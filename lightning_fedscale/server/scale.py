@@ -7,10 +7,10 @@ from functools import partial
 from lightning_fedscale.server.base import ServerOptimizer
 from lightning_fedscale.types import Params
 from lightning_fedscale.utils import checks
-from lightning_fedscale.utils.factory_repr import told
+from lightning_fedscale.utils.factory_repr import record_call
 
 
-@told
+@record_call
 def scale(factor: float) -> ServerOptimizer:
     r"""Multiply the delta by a factor: :math:`\eta\,\Delta`. It is the last link of most chains; alone it is `fed_avg`.
 

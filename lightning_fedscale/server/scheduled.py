@@ -11,10 +11,10 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from lightning_fedscale.server.base import ServerOptimizer, own_state
 from lightning_fedscale.types import Params
-from lightning_fedscale.utils.factory_repr import told
+from lightning_fedscale.utils.factory_repr import record_call
 
 
-@told
+@record_call
 def scheduled(rule: ServerOptimizer, scheduler: Callable[..., LRScheduler], **options: Any) -> ServerOptimizer:
     """Multiply a rule's steps as a torch scheduler would multiply a learning rate of 1, stepped once per server step.
 

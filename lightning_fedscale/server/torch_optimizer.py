@@ -13,10 +13,10 @@ from torch.optim import Optimizer
 
 from lightning_fedscale.server.base import ServerOptimizer, own_state
 from lightning_fedscale.types import Params
-from lightning_fedscale.utils.factory_repr import told
+from lightning_fedscale.utils.factory_repr import record_call
 
 
-@told
+@record_call
 def from_torch(optimizer: Callable[..., Optimizer], **options: Any) -> ServerOptimizer:
     """Feed the aggregated delta to a torch optimizer as its gradient.
 

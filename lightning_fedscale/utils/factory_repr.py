@@ -2,24 +2,25 @@
 
 from __future__ import annotations
 
-import ast
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Mapping
 from functools import wraps
 from inspect import Parameter, signature
+from numbers import Integral, Real
 from typing import Any, ParamSpec, TypeVar
 
 P = ParamSpec("P")
 R = TypeVar("R")
 
 
-def told(factory: Callable[P, R]) -> Callable[P, R]:
-    """Decorate a factory so that its products store their call in the field ``call``.
+def record_call(factory: Callable[P, R]) -> Callable[P, R]:
+    """Decorate a factory so that its products have its arguments, and its call as text: fields ``arguments``, ``call``.
 
     Example:
         >>> import torch
         >>> from lightning_fedscale.server import fed_adam, from_torch
-        >>> fed_adam(lr=0.1, tau=1e-4).call
-        'fed_adam(lr=0.1, beta1=0.9, beta2=0.99, tau=0.0001)'
+        >>> fed_adam(lr=0.1, tau=1e-4).arguments
+        {'lr': 0.1, 'beta1': 0.9, 'beta2': 0.99, 'tau': 0.0001}
         >>> from_torch(torch.optim.SGD, lr=0.7).call
         'from_torch(optimizer=SGD, lr=0.7)'
     """
@@ -27,46 +28,40 @@ def told(factory: Callable[P, R]) -> Callable[P, R]:
     @wraps(factory)
     def make(*args: P.args, **kwargs: P.kwargs) -> R:
         made: Any = factory(*args, **kwargs)
-        told_by: R = made._replace(call=_call(factory, args, kwargs))
-        return told_by
+        arguments = _bound(factory, args, kwargs)
+        recorded: R = made._replace(call=_text(factory, arguments), arguments=arguments)
+        return recorded
 
     return make
 
 
-def numbers_in(call: str) -> dict[str, float]:
-    """Return the keyword arguments of a call that are numbers; other text has none.
+def numbers_of(arguments: Mapping[str, Any]) -> dict[str, float]:
+    """Return the arguments that are finite numbers, as Python's own.
 
     Example:
-        >>> numbers_in("DirichletPartitioner(num_partitions=100, alpha=0.3, label='speaker')")
-        {'num_partitions': 100, 'alpha': 0.3}
-        >>> numbers_in("<function mine at 0x7f>")
-        {}
+        >>> numbers_of({"levels": 100, "alpha": 0.3, "partition_by": "speaker", "shuffle": True, "cap": math.inf})
+        {'levels': 100, 'alpha': 0.3}
     """
-    try:
-        tree = ast.parse(call, mode="eval").body
-    except SyntaxError:
-        return {}
-    if not isinstance(tree, ast.Call):
-        return {}
-    found: dict[str, float] = {}
-    for each in tree.keywords:
-        value = each.value.value if isinstance(each.value, ast.Constant) else None
-        if each.arg is not None and isinstance(value, (int, float)) and not isinstance(value, bool):
-            found[each.arg] = value
-    return found
+    real = {n: v for n, v in arguments.items() if isinstance(v, Real) and not isinstance(v, bool) and math.isfinite(v)}
+    return {name: int(value) if isinstance(value, Integral) else float(value) for name, value in real.items()}
 
 
-def _call(factory: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
-    parameters = signature(factory).parameters
-    bound = signature(factory).bind(*args, **kwargs)
+def _bound(factory: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Return the arguments of a call by name, with defaults and those of ``**kwargs``."""
+    parameters, bound = signature(factory).parameters, signature(factory).bind(*args, **kwargs)
     bound.apply_defaults()
-    shown: list[str] = []
+    arguments: dict[str, Any] = {}
     for name, value in bound.arguments.items():
-        kind = parameters[name].kind
-        if kind is Parameter.VAR_POSITIONAL:
+        arguments |= value if parameters[name].kind is Parameter.VAR_KEYWORD else {name: value}
+    return arguments
+
+
+def _text(factory: Callable[..., Any], arguments: Mapping[str, Any]) -> str:
+    parameters = signature(factory).parameters
+    shown: list[str] = []
+    for name, value in arguments.items():
+        if name in parameters and parameters[name].kind is Parameter.VAR_POSITIONAL:
             shown += map(_shown, value)
-        elif kind is Parameter.VAR_KEYWORD:
-            shown += (f"{each}={_shown(of)}" for each, of in value.items())
         else:
             shown.append(f"{name}={_shown(value)}")
     return f"{factory.__name__}({', '.join(shown)})"

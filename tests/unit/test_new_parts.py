@@ -17,7 +17,7 @@ import pytest
 
 from lightning_fedscale import aggregators, compressors, local_rules, partitioners, phases, samplers, scaling, server
 from lightning_fedscale.aggregators import Aggregator
-from lightning_fedscale.utils.factory_repr import told
+from lightning_fedscale.utils.factory_repr import record_call
 from tests.features import test_freezing, test_hydra_conf, test_robust
 from tests.unit import test_contracts, test_robust_aggregation
 
@@ -33,7 +33,7 @@ class Registry(NamedTuple):
         variables: what it is called in the room's ``registry.py``, in one or two parts.
         parts: what is in it.
         group: Hydra's group, with a file for each.
-        tells: whether what a part makes has a field ``call``, which `told` fills in.
+        records: whether what a part makes has fields ``call`` and ``arguments``, which `record_call` fills in.
         apart: public functions that make such a thing and are no parts of the registry.
     """
 
@@ -41,7 +41,7 @@ class Registry(NamedTuple):
     variables: str
     parts: Mapping[str, Callable[..., Any]]
     group: str
-    tells: bool = False
+    records: bool = False
     apart: tuple[str, ...] = ()
 
 
@@ -75,8 +75,8 @@ def missing(registry: Registry, name: str, part: Callable[..., Any]) -> Iterator
     room, own = registry.room, part.__name__
     if own not in import_module(f"lightning_fedscale.{room}").__all__:
         yield f"lightning_fedscale/{room}/__init__.py: import {own} and add it to __all__"
-    if registry.tells and not hasattr(part, "__wrapped__"):
-        yield f"lightning_fedscale/{room}: put @told (utils/factory_repr.py) above {own}, so that logs name the call"
+    if registry.records and not hasattr(part, "__wrapped__"):
+        yield f"lightning_fedscale/{room}: put @record_call (utils/factory_repr.py) above {own}, for logs"
     if f"| [`{own}`](" not in (ROOT / f"docs/reference/{room}.md").read_text("utf8"):
         yield f"docs/reference/{room}.md: run python docs/fill.py, which adds the row of {own}"
     yield from _missing_in_conf(registry.group, name)
@@ -141,6 +141,18 @@ def test_no_public_factory_is_forgotten(registry: Registry) -> None:
             )
 
 
+@pytest.mark.parametrize(
+    ("registry", "name"),
+    [(registry, name) for registry, name in PARTS if registry.records],
+    ids=lambda each: getattr(each, "room", each),
+)
+def test_a_part_has_the_arguments_that_made_it(registry: Registry, name: str) -> None:
+    made, parameters = test_contracts.example(registry.room, name), inspect.signature(registry.parts[name]).parameters
+    named = {each for each, parameter in parameters.items() if parameter.kind is not parameter.VAR_KEYWORD}
+    assert named <= set(made.arguments)
+    assert made.call.startswith(f"{name}(")
+
+
 @pytest.mark.parametrize("page", ["add-a-method", "add-a-callback-argument"])
 def test_the_pages_name_files_and_variables_that_there_are(page: str) -> None:
     text = (ROOT / f"docs/how-to/{page}.md").read_text("utf8")
@@ -186,9 +198,9 @@ def test_a_part_that_is_only_written_is_told_every_file() -> None:
     assert sum("lightning_fedscale/aggregators: " in each for each in missing(REGISTRIES[0], "newest", newest)) == 2
 
 
-def test_a_forgotten_told_is_noticed() -> None:
-    assert any("@told" in each for each in missing(REGISTRIES[0], "newest", newest))
-    assert not any("@told" in each for each in missing(REGISTRIES[0], "newest", told(newest)))
+def test_a_forgotten_record_of_the_call_is_noticed() -> None:
+    assert any("@record_call" in each for each in missing(REGISTRIES[0], "newest", newest))
+    assert not any("@record_call" in each for each in missing(REGISTRIES[0], "newest", record_call(newest)))
 
 
 def test_a_forgotten_value_is_noticed_by_name(monkeypatch: pytest.MonkeyPatch) -> None:

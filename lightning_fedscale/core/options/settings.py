@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from lightning_fedscale.core.options.options import Options
 from lightning_fedscale.partitioners import Partition
-from lightning_fedscale.utils.factory_repr import numbers_in
+from lightning_fedscale.utils.factory_repr import numbers_of
 
 PREFIX = "federated/"
 NONE = "none"
@@ -40,11 +41,6 @@ def settings_of(options: Options, partition: Partition, params: int) -> dict[str
         params: number of parameters of the model.
     """
     clients = partition.num_clients
-    calls = {
-        "partitioner": "Partition" if isinstance(options.partitioner, Partition) else repr(options.partitioner),
-        **_rules_of(options),
-        "population": NONE if options.population is None else repr(options.population),
-    }
     found: dict[str, Any] = {
         "num_clients": clients,
         "clients_per_round": options.cohort_size(clients),
@@ -54,16 +50,18 @@ def settings_of(options: Options, partition: Partition, params: int) -> dict[str
         "local_epochs": options.local_epochs or NONE,
         "local_steps": -1 if callable(options.local_steps) else options.local_steps or NONE,
         "rounds_per_epoch": options.rounds_per_epoch,
-        "client_optimizer": _client_optimizer(options),
+        "client_optimizer": options.client_optimizer,
         "sampler": getattr(options.sampler, "__name__", type(options.sampler).__name__),
         "executor": options.executor,
         "seed": options.seed,
-        **calls,
+        "partitioner": "Partition" if isinstance(options.partitioner, Partition) else repr(options.partitioner),
+        **_rules_of(options),
+        "population": NONE if options.population is None else repr(options.population),
         **_parts(options),
         **_privacy(options),
     }
-    for name, call in calls.items():
-        found |= {f"{name}.{each}": value for each, value in numbers_in(call).items() if each not in _NOT_SWEPT}
+    for name, arguments in _arguments_of(options).items():
+        found |= {f"{name}.{each}": value for each, value in numbers_of(arguments).items() if each not in _NOT_SWEPT}
     return {PREFIX + name: value for name, value in found.items()}
 
 
@@ -74,25 +72,33 @@ def method_of(options: Options) -> dict[str, Any]:
         options: the strategy's checked arguments.
     """
     return {
-        "client_optimizer": _client_optimizer(options), **_rules_of(options), **_parts(options), **_privacy(options),
+        "client_optimizer": options.client_optimizer, **_rules_of(options), **_parts(options), **_privacy(options),
     }  # fmt: skip
 
 
 def _rules_of(options: Options) -> dict[str, str]:
     """Return the rules as the calls that make them."""
-    algorithm, local = options.algorithm, options.algorithm.local_rule
+    local = options.local_rule
     return {
-        "aggregator": algorithm.aggregator.call or "custom",
+        "aggregator": options.aggregator.call or "custom",
         "server_optimizer": options.server_optimizer.call or "custom",
         "local_rule": NONE if local is None else local.call or local.name,
-        "compressor": NONE if algorithm.compressor is None else algorithm.compressor.name,
+        "compressor": NONE if options.compressor is None else options.compressor.name,
         "downlink_compressor": NONE if options.downlink_compressor is None else options.downlink_compressor.name,
         "mode": "sync" if options.asynchrony is None else repr(options.asynchrony),
     }
 
 
-def _client_optimizer(options: Options) -> str:
-    return "keep" if options.keep_optimizers else "reset"
+def _arguments_of(options: Options) -> dict[str, Mapping[str, Any]]:
+    """Return the arguments of the rules by the rules' names."""
+    given = options.partitioner
+    return {
+        "partitioner": {} if isinstance(given, Partition) else given.arguments,
+        "aggregator": options.aggregator.arguments,
+        "server_optimizer": options.server_optimizer.arguments,
+        "local_rule": {} if options.local_rule is None else options.local_rule.arguments,
+        "mode": {} if options.asynchrony is None else {"concurrency": options.asynchrony.concurrency},
+    }
 
 
 def _parts(options: Options) -> dict[str, str]:
@@ -105,7 +111,7 @@ def _parts(options: Options) -> dict[str, str]:
 
 
 def _privacy(options: Options) -> dict[str, Any]:
-    privacy = options.algorithm.privacy
+    privacy = options.privacy
     if privacy is None:
         return {"privacy": NONE}
     known = {
