@@ -259,7 +259,7 @@ class ClientMetrics(Callback):
             try:
                 found[work.client] = model.evaluate(ready, announce)
             except Exception as error:
-                if work.held > 1:
+                if work.num_samples > 1:
                     raise
                 self._leave_out(work.client, error)
                 model = ValidationCopy(trainer, module)  # a new copy, since the failed step may have changed this one

@@ -45,11 +45,11 @@ class RoundPlan(NamedTuple):
 class LocalWork(NamedTuple):
     """The work of one client in one round: its batches in order, where it resumes next time, and its random seed.
 
-    ``held`` is its number of samples; ``keys`` are the strategy's seed and the round.
+    ``num_samples`` is its number of samples; ``keys`` are the strategy's seed and the round.
     """
 
     client: int
-    held: int
+    num_samples: int
     batches: list[list[int]]
     cursor: Cursor
     keys: tuple[int, int]

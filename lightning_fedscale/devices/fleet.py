@@ -13,9 +13,12 @@ from lightning_fedscale.devices.population import Population, Selection, select
 from lightning_fedscale.types import FloatArray, IntArray
 from lightning_fedscale.utils import randomness
 from lightning_fedscale.utils.memory import format_bytes
+from lightning_fedscale.utils.moved import renamed
 
 if TYPE_CHECKING:
     import pandas as pd
+
+__getattr__ = renamed(__name__, {"Duty": "ClientWorkload"})
 
 
 class ClientWorkload(NamedTuple):
@@ -26,7 +29,7 @@ class ClientWorkload(NamedTuple):
         local_steps: batches of each client, at the loader's batch size.
         batch_size: the loader's batch size.
         largest: largest useful batch, that of the client with the most samples.
-        message_bytes: size of the model on the downlink.
+        model_bytes: size of the model on the downlink.
         update_bytes: size of an update on the uplink.
     """
 
@@ -34,7 +37,7 @@ class ClientWorkload(NamedTuple):
     local_steps: float
     batch_size: int
     largest: int
-    message_bytes: int
+    model_bytes: int
     update_bytes: int
 
 
@@ -62,9 +65,9 @@ class Fleet:
         self._largest = [self._most(number, workload.largest) for number in range(len(population.classes))]
         self.batch_sizes: IntArray = np.array(self._choose(), dtype=np.int64)
         self._steps = [self._step_time(number, int(size)) for number, size in enumerate(self.batch_sizes)]
-        self._messages = np.array(
+        self._transfers = np.array(
             [
-                star(workload.message_bytes, each.up, each.down, each.latency, workload.update_bytes)
+                star(workload.model_bytes, each.up, each.down, each.latency, workload.update_bytes)
                 for each in population.classes
             ]
         )
@@ -90,7 +93,7 @@ class Fleet:
         kinds = self._class_of[clients]
         fixed = np.array([step.fixed for step in self._steps])
         per_sample = np.array([step.per_sample for step in self._steps])
-        seconds: FloatArray = self._messages[kinds] + fixed[kinds] * steps + per_sample[kinds] * samples
+        seconds: FloatArray = self._transfers[kinds] + fixed[kinds] * steps + per_sample[kinds] * samples
         return seconds
 
     def select(
@@ -125,7 +128,7 @@ class Fleet:
             }
             for device, count, size, largest, step, message in zip(
                 self.population.classes, counts, self.batch_sizes, self._largest, self._steps,
-                self._messages.tolist(), strict=True,
+                self._transfers.tolist(), strict=True,
             )
         ]  # fmt: skip
         return pd.DataFrame(rows).set_index("class")
@@ -180,7 +183,7 @@ class Fleet:
         device, workload = self.population.classes[number], self._workload
         performance = PerformanceModel(
             self._step_time(number, self._largest[number]),
-            star(workload.message_bytes, device.up, device.down, device.latency, workload.update_bytes),
+            star(workload.model_bytes, device.up, device.down, device.latency, workload.update_bytes),
             self.population.noise_scale,
             self._largest[number],
         )

@@ -11,6 +11,9 @@ import numpy as np
 
 from lightning_fedscale.types import FloatArray, IntArray
 from lightning_fedscale.utils import checks, randomness
+from lightning_fedscale.utils.moved import renamed
+
+__getattr__ = renamed(__name__, {"Arrivals": "AsyncSimulation", "Flush": "BufferedRound"})
 
 Staleness = Literal["polynomial", "constant"]
 

@@ -48,6 +48,9 @@ def test_what_was_pickled_before_is_read() -> None:
         ("phases.noise", "look_at_members", "estimate_from_members"),
         ("phases.noise", "MOST_LOOKS", "MAX_ESTIMATES"),
         ("phases.tracker", "PhaseKeeper", "PhaseTracker"),
+        ("server.asynchrony", "Arrivals", "AsyncSimulation"),
+        ("server.asynchrony", "Flush", "BufferedRound"),
+        ("devices.fleet", "Duty", "ClientWorkload"),
     ],
 )
 def test_a_renamed_class_or_function_is_found_by_its_old_name(module: str, old: str, new: str) -> None:

@@ -28,7 +28,7 @@ def device(name: str, **figures: Any) -> DeviceClass:
 
 SLOW, FAST = device("slow"), device("fast", memory=MODEL.peak(200), flops=8e9, memory_bandwidth=8e9, latency=0.1)
 SIZE = MODEL.parameter_bytes
-WORKLOAD = ClientWorkload(clients=5, local_steps=4, batch_size=32, largest=500, message_bytes=SIZE, update_bytes=SIZE)
+WORKLOAD = ClientWorkload(clients=5, local_steps=4, batch_size=32, largest=500, model_bytes=SIZE, update_bytes=SIZE)
 
 
 # ---- who has what

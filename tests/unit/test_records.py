@@ -43,7 +43,7 @@ def test_record_in_numbers() -> None:
     table.finish_rank(0, 1.0, failed=False)
     table.finish_rank(1, 2.0, failed=False)
     norm = math.hypot(0.75, 2.5)
-    record = table.record(norm, message_bytes=100)
+    record = table.record(norm, model_bytes=100)
 
     assert record.round == 3
     assert record.clients.tolist() == [2, 5, 9]

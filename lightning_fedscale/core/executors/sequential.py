@@ -228,7 +228,7 @@ class SequentialExecutor:
                 client=work.client,
                 delta=delta,
                 norm=_norm(delta, context.server, view.trainable) if trained.had_batch else math.nan,
-                num_samples=work.held,
+                num_samples=work.num_samples,
                 samples=trained.samples,
                 steps=trained.steps,
                 loss=trained.mean_loss(),

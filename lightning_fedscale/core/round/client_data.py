@@ -120,7 +120,7 @@ class ClientData:
                 f" Population(..., min_clients={self._world_size}) or use fewer devices."
             )
 
-    def workload(self, message_bytes: int, update_bytes: int) -> ClientWorkload:
+    def workload(self, model_bytes: int, update_bytes: int) -> ClientWorkload:
         """Return the work of the clients in a round, from which their hardware is simulated."""
         options, sizes = self._options, self.partition.sizes
         per_pass = float(sizes.mean()) / self.loader.batch_size
@@ -128,7 +128,7 @@ class ClientData:
         # Where tails are dropped, a larger batch would leave the smallest client without any.
         most = int(sizes.min() if self.loader.drop_last else sizes.max())
         steps *= options.algorithm.passes
-        return ClientWorkload(self.cohort_size, steps, self.loader.batch_size, most, message_bytes, update_bytes)
+        return ClientWorkload(self.cohort_size, steps, self.loader.batch_size, most, model_bytes, update_bytes)
 
     def plan(self, round: int, losses: Mapping[int, float]) -> RoundPlan:
         """Return the cohort of a round and the rank of each client, given the clients' last known losses."""
@@ -233,7 +233,7 @@ class ClientData:
     def _amounts(self, fleet: Fleet, local_steps: int | None, clients: IntArray) -> tuple[FloatArray, FloatArray]:
         """Return the number of batches of each client in a round, and the samples in all of them."""
         times = self._options.algorithm.passes
-        passes = [self._pass(int(size), fleet.batch_size(client)) for client, size in self._held(clients)]
+        passes = [self._pass(int(size), fleet.batch_size(client)) for client, size in self._sized(clients)]
         steps, samples = np.array(passes, dtype=np.float64).T
         if local_steps is not None:
             # The place in its data from which a client resumes is ignored here: full and last batches count on average.
@@ -242,25 +242,25 @@ class ClientData:
         times *= self._options.local_epochs
         return steps * times, samples * times
 
-    def _pass(self, held: int, batch_size: int) -> tuple[int, int]:
-        if (held, batch_size) not in self._passes:
-            batches = self.loader.batches(np.arange(held), batch_size)
-            self._passes[held, batch_size] = len(batches), sum(map(len, batches))
-        return self._passes[held, batch_size]
+    def _pass(self, num_samples: int, batch_size: int) -> tuple[int, int]:
+        if (num_samples, batch_size) not in self._passes:
+            batches = self.loader.batches(np.arange(num_samples), batch_size)
+            self._passes[num_samples, batch_size] = len(batches), sum(map(len, batches))
+        return self._passes[num_samples, batch_size]
 
-    def held(self, clients: IntArray) -> IntArray:
+    def num_samples_of(self, clients: IntArray) -> IntArray:
         """Return the number of samples of each of these clients."""
         # `partition.sizes` has the sizes of all clients.
         offsets = self.partition.offsets
         sizes: IntArray = offsets[clients + 1] - offsets[clients]
         return sizes
 
-    def _held(self, clients: IntArray) -> Iterator[tuple[int, int]]:
-        return zip(clients.tolist(), self.held(clients).tolist(), strict=True)
+    def _sized(self, clients: IntArray) -> Iterator[tuple[int, int]]:
+        return zip(clients.tolist(), self.num_samples_of(clients).tolist(), strict=True)
 
     def _cost(self, local_steps: int | None, clients: IntArray) -> IntArray:
         # By samples; with local_steps every client does the same work.
-        sizes = self.held(clients)
+        sizes = self.num_samples_of(clients)
         return sizes if local_steps is None else sizes * 0 + local_steps
 
     def of_client(self, client: int, plan: RoundPlan, cursor: Cursor) -> LocalWork:

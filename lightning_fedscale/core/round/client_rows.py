@@ -92,16 +92,16 @@ class ClientRows:
         """Return the clients that are left out because all of their batches were None."""
         return tuple(self._cohort[(self.column("rejected") > 0) & (self.column("steps") == 0)].tolist())
 
-    def rank_of_largest(self, held: IntArray) -> int | None:
+    def rank_of_largest(self, num_samples: IntArray) -> int | None:
         """Return the rank of the client with the most samples among the accepted ones; None if there is none.
 
         Args:
-            held: number of samples of each client of the round.
+            num_samples: number of samples of each client of the round.
         """
         counts = ((self.column("rejected") == 0) & (self.column("steps") > 0)).nonzero()[0]
         if not len(counts):
             return None
-        place = counts[held[counts].argmax()]  # of equal ones the first, which has the lowest number
+        place = counts[num_samples[counts].argmax()]  # of equal ones the first, which has the lowest number
         return int(self._ranks[place])
 
     def smallest_scale(self) -> tuple[float, float]:

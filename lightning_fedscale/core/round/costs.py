@@ -24,11 +24,11 @@ def model_bytes(algorithm: AlgorithmOptions, shared: SharedTensors) -> int:
 def update_bytes(algorithm: AlgorithmOptions, shared: SharedTensors) -> int:
     """Return the bytes that a client sends in a round; with a compressor, for an update of random numbers."""
     extra = 0 if algorithm.local_rule is None else algorithm.local_rule.vectors_up - 1
-    first = shared.trainable_bytes if algorithm.compressor is None else size_of_message(algorithm.compressor, shared)
+    first = shared.trainable_bytes if algorithm.compressor is None else compressed_bytes(algorithm.compressor, shared)
     return shared.sent_buffer_bytes + first + extra * shared.trainable_bytes
 
 
-def size_of_message(compressor: Compressor, shared: SharedTensors) -> int:
+def compressed_bytes(compressor: Compressor, shared: SharedTensors) -> int:
     """Return the bytes of a compressed update of random numbers."""
     generator = np.random.default_rng(0)
     named = {

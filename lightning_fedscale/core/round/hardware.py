@@ -9,7 +9,7 @@ from lightning_fedscale.core.executors import SharedTensors
 from lightning_fedscale.core.lightning.side_effects import undone
 from lightning_fedscale.core.options.options import Options
 from lightning_fedscale.core.round.client_data import ClientData
-from lightning_fedscale.core.round.costs import model_bytes, size_of_message, update_bytes
+from lightning_fedscale.core.round.costs import compressed_bytes, model_bytes, update_bytes
 from lightning_fedscale.devices import ON_CLIENT, Population, estimate_memory
 from lightning_fedscale.devices.fleet import Fleet
 from lightning_fedscale.utils import randomness
@@ -50,7 +50,7 @@ def simulated_fleet(
         )
         down = model_bytes(options.algorithm, shared)
         if (downlink := options.downlink_compressor) is not None:
-            down += size_of_message(downlink, shared) - shared.trainable_bytes
+            down += compressed_bytes(downlink, shared) - shared.trainable_bytes
         workload = data.workload(down, update_bytes(options.algorithm, shared))
         fleet = Fleet(population, model, data.partition.num_clients, workload)
     for name, row in fleet.table().iterrows():

@@ -125,7 +125,7 @@ class RoundTable:
     def record(
         self,
         delta_norm: float,
-        message_bytes: int,
+        model_bytes: int,
         simulated_before: float = 0.0,
         epsilon: float | None = None,
         batch_sizes: IntArray | None = None,
@@ -134,7 +134,7 @@ class RoundTable:
 
         Args:
             delta_norm: L2 norm of the aggregated pseudo-gradient.
-            message_bytes: the bytes that one client receives.
+            model_bytes: the bytes that one client receives.
             simulated_before: simulated seconds of all rounds before this one.
             epsilon: what differential privacy has cost so far; None without privacy.
             batch_sizes: of the cohort, in asynchronous training on simulated hardware.
@@ -162,7 +162,7 @@ class RoundTable:
             delta_norm=delta_norm,
             drift=_ratio(math.sqrt(max(0.0, square)), delta_norm),
             upload_bytes=round(in_order(column("bytes"))),
-            download_bytes=message_bytes * len(self.clients),
+            download_bytes=model_bytes * len(self.clients),
             seconds=slowest,
             padding=max(0.0, 1.0 - in_order(column("steps")) / float(self._slots[0])) if self._slots[0] else 0.0,
             idle=1.0 - float(self._busy.mean()) / slowest if slowest > 0 else 0.0,

@@ -29,7 +29,7 @@ class ModuleTensors:
         self._trainer = trainer
         self._options = options
         self._caches: set[str] = set()  # buffers that each rank keeps for itself
-        self._told: set[str] = set()  # buffers about which the user was warned
+        self._warned: set[str] = set()  # buffers about which the user was warned
         self.trained: list[str] | None = None
 
     def shared(self) -> SharedTensors:
@@ -88,7 +88,7 @@ class ModuleTensors:
 
     def warn_of_averages(self, names: list[str]) -> None:
         """Warn, once for each buffer, that it is averaged: only the user knows whether that is right."""
-        if new := self._not_told(names):
+        if new := self._not_warned(names):
             rank_zero_warn(
                 f"buffers: {enumerated(new)} changed while clients trained, and the global model takes the clients'"
                 " mean, which is right for a quantity and wrong for a queue, a table or a flag. Say which with"
@@ -98,7 +98,7 @@ class ModuleTensors:
             )
 
     def _check_shapes(self, names: list[str]) -> None:
-        if new := self._not_told(names):
+        if new := self._not_warned(names):
             said = f"buffers: {enumerated(new)} came up, went or changed shape while a client trained"
             if self._options.asynchrony is not None or self._options.algorithm.ditto is not None:
                 raise ValueError(
@@ -110,7 +110,7 @@ class ModuleTensors:
                 f" FederatedStrategy(buffers={{{new[0]!r}: 'client'}}) lets each keep its own."
             )
 
-    def _not_told(self, names: list[str]) -> list[str]:
-        new = [name for name in names if name not in self._told]
-        self._told.update(new)
+    def _not_warned(self, names: list[str]) -> list[str]:
+        new = [name for name in names if name not in self._warned]
+        self._warned.update(new)
         return new

@@ -204,7 +204,7 @@ class RoundRunner:
     # ---- the server's part, the same on every rank
 
     def _buffers_of_largest(self) -> Mapping[str, Tensor | None]:
-        rank = self._table.clients.rank_of_largest(self._data.held(self._plan.cohort))
+        rank = self._table.clients.rank_of_largest(self._data.num_samples_of(self._plan.cohort))
         return self._fit.tensors.of_largest(self._shared, self._largest, rank, odd=self._table.odd_buffers())
 
     def _record(self, delta: Tensor) -> RoundRecord:

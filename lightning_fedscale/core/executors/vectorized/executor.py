@@ -544,7 +544,7 @@ class VectorizedExecutor:
                     client=work.client,
                     delta=delta,
                     norm=norm if trained_any and math.isfinite(norm) else math.nan,
-                    num_samples=work.held,
+                    num_samples=work.num_samples,
                     samples=trained.samples[row],
                     steps=trained.steps[row],
                     loss=trained.losses[row],
