@@ -359,14 +359,14 @@ def test_batches_that_were_not_trained_do_not_count() -> None:
 
 
 def test_no_more_waits_than_fits(monkeypatch: pytest.MonkeyPatch) -> None:
-    read, lengths = client_log._read, []
+    read, lengths = client_log.read_numbers, []
 
     def counted(values: list[Any], device: torch.device) -> Any:
         numbers = read(values, device)
         lengths.append(len(numbers))
         return numbers
 
-    monkeypatch.setattr(client_log, "_read", counted)
+    monkeypatch.setattr(client_log, "read_numbers", counted)
     monkeypatch.setattr(client_log, "_MOST_WAITING", 5)
     fit_points(1, 3)
     # What waits, what is picked of it, and what each of five names has come to before.
@@ -448,13 +448,13 @@ class Waves:
 
     def outcome(self) -> tuple[Metrics, list[tuple[str, int, float]], int]:
         """What the Trainer shows after the round and after the epoch, what the loggers got, what was counted."""
-        self.log.commit(8)
-        self.log.send()
+        self.log.points.commit(8)
+        self.log.points.send()
         connector = self.trainer._logger_connector
         shown = {**connector.metrics["callback"], **connector.metrics["pbar"]}
         connector.epoch_end_reached()
         shown |= {f"epoch {name}": value for name, value in connector.metrics["callback"].items()}
-        return {k: float(v) for k, v in shown.items()}, self.points.of_clients(), self.log.local_batches
+        return {k: float(v) for k, v in shown.items()}, self.points.of_clients(), self.log.points.local_batches
 
 
 @pytest.mark.parametrize(

@@ -104,9 +104,9 @@ def test_batches_on_their_way_ahead_are_whole() -> None:
 
 def test_logged_values_stay_on_the_device_until_the_round_is_over(monkeypatch: pytest.MonkeyPatch) -> None:
     reads: list[int] = []
-    read = client_log._read
+    read = client_log.read_numbers
     monkeypatch.setattr(
-        client_log, "_read", lambda values, device: (reads.append(len(values)), read(values, device))[1]
+        client_log, "read_numbers", lambda values, device: (reads.append(len(values)), read(values, device))[1]
     )
     on_device, on_host = [], []
     for accelerator, found in (("gpu", on_device), ("cpu", on_host)):

@@ -22,7 +22,6 @@ LONG_FILES = {
     "core.executors.sequential": 420,
     "core.executors.vectorized.batched_step": 410,
     "core.executors.vectorized.executor": 610,
-    "core.lightning.client_log": 470,
     "core.user_code.objects": 480,
     "core.user_code.state": 470,
     "scaling.made_for": 420,

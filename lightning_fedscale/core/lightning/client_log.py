@@ -12,15 +12,15 @@ from typing import Any, TypeAlias
 import lightning.pytorch as pl
 import numpy as np
 import torch
-from lightning.pytorch.trainer.connectors.logger_connector.result import _get_default_dtype, _ResultMetric
 from torch import Tensor
 from torchmetrics import Metric
 
 from lightning_fedscale.core.lightning.hooks import as_it_was
 from lightning_fedscale.core.lightning.log_ranks import RankLog
+from lightning_fedscale.core.lightning.log_series import LogSeries, is_single, read_numbers, step_value
 from lightning_fedscale.core.lightning.module_state import current_hook, in_hook
 from lightning_fedscale.core.lightning.snapshots import MetricStates
-from lightning_fedscale.types import FloatArray
+from lightning_fedscale.core.lightning.step_points import StepPoints
 
 _MOST_WAITING = 8192  # values that wait on the device before they are read, to bound memory
 
@@ -51,11 +51,10 @@ class ClientLog:
     are read from the device all at once, when the round ends or the Trainer's metrics are read. Names, step values (the
     round's last), epoch values and where they are shown are Lightning's own.
 
-    Lightning: `_results` of the epoch loop holds a `_ResultMetric` for each name, whose value, `_forward_cache`,
-    `_update_count` and `_computed` are what it adds up, in the precision of `_get_default_dtype`; `_extract_batch_size`
-    finds a batch's size. Its `_logger_connector` notes the running hook as `_current_fx`, and as `_first_loop_iter`
-    whether values of an earlier epoch are left. The public way, `self.log`, takes one value at a time and costs more
-    than a step.
+    Lightning: `_results` of the epoch loop holds the results that `self.log` adds to, and `_extract_batch_size` finds a
+    batch's size. Its `_logger_connector` records the running hook as `_current_fx`, and as `_first_loop_iter` whether
+    values of an earlier epoch are left. The public way, `self.log`, takes one value at a time and costs more than a
+    step.
     Upgrade: `LightningModule.log` in `core/module.py`, and `trainer/connectors/logger_connector/result.py`.
 
     Args:
@@ -65,28 +64,24 @@ class ClientLog:
             batches.
 
     Attributes:
-        local_batches: local batches of all ranks in all complete rounds, from which the x-axis of ``client/...``
-            continues.
         position: number of the current local batch within the rank's round, set by the executor.
+        points: step values for the loggers.
         joint: merges the values of all ranks.
     """
 
     def __init__(self, trainer: pl.Trainer, every_n: int | None = None, ranks: int = 1) -> None:
-        self.local_batches = 0
         self.position = 0
+        self.points = StepPoints(trainer, every_n)
         self._trainer = trainer
         self._module = trainer.lightning_module
         self._connector = trainer._logger_connector
         self._results: Any = trainer.fit_loop.epoch_loop._results
         self.joint = RankLog(self._module, self._results, ranks, trainer.global_rank)
-        self._every_n = every_n
-        self._series: dict[str, _Series] = {}
-        self._known: dict[_Key, _Series] = {}
+        self._series: dict[str, LogSeries] = {}
+        self._known: dict[_Key, LogSeries] = {}
         self._waiting = 0
         self._silent = False
         self._clients: dict[int, int] = {}  # keys: number of their first local batch within the rank's round
-        self._picked: list[tuple[str, list[int], Any]] = []  # for the loggers: name, positions, values
-        self._points: dict[int, dict[str, float]] = {}
 
     # ---- the clients of a round
 
@@ -154,17 +149,6 @@ class ClientLog:
         self._connector._first_loop_iter = False
         self._results.batch, self._results.batch_size, self._results.dataloader_idx = batch, None, None
 
-    def commit(self, batches: int) -> None:
-        """Count the local batches of all ranks, since the round is complete."""
-        self.local_batches += batches
-
-    def send(self) -> None:
-        """Send the loggers the step values picked since the last call."""
-        points, self._points = self._points, {}
-        for step, values in sorted(points.items()):
-            for logger in self._trainer.loggers:
-                logger.log_metrics(values, step=step)
-
     # ---- values come in
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
@@ -193,7 +177,7 @@ class ClientLog:
         )  # fmt: skip
         key = hook, name, _kind(value), options
         series = self._find(key)
-        if series is None or not _is_single(value) or type(batch_size) not in (int, NoneType):
+        if series is None or not is_single(value) or type(batch_size) not in (int, NoneType):
             series = self._through_lightning(key, value, batch_size, self.position)
         else:
             self._enter(series.hook)
@@ -203,8 +187,10 @@ class ClientLog:
                 value = value.detach().clone() if isinstance(value, Tensor) else float(value)
                 series.add(self.position, value, self._size(series, batch_size))
                 self._count(1)
-        if series is not None and series.is_step and self._is_due(self.position):
-            self._pick(series, value)
+        if series is None or not series.is_step or not self.points.is_due(self.position):
+            return
+        if (number := step_value(value)) is not None:
+            self.points.pick(series.name, [self.position], number)
 
     def add_stacked(
         self,
@@ -239,8 +225,8 @@ class ClientLog:
                 series, start = self._through_lightning(key, values[0], sizes[0], places[0]), 1
         if series is None:
             return
-        if series.is_step and any(map(self._is_due, places)):
-            self._picked.append((series.name, places, values))
+        if series.is_step and any(map(self.points.is_due, places)):
+            self.points.pick(series.name, places, values)
         if places := places[start:]:
             series.add_many(places, values[start:], sizes[start:])
             self._count(len(places))
@@ -255,13 +241,13 @@ class ClientLog:
         with in_hook(self._module, hook):
             self.log(name, metric, **options)
 
-    def _find(self, key: _Key) -> _Series | None:
+    def _find(self, key: _Key) -> LogSeries | None:
         try:
             return self._known.get(key)
         except TypeError:  # an unhashable option, which Lightning checks
             return None
 
-    def _through_lightning(self, key: _Key, value: Any, batch_size: int | None, position: int) -> _Series | None:
+    def _through_lightning(self, key: _Key, value: Any, batch_size: int | None, position: int) -> LogSeries | None:
         """Log through Lightning; return the series for later values of this kind, None if they must come here too."""
         hook, name, _, given = key
         options = dict(zip(_OPTIONS, given, strict=True))
@@ -270,7 +256,7 @@ class ClientLog:
         result = self._results.get(f"{hook}.{name}")
         if result is None or options["enable_graph"]:
             return None
-        series = self._series.setdefault(f"{hook}.{name}", _Series(result))
+        series = self._series.setdefault(f"{hook}.{name}", LogSeries(result))
         series.latest = position
         try:
             self._known[key] = series
@@ -285,7 +271,7 @@ class ClientLog:
             self._results.reset(metrics=False, fx=hook)
         self._connector._current_fx = hook
 
-    def _size(self, series: _Series, given: int | None) -> int:
+    def _size(self, series: LogSeries, given: int | None) -> int:
         if given is not None:
             return given
         if not series.is_mean:
@@ -298,126 +284,28 @@ class ClientLog:
         if self._waiting >= _MOST_WAITING:
             self.flush()
 
-    def _is_due(self, position: int) -> bool:
-        return self._every_n is not None and (self.local_batches + position + 1) % self._every_n == 0
-
-    def _pick(self, series: _Series, value: Any) -> None:
-        value = value._forward_cache if isinstance(value, Metric) else value
-        if value is not None and _is_single(value):
-            value = value.detach().clone() if isinstance(value, Tensor) else float(value)
-            self._picked.append((series.name, [self.position], value))
-
     # ---- values go out
 
     def flush(self) -> None:
         """Pass all waiting values to Lightning and to the loggers' points, with a single read from the device."""
         full = [series for series in self._series.values() if series.positions]
-        picked, self._picked, self._waiting = self._picked, [], 0
+        picked, self._waiting = self.points.take(), 0
         if not full and not picked:
             return
         device = self._module.device
         values = [value for series in full for value in (series.result.value, *series.values)]
-        numbers = _read([*values, *(value for *_, value in picked)], device)
+        numbers = read_numbers([*values, *(each.value for each in picked)], device)
         for series in full:
             start, mine, numbers = np.split(numbers, [1, 1 + len(series.positions)])
             series.hand_over(start, mine, device)
-        for name, positions, _ in picked:
-            mine, numbers = np.split(numbers, [len(positions)])
-            for position, number in zip(positions, mine.tolist(), strict=True):
-                if self._is_due(position):
-                    self._points.setdefault(self.local_batches + position + 1, {})[f"client/{name}"] = number
+        self.points.place(picked, numbers)
 
     def _forget(self) -> None:
-        self.position, self._waiting, self._picked, self._points = 0, 0, [], {}
+        self.position, self._waiting = 0, 0
+        self.points.drop()
         for series in self._series.values():
             series.drop()
             series.latest = -1
-
-
-class _Series:
-    """Collects the values of one name from one hook until they are passed to Lightning's result.
-
-    Args:
-        result: Lightning's result, as made at the first value.
-
-    Attributes:
-        latest: number of the local batch within the round whose value is the step value; -1 if there is none.
-    """
-
-    def __init__(self, result: _ResultMetric) -> None:
-        meta = result.meta
-        self.result = result
-        self.hook, self.name = meta.fx, meta.name
-        self.is_mean = result.is_tensor and meta.on_epoch and meta.is_mean_reduction
-        self.is_step = meta.on_step and meta.logger
-        self._fold = np.maximum if meta.is_max_reduction else np.minimum if meta.is_min_reduction else np.add
-        self._wide = False  # whether a value was float64
-        self.latest = -1
-        self.drop()
-
-    def drop(self) -> None:
-        """Forget the waiting values."""
-        self.positions: list[int] = []
-        self.values: list[Tensor | float] = []  # each a number, or a vector of values at several positions
-        self._sizes: list[int] = []
-
-    def add(self, position: int, value: Tensor | float, size: int) -> None:
-        """Add one waiting value."""
-        if not self.result.meta.on_epoch and len(self.positions) == 1 and self.positions[0] < position:
-            self.drop()  # only the last one is ever shown
-        self.positions.append(position)
-        self.values.append(value)
-        self._sizes.append(size)
-        self._widen(value)
-
-    def add_many(self, positions: list[int], values: Tensor, sizes: list[int]) -> None:
-        """Add the waiting values of several positions."""
-        self.positions += positions
-        self.values.append(values)
-        self._sizes += sizes
-        self._widen(values)
-
-    def show(self, metric: Metric, position: int) -> None:
-        """Set a torchmetrics object, which reduces itself when Lightning calls it."""
-        self.latest = position
-        self.result.value, self.result._forward_cache = metric, metric._forward_cache
-        self._updated(1)
-
-    def hand_over(self, start: FloatArray, numbers: FloatArray, device: torch.device) -> None:
-        """Reduce the waiting values as Lightning does: one by one, in the precision of its results.
-
-        Args:
-            start: Lightning's result so far, one number.
-            numbers: the waiting values.
-            device: the device of the result.
-        """
-        result, kind = self.result, np.float64 if self._wide else np.float32
-        order = np.argsort(self.positions, kind="stable")
-        values: Any = numbers.astype(kind)[order]
-        if result.meta.on_step and (last := self.positions[order[-1]]) >= self.latest:
-            self.latest, result._forward_cache = last, torch.tensor(values[-1], device=device)
-        if self.is_mean:
-            values = values * np.array(self._sizes, kind)[order]
-            result.cumulated_batch_size = result.cumulated_batch_size.to(device) + sum(self._sizes)
-        if result.meta.on_epoch:
-            wide = self._wide or result.value.dtype is torch.float64
-            start = start.astype(np.float64 if wide else np.float32)
-            total = self._fold.accumulate(np.concatenate([start, values]))[-1]
-            result.value = torch.tensor(total, device=device)
-        else:
-            result.value = result._forward_cache
-        self._updated(len(values))
-        self.drop()
-
-    def _widen(self, value: Tensor | float) -> None:
-        dtype = value.dtype if isinstance(value, Tensor) else None
-        if dtype is not torch.float32 and torch.float64 in (dtype, _get_default_dtype()):
-            self._wide = True
-
-    def _updated(self, times: int) -> None:
-        self.result._computed = None
-        self.result._update_count += times
-        self.result.has_reset = False
 
 
 class _StandIn:
@@ -440,28 +328,6 @@ def _kind(value: Any) -> Hashable:
         return value.dtype
     kind: Any = id(value) if isinstance(value, Metric) else type(value)
     return kind  # type: ignore[no-any-return]
-
-
-def _is_single(value: Any) -> bool:
-    return not isinstance(value, Tensor) or value.numel() == 1
-
-
-def _read(values: list[Any], device: torch.device) -> FloatArray:
-    """Flatten tensors and plain numbers into one array; all tensors are read from the device at once."""
-    tensors = [value.reshape(-1).to(device) for value in values if isinstance(value, Tensor)]
-    # `cat` uses the widest floating-point type, but would convert integers to that type with a loss of precision.
-    tensors = [tensor if tensor.is_floating_point() else tensor.double() for tensor in tensors]
-    read: FloatArray = torch.cat(tensors or [torch.empty(0)]).double().cpu().numpy()
-    if len(tensors) == len(values):
-        return read
-    was_tensor = np.repeat(
-        [isinstance(value, Tensor) for value in values],
-        [value.numel() if isinstance(value, Tensor) else 1 for value in values],
-    )
-    numbers = np.empty(len(was_tensor))
-    numbers[was_tensor] = read
-    numbers[~was_tensor] = [value for value in values if not isinstance(value, Tensor)]
-    return numbers
 
 
 def _nothing(*values: Any, **options: Any) -> None:

@@ -47,7 +47,7 @@ class FederationCheckpoint:
             partition=None if partition is None else partition.fingerprint,
             server=fit.server.states,
             clients=clients,
-            local_batches=fit.log.local_batches,
+            local_batches=fit.log.points.local_batches,
             executor=fit.executor.kind if fit.options.executor == "auto" else None,
             gave_up=fit.executor.gave_up,
             simulated=fit.totals.simulated,
@@ -87,7 +87,7 @@ class FederationCheckpoint:
         fit.executor.resume(state.get("executor"), gave_up=state.get("gave_up", False))
         fit.clients.load_state_dict(state["clients"])
         fit.server.load_states(state["server"], fit.device)
-        fit.log.local_batches = state.get("local_batches", 0)
+        fit.log.points.local_batches = state.get("local_batches", 0)
         fit.totals.simulated = state.get("simulated", 0.0)
         fit.stale.load_state_dict(state["versions"], fit.device)
         fit.totals.losses = {int(client): loss for client, loss in state["losses"].tolist()}

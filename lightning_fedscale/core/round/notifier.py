@@ -92,7 +92,7 @@ class Notifier:
 
     def _report(self, record: RoundRecord) -> None:
         """Send the metrics of each round straight to the loggers, and to where callbacks monitor them."""
-        self._log.send()
+        self._log.points.send()
         publish_round(self._trainer, record.metrics(), empty=record.empty)
         self.monitors.end_round(empty=record.empty)
 

@@ -256,7 +256,7 @@ class RoundRunner:
             fit.trainer.should_stop = True
         fit.executor.choose(ExecutorTiming(*self._table.executor_timing()))
         fit.totals.add(record)
-        fit.log.commit(int(record.local_steps.sum()))
+        fit.log.points.commit(int(record.local_steps.sum()))
 
     @contextmanager
     def _undone_on_failure(self) -> Iterator[None]:
