@@ -12,7 +12,8 @@ from lightning_fedscale.partitioners import FilePartitioner, Partition
 from lightning_fedscale.partitioners.registry import name_of
 from lightning_fedscale.scaling import Law
 from lightning_fedscale.scaling.agreement import Agreement, agreement
-from lightning_fedscale.scaling.made_for import Given, MadeFor
+from lightning_fedscale.scaling.made_for import MadeFor
+from lightning_fedscale.scaling.partition_id import PartitionId
 from lightning_fedscale.strategy import FederatedStrategy
 
 
@@ -49,7 +50,7 @@ def agreement_of(law: Law, trainer: pl.Trainer, samples: float) -> Agreement | N
     if law.made_for == MadeFor() or not isinstance(strategy, FederatedStrategy) or strategy.partition is None:
         return None
     facts = trained_as(trainer)
-    held = Given(facts.get("partition_name"), facts["fingerprint"], strategy.partition.num_clients)
+    held = PartitionId(facts.get("partition_name"), facts["fingerprint"], strategy.partition.num_clients)
     return agreement(
         law, method=strategy.method, partition=held, batch_size=facts.get("batch"),
         local_steps=facts.get("local_steps"), passes=samples / strategy.partition.num_samples,

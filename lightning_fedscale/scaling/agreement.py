@@ -7,7 +7,8 @@ from typing import Any, NamedTuple
 
 from lightning_fedscale.scaling.base import Law
 from lightning_fedscale.scaling.doubts import REPEATED
-from lightning_fedscale.scaling.made_for import Given, MadeFor
+from lightning_fedscale.scaling.made_for import MadeFor
+from lightning_fedscale.scaling.partition_id import PartitionId
 from lightning_fedscale.scaling.rho import UNMEASURED, Rho
 
 
@@ -18,13 +19,13 @@ def check_clients(law: Law, clients: int, rho: Rho) -> None:
         ValueError: if all runs had the same number of clients, ``clients`` differs from it, and ``rho`` is neither
             measured nor passed.
     """
-    own, told = law.own_clients, law.made_for.clients
-    if clients == own or rho != UNMEASURED or law.knows_clients or len(told) > 1 or not (told or own > 1):
+    own, recorded = law.own_clients, law.made_for.clients
+    if clients == own or rho != UNMEASURED or law.knows_clients or len(recorded) > 1 or not (recorded or own > 1):
         return
     raise ValueError(
-        f"clients={clients}: all runs of this law had {own}, and what another number costs was not measured: pass"
-        f" clients={own}, or rho= (a number, or the two ends of a span such as (0, 1)), or sweep several numbers of"
-        " clients (fedscale sweep --clients)."
+        f"clients={clients}: all runs of this law had {own}, so the cost of another number (rho) is unknown. Pass"
+        f" clients={own}, or rho= (a number, or the ends of an interval, such as (0, 1)), or measure it by a sweep of"
+        f" several numbers: fedscale sweep --clients '[{own},{clients}]'."
     )
 
 
@@ -51,15 +52,15 @@ class Agreement(NamedTuple):
     @property
     def notes(self) -> list[str]:
         """A sentence each on what differs, what is not known, and too many passes."""
-        found, others = [], list(self.others.values())
+        found, others = list[str](), list(self.others.values())
         if others:
             found.append(
-                f"{' and '.join(others)} {'is' if len(others) == 1 else 'are'} asked of a law that was made for"
-                f" {self.made_for}: it may not hold there; fedscale sweep fits one that does"
+                f"the law was fitted to runs with {self.made_for}, and may not hold for {' and '.join(others)}; fit"
+                " another one with fedscale sweep"
             )
         if self.unknown:
             what, of = " or ".join(self.unknown), " and ".join(self.unknown.values())
-            found.append(f"the law's runs do not say their {what}: whether it holds for {of} is not known")
+            found.append(f"the law's runs do not record their {what}, so whether it holds for {of} is not known")
         return found + self.passes
 
 
@@ -68,7 +69,7 @@ def agreement(
     *,
     clients: int | None = None,
     method: str | Mapping[str, Any] | None = None,
-    partition: Given | None = None,
+    partition: PartitionId | None = None,
     batch_size: int | None = None,
     local_steps: int | None = None,
     passes: float | None = None,
@@ -87,11 +88,11 @@ def agreement(
     Example:
         >>> from lightning_fedscale.scaling import Chinchilla
         >>> law = Chinchilla(made_for=MadeFor(method="scaffold", clients=(8,), local_steps=5))
-        >>> found = agreement(law, method="fed_avg", local_steps=5, partition=Given("iid"))
+        >>> found = agreement(law, method="fed_avg", local_steps=5, partition=PartitionId("iid"))
         >>> print(*found.notes, sep="\n")
-        method='fed_avg' is asked of a law that was made for scaffold, 8 clients, 5 local steps: it may not hold there;
-        fedscale sweep fits one that does
-        the law's runs do not say their partition: whether it holds for partition='iid' is not known
+        the law was fitted to runs with scaffold, 8 clients, 5 local steps, and may not hold for method='fed_avg'; fit
+        another one with fedscale sweep
+        the law's runs do not record their partition, so whether it holds for partition='iid' is not known
         >>> found.is_same_task
         False
     """
@@ -125,7 +126,7 @@ def too_many_passes(law: Law, passes: float | None) -> list[str]:
     Example:
         >>> from lightning_fedscale.scaling import Chinchilla
         >>> print(*too_many_passes(Chinchilla(made_for=MadeFor(passes=(1.0, 3.0), samples=3000)), 48.0))
-        48 passes over 3,000 samples, where the law's runs had 3 at most; fit law='RepeatedData', or get more data
+        48 passes over 3,000 samples, and the law's runs had at most 3; fit law='RepeatedData', or get more data
     """
     made, remedy = law.made_for, "get more data"
     if "unique_tokens" not in law.columns:
@@ -134,15 +135,13 @@ def too_many_passes(law: Law, passes: float | None) -> list[str]:
     if passes is None:
         return []
     if made.passes is not None and passes > 1.05 * max(1.0, made.passes[1]):
-        return [f"{passes:.3g} passes over {over}, where the law's runs had {made.passes[1]:.3g} at most; {remedy}"]
+        return [f"{passes:.3g} passes over {over}, and the law's runs had at most {made.passes[1]:.3g}; {remedy}"]
     if passes > REPEATED and "unique_tokens" not in law.columns:
-        return [
-            f"{passes:.3g} passes over {over}: the law of data without end does not hold beyond {REPEATED:g}; {remedy}"
-        ]
+        return [f"{passes:.3g} passes over {over}: a law of unlimited data does not hold beyond {REPEATED:g}; {remedy}"]
     return []
 
 
-def _is_same(made: MadeFor, given: Given) -> bool | None:
+def _is_same(made: MadeFor, given: PartitionId) -> bool | None:
     """Return whether the partition is that of the runs; None if that is not known."""
     if given.fingerprint is not None and made.fingerprint is not None:
         return given.fingerprint == made.fingerprint
@@ -151,5 +150,5 @@ def _is_same(made: MadeFor, given: Given) -> bool | None:
     return given.name == made.partition
 
 
-def _named(given: Given) -> str:
+def _named(given: PartitionId) -> str:
     return "" if given.name is None or given.fingerprint is None else f" ({given.fingerprint[:8]})"

@@ -29,6 +29,12 @@ from lightning_fedscale.scaling.verdicts import contradictions, problems_of
 _MOST_HELD_OUT = 0.4
 """Largest fraction of the runs that are held out; with more, too few runs would remain for the fit."""
 
+_ONE_RATE = (
+    "rho was measured at one learning rate, which says little: clients take fewer steps each, and if the rate is too"
+    " small, the loss depends on the number of steps alone, which makes rho 1; try several rates, as fedscale sweep"
+    " does"
+)
+
 
 @dataclass(frozen=True)
 class Fit:
@@ -160,71 +166,44 @@ def fit(
     if isinstance(bootstrap, bool) or not isinstance(bootstrap, int) or bootstrap < 0:
         raise ValueError(f"bootstrap={bootstrap!r}: pass a number of refits, at least 0.")
     form = form_of(law)
-    asked = {"partition": partition, "method": method, "batch_size": batch_size, "local_steps": local_steps}
-    runs_found = runs_to_fit(runs, form, loss, **asked)
-    table = runs_found.table
+    found = runs_to_fit(
+        runs, form, loss, partition=partition, method=method, batch_size=batch_size, local_steps=local_steps
+    )
+    table = found.table
     by_size = {"params", "tokens"} <= set(form.columns)
     has_best = by_size and isinstance(form, Law) and not form.no_optimum
     if by_size and isinstance(form, Law):
         form = form.replace(flops_per=float((table["flops"] / (table["params"] * table["tokens"])).median()))
     several = "tokens" in form.columns and "clients" not in form.columns and table["clients"].nunique() > 1
-    kept_out = _largest(table) if holdout and by_size else table["loss"] < 0
-    problem, held_out = _problem(table, form, several), math.nan
-    _enough(table, _problem(table[~kept_out], form, several), has_best)
-    if kept_out.any():
-        before = _problem(table[~kept_out], form, several).best()
-        held_out = _rms(_problem(table[kept_out], form, several).residuals(before))
+    is_held_out = _largest(table) if holdout and by_size else table["loss"] < 0
+    problem = _problem(table, form, several)
+    _enough(table, _problem(table[~is_held_out], form, several), has_best)
+    held_out = math.nan
+    if is_held_out.any():
+        before = _problem(table[~is_held_out], form, several).best()
+        held_out = _rms(_problem(table[is_held_out], form, several).residuals(before))
     best = problem.best()
-    condition = problem.condition(best)
-    draws = _bootstrap(problem, best, bootstrap, seed)
+    condition, draws = problem.condition(best), _bootstrap(problem, best, bootstrap, seed)
     fitted, error = _law(form, problem, best, draws, _range(table, task, by_size)), _rms(problem.residuals(best))
-    if isinstance(fitted, Law):
-        fitted = fitted.replace(made_for=runs_found.made_for, error=error if math.isnan(held_out) else held_out)
-    constants = problem.constants(best)
-    intervals = {
-        name: Interval.of(float(value), [float(draw[name]) for draw in draws]) for name, value in constants.items()
-    }
-    if isinstance(fitted, Chinchilla):
-        shares = [float(draw["beta"] / (draw["alpha"] + draw["beta"])) for draw in draws]
-        intervals["exponent"] = Interval.of(fitted.exponent, shares)
+    intervals = _intervals(fitted, problem.constants(best), draws)
     rho = intervals.pop("rho", None)
-    price = 1.0 if rho is None else rho.value
-    notes = list(runs_found.notes)
-    if rho is not None and isinstance(fitted, Law):
-        fitted = fitted.replace(fitted_rho=_measured(rho, runs_found.said))
-        if runs_found.said == NOT_TUNED:
-            notes.append(
-                "rho at one learning rate says little: clients take fewer steps each, and at a rate that is too small"
-                " loss depends on steps alone, which makes rho 1; try several rates (fedscale sweep does)"
-            )
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        problems = problems_of(table, fitted, condition, price, intervals) if has_best else []
-        if has_best:
-            problems += doubts_of_flops(table, flops_per)
-        if has_best and isinstance(fitted, Law) and not fitted.missing:
-            wrong, unknown = contradictions(table, fitted, runs_found.made_for.best, price)
-            problems, notes = problems + wrong, notes + unknown
-        if rho is not None and (doubt := doubt_of_rho(rho)) is not None:
-            problems.append(doubt)
-        known = fitted if isinstance(fitted, Law) and not fitted.missing else None
-        second = isoflop(table, known, price, seed) if has_best else None
+    if isinstance(fitted, Law):
+        fitted = fitted.replace(made_for=found.made_for, error=error if math.isnan(held_out) else held_out)
+        if rho is not None:
+            fitted = fitted.replace(fitted_rho=_measured(rho, found.said))
+    problems, notes, second = list[str](), list(found.notes), None
+    if rho is not None and isinstance(fitted, Law) and found.said == NOT_TUNED:
+        notes.append(_ONE_RATE)
+    if has_best and isinstance(fitted, Law):
+        problems, unsure, second = _verdict(table, fitted, condition, rho, intervals, flops_per, seed)
+        notes += unsure
+    if rho is not None and (doubt := doubt_of_rho(rho)) is not None:
+        problems.append(doubt)
     return Fit(
-        fitted.replace(problems=tuple(problems)) if isinstance(fitted, Law) else fitted,
-        intervals,
-        rho,
-        len(problem.log_loss),
-        error,
-        held_out,
-        tuple(problems),
-        second,
-        table.assign(held_out=kept_out),
-        condition,
-        bootstrap,
-        runs_found.said,
-        tuple(notes),
-        runs_found.made_for,
-    )
+        fitted.replace(problems=tuple(problems)) if isinstance(fitted, Law) else fitted, intervals, rho,
+        len(problem.log_loss), error, held_out, tuple(problems), second, table.assign(held_out=is_held_out), condition,
+        bootstrap, found.said, tuple(notes), found.made_for,
+    )  # fmt: skip
 
 
 def form_of(law: str | type[Form] | Form) -> Form:
@@ -334,6 +313,36 @@ def _range(table: pd.DataFrame, task: str, by_size: bool) -> Range:
         return Range(task, clients=clients)
     params, flops = ((float(table[name].min()), float(table[name].max())) for name in ("params", "flops"))
     return Range(task, params, flops, clients)
+
+
+def _intervals(law: Form, best: dict[str, Any], draws: list[dict[str, float]]) -> dict[str, Interval]:
+    """Return the intervals of all constants and, for laws that have one, of the exponent of the best size."""
+    found = {name: Interval.of(float(value), [float(draw[name]) for draw in draws]) for name, value in best.items()}
+    if isinstance(law, Chinchilla):
+        shares = [float(draw["beta"] / (draw["alpha"] + draw["beta"])) for draw in draws]
+        found["exponent"] = Interval.of(law.exponent, shares)
+    return found
+
+
+def _verdict(
+    table: pd.DataFrame,
+    law: Law,
+    condition: float,
+    rho: Interval | None,
+    intervals: dict[str, Interval],
+    flops_per: float | None,
+    seed: int,
+) -> tuple[list[str], list[str], IsoFlop | None]:
+    """Return why the runs do not determine a best size, other doubts, and the best sizes by parabolas."""
+    price, notes = 1.0 if rho is None else rho.value, list[str]()
+    known = None if law.missing else law
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        problems = problems_of(table, law, condition, price, intervals) + doubts_of_flops(table, flops_per)
+        if known is not None:
+            wrong, notes = contradictions(table, known, law.made_for.best, price)
+            problems += wrong
+        return problems, notes, isoflop(table, known, price, seed)
 
 
 def _rms(residuals: FloatArray) -> float:

@@ -2,29 +2,27 @@
 
 from __future__ import annotations
 
-import json
 import math
-import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from itertools import pairwise
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
 
+from lightning_fedscale.scaling.partition_id import is_fingerprint
+from lightning_fedscale.scaling.selection import values_of
 from lightning_fedscale.scaling.text import as_dict
 from lightning_fedscale.scaling.tuning import NOT_TOLD, SAME
 
-_PLURALS = {
-    "partition": "partitions", "method": "methods", "batch_size": "batch sizes",
-    "local_steps": "numbers of local steps", "optimizer": "optimizers",
-}  # fmt: skip
-"""Columns with one value per law, with their plurals for messages."""
+_IN_COMMON = (
+    "partition", "partition_name", "fingerprint", "method", "batch_size", "local_steps", "optimizer", "samples",
+    "argument", "rules",
+)  # fmt: skip
+"""Columns that count only if all runs have the same value."""
 _ALIKE = 1.01
 """Largest factor by which the parameters of models of the same size may differ."""
-_FINGERPRINT = re.compile(r"[0-9a-f]{64}")
 
 
 class Best(NamedTuple):
@@ -41,23 +39,6 @@ class Best(NamedTuple):
     clients: int
     params: float
     loss: float
-
-
-class Given(NamedTuple):
-    """A partition that was passed, to be compared with that of the runs.
-
-    Attributes:
-        name: name of a partitioner or a file; None for a Partition.
-        fingerprint: fingerprint of the partition; None if only a partitioner's name is known.
-        clients: number of clients of the partition; None if only a partitioner's name is known.
-    """
-
-    name: str | None
-    fingerprint: str | None = None
-    clients: int | None = None
-
-    def __str__(self) -> str:
-        return self.name or f"{self.fingerprint or ''}"[:8]
 
 
 class Size(NamedTuple):
@@ -206,11 +187,9 @@ def made_for(table: pd.DataFrame, learning_rate: str = NOT_TOLD, *, has_clients:
         learning_rate: whether the learning rate was tuned, in words.
         has_clients: whether the original table had the column ``clients``.
     """
-    one = {
-        name: _one(table, name) for name in (*_PLURALS, "partition_name", "fingerprint", "samples", "argument", "rules")
-    }
+    one = {name: _one(table, name) for name in _IN_COMMON}
     partition, fingerprint = one["partition"], one["fingerprint"]
-    if partition is not None and _FINGERPRINT.fullmatch(str(partition)):
+    if partition is not None and is_fingerprint(str(partition)):
         partition, fingerprint = None, fingerprint or partition
     batch = one["batch_size"]
     if batch == 0 or "batch_size" not in table:  # then the batch size of the data module counts
@@ -252,102 +231,12 @@ def passes_of(table: pd.DataFrame) -> pd.Series[float] | None:
     return passes if len(passes) and passes.notna().all() else None
 
 
-def only(table: pd.DataFrame, **asked: Any) -> pd.DataFrame:
-    """Select the rows of one method, partition, batch size or number of local steps; None selects all.
-
-    Raises:
-        ValueError: if the table does not record the setting or has no such row; the message names the argument.
-    """
-    for name, value in asked.items():
-        if value is None:
-            continue
-        columns = [each for each in _COLUMNS[name] if each in table and table[each].notna().any()]
-        if not columns:
-            raise ValueError(f"{name}={value!r}: the runs do not say their {_PLURALS[name]}: leave it out.")
-        if name == "partition":
-            given = partition_given(value)
-            wanted: set[Any] = {given.fingerprint} if given.fingerprint is not None else {given.name}
-        else:
-            wanted = {value}
-        found = table[columns].isin(wanted).any(axis=1)
-        if not found.any():
-            there = ", ".join(_short(each) for each in dict.fromkeys(table[columns[0]].dropna()))
-            raise ValueError(f"{name}={_shown(value)}: no run is of it; there are {there}.")
-        table = table[found]
-    return table.reset_index(drop=True) if any(value is not None for value in asked.values()) else table
-
-
-_COLUMNS = {
-    "partition": ("fingerprint", "partition", "partition_name"), "method": ("method",),
-    "batch_size": ("batch_size", "batch"), "local_steps": ("local_steps",),
-}  # fmt: skip
-
-
-def mixed(table: pd.DataFrame) -> list[str]:
-    """Return a note on each setting that differs among the runs and takes a law for each value.
-
-    Example:
-        >>> mixed(pd.DataFrame({"method": ["fed_avg", "scaffold"]}))
-        ['runs of two methods: fed_avg and scaffold; fit them apart (method=)']
-    """
-    notes = []
-    for name, plural in _PLURALS.items():
-        found = _partitions(table) if name == "partition" else _values(table, name)
-        if len(found) > 1:
-            shown = [_short(each) for each in found]
-            number = "two" if len(found) == 2 else str(len(found))
-            among = " and ".join((", ".join(shown[:-1]), shown[-1]))
-            how = f" ({name}=)" if name in _COLUMNS else ""
-            notes.append(f"runs of {number} {plural}: {among}; fit them apart{how}")
-    return notes
-
-
-def partition_given(given: Any) -> Given:
-    """Convert a partitioner's name, the file of a saved partition, or a Partition, for comparison.
-
-    Raises:
-        ValueError: for a file that is not there, or holds no partition.
-        TypeError: for anything else.
-    """
-    if isinstance(known := getattr(given, "fingerprint", None), str):
-        return Given(None, known, getattr(given, "num_clients", None))
-    if not isinstance(given, (str, Path)):
-        raise TypeError(
-            f"partition={given!r}: pass a partitioner's name, the file of a saved partition, or a Partition."
-        )
-    file = Path(given)
-    if file.suffix != ".json":
-        return Given(str(given))
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-        return Given(file.name, str(content["fingerprint"]), int(content["num_clients"]))
-    except FileNotFoundError:
-        raise ValueError(f"partition={str(file)!r}: there is no such file; save a partition first.") from None
-    except (OSError, KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"partition={str(file)!r} is not a saved partition ({error!r}): save one again.") from None
-
-
 # ---- parts
-
-
-def _values(table: pd.DataFrame, name: str) -> list[Any]:
-    return list(dict.fromkeys(table[name].dropna())) if name in table else []
-
-
-def _partitions(table: pd.DataFrame) -> list[Any]:
-    """Return the partitions that differ; one partitioner with several numbers of clients counts as one."""
-    if "partition" in table:
-        return _values(table, "partition")
-    if "fingerprint" not in table:
-        return []
-    clients = table["clients"] if "clients" in table else pd.Series(1, table.index)
-    several = [found for _, rows in table.groupby(clients) if len(found := _values(rows, "fingerprint")) > 1]
-    return several[0] if several else []
 
 
 def _one(table: pd.DataFrame, name: str, otherwise: Any = None) -> Any:
     """Return the value that all rows have in common; else ``otherwise`` of the values, or None."""
-    found = _values(table, name)
+    found = values_of(table, name)
     if not found or table[name].isna().any():
         return None
     return found[0] if len(found) == 1 else None if otherwise is None else otherwise(found)
@@ -407,12 +296,3 @@ def _whole(value: Any) -> int | None:
 
 def _text(value: Any) -> str | None:
     return None if value is None else str(value)
-
-
-def _short(value: Any) -> str:
-    text = f"{value:g}" if isinstance(value, float) else str(value)
-    return f"{text[:8]}.." if _FINGERPRINT.fullmatch(text) else text
-
-
-def _shown(value: Any) -> str:
-    return repr(str(value) if isinstance(value, Path) else value)

@@ -6,52 +6,22 @@ import math
 import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from lightning_fedscale.scaling.agreement import agreement, check_clients, too_many_passes
 from lightning_fedscale.scaling.base import Law
 from lightning_fedscale.scaling.chinchilla import RepeatedData
-from lightning_fedscale.scaling.compute import Kaplan
-from lightning_fedscale.scaling.diloco import DiLoCo
 from lightning_fedscale.scaling.form import Interval, positive
-from lightning_fedscale.scaling.made_for import Size, partition_given
-from lightning_fedscale.scaling.project import law_of
+from lightning_fedscale.scaling.hardware import ADAM_BYTES, Device, Hardware
+from lightning_fedscale.scaling.made_for import MadeFor
+from lightning_fedscale.scaling.partition_id import PartitionId, partition_id
+from lightning_fedscale.scaling.project import needed_law
 from lightning_fedscale.scaling.rho import Rho, rho_of
+from lightning_fedscale.scaling.schedule import schedule
 from lightning_fedscale.scaling.verdicts import CONTRADICTED
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-
-_ADAM_BYTES = 16
-"""Bytes of a parameter with its gradient and Adam's two moments, in FP32 or mixed precision with a master copy."""
-_SENT_BYTES = 4
-_DAY = 86_400.0
-_LOCAL_STEPS = 30
-"""Local steps of the runs behind DiLoCo's fits."""
-
-
-class Device(Protocol):
-    """The part of a `lightning_fedscale.devices.DeviceClass` that a plan needs."""
-
-    @property
-    def name(self) -> str:
-        """Name of the device class."""
-
-    @property
-    def memory(self) -> int:
-        """Memory in bytes."""
-
-    @property
-    def flops(self) -> float:
-        """Peak floating-point operations per second."""
-
-    @property
-    def up(self) -> float:
-        """Uplink in bytes per second."""
-
-    @property
-    def down(self) -> float:
-        """Downlink in bytes per second."""
 
 
 @dataclass(frozen=True)
@@ -73,7 +43,7 @@ class Plan:
         law: the law's name.
         task: the task that the law holds for.
         batch_per_client: tokens in a client's batch; None if no law gives one, or if no batch fits into the device.
-        batch_limit: what limits the batch: "critical batch", "memory", "as in the law's runs" or "as asked".
+        batch_limit: what limits the batch: "critical batch", "memory", "as in the law's runs" or "as passed".
         local_steps: batches of a client between exchanges.
         rounds: number of exchanges; None without a batch.
         bytes_per_client: bytes sent and received by each client over the whole run; None without a batch.
@@ -179,7 +149,7 @@ def plan(
 
     Args:
         flops: training compute of all clients together.
-        clients: number of clients that train in a round, not of all registered clients. None for the number of the
+        clients: number of clients that train in a round, not of all clients. None for the number of the
             partition, else of the law's runs if they had one number in common, else 1.
         law: a law with a best size, its name, a file of `Fit.save`, or "auto": the project's own, else `Chinchilla`.
         rho: cost of dividing the compute among clients: a number, the two ends of an interval, or "auto" for the value
@@ -209,88 +179,44 @@ def plan(
         >>> f"{found.loss_low:.2f} to {found.loss_high:.2f}"
         '2.60 to 2.95'
     """
-    chosen, _ = law_of(law, text=True)
-    if chosen is None:
-        raise ValueError("law=None: a plan needs a law; fit one to runs of your own (fedscale sweep).")
+    chosen = needed_law(law)
     positive("flops", flops)
-    known = rho_of(rho, chosen.fitted_rho)
-    price = known.value
-    _check(local_steps, utilization, activation_bytes, batch_size)
-    made, given = chosen.made_for, None if partition is None else partition_given(partition)
-    if clients is None:
-        clients = made.clients[0] if len(made.clients) == 1 else 1
-        clients = clients if given is None or given.clients is None else given.clients
-    elif given is not None and given.clients is not None and clients > given.clients:
-        raise ValueError(f"clients={clients}: the partition divides the data among {given.clients}: pass no more.")
+    for name, value in (("local_steps", local_steps), ("batch_size", batch_size)):
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+            raise ValueError(f"{name}={value!r}: pass a whole number, at least 1.")
+    hardware, known = Hardware.of(device_class, utilization, activation_bytes), rho_of(rho, chosen.fitted_rho)
+    made, given = chosen.made_for, None if partition is None else partition_id(partition)
+    clients = _clients(clients, made, given)
     check_clients(chosen, clients, known)
     notes = agreement(
         chosen, clients=clients, method=method, partition=given, batch_size=batch_size, local_steps=local_steps
     ).notes
     for note in notes:
         warnings.warn(f"plan: {note}.", stacklevel=2)
-    devices = _devices(device_class)
-    if tokens is not None:
-        positive("tokens", tokens)
-        if isinstance(chosen, RepeatedData):
-            chosen = chosen.replace(unique_tokens=tokens * chosen.tokens_factor(clients, price))
-    elif isinstance(chosen, RepeatedData) and math.isinf(chosen.unique_tokens) and made.unique_tokens is not None:
-        chosen = chosen.replace(unique_tokens=made.unique_tokens / clients * chosen.tokens_factor(clients, price))
-    params, held, size, scarce = _size(chosen, flops, clients, price, tokens)
-    loss = chosen.interval_of_loss(params, held, clients, price)
-    is_open = clients != chosen.own_clients and known.low < known.high and not chosen.knows_clients
-    if is_open and not (known.is_measured and chosen.refits):  # each refit has its own rho
-        ends = known.low, known.high
-        size = _over([chosen.interval_of_size(flops, clients, end) for end in ends], size)
-        loss = _over([chosen.interval_of_loss(params, held, clients, end) for end in ends], loss)
-    text = chosen.domain.task == "text" and math.isfinite(loss.value)
-    batch, limit = _batch(chosen, params, loss.value, clients, devices, activation_bytes, batch_size, text)
-    steps = local_steps or made.local_steps or _LOCAL_STEPS
-    steps = steps if batch is None else max(1, min(steps, int(held / batch)))
-    rounds = None if batch is None else max(1.0, held / (batch * steps))
-    replicas = DiLoCo(replicas=min(clients, 8)) if text else None
-    passes = None if made.unique_tokens is None else held * clients / made.unique_tokens
-    sizes = [None if each is None else made.size_of(each) for each in (params, *(() if scarce else size[1:]))]
-    notes += too_many_passes(chosen, passes)
-    best = made.best_at(flops, clients)
-    if best is not None and loss.value > 0 and abs(math.log(best.loss / loss.value)) > CONTRADICTED:
-        notes.append(
-            f"the law has a loss of {loss.value:.4g}, and at this compute the best run measured {best.loss:.4g}, with"
-            f" {best.params:,.0f} parameters"
-        )
-    token = 0.0 if activation_bytes is None else activation_bytes
+    chosen = _with_unique_tokens(chosen, clients, known.value, tokens)
+    best = _best(chosen, flops, clients, known, tokens)
+    trained = schedule(
+        chosen, params=best.params, tokens=best.tokens, loss=best.loss.value, clients=clients, hardware=hardware,
+        batch_size=batch_size, local_steps=local_steps,
+    )  # fmt: skip
+    passes = None if made.unique_tokens is None else best.tokens * clients / made.unique_tokens
     return Plan(
         flops=flops,
         clients=clients,
-        params=params,
-        params_low=None if scarce else _finite(size.low),
-        params_high=None if scarce else _finite(size.high),
-        tokens_per_client=held,
-        loss=_finite(loss.value),
-        loss_low=_finite(loss.low),
-        loss_high=_finite(loss.high),
-        rho=price,
+        rho=known.value,
         law=chosen.name,
         task=chosen.domain.task,
-        batch_per_client=batch,
-        batch_limit=limit,
-        local_steps=steps,
-        rounds=rounds,
-        bytes_per_client=None if rounds is None else 2.0 * _SENT_BYTES * params * rounds,
-        inner_learning_rate=None if replicas is None else replicas.inner_learning_rate(params),
-        outer_learning_rate=None if replicas is None else replicas.outer_learning_rate,
-        devices=tuple(each.name for each in devices),
-        training_bytes=_ADAM_BYTES * params,
-        fits=all(params * _ADAM_BYTES + token <= each.memory for each in devices) if devices else None,
-        days=_days(devices, flops / clients, utilization, params, rounds),
-        rho_low=known.low if is_open else price,
-        rho_high=known.high if is_open else price,
+        devices=tuple(each.name for each in hardware.devices),
+        training_bytes=ADAM_BYTES * best.params,
+        fits=hardware.fits(best.params),
+        days=hardware.days(flops / clients, best.params, trained.rounds),
         rho_source=known.source or "passed",
         passes=passes,
-        argument=made.argument if sizes[0] is not None else None,
-        **_in_sizes(sizes),
+        **_fields_of(best, made),
         method=method or made.method,
         made_for=str(made),
-        notes=tuple(notes),
+        notes=(*notes, *too_many_passes(chosen, passes), *_contradicted(made, flops, clients, best.loss.value)),
+        **trained._asdict(),
     )
 
 
@@ -318,104 +244,105 @@ def plot_plans(plans: Sequence[Plan]) -> Figure:
 # ---- parts
 
 
+class _Best(NamedTuple):
+    """The best model for a budget.
+
+    Attributes:
+        params: model size.
+        tokens: tokens of each client.
+        size: the best size with its interval; the ends are NaN if the size follows from the clients' tokens.
+        loss: predicted loss with its interval.
+        rho: the ends of ``rho`` that the intervals cover.
+    """
+
+    params: float
+    tokens: float
+    size: Interval
+    loss: Interval
+    rho: tuple[float, float]
+
+
+def _clients(clients: int | None, made: MadeFor, given: PartitionId | None) -> int:
+    """Return the number of clients: as passed, that of the partition, that of the law's runs, or 1.
+
+    Raises:
+        ValueError: for more clients than the partition has.
+    """
+    divided = None if given is None else given.clients
+    if clients is None:
+        return divided or (made.clients[0] if len(made.clients) == 1 else 1)
+    if divided is not None and clients > divided:
+        raise ValueError(f"clients={clients}: the partition has only {divided} clients. Pass at most {divided}.")
+    return clients
+
+
+def _with_unique_tokens(law: Law, clients: int, rho: float, tokens: float | None) -> Law:
+    """Return the law with the number of unique tokens, if it has such a constant."""
+    if tokens is not None:
+        positive("tokens", tokens)
+    if not isinstance(law, RepeatedData):
+        return law
+    if tokens is None and (law.made_for.unique_tokens is None or math.isfinite(law.unique_tokens)):
+        return law
+    held = law.made_for.unique_tokens / clients if tokens is None else tokens  # type: ignore[operator]
+    return law.replace(unique_tokens=held * law.tokens_factor(clients, rho))
+
+
+def _best(law: Law, flops: float, clients: int, rho: Rho, tokens: float | None) -> _Best:
+    """Return the best model, with intervals that cover all of ``rho`` if it is not measured."""
+    best, size = law.optimal_federated(flops, clients, rho.value), law.interval_of_size(flops, clients, rho.value)
+    params, own = best.params, best.tokens
+    # With fewer tokens than the law would use, the remaining compute goes into size.
+    is_scarce = tokens is not None and tokens < best.tokens and not isinstance(law, RepeatedData)
+    if tokens is not None and is_scarce:
+        params, own = flops / (law.flops_per * tokens * clients), tokens
+    loss = law.interval_of_loss(params, own, clients, rho.value)
+    is_open = clients != law.own_clients and rho.low < rho.high and not law.knows_clients
+    if is_open and not (rho.is_measured and law.refits):  # each refit has its own rho
+        ends = rho.low, rho.high
+        size = _over([law.interval_of_size(flops, clients, end) for end in ends], size)
+        loss = _over([law.interval_of_loss(params, own, clients, end) for end in ends], loss)
+    if is_scarce:
+        size = Interval(size.value, math.nan, math.nan)
+    return _Best(params, own, size, loss, (rho.low, rho.high) if is_open else (rho.value, rho.value))
+
+
 def _over(intervals: Sequence[Interval], middle: Interval) -> Interval:
     """Return the interval that covers all values and ends of several intervals."""
     found = [number for each in intervals for number in each if math.isfinite(number)]
     return Interval(middle.value, min(found), max(found)) if found else middle
 
 
-def _in_sizes(found: Sequence[Size | None]) -> dict[str, Any]:
-    """Return the plan's fields of the best size and its interval, as values of the module's argument."""
-    best, low, high = (*found, None, None)[:3]
+def _fields_of(best: _Best, made: MadeFor) -> dict[str, Any]:
+    """Return the plan's fields of the best model; its size is also a value of the module's argument."""
+    size, low, high = (made.size_of(each) for each in (best.params, best.size.low, best.size.high))
     return {
-        "size": None if best is None else best.value,
+        "params": best.params,
+        "params_low": _finite(best.size.low),
+        "params_high": _finite(best.size.high),
+        "tokens_per_client": best.tokens,
+        "loss": _finite(best.loss.value),
+        "loss_low": _finite(best.loss.low),
+        "loss_high": _finite(best.loss.high),
+        "rho_low": best.rho[0],
+        "rho_high": best.rho[1],
+        "argument": None if size is None else made.argument,
+        "size": None if size is None else size.value,
         "size_low": None if low is None else low.value,
         "size_high": None if high is None else high.value,
-        "size_between": None if best is None else best.between,
+        "size_between": None if size is None else size.between,
     }
 
 
-def _check(local_steps: int | None, utilization: float, activation_bytes: float | None, batch_size: int | None) -> None:
-    for name, value in (("local_steps", local_steps), ("batch_size", batch_size)):
-        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
-            raise ValueError(f"{name}={value!r}: pass a whole number, at least 1.")
-    if not 0 < utilization <= 1:
-        raise ValueError(f"utilization={utilization!r}: pass a share of the device's peak, in (0, 1].")
-    if activation_bytes is not None:
-        positive("activation_bytes", activation_bytes)
-
-
-def _devices(given: Device | Sequence[Device]) -> tuple[Device, ...]:
-    devices = tuple(given) if isinstance(given, Sequence) and not isinstance(given, str) else (given,)
-    for each in devices:
-        if not all(hasattr(each, name) for name in ("name", "memory", "flops", "up", "down")):
-            raise TypeError(
-                f"device_class={each!r}: pass device classes, such as lightning_fedscale.devices.device_class('phone')."
-            )
-    return devices
-
-
-def _size(
-    law: Law, flops: float, clients: int, rho: float, tokens: float | None
-) -> tuple[float, float, Interval, bool]:
-    """Return the size, a client's tokens, the best size's interval, and whether data are too few for that size."""
-    best, size = law.optimal_federated(flops, clients, rho), law.interval_of_size(flops, clients, rho)
-    if tokens is None or tokens >= best.tokens or isinstance(law, RepeatedData):
-        return best.params, best.tokens, size, False
-    # With fewer tokens than the law would use, the remaining compute goes into size.
-    return flops / (law.flops_per * tokens * clients), tokens, size, True
-
-
-def _batch(
-    law: Law,
-    params: float,
-    loss: float,
-    clients: int,
-    devices: Sequence[Device],
-    activation_bytes: float | None,
-    batch_size: int | None,
-    text: bool,
-) -> tuple[float | None, str | None]:
-    """Return a client's batch in tokens and what limits it: as asked, as in the law's runs, or by a law of text.
-
-    Raises:
-        ValueError: for a batch in samples if the number of tokens per sample is not known.
-    """
-    samples, per_sample = (
-        batch_size or law.made_for.batch_size,
-        law.made_for.tokens_per_sample or (None if text else 1.0),
-    )
-    if samples is not None and per_sample is not None:
-        is_other = batch_size not in (None, law.made_for.batch_size)
-        limits = {"as asked" if is_other else "as in the law's runs": samples * per_sample}
-    elif batch_size is not None:
-        raise ValueError(
-            f"batch_size={batch_size}: {law.name} counts tokens, and its runs do not say how many a sample has: leave"
-            " it out."
-        )
-    elif not text:
-        return None, None
-    else:
-        replicas = law.replace(replicas=clients) if isinstance(law, DiLoCo) else None
-        together = Kaplan().critical_batch(loss) if replicas is None else replicas.batch(params)
-        limits = {"critical batch": max(1.0, together / clients)}
-    if activation_bytes is not None and devices:
-        room = min(each.memory for each in devices) - _ADAM_BYTES * params
-        if room < activation_bytes:
-            return None, "memory"
-        limits["memory"] = room / activation_bytes
-    limit = min(limits, key=lambda name: limits[name])
-    return limits[limit], limit
-
-
-def _days(
-    devices: Sequence[Device], flops: float, utilization: float, params: float, rounds: float | None
-) -> float | None:
-    def seconds(device: Device) -> float:
-        exchange = 0.0 if rounds is None else rounds * _SENT_BYTES * params * (1.0 / device.up + 1.0 / device.down)
-        return flops / (device.flops * utilization) + exchange
-
-    return max(map(seconds, devices)) / _DAY if devices else None
+def _contradicted(made: MadeFor, flops: float, clients: int, predicted: float) -> list[str]:
+    """Return a note if the best run at this compute has another loss than the plan."""
+    best = made.best_at(flops, clients)
+    if best is None or not predicted > 0 or abs(math.log(best.loss / predicted)) <= CONTRADICTED:
+        return []
+    return [
+        f"the law predicts a loss of {predicted:.4g}, and the best run at this compute measured {best.loss:.4g}, with"
+        f" {best.params:,.0f} parameters"
+    ]
 
 
 def _finite(value: float) -> float | None:

@@ -64,7 +64,9 @@ def needed_law(law: Any) -> Law:
     """
     found, _ = law_of(law, text=True)
     if found is None:
-        raise ValueError("law=None: pass a law, its name, or a file of Fit.save.")
+        raise ValueError(
+            "law=None: pass a law, its name, or a file of Fit.save, such as the one that fedscale sweep writes."
+        )
     return found
 
 

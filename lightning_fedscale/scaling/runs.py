@@ -16,7 +16,8 @@ import pandas as pd
 from lightning_fedscale.scaling.doubts import doubts_of_runs, without_short
 from lightning_fedscale.scaling.form import Form
 from lightning_fedscale.scaling.logs import EVENTS, TABLE, read_logs
-from lightning_fedscale.scaling.made_for import MadeFor, made_for, mixed, only, passes_of
+from lightning_fedscale.scaling.made_for import MadeFor, made_for, passes_of
+from lightning_fedscale.scaling.selection import mixed_settings, select
 from lightning_fedscale.scaling.tuning import NOT_TOLD, RATES, tuned
 from lightning_fedscale.scaling.units import notes_of_rows
 
@@ -50,7 +51,7 @@ def runs_table(runs: Any, form: Form, loss: str | None = None) -> pd.DataFrame:
     return runs_to_fit(runs, form, loss).table
 
 
-def runs_to_fit(runs: Any, form: Form, loss: str | None = None, **asked: Any) -> Runs:
+def runs_to_fit(runs: Any, form: Form, loss: str | None = None, **requested: Any) -> Runs:
     """Read runs as a table with what the form needs, ``loss`` and ``clients``; derive tokens from FLOPs or vice versa.
 
     If runs have several learning rates, those at the best rate count, see `lightning_fedscale.scaling.tuning`. Runs of
@@ -61,10 +62,11 @@ def runs_to_fit(runs: Any, form: Form, loss: str | None = None, **asked: Any) ->
             of runs, or several paths.
         form: the form to fit.
         loss: name of the logged loss, for directories; None for the first of `LOSSES`.
-        asked: values of ``partition``, ``method``, ``batch_size`` and ``local_steps``; only their rows count.
+        requested: values of ``partition``, ``method``, ``batch_size`` and ``local_steps``; only their rows count.
 
     Raises:
-        ValueError: for missing columns, numbers that are not positive, too few runs, or no run that matches ``asked``.
+        ValueError: for missing columns, numbers that are not positive, too few runs, or no run that matches
+            ``requested``.
     """
     if isinstance(runs, (str, Path)):
         runs = [runs]
@@ -75,8 +77,8 @@ def runs_to_fit(runs: Any, form: Form, loss: str | None = None, **asked: Any) ->
     for column in {*form.columns, *_NUMBERS} & set(table):
         _read_words(table, column)
     notes = notes_of_rows(table)
-    table = only(table, **asked)
-    notes += mixed(table)
+    table = select(table, **requested)
+    notes += mixed_settings(table)
     has_clients = "clients" in table
     table = _completed(table, form)
     for column in _needed(table, form):

@@ -28,6 +28,17 @@ def positive(name: str, value: Any) -> float:
     return float(value)
 
 
+def check_makers(module: Any, data: Any) -> None:
+    """Check that a module and a data module can be made.
+
+    Raises:
+        TypeError: if an argument is not callable; the message names it.
+    """
+    for name, given in (("module", module), ("data", data)):
+        if not callable(given):
+            raise TypeError(f"{name}={given!r}: pass a class or a function that makes it.")
+
+
 def axis(name: str, values: Sequence[int]) -> tuple[int, ...]:
     """Sort the whole numbers to try, ascending and without duplicates.
 
@@ -103,10 +114,10 @@ def methods_of(
 _STUDIED = {"num_clients", "partitioner", "clients_per_round", "local_epochs", "local_steps", "executor", "seed"}
 
 
-def batch_sizes_of(own: int | None, held: Partition) -> tuple[int, ...]:
+def batch_sizes_of(own: int | None, partition: Partition) -> tuple[int, ...]:
     """Return the data's own batch size, and four times that if clients have enough samples on average."""
     own = own or 32
-    return tuple(each for each in (own, 4 * own) if each == own or each <= held.sizes.mean())
+    return tuple(each for each in (own, 4 * own) if each == own or each <= partition.sizes.mean())
 
 
 def check_size(module: Callable[..., nn.Module], argument: str, sizes: Sequence[int]) -> None:

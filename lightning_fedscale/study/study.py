@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, Future, ProcessPoolExecutor, as_completed
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from lightning_fedscale.study.answer import Answer, current_of, results_of
 from lightning_fedscale.study.arguments import (
     axis,
     batch_sizes_of,
+    check_makers,
     check_size,
     current_size,
     methods_of,
@@ -116,25 +117,23 @@ def size(
     flops, study_minutes = positive("flops", flops), positive("study_minutes", study_minutes)
     study_flops = math.inf if study_flops is None else positive("study_flops", study_flops)
     seeds, workers = integer("seeds", seeds, 2), integer("workers", workers, 1)
-    for name, given in (("module", module), ("data", data)):
-        if not callable(given):
-            raise TypeError(f"{name}={given!r}: pass a class or a function that makes it.")
+    check_makers(module, data)
     current = current_size(module, argument, current)
     with randomness.untouched():  # keep the state of the caller's generators
         loader = train_loader(None, data())
-        held, facts = partition_of(partition, clients, loader.dataset)
+        divided, facts = partition_of(partition, clients, loader.dataset)
     known = methods_of(methods, strategy)
     space = Space(
         axis("sizes", sizes if sizes is not None else ladder(current) if current else ()),
         tuple(known),
-        axis("batch_sizes", batch_sizes_of(loader.batch_size, held) if batch_sizes is None else batch_sizes),
+        axis("batch_sizes", batch_sizes_of(loader.batch_size, divided) if batch_sizes is None else batch_sizes),
         axis("local_steps", local_steps),
         rates_of(rates),
     )
     with randomness.untouched():
         check_size(module, argument, space.sizes)
     project = Project(
-        module, data, argument=argument, partition=held, clients_per_round=clients_per_round, methods=known,
+        module, data, argument=argument, partition=divided, clients_per_round=clients_per_round, methods=known,
         flops=flops, seed=seed, loss=loss, trainer=trainer or {},
     )  # fmt: skip
     common = {
@@ -142,9 +141,7 @@ def size(
         "arguments": [getattr(each, "arguments", {}) for each in (module, data)], "flops": flops, **facts,
         "clients_per_round": clients_per_round, "methods": known, "seed": seed, "loss": loss,
     }  # fmt: skip
-    if pool is not None and not isinstance(pool, Executor):
-        raise TypeError(f"pool={pool!r}: pass a concurrent.futures.Executor, or None for this machine.")
-    with _processes(workers) if pool is None else nullcontext(pool) as where:
+    with _processes(workers, pool) as where:
         return _Study(
             project, space, current, Ledger(folder, common), study_minutes * 60, study_flops, seeds, where, workers,
             say,
@@ -355,11 +352,17 @@ def _silent(line: str) -> None:
 
 
 @contextmanager
-def _processes(workers: int) -> Iterator[Executor | None]:
-    """Yield a pool of processes on this machine; None for one worker, which is this process."""
-    if workers == 1:
-        yield None
+def _processes(workers: int, pool: Executor | None) -> Iterator[Executor | None]:
+    """Yield the pool, or one of processes on this machine; None for one worker, which is this process.
+
+    Raises:
+        TypeError: for something else than a pool.
+    """
+    if pool is not None and not isinstance(pool, Executor):
+        raise TypeError(f"pool={pool!r}: pass a concurrent.futures.Executor, or None for this machine.")
+    if pool is not None or workers == 1:
+        yield pool
         return
     threads = max(1, torch.get_num_threads() // workers)
-    with ProcessPoolExecutor(workers, get_context("spawn"), torch.set_num_threads, (threads,)) as pool:
-        yield pool
+    with ProcessPoolExecutor(workers, get_context("spawn"), torch.set_num_threads, (threads,)) as own:
+        yield own

@@ -25,7 +25,7 @@ from lightning_fedscale.partitioners import (
 from lightning_fedscale.scaling.project import LEVELS
 from lightning_fedscale.scaling.tuning import best_rate, tuned
 from lightning_fedscale.strategy import FederatedStrategy
-from lightning_fedscale.study.arguments import current_size, methods_of, partition_of, positive, rates_of
+from lightning_fedscale.study.arguments import check_makers, current_size, methods_of, partition_of, positive, rates_of
 from lightning_fedscale.study.cost import Cost
 from lightning_fedscale.study.loaders import train_loader
 from lightning_fedscale.study.methods import METHODS, options_of
@@ -37,6 +37,9 @@ from lightning_fedscale.utils.checks import integer, one_of
 
 _WIDEN = 6
 """Largest number of additional learning rates if the best one is at an end of the grid."""
+
+_KEY = ("size", "clients", "share", "seed", "learning_rate")
+"""Columns that identify a run of a sweep."""
 
 _BEFORE: dict[str, Any] = {"argument": "size", "partition": "iid", "method": FED_AVG, "batch_size": 0}
 """Values for rows of older files without these columns."""
@@ -107,73 +110,111 @@ def sweep(
         ValueError: for too few sizes, a module without that argument, a loss that is not logged, or a partition of
             other data or for other numbers of clients.
     """
-    for name, given in (("module", module), ("data", data)):
-        if not callable(given):
-            raise TypeError(f"{name}={given!r}: pass a class or a function that makes it.")
+    check_makers(module, data)
     if len(set(sizes)) < 4:
-        raise ValueError(f"sizes={list(sizes)}: pass four different ones or more; fewer determine no law.")
+        raise ValueError(f"sizes={list(sizes)}: pass at least four different sizes; fewer do not determine a law.")
     flops, grid = positive("flops", flops), rates_of(rates)
     batch = 0 if batch_size is None else integer("batch_size", batch_size, 1)
     local_steps, seeds = integer("local_steps", local_steps, 1), integer("seeds", seeds, 1)
     current_size(module, argument, None)
-    if isinstance(method, str):
-        one_of("method", method, tuple(METHODS))
-    methods = methods_of([method] if isinstance(method, str) else {json.dumps(method): method}, strategy)
-    (name,) = methods
-    parts: Any = "iid" if partition is None else partition
+    name, arguments = _method_of(method, strategy)
+    given: Any = "iid" if partition is None else partition
     loader = train_loader(None, data())
-    dataset, own_batch = loader.dataset, getattr(loader, "batch_size", None)
-    is_decided = _is_decided(parts)
-    clients = _numbers(clients, partition_of(parts, None, dataset)[0] if is_decided else None)
-    projects, made_for, facts_of = dict[int, Project](), "", dict[int, dict[str, Any]]()
-    optimizer = _optimizer_of(module, argument, sizes[0])
-    rules = json.dumps(FederatedStrategy(**options_of(methods[name])).method, sort_keys=True)
-    for number in clients:
-        held, facts = partition_of(parts, None if is_decided else number, dataset)
-        made_for = facts["fingerprint"] if is_decided else parts
-        facts_of[number] = {
-            "partition_name": _name_of(parts),
-            **{name: facts[name] for name in ("fingerprint", "mean_js_distance", "samples")},
-            "batch": batch or own_batch, "optimizer": optimizer, "rules": rules,
-        }  # fmt: skip
-        projects[number] = Project(
-            module, data, argument=argument, partition=held, clients_per_round=None, methods=methods, flops=flops,
-            seed=0, loss=loss, trainer=trainer or {},
-        )  # fmt: skip
-    asked = {
-        "argument": argument, "flops_asked": flops, "local_steps": local_steps, "partition": made_for,
+    is_decided = _is_decided(given)
+    clients = _numbers(clients, partition_of(given, None, loader.dataset)[0] if is_decided else None)
+    divisions = {number: partition_of(given, None if is_decided else number, loader.dataset) for number in clients}
+    projects = {
+        number: Project(
+            module, data, argument=argument, partition=divided, clients_per_round=None, methods={name: arguments},
+            flops=flops, seed=0, loss=loss, trainer=trainer or {},
+        )
+        for number, (divided, _) in divisions.items()
+    }  # fmt: skip
+    trained_as = {
+        "batch": batch or getattr(loader, "batch_size", None), "optimizer": _optimizer_of(module, argument, sizes[0]),
+        "rules": json.dumps(FederatedStrategy(**options_of(arguments)).method, sort_keys=True),
+    }  # fmt: skip
+    facts_of = {number: _facts(given, facts) | trained_as for number, (_, facts) in divisions.items()}
+    common = {
+        "argument": argument, "flops_asked": flops, "local_steps": local_steps,
+        "partition": facts_of[clients[-1]]["fingerprint"] if is_decided else given,
         "method": name + (f" {json.dumps(strategy, sort_keys=True)}" if strategy else ""), "batch_size": batch,
     }  # fmt: skip
-    path = Path(folder, "runs.csv")
-    rows = [{**row, **_missing(row, facts_of)} for row in _kept(path, asked)]
-    keys = ("size", "clients", "share", "seed", "learning_rate")
-    done = {tuple({"learning_rate": 1.0, **row}[name] for name in keys): float(row["loss"]) for row in rows}
-
-    def loss_of(size: int, number: int, share: float, own: int, rate: float) -> float:
-        key = (size, number, share, own, rate)
-        if key not in done:
-            found = projects[number].run(Job(Setting(size, name, batch, local_steps, rate), share, own))
-            rows.append({
-                "size": size, "share": share, **asked, "seed": own, "learning_rate": rate, "params": found["params"],
-                "clients": number, "tokens": found["tokens"] / number, "flops": found["flops"] / number,
-                "loss": found["loss"], "rounds": found["rounds"],
-                "passes": found["samples"] / projects[number].partition.num_samples, **facts_of[number],
-            })  # fmt: skip
-            pd.DataFrame(rows).to_csv(path, index=False)
-            if each is not None:
-                each(rows[-1])
-            done[key] = float(found["loss"])
-        return done[key]
-
+    runs = _Runs(Path(folder, "runs.csv"), common, Setting(0, name, batch, local_steps, 1.0), projects, facts_of, each)
     cells = list(product(clients, sizes, LEVELS))
     if say is not None:
-        settings = [Setting(size, name, batch, local_steps, 1.0) for size in (min(sizes), max(sizes))]
-        say(_announced(projects[clients[0]], settings, cells, len(grid) + seeds - 1, len(done)))
+        ends = [runs.setting._replace(size=size) for size in (min(sizes), max(sizes))]
+        say(_announced(projects[clients[0]], ends, cells, len(grid) + seeds - 1, len(runs)))
     for number, size, share in cells:
-        best = _tune(grid, partial(loss_of, size, number, share, seed))
-        for own in range(seed + 1, seed + seeds):
-            loss_of(size, number, share, own, best)
-    return tuned(pd.DataFrame(rows)).table.reset_index(drop=True)
+        runs.tune(size, number, share, grid, range(seed, seed + seeds))
+    return tuned(pd.DataFrame(runs.rows)).table.reset_index(drop=True)
+
+
+class _Runs:
+    """The runs of a sweep, each of which is trained once and written to a file.
+
+    Args:
+        path: the file, whose rows are read if an earlier sweep was interrupted.
+        common: columns that have the same value in all rows.
+        setting: the setting of all runs, but for size and rate.
+        projects: what is trained, by the number of clients.
+        facts_of: columns with the same value in all rows of a number of clients.
+        each: called with every new row.
+
+    Attributes:
+        rows: the rows of all finished runs.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        common: Mapping[str, Any],
+        setting: Setting,
+        projects: Mapping[int, Project],
+        facts_of: Mapping[int, Mapping[str, Any]],
+        each: Callable[[dict[str, Any]], None] | None,
+    ) -> None:
+        self.setting, self._path, self._common, self._each = setting, path, common, each
+        self._projects, self._facts_of = projects, facts_of
+        self.rows = [{**row, **_missing(row, facts_of)} for row in _finished(path, common)]
+        self._losses = {
+            tuple({"learning_rate": 1.0, **row}[name] for name in _KEY): float(row["loss"]) for row in self.rows
+        }
+
+    def __len__(self) -> int:
+        return len(self._losses)
+
+    def tune(self, size: int, clients: int, share: float, grid: Sequence[float], seeds: Sequence[int]) -> None:
+        """Tune the learning rate with the first seed, and train the other seeds at the best rate."""
+        best = _tune(grid, partial(self.loss_of, size, clients, share, seeds[0]))
+        for seed in seeds[1:]:
+            self.loss_of(size, clients, share, seed, best)
+
+    def loss_of(self, size: int, clients: int, share: float, seed: int, rate: float) -> float:
+        """Return the loss of a run, which is trained if it is not finished."""
+        key = (size, clients, share, seed, rate)
+        if key not in self._losses:
+            project = self._projects[clients]
+            found = project.run(Job(self.setting._replace(size=size, rate=rate), share, seed))
+            self.rows.append({
+                "size": size, "share": share, **self._common, "seed": seed, "learning_rate": rate,
+                "params": found["params"], "clients": clients, "tokens": found["tokens"] / clients,
+                "flops": found["flops"] / clients, "loss": found["loss"], "rounds": found["rounds"],
+                "passes": found["samples"] / project.partition.num_samples, **self._facts_of[clients],
+            })  # fmt: skip
+            pd.DataFrame(self.rows).to_csv(self._path, index=False)
+            if self._each is not None:
+                self._each(self.rows[-1])
+            self._losses[key] = float(found["loss"])
+        return self._losses[key]
+
+
+def _method_of(method: str | Mapping[str, Any], strategy: Mapping[str, Any] | None) -> tuple[str, dict[str, Any]]:
+    """Return the name of a method and its arguments; a method without a name is named by its arguments."""
+    if isinstance(method, str):
+        one_of("method", method, tuple(METHODS))
+    (found,) = methods_of([method] if isinstance(method, str) else {json.dumps(method): method}, strategy).items()
+    return found
 
 
 def _announced(
@@ -195,7 +236,7 @@ def _announced(
     )
 
 
-def _kept(path: Path, asked: Mapping[str, Any]) -> list[dict[str, Any]]:
+def _finished(path: Path, common: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Read the rows of an interrupted sweep.
 
     Raises:
@@ -206,7 +247,7 @@ def _kept(path: Path, asked: Mapping[str, Any]) -> list[dict[str, Any]]:
         return []
     rows = [{str(name): value for name, value in row.items()} for row in pd.read_csv(path).to_dict("records")]
     for row in rows:
-        if changed := [name for name, value in asked.items() if {**_BEFORE, **row}.get(name) != value]:
+        if changed := [name for name, value in common.items() if {**_BEFORE, **row}.get(name) != value]:
             raise ValueError(
                 f"folder={str(path.parent)!r}: holds a sweep with other {', '.join(changed)}; name another folder."
             )
@@ -218,6 +259,12 @@ def _name_of(partition: Any) -> str | None:
     if isinstance(partition, str):
         return Path(partition).name
     return None if isinstance(partition, Partition) else repr(partition)
+
+
+def _facts(partition: Any, facts: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the columns that record a partition."""
+    known = {name: facts[name] for name in ("fingerprint", "mean_js_distance", "samples")}
+    return {"partition_name": _name_of(partition), **known}
 
 
 def _missing(row: Mapping[str, Any], facts_of: Mapping[int, Mapping[str, Any]]) -> dict[str, Any]:

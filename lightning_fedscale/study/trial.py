@@ -139,9 +139,9 @@ class Project:
             return []
         found = list[float]()
         for client in range(self.partition.num_clients):
-            held = Subset(loader.dataset, self.partition.client(client).tolist())
-            if len(held):
-                own = DataLoader(held, batch_size=256, collate_fn=loader.collate_fn)
+            samples = Subset(loader.dataset, self.partition.client(client).tolist())
+            if len(samples):
+                own = DataLoader(samples, batch_size=256, collate_fn=loader.collate_fn)
                 found.append(_loss_in(test.validate(net, dataloaders=own, verbose=False), self.loss))
         return found
 

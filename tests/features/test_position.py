@@ -132,12 +132,12 @@ def made_for(strategy: FederatedStrategy, **changed: Any) -> MadeFor:
     ("changed", "has_verdict", "said"),
     [
         ({}, True, None),
-        ({"batch_size": 8}, True, "Besides, batch_size=4 is asked of a law that was made for"),
+        ({"batch_size": 8}, True, "may not hold for batch_size=4"),
         ({"rules": {"local_rule": "scaffold()"}}, False, "local_rule='none'"),
         ({"fingerprint": "0" * 64, "partition": "hospitals.json"}, False, "hospitals.json (00000000)"),
-        ({"rules": None}, True, "do not say their method"),
-        ({"fingerprint": None}, True, "do not say their partition: whether it holds for partition='iid'"),
-        ({"passes": (0.1, 1.0), "samples": 40}, True, "2 passes over 40 samples, where the law's runs had 1 at most"),
+        ({"rules": None}, True, "do not record their method"),
+        ({"fingerprint": None}, True, "whether it holds for partition='iid' is not known"),
+        ({"passes": (0.1, 1.0), "samples": 40}, True, "2 passes over 40 samples, and the law's runs had at most 1"),
         ({"local_steps": 5}, True, None),  # which passes over the data do not have
     ],
 )

@@ -59,12 +59,12 @@ def test_a_plan_is_that_of_the_runs(found: Fit) -> None:
 
 
 def test_another_number_of_clients_takes_a_rho(found: Fit) -> None:
-    with pytest.raises(ValueError, match=r"clients=16: all runs of this law had 8, .*pass clients=8, or rho="):
+    with pytest.raises(ValueError, match=r"clients=16: .*\b8\b.* clients=8, or rho="):
         plan(BUDGET, 16, law=found.law)
     single = fit(swept(clients=1), bootstrap=0).law
-    with pytest.raises(ValueError, match="clients=4: all runs of this law had 1"):
+    with pytest.raises(ValueError, match=r"clients=4: .* clients=1, or rho="):
         plan(BUDGET, 4, law=single)
-    here = planned(found, clients=16, rho=0.5, warned="clients=16 is asked of a law that was made for scaffold on")
+    here = planned(found, clients=16, rho=0.5, warned="may not hold for clients=16;")
     # Twice as many clients: C_eff falls by 2^0.5, as from 8 to 16.
     assert here.params == pytest.approx(TRUTH.optimal(BUDGET / 8 / 2**0.5).params, rel=0.01)
     spanned = planned(found, clients=16, rho=(0.0, 1.0), warned="clients=16")
@@ -73,7 +73,7 @@ def test_another_number_of_clients_takes_a_rho(found: Fit) -> None:
     both = pd.concat([swept(partition="iid"), swept(partition="iid", clients=4)])
     measured = fit(both.reset_index(drop=True), bootstrap=0)
     assert measured.rho is not None
-    planned(measured, clients=16, warned="clients=16 is asked of a law that was made for scaffold on partition")
+    planned(measured, clients=16, warned="may not hold for clients=16;")
     assert planned(measured, clients=4).clients == 4
     # A table that does not say its clients is taken as before: for those of one client, and rho from 0 to 1.
     assert plan(BUDGET, 4, law=fit(made().drop(columns="clients"), bootstrap=0).law).rho_low == 0
@@ -84,17 +84,17 @@ def test_another_number_of_clients_takes_a_rho(found: Fit) -> None:
     [
         (
             {"local_steps": 20},
-            "local_steps=20 is asked of a law that was made for scaffold on partition hospitals.json",
+            "fitted to runs with scaffold on partition hospitals.json",
         ),
-        ({"batch_size": 64}, "batch_size=64 is asked of a law"),
-        ({"method": "fed_avg"}, "method='fed_avg' is asked of a law"),
-        ({"partition": OTHER}, f"partition='{OTHER.fingerprint[:8]}' is asked of a law"),
-        ({"partition": "iid", "method": "fed_avg"}, "method='fed_avg' and partition='iid' are asked of a law"),
+        ({"batch_size": 64}, "may not hold for batch_size=64;"),
+        ({"method": "fed_avg"}, "may not hold for method='fed_avg';"),
+        ({"partition": OTHER}, f"may not hold for partition='{OTHER.fingerprint[:8]}';"),
+        ({"partition": "iid", "method": "fed_avg"}, "may not hold for method='fed_avg' and partition='iid';"),
     ],
 )
 def test_what_the_runs_did_not_do_is_said(found: Fit, asked: dict[str, Any], warned: str) -> None:
     here = planned(found, **asked, warned=warned)
-    assert "fedscale sweep fits one that does" in here.notes[0]
+    assert "fedscale sweep" in here.notes[0]
     assert here.local_steps == asked.get("local_steps", 5)
     assert here.batch_per_client == asked.get("batch_size", 32)
     assert here.method == asked.get("method", "scaffold")
@@ -102,10 +102,10 @@ def test_what_the_runs_did_not_do_is_said(found: Fit, asked: dict[str, Any], war
 
 def test_what_the_runs_do_not_say_is_said() -> None:
     silent = fit(made(), bootstrap=0)
-    here = planned(silent, method="fed_avg", partition="iid", warned="do not say their method or partition: whether")
+    here = planned(silent, method="fed_avg", partition="iid", warned="do not record their method or partition")
     assert (here.batch_per_client, here.rounds, here.argument, here.size) == (None, None, None, None)
     assert planned(silent, batch_size=16, local_steps=3).rounds == pytest.approx(here.tokens_per_client / 48)
-    with pytest.raises(ValueError, match="batch_size=16: Chinchilla counts tokens"):
+    with pytest.raises(ValueError, match=r"batch_size=16: .*Chinchilla counts tokens"):
         plan(1e20, batch_size=16)
 
 
@@ -113,9 +113,9 @@ def test_a_files_partition_has_clients(found: Fit, tmp_path: Path) -> None:
     EIGHT.save(tmp_path / "mine.json")
     assert planned(found, partition=tmp_path / "mine.json").clients == 8
     Partition.from_lists([[0], [1], [2]]).save(tmp_path / "three.json")
-    with pytest.raises(ValueError, match="clients=3: all runs of this law had 8"):
+    with pytest.raises(ValueError, match=r"clients=3: .* clients=8, or rho="):
         plan(BUDGET, law=found.law, partition=str(tmp_path / "three.json"))
-    with pytest.raises(ValueError, match="clients=8: the partition divides the data among 3"):
+    with pytest.raises(ValueError, match=r"clients=8: .*partition.* 3 clients"):
         plan(BUDGET, 8, law=found.law, partition=str(tmp_path / "three.json"))
 
 
@@ -152,7 +152,7 @@ def test_passes_beyond_the_runs_are_said() -> None:
     assert far.passes is not None
     assert far.passes > most
     assert (
-        f"{far.passes:.3g} passes over 10,000,000,000 samples, where the law's runs had {most:.3g} at most"
+        f"{far.passes:.3g} passes over 10,000,000,000 samples, and the law's runs had at most {most:.3g}"
         in far.notes[0]
     )
     assert planned(fit(swept(), bootstrap=0)).notes == ()
@@ -174,7 +174,7 @@ def test_a_measured_run_that_the_law_does_not_have_is_said(found: Fit) -> None:
     best = law.made_for.best[-1]
     wrong = law.made_for.__class__(clients=(8,), best=(best._replace(loss=best.loss * 1.14),))
     (note,) = plan(best.flops, law=law.replace(made_for=wrong)).notes
-    assert f"the best run measured {best.loss * 1.14:.4g}, with {best.params:,.0f} parameters" in note
+    assert f"measured {best.loss * 1.14:.4g}, with {best.params:,.0f} parameters" in note
     assert plan(best.flops * 3, law=law.replace(made_for=wrong)).notes == ()
     assert plan(best.flops, law=law).notes == ()
 
@@ -218,7 +218,7 @@ def test_the_command_keeps_to_the_law(found: Fit, capsys: pytest.CaptureFixture[
     assert json.loads(capsys.readouterr().out) == {"8": planned(found).as_dict()}
     assert cli.main(["plan", f"--flops={BUDGET}", "--partition=other.json", "--local_steps=9"]) == 0
     printed = capsys.readouterr()
-    assert printed.out.count("Note: local_steps=9 and partition='other.json'") == 1
+    assert printed.out.count("may not hold for local_steps=9 and partition='other.json'") == 1
     assert printed.err == ""
     assert cli.main(["plan", f"--flops={BUDGET}", "--clients=[8,9]"]) == 1
     assert "clients=9: all runs of this law had 8" in capsys.readouterr().err
@@ -229,11 +229,12 @@ def test_fit_takes_a_table_apart(capsys: pytest.CaptureFixture[str]) -> None:
     both.to_csv("runs.csv", index=False)
     EIGHT.save("mine.json")
     assert cli.main(["fit", "runs.csv", "--bootstrap=0"]) == 0
-    assert "Note: runs of two methods: scaffold and fed_avg; fit them apart (method=)" in capsys.readouterr().out
+    assert "two methods: scaffold and fed_avg" in capsys.readouterr().out
     line = ["fit", "runs.csv", "--bootstrap=0", "--method=fed_avg", "--partition=mine.json", "--local_steps=5"]
     assert cli.main([*line, "--batch_size=32", "--json"]) == 0
     said = json.loads(capsys.readouterr().out)
     assert (said["made_for"]["method"], said["runs"]) == ("fed_avg", 35)
     assert said["constants"]["E"] == pytest.approx(1.3 * TRUTH.E, rel=0.01)
     assert cli.main(["fit", "runs.csv", "--method=fed_prox"]) == 1
-    assert "method='fed_prox': no run is of it; there are scaffold, fed_avg" in capsys.readouterr().err
+    assert "method='fed_prox': no run" in (err := capsys.readouterr().err)
+    assert "scaffold, fed_avg" in err

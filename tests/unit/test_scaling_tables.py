@@ -127,7 +127,7 @@ def test_every_rho_says_whether_the_rate_was_tuned(runs: pd.DataFrame, tmp_path:
     assert fitted(runs).learning_rate == NOT_TOLD
     untuned = fitted(runs.assign(lr=0.1))
     assert untuned.learning_rate == NOT_TUNED
-    assert "rho at one learning rate says little" in untuned.notes[-1]
+    assert "rho was measured at one learning rate" in untuned.notes[-1]
     assert fitted(runs.assign(lr=0.1 / runs.clients)).learning_rate == AS_GIVEN
     worse = runs.assign(lr=0.2, loss=runs.loss * 1.3)
     grid = pd.concat([runs.assign(lr=0.1), worse, worse.assign(lr=0.05)], ignore_index=True)

@@ -24,8 +24,6 @@ LONG_FILES = {
     "core.executors.vectorized.executor": 610,
     "core.user_code.objects": 480,
     "core.user_code.state": 470,
-    "scaling.made_for": 420,
-    "scaling.planning": 430,
     "strategy": 620,
 }
 LARGE_CLASSES = {
@@ -42,10 +40,6 @@ LONG_FUNCTIONS = {
     "core.executors.vectorized.batched_step.SideBySide.run": 68,
     "core.options.trainer_checks.check_fit": 71,
     "partitioners.plots.plot_comparison_label_distribution": 65,
-    "scaling.fit.fit": 83,
-    "scaling.planning.plan": 97,
-    "study.study.size": 64,
-    "study.sweeping.sweep": 89,
 }
 
 Function = ast.FunctionDef | ast.AsyncFunctionDef
