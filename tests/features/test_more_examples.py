@@ -17,6 +17,12 @@ def test_examples_are_numbered_without_gaps() -> None:
     assert [int(name[:2]) for name in names] == list(range(1, len(names) + 1))
 
 
+def test_examples_are_short() -> None:
+    lines = {path.name: len(path.read_text().splitlines()) for path in EXAMPLES.glob("[0-9]*.py")}
+    assert lines.pop("02_existing_project.py") <= 90  # A whole project, before and after.
+    assert max(lines.values()) <= 60
+
+
 def assert_figure(name: str) -> None:
     assert min(imread(Path("demo_output", name)).shape[:2]) > 500
 
