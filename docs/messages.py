@@ -69,7 +69,7 @@ def _said(node: ast.AST) -> tuple[str, ast.expr] | None:
     if isinstance(made, ast.Call) and made.args:
         name = ast.unparse(made.func).rpartition(".")[2]
         if name == "NotVectorizable":
-            return "runs one by one", made.args[0]
+            return "runs sequentially", made.args[0]
         if name == "kind" or (name.endswith("Error") and name not in INTERNAL) or name == "Unfitted":
             return name.replace("kind", "error"), made.args[0]
     if isinstance(node, ast.Call) and node.args and ast.unparse(node.func).rpartition(".")[2] in WARN:

@@ -29,7 +29,7 @@ class Verdict(NamedTuple):
 
     Attributes:
         failures: laws that it breaks.
-        vectorized: whether its clients trained side by side.
+        vectorized: whether its clients trained vectorized.
         refused: whether the library refuses it, with a message.
         meaningless: why it says nothing, such as a module that no Trainer trains; None if it does.
         sequential: one client after the other.

@@ -194,7 +194,7 @@ UNSIZED = ("object", "object_in_dict", "namespace", "slots", "mapping", "packed_
 """Batches of which Lightning cannot tell how many samples they have."""
 
 
-ONE_BY_ONE = frozenset(
+NOT_VECTORIZABLE = frozenset(
     (
         "inputs:rnn",
         "inputs:gru",
@@ -255,7 +255,7 @@ ONE_BY_ONE = frozenset(
         "batch:list_of_samples",
     )
 )
-"""What clients cannot train side by side with; most recipes are drawn without, or too few would be vectorized."""
+"""What clients cannot be vectorized with; most recipes are drawn without, or too few would be vectorized."""
 
 
 def draw(seed: int, without: Collection[str] = ()) -> Recipe:
@@ -266,8 +266,8 @@ def draw(seed: int, without: Collection[str] = ()) -> Recipe:
         without: `Recipe.features` that are left out; all else stays as it was drawn.
     """
     rng = random.Random(seed)
-    side_by_side = rng.random() < 0.7
-    rarely: Collection[str] = ONE_BY_ONE if side_by_side else ()
+    vectorizable = rng.random() < 0.7
+    rarely: Collection[str] = NOT_VECTORIZABLE if vectorizable else ()
 
     def some(field: str, names: Collection[str], most: int) -> tuple[str, ...]:
         names = [name for name in names if f"{field}:{name}" not in rarely]
@@ -281,7 +281,7 @@ def draw(seed: int, without: Collection[str] = ()) -> Recipe:
         return {name: rng.choice(options[name]) for name in taken}
 
     states = some("states", READ, 2) if rng.random() < 0.6 else ()
-    if not side_by_side:
+    if not vectorizable:
         states += some("states", WRITTEN, 1) if rng.random() < 0.5 else ()
         states += some("states", TENSORS_WRITTEN, 1) if rng.random() < 0.3 else ()
     precision = rng.choice(PRECISIONS)
@@ -297,7 +297,7 @@ def draw(seed: int, without: Collection[str] = ()) -> Recipe:
             states=states,
             logs=some("logs", LOGS, 3),
             loss=one("loss", LOSSES) if rng.random() < 0.5 else "entropy",
-            hooks=() if side_by_side else some("hooks", HOOKS, 2),
+            hooks=() if vectorizable else some("hooks", HOOKS, 2),
             batch=one("batch", FORMS) if rng.random() < 0.6 else rng.choice(("tuple", "cut", "cut")),
             noisy=rng.random() < 0.15,
             samples=rng.choice((36, 41, 50)),

@@ -42,7 +42,7 @@ class Outcome:
         logged: the Trainer's metrics after each epoch.
         records: what the strategy tells of every round.
         drawn: the next numbers of the global generators.
-        vectorized: whether clients trained side by side to the end.
+        vectorized: whether clients trained vectorized to the end.
         error: what ended the training, None if nothing did.
         refused: whether the error is one of the library's own messages.
         where: the last lines of the error's traceback.

@@ -72,9 +72,9 @@ def test_two_devices_equal_one() -> None:
 @pytest.mark.parametrize("options", [{}, {"cache_dataset": False}, {"clients_per_wave": 2}], ids=str)
 def test_the_executor_does_not_matter(client_optimizer: str, options: dict[str, object]) -> None:
     options = {"client_optimizer": client_optimizer, **options}
-    side_by_side = weights(**options, executor="vectorized")
-    assert reference.difference(side_by_side, weights(**options)) < 1e-4
-    assert reference.difference(side_by_side, weights(**options, executor="vectorized")) == 0.0
+    vectorized = weights(**options, executor="vectorized")
+    assert reference.difference(vectorized, weights(**options)) < 1e-4
+    assert reference.difference(vectorized, weights(**options, executor="vectorized")) == 0.0
 
 
 @pytest.mark.parametrize("workers", [0, 2])

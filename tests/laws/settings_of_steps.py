@@ -1,4 +1,4 @@
-"""A module of values that `test_recordings` has training steps read, and changes from outside."""
+"""A module of values that `test_captured_steps` has training steps read, and changes from outside."""
 
 import types
 

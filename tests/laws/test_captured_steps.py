@@ -300,9 +300,9 @@ OPTIONS: dict[str, Any] = {"rounds": 2 * HALF_WAY, "clients_per_round": 3, "part
 def captured_steps_of(run: Run) -> Any:
     federation = run.strategy._federation
     assert federation is not None
-    side = federation.fit.executor._vectorized._side
-    assert side is not None
-    return side.captured
+    step = federation.fit.executor._vectorized._batched_step
+    assert step is not None
+    return step.captured
 
 
 @functools.cache

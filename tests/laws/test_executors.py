@@ -312,10 +312,10 @@ class Annealed(Net):
 def test_recorded_steps_equal_others_and_follow_attributes() -> None:
     options = {"rounds": 30, "partition": reference.equal_clients(4, 24), "clients_per_round": 4}
     vectorized, sequential = both(lambda: Annealed(dropout=0.2), **options)
-    side = vectorized.strategy._federation.fit.executor._vectorized._side  # type: ignore[union-attr]
-    assert side is not None
-    assert side.recordings.forgotten == 1
-    assert side.recordings.made == 2
+    step = vectorized.strategy._federation.fit.executor._vectorized._batched_step  # type: ignore[union-attr]
+    assert step is not None
+    assert step.captured.forgotten == 1
+    assert step.captured.made == 2
     assert_alike(vectorized, sequential, rtol=1e-6)
 
 
@@ -594,7 +594,7 @@ def test_auto_decides_after_the_first_round_and_remembers(
     assert not [record for record in caplog.records if record.message.startswith("Executor:")]
 
 
-def test_the_rehearsal_leaves_nothing_behind() -> None:
+def test_the_dry_run_leaves_nothing_behind() -> None:
     """The first round under "auto" is a sequential one to the bit, whatever was tried before."""
     make = lambda: Metrics(OPTIMIZERS["adam"], dropout=0.3, batch_norm=True)  # noqa: E731
     partition = Partition.from_lists([range(i * 20, i * 20 + 5 + 2 * i) for i in range(7)])

@@ -475,7 +475,7 @@ def test_a_run_that_gave_up_is_resumed_as_it_went_on(tmp_path: Path) -> None:
     FirstOnly.lies = True
     whole, half = (Run("vectorized", Believer, rounds=rounds, **options) for rounds in (4, 2))
     half.trainer.save_checkpoint(tmp_path / "half.ckpt")
-    FirstOnly.lies = False  # so that a new rehearsal would find nothing
+    FirstOnly.lies = False  # so that a new dry run would find nothing
     resumed = Run("vectorized", Believer, rounds=4, ckpt_path=str(tmp_path / "half.ckpt"), **options)
     assert resumed.kind == "sequential"
     torch.testing.assert_close(resumed.state, whole.state, rtol=0, atol=0)

@@ -37,7 +37,7 @@ LARGE_CLASSES = {
     "strategy.FederatedStrategy": 49,  # overrides hooks of Lightning, of which there are that many
 }
 LONG_FUNCTIONS = {
-    "core.executors.vectorized.batched_step.SideBySide.run": 68,
+    "core.executors.vectorized.batched_step.BatchedStep.run": 68,
     "core.options.trainer_checks.check_fit": 71,
     "partitioners.plots.plot_comparison_label_distribution": 65,
 }

@@ -105,7 +105,7 @@ def test_every_client_finds_its_own_batch_in_its_own_type(kind: str) -> None:
     values = [torch.full((3,), float(client + 1)) for client in range(4)]
     batches = [make(value) for value in values]
     parts = [opened(batch) for batch in batches]
-    assert len({part.form for part in parts}) == 1
+    assert len({part.signature for part in parts}) == 1
     whole = stacked(parts)
     for row, value in enumerate(values):
         batch = whole.close([tensor[row] for tensor in whole.tensors])
@@ -140,7 +140,7 @@ def test_a_closed_batch_is_nobody_elses() -> None:
 )  # fmt: skip
 def test_an_unequal_leaf_is_never_merged(one: object, other: object) -> None:
     batches = [opened({"x": torch.ones(2), "rest": [leaf]}) for leaf in (one, other)]
-    if batches[0].form == batches[1].form:
+    if batches[0].signature == batches[1].signature:
         with pytest.raises(NotVectorizable, match=r"batch\['rest'\]\[0\] is no tensor and differs between clients"):
             stacked(batches)
     assert batches[0].guard() != batches[1].guard()
@@ -152,7 +152,7 @@ def test_not_a_number_is_itself() -> None:
 
 @pytest.mark.parametrize("other", [[torch.ones(3)], [torch.ones(2).double()], (torch.ones(2),), [torch.ones(2), 1]])
 def test_other_shapes_types_and_lengths_are_another_form(other: Any) -> None:
-    assert opened(other).form != opened([torch.ones(2)]).form
+    assert opened(other).signature != opened([torch.ones(2)]).signature
 
 
 class Sub(Tensor):

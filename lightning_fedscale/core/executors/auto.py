@@ -89,7 +89,7 @@ class ExecutorChoice:
         elif self.kind != "vectorized":
             yield from self._sequential.run(context)
         elif not context.training:
-            yield from self._vectorized.one_by_one(context.restarted(None))
+            yield from self._vectorized.run_sequentially(context.restarted(None))
         else:
             yield from self._vectorized.run(context)
             self.slots = self._vectorized.slots
@@ -105,7 +105,7 @@ class ExecutorChoice:
         vectorized = self.kind == "vectorized"
         context = context.restarted(self._vectorized.order(context.work) if vectorized else None)
         # If the round began vectorized, nobody kept the global generators.
-        yield from (self._vectorized.run if vectorized else self._vectorized.one_by_one)(context)
+        yield from (self._vectorized.run if vectorized else self._vectorized.run_sequentially)(context)
 
     def scaler_state(self) -> tuple[float, float]:
         """See `SequentialExecutor.scaler_state`."""

@@ -15,7 +15,7 @@ class ClientMeter(Protocol):
     def batch(self, batch: Any, samples: int, *, training: bool = True) -> AbstractContextManager[Any]:
         """Measure a batch of the client inside the context; ``training`` is False for only a forward pass."""
 
-    def add(self, form: BatchSignature, samples: int) -> None:
+    def add(self, signature: BatchSignature, samples: int) -> None:
         """Add the cost of a vectorized batch with this batch signature."""
 
     def again(self, batch: Any, samples: int) -> AbstractContextManager[Any]:
@@ -34,7 +34,7 @@ class Meter(Protocol):
     def alone(self, batch: Any, samples: int) -> AbstractContextManager[Any]:
         """Measure a batch that runs alone inside the context, as the cost of such batches when they are vectorized."""
 
-    def wants(self, form: BatchSignature, samples: int) -> bool:
+    def wants(self, signature: BatchSignature, samples: int) -> bool:
         """Return whether the cost of such batches is unknown."""
 
     def optimizer_step(self, clients: int) -> AbstractContextManager[Any]:

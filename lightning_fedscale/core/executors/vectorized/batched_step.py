@@ -41,7 +41,7 @@ class Logged(NamedTuple):
 
 
 class StepResult(NamedTuple):
-    """The result of `SideBySide.run`, with one row for each client.
+    """The result of `BatchedStep.run`, with one row for each client.
 
     Attributes:
         losses: the losses; None if ``training_step`` returned none.
@@ -56,7 +56,7 @@ class StepResult(NamedTuple):
     logged: list[Logged]
 
 
-class SideBySide:
+class BatchedStep:
     """Runs one local batch of several clients at once: forward and backward pass under `torch.func.vmap`.
 
     The gradient is taken inside vmap, for each client: some operators (such as an embedding with ``padding_idx``)
@@ -126,8 +126,8 @@ class SideBySide:
             share: factor of the loss in the gradient.
         """
         tensors = batch.tensors
-        form = self._form(len(clients), batch, share)
-        if (captured := self.captured.find(form)) is not None:
+        key = self._key(len(clients), batch, share)
+        if (captured := self.captured.find(key)) is not None:
             with self._trainer.precision_plugin.train_step_context():
                 result: StepResult = captured(parameters, buffers, tensors, streams, clients)
             return result
@@ -167,7 +167,7 @@ class SideBySide:
 
         self.ran_python = True
         self.about_to_run_python()
-        reads, before = (Reads(), streams.copy()) if self.captured.is_due(form) else (None, None)
+        reads, before = (Reads(), streams.copy()) if self.captured.is_due(key) else (None, None)
         with self._trainer.precision_plugin.train_step_context(), _batched_kernels(parameters[0].device):
             with nullcontext() if reads is None else reads.watching():
                 if self._draws is False:
@@ -180,7 +180,7 @@ class SideBySide:
                 given = [*(p.detach() for p in parameters), *buffers, *tensors]
                 counts = [len(parameters), len(buffers), len(tensors)]
                 capture = partial(self._capture, everyone, results, notes, given, counts, before, clients)
-                self.captured.add(form, capture, reads)
+                self.captured.add(key, capture, reads)
         return _result_of(results, notes)
 
     def _capture(
@@ -236,7 +236,7 @@ class SideBySide:
 
         return replay
 
-    def _form(self, width: int, batch: Opened, share: float) -> Any:
+    def _key(self, width: int, batch: Opened, share: float) -> Any:
         """Return everything besides the module on which a captured step depends; None if it cannot be compared."""
         guard = batch.guard()
         return None if guard is None else (width, share, guard)
@@ -360,7 +360,7 @@ def _same_bits(left: Tensor | None, right: Tensor | None) -> bool:
 class _ForEachClient:
     """A metric's method that is called for each client in turn if given values of many clients."""
 
-    def __init__(self, owner: SideBySide, method: Callable[..., Any]) -> None:
+    def __init__(self, owner: BatchedStep, method: Callable[..., Any]) -> None:
         self._owner = owner
         self._method = method
 

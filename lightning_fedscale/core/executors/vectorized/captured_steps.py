@@ -13,7 +13,7 @@ from lightning_fedscale.core.user_code.state import PythonState
 # Capturing costs about as much as this many steps.
 _CAPTURE_AT = 20
 _FORGOTTEN_TOO_OFTEN = 3
-_FORMS = 64
+_MOST_KEYS = 64
 
 
 class CapturedSteps:
@@ -62,29 +62,29 @@ class CapturedSteps:
         """Note that some Python code has run since the wave began, so that captured steps must be checked again."""
         self._suspect = True
 
-    def find(self, form: Any) -> Callable[..., Any] | None:
+    def find(self, key: Any) -> Callable[..., Any] | None:
         """Return the valid captured step of a signature; None if there is none."""
-        if form in self._steps and self._suspect:
+        if key in self._steps and self._suspect:
             self._suspect = False
             if self._state is None or self._state.again() != self._state or not self._guard.holds():
                 self._forget()
-        return self._steps.get(form)
+        return self._steps.get(key)
 
-    def is_due(self, form: Any) -> bool:
+    def is_due(self, key: Any) -> bool:
         """Count a step that is about to run in Python; return whether it should be captured."""
         self._suspect = True
-        if form is None or self.reason is not None:
+        if key is None or self.reason is not None:
             return False
-        if len(self._uses) >= _FORMS and form not in self._uses:  # signatures that do not recur
+        if len(self._uses) >= _MOST_KEYS and key not in self._uses:  # signatures that do not recur
             self._steps, self._uses = {}, {}
-        self._uses[form] = uses = self._uses.get(form, 0) + 1
+        self._uses[key] = uses = self._uses.get(key, 0) + 1
         return uses == self.capture_at
 
-    def add(self, form: Any, capture: Callable[[], Callable[..., Any]], reads: Reads) -> None:
+    def add(self, key: Any, capture: Callable[[], Callable[..., Any]], reads: Reads) -> None:
         """Capture a step that ran while its reads were noted.
 
         Args:
-            form: everything on which it depends besides Python's reads.
+            key: everything on which it depends besides Python's reads.
             capture: returns its replay, or raises an error if the replay is not bit-identical.
             reads: the reads of its Python code.
         """
@@ -97,7 +97,7 @@ class CapturedSteps:
             step = capture()
             if not self._guard.holds():
                 raise Unguarded("it changes what it reads")
-            self._steps[form] = step
+            self._steps[key] = step
             self.made += 1
         except Exception as error:
             self.stop(str(error) or type(error).__name__)

@@ -30,7 +30,7 @@ from lightning_fedscale.core.executors.sequential import (
 )
 from lightning_fedscale.core.executors.shared_tensors import SharedTensors
 from lightning_fedscale.core.executors.transfer import Transfer
-from lightning_fedscale.core.executors.vectorized.batched_step import Logged, SideBySide, StepResult
+from lightning_fedscale.core.executors.vectorized.batched_step import BatchedStep, Logged, StepResult
 from lightning_fedscale.core.executors.vectorized.clipping import clip_of
 from lightning_fedscale.core.executors.vectorized.eligibility import Surroundings, explained, reason_not_vectorizable
 from lightning_fedscale.core.executors.vectorized.proof import Proofs, difference, is_close, step_alone, tolerance_of
@@ -53,7 +53,7 @@ from lightning_fedscale.utils.memory import free_memory
 # Copies of the model per client: its model, gradients and optimizer state, and as much again for temporary tensors.
 _COPIES = 6
 _SHARE_OF_MEMORY = 0.5
-_REHEARSED = 3  # clients of a dry run, which has at most one step more
+_DRY_RUN_CLIENTS = 3  # clients of a dry run, which has at most one step more
 
 
 class _Group(NamedTuple):
@@ -65,7 +65,7 @@ class _Group(NamedTuple):
     samples: list[int]
     batch_size: int  # as Lightning would read it off each batch
 
-    def form(self) -> BatchSignature:
+    def signature(self) -> BatchSignature:
         """Return the batch signature, which all the batches share."""
         return signature_of(self.batch.close(self.batch.tensors)).without_rows().anonymous()
 
@@ -152,7 +152,7 @@ class VectorizedExecutor:
         self._transfer = transfer
         self._width = clients_per_wave
         self._wave = Wave(trainer.optimizers[0])
-        self._side: SideBySide | None = None
+        self._batched_step: BatchedStep | None = None
         self._proofs = Proofs(while_training=verify)
         self._state: PythonState | None = None
         self._seconds_alone = 0.0  # of a wave's time, for the sequential steps of comparisons
@@ -182,7 +182,7 @@ class VectorizedExecutor:
         planned = self._width or len(context.work)
         self._prepare(context)
         if self.reason is not None:
-            yield from self.one_by_one(context.restarted(None))
+            yield from self.run_sequentially(context.restarted(None))
             return
         if min(planned, len(context.work)) > (self._width or planned):
             context = context.restarted(self.order(context.work))
@@ -203,7 +203,9 @@ class VectorizedExecutor:
             if len(wave) == 1:
                 self._count(wave, len(wave[0].batches))
                 alone = context._replace(work=wave)
-                yield from self.one_by_one(alone.restarted(None) if self._cuts_itself(context) else alone, positions)
+                yield from self.run_sequentially(
+                    alone.restarted(None) if self._cuts_itself(context) else alone, positions
+                )
             else:
                 self._proofs.choose(wave[0].seed % len(wave))
                 attempt = self._attempt(context, wave)
@@ -213,18 +215,20 @@ class VectorizedExecutor:
                     continue
                 if attempt.trained is None:
                     self.reason = attempt.reason
-                    yield from self.one_by_one(context.restarted(None), positions)
+                    yield from self.run_sequentially(context.restarted(None), positions)
                     return
                 self._proofs.close_wave()
-                if self._side is not None and self._side.captured.made > self._captured:
-                    self._captured = self._side.captured.made
+                if self._batched_step is not None and self._batched_step.captured.made > self._captured:
+                    self._captured = self._batched_step.captured.made
                     self._proofs.demand()
                 yield from self._updates(context, wave, attempt.trained)
                 self._report(attempt.trained.notes, wave, positions)
             rest = [work for work in context.work if work.client not in done]
             context = context._replace(work=rest, randomness=None, first=None)
 
-    def one_by_one(self, context: RoundContext, positions: Mapping[int, int] | None = None) -> Iterator[ClientUpdate]:
+    def run_sequentially(
+        self, context: RoundContext, positions: Mapping[int, int] | None = None
+    ) -> Iterator[ClientUpdate]:
         """Train with the sequential executor, and restore the global generators afterwards."""
         outside = randomness.capture(self._device)
         try:
@@ -239,7 +243,7 @@ class VectorizedExecutor:
         if self._proofs.due:
             self._state = PythonState(self._module, places_of(self._module))
         metrics, state = MetricStates(self._module), self._state_now()
-        side, around = self._side_of(context.shared, state), Surroundings(self._module, self._device)
+        step, around = self._batched_step_of(context.shared, state), Surroundings(self._module, self._device)
         if self._proofs.due:  # then large tensors must be equal in every element, too
             state = state.exactly()
         try:
@@ -247,8 +251,8 @@ class VectorizedExecutor:
                 raise NotVectorizable(
                     f"training_step can reach a {state.iterators[0]}, which cannot be put back to where it was"
                 )
-            trained = self._train(context, wave, side, around)
-            if side.ran_python:
+            trained = self._train(context, wave, step, around)
+            if step.ran_python:
                 around.check()
                 if (changed := state.difference(state.again())) is not None:
                     raise NotVectorizable(
@@ -284,17 +288,17 @@ class VectorizedExecutor:
             self.reason = f"a local batch takes {self._step_seconds:.1f} s, so there is little overhead to share"
         if self.reason is not None:
             return None
-        side = self._side_of(context.shared, self._state_now())
-        side.captured.capture_at, usual = 1, side.captured.capture_at
+        step = self._batched_step_of(context.shared, self._state_now())
+        step.captured.capture_at, usual = 1, step.captured.capture_at
         wave = [context.work[i] for i in self._next_wave(context.work)]
-        while (first := self._rehearse(context, wave, steps)).out_of_memory:
+        while (first := self._dry_run(context, wave, steps)).out_of_memory:
             self._width = len(wave) // 2
             wave = [context.work[i] for i in self._next_wave(context.work)]
-        side.captured.capture_at = usual
+        step.captured.capture_at = usual
         if first.trained is None:
             self.reason = first.reason
             return None
-        again = self._rehearse(context, wave, steps).trained
+        again = self._dry_run(context, wave, steps).trained
         return None if again is None else again.seconds / sum(again.steps)
 
     def _prepare(self, context: RoundContext) -> None:
@@ -305,9 +309,9 @@ class VectorizedExecutor:
         self.reason = reason_not_vectorizable(self._trainer)
         if self.reason is not None:
             return
-        some = _alike(context.work)[:_REHEARSED]
+        some = _alike(context.work)[:_DRY_RUN_CLIENTS]
         with self._proofs.of_everything() as saved:
-            while (attempt := self._rehearse(context, some, self._rehearsed_steps())).out_of_memory:
+            while (attempt := self._dry_run(context, some, self._dry_run_steps())).out_of_memory:
                 some.pop()
         if attempt.trained is None:
             self.reason = attempt.reason
@@ -321,11 +325,11 @@ class VectorizedExecutor:
             )
             self._width = max(1, int(free_memory(self._device) * share / each))
 
-    def _rehearsed_steps(self) -> int:
+    def _dry_run_steps(self) -> int:
         """Return a number of steps after which the clients' models differ, within a limit."""
-        return min(self._trainer.accumulate_grad_batches, _REHEARSED) + 1
+        return min(self._trainer.accumulate_grad_batches, _DRY_RUN_CLIENTS) + 1
 
-    def _rehearse(self, context: RoundContext, wave: list[LocalWork], steps: int) -> _Attempt:
+    def _dry_run(self, context: RoundContext, wave: list[LocalWork], steps: int) -> _Attempt:
         """Dry-run the first steps of some clients; a client with fewer batches repeats them."""
         wave = [work._replace(batches=list(islice(cycle(work.batches), steps))) for work in wave]
         order = [work.batches[i] for i in range(steps) for work in wave if i < len(work.batches)]
@@ -345,11 +349,11 @@ class VectorizedExecutor:
 
     # ---- a wave
 
-    def _train(self, context: RoundContext, wave: list[LocalWork], side: SideBySide, around: Surroundings) -> _Trained:
+    def _train(self, context: RoundContext, wave: list[LocalWork], step: BatchedStep, around: Surroundings) -> _Trained:
         self._seconds_alone = 0.0
         width = len(wave)
         lengths = [len(work.batches) for work in wave]
-        side.ran_python, side.about_to_run_python = False, around.note
+        step.ran_python, step.about_to_run_python = False, around.note
         states = [self._start_of(work.client) for work in wave]
         self._starts = [_start(context.pipeline, work.client) for work in wave] if context.pipeline is not None else []
         started = time.perf_counter()  # excludes, in both executors, what rules compute before the first step
@@ -369,7 +373,7 @@ class VectorizedExecutor:
                 rows = group.rows
                 parameters = self._wave.parameters(rows)
                 last = [batch_idx + 1 == lengths[row] for row in rows.indices]
-                result = self._step(context, side, group, batch_idx, last, streams, around)
+                result = self._step(context, step, group, batch_idx, last, streams, around)
                 self._wave.set_buffers(rows, result.buffers)
                 due = [r for r in rows.indices if (batch_idx + 1) % every == 0 or batch_idx + 1 == lengths[r]]
                 if every > 1:
@@ -391,9 +395,9 @@ class VectorizedExecutor:
                 if result.logged:
                     notes.append(_Note(result.logged, rows, batch_idx, group.batch_size))
                 if tallies:
-                    form = group.form()
+                    signature = group.signature()
                     for row, size in zip(rows.indices, group.samples, strict=True):
-                        tallies[row].add(form, size)
+                        tallies[row].add(signature, size)
             self._watcher.client_stepped(sum(length <= batch_idx for length in lengths), None)
         self._count(wave, sum(steps))
         means = [total / weight if weight else math.nan for total, weight in zip(losses.tolist(), weights, strict=True)]
@@ -403,7 +407,7 @@ class VectorizedExecutor:
     def _step(
         self,
         context: RoundContext,
-        side: SideBySide,
+        step: BatchedStep,
         group: _Group,
         batch_idx: int,
         last: list[bool],
@@ -419,11 +423,11 @@ class VectorizedExecutor:
         parameters, buffers = self._wave.parameters(rows), self._wave.buffers(rows)
         progress: Any = self._trainer.fit_loop.epoch_loop.batch_progress
         progress.is_last_batch = together = last[0] if len(set(last)) == 1 else _Unequal()
-        watched = self._proofs.watched(rows.indices, group.batch.form, batch_idx)
-        if not watched and context.meter is not None and context.meter.wants(group.form(), group.samples[0]):
+        watched = self._proofs.watched(rows.indices, group.batch.signature, batch_idx)
+        if not watched and context.meter is not None and context.meter.wants(group.signature(), group.samples[0]):
             watched = [0]  # its cost is measured in a sequential step
         if not watched:
-            return side.run(parameters, buffers, group.batch, batch_idx, rows.indices, streams, share=share)
+            return step.run(parameters, buffers, group.batch, batch_idx, rows.indices, streams, share=share)
         started, before, alone = time.perf_counter(), MetricStates(self._module), dict[int, StepResult]()
         around.note()
         for i in watched:
@@ -433,13 +437,13 @@ class VectorizedExecutor:
             metered = nullcontext() if context.meter is None else context.meter.alone(batch, group.samples[i])
             with streams.copy().of(rows.indices[i]), self._proofs.measuring(), metered:
                 alone[i] = step_alone(self._trainer, shared, *own, batch, batch_idx, share)
-        side.captured.suspect()
+        step.captured.suspect()
         progress.is_last_batch = together
         expected = MetricStates(self._module)
         before.restore()
         around.note()
         self._seconds_alone += time.perf_counter() - started
-        result = side.run(parameters, buffers, group.batch, batch_idx, rows.indices, streams, share=share)
+        result = step.run(parameters, buffers, group.batch, batch_idx, rows.indices, streams, share=share)
         around.check()
         started, tolerance = time.perf_counter(), tolerance_of(self._trainer, shared)
         for i, each in alone.items():
@@ -464,21 +468,21 @@ class VectorizedExecutor:
         self._state = PythonState(self._module) if self._state is None else self._state.again()
         return self._state
 
-    def _side_of(self, shared: SharedTensors, state: PythonState) -> SideBySide:
+    def _batched_step_of(self, shared: SharedTensors, state: PythonState) -> BatchedStep:
         """Return the batched step; captured steps are dropped if the Python state that they read has changed."""
-        if self._side is None or not self._side.is_of(shared):
-            if self._side is not None:
+        if self._batched_step is None or not self._batched_step.is_of(shared):
+            if self._batched_step is not None:
                 self._proofs.demand()
-            self._side = SideBySide(self._trainer, shared)
-        if self._side.captured.open_wave(state):
+            self._batched_step = BatchedStep(self._trainer, shared)
+        if self._batched_step.captured.open_wave(state):
             self._proofs.demand()
-        return self._side
+        return self._batched_step
 
     def close(self) -> None:
         """Release the captured steps and the module's Python state at the end of the run."""
         self._state = None
-        if self._side is not None:
-            self._side.captured.close()
+        if self._batched_step is not None:
+            self._batched_step.captured.close()
 
     def _cuts_itself(self, context: RoundContext) -> bool:
         """Return whether batches are cut from cached data for many clients at once rather than taken one by one."""
@@ -512,10 +516,10 @@ class VectorizedExecutor:
                 if batch_idx or wave[row] is not context.first:
                     # The first batch of a round was already transferred, in the Trainer's own loop.
                     batch = self._transfer(batch)
-            if self._side is not None:
-                self._side.captured.suspect()  # the loader and the transfer hooks are user code
+            if self._batched_step is not None:
+                self._batched_step.captured.suspect()  # the loader and the transfer hooks are user code
             parts = opened(batch)
-            members, batches, each = found.setdefault(parts.form, ([], [], []))
+            members, batches, each = found.setdefault(parts.signature, ([], [], []))
             members.append(row)
             batches.append(batch)
             each.append(parts)

@@ -40,7 +40,7 @@ _TOLERANCES: Final = {
     torch.float16: Tolerance(2e-2, 4e-3),
     torch.bfloat16: Tolerance(1e-1, 3e-2),
 }
-_FORMS: Final = 64  # batch signatures that are compared on their first appearance
+_MOST_SIGNATURES: Final = 64  # batch signatures that are compared on their first appearance
 _ROUNDED_PRODUCTS: Final = Tolerance(1e-2, 1e-3)  # float32 whose matrix products a GPU may round to TF32
 
 
@@ -58,7 +58,7 @@ class Proofs:
     def __init__(self, *, while_training: bool) -> None:
         self._while_training = while_training
         self._fresh = True
-        self._forms: set[Any] = set()
+        self._signatures: set[Any] = set()
         self._everything = False
         self._chosen: int | None = None
         self._steps: float = 0.0
@@ -104,18 +104,18 @@ class Proofs:
         """Mark the comparisons that were due as done."""
         self._steps = 0.0
 
-    def watched(self, rows: Sequence[int], form: Any, batch_idx: int) -> list[int]:
+    def watched(self, rows: Sequence[int], signature: Any, batch_idx: int) -> list[int]:
         """Return the clients that are compared in this step, by their place in ``rows``."""
         if self._everything:
-            self._forms.add(form)
+            self._signatures.add(signature)
             return list(range(len(rows)))
         if not self._while_training:
             return []
         if self._chosen in rows and batch_idx < self._steps:
-            self._forms.add(form)
+            self._signatures.add(signature)
             return [rows.index(self._chosen)]
-        if form not in self._forms and len(self._forms) < _FORMS:
-            self._forms.add(form)
+        if signature not in self._signatures and len(self._signatures) < _MOST_SIGNATURES:
+            self._signatures.add(signature)
             return [0]
         return []
 

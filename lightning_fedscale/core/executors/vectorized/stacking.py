@@ -40,20 +40,19 @@ class Opened(NamedTuple):
 
     Attributes:
         tensors: the tensors in it, each once.
-        form: the batch signature: types, keys and nesting of everything, and shape, type and device of the tensors; it
-            is hashable.
+        signature: the types, keys and nesting of everything, and shape, type and device of the tensors; it is hashable.
         rest: the values other than tensors, each with its place in the batch.
         close: rebuilds the batch, in its own types, with other tensors.
     """
 
     tensors: list[Tensor]
-    form: Any
+    signature: Any
     rest: list[tuple[str, Any]]
     close: Callable[[Sequence[Tensor]], Any]
 
     def guard(self) -> Any:
         """Return everything besides the tensors' values on which a step may depend; None if it cannot be compared."""
-        guard = self.form, tuple((type(value), _comparable(value)) for _, value in self.rest)
+        guard = self.signature, tuple((type(value), _comparable(value)) for _, value in self.rest)
         try:
             hash(guard)
         except TypeError:
@@ -79,11 +78,11 @@ def opened(batch: Any) -> Opened:
     kind = type(batch)
     if (kind is list or kind is tuple) and batch and _all_plain(batch):
         # A fast path for the usual batch, with the same result, since there may be one for each client and step.
-        forms = [(tensor.shape, tensor.dtype, tensor.device) for tensor in batch]
-        return Opened(list(batch), (kind, repr(None), *forms), [], kind)
+        signatures = [(tensor.shape, tensor.dtype, tensor.device) for tensor in batch]
+        return Opened(list(batch), (kind, repr(None), *signatures), [], kind)
     opening = _Opening()
-    build, form = opening.open(batch, "batch")
-    return Opened(opening.tensors, form, opening.rest, lambda tensors: build(tensors, {}))
+    build, signature = opening.open(batch, "batch")
+    return Opened(opening.tensors, signature, opening.rest, lambda tensors: build(tensors, {}))
 
 
 def stacked(batches: Sequence[Opened]) -> Opened:
@@ -131,7 +130,7 @@ class _Opening:
         if key in self._within:
             raise NotVectorizable(f"{place} contains itself")
         self._within.add(key)
-        build, form = self._open_tensor(value, place) if isinstance(value, Tensor) else self._open(value, place)
+        build, signature = self._open_tensor(value, place) if isinstance(value, Tensor) else self._open(value, place)
 
         def once(tensors: Sequence[Tensor], made: dict[int, Any]) -> Any:
             if key not in made:
@@ -139,7 +138,7 @@ class _Opening:
             return made[key]
 
         self._met[key] = once, value
-        return once, form
+        return once, signature
 
     def _open_tensor(self, value: Tensor, place: str) -> tuple[_Build, Any]:
         if type(value) is not Tensor or vars(value):
@@ -155,8 +154,8 @@ class _Opening:
     def _open(self, value: Any, place: str) -> tuple[_Build, Any]:
         kind = type(value)
         if kind is types.MappingProxyType:
-            build, form = self.open(dict(value), place)
-            return lambda tensors, made: types.MappingProxyType(build(tensors, made)), (kind, form)
+            build, signature = self.open(dict(value), place)
+            return lambda tensors, made: types.MappingProxyType(build(tensors, made)), (kind, signature)
         if kind is set or kind is frozenset:
             if not all(map(_is_atom, value)):
                 raise NotVectorizable(f"{place} is a {kind.__name__} of more than numbers and texts")
@@ -172,9 +171,9 @@ class _Opening:
         node = _pytree.SUPPORTED_NODES[kind]
         children, context = node.flatten_fn(value)
         self.rest.append((place, context))
-        builds, forms = self._each([(f"{place}.{i}", child) for i, child in enumerate(children)])
+        builds, signatures = self._each([(f"{place}.{i}", child) for i, child in enumerate(children)])
         return lambda tensors, made: node.unflatten_fn([build(tensors, made) for build in builds], context), (
-            kind, *forms,
+            kind, *signatures,
         )  # fmt: skip
 
     def _open_object(self, value: Any, place: str) -> tuple[_Build, Any]:
@@ -195,7 +194,7 @@ class _Opening:
             members = [(f"{place}[{i}]", member) for i, member in enumerate(base.__iter__(value))]
         if not all(_is_atom(key) or isinstance(key, tuple) for key in keys):
             raise NotVectorizable(f"{place} has keys that are neither numbers nor texts")
-        builds, forms = self._each([*members, *((f"{place}.{name}", each) for name, each in attributes.items())])
+        builds, signatures = self._each([*members, *((f"{place}.{name}", each) for name, each in attributes.items())])
         options = _options_of(base, value)
 
         def build(tensors: Sequence[Tensor], made: dict[int, Any]) -> Any:
@@ -205,11 +204,11 @@ class _Opening:
                 object.__setattr__(new, name, next(values))
             return new
 
-        return build, (kind, *((type(key), key) for key in keys), *attributes, repr(options), *forms)
+        return build, (kind, *((type(key), key) for key in keys), *attributes, repr(options), *signatures)
 
     def _each(self, members: Sequence[tuple[str, Any]]) -> tuple[list[_Build], list[Any]]:
         found = [self.open(member, place) for place, member in members]
-        return [build for build, _ in found], [form for _, form in found]
+        return [build for build, _ in found], [signature for _, signature in found]
 
 
 def _new(base: Any, kind: Any, keys: Sequence[Any], members: list[Any], options: Any) -> Any:
