@@ -162,7 +162,7 @@ class VectorizedExecutor:
         self._starts: list[ClientStart] = []
         self._shown = any(hasattr(each, "on_client_end") for each in listeners(trainer))
         self.reason: str | None = None
-        self.slots = self.steps = 0
+        self.slots = 0
 
     # ---- a round
 
@@ -186,7 +186,7 @@ class VectorizedExecutor:
             return
         if min(planned, len(context.work)) > (self._width or planned):
             context = context.restarted(self.order(context.work))
-        self.slots = self.steps = 0
+        self.slots = 0
         positions = dict(
             zip(
                 [work.client for work in context.work],
@@ -201,7 +201,7 @@ class VectorizedExecutor:
             wave = [context.work[i] for i in self._next_wave(context.work)]
             done = {work.client for work in wave}
             if len(wave) == 1:
-                self._count(wave, len(wave[0].batches))
+                self.slots += len(wave[0].batches)
                 alone = context._replace(work=wave)
                 yield from self.run_sequentially(
                     alone.restarted(None) if self._cuts_itself(context) else alone, positions
@@ -334,10 +334,10 @@ class VectorizedExecutor:
         wave = [work._replace(batches=list(islice(cycle(work.batches), steps))) for work in wave]
         order = [work.batches[i] for i in range(steps) for work in wave if i < len(work.batches)]
         context = context._replace(work=wave, batches=map(context.fetch, order), randomness=None, first=None)
-        metrics, counted = MetricStates(self._module), (self.slots, self.steps)
+        metrics, slots = MetricStates(self._module), self.slots
         attempt = self._attempt(context, wave)
         metrics.restore()
-        self.slots, self.steps = counted
+        self.slots = slots
         return attempt
 
     def _next_wave(self, work: Sequence[LocalWork]) -> list[int]:
@@ -399,7 +399,7 @@ class VectorizedExecutor:
                     for row, size in zip(rows.indices, group.samples, strict=True):
                         tallies[row].add(signature, size)
             self._watcher.client_stepped(sum(length <= batch_idx for length in lengths), None)
-        self._count(wave, sum(steps))
+        self.slots += width * lengths[0]
         means = [total / weight if weight else math.nan for total, weight in zip(losses.tolist(), weights, strict=True)]
         seconds = time.perf_counter() - started - self._seconds_alone
         return _Trained(means, samples, steps, notes, seconds, tallies, optimizer_steps)
@@ -454,10 +454,6 @@ class VectorizedExecutor:
             raise NotVectorizable("a metric is not what it is if they train one after the other")
         self._seconds_alone += time.perf_counter() - started
         return result
-
-    def _count(self, wave: list[LocalWork], steps: int) -> None:
-        self.slots += len(wave) * len(wave[0].batches)
-        self.steps += steps
 
     def _start_of(self, client: int) -> Any:
         kept = self._store.optimizers(client) if self._keep else None
