@@ -260,9 +260,7 @@ class FederatedStrategy(ReusableStrategy):
         """
         fleet = None if self._federation is None else self._federation.fleet
         if fleet is None:
-            raise RuntimeError(
-                "population_table: there is one once fit has begun with FederatedStrategy(population=...)."
-            )
+            raise RuntimeError("population_table is known once fit has begun with FederatedStrategy(population=...).")
         return fleet.table()
 
     @property
@@ -285,7 +283,9 @@ class FederatedStrategy(ReusableStrategy):
             TypeError, ValueError: if the labels or ids that decide cannot be found.
         """
         if self._federation is None or self.partition is None:
-            raise RuntimeError("divide_alike: what clients train on is known once fit has begun.")
+            raise RuntimeError(
+                "divide_alike: the clients' training data is known only once fit has begun: call it then."
+            )
         return self._federation.divide_alike(dataset, seed)
 
     @property
@@ -312,9 +312,9 @@ class FederatedStrategy(ReusableStrategy):
             IndexError: if there is no such client.
         """
         if self.personal is None:
-            raise ValueError("personal_model: clients have none of their own; pass FederatedStrategy(personal=...).")
+            raise ValueError("personal_model: clients have no personal models: pass FederatedStrategy(personal=...).")
         if self._federation is None or self.partition is None:
-            raise RuntimeError("personal_model: clients have one once fit has begun.")
+            raise RuntimeError("personal_model: clients have personal models only once fit has begun: call it then.")
         self.partition.client(client)
         return self._federation.personal_model(client)
 
@@ -567,8 +567,8 @@ class FederatedStrategy(ReusableStrategy):
             self._federation.checkpoint.load_state_dict(state)
         else:
             rank_zero_warn(
-                "ckpt_path: the checkpoint was not written by FederatedStrategy. Model and counters are restored;"
-                " server and clients start afresh."
+                "ckpt_path: the checkpoint was not written by FederatedStrategy, so the model and the Trainer's"
+                " counters are restored, and the server and all clients start without state."
             )
 
     @classmethod
@@ -594,16 +594,16 @@ class FederatedStrategy(ReusableStrategy):
             5
         """
         if not isinstance(name, str) or not name.strip():
-            raise TypeError(f"name={name!r}: pass a word for Trainer(strategy=...), such as 'fed5'.")
+            raise TypeError(f"name={name!r}: pass a name for Trainer(strategy=...), such as 'fed5'.")
         checks.known_arguments(f"register({name!r})", cls, arguments)
         cls(**arguments)  # raises the same errors as in the Trainer
         name, written = name.lower(), repr(arguments)  # lower case, as in the Trainer
         if name == "auto":
-            raise ValueError("name='auto' is a strategy already: choose another one.")
+            raise ValueError("name='auto' already names a strategy: choose another name.")
         if name in StrategyRegistry and not override:
             known = StrategyRegistry[name]
             if (known["strategy"], known["description"]) != (cls, written):  # a notebook cell may run again
-                raise ValueError(f"name={name!r} is a strategy already: choose another one, or pass override=True.")
+                raise ValueError(f"name={name!r} already names a strategy: choose another name, or pass override=True.")
         StrategyRegistry.register(name, cls, description=written, override=True, **arguments)
 
     @classmethod

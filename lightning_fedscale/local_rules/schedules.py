@@ -48,7 +48,9 @@ def in_stages(stages: Mapping[int, int]) -> Callable[[int], int]:
     """
     checked = {checks.integer("round", r, minimum=0): checks.integer("steps", h) for r, h in sorted(stages.items())}
     if 0 not in checked:
-        raise ValueError(f"stages={dict(stages)}: one must begin with round 0, in_stages({{0: 1, 10: 4}})")
+        raise ValueError(
+            f"stages={dict(stages)}: the first stage begins with round 0, as in in_stages({{0: 1, 10: 4}})."
+        )
     return partial(_stage_of, stages=checked)
 
 

@@ -369,7 +369,7 @@ def test_a_round_in_which_nothing_can_be_learnt_is_refused(executor: Any) -> Non
     module, snapshots = Model(), reference_loop.Snapshots()
     strategy = FederatedStrategy(num_clients=3, executor=executor)
     trainer = reference.quiet_trainer(max_epochs=4, strategy=strategy, callbacks=[Frozen(), snapshots])
-    with pytest.raises(ValueError, match="has 9 parameter tensors and none is trainable"):
+    with pytest.raises(ValueError, match=r"the model has 9 parameter tensors .*requires_grad=True"):
         trainer.fit(module, reference.loader(reference.dataset(48)))
     assert trainer.global_step == 2
     assert reference_loop.same(reference_loop.state_of(module), snapshots.after_round[-1])

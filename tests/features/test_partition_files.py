@@ -113,7 +113,7 @@ LOST = r"partitioner='lost.json': cannot be read: No such file or directory. Pas
         ({"partitioner": "changed.json"}, r"partitioner='changed.json': changed.json was changed after it was saved"),
         (
             {"partitioner": "hospitals.json", "num_clients": 8},
-            "num_clients=8 but the partitioner makes 3 clients: pass",
+            "num_clients=8 but .* 3 clients",
         ),
         ({"partitioner": "hospitals.json", "clients_per_round": 4}, "clients_per_round=4 is more than num_clients=3"),
         (

@@ -339,9 +339,9 @@ def test_what_stays_with_a_client_never_passes_for_the_global_model(executor: st
 def test_privacy_refuses_what_it_cannot_account_for() -> None:
     private = dp_fed_avg(clip_norm=1.0, noise_multiplier=1.0, delta=1e-3)
     for arguments, message in (
-        ({"clients_per_round": 1}, "holds where each client takes part independently.*sampler='poisson'"),
-        ({"clients_per_round": 2}, "holds where each client takes part independently.*sampler='poisson'"),
-        ({"local_rule": "scaffold"}, "neither clipped nor noised"),
+        ({"clients_per_round": 1}, "privacy with sampler=uniform and clients_per_round=1: "),
+        ({"clients_per_round": 2}, "privacy with sampler=uniform and clients_per_round=2: "),
+        ({"local_rule": "scaffold"}, "privacy with local_rule='scaffold'"),
         ({"aggregator": "median"}, "aggregator='median' with privacy"),
         ({"mode": "async"}, "privacy with mode='async'"),
     ):

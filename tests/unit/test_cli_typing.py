@@ -106,7 +106,7 @@ def test_clients_per_round_keeps_its_kind(text: str, expected: float | None) -> 
     ("argument", "message"),
     [
         ("num_clients=0", "num_clients=0: pass an integer of at least 1"),
-        ("clients_per_round=1.5", "a fraction must lie in"),
+        ("clients_per_round=1.5", "clients_per_round=1.5: pass a fraction"),
         ("partitioner=dirichlt", "did you mean 'dirichlet'"),
     ],
 )

@@ -167,18 +167,18 @@ PROBES: list[Callable[[Any], Any]] = [
 @pytest.mark.parametrize("make", PROBES, ids=["MaxBatchProbe", "CriticalPhase", "ComputeAccounting", "ClientMetrics"])
 def test_a_callback_in_the_other_trainer_says_where_the_right_one_is(make: Callable[[Any], Any], strategy: str) -> None:
     wrong = (
-        r"for pytorch_lightning import it from lightning_fedscale\.pytorch_lightning\.callbacks|no Callback of pytorch_"
+        r"pytorch_lightning import it from lightning_fedscale\.pytorch_lightning\.callbacks|not a Callback of pytorch_"
     )
     with pytest.raises(TypeError, match=wrong):
         quiet(twin_pl, strategy=strategy, callbacks=[make(callbacks)]).fit(twin_boring.BoringModel())
-    wrong = r"import it from lightning_fedscale\.callbacks|no Callback of lightning\.pytorch"
+    wrong = r"import it from lightning_fedscale\.callbacks|not a Callback of lightning\.pytorch"
     with pytest.raises(TypeError, match=wrong):
         quiet(pl, strategy=strategy, callbacks=[make(twin.callbacks)]).fit(boring.BoringModel())
 
 
 def test_lightnings_own_callbacks_of_the_other_package_are_refused() -> None:
     strange = twin_pl.callbacks.EarlyStopping("round/loss")
-    with pytest.raises(TypeError, match=r"callbacks: EarlyStopping is no Callback of lightning\.pytorch"):
+    with pytest.raises(TypeError, match=r"callbacks: EarlyStopping .*lightning\.pytorch"):
         quiet(pl, strategy="federated", callbacks=[strange]).fit(boring.BoringModel())
 
 

@@ -37,7 +37,6 @@ LARGE_CLASSES = {
 }
 LONG_FUNCTIONS = {
     "core.executors.vectorized.batched_step.BatchedStep.run": 68,
-    "core.options.trainer_checks.check_fit": 71,
     "partitioners.plots.plot_comparison_label_distribution": 65,
 }
 

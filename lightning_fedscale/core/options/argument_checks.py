@@ -70,11 +70,12 @@ def partitioner(name: str, value: Any, num_clients: int | None = None) -> Partit
     if not isinstance(value, (Partition, Partitioner)):
         raise TypeError(
             f"{name}={value!r}: pass a name such as 'iid' or 'dirichlet', a file, a Partitioner or a"
-            " Partition (Partition.from_lists makes one of index lists)."
+            " Partition (Partition.from_lists builds one from lists of indices)."
         )
     if getattr(value, "seed", 0) is None:
         raise ValueError(
-            f"{name}: seed=None divides the data differently on every rank and after every restart: give it a number."
+            f"{name}={value!r}: seed=None would divide the data differently on every rank and after every restart: pass"
+            " an integer."
         )
     return value
 
@@ -90,8 +91,8 @@ def clients_per_round(name: str, value: Any) -> int | float | None:
     fraction = float(value)
     if not 0.0 < fraction <= 1.0:
         raise ValueError(
-            f"{name}={fraction}: a fraction must lie in (0, 1], 0.1 takes a tenth of the clients; for a number of"
-            " clients pass an int."
+            f"{name}={fraction}: pass a fraction in (0, 1], such as 0.1 for a tenth of the clients, or a number of"
+            " clients as an int."
         )
     return fraction
 
@@ -106,7 +107,7 @@ def local_steps(name: str, value: Any) -> int | LocalSteps | None:
         inspect.signature(value).bind(0)
     except TypeError as error:
         raise TypeError(
-            f"{name}={value!r}: {error}; pass a number of batches, or a function that makes one of the round's number."
+            f"{name}={value!r}: {error}; pass a number of batches, or a function that returns it for a round's index."
         ) from None
     steps: LocalSteps = value
     return steps
@@ -173,7 +174,7 @@ def compressor(name: str, value: Any) -> Compressor | None:
 def privacy(name: str, value: Any) -> Privacy | None:
     """Return a privacy mechanism or None."""
     if value is not None and not isinstance(value, Privacy):
-        raise TypeError(f"{name}={value!r}: pass what privacy.dp_fed_avg(...) makes, or None.")
+        raise TypeError(f"{name}={value!r}: pass the result of privacy.dp_fed_avg(...), or None.")
     return value
 
 
@@ -210,7 +211,9 @@ def mode(name: str, value: Any) -> Literal["sync"] | FedBuff:
 def population(name: str, value: Any) -> Population | None:
     """Return a population or None."""
     if value is not None and not isinstance(value, Population):
-        raise TypeError(f"{name}={value!r}: pass a devices.Population, Population({{'phone': 0.7, 'jetson': 0.3}}).")
+        raise TypeError(
+            f"{name}={value!r}: pass a devices.Population such as Population({{'phone': 0.7, 'jetson': 0.3}})."
+        )
     return value
 
 

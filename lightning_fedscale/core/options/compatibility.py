@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
+from typing import Any
 
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
@@ -32,16 +34,17 @@ def check_arguments(options: Options) -> None:
         _check_asynchrony(options)
     if algorithm.ditto is not None and options.keep_optimizers:
         raise ValueError(
-            "personal=Ditto(...) with client_optimizer='keep': which of its two models would a client's optimizer"
-            " belong to? Use client_optimizer='reset'."
+            f"personal={algorithm.ditto!r} with client_optimizer='keep': a client trains two models, and one optimizer"
+            " state cannot serve both. Use client_optimizer='reset'."
         )
     if algorithm.aggregator.hides_clients:
-        reason = "the server would see what one client sends"
+        reason = "the server would see the buffer of a single client"
         _refuse_policies(algorithm, ("largest",), f"aggregator={algorithm.aggregator.call}", reason)
     if algorithm.local_rule is not None and algorithm.local_rule.sends_message and algorithm.aggregator.sees_all:
         rank_zero_warn(
-            f"local_rule={algorithm.local_rule.name!r}: its second vector is summed plainly, so hostile clients reach"
-            " the server through it whatever the aggregator does."
+            f"local_rule={algorithm.local_rule.name!r} with aggregator={algorithm.aggregator.call or 'custom'}: clients"
+            " also send a vector of the local rule, which is summed without protection from hostile clients. Use"
+            " local_rules.fed_prox(...) if there may be any."
         )
 
 
@@ -49,36 +52,42 @@ def _refuse_policies(algorithm: AlgorithmOptions, policies: tuple[str, ...], rul
     for pattern, policy in algorithm.buffers:
         if policy in policies:
             raise ValueError(
-                f"buffers={{{pattern!r}: {policy!r}}} with {rule}: {reason}. Use 'client', which keeps it there, or"
-                " 'server', which keeps what the module was built with."
+                f"buffers={{{pattern!r}: {policy!r}}} with {rule}: {reason}. Use 'client', by which each client keeps"
+                " its own value, or 'server', by which the initial value stays."
             )
+
+
+def _name(function: Callable[..., Any]) -> str:
+    return getattr(function, "__name__", type(function).__name__)
 
 
 def _check_privacy(options: Options, privacy: Privacy) -> None:
     algorithm = options.algorithm
-    _refuse_policies(algorithm, ("mean", "largest"), "privacy", "it would leave the clients neither clipped nor noised")
+    _refuse_policies(
+        algorithm, ("mean", "largest"), "privacy", "clients would send the buffer without clipping and noise"
+    )
     if algorithm.local_rule is not None and (algorithm.local_rule.sends_message or algorithm.local_rule.needs_sgd):
         raise ValueError(
-            f"privacy with local_rule={algorithm.local_rule.name!r}: what the rule sends beside the update is neither"
-            " clipped nor noised. Use local_rules.fed_prox(...) or none."
+            f"privacy with local_rule={algorithm.local_rule.name!r}: clients would send values besides their"
+            " update without clipping and noise. Use local_rules.fed_prox(...) or no local rule."
         )
     if options.asynchrony is not None:
         raise ValueError(
-            "privacy with mode='async': who arrives is no Poisson sample, and nothing is known of what that costs. Use"
-            " mode='sync'."
+            "privacy with mode='async': the clients that arrive are not a Poisson sample, so their privacy loss is"
+            " unknown. Use mode='sync'."
         )
     wanted = options.clients_per_round
     # As an int, 1 is a single client.
     everybody = wanted is None or wanted == (1.0 if isinstance(wanted, float) else options.num_clients)
     if options.sampler is not samplers.poisson and not everybody:
         raise ValueError(
-            f"privacy with sampler={options.sampler!r}: the accounting holds where each client takes part independently"
-            " of the others. Use sampler='poisson', or all clients in every round."
+            f"privacy with sampler={_name(options.sampler)} and clients_per_round={wanted}: the privacy loss is known"
+            " if each client takes part independently of the others. Use sampler='poisson', or clients_per_round=None."
         )
     if options.population is not None and (options.population.may_drop or options.population.over_selection > 1):
         raise ValueError(
-            "privacy with a population that drops clients: who takes part is then no Poisson sample. Leave out"
-            " deadline, over_selection and device classes with availability below 1."
+            "privacy with a population that drops clients: the clients that take part are then not a Poisson sample."
+            " Leave out deadline, over_selection and device classes with availability below 1."
         )
 
 
@@ -86,18 +95,18 @@ def _check_asynchrony(options: Options) -> None:
     rule = options.algorithm.local_rule
     if rule is not None and (rule.sends_message or rule.keeps_state):
         raise ValueError(
-            f"local_rule={rule.name!r} with mode='async': its correction is made of the server's state when a client"
-            " starts, which has moved on when it arrives. Use fed_prox, fed_nova or none, or mode='sync'."
+            f"local_rule={rule.name!r} with mode='async': a client's correction uses the server's state at its start,"
+            " which is outdated when its update arrives. Use fed_prox, fed_nova or no local rule, or mode='sync'."
         )
     if callable(options.local_steps):
         raise ValueError(
-            "local_steps as a function of the round with mode='async': when clients arrive would depend on rounds that"
-            " are yet to come. Pass a number."
+            f"local_steps={_name(options.local_steps)} with mode='async': the times at which clients arrive would"
+            " depend on later rounds. Pass a number."
         )
     if options.sampler is not samplers.uniform:
         raise ValueError(
-            f"sampler={options.sampler!r} with mode='async': whoever is done is replaced by a client drawn uniformly."
-            " Leave the sampler out."
+            f"sampler={_name(options.sampler)} with mode='async': it would never be called, since a client that is done"
+            " is replaced by one drawn uniformly. Leave sampler out."
         )
 
 
@@ -112,15 +121,17 @@ def check_model(options: Options, module: nn.Module, shared: SharedTensors) -> N
     if personal and not shared.personal:
         names = [name for name, _ in module.named_parameters()][:3]
         raise ValueError(
-            f"personal={list(personal)!r} matches no parameter or buffer; their names are like"
+            f"personal={list(personal)!r} matches no parameter or buffer: correct the patterns; some of the names are"
             f" {', '.join(map(repr, names))}."
         )
     if personal and not shared.names and not shared.frozen:
-        raise ValueError(f"personal={list(personal)!r} matches all parameters: nothing is left to be shared.")
+        raise ValueError(
+            f"personal={list(personal)!r} matches all parameters, so clients share none: pass fewer patterns."
+        )
     if options.algorithm.privacy is not None and (name := _norm_that_learns(options, module, shared)) is not None:
         raise ValueError(
-            f"privacy: the running statistics of {name!r} would leave the clients unclipped. Keep them there, personal="
-            f"['{name}.*'], or use GroupNorm or LayerNorm."
+            f"privacy: clients would send the running statistics of {name!r} without clipping. Keep them on the clients"
+            f" by personal=['{name}.*'], or use GroupNorm or LayerNorm."
         )
 
 
@@ -137,8 +148,7 @@ def _check_buffers(algorithm: AlgorithmOptions, module: nn.Module, shared: Share
         both = [name for name in matching if any(fnmatchcase(name, own) for own in algorithm.personal)]
         if both and policy != "client":
             raise ValueError(
-                f"{given} and personal={list(algorithm.personal)!r} both decide about {both[0]!r}: let only one of them"
-                " match it."
+                f"{given} and personal={list(algorithm.personal)!r} both match {both[0]!r}: change one of the patterns."
             )
 
 
@@ -169,15 +179,15 @@ def check_optimizers(options: Options, module: torch.nn.Module, optimizers: list
         return
     if not getattr(module, "automatic_optimization", True):
         raise ValueError(
-            f"local_rule={rule.name!r} needs the gradient of the loss that training_step returns, and in manual"
-            " optimization nobody knows it or the steps: use local_rules.fed_prox(mu=0.01), or automatic optimization."
+            f"local_rule={rule.name!r} needs the gradients and steps of automatic optimization, and this module has"
+            " automatic_optimization=False: use automatic optimization, or local_rules.fed_prox(mu=0.01)."
         )
     reason = _why_unknown(rule, optimizers) if rule.needs_sgd else None
     if reason is not None:
         momentum = "SGD, with or without momentum" if rule.knows_momentum else "plain SGD"
         instead = f"{rule.instead}, or " if rule.instead else ""
         raise ValueError(
-            f"local_rule={rule.name!r} reads the clients' mean gradient off their steps, and {reason}: use {instead}"
+            f"local_rule={rule.name!r} computes a client's mean gradient from its steps, but {reason}: use {instead}"
             f"torch.optim.SGD ({momentum}) with one learning rate."
         )
 
@@ -186,14 +196,14 @@ def _why_unknown(rule: LocalRule, optimizers: list[Optimizer]) -> str | None:
     if len(optimizers) > 1:
         return f"there are {len(optimizers)} optimizers"
     if type(optimizers[0]) is not SGD:
-        return f"those of {type(optimizers[0]).__name__} are no multiples of gradients"
+        return f"steps of {type(optimizers[0]).__name__} are not multiples of gradients"
     groups = optimizers[0].param_groups
     if len({(float(group["lr"]), float(group["momentum"])) for group in groups}) > 1:
-        return "groups of parameters have unequal learning rates or momenta"
+        return "parameter groups have different learning rates or momenta"
     if any(group["dampening"] or group["nesterov"] for group in groups):
-        return "dampening and Nesterov's momentum are not known to it"
+        return "it does not support dampening and Nesterov momentum"
     if groups[0]["momentum"] and not rule.knows_momentum:
-        return f"with momentum={groups[0]['momentum']:g} they are longer than that"
+        return f"with momentum={groups[0]['momentum']:g} steps also have earlier gradients"
     return None
 
 
@@ -202,7 +212,7 @@ def warn_of_lost_errors(options: Options, num_clients: int, cohort: int, rounds:
     compressor = options.algorithm.compressor
     if compressor is not None and compressor.keeps_error and 0 < rounds * cohort < 2 * num_clients:
         rank_zero_warn(
-            f"compressor={compressor.name}: what a client did not send waits until it takes part again, and with"
-            f" {cohort} of {num_clients} clients in each of {rounds} rounds most do not come back: what waits is lost."
-            " An unbiased compressor (qsgd, random_k) needs no error feedback."
+            f"compressor={compressor.name}: a client adds its compression error to its next update, but with {cohort}"
+            f" of {num_clients} clients in each of {rounds} rounds most clients take part only once, and their errors"
+            " are lost. Use an unbiased compressor (qsgd, random_k), which needs no error feedback."
         )

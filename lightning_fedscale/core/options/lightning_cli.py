@@ -75,12 +75,14 @@ def made_by_path(kind: type[Any], given: Any) -> Any:
     given = given.as_dict() if isinstance(given, Namespace) else given
     if not isinstance(given, Mapping) or "class_path" not in given:
         raise ValueError(
-            f"{given!r}: pass the class_path of a function that makes a {kind.__name__}, and its init_args."
+            f"{given!r}: pass the class_path of a function that returns a {kind.__name__}, and its init_args."
         )
     path = given["class_path"]
     made = _call(_function(path), path, kind, dict(given.get("init_args") or {}), given.get("dict_kwargs") or {})
     if not isinstance(made, kind):
-        raise ValueError(f"class_path={path!r} makes a {type(made).__name__}, not a {kind.__name__}.")
+        raise ValueError(
+            f"class_path={path!r} returns a {type(made).__name__}: pass a function that returns a {kind.__name__}."
+        )
     return _remembering(kind, dict(given))(*made)
 
 
@@ -94,9 +96,9 @@ def _function(path: str) -> Callable[..., Any]:
     try:
         found: Callable[..., Any] = getattr(import_module(where), name)
     except (AttributeError, ImportError, ValueError) as error:
-        raise ValueError(f"class_path={path!r}: cannot be imported ({error}); pass package.module.name.") from None
+        raise ValueError(f"class_path={path!r} cannot be imported ({error}): pass package.module.name.") from None
     if not callable(found):
-        raise ValueError(f"class_path={path!r}: is no function.")
+        raise ValueError(f"class_path={path!r} is not a function: pass package.module.name of one.")
     return found
 
 

@@ -27,7 +27,7 @@ from lightning_fedscale.utils.memory import parse_bytes
 
 _OPTIMIZER = choice(
     "reset", "keep",
-    remedy="choose 'reset', a fresh optimizer every round, or 'keep', its state lives on with the client.",
+    remedy="choose 'reset', a fresh optimizer in every round, or 'keep', the optimizer's state stays with the client.",
 )  # fmt: skip
 _EXECUTOR = choice("auto", "sequential", "vectorized", remedy="choose 'auto', 'sequential' or 'vectorized'.")
 _CACHE = choice("auto", True, False, remedy="choose 'auto', True or False.")
@@ -196,7 +196,7 @@ def _clients(given: Mapping[str, Any]) -> dict[str, Any]:
     declared = partitioner.num_clients if isinstance(partitioner, Partition) else partitioner._num_partitions
     if num_clients is not None and declared not in (None, num_clients):
         raise ValueError(
-            f"num_clients={num_clients} but the partitioner makes {declared} clients: pass the same number to both, or"
+            f"num_clients={num_clients} but the partitioner has {declared} clients: pass the same number to both, or"
             " leave num_clients out (None)."
         )
     return {"num_clients": declared, "partitioner": partitioner}
@@ -219,10 +219,10 @@ def _aggregator(given: Mapping[str, Any]) -> dict[str, Any]:
     """Return the aggregator that privacy needs; nothing without privacy."""
     if (privacy := checks.privacy("privacy", given["privacy"])) is None:
         return {}
-    if given["aggregator"] != "mean":
+    if (aggregator := given["aggregator"]) != "mean":
         raise ValueError(
-            f"aggregator={given['aggregator']!r} with privacy: noise is made for a sum of clipped updates over a fixed"
-            " number, and for nothing else. Leave aggregator out; privacy has weights of its own."
+            f"aggregator={getattr(aggregator, 'call', '') or repr(aggregator)} with privacy: the noise is calibrated"
+            " for a sum of clipped updates. Leave aggregator out; privacy has its own weights."
         )
     return {"aggregator": weighted_sum(privacy.weigh)}
 

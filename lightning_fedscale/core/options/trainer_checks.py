@@ -58,17 +58,23 @@ def check_fit(
         TypeError: for a callback of Lightning's other package.
         ValueError: with the reason and the remedy.
     """
-    module = trainer.lightning_module
     if layer_sync:
         raise ValueError(
-            "Trainer(sync_batchnorm=True): clients are independent, their batch statistics must not be shared while"
-            " they train. Remove it; FederatedStrategy averages BatchNorm buffers after every round."
+            "Trainer(sync_batchnorm=True): clients train independently, so they must not share batch statistics. Remove"
+            " it; FederatedStrategy averages the buffers of BatchNorm after every round."
         )
     if device.type not in ("cpu", "cuda"):
         raise ValueError(
             f"accelerator: FederatedStrategy runs on CPU and CUDA, not on {device.type!r}: use"
             " Trainer(accelerator='cpu')."
         )
+    _check_module(trainer.lightning_module, processes)
+    _check_clipping(trainer)
+    _check_validation(trainer, rounds_per_epoch)
+    _check_callbacks(trainer)
+
+
+def _check_module(module: pl.LightningModule, processes: int) -> None:
     if any(nn.parameter.is_lazy(tensor) for tensor in (*module.parameters(), *module.buffers())):
         raise ValueError(
             "the model has lazy layers whose parameters have no shape yet: run a forward pass on one batch in"
@@ -76,55 +82,62 @@ def check_fit(
         )
     if next(module.parameters(), None) is None:
         raise ValueError(
-            "the model has 0 parameter tensors to train, so clients learn nothing: give it layers as attributes."
+            "the model has 0 parameters, so clients have nothing to train: assign its layers as attributes of the"
+            " LightningModule."
         )
     if is_param_in_hook_signature(module.training_step, "dataloader_iter", explicit=True):
         raise ValueError(
-            "training_step(self, dataloader_iter) is not supported: clients are fed batch by batch. Use"
-            " training_step(self, batch, batch_idx)."
-        )
-    if trainer.gradient_clip_val and not is_overridden("configure_gradient_clipping", module):
-        kinds = (nn.Embedding, nn.EmbeddingBag)
-        if (
-            name := next((n for n, m in module.named_modules() if isinstance(m, kinds) and m.sparse), None)
-        ) is not None:
-            raise ValueError(
-                f"Trainer(gradient_clip_val={trainer.gradient_clip_val}): the gradient of {name!r} is sparse, and torch"
-                " clips none that is: pass sparse=False to it, or clip in your own configure_gradient_clipping."
-            )
-    # A Trainer that validates by time has no such attribute.
-    every, epoch = getattr(trainer, "val_check_interval", None), rounds_per_epoch
-    if (
-        isinstance(every, int)
-        and every > epoch
-        and trainer.check_val_every_n_epoch is not None
-        and trainer.limit_val_batches
-    ):
-        raise ValueError(
-            f"Trainer(val_check_interval={every}) counts rounds within an epoch, and an epoch has {epoch}: use"
-            f" FederatedStrategy(rounds_per_epoch={every}), or Trainer(check_val_every_n_epoch={every}) without it."
-        )
-    callbacks: list[object] = trainer.callbacks  # type: ignore[attr-defined]
-    if (foreign := next((c for c in callbacks if _is_of_other_package(c)), None)) is not None:
-        raise TypeError(
-            f"callbacks: {type(foreign).__name__} is no Callback of {pl.__name__}, which this Trainer is of: import it"
-            " (or what it is made from) from there."
-        )
-    if trainer.accumulate_grad_batches != 1 and any(is_really(c, GradientAccumulationScheduler) for c in callbacks):
-        raise ValueError(
-            f"Trainer(accumulate_grad_batches={trainer.accumulate_grad_batches}) and the callback"
-            " GradientAccumulationScheduler, which sets it for every epoch: remove one of them."
-        )
-    if any(is_really(callback, ThroughputMonitor) for callback in callbacks):
-        raise ValueError(
-            "callbacks: ThroughputMonitor counts one batch per step, but a step is a round here. Remove it;"
-            " round/samples, round/local_steps and round/seconds are logged every round."
+            "training_step(self, dataloader_iter) is not supported, since the strategy gives each client its batches:"
+            " use training_step(self, batch, batch_idx)."
         )
     synced = [name for name, m in module.named_modules() if isinstance(m, Metric) and m.dist_sync_on_step]
     if synced and processes > 1:
         raise ValueError(
             f"metric {synced[0]!r} has dist_sync_on_step=True, but clients train independently and may take"
             " different numbers of steps: set it to False; it is still reduced over ranks at the epoch's end."
+        )
+
+
+def _check_clipping(trainer: pl.Trainer) -> None:
+    module = trainer.lightning_module
+    if not trainer.gradient_clip_val or is_overridden("configure_gradient_clipping", module):
+        return
+    for name, layer in module.named_modules():
+        if isinstance(layer, (nn.Embedding, nn.EmbeddingBag)) and layer.sparse:
+            raise ValueError(
+                f"Trainer(gradient_clip_val={trainer.gradient_clip_val}): the gradient of {name!r} is sparse, and torch"
+                " cannot clip sparse gradients: pass sparse=False to this layer, or override"
+                " configure_gradient_clipping."
+            )
+
+
+def _check_validation(trainer: pl.Trainer, rounds_per_epoch: int) -> None:
+    # A Trainer that validates by time has no such attribute.
+    every = getattr(trainer, "val_check_interval", None)
+    within_epoch = trainer.check_val_every_n_epoch is not None and trainer.limit_val_batches
+    if within_epoch and isinstance(every, int) and every > rounds_per_epoch:
+        raise ValueError(
+            f"Trainer(val_check_interval={every}) counts rounds within an epoch, and an epoch has {rounds_per_epoch}:"
+            f" use FederatedStrategy(rounds_per_epoch={every}), or Trainer(check_val_every_n_epoch={every}) without it."
+        )
+
+
+def _check_callbacks(trainer: pl.Trainer) -> None:
+    callbacks: list[object] = trainer.callbacks  # type: ignore[attr-defined]
+    if (foreign := next((c for c in callbacks if _is_of_other_package(c)), None)) is not None:
+        raise TypeError(
+            f"callbacks: {type(foreign).__name__} is not a Callback of {pl.__name__}, the package of this Trainer:"
+            f" import it, or its base class, from {pl.__name__}."
+        )
+    if trainer.accumulate_grad_batches != 1 and any(is_really(c, GradientAccumulationScheduler) for c in callbacks):
+        raise ValueError(
+            f"Trainer(accumulate_grad_batches={trainer.accumulate_grad_batches}) and the callback"
+            " GradientAccumulationScheduler, which sets it in every epoch: remove one of them."
+        )
+    if any(is_really(callback, ThroughputMonitor) for callback in callbacks):
+        raise ValueError(
+            "callbacks: ThroughputMonitor counts one batch per step, but a step is a round here. Remove it;"
+            " round/samples, round/local_steps and round/seconds are logged every round."
         )
 
 
@@ -136,8 +149,8 @@ def check_trainable(module: nn.Module) -> None:
     """
     if not any(parameter.requires_grad for parameter in module.parameters()):
         raise ValueError(
-            f"the model has {len(list(module.parameters()))} parameter tensors and none is trainable, so clients have"
-            " nothing to learn: set requires_grad=True for those that should train, before the round begins."
+            f"the model has {len(list(module.parameters()))} parameter tensors and none of them is trainable: set"
+            " requires_grad=True for those that clients should train, before the round begins."
         )
 
 
@@ -157,16 +170,16 @@ def check_optimizers(module: pl.LightningModule, optimizers: list[Optimizer]) ->
     """
     if not optimizers or any(map(is_no_optimizer, optimizers)):
         raise ValueError(
-            "configure_optimizers returned no optimizer, so clients could not train: return at least one, such as"
+            "configure_optimizers returned no optimizer, so clients cannot train: return at least one, such as"
             " torch.optim.SGD(self.parameters(), lr=0.1)."
         )
     own = {id(parameter) for parameter in module.parameters()}
     held = (p for optimizer in optimizers for group in optimizer.param_groups for p in group["params"])
     if (foreign := next((p for p in held if id(p) not in own), None)) is not None:
         raise ValueError(
-            f"configure_optimizers: an optimizer holds a parameter of shape {tuple(foreign.shape)} that is not one"
-            " of the model's, so it would pass from client to client: assign its layer as an attribute of the"
-            " LightningModule, or keep it out of the optimizer."
+            f"configure_optimizers: an optimizer has a parameter of shape {tuple(foreign.shape)} that is not part"
+            " of the model, so all clients would share it: assign its layer as an attribute of the LightningModule, or"
+            " remove it from the optimizer."
         )
 
 
@@ -179,16 +192,16 @@ def check_loaders_and_schedulers(trainer: pl.Trainer) -> None:
     for config in trainer.lr_scheduler_configs if trainer.lightning_module.automatic_optimization else ():
         if config.interval == "step" and config.frequency > trainer.num_training_batches:
             raise ValueError(
-                f"configure_optimizers: a scheduler with interval='step' and frequency={config.frequency} would"
-                f" never step, since Lightning counts from the epoch's start and an epoch has"
-                f" {trainer.num_training_batches} round(s): use interval='epoch', or"
+                f"configure_optimizers: a scheduler with interval='step' and frequency={config.frequency}"
+                f" never steps, since it counts rounds within an epoch, and an epoch has"
+                f" {trainer.num_training_batches}: use interval='epoch', or"
                 f" FederatedStrategy(rounds_per_epoch={config.frequency})."
             )
     loader = combined_loader(trainer)
     if loader is not None and loader.iterables is not loader.flattened[0]:
         raise ValueError(
             f"train_dataloader: got a {type(loader.iterables).__name__} of {len(loader.flattened)} loaders,"
-            " FederatedStrategy divides one dataset among clients: return a single DataLoader, for example over"
+            " but FederatedStrategy divides one dataset among clients: return a single DataLoader, for example over"
             " torch.utils.data.ConcatDataset."
         )
 
