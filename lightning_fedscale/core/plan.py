@@ -131,14 +131,14 @@ def sampled(
     cohort = np.asarray(chosen)
     if cohort.ndim != 1 or (len(cohort) and cohort.dtype.kind not in "iu"):
         raise TypeError(
-            f"sampler={sampler!r} must return a one-dimensional array of client numbers, got {chosen!r} for round"
-            f" {round}."
+            f"sampler={sampler!r}: must return a one-dimensional array of client numbers, but returned {chosen!r} in"
+            f" round {round}."
         )
     cohort = cohort.astype(np.int64)
     if len(cohort) and ((np.diff(cohort) <= 0).any() or cohort[0] < 0 or cohort[-1] >= num_clients):
         raise ValueError(
-            f"sampler={sampler!r} must return distinct clients below {num_clients} in ascending order, got"
-            f" {cohort.tolist()[:10]} for round {round}."
+            f"sampler={sampler!r}: must return distinct clients below {num_clients} in ascending order, but returned"
+            f" {cohort.tolist()[:10]} in round {round}."
         )
     return cohort
 

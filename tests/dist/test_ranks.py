@@ -295,7 +295,7 @@ def test_without_a_finite_client_all_ranks_stop_with_the_last_good_model(world_s
 def test_cohort_smaller_than_the_ranks_is_refused_on_every_rank(world_size: int, ranks: Start) -> None:
     for rank in ranks(world_size):
         error = rank["small_cohort"]["error"]
-        assert error.startswith(f"ValueError: clients_per_round=1 is fewer than the {world_size} ranks")
+        assert error.startswith(f"ValueError: clients_per_round=1: each of the {world_size} ranks")
         assert rank["small_cohort"]["rounds"] == 0
 
 

@@ -90,8 +90,8 @@ def test_kinds(arguments: dict[str, Any], message: str) -> None:
 @pytest.mark.parametrize(
     ("module", "arguments", "message"),
     [
-        (lambda: Net(), {"mode": "async"}, r"mode='async' needs to know how long clients take: pass population="),
-        (lambda: Net(), {"mode": FedBuff(seconds=[1.0, 2.0])}, "seconds: got 2 numbers for 4 clients"),
+        (lambda: Net(), {"mode": "async"}, r"mode='async': .* pass population="),
+        (lambda: Net(), {"mode": FedBuff(seconds=[1.0, 2.0])}, "seconds: 2 .* 4 clients"),
         (
             lambda: Net(),
             {"mode": FedBuff(concurrency=4, seconds=[1.0] * 4), "clients_per_round": 2},

@@ -908,4 +908,4 @@ def test_batches_that_cannot_be_cut_are_said_once(recwarn: pytest.WarningsRecord
     run.fit(Odd(), DataLoader(rows, batch_size=None))
     said = [str(w.message) for w in recwarn if "noise of single samples is not measured" in str(w.message)]
     assert said
-    assert "Pass noise_every=None" in said[0]
+    assert "pass noise_every=None" in said[0]

@@ -328,9 +328,7 @@ def test_clients_without_a_batch_are_left_out_and_named(absent: tuple[int, ...],
     options, loader = dict(NOTHING_TO_TRAIN[name]), spoilt(*absent)
     if name == "workers":
         loader = DataLoader(loader.dataset, 4, shuffle=True, collate_fn=loader.collate_fn, num_workers=1)
-    with pytest.warns(
-        UserWarning, match=rf"round 1: left out {len(absent)} client.* None for every batch: {absent[0]}"
-    ):
+    with pytest.warns(UserWarning, match=rf"round 1: left out {len(absent)} client.* None .*: {absent[0]}"):
         course = run(sampler=Others(), loader=loader, rounds=2, **options)
     expected = run(sampler=Others(*absent), loader=spoilt(), rounds=2, **options)
     for found, wanted in zip(course.records, expected.records, strict=True):
@@ -344,7 +342,7 @@ def test_clients_without_a_batch_are_left_out_and_named(absent: tuple[int, ...],
 
 
 def test_a_round_of_such_clients_is_an_empty_one() -> None:
-    with pytest.warns(UserWarning, match=rf"round 1: left out {CLIENTS} client.* None for every batch: 0, 1, 2"):
+    with pytest.warns(UserWarning, match=rf"round 1: left out {CLIENTS} client.* None .*: 0, 1, 2"):
         course = run(loader=spoilt(*range(CLIENTS)), sampler=Others(), server_optimizer=server.fed_avgm())
     assert [len(record.rejected) for record in course.records] == [CLIENTS] * 3
     assert all(record.empty for record in course.records)

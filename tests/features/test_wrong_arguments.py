@@ -173,7 +173,7 @@ CASES: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "privacy": (lambda: sequential(FOUR, privacy=3), TypeError, "privacy=3: "),  # type: ignore[arg-type]
     # who takes part, and when
     "seconds": (lambda: FedBuff(seconds="fast"), ValueError, "seconds='fast': pass a number above 0"),  # type: ignore[arg-type]
-    "two seconds": (lambda: fit(mode=FedBuff(seconds=[1.0, 2.0])), ValueError, "got 2 numbers for 4 clients"),
+    "two seconds": (lambda: fit(mode=FedBuff(seconds=[1.0, 2.0])), ValueError, "seconds: 2 .* 4 clients"),
     "staleness": (
         lambda: FedBuff(5, 0),  # type: ignore[arg-type]
         ValueError,

@@ -351,7 +351,7 @@ def test_tail_batch_of_one_sample_is_merged_for_batch_norm(sizes: list[int]) -> 
 def test_clients_of_one_sample_with_batch_norm_are_announced() -> None:
     strategy = sequential(partitioner=Partition.from_lists([[0, 1], [2], [3]]))
     trainer = reference.quiet_trainer(strategy=strategy, max_epochs=1)
-    message = r"2 clients hold a single sample \(clients 1, 2\).*min_partition_size=2"
+    message = r"partitioner: 2 client.*\(clients 1, 2\).*min_partition_size=2"
     with pytest.warns(UserWarning, match=message), pytest.raises(ValueError, match="more than 1 value per channel"):
         trainer.fit(Counting(batch_norm=True), reference.loader(reference.dataset()))
 
@@ -394,7 +394,7 @@ def two_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_fewer_clients_per_round_than_ranks() -> None:
     refused(
         ValueError,
-        r"clients_per_round=1 is fewer than the 2 ranks.*Use devices=1 or raise clients_per_round",
+        r"clients_per_round=1: .* 2 ranks.*devices=1",
         strategy={"clients_per_round": 1},
     )
 
@@ -409,14 +409,14 @@ def test_metric_that_syncs_on_every_step_of_several_ranks(monkeypatch: pytest.Mo
 @pytest.mark.parametrize(
     ("cohort", "kind", "message"),
     [
-        ([1, 1], ValueError, r"must return distinct clients below 10 in ascending order, got \[1, 1\] for round 0"),
+        ([1, 1], ValueError, r"sampler=.* distinct clients below 10 in ascending order.* \[1, 1\] in round 0"),
         ([2, 1], ValueError, "in ascending order"),
         ([9, 10], ValueError, "below 10"),
         ([-1, 3], ValueError, "distinct clients below 10"),
-        ([0.0, 1.9], TypeError, r"must return a one-dimensional array of client numbers, got \[0.0, 1.9\]"),
+        ([0.0, 1.9], TypeError, r"sampler=.* one-dimensional .* \[0.0, 1.9\]"),
         ([[0, 1]], TypeError, "one-dimensional"),
-        (None, TypeError, "one-dimensional array of client numbers, got None for round 0"),
-        (3, TypeError, "got 3 for round 0"),
+        (None, TypeError, "one-dimensional .* None in round 0"),
+        (3, TypeError, "one-dimensional .* 3 in round 0"),
         ({1, 2}, TypeError, "one-dimensional"),
     ],
     ids=stable,
@@ -516,9 +516,7 @@ def test_update_that_is_not_finite_is_left_out(how: str) -> None:
     # Two passes, so that also the client whose only batch is the one that sets off its learning rate explodes.
     strategy = sequential(partitioner=partition, local_epochs=2)
     trainer = reference.quiet_trainer(strategy=strategy, max_epochs=1, gradient_clip_val=1.0)
-    with pytest.warns(
-        UserWarning, match=r"round 0: left out 2 client\(s\) whose update has NaN or infinite values: 2, 5"
-    ):
+    with pytest.warns(UserWarning, match=r"round 0: left out 2 client.* NaN .*: 2, 5"):
         trainer.fit(module, reference.loader(data))
 
     # The same round with the poisoned clients never asked.
@@ -579,7 +577,7 @@ def exploding(round: int) -> ServerOptimizer:
         (
             FailsInRound2,
             {},
-            r"round 2: the updates of all 3 clients have NaN .*Lower the learning rate, clip gradients",
+            r"round 2: the updates of all 3 clients have NaN",
         ),
         (Counting, {"server_optimizer": exploding(2)}, "server_optimizer: its step in round 2 has NaN or infinite"),
     ],

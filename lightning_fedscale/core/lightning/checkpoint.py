@@ -27,7 +27,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             return
         if storage_options is not None:
             raise TypeError(
-                f"storage_options={storage_options!r} is not supported by AtomicCheckpointIO; leave it out."
+                f"storage_options={storage_options!r}: checkpoints in local folders take no such options, leave it out."
             )
         target = Path(path)
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -129,8 +129,8 @@ def refuse_other_rules(saved: dict[str, Any], now: dict[str, Any]) -> None:
         >>> refuse_other_rules({"local_rule": "scaffold"}, {"local_rule": "fed_dyn"})
         Traceback (most recent call last):
         ...
-        ValueError: local_rule='fed_dyn' differs from 'scaffold' in the checkpoint: resume with that one, or start a new
-        run without ckpt_path.
+        ValueError: local_rule='fed_dyn' differs from 'scaffold' in the checkpoint: resume with 'scaffold', or start a
+        new run without ckpt_path.
     """
     # An aggregator's state is of use to the same rule with other arguments; whoever keeps none may take over.
     kept = [(each.get("aggregator") or "").partition("(")[0] for each in (saved, now)]
@@ -138,8 +138,8 @@ def refuse_other_rules(saved: dict[str, Any], now: dict[str, Any]) -> None:
     for name in ("local_rule", "compressor", *others):
         if saved.get(name) != now.get(name):
             raise ValueError(
-                f"{name}={now.get(name)!r} differs from {saved.get(name)!r} in the checkpoint: resume with that one, or"
-                " start a new run without ckpt_path."
+                f"{name}={now.get(name)!r} differs from {saved.get(name)!r} in the checkpoint: resume with"
+                f" {saved.get(name)!r}, or start a new run without ckpt_path."
             )
 
 
@@ -153,14 +153,14 @@ def refuse_other_owners(saved: dict[str, Any], now: dict[str, Any]) -> None:
         >>> refuse_other_owners({"personal": []}, {"personal": [], "buffers": {"queue": "client"}})
         Traceback (most recent call last):
         ...
-        ValueError: buffers and personal keep ['queue'] with each client and [] in the checkpoint, whose models of
-        clients or earlier rounds have other parts: resume with the same, or start a new run without ckpt_path.
+        ValueError: buffers, personal: each client keeps ['queue'] for itself now, but [] in the checkpoint: resume with
+        the arguments of the saved run, or start a new run without ckpt_path.
     """
     before, after = _owned(saved), _owned(now)
     if before != after:
         raise ValueError(
-            f"buffers and personal keep {after} with each client and {before} in the checkpoint, whose models of"
-            " clients or earlier rounds have other parts: resume with the same, or start a new run without ckpt_path."
+            f"buffers, personal: each client keeps {after} for itself now, but {before} in the checkpoint: resume with"
+            " the arguments of the saved run, or start a new run without ckpt_path."
         )
 
 
@@ -176,9 +176,9 @@ def changed_settings(saved: dict[str, Any], now: dict[str, Any]) -> str | None:
 
     Example:
         >>> changed_settings({"local_epochs": 1, "threads": 2}, {"local_epochs": 3, "threads": 2})
-        'local_epochs=3 differs from 1 in the checkpoint: from here on the run is another one.'
+        'local_epochs=3 differs from 1 in the checkpoint: the run continues with the new value.'
         >>> changed_settings({"threads": 2}, {"threads": 1})
-        'torch uses 1 thread(s) now and 2 in the checkpoint: the last bits may differ, torch.set_num_threads sets them.'
+        'torch uses 1 thread(s), and 2 in the saved run: call torch.set_num_threads(2) for bit-identical results.'
     """
     others = [
         f"{name}={now[name]} differs from {saved.get(name)}"
@@ -186,10 +186,10 @@ def changed_settings(saved: dict[str, Any], now: dict[str, Any]) -> str | None:
         if name != "threads" and saved.get(name) != now[name]
     ]
     if others:
-        return f"{', '.join(others)} in the checkpoint: from here on the run is another one."
+        return f"{', '.join(others)} in the checkpoint: the run continues with the new value{'s' * (len(others) > 1)}."
     if saved["threads"] != now["threads"]:
         return (
-            f"torch uses {now['threads']} thread(s) now and {saved['threads']} in the checkpoint: the last bits may"
-            " differ, torch.set_num_threads sets them."
+            f"torch uses {now['threads']} thread(s), and {saved['threads']} in the saved run: call"
+            f" torch.set_num_threads({saved['threads']}) for bit-identical results."
         )
     return None

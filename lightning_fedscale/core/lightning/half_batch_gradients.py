@@ -142,8 +142,8 @@ def _dense(parameter: Tensor) -> Tensor:
 def no_halves(error: Exception) -> str:
     """Return a message for a user whose module or batches cannot be evaluated on half batches."""
     return (
-        "CriticalPhase: the noise of single samples is not measured, since a batch cannot be cut into halves and run on"
-        f" a copy of the module ({type(error).__name__}: {error}). Pass noise_every=None."
+        "CriticalPhase: the noise of single samples is not measured, since a copy of the module cannot run on half a"
+        f" batch ({type(error).__name__}: {error}): pass noise_every=None to silence this warning."
     )
 
 

@@ -155,8 +155,8 @@ class ReusableStrategy(DDPStrategy):
         connector._lazy_init_strategy()
         if (now := self._processes) != before:
             raise RuntimeError(
-                f"strategy: a Trainer that was built later has set up this {type(self).__name__} object for {before}"
-                f" process(es), and this Trainer has {now}: give each Trainer an object of its own."
+                f"strategy: another Trainer, built later, uses this {type(self).__name__} object with {before}"
+                f" process(es), and this one has {now}: create one {type(self).__name__} for each Trainer."
             )
 
     def _refuse(self) -> None:
@@ -170,8 +170,8 @@ class ReusableStrategy(DDPStrategy):
 
     def _raise_in_use(self) -> None:
         raise RuntimeError(
-            f"strategy: a Trainer is running with this {type(self).__name__} object, and no other can use it before"
-            " that one has ended: give each Trainer an object of its own."
+            f"strategy: another Trainer is running with this {type(self).__name__} object: wait until it has ended, or"
+            f" create one {type(self).__name__} for each Trainer."
         )
 
     def teardown(self) -> None:

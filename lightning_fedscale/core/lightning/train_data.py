@@ -24,6 +24,11 @@ from lightning_fedscale.devices.profiling.samples import LargestSample, is_map_s
 NAMES = "batch_size", "train_batch_size", "per_device_batch_size"
 """Names under which projects keep their batch size, in the order in which they are searched."""
 
+_KEEP_ONE = (
+    "keep one as `batch_size` in the data module or the module and build the loader from it, or pass apply=False to"
+    " only report."
+)
+
 
 class TrainData:
     """The train loader of a Trainer that is about to fit, and its batch size.
@@ -45,7 +50,10 @@ class TrainData:
         self._trainer = trainer
         self._source = train_source(trainer)
         if not self._source.is_defined():
-            raise ValueError("train_dataloaders: MaxBatchProbe needs training data, and there is none.")
+            raise ValueError(
+                "train_dataloaders: MaxBatchProbe needs training data, but found none: pass train_dataloaders or a"
+                " datamodule to trainer.fit, or define train_dataloader in the module."
+            )
         self._given = self._source.dataloader()
         if need_samples and not self.loaders:
             raise ValueError(
@@ -110,7 +118,8 @@ class TrainData:
         found = list(_keepers(self._trainer, self._source.instance, name))
         if name is not None and not found:
             raise ValueError(
-                f"batch_arg_name={name!r}: neither the data module nor the module, nor their hparams, has it."
+                f"batch_arg_name={name!r}: neither the data module nor the module has an attribute or a hyperparameter"
+                " of this name: pass the name of their batch size."
             )
         return found
 
@@ -133,9 +142,8 @@ class TrainData:
         owner, keepers = self._source.instance, self.keepers(name)
         if not self.loaders and not (keepers and self._source.is_module()):
             raise ValueError(
-                f"train_dataloaders: no batch size anywhere: {type(self._given).__name__} is no DataLoader, and nobody"
-                " who makes it has one. Keep one as `batch_size` in the data module or the module and build the loader"
-                " from it, or pass apply=False to only report."
+                f"train_dataloaders={type(self._given).__name__}: there is no batch size to set, since this is no"
+                f" DataLoader: {_KEEP_ONE}"
             )
         for keeper, attribute in keepers:
             _set(keeper, attribute, size)
@@ -176,9 +184,9 @@ def division_by_ranks(trainer: pl.Trainer, batch_size: int) -> str | None:
                     if ranks > 1 and batch_size != size and batch_size in (size // parts, -(-size // parts)):
                         return (
                             f"{type(owner).__name__}: {name}={size}, but training batches have {batch_size} samples, as"
-                            f" if divided by {number}={ranks}. Ranks share the clients of a round and never a"
-                            " client's batch, so this trains otherwise than on one rank: leave out the division, and"
-                            f" give {batch_size} where you want what this run does."
+                            f" if divided by {number}={ranks}. A client's batch is never split over ranks, so the"
+                            " division makes results depend on their number: do not divide, and set"
+                            f" {name}={batch_size} for batches of that size."
                         )
     return None
 
@@ -263,9 +271,8 @@ def _with_batch_size(loader: Any, size: int) -> Any:
 def _resized(loader: DataLoader[Any], size: int) -> DataLoader[Any]:
     if type(loader.batch_sampler) is not BatchSampler and loader.batch_size is None:
         raise ValueError(
-            f"train_dataloaders: no batch size anywhere: {type(loader).__name__} has batch_size=None and"
-            f" batch_sampler={type(loader.batch_sampler).__name__}. Keep one as `batch_size` in the data module or the"
-            " module and build the loader from it, or pass apply=False to only report."
+            f"train_dataloaders={type(loader).__name__}: there is no batch size to set, since the loader has"
+            f" batch_size=None and batch_sampler={type(loader.batch_sampler).__name__}: {_KEEP_ONE}"
         )
     own: dict[str, Any] = {"batch_size": size}
     if isinstance(loader.batch_sampler, BatchSampler):

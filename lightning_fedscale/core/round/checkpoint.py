@@ -104,8 +104,8 @@ class FederationCheckpoint:
             fit.scope.accumulation = last
         if changed := restore_flags(flags, fit.trainer.lightning_module):
             rank_zero_info(
-                f"Federated: {len(changed)} parameters are frozen or trainable as in the checkpoint, not as the module"
-                f" was built: {', '.join(changed[:5])}{', ...' if len(changed) > 5 else ''}."
+                f"Federated: {len(changed)} parameters are frozen or trainable as in the checkpoint, unlike in the new"
+                f" module: {', '.join(changed[:5])}{', ...' if len(changed) > 5 else ''}."
             )
 
     def check_resumed(self) -> None:

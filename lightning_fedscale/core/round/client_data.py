@@ -84,8 +84,8 @@ class ClientData:
         self._check_asynchrony()
         if cohort_size < self._world_size:
             raise ValueError(
-                f"clients_per_round={cohort_size} is fewer than the {self._world_size} ranks (devices x nodes): every"
-                f" rank needs a client. Use devices={cohort_size} or raise clients_per_round."
+                f"clients_per_round={cohort_size}: each of the {self._world_size} ranks (devices x nodes) needs a"
+                f" client: pass Trainer(devices={cohort_size}) or more clients_per_round."
             )
         if len(short := self.loader.too_small(sizes)):
             raise ValueError(
@@ -95,8 +95,8 @@ class ClientData:
             )
         if batch_norm and len(alone := (sizes == 1).nonzero()[0]):
             rank_zero_warn(
-                f"{len(alone)} clients hold a single sample ({name_clients(alone)}), and the model has BatchNorm, which"
-                " may refuse a batch of one: use a partitioner with min_partition_size=2."
+                f"partitioner: {len(alone)} client(s) have only one sample ({name_clients(alone)}), and BatchNorm may"
+                " fail on a batch of one: pass a partitioner with min_partition_size=2."
             )
 
     def _check_population(self) -> None:
@@ -105,19 +105,19 @@ class ClientData:
             return
         if self.loader.cuts_anew and population.batch_size != "loader":
             raise ValueError(
-                f"population: batch_size={population.batch_size!r} with a batch_sampler of your own, which alone"
-                " decides what a batch is: pass Population(..., batch_size='loader') or a DataLoader with a batch_size."
+                f"population: batch_size={population.batch_size!r} has no effect on a loader with a custom"
+                " batch_sampler: pass Population(..., batch_size='loader') or a DataLoader with a batch_size."
             )
         if population.batch_size == "fastest" and callable(self._options.local_steps):
             raise ValueError(
-                f"population: batch_size='fastest' with local_steps={self._options.local_steps!r}, and which batch is"
-                " fastest depends on how many follow: pass local_steps as a number, or another batch_size."
+                "population: batch_size='fastest' needs a fixed number of local steps, and"
+                f" local_steps={self._options.local_steps!r}: pass local_steps as a number, or another batch_size."
             )
         if population.may_drop and population.min_clients < self._world_size:
             raise ValueError(
-                f"population: min_clients={population.min_clients} is fewer than the {self._world_size} ranks (devices"
-                " x nodes), and clients may be dropped until a rank has none: pass"
-                f" Population(..., min_clients={self._world_size}) or use fewer devices."
+                f"population: min_clients={population.min_clients} may leave some of the {self._world_size} ranks"
+                f" (devices x nodes) without a client: pass Population(..., min_clients={self._world_size}) or fewer"
+                " devices."
             )
 
     def workload(self, model_bytes: int, update_bytes: int) -> ClientWorkload:
@@ -161,8 +161,8 @@ class ClientData:
         if clients == 0 or clients >= rule.needs:
             return plan
         rank_zero_warn(
-            f"round {plan.round}: aggregator={rule.call} needs at least {rule.needs} clients, and {clients} can take"
-            " part, so nobody trains in this round."
+            f"round {plan.round}: aggregator={rule.call} needs at least {rule.needs} clients, but only {clients} can"
+            " take part, so no client trains in this round."
         )
         simulated = None if plan.simulated is None else nobody_simulated()
         return plan._replace(cohort=plan.cohort[:0], ranks=plan.ranks[:0], simulated=simulated)
@@ -214,15 +214,17 @@ class ClientData:
         population = self._options.population
         if asynchrony.seconds is None and population is None:
             raise ValueError(
-                "mode='async' needs to know how long clients take: pass population=Population(...), or"
-                " mode=FedBuff(seconds=[...]) with a number for each client."
+                "mode='async': the time that each client takes is unknown: pass population=Population(...), or"
+                " mode=FedBuff(seconds=[...]) with one number for each client."
             )
         if asynchrony.seconds is not None and len(asynchrony.seconds) != count:
-            raise ValueError(f"seconds: got {len(asynchrony.seconds)} numbers for {count} clients: pass one for each.")
+            raise ValueError(
+                f"seconds: {len(asynchrony.seconds)} number(s) were given for {count} clients: pass one for each."
+            )
         if population is not None and (population.deadline is not None or population.over_selection > 1):
             raise ValueError(
-                "population: deadline and over_selection close rounds that wait for clients, and mode='async' does not"
-                " wait: leave them out."
+                "population: deadline and over_selection have no meaning with mode='async', where rounds do not wait"
+                " for clients: leave them out."
             )
 
     def _simulate(self, fleet: Fleet, round: int, local_steps: int | None, clients: IntArray) -> Simulated:

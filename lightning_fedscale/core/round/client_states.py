@@ -96,8 +96,8 @@ class ClientStates:
             return self.store.state_dict()
         if in_client and self._world_size > 1:
             raise RuntimeError(
-                "save_checkpoint inside a client: with client_optimizer='keep' on several ranks the clients'"
-                " optimizers can only be collected between rounds. Save from a callback's on_train_batch_end."
+                "save_checkpoint: on several ranks, what clients keep (client_optimizer='keep', local_rule, personal)"
+                " can only be saved between rounds, not while a client trains: save in a callback's on_train_batch_end."
             )
         return self._placement.state_dict()
 

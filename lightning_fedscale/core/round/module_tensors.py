@@ -55,9 +55,9 @@ class ModuleTensors:
         if keeper is not None:
             one = min(set(before) ^ set(shared.names))
             raise ValueError(
-                f"{keeper}: what is kept for it is for the {len(before)} parameters that were trainable in the round"
-                f" before, and {one!r} is {'' if one in shared.names else 'not '}trainable now: do not freeze or"
-                " unfreeze layers while it is used."
+                f"{keeper}: its state belongs to the {len(before)} parameters that were trainable in the previous"
+                f" round, but {one!r} is {'trainable' if one in shared.names else 'frozen'} now: do not freeze or"
+                " unfreeze layers with this argument."
             )
 
     def has_odd_buffers(self, shared: SharedTensors, largest: LargestClient) -> bool:
@@ -90,24 +90,24 @@ class ModuleTensors:
         """Warn, once for each buffer, that it is averaged: only the user knows whether that is right."""
         if new := self._not_warned(names):
             rank_zero_warn(
-                f"buffers: {enumerated(new)} changed while clients trained, and the global model takes the clients'"
-                " mean, which is right for a quantity and wrong for a queue, a table or a flag. Say which with"
-                f" FederatedStrategy(buffers={{{new[0]!r}: ...}}): 'mean', 'largest' (of the client with the most"
-                " samples; give what belongs together, such as a queue and its pointer, the same), 'server' (as it is)"
-                " or 'client' (each its own)."
+                f"buffers: {enumerated(new)} changed while clients trained, and the global model takes the mean over"
+                " clients. This is right for a quantity, but wrong for a queue, a table or a flag: choose a policy with"
+                f" FederatedStrategy(buffers={{{new[0]!r}: ...}}): 'mean'; 'largest' for the values of the client with"
+                " the most samples, also for buffers that belong together; 'server' for values that do not change;"
+                " 'client' for values that stay with each client."
             )
 
     def _check_shapes(self, names: list[str]) -> None:
         if new := self._not_warned(names):
-            said = f"buffers: {enumerated(new)} came up, went or changed shape while a client trained"
+            said = f"buffers: {enumerated(new)} appeared, disappeared or changed shape while a client trained"
             if self._options.asynchrony is not None or self._options.algorithm.ditto is not None:
                 raise ValueError(
-                    f"{said}, which models of single clients cannot follow: give them 'server' or 'client' in"
-                    f" FederatedStrategy(buffers={{{new[0]!r}: 'server'}}), or one shape."
+                    f"{said}, which mode='async' and local_rules.Ditto do not support: pass"
+                    f" FederatedStrategy(buffers={{{new[0]!r}: 'server'}}) or 'client', or keep one shape."
                 )
             rank_zero_warn(
-                f"{said}, and so there is no mean over clients: they are those of the client with the most samples."
-                f" FederatedStrategy(buffers={{{new[0]!r}: 'client'}}) lets each keep its own."
+                f"{said}, so there is no mean: the global model takes the values of the client with the most samples."
+                f" Pass FederatedStrategy(buffers={{{new[0]!r}: 'client'}}) to keep them with each client."
             )
 
     def _not_warned(self, names: list[str]) -> list[str]:

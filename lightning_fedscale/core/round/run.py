@@ -123,8 +123,8 @@ class RoundRunner:
             raise failure
         if failed := table.failed_ranks():
             raise RuntimeError(
-                f"round {self._plan.round}: an exception ended the work of rank {', '.join(map(str, failed))} (see"
-                " there), so the global model stays as it was before this round."
+                f"round {self._plan.round}: rank {', '.join(map(str, failed))} raised an exception (see its traceback),"
+                " so the global model stays as it was before this round."
             )
         if fit.world_size > 1:
             fit.log.joint.merge(table.logged)

@@ -79,8 +79,8 @@ class GlobalModel:
             states.setdefault(RULE, rule.init(torch.zeros_like(server[:trainable])))
             if any(leaf.dim() and len(leaf) != trainable for leaf in tree_leaves(states[RULE]) if _is_tensor(leaf)):
                 raise ValueError(
-                    f"local_rule={rule.name!r}: what it keeps is for other parameters than the {trainable:,} trainable"
-                    " elements of this round: do not freeze or unfreeze layers while it is used."
+                    f"local_rule={rule.name!r}: its state belongs to other parameters than the {trainable:,} trainable"
+                    " elements of this round: do not freeze or unfreeze layers with this argument."
                 )
         if (privacy := self._algorithm.privacy) is not None:
             states.setdefault(PRIVACY, privacy.init())
@@ -134,7 +134,7 @@ class GlobalModel:
         if not _subtract(shared, server, steps):
             raise RuntimeError(
                 f"server_optimizer: its step in round {cohort.round} has NaN or infinite values, so the global model"
-                " stays as it was before this round. Lower the server learning rate."
+                " stays as it was before this round: lower the server learning rate."
             )
         if training:
             self.states = self._next
@@ -169,12 +169,12 @@ class GlobalModel:
         if spoilt and len(spoilt) + len(absent) == len(table.clients):
             raise Diverged(
                 f"round {table.round}: the updates of all {len(spoilt)} clients have NaN or infinite values, so the"
-                " global model stays as it was before this round. Lower the learning rate, clip gradients"
+                " global model stays as it was before this round: lower the learning rate, clip gradients"
                 " (Trainer(gradient_clip_val=1.0)) or look for bad samples."
             )
         for left_out, why in (
-            (spoilt, "whose update has NaN or infinite values"),
-            (absent, "for whom the collate function returned None for every batch"),
+            (spoilt, "because the update has NaN or infinite values"),
+            (absent, "because the collate function returned None for every batch"),
         ):
             if left_out:
                 rank_zero_warn(
@@ -188,8 +188,8 @@ class GlobalModel:
             aggregate[cohort.trainable :] = _still(server[cohort.trainable :])
         if aggregate.shape != server.shape:
             raise ValueError(
-                f"aggregator: finish returned a tensor of shape {tuple(aggregate.shape)}, not one as long as the"
-                f" clients' deltas, {tuple(server.shape)}."
+                f"aggregator: finish returned a tensor of shape {tuple(aggregate.shape)}, but must return one of the"
+                f" clients' deltas' shape, {tuple(server.shape)}."
             )
         moved = aggregate[: cohort.trainable]
         if (privacy := self._algorithm.privacy) is not None:
@@ -214,8 +214,8 @@ class GlobalModel:
         aggregate, state = rule.finish_with(total, cohort, state)
         if before is not None and (place := before.difference(Snapshot(rule._asdict(), most=0))) is not None:
             rank_zero_warn(
-                f"aggregator: {place} has changed in round {cohort.round}, and no checkpoint has it: a run that is"
-                " resumed would differ. Keep it as the rule's state, Aggregator(..., init_state=...)."
+                f"aggregator: {place} changed in round {cohort.round}, but checkpoints do not contain it, so a resumed"
+                " run would differ: keep it as the rule's state, Aggregator(..., init_state=...)."
             )
         self._watched = True
         if rule.kept is not None:
@@ -238,8 +238,8 @@ def _copied(state: Any) -> Any:
     if state is None or type(state) in (bool, int, float, str):
         return state
     raise TypeError(
-        f"aggregator: its state holds a {type(state).__name__}, which a checkpoint cannot: keep tensors, numbers and"
-        " strings, in dicts, lists and tuples."
+        f"aggregator: its state contains a {type(state).__name__}, which checkpoints cannot contain: use tensors,"
+        " numbers and strings, in dicts, lists and tuples."
     )
 
 
@@ -281,6 +281,6 @@ def _checked(answer: Any, params: Params) -> tuple[Params, Any]:
         if step.keys() == params.keys() and all(step[name].shape == params[name].shape for name in params):
             return step, state
     raise TypeError(
-        "server_optimizer: update must return (step, state), where step has a tensor for every parameter, by the names"
-        " and in the shapes of delta."
+        "server_optimizer: update must return (step, state), and step must have one tensor for each parameter, with the"
+        " names and shapes of delta."
     )
