@@ -22,7 +22,7 @@ from torchmetrics import Accuracy, Metric
 
 from lightning_fedscale import FederatedStrategy
 from lightning_fedscale.callbacks import MaxBatchProbe
-from lightning_fedscale.callbacks.max_batch_probe.callback import _check_strategy
+from lightning_fedscale.callbacks.max_batch_probe.rank_probe import check_strategy
 from lightning_fedscale.devices import DeviceClass, estimate_memory
 from lightning_fedscale.devices.probe import ProbeResult
 from lightning_fedscale.devices.profiling import libraries
@@ -411,7 +411,7 @@ def test_a_module_that_depends_on_its_data() -> None:
 
 def test_training_goes_on_where_no_other_process_can_be_started(monkeypatch: pytest.MonkeyPatch) -> None:
     told: list[str] = []
-    monkeypatch.setattr("lightning_fedscale.callbacks.max_batch_probe.callback.rank_zero_info", told.append)
+    monkeypatch.setattr("lightning_fedscale.callbacks.max_batch_probe.report.rank_zero_info", told.append)
     monkeypatch.setattr("sys.executable", "/nowhere/python")
     libraries._ask.cache_clear()
     module, batch = KEEPERS["grouped"].project()
@@ -621,7 +621,7 @@ def test_resumed_runs_keep_their_batch_size(tmp_path: Path, monkeypatch: pytest.
         run.fit(WithAttribute())
         run.save_checkpoint(tmp_path / f"{strategy}.ckpt")
     monkeypatch.setattr(
-        "lightning_fedscale.callbacks.max_batch_probe.callback.estimate_memory", None
+        "lightning_fedscale.callbacks.max_batch_probe.rank_probe.estimate_memory", None
     )  # must not be asked
     for strategy in STRATEGIES:
         again, module = MaxBatchProbe(budget=budget_for(10), headroom=0.0), WithAttribute()
@@ -703,4 +703,4 @@ def test_sharded_strategies_are_refused() -> None:
         strategy = ModelParallelStrategy()
 
     with pytest.raises(ValueError, match="strategy=ModelParallelStrategy"):
-        _check_strategy(Elsewhere())  # type: ignore[arg-type]
+        check_strategy(Elsewhere())  # type: ignore[arg-type]
