@@ -81,7 +81,9 @@ class Timed(ComputeAccounting):
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         super().on_fit_start(trainer, pl_module)
-        self._counting.client = self._timed(self._counting.client)  # type: ignore[method-assign]
+        if isinstance(trainer.strategy, FederatedStrategy):
+            meter: Any = trainer.strategy._federation.fit.meter
+            meter.client = self._timed(meter.client)
 
     def _timed(self, work: Callable[..., Any]) -> Callable[..., Any]:
         def timed(*values: Any) -> Any:

@@ -67,3 +67,53 @@ def count_parameters(module: nn.Module, multiplied: Collection[str] = ()) -> Par
             non_embedding += size
             active += (size - pruned.get(id(parameter), 0)) * parameter.requires_grad
     return ParameterCounts(total, trainable, non_embedding, active)
+
+
+class CurrentParameters:
+    """The present parameters of a module, and its size for every choice of trainable ones.
+
+    Args:
+        module: the module.
+
+    Attributes:
+        multiplied: names of embedding tables that the module's code was seen to multiply.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self._module = module
+        self._parameters: list[nn.Parameter] = []
+        self._sizes: dict[tuple[bool, ...], ParameterCounts] = {}
+        self.multiplied: set[str] = set()
+        self.refresh()
+
+    def refresh(self) -> None:
+        """Update the list of parameters, which may have been added, removed or pruned."""
+        named = dict(self._module.named_parameters())
+        pruned = any(name.endswith("_orig") for name in named)
+        if pruned or list(map(id, self._parameters)) != list(map(id, named.values())):
+            self._parameters, self._sizes = list(named.values()), {}
+
+    @property
+    def flags(self) -> tuple[bool, ...]:
+        """Which parameters are trainable."""
+        return tuple([parameter.requires_grad for parameter in self._parameters])
+
+    @property
+    def size(self) -> ParameterCounts:
+        """The module's size, with the parameters that are currently trainable."""
+        return self.size_of(self.flags)
+
+    def size_of(self, flags: tuple[bool, ...]) -> ParameterCounts:
+        """Return the module's size; ``flags`` are the current ones."""
+        if (size := self._sizes.get(flags)) is None:
+            size = self._sizes[flags] = count_parameters(self._module, self.multiplied)
+        return size
+
+    def tables(self) -> dict[str, nn.Parameter]:
+        """Return the embedding tables that are only looked up, by name."""
+        return {name: table for name, table in tables_of(self._module).items() if name not in self.multiplied}
+
+    def multiply(self, names: Collection[str]) -> None:
+        """Record that the module's code multiplies these tables."""
+        self.multiplied.update(names)
+        self._sizes = {}

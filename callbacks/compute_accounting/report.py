@@ -1,4 +1,4 @@
-"""The reports of `ComputeAccounting` on the cost of a run: curves against compute, a figure, a table, a file."""
+"""The report of `ComputeAccounting` at the end of a run: a table, advice, a file, a figure."""
 
 from __future__ import annotations
 
@@ -7,118 +7,64 @@ import math
 from typing import Any, NamedTuple
 
 import lightning.pytorch as pl
-from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from rich.console import Console
 from rich.table import Table
-from torch.utils.tensorboard import SummaryWriter
 
+from lightning_fedscale.callbacks.compute_accounting.advice import sweep_advice
+from lightning_fedscale.callbacks.compute_accounting.coverage import OperatorCoverage
 from lightning_fedscale.callbacks.compute_accounting.parameter_counts import ParameterCounts
 from lightning_fedscale.callbacks.compute_accounting.run_facts import trained_as
 from lightning_fedscale.callbacks.compute_accounting.study import Measured
-from lightning_fedscale.core.lightning.loggers import Layout, lay_out, run_folder, show, writers
-from lightning_fedscale.devices.profiling.operator_counter import Operator
+from lightning_fedscale.core.lightning.loggers import run_folder, show, writers
 from lightning_fedscale.scaling import Law, Position
 from lightning_fedscale.scaling.ledger import Ledger
 from lightning_fedscale.scaling.position import plot
 from lightning_fedscale.utils.memory import format_bytes
 
-_UNITS = {1.0: "FLOPs", 1e3: "kFLOPs", 1e6: "MFLOPs", 1e9: "GFLOPs", 1e12: "TFLOPs", 1e15: "PFLOPs", 1e18: "EFLOPs"}
-_FINEST = 100
-"""The first point of the compute axis is at this step or later; steps are integers."""
-
-
-class ComputeCurves:
-    """The run's loss against compute, and in a sibling run ``predicted_optimal`` the predicted loss of the best size.
-
-    Attributes:
-        unit: FLOPs per step of the axis; 0 before the first point.
-    """
-
-    def __init__(self) -> None:
-        self.unit = 0.0
-        self._sibling: SummaryWriter | None = None
-        self._begun = self._warned = False
-
-    @property
-    def tag(self) -> str:
-        """The tag of both curves."""
-        return f"compute/loss_by_{_UNITS[self.unit]}"
-
-    def _begin(self, trainer: pl.Trainer, flops: float) -> None:
-        """Choose the unit and lay out TensorBoard's charts."""
-        if not self.unit:
-            self.unit = max((unit for unit in _UNITS if flops / unit >= _FINEST), default=1.0)
-        layout: Layout = {
-            "ComputeAccounting": {
-                "loss against compute": ["Multiline", [f"{self.tag}$"]],
-                "parameters in the optimal band": [
-                    "Margin", ["compute/params_by_law", "compute/optimal_params_low", "compute/optimal_params_high"],
-                ],
-                "size ratio": ["Multiline", ["compute/size_ratio$"]],
-            }
-        }  # fmt: skip
-        lay_out(trainer, layout)
-
-    def add(self, trainer: pl.Trainer, flops: float, loss: float | None, position: Position | None) -> None:
-        """Add a point to each curve.
-
-        Args:
-            trainer: the Trainer.
-            flops: FLOPs spent so far.
-            loss: loss of the step or round, None if it has none.
-            position: position under the law.
-        """
-        if not self._begun:
-            self._begin(trainer, flops)
-            self._begun = True
-        at = int(flops / self.unit)
-        if loss is not None and not math.isfinite(loss):
-            if not self._warned:
-                rank_zero_warn(f"ComputeAccounting: the loss is {loss}: the curve against compute leaves it out.")
-            self._warned = True
-        elif loss is not None:
-            for writer in writers(trainer, "add_scalar"):
-                writer.add_scalar(self.tag, loss, at)
-        if position is not None and math.isfinite(position.optimal_loss):
-            for writer in writers(trainer, "add_scalar"):
-                if self._sibling is None:
-                    self._sibling = SummaryWriter(f"{writer.log_dir}/predicted_optimal")
-                self._sibling.add_scalar(self.tag, position.optimal_loss, at)
-                break
-
-    def close(self) -> None:
-        """Close the writer of the sibling run."""
-        if self._sibling is not None:
-            self._sibling.close()
-        self._sibling = None
-
 
 class Report(NamedTuple):
-    """What there is to say of a run at its end.
+    """The results of a run.
 
     Attributes:
-        ledger: what was spent.
+        ledger: its costs.
         size: the model's parameters.
-        clients: number of clients that the position is about.
-        operators: every operator of the steps that were counted.
-        position: where the run stands, if a law says so.
+        clients: number of clients of the position.
+        coverage: the operators of the counted steps.
+        position: its position, if a law applies.
         law: the law in use.
+        chosen_by_task: whether the law was chosen by the task.
         no_position: why there is no position, in words.
-        measured: what a study measured of runs like this one.
+        measured: the result of a study for runs like this one.
     """
 
     ledger: Ledger
     size: ParameterCounts
     clients: int
-    operators: dict[str, Operator]
+    coverage: OperatorCoverage
     position: Position | None
     law: Law | None
+    chosen_by_task: bool = False
     no_position: str = ""
     measured: Measured | None = None
 
 
+def report_run(trainer: pl.Trainer, module: pl.LightningModule, report: Report) -> None:
+    """Print and save the results on rank 0, and say what to do if there is no position."""
+    if trainer.is_global_zero:
+        print_report(report)
+        save_report(trainer, report)
+    law = report.law
+    if report.no_position and law is not None and not (report.chosen_by_task and law.fitted_on is None):
+        rank_zero_warn(f"ComputeAccounting: no position under {law.name}: {report.no_position}")
+    nothing_said = report.measured is None and report.position is None and report.chosen_by_task
+    if nothing_said and (law is None or not law.problems):
+        advice = sweep_advice(trainer, module, report.ledger.training_flops)
+        rank_zero_info(f"ComputeAccounting: no law for this task yet: fit one. {advice}")
+
+
 def print_report(report: Report) -> None:
-    """Print table and advice, log figure and operators to TensorBoard, write ``position.json`` to the run's folder."""
+    """Print the table of costs, and the study's result and the advice if there are any."""
     console = Console()
     console.print(_table(report.ledger, report.size, report.clients, report.position))
     if report.measured is not None:
@@ -130,7 +76,7 @@ def print_report(report: Report) -> None:
 
 
 def save_report(trainer: pl.Trainer, report: Report) -> None:
-    """Write ``position.json`` into the run's folder, and give figure, advice and operators to TensorBoard."""
+    """Write ``position.json`` into the run's folder, and log figure, advice and operators to TensorBoard."""
     position, measured = report.position, report.measured
     if (folder := run_folder(trainer)) is not None:
         folder.mkdir(parents=True, exist_ok=True)
@@ -145,7 +91,7 @@ def save_report(trainer: pl.Trainer, report: Report) -> None:
             writer.add_text("compute/measured", measured.said, trainer.global_step)
         if position is not None:
             writer.add_text("compute/advice", position.sentences(), trainer.global_step)
-        writer.add_text("compute/operators", _coverage(report.operators), trainer.global_step)
+        writer.add_text("compute/operators", report.coverage.table(), trainer.global_step)
 
 
 def _facts(
@@ -216,9 +162,3 @@ def _bytes(ledger: Ledger) -> str:
 
 def _ends(low: float, high: float) -> str:
     return f"{low:,.0f} to {high:,.0f}" if math.isfinite(low + high) else ""
-
-
-def _coverage(operators: dict[str, Operator]) -> str:
-    rows = sorted(operators.items(), key=lambda item: (item[1].kind, -item[1].flops, item[0]))
-    lines = [f"| {name} | {seen.kind} | {seen.calls:,} | {seen.flops:.3g} |" for name, seen in rows]
-    return "\n".join(["| operator | FLOPs are | calls | FLOPs |", "|---|---|---:|---:|", *lines])

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import lightning.pytorch as pl
+from lightning.pytorch.utilities import rank_zero_info
 
 from lightning_fedscale.strategy import FederatedStrategy
 
@@ -93,6 +94,21 @@ def measured_of(study: Mapping[str, Any], trainer: pl.Trainer, params: float, fl
     own = [each for each in study["results"] if _is_size(each, params) and each["method"] == method]
     here = min(own, key=lambda each: float(each["behind"]), default=None)
     return Measured(study["best"], here, _sentence(study, here, method))
+
+
+def measured_for(given: str | Path | None, trainer: pl.Trainer, params: float, flops: float) -> Measured | None:
+    """Return the result of a study for a run; log the reason if the study has none."""
+    try:
+        study = study_of(given)
+        if study is None:
+            return None
+        found = measured_of(study, trainer, params, flops)
+    except (LookupError, TypeError, ValueError, ArithmeticError) as error:  # edited or deleted during the run
+        found = f"it cannot be read ({error!r})"
+    if isinstance(found, Measured):
+        return found
+    rank_zero_info(f"ComputeAccounting: the study of fedscale size says nothing of this run: {found}.")
+    return None
 
 
 def _is_size(result: Mapping[str, Any], params: float) -> bool:

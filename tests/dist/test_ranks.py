@@ -29,7 +29,7 @@ def _keeps(name: str) -> bool:
 TRAINED = sorted(name for name, each in scenarios.SCENARIOS.items() if not each.fails)
 FLOAT64 = ["double", "phase_adaptive_server", "phase_noise"]
 EXACT = [name for name in TRAINED if name not in FLOAT64]
-COUNTED = 3  # of a record's side, see `Counting.side`: steps whose operations were counted
+COUNTED = 3  # of a record's side, see `RoundMeter.side`: steps whose operations were counted
 TIMES = {"round/seconds", "round/idle"}
 STATEFUL = [name for name in TRAINED if _keeps(name)]
 several = pytest.mark.parametrize("world_size", [2, 3])

@@ -15,17 +15,13 @@ from torch import Tensor, nn
 from torch.nn.utils import prune
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lightning_fedscale.callbacks.compute_accounting.flop_meter import BatchCost, Meter, Tally
+from lightning_fedscale.callbacks.compute_accounting.client_costs import ClientTally
+from lightning_fedscale.callbacks.compute_accounting.flop_meter import BatchCost, Meter
 from lightning_fedscale.callbacks.compute_accounting.parameter_counts import count_parameters
 from lightning_fedscale.devices.profiling import costs
 from lightning_fedscale.devices.profiling import operator_counter as operators
 from lightning_fedscale.devices.profiling.batches import BatchSignature, signature_of
 from tests.networks import KINDS, Classifier
-
-
-def meter_of(module: pl.LightningModule, **options: Any) -> Meter:
-    trainer = pl.Trainer(accelerator="cpu", devices=1, logger=False, enable_checkpointing=False)
-    return Meter(trainer, module, **options)
 
 
 def run(module: Any, batch: Any, meter: Meter, name: str = "training_step", samples: int | None = None) -> BatchCost:
@@ -42,7 +38,7 @@ def run(module: Any, batch: Any, meter: Meter, name: str = "training_step", samp
 
 
 def cost_of(module: Any, batch: Any, **options: Any) -> BatchCost:
-    return run(module, batch, meter_of(module), **options)
+    return run(module, batch, Meter(module), **options)
 
 
 class Wrapped(pl.LightningModule):
@@ -70,7 +66,7 @@ def test_multilayer_perceptron() -> None:
     assert cost.forward == first + second
     assert cost.backward == first + 2 * second  # nobody asks for the gradient of the inputs
     assert (cost.samples, cost.tokens) == (8, 8.0)
-    meter = meter_of(module)
+    meter = Meter(module)
     run(module, torch.zeros(8, 10), meter)
     assert meter.optimizer_cost() == 10 * 20 + 20 + 20 * 5 + 5  # SGD: p += -lr * gradient, one operation an element
     assert cost_of(module, torch.zeros(4, 10), name="validation_step").forward == (first + second) / 2
@@ -79,11 +75,10 @@ def test_multilayer_perceptron() -> None:
 def test_text_counts_tokens_and_six_flops_per_parameter() -> None:
     make, batch_of = KINDS["gpt"]
     module = Classifier(make())
-    meter = meter_of(module)
+    meter = Meter(module)
     module.log = lambda *_: None  # type: ignore[method-assign]
     cost = run(module, batch_of(4), meter)
     assert cost.tokens == 4 * 32
-    assert meter.counts_text
     # The table of positions is no embedding layer but a few numbers; attention comes on top.
     assert 0.9 < cost.flops / (6 * count_parameters(module).active * cost.tokens) < 1.2
 
@@ -93,10 +88,10 @@ def test_unknown_operators_are_told() -> None:
         def forward(self, inputs: Tensor) -> Tensor:
             return torch.fft.rfft(inputs).abs()
 
-    meter = meter_of(Wrapped(nn.Sequential(nn.Linear(64, 64), Spectral())))
-    assert run(meter._module, torch.zeros(8, 64), meter).flops > 0
-    assert any("fft" in name for name, seen in meter.operators.items() if seen.kind == "unknown")
-    assert 0.01 < meter.uncounted < 1.0
+    meter = Meter(Wrapped(nn.Sequential(nn.Linear(64, 64), Spectral())))
+    assert run(meter.module, torch.zeros(8, 64), meter).flops > 0
+    assert any("fft" in name for name, seen in meter.coverage.operators.items() if seen.kind == "unknown")
+    assert 0.01 < meter.coverage.uncounted < 1.0
 
 
 def test_parameters_have_one_definition_each() -> None:
@@ -138,9 +133,8 @@ def test_integers_in_two_dimensions_are_text(batch: Any, text: bool) -> None:
         def training_step(self, batch: Any, batch_idx: int) -> Tensor:
             return self.network(torch.ones(4, 4)).sum()
 
-    meter = meter_of(Odd(nn.Linear(4, 3)))
-    assert run(meter._module, batch, meter).tokens == (28 if text else 4)
-    assert meter.counts_text == text
+    meter = Meter(Odd(nn.Linear(4, 3)))
+    assert run(meter.module, batch, meter).tokens == (28 if text else 4)
 
 
 class Encoding(UserDict[str, Tensor]):
@@ -163,7 +157,7 @@ def test_an_optimizer_costs_the_same_fused_or_not(options: dict[str, Any]) -> No
         def configure_optimizers(self) -> torch.optim.Optimizer:
             return torch.optim.SGD(self.parameters(), lr=0.1, **options)
 
-    meter = meter_of(module := Fused(nn.Linear(4, 3)))
+    meter = Meter(module := Fused(nn.Linear(4, 3)))
     run(module, torch.ones(5, 4), meter)
     assert meter.optimizer_cost() == 15
 
@@ -206,7 +200,7 @@ def test_cost_is_linear_in_the_batch_and_changes_nothing(kind: str) -> None:
     torch.manual_seed(0)
     module, batches = Classifier(make()), [batch_of(n) for n in (4, 12)]
     module.log = lambda *_: None  # type: ignore[method-assign]
-    twin, meter = copy.deepcopy(module), meter_of(module)
+    twin, meter = copy.deepcopy(module), Meter(module)
     state = torch.get_rng_state()
     one, three = (run(module, batch, meter) for batch in batches)
     drawn, costs = torch.get_rng_state(), (one.flops, three.flops)
@@ -217,8 +211,8 @@ def test_cost_is_linear_in_the_batch_and_changes_nothing(kind: str) -> None:
         optimizer.step()
     assert 3 * costs[0] == costs[1] > 0
     assert (one.samples, one.counted) == (4, True)
-    assert all(seen.kind != "unknown" for seen in meter.operators.values())
-    assert meter.uncounted == 0.0
+    assert all(seen.kind != "unknown" for seen in meter.coverage.operators.values())
+    assert meter.coverage.uncounted == 0.0
     assert torch.equal(torch.get_rng_state(), drawn)
     for (name, mine), theirs in zip(module.state_dict().items(), twin.state_dict().values(), strict=True):
         assert torch.equal(mine, theirs), name
@@ -226,7 +220,7 @@ def test_cost_is_linear_in_the_batch_and_changes_nothing(kind: str) -> None:
 
 def test_tokens_by_the_users_own_rule() -> None:
     module = Wrapped(nn.Linear(4, 3))
-    meter = meter_of(module, tokens_fn=lambda batch: int((batch > 0).sum()))
+    meter = Meter(module, tokens_fn=lambda batch: int((batch > 0).sum()))
     assert [run(module, batch, meter).tokens for batch in (torch.ones(5, 4), torch.eye(4))] == [20, 4]
 
 
@@ -242,19 +236,19 @@ def test_tokens_by_the_users_own_rule() -> None:
 def test_tokens_that_cannot_be(tokens_fn: Any, message: str) -> None:
     module = Wrapped(nn.Linear(4, 3))
     with pytest.raises(ValueError, match=message):
-        run(module, torch.ones(5, 4), meter_of(module, tokens_fn=tokens_fn))
+        run(module, torch.ones(5, 4), Meter(module, tokens_fn=tokens_fn))
 
 
 def test_what_is_frozen_is_counted_anew() -> None:
     module, batch = Wrapped(nn.Sequential(nn.Linear(4, 6), nn.Linear(6, 2))), torch.ones(5, 4)
-    meter = meter_of(module)
+    meter = Meter(module)
     first, second = 2 * 5 * 4 * 6, 2 * 5 * 6 * 2
     assert run(module, batch, meter).backward == first + 2 * second
-    assert meter.size.active == 30 + 14
+    assert meter.parameters.size.active == 30 + 14
     module.network[0].requires_grad_(False)
     module.zero_grad()
     assert run(module, batch, meter).backward == second
-    assert meter.size.active == 14
+    assert meter.parameters.size.active == 14
     assert meter.optimizer_cost() == 14
 
 
@@ -288,7 +282,7 @@ class Costs:
                 return self.network(batch[:1].expand(wide(number), -1)).sum()
 
         self.module, number = Told(nn.Linear(4, 3)), 0
-        self.meter = meter_of(self.module)
+        self.meter = Meter(self.module)
         self.costs, self.counted = [], []
         for number in range(600):
             cost = run(self.module, torch.ones(5, 4), self.meter)
@@ -346,20 +340,20 @@ def test_what_is_known_outlives_an_interruption() -> None:
         return found
 
     number, module = 0, Told(nn.Linear(4, 3))
-    whole = go_on(module, meter_of(module), range(200))
-    go_on(module, meter := meter_of(module), range(90))
+    whole = go_on(module, Meter(module), range(200))
+    go_on(module, meter := Meter(module), range(90))
     state = io.BytesIO()
     torch.save(meter.state_dict(), state)
     state.seek(0)
-    resumed = meter_of(Told(nn.Linear(4, 3)))
+    resumed = Meter(Told(nn.Linear(4, 3)))
     resumed.load_state_dict(torch.load(state, weights_only=True))
-    assert go_on(resumed._module, resumed, range(90, 200)) == whole[90:]
+    assert go_on(resumed.module, resumed, range(90, 200)) == whole[90:]
 
 
 def test_many_sizes_are_told_by_those_before() -> None:
     """Batches of more sizes than can be counted: the others by what each number in them costs."""
     module = Wrapped(nn.Linear(4, 3))
-    meter = meter_of(module)
+    meter = Meter(module)
     costs = [run(module, torch.ones(rows, 4), meter) for rows in range(1, 301)]
     assert [cost.flops for cost in costs] == pytest.approx([2 * 2 * rows * 4 * 3 for rows in range(1, 301)])
     assert sum(cost.counted for cost in costs) < 100
@@ -373,7 +367,7 @@ def test_whatever_is_beside_the_tensors_is_not_counted_for_ever(beside: Callable
         def training_step(self, batch: Any, batch_idx: int) -> Tensor:
             return self.network(batch[0]).sum()
 
-    meter = meter_of(module := Reads(nn.Linear(4, 3)))
+    meter = Meter(module := Reads(nn.Linear(4, 3)))
     costs = [run(module, [torch.ones(5, 4), beside(number)], meter) for number in range(300)]
     assert {cost.flops for cost in costs} == {2 * 2 * 5 * 4 * 3}
     assert sum(cost.counted for cost in costs) < 90
@@ -390,15 +384,15 @@ def test_a_formula_that_fails_ends_no_training(monkeypatch: pytest.MonkeyPatch) 
         raise AssertionError("such shapes are not known")
 
     monkeypatch.setitem(costs._OWN, torch.ops.aten.addmm, fails)
-    meter = meter_of(module := Wrapped(nn.Linear(4, 3)))
+    meter = Meter(module := Wrapped(nn.Linear(4, 3)))
     assert run(module, torch.ones(5, 4), meter).forward == 0
-    assert meter.operators["aten.addmm"].kind == "unknown"
+    assert meter.coverage.operators["aten.addmm"].kind == "unknown"
 
 
 def test_other_code_in_a_step_is_none_of_its_cost() -> None:
     """Such as a callback that trains something on the side, in a hook of its own."""
     module = Wrapped(nn.Linear(4, 3))
-    meter = meter_of(module)
+    meter = Meter(module)
     with meter.step(torch.ones(5, 4)) as step:
         module._current_fx_name = "on_before_backward"
         nn.Linear(4, 4)(torch.ones(2, 4)).sum().backward()
@@ -411,7 +405,7 @@ def test_other_code_in_a_step_is_none_of_its_cost() -> None:
 
 
 def test_a_step_that_fails_says_nothing() -> None:
-    meter = meter_of(module := Wrapped(nn.Linear(4, 3)))
+    meter = Meter(module := Wrapped(nn.Linear(4, 3)))
     with pytest.raises(OSError, match="no such file"), meter.step(torch.ones(5, 4)):
         raise OSError("no such file")
     assert meter.expected(signature_of(torch.ones(5, 4))) is None
@@ -420,8 +414,8 @@ def test_a_step_that_fails_says_nothing() -> None:
 
 def test_batches_side_by_side_cost_what_one_alone_did() -> None:
     module, told = Wrapped(nn.Linear(4, 3)), []
-    meter = meter_of(module)
-    tally, form = Tally(meter, lambda *both: told.append(both)), signature_of(torch.ones(5, 4))
+    meter = Meter(module)
+    tally, form = ClientTally(meter, lambda *both: told.append(both)), signature_of(torch.ones(5, 4))
     tally.add(form, 5)  # before anything is known
     with meter.alone(torch.ones(5, 4), 5):
         module._current_fx_name = "training_step"
