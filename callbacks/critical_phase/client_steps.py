@@ -4,39 +4,37 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import lightning.pytorch as pl
 import numpy as np
 import torch
 from torch import Tensor
 
+from lightning_fedscale.callbacks.critical_phase.judge import PhaseJudge
 from lightning_fedscale.callbacks.critical_phase.steps import Seen, StepWatch
 from lightning_fedscale.phases import Decision, Observation
-from lightning_fedscale.phases.tracker import PhaseTracker, joined
+from lightning_fedscale.phases.tracker import joined
 from lightning_fedscale.types import IntArray, Params, RoundRecord
 from lightning_fedscale.utils import collectives
-
-if TYPE_CHECKING:
-    from lightning_fedscale.callbacks.critical_phase.callback import CriticalPhase
 
 
 class ClientStepWatch(StepWatch):
     """Observes the gradients of every client's local steps, and decides once a round, equally on every rank."""
 
-    def __init__(self, owner: CriticalPhase, tracker: PhaseTracker) -> None:
-        super().__init__(owner, tracker)
+    def __init__(self, judge: PhaseJudge) -> None:
+        super().__init__(judge)
         self._client = -1
         self._norms: dict[int, list[Tensor]] = {}  # of a client's steps: optimizer, sum of norms, squared norm
 
     def check(self, trainer: pl.Trainer, module: pl.LightningModule, noise: str) -> None:
         """See `StepWatch.check`."""
-        if self._owner.detector.needs != "layer_norms" or self._owner.detector.accumulate > 1:
+        if self._options.detector.needs != "layer_norms" or self._options.detector.accumulate > 1:
             raise ValueError(
                 "level='step': with FederatedStrategy, only detectors of the gradient norm of single steps look at"
                 " local steps; choose level='round'."
             )
-        if self._owner.action == "noise":
+        if self._options.action == "noise":
             raise ValueError(
                 "action='noise': with FederatedStrategy it is the aggregated update that is given noise; choose"
                 " level='round'."
@@ -62,10 +60,10 @@ class ClientStepWatch(StepWatch):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, record: RoundRecord, delta: Params
     ) -> None:
         """Share the norms of all clients between ranks, and decide."""
-        self._owner.begin_round(trainer)
+        self._judge.begin_round(trainer, self.saved_state())
         if record.empty:
             return
-        self._tracker.estimate_from_updates(record)
+        self._judge.tracker.estimate_from_updates(record)
         rows = {client: row for row, client in enumerate(record.clients.tolist())}
         # The backend of the gradients' device may not communicate tensors of other devices.
         device = trainer.strategy.root_device
@@ -85,23 +83,23 @@ class ClientStepWatch(StepWatch):
             for number in np.unique(seen[:, 0]).astype(int).tolist():
                 _, totals, squares = seen[seen[:, 0] == number].T
                 sequence = self._sequence(number, client)
-                decisions = [self._tracker.detect(Observation([total]), sequence) for total in totals]
+                decisions = [self._judge.tracker.detect(Observation([total]), sequence) for total in totals]
                 found[number].append((float(squares.mean()), decisions[-1]))
         if not found:
-            self._warn_if_unseen(trainer, int(record.local_steps.sum()))
+            self._gradients.missing(int(record.local_steps.sum()), trainer, self._judge.critical)
             return
-        self._unseen = 0
+        self._gradients.seen()
         for number, clients in found.items():
             norm = math.sqrt(math.fsum(square for square, _ in clients) / len(clients))
             self._seen[number] = Seen(record.round, norm, joined([decision for _, decision in clients]))
         now = [self._seen[number] for number in found]
-        self._owner.judge(record.round, math.hypot(*(seen.norm for seen in now)), [seen.decision for seen in now])
+        self._judge.judge(record.round, math.hypot(*(seen.norm for seen in now)), [seen.decision for seen in now])
 
     def after_batch(self, trainer: pl.Trainer) -> None:
         """Restore scaled settings at the end of a round."""
         for hold in self._holds:
             hold.scaling.restore()
 
-    def _see(self, trainer: pl.Trainer, number: int, gradients: dict[int, Tensor], norms: Tensor) -> None:
+    def _add(self, trainer: pl.Trainer, number: int, gradients: dict[int, Tensor], norms: Tensor) -> None:
         row = [norms.new_full((), number), norms.sum(), norms.square().sum()]
         self._norms[self._client].append(torch.stack(row))

@@ -9,21 +9,43 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.strategies import FSDPStrategy
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from lightning_fedscale.utils import collectives
 
-NOT_SEEN = (
-    "CriticalPhase: no gradients were seen in {} batches, and the phase stays as it was, critical={}. If the module"
-    " does train: step the optimizers of configure_optimizers, without a closure if by use_pl_optimizer=False."
-)
+_PATIENCE = 25
+"""Number of batches without a gradient after which there is a warning."""
 
 SPARSE = (
     "action='noise': a gradient is sparse, and noise would be on all of its table: pass sparse=False to nn.Embedding,"
     " or choose action='observe' or 'scale'."
 )
+
+
+class GradientsExpected:
+    """Warns once if no gradients are seen for many batches."""
+
+    def __init__(self) -> None:
+        self._missing = 0  # batches since the last gradient
+        self._warned = False
+
+    def seen(self) -> None:
+        """Record a gradient."""
+        self._missing = 0
+
+    def missing(self, batches: int, trainer: pl.Trainer, critical: bool) -> None:
+        """Count batches since the last gradient, and warn once if there are too many."""
+        self._missing += batches
+        if self._missing >= _PATIENCE * trainer.accumulate_grad_batches and not self._warned:
+            self._warned = True
+            rank_zero_warn(
+                f"CriticalPhase: no gradients were seen in {self._missing} batches, and the phase stays as it was,"
+                f" critical={critical}. If the module does train: step the optimizers of configure_optimizers, without"
+                " a closure if by use_pl_optimizer=False."
+            )
 
 
 def gradients_of(optimizer: Optimizer) -> dict[int, Tensor]:

@@ -111,11 +111,14 @@ class GradientMemory:
         """Number of steps in the moments."""
         return 0 if self._diagonal is None else self._diagonal.seen
 
-    def noise(self, batch: float, target: float, generator: torch.Generator) -> dict[int, Tensor]:
-        """Return the noise that gradients over ``target`` samples have in addition to those over ``batch``."""
+    def add_noise(self, gradients: dict[int, Tensor], batch: float, target: float, seed: int) -> None:
+        """Add the noise to gradients over ``batch`` samples that those over ``target`` samples have in addition."""
         assert self._diagonal is not None
-        noise = diagonal_noise(self._diagonal, batch, target, generator)
-        return dict(zip(self._places or [], noise, strict=True))
+        generator = torch.Generator(device=next(iter(gradients.values())).device)
+        generator.manual_seed(seed)
+        drawn = diagonal_noise(self._diagonal, batch, target, generator)
+        noise = dict(zip(self._places or [], drawn, strict=True))
+        torch._foreach_add_(list(gradients.values()), [noise[place] for place in gradients])
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state for the checkpoint."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import lightning.pytorch as pl
 import numpy as np
@@ -12,6 +12,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from lightning_fedscale.callbacks.critical_phase.gradients import learning_rate
+from lightning_fedscale.callbacks.critical_phase.judge import PhaseJudge
 from lightning_fedscale.core.lightning.half_batch_gradients import half_batch_gradients, no_halves, squared_norm
 from lightning_fedscale.phases import Observation
 from lightning_fedscale.phases.noise import (
@@ -23,26 +24,21 @@ from lightning_fedscale.phases.noise import (
     estimate_from_half_batches,
     reweighting_strength,
 )
-from lightning_fedscale.phases.tracker import PhaseTracker
 from lightning_fedscale.server import follows_scale, own_decay
 from lightning_fedscale.types import ClientUpdate, FloatArray, IntArray, Params, RoundRecord
 from lightning_fedscale.utils import collectives, randomness
-
-if TYPE_CHECKING:
-    from lightning_fedscale.callbacks.critical_phase.callback import CriticalPhase
 
 
 class RoundWatch:
     """Observes the aggregated update of every round, and scales it or adds noise.
 
     Args:
-        owner: the callback, which decides.
-        tracker: tracks the phase.
+        judge: decides.
     """
 
-    def __init__(self, owner: CriticalPhase, tracker: PhaseTracker) -> None:
-        self._owner = owner
-        self._tracker = tracker
+    def __init__(self, judge: PhaseJudge) -> None:
+        self._judge = judge
+        self._options = judge.options
         self._since_look = 0.0  # local batches of a client
         self._halves: _HalfBatches | None = None
         self._summed = 0
@@ -59,19 +55,19 @@ class RoundWatch:
         Raises:
             ValueError: with the reason and the remedy.
         """
-        if self._owner.detector.needs == "fisher_trace" and self._owner.noise_every is None:
+        if self._options.detector.needs == "fisher_trace" and self._options.noise_every is None:
             raise ValueError("noise_every=None: detector 'fisher_trace' reads what is measured there; pass a number.")
 
     def helpers(self, trainer: pl.Trainer, noise: str) -> list[Any]:
         """Return the listeners to the events of a round; costly ones only if they are needed."""
         strategy: Any = trainer.strategy
         found: list[Any] = [self]
-        rule, with_decay = strategy.server_optimizer, self._owner.scale_weight_decay
+        rule, with_decay = strategy.server_optimizer, self._options.scale_weight_decay
         self._scales_delta = follows_scale(rule) and not with_decay
-        if self._owner.action == "scale" and not self._scales_delta:
-            found.append(_StepScaling(self._owner, 0.0 if with_decay else own_decay(rule)))
-        if self._owner.action == "noise" and noise == "reweighting":
-            self._signed = _SignedUpdates(self._owner.seed)
+        if self._options.action == "scale" and not self._scales_delta:
+            found.append(_StepScaling(self._judge, 0.0 if with_decay else own_decay(rule)))
+        if self._options.action == "noise" and noise == "reweighting":
+            self._signed = _SignedUpdates(self._options.seed)
             found.append(self._signed)
         return found
 
@@ -81,7 +77,7 @@ class RoundWatch:
         self._diagonal = None if self._diagonal is None else self._diagonal.to(module.device)
         if self._scales_delta:
             return "the server follows the size of updates, so the clients' aggregated update is multiplied"
-        if self._owner.scale_weight_decay:
+        if self._options.scale_weight_decay:
             return "weight decay is to be multiplied too, so the server's step is"
         return "the server hardly follows the size of updates, so its step is multiplied"
 
@@ -93,23 +89,23 @@ class RoundWatch:
     def on_round_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, round: int, clients: IntArray) -> None:
         """Compute the gradients of both halves of the clients' batches, if this is due."""
         self._halves = None
-        if self._owner.noise_every is not None and self._since_look >= self._owner.noise_every:
+        if self._options.noise_every is not None and self._since_look >= self._options.noise_every:
             self._halves = _HalfBatches(trainer, pl_module, clients)
 
     def on_before_server_step(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, record: RoundRecord, delta: Params
     ) -> None:
         """Observe the clients' update, decide and change it; an empty round is not observed."""
-        self._owner.begin_round(trainer)
+        self._judge.begin_round(trainer, self.saved_state())
         if not record.empty:
             self._look(record)
-            if self._owner.detector.accumulate == 1:
+            if self._options.detector.accumulate == 1:
                 self._observe(trainer, record, list(delta.values()))
             elif self._add_up(delta):
                 self._observe(trainer, record, self._sums)
-        if self._owner.action == "scale" and self._scales_delta:
-            torch._foreach_mul_(list(delta.values()), self._owner.scale)
-        elif self._owner.action == "noise" and not record.empty:
+        if self._options.action == "scale" and self._scales_delta:
+            torch._foreach_mul_(list(delta.values()), self._judge.scale)
+        elif self._options.action == "noise" and not record.empty:
             self._make_noisy(record, delta)
 
     def after_batch(self, trainer: pl.Trainer) -> None:
@@ -136,32 +132,32 @@ class RoundWatch:
     # ---- observation
 
     def _look(self, record: RoundRecord) -> None:
-        self._tracker.estimate_from_updates(record)
+        self._judge.tracker.estimate_from_updates(record)
         self._since_look += float(record.local_steps.mean())
         if self._halves is not None:
             self._since_look = 0.0
             if (look := self._halves.look()) is not None:
-                self._tracker.add_estimate("sampling", look)
+                self._judge.tracker.add_estimate("sampling", look)
             self._halves = None
 
     def _add_up(self, delta: Params) -> bool:
         """Add an update to the sum, and return whether it has as many updates as the detector needs."""
-        fresh = self._summed in (0, self._owner.detector.accumulate)
+        fresh = self._summed in (0, self._options.detector.accumulate)
         # Not in place: the state from the beginning of the round may still be saved.
         updates = list(delta.values())
         self._sums = [u.clone() for u in updates] if fresh else list(torch._foreach_add(self._sums, updates))
         self._summed = 1 if fresh else self._summed + 1
-        return self._summed == self._owner.detector.accumulate
+        return self._summed == self._options.detector.accumulate
 
     def _observe(self, trainer: pl.Trainer, record: RoundRecord, tensors: list[Tensor]) -> None:
         norms: list[float] = torch.stack(list(torch._foreach_norm(tensors))).tolist()
         accepted = record.weights > 0
-        self._owner.observe(
+        self._judge.observe(
             record.round,
             Observation(
                 norms,
                 client_square=float(record.weights[accepted] @ record.delta_norms[accepted] ** 2),
-                fisher_trace=self._tracker.sampling.fisher_trace,
+                fisher_trace=self._judge.tracker.sampling.fisher_trace,
                 learning_rate=learning_rate(*trainer.optimizers),
             ),
         )
@@ -169,21 +165,21 @@ class RoundWatch:
     # ---- action
 
     def _make_noisy(self, record: RoundRecord, delta: Params) -> None:
-        assert self._owner.target_batch is not None
+        assert self._options.target_batch is not None
         batch = float(record.samples[record.weights > 0].sum())
-        target = min(self._owner.target_batch, batch)
+        target = min(self._options.target_batch, batch)
         if self._signed is not None:
             noise = self._signed.noise(record, delta, batch, target)
-            if self._owner.adds_noise:
+            if self._judge.adds_noise:
                 torch._foreach_add_(list(delta.values()), noise)
             return
         updates = list(delta.values())
         known = diagonal_init(updates) if self._diagonal is None else self._diagonal
         # On a copy: the state from the beginning of the round may still be saved.
         self._diagonal = diagonal_update(known.clone(), updates)
-        if self._owner.adds_noise and self._diagonal.seen > 1:
+        if self._judge.adds_noise and self._diagonal.seen > 1:
             generator = torch.Generator(device=updates[0].device)
-            generator.manual_seed(randomness.derive(self._owner.seed, randomness.NOISE, record.round))
+            generator.manual_seed(randomness.derive(self._options.seed, randomness.NOISE, record.round))
             torch._foreach_add_(updates, diagonal_noise(self._diagonal, batch, target, generator))
 
 
@@ -191,12 +187,12 @@ class _StepScaling:
     """Multiplies the server's step, if its length does not follow that of the update.
 
     Args:
-        owner: the callback, which decides.
+        judge: decides.
         decay: weight decay as a fraction of the parameters per step, which is not scaled.
     """
 
-    def __init__(self, owner: CriticalPhase, decay: float) -> None:
-        self._owner = owner
+    def __init__(self, judge: PhaseJudge, decay: float) -> None:
+        self._judge = judge
         self._decay = decay
         self._weights: Params = {}
 
@@ -207,7 +203,7 @@ class _StepScaling:
 
     def on_server_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule, step: Params) -> None:
         """Scale the server's step, except its weight decay."""
-        factor = self._owner.scale
+        factor = self._judge.scale
         for name, value in step.items():
             value.mul_(factor)
             if self._decay:

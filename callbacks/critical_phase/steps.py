@@ -4,39 +4,31 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import lightning.pytorch as pl
 import numpy as np
 import torch
 from lightning.pytorch.callbacks import Callback
-from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, SingleDeviceStrategy
-from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.strategies import DeepSpeedStrategy
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_fedscale.callbacks.critical_phase.gradients import (
-    NOT_SEEN,
     SPARSE,
     AfterClipping,
+    GradientsExpected,
     gradients_of,
     layer_norms,
     learning_rate,
 )
+from lightning_fedscale.callbacks.critical_phase.half_batch_noise import COLUMNS, HalfBatchNoise, estimate_of
+from lightning_fedscale.callbacks.critical_phase.judge import PhaseJudge
 from lightning_fedscale.callbacks.critical_phase.optimizers import GradientMemory, StepHold
-from lightning_fedscale.core.lightning.half_batch_gradients import half_batch_gradients, no_halves
 from lightning_fedscale.devices.profiling.batches import loaded_samples, samples_in
 from lightning_fedscale.phases import Decision, Observation
-from lightning_fedscale.phases.noise import estimate_from_half_batches
-from lightning_fedscale.phases.tracker import PhaseTracker
 from lightning_fedscale.types import FloatArray
 from lightning_fedscale.utils import collectives, randomness
-
-if TYPE_CHECKING:
-    from lightning_fedscale.callbacks.critical_phase.callback import CriticalPhase
-
-_PATIENCE = 25
-"""Number of batches without a gradient after which there is a warning."""
 
 _HEARD = 100
 """Number of steps, of all optimizers together, for which an optimizer's decision counts."""
@@ -64,25 +56,21 @@ class StepWatch(Callback):
     critical. All updates are scaled by the same factor, which keeps the balance between networks.
 
     Args:
-        owner: the callback, which decides.
-        tracker: tracks the phase.
+        judge: decides.
     """
 
-    def __init__(self, owner: CriticalPhase, tracker: PhaseTracker) -> None:
-        self._owner = owner
-        self._tracker = tracker
+    def __init__(self, judge: PhaseJudge) -> None:
+        self._judge = judge
+        self._options = judge.options
         self._holds: list[StepHold] = []
         self._memories: defaultdict[int, GradientMemory] = defaultdict(GradientMemory)  # by number of the optimizer
         self._seen: dict[int, Seen] = {}  # likewise
         self._module: pl.LightningModule | None = None
         self._pending: list[tuple[int, Tensor]] = []  # optimizer and layer norms, of steps not judged yet
         self._steps = 0  # judged or not
-        self._unseen = 0  # batches since the last gradient
-        self._warned = False
-        self._since_look = 0
+        self._gradients = GradientsExpected()
         self._samples = 0.0  # in the current batch
-        self._open_look: Tensor | None = None  # of the current batch, whose gradient is not computed yet
-        self._looks: list[Tensor] = []  # not read from the device yet
+        self._half_batches = HalfBatchNoise(judge.options.noise_every)
 
     # ---- before training
 
@@ -92,32 +80,28 @@ class StepWatch(Callback):
         Raises:
             ValueError: with the reason and the remedy.
         """
-        needs = self._owner.detector.needs
+        needs = self._options.detector.needs
         if needs == "client_square":
             raise ValueError("detector: the federated gradient norm is one of clients: train by FederatedStrategy.")
         self._check_noise(trainer, module)
-        if self._owner.action == "noise" and noise == "reweighting":
+        if self._options.action == "noise" and noise == "reweighting":
             raise ValueError("noise='reweighting' weighs clients at level='round'; here choose 'diagonal'.")
         tables = [part for part in module.modules() if isinstance(part, nn.Embedding | nn.EmbeddingBag)]
-        if self._owner.action == "noise" and any(table.sparse for table in tables):
+        if self._options.action == "noise" and any(table.sparse for table in tables):
             raise ValueError(SPARSE)
         if isinstance(trainer.strategy, DeepSpeedStrategy):
             raise ValueError("strategy='deepspeed' keeps its gradients to itself: use CriticalPhase with another one.")
 
     def _check_noise(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        if (reader := self._owner.needs_sampling_noise) is None:
+        if (reader := self._options.reader_of_sampling_noise()) is None:
             return
-        if self._owner.noise_every is None:
+        if self._options.noise_every is None:
             raise ValueError(f"noise_every=None: {reader} reads what is measured there; pass a number.")
-        if not self._can_look(trainer, module):
+        if not HalfBatchNoise.can_measure(trainer, module):
             raise ValueError(
                 f"{reader} reads the noise of single samples, which is measured on a copy of the module, in automatic"
                 " optimization on one device or by DDP: choose another one."
             )
-
-    @staticmethod
-    def _can_look(trainer: pl.Trainer, module: pl.LightningModule) -> bool:
-        return isinstance(trainer.strategy, (SingleDeviceStrategy, DDPStrategy)) and module.automatic_optimization
 
     def helpers(self, trainer: pl.Trainer, noise: str) -> list[Callback]:
         """Return the callbacks that observe the steps."""
@@ -128,12 +112,12 @@ class StepWatch(Callback):
         self._module = module
         for memory in self._memories.values():
             memory.to(module.device)
-        with_decay = self._owner.scale_weight_decay
+        with_decay = self._options.scale_weight_decay
         self._holds = [StepHold(each, with_decay, self._on_unannounced_step) for each in trainer.optimizers]
-        if self._owner.action == "scale":
+        if self._options.action == "scale":
             for hold in self._holds:
                 hold.scaling.check()
-        if module.automatic_optimization and self._owner.action != "observe":
+        if module.automatic_optimization and self._options.action != "observe":
             # Hooks of callbacks run before gradients are clipped.
             vars(module)["configure_gradient_clipping"] = AfterClipping(module.configure_gradient_clipping, self._act)
         return "; ".join(dict.fromkeys(hold.scaling.describe() for hold in self._holds))
@@ -154,15 +138,9 @@ class StepWatch(Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         """Compare the gradients of both halves of the batch, if this is due."""
-        every = self._owner.noise_every
-        self._since_look += 1
-        if self._owner.action == "noise":
+        if self._options.action == "noise":
             self._samples = float(_samples(trainer, batch, batch_idx))
-        if every is None or self._since_look < every or batch_idx % trainer.accumulate_grad_batches:
-            return
-        self._since_look = 0
-        if self._can_look(trainer, pl_module):
-            self._open_look = _look_at(trainer, pl_module, batch, batch_idx)
+        self._half_batches.begin_batch(trainer, pl_module, batch, batch_idx)
 
     def on_before_optimizer_step(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
@@ -171,7 +149,7 @@ class StepWatch(Callback):
         if (number := self._number(optimizer)) is None:
             return
         if self._holds[number].announce():
-            self._look(trainer, number)
+            self._observe(trainer, number)
         if not pl_module.automatic_optimization:
             self._act(optimizer)  # the user has already clipped them
 
@@ -179,35 +157,27 @@ class StepWatch(Callback):
         """Do the same as `on_before_optimizer_step`, for a step that bypasses Lightning."""
         assert self._module is not None
         if (number := self._number(optimizer)) is not None:
-            self._look(self._module.trainer, number)
+            self._observe(self._module.trainer, number)
             self._act(optimizer)
 
     def _number(self, optimizer: Optimizer) -> int | None:
         """Return the number of an optimizer; None if it is not one of the Trainer's."""
         return next((i for i, hold in enumerate(self._holds) if hold.optimizer is optimizer), None)
 
-    def _look(self, trainer: pl.Trainer, number: int) -> None:
+    def _observe(self, trainer: pl.Trainer, number: int) -> None:
         optimizer = self._holds[number].optimizer
         if not (gradients := gradients_of(optimizer)):
             return
-        self._unseen = 0
+        self._gradients.seen()
         norms = layer_norms(trainer, optimizer, list(gradients.values()))
-        if self._open_look is not None:
-            self._looks.append(torch.cat([self._open_look, norms.square().sum()[None]]))
-            self._open_look = None
-        self._see(trainer, number, gradients, norms)
+        self._half_batches.add_gradient(norms)
+        self._add(trainer, number, gradients, norms)
 
     def after_batch(self, trainer: pl.Trainer) -> None:
         """Restore scaled settings, and warn if no gradients come."""
         for hold in self._holds:
             hold.scaling.restore()  # needed if the step was skipped
-        self._warn_if_unseen(trainer, 1)
-
-    def _warn_if_unseen(self, trainer: pl.Trainer, batches: int) -> None:
-        self._unseen += batches
-        if self._unseen >= _PATIENCE * trainer.accumulate_grad_batches and not self._warned:
-            self._warned = True
-            rank_zero_warn(NOT_SEEN.format(self._unseen, self._owner.critical))
+        self._gradients.missing(1, trainer, self._judge.critical)
 
     def metrics(self) -> dict[str, float]:
         """Return norm and phase of each optimizer, if there are several."""
@@ -222,8 +192,7 @@ class StepWatch(Callback):
         return {
             "pending": [[number, norms.tolist()] for number, norms in self._pending],
             "steps": self._steps,
-            "since_look": self._since_look,
-            "looks": [look.tolist() for look in self._looks],
+            **self._half_batches.saved_state(),
             "optimizers": [[number, memory.state_dict()] for number, memory in self._memories.items()],
             "seen": [[number, seen.at, seen.norm, list(seen.decision)] for number, seen in self._seen.items()],
         }
@@ -232,8 +201,8 @@ class StepWatch(Callback):
         """Restore the state; earlier versions observed a single optimizer."""
         pending = state["pending"] if "optimizers" in state else [[0, norms] for norms in state["pending"]]
         self._pending = [(number, torch.tensor(norms, dtype=torch.float64)) for number, norms in pending]
-        self._steps, self._since_look = state["steps"], state["since_look"]
-        self._looks = [torch.tensor(look, dtype=torch.float64) for look in state["looks"]]
+        self._steps = state["steps"]
+        self._half_batches.load_saved_state(state)
         self._memories.clear()
         for number, memory in state.get("optimizers", [[0, state]]):
             self._memories[number].load_state_dict(memory)
@@ -241,32 +210,31 @@ class StepWatch(Callback):
 
     # ---- observation
 
-    def _see(self, trainer: pl.Trainer, number: int, gradients: dict[int, Tensor], norms: Tensor) -> None:
-        if self._owner.action == "noise":
+    def _add(self, trainer: pl.Trainer, number: int, gradients: dict[int, Tensor], norms: Tensor) -> None:
+        if self._options.action == "noise":
             if any(gradient.is_sparse for gradient in gradients.values()):
                 raise ValueError(SPARSE)
             self._memories[number].take_in(gradients, norms.isfinite().all())
-        if (steps := self._owner.detector.accumulate) > 1:
+        if (steps := self._options.detector.accumulate) > 1:
             if (sums := self._memories[number].add_up(gradients, steps)) is None:
                 return
             norms = layer_norms(trainer, self._holds[number].optimizer, sums)
         self._pending.append((number, norms))
         self._steps += 1
-        if len(self._pending) >= self._owner.every_n_steps:
+        if len(self._pending) >= self._options.every_n_steps:
             self._read(trainer)
 
     def _read(self, trainer: pl.Trainer) -> None:
         """Judge the pending steps, with one read from the device."""
         pending, self._pending = self._pending, []
-        looks, self._looks = self._looks, []
         device = pending[-1][1].device
-        if looks:
-            shared = collectives.sum_over_ranks(torch.stack([look.to(device) for look in looks]).flatten())
-        parts = [*(norms.to(device) for _, norms in pending), *([shared] if looks else [])]
+        measured = self._half_batches.take(device)
+        parts = [*(norms.to(device) for _, norms in pending), *([] if measured is None else [measured])]
         numbers = torch.cat(parts).cpu().numpy()
-        *steps, seen = np.split(numbers, np.cumsum([len(norms) for _, norms in pending]))
-        for row in seen.reshape(-1, _LOOK):
-            self._take_look(trainer, *row.tolist())
+        *steps, rows = np.split(numbers, np.cumsum([len(norms) for _, norms in pending]))
+        for row in rows.reshape(-1, COLUMNS):
+            if (estimate := estimate_of(trainer.accumulate_grad_batches, *row.tolist())) is not None:
+                self._judge.tracker.add_estimate("sampling", estimate)
         first = self._steps - len(pending)
         # Mixed precision sometimes skips a step, whose gradients are not finite.
         judged = [
@@ -275,35 +243,23 @@ class StepWatch(Callback):
             if np.isfinite(norms).all()
         ]
         decisions = [
-            self._tracker.detect(self._observation(number, norms), self._sequence(number))
+            self._judge.tracker.detect(self._observation(number, norms), self._sequence(number))
             for _, number, norms in judged
         ]
         flags = _on_any_rank([decision.critical for decision in decisions], device)
         for (at, number, norms), decision, flag in zip(judged, decisions, flags, strict=True):
             self._seen[number] = Seen(at, float(np.linalg.norm(norms)), decision._replace(critical=flag))
             heard = [seen for seen in self._seen.values() if at - seen.at <= _HEARD]
-            self._owner.judge(at, math.hypot(*(seen.norm for seen in heard)), [seen.decision for seen in heard])
+            self._judge.judge(at, math.hypot(*(seen.norm for seen in heard)), [seen.decision for seen in heard])
 
     def _sequence(self, number: int, client: int = -1) -> int:
         """Return a unique number for each client's optimizer; with one optimizer, the client's number."""
         return client * len(self._holds) + number
 
-    def _take_look(self, trainer: pl.Trainer, trace: float, ranks: float, samples: float, square: float) -> None:
-        """Record the noise of single samples, from sums over ranks of `_look_at` and of the squared gradient norm."""
-        if not ranks or not math.isfinite(trace * square):
-            return
-        trace, square = trace / ranks, square / collectives.world_size()
-        batch = samples * trainer.accumulate_grad_batches
-        one, halves = np.ones(1), np.full((1, 2), batch / 2)
-        # Only the difference comes from the halves; the mean gradient is that of the whole update.
-        self._tracker.add_estimate(
-            "sampling", estimate_from_half_batches(one * trace * 4 / batch, halves, one * square, one, square)
-        )
-
     def _observation(self, number: int, norms: FloatArray) -> Observation:
         return Observation(
             norms.tolist(),
-            fisher_trace=self._tracker.sampling.fisher_trace,
+            fisher_trace=self._judge.tracker.sampling.fisher_trace,
             learning_rate=learning_rate(self._holds[number].optimizer),
         )
 
@@ -312,21 +268,17 @@ class StepWatch(Callback):
     def _act(self, optimizer: Optimizer) -> None:
         if (number := self._number(optimizer)) is None:
             return
-        if self._owner.action == "scale":
-            self._holds[number].scaling.apply(self._owner.scale)
-        elif self._owner.adds_noise and self._memories[number].steps > 1:
+        if self._options.action == "scale":
+            self._holds[number].scaling.apply(self._judge.scale)
+        elif self._judge.adds_noise and self._memories[number].steps > 1:
             assert self._module is not None
-            self._add_noise(number, gradients_of(optimizer), self._module.trainer)
-
-    def _add_noise(self, number: int, gradients: dict[int, Tensor], trainer: pl.Trainer) -> None:
-        assert self._owner.target_batch is not None
-        memory = self._memories[number]
-        generator = torch.Generator(device=next(iter(gradients.values())).device)
-        # The same noise on every rank, since they have the same gradients.
-        generator.manual_seed(randomness.derive(self._owner.seed, randomness.NOISE, memory.steps, number))
-        batch = self._samples * trainer.accumulate_grad_batches * trainer.world_size
-        noise = memory.noise(batch, min(self._owner.target_batch, batch), generator)
-        torch._foreach_add_(list(gradients.values()), [noise[place] for place in gradients])
+            assert self._options.target_batch is not None
+            trainer = self._module.trainer
+            batch = self._samples * trainer.accumulate_grad_batches * trainer.world_size
+            memory, target = self._memories[number], min(self._options.target_batch, batch)
+            # The same noise on every rank, since they have the same gradients.
+            seed = randomness.derive(self._options.seed, randomness.NOISE, memory.steps, number)
+            memory.add_noise(gradients_of(optimizer), batch, target, seed)
 
 
 def _samples(trainer: pl.Trainer, batch: Any, batch_idx: int) -> int:
@@ -343,18 +295,3 @@ def _on_any_rank(flags: list[bool], device: torch.device) -> list[bool]:
     if collectives.world_size() == 1:
         return flags
     return [flag < 0 for flag in collectives.min_over_ranks(-torch.tensor(flags, device=device).float()).tolist()]
-
-
-_LOOK = 4
-
-
-def _look_at(trainer: pl.Trainer, module: pl.LightningModule, batch: Any, batch_idx: int) -> Tensor:
-    """Return the trace of the covariance of a sample's gradient, 1, and samples; zeros if it cannot be measured."""
-    look = torch.zeros(_LOOK - 1, dtype=torch.float64, device=module.device)
-    try:
-        if (halves := half_batch_gradients(trainer, module, batch, batch_idx)) is not None:
-            m, n = halves.samples
-            look[0], look[1], look[2] = halves.difference_square() / (1 / m + 1 / n), 1.0, m + n
-    except Exception as error:
-        rank_zero_warn(no_halves(error))
-    return look

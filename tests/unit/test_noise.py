@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import binomtest
 
-from lightning_fedscale.callbacks.critical_phase.callback import noise_in_words
+from lightning_fedscale.callbacks.critical_phase.noise_words import noise_in_words
 from lightning_fedscale.phases.noise import (
     MAX_ESTIMATES,
     UNKNOWN,

@@ -1,0 +1,76 @@
+"""The arguments of `CriticalPhase`, checked."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from lightning_fedscale.phases import Detector, ScaleRule, check_rule, detector_by_name, reads_noise, step
+from lightning_fedscale.utils import checks
+
+
+class PhaseOptions(NamedTuple):
+    """Arguments of `CriticalPhase`, with the detector and the scale rule as objects."""
+
+    detector: Detector
+    rule: ScaleRule
+    action: str
+    level: str
+    target_batch: float | None
+    noise: str | None
+    noise_in: str
+    scale_weight_decay: bool
+    every_n_steps: int
+    noise_every: int | None
+    seed: int
+
+    def reader_of_sampling_noise(self) -> str | None:
+        """Return the part that needs the noise of single samples without clients, in words; None if none does."""
+        if self.detector.needs == "fisher_trace":
+            return "detector 'fisher_trace'"
+        return "the scale rule" if self.action == "scale" and reads_noise(self.rule) else None
+
+
+def checked_options(
+    detector: str | Detector,
+    threshold: float | None,
+    scale: float | ScaleRule,
+    action: str,
+    level: str,
+    target_batch: float | None,
+    noise: str | None,
+    noise_in: str,
+    scale_weight_decay: bool,
+    every_n_steps: int,
+    noise_every: int | None,
+    seed: int,
+) -> PhaseOptions:
+    """Return the arguments of `CriticalPhase`.
+
+    Raises:
+        TypeError, ValueError: for an invalid argument.
+    """
+    checks.one_of("action", action, ("observe", "scale", "noise"))
+    checks.one_of("level", level, ("round", "step"))
+    checks.one_of("noise_in", noise_in, ("critical", "all"))
+    if noise is not None:
+        checks.one_of("noise", noise, ("reweighting", "diagonal"))
+    if (action == "noise") != (target_batch is not None):
+        raise ValueError(
+            f"target_batch={target_batch!r}: pass the number of samples whose noise is wanted together with"
+            " action='noise', and only then."
+        )
+    if target_batch is not None and not (isinstance(target_batch, (int, float)) and target_batch > 0):
+        raise ValueError(f"target_batch={target_batch!r}: pass a number of samples above 0.")
+    if not isinstance(detector, (str, Detector)):
+        raise TypeError(f"detector={detector!r}: pass a name, or a Detector made by lightning_fedscale.phases.")
+    if threshold is not None and isinstance(detector, Detector):
+        raise ValueError(f"threshold={threshold!r} is of a detector given by name: give it to the Detector itself.")
+    rule = scale if callable(scale) else step(scale)
+    check_rule(rule)
+    return PhaseOptions(
+        detector_by_name(detector, threshold) if isinstance(detector, str) else detector,
+        rule, action, level, target_batch, noise, noise_in, scale_weight_decay,
+        checks.integer("every_n_steps", every_n_steps),
+        None if noise_every is None else checks.integer("noise_every", noise_every),
+        checks.integer("seed", seed, 0),
+    )  # fmt: skip
