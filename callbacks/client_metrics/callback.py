@@ -107,8 +107,8 @@ class ClientMetrics(Callback):
         self._personal = personal
         if partitioner is not None and isinstance(dataloaders, list | tuple):
             raise ValueError(
-                f"partitioner={partitioner!r} together with a loader for each client, and there is nothing to divide:"
-                " leave it out, or pass a single loader."
+                f"partitioner={partitioner!r}: with a loader for each client there is nothing to divide: leave it out,"
+                " or pass a single loader in dataloaders=."
             )
         _check_partitioner(partitioner)
         self._loaders = dataloaders
@@ -146,12 +146,12 @@ class ClientMetrics(Callback):
         if not is_overridden("validation_step", pl_module):
             raise ValueError(
                 f"ClientMetrics runs the module's validation_step, and {type(pl_module).__name__} has none: add one"
-                " that logs what is to be known of every client."
+                " that logs the metrics of a client."
             )
         if self._personal and strategy.personal is None:
             raise ValueError(
-                "personal=True: clients have no models of their own: pass FederatedStrategy(personal=...), or leave it"
-                " out to evaluate the global model."
+                "personal=True: clients have no personal models: pass FederatedStrategy(personal=...), or leave it out"
+                " to evaluate the global model."
             )
         layers = isinstance(strategy.personal, tuple)
         self._evaluates_personal = layers if self._personal is None else self._personal
@@ -338,6 +338,6 @@ def _check_partitioner(partitioner: Any) -> None:
         )
     if getattr(partitioner, "seed", 0) is None:
         raise ValueError(
-            "partitioner: seed=None divides the data differently on every rank and after every restart: give it a"
-            " number."
+            "partitioner: seed=None divides the data differently on every rank and after every restart: pass a"
+            " partitioner with a number as its seed."
         )

@@ -103,8 +103,8 @@ def own_data(
     empty = int((partition.sizes == 0).sum())
     if empty == partition.num_clients:
         raise ValueError(
-            "ClientMetrics: no client has a validation sample, since none is like what the clients train on: pass"
-            " partitioner=, or dataloaders= with one for each client."
+            "ClientMetrics: no client has a validation sample, since no label or id of theirs occurs in the validation"
+            " data: pass partitioner=, or dataloaders= with one for each client."
         )
     if empty:
         rank_zero_info(
@@ -134,7 +134,7 @@ def _trainers(trainer: pl.Trainer) -> Any:
     if not several or isinstance(several, list | tuple):
         found = f"{len(several)} validation loaders" if several else "no validation loader"
         raise ValueError(
-            f"ClientMetrics: found {found}, and it divides the data of one among the clients: pass that one as"
+            f"ClientMetrics: found {found}, but it divides the data of exactly one among the clients: pass that one as"
             " ClientMetrics(dataloaders=...)."
         )
     return given
@@ -164,8 +164,8 @@ def _divided(
         ) from error
     if partition.num_clients != count:
         raise ValueError(
-            f"ClientMetrics: partitioner={partitioner!r} makes {partition.num_clients} clients of the validation data,"
-            f" and there are {count}: leave it out to divide them as the training data are, or pass one that makes"
-            f" {count}."
+            f"ClientMetrics: partitioner={partitioner!r} divides the validation data among {partition.num_clients}"
+            f" clients, and there are {count}: pass one for {count} clients, or leave it out to divide it like the"
+            " training data."
         )
     return partition

@@ -118,7 +118,7 @@ class ComputeAccounting(Callback):
             if value is not None and not (isinstance(value, (int, float)) and 0 < value < math.inf):
                 raise ValueError(f"{name}={value!r}: pass a number of FLOPs above 0, or None.")
         if tokens_fn is not None and not callable(tokens_fn):
-            raise TypeError(f"tokens_fn={tokens_fn!r}: pass a function of a batch.")
+            raise TypeError(f"tokens_fn={tokens_fn!r}: pass a function that returns the number of tokens in a batch.")
         study_of(study)
         if clients is not None:
             integer("clients", clients, 1)
@@ -238,7 +238,7 @@ class ComputeAccounting(Callback):
         assert meter is not None
         if not self.ledger.training_flops:
             reason = meter.coverage.why_nothing(pl_module)
-            rank_zero_warn(f"ComputeAccounting: {reason}, so the FLOPs of this run are not known.")
+            rank_zero_warn(f"ComputeAccounting: the FLOPs of this run are unknown, since {reason}.")
         self._log(trainer, None, full=True)
         meter.coverage.warn_if_incomplete()
         spent = self._finder.budget or self.ledger.training_flops

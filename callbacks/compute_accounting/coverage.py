@@ -46,17 +46,17 @@ class OperatorCoverage:
         """Warn if operators of unknown FLOPs take a noticeable part of the time."""
         share = self.uncounted
         if math.isnan(share) or share > _UNCOUNTED:
-            part = "a part of the time that cannot be measured" if math.isnan(share) else f"{share:.0%} of the time"
+            part = "an unknown part" if math.isnan(share) else f"{share:.0%}"
             rank_zero_warn(
-                f"ComputeAccounting: operators whose FLOPs are not known ({', '.join(self.unknown)}) take {part}: the"
-                " count is too low."
+                "ComputeAccounting: the FLOPs are underestimated, since operators of unknown cost"
+                f" ({', '.join(self.unknown)}) take {part} of the time."
             )
 
     def why_nothing(self, module: object) -> str:
         """Return why no FLOPs were counted, in words."""
         unknown = ", ".join(self.unknown)
-        found = f"only operators whose FLOPs are not known ({unknown})" if unknown else "no product of matrices"
-        return f"in the steps of {type(module).__name__} there is {found}"
+        found = f"only operators of unknown cost ({unknown})" if unknown else "no matrix multiplication"
+        return f"the steps of {type(module).__name__} contain {found}"
 
     def table(self) -> str:
         """Return all operators as a table in Markdown."""

@@ -63,7 +63,9 @@ class ComputeCurves:
         at = int(flops / self.unit)
         if loss is not None and not math.isfinite(loss):
             if not self._warned:
-                rank_zero_warn(f"ComputeAccounting: the loss is {loss}: the curve against compute leaves it out.")
+                rank_zero_warn(
+                    f"ComputeAccounting: the loss is {loss}, and is left out of the curve of loss against compute."
+                )
             self._warned = True
         elif loss is not None:
             for writer in writers(trainer, "add_scalar"):

@@ -46,6 +46,6 @@ class ComputeLimit:
         if self.remaining(ledger) == 0.0 and not trainer.should_stop:
             trainer.should_stop = True
             rank_zero_info(
-                f"ComputeAccounting: training ends, for {ledger.training_flops:.3g} of max_flops={self.max_flops:g} are"
-                " spent."
+                f"ComputeAccounting: training stops, since {ledger.training_flops:.3g} of max_flops={self.max_flops:g}"
+                " are spent."
             )

@@ -58,13 +58,15 @@ def study_of(given: str | Path | None) -> dict[str, Any] | None:
     except (OSError, ValueError) as error:
         if is_auto:
             return None
-        raise ValueError(f"study={str(given)!r}: not readable: {error}") from None
+        raise ValueError(
+            f"study={str(given)!r}: it cannot be read ({error}): pass the {STUDY_FILE} of fedscale size, or None."
+        ) from None
     made_for = found.get("study") if isinstance(found, dict) else None
     if isinstance(made_for, dict) and _PARTS.issubset(found) and _FACTS.issubset(made_for):
         return dict(found)
     if is_auto:
         return None  # a file of the project that happens to have this name
-    raise ValueError(f"study={str(given)!r}: is no {STUDY_FILE} of fedscale size.")
+    raise ValueError(f"study={str(given)!r}: it is no result of fedscale size: pass its {STUDY_FILE}, or None.")
 
 
 def measured_of(study: Mapping[str, Any], trainer: pl.Trainer, params: float, flops: float) -> Measured | str:
@@ -78,16 +80,16 @@ def measured_of(study: Mapping[str, Any], trainer: pl.Trainer, params: float, fl
     """
     strategy = trainer.strategy
     if not isinstance(strategy, FederatedStrategy) or strategy.partition is None:
-        return "it is of a federation, and this run is none"
+        return "it was made for clients, and this run has none"
     made_for = study["study"]
     if made_for["fingerprint"] != strategy.partition.fingerprint:
-        return f"it is of another partition ({made_for['partition']}, {made_for['clients']:,} clients)"
+        return f"it was made for another partition ({made_for['partition']}, {made_for['clients']:,} clients)"
     if made_for["cohort"] != strategy.cohort_size:
-        return f"it is of {made_for['cohort']:,} clients a round, and this run of {strategy.cohort_size:,}"
+        return f"it was made for {made_for['cohort']:,} clients per round, and this run has {strategy.cohort_size:,}"
     if not 1 / _SAME_FLOPS <= flops / study["flops"] <= _SAME_FLOPS:
-        return f"it is of {study['flops']:.3g} FLOPs, and this run of {flops:.3g}"
+        return f"it was made for {study['flops']:.3g} FLOPs, and this run takes {flops:.3g}"
     if not any(_is_size(each, params) for each in study["results"]):
-        return f"no size that it tried has about {params:,.0f} parameters"
+        return f"it tried no size of about {params:,.0f} parameters"
     method = next((name for name, rules in made_for["methods"].items() if rules == strategy.method), None)
     if method is None:
         return "it did not try this run's method"
@@ -107,7 +109,7 @@ def measured_for(given: str | Path | None, trainer: pl.Trainer, params: float, f
         found = f"it cannot be read ({error!r})"
     if isinstance(found, Measured):
         return found
-    rank_zero_info(f"ComputeAccounting: the study of fedscale size says nothing of this run: {found}.")
+    rank_zero_info(f"ComputeAccounting: the study of fedscale size does not apply to this run: {found}.")
     return None
 
 
@@ -122,15 +124,15 @@ def _sentence(study: Mapping[str, Any], here: Mapping[str, Any] | None, method: 
         f" ({best['params']:,.0f} parameters) with {best['method']} is best, loss {_loss(best)}"
     )
     if here is None:
-        return f"{found}; this size with {method} had no part in its final"
+        return f"{found}; this size with {method} did not reach the study's final"
     this = f"this size ({name} {here['size']}) with {method}"
     if _of(here) == _of(best):
-        return f"{found}, and that is this size and method"
+        return f"{found}, which is this size and method"
     at = ", at the best batch, local steps and learning rate that it tried"
     if here["even"]:
-        return f"{found}; {this} is not shown to be worse{at}"
-    more = f"{here['behind']:.3g} more ({here['behind_low']:.3g} to {here['behind_high']:.3g})"
-    return f"{found}; {this} reaches {more}{at}"
+        return f"{found}; {this} is not significantly worse{at}"
+    more = f"{here['behind']:.3g} ({here['behind_low']:.3g} to {here['behind_high']:.3g})"
+    return f"{found}; the loss of {this} is higher by {more}{at}"
 
 
 def _of(result: Mapping[str, Any]) -> tuple[Any, Any]:

@@ -41,7 +41,9 @@ class TokenCounter:
         try:
             tokens = self._tokens_fn(batch)
         except Exception as error:
-            raise ValueError(f"tokens_fn failed on a batch ({type(error).__name__}: {error}).") from error
+            raise ValueError(
+                f"tokens_fn failed on a batch ({type(error).__name__}: {error}): it must accept every batch."
+            ) from error
         if isinstance(tokens, bool) or not isinstance(tokens, Real) or not 0 < float(tokens) < math.inf:
             what = "a tensor" if isinstance(tokens, Tensor) else repr(tokens)
             raise ValueError(f"tokens_fn returned {what}: return a number above 0, the tokens in the batch.")

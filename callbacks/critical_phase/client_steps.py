@@ -31,12 +31,12 @@ class ClientStepWatch(StepWatch):
         """See `StepWatch.check`."""
         if self._options.detector.needs != "layer_norms" or self._options.detector.accumulate > 1:
             raise ValueError(
-                "level='step': with FederatedStrategy, only detectors of the gradient norm of single steps look at"
-                " local steps; choose level='round'."
+                "level='step': with FederatedStrategy, this detector cannot judge single local steps: choose"
+                " level='round', or another detector."
             )
         if self._options.action == "noise":
             raise ValueError(
-                "action='noise': with FederatedStrategy it is the aggregated update that is given noise; choose"
+                "level='step': with FederatedStrategy, action='noise' changes the aggregated update: choose"
                 " level='round'."
             )
         super().check(trainer, module, noise)

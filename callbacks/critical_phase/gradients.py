@@ -20,8 +20,8 @@ _PATIENCE = 25
 """Number of batches without a gradient after which there is a warning."""
 
 SPARSE = (
-    "action='noise': a gradient is sparse, and noise would be on all of its table: pass sparse=False to nn.Embedding,"
-    " or choose action='observe' or 'scale'."
+    "action='noise': a gradient is sparse, and noise would make it dense: pass sparse=False to nn.Embedding, or choose"
+    " action='observe' or 'scale'."
 )
 
 
@@ -42,9 +42,9 @@ class GradientsExpected:
         if self._missing >= _PATIENCE * trainer.accumulate_grad_batches and not self._warned:
             self._warned = True
             rank_zero_warn(
-                f"CriticalPhase: no gradients were seen in {self._missing} batches, and the phase stays as it was,"
-                f" critical={critical}. If the module does train: step the optimizers of configure_optimizers, without"
-                " a closure if by use_pl_optimizer=False."
+                f"CriticalPhase: no gradients were seen in {self._missing} batches, so the phase stays"
+                f" critical={critical}. If the module trains, step the optimizers of configure_optimizers; those from"
+                " self.optimizers(use_pl_optimizer=False) must step without a closure."
             )
 
 

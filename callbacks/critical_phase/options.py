@@ -54,17 +54,23 @@ def checked_options(
     checks.one_of("noise_in", noise_in, ("critical", "all"))
     if noise is not None:
         checks.one_of("noise", noise, ("reweighting", "diagonal"))
-    if (action == "noise") != (target_batch is not None):
+    if action == "noise" and target_batch is None:
         raise ValueError(
-            f"target_batch={target_batch!r}: pass the number of samples whose noise is wanted together with"
-            " action='noise', and only then."
+            "target_batch=None: action='noise' needs it: pass the number of samples whose noise is wanted."
         )
+    if action != "noise" and target_batch is not None:
+        raise ValueError(f"target_batch={target_batch!r}: action={action!r} adds no noise: leave it out.")
     if target_batch is not None and not (isinstance(target_batch, (int, float)) and target_batch > 0):
         raise ValueError(f"target_batch={target_batch!r}: pass a number of samples above 0.")
     if not isinstance(detector, (str, Detector)):
-        raise TypeError(f"detector={detector!r}: pass a name, or a Detector made by lightning_fedscale.phases.")
+        raise TypeError(
+            f"detector={detector!r}: pass a name, or a Detector from a function of lightning_fedscale.phases."
+        )
     if threshold is not None and isinstance(detector, Detector):
-        raise ValueError(f"threshold={threshold!r} is of a detector given by name: give it to the Detector itself.")
+        raise ValueError(
+            f"threshold={threshold!r}: it applies to a detector given by name: pass it to the function that makes the"
+            " Detector."
+        )
     rule = scale if callable(scale) else step(scale)
     check_rule(rule)
     return PhaseOptions(

@@ -56,7 +56,10 @@ class RoundWatch:
             ValueError: with the reason and the remedy.
         """
         if self._options.detector.needs == "fisher_trace" and self._options.noise_every is None:
-            raise ValueError("noise_every=None: detector 'fisher_trace' reads what is measured there; pass a number.")
+            raise ValueError(
+                "noise_every=None: detector 'fisher_trace' needs the noise of single samples: pass a number of batches,"
+                " such as 200."
+            )
 
     def helpers(self, trainer: pl.Trainer, noise: str) -> list[Any]:
         """Return the listeners to the events of a round; costly ones only if they are needed."""
@@ -76,10 +79,10 @@ class RoundWatch:
         self._sums = [tensor.to(module.device) for tensor in self._sums]
         self._diagonal = None if self._diagonal is None else self._diagonal.to(module.device)
         if self._scales_delta:
-            return "the server follows the size of updates, so the clients' aggregated update is multiplied"
+            return "the server's step is proportional to the clients' aggregated update, so the update is multiplied"
         if self._options.scale_weight_decay:
-            return "weight decay is to be multiplied too, so the server's step is"
-        return "the server hardly follows the size of updates, so its step is multiplied"
+            return "scale_weight_decay=True, so the server's step is multiplied, with its weight decay"
+        return "the server's step is not proportional to the clients' aggregated update, so the step is multiplied"
 
     def detach(self) -> None:
         """Do nothing, since the module was not changed."""

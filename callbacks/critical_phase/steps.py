@@ -82,25 +82,32 @@ class StepWatch(Callback):
         """
         needs = self._options.detector.needs
         if needs == "client_square":
-            raise ValueError("detector: the federated gradient norm is one of clients: train by FederatedStrategy.")
+            raise ValueError(
+                "detector='federated_gradient_norm': it needs clients: choose another detector, or train by"
+                " FederatedStrategy."
+            )
         self._check_noise(trainer, module)
         if self._options.action == "noise" and noise == "reweighting":
-            raise ValueError("noise='reweighting' weighs clients at level='round'; here choose 'diagonal'.")
+            raise ValueError(
+                "noise='reweighting': it needs the updates of clients at level='round': choose noise='diagonal'."
+            )
         tables = [part for part in module.modules() if isinstance(part, nn.Embedding | nn.EmbeddingBag)]
         if self._options.action == "noise" and any(table.sparse for table in tables):
             raise ValueError(SPARSE)
         if isinstance(trainer.strategy, DeepSpeedStrategy):
-            raise ValueError("strategy='deepspeed' keeps its gradients to itself: use CriticalPhase with another one.")
+            raise ValueError("strategy='deepspeed': CriticalPhase cannot read its gradients: choose another strategy.")
 
     def _check_noise(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         if (reader := self._options.reader_of_sampling_noise()) is None:
             return
         if self._options.noise_every is None:
-            raise ValueError(f"noise_every=None: {reader} reads what is measured there; pass a number.")
+            raise ValueError(
+                f"noise_every=None: {reader} needs the noise of single samples: pass a number of batches, such as 200."
+            )
         if not HalfBatchNoise.can_measure(trainer, module):
             raise ValueError(
-                f"{reader} reads the noise of single samples, which is measured on a copy of the module, in automatic"
-                " optimization on one device or by DDP: choose another one."
+                f"{reader} needs the noise of single samples, which is measured only in automatic optimization, on one"
+                " device or by DDP: choose another one."
             )
 
     def helpers(self, trainer: pl.Trainer, noise: str) -> list[Callback]:

@@ -49,17 +49,16 @@ class UpdateScaling:
         """
         if isinstance(self._optimizer, _OF_OWN_LENGTH):
             raise ValueError(
-                f"action='scale': {type(self._optimizer).__name__} keeps a step length of its own for every parameter,"
-                " which neither the size of gradients nor the learning rate changes: choose another optimizer, or"
-                " action='observe'."
+                f"action='scale': the steps of {type(self._optimizer).__name__} depend on neither the size of gradients"
+                " nor the learning rate: choose another optimizer, or action='observe'."
             )
 
     def describe(self) -> str:
         """Return what is multiplied, in words."""
         name = type(self._optimizer).__name__
         if self.by_gradient:
-            return f"{name} follows the size of gradients, so gradients are multiplied"
-        return f"{name} hardly follows the size of gradients, so the learning rate of the step is multiplied"
+            return f"the steps of {name} are proportional to gradients, so gradients are multiplied"
+        return f"the steps of {name} are not proportional to gradients, so the learning rate is multiplied"
 
     def apply(self, factor: float) -> None:
         """Multiply the next step; call this when gradients are complete and clipped."""

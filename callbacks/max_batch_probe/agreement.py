@@ -32,7 +32,7 @@ def smallest_of_ranks(trainer: pl.Trainer, probe: Callable[[], Probed]) -> Probe
         raise failure
     for rank, (_, reason) in enumerate(answers):
         if reason:
-            raise RuntimeError(f"MaxBatchProbe: the probe failed on another rank ({rank}): {reason}")
+            raise RuntimeError(f"MaxBatchProbe: the probe failed on rank {rank}: {reason}")
     assert found is not None
     if (smallest := min(batch for batch, _ in answers)) == own:
         return found
@@ -51,7 +51,7 @@ def reason_of(error: Exception) -> str:
         return text
     return (
         f"a training step on a copy of the module fails ({type(error).__name__}: {text:.300}). Pass make_batch=, a"
-        " function of the number of samples that returns a batch which training_step takes, or leave the probe out."
+        " function of the number of samples that returns a batch for training_step, or remove MaxBatchProbe."
     )
 
 
@@ -59,7 +59,7 @@ def explained(error: Exception) -> Exception:
     """Return an error whose message says what to do."""
     if _is_ours(error):
         return error
-    return RuntimeError(f"MaxBatchProbe: {reason_of(error)} With apply=False training goes on without it.")
+    return RuntimeError(f"MaxBatchProbe: {reason_of(error)} With apply=False, training starts without a probe.")
 
 
 def _is_ours(error: Exception) -> bool:

@@ -127,7 +127,9 @@ class MaxBatchProbe(Callback):
             except Exception as error:
                 if self._apply:
                     raise explained(error) from error
-                rank_zero_warn(f"MaxBatchProbe: nothing was probed, and training is as without it: {reason_of(error)}")
+                rank_zero_warn(
+                    f"MaxBatchProbe: nothing was probed, and the batch size is unchanged: {reason_of(error)}"
+                )
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
@@ -190,7 +192,7 @@ class MaxBatchProbe(Callback):
         """Return the largest batch of all ranks, or that of the checkpoint, and the training data."""
         resumed, self._resumed = self._resumed, None
         if resumed is not None:
-            rank_zero_info(f"MaxBatchProbe: goes on with the checkpoint's batch size, {resumed.max_batch}.")
+            rank_zero_info(f"MaxBatchProbe: training resumes with the checkpoint's batch size, {resumed.max_batch}.")
             return resumed, self._probe.data(trainer)
         found = smallest_of_ranks(trainer, lambda: self._probe.run(trainer, module))
         self.model = found.model

@@ -125,13 +125,13 @@ class RankProbe:
         for found in largest:
             if found.total is not None and 64 < found.looked_at < found.total:
                 rank_zero_warn(
-                    f"MaxBatchProbe: {found.looked_at} of {found.total} samples were looked at for the longest; pass"
-                    " make_batch= with longer ones if there are any."
+                    f"MaxBatchProbe: the longest of {found.looked_at} samples (of {found.total}) is probed: if others"
+                    " are longer, pass make_batch=, a function of the number of samples that returns a batch of these."
                 )
         if model.fallback:
             rank_zero_warn(
-                "MaxBatchProbe: the training step cannot run on tensors without contents"
-                f" ({model.fallback}); real ones on a copy of the module are used instead."
+                f"MaxBatchProbe: the training step cannot run on fake tensors ({model.fallback}): a copy of the module"
+                " runs with real ones instead."
             )
         return model
 
@@ -146,7 +146,7 @@ class RankProbe:
         other = make(4)
         if _numbers(batch) == _numbers(other) > 0:
             raise ValueError(
-                f"collate_fn: of 2 samples and of 4 it makes {_rows(batch)} rows, so batches cannot be resized: pass"
+                f"collate_fn: it makes {_rows(batch)} rows of 2 samples and of 4, so batches cannot be resized: pass"
                 " make_batch=, a function of the number of samples that returns such a batch."
             )
         # Non-tensors, such as a list of names, would not be resized: then batches of other sizes are collated.
@@ -225,8 +225,8 @@ def check_strategy(trainer: pl.Trainer) -> None:
     """Refuse a strategy whose processes do not hold the whole module."""
     if not isinstance(trainer.strategy, (SingleDeviceStrategy, DDPStrategy)):
         raise ValueError(
-            f"strategy={type(trainer.strategy).__name__}: MaxBatchProbe predicts the memory of a module that every"
-            " process holds whole: use a single device, DDP or FederatedStrategy."
+            f"strategy={type(trainer.strategy).__name__}: MaxBatchProbe cannot predict the memory of a module that is"
+            " divided between processes: choose a single device, DDP or FederatedStrategy."
         )
 
 

@@ -76,9 +76,9 @@ class StepTiming:
         performance, parallelism = self.performance(0.0, largest), _parallelism(trainer)
         rank_zero_info(
             f"MaxBatchProbe: a step takes {1000 * step.fixed:.3g} ms and {1000 * step.per_sample:.3g} ms per sample"
-            f" (relative error {step.residual:.0%} over {step.measurements:,} measurements); fastest to the target:"
-            f" batches of {performance.best_batch(*parallelism):,}"
-            + (", by their speed alone, as noise_scale= is not given." if self._noise_scale is None else ".")
+            f" (relative error {step.residual:.0%} over {step.measurements:,} measurements); batches of"
+            f" {performance.best_batch(*parallelism):,} reach a target fastest"
+            + (", judged by speed alone, since noise_scale= is not given." if self._noise_scale is None else ".")
         )
         if shows_figures(trainer):
             show(trainer, "probe/time", performance.plot(*parallelism))

@@ -10,9 +10,9 @@ from typing import Any, NamedTuple, TypeAlias
 
 from scipy.special import ndtri, stdtr
 
-from lightning_fedscale.phases.checks import positive, whole
 from lightning_fedscale.phases.regression import empty_triangle, predicted, take_row
 from lightning_fedscale.phases.run_length import alarm_limit
+from lightning_fedscale.utils.checks import integer, positive
 
 State: TypeAlias = dict[str, Any]
 """State of a detector: numbers, booleans and lists of numbers by name, so that any checkpoint can store it."""
@@ -100,7 +100,7 @@ def relative_change(threshold: float = 0.3, window: int = 25, alpha: float = 0.0
         True 1.0
     """
     positive("threshold", threshold)
-    whole("window", window)
+    integer("window", window)
     if not 0 <= alpha < 1:
         raise ValueError(f"alpha={alpha!r}: pass a number in [0, 1).")
 
@@ -138,8 +138,8 @@ def accordion(threshold: float = 0.5, interval: int = 10, accumulate: int = 1) -
         accumulate: steps or rounds whose gradients are summed for one observation: those of an epoch.
     """
     positive("threshold", threshold)
-    whole("interval", interval)
-    whole("accumulate", accumulate)
+    integer("interval", interval)
+    integer("accumulate", accumulate)
 
     start: State = {"norms": [], "seen": 0, "critical": True, "change": math.nan, "learning_rate": math.nan}
     update = partial(_update_accordion, threshold=threshold, interval=interval)
@@ -204,8 +204,8 @@ def page_hinkley(false_alarms: float = 1.0, drift: float = 0.5, hold: int = 25, 
     """
     positive("false_alarms", false_alarms)
     positive("drift", drift)
-    whole("hold", hold)
-    whole("order", order, least=0)
+    integer("hold", hold)
+    integer("order", order, 0)
     least = 2 * order + 2  # the regressors, one for each coefficient, and one for the spread
     if (most := int(1000 / (least + _SHORTEST))) < false_alarms:
         raise ValueError(f"false_alarms={false_alarms!r}: pass at most {most} in 1,000 observations.")
@@ -295,7 +295,7 @@ _SHORTEST = 5
 
 def _growth(field: str, threshold: float, window: int) -> Detector:
     positive("threshold", threshold)
-    whole("window", window)
+    integer("window", window)
     update = partial(_update_growth, field=field, threshold=threshold, window=window)
     start: State = {"values": [], "before": math.nan}
     return Detector(partial(dict, start), update, needs=field)

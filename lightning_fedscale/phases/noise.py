@@ -312,7 +312,9 @@ def reweighting_strength(weights: FloatArray, batch: float, target: float) -> fl
     _check_target(batch, target)
     shared = float(weights @ weights)
     if shared >= 1.0 - 1e-12:
-        raise ValueError(f"weights={weights!r}: reweighting needs two members or more.")
+        raise ValueError(
+            f"weights={weights!r}: pass at least two weights above 0, since reweighting changes their proportion."
+        )
     return math.sqrt((batch / target - 1.0) / (1.0 - shared))
 
 
@@ -391,4 +393,6 @@ def diagonal_noise(state: Diagonal, batch: float, target: float, generator: torc
 
 def _check_target(batch: float, target: float) -> None:
     if not 0 < target <= batch:
-        raise ValueError(f"target_batch={target!r}: pass a number of samples above 0 and at most {batch:g}, the batch.")
+        raise ValueError(
+            f"target_batch={target!r}: pass a number of samples above 0 and at most {batch:g}, the batch size."
+        )

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from difflib import get_close_matches
 
-from lightning_fedscale.phases.checks import positive
 from lightning_fedscale.phases.detectors import (
     Detector,
     accordion,
@@ -14,6 +13,7 @@ from lightning_fedscale.phases.detectors import (
     page_hinkley,
     relative_change,
 )
+from lightning_fedscale.utils.checks import positive
 
 DETECTORS: dict[str, Callable[..., Detector]] = {
     "relative_change": relative_change,

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple, TypeAlias
 
-from lightning_fedscale.phases.checks import positive, whole
+from lightning_fedscale.utils.checks import integer, positive
 
 
 class Phase(NamedTuple):
@@ -53,7 +53,7 @@ def linear_ramp(factor: float = 2.0, length: int = 100) -> ScaleRule:
         [1.5, 2.0, 3.0, 3.0]
     """
     positive("scale", factor)
-    whole("length", length)
+    integer("length", length)
     return partial(_linear_ramp, factor=factor, length=length)
 
 
@@ -81,7 +81,7 @@ def adascale(batch: float, reference: float) -> ScaleRule:
     positive("batch", batch)
     positive("reference", reference)
     if reference > batch:
-        raise ValueError(f"reference={reference!r}: pass at most batch={batch!r}, the samples behind one update.")
+        raise ValueError(f"reference={reference!r}: pass at most batch={batch!r}, the samples of one update.")
     return partial(_adascale, batch=batch, reference=reference)
 
 
@@ -114,8 +114,8 @@ def check_rule(rule: ScaleRule) -> None:
         factor = rule(phase)
         if isinstance(factor, bool) or not isinstance(factor, (int, float)) or not 0 < factor < math.inf:
             raise ValueError(
-                f"scale={rule!r}: it answers {factor!r} for {phase}; pass a number above 0, or a function that makes"
-                " one of a Phase, such as lightning_fedscale.phases.step(2.0)."
+                f"scale={rule!r}: it returns {factor!r} for {phase}: pass a number above 0, or a function that returns"
+                " one for a Phase, such as lightning_fedscale.phases.step(2.0)."
             )
 
 

@@ -618,17 +618,17 @@ def test_a_client_whose_single_sample_cannot_be_judged_is_left_out() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"every_n_rounds": 0}, "every_n_rounds=0: pass an integer of at least 1"),
-        ({"every_n_rounds": 1.5}, "every_n_rounds=1.5: pass an integer"),
-        ({"clients": 0}, "clients=0: pass an integer of at least 1"),
-        ({"clients": 1.5}, r"clients=1.5: pass a fraction in \(0, 1\]"),
-        ({"clients": "all"}, "clients='all': pass an integer"),
-        ({"personal": "yes"}, "personal='yes': pass True"),
-        ({"partitioner": 3}, "partitioner=3: pass a name, a Partitioner"),
+        ({"every_n_rounds": 0}, "every_n_rounds=0"),
+        ({"every_n_rounds": 1.5}, "every_n_rounds=1.5"),
+        ({"clients": 0}, "clients=0"),
+        ({"clients": 1.5}, "clients=1.5"),
+        ({"clients": "all"}, "clients='all'"),
+        ({"personal": "yes"}, "personal='yes'"),
+        ({"partitioner": 3}, "partitioner=3"),
         ({"partitioner": IidPartitioner(5, seed=None)}, "partitioner: seed=None"),
-        ({"partitioner": "iid", "dataloaders": []}, "partitioner='iid' together with a loader for each client"),
-        ({"lower_is_better": "loss"}, "lower_is_better='loss': pass a list of patterns"),
-        ({"seed": -1}, "seed=-1: pass an integer of at least 0"),
+        ({"partitioner": "iid", "dataloaders": []}, "partitioner='iid': .*dataloaders="),
+        ({"lower_is_better": "loss"}, "lower_is_better='loss'"),
+        ({"seed": -1}, "seed=-1"),
     ],
 )
 def test_bad_arguments_are_refused(options: dict[str, Any], message: str) -> None:
@@ -655,15 +655,15 @@ def subset() -> DataLoader[Any]:
 @pytest.mark.parametrize(
     ("watch", "options", "message"),
     [
-        (lambda: ClientMetrics(personal=True), {}, "personal=True: clients have no models of their own"),
-        (lambda: ClientMetrics(clients=6), {}, "clients=6 is more than the 5 that have validation samples"),
+        (lambda: ClientMetrics(personal=True), {}, "personal=True"),
+        (lambda: ClientMetrics(clients=6), {}, "clients=6 .*5"),
         (lambda: ClientMetrics(partitioner="iids"), {}, "cannot be divided by partitioner='iids'.*did you mean"),
         (
             lambda: ClientMetrics(partitioner=IidPartitioner(3)),
             {},
-            "makes 3 clients of the validation data, and there are 5",
+            "partitioner=.* 3 clients.* 5 clients",
         ),
-        (lambda: ClientMetrics(dataloaders=[subset()]), {}, "got 1 loaders for 5 clients: pass one for"),
+        (lambda: ClientMetrics(dataloaders=[subset()]), {}, "dataloaders: got 1 .* 5 clients"),
         (lambda: ClientMetrics(dataloaders=subset()), {}, "ClientMetrics: dataloaders: sampler=SubsetRandomSampler"),
         (lambda: ClientMetrics(dataloaders=3), {}, "ClientMetrics: dataloaders=int: FederatedStrategy divides"),  # type: ignore[arg-type]
         (
@@ -676,7 +676,7 @@ def subset() -> DataLoader[Any]:
         (
             ClientMetrics,
             {"data": loaders(val=TensorDataset(*validation().tensors[:1]))},
-            "cannot be divided as the training data are",
+            "validation data cannot be divided",
         ),
         (
             ClientMetrics,
@@ -693,7 +693,7 @@ def test_what_cannot_be_is_refused_before_training(watch: Any, options: dict[str
 
 def test_a_module_without_validation_is_refused() -> None:
     trainer = reference.quiet_trainer(max_epochs=1, strategy=sequential(2), callbacks=[ClientMetrics(), NotThere()])
-    with pytest.raises(ValueError, match="Classifier has none: add one"):
+    with pytest.raises(ValueError, match="validation_step, and Classifier has none"):
         trainer.fit(reference.make_module(), *loaders())
 
 

@@ -163,7 +163,7 @@ def test_a_budget_ends_the_run(strategy: str, caplog: pytest.LogCaptureFixture) 
     run = trainer(accounting, strategy=kind, max_epochs=20)
     with caplog.at_level(logging.INFO):
         run.fit(Net(), data())
-    assert caplog.text.count(f"training ends, for {accounting.ledger.training_flops:.3g} of max_flops=") == 1
+    assert caplog.text.count(f"{accounting.ledger.training_flops:.3g} of max_flops=") == 1
     spent = accounting.ledger.training_flops / PER_SAMPLE
     # To the end of the step, or round, in which it was spent.
     assert 450 <= spent <= (458 if strategy == "auto" else 600)
@@ -279,7 +279,7 @@ def test_operators_of_unknown_cost_are_said() -> None:
         def training_step(self, batch: Any, batch_idx: int) -> Tensor:
             return torch.fft.rfft(self.net(batch[0])).abs().mean()
 
-    with pytest.warns(UserWarning, match="FLOPs are not known .*fft.* the count is too low"):
+    with pytest.warns(UserWarning, match=r"ComputeAccounting: the FLOPs are underestimated.*fft"):
         trainer(ComputeAccounting(law=None)).fit(Spectral(), data())
 
 
@@ -380,7 +380,7 @@ def test_a_loss_that_is_no_number_is_left_out_of_the_curve(tmp_path: Path) -> No
             return super().training_step(batch, batch_idx) * (float("nan") if batch_idx > 5 else 1.0)
 
     logger = TensorBoardLogger(tmp_path)
-    with pytest.warns(UserWarning, match="the loss is nan: the curve against compute leaves it out"):
+    with pytest.warns(UserWarning, match="ComputeAccounting: the loss is nan"):
         trainer(ComputeAccounting(law="Chinchilla"), logger=logger, log_every_n_steps=1).fit(Diverges(), data())
     events = EventAccumulator(logger.log_dir).Reload()
     (tag,) = [tag for tag in events.Tags()["scalars"] if "loss_by" in tag]
@@ -451,10 +451,10 @@ def test_logs_reach_any_logger(tmp_path: Path) -> None:
         ({"rho": "automatic"}, ValueError, "rho='automatic': pass a number"),
         ({"rho": (0.5, 1.0, 2.0)}, ValueError, "rho="),
         ({"clients": 0}, ValueError, "clients=0"),
-        ({"budget": 0}, ValueError, "budget=0: pass a number of FLOPs above 0"),
+        ({"budget": 0}, ValueError, "budget=0"),
         ({"max_flops": -1}, ValueError, "max_flops=-1"),
         ({"tokens_fn": 3}, TypeError, "tokens_fn=3"),
-        ({"report": "no"}, TypeError, "report='no': pass True or False"),
+        ({"report": "no"}, TypeError, "report='no'"),
     ],
 )
 def test_bad_arguments_are_named(options: dict[str, Any], kind: type[Exception], message: str) -> None:
@@ -464,6 +464,6 @@ def test_bad_arguments_are_named(options: dict[str, Any], kind: type[Exception],
 
 def test_a_law_that_cannot_place_the_run_says_so() -> None:
     accounting = ComputeAccounting(law=ComputeOnly(3.0, 0.05))
-    with pytest.warns(UserWarning, match="no position under ComputeOnly: .*every size is as good"):
+    with pytest.warns(UserWarning, match=r"no position under ComputeOnly: .*every size is as good"):
         trainer(accounting).fit(Net(), data())
     assert accounting.position is None

@@ -766,47 +766,47 @@ def test_a_round_that_fails_was_not_judged(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"threshold": 0}, "threshold=0: pass a number above 0"),
+        ({"threshold": 0}, "threshold=0"),
         ({"threshold": -1.0}, "threshold=-1.0"),
-        ({"threshold": 0.3, "detector": relative_change()}, "threshold=0.3 is of a detector given by name"),
-        ({"scale": 0.0}, "scale=0.0: pass a number above 0"),
-        ({"detector": "relativ_change"}, "detector='relativ_change' is not known. Did you mean 'relative_change'?"),
-        ({"action": "scal"}, "action='scal': choose 'observe', 'scale' or 'noise'"),
-        ({"level": "epoch"}, "level='epoch': choose 'round' or 'step'"),
-        ({"action": "noise"}, "target_batch=None: pass the number of samples"),
+        ({"threshold": 0.3, "detector": relative_change()}, "threshold=0.3: .*Detector"),
+        ({"scale": 0.0}, "scale=0.0"),
+        ({"detector": "relativ_change"}, "detector='relativ_change'.*'relative_change'?"),
+        ({"action": "scal"}, "action='scal'"),
+        ({"level": "epoch"}, "level='epoch'"),
+        ({"action": "noise"}, "target_batch=None"),
         ({"target_batch": 32}, "target_batch=32"),
-        ({"every_n_steps": 0}, "every_n_steps=0: pass a whole number, at least 1"),
+        ({"every_n_steps": 0}, "every_n_steps=0"),
         ({"noise_every": 0}, "noise_every=0"),
-        ({"noise": "gaussian"}, "noise='gaussian': choose 'reweighting', 'diagonal' or None"),
-        ({"scale": math.nan}, "scale=nan: pass a number above 0"),
-        ({"scale": "2"}, "scale='2': pass a number above 0"),
-        ({"scale": lambda phase: 0.0}, "it answers 0.0 for Phase.critical=True"),
-        ({"scale": lambda phase: None if phase.critical else 2.0}, "it answers None for Phase"),
-        ({"action": "noise", "target_batch": 0}, "target_batch=0: pass a number of samples above 0"),
-        ({"noise_in": "quiet"}, "noise_in='quiet': choose 'critical' or 'all'"),
-        ({"seed": -1}, "seed=-1: pass a whole number, at least 0"),
+        ({"noise": "gaussian"}, "noise='gaussian'"),
+        ({"scale": math.nan}, "scale=nan"),
+        ({"scale": "2"}, "scale='2'"),
+        ({"scale": lambda phase: 0.0}, "scale=.* 0.0 for Phase.critical=True"),
+        ({"scale": lambda phase: None if phase.critical else 2.0}, "scale=.* None for Phase"),
+        ({"action": "noise", "target_batch": 0}, "target_batch=0"),
+        ({"noise_in": "quiet"}, "noise_in='quiet'"),
+        ({"seed": -1}, "seed=-1"),
     ],
 )
 def test_bad_arguments_are_named(options: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message.replace("?", r"\?")):
+    with pytest.raises((TypeError, ValueError), match=message):
         CriticalPhase(**options)
 
 
 def test_a_detector_of_another_kind_is_refused() -> None:
-    with pytest.raises(TypeError, match="pass a name, or a Detector"):
+    with pytest.raises(TypeError, match="detector=<built-in function print>"):
         CriticalPhase(detector=print)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
     ("options", "strategy", "message"),
     [
-        ({"detector": "federated_gradient_norm"}, "auto", "train by FederatedStrategy"),
+        ({"detector": "federated_gradient_norm"}, "auto", "detector='federated_gradient_norm'"),
         ({"detector": fisher_trace(), "noise_every": None}, "auto", "noise_every=None: detector 'fisher_trace'"),
         ({"detector": fisher_trace(), "noise_every": None}, "federated", "noise_every=None"),
-        ({"action": "noise", "target_batch": 4, "noise": "reweighting"}, "auto", "choose 'diagonal'"),
-        ({"action": "noise", "target_batch": 4, "level": "step"}, "federated", "choose level='round'"),
-        ({"detector": accordion(accumulate=2), "level": "step"}, "federated", "choose level='round'"),
-        ({"scale": adascale(64, 8), "noise_every": None}, "auto", "noise_every=None: the scale rule reads"),
+        ({"action": "noise", "target_batch": 4, "noise": "reweighting"}, "auto", "noise='reweighting'"),
+        ({"action": "noise", "target_batch": 4, "level": "step"}, "federated", "level='step'.*action='noise'"),
+        ({"detector": accordion(accumulate=2), "level": "step"}, "federated", "level='step': "),
+        ({"scale": adascale(64, 8), "noise_every": None}, "auto", "noise_every=None: the scale rule"),
     ],
 )
 def test_what_cannot_work_is_refused_before_training(options: dict[str, Any], strategy: str, message: str) -> None:
@@ -875,13 +875,13 @@ def test_sparse_gradients_count_as_dense_ones(strategy: str, options: dict[str, 
 
 
 def test_noise_on_sparse_gradients_is_refused_before_training() -> None:
-    with pytest.raises(ValueError, match=r"action='noise': a gradient is sparse.*sparse=False.*action='observe'"):
+    with pytest.raises(ValueError, match=r"action='noise': .*sparse=False"):
         trained(phase(action="noise", target_batch=4), module=Table())
 
 
 def test_step_lengths_that_nothing_changes_are_refused() -> None:
     rprop = lambda p: torch.optim.Rprop(p, lr=0.01)  # noqa: E731
-    with pytest.raises(ValueError, match=r"action='scale': Rprop keeps a step length of its own.*action='observe'"):
+    with pytest.raises(ValueError, match=r"action='scale': .*Rprop"):
         trained(phase(), module=constant(rprop))
     trained(phase(action="observe"), module=constant(rprop))
 
@@ -889,7 +889,7 @@ def test_step_lengths_that_nothing_changes_are_refused() -> None:
 def test_noise_that_cannot_be_measured_is_refused_where_it_is_needed() -> None:
     module = Net()
     module.automatic_optimization = False
-    with pytest.raises(ValueError, match=r"the scale rule reads the noise of single samples.*automatic optimization"):
+    with pytest.raises(ValueError, match=r"the scale rule .*automatic optimization"):
         trained(CriticalPhase(scale=adascale(64, 8)), module=module)
     # Where there are clients, their updates show it.
     callback = CriticalPhase(always_after(), scale=adascale(96, 16), noise_every=None)

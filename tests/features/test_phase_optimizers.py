@@ -358,7 +358,7 @@ def test_a_step_length_that_nothing_changes_is_refused_for_any_optimizer() -> No
         def configure_optimizers(self) -> Any:
             return [super().configure_optimizers()[0], torch.optim.Rprop(self.discriminator.parameters())]
 
-    with pytest.raises(ValueError, match=r"action='scale': Rprop keeps a step length of its own.*action='observe'"):
+    with pytest.raises(ValueError, match=r"action='scale': .*Rprop"):
         trained(Second(), phase())
     trained(Second(), phase(action="observe"))
 
@@ -415,7 +415,7 @@ def test_every_detector_trains_with_clients(level: Any, name: str) -> None:
     detector = DETECTORS[name]()
     callback = CriticalPhase(detector, scale=1.5, level=level, noise_every=2)
     if level == "step" and detector.needs != "layer_norms":
-        with pytest.raises(ValueError, match="choose level='round'"):
+        with pytest.raises(ValueError, match="level='step'"):
             trained(Critics(), callback, strategy=federated(), max_epochs=2)
         return
     weights, _ = trained(Critics(), callback, strategy=federated(), max_epochs=2)

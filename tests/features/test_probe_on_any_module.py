@@ -487,9 +487,7 @@ def test_clients_train_as_without(kind: str) -> None:
 def test_a_failure_is_one_line_and_training_goes_on(kind: str) -> None:
     make, data, says = FAILING[kind]
     probe = MaxBatchProbe(budget="1GiB", apply=False)
-    with pytest.warns(
-        UserWarning, match=f"MaxBatchProbe: nothing was probed, and training is as without it: .*{says}"
-    ) as told:
+    with pytest.warns(UserWarning, match=f"MaxBatchProbe: nothing was probed.*: .*{says}") as told:
         found = trained(make, data, probe)
     lines = [str(each.message) for each in told if "MaxBatchProbe" in str(each.message)]
     assert len(lines) == 1

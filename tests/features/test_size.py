@@ -435,7 +435,7 @@ def test_a_run_is_told_what_its_study_measured(
     ("options", "reason"),
     [
         ({"partitioner": Partition.from_lists([range(100), range(100, 200)])}, "another partition"),
-        ({"clients_per_round": 2}, "3 clients a round"),
+        ({"clients_per_round": 2}, "3 clients per round"),
         ({"flops": FLOPS / 4}, "FLOPs"),
         ({"local_rule": local_rules.fed_prox(mu=7.0)}, "method"),
         ({"size": 5}, "parameters"),
@@ -446,7 +446,7 @@ def test_a_study_of_something_else_says_nothing(
 ) -> None:
     caplog.set_level("INFO")
     assert counted(found[0], tmp_path, **options).measured is None
-    assert "says nothing of this run" in caplog.text
+    assert "does not apply to this run" in caplog.text
     assert reason in caplog.text
 
 
@@ -470,7 +470,7 @@ def test_a_study_that_is_gone_ends_no_training(
     accounting = counted(found[0], tmp_path, more=[Spoils(tmp_path / STUDY_FILE, text)])
     assert accounting.ledger.training_flops > 0
     assert accounting.measured is None
-    assert "says nothing of this run: it cannot be read" in caplog.text
+    assert "does not apply to this run: it cannot be read" in caplog.text
 
 
 EVEN = torch.ones(3)

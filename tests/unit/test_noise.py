@@ -296,8 +296,8 @@ def test_diagonal_noise_has_the_variance_of_a_smaller_batch() -> None:
     [
         (lambda: estimate_from_members(np.ones(1), np.ones(1), 1.0, np.ones(1)), "weights="),
         (lambda: reweighting_strength(np.ones(1), 8, 4), "weights="),
-        (lambda: reweighting_strength(np.full(2, 0.5), 8, 16), r"target_batch=16: pass .* at most 8"),
-        (lambda: noise_scale([], decay=0), r"decay=0: pass a number in \(0, 1\]"),
+        (lambda: reweighting_strength(np.full(2, 0.5), 8, 16), "target_batch=16: .*8"),
+        (lambda: noise_scale([], decay=0), "decay=0"),
         (lambda: noise_scale([], confidence=95), "confidence=95"),
     ],
 )
