@@ -32,16 +32,17 @@ stress: $(VENV)/.test ## All tests three times, beside as many processes that ne
 fuzz: $(VENV)/.test ## Train 5,000 random projects in all ways, which must agree; three hours
 	$(RUN) -m tests.fuzz --seeds 5000
 
-lint: $(VENV)/.test ## Lint and types only
+lint: $(VENV)/.test ## Lint, phrases and types only
 	$(RUN) -m ruff check
 	$(RUN) -m ruff format --check
 	$(RUN) -m codespell_lib
+	$(RUN) -m tests.phrases
 	$(RUN) -m mypy
 
 docs: $(VENV)/.docs ## Build the documentation into site/, without a broken link
 	NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build --strict
 
-compat: $(VENV)/.test ## Test the oldest and newest versions that are supported, each in an environment of its own; 40 GB
+compat: $(VENV)/.test ## Test the oldest and newest versions that are supported, each in its own environment; 40 GB
 	$(RUN) -m tests.compat
 
 bench: $(VENV)/.test ## Measure round times beside hand-written loops and other simulators; two hours
@@ -60,7 +61,7 @@ browser: ## Install Debian's chromium, if root asks, for the tests that look at 
 
 EXISTING := pytorch-forecasting darts chemprop scvi-tools torch-geometric peft pytorch-tabular
 
-existing: $(VENV)/.demo $(EXISTING:%=.existing/%/.installed) ## Other people's projects, central and federated, each in an environment of its own; 14 GB
+existing: $(VENV)/.demo $(EXISTING:%=.existing/%/.installed) ## Other people's projects, central and federated, each in its own environment; 14 GB
 	.existing/pytorch-forecasting/bin/python examples/existing/forecasting.py
 	.existing/darts/bin/python examples/existing/global_forecasts.py
 	.existing/chemprop/bin/python examples/existing/molecules.py
@@ -70,7 +71,7 @@ existing: $(VENV)/.demo $(EXISTING:%=.existing/%/.installed) ## Other people's p
 	.existing/pytorch-tabular/bin/python examples/existing/tables.py
 	$(RUN) examples/existing/lightning_demos.py
 
-# Where a project needs another version of what constraints.txt names, its own file has the last word.
+# Where a project needs other versions than constraints.txt, the versions in its own file are installed.
 .existing/%/.installed: examples/existing/requirements/%.txt $(INPUTS)
 	@echo "Installing $* into .existing/$*"
 	$(PYTHON) -m venv .existing/$*

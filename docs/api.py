@@ -1,4 +1,4 @@
-"""What the reference is made of: public names where they are imported from, docstrings as browsers show them."""
+"""The content of the reference: public names at their import paths, and docstrings as browsers show them."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ BLOCK = re.compile(r"^( *)\.\. math::[ \n]+((?:(?!\n *\n)[\s\S])+)", re.M)
 
 
 def readable(text: str) -> str:
-    """A docstring in Markdown.
+    """Convert a docstring to Markdown.
 
     Example:
         >>> readable("the mean :math:`x` of :class:`~torch.Tensor`")
@@ -33,14 +33,14 @@ def _mathml(formula: str, display: str) -> str:
 
 
 class Public(griffe.Extension):
-    """Once the package is loaded: formulas become MathML, and each room has its public objects as its own.
+    """Change the loaded package: formulas become MathML, and each room owns its public objects.
 
     A room's function may have the name of the file that it is in (`server.fed_avg`): in the room that name is the
     function, and griffe would take it for the file.
     """
 
     def on_package(self, *, pkg: griffe.Module, **_: Any) -> None:
-        """Walk through all that the package has."""
+        """Change all objects of the package."""
         _walk(pkg)
         rooms = [room for room in pkg.members.values() if isinstance(room, griffe.Module) and room.exports]
         found = {(room.path, str(name)): _object(room, str(name)) for room in rooms for name in room.exports or ()}
@@ -60,7 +60,7 @@ def _walk(thing: griffe.Object) -> None:
 
 
 def _object(module: griffe.Module, name: str) -> griffe.Object | None:
-    """What a name means that is imported from a module; None if it is of another package."""
+    """Return the object of a name that a module imports; None if it belongs to another package."""
     member = module.members.get(name)
     if isinstance(member, griffe.Alias):
         home, _, original = member.target_path.rpartition(".")

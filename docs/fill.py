@@ -1,4 +1,4 @@
-"""What stands on the pages in the repository, where the site has the reference and long lists.
+"""Fill in pages for readers of the repository, where the site has the reference and long lists.
 
 ``python docs/fill.py`` writes it between ``<!-- kind: argument -->`` and ``<!-- end -->``: links to what can be read
 without the site, and for the reference every public name with the file that its docstring is in.
@@ -23,7 +23,7 @@ ROLE = re.compile(r":\w+:`~?([^`]+)`")
 
 
 def filled(page: Path) -> str:
-    """A page's text with all that is between its marks brought up to date."""
+    """Return a page's text with everything between its marks updated."""
     up = "../" * len(page.relative_to(ROOT).parts[:-1])
 
     def block(found: re.Match[str]) -> str:
@@ -37,7 +37,7 @@ def filled(page: Path) -> str:
 
 
 def slug(heading: str) -> str:
-    """The anchor that browsers of repositories give a heading.
+    """Return the anchor that browsers of repositories give a heading.
 
     Example:
         >>> slug("Critical phases, and the noise that large batches lose")
@@ -47,7 +47,7 @@ def slug(heading: str) -> str:
 
 
 def reference(name: str, up: str) -> str:
-    """All public names of a module, with the files that their docstrings are in."""
+    """List the public names of a module, with the files of their docstrings."""
     module: Any = import_module(name)
     names = getattr(module, "__all__", None) or [each for each, thing in vars(module).items() if _is_own(thing, module)]
     rows = ["| name, and where its docstring is | what it is |", "|---|---|"]
@@ -70,7 +70,7 @@ def _about(thing: Any) -> str:
 
 
 class Private(NamedTuple):
-    """What the docstring of a function or class says of private names of Lightning.
+    """The use of private names of Lightning, from the docstring of a function or class.
 
     Attributes:
         thing: the function or class.
@@ -86,7 +86,7 @@ class Private(NamedTuple):
 
 
 def privates_of(module: Any) -> list[Private]:
-    """What a module says of Lightning, in the order of its source."""
+    """Return what a module says about Lightning, in the order of its source."""
     found = []
     for thing in vars(module).values():
         paragraphs = SAYS.search(inspect.getdoc(thing) or "") if _is_own(thing, module) else None
@@ -97,7 +97,7 @@ def privates_of(module: Any) -> list[Private]:
 
 
 def privates(room: str, up: str | None) -> str:
-    """All functions and classes of a room that name what is private to Lightning; linked, where their files are."""
+    """List the functions and classes of a room that use private names of Lightning, with links to their files."""
     rows = [
         "| where | private names | what it is for | what Lightning keeps there | what to look at |",
         "|---|---|---|---|---|",
@@ -116,18 +116,18 @@ def _capital(text: str) -> str:
 
 
 def papers(rooms: str, up: str) -> str:
-    """Where the names and their papers are."""
+    """Say where the names and their papers are."""
     return f"In the docstrings of {_rooms(rooms.split(), up)}."
 
 
 def messages(_: str, up: str) -> str:
-    """Where messages are."""
+    """Say where messages are."""
     files = ("core/options", "core/round", "partitioners", "scaling", "callbacks")
     return f"`make docs` lists them all here; they are words of the source, above all of {_rooms(files, up)}."
 
 
 def groups(_: str, up: str) -> str:
-    """Where Hydra's groups are."""
+    """Say where Hydra's groups are."""
     folder = f"{up}lightning_fedscale/conf"
     return f"`make docs` lists them all here; each is a folder of [conf]({folder}), and each file says what it is."
 
@@ -143,7 +143,7 @@ def _room(name: str, up: str) -> str:
 
 
 def main() -> None:
-    """Bring all pages up to date."""
+    """Update all pages."""
     sys.path.insert(0, str(ROOT))
     for page in sorted(DOCS.rglob("*.md")):
         if (text := filled(page)) != page.read_text("utf8"):

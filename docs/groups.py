@@ -25,7 +25,7 @@ class Option(NamedTuple):
 
 
 def collect() -> Iterator[Option]:
-    """All options, group by group, without those that stand a second time below the Trainer."""
+    """Collect all options by group, without those that are repeated below the Trainer."""
     for group in sorted({path.parent for path in CONF.rglob("*.yaml")} - {CONF}):
         if CONF / "trainer" / "strategy" not in (group, *group.parents):
             for path in sorted(group.glob("*.yaml")):
@@ -33,6 +33,6 @@ def collect() -> Iterator[Option]:
 
 
 def about(path: Path) -> str:
-    """The comment that a file begins with."""
+    """Return the comment at the beginning of a file."""
     comment = takewhile(lambda line: line.startswith("#"), path.read_text("utf8").splitlines())
     return " ".join(line.lstrip("# ") for line in comment)

@@ -1,4 +1,4 @@
-"""What `mkdocs build` does beyond the pages: the reference, the list of messages, files that lie elsewhere.
+"""Additions to `mkdocs build`: the reference, the list of messages, files from other folders.
 
 A page says ``<!-- reference: MODULE -->`` where the docstrings of a module are, ``<!-- messages -->`` where all errors
 and warnings are, ``<!-- papers: ROOM ROOM -->`` where the public names of rooms and their papers are, ``<!-- groups
@@ -31,7 +31,7 @@ ELSEWHERE = ("CHANGELOG.md", "benchmarks/README.md", "benchmarks/results", "exam
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
-    """Add what lies outside of docs/."""
+    """Add files from outside docs/."""
     for name in ELSEWHERE:
         path = ROOT / name
         for file in [path] if path.is_file() else sorted(path.iterdir()):
@@ -41,7 +41,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
-    """Fill in what a page takes from elsewhere."""
+    """Fill in the parts of a page that come from elsewhere."""
     up = "../" * page.file.src_uri.count("/")
     made = {
         "reference": lambda name: f"::: {name}",
@@ -56,7 +56,7 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
 
 
 def sources(rooms: list[str]) -> str:
-    """The public names of these rooms whose docstrings name papers."""
+    """List the public names of these rooms whose docstrings name papers."""
     rows = ["| paper | name | what it is |", "|---|---|---|"]
     for source in papers.collect():
         if source.name.partition(".")[0] in rooms:
@@ -66,7 +66,7 @@ def sources(rooms: list[str]) -> str:
 
 
 def options() -> str:
-    """Hydra's groups and what can be chosen of each."""
+    """List Hydra's groups and the options of each."""
     parts = []
     for group, of in groupby(groups.collect(), key=attrgetter("group")):
         rows = ["| option | what it is |", "|---|---|"]
@@ -76,7 +76,7 @@ def options() -> str:
 
 
 def listed() -> str:
-    """All messages, by the part of the package that gives them."""
+    """List all messages, by the part of the package that gives them."""
     parts = []
     for room, told in groupby(messages.collect(), key=lambda message: message.room):
         rows: list[Any] = [f"## {room}", "", "| kind | message |", "|---|---|"]

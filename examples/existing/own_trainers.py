@@ -15,7 +15,7 @@ def check(
     Args:
         fit: trains with a strategy, a number of epochs, callbacks and further arguments of the Trainer, and returns the
             project's model, which has the module as ``model`` and the Trainer as ``trainer``.
-        resume: trains half as long, saves, goes on from there and returns the same; it gets a function that makes the
+        resume: trains half as long, saves, resumes and returns the same; it gets a function that makes the
             strategy, the number of epochs, and a function that makes callbacks.
         strategy: makes the federated strategy, with further arguments.
         epochs: epochs of the whole run.

@@ -1,7 +1,7 @@
 """scvi-tools: its model of single cells, trainer wrapper and data splitter, unmodified; clients are eight hospitals.
 
-The counts are drawn here: six types of cells, negative binomial over 200 genes, every hospital with a mix of types and
-a way of measuring of its own. `make existing` installs what this needs and runs it.
+The counts are drawn here: six types of cells, negative binomial over 200 genes, every hospital with its own mix of
+types and way of measuring. `make existing` installs what this needs and runs it.
 
 The strategy goes into ``trainer_config``. Given as ``train(strategy=...)`` scvi-tools takes it for DDP, to which it is
 related, and prepares its loaders for several processes.

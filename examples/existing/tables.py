@@ -58,7 +58,7 @@ def fit(strategy, epochs, callbacks=None, **trainer):
 
 
 def resume(strategy, epochs, callbacks):
-    """The package's own `fit` takes no checkpoint, so the run goes on in a Trainer over its model and its loaders."""
+    """The package's own `fit` takes no checkpoint, so a Trainer over its model and its loaders resumes the run."""
     half = fit(strategy(), epochs // 2, callbacks())
     data, fresh = half.datamodule, half.prepare_model(half.datamodule)
     trainer = pl.Trainer(strategy=strategy(), max_epochs=epochs, accelerator="cpu", callbacks=callbacks(), **QUIET)
