@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from itertools import accumulate
-from typing import Any, Final, NamedTuple
+from typing import Any, Final, NamedTuple, TypeAlias
 
 import lightning.pytorch as pl
 import torch
@@ -16,12 +16,11 @@ from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signatu
 from torch import Tensor, nn
 from torch.func import vjp, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
-from torchmetrics import Metric, MetricCollection
 
 from lightning_fedscale.core.executors.shared_tensors import SharedTensors
 from lightning_fedscale.core.executors.vectorized.captured_steps import CapturedSteps
 from lightning_fedscale.core.executors.vectorized.graph_capture import CapturedStep, hide_trainer
+from lightning_fedscale.core.executors.vectorized.metrics import MetricsPerClient
 from lightning_fedscale.core.executors.vectorized.rng import ClientStreams, DrawPerClient
 from lightning_fedscale.core.executors.vectorized.stacking import NotVectorizable, Opened
 from lightning_fedscale.core.lightning.module_state import set_hook
@@ -30,6 +29,7 @@ from lightning_fedscale.core.user_code.guards import NoValues, Reads
 _LOG_ARGUMENTS = list(inspect.signature(pl.LightningModule.log).parameters)[3:]
 _PER_CLIENT: Final = object()
 _LISTS = ("_flat_weights", "_flat_weight_refs")
+_Results: TypeAlias = tuple[list[Tensor], list[Tensor | None], list[Tensor], list[Tensor]]
 
 
 class Logged(NamedTuple):
@@ -86,18 +86,7 @@ class BatchedStep:
         self._of = _described(shared)
         self._buffers = range(len(shared.trainable), len(moving))
         self._recurrent = [part for part in self._module.modules() if isinstance(part, nn.RNNBase)]
-        members = {
-            id(metric)
-            for part in self._module.modules()
-            if isinstance(part, MetricCollection)
-            for metric in part.modules()
-            if metric is not part
-        }
-        self._metrics: list[Metric | MetricCollection] = [
-            part
-            for part in self._module.modules()
-            if isinstance(part, Metric | MetricCollection) and id(part) not in members
-        ]
+        self._metrics = MetricsPerClient(self._module, lambda: self.captured.stop("it asks a metric"))
 
     def is_of(self, shared: SharedTensors) -> bool:
         """Return whether ``shared`` has the same tensors in the same places."""
@@ -132,6 +121,27 @@ class BatchedStep:
                 result: StepResult = captured(parameters, buffers, tensors, streams, clients)
             return result
         notes: list[Logged] = []
+        everyone = self._vectorized(batch, share, notes)
+        self.ran_python = True
+        self.about_to_run_python()
+        reads, before = (Reads(), streams.copy()) if self.captured.is_due(key) else (None, None)
+        with self._trainer.precision_plugin.train_step_context(), _batched_kernels(parameters[0].device):
+            with nullcontext() if reads is None else reads.watching():
+                if self._draws is False:
+                    results = everyone(batch_idx, parameters, buffers, tensors)
+                else:
+                    with DrawPerClient(streams, clients) as drawing:
+                        results = everyone(batch_idx, parameters, buffers, tensors)
+                    self._draws = drawing.noticed
+            if reads is not None and before is not None:
+                given = [*(p.detach() for p in parameters), *buffers, *tensors]
+                counts = [len(parameters), len(buffers), len(tensors)]
+                capture = partial(self._capture, everyone, results, notes, given, counts, before, clients)
+                self.captured.add(key, capture, reads)
+        return _result_of(results, notes)
+
+    def _vectorized(self, batch: Opened, share: float, notes: list[Logged]) -> Callable[..., _Results]:
+        """Return the step of all clients as a function of tensors; it adds what is logged to ``notes``."""
         taking_part: list[bool] = []
 
         def one(
@@ -153,7 +163,7 @@ class BatchedStep:
 
         def everyone(
             batch_idx: Any, parameters: Sequence[Tensor], buffers: Sequence[Tensor], tensors: list[Tensor]
-        ) -> tuple[list[Tensor], list[Tensor | None], list[Tensor], list[Tensor]]:
+        ) -> _Results:
             notes.clear()
             randomness = "error" if self._draws is False else "different"
             # Not a partial, which some torch releases would print with the number of the batch.
@@ -165,28 +175,12 @@ class BatchedStep:
             losses = [loss.detach() for loss in losses]
             return losses, [next(following) if part else None for part in taking_part], new, values
 
-        self.ran_python = True
-        self.about_to_run_python()
-        reads, before = (Reads(), streams.copy()) if self.captured.is_due(key) else (None, None)
-        with self._trainer.precision_plugin.train_step_context(), _batched_kernels(parameters[0].device):
-            with nullcontext() if reads is None else reads.watching():
-                if self._draws is False:
-                    results = everyone(batch_idx, parameters, buffers, tensors)
-                else:
-                    with DrawPerClient(streams, clients) as drawing:
-                        results = everyone(batch_idx, parameters, buffers, tensors)
-                    self._draws = drawing.noticed
-            if reads is not None and before is not None:
-                given = [*(p.detach() for p in parameters), *buffers, *tensors]
-                counts = [len(parameters), len(buffers), len(tensors)]
-                capture = partial(self._capture, everyone, results, notes, given, counts, before, clients)
-                self.captured.add(key, capture, reads)
-        return _result_of(results, notes)
+        return everyone
 
     def _capture(
         self,
         function: Callable[..., Any],
-        results: tuple[list[Tensor], list[Tensor | None], list[Tensor], list[Tensor]],
+        results: _Results,
         notes: list[Logged],
         given: list[Tensor],
         counts: list[int],
@@ -254,7 +248,7 @@ class BatchedStep:
             notes.append(logged)
 
         holding = self._holding([*parameters, *(buffer.clone() for buffer in buffers)])
-        with holding as now, self._asking_metrics_in_turn(), logging_to(self._module, note):
+        with holding as now, self._metrics.called_in_turn(), logging_to(self._module, note):
             arguments = (batch, batch_idx) if self._takes_batch_idx else (batch,)
             output = self._module.training_step(*arguments)
             new = [now(i) for i in self._buffers]
@@ -277,24 +271,6 @@ class BatchedStep:
                 owner[name] = tensor
             for part, name, weights in lists:
                 vars(part)[name] = weights
-
-    @contextmanager
-    def _asking_metrics_in_turn(self) -> Iterator[None]:
-        """Make metrics accept values of many clients."""
-        patched: list[tuple[Any, str, Any]] = []
-        for metric in self._metrics:
-            for name in ("forward", "update"):
-                original = getattr(metric, name)
-                patched.append((metric, name, vars(metric).get(name, patched)))
-                object.__setattr__(metric, name, _ForEachClient(self, original))
-        try:
-            yield
-        finally:
-            for metric, name, before in patched:
-                if before is patched:
-                    object.__delattr__(metric, name)
-                else:
-                    object.__setattr__(metric, name, before)
 
 
 @contextmanager
@@ -355,50 +331,3 @@ def _same_bits(left: Tensor | None, right: Tensor | None) -> bool:
     if left is None or right is None:
         return left is right
     return torch.equal(left.isnan(), right.isnan()) and torch.equal(left.nan_to_num(), right.nan_to_num())
-
-
-class _ForEachClient:
-    """A metric's method that is called for each client in turn if given values of many clients."""
-
-    def __init__(self, owner: BatchedStep, method: Callable[..., Any]) -> None:
-        self._owner = owner
-        self._method = method
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        leaves, spec = tree_flatten((args, kwargs))
-        tensors = [leaf.detach() for leaf in leaves if isinstance(leaf, Tensor)]
-        if not any(map(torch._C._functorch.is_functorch_wrapped_tensor, tensors)):
-            return self._method(*args, **kwargs)
-        self._owner.captured.stop("it asks a metric")
-        forms: list[TreeSpec] = []
-
-        def call_once(tensors: Sequence[Tensor]) -> list[Tensor]:
-            given = iter(tensors)
-            own = [next(given) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
-            own_args, own_kwargs = tree_unflatten(own, spec)
-            values, form = tree_flatten(self._method(*own_args, **own_kwargs))
-            forms.append(form)
-            # A function of tensors must return a tensor, but `update` returns None.
-            return [torch.zeros(()) if value is None else torch.as_tensor(value) for value in values]
-
-        results = _PerClientCall.apply(call_once, *tensors)  # type: ignore[no-untyped-call]
-        return tree_unflatten(list(results), forms[0])
-
-
-class _PerClientCall(torch.autograd.Function):
-    @staticmethod
-    def forward(function: Callable[[Sequence[Tensor]], list[Tensor]], *tensors: Tensor) -> tuple[Tensor, ...]:
-        return tuple(function(tensors))
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        ctx.mark_non_differentiable(*output)
-
-    @staticmethod
-    def vmap(info: Any, in_dims: Any, function: Any, *tensors: Tensor) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
-        rows = [
-            function([t if dim is None else t.select(dim, row) for t, dim in zip(tensors, in_dims[1:], strict=True)])
-            for row in range(info.batch_size)
-        ]
-        stacked = tuple(torch.stack(column) for column in zip(*rows, strict=True))
-        return stacked, (0,) * len(stacked)

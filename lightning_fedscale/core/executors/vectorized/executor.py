@@ -2,50 +2,36 @@
 
 from __future__ import annotations
 
-import math
-import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import nullcontext
-from functools import partial
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import accumulate, cycle, islice
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.utilities.data import extract_batch_size
 from lightning.pytorch.utilities.memory import is_oom_error
 from torch import Tensor
 from torchmetrics import Metric
 
 from lightning_fedscale.core.client_state import ClientStore, OptimizerKeeper
-from lightning_fedscale.core.executors.device_cache import DeviceData
-from lightning_fedscale.core.executors.meter import ClientMeter
 from lightning_fedscale.core.executors.sequential import (
-    Personal,
-    Pipeline,
     RoundContext,
     SequentialExecutor,
     Watcher,
 )
 from lightning_fedscale.core.executors.shared_tensors import SharedTensors
 from lightning_fedscale.core.executors.transfer import Transfer
-from lightning_fedscale.core.executors.vectorized.batched_step import BatchedStep, Logged, StepResult
-from lightning_fedscale.core.executors.vectorized.clipping import clip_of
+from lightning_fedscale.core.executors.vectorized.batched_step import BatchedStep
 from lightning_fedscale.core.executors.vectorized.eligibility import Surroundings, explained, reason_not_vectorizable
-from lightning_fedscale.core.executors.vectorized.proof import Proofs, difference, is_close, step_alone, tolerance_of
-from lightning_fedscale.core.executors.vectorized.rng import ClientStreams
-from lightning_fedscale.core.executors.vectorized.rows import Rows
-from lightning_fedscale.core.executors.vectorized.stacking import NotVectorizable, Opened, opened, stacked
-from lightning_fedscale.core.executors.vectorized.wave import ClientStart, Wave
+from lightning_fedscale.core.executors.vectorized.proof import Proofs
+from lightning_fedscale.core.executors.vectorized.stacking import NotVectorizable
+from lightning_fedscale.core.executors.vectorized.wave_training import LoggedStep, TrainedWave, WaveTraining
 from lightning_fedscale.core.lightning.client_log import ClientLog
-from lightning_fedscale.core.lightning.hooks import listeners
 from lightning_fedscale.core.lightning.module_state import in_hook
 from lightning_fedscale.core.lightning.snapshots import MetricStates
 from lightning_fedscale.core.plan import LocalWork
 from lightning_fedscale.core.user_code.outside import places_of
 from lightning_fedscale.core.user_code.state import PythonState
-from lightning_fedscale.devices.profiling.batches import BatchSignature, signature_of
 from lightning_fedscale.types import ClientUpdate
 from lightning_fedscale.utils import randomness
 from lightning_fedscale.utils.memory import free_memory
@@ -56,51 +42,10 @@ _SHARE_OF_MEMORY = 0.5
 _DRY_RUN_CLIENTS = 3  # clients of a dry run, which has at most one step more
 
 
-class _Group(NamedTuple):
-    """A batch of each of some clients, all with one batch signature."""
-
-    rows: Rows
-    batch: Opened  # stacked
-    alone: Callable[[int], Any]  # each client's batch as in sequential training
-    samples: list[int]
-    batch_size: int  # as Lightning would read it off each batch
-
-    def signature(self) -> BatchSignature:
-        """Return the batch signature, which all the batches share."""
-        return signature_of(self.batch.close(self.batch.tensors)).without_rows().anonymous()
-
-    def weight(self, device: torch.device) -> Tensor | int:
-        """Return the samples in each batch; a single number if they are all the same."""
-        if len(set(self.samples)) == 1:
-            return self.samples[0]
-        return torch.tensor(self.samples, dtype=torch.float64).to(device, non_blocking=True)
-
-
-class _Note(NamedTuple):
-    """The values logged for a batch of each of some clients."""
-
-    logged: list[Logged]
-    rows: Rows
-    batch_idx: int
-    batch_size: int
-
-
-class _Trained(NamedTuple):
-    """The results of a wave's clients, besides their models."""
-
-    losses: list[float]
-    samples: list[int]
-    steps: list[int]
-    notes: list[_Note]
-    seconds: float
-    tallies: list[ClientMeter]
-    optimizer_steps: list[int]
-
-
 class _Attempt(NamedTuple):
     """The outcome of training a wave."""
 
-    trained: _Trained | None
+    trained: TrainedWave | None
     out_of_memory: bool = False
     reason: str | None = None
 
@@ -144,23 +89,17 @@ class VectorizedExecutor:
         self._module = trainer.lightning_module
         self._device = trainer.strategy.root_device
         self._sequential = sequential
-        self._store = store
-        self._keepers = keepers
-        self._keep = keep
-        self._watcher = watcher
         self._log = log
-        self._transfer = transfer
         self._width = clients_per_wave
-        self._wave = Wave(trainer.optimizers[0])
         self._batched_step: BatchedStep | None = None
         self._proofs = Proofs(while_training=verify)
+        self._waves = WaveTraining(
+            trainer, self._proofs, store=store, keepers=keepers, keep=keep, watcher=watcher, transfer=transfer
+        )
         self._state: PythonState | None = None
-        self._seconds_alone = 0.0  # of a wave's time, for the sequential steps of comparisons
         self._captured = 0
         self._prepared = False
         self._step_seconds = 0.0
-        self._starts: list[ClientStart] = []
-        self._shown = any(hasattr(each, "on_client_end") for each in listeners(trainer))
         self.reason: str | None = None
         self.slots = 0
 
@@ -204,7 +143,7 @@ class VectorizedExecutor:
                 self.slots += len(wave[0].batches)
                 alone = context._replace(work=wave)
                 yield from self.run_sequentially(
-                    alone.restarted(None) if self._cuts_itself(context) else alone, positions
+                    alone.restarted(None) if self._waves.are_cut(context) else alone, positions
                 )
             else:
                 self._proofs.choose(wave[0].seed % len(wave))
@@ -215,14 +154,16 @@ class VectorizedExecutor:
                     continue
                 if attempt.trained is None:
                     self.reason = attempt.reason
+                    self.slots += sum(len(work.batches) for work in context.work)
                     yield from self.run_sequentially(context.restarted(None), positions)
                     return
                 self._proofs.close_wave()
+                self.slots += len(wave) * len(wave[0].batches)
                 if self._batched_step is not None and self._batched_step.captured.made > self._captured:
                     self._captured = self._batched_step.captured.made
                     self._proofs.demand()
-                yield from self._updates(context, wave, attempt.trained)
-                self._report(attempt.trained.notes, wave, positions)
+                yield from self._waves.updates(context, wave, attempt.trained)
+                self._log_values(attempt.trained.logged, wave, positions)
             rest = [work for work in context.work if work.client not in done]
             context = context._replace(work=rest, randomness=None, first=None)
 
@@ -251,7 +192,7 @@ class VectorizedExecutor:
                 raise NotVectorizable(
                     f"training_step can reach a {state.iterators[0]}, which cannot be put back to where it was"
                 )
-            trained = self._train(context, wave, step, around)
+            trained = self._waves.train(context, wave, step, around)
             if step.ran_python:
                 around.check()
                 if (changed := state.difference(state.again())) is not None:
@@ -334,10 +275,9 @@ class VectorizedExecutor:
         wave = [work._replace(batches=list(islice(cycle(work.batches), steps))) for work in wave]
         order = [work.batches[i] for i in range(steps) for work in wave if i < len(work.batches)]
         context = context._replace(work=wave, batches=map(context.fetch, order), randomness=None, first=None)
-        metrics, slots = MetricStates(self._module), self.slots
+        metrics = MetricStates(self._module)
         attempt = self._attempt(context, wave)
         metrics.restore()
-        self.slots = slots
         return attempt
 
     def _next_wave(self, work: Sequence[LocalWork]) -> list[int]:
@@ -346,119 +286,6 @@ class VectorizedExecutor:
         width = min(len(work), self._width or len(work))
         waves = -(-len(work) // width)
         return longest[: -(-len(work) // waves)]
-
-    # ---- a wave
-
-    def _train(self, context: RoundContext, wave: list[LocalWork], step: BatchedStep, around: Surroundings) -> _Trained:
-        self._seconds_alone = 0.0
-        width = len(wave)
-        lengths = [len(work.batches) for work in wave]
-        step.ran_python, step.about_to_run_python = False, around.note
-        states = [self._start_of(work.client) for work in wave]
-        self._starts = [_start(context.pipeline, work.client) for work in wave] if context.pipeline is not None else []
-        started = time.perf_counter()  # excludes, in both executors, what rules compute before the first step
-        self._wave.begin(context.shared, states, self._starts)
-        streams = ClientStreams(lambda row: wave[row].seed, self._device)
-        if context.randomness is not None and wave[0] is context.first:
-            streams.begin(0, context.randomness)
-        clip, every = clip_of(self._trainer), self._trainer.accumulate_grad_batches
-        losses = torch.zeros(width, dtype=torch.float64, device=self._device)
-        weights, samples, steps, notes = [0] * width, [0] * width, [0] * width, list[_Note]()
-        optimizer_steps = [0] * width
-        meter = context.meter
-        tallies = [] if meter is None else [meter.client() for _ in wave]
-        for batch_idx in range(lengths[0]):
-            active = [row for row in range(width) if batch_idx < lengths[row]]
-            for group in self._groups(context, wave, active, batch_idx, streams):
-                rows = group.rows
-                parameters = self._wave.parameters(rows)
-                last = [batch_idx + 1 == lengths[row] for row in rows.indices]
-                result = self._step(context, step, group, batch_idx, last, streams, around)
-                self._wave.set_buffers(rows, result.buffers)
-                due = [r for r in rows.indices if (batch_idx + 1) % every == 0 or batch_idx + 1 == lengths[r]]
-                if every > 1:
-                    self._wave.accumulate(rows, result.gradients)
-                with nullcontext() if meter is None or not due else meter.optimizer_step(len(due)):
-                    if every == 1:
-                        self._wave.step(rows, parameters, result.gradients, clip)
-                    elif due:
-                        self._wave.step_accumulated(self._wave.rows(due), clip)
-                for row in due:
-                    optimizer_steps[row] += 1
-                for row, size in zip(rows.indices, group.samples, strict=True):
-                    steps[row] += 1
-                    samples[row] += size
-                    if result.losses is not None:
-                        weights[row] += size
-                if result.losses is not None:
-                    rows.add(losses, result.losses.double() * group.weight(self._device))
-                if result.logged:
-                    notes.append(_Note(result.logged, rows, batch_idx, group.batch_size))
-                if tallies:
-                    signature = group.signature()
-                    for row, size in zip(rows.indices, group.samples, strict=True):
-                        tallies[row].add(signature, size)
-            self._watcher.client_stepped(sum(length <= batch_idx for length in lengths), None)
-        self.slots += width * lengths[0]
-        means = [total / weight if weight else math.nan for total, weight in zip(losses.tolist(), weights, strict=True)]
-        seconds = time.perf_counter() - started - self._seconds_alone
-        return _Trained(means, samples, steps, notes, seconds, tallies, optimizer_steps)
-
-    def _step(
-        self,
-        context: RoundContext,
-        step: BatchedStep,
-        group: _Group,
-        batch_idx: int,
-        last: list[bool],
-        streams: ClientStreams,
-        around: Surroundings,
-    ) -> StepResult:
-        """Run one local batch of some clients; if a comparison is due, also run it sequentially for some of them.
-
-        Raises:
-            NotVectorizable: if the two differ by more than rounding.
-        """
-        rows, shared, share = group.rows, context.shared, 1.0 / self._trainer.accumulate_grad_batches
-        parameters, buffers = self._wave.parameters(rows), self._wave.buffers(rows)
-        progress: Any = self._trainer.fit_loop.epoch_loop.batch_progress
-        progress.is_last_batch = together = last[0] if len(set(last)) == 1 else _Unequal()
-        watched = self._proofs.watched(rows.indices, group.batch.signature, batch_idx)
-        if not watched and context.meter is not None and context.meter.wants(group.signature(), group.samples[0]):
-            watched = [0]  # its cost is measured in a sequential step
-        if not watched:
-            return step.run(parameters, buffers, group.batch, batch_idx, rows.indices, streams, share=share)
-        started, before, alone = time.perf_counter(), MetricStates(self._module), dict[int, StepResult]()
-        around.note()
-        for i in watched:
-            own = [p[i] for p in parameters], [b[i] for b in buffers]
-            progress.is_last_batch = last[i]
-            batch = group.alone(i)
-            metered = nullcontext() if context.meter is None else context.meter.alone(batch, group.samples[i])
-            with streams.copy().of(rows.indices[i]), self._proofs.measuring(), metered:
-                alone[i] = step_alone(self._trainer, shared, *own, batch, batch_idx, share)
-        step.captured.suspect()
-        progress.is_last_batch = together
-        expected = MetricStates(self._module)
-        before.restore()
-        around.note()
-        self._seconds_alone += time.perf_counter() - started
-        result = step.run(parameters, buffers, group.batch, batch_idx, rows.indices, streams, share=share)
-        around.check()
-        started, tolerance = time.perf_counter(), tolerance_of(self._trainer, shared)
-        for i, each in alone.items():
-            if (told := difference(result, i, each, shared.all_names, tolerance)) is not None:
-                raise NotVectorizable(f"a step of theirs is not what it is alone: {told}")
-        every = len(alone) == len(rows)
-        if every and not MetricStates(self._module).agree(expected, partial(is_close, tolerance=tolerance)):
-            raise NotVectorizable("a metric is not what it is if they train one after the other")
-        self._seconds_alone += time.perf_counter() - started
-        return result
-
-    def _start_of(self, client: int) -> Any:
-        kept = self._store.optimizers(client) if self._keep else None
-        state: dict[Any, Any] = self._keepers[0].fresh if kept is None else kept[0]["state"]
-        return state
 
     def _state_now(self) -> PythonState:
         self._state = PythonState(self._module) if self._state is None else self._state.again()
@@ -480,103 +307,12 @@ class VectorizedExecutor:
         if self._batched_step is not None:
             self._batched_step.captured.close()
 
-    def _cuts_itself(self, context: RoundContext) -> bool:
-        """Return whether batches are cut from cached data for many clients at once rather than taken one by one."""
-        return context.cache is not None and not self._transfer.has_hooks
-
-    def _groups(
-        self, context: RoundContext, wave: list[LocalWork], active: list[int], batch_idx: int, streams: ClientStreams
-    ) -> Iterator[_Group]:
-        """Yield the clients' batches, grouped by batch signature."""
-        if self._cuts_itself(context):
-            assert context.cache is not None
-            by_size: dict[int, list[int]] = {}
-            for row in active:
-                by_size.setdefault(len(wave[row].batches[batch_idx]), []).append(row)
-            for size, members in by_size.items():
-                indices = [wave[row].batches[batch_idx] for row in members]
-                convert = self._trainer.precision_plugin.convert_input
-                batch = opened(convert(context.cache.stacked(indices)))
-
-                def cut(position: int, cache: DeviceData = context.cache, indices: list[list[int]] = indices) -> Any:
-                    return self._trainer.precision_plugin.convert_input(cache.batch(indices[position]))
-
-                yield _Group(self._wave.rows(members), batch, cut, [size] * len(members), size)
-            return
-        found: dict[Any, tuple[list[int], list[Any], list[Opened]]] = {}
-        for row in active:
-            with streams.of(row):
-                batch = next(context.batches)
-                if batch is None:
-                    continue
-                if batch_idx or wave[row] is not context.first:
-                    # The first batch of a round was already transferred, in the Trainer's own loop.
-                    batch = self._transfer(batch)
-            if self._batched_step is not None:
-                self._batched_step.captured.suspect()  # the loader and the transfer hooks are user code
-            parts = opened(batch)
-            members, batches, each = found.setdefault(parts.signature, ([], [], []))
-            members.append(row)
-            batches.append(batch)
-            each.append(parts)
-        for members, batches, each in found.values():
-            samples = [len(wave[row].batches[batch_idx]) for row in members]
-            size = extract_batch_size(batches[0])
-            yield _Group(self._wave.rows(members), stacked(each), batches.__getitem__, samples, size)
-
-    # ---- after a wave
-
-    def _updates(self, context: RoundContext, wave: list[LocalWork], trained: _Trained) -> Iterator[ClientUpdate]:
-        shared, server = context.shared, context.server
-        cut, row = shared.view.trainable, -1
-        initial = Personal(context)
-        models = [server if start.model is None else start.model for start in self._starts]
-        origins = [shared.origin(server)]
-        if any(model is not server for model in models):
-            origins = [shared.origin(model) for model in models]
-        for deltas in self._wave.deltas(shared, origins):
-            norms = torch.linalg.vector_norm(deltas[:, :cut], dim=1)
-            spoilt = (~torch.isfinite(deltas[:, cut:]) & torch.isfinite(server[cut:])).any(dim=1)
-            for delta, norm in zip(deltas, torch.where(spoilt, math.nan, norms).tolist(), strict=True):
-                row += 1
-                work, trained_any = wave[row], trained.steps[row] > 0  # false if all its batches were None
-                update = ClientUpdate(
-                    client=work.client,
-                    delta=delta,
-                    norm=norm if trained_any and math.isfinite(norm) else math.nan,
-                    num_samples=work.num_samples,
-                    samples=trained.samples[row],
-                    steps=trained.steps[row],
-                    loss=trained.losses[row],
-                    seconds=trained.seconds * trained.steps[row] / (sum(trained.steps) or 1),
-                    cost=trained.tallies[row].total(trained.optimizer_steps[row]) if trained.tallies else None,
-                    optimizer_steps=trained.optimizer_steps[row],
-                )
-                if context.pipeline is not None and shared.personal and update.finite:
-                    context.pipeline.keep_personal(work.client, self._wave.of_client(shared, shared.personal, row))
-                if context.largest is not None:
-                    context.largest.offer(update, partial(self._wave.of_client, shared, shared.largest, row))
-                if self._keep and trained_any:
-                    state = {
-                        "state": self._wave.optimizer_state(row),
-                        "options": [{} for _ in self._trainer.optimizers[0].param_groups],
-                    }
-                    # After an update that is not finite the optimizer's state is invalid too: the client starts afresh.
-                    self._store.stage_optimizers(work.client, [state] if update.finite else None)
-                if self._shown:
-                    self._wave.write_to(shared, row)
-                    self._watcher.client_ended(update)
-                yield update
-        if self._shown:
-            shared.view.write(server)
-            initial.restore()
-
-    def _report(self, notes: list[_Note], wave: list[LocalWork], positions: dict[int, int]) -> None:
+    def _log_values(self, steps: list[LoggedStep], wave: list[LocalWork], positions: dict[int, int]) -> None:
         """Forward the logged values as if the clients had trained sequentially."""
-        for note in notes:
-            rows = note.rows.indices
-            places = [positions[wave[row].client] + note.batch_idx for row in rows]
-            for name, values, options in note.logged:
+        for step in steps:
+            rows = step.rows.indices
+            places = [positions[wave[row].client] + step.batch_idx for row in rows]
+            for name, values, options in step.logged:
                 if isinstance(values, Metric):
                     with in_hook(self._module, "training_step"):
                         self._module.log(name, values, **options)
@@ -586,19 +322,8 @@ class VectorizedExecutor:
                 else:
                     each = torch.full((len(rows),), float(values), device=self._device)
                 rest = dict(options)
-                size = rest.pop("batch_size", None) or note.batch_size
+                size = rest.pop("batch_size", None) or step.batch_size
                 self._log.add_stacked(name, each, [size] * len(rows), rest, positions=places)
-
-
-class _Unequal:
-    """Stands for ``trainer.is_last_batch`` if it differs between the clients of a step."""
-
-    def __bool__(self) -> bool:
-        raise NotVectorizable("training_step asks for trainer.is_last_batch, which differs between clients of one step")
-
-
-def _start(pipeline: Pipeline, client: int) -> ClientStart:
-    return ClientStart(pipeline.start(client), pipeline.personal(client), pipeline.correction(client))
 
 
 def _alike(work: Sequence[LocalWork]) -> list[LocalWork]:
