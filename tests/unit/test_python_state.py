@@ -23,9 +23,10 @@ import torch
 from omegaconf import OmegaConf
 from torch import Tensor, nn
 
-from lightning_fedscale.core.user_code import objects as python_objects
+from lightning_fedscale.core.user_code import values
 from lightning_fedscale.core.user_code.outside import places_of
-from lightning_fedscale.core.user_code.state import Place, PythonState
+from lightning_fedscale.core.user_code.state import PythonState
+from lightning_fedscale.core.user_code.variables import Place
 
 
 @dataclasses.dataclass
@@ -348,7 +349,7 @@ def test_large_data_in_a_global_variable_is_watched_but_not_copied() -> None:
     for exact in (False, True):
         state = PythonState(nn.Linear(1, 1), places, exact=exact)
         assert state == state.again()
-        assert data not in python_objects._copies
+        assert data not in values._copies
         for name, change in {
             "data": lambda: data.add_(1),
             "small": lambda: small.add_(1),
@@ -386,7 +387,7 @@ def test_variables_are_found_through_calls_and_nothing_large_is_copied_for_it() 
     places = {place.name: place for place in places_of(Reading())}
     assert {"DATA", "activation", "torch"} <= places.keys()
     assert places["DATA"].value is DATA
-    assert DATA not in python_objects._copies
+    assert DATA not in values._copies
 
 
 class Naming(nn.Module):

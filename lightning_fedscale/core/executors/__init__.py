@@ -3,7 +3,8 @@
 from lightning_fedscale.core.executors.auto import ExecutorChoice, ExecutorTiming
 from lightning_fedscale.core.executors.device_cache import DeviceData
 from lightning_fedscale.core.executors.loader import ClientLoader, RoundLoader
-from lightning_fedscale.core.executors.sequential import LargestClient, RoundContext, SequentialExecutor
+from lightning_fedscale.core.executors.round_context import LargestClient, RoundContext
+from lightning_fedscale.core.executors.sequential import SequentialExecutor
 from lightning_fedscale.core.executors.shared_tensors import SharedTensors, shared_tensors_of
 from lightning_fedscale.core.executors.transfer import Transfer
 from lightning_fedscale.core.executors.vectorized.executor import VectorizedExecutor

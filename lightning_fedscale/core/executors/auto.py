@@ -8,7 +8,8 @@ from typing import Any, Literal, NamedTuple
 
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
-from lightning_fedscale.core.executors.sequential import RoundContext, SequentialExecutor
+from lightning_fedscale.core.executors.round_context import RoundContext
+from lightning_fedscale.core.executors.sequential import SequentialExecutor
 from lightning_fedscale.core.executors.vectorized.executor import VectorizedExecutor
 from lightning_fedscale.core.plan import LocalWork
 from lightning_fedscale.types import ClientUpdate

@@ -12,7 +12,7 @@ from torch import nn
 
 from lightning_fedscale.core.lightning.data_loaders import train_source
 from lightning_fedscale.core.user_code.objects import is_installed, is_library
-from lightning_fedscale.core.user_code.state import Snapshot
+from lightning_fedscale.core.user_code.snapshot import Snapshot
 
 
 @contextmanager

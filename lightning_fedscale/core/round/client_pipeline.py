@@ -89,7 +89,7 @@ class ClientPipeline:
         self._tallies: dict[int, ClientMeter] = {}  # of these gradients
         self._corrections: dict[int, int] = {}  # operations for each element in every step
 
-    # ---- before and while a client trains: see `lightning_fedscale.core.executors.sequential.Pipeline`
+    # ---- before and while a client trains: see `lightning_fedscale.core.executors.round_context.Pipeline`
 
     def start(self, client: int) -> Tensor | None:
         """Return the model that the client starts from; None is the global one."""

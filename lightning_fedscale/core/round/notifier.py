@@ -21,7 +21,7 @@ from lightning_fedscale.types import ClientUpdate, IntArray, Params, RoundRecord
 class Notifier:
     """Calls the hooks of `lightning_fedscale.callbacks.RoundEvents`, shows progress, and logs the results of a round.
 
-    It is the `lightning_fedscale.core.executors.sequential.Watcher` of the executors.
+    It is the `lightning_fedscale.core.executors.round_context.Watcher` of the executors.
 
     Args:
         trainer: the Trainer.
@@ -57,15 +57,15 @@ class Notifier:
         self._call("on_round_start", round, cohort)
 
     def client_started(self, client: int) -> None:
-        """See `lightning_fedscale.core.executors.sequential.Watcher`."""
+        """See `lightning_fedscale.core.executors.round_context.Watcher`."""
         self._call("on_client_start", client)
 
     def client_stepped(self, done: int, loss: Tensor | None) -> None:
-        """See `lightning_fedscale.core.executors.sequential.Watcher`."""
+        """See `lightning_fedscale.core.executors.round_context.Watcher`."""
         self._progress.show(done, loss)
 
     def client_ended(self, update: ClientUpdate) -> None:
-        """See `lightning_fedscale.core.executors.sequential.Watcher`."""
+        """See `lightning_fedscale.core.executors.round_context.Watcher`."""
         self._call("on_client_end", update)
 
     def aggregated(self, record: RoundRecord, delta: Params) -> None:

@@ -16,7 +16,7 @@ from lightning_fedscale.core.executors import SharedTensors
 from lightning_fedscale.core.options.algorithm_options import AlgorithmOptions
 from lightning_fedscale.core.round.client_pipeline import PRIVACY, RULE
 from lightning_fedscale.core.round.merge import RoundTable
-from lightning_fedscale.core.user_code.state import Snapshot
+from lightning_fedscale.core.user_code.snapshot import Snapshot
 from lightning_fedscale.local_rules import Merged
 from lightning_fedscale.server import ServerOptimizer
 from lightning_fedscale.types import Cohort, Params

@@ -18,7 +18,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_fedscale.core.user_code.objects import is_library
 from lightning_fedscale.core.user_code.outside import names_in, resolved
-from lightning_fedscale.core.user_code.state import Place, PythonState, Variables
+from lightning_fedscale.core.user_code.state import PythonState
+from lightning_fedscale.core.user_code.variables import Place, Variables
 
 # Builtins whose results depend only on their arguments. Others print, open files, inspect the process or draw.
 _PURE = {

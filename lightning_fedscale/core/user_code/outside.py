@@ -13,7 +13,8 @@ from typing import Any, NamedTuple
 from torch import nn
 
 from lightning_fedscale.core.user_code.objects import is_installed, is_library
-from lightning_fedscale.core.user_code.state import Place, Snapshot, is_fixed
+from lightning_fedscale.core.user_code.snapshot import Snapshot
+from lightning_fedscale.core.user_code.variables import Place, is_fixed
 
 Code = tuple[types.CodeType, dict[str, Any]]
 """A piece of code and its global variables."""

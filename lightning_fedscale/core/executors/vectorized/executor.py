@@ -14,11 +14,8 @@ from torch import Tensor
 from torchmetrics import Metric
 
 from lightning_fedscale.core.client_state import ClientStore, OptimizerKeeper
-from lightning_fedscale.core.executors.sequential import (
-    RoundContext,
-    SequentialExecutor,
-    Watcher,
-)
+from lightning_fedscale.core.executors.round_context import RoundContext, Watcher
+from lightning_fedscale.core.executors.sequential import SequentialExecutor
 from lightning_fedscale.core.executors.shared_tensors import SharedTensors
 from lightning_fedscale.core.executors.transfer import Transfer
 from lightning_fedscale.core.executors.vectorized.batched_step import BatchedStep

@@ -11,7 +11,7 @@ from lightning.pytorch.utilities.data import extract_batch_size
 from torch import Tensor
 
 from lightning_fedscale.core.executors.device_cache import DeviceData
-from lightning_fedscale.core.executors.sequential import RoundContext
+from lightning_fedscale.core.executors.round_context import RoundContext
 from lightning_fedscale.core.executors.transfer import Transfer
 from lightning_fedscale.core.executors.vectorized.rng import ClientStreams
 from lightning_fedscale.core.executors.vectorized.rows import Rows

@@ -14,7 +14,7 @@ import torch
 
 from lightning_fedscale.core.client_state import ClientStore, OptimizerKeeper
 from lightning_fedscale.core.executors.meter import ClientMeter
-from lightning_fedscale.core.executors.sequential import Personal, Pipeline, RoundContext, Watcher
+from lightning_fedscale.core.executors.round_context import Personal, Pipeline, RoundContext, Watcher
 from lightning_fedscale.core.executors.transfer import Transfer
 from lightning_fedscale.core.executors.vectorized.batched_step import BatchedStep, Logged, StepResult
 from lightning_fedscale.core.executors.vectorized.clipping import clip_of
