@@ -84,6 +84,8 @@ def written(source: str) -> str:
         if token.type == tokenize.COMMENT:
             text = " " + text[1:]
         elif token.type == tokenize.STRING:
+            if not re.search(r"\s", text):  # A name, as in a table of old modules.
+                continue
             text = _EDGES.sub(lambda edge: " " * len(edge[0]), text)
         kept += [blank(source[end:first]), text]
         end = last

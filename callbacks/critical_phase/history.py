@@ -13,8 +13,8 @@ _SMALL = 0.01
 
 LAYOUT = {
     "CriticalPhase": {
-        "critical": ["Multiline", [r"phase/critical(/\d+)?$", "phase/scale$"]],
-        "change and threshold": ["Multiline", ["phase/relative_change", "phase/cumulative_sum", "phase/threshold"]],
+        "critical phase and scale": ["Multiline", [r"phase/critical(/\d+)?$", "phase/scale$"]],
+        "statistic and threshold": ["Multiline", ["phase/relative_change", "phase/cumulative_sum", "phase/threshold"]],
         "gradient norm": ["Multiline", ["phase/grad_norm"]],
         # No margin chart: without enough evidence one of the three values is missing, and it would show nothing.
         "noise scale": ["Multiline", ["phase/noise_scale"]],

@@ -73,6 +73,6 @@ def plot_batches(table: pd.DataFrame, best: int, max_batch: int | None) -> Figur
     axis.set_xscale("log", base=2)
     axis.set_yscale("log")
     axis.set_xlabel("batch size of each client")
-    axis.set_ylabel("relative to the smallest")
+    axis.set_ylabel("relative to the minimum")
     axis.legend(fontsize="small")
     return figure

@@ -237,7 +237,7 @@ def plot_plans(plans: Sequence[Plan]) -> Figure:
         axes.spines[["top", "right"]].set_visible(False)
     left.set(xscale="log", yscale="log", xlabel="clients", ylabel="best size in parameters")
     right.set(xscale="log", xlabel="clients", ylabel="predicted loss")
-    figure.suptitle(f"{plans[0].flops:.3g} FLOPs in all, {plans[0].law}, {plans[-1].of_rho}")
+    figure.suptitle(f"{plans[0].flops:.3g} FLOPs in total, {plans[0].law}, {plans[-1].of_rho}")
     return figure
 
 

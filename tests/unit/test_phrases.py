@@ -36,6 +36,7 @@ def test_a_phrase_is_found_across_lines_of_comments_and_strings(tmp_path: Path) 
 def test_code_is_not_text(tmp_path: Path) -> None:
     assert lines_found(tmp_path / "module.py", "anew = 1\nas_ever(anew)\n") == []
     assert lines_found(tmp_path / "module.py", '"""See `anew` and ``as_ever``."""\n') == []
+    assert lines_found(tmp_path / "module.py", 'OLD = {"rehearsal": "core.dry_run"}\n') == []
     assert lines_found(tmp_path / "page.md", "Call `anew`; as every page.\n") == []
 
 

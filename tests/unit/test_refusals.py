@@ -223,7 +223,7 @@ class SameBatches(BatchSampler):
         ),
         (
             {"batch_sampler": OwnBatches(SequentialSampler(range(203)), 4, False, 0)},
-            "batch_sampler=OwnBatches cannot be built anew .*'extra'.*arguments of torch.utils.data.BatchSampler",
+            "batch_sampler=OwnBatches cannot be built .*'extra'.*arguments of torch.utils.data.BatchSampler",
         ),
         (
             {"batch_sampler": SameBatches(SequentialSampler(range(203)), 50, True)},

@@ -85,11 +85,11 @@ def phase_charts(run: Run) -> list[Picture]:
     """Draw the gradient norm and the detector's values, with critical phases shaded, unless the run logged them."""
     charts = {
         "gradient norm": ("norm", ("grad_norm",)),
-        "change and threshold": ("change", ("relative_change", "cumulative_sum", "threshold")),
+        "statistic and threshold": ("statistic", ("relative_change", "cumulative_sum", "threshold")),
         "gradient noise scale": ("samples", ("noise_scale", "noise_scale_low", "noise_scale_high")),
     }
     if "phase/course" in run.pictures:
-        del charts["gradient norm"], charts["change and threshold"]
+        del charts["gradient norm"], charts["statistic and threshold"]
     return _charts(run, {
         title: (label, tuple(f"phase/{name}" for name in names)) for title, (label, names) in charts.items()
     })  # fmt: skip
@@ -139,7 +139,7 @@ def _chart(run: Run, title: str, label: str, curves: Mapping[str, Series[float]]
     figure = _figure(1)
     axes = figure.subplots()
     _draw(axes, curves)
-    if title in ("gradient norm", "change and threshold"):
+    if title in ("gradient norm", "statistic and threshold"):
         for first, last in run.spans():
             axes.axvspan(first - 0.5, last + 0.5, color="tab:red", alpha=0.15, linewidth=0)
     batches = title.startswith("client/") and _counts_batches(run, curves.values())

@@ -120,7 +120,7 @@ def _reason_not_cacheable(loader: DataLoader[Any]) -> str | None:
     if loader.collate_fn is not default_collate:
         return f"collate_fn={getattr(loader.collate_fn, '__name__', loader.collate_fn)}"
     if type(loader).__iter__ is not DataLoader.__iter__:
-        return f"an __iter__ of its own in {type(loader).__name__}"
+        return f"a custom __iter__ in {type(loader).__name__}"
     if loader.worker_init_fn is not None and loader.num_workers > 0:
         return f"worker_init_fn={getattr(loader.worker_init_fn, '__name__', loader.worker_init_fn)}"
     return None

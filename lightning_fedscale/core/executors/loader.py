@@ -118,7 +118,7 @@ class ClientLoader:
                 self._cut_anew([0])
             except Exception as error:
                 raise ValueError(
-                    f"{name}: batch_sampler={type(loader.batch_sampler).__name__} cannot be built anew for"
+                    f"{name}: batch_sampler={type(loader.batch_sampler).__name__} cannot be built again for"
                     f" the samples of each client ({error}): give it the arguments of torch.utils.data.BatchSampler, or"
                     " build it inside train_dataloader()."
                 ) from error

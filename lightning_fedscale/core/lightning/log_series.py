@@ -68,7 +68,7 @@ class LogSeries:
         self._updated(1)
 
     def hand_over(self, start: FloatArray, numbers: FloatArray, device: torch.device) -> None:
-        """Reduce the waiting values as Lightning does: one by one, in the precision of its results.
+        """Reduce the waiting values in Lightning's order, in the precision of its results.
 
         Args:
             start: Lightning's result so far, one number.

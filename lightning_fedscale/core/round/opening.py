@@ -108,7 +108,7 @@ def _first_batch(batches: Iterator[Any], most: int) -> tuple[Any, int]:
 
 
 def _fail_together(fit: Fit, plan: RoundPlan, started: float) -> None:
-    """Take part in the round's communication though this rank could not begin, so that no rank waits in vain."""
+    """Take part in the round's communication though this rank could not begin, so that no rank waits forever."""
     if fit.world_size == 1:
         return
     fit.clients.fetch(plan)

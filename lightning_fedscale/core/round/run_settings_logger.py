@@ -98,10 +98,10 @@ class RunSettingsLogger(Callback):
             "loss": ["Multiline", ["round/loss$"]],
             "update norm": ["Multiline", ["round/delta_norm$"]],
             "client drift": ["Multiline", ["round/drift$"]],
-            "bytes": ["Multiline", ["round/upload_bytes$", "round/download_bytes$"]],
+            "traffic in bytes": ["Multiline", ["round/upload_bytes$", "round/download_bytes$"]],
             "clients": ["Multiline", ["round/clients$", "round/rejected$", *(["round/dropped$"] if simulates else [])]],
-            "seconds": ["Multiline", ["round/seconds$", *(["round/simulated_seconds$"] if simulates else [])]],
-            "idle time": ["Multiline", ["round/padding$", "round/idle$"]],
+            "round time": ["Multiline", ["round/seconds$", *(["round/simulated_seconds$"] if simulates else [])]],
+            "idle time and padding": ["Multiline", ["round/padding$", "round/idle$"]],
         }
         if options.algorithm.privacy is not None:
             charts["privacy spent"] = ["Multiline", ["round/epsilon$"]]
@@ -109,7 +109,7 @@ class RunSettingsLogger(Callback):
             charts["staleness in rounds"] = ["Multiline", ["round/staleness$"]]
         layout: Layout = {FIRST: charts}
         if options.client_log_every_n is not None:
-            layout["Clients' batches"] = {"what clients log": ["Multiline", ["client/"]]}
+            layout["Clients' batches"] = {"values logged by clients": ["Multiline", ["client/"]]}
         return layout
 
     def _show_labels(self, trainer: pl.Trainer, partition: Partition) -> None:
