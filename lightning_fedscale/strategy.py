@@ -20,7 +20,7 @@ from torch import Tensor
 from lightning_fedscale import samplers
 from lightning_fedscale.aggregators import Aggregator
 from lightning_fedscale.compressors import Compressor
-from lightning_fedscale.core.executors.meter import Meter
+from lightning_fedscale.core.executors.meter import CostMeter
 from lightning_fedscale.core.lightning.data_loaders import without_distributed_sampler
 from lightning_fedscale.core.lightning.handover import ReusableStrategy
 from lightning_fedscale.core.lightning.hooks import LocalBatchHooks, RoundEnd
@@ -331,7 +331,7 @@ class FederatedStrategy(ReusableStrategy):
         """Return the weight of a client in the aggregate, before normalisation."""
         return self._options.algorithm.weigh(update)
 
-    def meter_clients(self, meter: Meter) -> None:
+    def meter_clients(self, meter: CostMeter) -> None:
         """Meter every client's training, for ``RoundRecord.flops``; callbacks call this in ``on_fit_start``.
 
         Args:

@@ -246,7 +246,9 @@ class RoundRecord:
 
     @property
     def spare(self) -> tuple[int, ...]:
-        """Always empty: a rank without a client trains none. Kept for scripts that read it."""
+        """Always empty, since a rank without a client trains none; goes after one release."""
+        text = "RoundRecord.spare is always empty and goes after one release: there are no placeholder clients."
+        warnings.warn(text, DeprecationWarning, stacklevel=2)
         return ()
 
     @property

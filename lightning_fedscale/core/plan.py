@@ -92,7 +92,7 @@ def plan_round(
         seed: the strategy's seed.
         sampler: chooses the cohort.
         num_clients: number of clients.
-        clients_per_round: number of clients that the sampler is asked for.
+        clients_per_round: number of clients that the sampler should choose.
         cost: work of given clients, in any unit, by which the ranks are balanced.
         world_size: number of ranks.
         simulate: selects the sampled clients that take part; None for all.
@@ -112,7 +112,7 @@ def plan_round(
     cohort = sampled(sampler, seed, round, num_clients, clients_per_round, losses)
     simulated = None
     if simulate is not None:
-        simulated = simulate(cohort) if len(cohort) else nobody_simulated()
+        simulated = simulate(cohort) if len(cohort) else empty_simulation()
         cohort = simulated.selection.clients
     return RoundPlan(round, cohort, place_longest_first(cost(cohort), world_size), simulated)
 
@@ -143,10 +143,10 @@ def sampled(
     return cohort
 
 
-def nobody_simulated() -> Simulated:
+def empty_simulation() -> Simulated:
     """Return a round without clients, which takes no time."""
-    nobody = np.zeros(0, dtype=np.int64)
-    return Simulated(Selection(nobody, np.zeros(0), nobody, 0.0), nobody)
+    none = np.zeros(0, dtype=np.int64)
+    return Simulated(Selection(none, np.zeros(0), none, 0.0), none)
 
 
 def place_longest_first(costs: IntArray, world_size: int) -> IntArray:

@@ -215,3 +215,11 @@ def test_old_names_of_fields_are_read_and_passed_with_a_warning() -> None:
     with pytest.warns(DeprecationWarning, match=r"Cohort\.registered is num_clients now"):
         cohort = Cohort(0, np.arange(2), registered=6, trainable=1, seed=0)
     assert pickle.loads(pickle.dumps(cohort)).num_clients == 6
+
+
+def test_there_are_no_placeholder_clients() -> None:
+    table = RoundTable(plan_of([0]), 1)
+    table.clients.add(update(0), 4.0, (0, 0), (0.0, 0.0))
+    record = table.record(1.0, 8)
+    with pytest.warns(DeprecationWarning, match=r"RoundRecord\.spare"):
+        assert record.spare == ()

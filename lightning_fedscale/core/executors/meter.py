@@ -25,7 +25,7 @@ class ClientMeter(Protocol):
         """Return the total cost, including this many steps of the client's optimizer."""
 
 
-class Meter(Protocol):
+class CostMeter(Protocol):
     """Measures the cost of training."""
 
     def client(self) -> ClientMeter:

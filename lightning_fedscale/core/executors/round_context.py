@@ -9,7 +9,7 @@ from typing import Any, NamedTuple, Protocol
 from torch import Tensor
 
 from lightning_fedscale.core.executors.device_cache import DeviceData
-from lightning_fedscale.core.executors.meter import Meter
+from lightning_fedscale.core.executors.meter import CostMeter
 from lightning_fedscale.core.executors.shared_tensors import SharedTensors
 from lightning_fedscale.core.plan import LocalWork
 from lightning_fedscale.local_rules import Correction
@@ -86,7 +86,7 @@ class RoundContext(NamedTuple):
     training: bool
     fetch: Callable[[list[int]], Any]
     reopen: Callable[[list[LocalWork], Iterable[tuple[int, int]] | None], Iterator[Any]]
-    meter: Meter | None = None
+    meter: CostMeter | None = None
     pipeline: Pipeline | None = None
     own: Mapping[str, Tensor] = MappingProxyType({})
     largest: LargestClient | None = None

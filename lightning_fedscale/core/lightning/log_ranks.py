@@ -20,7 +20,7 @@ from torch import Tensor
 from lightning_fedscale.types import FloatArray
 from lightning_fedscale.utils import collectives
 
-_ROOM = 1024  # numbers for new names, 4 bytes each, enough for hundreds; more names take a collective of their own
+_ROOM = 1024  # numbers for new names, 4 bytes each, enough for hundreds; more names take a separate collective
 _META = (
     "fx", "name", "prog_bar", "logger", "on_step", "on_epoch", "enable_graph", "add_dataloader_idx", "dataloader_idx",
     "metric_attribute",

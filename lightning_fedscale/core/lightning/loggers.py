@@ -87,7 +87,7 @@ def lay_out(trainer: pl.Trainer, layout: Layout) -> None:
 
 
 def log_settings(trainer: pl.Trainer, settings: Mapping[str, Any]) -> None:
-    """Give hyperparameters to every logger, beside those that the module has given it.
+    """Give hyperparameters to every logger, in addition to those that the module has given it.
 
     Lightning: `_fs` of `TensorBoardLogger` is the file system that it writes to. Its `save` writes hyperparameters
     once, when the module has given its own.

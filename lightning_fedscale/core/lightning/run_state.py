@@ -37,7 +37,7 @@ def publish_round(trainer: pl.Trainer, metrics: dict[str, float], *, empty: bool
     Args:
         trainer: the Trainer.
         metrics: by name.
-        empty: whether nobody trained, so that nothing new is known: callbacks that watch a loss keep the last one.
+        empty: whether no client trained; callbacks that watch a loss then keep the last one.
     """
     for logger in trainer.loggers:
         logger.log_metrics(metrics, step=steps_logged(trainer))

@@ -37,7 +37,7 @@ under `torch.func.vmap`; a client without further batches stops early, and ``rou
                   +-----+ +-----+ +-----+ +-----+
     client 3      |  8  | |  8  | |  8  | |  8  |
                   |     | |     | |     | +-----+
-    client 7      |  8  | |  8  | |  8  | |  5  |    its last batch is smaller: a call of its own
+    client 7      |  8  | |  8  | |  8  | |  5  |    its last batch is smaller: a separate call
                   |     | |     | +-----+ +-----+
     client 9      |  8  | |  8  | |  2  |    .
                   |     | +-----+ +-----+

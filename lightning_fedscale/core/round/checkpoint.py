@@ -52,7 +52,7 @@ class FederationCheckpoint:
             gave_up=fit.executor.gave_up,
             simulated=fit.totals.simulated,
             versions=fit.stale.state_dict(),
-            accumulation=[fit.scope.accumulation_asked, fit.scope.accumulation],
+            accumulation=[fit.scope.accumulation_of_trainer, fit.scope.accumulation],
             flags=fit.scope.flags(),
             trained=fit.tensors.trained,
             losses=torch.tensor(sorted(fit.totals.losses.items()), dtype=torch.float64).reshape(-1, 2),
@@ -99,8 +99,8 @@ class FederationCheckpoint:
         if (flags := state.get("flags")) is None:
             return  # written by an earlier version
         fit.tensors.trained = state.get("trained")
-        asked, last = state["accumulation"]
-        if asked == fit.scope.accumulation_asked:  # otherwise the Trainer has a new value, which counts from now on
+        of_trainer, last = state["accumulation"]
+        if of_trainer == fit.scope.accumulation_of_trainer:  # else the Trainer has a new value
             fit.scope.accumulation = last
         if changed := restore_flags(flags, fit.trainer.lightning_module):
             rank_zero_info(

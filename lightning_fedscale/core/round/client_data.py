@@ -15,8 +15,8 @@ from lightning_fedscale.core.plan import (
     LocalWork,
     RoundPlan,
     Simulated,
+    empty_simulation,
     epochs_from,
-    nobody_simulated,
     pass_order,
     place_longest_first,
     plan_round,
@@ -45,7 +45,7 @@ class ClientData:
         fleet: the clients' simulated hardware, once it is known; decides their batch sizes and who comes in time.
 
     Raises:
-        TypeError, ValueError: for data that cannot be divided as asked; the message names the problem and the remedy.
+        TypeError, ValueError: for data that cannot be divided as requested; names the problem and the remedy.
     """
 
     def __init__(
@@ -135,7 +135,7 @@ class ClientData:
         steps = self._options.steps_in(round)
         if self._options.asynchrony is not None:
             return self._plan_buffered(self._options.asynchrony, round, steps)
-        asked, simulate = self._asked(), None
+        to_sample, simulate = self._clients_to_sample(), None
         if (fleet := self.fleet) is not None:
             simulate = partial(self._simulate, fleet, round, steps)
         plan = plan_round(
@@ -143,7 +143,7 @@ class ClientData:
             seed=self._options.seed,
             sampler=self._options.sampler,
             num_clients=self.partition.num_clients,
-            clients_per_round=asked,
+            clients_per_round=to_sample,
             cost=partial(self._cost, steps),
             world_size=self._world_size,
             simulate=simulate,
@@ -151,7 +151,7 @@ class ClientData:
         )
         return self._enough(plan)._replace(local_steps=steps)
 
-    def _asked(self) -> int:
+    def _clients_to_sample(self) -> int:
         population, clients = self._options.population, self.partition.num_clients
         return self.cohort_size if population is None else population.asked(self.cohort_size, clients)
 
@@ -164,7 +164,7 @@ class ClientData:
             f"round {plan.round}: aggregator={rule.call} needs at least {rule.needs} clients, but only {clients} can"
             " take part, so no client trains in this round."
         )
-        simulated = None if plan.simulated is None else nobody_simulated()
+        simulated = None if plan.simulated is None else empty_simulation()
         return plan._replace(cohort=plan.cohort[:0], ranks=plan.ranks[:0], simulated=simulated)
 
     def check_cohorts(self, rounds: Iterable[int]) -> None:
@@ -178,7 +178,7 @@ class ClientData:
         for round in rounds if rule.needs else ():
             clients = self.cohort_size
             if options.asynchrony is None:
-                clients = len(sampled(options.sampler, options.seed, round, count, self._asked()))
+                clients = len(sampled(options.sampler, options.seed, round, count, self._clients_to_sample()))
             if clients >= rule.needs:
                 return
             if clients > largest:

@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 
 from lightning_fedscale.core.client_state import ClientStore
 from lightning_fedscale.core.executors import SharedTensors
-from lightning_fedscale.core.executors.meter import ClientMeter, Meter
+from lightning_fedscale.core.executors.meter import ClientMeter, CostMeter
 from lightning_fedscale.core.options.algorithm_options import AlgorithmOptions
 from lightning_fedscale.core.round.costs import corrected, update_bytes
 from lightning_fedscale.local_rules import Correction, Ditto, LocalRule, Outcome
@@ -58,7 +58,7 @@ class ClientPipeline:
         starts: the models of clients that do not start from the global one, by client.
         scales: the factors by which the server scales these clients' updates.
         gradient_of: mean gradient of a client's batches at the model that the module holds, counted by a meter if any.
-        meter: counts what that costs; None if nobody asks for it.
+        meter: counts what that costs; None if no callback needs it.
     """
 
     def __init__(
@@ -72,7 +72,7 @@ class ClientPipeline:
         starts: Mapping[int, Tensor],
         scales: Mapping[int, float],
         gradient_of: Callable[[int, ClientMeter | None], Tensor],
-        meter: Meter | None = None,
+        meter: CostMeter | None = None,
     ) -> None:
         self._algorithm = algorithm
         self._store = store

@@ -23,13 +23,13 @@ class ClientScope:
 
     Attributes:
         accumulation: batches per optimizer step of a client; a callback may change it.
-        accumulation_asked: the value that the Trainer was built with.
+        accumulation_of_trainer: the value that the Trainer was built with, ``accumulate_grad_batches``.
     """
 
     def __init__(self, trainer: pl.Trainer) -> None:
         self._trainer = trainer
         self._live: RoundContext | None = None
-        self.accumulation = self.accumulation_asked = trainer.accumulate_grad_batches
+        self.accumulation = self.accumulation_of_trainer = trainer.accumulate_grad_batches
 
     @property
     def in_client(self) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import lightning.pytorch as pl
 
 from lightning_fedscale.core.executors import ClientLog, ExecutorChoice, SharedTensors, Transfer
-from lightning_fedscale.core.executors.meter import Meter
+from lightning_fedscale.core.executors.meter import CostMeter
 from lightning_fedscale.core.lightning.slurm import Requeue
 from lightning_fedscale.core.options.options import Options
 from lightning_fedscale.core.plan import RoundPlan
@@ -49,7 +49,7 @@ class Fit:
         executor: trains clients; set once the optimizers are built.
         data: the training data divided among clients; None before it is known.
         batches: makes the batches of these data; set together with them.
-        meter: counts what clients' training costs; None if nobody asks for it.
+        meter: counts what clients' training costs; None if no callback needs it.
     """
 
     executor: ExecutorChoice
@@ -73,7 +73,7 @@ class Fit:
         self.transfer = Transfer(trainer)
         self.requeue = Requeue(trainer)
         self.data: ClientData | None = None
-        self.meter: Meter | None = None
+        self.meter: CostMeter | None = None
 
     def cohort(self, plan: RoundPlan, shared: SharedTensors) -> Cohort:
         """Return the cohort of a round, as aggregators and compressors receive it."""

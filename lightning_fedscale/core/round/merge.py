@@ -44,7 +44,7 @@ class RoundTable:
         parts = [ClientRows.size_of(plan), world_size, world_size, num_parameters + 1, 1, 1, 1, SIDE, _TIMINGS]
         self._numbers = np.zeros(sum(parts) + num_logged)
         cells, self._busy, self._failed, self._trainable, *others = np.split(self._numbers, np.cumsum(parts))
-        self._slots, self._preempted, self._odd, self._side, self._timing, self.logged = others
+        self._slots, self._preempted, self._irregular, self._side, self._timing, self.logged = others
         self.clients = ClientRows(plan, cells)
 
     def set_logged(self, numbers: FloatArray) -> None:
@@ -61,7 +61,7 @@ class RoundTable:
         return flags if anybody else None
 
     def finish_rank(
-        self, rank: int, seconds: float, *, failed: bool, preempted: bool = False, odd_buffers: bool = False
+        self, rank: int, seconds: float, *, failed: bool, preempted: bool = False, irregular_buffers: bool = False
     ) -> None:
         """Note how long this rank worked.
 
@@ -70,12 +70,12 @@ class RoundTable:
             seconds: of work.
             failed: whether an exception ended it.
             preempted: whether the rank's job will end soon.
-            odd_buffers: whether buffers appeared, disappeared, or changed their shape.
+            irregular_buffers: whether buffers appeared, disappeared, or changed their shape.
         """
         self._busy[rank] = seconds
         self._failed[rank] = float(failed)
         self._preempted[0] = float(preempted)
-        self._odd[0] = float(odd_buffers)
+        self._irregular[0] = float(irregular_buffers)
 
     def add_side(self, side: Sequence[float]) -> None:
         """Note what else this rank spent and counted since the last round, see `RoundRecord.side`."""
@@ -109,9 +109,9 @@ class RoundTable:
         ranks: list[int] = self._failed.nonzero()[0].tolist()
         return ranks
 
-    def odd_buffers(self) -> bool:
+    def irregular_buffers(self) -> bool:
         """Return whether buffers appeared, disappeared, or changed their shape on any rank."""
-        return bool(self._odd[0] > 0)
+        return bool(self._irregular[0] > 0)
 
     def preempted(self) -> bool:
         """Return whether the job of any rank will end soon."""

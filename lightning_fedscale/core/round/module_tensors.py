@@ -60,13 +60,13 @@ class ModuleTensors:
                 " unfreeze layers with this argument."
             )
 
-    def has_odd_buffers(self, shared: SharedTensors, largest: LargestClient) -> bool:
+    def has_irregular_buffers(self, shared: SharedTensors, largest: LargestClient) -> bool:
         """Return whether buffers of this rank appeared, disappeared, or changed shape while clients trained."""
         new_caches = {*shared.irregular.caches()} - self._caches
         return bool(new_caches) or bool({*largest.values} - {*shared.largest})
 
     def of_largest(
-        self, shared: SharedTensors, largest: LargestClient, rank: int | None, *, odd: bool
+        self, shared: SharedTensors, largest: LargestClient, rank: int | None, *, irregular: bool
     ) -> Mapping[str, Tensor | None]:
         """Return the buffers that are taken from the client with the most samples; call it on all ranks.
 
@@ -74,13 +74,13 @@ class ModuleTensors:
             shared: the module's tensors.
             largest: this rank's client with the most samples.
             rank: the rank of the client with the most samples of all; None if there is none.
-            odd: whether any rank has odd buffers.
+            irregular: whether any rank has irregular buffers.
         """
         device = self._trainer.strategy.root_device
-        if odd:
+        if irregular:
             for names in collectives.gather_over_ranks(shared.irregular.caches(), device):
                 self._caches.update(names)
-        if rank is None or not (shared.largest or odd):
+        if rank is None or not (shared.largest or irregular):
             return {}
         values: Mapping[str, Tensor | None] = collectives.broadcast(largest.values, rank, device)
         self._check_shapes([name for name in values if name not in shared.largest])

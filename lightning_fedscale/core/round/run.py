@@ -179,8 +179,10 @@ class RoundRunner:
         """Note in the table what the other ranks need to know of this one."""
         fit, table = self._fit, self._table
         seconds = time.perf_counter() - self._started
-        odd = fit.tensors.has_odd_buffers(self._shared, self._largest)
-        table.finish_rank(fit.rank, seconds, failed=failed, preempted=fit.requeue.requested, odd_buffers=odd)
+        irregular = fit.tensors.has_irregular_buffers(self._shared, self._largest)
+        table.finish_rank(
+            fit.rank, seconds, failed=failed, preempted=fit.requeue.requested, irregular_buffers=irregular
+        )
         table.add_executor(fit.executor.slots, fit.executor.timing)
         if fit.meter is not None:
             table.add_side(fit.meter.side())
@@ -205,7 +207,9 @@ class RoundRunner:
 
     def _buffers_of_largest(self) -> Mapping[str, Tensor | None]:
         rank = self._table.clients.rank_of_largest(self._data.num_samples_of(self._plan.cohort))
-        return self._fit.tensors.of_largest(self._shared, self._largest, rank, odd=self._table.odd_buffers())
+        return self._fit.tensors.of_largest(
+            self._shared, self._largest, rank, irregular=self._table.irregular_buffers()
+        )
 
     def _record(self, delta: Tensor) -> RoundRecord:
         fit, fleet = self._fit, self._data.fleet
