@@ -10,33 +10,26 @@ from typing import TYPE_CHECKING, Any, Literal
 import lightning.pytorch as pl
 import torch
 from lightning.fabric.plugins import CheckpointIO, ClusterEnvironment
-from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.plugins.precision import DoublePrecision, Precision
 from lightning.pytorch.strategies import DDPStrategy, StrategyRegistry
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
-from torch import Tensor
 
 from lightning_fedscale import samplers
 from lightning_fedscale.aggregators import Aggregator
 from lightning_fedscale.compressors import Compressor
 from lightning_fedscale.core.executors.meter import CostMeter
 from lightning_fedscale.core.lightning.data_loaders import without_distributed_sampler
-from lightning_fedscale.core.lightning.handover import ReusableStrategy
-from lightning_fedscale.core.lightning.hooks import LocalBatchHooks, RoundEnd
+from lightning_fedscale.core.lightning.hooks import LocalBatchHooks
+from lightning_fedscale.core.lightning.ranks import RankStrategy
 from lightning_fedscale.core.lightning.round_loops import NoAccumulation, RoundLoops, close_finished_epoch
-from lightning_fedscale.core.lightning.trainer_state import (
-    learns_nothing,
-    replaced,
-    validate_together,
-    without_placeholder_metric,
-)
+from lightning_fedscale.core.lightning.trainer_state import learns_nothing, validate_together
 from lightning_fedscale.core.options import compatibility, trainer_checks
 from lightning_fedscale.core.options.argument_checks import check_processes
 from lightning_fedscale.core.options.options import checked
 from lightning_fedscale.core.options.settings import method_of
 from lightning_fedscale.core.round.federation import Federation
-from lightning_fedscale.core.round.run_settings_logger import RunSettingsLogger
+from lightning_fedscale.core.round.trainer_of_rounds import prepared_for_rounds, share_of_batches
 from lightning_fedscale.devices import Population
 from lightning_fedscale.local_rules import Ditto, LocalRule
 from lightning_fedscale.partitioners import Partition, Partitioner
@@ -45,9 +38,8 @@ from lightning_fedscale.samplers import Sampler
 from lightning_fedscale.server import ServerOptimizer
 from lightning_fedscale.server.asynchrony import FedBuff
 from lightning_fedscale.types import ClientUpdate, IntArray, RoundRecord
-from lightning_fedscale.utils import checks, randomness
+from lightning_fedscale.utils import checks
 from lightning_fedscale.utils.buffers import Policy
-from lightning_fedscale.utils.foreign import is_really
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -55,7 +47,7 @@ if TYPE_CHECKING:
 _THIRTY_MINUTES = timedelta(minutes=30)
 
 
-class FederatedStrategy(ReusableStrategy):
+class FederatedStrategy(RankStrategy):
     """Trains an unchanged LightningModule and its data by federated learning, simulated on one or many devices.
 
     The module lives on the clients; the Trainer, its callbacks and its loggers live on the server. **One Trainer step
@@ -348,41 +340,6 @@ class FederatedStrategy(ReusableStrategy):
         """
         return iter(()) if self._federation is None else self._federation.first_batches()
 
-    # ---- processes
-
-    # A single process is rank 0 of 1, whatever the environment variables of a job say.
-
-    @property
-    def global_rank(self) -> int:
-        """Number of this process among all."""
-        return super().global_rank if self._processes > 1 else 0
-
-    @property
-    def local_rank(self) -> int:
-        """Number of this process on its machine."""
-        return super().local_rank if self._processes > 1 else 0
-
-    @property
-    def node_rank(self) -> int:
-        """Number of this process's machine."""
-        return super().node_rank if self._processes > 1 else 0
-
-    @property
-    def world_size(self) -> int:
-        """Number of processes."""
-        return super().world_size if self._processes > 1 else 1
-
-    def setup_distributed(self) -> None:
-        """Join the other ranks, if there are any, and take rank 0's random state."""
-        if self._processes == 1:
-            self.set_world_ranks()
-            return
-        # DDP would seed again with the last `seed_everything`. Here all ranks take the generators' state of rank 0,
-        # which is that of a single process.
-        drawn = randomness.capture(self.root_device)
-        super().setup_distributed()
-        randomness.restore(self.broadcast(drawn), self.root_device)
-
     # ---- from fit to the first round
 
     def setup(self, trainer: pl.Trainer) -> None:
@@ -451,36 +408,13 @@ class FederatedStrategy(ReusableStrategy):
     def _open_fit(self, trainer: pl.Trainer) -> None:
         """Prepare the Trainer for rounds, and record how to undo the changes."""
         federation = Federation(trainer, self._options, self.global_rank, self._processes)
-        self._federation, self._undo = federation, ExitStack()
+        self._federation, self._undo, self._share = federation, ExitStack(), share_of_batches(trainer)
         self._undo.callback(federation.end)
-        loops = RoundLoops(trainer, federation.run_round)
-        self._undo.callback(loops.remove)
-        hooks = LocalBatchHooks(trainer.lightning_module, lambda: federation.fit.scope.in_client)
-        self._undo.callback(hooks.remove)
-        callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
-        for own in (RunSettingsLogger(self._options), RoundEnd(federation.end_round)):  # the end of the round first
-            callbacks.insert(0, own)
-            self._undo.callback(callbacks.remove, own)
-        callbacks.append(federation.fit.requeue)  # what it saves has every callback's state after the round
-        self._undo.callback(callbacks.remove, federation.fit.requeue)
-        self._undo.callback(federation.fit.requeue.take_over())
-        for logger in trainer.loggers:
-            if is_really(logger, TensorBoardLogger):  # HParams gets real metrics instead of its placeholder
-                self._undo.callback(without_placeholder_metric(logger))
-        self._undo.callback(replaced(trainer, "accumulate_grad_batches", NoAccumulation(1)))
+        self._undo.callback(RoundLoops(trainer, federation.run_round).remove)
+        self._undo.callback(LocalBatchHooks(trainer.lightning_module, lambda: federation.fit.scope.in_client).remove)
         if self._processes > 1:
             self._undo.callback(validate_together(trainer, self.broadcast))
-        settings: Any = trainer  # these are set from outside the class, where mypy does not see them
-        every = min(settings.log_every_n_steps, self._options.rounds_per_epoch)
-        self._undo.callback(replaced(trainer, "log_every_n_steps", every))
-        # As a float it is a share of every client's batches; as an int it counts steps, that is rounds.
-        self._share = 1.0
-        if settings.overfit_batches:
-            self._share = settings.overfit_batches
-        elif isinstance(trainer.limit_train_batches, float) and trainer.limit_train_batches > 0:
-            self._share = trainer.limit_train_batches
-        if self._share != 1.0 or isinstance(self._share, int):
-            self._undo.callback(replaced(trainer, "limit_train_batches", 1.0))
+        self._undo.enter_context(prepared_for_rounds(trainer, federation, self._share))
 
     def _close_fit(self) -> None:
         if self._undo is not None:
@@ -496,38 +430,9 @@ class FederatedStrategy(ReusableStrategy):
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "_federation": None, "_undo": None}
 
-    # ---- collectives: inside a client they involve no other rank
-
     @property
-    def _alone(self) -> bool:
+    def _in_client(self) -> bool:
         return self._federation is not None and self._federation.fit.scope.in_client
-
-    def reduce(self, tensor: Tensor, group: Any = None, reduce_op: Any = "mean") -> Tensor:
-        """Reduce over ranks; inside a client, return the client's own value."""
-        if self._alone:
-            return tensor
-        if reduce_op in ("mean", "avg") and isinstance(tensor, Tensor) and not tensor.dtype.is_floating_point:
-            # Lightning rounds the mean of integers down, including the batch sizes by which it divides values logged
-            # in an epoch. Here ranks have different numbers of samples, so the mean is rarely an integer.
-            tensor = tensor.to(torch.get_default_dtype())
-        return super().reduce(tensor, group, reduce_op)
-
-    def all_gather(self, tensor: Tensor, group: Any = None, sync_grads: bool = False) -> Tensor:
-        """Gather over ranks; inside a client, return the client's own value."""
-        return tensor if self._alone else super().all_gather(tensor, group, sync_grads)
-
-    def barrier(self, *args: Any, **kwargs: Any) -> None:
-        """Wait for all ranks; inside a client, do not wait."""
-        if not self._alone:
-            super().barrier(*args, **kwargs)
-
-    def broadcast(self, obj: Any, src: int = 0) -> Any:
-        """Broadcast over ranks; inside a client, return the client's own value."""
-        return obj if self._alone else super().broadcast(obj, src)
-
-    def reduce_boolean_decision(self, decision: bool, all: bool = True) -> bool:
-        """Decide over ranks; inside a client, return the client's own decision."""
-        return decision if self._alone else super().reduce_boolean_decision(decision, all)
 
     # ---- checkpoints
 
@@ -547,12 +452,7 @@ class FederatedStrategy(ReusableStrategy):
         """Save with ``checkpoint["federated"]``; call it on all ranks."""
         # Without optimizers, the federation belongs to an earlier Trainer.
         if self._federation is not None and self.optimizers and "optimizer_states" in checkpoint:
-            state = self._federation.checkpoint.state_dict()
-            if state is not None:
-                checkpoint["federated"] = state
-            self._federation.checkpoint.rewind(checkpoint)
-            # The loader of rounds has no state; with this entry, a plain Trainer would refuse to resume.
-            checkpoint["loops"]["fit_loop"]["state_dict"].pop("combined_loader", None)
+            self._federation.checkpoint.write_into(checkpoint)
         super().save_checkpoint(checkpoint, filepath, storage_options)
 
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:

@@ -15,10 +15,10 @@ LINES, METHODS, BODY = 400, 20, 60
 
 # What is larger today, with its size: it may shrink, and leaves this table when it fits. Nothing comes in.
 LONG_FILES = {
-    "strategy": 620,
+    "strategy": 515,
 }
 LARGE_CLASSES = {
-    "strategy.FederatedStrategy": 49,  # overrides hooks of Lightning, of which there are that many
+    "strategy.FederatedStrategy": 39,  # overrides hooks of Lightning, of which there are that many
 }
 LONG_FUNCTIONS = {
     "partitioners.plots.plot_comparison_label_distribution": 65,

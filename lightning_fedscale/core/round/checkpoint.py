@@ -59,10 +59,14 @@ class FederationCheckpoint:
             monitored=monitored,
         )
 
-    def rewind(self, checkpoint: dict[str, Any]) -> None:
-        """Turn a checkpoint that is saved while a client trains into one of the start of the round."""
+    def write_into(self, checkpoint: dict[str, Any]) -> None:
+        """Add the state on rank 0, of the start of the round if a client trains; call it on all ranks."""
+        if (state := self.state_dict()) is not None:
+            checkpoint["federated"] = state
         if self._fit.scope.in_client:
             self._fit.executor.rewind_checkpoint(checkpoint)
+        # The loader of rounds has no state; with this entry, a plain Trainer would refuse to resume.
+        checkpoint["loops"]["fit_loop"]["state_dict"].pop("combined_loader", None)
 
     def load_groups(self, state: dict[str, Any]) -> None:
         """Restore pruning and parameter groups that callbacks added; call it before optimizers are loaded."""
