@@ -42,10 +42,10 @@ _FEWEST_ROUNDS = 3
 
 _NAMES = {
     "central": "plain Trainer, as many batches",
-    "sequential": "one after the other",
-    "vectorized": "side by side",
+    "sequential": "sequential",
+    "vectorized": "vectorized",
 }
-_NOT_POSSIBLE = "side by side they cannot: "
+_NOT_POSSIBLE = "they cannot be vectorized: "
 
 
 class Pace(NamedTuple):
@@ -263,6 +263,6 @@ def _show(found: dict[str, dict[str, Any]], fastest: str, batches: int) -> None:
         table.add_row(_NAMES[name], *(f"{each:.3g}" for each in numbers), f"{of['times_central']:.2f}")
     console.print(table)
     if obstacle := found["vectorized"].get("obstacle"):
-        console.print(f"Side by side clients cannot train: {obstacle}.")
+        console.print(f"Clients cannot be vectorized: {obstacle}.")
     times = found[fastest]["times_central"]
     console.print(f"Fastest here: executor={fastest!r}, {times:.2f} times as long as the plain Trainer takes.")

@@ -106,7 +106,7 @@ def test_what_cannot_train_side_by_side_is_told_with_the_reason(capsys: pytest.C
     assert found["fastest"] == "sequential"
     assert cli.main(["bench", f"--module={HERE}Stubborn", *QUICK, "--clients=3"]) == 0
     printed = " ".join(capsys.readouterr().out.split())
-    for words in ("not possible", "Side by side clients cannot train: ", "Fastest here: executor='sequential'"):
+    for words in ("not possible", "cannot be vectorized: ", "Fastest here: executor='sequential'"):
         assert words in printed
 
 

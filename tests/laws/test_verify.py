@@ -159,7 +159,7 @@ def test_a_leaf_that_differs_makes_clients_train_alone() -> None:
             return super().training_step([batch["tokens"], batch["label"]], batch_idx) * batch["scale"]
 
     vectorized, sequential = pair(lambda: Scaled(embedding()), loader={"collate_fn": collate})
-    assert "batch['scale'] is no tensor and differs between clients" in vectorized.warnings[0]
+    assert "batch['scale'] is not a tensor and differs between clients" in vectorized.warnings[0]
     torch.testing.assert_close(vectorized.state, sequential.state, rtol=0, atol=0)
 
 
@@ -208,7 +208,7 @@ def test_a_difference_is_named_and_ends_it() -> None:
     FirstOnly.lies = True
     vectorized, sequential = pair(Believer)
     assert len(vectorized.warnings) == 1
-    assert re.search(r"a step of theirs is not what it is alone: the loss \(off by", vectorized.warnings[0])
+    assert re.search(r"differs from the same sequential step in the loss \(off by", vectorized.warnings[0])
     assert vectorized.kind == "sequential"
     torch.testing.assert_close(vectorized.state, sequential.state, rtol=0, atol=0)
 
@@ -221,7 +221,7 @@ def test_a_difference_that_shows_later_repeats_the_round(verify: bool) -> None:
     )
     if verify:
         assert len(vectorized.warnings) == 1
-        assert "is not what it is alone" in vectorized.warnings[0]
+        assert "differs from the same sequential step" in vectorized.warnings[0]
         assert_alike(vectorized, sequential, rtol=1e-7)
     else:
         assert not vectorized.warnings

@@ -141,7 +141,7 @@ def test_a_closed_batch_is_nobody_elses() -> None:
 def test_an_unequal_leaf_is_never_merged(one: object, other: object) -> None:
     batches = [opened({"x": torch.ones(2), "rest": [leaf]}) for leaf in (one, other)]
     if batches[0].signature == batches[1].signature:
-        with pytest.raises(NotVectorizable, match=r"batch\['rest'\]\[0\] is no tensor and differs between clients"):
+        with pytest.raises(NotVectorizable, match=r"batch\['rest'\]\[0\] .* differs between clients"):
             stacked(batches)
     assert batches[0].guard() != batches[1].guard()
 

@@ -97,8 +97,8 @@ class ExecutorChoice:
             if (reason := self._vectorized.reason) is not None:
                 self.kind = "sequential"
                 rank_zero_warn(
-                    f"executor={self._wanted!r}: clients train one after the other from now on, with the same results,"
-                    f" since side by side they cannot: {reason}."
+                    f"executor={self._wanted!r}: clients train sequentially from now on, with the same results, since"
+                    f" they cannot be vectorized: {reason}."
                 )
 
     def run_again(self, context: RoundContext) -> Iterator[ClientUpdate]:
@@ -146,15 +146,15 @@ class ExecutorChoice:
             return
         if timings.able < timings.compared:
             self.kind = "sequential"
-            why = self._vectorized.reason or "their clients on another rank cannot"
-            rank_zero_info(f"Executor: clients train one after the other, since side by side they cannot: {why}.")
+            why = self._vectorized.reason or "those of another rank cannot"
+            rank_zero_info(f"Executor: clients train sequentially, since they cannot be vectorized: {why}.")
             return
         gain = timings.sequential / timings.vectorized
         self.kind = "vectorized" if gain > _MARGIN else "sequential"
+        sequential, vectorized = (seconds / timings.compared * 1e3 for seconds in timings[2:])
         rank_zero_info(
-            f"Executor: clients train {'side by side' if self.kind == 'vectorized' else 'one after the other'};"
-            f" a local batch took {timings.sequential / timings.compared * 1e3:.3g} ms one after the other and"
-            f" {timings.vectorized / timings.compared * 1e3:.3g} ms side by side ({gain:.2f} times as fast)."
+            f"Executor: {self.kind!r} is chosen; a local batch took {sequential:.3g} ms sequentially and"
+            f" {vectorized:.3g} ms vectorized ({gain:.2f} times as fast)."
         )
 
     def _time_vectorized(self, context: RoundContext) -> ExecutorTiming:

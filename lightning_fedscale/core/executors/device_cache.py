@@ -96,7 +96,10 @@ def device_data(
     if cache == "auto" and (reason is not None or plain is None):
         return None
     if reason is not None:
-        raise ValueError(f"cache_dataset=True: train_dataloader has {reason}: remove it, or use cache_dataset=False.")
+        raise ValueError(
+            f"cache_dataset=True: train_dataloader has {reason}, so its batches may be other than stacked samples:"
+            " remove it, or pass cache_dataset=False."
+        )
     samples, rows = plain or (_read_all(loader, seed, device, show_progress), None)
     leaves, structure = tree_flatten(samples)
     size = sum(leaf.numel() * leaf.element_size() for leaf in leaves if leaf.device != device)
@@ -105,7 +108,7 @@ def device_data(
         return None
     if size > free:
         raise ValueError(
-            f"cache_dataset=True: the dataset takes {size / 1e9:.1f} GB and {device} has {free / 1e9:.1f} GB free: use"
+            f"cache_dataset=True: the dataset takes {size / 1e9:.1f} GB and {device} has {free / 1e9:.1f} GB free: pass"
             " cache_dataset=False."
         )
     return DeviceData(tree_unflatten([leaf.to(device) for leaf in leaves], structure), rows)
@@ -164,7 +167,7 @@ def _read_all(loader: DataLoader[Any], seed: int, device: torch.device, show_pro
         raise ValueError(
             f"cache_dataset=True: the samples of dataset={type(loader.dataset).__name__} cannot be stacked ({error}):"
             " they must be tensors or numbers of the same shapes, alone or nested in tuples, lists and dicts. Change"
-            " them, or use cache_dataset=False."
+            " them, or pass cache_dataset=False."
         ) from error
     finally:
         randomness.restore(outside, device)

@@ -43,30 +43,30 @@ _PRECISIONS = (Precision, DoublePrecision, HalfPrecision, MixedPrecision)
 
 
 def reason_for_lightning_step(trainer: pl.Trainer) -> str | None:
-    """Return why local batches need Lightning's full path; None if they do not.
+    """Return why local batches need Lightning's full closure; None if they do not.
 
     Args:
         trainer: the Trainer with its optimizers built.
     """
     module, strategy, precision = trainer.lightning_module, trainer.strategy, trainer.precision_plugin
     if not module.automatic_optimization:
-        return "the module optimizes manually"
+        return "the module uses manual optimization"
     if (hook := _overridden(module, pl.LightningModule, _OF_MODULE)) is not None:
-        return f"the module has its own {hook}"
+        return f"the module overrides {hook}"
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         if (hook := _overridden(callback, pl.Callback, _OF_CALLBACKS)) is not None:
-            return f"{type(callback).__name__} has its own {hook}"
+            return f"{type(callback).__name__} overrides {hook}"
     if (hook := _overridden(strategy, DDPStrategy, _OF_STRATEGY)) is not None:
-        return f"{type(strategy).__name__} has its own {hook}"
+        return f"{type(strategy).__name__} overrides {hook}"
     if strategy.model is not module:
         return "the strategy wraps the module"
     if type(precision) not in _PRECISIONS or getattr(precision, "scaler", None) is not None:
         return f"precision {precision.precision} takes part in the optimizer's step"
     if (hook := _overridden(precision, type(precision), _OF_PRECISION)) is not None:
-        return f"{type(precision).__name__} has its own {hook}"
+        return f"{type(precision).__name__} overrides {hook}"
     profiler = trainer.profiler  # type: ignore[attr-defined]
     if type(profiler) is not PassThroughProfiler:
-        return f"{type(profiler).__name__} looks at all of it"
+        return f"{type(profiler).__name__} measures the parts of the closure"
     if not isinstance(trainer.optimizers[0], Optimizer):
         return f"the optimizer is a {type(trainer.optimizers[0]).__name__}"
     return None

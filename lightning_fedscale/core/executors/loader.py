@@ -83,8 +83,8 @@ class ClientLoader:
     ) -> None:
         if not isinstance(loader, DataLoader):
             raise TypeError(
-                f"{name}={type(loader).__name__}: FederatedStrategy divides a dataset among clients by"
-                " index: pass a torch.utils.data.DataLoader over it."
+                f"{name}={type(loader).__name__}: pass a torch.utils.data.DataLoader, whose dataset can be divided"
+                " among clients by index."
             )
         self.dataset = loader.dataset
         kind = type(self.dataset).__name__
@@ -115,16 +115,16 @@ class ClientLoader:
         self.cache: DeviceData | None = None
         if self._custom:
             try:
-                self._cut_anew([0])
+                self._rebatch([0])
             except Exception as error:
                 raise ValueError(
-                    f"{name}: batch_sampler={type(loader.batch_sampler).__name__} cannot be built again for"
+                    f"{name}: batch_sampler={type(loader.batch_sampler).__name__} cannot be rebuilt for"
                     f" the samples of each client ({error}): give it the arguments of torch.utils.data.BatchSampler, or"
                     " build it inside train_dataloader()."
                 ) from error
 
     @property
-    def cuts_anew(self) -> bool:
+    def has_custom_batches(self) -> bool:
         """Whether a custom batch sampler makes the batches."""
         return self._custom
 
@@ -140,7 +140,7 @@ class ClientLoader:
         """
         indices = order.tolist()
         if self._custom:
-            batches = self._cut_anew(indices)
+            batches = self._rebatch(indices)
             if not batches:
                 raise ValueError(
                     f"{self._name}: batch_sampler={type(self._template.batch_sampler).__name__} makes no batch of a"
@@ -159,7 +159,7 @@ class ClientLoader:
             return batches[: self._share]
         return batches if self._share == 1.0 else batches[: max(1, math.floor(len(batches) * self._share))]
 
-    def _cut_anew(self, indices: list[int]) -> list[list[int]]:
+    def _rebatch(self, indices: list[int]) -> list[list[int]]:
         return [list(batch) for batch in batches_of(self._template, indices)]
 
     def too_small(self, sizes: IntArray) -> IntArray:
@@ -337,11 +337,11 @@ def _shuffles(loader: DataLoader[Any], name: str) -> bool:
         return True
     if sampler is None:
         raise ValueError(
-            f"{name}: batch_sampler={type(cutter).__name__} has no sampler whose order could be that of each"
-            " client's own samples: give it the arguments and attributes of torch.utils.data.BatchSampler, or use"
+            f"{name}: batch_sampler={type(cutter).__name__} has no sampler, so its order cannot be applied to"
+            " each client's own samples: give it the arguments and attributes of torch.utils.data.BatchSampler, or use"
             " batch_size and shuffle."
         )
     raise ValueError(
         f"{name}: sampler={type(sampler).__name__} cannot be applied to each client's own samples: use shuffle=True or"
-        " shuffle=False; to favour some samples, repeat them in the dataset or weight the loss."
+        " shuffle=False; to draw some samples more often, repeat them in the dataset or weight the loss."
     )

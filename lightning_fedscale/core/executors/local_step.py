@@ -1,4 +1,4 @@
-"""The step of a local batch: as Lightning would run it, or only what of that is needed."""
+"""The step of a local batch, as Lightning runs it or only the needed part of it."""
 
 from __future__ import annotations
 
@@ -37,9 +37,9 @@ def local_step(trainer: pl.Trainer, correction: ClientCorrection | None = None) 
     """
     takes_index = is_param_in_hook_signature(trainer.lightning_module.training_step, "batch_idx", min_args=2)
     if (reason := reason_for_lightning_step(trainer)) is None:
-        rank_zero_info("Federated: a local step is training_step, backward and optimizer step, nothing else.")
+        rank_zero_info("Federated: a local step runs only training_step, backward and optimizer.step().")
         return FastStep(trainer, takes_index=takes_index, correct=correction)
-    rank_zero_info(f"Federated: a local step takes Lightning's full path, since {reason}.")
+    rank_zero_info(f"Federated: a local step runs Lightning's full closure, since {reason}.")
     return LightningStep(trainer, takes_index=takes_index, correction=correction)
 
 

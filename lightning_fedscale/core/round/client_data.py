@@ -103,7 +103,7 @@ class ClientData:
         population = self._options.population
         if population is None:
             return
-        if self.loader.cuts_anew and population.batch_size != "loader":
+        if self.loader.has_custom_batches and population.batch_size != "loader":
             raise ValueError(
                 f"population: batch_size={population.batch_size!r} has no effect on a loader with a custom"
                 " batch_sampler: pass Population(..., batch_size='loader') or a DataLoader with a batch_size."

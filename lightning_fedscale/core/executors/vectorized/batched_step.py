@@ -170,7 +170,7 @@ class BatchedStep:
             mapped = vmap(lambda *given: one(batch_idx, *given), randomness=randomness)
             losses, found, new, values = mapped([p.detach() for p in parameters], list(buffers), tensors)
             if any(loss.requires_grad for loss in losses):  # out here, autograd does not track the clients' parameters
-                raise NotVectorizable("training_step uses a parameter by a second reference, past the module")
+                raise NotVectorizable("training_step uses a parameter through a second reference, as in a list")
             following = iter(found)
             losses = [loss.detach() for loss in losses]
             return losses, [next(following) if part else None for part in taking_part], new, values

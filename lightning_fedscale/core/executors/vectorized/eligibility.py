@@ -33,9 +33,9 @@ def reason_not_vectorizable(trainer: pl.Trainer) -> str | None:
         return "there are several optimizers"
     optimizer: Any = trainer.optimizers[0]
     if type(optimizer) not in ELEMENTWISE:
-        return f"{type(optimizer).__name__} is none of torch's optimizers that treat every element alone"
+        return f"{type(optimizer).__name__} is not one of torch's elementwise optimizers, such as SGD and AdamW"
     if is_patched(optimizer):
-        return f"the step of this {type(optimizer).__name__} is not that of its class"
+        return f"this {type(optimizer).__name__} has a patched step or zero_grad"
     if any((optimizer._optimizer_step_pre_hooks, optimizer._optimizer_step_post_hooks, *_GLOBAL_HOOKS)):
         return "the optimizer has step hooks"
     if any(group.get("differentiable") for group in optimizer.param_groups):
@@ -43,17 +43,17 @@ def reason_not_vectorizable(trainer: pl.Trainer) -> str | None:
     for name, parameter in module.named_parameters():
         hooked: Any = parameter
         if hooked._backward_hooks or hooked._post_accumulate_grad_hooks:
-            return f"there is a hook on the gradient of {name!r}"
+            return f"a hook is registered on the gradient of {name!r}"
     for name, part in module.named_modules():
         if isinstance(part, nn.Embedding | nn.EmbeddingBag) and part.sparse:
             return f"the gradient of {name!r} is sparse"
     if hook := next((hook for hook in PER_LOCAL_BATCH if is_overridden(hook, module)), None):
-        return f"the module has its own {hook}"
+        return f"the module overrides {hook}"
     if type(module).log is not pl.LightningModule.log:
-        return "the module has its own log"
+        return "the module overrides log"
     for callback in callbacks:
         if hasattr(callback, "on_client_start"):
-            return f"{type(callback).__name__} wants to know when a client starts"
+            return f"{type(callback).__name__}.on_client_start must be called when a client starts"
     return None
 
 
@@ -92,7 +92,7 @@ class Surroundings:
             raise NotVectorizable("training_step changes environment variables")
         now = randomness.capture(self._device)
         if not all(map(_is_same_generator, now, self._generators)):
-            raise NotVectorizable("training_step draws from Python's or numpy's random numbers")
+            raise NotVectorizable("training_step draws Python's or numpy's random numbers; use torch's instead")
 
     def restore(self) -> None:
         """Restore the global generators and the environment variables."""

@@ -187,14 +187,14 @@ class VectorizedExecutor:
         try:
             if state.iterators:
                 raise NotVectorizable(
-                    f"training_step can reach a {state.iterators[0]}, which cannot be put back to where it was"
+                    f"training_step can reach a {state.iterators[0]}, whose position cannot be restored"
                 )
             trained = self._waves.train(context, wave, step, around)
             if step.ran_python:
                 around.check()
                 if (changed := state.difference(state.again())) is not None:
                     raise NotVectorizable(
-                        f"training_step changes attributes of the module, or global variables: {changed}"
+                        f"training_step changes attributes of the module or global variables: {changed}"
                     )
             return _Attempt(trained)
         except Exception as error:
@@ -223,7 +223,7 @@ class VectorizedExecutor:
         """
         self._prepare(context)
         if self.reason is None and self._step_seconds > longest:
-            self.reason = f"a local batch takes {self._step_seconds:.1f} s, so there is little overhead to share"
+            self.reason = f"a local batch takes {self._step_seconds:.1f} s, so vectorized steps would hardly be faster"
         if self.reason is not None:
             return None
         step = self._batched_step_of(context.shared, self._state_now())

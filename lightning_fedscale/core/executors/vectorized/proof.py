@@ -185,7 +185,7 @@ def difference(mine: StepResult, row: int, alone: StepResult, names: Sequence[st
         tolerance: for all compared values.
     """
     if (mine.losses is None) != (alone.losses is None):
-        return "whether there is a loss"
+        return "whether training_step returns a loss"
     if mine.losses is not None and (told := _apart(mine.losses[row], alone.losses, tolerance, 1.0)) is not None:
         return f"the loss {told}"
     largest = max((_largest(gradient) for gradient in alone.gradients if gradient is not None), default=0.0)
@@ -220,7 +220,7 @@ def is_close(mine: Tensor, theirs: Tensor, tolerance: Tolerance) -> bool:
 
 def _difference_of_logs(mine: Sequence[Logged], row: int, alone: Sequence[Logged], tolerance: Tolerance) -> str | None:
     if [note.name for note in mine] != [note.name for note in alone]:
-        return f"what is logged ({_listed(mine)} instead of {_listed(alone)})"
+        return f"the logged names ({_listed(mine)} instead of {_listed(alone)})"
     for own, other in zip(mine, alone, strict=True):
         if isinstance(own.values, Metric) or isinstance(other.values, Metric):
             if own.values is not other.values:

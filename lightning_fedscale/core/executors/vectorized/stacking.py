@@ -96,7 +96,7 @@ def stacked(batches: Sequence[Opened]) -> Opened:
         for (place, mine), (_, theirs) in zip(first.rest, other.rest, strict=True):
             if not _same(mine, theirs):
                 raise NotVectorizable(
-                    f"{place} is no tensor and differs between clients ({mine!r:.40} and {theirs!r:.40})"
+                    f"{place} is not a tensor and differs between clients ({mine!r:.40} and {theirs!r:.40})"
                 )
     columns = zip(*(batch.tensors for batch in batches), strict=True)
     return first._replace(tensors=[torch.stack(column) for column in columns])
@@ -142,10 +142,11 @@ class _Opening:
 
     def _open_tensor(self, value: Tensor, place: str) -> tuple[_Build, Any]:
         if type(value) is not Tensor or vars(value):
-            raise NotVectorizable(f"{place} is a {type(value).__name__} with more to it than a tensor")
+            kind = "tensor with attributes" if type(value) is Tensor else f"{type(value).__name__}, not a plain tensor"
+            raise NotVectorizable(f"{place} is a {kind}")
         if value.layout != torch.strided or value.requires_grad:
             raise NotVectorizable(
-                f"{place} is a tensor that is {'part of a graph' if value.requires_grad else value.layout}"
+                f"{place} is a tensor that is {'part of an autograd graph' if value.requires_grad else value.layout}"
             )
         self.tensors.append(value)
         number = len(self.tensors) - 1
@@ -158,7 +159,7 @@ class _Opening:
             return lambda tensors, made: types.MappingProxyType(build(tensors, made)), (kind, signature)
         if kind is set or kind is frozenset:
             if not all(map(_is_atom, value)):
-                raise NotVectorizable(f"{place} is a {kind.__name__} of more than numbers and texts")
+                raise NotVectorizable(f"{place} is a {kind.__name__} with members that are neither numbers nor strings")
             self.rest.append((place, frozenset(value)))
             return lambda tensors, made: kind(value), kind
         if kind not in _OWN and kind in _pytree.SUPPORTED_NODES:
@@ -185,7 +186,7 @@ class _Opening:
             base = next(parent for parent in kind.__mro__ if not parent.__flags__ & _HEAP_TYPE)
             attributes = _attributes_of(value)
         if base not in (*_OWN, *_BARE) or (base is object and not _is_python(kind)):
-            raise NotVectorizable(f"{place} is a {kind.__name__}, which cannot be taken apart")
+            raise NotVectorizable(f"{place} is a {kind.__name__}, whose contents cannot be read")
         members, keys = [], list[Any]()
         if issubclass(base, dict):
             keys = list(dict.keys(value))
@@ -193,7 +194,7 @@ class _Opening:
         elif base not in _BARE:
             members = [(f"{place}[{i}]", member) for i, member in enumerate(base.__iter__(value))]
         if not all(_is_atom(key) or isinstance(key, tuple) for key in keys):
-            raise NotVectorizable(f"{place} has keys that are neither numbers nor texts")
+            raise NotVectorizable(f"{place} has keys that are neither numbers nor strings")
         builds, signatures = self._each([*members, *((f"{place}.{name}", each) for name, each in attributes.items())])
         options = _options_of(base, value)
 

@@ -205,10 +205,10 @@ class WaveTraining:
         started, tolerance = time.perf_counter(), tolerance_of(self._trainer, shared)
         for i, each in alone.items():
             if (differs := difference(result, i, each, shared.all_names, tolerance)) is not None:
-                raise NotVectorizable(f"a step of theirs is not what it is alone: {differs}")
+                raise NotVectorizable(f"a vectorized step differs from the same sequential step in {differs}")
         every = len(alone) == len(rows)
         if every and not MetricStates(self._module).agree(expected, partial(is_close, tolerance=tolerance)):
-            raise NotVectorizable("a metric is not what it is if they train one after the other")
+            raise NotVectorizable("the state of a metric differs from that after the same sequential steps")
         self._seconds_alone += time.perf_counter() - started
         return result
 
@@ -274,7 +274,7 @@ class _Unequal:
     """Stands for ``trainer.is_last_batch`` if it differs between the clients of a step."""
 
     def __bool__(self) -> bool:
-        raise NotVectorizable("training_step asks for trainer.is_last_batch, which differs between clients of one step")
+        raise NotVectorizable("training_step reads trainer.is_last_batch, which differs between the clients of a step")
 
 
 def _start(pipeline: Pipeline, client: int) -> ClientStart:
