@@ -65,7 +65,7 @@ class ServerEMA(WeightAveraging):
                 f"ServerEMA averages over rounds, but strategy={type(trainer.strategy).__name__} has none: pass"
                 " Trainer(strategy=FederatedStrategy(...)), or use Lightning's EMAWeightAveraging."
             )
-        if trainer.global_step == 0:  # Lightning's own goes on counting where an earlier Trainer stopped
+        if trainer.global_step == 0:  # WeightAveraging continues the count of an earlier Trainer
             forget_updates(self)
         super().setup(trainer, pl_module, stage)
 

@@ -124,12 +124,12 @@ def _around(current: int | None) -> list[int]:
 
 def _flags(what: str, made: Any, path: str | None, but: str | None = None) -> list[str]:
     """Return the hyperparameters that were passed to a class, as flags."""
-    held = getattr(made, "hparams", None)
-    if path is None or path != _path(made) or not held:
+    arguments = getattr(made, "hparams", None)
+    if path is None or path != _path(made) or not arguments:
         return []
     takes = inspect.signature(type(made)).parameters
     given = {
-        name: value for name, value in held.items()
+        name: value for name, value in arguments.items()
         if name != but and name in takes and isinstance(value, (bool, int, float, str))
         and repr(value) != repr(takes[name].default)  # by repr, since comparing an array gives no single boolean
     }  # fmt: skip

@@ -25,7 +25,7 @@ class Counting:
 
     Attributes:
         ledger: ledger that is the same on all ranks.
-        costs: what this rank has spent besides.
+        costs: further costs of this rank, which the ledger lacks.
         meter: counts and estimates costs; None outside of ``fit``, ``validate`` and ``test``.
         batch: tokens per update, over all ranks and clients.
     """

@@ -50,9 +50,9 @@ def agreement_of(law: Law, trainer: pl.Trainer, samples: float) -> Agreement | N
     if law.made_for == MadeFor() or not isinstance(strategy, FederatedStrategy) or strategy.partition is None:
         return None
     facts = trained_as(trainer)
-    held = PartitionId(facts.get("partition_name"), facts["fingerprint"], strategy.partition.num_clients)
+    partition = PartitionId(facts.get("partition_name"), facts["fingerprint"], strategy.partition.num_clients)
     return agreement(
-        law, method=strategy.method, partition=held, batch_size=facts.get("batch"),
+        law, method=strategy.method, partition=partition, batch_size=facts.get("batch"),
         local_steps=facts.get("local_steps"), passes=samples / strategy.partition.num_samples,
     )  # fmt: skip
 

@@ -39,7 +39,7 @@ class RoundWatch:
     def __init__(self, judge: PhaseJudge) -> None:
         self._judge = judge
         self._options = judge.options
-        self._since_look = 0.0  # local batches of a client
+        self._since_estimate = 0.0  # local batches of a client
         self._halves: _HalfBatches | None = None
         self._summed = 0
         self._sums: list[Tensor] = []
@@ -92,7 +92,7 @@ class RoundWatch:
     def on_round_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, round: int, clients: IntArray) -> None:
         """Compute the gradients of both halves of the clients' batches, if this is due."""
         self._halves = None
-        if self._options.noise_every is not None and self._since_look >= self._options.noise_every:
+        if self._options.noise_every is not None and self._since_estimate >= self._options.noise_every:
             self._halves = _HalfBatches(trainer, pl_module, clients)
 
     def on_before_server_step(
@@ -101,7 +101,7 @@ class RoundWatch:
         """Observe the clients' update, decide and change it; an empty round is not observed."""
         self._judge.begin_round(trainer, self.saved_state())
         if not record.empty:
-            self._look(record)
+            self._estimate_noise(record)
             if self._options.detector.accumulate == 1:
                 self._observe(trainer, record, list(delta.values()))
             elif self._add_up(delta):
@@ -121,7 +121,7 @@ class RoundWatch:
     def saved_state(self) -> dict[str, Any]:
         """Return the state for the checkpoint."""
         return {
-            "since_look": self._since_look,
+            "since_look": self._since_estimate,
             "summed": self._summed,
             "sums": list(self._sums),
             "diagonal": None if self._diagonal is None else list(self._diagonal),
@@ -129,18 +129,18 @@ class RoundWatch:
 
     def load_saved_state(self, state: dict[str, Any]) -> None:
         """Restore the state from a checkpoint."""
-        self._since_look, self._summed, self._sums = state["since_look"], state["summed"], state["sums"]
+        self._since_estimate, self._summed, self._sums = state["since_look"], state["summed"], state["sums"]
         self._diagonal = None if state["diagonal"] is None else Diagonal(*state["diagonal"])
 
     # ---- observation
 
-    def _look(self, record: RoundRecord) -> None:
+    def _estimate_noise(self, record: RoundRecord) -> None:
         self._judge.tracker.estimate_from_updates(record)
-        self._since_look += float(record.local_steps.mean())
+        self._since_estimate += float(record.local_steps.mean())
         if self._halves is not None:
-            self._since_look = 0.0
-            if (look := self._halves.look()) is not None:
-                self._judge.tracker.add_estimate("sampling", look)
+            self._since_estimate = 0.0
+            if (estimate := self._halves.estimate()) is not None:
+                self._judge.tracker.add_estimate("sampling", estimate)
             self._halves = None
 
     def _add_up(self, delta: Params) -> bool:
@@ -288,8 +288,8 @@ class _HalfBatches:
             self._table.fill_(math.nan)  # so that every rank sees the failure
             rank_zero_warn(no_halves(error))
 
-    def look(self) -> NoiseEstimate | None:
-        """Return the noise seen by all ranks together, None if there is none; call it on all ranks."""
+    def estimate(self) -> NoiseEstimate | None:
+        """Return the estimate from the clients of all ranks, None if there is none; call it on all ranks."""
         joint = collectives.sum_over_ranks(torch.cat([self._sum, self._table.flatten()]))
         table: FloatArray = joint[len(self._sum) :].cpu().numpy().reshape(-1, 4)
         if not np.isfinite(table).all():
