@@ -18,6 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from lightning_fedscale.callbacks.compute_accounting.client_costs import ClientTally
 from lightning_fedscale.callbacks.compute_accounting.flop_meter import BatchCost, Meter
 from lightning_fedscale.callbacks.compute_accounting.parameter_counts import count_parameters
+from lightning_fedscale.callbacks.compute_accounting.signature_costs import CostTable
 from lightning_fedscale.devices.profiling import costs
 from lightning_fedscale.devices.profiling import operator_counter as operators
 from lightning_fedscale.devices.profiling.batches import BatchSignature, signature_of
@@ -348,6 +349,16 @@ def test_what_is_known_outlives_an_interruption() -> None:
     resumed = Meter(Told(nn.Linear(4, 3)))
     resumed.load_state_dict(torch.load(state, weights_only=True))
     assert go_on(resumed.module, resumed, range(90, 200)) == whole[90:]
+
+
+def test_counts_of_the_first_release_are_found() -> None:
+    """A checkpoint names a signature by a digest, which no renamed class may change."""
+    saved = {"steps": 7, "counted": 3, "varies": False, "recent": [[2.0, 3.0, 0.0, 4.0]]}
+    table = CostTable()
+    table.load({"b39de44d58c8ef7a241954a8b3be92f7": saved})
+    costs, _ = table.of("training_step", signature_of(torch.ones(2, 3)).anonymous(), (True,))
+    assert costs.state() == saved
+    assert table.state() == {"b39de44d58c8ef7a241954a8b3be92f7": saved}
 
 
 def test_many_sizes_are_told_by_those_before() -> None:
