@@ -24,7 +24,7 @@ from lightning_fedscale.core.executors import (
 from lightning_fedscale.core.lightning.data_loaders import is_asked_by_trainer, warn_of_few_workers
 from lightning_fedscale.core.lightning.run_state import next_round
 from lightning_fedscale.core.lightning.train_data import division_by_ranks
-from lightning_fedscale.core.options import compatibility as combinations
+from lightning_fedscale.core.options import compatibility
 from lightning_fedscale.core.options.options import Options
 from lightning_fedscale.core.options.trainer_checks import check_trainable
 from lightning_fedscale.core.plan import LocalWork
@@ -157,9 +157,9 @@ class Federation:
         fit, first, planned = self.fit, self.fit.trainer.global_step, self._planned_rounds()
         if fit.totals.budget is not None:
             fit.totals.budget.check(first)
-        combinations.check_model(fit.options, fit.trainer.lightning_module, fit.tensors.shared())
+        compatibility.check_model(fit.options, fit.trainer.lightning_module, fit.tensors.shared())
         data.check_cohorts(range(first, first + min(planned or _SAMPLED, _SAMPLED)))
-        combinations.warn_of_lost_errors(fit.options, data.partition.num_clients, data.cohort_size, planned)
+        compatibility.warn_of_lost_errors(fit.options, data.partition.num_clients, data.cohort_size, planned)
 
     def _planned_rounds(self) -> int:
         """Return the largest number of rounds in the fit; 0 if it has no end."""
