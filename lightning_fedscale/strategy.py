@@ -336,7 +336,7 @@ class FederatedStrategy(RankStrategy):
         """Yield each client of this rank with its first batch of the round; callbacks call this in ``on_round_start``.
 
         The batches are on the device. They are loaded for this call only: the round loads its own, with the same
-        random numbers as without this call.
+        random numbers as if this call had not been made.
         """
         return iter(()) if self._federation is None else self._federation.first_batches()
 

@@ -18,7 +18,7 @@ class Aggregator(NamedTuple):
 
     Every rank folds its own clients into an accumulator; the accumulators of all ranks are summed by the round's one
     collective; ``finish`` reads the aggregate off the sum. So a rule is right on any number of ranks as soon as its
-    accumulator is additive. A rule that must see all updates at once gives each client a place of its own in it (see
+    accumulator is additive. A rule that must see all updates at once gives each client its own place in it (see
     `lightning_fedscale.aggregators.stacked`), which other ranks leave zero.
 
     Of nobody there is no aggregate: in a round in which no client's update counts, ``finish`` is not called, and the

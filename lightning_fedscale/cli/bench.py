@@ -89,7 +89,7 @@ def bench(
     Args:
         module: class of the LightningModule, such as my_package.MyModule; its arguments follow as --module.name. By
             default a perceptron that reads scikit-learn's digits.
-        data: class of the LightningDataModule, if the module has no train_dataloader of its own.
+        data: class of the LightningDataModule, if the module itself has no train_dataloader.
         clients: number of clients; 10 by default, or those of the partition's file.
         partition: how the data is divided among them: a name such as 'dirichlet', or the file of a saved partition; in
             equal parts by default.

@@ -31,7 +31,7 @@ def probe(
 
     Args:
         module: class of the LightningModule, such as my_package.MyModule; its arguments follow as --module.name.
-        data: class of the LightningDataModule, if the module has no train_dataloader of its own.
+        data: class of the LightningDataModule, if the module itself has no train_dataloader.
         budget: memory that may be used: bytes, '8GiB', a device class such as 'phone', or 'auto' for the free memory
             of this machine; several in a list, '[8GiB, phone, t4]'.
         headroom: share of each budget to leave free.

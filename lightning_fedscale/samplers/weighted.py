@@ -77,7 +77,7 @@ def _weighted(
         raise ValueError(f"weights: got {len(weights)} for {num_clients} clients: pass one per client")
     clients = np.arange(num_clients, dtype=np.int64) if among is None else among
     clients = clients[weights[clients] > 0]
-    # The shortest of these exponential waiting times are drawn as if one by one (Efraimidis and Spirakis 2006).
+    # The shortest of these exponential waiting times draw without replacement (Efraimidis and Spirakis 2006).
     waits = randomness.generator(seed, randomness.COHORT, round).exponential(size=num_clients)[clients]
     return np.sort(clients[np.argsort(waits / weights[clients], kind="stable")[:clients_per_round]])
 

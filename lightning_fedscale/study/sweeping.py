@@ -69,7 +69,7 @@ def sweep(
 ) -> pd.DataFrame:
     """Train a module in several sizes, with several numbers of clients and amounts of compute.
 
-    Each run stops at its fraction of the compute, by the counted FLOPs of its own steps, and is then validated. Rows
+    Each run stops at its fraction of the compute, by the counted FLOPs of its steps, and is then validated. Rows
     are written as runs finish; an interrupted sweep resumes with the missing runs.
 
     The learning rate is tuned for every size, number of clients and amount of compute, with the first seed. If the best

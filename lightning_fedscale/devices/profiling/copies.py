@@ -15,7 +15,7 @@ from lightning_fedscale.devices.profiling.stubs import TrainerView
 
 
 def copied(module: nn.Module, view: TrainerView, mode: FakeTensorMode | None = None) -> Any:
-    """Copy a module with fake tensors in place of its own; without a mode, make a real copy.
+    """Copy a module with fake tensors in place of its tensors; without a mode, make a real copy.
 
     Args:
         module: the module; the Trainer, its strategy, callbacks, loggers and data module are not copied, wherever the

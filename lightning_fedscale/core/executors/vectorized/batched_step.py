@@ -201,7 +201,7 @@ class BatchedStep:
                 captured = CapturedStep(flat, [tensor.clone() for tensor in given], given[0].device)
         finally:
             notes[:] = kept
-        # Some inputs, such as many zeros, may give the same bits by chance; noise does not.
+        # Some inputs, such as many zeros, may give bit-identical results by chance; noise does not.
         own = torch.Generator(given[0].device).manual_seed(0)
         noise = [torch.empty_like(t).normal_(generator=own) if t.is_floating_point() else t for t in given]
 
