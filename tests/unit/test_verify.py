@@ -7,11 +7,13 @@ import signal
 import subprocess
 import sys
 import threading
+from bisect import bisect_left
+from collections.abc import Callable
 
 import pytest
 import torch
 
-from lightning_fedscale.devices.profiling.real_step import is_out_of_memory, real_step, true_max_batch
+from lightning_fedscale.devices.profiling.real_step import is_out_of_memory, real_step
 
 
 def multiply(size: int) -> None:
@@ -77,9 +79,12 @@ def test_nothing_is_printed_and_nobody_is_left(
         os.waitpid(children[0], os.WNOHANG)
 
 
-def test_truth_by_bisection() -> None:
-    mebibytes = true_max_batch(lambda n: lambda: torch.ones(n, 2**18), 2**27, 1, 1000)
-    assert 100 <= mebibytes < 128
+def largest_that_fits(allocate: Callable[[int], object], budget: int) -> int:
+    return bisect_left(range(1, 1000), True, key=lambda n: not real_step(lambda: allocate(n), budget).fits)
+
+
+def test_a_budget_is_what_can_be_allocated() -> None:
+    assert 100 <= largest_that_fits(lambda mebibytes: torch.ones(mebibytes, 2**18), 2**27) < 128
 
 
 def small_blocks(count: int) -> list[torch.Tensor]:
@@ -87,7 +92,7 @@ def small_blocks(count: int) -> list[torch.Tensor]:
 
 
 def mebibytes_of_small_blocks(budget: int) -> float:
-    return true_max_batch(lambda n: lambda: small_blocks(n), budget, 1, 1000) / 2
+    return largest_that_fits(small_blocks, budget) / 2
 
 
 def test_addresses_reserved_for_other_threads_do_not_help() -> None:

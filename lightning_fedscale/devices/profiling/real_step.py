@@ -123,24 +123,6 @@ def real_step_on_cuda(step: Callable[[], object], device: torch.device) -> RealS
     return RealStep(not reason, bool(reason), None if reason else taken, seconds, reason)
 
 
-def true_max_batch(step_of: Callable[[int], Callable[[], object]], budget: int, low: int, high: int) -> int:
-    """Find the true maximum batch by bisection to real out-of-memory.
-
-    Args:
-        step_of: returns the step for a batch size.
-        budget: bytes.
-        low: a batch that fits.
-        high: a batch that does not.
-    """
-    while high - low > 1:
-        middle = (low + high) // 2
-        if real_step(step_of(middle), budget).fits:
-            low = middle
-        else:
-            high = middle
-    return low
-
-
 def is_out_of_memory(error: BaseException) -> bool:
     """Return whether an exception reports that memory ran out, on any device."""
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
