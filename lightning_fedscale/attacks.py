@@ -96,7 +96,7 @@ _NUMBERS = 7  # numbers of a row after the delta: whether the client sent an upd
 def _init(like: Tensor, cohort: Cohort, *, aggregator: Aggregator, hostile: frozenset[int]) -> Tensor:
     if hostile and max(hostile) >= cohort.num_clients:
         raise ValueError(
-            f"attackers={max(hostile)}: there is no such client, pass numbers from 0 to {cohort.num_clients - 1}."
+            f"attackers: client {max(hostile)} does not exist: pass numbers from 0 to {cohort.num_clients - 1}."
         )
     aggregator.init(like[:0], cohort)  # so that it can refuse the round
     return torch.zeros(len(cohort.clients) * (like.numel() + _NUMBERS), dtype=like.dtype, device=like.device)
@@ -275,7 +275,9 @@ class _FlippedLabels(Dataset[Any]):
     def __getitem__(self, index: int) -> Any:
         sample = self._dataset[index]
         if not isinstance(sample, tuple | list):
-            raise TypeError(f"flip_labels: sample {index} is a {type(sample).__name__}, not a tuple (..., label).")
+            raise TypeError(
+                f"flip_labels: sample {index} is a {type(sample).__name__}: pass a dataset of tuples (..., label)."
+            )
         if not self._flipped[index]:
             return sample
         return (*sample[:-1], self._num_classes - 1 - sample[-1])

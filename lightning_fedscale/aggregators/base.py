@@ -127,14 +127,14 @@ class Aggregator(NamedTuple):
             answer: Any = cast(FinishWithState, self.finish)(total, cohort, state)
             if not (isinstance(answer, tuple) and len(answer) == 2 and isinstance(answer[0], Tensor)):
                 raise TypeError(
-                    f"aggregator: finish returned {type(answer).__name__}: a rule with init_state returns a tuple"
-                    " (delta, state)."
+                    f"aggregator: finish returned {type(answer).__name__}: return a tuple (delta, state), since it has"
+                    " an init_state."
                 )
             return answer
         delta: Any = cast(Finish, self.finish)(total, cohort)
         if not isinstance(delta, Tensor):
             raise TypeError(
-                f"aggregator: finish returned {type(delta).__name__}: a rule without init_state returns a tensor, the"
-                " delta. Pass init_state=... to Aggregator to keep a state between rounds."
+                f"aggregator: finish returned {type(delta).__name__}: return the delta, a tensor. To keep a state"
+                " between rounds, pass init_state=... to Aggregator."
             )
         return delta, state

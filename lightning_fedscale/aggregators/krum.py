@@ -12,6 +12,7 @@ from lightning_fedscale.aggregators.mean import mean
 from lightning_fedscale.aggregators.rows import needing
 from lightning_fedscale.aggregators.stacked import Stack, stacked
 from lightning_fedscale.types import Cohort
+from lightning_fedscale.utils import checks
 from lightning_fedscale.utils.factory_repr import record_call
 
 
@@ -65,18 +66,12 @@ def multi_krum(attackers: int, keep: int) -> Aggregator:
         >>> aggregate(multi_krum(attackers=1, keep=2), torch.tensor([[1.0], [1.5], [1.75], [2.5], [-50.0]])).tolist()
         [1.625]
     """
-    if isinstance(keep, bool) or not isinstance(keep, int):
-        raise TypeError(f"keep={keep!r}: pass the number of updates to average, an integer of at least 1.")
-    if keep < 1:
-        raise ValueError(f"keep={keep}: pass the number of updates to average, at least 1.")
+    checks.integer("keep", keep)
     return _krum(attackers, keep, f"multi_krum(attackers={attackers}, keep={keep})")
 
 
 def _krum(attackers: int, keep: int, name: str) -> Aggregator:
-    if isinstance(attackers, bool) or not isinstance(attackers, int):
-        raise TypeError(f"attackers={attackers!r}: pass the number of clients of a round that may be hostile.")
-    if attackers < 0:
-        raise ValueError(f"attackers={attackers}: pass the number of clients of a round that may be hostile.")
+    checks.integer("attackers", attackers, minimum=0)
     rule = stacked(mean("uniform").weigh, partial(_read, attackers=attackers, keep=keep))
     return needing(rule, max(2 * attackers + 3, attackers + keep), name)
 

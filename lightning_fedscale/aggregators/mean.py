@@ -10,6 +10,7 @@ from torch import Tensor
 
 from lightning_fedscale.aggregators.base import Aggregator
 from lightning_fedscale.types import ClientUpdate, Cohort
+from lightning_fedscale.utils import checks
 from lightning_fedscale.utils.factory_repr import record_call
 
 _PART = 1 << 18  # elements at a time, so that the product stays in the processor's cache and needs no full vector
@@ -39,8 +40,7 @@ def mean(weighting: str = "samples") -> Aggregator:
         >>> rule.finish(total, cohort).tolist()
         [3.0]
     """
-    if weighting not in ("samples", "uniform"):
-        raise ValueError(f"weighting={weighting!r}: choose 'samples' or 'uniform'.")
+    checks.one_of("weighting", weighting, ("samples", "uniform"))
     return Aggregator(partial(_weigh, by_samples=weighting == "samples"), _init, _accumulate, _finish)
 
 

@@ -39,7 +39,7 @@ def norm_clipped(max_norm: float, inner: Aggregator | None = None) -> Aggregator
         >>> aggregate(norm_clipped(1.0), torch.tensor([[0.5, 0.0], [0.0, 4096.0]])).tolist()
         [0.25, 0.5]
     """
-    checks.number("max_norm", max_norm, "pass the longest norm of a client's update, above 0.", lambda norm: norm > 0)
+    checks.number("max_norm", max_norm, "pass the largest norm of a client's update, above 0.", lambda norm: norm > 0)
     rule = mean() if inner is None else inner
     if not isinstance(rule, Aggregator):
         raise TypeError(f"inner={inner!r}: pass an aggregators.Aggregator such as aggregators.median(), or None.")

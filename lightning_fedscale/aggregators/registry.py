@@ -64,15 +64,13 @@ def aggregator_of(value: object) -> Aggregator:
     checks.called("aggregator", value, "aggregators", FACTORIES)
     if not isinstance(value, Aggregator):
         names = ", ".join(repr(name) for name, make in _BY_NAME.items() if not checks.needed(make))
-        raise TypeError(
-            f"aggregator={value!r}: pass one of {names}, or an aggregators.Aggregator such as aggregators.krum(1)."
-        )
+        raise TypeError(f"aggregator={value!r}: pass one of {names}, or an Aggregator such as aggregators.krum(1).")
     takes = ("total", "cohort") if value.init_state is None else ("total", "cohort", "state")
     try:
         inspect.signature(value.finish).bind(*takes)
     except TypeError as error:
         raise TypeError(
-            f"aggregator: {error}; finish is a function of ({', '.join(takes)})"
-            f"{', and of a state where there is an init_state' if value.init_state is None else ''}."
+            f"aggregator: finish has other arguments ({error}): pass a function of ({', '.join(takes)})"
+            f"{', or pass init_state=... as well to keep a state' if value.init_state is None else ''}."
         ) from None
     return value

@@ -99,7 +99,7 @@ def needing(rule: Aggregator, clients: int, name: str) -> Aggregator:
 def _init_enough(like: Tensor, cohort: Cohort, *, rule: Aggregator, clients: int, name: str) -> Tensor:
     if 0 < len(cohort.clients) < clients:
         raise ValueError(
-            f"aggregator={name} needs at least {clients} clients in a round to bear what it promises, and round"
-            f" {cohort.round} has {len(cohort.clients)}: raise clients_per_round, or lower its arguments."
+            f"aggregator={name}: it needs at least {clients} clients in a round, and round {cohort.round} has"
+            f" {len(cohort.clients)}: raise clients_per_round, or lower its arguments."
         )
     return rule.init(like, cohort)

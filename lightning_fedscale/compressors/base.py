@@ -75,6 +75,6 @@ def check_length(payload: bytes, expected: int, name: str) -> None:
     """
     if len(payload) != expected:
         raise ValueError(
-            f"payload of {len(payload)} bytes: a message of {name} for these parameters has {expected}. It was made by"
-            " another compressor or for another model."
+            f"payload has {len(payload)} bytes: a message of {name} for these parameters has {expected}: pass a message"
+            " of the same compressor and model."
         )

@@ -59,14 +59,14 @@ def phase_driven(phase: HasPhase, critical: Compressor, otherwise: Compressor) -
     """
     if not hasattr(phase, "critical"):
         raise TypeError(
-            f"phase={phase!r}: pass an object with an attribute critical, such as a CriticalPhase callback."
+            f"phase={phase!r}: pass an object with the attribute critical, such as a CriticalPhase callback."
         )
     rules = check_compressor("critical", critical), check_compressor("otherwise", otherwise)
     for rule in rules:
         if rule.keeps_error:
             raise ValueError(
-                f"phase_driven: {rule.name} would keep its errors while the other one sends: put error_feedback around"
-                " the whole, error_feedback(phase_driven(...))."
+                f"phase_driven({rule.name}): its errors would not be sent while the other compressor is in use: apply"
+                " error_feedback last, error_feedback(phase_driven(...))."
             )
     return Compressor(
         f"phase_driven(critical={critical.name}, otherwise={otherwise.name})",
@@ -151,12 +151,14 @@ def adaptive(
     """
     compress = _top_k_by_factor if compress is None else compress
     if not callable(compress):
-        raise TypeError(f"compress={compress!r}: pass a function, lambda factor: compressors.top_k(ratio=1 / factor).")
+        raise TypeError(f"compress={compress!r}: pass a function such as lambda factor: top_k(ratio=1 / factor).")
     bounds = "pass a compression factor above 1, at most highest."
     most = checks.number("highest", highest, bounds, lambda factor: factor > 1)
     rule = _Rule(
         compress,
-        checks.number("threshold", threshold, "pass the part of the squared norm to be sent, in (0, 1].", _is_share),
+        checks.number(
+            "threshold", threshold, "pass the least share of the squared norm to send, in (0, 1].", _is_share
+        ),
         checks.number("lowest", lowest, bounds, lambda factor: 1 < factor <= most),
         most,
         checks.number("growth", growth, "pass a number above 1.", lambda factor: factor > 1),
@@ -166,7 +168,7 @@ def adaptive(
     )
     first = check_compressor("compress(lowest)", compress(rule.lowest))
     if first.stateful:
-        raise ValueError(f"compress={first.name}: it keeps a state; pass one that does not, such as top_k.")
+        raise ValueError(f"compress: it returned {first.name}, which has a state: return one without, such as top_k.")
     return Compressor(
         f"adaptive({first.name}, threshold={rule.threshold:g})",
         partial(_init_factors, rule=rule),

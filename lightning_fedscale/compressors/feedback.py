@@ -46,11 +46,11 @@ def error_feedback(compressor: Compressor) -> Compressor:
     """
     check_compressor("compressor", compressor)
     if compressor.keeps_error:
-        raise ValueError(f"error_feedback({compressor.name}): it keeps its errors already; leave one of the two away.")
+        raise ValueError(f"error_feedback({compressor.name}): it already keeps its errors: remove one error_feedback.")
     if not compressor.contractive:
         raise ValueError(
-            f"error_feedback({compressor.name}): its errors can be longer than the update and would grow without bound"
-            " when fed back. They average out by themselves: leave error_feedback away"
+            f"error_feedback({compressor.name}): its errors can be larger than the update, so they would grow without"
+            " bound; they average out without feedback: remove error_feedback"
             + (", or pass unbiased=False." if compressor.name.startswith("random_k") else ".")
         )
     return Compressor(

@@ -44,7 +44,7 @@ def power_sgd(rank: int = 2, min_compression: float = 2.0) -> Compressor:
         (512, True)
     """
     rank = checks.integer("rank", rank)
-    remedy = "pass a number of at least 1, 2 as the authors' code does."
+    remedy = "pass a number of at least 1, such as 2."
     plan = _Plan(rank, checks.number("min_compression", min_compression, remedy, lambda factor: factor >= 1))
     name = f"power_sgd({rank})" if plan.least == 2 else f"power_sgd({rank}, min_compression={plan.least:g})"
     return Compressor(

@@ -123,8 +123,7 @@ class _Grid(NamedTuple):
 def _compressor(
     name: str, grid: _Grid, per_tensor: bool, *, unbiased: bool = False, contractive: bool = False
 ) -> Compressor:
-    if not isinstance(per_tensor, bool):
-        raise TypeError(f"per_tensor={per_tensor!r}: pass True or False.")
+    checks.flag("per_tensor", per_tensor)
     encode = partial(_encode, grid=grid, per_tensor=per_tensor)
     decode = partial(_decode, grid=grid, per_tensor=per_tensor, name=name)
     return Compressor(name, no_state, encode, decode, unbiased=unbiased, contractive=contractive)

@@ -49,7 +49,7 @@ def by_name(name: str, argument: str = "compressor") -> Compressor:
     """
     if name == "error_feedback":
         raise ValueError(
-            f"{argument}={name!r} wraps another one: pass an object, compressors.{name}(compressors.top_k(0.1))."
+            f"{argument}={name!r} needs compressor: pass an object, compressors.{name}(compressors.top_k(0.1))."
         )
     compressor: Compressor = checks.named(argument, name, {**FACTORIES, **WRAPPERS})()
     return compressor

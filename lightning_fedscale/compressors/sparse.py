@@ -23,10 +23,10 @@ class _Share(NamedTuple):
     @classmethod
     def checked(cls, ratio: float | None, k: int | None) -> _Share:
         if ratio is not None and k is not None:
-            raise ValueError(f"ratio={ratio} and k={k}: give one of them.")
+            raise ValueError(f"ratio={ratio} and k={k}: pass only one of them.")
         if k is not None:
             return cls(0.0, checks.integer("k", k))
-        remedy = "pass a share of the elements in (0, 1], 0.01 sends one in a hundred; for their number pass k=..."
+        remedy = "pass a share of the elements in (0, 1], such as 0.01, or their number as k=..."
         return cls(checks.number("ratio", 0.01 if ratio is None else ratio, remedy, lambda share: 0 < share <= 1), None)
 
     def of(self, elements: int) -> int:
@@ -86,8 +86,7 @@ def random_k(ratio: float | None = None, k: int | None = None, unbiased: bool = 
         (128, [0.0, 0.0, 2.0, 2.0])
     """
     share = _Share.checked(ratio, k)
-    if not isinstance(unbiased, bool):
-        raise TypeError(f"unbiased={unbiased!r}: pass True or False.")
+    checks.flag("unbiased", unbiased)
     name = f"random_k({share})" if unbiased else f"random_k({share}, unbiased=False)"
     return Compressor(
         name,

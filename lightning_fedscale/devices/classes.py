@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -52,23 +51,19 @@ class DeviceClass:
 
     def __post_init__(self) -> None:
         if not isinstance(self.name, str) or not self.name:
-            raise TypeError(f"DeviceClass: name={self.name!r}: give it a name, such as 'phone'.")
+            raise TypeError(f"DeviceClass: name={self.name!r}: pass a name, such as 'phone'.")
         for field in ("memory", "flops", "memory_bandwidth", "up", "down"):
-            value = getattr(self, field)
-            if not checks.is_number(value):
-                raise TypeError(f"DeviceClass {self.name!r}: {field}={value!r}: pass a number.")
-            if not value > 0:
-                raise ValueError(
-                    f"DeviceClass {self.name!r}: {field}={value!r}: pass more than 0; math.inf is allowed."
-                )
+            remedy = "pass a number above 0; math.inf is allowed."
+            checks.number(f"DeviceClass {self.name!r}: {field}", getattr(self, field), remedy, lambda found: found > 0)
         if not math.isfinite(self.memory):
-            raise ValueError(f"DeviceClass {self.name!r}: memory={self.memory!r}: pass a number of bytes.")
+            raise ValueError(f"DeviceClass {self.name!r}: memory={self.memory!r}: pass a finite number of bytes.")
         if not checks.is_number(self.latency) or not 0 <= self.latency < math.inf:
-            raise ValueError(f"DeviceClass {self.name!r}: latency={self.latency!r}: pass seconds, 0 or more.")
+            raise ValueError(
+                f"DeviceClass {self.name!r}: latency={self.latency!r}: pass a finite number of seconds, at least 0."
+            )
         if not checks.is_number(self.availability) or not 0 < self.availability <= 1:
             raise ValueError(
-                f"DeviceClass {self.name!r}: availability={self.availability!r}: pass a probability, above 0 and at"
-                " most 1."
+                f"DeviceClass {self.name!r}: availability={self.availability!r}: pass a probability in (0, 1]."
             )
         object.__setattr__(self, "memory", int(self.memory))
 
@@ -86,15 +81,10 @@ def device_class(which: str | DeviceClass) -> DeviceClass:
     if isinstance(which, DeviceClass):
         return which
     if not isinstance(which, str):
-        raise TypeError(f"device class {which!r}: pass a DeviceClass or one of {', '.join(map(repr, CATALOGUE))}.")
+        raise TypeError(f"device_class={which!r}: pass a DeviceClass, or one of {', '.join(map(repr, CATALOGUE))}.")
     if (found := CATALOGUE.get(which.lower())) is not None:
         return found
-    close = difflib.get_close_matches(which.lower(), CATALOGUE, n=1)
-    hint = f" Did you mean {close[0]!r}?" if close else ""
-    raise ValueError(
-        f"device class {which!r} is not in the catalogue: {', '.join(map(repr, CATALOGUE))}.{hint} For other hardware"
-        " make a DeviceClass of its figures."
-    )
+    raise ValueError(f"{checks.unknown('device_class', which, CATALOGUE)} For other hardware, pass a DeviceClass.")
 
 
 _LTE = "link: nominal LTE category 4 (3GPP TS 36.306)"

@@ -174,8 +174,8 @@ class Fleet:
         usable = usable_bytes(device.memory, self.population.headroom)
         if (peak := self._model.peak(max(size, self._model.smallest))) > usable:
             raise ValueError(
-                f"population: batch_size={size} for device class {device.name!r} takes {format_bytes(peak)}, and"
-                f" {format_bytes(usable)} may be used: at most {self._largest[number]} fit."
+                f"population: batch_size={size} takes {format_bytes(peak)} on device class {device.name!r}, which has"
+                f" {format_bytes(usable)} for it: pass at most {self._largest[number]}."
             )
         return size
 

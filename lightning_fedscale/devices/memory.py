@@ -15,6 +15,7 @@ from lightning_fedscale.devices.profiling.costs import StepCost
 from lightning_fedscale.devices.profiling.dry_run import DryRun, DryRunResult, MakeOptimizer
 from lightning_fedscale.devices.profiling.memory_tracker import OverBudget
 from lightning_fedscale.devices.profiling.search import largest_within
+from lightning_fedscale.utils import checks
 from lightning_fedscale.utils.memory import format_bytes, free_memory
 
 if TYPE_CHECKING:
@@ -79,10 +80,9 @@ def estimate_memory(
     """
     if not isinstance(module, nn.Module):
         raise TypeError(f"module={module!r}: pass a LightningModule.")
-    if device not in ("auto", "cpu", "cuda", "other"):
-        raise ValueError(f"device={device!r}: choose 'auto', 'cpu', 'cuda' or 'other'.")
+    checks.one_of("device", device, ("auto", "cpu", "cuda", "other"))
     if isinstance(accumulate, bool) or not isinstance(accumulate, int) or accumulate < 1:
-        raise ValueError(f"accumulate={accumulate!r}: pass the number of batches per optimizer step, at least 1.")
+        raise ValueError(f"accumulate={accumulate!r}: pass a number of batches per optimizer step, at least 1.")
     if device == "auto":
         device = next((parameter.device.type for parameter in module.parameters()), "cpu")
     dry_run = DryRun(
@@ -230,9 +230,9 @@ class MemoryModel:
         own = run.peak.total
         if shared + own > usable:
             raise ValueError(
-                f"budget={format_bytes(budget)} does not hold one client with a batch of {batch}: that takes"
-                f" {format_bytes(shared + own)}, {format_bytes(shared + own - usable)} more than there is after"
-                f" headroom={headroom:g}."
+                f"budget={format_bytes(budget)}: one client with batch={batch} takes {format_bytes(shared + own)},"
+                f" {format_bytes(shared + own - usable)} more than the budget has with headroom={headroom:g}: pass a"
+                " larger budget, or a smaller batch."
             )
         return (usable - shared) // own
 
@@ -246,10 +246,10 @@ class MemoryModel:
             part, size = max(self.breakdown(self.smallest).items(), key=lambda item: item[1])
             samples = "one sample" if self.smallest == 1 else f"{self.smallest} samples"
             raise ValueError(
-                f"a step with {samples} takes {format_bytes(needed)}, {needed - usable:,} bytes more than the"
-                f" {format_bytes(usable)} that may be used; the largest part is {part} with {format_bytes(size)}. Use a"
-                " larger budget, a smaller model, a lower precision, activation checkpointing, or an optimizer with"
-                " less state."
+                f"budget={format_bytes(usable)} (without headroom): a step with {samples} takes {format_bytes(needed)},"
+                f" {needed - usable:,} bytes more; the largest part is {part} with {format_bytes(size)}. Use a larger"
+                " budget, a smaller model, a lower precision, activation checkpointing, or an optimizer with less"
+                " state."
             )
 
     def table(self, batches: Sequence[int] | None = None) -> pd.DataFrame:

@@ -94,7 +94,7 @@ class StepTimes(NamedTuple):
             ValueError: if there is no measurement.
         """
         if not self.measurements:
-            raise ValueError("StepTimes: no step has been measured yet.")
+            raise ValueError("StepTimes: no step has been measured: add one with a time above 0 first.")
         determinant = self.steps_squared * self.samples_squared - self.both**2
         solvable = determinant > 1e-9 * self.steps_squared * self.samples_squared
         only_samples = 0.0, self.samples / self.samples_squared if self.samples_squared else 0.0
@@ -196,7 +196,9 @@ class PerformanceModel:
         for name in ("noise_scale", "max_batch"):
             value = getattr(self, name)
             if value is not None:
-                checks.number(name, value, "pass more than 0, or None if it is not known.", lambda number: number > 0)
+                checks.number(
+                    name, value, "pass a number above 0, or None if it is unknown.", lambda number: number > 0
+                )
 
     def time_per_round(self, batch: int, clients: int, local_steps: int = 1) -> float:
         """Return the seconds of a round, in which all clients compute in parallel and then communicate."""
@@ -218,7 +220,8 @@ class PerformanceModel:
         _check_positive(batch=batch, clients=clients, local_steps=local_steps, min_steps=min_steps)
         if self.noise_scale is None:
             raise ValueError(
-                "noise_scale=None: without the gradient noise scale nobody knows how many steps are needed."
+                "noise_scale=None: the number of steps is unknown without the gradient noise scale: pass it to"
+                " PerformanceModel."
             )
         return min_steps * (1 + self.noise_scale / (clients * batch)) / local_steps
 
@@ -250,8 +253,8 @@ class PerformanceModel:
         if per_sample <= 0:
             if self.max_batch is None:
                 raise ValueError(
-                    "max_batch=None: these steps take the same time for any batch, so the largest is the fastest; say"
-                    " how large it may be."
+                    "max_batch=None: these steps take the same time for any batch, so the largest batch is the fastest:"
+                    " pass the largest one that fits to PerformanceModel."
                 )
             return self.max_batch
         if self.noise_scale is None:
@@ -301,4 +304,4 @@ class PerformanceModel:
 def _check_positive(**arguments: float) -> None:
     for name, value in arguments.items():
         if not value > 0:
-            raise ValueError(f"{name}={value!r}: pass more than 0.")
+            raise ValueError(f"{name}={value!r}: pass a number above 0.")

@@ -59,25 +59,25 @@ class Population:
         seed: int = 0,
     ) -> None:
         if not isinstance(shares, Mapping) or not shares:
-            raise TypeError(f"shares={shares!r}: pass shares by device class, {{'phone': 0.7, 'jetson': 0.3}}.")
+            raise TypeError(f"shares={shares!r}: pass shares by device class, such as {{'phone': 0.7, 'jetson': 0.3}}.")
         self.classes: tuple[DeviceClass, ...] = tuple(map(device_class, shares))
         names = [each.name for each in self.classes]
         if len(set(names)) < len(names):
-            raise ValueError(f"shares: {', '.join(names)}: give every device class another name.")
+            raise ValueError(f"shares: device classes {', '.join(names)}: give each of them its own name.")
         for name, share in zip(names, shares.values(), strict=True):
             if not checks.is_number(share) or not 0 < share < math.inf:
-                raise ValueError(f"shares: {name!r} has {share!r}: pass a share above 0, or leave the class out.")
+                raise ValueError(f"shares[{name!r}]={share!r}: pass a share above 0, or leave this device class out.")
         amounts = np.array([float(share) for share in shares.values()])
         self.shares: FloatArray = amounts / amounts.sum()
         self.batch_size = _checked_rule(batch_size, names)
         if not checks.is_number(over_selection) or not 1 <= over_selection < math.inf:
             raise ValueError(f"over_selection={over_selection!r}: pass a factor of at least 1, such as 1.3.")
         if deadline is not None and (not checks.is_number(deadline) or not deadline > 0):
-            raise ValueError(f"deadline={deadline!r}: pass seconds above 0, or None.")
+            raise ValueError(f"deadline={deadline!r}: pass a number of seconds above 0, or None.")
         if isinstance(min_clients, bool) or not isinstance(min_clients, int) or min_clients < 1:
             raise ValueError(f"min_clients={min_clients!r}: pass a number of clients, at least 1.")
         if noise_scale is not None and (not checks.is_number(noise_scale) or not noise_scale > 0):
-            raise ValueError(f"noise_scale={noise_scale!r}: pass samples, more than 0, or None.")
+            raise ValueError(f"noise_scale={noise_scale!r}: pass a number of samples above 0, or None.")
         if not checks.is_number(headroom) or not 0 <= headroom < 1:
             raise ValueError(f"headroom={headroom!r}: pass the share of memory to leave free, in [0, 1).")
         if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
@@ -192,11 +192,13 @@ def select(
 def _checked_rule(rule: object, names: list[str]) -> BatchRule | dict[str, int]:
     if isinstance(rule, Mapping):
         if set(rule) != set(names):
-            raise ValueError(f"batch_size={dict(rule)!r}: give a number for each of {', '.join(map(repr, names))}.")
+            raise ValueError(f"batch_size={dict(rule)!r}: pass one number for each of {', '.join(map(repr, names))}.")
         for name, size in rule.items():
             if isinstance(size, bool) or not isinstance(size, int) or size < 1:
-                raise ValueError(f"batch_size: {name!r} has {size!r}: pass a number of samples, at least 1.")
+                raise ValueError(f"batch_size[{name!r}]={size!r}: pass a number of samples, at least 1.")
         return dict(rule)
     if rule not in RULES:
-        raise ValueError(f"batch_size={rule!r}: choose {', '.join(map(repr, RULES))}, or pass numbers by device class.")
+        raise ValueError(
+            f"batch_size={rule!r}: pass one of {', '.join(map(repr, RULES))}, or a dict of numbers by device class."
+        )
     return rule  # type: ignore[return-value]

@@ -170,9 +170,9 @@ def _confirm(
         second = measure(quarter) if quarter < half else first
         if not second.fits:
             raise ValueError(
-                f"budget={format_bytes(usable)}: a real step with {quarter} samples runs out of memory, though"
-                f" {format_bytes(model.peak(quarter))} are predicted: something else uses this memory. Free it, or pass"
-                " a smaller budget."
+                f"budget={format_bytes(usable)}: a real step with {quarter} samples ran out of memory, although it is"
+                f" predicted to take {format_bytes(model.peak(quarter))}: something else uses this memory. Free it, or"
+                " pass a smaller budget."
             )
         return _Confirmation(quarter, True, second.peak_bytes, quarter, 2, 1)
     predicted, taken = model.peak(half), first.peak_bytes or 0

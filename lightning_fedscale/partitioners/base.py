@@ -55,7 +55,7 @@ class Partitioner(ABC):
         """
         if self._dataset is None:
             raise AttributeError(
-                f"{type(self).__name__} has no dataset yet: assign one first, partitioner.dataset = dataset_or_labels"
+                f"{type(self).__name__} has no dataset: assign one first, partitioner.dataset = dataset."
             )
         return self._dataset
 

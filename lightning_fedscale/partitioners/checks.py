@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import numpy as np
 import numpy.typing as npt
 
@@ -37,7 +35,7 @@ def whole_partition(value: object) -> None:
         TypeError: it is not a Partition.
     """
     if not isinstance(value, Partition):
-        raise TypeError(f"partition={value!r}: pass a Partition, such as partitioner.partition or Partition.from_lists")
+        raise TypeError(f"partition={value!r}: pass a Partition, such as partitioner.partition.")
 
 
 def column(partition_by: object) -> None:
@@ -45,7 +43,7 @@ def column(partition_by: object) -> None:
     if partition_by is not None and not isinstance(partition_by, str):
         raise TypeError(
             f"partition_by={partition_by!r}: pass the name of a column, the position of an entry as a string, such as"
-            " '1', or None; give the arguments after it by keyword"
+            " '1', or None; pass the arguments after it by keyword."
         )
 
 
@@ -59,9 +57,9 @@ def concentration(alpha: object) -> float | npt.NDArray[np.float64]:
     try:
         values = np.asarray(alpha, dtype=np.float64)
     except (TypeError, ValueError):
-        raise TypeError(f"alpha={alpha!r}: pass a positive number or a list of them") from None
+        raise TypeError(f"alpha={alpha!r}: pass a number above 0, such as 0.5, or a list of them.") from None
     if alpha is None or not values.size or not (np.isfinite(values) & (values > 0)).all():
-        raise ValueError(f"alpha={alpha!r}: pass a positive, finite number (try alpha=0.5), or a list of them")
+        raise ValueError(f"alpha={alpha!r}: pass a finite number above 0, such as 0.5, or a list of them.")
     return float(values) if values.ndim == 0 else values.ravel()
 
 
@@ -74,12 +72,12 @@ def sizes(name: str, value: object, minimum: int) -> IntArray:
     """
     array = np.asarray(value)
     if array.ndim != 1 or (array.size and array.dtype.kind not in "iu"):
-        raise TypeError(f"{name}={value!r}: pass a list of integers, one size per client")
+        raise TypeError(f"{name}={value!r}: pass a list of integers, one size per client.")
     if not array.size:
-        raise ValueError(f"{name}={value!r}: pass the size of at least one client")
+        raise ValueError(f"{name}={value!r}: pass the size of at least one client.")
     if (array < minimum).any():
         i = int(np.argmax(array < minimum))
-        raise ValueError(f"{name}[{i}]={array[i]}: every size must be at least {minimum}")
+        raise ValueError(f"{name}[{i}]={array[i]}: pass sizes of at least {minimum}.")
     return array.astype(np.int64)
 
 
@@ -89,22 +87,19 @@ def enough_samples(num_samples: int, num_partitions: int, min_partition_size: in
     Example:
         >>> enough_samples(num_samples=3, num_partitions=5)
         Traceback (most recent call last):
-        ValueError: num_partitions=5: more clients than samples (3); lower num_partitions to at most 3
+        ValueError: num_partitions=5: pass at most the number of samples, 3.
     """
     if num_partitions > num_samples:
-        raise ValueError(
-            f"num_partitions={num_partitions}: more clients than samples ({num_samples}); "
-            f"lower num_partitions to at most {num_samples}"
-        )
+        raise ValueError(f"num_partitions={num_partitions}: pass at most the number of samples, {num_samples}.")
     if num_partitions * min_partition_size > num_samples:
         raise ValueError(
-            f"min_partition_size={min_partition_size} for num_partitions={num_partitions} clients needs "
-            f"{num_partitions * min_partition_size} samples, there are {num_samples}: lower min_partition_size to at "
-            f"most {math.floor(num_samples / num_partitions)}, or num_partitions"
+            f"min_partition_size={min_partition_size} with num_partitions={num_partitions}: this needs"
+            f" {num_partitions * min_partition_size} samples, and there are {num_samples}: pass a min_partition_size of"
+            f" at most {num_samples // num_partitions}, or lower num_partitions."
         )
 
 
 def given(name: str, value: object, example: str) -> None:
     """Check that a required argument was given (it has a default because it follows the optional ``partition_by``)."""
     if value is None:
-        raise ValueError(f"{name} is missing: for example {example}")
+        raise ValueError(f"{name}=None: this argument is required: {example}.")

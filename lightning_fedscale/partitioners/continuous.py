@@ -34,20 +34,23 @@ def continuous_partition(
     checks.enough_samples(len(values), num_partitions)
     if values.dtype.kind not in "iufb":
         raise ValueError(
-            f"the property has dtype {values.dtype}: ContinuousPartitioner needs numbers; choose partition_by"
+            f"partition_by: the property has dtype {values.dtype}, and ContinuousPartitioner needs numbers: name a"
+            " column of numbers."
         )
     values = values.astype(np.float64)
     if not np.isfinite(values).all():
         i = int(np.argmin(np.isfinite(values)))
-        raise ValueError(f"the property of sample {i} is {values[i]}: drop such samples or give them a value")
+        raise ValueError(
+            f"the property of sample {i} is {values[i]}: remove such samples, or give them a finite value."
+        )
     rng = np.random.default_rng(seed)
     scores = (1 - strictness) * rng.standard_normal(len(values))
     if strictness > 0:
         deviation = values.std()
         if deviation <= 1e-12 * np.abs(values).max():
             raise ValueError(
-                f"strictness={strictness}: all values of the property are equal, nothing can be sorted by it; choose "
-                "another partition_by, or strictness=0"
+                f"strictness={strictness}: all values of the property are equal, so they give no order: pass another"
+                " partition_by, or strictness=0."
             )
         scores += strictness * (values - values.mean()) / deviation
     owner = np.empty(len(values), dtype=np.int64)

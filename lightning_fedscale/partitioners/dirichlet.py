@@ -151,8 +151,8 @@ class DirichletPartitioner(Partitioner):
         self.alpha = checks.concentration(alpha)
         if np.ndim(self.alpha) and np.size(self.alpha) != num_partitions:
             raise ValueError(
-                f"alpha has {np.size(self.alpha)} entries for num_partitions={num_partitions}: give one per client, or "
-                "a single number"
+                f"alpha has {np.size(self.alpha)} entries for num_partitions={num_partitions}: pass one per client, or"
+                " a single number."
             )
         self.min_partition_size = checks.integer("min_partition_size", min_partition_size, minimum=0)
         checks.seed_value(seed)

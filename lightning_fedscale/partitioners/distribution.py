@@ -53,8 +53,8 @@ def distribution_partition(
         if (counts.sum(axis=1) > np.diff(starts)).any():
             k = int(np.argmax(counts.sum(axis=1) - np.diff(starts)))
             raise ValueError(
-                f"distribution_array asks for {counts[k].sum()} samples of class {classes[k]}, there are "
-                f"{starts[k + 1] - starts[k]}: lower the row, or use rescale=True"
+                f"distribution_array: its row for class {classes[k]} takes {counts[k].sum()} samples, and there are"
+                f" {starts[k + 1] - starts[k]}: lower the row, or pass rescale=True."
             )
     owner = np.full(len(labels), -1, dtype=np.int64)
     for k, samples in enumerate(np.split(members, starts[1:-1])):
@@ -70,16 +70,18 @@ def distribution_partition(
 def _check_shapes(num_classes: int, table: npt.NDArray[Any], num_partitions: int, per_partition: int) -> int:
     if num_partitions % num_classes:
         raise ValueError(
-            f"num_partitions={num_partitions} is not a multiple of the {num_classes} classes: try "
-            f"num_partitions={max(1, num_partitions // num_classes) * num_classes}"
+            f"num_partitions={num_partitions}: pass a multiple of the number of classes, {num_classes}, such as"
+            f" {max(1, num_partitions // num_classes) * num_classes}."
         )
     if per_partition > num_classes:
-        raise ValueError(f"num_unique_labels_per_partition={per_partition}: the dataset has {num_classes} classes only")
+        raise ValueError(
+            f"num_unique_labels_per_partition={per_partition}: pass at most the number of classes, {num_classes}."
+        )
     num_columns = per_partition * num_partitions // num_classes
     if table.shape != (num_classes, num_columns):
         raise ValueError(
-            f"distribution_array has shape {table.shape}: it must be ({num_classes}, {num_columns}), classes x "
-            "(num_unique_labels_per_partition * num_partitions / classes)"
+            f"distribution_array has shape {table.shape}: pass ({num_classes}, {num_columns}), which is classes x"
+            " (num_unique_labels_per_partition * num_partitions / classes)."
         )
     return num_columns
 
@@ -90,8 +92,8 @@ def _rescale(table: npt.NDArray[Any], stock: IntArray, preassigned: int, rng: np
     free = stock - preassigned * num_columns
     if (free < 0).any():
         raise ValueError(
-            f"preassigned_num_samples_per_label={preassigned}: {num_columns} clients share a class of {stock.min()} "
-            f"samples; lower it to at most {stock.min() // num_columns}"
+            f"preassigned_num_samples_per_label={preassigned}: {num_columns} clients share a class of {stock.min()}"
+            f" samples: pass at most {stock.min() // num_columns}."
         )
     shares = table / table.sum(axis=1, keepdims=True)
     counts: IntArray = np.floor(shares * free[:, None]).astype(np.int64) + preassigned
@@ -146,13 +148,13 @@ class DistributionPartitioner(Partitioner):
         self.distribution_array = np.asarray(distribution_array)
         if self.distribution_array.dtype.kind not in "iuf" or self.distribution_array.ndim != 2:
             raise TypeError(
-                f"distribution_array has dtype {self.distribution_array.dtype}, shape {self.distribution_array.shape}: "
-                "pass a 2-D array of numbers, one row per class"
+                f"distribution_array has dtype {self.distribution_array.dtype}, shape {self.distribution_array.shape}:"
+                " pass a 2-D array of numbers, one row per class."
             )
         values = self.distribution_array
         if not np.isfinite(values).all() or (values < 0).any() or (rescale and not values.any(axis=1).all()):
             raise ValueError(
-                "distribution_array must be finite and not negative, and with rescale=True no row may be all zero"
+                "distribution_array: pass finite numbers of at least 0, and with rescale=True no row of zeros only."
             )
         self.num_unique_labels_per_partition = checks.integer(
             "num_unique_labels_per_partition", num_unique_labels_per_partition

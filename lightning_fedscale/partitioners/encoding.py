@@ -50,9 +50,8 @@ def encode_classes(labels: npt.NDArray[Any]) -> tuple[npt.NDArray[Any], IntArray
     """
     if labels.dtype.kind in "fcmM":
         raise ValueError(
-            f"labels have dtype {labels.dtype}, but classes are needed: pass integers or strings "
-            "(labels.astype(int)), name another column with partition_by, or use ContinuousPartitioner for a "
-            "real-valued target"
+            f"labels have dtype {labels.dtype}, and this needs classes: pass integers or strings (labels.astype(int)),"
+            " name another column with partition_by, or use ContinuousPartitioner for a real-valued target."
         )
     return encode(labels)
 
@@ -66,7 +65,9 @@ def _check_none_missing(values: npt.NDArray[Any]) -> None:
         return
     if missing.any():
         i = int(np.argmax(missing))
-        raise ValueError(f"the value of sample {i} is missing ({values[i]}): drop such samples or give them a value")
+        raise ValueError(
+            f"the label or id of sample {i} is missing ({values[i]}): remove such samples, or give them one."
+        )
 
 
 def _encode_objects(values: npt.NDArray[Any]) -> tuple[npt.NDArray[Any], IntArray]:

@@ -80,8 +80,8 @@ class FilePartitioner(FinishedPartitioner):
             partition = Partition.load(self.path)
         except OSError as error:
             raise ValueError(
-                f"partitioner={self.path!r}: cannot be read: {error.strerror}. Pass the file that Partition.save or"
-                " fedscale partition --save wrote."
+                f"partitioner={self.path!r}: the file cannot be read: {error.strerror}. Pass a file that Partition.save"
+                " or fedscale partition --save wrote."
             ) from None
         except ValueError as error:
             raise ValueError(f"partitioner={self.path!r}: {error}") from error
@@ -93,7 +93,7 @@ class FilePartitioner(FinishedPartitioner):
             others = f", or pass Partition.load({self.path!r}) to train on these alone" if divided < samples else ""
             raise ValueError(
                 f"it divides {divided:,} samples, and the dataset has {samples:,}, so it was made for other data."
-                f" Divide this dataset and save that, fedscale partition --save{others}."
+                f" Partition this dataset with fedscale partition --save{others}."
             )
         return super()._split()
 

@@ -71,7 +71,9 @@ def _by_sample(partition: Partition, fraction: float, seed: int | None) -> npt.N
 def _by_client(partition: Partition, fraction: float, seed: int | None) -> npt.NDArray[np.bool_]:
     candidates = np.flatnonzero(partition.sizes)
     if len(candidates) < 2:
-        raise ValueError(f'by="client" needs two clients with samples, there are {len(candidates)}: use by="sample"')
+        raise ValueError(
+            f"by='client': this needs two clients with samples, and there are {len(candidates)}: pass by='sample'."
+        )
     num_held_out = min(int(np.floor(len(candidates) * fraction + 0.5)), len(candidates) - 1)
     if fraction > 0:
         num_held_out = max(num_held_out, 1)

@@ -47,7 +47,7 @@ def inner_dirichlet_partition(
     classes, codes = encode_classes(labels)
     if np.ndim(alpha) and np.size(alpha) != len(classes):
         raise ValueError(
-            f"alpha has {np.size(alpha)} entries for {len(classes)} classes: give one per class, or a number"
+            f"alpha has {np.size(alpha)} entries for {len(classes)} classes: pass one per class, or a single number."
         )
     alpha = np.broadcast_to(np.asarray(alpha, dtype=np.float64), (len(sizes), len(classes)))
     members, starts = group(codes, len(classes), order)

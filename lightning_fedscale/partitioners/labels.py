@@ -68,9 +68,9 @@ def find_labels(dataset: Any, partition_by: str | None = None) -> Labels:
     if labels is None:
         labels = _read(dataset, partition_by)
     if labels.ndim == 2 and labels.shape[1] > 1:
-        remedy = "pass one label per sample, for one-hot rows labels.argmax(axis=1)"
+        remedy = "pass one label per sample, for one-hot rows labels.argmax(axis=1)."
     else:
-        remedy = "pass one label per sample, a 1-D array"
+        remedy = "pass one label per sample, a 1-D array."
     if labels.shape != (size,):
         raise ValueError(f"labels have shape {labels.shape} for {size} samples: {remedy}")
     return labels
@@ -105,15 +105,15 @@ def num_samples(dataset: Any) -> int:
     """
     name = type(dataset).__name__
     if isinstance(dataset, (str, bytes, Mapping)):
-        raise TypeError(f"dataset is a {name}: pass a map-style dataset or a 1-D array of labels")
+        raise TypeError(f"dataset is a {name}: pass a map-style dataset, or a 1-D array of labels.")
     if _is_torch(dataset, "IterableDataset") or not (hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")):
         raise TypeError(
-            f"dataset is a {name}, without a length or without positions: pass a map-style dataset (with __len__ and "
-            "__getitem__) or a 1-D array of labels; load a stream into one first"
+            f"dataset is a {name}, which lacks __len__ or __getitem__: pass a map-style dataset, or a 1-D array of"
+            " labels. Load a stream into one of these first."
         )
     size = len(dataset)
     if size == 0:
-        raise ValueError(f"dataset ({name}) is empty: there is nothing to split")
+        raise ValueError(f"dataset is a {name} without samples: pass a dataset with at least one.")
     return size
 
 
@@ -212,8 +212,8 @@ def _choose(key: str | None, names: Sequence[Any]) -> str:
     for candidate in candidates:
         if candidate in names:
             return candidate
-    wanted = f"partition_by={key!r} is not among them" if key else f"none of them is one of {', '.join(_KEYS)}"
-    raise ValueError(f"the dataset has the columns {list(names)}, and {wanted}: pass partition_by=<one of them>")
+    wanted = "has no such column" if key else f"has no column {', '.join(_KEYS)}"
+    raise ValueError(f"partition_by={key!r}: the dataset {wanted}: pass the name of one of its columns, {list(names)}.")
 
 
 def _read(dataset: Any, key: str | None) -> Labels:
@@ -234,26 +234,28 @@ def _label_of(sample: Any, i: int, key: str | None) -> Any:
         label = sample[place]
     elif (label := _named(sample, key)) is None and key is not None:
         names = _names(sample)
-        remedy = f"pass partition_by=<one of {names}>"
+        remedy = f"pass one of {names}"
         if not names:
-            remedy = "pass partition_by=None for the last entry of each"
+            remedy = "pass None for the last entry of each sample"
             if isinstance(sample, (tuple, list)) and len(sample) > 1:
-                remedy = f"pass the position of an entry, partition_by='0' to '{len(sample) - 1}', None for the last"
+                remedy = f"pass the position of an entry, '0' to '{len(sample) - 1}', or None for the last"
         raise ValueError(
-            f"partition_by={key!r}: samples of type {name} have no columns, items or attributes of that name, or no "
-            f"value there (sample {i}), and the dataset has no such attribute; {remedy}, or an array of labels"
+            f"partition_by={key!r}: sample {i}, a {name}, has no value of that name, and neither has the dataset:"
+            f" {remedy}, or pass an array of labels as the dataset."
         )
     elif label is None:
         raise ValueError(
-            f"partition_by=None: sample {i} is a {name} without a label; let samples be (input, label), or a dict or "
-            "object and pass partition_by=<name>, or pass an array of labels instead of the dataset"
+            f"partition_by=None: no label was found in sample {i}, a {name}: pass the name of its label, let samples be"
+            " (input, label), or pass an array of labels as the dataset."
         )
     if hasattr(label, "item") and math.prod(getattr(label, "shape", ())) == 1:
         label = label.item()
     if not _is_scalar(label):
         shape = getattr(label, "shape", None)
         what = type(label).__name__ + ("" if shape is None else f" of shape {tuple(shape)}")
-        raise ValueError(f"the label of sample {i} is a {what}, not a single value: pass an array of labels instead")
+        raise ValueError(
+            f"the label of sample {i} is a {what}, not a single value: pass an array of labels as the dataset."
+        )
     return label
 
 
@@ -308,4 +310,4 @@ def _as_array(values: Any) -> Labels:
     try:
         return np.asarray(values)
     except ValueError as error:
-        raise ValueError(f"labels are not one value per sample ({error}): pass a 1-D array of labels") from None
+        raise ValueError(f"labels are not one value per sample ({error}): pass a 1-D array of labels.") from None

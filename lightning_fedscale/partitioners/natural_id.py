@@ -67,12 +67,12 @@ def _group_sizes(num_ids: int, group_size: int, mode: GroupMode) -> IntArray:
         return np.array([group_size] * num_full + [rest] * bool(rest))
     if num_full == 0:
         raise ValueError(
-            f'group_size={group_size}: there are {num_ids} ids only; lower it, or use mode="allow-smaller"'
+            f"group_size={group_size}: there are only {num_ids} ids: pass at most that many, or mode='allow-smaller'."
         )
     if mode == "strict" and rest:
         raise ValueError(
-            f'mode="strict": {num_ids} ids do not divide into groups of group_size={group_size}; choose a divisor, or '
-            "another mode"
+            f"group_size={group_size} with mode='strict': {num_ids} ids do not fill whole groups: pass a divisor of"
+            f" {num_ids}, or another mode."
         )
     return even_sizes(num_ids, num_full) if mode == "allow-bigger" else np.full(num_full, group_size)
 
@@ -83,7 +83,7 @@ def _find_ids(dataset: Any, partition_by: str | None) -> Labels:
         return np.fromiter(dataset, dtype=object, count=len(dataset))
     if partition_by is None and not is_array(dataset):
         # Do not fall back to the labels: one client per class would be a poor guess at the authors.
-        raise ValueError(f"partition_by is missing: {_where_ids_are(dataset)}")
+        raise ValueError(f"partition_by=None: {_where_ids_are(dataset)}.")
     return find_labels(dataset, partition_by)
 
 
@@ -94,13 +94,13 @@ def _where_ids_are(dataset: Any) -> str:
     name, entries = type(dataset).__name__, len(getattr(dataset, "tensors", ()))  # of a TensorDataset
     if not entries:
         return (
-            f'name the column of {name} that holds the ids, for example NaturalIdPartitioner(partition_by="user"), or'
-            ' their position where samples are tuples, partition_by="2"'
+            f'pass the column of {name} that has the ids, such as NaturalIdPartitioner(partition_by="user"), or their'
+            ' position in samples that are tuples, partition_by="2"'
         )
     attribute = 'or set them as an attribute, dataset.user = ids, and pass partition_by="user"'
     if entries > 2:
         return (
-            f"say which of the {entries} tensors of {name} holds the ids, for example"
+            f"pass the number of the tensor of {name} that has the ids, such as"
             f' NaturalIdPartitioner(partition_by="{entries - 1}"), {attribute}'
         )
     return (

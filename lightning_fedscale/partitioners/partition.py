@@ -53,14 +53,14 @@ class Partition:
         for name in ("indices", "offsets"):
             array = np.ascontiguousarray(getattr(self, name), dtype=np.int64).view()
             if array.ndim != 1:
-                raise ValueError(f"{name} has shape {array.shape}: it must have one dimension")
+                raise ValueError(f"{name} has shape {array.shape}: pass an array with one dimension.")
             array.flags.writeable = False
             object.__setattr__(self, name, array)
         offsets = self.offsets
         if len(offsets) < 2 or offsets[0] != 0 or offsets[-1] != len(self.indices) or (np.diff(offsets) < 0).any():
             raise ValueError(
-                f"offsets={offsets}: they must rise from 0 to {len(self.indices)}, the number of indices, and have one "
-                "entry more than there are clients; Partition.from_lists builds them for you"
+                f"offsets={offsets}: pass numbers that rise from 0 to the number of indices, {len(self.indices)}, one"
+                " more than there are clients; Partition.from_lists makes them."
             )
 
     @classmethod
@@ -81,15 +81,15 @@ class Partition:
         if isinstance(clients, Mapping):
             if set(clients) != set(range(len(clients))):
                 raise ValueError(
-                    f"clients has the keys {sorted(clients)[:10]}: number the clients 0 .. num_clients - 1"
+                    f"clients has the keys {sorted(clients)[:10]}: number the clients from 0 to num_clients - 1."
                 )
             clients = [clients[i] for i in range(len(clients))]
         if not isinstance(clients, Iterable):
-            raise TypeError(f"clients={clients!r}: pass a list of sample positions for each client, [[0, 2], [1]]")
+            raise TypeError(f"clients={clients!r}: pass a list of sample positions for each client, [[0, 2], [1]].")
         arrays = [np.asarray(client) for client in clients]
         for i, array in enumerate(arrays):
             if array.ndim != 1 or (array.size and array.dtype.kind not in "iu"):
-                raise ValueError(f"clients[{i}] has dtype {array.dtype}, shape {array.shape}: pass a list of integers")
+                raise ValueError(f"clients[{i}] has dtype {array.dtype}, shape {array.shape}: pass a list of integers.")
         sizes = np.array([array.size for array in arrays], dtype=np.int64)
         indices = np.concatenate(arrays).astype(np.int64) if arrays else np.empty(0, np.int64)
         partition = cls(indices, offsets_of(sizes))
@@ -122,7 +122,7 @@ class Partition:
         """
         i = operator.index(i)
         if not 0 <= i < self.num_clients:
-            raise IndexError(f"client {i} does not exist: the clients are 0 .. {self.num_clients - 1}")
+            raise IndexError(f"client {i} does not exist: pass a number from 0 to {self.num_clients - 1}.")
         return self.indices[self.offsets[i] : self.offsets[i + 1]]
 
     def covers(self, num_samples: int) -> bool:
@@ -180,23 +180,25 @@ class Partition:
             FileNotFoundError: there is no such file.
             ValueError: the file is not such a partition, or it was changed since it was saved.
         """
-        remedy = "restore the file, or split the dataset again and save that partition"
+        remedy = "restore the file, or partition the dataset again and save that."
         try:
             content = json.loads(Path(path).read_text(encoding="utf-8"))
             version, fingerprint = content["version"], content["fingerprint"]
             if version != _FORMAT_VERSION:
-                raise ValueError(f"version={version}, this library reads version {_FORMAT_VERSION}")
+                raise ValueError(f"version={version}, and this release reads version {_FORMAT_VERSION}")
             partition = cls(np.array(content["indices"], np.int64), np.array(content["offsets"], np.int64))
         except FileNotFoundError as error:
-            missing = FileNotFoundError(f"path={os.fspath(path)!r}: there is no such file; save a partition first")
+            missing = FileNotFoundError(f"path={os.fspath(path)!r}: there is no such file: save a partition first.")
             missing.strerror = error.strerror  # for callers that report only the reason
             raise missing from None
         except (KeyError, TypeError, OverflowError, ValueError) as error:
-            raise ValueError(f"{os.fspath(path)} is not a saved partition ({error}): {remedy}") from error
+            raise ValueError(
+                f"path={os.fspath(path)!r}: the file is not a saved partition ({error}): {remedy}"
+            ) from error
         if partition.fingerprint != fingerprint:
             raise ValueError(
-                f"{os.fspath(path)} was changed after it was saved: its content has the fingerprint "
-                f"{partition.fingerprint[:12]}..., the file claims {str(fingerprint)[:12]}...; {remedy}"
+                f"path={os.fspath(path)!r}: the file was changed after it was saved: its content has the fingerprint"
+                f" {partition.fingerprint[:12]}..., and it states {str(fingerprint)[:12]}...: {remedy}"
             )
         return partition
 
@@ -219,11 +221,13 @@ def check_partition(partition: Partition, num_samples: int | None = None) -> Non
         return
     if ordered[0] < 0 or (num_samples is not None and ordered[-1] >= num_samples):
         wrong = ordered[0] if ordered[0] < 0 else ordered[-1]
-        end = "" if num_samples is None else f" .. {num_samples - 1}"
-        raise ValueError(f"sample {wrong} is out of range: positions are 0{end}; was it made for another dataset?")
+        known = "of at least 0" if num_samples is None else f"from 0 to {num_samples - 1}"
+        raise ValueError(
+            f"sample {wrong} is not in the dataset: pass positions {known}, or the dataset that was partitioned."
+        )
     twice = ordered[:-1][ordered[:-1] == ordered[1:]]
     if len(twice):
-        raise ValueError(f"sample {twice[0]} appears more than once: every sample may belong to one client only")
+        raise ValueError(f"sample {twice[0]} appears more than once: give every sample to at most one client.")
 
 
 def offsets_of(sizes: npt.ArrayLike) -> IntArray:

@@ -43,7 +43,8 @@ def pathological_partition(
     classes, codes = encode_classes(labels)
     if num_classes_per_partition > len(classes):
         raise ValueError(
-            f"num_classes_per_partition={num_classes_per_partition}: the dataset has {len(classes)} classes only"
+            f"num_classes_per_partition={num_classes_per_partition}: pass at most the number of classes,"
+            f" {len(classes)}."
         )
     rng = np.random.default_rng(seed)
     order = deal_order(len(labels), shuffle, rng)
@@ -55,9 +56,9 @@ def pathological_partition(
     if (num_holders > num_members).any():
         worst = int(np.argmax(num_holders - num_members))
         raise ValueError(
-            f"num_partitions={num_partitions}, num_classes_per_partition={num_classes_per_partition}: class "
-            f"{classes[worst]} falls to {num_holders[worst]} clients but has {num_members[worst]} samples; lower one "
-            'or try class_assignment_mode="deterministic"'
+            f"num_partitions={num_partitions}, num_classes_per_partition={num_classes_per_partition}:"
+            f" {num_holders[worst]} clients share class {classes[worst]}, which has {num_members[worst]} samples: lower"
+            " one of them, or pass class_assignment_mode='deterministic'."
         )
     owner = np.full(len(labels), -1, dtype=np.int64)
     for k in np.flatnonzero(num_holders):
@@ -65,8 +66,8 @@ def pathological_partition(
         owner[members[starts[k] : starts[k + 1]]] = np.repeat(clients, even_sizes(int(num_members[k]), len(clients)))
     if not num_holders.all():
         warnings.warn(
-            f"no client has the classes {classes[num_holders == 0].tolist()}: their samples are left out; raise "
-            "num_partitions or num_classes_per_partition to use them",
+            f"No client has the classes {classes[num_holders == 0].tolist()}, so their samples are not used: raise"
+            " num_partitions or num_classes_per_partition to use them.",
             stacklevel=2,
         )
     return Partition(*group(owner, num_partitions, order))

@@ -161,22 +161,17 @@ def plot_comparison_label_distribution(
 
     number = len(partitioner_list)
     if number == 0:
-        raise ValueError("partitioner_list is empty: pass at least one partitioner")
+        raise ValueError("partitioner_list=[]: pass at least one partitioner with a dataset.")
     label_names = [label_name] * number if label_name is None or isinstance(label_name, str) else list(label_name)
     lists = {"label_name": label_names, "titles": titles, "plot_kwargs_list": plot_kwargs_list}
     for name, values in lists.items():
         if values is not None and len(values) != number:
-            raise ValueError(f"{name} has {len(values)} entries for {number} partitioners: give one for each")
+            raise ValueError(f"{name} has {len(values)} entries for {number} partitioners: pass one for each.")
     figure = Figure(figsize=figsize or (4 + 2.2 * (number - 1), 4.8), layout="constrained")
     # Sizes are comparable only on a common scale; the client axes may differ in length.
-    is_size_shared = plot_type == "bar"
-    axes = figure.subplots(
-        1,
-        number,
-        squeeze=False,
-        sharex=is_size_shared and partition_id_axis == "y",
-        sharey=is_size_shared and partition_id_axis == "x",
-    )[0]
+    size_axis, has_sizes = "x" if partition_id_axis == "y" else "y", plot_type == "bar"
+    shared: dict[str, Any] = {f"share{size_axis}": has_sizes}
+    axes = figure.subplots(1, number, squeeze=False, **shared)[0]
     tables = []
     for i, (partitioner, axis) in enumerate(zip(partitioner_list, axes, strict=True)):
         _, _, table = plot_label_distributions(
@@ -196,9 +191,9 @@ def plot_comparison_label_distribution(
             legend_kwargs=legend_kwargs,
         )
         tables.append(table)
-    if is_size_shared:
+    if has_sizes:
         top = 100.0 if size_unit == "percent" else 1.04 * max(float(table.sum(axis=1).max()) for table in tables)
-        axes[0].set(**{"xlim" if partition_id_axis == "y" else "ylim": (0.0, top)})
+        axes[0].set(**{f"{size_axis}lim": (0.0, top)})
     figure.supxlabel(axes[0].get_xlabel(), fontsize="medium")
     figure.supylabel(axes[0].get_ylabel(), fontsize="medium")
     for axis in axes:

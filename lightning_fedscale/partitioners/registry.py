@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import inspect
 from typing import Any
 
@@ -23,6 +22,7 @@ from lightning_fedscale.partitioners.sizes import (
     SizePartitioner,
     SquarePartitioner,
 )
+from lightning_fedscale.utils import checks
 
 PARTITIONERS: dict[str, type[Partitioner]] = {
     "iid": IidPartitioner,
@@ -88,21 +88,22 @@ def by_name(name: str, num_partitions: int | None = None, **kwargs: Any) -> Part
         kwargs = {"num_partitions": DEFAULT_CLIENTS if num_partitions is None else num_partitions, **kwargs}
     unknown = sorted(set(kwargs) - set(parameters))
     if unknown:
-        raise ValueError(f"{cls.__name__} has no argument {unknown[0]!r}: its arguments are {', '.join(parameters)}")
+        hint = checks.did_you_mean(unknown[0], parameters) or f" It has {', '.join(parameters)}."
+        raise ValueError(f"partitioner={name!r}: {cls.__name__} has no argument {unknown[0]!r}.{hint}")
     missing = [p.name for p in parameters.values() if p.default is p.empty and p.name not in kwargs]
     if missing:
         call = ", ".join(f"{p}=..." for p in ("num_partitions", *missing) if p in parameters)
-        raise ValueError(f"partitioner={name!r} needs {', '.join(missing)}: pass an object, {cls.__name__}({call})")
+        raise ValueError(f"partitioner={name!r} needs {', '.join(missing)}: pass an object, {cls.__name__}({call}).")
     partitioner = cls(**kwargs)
     if cls is FilePartitioner and num_partitions not in (None, partitioner.num_partitions):
         raise ValueError(
-            f"partitioner={name!r} divides the data among {partitioner.num_partitions} clients, and {num_partitions}"
-            f" are asked for: ask for {partitioner.num_partitions}, or leave the number out."
+            f"num_clients={num_partitions}: partitioner={name!r} divides the data among {partitioner.num_partitions}"
+            f" clients: pass {partitioner.num_partitions}, or leave the number out."
         )
     if "partition_sizes" in parameters and partitioner.num_partitions != (num_partitions or DEFAULT_CLIENTS):
         raise ValueError(
-            f"partition_sizes has {partitioner.num_partitions} entries for num_partitions={num_partitions}: give one "
-            "size per client"
+            f"partition_sizes has {partitioner.num_partitions} entries for num_partitions={num_partitions}: pass one"
+            " size per client."
         )
     return partitioner
 
@@ -129,6 +130,4 @@ def _find(name: str) -> type[Partitioner]:
     key = str(name).lower()
     if key in known:
         return known[key]
-    close = difflib.get_close_matches(key.replace("-", "_"), known, n=1, cutoff=0.5)
-    guess = f"did you mean {close[0]!r}? The names are" if close else "the names are"
-    raise ValueError(f"partitioner={name!r} is unknown: {guess} {', '.join(PARTITIONERS)}")
+    raise checks.unknown("partitioner", name, PARTITIONERS)

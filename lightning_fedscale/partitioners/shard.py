@@ -61,8 +61,8 @@ def _shard_sizes(
         num_shards = num_partitions * per_partition
         if num_shards > num_samples:
             raise ValueError(
-                f"num_shards_per_partition={per_partition} for num_partitions={num_partitions} clients makes "
-                f"{num_shards} shards of {num_samples} samples: lower either"
+                f"num_shards_per_partition={per_partition} with num_partitions={num_partitions}: these are {num_shards}"
+                f" shards of {num_samples} samples: lower one of them."
             )
         if keep_incomplete:
             return even_sizes(num_samples, num_shards)
@@ -74,13 +74,14 @@ def _shard_sizes(
             sizes = np.append(sizes, rest)
         if len(sizes) < num_partitions:
             raise ValueError(
-                f"shard_size={shard_size}: {num_samples} samples make {len(sizes)} shards for num_partitions="
-                f"{num_partitions} clients; lower shard_size to at most {num_samples // num_partitions}"
+                f"shard_size={shard_size}: {num_samples} samples give {len(sizes)} shards for"
+                f" num_partitions={num_partitions}: pass at most {num_samples // num_partitions}."
             )
     elif num_full < num_partitions * per_partition:
         raise ValueError(
-            f"shard_size={shard_size}, num_shards_per_partition={per_partition}: num_partitions={num_partitions} "
-            f"clients need {num_partitions * per_partition * shard_size} samples, there are {num_samples}; lower one"
+            f"shard_size={shard_size}, num_shards_per_partition={per_partition}, num_partitions={num_partitions}: these"
+            f" need {num_partitions * per_partition * shard_size} samples, and there are {num_samples}: lower one of"
+            " them."
         )
     return sizes
 
@@ -135,8 +136,8 @@ class ShardPartitioner(Partitioner):
         super().__init__(num_partitions, partition_by)
         if num_shards_per_partition is None and shard_size is None:
             raise ValueError(
-                "num_shards_per_partition and shard_size are both missing: give one of them, for example "
-                "ShardPartitioner(num_partitions=10, num_shards_per_partition=2)"
+                "num_shards_per_partition=None and shard_size=None: pass one of them, such as"
+                " ShardPartitioner(num_partitions=10, num_shards_per_partition=2)."
             )
         if num_shards_per_partition is not None:
             checks.integer("num_shards_per_partition", num_shards_per_partition)

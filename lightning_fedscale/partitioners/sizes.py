@@ -44,10 +44,11 @@ def size_partition(
 def check_sum(total: int, num_samples: int) -> None:
     """Reject sizes that exceed the dataset, and warn if they leave samples over."""
     if total > num_samples:
-        raise ValueError(f"partition_sizes add up to {total}, there are {num_samples} samples: lower the sizes")
+        raise ValueError(f"partition_sizes add up to {total}, and there are {num_samples} samples: lower the sizes.")
     if total < num_samples:
         warnings.warn(
-            f"partition_sizes add up to {total}: {num_samples - total} of {num_samples} samples belong to no client",
+            f"partition_sizes add up to {total}, so {num_samples - total} of {num_samples} samples belong to no"
+            " client.",
             stacklevel=3,
         )
 
@@ -72,8 +73,8 @@ def sizes_by_id(num_samples: int, num_partitions: int, partition_id_to_size_fn: 
         sizes[-1] += num_samples - sizes.sum()
     if sizes.shape != (num_partitions,) or (sizes < 1).any():
         raise ValueError(
-            f"num_partitions={num_partitions}: by this size function a client of {num_samples} samples would have none "
-            "(or no finite number); lower num_partitions, or use SizePartitioner"
+            f"num_partitions={num_partitions}: this size function gives a client none of the {num_samples} samples, or"
+            " no finite number: lower num_partitions, or use SizePartitioner."
         )
     return sizes
 

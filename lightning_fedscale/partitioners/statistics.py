@@ -54,8 +54,8 @@ def label_counts(partition: Partition, labels: npt.ArrayLike, max_clients: int |
     num_clients = partition.num_clients if max_clients is None else min(max_clients, partition.num_clients)
     if num_clients * len(classes) > _MAX_CELLS:
         raise ValueError(
-            f"max_clients={max_clients}: a table of {num_clients} clients x {len(classes)} classes exceeds a gigabyte; "
-            f"pass max_clients of at most {_MAX_CELLS // len(classes)}"
+            f"max_clients={max_clients}: a table of {num_clients} clients x {len(classes)} classes exceeds a gigabyte:"
+            f" pass at most {_MAX_CELLS // len(classes)}."
         )
     end = partition.offsets[num_clients]
     client = np.repeat(np.arange(num_clients), partition.sizes[:num_clients])
@@ -104,7 +104,7 @@ def gini(sizes: npt.ArrayLike) -> float:
     """
     ordered = np.sort(np.asarray(sizes, dtype=np.float64).ravel())
     if not len(ordered) or ordered[0] < 0:
-        raise ValueError(f"sizes={sizes!r}: pass at least one size, none negative")
+        raise ValueError(f"sizes={sizes!r}: pass at least one size, each of at least 0.")
     total = ordered.sum()
     if total == 0:
         return 0.0
@@ -139,8 +139,8 @@ def _encode(partition: Partition, labels: npt.ArrayLike) -> tuple[npt.NDArray[An
     needed = int(partition.indices.max()) + 1 if partition.num_samples else 1
     if labels.ndim != 1 or len(labels) < needed:
         raise ValueError(
-            f"labels have shape {labels.shape}, the partition reaches to sample {needed - 1}: pass the label of every "
-            "sample of the dataset that was split, for example find_labels(dataset)"
+            f"labels have shape {labels.shape}, and the partition has sample {needed - 1}: pass the label of every"
+            " sample of the dataset, such as find_labels(dataset)."
         )
     return encode_classes(labels)
 
@@ -149,7 +149,9 @@ def _cells(partition: Partition, labels: npt.ArrayLike) -> tuple[IntArray, IntAr
     """Return the non-zero cells of the table of label counts: ``(client, class, count)``."""
     checks.whole_partition(partition)
     if not partition.num_samples:
-        raise ValueError("the partition holds no samples: there is no label mix to compare")
+        raise ValueError(
+            "partition: no client has a sample, so there are no label mixes to compare: pass another partition."
+        )
     classes, codes = _encode(partition, labels)
     client = np.repeat(np.arange(partition.num_clients), partition.sizes)
     cells, counts = np.unique(client * len(classes) + codes[partition.indices], return_counts=True)

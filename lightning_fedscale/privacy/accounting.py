@@ -52,7 +52,7 @@ def noise_multiplier(accountant: Accountant, target_epsilon: float, rounds: int,
         return epsilon(kind, multiplier, rounds, q, delta) <= target_epsilon
 
     # Renyi's epsilon is higher, so a multiplier that suffices for it suffices for both.
-    low, high = _bracket(lambda multiplier: enough("rdp", multiplier))
+    low, high = _bracket(lambda multiplier: enough("rdp", multiplier), target_epsilon)
     high = _bisect(lambda multiplier: enough("rdp", multiplier), low, high)
     if accountant == "rdp":
         return high
@@ -62,12 +62,12 @@ def noise_multiplier(accountant: Accountant, target_epsilon: float, rounds: int,
     return _bisect(lambda multiplier: enough(accountant, multiplier), low, high)
 
 
-def _bracket(enough: Callable[[float], bool]) -> tuple[float, float]:
+def _bracket(enough: Callable[[float], bool], target: float) -> tuple[float, float]:
     high = 1.0
     while not enough(high):
         high *= 2
         if high > 1e9:
-            raise ValueError("target_epsilon: no amount of noise reaches it. Raise it or delta.")
+            raise ValueError(f"target_epsilon={target:g}: no amount of noise reaches it: raise it, or delta.")
     low = high / 2
     while low > 1e-2 and enough(low):
         low /= 2
@@ -110,6 +110,6 @@ def _package() -> Any:
         from dp_accounting import pld, rdp  # noqa: F401
     except ImportError:
         raise ImportError(
-            "privacy: accounting for it needs the package dp-accounting: pip install 'lightning-fedscale[privacy]'."
+            "privacy: the package dp-accounting is not installed: pip install 'lightning-fedscale[privacy]'."
         ) from None
     return dp_accounting

@@ -160,10 +160,9 @@ class Privacy:
         count = 2 * self._count_noise(clients)
         if count <= z:
             raise ValueError(
-                f"adaptive: a noise of {count / 2:g} on the number of clients within the clip norm (a twentieth of the"
-                f" clients in a round unless count_noise is given) cannot give a noise multiplier of {z:g}: take at"
-                f" least {math.ceil(10 * z) + 1} clients per round, or AdaptiveClipping(count_noise=...) above"
-                f" {z / 2:g}."
+                f"adaptive: with count_noise={count / 2:g} (by default a twentieth of the clients in a round), no noise"
+                f" on the updates gives noise_multiplier={z:g}: use at least {math.ceil(10 * z) + 1} clients per round,"
+                f" or pass AdaptiveClipping(count_noise=...) above {z / 2:g}."
             )
         return float((z**-2 - count**-2) ** -0.5)
 

@@ -44,8 +44,8 @@ class PrivacyBudget:
     def reason_to_stop(self, rounds: int) -> str:
         """Return the reason why there is no other round after this many."""
         return (
-            f"after {rounds} round(s) epsilon is {self.spent(rounds) if rounds else 0.0:.4g} and another one would make"
-            f" it {self.spent(rounds + 1):.4g}, beyond max_epsilon={self.privacy.max_epsilon:g}"
+            f"epsilon is {self.spent(rounds) if rounds else 0.0:.4g} after {rounds} round(s), and one more round would"
+            f" raise it to {self.spent(rounds + 1):.4g}, above max_epsilon={self.privacy.max_epsilon:g}"
         )
 
     def check(self, rounds: int) -> None:

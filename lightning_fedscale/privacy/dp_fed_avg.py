@@ -70,13 +70,13 @@ def dp_fed_avg(
     checks.number("delta", delta, remedy, lambda probability: 0 < probability < 1)
     if (noise_multiplier is None) == (target_epsilon is None):
         raise ValueError(
-            f"noise_multiplier={noise_multiplier} and target_epsilon={target_epsilon}: give exactly one of them."
+            f"noise_multiplier={noise_multiplier} and target_epsilon={target_epsilon}: pass exactly one of them."
         )
     if noise_multiplier is not None:
         remedy = "pass a number of at least 0."
         checks.number("noise_multiplier", noise_multiplier, remedy, lambda number: 0 <= number < math.inf)
     if (target_epsilon is None) != (rounds is None):
-        raise ValueError(f"target_epsilon={target_epsilon} and rounds={rounds}: they belong together, give both.")
+        raise ValueError(f"target_epsilon={target_epsilon} and rounds={rounds}: pass both, or neither.")
     for name, value in (
         ("target_epsilon", target_epsilon),
         ("rounds", rounds),
@@ -86,10 +86,8 @@ def dp_fed_avg(
         if value is not None:
             checks.positive(name, value)
     _check_adaptive(adaptive, weight_cap)
-    if noise not in ("server", "client"):
-        raise ValueError(f"noise={noise!r}: choose 'server' or 'client'.")
-    if accountant not in ("pld", "rdp"):
-        raise ValueError(f"accountant={accountant!r}: choose 'pld' or 'rdp'.")
+    checks.one_of("noise", noise, ("server", "client"))
+    checks.one_of("accountant", accountant, ("pld", "rdp"))
     return Privacy(
         clip_norm,
         delta,
@@ -116,5 +114,6 @@ def _check_adaptive(adaptive: AdaptiveClipping | None, weight_cap: float | None)
         checks.positive("adaptive: count_noise", adaptive.count_noise)
     if weight_cap is not None:
         raise ValueError(
-            f"weight_cap={weight_cap} with adaptive clipping: the quantile counts all clients alike. Leave one out."
+            f"weight_cap={weight_cap} with adaptive={adaptive!r}: adaptive clipping weighs all clients equally: pass"
+            " only one of them."
         )

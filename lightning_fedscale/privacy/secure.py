@@ -76,8 +76,8 @@ def secure_mean(clip: float, bits: int = 16, threshold: float = 2 / 3) -> Aggreg
 def _init(like: Tensor, cohort: Cohort, *, bits: int) -> Tensor:
     if len(cohort.clients) * ((1 << bits) - 1) >= FIELD:
         raise ValueError(
-            f"secure_mean(bits={bits}): the sum of {len(cohort.clients)} clients does not fit into 31 bits: use at"
-            f" most {int(math.log2(FIELD / len(cohort.clients)))} bits, or fewer clients per round."
+            f"secure_mean: bits={bits}: the sum of {len(cohort.clients)} clients does not fit into 31 bits: pass at"
+            f" most {int(math.log2(FIELD / len(cohort.clients)))}, or sample fewer clients per round."
         )
     # The last elements mark the clients that sent an update.
     return torch.zeros(like.numel() + len(cohort.clients), dtype=like.dtype, device=like.device)
@@ -145,8 +145,9 @@ def unmasked(total: IntArray, present: Sequence[int], cohort: Cohort, needed: in
     """
     if len(present) < needed:
         raise RuntimeError(
-            f"secure_mean: {len(present)} of {len(cohort.clients)} clients sent an update in round {cohort.round}, and"
-            f" their masks can be removed from {needed} on: lower threshold, or look why updates are not finite."
+            f"secure_mean: {len(present)} of {len(cohort.clients)} clients sent a finite update in round"
+            f" {cohort.round}, and removing their masks takes {needed}: pass a lower threshold, or find out why updates"
+            " are not finite."
         )
     total = total.copy()
     for place in present:

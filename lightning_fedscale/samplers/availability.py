@@ -103,7 +103,7 @@ def _available(
     **losses: Any,
 ) -> IntArray:
     if trace.shape[1] != num_clients:
-        raise ValueError(f"trace: it has {trace.shape[1]} clients, there are {num_clients}: pass one column per client")
+        raise ValueError(f"trace has {trace.shape[1]} columns for {num_clients} clients: pass one column per client.")
     return _among(sampler, trace[round % len(trace)], among, seed, round, clients_per_round, losses)
 
 
@@ -152,7 +152,7 @@ def _drop_out(*, sampler: Any, probability: float, seed: int, round: int, **othe
 
 def _read(trace: npt.ArrayLike | str | Path) -> npt.NDArray[np.bool_]:
     shown = f"trace={str(trace)!r}" if isinstance(trace, str | Path) else "trace"
-    remedy = "pass 0 and 1, or False and True, one row per round and one column per client"
+    remedy = "pass 0 and 1, or False and True, one row per round and one column per client."
     try:
         if isinstance(trace, str | Path):
             path = Path(trace)
@@ -162,7 +162,7 @@ def _read(trace: npt.ArrayLike | str | Path) -> npt.NDArray[np.bool_]:
                 trace = np.loadtxt(path, delimiter=",", ndmin=2)
         values = np.asarray(trace)
     except (ValueError, OSError) as error:
-        raise ValueError(f"{shown}: {error}; {remedy}") from error
+        raise ValueError(f"{shown} cannot be read ({error}): {remedy}") from error
     if values.ndim != 2 or not values.size or not np.isin(values, (0, 1)).all():
-        raise ValueError(f"{shown} has shape {values.shape} or other values: {remedy}")
+        raise ValueError(f"{shown} has shape {values.shape}, or values other than 0 and 1: {remedy}")
     return values.astype(np.bool_)

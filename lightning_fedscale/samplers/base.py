@@ -57,7 +57,7 @@ def check_sampler(sampler: object, *, takes_among: bool = False) -> None:
     """
     remedy = "pass a sampler such as samplers.uniform or samplers.weighted([...])"
     if not callable(sampler):
-        raise TypeError(f"sampler={sampler!r} is no sampler: {remedy}.")
+        raise TypeError(f"sampler={sampler!r}: {remedy}.")
     among = {"among": None} if takes_among else {}
     try:
         inspect.signature(sampler).bind(seed=0, round=0, num_clients=1, clients_per_round=1, **among)

@@ -74,7 +74,7 @@ def _weighted(
     among: IntArray | None = None,
 ) -> IntArray:
     if len(weights) != num_clients:
-        raise ValueError(f"weights: got {len(weights)} for {num_clients} clients: pass one per client")
+        raise ValueError(f"weights has {len(weights)} entries for {num_clients} clients: pass one per client.")
     clients = np.arange(num_clients, dtype=np.int64) if among is None else among
     clients = clients[weights[clients] > 0]
     # The shortest of these exponential waiting times draw without replacement (Efraimidis and Spirakis 2006).
@@ -94,9 +94,7 @@ def _power_of_choice(
     losses: Mapping[int, float] = _NOTHING,
 ) -> IntArray:
     if candidates < clients_per_round:
-        raise ValueError(
-            f"candidates={candidates} is less than clients_per_round={clients_per_round}: look at more candidates"
-        )
+        raise ValueError(f"candidates={candidates}: pass at least clients_per_round={clients_per_round}.")
     others = {} if among is None else {"among": among}
     pool = drawn(
         seed=seed, round=round, num_clients=num_clients, clients_per_round=min(candidates, num_clients), **others
@@ -111,7 +109,7 @@ def _checked(weights: Sequence[float] | FloatArray) -> FloatArray:
     try:
         values = np.array(weights, dtype=np.float64)
     except (TypeError, ValueError):
-        raise TypeError(f"weights={weights!r}: pass a list of numbers, one per client") from None
+        raise TypeError(f"weights={weights!r}: pass a list of numbers, one per client.") from None
     if values.ndim != 1 or not (np.isfinite(values) & (values >= 0)).all() or not (values > 0).any():
-        raise ValueError(f"weights={weights!r}: pass one finite number >= 0 per client, not all of them 0")
+        raise ValueError(f"weights={weights!r}: pass one finite number of at least 0 per client, not all of them 0.")
     return values

@@ -49,11 +49,7 @@ class FedBuff:
         exponent: float = 0.5,
         seconds: Sequence[float] | None = None,
     ) -> None:
-        if staleness not in ("polynomial", "constant"):
-            raise ValueError(
-                f"staleness={staleness!r}: choose 'polynomial', an update counts the less the older its start, or"
-                " 'constant', all count alike; how much less is exponent=0.5."
-            )
+        checks.one_of("staleness", staleness, ("polynomial", "constant"))
         remedy = "pass a number of at least 0; the paper's is 0.5."
         self.concurrency = None if concurrency is None else checks.integer("concurrency", concurrency)
         self.staleness = staleness
@@ -74,9 +70,8 @@ class FedBuff:
         wanted = min(2 * buffer, max(1, most)) if self.concurrency is None else self.concurrency
         if wanted > most:
             raise ValueError(
-                f"concurrency={wanted} with clients_per_round={buffer} needs {wanted + buffer - 1} clients, since those"
-                f" whose updates wait do not start again, and there are {num_clients}: lower concurrency or"
-                " clients_per_round."
+                f"concurrency={wanted} with clients_per_round={buffer}: this needs {wanted + buffer - 1} clients, since"
+                f" clients with an update in the buffer do not train, and there are {num_clients}: lower one of them."
             )
         return wanted
 
@@ -194,5 +189,5 @@ def _checked_seconds(seconds: Sequence[float]) -> FloatArray:
     except (TypeError, ValueError):
         values = np.empty(0)
     if values.ndim != 1 or not len(values) or not (np.isfinite(values) & (values > 0)).all():
-        raise ValueError(f"seconds={seconds!r}: pass a number above 0 for each client.")
+        raise ValueError(f"seconds={seconds!r}: pass one number above 0 per client.")
     return values

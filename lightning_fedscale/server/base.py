@@ -38,8 +38,8 @@ def own_state(state: Any, name: str) -> dict[str, Any]:
     """
     if (saved := state.get("optimizer")) != name:
         raise ValueError(
-            f"server_optimizer: its state is that of {saved or 'another rule'}, not of {name}: resume with the server"
-            " optimizer of the checkpoint, or start a new run without ckpt_path."
+            f"server_optimizer={name}: the checkpoint has the state of {saved or 'another rule'}: resume with the"
+            " server optimizer of the checkpoint, or start a new run without ckpt_path."
         )
     kept: dict[str, Any] = state
     return kept

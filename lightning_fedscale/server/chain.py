@@ -33,11 +33,11 @@ def chain(*rules: ServerOptimizer) -> ServerOptimizer:
         raise ValueError("chain(): pass at least one server optimizer, chain(scale_by_adam(), scale(0.01)).")
     for i, rule in enumerate(rules):
         if not isinstance(rule, ServerOptimizer):
-            raise TypeError(f"chain: argument {i} is {rule!r}: pass server optimizers, such as server.scale(0.1).")
+            raise TypeError(f"chain: argument {i} is {rule!r}: pass a server optimizer, such as server.scale(0.1).")
         if rule.reads_norms and i:
             raise ValueError(
-                f"chain: argument {i} reads the norms of the clients' own deltas, which what comes before it changes:"
-                " put it first."
+                f"chain: argument {i} reads the norms of the clients' deltas, which the rules before it change: pass it"
+                " first."
             )
     return ServerOptimizer(partial(_init, rules=rules), partial(_update, rules=rules), rules[0].reads_norms)
 

@@ -43,17 +43,17 @@ def scheduled(rule: ServerOptimizer, scheduler: Callable[..., LRScheduler], **op
         [8.0, 8.0, 4.0, 4.0, 2.0]
     """
     if not isinstance(rule, ServerOptimizer):
-        raise TypeError(f"scheduled: {rule!r} is no server optimizer: pass one such as server.fed_adam(lr=0.01).")
+        raise TypeError(f"scheduled: rule={rule!r}: pass a server optimizer, such as server.fed_adam(lr=0.01).")
     if scheduler is ReduceLROnPlateau:
-        raise TypeError("scheduled: ReduceLROnPlateau follows a metric, which the server does not see: use another.")
+        raise TypeError("scheduled: scheduler=ReduceLROnPlateau follows a metric, which is unknown here: pass another.")
     factors = _Factors(scheduler, options)
     try:
         factors[1]
     except Exception as error:
         given = ", ".join(f"{name}={value!r}" for name, value in options.items())
         raise TypeError(
-            f"scheduled: {getattr(scheduler, '__name__', scheduler)}({given}): {error}; pass a class of"
-            " torch.optim.lr_scheduler and its own arguments."
+            f"scheduled: {getattr(scheduler, '__name__', scheduler)}({given}) fails ({error}): pass a class of"
+            " torch.optim.lr_scheduler and its arguments."
         ) from error
     return ServerOptimizer(
         partial(_init, rule=rule), partial(_update, rule=rule, factors=factors), reads_norms=rule.reads_norms

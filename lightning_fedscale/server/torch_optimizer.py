@@ -52,8 +52,8 @@ def from_torch(optimizer: Callable[..., Optimizer], **options: Any) -> ServerOpt
         given = ", ".join([_name(optimizer), *(f"{k}={v!r}" for k, v in options.items())])
         kind = TypeError if isinstance(error, TypeError) else ValueError
         raise kind(
-            f"from_torch({given}): {error}; pass a class such as torch.optim.SGD, whose step needs no closure, and its"
-            " own arguments."
+            f"from_torch({given}) fails ({error}): pass a class such as torch.optim.SGD, whose step needs no closure,"
+            " and its arguments."
         ) from error
     return rule
 

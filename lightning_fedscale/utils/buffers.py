@@ -100,14 +100,13 @@ def checked(value: object) -> tuple[tuple[str, Policy], ...]:
         >>> checked({"queue*": "average"})
         Traceback (most recent call last):
         ...
-        ValueError: buffers['queue*']='average': pass one of 'mean', 'server', 'largest', 'client'
+        ValueError: buffers['queue*']='average': pass one of 'mean', 'server', 'largest', 'client'.
     """
     if value is None:
         return ()
     if not isinstance(value, Mapping) or not all(isinstance(pattern, str) for pattern in value):
         raise TypeError(
-            f"buffers={value!r}: pass a dict of patterns of names and what becomes of such buffers, such as"
-            " {'queue*': 'largest'}."
+            f"buffers={value!r}: pass a dict from patterns of names to policies, such as {{'queue*': 'largest'}}."
         )
     for pattern, policy in value.items():
         checks.one_of(f"buffers[{pattern!r}]", policy, get_args(Policy))

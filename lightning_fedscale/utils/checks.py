@@ -22,13 +22,13 @@ def integer(name: str, value: object, minimum: int = 1, maximum: int | None = No
         3
         >>> integer("levels", 1, 2, 65536)
         Traceback (most recent call last):
-        ValueError: levels=1: pass an integer from 2 to 65536
+        ValueError: levels=1: pass an integer from 2 to 65536.
     """
     allowed = f"an integer of at least {minimum}" if maximum is None else f"an integer from {minimum} to {maximum}"
     if isinstance(value, bool) or not isinstance(value, numbers.Integral):
-        raise TypeError(f"{name}={value!r}: pass {allowed}, not {type(value).__name__}")
+        raise TypeError(f"{name}={value!r}: pass {allowed}, not {type(value).__name__}.")
     if int(value) < minimum or (maximum is not None and int(value) > maximum):
-        raise ValueError(f"{name}={value}: pass {allowed}")
+        raise ValueError(f"{name}={value}: pass {allowed}.")
     return int(value)
 
 
@@ -79,13 +79,8 @@ def number(name: str, value: object, remedy: str, accepts: Callable[[float], boo
 
 def in_interval(name: str, value: object, start: float, end: float, *, closed_end: bool = True) -> float:
     """Return ``value`` as a float between ``start`` and ``end``."""
-    bracket = "]" if closed_end else ")"
-    if isinstance(value, bool) or not isinstance(value, numbers.Real):
-        raise TypeError(f"{name}={value!r}: pass a number in [{start:g}, {end:g}{bracket}")
-    number = float(value)
-    if not start <= number <= end or (number == end and not closed_end):
-        raise ValueError(f"{name}={value}: pass a number in [{start:g}, {end:g}{bracket}")
-    return number
+    remedy = f"pass a number in [{start:g}, {end:g}{']' if closed_end else ')'}."
+    return number(name, value, remedy, lambda found: start <= found <= end and (closed_end or found < end))
 
 
 def positive(name: str, value: object) -> float:
@@ -94,19 +89,41 @@ def positive(name: str, value: object) -> float:
     Example:
         >>> positive("lr", 0)
         Traceback (most recent call last):
-        ValueError: lr=0 must be positive and finite: pass a number above 0
+        ValueError: lr=0: pass a finite number above 0.
     """
-    if isinstance(value, bool) or not isinstance(value, numbers.Real):
-        raise TypeError(f"{name}={value!r}: pass a positive number, not {type(value).__name__}")
-    if not 0 < float(value) < math.inf:
-        raise ValueError(f"{name}={value} must be positive and finite: pass a number above 0")
-    return float(value)
+    return number(name, value, "pass a finite number above 0.", lambda found: 0 < found < math.inf)
 
 
 def one_of(name: str, value: object, allowed: Sequence[str]) -> None:
-    """Check that ``value`` is one of the allowed strings."""
+    """Check that ``value`` is one of the allowed strings.
+
+    Example:
+        >>> one_of("noise", "sever", ("server", "client"))
+        Traceback (most recent call last):
+        ValueError: noise='sever': pass one of 'server', 'client'. Did you mean 'server'?
+    """
     if value not in allowed:
-        raise ValueError(f"{name}={value!r}: pass one of {', '.join(map(repr, allowed))}")
+        names = ", ".join(map(repr, allowed))
+        raise ValueError(f"{name}={value!r}: pass one of {names}.{did_you_mean(value, allowed)}")
+
+
+def unknown(argument: str, name: object, known: Iterable[str]) -> ValueError:
+    """Return the error for a name that no registry has; `named` raises it."""
+    names = list(known)
+    return ValueError(
+        f"{argument}={name!r} is not known.{did_you_mean(name, names)} Known: {', '.join(map(repr, names))}."
+    )
+
+
+def did_you_mean(name: object, known: Iterable[str]) -> str:
+    """Return a sentence with the closest known name, to be appended to a message; empty if none is close.
+
+    Example:
+        >>> did_you_mean("Dirichlett", ["iid", "dirichlet"])
+        " Did you mean 'dirichlet'?"
+    """
+    close = get_close_matches(str(name).lower().replace("-", "_"), known, n=1)
+    return f" Did you mean {close[0]!r}?" if close else ""
 
 
 def named(argument: str, name: str, factories: Mapping[str, Callable[..., Any]]) -> Callable[..., Any]:
@@ -131,9 +148,7 @@ def named(argument: str, name: str, factories: Mapping[str, Callable[..., Any]])
         ValueError: local_rule='fed_prox' needs mu: pass an object, fed_prox(mu=...).
     """
     if name not in factories:
-        close = get_close_matches(name, factories, n=1)
-        hint = f" Did you mean {close[0]!r}?" if close else ""
-        raise ValueError(f"{argument}={name!r} is not known.{hint} Known: {', '.join(map(repr, factories))}.")
+        raise unknown(argument, name, factories)
     missing = needed(factories[name])
     if missing:
         raise ValueError(f"{argument}={name!r} needs {', '.join(missing)}: pass an object, {_call(name, missing)}.")
@@ -185,8 +200,7 @@ def known_arguments(caller: str, factory: Callable[..., Any], arguments: Iterabl
     known = list(inspect.signature(factory).parameters)
     for name in arguments:
         if name not in known:
-            close = get_close_matches(name, known, n=1)
-            hint = f" Did you mean {close[0]!r}?" if close else f" It has {', '.join(known)}."
+            hint = did_you_mean(name, known) or f" It has {', '.join(known)}."
             raise TypeError(f"{caller}: {factory.__name__} has no argument {name!r}.{hint}")
 
 

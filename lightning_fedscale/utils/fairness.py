@@ -98,7 +98,7 @@ def tail_mean(values: Sequence[float], fraction: float, *, highest: bool) -> flo
         1.0
     """
     if not 0 < fraction <= 1:
-        raise ValueError(f"fraction={fraction} must lie in (0, 1]; 0.1 means ten per cent.")
+        raise ValueError(f"fraction={fraction}: pass a number in (0, 1], 0.1 for ten per cent.")
     ordered = sorted(_some(values), reverse=highest)
     tail = ordered[: math.ceil(fraction * len(ordered) - 1e-9)]  # 0.07 * 100 is above 7
     return math.fsum(tail) / len(tail)
@@ -106,5 +106,5 @@ def tail_mean(values: Sequence[float], fraction: float, *, highest: bool) -> flo
 
 def _some(values: Sequence[float]) -> Sequence[float]:
     if not values:
-        raise ValueError("values=[] holds no client; give one value per client.")
+        raise ValueError("values=[]: pass one value per client, at least one.")
     return values

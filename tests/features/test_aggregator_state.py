@@ -184,16 +184,16 @@ def test_no_rule_of_this_package_is_suspected(name: str) -> None:
         (slow()._replace(init_state=None), r"missing 1 required positional argument: 'state'"),
         (
             mean()._replace(finish=lambda total, cohort, state: (total[:-1], state)),
-            r"'state'; finish is a function of \(total, cohort\), and of a state where there is an init_state",
+            r"'state'.*: pass a function of \(total, cohort\), .*init_state",
         ),
-        (slow()._replace(finish=mean().finish), r"too many.*; finish is a function of \(total, cohort, state\)\."),
+        (slow()._replace(finish=mean().finish), r"too many.*: pass a function of \(total, cohort, state\)\."),
         (
             slow()._replace(finish=lambda total, cohort, state: total[:5]),
-            r"Tensor: a rule with init_state returns a tup",
+            r"Tensor: return a tuple",
         ),
         (
             mean()._replace(finish=lambda total, cohort: (total[:-1], 0)),
-            r"tuple: a rule without init_state returns a t",
+            r"tuple: return the delta, a tensor",
         ),
         (
             slow()._replace(finish=lambda total, cohort, state: (total[:-1], {"last": [np.ones(2)]})),

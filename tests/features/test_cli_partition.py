@@ -133,9 +133,9 @@ def test_data_without_labels_is_divided_all_the_same(capsys: pytest.CaptureFixtu
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--partitioner=dirichlt"], "did you mean 'dirichlet'"),
+        (["--partitioner=dirichlt"], "Did you mean 'dirichlet'"),
         (["--partitioner=iid", "--alpha=1"], "IidPartitioner has no argument 'alpha'"),
-        (["--partitioner=pathological"], "num_classes_per_partition is missing"),
+        (["--partitioner=pathological"], "num_classes_per_partition=None"),
         (["--partitioner=file"], "partitioner='file' needs path: pass an object, FilePartitioner(path=...)"),
         (["--clients=0"], "clients=0: pass an integer of at least 1"),
         (["--alpha=-1"], "alpha=-1"),

@@ -85,7 +85,7 @@ def test_arguments_of_the_module_and_a_file(tmp_path: Path, capsys: pytest.Captu
     ("arguments", "message"),
     [
         (["--budget", "[1KiB]"], "budget=1KiB: a step with one sample takes"),
-        (["--budget", "[toaster]"], "device class 'toaster' is not in the catalogue"),
+        (["--budget", "[toaster]"], "device_class='toaster' is not known"),
         (["--budget", "lots"], "budget=lots: no amount of memory such as '8GiB'"),
         (["--budget", "10"], "budget=10: a step with one sample takes"),
         (["--max_samples", "0"], "max_samples=0: pass an integer of at least 1"),

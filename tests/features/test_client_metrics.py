@@ -657,7 +657,7 @@ def subset() -> DataLoader[Any]:
     [
         (lambda: ClientMetrics(personal=True), {}, "personal=True"),
         (lambda: ClientMetrics(clients=6), {}, "clients=6 .*5"),
-        (lambda: ClientMetrics(partitioner="iids"), {}, "cannot be divided by partitioner='iids'.*did you mean"),
+        (lambda: ClientMetrics(partitioner="iids"), {}, "cannot be divided by partitioner='iids'.*Did you mean"),
         (
             lambda: ClientMetrics(partitioner=IidPartitioner(3)),
             {},

@@ -195,7 +195,7 @@ def test_parts_on_the_command_line() -> None:
         ),
         ({"server_optimizer": part("server.fed_adam", rate=0.1)}, "init_args of lightning_fedscale.server.fed_adam"),
         ({"server_optimizer": part("server.fed_adam", lr="fast")}, 'Parser key "lr"'),
-        ({"server_optimizer": part("server.fed_adam", lr=-1.0)}, "lr=-1.0 must be positive"),
+        ({"server_optimizer": part("server.fed_adam", lr=-1.0)}, "lr=-1.0: pass a finite number above 0"),
         (
             {"server_optimizer": part("compressors.sign")},
             "class_path='lightning_fedscale.compressors.sign' returns a Compressor",

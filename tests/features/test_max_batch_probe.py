@@ -651,7 +651,7 @@ def test_device_classes() -> None:
 
 
 def test_not_one_sample() -> None:
-    with pytest.raises(ValueError, match=r"bytes more than the .*; the largest part is (parameters|optimizer state)"):
+    with pytest.raises(ValueError, match=r"bytes more; the largest part is (parameters|optimizer state)"):
         trainer(MaxBatchProbe(budget=50_000)).fit(WithAttribute())
 
 
@@ -680,7 +680,7 @@ def test_no_batch_size_anywhere() -> None:
         ({"budget": "phon"}, "Did you mean 'phone'"),
         ({"headroom": 1.0}, "headroom=1.0"),
         ({"verify": "maybe"}, "verify='maybe'"),
-        ({"device_classes": ["toaster"]}, "device class 'toaster' is not in the catalogue"),
+        ({"device_classes": ["toaster"]}, "device_class='toaster' is not known"),
         ({"device_classes": "phone"}, r"pass a list, \['phone'\]"),
         ({"make_batch": 3}, "make_batch=3"),
         ({"max_samples": 0}, "max_samples=0"),

@@ -174,7 +174,7 @@ def test_strategies_of_one_name_do_not_share_data() -> None:
     alone = reference.quiet_trainer(strategy="dirichlet4", max_epochs=1)
     alone.fit(make(), loader(200))
     assert alike[0] == alone.strategy.divide_alike(validation).fingerprint != alike[1]  # type: ignore[attr-defined]
-    with pytest.raises(AttributeError, match="no dataset yet"):
+    with pytest.raises(AttributeError, match="no dataset"):
         _ = partitioner.dataset
 
 

@@ -46,16 +46,16 @@ def fit(**options: Any) -> None:
 
 CASES: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     # server optimizers
-    "fed_adam": (lambda: server.fed_adam(lr=-1), ValueError, "lr=-1 must be positive"),
-    "fed_yogi": (lambda: server.fed_yogi(lr="0.1"), TypeError, "lr='0.1': pass a positive number"),  # type: ignore[arg-type]
+    "fed_adam": (lambda: server.fed_adam(lr=-1), ValueError, "lr=-1: pass a finite number above 0"),
+    "fed_yogi": (lambda: server.fed_yogi(lr="0.1"), TypeError, "lr='0.1': pass a finite number above 0"),  # type: ignore[arg-type]
     "fed_avgm": (lambda: server.fed_avgm(momentum=2.0), ValueError, r"momentum=2.0: pass a number in \[0, 1\)"),
-    "fed_exp": (lambda: server.fed_exp(epsilon="a"), TypeError, "epsilon='a': pass a positive number"),  # type: ignore[arg-type]
+    "fed_exp": (lambda: server.fed_exp(epsilon="a"), TypeError, "epsilon='a': pass a finite number above 0"),  # type: ignore[arg-type]
     "from_torch": (lambda: server.from_torch(torch.optim.SGD, lrr=1.0), TypeError, r"from_torch\(SGD, lrr=1.0\)"),
-    "chain": (lambda: server.chain("adam"), TypeError, "argument 0 is 'adam': pass server optimizers"),  # type: ignore[arg-type]
+    "chain": (lambda: server.chain("adam"), TypeError, "argument 0 is 'adam': pass a server optimizer"),  # type: ignore[arg-type]
     # local rules
-    "fed_prox": (lambda: local_rules.fed_prox(-1), ValueError, "mu=-1 must be positive"),
+    "fed_prox": (lambda: local_rules.fed_prox(-1), ValueError, "mu=-1: pass a finite number above 0"),
     "scaffold": (lambda: local_rules.scaffold("III"), ValueError, "option='III': pass one of 'I', 'II'"),
-    "fed_dyn": (lambda: local_rules.fed_dyn("a"), TypeError, "alpha='a': pass a positive number"),  # type: ignore[arg-type]
+    "fed_dyn": (lambda: local_rules.fed_dyn("a"), TypeError, "alpha='a': pass a finite number above 0"),  # type: ignore[arg-type]
     "ditto": (lambda: local_rules.Ditto("a"), TypeError, "strength='a': pass a number of at least 0"),  # type: ignore[arg-type]
     # local steps
     "no round": (lambda: fit(local_steps=lambda: 3), TypeError, "too many positional arguments; pass a number of"),
@@ -69,27 +69,27 @@ CASES: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "trimmed_mean": (
         lambda: fit(aggregator=aggregators.trimmed_mean(3)),
         ValueError,
-        r"trimmed_mean\(trim=3\) needs at least 7 clients",
+        r"trimmed_mean\(trim=3\) : .*at least 7 clients",
     ),
     "krum": (
         lambda: fit(num_clients=10, clients_per_round=4, aggregator=aggregators.krum(1)),
         ValueError,
-        r"krum\(attackers=1\) needs at least 5 clients in a round .* round 0 has 4",
+        r"krum\(attackers=1\): .*at least 5 clients in a round, .* round 0 has 4",
     ),
     "attacked krum": (
         lambda: fit(aggregator=attacks.attacked(aggregators.krum(1), attacks.sign_flip(), [0])),
         ValueError,
-        r"krum\(attackers=1\) needs at least 5 clients",
+        r"krum\(attackers=1\): .*at least 5 clients",
     ),
     "clipped krum": (
         lambda: fit(aggregator=aggregators.norm_clipped(1.0, aggregators.krum(1))),
         ValueError,
-        "needs at least 5 clients",
+        ": .*at least 5 clients",
     ),
     "attackers": (
         lambda: fit(aggregator=attacks.attacked(aggregators.mean(), attacks.sign_flip(), [7])),
         ValueError,
-        "attackers=7: there is no such client, pass numbers from 0 to 3",
+        "attackers: client 7 does not exist: pass numbers from 0 to 3",
     ),
     "aggregator": (
         lambda: sequential(FOUR, aggregator=3),  # type: ignore[arg-type]
@@ -151,7 +151,7 @@ CASES: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "error_feedback": (
         lambda: sequential(FOUR, compressor="error_feedback"),
         ValueError,
-        r"compressor='error_feedback' wraps another one: .* compressors.error_feedback\(compressors.top_k\(0.1\)\)",
+        r"compressor='error_feedback' needs compressor: .* compressors.error_feedback\(compressors.top_k\(0.1\)\)",
     ),
     "phase_driven": (
         lambda: sequential(FOUR, compressor="phase_driven"),
@@ -162,36 +162,40 @@ CASES: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "clip_norm": (
         lambda: privacy.dp_fed_avg(clip_norm="1", noise_multiplier=1.0, delta=1e-5),
         TypeError,  # type: ignore[arg-type]
-        "clip_norm='1': pass a positive number",
+        "clip_norm='1': pass a finite number above 0",
     ),
     "target_epsilon": (
         lambda: privacy.dp_fed_avg(1.0, delta=1e-5, target_epsilon="two", rounds=3),
         TypeError,  # type: ignore[arg-type]
-        "target_epsilon='two': pass a positive number",
+        "target_epsilon='two': pass a finite number above 0",
     ),
     "secure_mean": (lambda: privacy.secure_mean(clip=np.inf), ValueError, "clip=inf: pass the largest absolute value"),
     "privacy": (lambda: sequential(FOUR, privacy=3), TypeError, "privacy=3: "),  # type: ignore[arg-type]
     # who takes part, and when
-    "seconds": (lambda: FedBuff(seconds="fast"), ValueError, "seconds='fast': pass a number above 0"),  # type: ignore[arg-type]
+    "seconds": (lambda: FedBuff(seconds="fast"), ValueError, "seconds='fast': pass one number above 0"),  # type: ignore[arg-type]
     "two seconds": (lambda: fit(mode=FedBuff(seconds=[1.0, 2.0])), ValueError, "seconds: 2 .* 4 clients"),
     "staleness": (
         lambda: FedBuff(5, 0),  # type: ignore[arg-type]
         ValueError,
-        "staleness=0: choose 'polynomial', an update counts .*, or 'constant', .*exponent=0.5",
+        "staleness=0: pass one of 'polynomial', 'constant'",
     ),
     "mode": (lambda: sequential(FOUR, mode="asink"), ValueError, "mode='asink': choose 'sync', 'async'"),  # type: ignore[arg-type]
     "power_of_choice": (
         lambda: fit(clients_per_round=3, sampler=samplers.power_of_choice(candidates=2)),
         ValueError,
-        "candidates=2 is less than clients_per_round=3",
+        "candidates=2: .*clients_per_round=3",
     ),
     "weighted": (
         lambda: fit(clients_per_round=2, sampler=samplers.weighted([1, 2])),
         ValueError,
-        "got 2 for 4 clients",
+        "weights has 2 entries for 4 clients",
     ),
-    "trace": (lambda: fit(sampler=samplers.available(samplers.uniform, [[1, 0]])), ValueError, "it has 2 clients"),
-    "drop_out": (lambda: samplers.drop_out(3, 0.1), TypeError, "sampler=3 is no sampler"),  # type: ignore[arg-type]
+    "trace": (
+        lambda: fit(sampler=samplers.available(samplers.uniform, [[1, 0]])),
+        ValueError,
+        "trace has 2 columns for 4 clients",
+    ),
+    "drop_out": (lambda: samplers.drop_out(3, 0.1), TypeError, "sampler=3: pass a sampler"),  # type: ignore[arg-type]
     # what stays with clients
     "personal": (
         lambda: sequential(FOUR, personal="head.*"),
@@ -206,7 +210,7 @@ CASES: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "buffers": (
         lambda: sequential(FOUR, buffers="queue"),  # type: ignore[arg-type]
         TypeError,
-        "buffers='queue': pass a dict of patterns",
+        "buffers='queue': pass a dict",
     ),
     "buffers policy": (
         lambda: sequential(FOUR, buffers={"queue": "avg"}),  # type: ignore[dict-item]
@@ -223,7 +227,7 @@ CASES: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "heterogeneity": (lambda: partitioners.heterogeneity(5, [0]), TypeError, "partition=5: pass a Partition"),  # type: ignore[arg-type]
     "label_counts": (lambda: partitioners.label_counts(5, [0]), TypeError, "partition=5: pass a Partition"),  # type: ignore[arg-type]
     "from_lists": (lambda: Partition.from_lists(5), TypeError, "clients=5: pass a list of sample positions for each"),  # type: ignore[arg-type]
-    "load": (lambda: Partition.load("nope.json"), FileNotFoundError, "^path='nope.json': there is no such file; save"),
+    "load": (lambda: Partition.load("nope.json"), FileNotFoundError, "^path='nope.json': there is no such file: save"),
     "real labels": (
         lambda: sequential(FOUR, partitioner="dirichlet").client_sizes(np.linspace(0, 1, 20)),
         ValueError,

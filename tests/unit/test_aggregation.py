@@ -104,7 +104,7 @@ def test_weights_are_those_that_the_record_shows() -> None:
 
 
 def test_unknown_weighting() -> None:
-    with pytest.raises(ValueError, match="weighting='steps': choose 'samples' or 'uniform'"):
+    with pytest.raises(ValueError, match="weighting='steps': pass one of 'samples', 'uniform'"):
         mean("steps")
 
 

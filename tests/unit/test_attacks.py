@@ -176,13 +176,13 @@ def test_wrong_arguments() -> None:
         a_little_is_enough(math.inf)
     with pytest.raises(ValueError, match="num_classes=1: pass"):
         flip_labels([], [], num_classes=1)
-    with pytest.raises(TypeError, match=r"sample 0 is a dict, not a tuple \(..., label\)"):
+    with pytest.raises(TypeError, match=r"sample 0 is a dict: pass a dataset of tuples \(..., label\)"):
         flip_labels([{"label": 1}], [0], num_classes=2)[0]
 
 
 def test_what_a_round_cannot_be_is_refused_at_its_beginning() -> None:
     like, cohort = torch.zeros(3), Cohort(0, np.arange(4), 4, 3, 0)
-    with pytest.raises(ValueError, match="attackers=7: there is no such client, pass numbers from 0 to 3"):
+    with pytest.raises(ValueError, match="attackers: client 7 does not exist: pass numbers from 0 to 3"):
         attacked(mean(), sign_flip(), [7]).init(like, cohort)
-    with pytest.raises(ValueError, match=r"krum\(attackers=1\) needs at least 5 clients"):
+    with pytest.raises(ValueError, match=r"krum\(attackers=1\): .*at least 5 clients"):
         attacked(krum(1), sign_flip(), [0]).init(like, cohort)

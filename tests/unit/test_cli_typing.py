@@ -107,7 +107,7 @@ def test_clients_per_round_keeps_its_kind(text: str, expected: float | None) -> 
     [
         ("num_clients=0", "num_clients=0: pass an integer of at least 1"),
         ("clients_per_round=1.5", "clients_per_round=1.5: pass a fraction"),
-        ("partitioner=dirichlt", "did you mean 'dirichlet'"),
+        ("partitioner=dirichlt", "Did you mean 'dirichlet'"),
     ],
 )
 def test_wrong_values_reach_the_user(argument: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:

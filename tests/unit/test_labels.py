@@ -197,7 +197,7 @@ def test_samples_with_that_item_or_attribute(kind: str, value: str, hold: Callab
     if kind != "named tuple":  # whose last entry is its label
         assert find_labels(dataset).tolist() == labels
     for key in ("writer", "keys" if kind != "dict" else "pop"):  # a method is no label
-        with pytest.raises(ValueError, match=rf"partition_by='{key}'.*(partition_by=<one of|an array of labels)"):
+        with pytest.raises(ValueError, match=rf"partition_by='{key}'.*(one of its columns|an array of labels)"):
             find_labels(dataset, key)
 
 
@@ -206,7 +206,7 @@ def test_what_a_sample_lists_goes_before_what_its_kind_has() -> None:
     assert find_labels(records, "size").tolist() == find_labels(Samples(list(records)), "size").tolist() == [7, 8]
     assert find_labels(records).tolist() == [1.5, 2.5]
     assert find_labels(Samples([Graph(user=None, y=1), Graph(user="bob", y=2)])).tolist() == [1, 2]
-    with pytest.raises(ValueError, match=r"partition_by='user'.*no value there \(sample 0\).*one of \['user', 'y'\]"):
+    with pytest.raises(ValueError, match=r"partition_by='user'.*sample 0.*one of \['user', 'y'\]"):
         find_labels(Samples([Graph(user=None, y=1), Graph(user="bob", y=2)]), "user")
     with pytest.raises(ValueError, match=r"label of sample 0 is a Tensor of shape \(2,\)"):
         find_labels(Samples([Graph(y=torch.zeros(2))]), "y")
@@ -250,7 +250,7 @@ def test_entries_of_tuples_go_by_their_position(kind: str) -> None:
     by_id.dataset = dataset
     assert [by_id.load_partition(client).tolist() for client in range(3)] == [[3], [1], [0, 2]]
     for beyond in ("3", "-4"):
-        with pytest.raises(ValueError, match=rf"partition_by='{beyond}'.*pass the position .*='0' to '2'"):
+        with pytest.raises(ValueError, match=rf"partition_by='{beyond}'.*pass the position .*'0' to '2'"):
             find_labels(dataset, beyond)
 
 
@@ -272,9 +272,9 @@ def test_hugging_face_dataset() -> None:
     assert find_labels(Subset(dataset, [1])).tolist() == [0]
     assert class_names(dataset) == class_names(Subset(dataset, [1]), "label") == ["no", "yes", "maybe"]
     assert class_names(dataset, "text") is None
-    with pytest.raises(ValueError, match=r"columns \['text', 'label'\], and partition_by='user' is not among them"):
+    with pytest.raises(ValueError, match=r"partition_by='user': .*\['text', 'label'\]"):
         find_labels(dataset, "user")
-    with pytest.raises(ValueError, match=r"none of them is one of label, labels.*pass partition_by="):
+    with pytest.raises(ValueError, match=r"partition_by=None: .*no column label, labels"):
         find_labels(dataset.remove_columns("label"))
     with pytest.raises(TypeError, match=r"IterableDataset.*map-style"):
         find_labels(dataset.to_iterable_dataset())
@@ -298,23 +298,23 @@ class Stream(IterableDataset[int]):
 @pytest.mark.parametrize(
     ("dataset", "partition_by", "error", "message"),
     [
-        (Stream(), None, TypeError, "Stream, without a length or without positions: pass a map-style"),
+        (Stream(), None, TypeError, "Stream, .*__len__ or __getitem__: pass a map-style"),
         (iter([1, 2]), None, TypeError, "map-style"),
         (None, None, TypeError, "NoneType"),
         ({"x": [1], "y": [2]}, None, TypeError, "dataset is a dict"),
         ("cifar10", None, TypeError, "dataset is a str"),
-        ([], None, ValueError, "list. is empty"),
+        ([], None, ValueError, "list without samples"),
         (np.eye(3), None, ValueError, r"shape \(3, 3\) for 3 samples.*argmax\(axis=1\)"),
         (torch.zeros(3, 1), None, ValueError, r"shape \(3, 1\).*1-D array"),
-        (TensorDataset(torch.zeros(3, 2)), None, ValueError, "sample 0 is a tuple without a label"),
+        (TensorDataset(torch.zeros(3, 2)), None, ValueError, "sample 0, a tuple"),
         (TensorDataset(torch.zeros(3), torch.zeros(3, 5)), None, ValueError, r"shape \(3, 5\)"),
-        (Samples([torch.zeros(2)]), None, ValueError, "partition_by=None: sample 0 is a Tensor without a label"),
+        (Samples([torch.zeros(2)]), None, ValueError, "partition_by=None: .*sample 0, a Tensor"),
         (Samples([(0, 1), (0, torch.zeros(2))]), None, ValueError, r"label of sample 1 is a Tensor of shape \(2,\)"),
         (Samples([(0, [1, 2])]), None, ValueError, "label of sample 0 is a list"),
-        (Samples([(0, 1)]), "user", ValueError, "partition_by='user'.*type tuple have no columns"),
-        (Samples([{"a": 1, "b": 2}]), "user", ValueError, r"\['a', 'b'\], and partition_by='user'"),
-        (Samples([{"a": 1, "b": 2}]), None, ValueError, r"\['a', 'b'\].*pass partition_by="),
-        ([[1, 2], [3]], None, ValueError, "sample 1 is a list without a label"),
+        (Samples([(0, 1)]), "user", ValueError, "partition_by='user'.*a tuple, has no value"),
+        (Samples([{"a": 1, "b": 2}]), "user", ValueError, r"partition_by='user': .*\['a', 'b'\]"),
+        (Samples([{"a": 1, "b": 2}]), None, ValueError, r"partition_by=None: .*\['a', 'b'\]"),
+        ([[1, 2], [3]], None, ValueError, "sample 1, a list"),
         ([0, 1], 7, TypeError, "partition_by=7: pass the name of a column"),
     ],
 )
@@ -364,7 +364,7 @@ def test_encode_unsigned_and_narrow_integers() -> None:
 
 
 def test_encode_refuses_what_is_no_class() -> None:
-    with pytest.raises(ValueError, match="dtype float64, but classes are needed"):
+    with pytest.raises(ValueError, match="dtype float64, and this needs classes"):
         encode_classes(np.array([0.5, 1.0]))
     with pytest.raises(ValueError, match="sample 1 is missing"):
         encode(np.array([0.5, np.nan]))

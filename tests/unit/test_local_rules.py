@@ -236,9 +236,9 @@ def test_schedules_of_local_steps() -> None:
 @pytest.mark.parametrize(
     ("build", "kind", "message"),
     [
-        (lambda: fed_prox(0), ValueError, "mu=0 must be positive"),
-        (lambda: fed_dyn("0.1"), TypeError, "alpha='0.1': pass a positive number"),  # type: ignore[arg-type]
-        (lambda: fed_nova(-1.0), ValueError, "proximal=-1.0 must be positive"),
+        (lambda: fed_prox(0), ValueError, "mu=0: pass a finite number above 0"),
+        (lambda: fed_dyn("0.1"), TypeError, "alpha='0.1': pass a finite number above 0"),  # type: ignore[arg-type]
+        (lambda: fed_nova(-1.0), ValueError, "proximal=-1.0: pass a finite number above 0"),
         (lambda: scaffold("III"), ValueError, "option='III': pass one of 'I', 'II'"),
         (lambda: local_rules.by_name("scafold"), ValueError, "Did you mean 'scaffold'"),
         (lambda: local_rules.by_name("fed_prox"), ValueError, r"needs mu: pass an object, fed_prox\(mu=...\)"),

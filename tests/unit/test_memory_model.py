@@ -491,7 +491,7 @@ def test_clients_side_by_side() -> None:
     own = estimate_memory(Classifier(mlp()), vectors(2)).peak(8)
     shared = model.peak(8) - own
     assert model.max_clients(shared + 5 * own + own // 2, 8, headroom=0.0) == 5
-    with pytest.raises(ValueError, match="does not hold one client with a batch of 8"):
+    with pytest.raises(ValueError, match=r"budget=.*: one client with batch=8"):
         model.max_clients(own, 8, headroom=0.0)
 
 

@@ -91,16 +91,16 @@ def test_heterogeneity_of_many_clients_and_classes() -> None:
     result = heterogeneity(Partition(np.arange(200_000), np.arange(0, 200_001, 2)), labels)
     assert result.mean_js_distance == pytest.approx(1, abs=1e-3)
     assert (result.size_gini, result.mean_num_labels) == (0, 2)
-    with pytest.raises(ValueError, match=r"100000 clients x 50000 classes exceeds a gigabyte; pass max_clients"):
+    with pytest.raises(ValueError, match=r"100000 clients x 50000 classes exceeds a gigabyte: pass"):
         label_counts(Partition(np.arange(200_000), np.arange(0, 200_001, 2)), labels)
 
 
 def test_labels_must_fit() -> None:
     partition = Partition.from_lists([[0, 5]])
     for labels in ([0, 1], np.zeros((6, 2), dtype=int)):
-        with pytest.raises(ValueError, match="the partition reaches to sample 5"):
+        with pytest.raises(ValueError, match="the partition has sample 5"):
             heterogeneity(partition, labels)
-    with pytest.raises(ValueError, match="holds no samples"):
+    with pytest.raises(ValueError, match="partition: no client has a sample"):
         heterogeneity(Partition.from_lists([[], []]), [0])
 
 
@@ -259,7 +259,7 @@ def test_plot_errors(kwargs: dict[str, Any], message: str) -> None:
 
 
 def test_comparison_errors() -> None:
-    with pytest.raises(ValueError, match="partitioner_list is empty"):
+    with pytest.raises(ValueError, match=r"partitioner_list=\[\]"):
         plot_comparison_label_distribution([])
     with pytest.raises(ValueError, match="titles has 1 entries for 2 partitioners"):
         plot_comparison_label_distribution([partitioner(3)] * 2, titles=["one"])

@@ -159,7 +159,7 @@ def test_the_partition_is_computed_once_and_late() -> None:
 
 
 def test_without_a_dataset() -> None:
-    with pytest.raises(AttributeError, match="IidPartitioner has no dataset yet: assign one first"):
+    with pytest.raises(AttributeError, match="IidPartitioner has no dataset"):
         IidPartitioner(2).load_partition(0)
 
 
@@ -188,7 +188,7 @@ def test_dirichlet_always_ends(
     alpha = max(10.0**log_alpha, 5e-324)
     partitioner = DirichletPartitioner(num_partitions, None, alpha, minimum, balancing)
     if num_partitions * minimum > len(labels):
-        with pytest.raises(ValueError, match=f"min_partition_size={minimum} for num_partitions={num_partitions}"):
+        with pytest.raises(ValueError, match=f"min_partition_size={minimum} with num_partitions={num_partitions}"):
             run(partitioner, labels)
         return
     partition = run(partitioner, labels)
@@ -280,7 +280,7 @@ def test_inner_dirichlet_sizes_are_exact(labels: list[int], fractions: list[int]
 
 def test_inner_dirichlet_skew_and_alpha_per_class() -> None:
     labels = np.repeat(np.arange(10), 1000)
-    with pytest.warns(UserWarning, match="partition_sizes add up to 2000: 8000 of 10000 samples belong to no client"):
+    with pytest.warns(UserWarning, match="partition_sizes add up to 2000, .*8000 of 10000 samples"):
         skewed = run(InnerDirichletPartitioner([100] * 20, alpha=1e-6), labels)
     assert [len(h) for h in histograms(skewed, labels)] == [1] * 20
     even = run(InnerDirichletPartitioner([1000] * 10, alpha=1e6), labels)
@@ -335,9 +335,9 @@ def test_pathological_chooses_in_blocks_too(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_pathological_errors() -> None:
-    with pytest.raises(ValueError, match="num_classes_per_partition=3: the dataset has 2 classes only"):
+    with pytest.raises(ValueError, match=r"num_classes_per_partition=3: .* 2"):
         run(PathologicalPartitioner(2, None, 3), [0, 1, 0])
-    with pytest.raises(ValueError, match="class 1 falls to 3 clients but has 1 samples; lower one"):
+    with pytest.raises(ValueError, match="3 clients share class 1, which has 1 samples: lower one"):
         run(PathologicalPartitioner(3, None, 2), [0, 0, 0, 1])
 
 
@@ -349,7 +349,7 @@ def test_pathological_errors() -> None:
 def test_shards_by_number(labels: list[int], num_partitions: int, shards: int, keep: bool) -> None:
     partitioner = ShardPartitioner(num_partitions, None, shards, keep_incomplete_shard=keep)
     if num_partitions * shards > len(labels):
-        with pytest.raises(ValueError, match=f"num_shards_per_partition={shards} for num_partitions={num_partitions}"):
+        with pytest.raises(ValueError, match=f"num_shards_per_partition={shards} with num_partitions={num_partitions}"):
             run(partitioner, labels)
         return
     partition = run(partitioner, labels)
@@ -368,7 +368,7 @@ def test_shards_by_size(labels: list[int], num_partitions: int, size: int, keep:
     partitioner = ShardPartitioner(num_partitions, shard_size=size, keep_incomplete_shard=keep)
     num_shards = -(-len(labels) // size) if keep else len(labels) // size
     if num_shards < num_partitions:
-        with pytest.raises(ValueError, match=f"shard_size={size}: {len(labels)} samples make {num_shards} shards"):
+        with pytest.raises(ValueError, match=f"shard_size={size}: {len(labels)} samples give {num_shards} shards"):
             run(partitioner, labels)
         return
     partition = run(partitioner, labels)
@@ -384,7 +384,7 @@ def test_shards_are_consecutive_in_the_sorted_dataset() -> None:
     partition = run(ShardPartitioner(10, num_shards_per_partition=2, shard_size=10), labels)
     # Shards of the size of a class hold one class each.
     assert [sorted(h.values()) for h in histograms(partition, labels)] == [[10, 10]] * 10
-    with pytest.raises(ValueError, match="need 400 samples, there are 200"):
+    with pytest.raises(ValueError, match=r"400 samples, .* 200"):
         run(ShardPartitioner(20, num_shards_per_partition=2, shard_size=10), labels)
 
 
@@ -420,11 +420,11 @@ def test_distribution_uses_everything(multiple: int, per_partition: int, preassi
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        ((np.ones((2, 1)), 3, 1, None, 0), "num_partitions=3 is not a multiple of the 2 classes: try num_partitions=2"),
-        ((np.ones((2, 1)), 2, 3, None, 0), "num_unique_labels_per_partition=3: the dataset has 2 classes only"),
-        ((np.ones((2, 3)), 2, 1, None, 0), r"distribution_array has shape \(2, 3\): it must be \(2, 1\)"),
+        ((np.ones((2, 1)), 3, 1, None, 0), "num_partitions=3: .*multiple .* 2"),
+        ((np.ones((2, 1)), 2, 3, None, 0), "num_unique_labels_per_partition=3: .* 2"),
+        ((np.ones((2, 3)), 2, 1, None, 0), r"distribution_array has shape \(2, 3\): pass \(2, 1\)"),
         ((np.ones((2, 2)), 4, 1, None, 4), "preassigned_num_samples_per_label=4: 2 clients share a class of 5 samples"),
-        ((np.full((2, 1), 9), 2, 1, None, 0, False), "asks for 9 samples of class 0, there are 5"),
+        ((np.full((2, 1), 9), 2, 1, None, 0, False), "class 0 takes 9 samples, .* 5"),
     ],
 )
 def test_distribution_errors(args: tuple[Any, ...], message: str) -> None:
@@ -474,11 +474,11 @@ def test_continuous_errors() -> None:
 
 
 def test_size_and_what_is_left_over() -> None:
-    with pytest.warns(UserWarning, match="partition_sizes add up to 6: 4 of 10 samples belong to no client"):
+    with pytest.warns(UserWarning, match="partition_sizes add up to 6, .*4 of 10 samples"):
         partition = run(SizePartitioner([1, 2, 3]), range(10))
     assert partition.sizes.tolist() == [1, 2, 3]
     check_partition(partition, 10)
-    with pytest.raises(ValueError, match="partition_sizes add up to 6, there are 5 samples"):
+    with pytest.raises(ValueError, match="partition_sizes add up to 6, and there are 5 samples"):
         run(SizePartitioner([1, 2, 3]), range(5))
 
 
@@ -493,7 +493,7 @@ def test_sizes_by_id_are_exact_for_whole_numbers(unit: int, num_partitions: int)
 
 @pytest.mark.parametrize("partitioner", [ExponentialPartitioner(1000), SquarePartitioner(30), LinearPartitioner(100)])
 def test_sizes_by_id_that_leave_a_client_without_samples(partitioner: Partitioner) -> None:
-    with pytest.raises(ValueError, match=f"num_partitions={partitioner.num_partitions}: by this size function"):
+    with pytest.raises(ValueError, match=f"num_partitions={partitioner.num_partitions}: this size function"):
         run(partitioner, range(2000))
 
 
@@ -517,11 +517,11 @@ def test_natural_ids_of_other_types(ids: Any) -> None:
 
 
 def test_natural_id_errors() -> None:
-    with pytest.raises(ValueError, match=r"columns \['x'\], and partition_by='user'"):
+    with pytest.raises(ValueError, match=r"partition_by='user': .*\['x'\]"):
         run(NaturalIdPartitioner("user"), [{"x": 1}])
-    with pytest.raises(ValueError, match="value of sample 1 is missing"):
+    with pytest.raises(ValueError, match="of sample 1 is missing"):
         run(NaturalIdPartitioner(), np.array(["a", None], dtype=object))
-    with pytest.raises(AttributeError, match="has no dataset yet"):
+    with pytest.raises(AttributeError, match="has no dataset"):
         _ = NaturalIdPartitioner().num_partitions
 
 
@@ -547,11 +547,11 @@ def test_groups_of_natural_ids(mode: Any, sort: bool, expected: list[set[str]]) 
 
 def test_groups_of_natural_ids_errors() -> None:
     ids = list("abcde")
-    with pytest.raises(ValueError, match='mode="strict": 5 ids do not divide into groups of group_size=2'):
+    with pytest.raises(ValueError, match="group_size=2 with mode='strict': 5 ids"):
         run(GroupedNaturalIdPartitioner(None, 2, "strict"), ids)
     assert run(GroupedNaturalIdPartitioner(None, 5, "strict"), ids).num_clients == 1
     assert run(GroupedNaturalIdPartitioner(None, 9), ids).num_clients == 1
-    with pytest.raises(ValueError, match="group_size=9: there are 5 ids only"):
+    with pytest.raises(ValueError, match="group_size=9: there are only 5 ids"):
         run(GroupedNaturalIdPartitioner(None, 9, "drop-reminder"), ids)
 
 
@@ -567,9 +567,9 @@ def test_groups_of_natural_ids_errors() -> None:
         (lambda: IidPartitioner(True), TypeError, "num_partitions=True"),
         (lambda: IidPartitioner(2, seed=-1), ValueError, "seed=-1"),
         (lambda: IidPartitioner(2, seed="x"), TypeError, "seed='x'"),
-        (lambda: DirichletPartitioner(2), ValueError, r"alpha is missing: .*DirichletPartitioner\(.*alpha=0.5\)"),
+        (lambda: DirichletPartitioner(2), ValueError, r"alpha=None: .*DirichletPartitioner\(.*alpha=0.5\)"),
         (lambda: DirichletPartitioner(2, 0.5), TypeError, "partition_by=0.5: .*by keyword"),
-        (lambda: DirichletPartitioner(2, alpha=0), ValueError, "alpha=0: pass a positive, finite number"),
+        (lambda: DirichletPartitioner(2, alpha=0), ValueError, "alpha=0: pass a finite number"),
         (lambda: DirichletPartitioner(2, alpha=-1.0), ValueError, "alpha=-1.0"),
         (lambda: DirichletPartitioner(2, alpha=float("nan")), ValueError, "alpha=nan"),
         (lambda: DirichletPartitioner(2, alpha=float("inf")), ValueError, "alpha=inf"),
@@ -577,28 +577,32 @@ def test_groups_of_natural_ids_errors() -> None:
         (lambda: DirichletPartitioner(2, alpha=[1.0] * 3), ValueError, "alpha has 3 entries for num_partitions=2"),
         (lambda: DirichletPartitioner(2, alpha=1, min_partition_size=-1), ValueError, "min_partition_size=-1"),
         (lambda: InnerDirichletPartitioner([1, -1], alpha=1), ValueError, r"partition_sizes\[1\]=-1"),
-        (lambda: InnerDirichletPartitioner([1]), ValueError, "alpha is missing"),
-        (lambda: SizePartitioner([1, 0]), ValueError, r"partition_sizes\[1\]=0: every size must be at least 1"),
+        (lambda: InnerDirichletPartitioner([1]), ValueError, "alpha=None"),
+        (lambda: SizePartitioner([1, 0]), ValueError, r"partition_sizes\[1\]=0: .* at least 1"),
         (lambda: SizePartitioner([]), ValueError, "size of at least one client"),
         (lambda: SizePartitioner([1.5]), TypeError, "partition_sizes="),
         (lambda: SizePartitioner(3), TypeError, "partition_sizes=3"),
         (lambda: IdToSizeFncPartitioner(2, "linear"), TypeError, "partition_id_to_size_fn='linear'"),
-        (lambda: PathologicalPartitioner(2), ValueError, "num_classes_per_partition is missing"),
+        (lambda: PathologicalPartitioner(2), ValueError, "num_classes_per_partition=None"),
         (lambda: PathologicalPartitioner(2, None, 0), ValueError, "num_classes_per_partition=0"),
         (lambda: PathologicalPartitioner(2, None, 1, "first"), ValueError, "class_assignment_mode='first': pass one"),
-        (lambda: ShardPartitioner(2), ValueError, "num_shards_per_partition and shard_size are both missing"),
+        (lambda: ShardPartitioner(2), ValueError, "num_shards_per_partition=None and shard_size=None"),
         (lambda: ShardPartitioner(2, shard_size=0), ValueError, "shard_size=0"),
         (lambda: ShardPartitioner(2, num_shards_per_partition=1.0), TypeError, "num_shards_per_partition=1.0"),
         (lambda: DistributionPartitioner(np.ones(3), 3, 1, None, 0), TypeError, r"distribution_array .* shape \(3,\)"),
-        (lambda: DistributionPartitioner(-np.ones((1, 3)), 3, 1, None, 0), ValueError, "not negative"),
+        (
+            lambda: DistributionPartitioner(-np.ones((1, 3)), 3, 1, None, 0),
+            ValueError,
+            "distribution_array: .* at least 0",
+        ),
         (
             lambda: DistributionPartitioner(np.ones((1, 3)), 3, 1),
             ValueError,
-            "preassigned_num_samples_per_label is mis",
+            "preassigned_num_samples_per_label=None",
         ),
         (lambda: ContinuousPartitioner(2, strictness=1.1), ValueError, r"strictness=1.1: pass a number in \[0, 1\]"),
-        (lambda: ContinuousPartitioner(2), ValueError, "strictness is missing"),
-        (lambda: GroupedNaturalIdPartitioner("user"), ValueError, "group_size is missing"),
+        (lambda: ContinuousPartitioner(2), ValueError, "strictness=None"),
+        (lambda: GroupedNaturalIdPartitioner("user"), ValueError, "group_size=None"),
         (lambda: GroupedNaturalIdPartitioner("user", 0), ValueError, "group_size=0"),
         (lambda: GroupedNaturalIdPartitioner("user", 1, "drop"), ValueError, "mode='drop'"),
     ],
@@ -621,7 +625,7 @@ def test_arguments_are_checked_at_construction(make: Callable[[], Any], error: t
     ids=stable,
 )
 def test_more_clients_than_samples(partitioner: Partitioner) -> None:
-    with pytest.raises(ValueError, match=r"num_partitions=7: more clients than samples \(6\)"):
+    with pytest.raises(ValueError, match=r"num_partitions=7: .* samples, 6"):
         run(partitioner, [0] * 6)
 
 
@@ -635,7 +639,7 @@ def test_more_clients_than_samples(partitioner: Partitioner) -> None:
     ids=stable,
 )
 def test_float_labels_are_no_classes(partitioner: Partitioner) -> None:
-    with pytest.raises(ValueError, match=r"dtype float64, but classes are needed.*ContinuousPartitioner"):
+    with pytest.raises(ValueError, match=r"dtype float64, and this needs classes.*ContinuousPartitioner"):
         run(partitioner, [0.5] * 40)
 
 
@@ -692,10 +696,10 @@ def test_by_name_dirichlet_defaults() -> None:
         (
             "dirichet",
             {},
-            "partitioner='dirichet' is unknown: did you mean 'dirichlet'.*iid, dirichlet, inner_dirichlet",
+            "partitioner='dirichet' .*Did you mean 'dirichlet'.*'iid', 'dirichlet', 'inner_dirichlet'",
         ),
-        ("natural-id", {}, "did you mean 'natural_id'"),
-        ("zzz", {}, "partitioner='zzz' is unknown: the names are iid"),
+        ("natural-id", {}, "Did you mean 'natural_id'"),
+        ("zzz", {}, "partitioner='zzz' is not known. Known: 'iid'"),
         (
             "size",
             {},
@@ -707,7 +711,7 @@ def test_by_name_dirichlet_defaults() -> None:
         ("shard", {}, r"ShardPartitioner\(num_partitions=10, num_shards_per_partition=2\)"),
         ("continuous", {}, r"ContinuousPartitioner\(num_partitions=10, strictness=0.5\)"),
         ("grouped_natural_id", {}, r"GroupedNaturalIdPartitioner\(partition_by=.*group_size=10\)"),
-        ("iid", {"alpha": 1.0}, "IidPartitioner has no argument 'alpha': its arguments are num_partitions, shuffle"),
+        ("iid", {"alpha": 1.0}, "IidPartitioner has no argument 'alpha'. .*num_partitions, shuffle"),
         ("size", {"partition_sizes": [1, 2]}, "partition_sizes has 2 entries for num_partitions=4"),
     ],
 )

@@ -183,12 +183,12 @@ def test_table() -> None:
     [
         ({}, {}, "shares={}"),
         ("phone", {}, "shares='phone'"),
-        ({"phone": 0}, {}, "'phone' has 0"),
-        ({"toaster": 1}, {}, "device class 'toaster'"),
-        ({"phone": 1, device("phone"): 1}, {}, "another name"),
+        ({"phone": 0}, {}, r"shares\['phone'\]=0: "),
+        ({"toaster": 1}, {}, "device_class='toaster' is not known"),
+        ({"phone": 1, device("phone"): 1}, {}, "phone, phone: .*its own name"),
         ({"phone": 1}, {"batch_size": "huge"}, "batch_size='huge'"),
-        ({"phone": 1}, {"batch_size": {"t4": 3}}, "give a number for each of 'phone'"),
-        ({"phone": 1}, {"batch_size": {"phone": 0}}, "'phone' has 0"),
+        ({"phone": 1}, {"batch_size": {"t4": 3}}, "pass one number for each of 'phone'"),
+        ({"phone": 1}, {"batch_size": {"phone": 0}}, r"batch_size\['phone'\]=0: "),
         ({"phone": 1}, {"over_selection": 0.9}, "over_selection=0.9"),
         ({"phone": 1}, {"deadline": 0}, "deadline=0"),
         ({"phone": 1}, {"min_clients": 0}, "min_clients=0"),
@@ -204,9 +204,9 @@ def test_bad_arguments(shares: Any, options: dict[str, Any], message: str) -> No
 
 def test_devices_that_are_too_small() -> None:
     tiny = device("tiny", memory=1000)
-    with pytest.raises(ValueError, match="device class 'tiny': a step with one sample takes"):
+    with pytest.raises(ValueError, match=r"device class 'tiny': .*a step with one sample takes"):
         Fleet(Population({tiny: 1}), MODEL, 3, WORKLOAD)
-    with pytest.raises(ValueError, match=r"batch_size=90 for device class 'slow'.* at most 64 fit"):
+    with pytest.raises(ValueError, match=r"batch_size=90 .*device class 'slow'.*at most 64"):
         Fleet(Population({SLOW: 1}, batch_size={"slow": 90}, headroom=0.0), MODEL, 3, WORKLOAD)
 
 

@@ -463,7 +463,7 @@ def test_resume_of_another_run(saved: Path, strategy: dict[str, Any], message: s
 def test_resume_with_another_server_optimizer(saved: Path) -> None:
     strategy = sequential(num_clients=4, server_optimizer=server.from_torch(torch.optim.SGD, momentum=0.9))
     module = Counting()
-    with pytest.raises(ValueError, match="server_optimizer: its state is that of Adam, not of SGD: resume with"):
+    with pytest.raises(ValueError, match="server_optimizer=SGD: the checkpoint has the state of Adam: resume with"):
         reference.quiet_trainer(strategy=strategy, max_epochs=3).fit(
             module, reference.loader(reference.dataset()), ckpt_path=saved
         )

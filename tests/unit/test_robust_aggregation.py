@@ -377,9 +377,9 @@ def test_one_finite_update_is_left(name: str) -> None:
 @pytest.mark.parametrize(
     ("rule", "clients", "message"),
     [
-        (krum(2), 6, r"aggregator=krum\(attackers=2\) needs at least 7 clients in a round .* round 0 has 6: raise"),
-        (multi_krum(1, keep=9), 9, r"multi_krum\(attackers=1, keep=9\) needs at least 10 clients"),
-        (trimmed_mean(2), 4, r"trimmed_mean\(trim=2\) needs at least 5 clients"),
+        (krum(2), 6, r"aggregator=krum\(attackers=2\): .*at least 7 clients .* round 0 has 6: raise"),
+        (multi_krum(1, keep=9), 9, r"multi_krum\(attackers=1, keep=9\): .*at least 10 clients"),
+        (trimmed_mean(2), 4, r"trimmed_mean\(trim=2\): .*at least 5 clients"),
     ],
 )
 def test_a_cohort_that_is_too_small_is_refused(rule: Aggregator, clients: int, message: str) -> None:
@@ -396,23 +396,23 @@ def test_a_cohort_that_is_too_small_is_refused(rule: Aggregator, clients: int, m
         (lambda: trimmed_mean(-1), ValueError, "trim=-1: pass the number"),
         (lambda: trimmed_mean(True), TypeError, "trim=True: pass a number"),
         (lambda: trimmed_mean("2"), TypeError, "trim='2': pass a number"),  # type: ignore[arg-type]
-        (lambda: krum(-1), ValueError, "attackers=-1: pass the number"),
-        (lambda: krum(0.2), TypeError, "attackers=0.2: pass the number"),  # type: ignore[arg-type]
-        (lambda: multi_krum(1, keep=0), ValueError, "keep=0: pass the number"),
-        (lambda: multi_krum(1, keep=2.0), TypeError, "keep=2.0: pass the number"),  # type: ignore[arg-type]
-        (lambda: norm_clipped(0), ValueError, "max_norm=0: pass the longest norm"),
-        (lambda: norm_clipped("1"), TypeError, "max_norm='1': pass the longest norm"),  # type: ignore[arg-type]
+        (lambda: krum(-1), ValueError, "attackers=-1: pass an integer of at least 0"),
+        (lambda: krum(0.2), TypeError, "attackers=0.2: pass an integer"),  # type: ignore[arg-type]
+        (lambda: multi_krum(1, keep=0), ValueError, "keep=0: pass an integer of at least 1"),
+        (lambda: multi_krum(1, keep=2.0), TypeError, "keep=2.0: pass an integer"),  # type: ignore[arg-type]
+        (lambda: norm_clipped(0), ValueError, "max_norm=0: pass the largest norm"),
+        (lambda: norm_clipped("1"), TypeError, "max_norm='1': pass the largest norm"),  # type: ignore[arg-type]
         (lambda: centered_clipping(0.0), ValueError, "radius=0.0"),
         (lambda: centered_clipping("1"), TypeError, "radius='1'"),  # type: ignore[arg-type]
         (lambda: centered_clipping(1.0, 0), ValueError, "iterations=0"),
         (lambda: norm_clipped(1.0, "median"), TypeError, "inner='median': pass an aggregators.Aggregator"),  # type: ignore[arg-type]
-        (lambda: geometric_median(tolerance="a"), TypeError, "tolerance='a': pass a positive number"),  # type: ignore[arg-type]
+        (lambda: geometric_median(tolerance="a"), TypeError, "tolerance='a': pass a finite number"),  # type: ignore[arg-type]
         (lambda: norm_clipped(float("nan")), ValueError, "max_norm=nan: pass"),
-        (lambda: geometric_median("steps"), ValueError, "weighting='steps': choose"),
+        (lambda: geometric_median("steps"), ValueError, "weighting='steps': pass one of"),
         (
             lambda: geometric_median(smoothing=0),
             ValueError,
-            "smoothing=0 must be positive and finite: pass a number above 0",
+            "smoothing=0: pass a finite number above 0",
         ),
         (lambda: geometric_median(iterations=0), ValueError, "iterations=0: pass"),
         (

@@ -202,19 +202,19 @@ def test_wrappers_say_that_the_losses_are_read() -> None:
 @pytest.mark.parametrize(
     ("build", "kind", "message"),
     [
-        (lambda: weighted([1.0, -1.0]), ValueError, r"weights=.*pass one finite number >= 0 per client"),
+        (lambda: weighted([1.0, -1.0]), ValueError, r"weights=.*pass one finite number"),
         (lambda: weighted([0.0, 0.0]), ValueError, "not all of them 0"),
         (lambda: weighted(["many"]), TypeError, "weights=.*list of numbers"),
-        (lambda: draw(weighted([1.0])), ValueError, "weights: got 1 for 12 clients"),
+        (lambda: draw(weighted([1.0])), ValueError, "weights has 1 entries for 12 clients"),
         (lambda: power_of_choice(0), ValueError, "candidates=0: pass an integer of at least 1"),
-        (lambda: draw(power_of_choice(3)), ValueError, "candidates=3 is less than clients_per_round=4"),
+        (lambda: draw(power_of_choice(3)), ValueError, "candidates=3: .*clients_per_round=4"),
         (lambda: available(uniform, [1, 0]), ValueError, "trace has shape"),
         (lambda: available(uniform, [[0.5]]), ValueError, "pass 0 and 1"),
         (lambda: available(uniform, "nowhere.csv"), ValueError, "trace='nowhere.csv'.*not found"),
-        (lambda: draw(available(uniform, [[1, 0]])), ValueError, "trace: it has 2 clients, there are 12"),
-        (lambda: available("uniform", TRACE), TypeError, "sampler='uniform' is no sampler"),  # type: ignore[arg-type]
+        (lambda: draw(available(uniform, [[1, 0]])), ValueError, "trace has 2 columns for 12 clients"),
+        (lambda: available("uniform", TRACE), TypeError, "sampler='uniform': pass a sampler"),  # type: ignore[arg-type]
         (lambda: daily_cycle(uniform, 1), ValueError, "period=1: pass an integer of at least 2"),
-        (lambda: daily_cycle(uniform, 24, 0.0), ValueError, "share=0.0 must be positive"),
+        (lambda: daily_cycle(uniform, 24, 0.0), ValueError, "share=0.0: .* above 0"),
         (lambda: drop_out(uniform, 1.0), ValueError, r"probability=1.0: pass a number in \[0, 1\)"),
         (lambda: drop_out(weighted, 0.1), TypeError, "sampler=<function weighted"),  # type: ignore[arg-type]
         (lambda: samplers.by_name("poison"), ValueError, "Did you mean 'poisson'"),

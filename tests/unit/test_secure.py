@@ -106,7 +106,7 @@ def test_wrappers_go_around_it() -> None:
 def test_the_sum_must_fit_into_the_field() -> None:
     rule, like = secure_mean(1.0, bits=16), torch.zeros(1)
     rule.init(like, Cohort(0, np.arange(32768), 32768, 1, 0))
-    with pytest.raises(ValueError, match=r"sum of 32769 clients does not fit into 31 bits: use at most 15 bits"):
+    with pytest.raises(ValueError, match=r"sum of 32769 clients does not fit into 31 bits: pass at most 15"):
         rule.init(like, Cohort(0, np.arange(32769), 32769, 1, 0))
     with pytest.raises(ValueError, match="needs at least 2 clients"):
         rule.init(like, Cohort(0, np.arange(1), 1, 1, 0))

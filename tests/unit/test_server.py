@@ -106,5 +106,5 @@ def test_optimizers_for_matrices_only_are_accepted() -> None:
 def test_state_of_another_optimizer_is_refused(saved: ServerOptimizer) -> None:
     params = draw(0)
     _, state = saved.update(draw(1), saved.init(params), params)
-    with pytest.raises(ValueError, match=r"server_optimizer: its state is that of .*, not of SGD"):
+    with pytest.raises(ValueError, match=r"server_optimizer=SGD: the checkpoint has the state of"):
         from_torch(SGD).update(draw(2), state, params)

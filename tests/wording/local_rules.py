@@ -13,5 +13,5 @@ ROWS: list[Row] = [
         "stages={5: 1}: the first stage begins with round 0, as in in_stages({0: 1, 10: 4}).",
     ),
     Row(lambda: Ditto(-1.0), ValueError, "strength=-1.0: pass a number of at least 0, such as 0.1."),
-    Row(lambda: scaffold("III"), ValueError, "option='III': pass one of 'I', 'II'"),
+    Row(lambda: scaffold("III"), ValueError, "option='III': pass one of 'I', 'II'."),
 ]

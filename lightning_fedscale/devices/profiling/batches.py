@@ -14,7 +14,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only
 from torch.utils.data import BatchSampler
 
-_REMEDY = ": pass make_batch=, a function of the number of samples that returns such a batch."
+_REMEDY = ": pass make_batch=..., a function that returns a batch of so many samples."
 
 
 class BatchSignature(NamedTuple):
@@ -117,11 +117,11 @@ def samples_in(batch: Any, remedy: str = _REMEDY) -> int:
     """
     sizes = {len(tensor) for tensor in _tensors_in(batch) if tensor.ndim}
     if not sizes:
-        raise ValueError(f"batch={type(batch).__name__} holds no tensor with a first dimension to resize{remedy}")
+        raise ValueError(f"batch={type(batch).__name__}: none of its tensors has a dimension of samples{remedy}")
     if len(sizes) > 1:
         raise ValueError(
-            f"batch: its tensors have {', '.join(map(str, sorted(sizes)))} entries in their first dimension, so none of"
-            f" these is the number of samples{remedy}"
+            f"batch={type(batch).__name__}: the first dimensions of its tensors differ"
+            f" ({', '.join(map(str, sorted(sizes)))}), so the number of samples is unknown{remedy}"
         )
     return sizes.pop()
 

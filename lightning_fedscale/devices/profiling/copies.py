@@ -28,9 +28,8 @@ def copied(module: nn.Module, view: TrainerView, mode: FakeTensorMode | None = N
             made: Any = copy.deepcopy(module, view.outside())
     except Exception as error:
         raise TypeError(
-            f"module={type(module).__name__} cannot be copied, as a dry run of its steps requires"
-            f" ({type(error).__name__}: {error}): let its __getstate__ leave out what cannot be copied, or create that"
-            " later."
+            f"module={type(module).__name__} cannot be copied for a dry run ({type(error).__name__}: {error}): leave"
+            " out what cannot be copied in __getstate__, or create it later."
         ) from error
     if mode is not None:
         _bring_to_cpu(made)

@@ -26,6 +26,7 @@ from lightning_fedscale.devices.profiling.memory_tracker import (
 )
 from lightning_fedscale.devices.profiling.scratch import Scratch
 from lightning_fedscale.devices.profiling.stubs import ManualOptimizer, ManualScheduler, TrainerView, silence
+from lightning_fedscale.utils import checks
 from lightning_fedscale.utils.randomness import untouched
 
 MIXED = {"16-mixed": torch.float16, "bf16-mixed": torch.bfloat16}
@@ -90,10 +91,9 @@ class DryRun:
         learns: bool = True,
         trainer: Any = None,
     ) -> None:
-        if precision not in MIXED and precision not in WHOLE:
-            raise ValueError(f"precision={precision!r}: choose one of {', '.join(map(repr, [*MIXED, *WHOLE]))}.")
+        checks.one_of("precision", precision, [*MIXED, *WHOLE])
         if not callable(getattr(module, "training_step", None)):
-            raise TypeError(f"module={type(module).__name__} has no training_step: pass a LightningModule.")
+            raise TypeError(f"module={type(module).__name__}: it has no training_step: pass a LightningModule.")
         if make_batch is None:
             samples_in(batch)
         self._module = module

@@ -183,12 +183,12 @@ def _without_contents(tensor: Tensor) -> Tensor:
 @lru_cache(maxsize=256)
 def _ask(request: bytes) -> tuple[list[int], int]:
     if getattr(sys, "frozen", False) or not sys.executable or not _MAPS.exists():
-        raise RuntimeError("measuring it needs Linux and an interpreter to start")
+        raise RuntimeError("this can only be measured on Linux, by a Python interpreter")
     command = [sys.executable, "-c", _START, __file__, *sys.path]
     done = subprocess.run(command, input=request, capture_output=True, timeout=_SECONDS, check=False)
     if done.returncode:
         last = done.stderr.decode(errors="replace").strip().splitlines()[-1:]
-        raise RuntimeError(": ".join([f"the process that measures it ended with {done.returncode}", *last]))
+        raise RuntimeError(": ".join([f"the measuring process ended with exit code {done.returncode}", *last]))
     grown, buffers = json.loads(done.stdout.splitlines()[-1])
     return grown, buffers
 

@@ -70,9 +70,9 @@ def real_step(step: Callable[[], object], budget: int, *, timeout: float = 300.0
         True
     """
     if not hasattr(os, "fork") or not _STATUS.exists():
-        raise RuntimeError("verify=True: limiting a child's memory needs Linux; pass verify=False.")
+        raise RuntimeError("verify=True: the memory of a process can only be limited on Linux: pass verify=False.")
     if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
-        raise RuntimeError("verify=True: a process that uses CUDA cannot be forked; on CUDA, steps run here instead.")
+        raise RuntimeError("verify=True: a process that uses CUDA cannot be forked: pass verify=False.")
     reading, writing = os.pipe()
     sys.stdout.flush()
     sys.stderr.flush()

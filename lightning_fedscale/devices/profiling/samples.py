@@ -75,7 +75,7 @@ def _largest(samples: Iterable[tuple[int, Any]], total: int | None, seconds: flo
         if time.monotonic() > until:
             break
     if not looked_at:
-        raise ValueError("train_dataloader: its dataset is empty: there is no sample to probe with.")
+        raise ValueError("train_dataloader: its dataset is empty: pass a dataset with at least one sample.")
     return LargestSample(largest, looked_at, total)
 
 
