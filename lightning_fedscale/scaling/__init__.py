@@ -3,6 +3,8 @@
 from importlib import import_module
 from typing import Any
 
+from jsonargparse import set_parsing_settings
+
 from lightning_fedscale.scaling.base import (
     Allocation,
     Law,
@@ -99,6 +101,8 @@ __all__ = [
     "sweep_command",
     "write_report",
 ]
+
+set_parsing_settings(subclasses_enabled=[Law])  # laws are dataclasses, which configuration files name by their classes
 
 
 def __getattr__(name: str) -> Any:

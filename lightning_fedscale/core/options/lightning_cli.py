@@ -17,14 +17,13 @@ from functools import partial
 from importlib import import_module
 from typing import Any
 
-from jsonargparse import ArgumentParser, Namespace, set_parsing_settings
+from jsonargparse import ArgumentParser, Namespace
 from jsonargparse.typing import register_type
 
 from lightning_fedscale.aggregators import Aggregator
 from lightning_fedscale.compressors import Compressor
 from lightning_fedscale.local_rules import LocalRule
 from lightning_fedscale.phases import Detector
-from lightning_fedscale.scaling import Law
 from lightning_fedscale.server import ServerOptimizer
 
 KINDS: tuple[type[Any], ...] = (Aggregator, Compressor, Detector, LocalRule, ServerOptimizer)
@@ -43,8 +42,7 @@ def _remembering(kind: type[Any], given: dict[str, Any]) -> type[Any]:
 
 
 def register() -> None:
-    """Let jsonargparse make options by the paths of their factories, and laws (dataclasses) by their classes."""
-    set_parsing_settings(subclasses_enabled=[Law])
+    """Let jsonargparse make options by the paths of their factories; `lightning_fedscale.scaling` registers laws."""
     for kind in KINDS:
         register_type(
             kind,
