@@ -16,18 +16,18 @@ demo: $(VENV)/.demo ## Train 100 federated clients on real digits, less than a m
 	$(RUN) examples/01_quickstart.py
 
 test: lint ## Lint, types and all tests
-	$(RUN) -m pytest -n $(WORKERS)
+	$(RUN) -m pytest -n $(WORKERS) --dist worksteal
 
 test-fast: $(VENV)/.test ## The tests that are not slow, for whoever changes a line; some minutes
-	$(RUN) -m pytest -n $(WORKERS) -m "not slow" -q
+	$(RUN) -m pytest -n $(WORKERS) --dist worksteal -m "not slow" -q
 
 coverage: $(VENV)/.test ## The lines that no fast test reaches
-	$(RUN) -m pytest -n $(WORKERS) -m "not slow" -q --cov --cov-report=term-missing:skip-covered
+	$(RUN) -m pytest -n $(WORKERS) --dist worksteal -m "not slow" -q --cov --cov-report=term-missing:skip-covered
 
 # No test depends on the clock, so none may fail on a machine that does other things.
 stress: $(VENV)/.test ## All tests three times, beside as many processes that never rest as there are workers
 	@busy=; for worker in $$(seq $(WORKERS)); do $(RUN) -c "while True: pass" & busy="$$busy $$!"; done; \
-	trap "kill $$busy" EXIT; for turn in 1 2 3; do $(RUN) -m pytest -n $(WORKERS) || exit 1; done
+	trap "kill $$busy" EXIT; for turn in 1 2 3; do $(RUN) -m pytest -n $(WORKERS) --dist worksteal || exit 1; done
 
 fuzz: $(VENV)/.test ## Train 5,000 random projects in all ways, which must agree; three hours
 	$(RUN) -m tests.fuzz --seeds 5000

@@ -15,7 +15,7 @@ FILES = (
     "features/test_run_settings.py", "features/test_scale.py", "features/test_size.py", "features/test_tensorboard.py",
     "features/test_typed.py", "laws/test_executors.py", "laws/test_methods.py", "laws/test_captured_steps.py",
     "unit/test_compressors.py", "unit/test_lightning_suite.py", "unit/test_local_rules.py",
-    "unit/test_memory_model.py", "unit/test_phases.py", "unit/test_privacy.py", "unit/test_probe.py",
+    "unit/test_memory_model.py", "unit/test_phases.py", "unit/test_privacy.py",
     "unit/test_pytorch_lightning.py", "unit/test_scaling_fit.py", "unit/test_scaling_tables.py",
     "unit/test_states.py", "unit/test_verdicts.py", "unit/test_verify.py",
 )  # fmt: skip

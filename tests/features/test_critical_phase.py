@@ -495,7 +495,7 @@ def test_reweighting_noise_has_the_covariance_of_a_smaller_batch() -> None:
     samples = torch.randn(8 * 4000, 3, generator=torch.Generator().manual_seed(0)) * torch.tensor([1.0, 2.0, 0.5])
     for noisy in (True, False):
         noise = [phase(action="noise", target_batch=8, noise_in="all")] if noisy else []
-        trainer(*noise, Collect(noisy), strategy=one_step(8), max_steps=700).fit(
+        trainer(*noise, Collect(noisy), strategy=one_step(8), max_steps=250).fit(
             Mean(), DataLoader(TensorDataset(samples), 4, shuffle=True)
         )
     variance = {noisy: torch.stack(found).var(0) for noisy, found in updates.items()}

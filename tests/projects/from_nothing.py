@@ -66,13 +66,13 @@ class Way(NamedTuple):
         federated: the command then.
     """
 
-    start: Callable[[Path], None]
+    start: Callable[[Path], object]
     central: list[str]
-    change: Callable[[Path], None]
+    change: Callable[[Path], object]
     federated: list[str]
 
 
-def _copy(name: str) -> Callable[[Path], None]:
+def _copy(name: str) -> Callable[[Path], object]:
     return lambda folder: shutil.copytree(ROOT / "tests" / "projects" / name, folder, dirs_exist_ok=True)
 
 
@@ -96,7 +96,7 @@ WAYS = {
     "plain": Way(_copy("plain"), ["train.py"], _change_script, ["train.py"]),
     "cli": Way(
         _copy("cli"), ["main.py", "fit", "-c", "config.yaml"],
-        lambda folder: (folder / "federated.yaml").write_text(YAML) and None,
+        lambda folder: (folder / "federated.yaml").write_text(YAML),
         ["main.py", "fit", "-c", "config.yaml", "-c", "federated.yaml"],
     ),
     "hydra": Way(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from typing import Any
 
 from hypothesis import given
 from hypothesis import strategies as st
@@ -14,7 +15,7 @@ amounts = st.fixed_dictionaries(
 )
 
 
-def filled(spent: list[dict[str, float]]) -> Ledger:
+def filled(spent: list[dict[str, Any]]) -> Ledger:
     ledger = Ledger()
     for each in spent:
         ledger.add(**each)
@@ -23,7 +24,7 @@ def filled(spent: list[dict[str, float]]) -> Ledger:
 
 
 @given(st.lists(amounts, max_size=8), st.integers(0, 8))
-def test_however_it_is_divided_among_ranks_the_sum_is_the_same(spent: list[dict[str, float]], cut: int) -> None:
+def test_however_it_is_divided_among_ranks_the_sum_is_the_same(spent: list[dict[str, Any]], cut: int) -> None:
     whole, first, second = filled(spent), filled(spent[:cut]), filled(spent[cut:])
     first.add_numbers(second.numbers())
     assert first.flops == whole.flops
@@ -33,7 +34,7 @@ def test_however_it_is_divided_among_ranks_the_sum_is_the_same(spent: list[dict[
 
 
 @given(st.lists(amounts, max_size=8), st.integers(0, 8))
-def test_saved_and_loaded_it_goes_on(spent: list[dict[str, float]], cut: int) -> None:
+def test_saved_and_loaded_it_goes_on(spent: list[dict[str, Any]], cut: int) -> None:
     resumed = Ledger()
     resumed.load_state_dict(json.loads(json.dumps(filled(spent[:cut]).state_dict())))
     for each in spent[cut:]:

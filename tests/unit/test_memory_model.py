@@ -88,26 +88,30 @@ def allocated(model: Any, batch: int) -> int:
     return peak - model.breakdown(batch).get("libraries", 0)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize(
-    ("optimizer", "options"),
-    [
-        (torch.optim.SGD, {}),
-        (torch.optim.SGD, {"momentum": 0.9}),
-        (torch.optim.AdamW, {}),
-        (torch.optim.AdamW, {"foreach": True}),
-        (torch.optim.AdamW, {"fused": True}),
-    ],
-    ids=["sgd", "momentum", "adamw", "foreach", "fused"],
-)
-def test_predicted_is_tracked(kind: str, optimizer: Any, options: dict[str, Any]) -> None:
+OPTIMIZERS: dict[str, tuple[Any, dict[str, Any]]] = {
+    "sgd": (torch.optim.SGD, {}),
+    "momentum": (torch.optim.SGD, {"momentum": 0.9}),
+    "adamw": (torch.optim.AdamW, {}),
+    "foreach": (torch.optim.AdamW, {"foreach": True}),
+    "fused": (torch.optim.AdamW, {"fused": True}),
+}
+# The least and the most state with every network; how the state is updated depends on the parameters alone.
+PAIRS = [
+    *itertools.product(("sgd", "adamw"), KINDS),
+    *itertools.product(("momentum", "foreach", "fused"), ("mlp", "gpt")),
+]
+
+
+@pytest.mark.parametrize(("optimizer", "kind"), PAIRS)
+def test_predicted_is_tracked(optimizer: str, kind: str) -> None:
     make, batch_of = KINDS[kind]
-    module = Classifier(make(), optimizer, **options)
+    algorithm, options = OPTIMIZERS[optimizer]
+    module = Classifier(make(), algorithm, **options)
     model = estimate_memory(module, batch_of(2))
     assert model.exact
     # Each checkpoint keeps the state of the generator, which no operator makes.
     states = 4 * len(torch.get_rng_state()) if kind == "gpt with checkpointing" else 0
-    for batch in (2, 6, 33):
+    for batch in (2, 33):
         assert allocated(model, batch) == pytest.approx(tracked(module, batch_of(batch)) - states, rel=0.01)
 
 
@@ -117,9 +121,9 @@ def test_mixed_precision(kind: str, precision: str) -> None:
     make, batch_of = KINDS[kind]
     module = Classifier(make())
     dtype = torch.bfloat16 if precision == "bf16-mixed" else torch.float16
+    model = estimate_memory(module, batch_of(2), precision=precision)
     for batch in (2, 17):
         expected = tracked(module, batch_of(batch), dtype=dtype)
-        model = estimate_memory(module, batch_of(2), precision=precision)
         assert allocated(model, batch) == pytest.approx(expected, rel=0.01)
 
 
@@ -348,22 +352,23 @@ def test_what_measures_libraries_starts_with_torch_alone() -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("budget", [3 * 2**24, 2**30])
-def test_max_batch_is_the_last_that_fits(kind: str, budget: int) -> None:
+def test_max_batch_is_the_last_that_fits(kind: str) -> None:
     make, batch_of = KINDS[kind]
     model = estimate_memory(Classifier(make()), batch_of(2))
-    batch = model.max_batch(budget, headroom=0.1)
-    assert model.peak(batch) <= 0.9 * budget < model.peak(batch + 1)
-    assert len(model.sizes) <= 15
+    for budget in (3 * 2**24, 2**30):
+        before = len(model.sizes)
+        batch = model.max_batch(budget, headroom=0.1)
+        assert model.peak(batch) <= 0.9 * budget < model.peak(batch + 1)
+        assert len(model.sizes) - before < 15
 
 
 def test_peak_is_convex_where_no_library_takes_part() -> None:
     model = estimate_memory(Classifier(GPT(length=64)), tokens(2, 64))
-    peaks = [model.peak(batch) for batch in range(1, 40)]
+    peaks = [model.peak(batch) for batch in range(1, 40, 2)]
     assert (np.diff(peaks, 2) >= 0).all()
     # So two small sizes promise too much, which is why the search does not believe them.
-    line = peaks[0] + (peaks[1] - peaks[0]) * 38
-    assert line < peaks[38]
+    line = peaks[0] + (peaks[1] - peaks[0]) * 19
+    assert line < peaks[19]
 
 
 class Twice(Classifier):
