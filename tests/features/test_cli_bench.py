@@ -98,7 +98,7 @@ def test_no_round_is_timed_in_which_steps_are_still_recorded() -> None:
     assert run.global_step == 3 * (2 + 1 + bench._FEWEST_ROUNDS)
 
 
-def test_what_cannot_train_side_by_side_is_told_with_the_reason(capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_cannot_be_vectorized_is_told_with_the_reason(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["bench", f"--module={HERE}Stubborn", *QUICK, "--clients=3", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["vectorized"].keys() == {"obstacle"}

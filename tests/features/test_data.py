@@ -164,7 +164,7 @@ def test_a_dataset_that_is_asked_for_whole_batches(workers: int, drop_last: bool
     assert got == [batch for batch in expected(batch_size=3) if not drop_last or len(batch) == 3]
 
 
-def test_a_dataset_that_is_asked_for_whole_batches_side_by_side_and_on_simulated_hardware() -> None:
+def test_a_dataset_that_is_asked_for_whole_batches_vectorized_and_on_simulated_hardware() -> None:
     def trained(data: Any, **options: Any) -> dict[str, Tensor]:
         torch.manual_seed(0)
         module = reference.Classifier(dropout=0.0)

@@ -394,7 +394,7 @@ def test_resumed_points_go_on(tmp_path: Any) -> None:
     assert rest.of_clients()
 
 
-# ---- side by side
+# ---- vectorized
 
 
 def connected(module: pl.LightningModule) -> pl.Trainer:
@@ -438,7 +438,7 @@ class Waves:
                 self.module.log(name, self.values[self.log.position], **options)
             self.module._current_fx_name = None
 
-    def side_by_side(self, *clients: int) -> None:
+    def vectorized(self, *clients: int) -> None:
         """All batches of these clients, step by step."""
         for step in range(max(self.lengths[c] for c in clients)):
             wave = [c for c in clients if step < self.lengths[c]]
@@ -467,7 +467,7 @@ def test_stacked_values_are_those_of_one_after_the_other(waves: list[tuple[int, 
             in_a_row.alone(client)
     with in_waves.log.collecting():
         for wave in waves:
-            in_waves.side_by_side(*wave) if len(wave) > 1 else in_waves.alone(*wave)
+            in_waves.vectorized(*wave) if len(wave) > 1 else in_waves.alone(*wave)
     metrics, points, batches = in_a_row.outcome()
     values = Waves.values
     assert metrics["mean_step"] == metrics["last"] == metrics["max_step"] == float(values[-1])

@@ -377,7 +377,7 @@ def test_strategy_by_name() -> None:
         reference.make_module(), reference_loop.data(), iid.partition, reference_loop.passes(iid.partition)
     )
     next(run)
-    # From the second round on clients may train side by side, which rounds differently.
+    # From the second round on clients may be vectorized, which rounds differently.
     assert reference.difference(module.state_dict(), next(run)) < 1e-6
 
 

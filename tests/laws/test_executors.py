@@ -1,4 +1,4 @@
-"""The fourth law: the executor does not matter. Clients side by side train to what they train to one by one."""
+"""The fourth law: the executor does not matter. Vectorized clients train to the same results as sequential ones."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The fifth law: verify before trust. Side by side a module trains to what it trains to alone, or it trains alone."""
+"""The fifth law: verify before trust. A vectorized module gives the sequential result, or trains sequentially."""
 
 from __future__ import annotations
 
@@ -392,7 +392,7 @@ def test_what_a_step_counts_outside_of_its_module_is_counted_once_for_every_step
     torch.testing.assert_close(runs[1].state, runs[0].state, rtol=0, atol=0)
 
 
-def test_global_variables_that_stay_do_not_keep_clients_from_training_side_by_side() -> None:
+def test_global_variables_that_stay_do_not_keep_clients_from_being_vectorized() -> None:
     from_zero()
     vectorized, _ = pair(lambda: Drifting(lambda _: COUNTS["steps"] + cached_counts()[0] + Counter.count))
     assert vectorized.kind == "vectorized"

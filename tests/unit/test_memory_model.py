@@ -491,7 +491,7 @@ def test_bad_batches(batch: Any) -> None:
             ask(batch)
 
 
-def test_clients_side_by_side() -> None:
+def test_vectorized_clients() -> None:
     model = estimate_memory(Classifier(mlp()), vectors(2), extras=SIMULATED)
     own = estimate_memory(Classifier(mlp()), vectors(2)).peak(8)
     shared = model.peak(8) - own

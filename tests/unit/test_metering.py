@@ -423,7 +423,7 @@ def test_a_step_that_fails_says_nothing() -> None:
     assert run(module, torch.ones(5, 4), meter).flops == 2 * 2 * 5 * 4 * 3
 
 
-def test_batches_side_by_side_cost_what_one_alone_did() -> None:
+def test_vectorized_batches_cost_what_one_alone_did() -> None:
     module, told = Wrapped(nn.Linear(4, 3)), []
     meter = Meter(module)
     tally, form = ClientTally(meter, lambda *both: told.append(both)), signature_of(torch.ones(5, 4))

@@ -1,4 +1,4 @@
-"""The parts of which clients side by side are made: their draws, captured steps, what a module keeps in Python."""
+"""The parts of which vectorized training is made: the clients' draws, captured steps, what a module keeps in Python."""
 
 from __future__ import annotations
 
