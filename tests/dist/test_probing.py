@@ -55,7 +55,7 @@ def test_one_rank_without_room_for_a_sample(kind: str, folder: Path) -> None:
 def test_one_rank_that_fails_and_only_reports_ends_no_training(kind: str, folder: Path) -> None:
     first, second = found(folder, kind, "none but asked")
     (line,) = (line for line in first["told"] if "MaxBatchProbe" in line)
-    assert "training is as without it" in line
+    assert "MaxBatchProbe: nothing was probed" in line
     assert "failed on rank 1: a step with one sample takes" in line
     assert not any("MaxBatchProbe" in line for line in second["told"])  # one line for all ranks
     for rank in (first, second):
