@@ -69,7 +69,7 @@ CASES: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "trimmed_mean": (
         lambda: fit(aggregator=aggregators.trimmed_mean(3)),
         ValueError,
-        r"trimmed_mean\(trim=3\) : .*at least 7 clients",
+        r"trimmed_mean\(trim=3\): .*at least 7 clients",
     ),
     "krum": (
         lambda: fit(num_clients=10, clients_per_round=4, aggregator=aggregators.krum(1)),
