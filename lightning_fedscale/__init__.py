@@ -3,6 +3,9 @@
 Importing this package also makes ``Trainer(strategy="federated")`` known.
 """
 
+from importlib import import_module
+from typing import Any
+
 from lightning.pytorch.strategies import StrategyRegistry
 
 from lightning_fedscale import (
@@ -44,3 +47,10 @@ __all__ = [
 FederatedStrategy.register_strategies(StrategyRegistry)
 class_paths.register()
 moved.install()
+
+
+def __getattr__(name: str) -> Any:
+    """Import `scaling` only when it is used: it needs pandas, which takes long to import."""
+    if name == "scaling":
+        return import_module("lightning_fedscale.scaling")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

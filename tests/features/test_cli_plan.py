@@ -137,7 +137,7 @@ def test_repeated_data_may_be_trained_on_again() -> None:
     [
         ({"device_class": "phone"}, r"lightning_fedscale.devices.device_class\('phone'\)"),
         ({"law": 3}, "law=3: pass 'auto', a law's name"),
-        ({"law": None}, "a plan needs a law"),
+        ({"law": None}, "law=None: pass a law"),
         ({"local_steps": 0}, "local_steps=0"),
         ({"tokens": -1.0}, "tokens=-1.0"),
         ({"activation_bytes": 0.0}, "activation_bytes=0.0"),
