@@ -33,7 +33,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "sweep": sweep,
 }
 
-_KEPT = " Runs that were finished are kept: the same command goes on with those that are missing."
+_KEPT = " Finished runs are kept: the same command resumes with the missing runs."
 _AFTERWARDS = {"size": _KEPT, "sweep": _KEPT}
 """Messages of commands that can be resumed after an interruption."""
 

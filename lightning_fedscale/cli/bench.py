@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json as json_format
 import math
+import re
 import time
 import warnings
 from collections.abc import Iterator
@@ -41,11 +42,12 @@ _FEWEST_ROUNDS = 3
 """Fewest rounds that are timed in a turn, even if they take longer than the turn."""
 
 _NAMES = {
-    "central": "plain Trainer, as many batches",
+    "central": "plain Trainer, same number of batches",
     "sequential": "sequential",
     "vectorized": "vectorized",
 }
-_NOT_POSSIBLE = "they cannot be vectorized: "
+_REASON = re.compile(r"executor=.*? cannot.*?: (.*?)\.?", re.DOTALL)
+"""The warning of a strategy that gives up vectorization."""
 
 
 class Pace(NamedTuple):
@@ -110,7 +112,7 @@ def bench(
         raise ValueError("module: pass --module, the class of the LightningModule that is trained on --data.")
     loader = train_loader(module, data)
     if loader.batch_sampler is None:
-        raise ValueError("train_dataloader: batch_size=None; this command needs a DataLoader that makes the batches.")
+        raise ValueError("train_dataloader: batch_size=None: return a DataLoader that makes the batches.")
     partitioner.dataset = loader.dataset
     divided = partitioner.partition
     clients = divided.num_clients
@@ -164,11 +166,11 @@ class _Contest:
             executor=executor,  # type: ignore[arg-type]
         )  # fmt: skip
         clock = _Clock(1, math.ceil(_WARM_UP / self.local_steps), self.seconds)
-        with warnings.catch_warnings(record=True) as said:
+        with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             self._fit(clock, self.loader, strategy=strategy)
-        words = [str(each.message).partition(_NOT_POSSIBLE)[2].rstrip(".") for each in said]
-        return Pace(clock.times(), next(filter(None, words), None))
+        reasons = [found[1] for each in caught if (found := _REASON.fullmatch(str(each.message))) is not None]
+        return Pace(clock.times(), next(iter(reasons), None))
 
     def _central(self) -> Pace:
         batches = _Batches(self.loader, self.module, self.partition, self.cohort, self.local_steps)
@@ -252,7 +254,9 @@ class _Batches:
 
 def _show(found: dict[str, dict[str, Any]], fastest: str, batches: int) -> None:
     console = Console(soft_wrap=True, highlight=False)
-    table = Table("", "Seconds a round", "Rounds/s", "Batches/s", "Times central", title=f"{batches:,} batches a round")
+    table = Table(
+        "", "Seconds per round", "Rounds/s", "Batches/s", "Time / plain", title=f"{batches:,} batches per round"
+    )
     for column in table.columns[1:]:
         column.justify = "right"
     for name, of in found.items():
@@ -263,6 +267,6 @@ def _show(found: dict[str, dict[str, Any]], fastest: str, batches: int) -> None:
         table.add_row(_NAMES[name], *(f"{each:.3g}" for each in numbers), f"{of['times_central']:.2f}")
     console.print(table)
     if obstacle := found["vectorized"].get("obstacle"):
-        console.print(f"Clients cannot be vectorized: {obstacle}.")
+        console.print(f"These clients cannot be vectorized: {obstacle}.")
     times = found[fastest]["times_central"]
-    console.print(f"Fastest here: executor={fastest!r}, {times:.2f} times as long as the plain Trainer takes.")
+    console.print(f"Fastest here: executor={fastest!r}, which takes {times:.2f} times as long as the plain Trainer.")

@@ -28,4 +28,4 @@ def made(argument: str, folder: str) -> None:
     try:
         Path(folder).mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise ValueError(f"{argument}={folder!r}: the folder cannot be made: {error.strerror}.") from None
+        raise ValueError(f"{argument}={folder!r}: this folder cannot be created: {error.strerror}.") from None

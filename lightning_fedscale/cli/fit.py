@@ -83,15 +83,18 @@ def finish(found: Fit, output: str, json: bool) -> None:
     for column in table.columns[1:]:
         column.justify = "right"
     console.print(table)
-    if made := str(found.made_for):
-        console.print(f"Made for {made}")
+    if trained := str(found.made_for):
+        console.print(f"Fitted to runs with {trained}")
     is_known = found.held_out == found.held_out
-    largest = f", {found.held_out:.2g} of the largest, by a fit without them" if is_known else ""
-    console.print(f"Error of the log-loss: {found.error:.2g} of all runs{largest}")
+    largest = f"; {found.held_out:.2g} for the runs of the largest compute, by a fit without them" if is_known else ""
+    console.print(f"RMS error of log(loss): {found.error:.2g} for all runs{largest}")
     if found.rho is not None:
-        console.print(f"rho: {found.learning_rate}")
+        console.print(f"How rho was measured: {found.learning_rate}")
     for note in found.notes:
         console.print(f"Note: {note}")
     if found.problems:
-        console.print(f"No best size: {'; '.join(found.problems)}. Mend the table, or add runs to it.")
-    console.print(f"Law: {law} (law='auto' takes it, in its folder); report: {page}")
+        console.print(
+            f"These runs do not determine a best size: {'; '.join(found.problems)}. Correct the table, or add runs to"
+            " it."
+        )
+    console.print(f"Law: {law} (in its folder, law='auto' uses it). Report: {page}")

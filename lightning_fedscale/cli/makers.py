@@ -34,16 +34,16 @@ class Maker:
         try:
             self._made = getattr(import_module(where), name)
         except (AttributeError, ImportError, ValueError) as error:
-            raise ValueError(f"cannot be imported ({error}); pass package.module.Name.") from error
+            raise ValueError(f"cannot be imported ({error}). Pass package.module.Name.") from error
         if not callable(self._made):
-            raise ValueError(f"is {self._made!r}: pass a class or a function that makes it.")
+            raise ValueError(f"this is not callable ({self._made!r}). Pass a class or a function that makes it.")
         self.__module__, self.__qualname__ = where, name
         self.__signature__ = inspect.signature(self._made)
         known = self.__signature__.parameters
         if not any(each.kind is each.VAR_KEYWORD for each in known.values()):
             for each in self.arguments:
                 if each not in known:
-                    raise ValueError(f"has no argument {each}; there are {', '.join(known) or 'none'}.")
+                    raise ValueError(f"has no argument {each}. Pass one of {', '.join(known) or 'none'}.")
 
     def twin_of(self, function: Callable[..., Any], arguments: Mapping[str, Any]) -> Callable[..., Any]:
         """Return the version of a function for the one of Lightning's two packages that the module belongs to.

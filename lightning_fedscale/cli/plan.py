@@ -60,7 +60,7 @@ def plan(
     kinds = [device_class(name) for name in ([device] if isinstance(device, str) else device or [])]
     numbers = clients if isinstance(clients, list) else [clients]
     if not numbers:
-        raise ValueError("clients=[]: pass a number of clients, or several in a list.")
+        raise ValueError("clients=[]: pass at least one number of clients.")
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="plan: ")  # printed as notes instead
         plans = [
@@ -86,11 +86,11 @@ def _show(console: Console, plans: list[Plan]) -> None:
         for each in plans:
             console.print(_table([each]))
     if plans[0].made_for:
-        console.print(f"The law was made for {plans[0].made_for}")
+        console.print(f"The law was fitted to runs with {plans[0].made_for}")
     for note in dict.fromkeys(note for each in plans for note in each.notes):
         console.print(f"Note: {note}")
     if any(each.fits is False for each in plans):
-        console.print(f"(!) more than {', '.join(plans[0].devices)} can hold")
+        console.print(f"(!) does not fit into the memory of {' and '.join(plans[0].devices)}")
 
 
 def _table(plans: list[Plan]) -> Table:

@@ -65,7 +65,9 @@ def _bytes(budget: str) -> int:
         try:
             return device_class(budget).memory
         except ValueError as error:
-            raise ValueError(f"budget={budget}: no amount of memory such as '8GiB' or 'auto', and {error}") from None
+            raise ValueError(
+                f"budget={budget}: this is not an amount of memory such as '8GiB' or 'auto'; {error}"
+            ) from None
     return free_memory(torch.device("cuda" if torch.cuda.is_available() else "cpu")) if amount is None else amount
 
 
@@ -93,6 +95,6 @@ def _show(console: Console, model: MemoryModel, found: dict[str, ProbeResult]) -
         parts.add_row(part, *(format_bytes(result.parts.get(part, 0)) for result in found.values()))
     console.print(parts)
     if model.assumed:
-        console.print(f"What libraries keep is assumed, since it could not be measured: {model.assumed}")
+        console.print(f"The memory that libraries keep could not be measured and is assumed: {model.assumed}")
     if model.fallback:
-        console.print(f"Real tensors were needed, since the training step depends on its data: {model.fallback}")
+        console.print(f"The training step depends on its data, so the probe ran it with real tensors: {model.fallback}")

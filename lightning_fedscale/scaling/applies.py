@@ -20,13 +20,13 @@ def why_far(law: Law, *, params: float, flops: float) -> str | None:
     Example:
         >>> from lightning_fedscale.scaling import Chinchilla
         >>> why_far(Chinchilla(), params=42.0, flops=1e20)
-        '42 parameters are 9.5e+05 times less than the least of those that Chinchilla was fitted on (4e+07)'
+        '42 parameters are 9.5e+05 times less than the smallest number that Chinchilla was fitted on (4e+07)'
     """
     for value, ends, what in ((params, law.domain.params, "parameters"), (flops, law.domain.flops, "FLOPs")):
         if value * FAR < ends[0]:
-            return f"{value:.3g} {what} are {ends[0] / value:.2g} times less than the least of {_fitted(law, ends[0])}"
+            return f"{value:.3g} {what} are {ends[0] / value:.2g} times less than the smallest {_fitted(law, ends[0])}"
         if value > ends[1] * FAR:
-            return f"{value:.3g} {what} are {value / ends[1]:.2g} times more than the most of {_fitted(law, ends[1])}"
+            return f"{value:.3g} {what} are {value / ends[1]:.2g} times more than the largest {_fitted(law, ends[1])}"
     return None
 
 
@@ -37,7 +37,10 @@ def why_frozen(law: Law, *, trained: int, total: int) -> str | None:
     """
     if law.fitted_on is not None or trained >= _TRAINED * total:
         return None
-    return f"{1 - trained / total:.0%} of the parameters are frozen, and {law.name} is of models that are trained whole"
+    return (
+        f"{1 - trained / total:.0%} of the parameters are frozen, and {law.name} holds for models whose parameters are"
+        " all trained"
+    )
 
 
 def why_another_loss(law: Law, *, predicted: float, observed: float, validated: bool) -> str | None:
@@ -55,8 +58,11 @@ def why_another_loss(law: Law, *, predicted: float, observed: float, validated: 
     low = predicted / _LOSS if validated or law.domain.task == "text" else -math.inf
     if low <= observed <= predicted * _LOSS:
         return None
-    return f"{law.name} predicts a loss of {predicted:.3g}, and the run has {observed:.3g}: it is no law of this task"
+    return (
+        f"{law.name} predicts a loss of {predicted:.3g}, but the run has {observed:.3g}, so it does not hold for this"
+        " task"
+    )
 
 
 def _fitted(law: Law, end: float) -> str:
-    return f"those that {law.name} was fitted on ({end:.3g})"
+    return f"number that {law.name} was fitted on ({end:.3g})"

@@ -115,11 +115,11 @@ class Law(Form):
         """
         self.check()
         if self.no_optimum:
-            raise ValueError(f"{self.name}: {self.no_optimum}: choose another law for a best size.")
+            raise ValueError(f"{self.name} has no best size: {self.no_optimum}. Name another law.")
         if self.problems:
             raise ValueError(
-                f"{self.name}: no verdict: its runs do not determine a best size: {'; '.join(self.problems)}: add"
-                " sizes, data or compute to them and fit anew, or name another law."
+                f"{self.name}: its runs do not determine a best size ({'; '.join(self.problems)}). Add sizes, data or"
+                " compute to the runs and fit the law again, or name another law."
             )
         positive("flops", flops)
         params = self._best_params(flops)
@@ -152,7 +152,9 @@ class Law(Form):
         if isinstance(flops, Sequence) and not isinstance(flops, str):
             average = mean_flops(flops, mean)
             if clients not in (None, len(flops)):
-                raise ValueError(f"clients={clients!r}: there is compute of {len(flops)}: leave clients out.")
+                raise ValueError(
+                    f"clients={clients!r}: flops= has the compute of {len(flops)} clients. Leave clients out."
+                )
             clients, total = len(flops), math.fsum(flops)
             average = average * clients
         else:
@@ -216,7 +218,9 @@ class Law(Form):
     def warn_outside(self, *, params: float = math.nan, flops: float = math.nan, clients: float = math.nan) -> None:
         """Warn about each number that lies outside the range that the law was fitted on."""
         for said in self.outside(params=params, flops=flops, clients=clients):
-            warnings.warn(f"{self.name}: {said}, where the law was fitted: this is an extrapolation.", stacklevel=3)
+            warnings.warn(
+                f"{self.name}: {said}, the range that the law was fitted on, so this is an extrapolation.", stacklevel=3
+            )
 
     def outside(self, **given: float) -> list[str]:
         """Return a sentence for each of ``params``, ``flops``, ``clients`` that lies outside the fitted range.
@@ -286,7 +290,7 @@ def effective_flops(flops: float, clients: int, rho: float = 1.0) -> float:
         raise ValueError(f"clients={clients!r}: pass a whole number, at least 1.")
     positive("flops", flops)
     if not isinstance(rho, (int, float)) or not math.isfinite(rho):
-        raise ValueError(f"rho={rho!r}: pass a number, 1 for the average client, 0 for data parallelism.")
+        raise ValueError(f"rho={rho!r}: pass a number (1 counts the average client's compute, 0 that of all clients).")
     return float(flops * clients**-rho)
 
 
@@ -304,7 +308,7 @@ def mean_flops(flops: Sequence[float], how: str = "mean") -> float:
         [1.778, 2.5, 2.778]
     """
     if not len(flops):
-        raise ValueError("flops=[]: pass the compute of one client or more.")
+        raise ValueError("flops=[]: pass the compute of at least one client.")
     numbers = [positive("flops", value) for value in flops]
     if how == "mean":
         return math.fsum(numbers) / len(numbers)

@@ -120,7 +120,7 @@ class ComputeOnly(Law):
     """
 
     source: ClassVar[str] = "form arXiv 2404.19484"
-    no_optimum: ClassVar[str] = "under this law every size is as good as another"
+    no_optimum: ClassVar[str] = "every size is as good as another under this law"
     unknowns: ClassVar[Mapping[str, Unknown]] = {"intercept": SIGNED, "slope": SIGNED}
 
     intercept: float | None = None
@@ -144,7 +144,7 @@ class Henighan(Law):
     """
 
     source: ClassVar[str] = "form arXiv 2010.14701"
-    no_optimum: ClassVar[str] = "a law of one quantity knows no trade of size for data"
+    no_optimum: ClassVar[str] = "it depends on one quantity, so it cannot trade size for data"
     unknowns: ClassVar[Mapping[str, Unknown]] = {"floor": LINEAR, "scale": LINEAR, "exponent": Unknown(0.02, 1.5)}
 
     floor: float | None = None
@@ -206,7 +206,7 @@ class Rectified(Law):
     """
 
     source: ClassVar[str] = "form arXiv 2402.02314"
-    no_optimum: ClassVar[str] = "size plays no part in this law"
+    no_optimum: ClassVar[str] = "it does not depend on the model size"
     columns: ClassVar[tuple[str, ...]] = ("tokens",)
     unknowns: ClassVar[Mapping[str, Unknown]] = {
         "B": LINEAR, "learnt": Unknown(1.0, 1e8), "beta": Unknown(0.1, 1.5), "E": LINEAR
@@ -304,7 +304,7 @@ class RoutedLM(Law):
     """
 
     source: ClassVar[str] = "arXiv 2202.01169, S-BASE"
-    no_optimum: ClassVar[str] = "it was fitted on 130 B tokens only and knows no trade of size for data"
+    no_optimum: ClassVar[str] = "it was fitted on 130 B tokens only, so it cannot trade size for data"
     holds: ClassVar[Range] = Range("text", params=(1.5e7, 1.3e9))
 
     columns: ClassVar[tuple[str, ...]] = ("params", "experts")

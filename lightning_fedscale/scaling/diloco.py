@@ -75,7 +75,9 @@ class DiLoCo(Law):
         found = super().loss(params, tokens)
         if math.isnan(found):
             raise ValueError(
-                f"tokens={tokens:.4g}: DiLoCo's law holds for 20 tokens per parameter, {20 * params:.4g} here."
+                f"tokens={tokens:.4g}: DiLoCo's law holds only at 20 tokens per parameter. Pass {20 * params:.4g}"
+                " tokens"
+                " for this size, or name another law."
             )
         return found
 

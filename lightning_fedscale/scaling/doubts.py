@@ -24,7 +24,7 @@ def without_short(table: pd.DataFrame, form: Form) -> tuple[pd.DataFrame, list[s
         >>> from lightning_fedscale.scaling import Rosenfeld
         >>> few = pd.DataFrame({"params": [10, 20], "clients": 1, "flops": 60.0, "rounds": [1, 9], "loss": [0.5, 0.3]})
         >>> without_short(few, Rosenfeld())[1]
-        ['1 of 2 runs had one or two rounds (10 parameters at 60 FLOPs): too few others are there to leave them out']
+        ['1 of 2 runs had one or two rounds (10 parameters at 60 FLOPs): they are kept, since too few others remain']
     """
     if "rounds" not in table:
         return table, []
@@ -40,8 +40,8 @@ def without_short(table: pd.DataFrame, form: Form) -> tuple[pd.DataFrame, list[s
     )
     said = f"{is_short.sum()} of {len(table)} runs had one or two rounds ({_named(table[is_short])})"
     if enough:
-        return rest, [f"{said}, and are left out"]
-    return table, [f"{said}: too few others are there to leave them out"]
+        return rest, [f"{said} and are left out"]
+    return table, [f"{said}: they are kept, since too few others remain"]
 
 
 def doubts_of_runs(made: MadeFor, form: Form) -> list[str]:
@@ -50,12 +50,12 @@ def doubts_of_runs(made: MadeFor, form: Form) -> list[str]:
     Example:
         >>> from lightning_fedscale.scaling import Rosenfeld
         >>> print(*doubts_of_runs(MadeFor(passes=(2.0, 37.0), samples=3000), Rosenfeld()))
-        up to 37 passes over 3,000 samples: the law of data without end does not hold beyond 4; fit law='RepeatedData'
+        up to 37 passes over 3,000 samples: a law of unlimited data does not hold beyond 4; fit law='RepeatedData'
     """
     doubts = []
     if made.passes is not None and made.passes[1] > REPEATED and "unique_tokens" not in form.columns:
         doubts.append(
-            f"up to {made.passes[1]:.3g} passes over {_data(made)}: the law of data without end does not hold beyond"
+            f"up to {made.passes[1]:.3g} passes over {_data(made)}: a law of unlimited data does not hold beyond"
             f" {REPEATED:g}; fit law='RepeatedData'"
         )
     if (floor := floor_of(made)) is not None:
@@ -68,8 +68,8 @@ def floor_of(made: MadeFor) -> str | None:
     if made.mean_js_distance is None or made.mean_js_distance <= UNLIKE:
         return None
     return (
-        f"clients' labels are unlike (mean Jensen-Shannon distance {made.mean_js_distance:.2g}): loss has a floor by"
-        " that, which E holds and more data cannot pass; another partition, or another method, has another"
+        f"the clients are non-IID (mean Jensen-Shannon distance of their labels {made.mean_js_distance:.2g}), so that"
+        " the irreducible loss E contains a part that more data cannot reduce; it differs by partition and method"
     )
 
 

@@ -22,7 +22,7 @@ from lightning_fedscale.scaling.registry import FORMS
 from lightning_fedscale.scaling.rho import Rho
 from lightning_fedscale.scaling.runs import columns_of, runs_to_fit
 from lightning_fedscale.scaling.search import Problem
-from lightning_fedscale.scaling.tuning import NOT_TOLD, NOT_TUNED
+from lightning_fedscale.scaling.tuning import NOT_RECORDED, NOT_TUNED
 from lightning_fedscale.scaling.units import doubt_of_rho, doubts_of_flops
 from lightning_fedscale.scaling.verdicts import contradictions, problems_of
 
@@ -69,7 +69,7 @@ class Fit:
     table: pd.DataFrame = field(repr=False)
     condition: float
     bootstrap: int
-    learning_rate: str = NOT_TOLD
+    learning_rate: str = NOT_RECORDED
     notes: tuple[str, ...] = ()
     made_for: MadeFor = field(default_factory=MadeFor)
 
@@ -80,7 +80,9 @@ class Fit:
             ValueError: if the runs do not determine a best size, or the law has none.
         """
         if not isinstance(self.law, Law):
-            raise ValueError(f"fit: {self.law.name} is no law of size and data.")
+            raise ValueError(
+                f"law={self.law.name!r} has no best size: it is not a law of size and data. Fit another law."
+            )
         return self.law.interval_of_size(flops, clients, 1.0 if self.rho is None else self.rho.value)
 
     def save(self, path: str | Path) -> None:
@@ -251,7 +253,7 @@ def law_from_file(path: str | Path) -> tuple[Law, float | None]:
     except FileNotFoundError:
         raise ValueError(f"law={str(path)!r}: there is no such file.") from None
     except (AssertionError, KeyError, TypeError, json.JSONDecodeError) as error:
-        raise ValueError(f"law={str(path)!r} is not a law file ({error!r}): write one with Fit.save.") from error
+        raise ValueError(f"law={str(path)!r}: this is not a law file ({error!r}). Write one with Fit.save.") from error
     return law, None if law.fitted_rho is None else law.fitted_rho.value
 
 
@@ -266,7 +268,7 @@ def _rho_of(document: dict[str, Any]) -> Rho | None:
     if document.get("rho") is None:
         return None
     ends = [math.nan if end is None else float(end) for end in document["rho"]]
-    return _measured(Interval(*ends), document.get("learning_rate", NOT_TOLD))
+    return _measured(Interval(*ends), document.get("learning_rate", NOT_RECORDED))
 
 
 def _problem(table: pd.DataFrame, form: Form, several: bool) -> Problem:
@@ -285,9 +287,13 @@ def _largest(table: pd.DataFrame) -> pd.Series[bool]:
 def _enough(table: pd.DataFrame, problem: Problem, has_best: bool) -> None:
     number = len(problem.unknowns)
     if len(problem.log_loss) < number:
-        raise ValueError(f"runs: {len(problem.log_loss)} runs for {number} constants: fit {2 * number} or more.")
+        raise ValueError(
+            f"runs: {len(problem.log_loss)} runs cannot determine {number} constants. Pass {2 * number} or more."
+        )
     if has_best and table["params"].nunique() == 1:
-        raise ValueError(f"runs: all have {table['params'].iloc[0]:,.0f} parameters: a best size takes several sizes.")
+        raise ValueError(
+            f"runs: all models have {table['params'].iloc[0]:,.0f} parameters. Pass runs of several sizes."
+        )
 
 
 def _bootstrap(problem: Problem, best: FloatArray, number: int, seed: int) -> list[dict[str, float]]:

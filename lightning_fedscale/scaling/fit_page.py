@@ -138,7 +138,7 @@ def _checklist(found: Fit) -> list[str]:
         if name in table:
             done.append(f"range of {name}: {table[name].min():.3g} to {table[name].max():.3g}")
     done += [
-        *([f"made for {made}; clients' optimizer: {made.optimizer or 'not told'}"] if str(made) else []),
+        *([f"runs: {made}; clients' optimizer: {made.optimizer or 'not recorded'}"] if str(made) else []),
         *([] if made.passes is None else [f"passes over the data: {made.passes[0]:.3g} to {made.passes[1]:.3g}"]),
         f"runs: {len(table)}, all fitted"
         + (f"; {held_out} of the largest compute were held out first, for the error there" if held_out else ""),
@@ -153,16 +153,16 @@ def _checklist(found: Fit) -> list[str]:
     if found.bootstrap:
         done.append(f"intervals: {found.bootstrap} refits to resampled runs, 2.5 and 97.5 percent quantiles")
     open_ = [
-        *([] if found.bootstrap else ["intervals: none were asked for"]),
-        *([] if math.isfinite(found.held_out) else ["held-out error: no scale was held out"]),
+        *([] if found.bootstrap else ["intervals: none (bootstrap=0)"]),
+        *([] if math.isfinite(found.held_out) else ["held-out error: no runs were held out"]),
         "data, its order" + (", and how often it was repeated" if made.passes is None else ""),
-        *([f"not told by the runs' table: {', '.join(made.unknown).replace('_', ' ')}"] if made.unknown else []),
+        *([f"not recorded in the table of runs: {', '.join(made.unknown).replace('_', ' ')}"] if made.unknown else []),
         "architecture by size: what grows, and which parameters are counted (ComputeAccounting counts trained ones that"
         " are not embeddings)",
         f"hyperparameters by size: batch, schedule, and how they were tuned; the learning rate: {found.learning_rate}",
         *found.notes,
         "which runs were left out of the table, and why",
-        "whether losses are of the end of training or of the way there, and on which data",
+        "whether losses were measured at the end of training or before, and on which data",
         "number of seeds by run",
     ]
     return [*lines, *(f"- [x] {each}" for each in done), *(f"- [ ] {each}" for each in open_)]

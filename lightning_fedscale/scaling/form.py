@@ -199,8 +199,8 @@ class Form:
         """Raise `Unfitted` if a constant is unknown."""
         if unknown := self.missing:
             raise Unfitted(
-                f"{self.name}: its constants are not published ({', '.join(unknown)} unknown): fit them to runs of your"
-                f" own, or pass them, {self.name}({', '.join(f'{name}=...' for name in unknown)})."
+                f"{self.name}: its constants are not published ({', '.join(unknown)} unknown): fit them to your own"
+                f" runs, or pass them: {self.name}({', '.join(f'{name}=...' for name in unknown)})."
             )
 
     def _check_numbers(self) -> None:

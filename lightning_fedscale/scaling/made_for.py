@@ -14,7 +14,7 @@ import pandas as pd
 from lightning_fedscale.scaling.partition_id import is_fingerprint
 from lightning_fedscale.scaling.selection import values_of
 from lightning_fedscale.scaling.text import as_dict
-from lightning_fedscale.scaling.tuning import NOT_TOLD, SAME
+from lightning_fedscale.scaling.tuning import NOT_RECORDED, SAME
 
 _IN_COMMON = (
     "partition", "partition_name", "fingerprint", "method", "batch_size", "local_steps", "optimizer", "samples",
@@ -89,7 +89,7 @@ class MadeFor:
     local_steps: int | None = None
     tokens_per_sample: float | None = None
     optimizer: str | None = None
-    learning_rate: str = NOT_TOLD
+    learning_rate: str = NOT_RECORDED
     passes: tuple[float, float] | None = None
     argument: str | None = None
     sizes: tuple[tuple[float, float], ...] = ()
@@ -179,7 +179,7 @@ class MadeFor:
         return cls(**found)
 
 
-def made_for(table: pd.DataFrame, learning_rate: str = NOT_TOLD, *, has_clients: bool = True) -> MadeFor:
+def made_for(table: pd.DataFrame, learning_rate: str = NOT_RECORDED, *, has_clients: bool = True) -> MadeFor:
     """Collect the settings that the runs of a table had in common.
 
     Args:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -28,7 +27,7 @@ _FLAT = 2.0
 1 % of the loss is a factor of 1.8 in both directions at 1e18 FLOPs, and 2.7 at 1e22."""
 
 _UNKNOWN = Interval(math.nan, math.nan, math.nan)
-_ENDS = {0.0: "as data parallelism", 1.0: "the average client's compute"}
+_ENDS = {0.0: "all compute counts, as in data parallelism", 1.0: "only the average client's compute counts"}
 
 
 @dataclass(frozen=True)
@@ -128,68 +127,66 @@ class Position:
             >>> from lightning_fedscale.scaling import Chinchilla
             >>> run = {"params": 1e9, "tokens": 1e20 / 6e9, "flops": 1e20, "clients": 10}
             >>> print(position_of(Chinchilla(), **run, rho=1.0).advice())
-            3.8 times (3.4 to 4.2) too large for 10 clients (rho 1); a 262 M model would reach 2.93 instead of 3.06; or
-            raise compute 13.6 times
+            the model is 3.8 times (3.4 to 4.2) too large for 10 clients (rho 1); a model of 262 M parameters would
+            reach a loss of 2.93 instead of 3.06; with 13.6 times the compute, this size would be the best
             >>> print(position_of(Chinchilla(), **run).advice())
-            no verdict for 10 clients, since what they cost is not known: with rho 0 (as data parallelism) the size is
-            right, and 853 M the best; with rho 1 (the average client's compute) it is 3.8 times (3.4 to 4.2) too large,
-            and 262 M the best; measure rho with fedscale sweep
+            no verdict for 10 clients, since the cost of dividing the compute among them is not known (rho 0 to 1):
+            with rho 0 (all compute counts, as in data parallelism) the size is right (best: 853 M parameters); with rho
+            1 (only the average client's compute counts) it is 3.8 times (3.4 to 4.2) too large (best: 262 M
+            parameters); measure rho with fedscale sweep
         """
+        best = _parameters(self.optimal_params)
         if self.agreement is not None and not self.agreement.is_same_task:
             of = " and ".join(name for name in ("method", "partition") if name in self.agreement.others)
-            best = _short(self.optimal_params)
-            return f"no verdict: the law is of another {of}; under it, {best} would be the best size"
+            return f"no verdict: the law was fitted to runs with another {of}; under it, {best} would be the best size"
         if self.known_rho is not None and self.known_rho.is_span and self.readings:
             return self._over_the_span(self.known_rho)
         among, verdict = self._among(), self.verdict
-        best = _short(self.optimal_params)
         if verdict == "right":
-            return f"the size is right for {among}: {self._good()} the best, {best}"
+            return f"the size is right for {among}: {self._good()}, {best}"
         if verdict is None:
-            least, most = map(_short, self.ends)
-            return f"no verdict for {among}: the best size is anywhere from {least} to {most}"
-        sentence = f"{self._factor()} {verdict} for {among}"
-        article = "an" if re.match(r"8|1[18]\b", best) else "a"
-        sentence += f"; {article} {best}{'' if best[-1].isalpha() else '-parameter'} model would {self._gain()}"
+            return f"no verdict for {among}: the best size lies anywhere between {self._between()}"
+        sentence = f"the model is {self._factor()} {verdict} for {among}; a model of {best} would {self._gain()}"
         if not math.isfinite(self.catch_up):
             return sentence
         if verdict == "too large":
-            return f"{sentence}; or raise compute {self.catch_up:.1f} times"
-        return f"{sentence}; this size is best for {1 / self.catch_up:.1f} times less compute"
+            return f"{sentence}; with {self.catch_up:.1f} times the compute, this size would be the best"
+        return f"{sentence}; this size would be the best for {1 / self.catch_up:.1f} times less compute"
 
     def _over_the_span(self, rho: Rho) -> str:
         lower, upper = self.readings
-        clients = _clients(self.clients)
-        sizes = f"{_short(lower.optimal_params)} (rho {rho.low:g}) to {_short(upper.optimal_params)} (rho {rho.high:g})"
-        how = f"{rho}; measure it with fedscale sweep"
+        clients, span = _clients(self.clients), f"{rho.low:g} to {rho.high:g}"
+        sizes = " to ".join(f"{_parameters(each.optimal_params)} (rho {each.rho:g})" for each in self.readings)
         if self.verdict == "right":
-            return f"the size is right for {clients}, whatever they cost ({rho}): {self._good()} the best, {sizes}"
+            return f"the size is right for {clients} at any rho from {span}: {self._good()}, {sizes}"
         if self.verdict is None:
-            told = "; ".join(each._told() for each in self.readings)
             return (
-                f"no verdict for {clients}, since what they cost is not known: {told}; measure rho with fedscale sweep"
+                f"no verdict for {clients}, since the cost of dividing the compute among them is not known ({rho}):"
+                f" {lower._at_end()}; {upper._at_end()}; measure rho with fedscale sweep"
             )
         factors = sorted(max(each.size_ratio, 1 / each.size_ratio) for each in self.readings)
         sentence = (
-            f"{factors[0]:.1f} to {factors[1]:.1f} times {self.verdict}, depending on what {clients} cost ({how})"
+            f"the model is {factors[0]:.1f} to {factors[1]:.1f} times {self.verdict} for {clients}, depending on rho"
+            f" ({span}; measure it with fedscale sweep)"
         )
         if not math.isfinite(self.optimal_loss):
             return f"{sentence}; {sizes} would be best"
         gains = " to ".join(
-            f"{_short(each.optimal_params)} (rho {each.rho:g}: {each._losses()})" for each in self.readings
+            f"{_parameters(each.optimal_params)} (rho {each.rho:g}: {each._losses()})" for each in self.readings
         )
         return f"{sentence}; best would be {gains}"
 
-    def _told(self) -> str:
+    def _at_end(self) -> str:
         """Describe the position at one end of ``rho``'s interval."""
         named = f" ({_ENDS[self.rho]})" if self.rho in _ENDS else ""
-        verdict, best = self.verdict, _short(self.optimal_params)
+        verdict = self.verdict
         if verdict is None:
-            said = f"the best size is anywhere from {' to '.join(map(_short, self.ends))}"
-        else:
-            subject = "the size is right" if verdict == "right" else f"it is {self._factor()} {verdict}"
-            said = f"{subject}, and {best} the best"
-        return f"with rho {self.rho:g}{named} {said}"
+            return f"with rho {self.rho:g}{named} the best size lies anywhere between {self._between()}"
+        found = "the size is right" if verdict == "right" else f"it is {self._factor()} {verdict}"
+        return f"with rho {self.rho:g}{named} {found} (best: {_parameters(self.optimal_params)})"
+
+    def _between(self) -> str:
+        return f"{_short(self.ends[0])} and {_parameters(self.ends[1])}"
 
     def _among(self) -> str:
         among = _clients(self.clients)
@@ -202,23 +199,24 @@ class Position:
         return f"{factor:.1f} times{known}"
 
     def _good(self) -> str:
-        known = math.isfinite(self.optimal_loss) and math.isfinite(self.low + self.high)
-        return f"within {TOLERANCE:.0%} of the loss of" if known else f"within a factor of {_FLAT:g} of"
+        if math.isfinite(self.optimal_loss + self.low + self.high):
+            return f"its predicted loss is within {TOLERANCE:.0%} of that of the best size"
+        return f"it is within a factor of {_FLAT:g} of the best size"
 
     def _gain(self) -> str:
-        return f"reach {self._losses()}" if math.isfinite(self.optimal_loss) else "be best"
+        return f"reach {self._losses()}" if math.isfinite(self.optimal_loss) else "be the best"
 
     def _losses(self) -> str:
         if not math.isfinite(self.predicted_loss):
-            return f"{self.optimal_loss:.3g}"
-        return f"{self.optimal_loss:.3g} instead of {self.predicted_loss:.3g}"
+            return f"a loss of {self.optimal_loss:.3g}"
+        return f"a loss of {self.optimal_loss:.3g} instead of {self.predicted_loss:.3g}"
 
     def sentences(self) -> str:
         """Return the advice, with notes on extrapolation, on differences from the law's runs, and on a missing loss."""
         said = in_sentences(self.advice(), self.law, self.outside)
         if self.agreement is not None:
-            said = " ".join([said, *(f"Besides, {note}." for note in self.agreement.notes)])
-        return f"{said} {self.law} predicts no loss of this run: {self.no_loss}." if self.no_loss else said
+            said = " ".join([said, *(f"Note: {note}." for note in self.agreement.notes)])
+        return f"{said} {self.law} does not predict the loss of this run: {self.no_loss}." if self.no_loss else said
 
     def as_dict(self) -> dict[str, Any]:
         """Return all attributes, with ratio, excess and advice; numbers that are not finite become None."""
@@ -298,7 +296,7 @@ def position_of(
 
 def _reading(own: Law, params: float, tokens: float, flops: float, clients: int, rho: float, full: bool) -> Position:
     """Compute the position for one ``rho``."""
-    told = bool(own.made_for.clients) and own.fitted_on is not None and not own.knows_clients
+    has_clients = bool(own.made_for.clients) and own.fitted_on is not None and not own.knows_clients
     best = own.optimal_federated(flops, clients, rho)
 
     def loss(size: float) -> float:
@@ -307,7 +305,7 @@ def _reading(own: Law, params: float, tokens: float, flops: float, clients: int,
     low, high = _band(loss, best.params, best.loss)
     here = Position(
         own.name, params, tokens, flops, clients, rho, best.params, low, high, loss(params), best.loss,
-        outside=tuple(own.outside(params=params, flops=flops, **({"clients": clients} if told else {}))),
+        outside=tuple(own.outside(params=params, flops=flops, **({"clients": clients} if has_clients else {}))),
     )  # fmt: skip
     if math.isnan(here.predicted_loss):
         here = replace(here, no_loss=own.no_loss)
@@ -321,9 +319,9 @@ def in_sentences(advice: str, law: str, outside: Sequence[str]) -> str:
     """Write advice as a sentence, followed by a note on numbers outside the fitted range, if any.
 
     Example:
-        >>> in_sentences("a 2 M model would be best", "Kaplan", ["params=97 lies outside of 768 to 1.5e+09"])
-        'A 2 M model would be best. This is an extrapolation of Kaplan: params=97 lies outside of 768 to 1.5e+09, where
-        it was fitted.'
+        >>> in_sentences("a model of 2 M would be best", "Kaplan", ["params=97 lies outside of 768 to 1.5e+09"])
+        'A model of 2 M would be best. This is an extrapolation of Kaplan: params=97 lies outside of 768 to 1.5e+09,
+        where it was fitted.'
     """
     words = f"{advice[0].upper()}{advice[1:]}."
     return (
@@ -387,6 +385,10 @@ def _clients(number: int) -> str:
 
 def _finite(value: float) -> float | None:
     return value if math.isfinite(value) else None
+
+
+def _parameters(number: float) -> str:
+    return f"{_short(number)} parameters"
 
 
 def _short(number: float) -> str:

@@ -62,8 +62,8 @@ def rho_of(given: Any, measured: Rho | None = None) -> Rho:
     ends = given if isinstance(given, Sequence) and not isinstance(given, str) and len(given) == 2 else (given, given)
     if any(isinstance(end, bool) or not isinstance(end, (int, float)) or not math.isfinite(end) for end in ends):
         raise ValueError(
-            f"rho={given!r}: pass a number, 1 for the average client, 0 for data parallelism; the two ends of a span;"
-            " or 'auto'."
+            f"rho={given!r}: pass a number (1 counts the average client's compute, 0 that of all clients), the two ends"
+            " of an interval, or 'auto'."
         )
     low, high = sorted(map(float, ends))
     return Rho(high, low, high)

@@ -18,7 +18,7 @@ from lightning_fedscale.scaling.form import Form
 from lightning_fedscale.scaling.logs import EVENTS, TABLE, read_logs
 from lightning_fedscale.scaling.made_for import MadeFor, made_for, passes_of
 from lightning_fedscale.scaling.selection import mixed_settings, select
-from lightning_fedscale.scaling.tuning import NOT_TOLD, RATES, tuned
+from lightning_fedscale.scaling.tuning import NOT_RECORDED, RATES, tuned
 from lightning_fedscale.scaling.units import notes_of_rows
 
 LOSSES = ("val_loss", "val/loss", "valid_loss", "valid/loss", "validation_loss", "loss/val", "test_loss", "test/loss")
@@ -41,7 +41,7 @@ class Runs(NamedTuple):
     """
 
     table: pd.DataFrame
-    said: str = NOT_TOLD
+    said: str = NOT_RECORDED
     notes: tuple[str, ...] = ()
     made_for: MadeFor = MadeFor()
 
@@ -106,7 +106,9 @@ def _read_words(table: pd.DataFrame, column: str) -> None:
     numbers = pd.to_numeric(given, errors="coerce").to_numpy(dtype=np.float64)
     if (wrong := words & ~np.isfinite(numbers)).any():
         row = int(wrong.argmax())
-        raise ValueError(f"runs: {column}={given.iloc[row]!r} in row {row} is no number: write it as 12000 or 1.2e4.")
+        raise ValueError(
+            f"runs: {column}={given.iloc[row]!r} in row {row} is not a number. Write it as 12000 or 1.2e4."
+        )
     warnings.warn(f"runs: the column {column} holds text, which is read as numbers.", stacklevel=4)
     table[column] = numbers
 
@@ -160,7 +162,7 @@ def read_runs(paths: str | Path | Iterable[str | Path], loss: str | None = None)
 
 def _read(path: str | Path, loss: str | None) -> pd.DataFrame:
     if not isinstance(path, (str, Path)):
-        raise TypeError(f"runs: {path!r} is no path of a CSV file or a run directory.")
+        raise TypeError(f"runs: {path!r} is not the path of a CSV file or a run directory. Pass such a path.")
     return _read_table(Path(path)) if Path(path).is_file() else _read_folder(Path(path), loss)
 
 
@@ -178,7 +180,7 @@ def _read_table(file: Path) -> pd.DataFrame:
     except (OSError, ValueError) as error:
         raise ValueError(f"runs={str(file)!r}: not readable as CSV: {error}") from None
     if table.empty:
-        raise ValueError(f"runs={str(file)!r}: there is no run in it.")
+        raise ValueError(f"runs={str(file)!r}: this table has no rows. Pass a table with a row for each run.")
     return table
 
 
@@ -215,7 +217,7 @@ def _read_folder(folder: Path, loss: str | None) -> pd.DataFrame:
     logs = {path.parent for pattern in (EVENTS, TABLE) for path in folder.rglob(pattern)}
     rows = {log: row for log in sorted(logs) if (row := _read_run(log, loss)) is not None}
     if not rows:
-        raise ValueError(f"runs={str(folder)!r}: no run in there logged {_COUNTS[0]}; train with ComputeAccounting().")
+        raise ValueError(f"runs={str(folder)!r}: no run in it logged {_COUNTS[0]}. Train with ComputeAccounting().")
     parts, counted = ({str(log.relative_to(folder)).split("/")[0] for log in found} for found in (logs, rows))
     if others := ", ".join(sorted(parts - counted)):
         warnings.warn(f"runs={str(folder)!r}: {others} did not log {_COUNTS[0]}, and is left out.", stacklevel=4)
@@ -230,7 +232,10 @@ def _read_run(log: Path, loss: str | None) -> dict[str, Any] | None:
     name = next((each for each in names if each in last), None)
     if name is None:
         others = ", ".join(sorted(set(last) - {each for each in last if each.startswith("compute/")}))
-        raise ValueError(f"loss={loss!r}: {log} has no {' or '.join(names)}; it has {others or 'no other scalar'}.")
+        raise ValueError(
+            f"loss={loss!r}: {log} did not log {' or '.join(names)}. Pass loss= with a name that it logged:"
+            f" {others or 'none'}."
+        )
     # The number that trains in a round, by which `ComputeAccounting` divides.
     clients = max(1, round(last["compute/flops_total"] / last["compute/flops_per_client"]))
     return {

@@ -17,7 +17,7 @@ import pandas as pd
 RATES = ("learning_rate", "lr")
 """Names of the column."""
 
-NOT_TOLD = "whether the learning rate was tuned is not told"
+NOT_RECORDED = "it is not recorded whether the learning rate was tuned"
 NOT_TUNED = "at one learning rate, not tuned"
 AS_GIVEN = "one learning rate for each size and number of clients, as given"
 TUNED = "learning rate tuned for each size and number of clients"
@@ -34,12 +34,12 @@ class Tuned(NamedTuple):
 
     Attributes:
         table: the runs at the best rates.
-        said: one of `NOT_TOLD`, `NOT_TUNED`, `AS_GIVEN` and `TUNED`.
+        said: one of `NOT_RECORDED`, `NOT_TUNED`, `AS_GIVEN` and `TUNED`.
         notes: doubts about the learning rates, in words.
     """
 
     table: pd.DataFrame
-    said: str = NOT_TOLD
+    said: str = NOT_RECORDED
     notes: tuple[str, ...] = ()
 
 
@@ -70,7 +70,8 @@ def tuned(table: pd.DataFrame) -> Tuned:
         at_end += is_end
     found = pd.concat(kept)
     note = (
-        f"in {at_end} of {len(kept)} cases the best learning rate is the least or the largest that was tried: try more"
+        f"in {at_end} of {len(kept)} cases the best learning rate is the smallest or the largest that was tried; try"
+        " rates beyond it"
     )
     return Tuned(found.loc[sorted(found.index)], TUNED, (note,) if at_end else ())
 

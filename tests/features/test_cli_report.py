@@ -189,9 +189,9 @@ def test_settings_are_read_whatever_they_are(tmp_path: Path) -> None:
     ("arguments", "message"),
     [
         (["nowhere"], "run='nowhere': there is no such directory"),
-        (["two/a/metrics.csv"], "run='two/a/metrics.csv': is a file; pass the folder"),
+        (["two/a/metrics.csv"], "run='two/a/metrics.csv': this is a file"),
         (["."], "neither TensorBoard's events nor a metrics.csv"),
-        (["two"], "2 runs lie below, a report is of one: two/a, two/b"),
+        (["two"], "run='two': it holds 2 runs, and a report is about one. Pass one of: two/a, two/b"),
         (["two/a", "--output=page.pdf"], "output='page.pdf': name a file that ends in .html or .md"),
         (["two/a", "--output=two/a/metrics.csv/page.md"], "cannot be written"),
         (["two/b"], "it has no column step"),

@@ -245,7 +245,7 @@ def test_a_law_knows_its_domain(capsys: pytest.CaptureFixture[str]) -> None:
     # Text, and no run that the law says anything of.
     assert accounting.law == Chinchilla()
     assert accounting.position is None
-    assert "times less than the least of those that Chinchilla was fitted on" in accounting.no_position
+    assert "times less than the smallest number that Chinchilla was fitted on" in accounting.no_position
     assert accounting.ledger.tokens == 2 * 24 * 32
     assert "No position: " in capsys.readouterr().out
 

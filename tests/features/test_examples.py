@@ -244,7 +244,7 @@ def test_digits_are_too_few_to_determine_a_best_size() -> None:
 
     (said,) = re.findall(r"No best size from these runs: (.*)", printed)
     assert "E, the irreducible loss, is not determined" in said
-    assert re.search(r"Note: up to 1\d\d passes over 1,400 samples: the law of data without end does not hold", printed)
+    assert re.search(r"Note: up to 1\d\d passes over 1,400 samples: a law of unlimited data does not hold", printed)
     assert "clients 1: best size" not in printed
 
 

@@ -259,7 +259,7 @@ def test_help_shows_groups_and_arguments(capsys: pytest.CaptureFixture[str]) -> 
         (["seed=abc"], "seed='abc': pass an integer from 0"),
         (["data.batch_size=0"], "data: batch_size=0: pass an integer of at least 1"),
         (["model.lr=abc"], "model: lr='abc': pass a number of at least 0"),
-        (["hydra.run.dir=/dev/null/x"], "hydra.run.dir='/dev/null/x': the folder cannot be made"),
+        (["hydra.run.dir=/dev/null/x"], "hydra.run.dir='/dev/null/x': this folder cannot be created"),
         (["model._target_=mine.Module"], "needs its data: pass data._target_=..., or data=digits"),
         (["data._target_=mine.Module"], "data._target_=mine.Module: is a Module, which is no LightningDataModule"),
         (["strategy.num_client=3"], "Did you mean num_clients?"),

@@ -103,7 +103,7 @@ def test_phases_drive_messages_and_local_steps() -> None:
 def test_a_study_answers_and_leaves_its_page() -> None:
     printed = run_example("13_size.py", "--fast")
     assert printed.startswith("About ")
-    assert re.search(r"^Best: width \d+ ", printed, re.M)
+    assert re.search(r"^Best setting: width \d+ ", printed, re.M)
     assert re.search(r"^Train with: FederatedStrategy\(num_clients=8, ", printed, re.M)
     assert "| width |" in Path("size_study", "size.md").read_text()
     assert min(imread(Path("size_study", "size.png")).shape[:2]) > 500

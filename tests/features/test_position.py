@@ -154,7 +154,7 @@ def test_a_law_of_other_runs_gives_no_verdict(
     assert position is not None
     assert position.agreement is not None
     assert (position.verdict is not None) == has_verdict
-    assert position.advice().startswith("no verdict: the law is of another") != has_verdict
+    assert position.advice().startswith("no verdict: the law was fitted to runs with another") != has_verdict
     told = position.sentences()
     assert "".join(told.split()) in "".join(capsys.readouterr().out.split())
     assert position.as_dict()["differs"] == position.agreement.notes
@@ -302,7 +302,8 @@ def test_adapters_are_not_judged_by_a_law_of_whole_models() -> None:
     accounting = ComputeAccounting(law=LAW)
     run(accounting, module, text())
     assert (
-        "82% of the parameters are frozen, and Rosenfeld is of models that are trained whole" in accounting.no_position
+        "82% of the parameters are frozen, and Rosenfeld holds for models whose parameters are all trained"
+        in accounting.no_position
     )
     own = ComputeAccounting(law=LAW.replace(fitted_on=Range("adapters")))  # fitted to such runs
     run(own, module, text())

@@ -74,9 +74,7 @@ def test_what_a_table_does_not_say_is_unknown(tmp_path: Path) -> None:
         "partition", "method", "batch_size", "local_steps", "optimizer", "passes", "clients"
     }  # fmt: skip
     assert str(found.made_for) == ""
-    assert "not told by the runs' table: partition, method, batch size" in write_report(found, tmp_path).read_text(
-        "utf-8"
-    )
+    assert "not recorded in the table of runs: partition, method" in write_report(found, tmp_path).read_text("utf-8")
 
 
 def test_laws_of_before_are_read(tmp_path: Path) -> None:
@@ -197,7 +195,7 @@ def test_runs_of_one_or_two_rounds_are_left_out() -> None:
     assert len(every.table) == 35
     (note,) = [each for each in every.notes if "rounds" in each]
     assert note.startswith("35 of 35 runs had one or two rounds")
-    assert note.endswith(", and 32 more): too few others are there to leave them out")
+    assert note.endswith(", and 32 more): they are kept, since too few others remain")
     assert not any("rounds" in each for each in runs_to_fit(swept(), TRUTH).notes)
 
 
@@ -209,7 +207,7 @@ def test_no_number_of_clients_goes_with_short_runs() -> None:
 def test_passes_over_few_data_are_flagged_with_the_remedy() -> None:
     few = swept(samples=3000, passes=np.linspace(1, 37, 35))
     (note,) = [each for each in runs_to_fit(few, TRUTH).notes if "passes" in each]
-    assert note.startswith("up to 37 passes over 3,000 samples: the law of data without end does not hold beyond 4")
+    assert note.startswith("up to 37 passes over 3,000 samples: a law of unlimited data does not hold beyond 4")
     assert "RepeatedData" in note
     # Without the column they are what tokens are to the samples of the data.
     of_samples = runs_to_fit(few.drop(columns="passes"), TRUTH)
@@ -236,9 +234,9 @@ def test_the_law_of_repeated_data_takes_passes_as_its_own() -> None:
 
 
 def test_clients_that_are_unlike_have_a_floor() -> None:
-    (note,) = [each for each in runs_to_fit(swept(mean_js_distance=0.34), TRUTH).notes if "floor" in each]
-    assert "mean Jensen-Shannon distance 0.34" in note
-    assert not any("floor" in each for each in runs_to_fit(swept(mean_js_distance=0.1), TRUTH).notes)
+    (note,) = [each for each in runs_to_fit(swept(mean_js_distance=0.34), TRUTH).notes if "non-IID" in each]
+    assert "distance of their labels 0.34" in note
+    assert not any("non-IID" in each for each in runs_to_fit(swept(mean_js_distance=0.1), TRUTH).notes)
 
 
 @pytest.mark.parametrize("value", ["strict", "[1]", 3, 2.5])

@@ -208,7 +208,8 @@ def test_the_command_keeps_to_the_law(found: Fit, capsys: pytest.CaptureFixture[
     printed = capsys.readouterr()
     here = planned(found)
     assert (
-        f"The law was made for scaffold on partition hospitals.json ({EIGHT.fingerprint[:8]}), 8 clients" in printed.out
+        f"The law was fitted to runs with scaffold on partition hospitals.json ({EIGHT.fingerprint[:8]}), 8 clients"
+        in printed.out
     )
     assert "as width" in printed.out
     assert "{:g} (between {:g} and {:g})".format(here.size, *here.size_between) in printed.out  # type: ignore[misc]

@@ -38,16 +38,19 @@ def test_a_verdict_over_a_span_is_that_of_everything_in_it(
 
 def test_the_assumption_is_never_hidden() -> None:
     assert "no verdict for 10 clients" in stands().advice()
-    assert "rho 0 (as data parallelism) the size is right" in stands().advice()
-    assert "rho 1 (the average client's compute) it is 3.8 times (3.4 to 4.2) too large" in stands().advice()
+    assert "rho 0 (all compute counts, as in data parallelism) the size is right" in stands().advice()
+    assert (
+        "rho 1 (only the average client's compute counts) it is 3.8 times (3.4 to 4.2) too large" in stands().advice()
+    )
     words = (
-        "2.1 to 3.8 times too large, depending on what 10 clients cost (rho 0.5 to 1; measure it with fedscale sweep)"
+        "the model is 2.1 to 3.8 times too large for 10 clients, depending on rho (0.5 to 1; measure it with fedscale"
+        " sweep)"
     )
     assert stands(rho=(0.5, 1.0)).advice().startswith(words)
-    assert stands(4e7).advice().startswith("6.6 to 21.3 times too small")
+    assert stands(4e7).advice().startswith("the model is 6.6 to 21.3 times too small")
     for rho in (0.24, 1.0, 0.0):
         assert f"for 10 clients (rho {rho:g})" in stands(rho=rho).advice()
-    assert "the size is right for 2 clients, whatever they cost (rho 0 to 1)" in stands(clients=2).advice()
+    assert "the size is right for 2 clients at any rho from 0 to 1" in stands(clients=2).advice()
     assert "rho" not in stands(clients=1).advice()  # nothing is divided
 
 
@@ -69,7 +72,10 @@ def test_constants_that_are_hardly_known_give_no_verdict() -> None:
     position = stands(rho=1.0)
     wide = replace(position, uncertainty=Interval(position.optimal_params, 5e7, 2e9))
     assert wide.verdict is None
-    assert "no verdict for 10 clients (rho 1): the best size is anywhere from 50 M to 2 B" in wide.advice()
+    assert (
+        "no verdict for 10 clients (rho 1): the best size lies anywhere between 50 M and 2 B parameters"
+        in wide.advice()
+    )
 
 
 def test_what_rho_may_be() -> None:
@@ -95,10 +101,12 @@ def test_diloco_knows_what_replicas_cost() -> None:
     assert large.optimal_params == pytest.approx(9e8)
     assert math.isnan(large.predicted_loss)
     assert large.advice().startswith(
-        f"10.0 times too large for 4 clients; a 900 M model would reach {at.optimal_loss:.3g}"
+        "the model is 10.0 times too large for 4 clients; a model of 900 M parameters would reach a loss of"
+        f" {at.optimal_loss:.3g}"
     )
     assert large.sentences().endswith(
-        "DiLoCo predicts no loss of this run: it was fitted at 20 tokens of all replicas together per parameter."
+        "DiLoCo does not predict the loss of this run: it was fitted at 20 tokens of all replicas together per"
+        " parameter."
     )
     assert at.no_loss == ""
     with pytest.raises(ValueError, match="20 tokens per parameter"):

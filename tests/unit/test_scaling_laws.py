@@ -252,7 +252,7 @@ def test_unequal_clients() -> None:
     assert law.optimal_federated(flops, rho=0.0).params == pytest.approx(law.optimal(3e19).params)
     assert law.optimal_federated([1e19] * 4) == law.optimal_federated(4e19, 4)
     assert federated(law, 0.5).optimal_federated(flops).clients == 3
-    with pytest.raises(ValueError, match="clients=2: there is compute of 3"):
+    with pytest.raises(ValueError, match=r"clients=2: .*\b3 clients"):
         law.optimal_federated(flops, 2)
 
 
@@ -393,9 +393,9 @@ def test_extrapolation_is_said() -> None:
         (lambda: effective_flops(1e20, 2.5), "clients=2.5"),  # type: ignore[arg-type]
         (lambda: federated(Chinchilla(), math.inf), "rho=inf"),
         (lambda: mean_flops([1.0], "median"), "how='median'"),
-        (lambda: mean_flops([]), "one client or more"),
-        (lambda: Chinchilla().optimal_federated([]), "one client or more"),
-        (lambda: Chinchilla().optimal_federated([], 1), "one client or more"),
+        (lambda: mean_flops([]), "flops="),
+        (lambda: Chinchilla().optimal_federated([]), "flops="),
+        (lambda: Chinchilla().optimal_federated([], 1), "flops="),
         (lambda: Chinchilla().optimal_federated("1e20"), "flops='1e20': pass a finite number above 0"),  # type: ignore[arg-type]
         (lambda: plan("1e20"), "flops='1e20': pass a finite number above 0"),  # type: ignore[arg-type]
         (lambda: plan([1e20, 1e20]), "flops=.*: pass a finite number above 0"),  # type: ignore[arg-type]
@@ -463,10 +463,10 @@ def test_a_position_has_the_interval_of_the_law() -> None:
     position, size = position_of(Chinchilla(), **run), Chinchilla().interval_of_size(1e20, 10)
     assert position.ends == pytest.approx((size.low, size.high))
     ratios = f"{1e9 / size.value:.1f} times ({1e9 / size.high:.1f} to {1e9 / size.low:.1f}) too large"
-    assert position.advice().startswith(ratios)
+    assert position.advice().startswith(f"the model is {ratios}")
     assert position.as_dict()["optimal_params_95"] == list(position.ends)
-    assert position.sentences() == f"{position.advice()}."  # with its units as they are
-    assert "; a 262 M model would" in position.sentences()
+    assert position.sentences() == f"T{position.advice()[1:]}."  # with its units as they are
+    assert "; a model of 262 M parameters would" in position.sentences()
     beyond = position_of(Chinchilla(), **{**run, "params": 97.0}).sentences()
     assert "This is an extrapolation of Chinchilla: params=97 lies outside of 4e+07 to 2e+10, where" in beyond
     unknown = position_of(Chinchilla.hoffmann(), **run)
@@ -474,12 +474,12 @@ def test_a_position_has_the_interval_of_the_law() -> None:
     assert "times too large for 10 clients" in unknown.advice()
     assert math.isnan(position_of(Chinchilla(), **run, full=False).ends[0])
     assert (
-        "; an 851-parameter model would be best"
+        "; a model of 851 parameters would be the best"
         in replace(position, optimal_params=851.2, optimal_loss=math.nan).advice()
     )
     # A law that knows no loss is not made to name one.
     best = 0.1189 * 1e19**0.4969
-    words = f"{1e9 / best:.1f} times too large for 10 clients (rho 1); a {best / 1e6:.0f} M model would be best; or"
+    words = f"the model is {1e9 / best:.1f} times too large for 10 clients (rho 1); a model of {best / 1e6:.0f} M"
     assert position_of(Porian(), **run).advice().startswith(words)
 
 

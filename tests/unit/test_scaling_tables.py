@@ -13,7 +13,7 @@ import pytest
 
 from lightning_fedscale.scaling import Rosenfeld, fit, law_from_file
 from lightning_fedscale.scaling.runs import read_runs, runs_to_fit
-from lightning_fedscale.scaling.tuning import AS_GIVEN, NOT_TOLD, NOT_TUNED, TUNED, tuned
+from lightning_fedscale.scaling.tuning import AS_GIVEN, NOT_RECORDED, NOT_TUNED, TUNED, tuned
 from tests.unit.test_scaling_fit import TRUTH, made
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*this is an extrapolation")
@@ -35,14 +35,20 @@ def fitted(table: pd.DataFrame, **options: Any) -> Any:
     [
         (lambda t: t, ""),
         (lambda t: t.assign(tokens=t.tokens * t.clients, flops=t.flops * t.clients), "which adds 1"),
-        (lambda t: t.assign(tokens=t.tokens / t.clients, flops=t.flops / t.clients), "which takes away 1"),
-        (lambda t: t.assign(flops=t.flops * t.clients), "flops seem to be those of all clients, tokens those of one"),
-        (lambda t: t.assign(tokens=t.tokens * t.clients), "tokens seem to be those of all clients, flops those of one"),
+        (lambda t: t.assign(tokens=t.tokens / t.clients, flops=t.flops / t.clients), "which subtracts 1"),
+        (
+            lambda t: t.assign(flops=t.flops * t.clients),
+            "flops seem to be those of all clients, and tokens those of one",
+        ),
+        (
+            lambda t: t.assign(tokens=t.tokens * t.clients),
+            "tokens seem to be those of all clients",
+        ),
         (lambda t: t.assign(flops=t.flops / 1e9), "flops are 1e-09 times 6 params tokens"),
         (lambda t: t.assign(params=t.params / 1e6), "flops are 1e+06 times 6 params tokens"),
         (
             lambda t: t.assign(flops=t.flops.where(t.index != 7, t.flops / 1e3)),
-            "in 1 of 70 rows, the first of which is 7",
+            "in 1 of 70 rows (the first is row 7)",
         ),
     ],
 )
@@ -62,7 +68,7 @@ def test_weights_that_are_used_often_are_no_mistake(runs: pd.DataFrame) -> None:
 def test_a_rho_that_cannot_be_is_a_problem_with_its_causes(runs: pd.DataFrame) -> None:
     found = fitted(runs.assign(tokens=runs.tokens * runs.clients).drop(columns="flops"), bootstrap=20)
     assert found.rho.low > 1
-    assert "tokens and flops those of all clients, where one client's belong" in found.problems[-1]
+    assert "tokens and flops are those of all clients instead of one client" in found.problems[-1]
     with pytest.raises(ValueError, match="do not determine a best size"):
         found.optimal(1e15)
 
@@ -71,7 +77,7 @@ def test_words_are_read_or_named(runs: pd.DataFrame) -> None:
     with pytest.warns(UserWarning, match="the column params holds text"):
         assert fitted(runs.assign(params=runs.params.map(str))).rho.value == pytest.approx(0.6, abs=0.05)
     words = runs.assign(params=["12k", *runs.params[1:]])
-    with pytest.raises(ValueError, match="params='12k' in row 0 is no number: write it as 12000"):
+    with pytest.raises(ValueError, match="params='12k' in row 0 is not a number"):
         fitted(words)
 
 
@@ -81,7 +87,7 @@ def test_rows_that_are_gone_or_double_are_noticed(runs: pd.DataFrame) -> None:
         "3 rows between the first and the last were dropped" in runs_to_fit(runs.drop(index=[3, 9, 20]), TRUTH).notes[0]
     )
     twice = pd.concat([runs, runs.head(5)], ignore_index=True)
-    assert "5 rows are in the table twice" in runs_to_fit(twice, TRUTH).notes[0]
+    assert "5 rows are duplicates" in runs_to_fit(twice, TRUTH).notes[0]
     largest = runs[(runs.clients == 1) | (runs.params < 2e6)].reset_index(drop=True)
     assert runs_to_fit(largest, TRUTH).notes == ("with 4 clients, 1 of 7 sizes are missing",)
 
@@ -112,7 +118,7 @@ def test_the_best_rate_of_each_case_counts() -> None:
     assert found.table[["clients", "learning_rate"]].to_numpy().tolist() == [[1, 0.2], [4, 0.2]]
     assert (found.said, found.notes) == (TUNED, ())
     edge = tuned(tried({0.1: 0.5, 0.2: 0.3}))
-    assert "in 1 of 1 cases the best learning rate is the least or the largest" in edge.notes[0]
+    assert "in 1 of 1 cases the best learning rate is the smallest or the largest" in edge.notes[0]
 
 
 def test_seeds_that_chose_do_not_count_beside_others() -> None:
@@ -124,7 +130,7 @@ def test_seeds_that_chose_do_not_count_beside_others() -> None:
 
 
 def test_every_rho_says_whether_the_rate_was_tuned(runs: pd.DataFrame, tmp_path: Path) -> None:
-    assert fitted(runs).learning_rate == NOT_TOLD
+    assert fitted(runs).learning_rate == NOT_RECORDED
     untuned = fitted(runs.assign(lr=0.1))
     assert untuned.learning_rate == NOT_TUNED
     assert "rho was measured at one learning rate" in untuned.notes[-1]

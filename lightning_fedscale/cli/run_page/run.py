@@ -91,7 +91,7 @@ def along(values: Series[float], axis: Series[float]) -> Series[float]:
 
 def _only_run(folder: Path) -> Path:
     if folder.is_file():
-        raise ValueError(f"run={str(folder)!r}: is a file; pass the folder that a logger wrote.")
+        raise ValueError(f"run={str(folder)!r}: this is a file. Pass the folder that a logger wrote.")
     if not folder.is_dir():
         raise ValueError(f"run={str(folder)!r}: there is no such directory.")
     if has_logs(folder):
@@ -104,11 +104,13 @@ def _only_run(folder: Path) -> Path:
         return runs[0]
     if not runs:
         raise ValueError(
-            f"run={str(folder)!r}: neither TensorBoard's events nor a metrics.csv lie there; pass the folder that a"
+            f"run={str(folder)!r}: it has neither TensorBoard's events nor a metrics.csv. Pass the folder that a"
             " logger wrote, such as lightning_logs/version_0."
         )
     shown = ", ".join(map(str, runs[:5])) + (", ..." if len(runs) > 5 else "")
-    raise ValueError(f"run={str(folder)!r}: {len(runs)} runs lie below, a report is of one: {shown}.")
+    raise ValueError(
+        f"run={str(folder)!r}: it holds {len(runs)} runs, and a report is about one. Pass one of: {shown}."
+    )
 
 
 class _Plain(yaml.SafeLoader):  # type: ignore[misc]

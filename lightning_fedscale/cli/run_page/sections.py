@@ -39,7 +39,7 @@ _COSTS = {
     "simulated_seconds": "Simulated seconds",
     "joules": "Joules",
     "epsilon": "Privacy spent, epsilon",
-    "rejected_updates": "Updates left out, not finite",
+    "rejected_updates": "Updates excluded since they were not finite",
     "dropped_clients": "Clients that did not answer in time",
 }
 
@@ -54,7 +54,7 @@ _POSITION = {
     "predicted_loss": "Predicted loss",
     "optimal_loss": "Predicted loss of the best size",
     "excess_loss": "Difference of these two",
-    "catch_up": "This size would be the best for so many times the compute",
+    "catch_up": "Compute at which this size is the best, over the run's compute",
 }
 
 _PHASES = {
@@ -68,24 +68,24 @@ _PHASES = {
 
 _PROBE = {
     "max_batch": "Largest batch that fits, in samples",
-    "batch_size": "Batch that training took, in samples",
+    "batch_size": "Batch size of training, in samples",
     "budget_bytes": "Memory that may be used",
     "predicted_bytes": "Predicted peak at the largest batch",
     "measured_bytes": "Measured peak",
-    "bytes_per_sample": "Memory of one more sample",
+    "bytes_per_sample": "Memory per sample",
     "real_steps": "Steps that the probe ran",
     "seconds": "Seconds that the probe took",
-    "step_fixed_seconds": "Seconds of a step beside its samples",
-    "step_seconds_per_sample": "Seconds of a sample",
-    "step_residual": "Relative error of these",
+    "step_fixed_seconds": "Fixed seconds per step",
+    "step_seconds_per_sample": "Seconds per sample",
+    "step_residual": "Relative error of these two",
     "steps_timed": "Steps that were timed",
     "best_batch": "Batch that reaches a target first, in samples",
 }
 
 _FIGURES = {
-    "client/labels": "who holds which labels",
+    "client/labels": "labels by client",
     "compute/position": "predicted loss of other sizes at this compute",
-    "phase/course": "gradient norm, and what the detector made of it",
+    "phase/course": "gradient norm, and the decisions of the detector",
     "probe/memory": "memory against batch size",
     "probe/time": "time against batch size",
 }
@@ -170,7 +170,7 @@ def _phases(run: Run) -> Section:
     said = f"{found['critical_share']:.0%} of the {run.unit}s that were logged were critical"
     text = f"{said}: {run.unit}s {spans}{more}." if spans else f"{said}."
     if found["spans"] and found["spans"][0][0] == 0:
-        text += " Until a detector has seen enough, everything counts as critical."
+        text += " A detector counts everything as critical until it has enough data."
     rows = [(label, number(found[name])) for name, label in _PHASES.items() if name in found]
     pictures = [*phase_charts(run), *_logged(run, "phase/")]
     return Section("Critical phases", (text,), (("", ""), *rows), tuple(pictures))
