@@ -8,6 +8,7 @@ from typing import Any, NamedTuple, TypeAlias, cast
 from torch import Tensor
 
 from lightning_fedscale.types import ClientUpdate, Cohort
+from lightning_fedscale.utils.factory_repr import Arguments
 
 Finish: TypeAlias = Callable[[Tensor, Cohort], Tensor]
 FinishWithState: TypeAlias = Callable[[Tensor, Cohort, Any], tuple[Tensor, Any]]
@@ -98,7 +99,7 @@ class Aggregator(NamedTuple):
     hides_clients: bool = False
     needs: int = 0
     init_state: Callable[[Tensor, Cohort], Any] | None = None
-    arguments: Mapping[str, Any] = {}
+    arguments: Mapping[str, Any] = Arguments()
 
     @property
     def kept(self) -> str | None:

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from lightning_fedscale.types import Cohort
+from lightning_fedscale.utils.factory_repr import Arguments
 
 
 class Correction(NamedTuple):
@@ -121,7 +122,7 @@ class LocalRule(NamedTuple):
     changes_delta: bool = False
     call: str = ""
     instead: str = ""
-    arguments: Mapping[str, Any] = {}
+    arguments: Mapping[str, Any] = Arguments()
 
     @property
     def operations(self) -> int:

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 
 from lightning_fedscale.types import Params
+from lightning_fedscale.utils.factory_repr import Arguments
 
 
 class ServerOptimizer(NamedTuple):
@@ -27,7 +28,7 @@ class ServerOptimizer(NamedTuple):
     update: Callable[..., tuple[Params, Any]]
     reads_norms: bool = False
     call: str = ""
-    arguments: Mapping[str, Any] = {}
+    arguments: Mapping[str, Any] = Arguments()
 
 
 def own_state(state: Any, name: str) -> dict[str, Any]:

@@ -13,6 +13,18 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 
+class Arguments(dict[str, Any]):
+    """Arguments by name; the hash of their names lets the tuples that hold them stay keys of dicts.
+
+    Example:
+        >>> hash(Arguments(lr=0.1)) == hash(Arguments(lr=0.1))
+        True
+    """
+
+    def __hash__(self) -> int:  # type: ignore[override]
+        return hash(frozenset(self))
+
+
 def record_call(factory: Callable[P, R]) -> Callable[P, R]:
     """Decorate a factory so that its products have its arguments, and its call as text: fields ``arguments``, ``call``.
 
@@ -46,11 +58,11 @@ def numbers_of(arguments: Mapping[str, Any]) -> dict[str, float]:
     return {name: int(value) if isinstance(value, Integral) else float(value) for name, value in real.items()}
 
 
-def _bound(factory: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+def _bound(factory: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments:
     """Return the arguments of a call by name, with defaults and those of ``**kwargs``."""
     parameters, bound = signature(factory).parameters, signature(factory).bind(*args, **kwargs)
     bound.apply_defaults()
-    arguments: dict[str, Any] = {}
+    arguments = Arguments()
     for name, value in bound.arguments.items():
         arguments |= value if parameters[name].kind is Parameter.VAR_KEYWORD else {name: value}
     return arguments

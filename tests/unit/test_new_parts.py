@@ -151,6 +151,7 @@ def test_a_part_has_the_arguments_that_made_it(registry: Registry, name: str) ->
     named = {each for each, parameter in parameters.items() if parameter.kind is not parameter.VAR_KEYWORD}
     assert named <= set(made.arguments)
     assert made.call.startswith(f"{name}(")
+    assert {made: name}[made] == name, "a part can no longer be a key"
 
 
 @pytest.mark.parametrize("page", ["add-a-method", "add-a-callback-argument"])
