@@ -90,7 +90,7 @@ BY_DESIGN = Reason("passes without what rounds add: metrics, hyperparameters, ba
 
 REFUSED = (
     Reason("data that cannot be divided by index", said="is an IterableDataset or has no length"),
-    Reason("train data that no DataLoader loads", said="pass a torch.utils.data.DataLoader over it"),
+    Reason("train data that no DataLoader loads", said="pass a torch.utils.data.DataLoader, whose dataset"),
     Reason("several train loaders", said="divides one dataset among clients"),
     Reason("a sampler of one's own", said="cannot be applied to each client's own samples"),
     Reason("training_step(dataloader_iter)", said=r"training_step\(self, dataloader_iter\) is not supported"),

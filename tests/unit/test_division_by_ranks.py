@@ -66,7 +66,7 @@ def test_a_division_is_named_with_both_numbers(owner: Any, name: str, batch_size
     said = noticed(owner, batch_size, **ranks)
     assert said is not None
     assert said.startswith(type(owner).__name__)
-    for part in (name, f"have {batch_size} samples", "leave out the division"):
+    for part in (name, f"have {batch_size} samples", "do not divide"):
         assert part in said
 
 
