@@ -16,6 +16,7 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
+from torch import Tensor
 from torch.utils.data import DataLoader
 from torch.utils.data.distributed import DistributedSampler
 
@@ -60,13 +61,16 @@ def train(folder: Path, ranks: int, die_after: int, kind: str) -> ComputeAccount
         use_distributed_sampler=False, log_every_n_steps=3, num_sanity_val_steps=0,
     )  # fmt: skip
     training, held_out = reference.dataset(SAMPLES, torch.float64), reference.dataset(HELD_OUT, torch.float64)
-    shares = [DistributedSampler(data, ranks, RANK, shuffle=False) for data in (training, held_out)]
-    loaders = [
-        DataLoader(training, BATCH // ranks, sampler=shares[0]) if kind == "plain" else DataLoader(training, BATCH),
-        DataLoader(held_out, BATCH // ranks, sampler=shares[1]),
+    shares: list[DistributedSampler[tuple[Tensor, ...]]] = [
+        DistributedSampler(data, ranks, RANK, shuffle=False) for data in (training, held_out)
     ]
+    train_loader = (
+        DataLoader(training, BATCH // ranks, sampler=shares[0]) if kind == "plain" else DataLoader(training, BATCH)
+    )
+    val_loader = DataLoader(held_out, BATCH // ranks, sampler=shares[1])
     last = folder / "last.ckpt"
-    trainer.fit(Evaluated(), *loaders, ckpt_path=str(last) if last.exists() else None, weights_only=True)
+    ckpt_path = str(last) if last.exists() else None
+    trainer.fit(Evaluated(), train_loader, val_loader, ckpt_path=ckpt_path, weights_only=True)
     return accounting
 
 

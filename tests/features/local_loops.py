@@ -122,7 +122,7 @@ def fit(
     federated = sequential(
         partitioner=reference_loop.partition(),
         rounds_per_epoch=rounds_per_epoch,
-        **(strategy or {}),  # type: ignore[arg-type]
+        **(strategy or {}),
     )
     trainer = reference.quiet_trainer(strategy=federated, max_epochs=number, **options)
     trainer.fit(module, reference.loader(reference_loop.data(), shuffle=False), val)

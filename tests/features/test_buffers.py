@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import lightning.pytorch as pl
 import pytest
@@ -34,6 +34,11 @@ EXECUTORS = pytest.mark.parametrize("executor", ["sequential", "vectorized"])
 
 class Counting(pl.LightningModule):
     """A layer, and buffers that tell how many samples, and which, a client has seen since the module was built."""
+
+    layer: nn.Module
+    whole: Tensor
+    real: Tensor
+    flag: Tensor
 
     def __init__(self) -> None:
         super().__init__()
@@ -155,6 +160,8 @@ def test_the_largest_client_is_the_first_of_equal_ones_and_none_that_is_left_out
 class Words(Counting):
     """A set of bits in words of 64, which float64 does not hold."""
 
+    bits: Tensor
+
     def __init__(self) -> None:
         super().__init__()
         self.register_buffer("bits", torch.tensor([2**62 + 1, -(2**61) - 7]))
@@ -179,6 +186,9 @@ def test_integers_that_float64_does_not_hold_keep_their_bits() -> None:
 
 class Queue(pl.LightningModule):
     """Momentum contrast: keys of earlier batches in a queue, and a pointer to where the next go."""
+
+    queue: Tensor
+    pointer: Tensor
 
     def __init__(self) -> None:
         super().__init__()
@@ -239,9 +249,8 @@ class Discriminator(pl.LightningModule):
 
     def singular_values(self) -> list[float]:
         self.net.eval()(torch.zeros(1, 1, 4))
-        return [
-            float(torch.linalg.svdvals(layer.weight.detach().flatten(1))[0]) for layer in (self.net[0], self.net[3])
-        ]
+        weights = [cast(Tensor, layer.weight) for layer in (self.net[0], self.net[3])]
+        return [float(torch.linalg.svdvals(weight.detach().flatten(1))[0]) for weight in weights]
 
 
 @pytest.mark.parametrize("norm", [parametrizations.spectral_norm, nn.utils.spectral_norm])
@@ -257,6 +266,9 @@ def test_weights_with_spectral_norm_keep_it(norm: Callable[[nn.Module], nn.Modul
 class Longest(nn.Module):
     """A parametrization of one's own: the weight's length of late, and how often it was computed."""
 
+    length: Tensor
+    computed: Tensor
+
     def __init__(self) -> None:
         super().__init__()
         self.register_buffer("length", torch.ones(()))
@@ -270,14 +282,23 @@ class Longest(nn.Module):
         return weight / self.length
 
 
+def longest_of(module: Counting) -> tuple[Longest, Tensor]:
+    """The parametrization of the layer's weight, and the weight that it is given."""
+    weight = module.get_submodule("layer.parametrizations.weight")
+    assert isinstance(weight, parametrize.ParametrizationList)
+    longest = weight[0]
+    assert isinstance(longest, Longest)
+    return longest, weight.original
+
+
 def test_buffers_of_any_parametrization_fit_the_new_weights() -> None:
     module = Counting()
     parametrize.register_parametrization(module.layer, "weight", Longest())
-    module.layer.parametrizations.weight[0].computed.zero_()
+    longest_of(module)[0].computed.zero_()
     fit(module, 2)
-    parametrized = module.layer.parametrizations.weight
-    assert float(parametrized[0].length) == pytest.approx(float(parametrized.original.norm()))
-    assert int(parametrized[0].computed) == 2 * SIZES[LARGEST] / 8
+    longest, original = longest_of(module)
+    assert float(longest.length) == pytest.approx(float(original.norm()))
+    assert int(longest.computed) == 2 * SIZES[LARGEST] / 8
 
 
 # ---- what nobody needs to be told of
@@ -285,6 +306,9 @@ def test_buffers_of_any_parametrization_fit_the_new_weights() -> None:
 
 class Renorm(nn.Module):
     """Running statistics of a layer that torch does not have."""
+
+    running_std: Tensor
+    num_batches_tracked: Tensor
 
     def __init__(self) -> None:
         super().__init__()
@@ -307,11 +331,14 @@ def test_running_statistics_are_averaged(layer: nn.Module) -> None:
     assert {kinds[name] for name, _ in module.named_buffers() if name.startswith("layer.")} == {("mean", True)}
     assert warned(lambda: fit(module, 2, buffers={"re*": "mean"})) == []
     batches = sum(size * math.ceil(size / 8) for size in SIZES) / sum(SIZES)
-    assert module.layer[0].num_batches_tracked.item() == round(round(batches) + batches)
+    assert module.get_buffer("layer.0.num_batches_tracked").item() == round(round(batches) + batches)
 
 
 class Shared(Counting):
     """One buffer in two places, one that is none yet, an empty one and one that no checkpoint has."""
+
+    complex: Tensor
+    hidden: Tensor
 
     def __init__(self) -> None:
         super().__init__()
@@ -343,6 +370,12 @@ def test_buffers_of_odd_kinds() -> None:
 
 class Growing(Counting):
     """Buffers that grow, come up, are filled, go, and change their shape in place."""
+
+    memory: Tensor
+    filled: Tensor | None
+    goes: Tensor | None
+    lowest: Tensor
+    lazy: Tensor
 
     def __init__(self) -> None:
         super().__init__()
@@ -378,6 +411,7 @@ def test_buffers_without_one_shape_are_those_of_the_largest_client(executor: str
     ]
     assert len(module.memory) == 3 * size
     assert module.goes is None
+    assert module.filled is not None
     assert module.filled.tolist() == [LARGEST]
     assert module.lazy.tolist() == [LARGEST, LARGEST]
     assert module.lowest.shape == (4,)
@@ -390,6 +424,7 @@ def test_each_client_keeps_buffers_without_one_shape_if_asked(executor: str) -> 
     trainer = fit(module, 3, executor=executor, buffers={**asked, "real": "mean"})
     assert [start[0] for start in module.started] == [round * size for round in range(3) for size in SIZES]
     assert (len(module.memory), module.filled, module.lowest.numel()) == (0, None, 0)
+    assert module.goes is not None
     assert module.goes.tolist() == [1.0, 1.0]
     for client, size in enumerate(SIZES):
         own = trainer.strategy.personal_model(client)  # type: ignore[attr-defined]
@@ -417,6 +452,8 @@ def test_models_of_single_clients_need_buffers_of_one_shape(options: dict[str, A
 
 class Cached(Counting):
     """Makes a table anew when it is too short, and remembers its length beside it, as rotary embeddings do."""
+
+    table: Tensor
 
     def __init__(self) -> None:
         super().__init__()
@@ -530,7 +567,7 @@ def test_robust_rules_take_integers_from_the_largest_client() -> None:
 
 
 def test_what_is_private_stays_with_the_clients() -> None:
-    private = {"privacy": dp_fed_avg(clip_norm=1.0, noise_multiplier=0.1, delta=1e-3)}
+    private: dict[str, Any] = {"privacy": dp_fed_avg(clip_norm=1.0, noise_multiplier=0.1, delta=1e-3)}
     module = Counting()
     trainer = fit(module, 2, **private)
     assert (module.whole.item(), module.flag.item(), module.real.tolist()) == (0, False, [0.0, 0.0])

@@ -71,8 +71,9 @@ class Module(pl.LightningModule):
         self.log_dict(self.scores)
         self.log("noise", torch.rand(()) + nn.functional.dropout(torch.ones(3), 0.5).sum())
         self.log("largest", logits.max(), reduce_fx="max")
-        if self.logger is not None and hasattr(self.logger.experiment, "add_scalar"):
-            self.logger.experiment.add_scalar("mine", 1.0, self.validations)
+        experiment: Any = getattr(self.logger, "experiment", None)
+        if hasattr(experiment, "add_scalar"):
+            experiment.add_scalar("mine", 1.0, self.validations)
 
     def on_validation_epoch_end(self) -> None:
         self.log("hits", torch.cat(self.kept).float().mean())
@@ -113,7 +114,8 @@ def fit(
     trainer = reference.quiet_trainer(
         **{"max_epochs": rounds, "strategy": strategy, "callbacks": list(callbacks), **options}
     )
-    trainer.fit(module, *(data or loaders()), ckpt_path=ckpt_path)
+    train, val = [*(data or loaders()), None][:2]
+    trainer.fit(module, train, val, ckpt_path=ckpt_path)
     return trainer, module
 
 
@@ -226,7 +228,9 @@ class Traces(pl.Callback):
         self.seen: list[Any] = []
 
     def _look(self, trainer: pl.Trainer, module: Any) -> None:
-        drawn = torch.get_rng_state().tolist(), random.getstate(), np.random.get_state()[1].tolist()  # type: ignore[union-attr]
+        of_numpy = np.random.get_state(legacy=True)
+        assert isinstance(of_numpy, tuple)
+        drawn = torch.get_rng_state().tolist(), random.getstate(), of_numpy[1].tolist()
         metrics = [
             (
                 name,
@@ -295,7 +299,7 @@ def test_executors_agree() -> None:
     found = []
     for executor in ("sequential", "vectorized"):
         watch = ClientMetrics()
-        fit(watch, strategy=FederatedStrategy(partitioner=skewed(), executor=executor))  # type: ignore[arg-type]
+        fit(watch, strategy=FederatedStrategy(partitioner=skewed(), executor=executor))
         assert watch.last is not None
         found.append(watch.last.values)
     for name in found[0]:
@@ -323,7 +327,8 @@ def test_layers_that_stay_with_clients_are_theirs() -> None:
     new = [torch.equal(head, module.head.weight) for head in heads]
     assert 0 < sum(new) < CLIENTS  # who never took part has the head as it was built
     for client in range(CLIENTS):
-        assert torch.equal(loaded(strategy.personal_model(client)).body[0].weight, module.body[0].weight)
+        body = loaded(strategy.personal_model(client)).body
+        assert torch.equal(body.get_parameter("0.weight"), module.body.get_parameter("0.weight"))
 
 
 def test_ditto_has_global_and_personal_models() -> None:

@@ -20,6 +20,7 @@ from torchmetrics import MeanMetric, SumMetric
 
 from lightning_fedscale.core.executors import ClientLog
 from lightning_fedscale.core.lightning import client_log
+from lightning_fedscale.core.lightning.log_series import read_numbers
 from tests.features import local_loops, reference_loop
 from tests.laws import reference
 from tests.strategies import sequential
@@ -60,7 +61,7 @@ class Varied(Base):
         self.log("count", (batch[1] == 0).sum(), reduce_fx="sum", **both)
         self.log("bool", True, **both)
         self.log("int", 7, on_epoch=True, batch_size=batch_idx + 1)
-        self.log("numpy", np.float32(value.item()), **both)
+        self.log("numpy", np.float32(value.item()), **both)  # type: ignore[arg-type]
         self.log("one", value.reshape(1), prog_bar=True, **both)
         self.log("nan", value * math.nan if batch_idx == 2 else value, on_epoch=True)
         self.log("nan_min", value * math.nan if batch_idx == 2 else value, reduce_fx="min", **both)
@@ -111,7 +112,7 @@ class Epochs(pl.Callback):
     def __init__(self) -> None:
         self.found: list[Metrics] = []
 
-    def on_train_epoch_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self.found.append({k: float(v) for k, v in trainer.callback_metrics.items() if not k.startswith("round/")})
 
     on_train_end = on_train_epoch_start
@@ -174,7 +175,7 @@ def test_only_first_calls_go_through_lightning(monkeypatch: pytest.MonkeyPatch) 
 class Bad(Base):
     """Logs well until batch ``at``."""
 
-    def __init__(self, call: Callable[[Any], None], at: int) -> None:
+    def __init__(self, call: Callable[[Any], object], at: int) -> None:
         super().__init__()
         self.call, self.at = call, at
         self.metric = MeanMetric()
@@ -195,7 +196,7 @@ class BadHook(Means):
         return batch
 
 
-BAD_CALLS: dict[str, Callable[[Any], None]] = {
+BAD_CALLS: dict[str, Callable[[Any], object]] = {
     "nested": lambda m: m.log("x", {"a": {"b": 1.0}}),
     "text": lambda m: m.log("x", "text"),
     "two elements": lambda m: m.log("x", torch.ones(2)),
@@ -234,7 +235,7 @@ def test_complaint_about_a_hook() -> None:
 
 
 class Prefixed(Means):
-    def log(self, name: str, *args: Any, **kwargs: Any) -> None:  # type: ignore[override]
+    def log(self, name: str, *args: Any, **kwargs: Any) -> None:
         super().log(f"train/{name}", *args, **kwargs)
 
 
@@ -250,7 +251,7 @@ class Copies(pl.Callback):
         self.copies: list[pl.LightningModule] = []
 
     def on_client_end(self, trainer: pl.Trainer, module: pl.LightningModule, update: object) -> None:
-        module._trainer, trainer_of_fit = None, module._trainer  # type: ignore[assignment]
+        module._trainer, trainer_of_fit = None, module._trainer
         self.copies += [copy.deepcopy(module), pickle.loads(pickle.dumps(module))]
         module._trainer = trainer_of_fit
 
@@ -359,10 +360,10 @@ def test_batches_that_were_not_trained_do_not_count() -> None:
 
 
 def test_no_more_waits_than_fits(monkeypatch: pytest.MonkeyPatch) -> None:
-    read, lengths = client_log.read_numbers, []
+    lengths: list[int] = []
 
     def counted(values: list[Any], device: torch.device) -> Any:
-        numbers = read(values, device)
+        numbers = read_numbers(values, device)
         lengths.append(len(numbers))
         return numbers
 
@@ -451,7 +452,7 @@ class Waves:
         self.log.points.commit(8)
         self.log.points.send()
         connector = self.trainer._logger_connector
-        shown = {**connector.metrics["callback"], **connector.metrics["pbar"]}
+        shown: dict[str, Tensor | float] = {**connector.metrics["callback"], **connector.metrics["pbar"]}
         connector.epoch_end_reached()
         shown |= {f"epoch {name}": value for name, value in connector.metrics["callback"].items()}
         return {k: float(v) for k, v in shown.items()}, self.points.of_clients(), self.log.points.local_batches

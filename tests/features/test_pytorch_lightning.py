@@ -23,7 +23,7 @@ SIDES = {"one": (pl, lightning_fedscale), "other": (twin_pl, twin)}
 
 
 def module_of(package: Any) -> Any:
-    class Net(package.LightningModule):  # type: ignore[misc]
+    class Net(package.LightningModule):
         def __init__(self, width: int = 16) -> None:
             super().__init__()
             self.net = nn.Sequential(nn.Linear(12, width), nn.ReLU(), nn.Dropout(0.3), nn.Linear(width, 4))
@@ -153,7 +153,7 @@ def test_processes_started_in_any_way_train_the_same_model(tmp_path: Path) -> No
 
 
 def data_of(package: Any) -> Any:
-    class Data(package.LightningDataModule):  # type: ignore[misc]
+    class Data(package.LightningDataModule):
         def train_dataloader(self) -> DataLoader[Any]:
             return DataLoader(reference.dataset(100), batch_size=4, shuffle=True)
 

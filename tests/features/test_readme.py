@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 
 from PIL import Image
+from PIL.PngImagePlugin import PngImageFile
 
 from tests.features import executed
 from tests.features.test_docs import tool
@@ -44,6 +45,7 @@ def test_its_position_is_that_of_the_code() -> None:
     assert said is not None
     assert " ".join(said[1].split()) == position.POSITION.sentences()
     with Image.open(position.PICTURE) as picture:
+        assert isinstance(picture, PngImageFile)
         assert picture.text["Description"] == position.POSITION.sentences(), "python docs/position.py"
     here = position.POSITION
     assert (here.params, here.flops, here.clients, here.rho, here.law) == (1e9, 1e20, 10, 1.0, "Chinchilla")

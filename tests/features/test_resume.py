@@ -62,6 +62,8 @@ def equal(left: Any, right: Any) -> bool:
 class Seldom(pl.Callback):
     """It logs a value in the first round only."""
 
+    log: Callable[..., None]  # of the module: the Trainer gives it to callbacks
+
     def on_train_batch_end(self, trainer: pl.Trainer, module: pl.LightningModule, *_: Any) -> None:
         if trainer.global_step == 1:
             self.log("seldom", 3.0, on_step=True, on_epoch=False)
@@ -133,7 +135,9 @@ class Manual(reference.Classifier):
         self.automatic_optimization = False
 
     def training_step(self, batch: list[Tensor], batch_idx: int) -> None:  # type: ignore[override]
-        first, second = self.optimizers()
+        optimizers = self.optimizers()
+        assert isinstance(optimizers, list)
+        first, second = optimizers
         loss = torch.nn.functional.cross_entropy(self.net(batch[0]), batch[1])
         for optimizer in (first, second):
             optimizer.zero_grad()
@@ -498,7 +502,7 @@ def save_and_die(path: Path) -> None:
         file.flush()
         os.kill(os.getpid(), signal.SIGKILL)
 
-    torch.save = die  # in this process only
+    torch.save = die  # type: ignore[assignment]  # in this process only
     AtomicCheckpointIO().save_checkpoint({"value": torch.ones(3)}, path)
 
 

@@ -74,8 +74,10 @@ def _at(moment: str) -> Callable[..., None]:
     return hook
 
 
-MOMENTS = ("on_train_start", "on_train_epoch_start", "on_train_batch_start", "on_round_start", "on_client_start")
-MOMENTS += ("on_before_backward", "on_client_end", "on_round_end", "on_train_batch_end", "on_train_end")
+MOMENTS = (
+    "on_train_start", "on_train_epoch_start", "on_train_batch_start", "on_round_start", "on_client_start",
+    "on_before_backward", "on_client_end", "on_round_end", "on_train_batch_end", "on_train_end",
+)  # fmt: skip
 for each in MOMENTS:
     setattr(Looks, each, _at(each))
 

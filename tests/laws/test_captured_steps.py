@@ -81,7 +81,7 @@ class Step(pl.LightningModule):
 
     @property
     def indirect(self) -> float:
-        return self.config.rate * TABLE["deep"][0]["rate"]  # type: ignore[operator]
+        return self.config.rate * TABLE["deep"][0]["rate"]
 
     def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
         loss = nn.functional.cross_entropy(self.inner(self.net(batch[0])), batch[1])
@@ -189,9 +189,9 @@ CASES: dict[str, Case] = {
     "slots": Case(lambda m: m.slotted.rate, lambda m: setattr(m.slotted, "rate", 0.1)),
     "deque": Case(lambda m: m.weights[0], lambda m: m.weights.appendleft(0.1)),
     "property": Case(lambda m: m.indirect, lambda m: setattr(m.config, "rate", 0.1)),
-    "property of a global": Case(lambda m: m.indirect, lambda m: TABLE["deep"][0].update(rate=0.1)),  # type: ignore[attr-defined]
+    "property of a global": Case(lambda m: m.indirect, lambda m: TABLE["deep"][0].update(rate=0.1)),
     "global": Case(lambda m: RATE, change_global),
-    "global dict": Case(lambda m: TABLE["deep"][0]["rate"], lambda m: TABLE["deep"][0].update(rate=0.1)),  # type: ignore[attr-defined,index]
+    "global dict": Case(lambda m: TABLE["deep"][0]["rate"], lambda m: TABLE["deep"][0].update(rate=0.1)),
     "imported module": Case(lambda m: settings_of_steps.RATE, lambda m: setattr(settings_of_steps, "RATE", 0.1)),
     "object of an imported module": Case(
         lambda m: settings_of_steps.CONFIG.loss["rate"][0],
@@ -272,7 +272,7 @@ def as_before(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[], None]]:
         global RATE
         RATE = 1.0
         importlib.reload(settings_of_steps)
-        TABLE["deep"][0]["rate"] = 1.0  # type: ignore[index]
+        TABLE["deep"][0]["rate"] = 1.0
         Step.of_class_list[0] = 1.0
         by_default.__defaults__[0]["rate"] = 1.0  # type: ignore[index]
         cached.cache_clear()
@@ -317,7 +317,7 @@ def test_a_change_half_way_is_followed(name: str, as_before: Callable[[], None])
     runs = []
     for executor in ("sequential", "vectorized"):
         factor = closure() if name == "closure" else case.factor
-        runs.append(Run(executor, lambda factor=factor: Step(factor), callbacks=[Changes(case.change)], **OPTIONS))
+        runs.append(Run(executor, functools.partial(Step, factor), callbacks=[Changes(case.change)], **OPTIONS))
         as_before()
     sequential, vectorized = runs
     assert_alike(vectorized, sequential, rtol=1e-6)
