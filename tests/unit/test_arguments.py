@@ -202,8 +202,12 @@ def test_a_partition_may_leave_samples_out() -> None:
     [
         (lambda: server.fed_avg(0), ValueError, "lr=0: pass a finite number above 0"),
         (lambda: server.fed_avg(float("inf")), ValueError, "lr=inf: pass a finite number above 0"),
-        (lambda: server.fed_avg("1"), TypeError, "lr='1': pass a finite number above 0"),
-        (lambda: server.from_torch("sgd"), TypeError, r"from_torch\(str\) .*pass a class such as torch.optim.SGD"),
+        (lambda: server.fed_avg("1"), TypeError, "lr='1': pass a finite number above 0"),  # type: ignore[arg-type]
+        (
+            lambda: server.from_torch("sgd"),  # type: ignore[arg-type]
+            TypeError,
+            r"from_torch\(str\) .*pass a class such as torch.optim.SGD",
+        ),
         (lambda: server.from_torch(torch.optim.Adam, rate=1.0), TypeError, r"from_torch\(Adam, rate=1.0\) .*'rate'"),
         (lambda: server.from_torch(torch.optim.SGD, lr=-1), ValueError, r"from_torch\(SGD, lr=-1\) .*learning rate"),
         (lambda: server.from_torch(torch.optim.LBFGS), TypeError, r"from_torch\(LBFGS\) .*closure"),

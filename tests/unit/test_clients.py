@@ -43,7 +43,7 @@ def steps(optimizer: Optimizer, target: float, count: int) -> None:
         return loss
 
     for _ in range(count):
-        optimizer.step(closure)
+        optimizer.step(closure)  # type: ignore[arg-type]  # torch takes a tensor too
 
 
 def values(of: list[nn.Parameter]) -> list[Tensor]:

@@ -51,8 +51,9 @@ def test_by_name_or_as_it_is() -> None:
 def test_bad_figures(field: str, value: object) -> None:
     with pytest.raises((TypeError, ValueError), match=f"DeviceClass 'd': {field}="):
         DeviceClass("d", **{**FIGURES, field: value})
+    change: dict[str, Any] = {field: value}
     with pytest.raises((TypeError, ValueError), match=f"{field}="):
-        dataclasses.replace(CATALOGUE["phone"], **{field: value})
+        dataclasses.replace(CATALOGUE["phone"], **change)
 
 
 def test_a_name_is_needed() -> None:

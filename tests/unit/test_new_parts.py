@@ -61,7 +61,7 @@ REGISTRIES = [
         ("per_parameter", "scale", "scale_by_adagrad", "scale_by_adam", "scale_by_yogi", "trace"),
     ),
     Registry(
-        "partitioners", "PARTITIONERS", partitioners.registry.PARTITIONERS,  # type: ignore[attr-defined]
+        "partitioners", "PARTITIONERS", partitioners.registry.PARTITIONERS,
         "strategy/partitioner",
     ),
     Registry("phases", "DETECTORS", phases.DETECTORS, "detector"),

@@ -181,7 +181,7 @@ def test_a_measured_run_that_the_law_does_not_have_is_said(found: Fit) -> None:
 
 def test_positions_count_the_clients_of_the_runs(found: Fit) -> None:
     best = TRUTH.optimal(BUDGET / 8).params
-    at = {"params": best, "tokens": BUDGET / 6 / best, "flops": BUDGET}
+    at: dict[str, Any] = {"params": best, "tokens": BUDGET / 6 / best, "flops": BUDGET}
     here = position_of(found.law, **at, clients=8)
     assert here.verdict == "right"
     assert here.optimal_params == pytest.approx(best, rel=0.01)
@@ -212,7 +212,9 @@ def test_the_command_keeps_to_the_law(found: Fit, capsys: pytest.CaptureFixture[
         in printed.out
     )
     assert "as width" in printed.out
-    assert "{:g} (between {:g} and {:g})".format(here.size, *here.size_between) in printed.out  # type: ignore[misc]
+    assert here.size is not None
+    assert here.size_between is not None
+    assert "{:g} (between {:g} and {:g})".format(here.size, *here.size_between) in printed.out
     assert "Note:" not in printed.out
     assert printed.err == ""
     assert cli.main([*line, "--json"]) == 0

@@ -122,5 +122,7 @@ def test_a_law_of_sizes_has_no_band_of_its_own() -> None:
 
 def test_a_span_has_a_picture() -> None:
     (axes,) = plot(stands(), Chinchilla()).axes
-    labels = [text.get_text() for text in axes.get_legend().get_texts()]
+    legend = axes.get_legend()
+    assert legend is not None
+    labels = [text.get_text() for text in legend.get_texts()]
     assert {"best size (rho 0)", "best size (rho 1)"} <= set(labels)

@@ -132,7 +132,7 @@ def test_pass_order_is_a_permutation_that_ignores_how_the_samples_were_listed(
 ) -> None:
     def order(listed: list[int], *, shuffle: bool) -> list[int]:
         made = pass_order(np.array(listed), shuffle=shuffle, seed=seed, client=client, number=number)
-        return made.tolist()  # type: ignore[no-any-return]
+        return made.tolist()
 
     mixed = list(samples)
     random.shuffle(mixed)
@@ -196,11 +196,11 @@ def test_samplers_that_want_to_know_are_told_the_losses() -> None:
     class Hardest:
         reads_losses = True
 
-        def __call__(self, *, losses: dict[int, float], **_: int) -> np.ndarray:  # type: ignore[type-arg]
+        def __call__(self, *, losses: dict[int, float], **_: int) -> IntArray:
             return np.array([max(losses, key=lambda client: losses[client])])
 
     made = plan_round(
-        1, seed=0, sampler=Hardest(), num_clients=4, clients_per_round=1,
+        1, seed=0, sampler=Hardest(), num_clients=4, clients_per_round=1,  # type: ignore[arg-type]
         cost=lambda clients: clients, world_size=1, losses={1: 0.5, 3: 2.0},
     )  # fmt: skip
     assert made.cohort.tolist() == [3]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -58,7 +59,8 @@ def test_a_floor_that_is_lost_in_noise_withholds_the_verdict(tmp_path: Path) -> 
 def test_exponents_that_are_open_are_named(name: str) -> None:
     """Of every form that has some."""
     form = FORMS[name]
-    law = form(**dict.fromkeys(form().missing, 1.0))
+    constants: dict[str, Any] = dict.fromkeys(form().missing, 1.0)
+    law = form(**constants)
     assert isinstance(law, Law)
     law = law.replace(refits=tuple(Refit(dict(law.constants)) for _ in range(20)))
     table = made().assign(flops=lambda t: 6 * t.params * t.tokens)

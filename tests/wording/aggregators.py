@@ -32,7 +32,7 @@ ROWS: list[Row] = [
         "aggregators.krum(1).",
     ),
     Row(
-        lambda: aggregator_of(aggregators.mean()._replace(finish=lambda total: total)),
+        lambda: aggregator_of(aggregators.mean()._replace(finish=lambda total: total)),  # type: ignore[arg-type]
         TypeError,
         "aggregator: finish has other arguments (too many positional arguments): pass a function of (total, "
         "cohort), or pass init_state=... as well to keep a state.",
@@ -48,7 +48,7 @@ ROWS: list[Row] = [
         "trim=0.7: pass a share of the clients in [0, 0.5), cut off at each end, or an int.",
     ),
     Row(
-        lambda: aggregators.trimmed_mean("0.2"),
+        lambda: aggregators.trimmed_mean("0.2"),  # type: ignore[arg-type]
         TypeError,
         "trim='0.2': pass a number of clients such as 2, or a share of them in [0, 0.5).",
     ),
@@ -63,7 +63,7 @@ ROWS: list[Row] = [
         "attackers=-1: pass an integer of at least 0.",
     ),
     Row(
-        lambda: aggregators.krum(0.2),
+        lambda: aggregators.krum(0.2),  # type: ignore[arg-type]
         TypeError,
         "attackers=0.2: pass an integer of at least 0, not float.",
     ),
@@ -88,7 +88,7 @@ ROWS: list[Row] = [
         "max_norm=0: pass the largest norm of a client's update, above 0.",
     ),
     Row(
-        lambda: aggregators.norm_clipped(1.0, "median"),
+        lambda: aggregators.norm_clipped(1.0, "median"),  # type: ignore[arg-type]
         TypeError,
         "inner='median': pass an aggregators.Aggregator such as aggregators.median(), or None.",
     ),

@@ -215,7 +215,7 @@ ROWS: list[Row] = [
         " outdated when its update arrives. Use fed_prox, fed_nova or no local rule, or mode='sync'.",
     ),
     Row(
-        made(mode="async", local_steps=local_rules.schedules.post_local(2, 4)),  # type: ignore[attr-defined]
+        made(mode="async", local_steps=local_rules.schedules.post_local(2, 4)),
         ValueError,
         "local_steps=partial with mode='async': the times at which clients arrive would depend on later rounds. Pass a"
         " number.",
