@@ -377,6 +377,10 @@ def sensible(recipe: Recipe) -> Recipe:
     return replace(recipe, blocks=blocks, trainer=trainer, strategy=strategy)
 
 
+def altered(recipe: Recipe, name: str, value: Any) -> Recipe:
+    return replace(recipe, **{name: value})
+
+
 def simpler(recipe: Recipe) -> Iterator[Recipe]:
     """Recipes that have one thing less each, the largest steps first."""
     plain = Recipe()
@@ -384,15 +388,15 @@ def simpler(recipe: Recipe) -> Iterator[Recipe]:
         value, usual = getattr(recipe, f.name), getattr(plain, f.name)
         if value == usual or f.name == "seed":
             continue
-        yield replace(recipe, **{f.name: usual})
+        yield altered(recipe, f.name, usual)
         if isinstance(value, tuple) and len(value) > 1:
-            yield from (replace(recipe, **{f.name: value[:i] + value[i + 1 :]}) for i in range(len(value)))
+            yield from (altered(recipe, f.name, value[:i] + value[i + 1 :]) for i in range(len(value)))
         elif isinstance(value, Mapping):
             for name in value:
                 rest = {key: entry for key, entry in value.items() if key != name}
-                yield replace(recipe, **{f.name: rest})
+                yield altered(recipe, f.name, rest)
                 if name in usual and value[name] != usual[name]:
-                    yield replace(recipe, **{f.name: {**value, name: usual[name]}})
+                    yield altered(recipe, f.name, {**value, name: usual[name]})
     if recipe.epochs > 2:
         yield replace(recipe, epochs=2)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import lightning.pytorch as pl
 import pytest
@@ -35,7 +35,7 @@ def fits(step: Callable[[], None]) -> bool:
 
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_close_below_the_truth(kind: str, precision: str) -> None:
+def test_close_below_the_truth(kind: str, precision: Literal["32-true", "bf16-mixed"]) -> None:
     make, batch_of = KINDS[kind]
     total = torch.cuda.get_device_properties(0).total_memory
     torch.cuda.set_per_process_memory_fraction(BUDGET / total)
@@ -44,7 +44,7 @@ def test_close_below_the_truth(kind: str, precision: str) -> None:
         trainer = pl.Trainer(
             accelerator="cuda", devices=1, max_steps=1, precision=precision, logger=False, callbacks=[probe],
             enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
-        )  # type: ignore[arg-type]  # fmt: skip
+        )  # fmt: skip
         trainer.fit(Classifier(make()), loader(batch_of))
         assert probe.result is not None
         assert probe.model is not None

@@ -232,7 +232,7 @@ def test_biased_random_k_is_contractive_in_expectation() -> None:
     delta, generator, repeats = update([(40,)]), np.random.default_rng(0), 4000
     rule = random_k(k=10, unbiased=False)
     errors = [square(difference(rule.encode(delta, None, generator)[0].seen, delta)) for _ in range(repeats)]
-    assert np.mean(errors) == pytest.approx(0.75 * square(delta), abs=5 * np.std(errors) / math.sqrt(repeats))
+    assert np.mean(errors) == pytest.approx(0.75 * square(delta), abs=5 * float(np.std(errors)) / math.sqrt(repeats))
 
 
 # ---- names, arguments

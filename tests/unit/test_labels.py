@@ -76,8 +76,10 @@ def test_attribute_of_another_length_is_another_thing() -> None:
 
 
 def test_nested_subsets_and_concatenations() -> None:
-    inner = ConcatDataset([tensors([0, 1, 2]), Subset(tensors([10, 11, 12, 13]), [3, 1])])
-    outer = ConcatDataset([Subset(inner, [4, 0, 3]), tensors([7])])
+    inner: ConcatDataset[tuple[torch.Tensor, ...]] = ConcatDataset(
+        [tensors([0, 1, 2]), Subset(tensors([10, 11, 12, 13]), [3, 1])]
+    )
+    outer: ConcatDataset[tuple[torch.Tensor, ...]] = ConcatDataset([Subset(inner, [4, 0, 3]), tensors([7])])
     assert find_labels(inner).tolist() == [0, 1, 2, 13, 11]
     assert find_labels(outer).tolist() == [11, 0, 13, 7]
 
@@ -95,7 +97,7 @@ def test_a_subset_reads_only_its_own_samples() -> None:
     dataset = Samples([("x", i) for i in range(100)])
     assert find_labels(Subset(dataset, [7, 3])).tolist() == [7, 3]
     assert dataset.num_reads == 2
-    half_known = ConcatDataset([tensors([1]), Samples([(0, torch.tensor(2))])])
+    half_known: ConcatDataset[Any] = ConcatDataset([tensors([1]), Samples([(0, torch.tensor(2))])])
     assert find_labels(half_known).tolist() == [1, 2]
 
 

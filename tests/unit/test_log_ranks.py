@@ -44,14 +44,15 @@ class Rank:
     training = False
 
     def __init__(self, ranks: int, rank: int) -> None:
-        self.module: Any = nn.Module()
-        self.module.mean = MeanMetric()
-        self.module.device = torch.device("cpu")
-        self.module.trainer = SimpleNamespace(strategy=SimpleNamespace(reduce=alone if ranks > 1 else as_it_is))
+        module: Any = nn.Module()
+        module.mean = MeanMetric()
+        module.device = torch.device("cpu")
+        module.trainer = SimpleNamespace(strategy=SimpleNamespace(reduce=alone if ranks > 1 else as_it_is))
+        self.module = module
         self.results = _ResultCollection(training=True)
         self.joint = RankLog(self.module, self.results, ranks, rank)
 
-    def train(self, values: list[Value]) -> np.ndarray:  # type: ignore[type-arg]
+    def train(self, values: list[Value]) -> np.ndarray:
         clients: dict[str, int] = {}
         Rank.training = True
         self.joint.open_round()
@@ -160,7 +161,12 @@ def test_names_that_do_not_fit_beside_the_table_take_a_collective_of_their_own(
     ]
     news = [process.joint._news for process in processes]
     calls: list[Any] = []
-    monkeypatch.setattr(collectives, "gather_over_ranks", lambda mine, device: calls.append(mine) or news)
+
+    def gather(mine: Any, device: torch.device) -> list[Any]:
+        calls.append(mine)
+        return news
+
+    monkeypatch.setattr(collectives, "gather_over_ranks", gather)
     for process in processes:
         process.joint.merge(packed[0] + packed[1])
         assert process.shown() == pytest.approx(one.shown())

@@ -160,7 +160,7 @@ def test_simulated_seconds_by_hand() -> None:
     fleet = Fleet(population, MODEL, 10, WORKLOAD)
     clients = np.arange(10)
     kinds = population.assign(10)
-    seconds = fleet.seconds(clients, np.full(10, 3.0), 3.0 * fleet.batch_sizes_of(clients))
+    seconds = fleet.seconds(clients, np.full(10, 3.0), (3 * fleet.batch_sizes_of(clients)).astype(np.float64))
     for client, kind in zip(clients, kinds, strict=True):
         own, batch = ((SLOW, 64), (FAST, 200))[kind]
         step = roofline(MODEL.cost(batch), own)

@@ -143,7 +143,7 @@ CHANGES: dict[str, list[Callable[[Everything], object]]] = {
     "slotted.count": [lambda m: setattr(m.slotted, "count", 1), lambda m: delattr(m.slotted, "count")],
     "slotted.__hidden[1]": [lambda m: m.slotted.hide(), lambda m: m.method()],
     "named[0][1]": [lambda m: m.named.weights.append(1), lambda m: m.append(2)],
-    "queue[0]": [lambda m: m.queue.append(3) or m.queue.append(4)],
+    "queue[0]": [lambda m: m.queue.extend([3, 4])],
     "group": [lambda m: m.group.add(4), lambda m: m.group.discard("a")],
     "ordered.b": [lambda m: m.ordered.update(b=3)],
     "ordered.key 0": [lambda m: m.ordered.move_to_end("a")],
@@ -151,7 +151,7 @@ CHANGES: dict[str, list[Callable[[Everything], object]]] = {
     "attributed.a": [lambda m: m.attributed.update(a=2)],
     "attributed.more": [lambda m: setattr(m.attributed, "more", 2)],
     "partial[2].alpha[0]": [lambda m: m.partial.keywords["alpha"].__setitem__(0, 2)],
-    "loss.factor[0]": [lambda m: m.loss.__closure__[0].cell_contents.__setitem__(0, 2.0)],  # type: ignore[attr-defined]
+    "loss.factor[0]": [lambda m: m.loss.__closure__[0].cell_contents.__setitem__(0, 2.0)],  # type: ignore[index]
     "count.number": [lambda m: m.count()],
     "tensor": [
         lambda m: setattr(m, "tensor", torch.zeros(3)), lambda m: m.tensor.add_(1), lambda m: m.tensor.data.fill_(1),
@@ -214,7 +214,7 @@ def test_a_change_is_noticed_named_and_undone(path: str, number: int, exact: boo
 
 
 def test_numbers_count_by_type_and_value() -> None:
-    module = nn.Module()
+    module: Any = nn.Module()
     values = [1, True, 1.0, 0.0, -0.0, False, None, float("nan"), 1j, "1", b"1", np.float64(1.0), np.int64(1)]
     states = []
     for value in values:
@@ -231,7 +231,7 @@ def test_reading_changes_nothing() -> None:
     module = Everything()
     before = PythonState(module)
     assert module.cfg.loss.kl.beta == 0.0
-    module.hparams.alpha, module.net(torch.zeros(1, 2)), next(iter(module.parameters()))
+    module.hparams.alpha, module.net(torch.zeros(1, 2)), next(iter(module.parameters()))  # type: ignore[attr-defined]
     assert before.difference(PythonState(module)) is None
 
 
@@ -273,7 +273,7 @@ def test_what_cannot_be_opened_is_said(kind: str) -> None:
 
 
 def test_what_cannot_be_put_back_is_named_with_its_place() -> None:
-    module = nn.Module()
+    module: Any = nn.Module()
     module.cfg = {"feed": [3, (i for i in range(2))]}
     place = Place({"__name__": "mine", "stream": map(abs, ())}, "stream")
     assert PythonState(module, [place]).iterators == ["generator (cfg.feed[1])", "map (mine.stream)"]
@@ -283,7 +283,7 @@ def test_what_cannot_be_put_back_is_named_with_its_place() -> None:
 
 @pytest.mark.parametrize("kind", ["large", "many", "array"])
 def test_what_is_large_is_opened_for_a_proof(kind: str) -> None:
-    module = nn.Module()
+    module: Any = nn.Module()
     module.value = UNKNOWN[kind]()
     before = PythonState(module, exact=True)
     assert before.complete

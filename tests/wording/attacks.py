@@ -10,12 +10,12 @@ from tests.wording import Row
 
 ROWS: list[Row] = [
     Row(
-        lambda: attacks.attacked("mean", 3, [1]),
+        lambda: attacks.attacked("mean", 3, [1]),  # type: ignore[arg-type]
         TypeError,
         "attack=3: pass an attack such as attacks.sign_flip(), or a function of (stack, rows, cohort).",
     ),
     Row(
-        lambda: attacks.attacked("mean", attacks.sign_flip(), 3),
+        lambda: attacks.attacked("mean", attacks.sign_flip(), 3),  # type: ignore[arg-type]
         TypeError,
         "attackers=3: pass the numbers of the hostile clients, such as [2, 5].",
     ),

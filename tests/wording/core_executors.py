@@ -51,14 +51,19 @@ class Names(Dataset[str]):
         return 2
 
 
-def tied() -> nn.Module:
-    module = nn.Module()
-    module.head, module.body = nn.Linear(2, 2), nn.Linear(2, 2)
+class TwoLayers(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.head, self.body = nn.Linear(2, 2), nn.Linear(2, 2)
+
+
+def tied() -> TwoLayers:
+    module = TwoLayers()
     module.head.weight = module.body.weight
     return module
 
 
-def overlapping() -> nn.Module:
+def overlapping() -> TwoLayers:
     module = tied()
     module.head.weight = nn.Parameter(torch.zeros(2, 2))
     module.head.weight.data = module.body.weight.data
@@ -149,7 +154,7 @@ ROWS: list[Row] = [
         "batch['scale'] is not a tensor and differs between clients (1 and 2)",
     ),
     Row(
-        lambda: opened({"x": {1: (t for t in ())}}),
+        lambda: opened({"x": {1: (t for t in "")}}),
         NotVectorizable,
         "batch['x'][1] is a generator, whose contents cannot be read",
     ),

@@ -35,7 +35,7 @@ ROWS: list[Row] = [
         "target_epsilon=2.0 and rounds=None: pass both, or neither.",
     ),
     Row(
-        lambda: dp_fed_avg(1.0, 1.0, delta=1e-5, adaptive=0.5),
+        lambda: dp_fed_avg(1.0, 1.0, delta=1e-5, adaptive=0.5),  # type: ignore[arg-type]
         TypeError,
         "adaptive=0.5: pass privacy.AdaptiveClipping(), or None.",
     ),
@@ -51,12 +51,12 @@ ROWS: list[Row] = [
         "clipping weighs all clients equally: pass only one of them.",
     ),
     Row(
-        lambda: dp_fed_avg(1.0, 1.0, delta=1e-5, noise="sever"),
+        lambda: dp_fed_avg(1.0, 1.0, delta=1e-5, noise="sever"),  # type: ignore[arg-type]
         ValueError,
         "noise='sever': pass one of 'server', 'client'. Did you mean 'server'?",
     ),
     Row(
-        lambda: dp_fed_avg(1.0, 1.0, delta=1e-5, accountant="moments"),
+        lambda: dp_fed_avg(1.0, 1.0, delta=1e-5, accountant="moments"),  # type: ignore[arg-type]
         ValueError,
         "accountant='moments': pass one of 'pld', 'rdp'.",
     ),

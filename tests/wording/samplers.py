@@ -25,7 +25,7 @@ ROWS: list[Row] = [
         "sampler='weighted' needs weights: pass an object, weighted(weights=...).",
     ),
     Row(
-        lambda: weighted(["a"]),
+        lambda: weighted(["a"]),  # type: ignore[list-item]
         TypeError,
         "weights=['a']: pass a list of numbers, one per client.",
     ),
@@ -67,7 +67,7 @@ ROWS: list[Row] = [
         "trace has 2 columns for 4 clients: pass one column per client.",
     ),
     Row(
-        lambda: available("uniform", [[1]]),
+        lambda: available("uniform", [[1]]),  # type: ignore[arg-type]
         TypeError,
         "sampler='uniform': pass a sampler such as samplers.uniform or samplers.weighted([...]).",
     ),
