@@ -48,7 +48,7 @@ class Death(NamedTuple):
     """
 
     moment: str
-    count: int
+    count: int  # type: ignore[assignment]
     ranks: int = 1
     only: int | None = None
 

@@ -6,7 +6,7 @@ import functools
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import lightning.pytorch as pl
 import numpy as np
@@ -124,9 +124,17 @@ class Buffered(Module):
     """A queue with a pointer, a flag and words of bits that float64 does not hold, a layer with spectral norm, and
     buffers that grow, come up, and can be made again."""
 
+    queue: Tensor
+    pointer: Tensor
+    bits: Tensor
+    seen: Tensor
+    own: Tensor
+    memory: Tensor
+    cache: Tensor
+
     def __init__(self) -> None:
         super().__init__("plain")
-        self.head = nn.utils.parametrizations.spectral_norm(self.head)
+        self.head = cast(nn.Linear, nn.utils.parametrizations.spectral_norm(self.head))
         self.register_buffer("queue", torch.zeros(10, 12))
         self.register_buffer("pointer", torch.zeros(1, dtype=torch.int64))
         self.register_buffer("bits", torch.tensor([2**62 + 1]))
@@ -204,7 +212,7 @@ class Followed:
     def steps(self, round: int) -> int:
         return 1 if self.phase.critical else 5
 
-    def cohort(self, *, clients_per_round: int, **keys: int) -> IntArray:
+    def cohort(self, *, clients_per_round: int, **keys: Any) -> IntArray:
         return uniform(clients_per_round=6 if self.phase.critical else clients_per_round, **keys)
 
 
@@ -527,7 +535,7 @@ def fit(
     )
     calls = [] if calls is None else calls
     spy, module, first_call = Spy(calls), scenario.module(), len(calls)
-    strategy = sequential(partitioner=partitioner(), start_method=start_method, **scenario.strategy())  # type: ignore[arg-type]
+    strategy = sequential(partitioner=partitioner(), start_method=start_method, **scenario.strategy())
     trainer = reference.quiet_trainer(
         callbacks=[spy, *scenario.callbacks()], strategy=strategy, **{**options, **devices}
     )

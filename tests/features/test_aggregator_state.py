@@ -192,7 +192,7 @@ def test_no_rule_of_this_package_is_suspected(name: str) -> None:
             r"Tensor: return a tuple",
         ),
         (
-            mean()._replace(finish=lambda total, cohort: (total[:-1], 0)),
+            mean()._replace(finish=lambda total, cohort: (total[:-1], 0)),  # type: ignore[arg-type]
             r"tuple: return the delta, a tensor",
         ),
         (

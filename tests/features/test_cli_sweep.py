@@ -471,7 +471,12 @@ def test_a_sweep_is_of_a_method_and_a_batch(
 ) -> None:
     settings: list[Any] = []
     run = Project.run
-    monkeypatch.setattr(Project, "run", lambda self, job: (settings.append((self, job)), run(self, job))[1])
+
+    def noted(self: Project, job: Job) -> dict[str, Any]:
+        settings.append((self, job))
+        return run(self, job)
+
+    monkeypatch.setattr(Project, "run", noted)
     asked: dict[str, Any] = {"sizes": SIZES, "flops": BUDGET, "folder": tmp_path, "rates": [1.0], "method": method}
     table = sweep(Net, Data, **asked, batch_size=8, local_steps=3)
     for project, job in settings:
@@ -492,7 +497,7 @@ def test_a_sweep_says_what_its_law_is_made_for(quick: Found, tmp_path: Path) -> 
     held.save(tmp_path / "two.json")
     asked: dict[str, Any] = {"sizes": SIZES, "flops": BUDGET, "folder": tmp_path, "rates": [1.0]}
     table = sweep(Net, Data, **asked, partition=str(tmp_path / "two.json"))
-    labels = [int(label) for _, label in reference.dataset(100)]
+    labels = reference.dataset(100).tensors[1].tolist()
     facts = {
         "partition_name": "two.json", "fingerprint": held.fingerprint, "samples": 100, "batch": 4, "optimizer": "SGD",
         "rules": json.dumps(FederatedStrategy().method, sort_keys=True),
@@ -519,10 +524,10 @@ def test_rates_of_schedulers_move_along() -> None:
             cycle = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.4, total_steps=10)
             return {"optimizer": optimizer, "lr_scheduler": {"scheduler": cycle, "interval": "step"}}
 
-    plain, moved = Scheduled().configure_optimizers(), at_rate(Scheduled(), 2.0).configure_optimizers()
+    both: list[Any] = [each.configure_optimizers() for each in (Scheduled(), at_rate(Scheduled(), 2.0))]
     for _ in range(9):
-        rates = [each["optimizer"].param_groups[0]["lr"] for each in (plain, moved)]
+        rates = [each["optimizer"].param_groups[0]["lr"] for each in both]
         assert rates[1] == pytest.approx(2 * rates[0])
-        for each in (plain, moved):
+        for each in both:
             each["optimizer"].step()
             each["lr_scheduler"]["scheduler"].step()

@@ -87,7 +87,7 @@ def test_clients_are_counted_by_any_executor(executor: str, cache: bool) -> None
         def on_round_end(self, trainer: Any, module: Any, record: Any) -> None:
             records.append(record)
 
-    run.callbacks.append(Keep())
+    run.callbacks.append(Keep())  # type: ignore[attr-defined]
     run.fit(Net(), data())
     ledger = accounting.ledger
     assert len(records) == 5
@@ -117,7 +117,7 @@ def test_sequences_of_any_length_are_counted() -> None:
     for strategy in ("auto", federated(executor="sequential"), federated(executor="vectorized")):
         seen: list[int] = []
         accounting = ComputeAccounting(law=None)
-        loader = DataLoader(sequences, 4, collate_fn=padded)  # type: ignore[arg-type]
+        loader: DataLoader[Any] = DataLoader(sequences, 4, collate_fn=padded)  # type: ignore[arg-type]
         trainer(accounting, strategy=strategy, max_epochs=1).fit(Each(), loader)
         if strategy == "auto" or strategy._options.executor == "sequential":  # type: ignore[union-attr]
             expected = accounting.ledger.training_flops
@@ -345,7 +345,8 @@ def test_closures_that_run_several_times_are_counted_each_time(strategy: str) ->
     run.fit(Line(), data(112, 8))
     assert len(calls) > 2 * 14
     assert accounting.ledger.training_flops == sum(calls) * PER_SAMPLE
-    assert not [callback for callback in run.callbacks if type(callback).__name__ == "Evaluations"]
+    callbacks: list[Callback] = run.callbacks  # type: ignore[attr-defined]
+    assert not [callback for callback in callbacks if type(callback).__name__ == "Evaluations"]
 
 
 @pytest.mark.parametrize("strategy", ["auto", "federated"])

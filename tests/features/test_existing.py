@@ -200,6 +200,8 @@ def test_metrics_added_up_in_inference_mode_and_settings_of_the_loss_that_change
     )
     trainer.fit(module)
     assert module.weights == {0.0, 0.5, 1.0}
+    assert isinstance(trainer.strategy, FederatedStrategy)
+    assert trainer.strategy.last_round is not None
     assert 2 * trainer.callback_metrics["mean"].item() == pytest.approx(trainer.strategy.last_round.loss, rel=1e-5)
 
 

@@ -27,7 +27,7 @@ ROUNDS = 4
 class Model(reference.Classifier):
     """Dropout, BatchNorm, momentum and weight decay; also keeps what hooks and loggers were told."""
 
-    make_optimizer: Callable[[Model], Any] = staticmethod(  # type: ignore[assignment]
+    make_optimizer: Callable[[Model], Any] = staticmethod(
         lambda self: torch.optim.SGD(self.parameters(), lr=0.1, momentum=0.9, weight_decay=1e-3)
     )
 
@@ -60,7 +60,7 @@ class Extras(Model):
 
 
 class ZerosKept(Extras):
-    make_optimizer = staticmethod(lambda self: KeepsZeros(self.parameters(), lr=0.1, momentum=0.9))  # type: ignore[assignment]
+    make_optimizer = staticmethod(lambda self: KeepsZeros(self.parameters(), lr=0.1, momentum=0.9))
 
 
 class OnlyBatch(Model):
@@ -245,14 +245,14 @@ def test_same_bits_on_both_paths(name: str, monkeypatch: pytest.MonkeyPatch, cap
 class Manual(Model):
     automatic_optimization = False
 
-    def training_step(self, batch: list[Tensor], batch_idx: int) -> None:
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> None:  # type: ignore[override]
         optimizer: Any = self.optimizers()
         optimizer.zero_grad()
         self.manual_backward(super().training_step(batch, batch_idx))
         optimizer.step()
 
 
-MODULE_HOOKS = {
+MODULE_HOOKS: dict[str, Callable[..., Any]] = {
     "backward": lambda self, loss: loss.backward(),
     "optimizer_step": lambda self, epoch, batch_idx, optimizer, closure: optimizer.step(closure),
     "optimizer_zero_grad": lambda self, epoch, batch_idx, optimizer: optimizer.zero_grad(),
@@ -302,7 +302,7 @@ def test_hooks_of_the_module(hook: str, where: str, caplog: pytest.LogCaptureFix
 )
 def test_hooks_of_callbacks(hook: str, caplog: pytest.LogCaptureFixture) -> None:
     calls: list[str] = []
-    callback = LambdaCallback(**{hook: lambda *args: calls.append(hook)})  # type: ignore[arg-type]
+    callback = LambdaCallback(**{hook: lambda *args: calls.append(hook)})
     assert reason(local_loops.make(Model), caplog, callbacks=[callback]) == f"LambdaCallback overrides {hook}."
     assert len(calls) == 2 * 7
 
@@ -312,7 +312,7 @@ def test_other_reasons(caplog: pytest.LogCaptureFixture) -> None:
     caplog.clear()
     assert "SimpleProfiler" in reason(local_loops.make(Model), caplog, profiler="simple")
     caplog.clear()
-    scaling = MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu"))  # type: ignore[attr-defined]
+    scaling = MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu"))
     assert reason(local_loops.make(Model), caplog, plugins=[scaling]).startswith("precision 16-mixed")
     caplog.clear()
     strategy = Doubled(partitioner=reference_loop.partition(), executor="sequential")

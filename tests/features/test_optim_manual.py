@@ -99,7 +99,7 @@ class Gan(pl.LightningModule):
         return (bce(score, torch.ones_like(score)) + bce(fake, torch.zeros_like(fake))) / 2
 
     def training_step(self, batch: list[Tensor], batch_idx: int) -> None:
-        generator, discriminator = self.optimizers()  # type: ignore[misc]
+        generator, discriminator = self.optimizers()  # type: ignore[attr-defined]
         for optimizer, loss_of in ((generator, self.generator_loss), (discriminator, self.discriminator_loss)):
             self.toggle_optimizer(optimizer)
             loss = loss_of(batch[0])
@@ -108,7 +108,7 @@ class Gan(pl.LightningModule):
             optimizer.step()
             self.untoggle_optimizer(optimizer)
 
-    def configure_optimizers(self) -> list[torch.optim.Optimizer]:  # type: ignore[override]
+    def configure_optimizers(self) -> list[torch.optim.Optimizer]:
         return [
             torch.optim.Adam(self.generator.parameters(), lr=0.02, betas=(0.5, 0.9)),
             torch.optim.Adam(self.discriminator.parameters(), lr=0.01, betas=(0.5, 0.9)),
@@ -160,12 +160,12 @@ class Scheduled(Manual):
         self.rates.append(self.optimizers().param_groups[0]["lr"])  # type: ignore[union-attr]
         loss = super().training_step(batch, batch_idx)
         if self.per_batch:
-            self.lr_schedulers().step()  # type: ignore[union-attr, call-arg]
+            self.lr_schedulers().step()  # type: ignore[union-attr]
         return loss
 
     def on_train_epoch_end(self) -> None:
         if self.per_epoch:
-            self.lr_schedulers().step()  # type: ignore[union-attr, call-arg]
+            self.lr_schedulers().step()  # type: ignore[union-attr]
 
     def configure_optimizers(self) -> tuple[list[Any], list[Any]]:  # type: ignore[override]
         optimizer = torch.optim.SGD(self.parameters(), lr=0.1)

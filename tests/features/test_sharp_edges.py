@@ -56,7 +56,7 @@ class SaveAtRoundEnd(pl.Callback):
 
 
 class Scheduled(reference.Classifier):
-    def configure_optimizers(self) -> Any:  # type: ignore[override]
+    def configure_optimizers(self) -> Any:
         optimizer = torch.optim.SGD(self.parameters(), lr=0.2)
         return [optimizer], [torch.optim.lr_scheduler.StepLR(optimizer, 1, 0.7)]
 
@@ -154,12 +154,12 @@ class Counting(torch.optim.SGD):
 
     def __init__(self, parameters: Any) -> None:
         super().__init__(parameters, lr=0.1)
-        self.state["steps"] = 0  # type: ignore[index,assignment]
+        self.state["steps"] = 0  # type: ignore[index]
 
     def step(self, closure: Any = None) -> Any:
-        self.state["steps"] += 1  # type: ignore[index,operator]
+        self.state["steps"] += 1  # type: ignore[index]
         for group in self.param_groups:
-            group["lr"] = 0.1 / self.state["steps"]  # type: ignore[index,operator]
+            group["lr"] = 0.1 / self.state["steps"]  # type: ignore[index]
         return super().step(closure)
 
 
@@ -214,7 +214,7 @@ def test_group_options_that_appear_during_training_are_the_clients(client_optimi
                 self.fails = False
                 raise LookupError("on purpose")
 
-    strategy = sequential(num_clients=2, client_optimizer=client_optimizer)  # type: ignore[arg-type]
+    strategy = sequential(num_clients=2, client_optimizer=client_optimizer)
     trainer = reference.quiet_trainer(strategy=strategy, max_epochs=2, callbacks=[Notes()])
     module, loader = make(WithLate), reference.loader(reference.dataset(32))
     with pytest.raises(LookupError):
@@ -344,6 +344,7 @@ def test_hooks_that_were_given_to_the_instance_stay_there() -> None:
     class Copies(pl.Callback):
         def on_train_batch_end(self, trainer: pl.Trainer, module: Any, *_: Any) -> None:
             assert copy.deepcopy(module).on_train_batch_end is hook
+            assert trainer.train_dataloader is not None
             assert trainer.train_dataloader.batch_size == 2
 
     loader = reference.loader(reference.dataset(24), batch_size=2)
@@ -397,9 +398,9 @@ class Manual(reference.Classifier):
         optimizer.zero_grad()  # type: ignore[union-attr]
         self.manual_backward(nn.functional.cross_entropy(self.net(batch[0]), batch[1]))
         optimizer.step()  # type: ignore[union-attr]
-        scheduler.step()  # type: ignore[union-attr,call-arg]
+        scheduler.step()  # type: ignore[union-attr]
 
-    def configure_optimizers(self) -> Any:  # type: ignore[override]
+    def configure_optimizers(self) -> Any:
         optimizer = torch.optim.SGD(self.parameters(), lr=0.2, momentum=0.9)
         return [optimizer], [torch.optim.lr_scheduler.LambdaLR(optimizer, lambda batch: 0.9**batch)]
 
@@ -412,9 +413,9 @@ class Fading(reference.Classifier):
     """Lowers the rate with every batch of a client."""
 
     save: Path | None = None
-    on_train_batch_end = Manual.on_train_batch_end  # type: ignore[assignment]
+    on_train_batch_end = Manual.on_train_batch_end
 
-    def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, closure: Any = None) -> None:  # type: ignore[override]
+    def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, closure: Any = None) -> None:
         for group in optimizer.param_groups:
             group["lr"] *= 0.9
         optimizer.step(closure)
@@ -442,7 +443,7 @@ def test_saved_at_the_end_of_any_client_repeats_the_round(rounds_per_epoch: int,
     def run(ckpt_path: Path | None, *callbacks: pl.Callback) -> tuple[Any, pl.Trainer]:
         module = make(Validated)
         trainer = reference.quiet_trainer(
-            strategy=sequential(**options),  # type: ignore[arg-type]
+            strategy=sequential(**options),
             max_epochs=2,
             callbacks=list(callbacks),
             val_check_interval=1,
@@ -479,6 +480,8 @@ def test_rates_that_a_client_changed_are_not_saved(
 
 class Averages(reference.Classifier):
     """Assigns its buffer anew in every batch, and moves a frozen weight by ``.data``."""
+
+    average: Tensor
 
     def __init__(self, dropout: float) -> None:
         super().__init__(dropout)
@@ -524,7 +527,7 @@ def test_a_client_that_freezes_layers_does_so_for_itself(cohort: list[int]) -> N
     seen: list[bool] = []
 
     class Spy(pl.Callback):
-        def on_client_start(self, trainer: pl.Trainer, module: pl.LightningModule, client: int) -> None:
+        def on_client_start(self, trainer: pl.Trainer, module: reference.Classifier, client: int) -> None:
             seen.append(all(p.requires_grad for p in module.net[0].parameters()))
 
     def chosen(**_: Any) -> Any:

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
+from typing import Any
 
 import lightning.pytorch as pl
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from lightning_fedscale import Partition
 from lightning_fedscale.core.plan import client_seed, pass_order
@@ -115,7 +116,7 @@ def fed_avg(
     return server
 
 
-def loader(data: TensorDataset, batch_size: int = 8, shuffle: bool = True) -> DataLoader[list[Tensor]]:
+def loader(data: Dataset[Any], batch_size: int = 8, shuffle: bool = True) -> DataLoader[list[Tensor]]:
     return DataLoader(data, batch_size=batch_size, shuffle=shuffle)
 
 

@@ -7,7 +7,7 @@ import random
 import re
 import warnings
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import lightning.pytorch as pl
 import numpy as np
@@ -93,7 +93,7 @@ class Run:
         data = reference.dataset(dtype=dtype) if data is None else data
         self.strategy = FederatedStrategy(
             partitioner=reference.unequal_clients() if partition is None else partition,
-            executor=executor, **{"clients_per_round": 5, **strategy},
+            **{"executor": executor, "clients_per_round": 5, **strategy},
         )  # fmt: skip
         self.trainer = pl.Trainer(
             accelerator="cpu", devices=1, max_epochs=rounds, strategy=self.strategy, logger=False,
@@ -167,7 +167,8 @@ def test_every_elementwise_optimizer(name: str, client_optimizer: str) -> None:
 
 def groups(parameters: Parameters) -> Optimizer:
     first, *rest = list(parameters)
-    return Adam([{"params": rest, "lr": 0.02, "weight_decay": 0.1}, {"params": [first]}], lr=0.01)
+    both_groups: list[dict[str, Any]] = [{"params": rest, "lr": 0.02, "weight_decay": 0.1}, {"params": [first]}]
+    return Adam(both_groups, lr=0.01)
 
 
 def some(parameters: Parameters) -> Optimizer:
@@ -366,7 +367,7 @@ class Double(torch.autograd.Function):
         return value * 2
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Tensor:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
         return gradient * 2
 
 
@@ -378,7 +379,7 @@ class Custom(Net):
 class TwiceReferenced(Net):
     def __init__(self) -> None:
         super().__init__()
-        self.weights = [self.net[0].weight]
+        self.weights = [cast(nn.Linear, self.net[0]).weight]
 
     def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
         return super().training_step(batch, batch_idx) + self.weights[0].pow(2).sum()
@@ -400,7 +401,7 @@ class Manual(Net):
         self.automatic_optimization = False
 
     def training_step(self, batch: list[Tensor], batch_idx: int) -> None:  # type: ignore[override]
-        optimizer = self.optimizers()
+        optimizer: Any = self.optimizers()
         loss = super().training_step(batch, batch_idx)
         optimizer.zero_grad()
         self.manual_backward(loss)
@@ -415,7 +416,7 @@ class Hooked(Net):
 
 
 class Renames(Net):
-    def log(self, name: str, *args: Any, **kwargs: Any) -> None:  # type: ignore[override]
+    def log(self, name: str, *args: Any, **kwargs: Any) -> None:
         super().log(f"train/{name}", *args, **kwargs)
 
 

@@ -69,7 +69,7 @@ class InPlace(nn.Module):
 
 
 class Final(nn.Module):
-    def __init__(self, kind: type[nn.RNNBase]) -> None:
+    def __init__(self, kind: type[nn.LSTM] | type[nn.RNN]) -> None:
         super().__init__()
         self.rnn = kind(8, 8, batch_first=True)
 
@@ -177,7 +177,7 @@ class FirstOnly(torch.autograd.Function):
         pass
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Tensor:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
         return gradient
 
     @staticmethod
@@ -190,7 +190,7 @@ class Believer(Words):
         super().__init__(embedding())
 
     def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
-        hidden = FirstOnly.apply(self.table(batch[0]))  # type: ignore[no-untyped-call]
+        hidden = FirstOnly.apply(self.table(batch[0]))
         return functional.cross_entropy(self.head(hidden.mean(1)), batch[1])
 
 
@@ -231,12 +231,14 @@ def test_a_difference_that_shows_later_repeats_the_round(verify: bool) -> None:
 class Untidy(Words):
     """Writes to all that a step can reach, and then to what gives it away."""
 
+    seen: Tensor
+
     def __init__(self, last: Callable[[Untidy, Tensor], object]) -> None:
         super().__init__(embedding())
         self.last = last
         self.frozen = nn.Parameter(torch.ones(2, dtype=torch.float64), requires_grad=False)
         self.register_buffer("seen", torch.zeros(2, dtype=torch.float64))
-        self.kept = {"table": [torch.zeros(2, dtype=torch.float64)], "count": 0}
+        self.kept: dict[str, Any] = {"table": [torch.zeros(2, dtype=torch.float64)], "count": 0}
         self.draws = torch.Generator().manual_seed(5)
         self.mean = torchmetrics.MeanMetric()
 
@@ -352,7 +354,7 @@ class Drifting(Words):
 
 class Iterating(Drifting):
     def __init__(self, numbers: Callable[[], Iterator[int]]) -> None:
-        super().__init__(lambda module: next(module.numbers))  # type: ignore[arg-type,call-overload]
+        super().__init__(lambda module: next(module.numbers))  # type: ignore[call-overload]
         self.numbers = numbers()
 
 
