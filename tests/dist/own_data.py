@@ -60,4 +60,4 @@ def main(folder: Path, devices: int, rounds: int, before: str, after: str, fails
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), *sys.argv[4:6], fails=len(sys.argv) > 6)
+    main(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), sys.argv[4], sys.argv[5], fails=len(sys.argv) > 6)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import lightning.pytorch as pl
 import torch
@@ -46,7 +46,7 @@ class TwoOptimizers(Module):
         self.automatic_optimization = False
 
     def training_step(self, batch: list[Tensor], batch_idx: int) -> None:  # type: ignore[override]
-        first, second = self.optimizers()  # type: ignore[misc]
+        first, second = cast(list[Any], self.optimizers())
         first.zero_grad()
         second.zero_grad()
         self.manual_backward(super().training_step(batch, batch_idx))
@@ -68,7 +68,7 @@ def run_two_optimizers(ranks: int) -> dict[str, Any]:
         use_distributed_sampler=False,
     )  # fmt: skip
     module, data = TwoOptimizers(), reference.dataset(480, torch.float64)
-    sampler = DistributedSampler(data, ranks, RANK, shuffle=False)
+    sampler: DistributedSampler[int] = DistributedSampler(data, ranks, RANK, shuffle=False)
     trainer.fit(module, DataLoader(data, BATCH // ranks, sampler=sampler))
     return {
         "weights": torch.cat([p.detach().flatten() for p in module.parameters()]),
@@ -87,7 +87,8 @@ def run(ranks: int) -> dict[str, Any]:
         gradient_clip_val=0.5, use_distributed_sampler=False,
     )  # fmt: skip
     module, data = Module(), reference.dataset(480, torch.float64)
-    sampler = DistributedSampler(data, ranks, RANK, shuffle=False)  # Lightning's own would shuffle
+    # Lightning's own would shuffle.
+    sampler: DistributedSampler[int] = DistributedSampler(data, ranks, RANK, shuffle=False)
     trainer.fit(module, DataLoader(data, BATCH // ranks, sampler=sampler))
     return {
         "weights": torch.cat([p.detach().flatten() for p in module.parameters()]),

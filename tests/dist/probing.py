@@ -7,9 +7,11 @@ import os
 import sys
 import warnings
 from pathlib import Path
+from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_fedscale import FederatedStrategy
@@ -22,11 +24,11 @@ class Watched(Classifier):
         super().__init__(mlp())
         self.sizes: list[int] = []
 
-    def training_step(self, batch, batch_idx):  # type: ignore[no-untyped-def]
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         self.sizes.append(len(batch[0]))
         return super().training_step(batch, batch_idx)
 
-    def train_dataloader(self) -> DataLoader:  # type: ignore[type-arg]
+    def train_dataloader(self) -> DataLoader[Any]:
         return DataLoader(TensorDataset(*vectors(400)), 4)
 
 
@@ -38,7 +40,7 @@ def main(kind: str, budgets: list[str], apply: bool, folder: Path) -> None:
         strategy=strategy, accelerator="cpu", devices=2, max_epochs=1, callbacks=[probe], logger=False,
         enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
     )  # fmt: skip
-    found = {}
+    found: dict[str, Any] = {}
     try:
         with warnings.catch_warnings(record=True) as told:
             warnings.simplefilter("always")

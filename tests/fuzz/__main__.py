@@ -23,7 +23,7 @@ def main() -> int:
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     if given.recipe:
         verdict = check(read(given.recipe))
-        print(*(verdict.failures or [verdict.meaningless or "All ways agree."]), sep="\n")
+        print(*(verdict.failures or (verdict.meaningless or "All ways agree.",)), sep="\n")
         return bool(verdict.failures)
     counts: Counter[str] = Counter()
     found: dict[tuple[str, str], int] = {}

@@ -211,7 +211,8 @@ def evaluated(options: Any, recipe: Recipe) -> dict[str, Any]:
 
 
 def make_strategy(recipe: Recipe, executor: str) -> FederatedStrategy:
-    return FederatedStrategy(executor=executor, seed=recipe.seed, **evaluated(recipe.strategy, recipe))
+    options: dict[str, Any] = {"executor": executor, "seed": recipe.seed}
+    return FederatedStrategy(**options, **evaluated(recipe.strategy, recipe))
 
 
 def make_trainer(recipe: Recipe, strategy: Any, callbacks: list[pl.Callback], **options: Any) -> pl.Trainer:

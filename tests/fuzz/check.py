@@ -73,8 +73,8 @@ def _ill_conditioned(recipe: Recipe, law: str | None, verdict: Verdict) -> str |
 def _check(recipe: Recipe, law: str | None, folder: Path) -> Verdict:
     failures: list[Failure] = []
 
-    def compare(name: str, other: Outcome, tolerance: float, **options: int) -> None:
-        how = difference(sequential, other, tolerance, **options)
+    def compare(name: str, other: Outcome, tolerance: float) -> None:
+        how = difference(sequential, other, tolerance)
         if how is not None:
             failures.append(Failure(name, f"{how}\n{other.where}" if other.error else how))
 

@@ -414,8 +414,8 @@ def make_metrics(module: Any, logs: tuple[str, ...]) -> None:
     if "accuracy" in logs:
         module.accuracy = torchmetrics.classification.MulticlassAccuracy(CLASSES, average="micro")
     if "collection" in logs:
-        kinds = {"right": torchmetrics.classification.MulticlassAccuracy(CLASSES, average="micro")}
-        module.collection = torchmetrics.MetricCollection(kinds)
+        right = torchmetrics.classification.MulticlassAccuracy(CLASSES, average="micro")
+        module.collection = torchmetrics.MetricCollection({"right": right})
     if "updated" in logs:
         module.mean_loss = torchmetrics.MeanMetric()
 

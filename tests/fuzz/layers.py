@@ -213,6 +213,8 @@ class Complex(nn.Module):
 class Moving(nn.Module):
     """An exponential mean of the hidden values, written as ``how`` says, taken off them."""
 
+    average: Tensor
+
     def __init__(self, how: str, persistent: bool = True) -> None:
         super().__init__()
         self.how = how
@@ -238,6 +240,8 @@ class Moving(nn.Module):
 class Counter(nn.Module):
     """Counts its calls in a buffer of integers and calms down with them."""
 
+    calls: Tensor
+
     def __init__(self, how: str) -> None:
         super().__init__()
         self.how = how
@@ -256,6 +260,9 @@ class Counter(nn.Module):
 class Queue(nn.Module):
     """The last hidden values in a ring, as contrastive methods keep them."""
 
+    queue: Tensor
+    pointer: Tensor
+
     def __init__(self, size: int = 6) -> None:
         super().__init__()
         self.register_buffer("queue", torch.zeros(size, WIDTH))
@@ -272,6 +279,9 @@ class Queue(nn.Module):
 
 class FirstBatch(nn.Module):
     """Learns its scale from the first batch that it sees and then says so in a flag."""
+
+    ready: Tensor
+    scale: Tensor
 
     def __init__(self) -> None:
         super().__init__()
@@ -307,6 +317,9 @@ class Teacher(nn.Module):
 
 class Codebook(nn.Module):
     """Vector quantization whose codes are moving means in buffers."""
+
+    codes: Tensor
+    counts: Tensor
 
     def __init__(self, codes: int = 4) -> None:
         super().__init__()
@@ -411,12 +424,15 @@ def _transformer() -> nn.Module:
 
 
 def _with_hook(layer: nn.Module, kind: str) -> nn.Module:
+    def halve(_module: nn.Module, gradients: Any, _outputs: Any) -> tuple[Tensor]:
+        return (gradients[0] * 0.5,)
+
     if kind == "forward":
         layer.register_forward_hook(lambda _module, _given, output: output * 0.5)
     elif kind == "before":
         layer.register_forward_pre_hook(lambda _module, given: (given[0] + 0.1,))
     else:
-        layer.register_full_backward_hook(lambda _module, gradients, _outputs: (gradients[0] * 0.5,))
+        layer.register_full_backward_hook(halve)
     return layer
 
 
