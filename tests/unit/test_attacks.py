@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.utils.data import TensorDataset
 
 from lightning_fedscale.aggregators import Aggregator, aggregate, krum, mean, median
+from lightning_fedscale.aggregators.base import Finish
 from lightning_fedscale.aggregators.rows import norm_of
 from lightning_fedscale.attacks import (
     Attack,
@@ -57,7 +58,8 @@ def seen(attack: Attack, attackers: Any, sent: list[ClientUpdate], ranks: int = 
         for update in sent[rank::ranks]:
             total = rule.accumulate(total, update, rule.weigh(update), COHORT)
         parts.append(total)
-    assert rule.finish(torch.stack(parts).sum(0), COHORT).shape == (4,)
+    finish = cast(Finish, rule.finish)
+    assert finish(torch.stack(parts).sum(0), COHORT).shape == (4,)
     return found
 
 

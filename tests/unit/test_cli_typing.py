@@ -45,8 +45,8 @@ class Model(BoringModel):
         torch.manual_seed(0)
         super().__init__()
 
-    def training_step(self, batch: Any, batch_idx: int) -> Tensor:  # type: ignore[override]
-        return super().training_step(batch[0], batch_idx)["loss"]  # type: ignore[index,return-value]
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return super().training_step(batch[0], batch_idx)["loss"]  # type: ignore[index]
 
 
 def cli(arguments: Sequence[str], **options: Any) -> LightningCLI:

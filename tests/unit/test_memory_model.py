@@ -18,7 +18,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import pytest
@@ -52,7 +52,8 @@ def given_out(step: Callable[[], object]) -> int:
         step()
     finally:
         threads = torch._C._autograd._disable_profiler_legacy()
-    alive = [event.cpu_memory_usage() for thread in threads for event in thread if event.kind() == "memory_alloc"]
+    events: list[Any] = [event for thread in threads for event in thread]  # torch says that their kind is an int
+    alive = [event.cpu_memory_usage() for event in events if event.kind() == "memory_alloc"]
     return int(np.cumsum(alive).max())
 
 
@@ -142,6 +143,7 @@ def test_accumulation_keeps_gradients() -> None:
 
 def test_frozen_parameters_take_neither_gradients_nor_state() -> None:
     module = Classifier(mlp())
+    assert isinstance(module.network, nn.Sequential)
     module.network[0].requires_grad_(False)
     model = estimate_memory(module, vectors(2))
     free = sum(p.numel() for p in module.parameters() if p.requires_grad)
@@ -520,7 +522,8 @@ class Demanding(Classifier):
         self.accuracy(outputs, targets)
         self.log("accuracy", self.accuracy, on_step=True)
         self.log_dict(self.scores(outputs, targets))
-        self.logger.experiment.add_scalar("x", loss, self.trainer.global_step)
+        logger: Any = self.logger
+        logger.experiment.add_scalar("x", loss, self.trainer.global_step)
         self.seen.append(loss)
         self.steps += 1
         return {"loss": loss, "outputs": outputs}
@@ -528,12 +531,14 @@ class Demanding(Classifier):
     def configure_optimizers(self) -> Any:
         optimizer = torch.optim.Adam(self.parameters())
         total = self.trainer.estimated_stepping_batches
+        assert isinstance(total, int)
         schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.1, total)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
 
 def everything(module: nn.Module) -> list[Any]:
-    states = [*module.state_dict().values(), torch.get_rng_state(), torch.from_numpy(np.random.get_state()[1].copy())]
+    drawn = np.random.get_state(legacy=False)["state"]["key"]
+    states = [*module.state_dict().values(), torch.get_rng_state(), torch.from_numpy(drawn.copy())]
     return [*(state.clone() for state in states), random.getstate(), module.training]
 
 
@@ -557,12 +562,14 @@ def test_nothing_is_left_behind() -> None:
 class ByHand(Classifier):
     """Manual optimization with two optimizers."""
 
+    network: nn.Sequential
+
     def __init__(self) -> None:
         super().__init__(mlp())
         self.automatic_optimization = False
 
     def training_step(self, batch: Any, batch_idx: int) -> None:  # type: ignore[override]
-        first, second = self.optimizers()
+        first, second = cast(list[Any], self.optimizers())
         inputs, targets = batch
         for optimizer in (first, second):
             with optimizer.toggle_model():
@@ -571,7 +578,7 @@ class ByHand(Classifier):
                 self.manual_backward(loss)
                 self.clip_gradients(optimizer, 0.5)
                 optimizer.step()
-        self.lr_schedulers().step()
+        cast(Any, self.lr_schedulers()).step()
 
     def configure_optimizers(self) -> Any:
         parts = self.network[:2].parameters(), self.network[2:].parameters()
@@ -788,6 +795,8 @@ def test_table_and_plot() -> None:
     assert (table.drop(columns="peak").sum(axis=1) == table["peak"]).all()
     figure = model.plot([1, 10, 100], budgets={"phone": 2**20})
     (axis,) = figure.axes
-    texts = [text.get_text() for text in axis.get_legend().get_texts()]
+    legend = axis.get_legend()
+    assert legend is not None
+    texts = [text.get_text() for text in legend.get_texts()]
     assert {"parameters", "gradients", "optimizer state"} <= set(texts)
     assert any("phone" in text for text in texts)

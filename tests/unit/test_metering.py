@@ -246,6 +246,7 @@ def test_what_is_frozen_is_counted_anew() -> None:
     first, second = 2 * 5 * 4 * 6, 2 * 5 * 6 * 2
     assert run(module, batch, meter).backward == first + 2 * second
     assert meter.parameters.size.active == 30 + 14
+    assert isinstance(module.network, nn.Sequential)
     module.network[0].requires_grad_(False)
     module.zero_grad()
     assert run(module, batch, meter).backward == second
@@ -262,6 +263,8 @@ def test_evaluation_of_transformers_is_counted(inference: bool, padded: bool) ->
     encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(width, 2, 16, batch_first=True), 2)
 
     class Evaluated(Wrapped):
+        network: nn.ModuleList
+
         def validation_step(self, batch: Any) -> None:
             self.network[1](self.network[0](batch, src_key_padding_mask=mask))
 
@@ -328,6 +331,8 @@ def test_what_is_known_outlives_an_interruption() -> None:
     def wide(number: int) -> int:
         return 1 + (number * 2654435761 >> 7) % 8
 
+    number = 0
+
     class Told(Wrapped):
         def training_step(self, batch: Any, batch_idx: int) -> Tensor:
             return self.network(batch[:1].expand(wide(number), -1)).sum()
@@ -340,7 +345,7 @@ def test_what_is_known_outlives_an_interruption() -> None:
             found.append(run(module, torch.ones(5, 4), meter))
         return found
 
-    number, module = 0, Told(nn.Linear(4, 3))
+    module = Told(nn.Linear(4, 3))
     whole = go_on(module, Meter(module), range(200))
     go_on(module, meter := Meter(module), range(90))
     state = io.BytesIO()

@@ -136,12 +136,14 @@ def test_bars_show_the_table(id_axis: Any, num_clients: int, size_unit: Any) -> 
     assert np.allclose(table.to_numpy(), counts)
     assert np.allclose(bar_lengths(axis, id_axis), counts)
     assert (table.index.name, table.index.tolist()) == ("Partition ID", list(range(num_clients)))
-    assert table.columns.tolist() == [0, 1, 2, 3]
+    columns: list[Any] = table.columns.tolist()  # pandas says str
+    assert columns == [0, 1, 2, 3]
     assert axis.figure is figure
     labels = (axis.get_xlabel(), axis.get_ylabel())
     unit = "Count" if size_unit == "absolute" else "Percent %"
     assert labels == (("Partition ID", unit) if id_axis == "x" else (unit, "Partition ID"))
     legend = axis.get_legend()
+    assert legend is not None
     assert [t.get_text() for t in legend.get_texts()] == ["3", "2", "1", "0"]
     assert legend.get_title().get_text() == "Labels"
 
@@ -151,7 +153,9 @@ def test_heatmap_shows_the_table(id_axis: Any) -> None:
     figure, axis, table = plot_label_distributions(
         partitioner(7), plot_type="heatmap", partition_id_axis=id_axis, legend=True, legend_title="Images"
     )
-    drawn = axis.collections[0].get_array().reshape((4, 7) if id_axis == "x" else (7, 4))
+    array = axis.collections[0].get_array()
+    assert array is not None
+    drawn = array.reshape((4, 7) if id_axis == "x" else (7, 4))
     assert (drawn == (table.T if id_axis == "x" else table).to_numpy()).all()
     assert [a.get_ylabel() for a in figure.axes[1:]] == ["Images"]
 
@@ -168,8 +172,10 @@ def test_nothing_overlaps(plot_type: Any, id_axis: Any, num_clients: int) -> Non
         boxes = [t.get_window_extent() for t in ticks if t.get_text()]
         assert not any(a.overlaps(b) for a, b in itertools.pairwise(boxes))
     if plot_type == "bar":
-        assert not axis.get_legend().get_window_extent().overlaps(axis.get_window_extent())
-        assert axis.get_legend().get_window_extent().x1 <= figure.bbox.x1
+        legend = axis.get_legend()
+        assert legend is not None
+        assert not legend.get_window_extent().overlaps(axis.get_window_extent())
+        assert legend.get_window_extent().x1 <= figure.bbox.x1
 
 
 def test_a_column_for_another_label_than_the_one_split_by() -> None:
@@ -180,7 +186,8 @@ def test_a_column_for_another_label_than_the_one_split_by() -> None:
     expected = pd.DataFrame([[0, 1, 0], [1, 1, 0]], columns=["no", "yes", "never"])
     assert plot_label_distributions(p, "label")[2].equals(expected)
     assert plot_label_distributions(p)[2].columns.tolist() == ["a", "b"]
-    assert plot_label_distributions(p, "label", verbose_labels=False)[2].columns.tolist() == [0, 1, 2]
+    columns: list[Any] = plot_label_distributions(p, "label", verbose_labels=False)[2].columns.tolist()
+    assert columns == [0, 1, 2]
 
 
 def test_options_reach_matplotlib() -> None:
@@ -203,7 +210,9 @@ def test_options_reach_matplotlib() -> None:
     assert len(table) == 3
     assert axis.get_title() == "My title"
     assert axis.containers[0][0].get_width() == 0.5
-    assert axis.get_legend().get_title().get_text() == "Species"
+    legend = axis.get_legend()
+    assert legend is not None
+    assert legend.get_title().get_text() == "Species"
     assert len({container[0].get_facecolor() for container in axis.containers}) == 4
     assert plot_label_distributions(partitioner(3), figsize=(3, 2))[0].get_size_inches().tolist() == [3, 2]
 

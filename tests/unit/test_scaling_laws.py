@@ -430,7 +430,7 @@ def test_constants_are_numbers(make: Any, message: str) -> None:
 
 
 def test_a_law_goes_by_its_name() -> None:
-    run = {"params": 1e9, "tokens": 1e10, "flops": 6e19}
+    run: dict[str, Any] = {"params": 1e9, "tokens": 1e10, "flops": 6e19}
     assert federated("chinchilla", 0.5, 3) == federated(Chinchilla(), 0.5, 3)
     assert position_of("Chinchilla", **run, full=False) == position_of(Chinchilla(), **run, full=False)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -58,7 +59,7 @@ def test_momentum_takes_in_scaled_gradients() -> None:
 
 
 @pytest.mark.parametrize("make", [SGD, AdamW])
-def test_weight_decay_is_scaled_only_if_asked(make: type[Optimizer]) -> None:
+def test_weight_decay_is_scaled_only_if_asked(make: Callable[..., Optimizer]) -> None:
     decay, rate, factor = 0.3, 0.1, 2.0
 
     def moved(decay: float, scale_weight_decay: bool) -> torch.Tensor:

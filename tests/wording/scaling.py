@@ -20,7 +20,7 @@ LAW = scaling.Chinchilla(
 )
 
 
-def fitting(**columns: object) -> Callable[[], object]:
+def fitting(**columns: str | float) -> Callable[[], object]:
     """A fit to a small table with other columns."""
     return lambda: scaling.fit(TABLE.assign(**columns), bootstrap=0)
 

@@ -31,7 +31,7 @@ ROWS: list[Row] = [
         "lr=0: pass a finite number above 0.",
     ),
     Row(
-        lambda: server.fed_avg("1"),
+        lambda: server.fed_avg("1"),  # type: ignore[arg-type]
         TypeError,
         "lr='1': pass a finite number above 0.",
     ),
@@ -46,7 +46,7 @@ ROWS: list[Row] = [
         "chain(): pass at least one server optimizer, chain(scale_by_adam(), scale(0.01)).",
     ),
     Row(
-        lambda: server.chain("adam"),
+        lambda: server.chain("adam"),  # type: ignore[arg-type]
         TypeError,
         "chain: argument 0 is 'adam': pass a server optimizer, such as server.scale(0.1).",
     ),
@@ -56,7 +56,7 @@ ROWS: list[Row] = [
         "chain: argument 1 reads the norms of the clients' deltas, which the rules before it change: pass it first.",
     ),
     Row(
-        lambda: server.scheduled(SGD, lr_scheduler.StepLR),
+        lambda: server.scheduled(SGD, lr_scheduler.StepLR),  # type: ignore[arg-type]
         TypeError,
         "scheduled: rule=<class 'torch.optim.sgd.SGD'>: pass a server optimizer, such as server.fed_adam(lr=0.01).",
     ),
@@ -84,7 +84,7 @@ ROWS: list[Row] = [
         "of the checkpoint, or start a new run without ckpt_path.",
     ),
     Row(
-        lambda: FedBuff(staleness="hinge"),
+        lambda: FedBuff(staleness="hinge"),  # type: ignore[arg-type]
         ValueError,
         "staleness='hinge': pass one of 'polynomial', 'constant'.",
     ),
