@@ -258,7 +258,7 @@ WRONG: list[Callable[[], Any]] = [
     lambda: FederatedStrategy(num_clients="ten"),  # type: ignore[arg-type]
     lambda: FederatedStrategy(clients_per_round=1.5),
     lambda: FederatedStrategy(partitioner="dirichlt"),
-    lambda: FederatedStrategy(server_optimizer="fed_adam2"),  # type: ignore[arg-type]
+    lambda: FederatedStrategy(server_optimizer="fed_adam2"),
     lambda: FederatedStrategy(local_steps=3, local_epochs=2),
     lambda: FederatedStrategy(local_rule="scaffold", sampler="poisson", privacy=privacy.dp_fed_avg(1, 1, delta=1e-5)),
     lambda: partitioners.Partition.from_lists([[0, 1], [1]]),

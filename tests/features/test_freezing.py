@@ -222,7 +222,9 @@ def test_one_client_learns_what_the_plain_trainer_learns(name: str) -> None:
     for strategy in ("auto", FederatedStrategy(num_clients=1, client_optimizer="keep", executor="sequential")):
         torch.manual_seed(0)
         module = kind()
-        module.backbone[1].momentum = 0.0  # type: ignore[union-attr]
+        norm = module.backbone[1]
+        assert isinstance(norm, nn.BatchNorm1d)
+        norm.momentum = 0.0
         trainer = reference.quiet_trainer(max_epochs=4, strategy=strategy, callbacks=callbacks())
         trainer.fit(module, reference.loader(data, 16, shuffle=False))
         results.append(outcome(trainer))

@@ -89,7 +89,8 @@ class Collect(pl.Callback):
         self.bars: list[dict[str, float]] = []
 
     def on_train_batch_end(self, trainer: pl.Trainer, *args: object) -> None:
-        self.log("callback/round", float(trainer.global_step), on_step=False, on_epoch=True, batch_size=1)
+        log: Any = self.log  # type: ignore[attr-defined]  # the Trainer puts it there
+        log("callback/round", float(trainer.global_step), on_step=False, on_epoch=True, batch_size=1)
 
     def on_train_epoch_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         self.bars.append({name: float(value) for name, value in trainer.progress_bar_metrics.items()})

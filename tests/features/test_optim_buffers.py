@@ -28,6 +28,11 @@ def test_batch_norm_statistics_are_averaged_by_samples_and_counters_stay_whole()
 class Buffers(Model):
     """Counters, flags, a constant beyond float64's integers, and a value that is not in the state dict."""
 
+    seen: Tensor
+    histogram: Tensor
+    flags: Tensor
+    hidden: Tensor
+
     def __init__(self) -> None:
         super().__init__()
         self.register_buffer("seen", torch.zeros((), dtype=torch.int32))
@@ -58,11 +63,13 @@ def test_integer_and_boolean_buffers() -> None:
     for round in range(4):
         cohort = reference_loop.cohort(round, reference_loop.partition(), 2)
         expected += sum(sizes[c] * batches[c] for c in cohort) / sum(sizes[c] for c in cohort)
-    assert float(trainer.lightning_module.hidden) == pytest.approx(expected)  # type: ignore[arg-type, union-attr]
+    assert float(trainer.lightning_module.hidden) == pytest.approx(expected)  # type: ignore[arg-type]
 
 
 class Replaced(Model):
     """A moving average kept by assignment, which puts another tensor in the buffer's place."""
+
+    average: Tensor
 
     def __init__(self) -> None:
         super().__init__()
@@ -80,6 +87,8 @@ def test_a_buffer_that_is_assigned_anew_is_exchanged() -> None:
 
 class Infinite(Model):
     """A causal mask, a running minimum that starts at infinity, and a value still to be calibrated."""
+
+    lowest: Tensor
 
     def __init__(self) -> None:
         super().__init__()
@@ -109,6 +118,7 @@ class SpoiltBuffer(Model):
     """In client 2 a buffer that was finite is so no more."""
 
     client = -1
+    scale: Tensor
 
     def __init__(self) -> None:
         super().__init__()

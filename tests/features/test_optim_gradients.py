@@ -78,7 +78,7 @@ class Reclipped(Module):
         (Reclipped, {}, by_norm),
     ],
 )
-def test_clipping(kind: type[Module], options: dict[str, object], clip: Any) -> None:
+def test_clipping(kind: type[Module], options: dict[str, Any], clip: Any) -> None:
     module = local_loops.make(kind)
     local_loops.fit(module, 3, **options)
     assert reference.difference(module.state_dict(), loop(3, clip=clip)[-1]) == 0.0
@@ -145,7 +145,7 @@ def test_losses_are_reported_whole_under_accumulation() -> None:
     outputs: list[float] = []
 
     class Spy(Module):
-        def on_train_batch_end(self, outputs_: Any, batch: list[Tensor], batch_idx: int) -> None:  # type: ignore[override]
+        def on_train_batch_end(self, outputs_: Any, batch: list[Tensor], batch_idx: int) -> None:
             outputs.append(float(outputs_["loss"]))
 
     logged: list[float] = []

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import lightning.pytorch as pl
 import pytest
@@ -56,7 +56,7 @@ class Gan(pl.LightningModule):
         return self.score(inputs, 1.0) + self.score(self.made(inputs).detach(), 0.0)
 
     def training_step(self, batch: Any, batch_idx: int) -> None:
-        generator, discriminator = self.optimizers()  # type: ignore[misc]
+        generator, discriminator = cast(list[Any], self.optimizers())
         self.turns(generator, discriminator, batch[0], batch_idx)
 
     def turns(self, generator: Any, discriminator: Any, inputs: Tensor, batch_idx: int) -> None:
@@ -347,7 +347,10 @@ def test_optimizers_have_noise_of_their_own() -> None:
     def apart(**options: Any) -> float:
         module = Twins()
         trained(module, phase(**options))
-        return float((module.generator[0].weight - module.discriminator[0].weight).detach().abs().max())
+        one, other = module.generator[0], module.discriminator[0]
+        assert isinstance(one, nn.Linear)
+        assert isinstance(other, nn.Linear)
+        return float((one.weight - other.weight).detach().abs().max())
 
     assert apart(action="observe") == 0.0
     assert apart(action="noise", target_batch=2, noise_in="all") > 1e-6
@@ -500,7 +503,10 @@ def test_a_detector_sees_every_groups_learning_rate(level: Any, expected: set[fl
     class Grouped(Gan):
         def configure_optimizers(self) -> Any:
             first, *others = self.discriminator
-            groups = [{"params": first.parameters()}, {"params": nn.Sequential(*others).parameters(), "lr": 0.02}]
+            groups: list[dict[str, Any]] = [
+                {"params": first.parameters()},
+                {"params": nn.Sequential(*others).parameters(), "lr": 0.02},
+            ]
             return torch.optim.SGD(self.generator.parameters(), lr=0.04), torch.optim.SGD(groups, lr=0.01)
 
     def update(state: Any, observation: Observation) -> tuple[Decision, Any]:

@@ -160,11 +160,11 @@ def test_tails_that_are_dropped_leave_nobody_without_a_batch(options: dict[str, 
 
 @pytest.mark.parametrize("options", [{}, {"local_steps": 3}, {"client_optimizer": "keep"}])
 def test_executors_agree(options: dict[str, Any]) -> None:
-    results = [
+    one, other = [
         weights(fit(mixed(over_selection=1.5), clients_per_round=4, executor=executor, **options)[1])
         for executor in ("sequential", "vectorized")
     ]
-    assert torch.allclose(*results, atol=1e-6)
+    assert torch.allclose(one, other, atol=1e-6)
 
 
 def test_interrupted_runs_go_on(tmp_path: Path) -> None:
@@ -190,12 +190,14 @@ def test_logged_and_tabulated(tmp_path: Path) -> None:
     trainer, *_ = fit(mixed(), logger=logger)
     text = (Path(logger.log_dir) / "metrics.csv").read_text()
     assert all(name in text for name in ("round/simulated_seconds", "round/simulated_total", "round/dropped"))
+    assert isinstance(trainer.strategy, FederatedStrategy)
     table = trainer.strategy.population_table()
     assert table["batch_size"].to_dict() == {"small": 20, "large": 50}
     assert table["clients"].to_dict() == {"small": 4, "large": 4}
     plain, _, records = fit(None, max_epochs=1)
     assert records[0].simulated is None
     assert "round/simulated_seconds" not in plain.callback_metrics
+    assert isinstance(plain.strategy, FederatedStrategy)
     with pytest.raises(RuntimeError, match="population="):
         plain.strategy.population_table()
 

@@ -6,12 +6,14 @@ import math
 from contextlib import nullcontext
 from datetime import timedelta
 from pathlib import Path
+from typing import Any, cast
 
 import lightning.pytorch as pl
 import pytest
 import torch
-from lightning.fabric.plugins.environments import SLURMEnvironment
+from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.pytorch.callbacks import EarlyStopping
+from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.profilers import SimpleProfiler
 from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
@@ -74,7 +76,7 @@ def validation_loader() -> DataLoader[list[Tensor]]:
 def test_fast_dev_run_runs_that_many_rounds_and_validation_batches(flag: bool | int, rounds: int) -> None:
     trainer, module = fit(rounds_per_epoch=5, validate=True, fast_dev_run=flag)
     assert trainer.global_step == rounds
-    assert module.evaluated == rounds  # type: ignore[union-attr]
+    assert module.evaluated == rounds
     assert reference_loop.same(module.state_dict(), reference_loop.models(rounds)[-1])
 
 
@@ -113,7 +115,7 @@ def test_max_steps_counts_rounds() -> None:
 
 @pytest.mark.parametrize(("options", "rounds"), [({}, 3), ({"min_epochs": 5}, 5), ({"min_steps": 4}, 4)])
 def test_max_time_stops_between_rounds_but_not_before_the_minimum(
-    clock: Clock, options: dict[str, int], rounds: int
+    clock: Clock, options: dict[str, Any], rounds: int
 ) -> None:
     trainer, module = fit(max_time=timedelta(minutes=2.5), max_epochs=10, callbacks=[Minutes(clock)], **options)
     assert trainer.global_step == rounds
@@ -141,7 +143,7 @@ def test_min_epochs_holds_against_early_stopping() -> None:
     ],
 )
 def test_validation_after_these_rounds_sees_the_global_model(
-    rounds_per_epoch: int, options: dict[str, object], when: list[int]
+    rounds_per_epoch: int, options: dict[str, Any], when: list[int]
 ) -> None:
     snapshots = reference_loop.Snapshots()
     fit(rounds_per_epoch=rounds_per_epoch, validate=True, callbacks=[snapshots], **options)
@@ -156,7 +158,7 @@ def test_sanity_check_runs_before_the_first_round_on_the_initial_model() -> None
     expected = reference_loop.models(2)
     assert len(snapshots.sane) == 1
     assert reference_loop.same(snapshots.sane[0], expected[0])
-    assert module.evaluated == 2 + 2 * 3  # type: ignore[union-attr]
+    assert module.evaluated == 2 + 2 * 3
     assert reference_loop.same(module.state_dict(), expected[2])
 
 
@@ -221,8 +223,8 @@ def test_validate_test_and_predict_before_and_after_fit() -> None:
         expected = torch.nn.functional.cross_entropy(logits, labels).item()
         assert trainer.validate(module, loader, verbose=False)[0]["val_loss"] == pytest.approx(expected, rel=1e-5)
         assert trainer.test(module, loader, verbose=False)[0]["test_loss"] == pytest.approx(expected, rel=1e-5)
-        predicted = torch.cat(trainer.predict(module, loader))
-        assert torch.equal(predicted, torch.cat(plain.predict(module, loader)))
+        predicted, by_plain = (torch.cat(cast(list[Tensor], each.predict(module, loader))) for each in (trainer, plain))
+        assert torch.equal(predicted, by_plain)
         assert torch.allclose(predicted, logits, atol=1e-6)
     assert reference_loop.same(module.state_dict(), reference_loop.models(2)[-1])
 
@@ -336,7 +338,7 @@ def test_a_checkpoints_counters_are_those_of_a_plain_run_of_as_many_steps(automa
         def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
             loss = super().training_step(batch, batch_idx)
             if not automatic:
-                optimizer = self.optimizers()
+                optimizer = cast(LightningOptimizer, self.optimizers())
                 optimizer.zero_grad()
                 self.manual_backward(loss)
                 optimizer.step()
@@ -415,8 +417,9 @@ def test_deterministic_detect_anomaly_and_profiler_change_no_number() -> None:
 
 def test_profiler_by_name() -> None:
     trainer, _ = fit(profiler="simple", max_epochs=1)
-    assert isinstance(trainer.profiler, SimpleProfiler)
-    assert len(trainer.profiler.recorded_durations["run_training_batch"]) == 1
+    profiler = trainer.profiler  # type: ignore[attr-defined]
+    assert isinstance(profiler, SimpleProfiler)
+    assert len(profiler.recorded_durations["run_training_batch"]) == 1
 
 
 def test_detect_anomaly_reaches_the_client() -> None:
@@ -461,10 +464,10 @@ class Validations(Minutes):
     ("rounds_per_epoch", "options"), [(1, {}), (4, {}), (4, {"check_val_every_n_epoch": None}), (3, {"max_steps": 7})]
 )
 def test_validation_by_time_is_after_the_rounds_in_which_it_is_time(
-    every: object, rounds_per_epoch: int, options: dict[str, int | None], clock: Clock
+    every: object, rounds_per_epoch: int, options: dict[str, Any], clock: Clock
 ) -> None:
     """After those steps after which a plain Trainer has it, with as many batches in an epoch."""
-    options = {"max_epochs": 8 // rounds_per_epoch, "val_check_interval": every, **options}  # type: ignore[dict-item]
+    options = {"max_epochs": 8 // rounds_per_epoch, "val_check_interval": every, **options}
     plain, federated = Validations(clock), Validations(clock)
     trainer = reference.quiet_trainer(limit_train_batches=rounds_per_epoch, callbacks=[plain], **options)
     trainer.fit(make(), reference.loader(reference_loop.data()), validation_loader())

@@ -37,13 +37,14 @@ def test_states_move_to_the_host_and_to_files_and_come_back_as_they_were() -> No
     assert saved[2]["moment"].is_pinned()
     for client in range(4):
         found = store.get(client, "optimizers")
+        assert found is not None
         assert [tensor.device.type for tensor in found.values()] == ["cuda", "cpu"]
         assert equal(found, state(client))
 
 
 @pytest.mark.parametrize("bound", [0, 20_000, "1GiB"])
 def test_bounds_do_not_matter(bound: int | str) -> None:
-    options = {"client_optimizer": "keep", "local_steps": 5}
+    options: dict[str, Any] = {"client_optimizer": "keep", "local_steps": 5}
     assert reference.difference(weights(client_state_memory=bound, **options), weights(**options)) == 0.0
 
 
@@ -76,7 +77,7 @@ def test_refilled_state_takes_the_steps_of_a_new_optimizer(
     train(optimizer, seed=1)
     places = {key: value.device for key, value in optimizer.state[shared[0]].items()}
     with torch.no_grad():
-        torch._foreach_copy_(shared, own)
+        torch._foreach_copy_([*shared], [*own])
     keeper.load(None)
     assert {key: value.device for key, value in optimizer.state[shared[0]].items()} == places
     assert [float(held["step"]) for held in optimizer.state.values()] == [0.0] * 3

@@ -104,7 +104,9 @@ def test_personal_models_of_ditto(executor: str) -> None:
     assert sorted(states.clients("ditto")) == sorted(own)
     for client, values in own.items():
         flat = torch.cat([value.flatten() for value in values.values()])
-        assert float((states.get(client, "ditto") - flat).abs().max()) < 1e-10
+        kept = states.get(client, "ditto")
+        assert kept is not None
+        assert float((kept - flat).abs().max()) < 1e-10
 
 
 @executors
@@ -264,7 +266,7 @@ def test_a_budget_ends_training_before_it_is_exceeded(tmp_path: Path) -> None:
     ready = dp_fed_avg(clip_norm=0.3, noise_multiplier=1.0, delta=1e-3).calibrated(2 / 7, 2)
     budget = (ready.epsilon(3, 2 / 7) + ready.epsilon(4, 2 / 7)) / 2
     private = dp_fed_avg(clip_norm=0.3, noise_multiplier=1.0, delta=1e-3, max_epsilon=budget)
-    options = {"privacy": private, "sampler": "poisson", "clients_per_round": 2}
+    options: dict[str, Any] = {"privacy": private, "sampler": "poisson", "clients_per_round": 2}
     _, strategy = trained("sequential", save=tmp_path / "spent.ckpt", **options)
     assert strategy.last_round is not None
     assert strategy.last_round.round == 2
@@ -317,8 +319,11 @@ def test_what_stays_with_a_client_never_passes_for_the_global_model(executor: st
     def fit(callback: pl.Callback) -> by_paper.Net:
         module = by_paper.Net()
         made = FederatedStrategy(
-            partitioner=reference.unequal_clients(), clients_per_round=4, executor=executor, personal=["head.*"]
-        )  # type: ignore[arg-type]
+            partitioner=reference.unequal_clients(),
+            clients_per_round=4,
+            executor=executor,  # type: ignore[arg-type]
+            personal=["head.*"],
+        )
         trainer = reference.quiet_trainer(max_epochs=3, strategy=made, callbacks=[callback])
         try:
             trainer.fit(module, reference.loader(reference.dataset(dtype=torch.float64), by_paper.BATCH))
@@ -346,7 +351,7 @@ def test_privacy_refuses_what_it_cannot_account_for() -> None:
         ({"mode": "async"}, "privacy with mode='async'"),
     ):
         with pytest.raises(ValueError, match=message):
-            FederatedStrategy(num_clients=7, privacy=private, **arguments)  # type: ignore[arg-type]
+            FederatedStrategy(num_clients=7, privacy=private, **arguments)
     module = reference.make_module(batch_norm=True)
     strategy = FederatedStrategy(num_clients=4, privacy=private)
     with pytest.raises(ValueError, match=r"running statistics of 'net.1' .*personal=\['net.1.\*'\]"):
