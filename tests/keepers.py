@@ -30,7 +30,8 @@ class Network(nn.Module):
 
     def __init__(self, *layers: nn.Module) -> None:
         super().__init__()
-        self.layers, self.head = nn.Sequential(*layers), nn.LazyLinear(10)
+        self.layers = nn.Sequential(*layers)
+        self.head: nn.Linear = nn.LazyLinear(10)
 
     def forward(self, inputs: Tensor) -> Tensor:
         return self.head(self.layers(inputs).flatten(1))

@@ -123,7 +123,7 @@ def test_what_was_spent_is_counted_once(folder: Path) -> None:
     assert ledgers[0]["updates"] == ROUNDS
     assert ledgers[0]["flops"]["forward"] > 0
     assert len(ledgers[0]["clients"]["ids"]) > 4
-    assert_equal(*ledgers, "ledger")
+    assert_equal(ledgers[0], ledgers[1], "ledger")
 
 
 def test_a_torn_write_leaves_the_checkpoint_before_it(report: dict[str, Any]) -> None:
@@ -209,7 +209,7 @@ def run_with_cuts(
         trainer.global_step,
         trainer.current_epoch,
         trainer.fit_loop.epoch_loop._batches_that_stepped,
-        *(config.scheduler.last_epoch for config in trainer.lr_scheduler_configs),  # type: ignore[union-attr]
+        *(config.scheduler.last_epoch for config in trainer.lr_scheduler_configs),
     ]
     return events, counters, module.state_dict()
 

@@ -210,7 +210,7 @@ def fit(
         torch.manual_seed(0)
         module = Validated()
     trainer = reference.quiet_trainer(
-        strategy=sequential(**{"partitioner": partition(), **(strategy or {})}),  # type: ignore[arg-type]
+        strategy=sequential(**{"partitioner": partition(), **(strategy or {})}),
         **options,
     )
     train = reference.loader(data()) if train is None else train

@@ -213,7 +213,7 @@ def test_any_samples_that_can_be_stacked(workers: int, monkeypatch: pytest.Monke
 
 def test_reading_touches_no_global_generator_and_is_reproducible() -> None:
     def states() -> tuple[Any, ...]:
-        return random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()  # type: ignore[index,union-attr]
+        return random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()  # type: ignore[index]
 
     before = states()
     first, second = (kept(DataLoader(Nested(), batch_size=8), True) for _ in range(2))

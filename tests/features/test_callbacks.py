@@ -12,6 +12,7 @@ from typing import Any
 import lightning.pytorch as pl
 import pytest
 import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.accelerators import CPUAccelerator
 from lightning.pytorch.callbacks import (
     BackboneFinetuning,
@@ -33,8 +34,7 @@ from lightning.pytorch.callbacks import (
     WeightAveraging,
 )
 from lightning.pytorch.loggers.logger import Logger
-from lightning.pytorch.tuner import Tuner
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.tuner.tuning import Tuner
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import StepLR
 
@@ -248,8 +248,8 @@ class WithNorm(reference.Classifier):
         super().__init__(dropout=0.0, batch_norm=True)
 
 
-def swa(**options: object) -> StochasticWeightAveraging:
-    return StochasticWeightAveraging(swa_lrs=0.1, swa_epoch_start=3, annealing_strategy="linear", **options)
+def swa() -> StochasticWeightAveraging:
+    return StochasticWeightAveraging(swa_lrs=0.1, swa_epoch_start=3, annealing_strategy="linear")
 
 
 def test_swa_averages_global_models() -> None:
@@ -364,13 +364,14 @@ def test_lr_find_searches_over_rounds(tmp_path: Path) -> None:
         module, reference.loader(reference_loop.data()), min_lr=1e-4, max_lr=1.0, num_training=12, update_attr=False
     )
     rates, losses = search(12, 1e-4, 1.0)
+    assert found is not None
     assert found.results["lr"] == pytest.approx(rates)
     assert found.results["loss"] == pytest.approx(losses, rel=1e-5)
     assert reference_loop.same(module.state_dict(), reference_loop.models(0)[0])
     assert list(tmp_path.iterdir()) == []
 
 
-def untouched(**options: object) -> reference_loop.State:
+def untouched(**options: Any) -> reference_loop.State:
     torch.manual_seed(0)
     _, module = reference_loop.fit(Plain(), strategy=OPTIONS, max_epochs=4, **options)
     return reference_loop.state_of(module)
@@ -442,7 +443,10 @@ class TwoParts(reference.Classifier):
 
 class Unfrozen(TwoParts):
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        groups = [{"params": self.head.parameters()}, {"params": self.backbone.parameters(), "lr": 0.02}]
+        groups: list[dict[str, Any]] = [
+            {"params": self.head.parameters()},
+            {"params": self.backbone.parameters(), "lr": 0.02},
+        ]
         return torch.optim.SGD(groups, lr=0.1, momentum=0.9)
 
 
@@ -466,7 +470,8 @@ def test_backbone_finetuning_adds_a_group_that_reaches_the_clients() -> None:
     reference_loop.fit(module, callbacks=[unfreeze, snapshots], max_epochs=4)
 
     data, clients = reference_loop.data(), reference_loop.partition()
-    expected, first = [], 0
+    expected: list[reference_loop.State] = []
+    first = 0
     for kind in (Frozen, Unfrozen):
         plain = kind()
         plain.load_state_dict(expected[-1] if expected else start)
@@ -516,7 +521,9 @@ def test_model_pruning_holds_over_clients() -> None:
     reference_loop.fit(module, callbacks=[prune], max_epochs=4)
     dense = reference_loop.models(2)[2]["net.0.weight"]
     smallest = dense.abs().flatten().argsort()[: dense.numel() // 2]
-    pruned = (module.net[0].weight == 0).flatten().nonzero().flatten()
+    layer = module.net[0]
+    assert isinstance(layer, nn.Linear)
+    pruned = (layer.weight == 0).flatten().nonzero().flatten()
     assert set(pruned.tolist()) == set(smallest.tolist())
 
 
@@ -560,7 +567,7 @@ def test_tqdm_counts_rounds_and_shows_clients(monkeypatch: pytest.MonkeyPatch) -
                 shown.append(dict(*args, **kwargs))
                 original(*args, **kwargs)
 
-            bar.set_postfix = set_postfix
+            bar.set_postfix = set_postfix  # type: ignore[method-assign]
             return bar
 
         def on_train_batch_end(self, *args: Any) -> None:
@@ -585,16 +592,20 @@ def test_rich_counts_rounds_and_shows_clients(monkeypatch: pytest.MonkeyPatch) -
     class Bar(RichProgressBar):
         def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
             super().on_train_start(trainer, pl_module)
-            original = self._metric_component.update  # type: ignore[union-attr]
+            component = self._metric_component
+            assert component is not None
+            original = component.update
 
             def update(metrics: dict[str, Any]) -> None:
                 shown.append(dict(metrics))
                 original(metrics)
 
-            self._metric_component.update = update  # type: ignore[union-attr]
+            component.update = update  # type: ignore[method-assign]
 
         def on_train_batch_end(self, *args: Any) -> None:
             super().on_train_batch_end(*args)
+            assert self.progress is not None
+            assert self.train_progress_bar_id is not None
             task = self.progress.tasks[self.train_progress_bar_id]
             counts.append((task.completed, task.total))
 
@@ -617,7 +628,11 @@ def test_progress_waits_between_drawings(monkeypatch: pytest.MonkeyPatch) -> Non
         def init_train_tqdm(self) -> Any:
             bar = super().init_train_tqdm()
             bar.fp = io.StringIO()
-            bar.set_postfix = lambda *args, **kwargs: drawn.append(dict(*args, **kwargs))
+
+            def set_postfix(*args: Any, **kwargs: Any) -> None:
+                drawn.append(dict(*args, **kwargs))
+
+            bar.set_postfix = set_postfix  # type: ignore[method-assign]
             return bar
 
     reference_loop.fit(callbacks=[Bar()], enable_progress_bar=True, max_epochs=2)

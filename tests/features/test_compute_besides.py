@@ -29,13 +29,18 @@ CLIENTS, EACH, BATCH, WIDTH, HIDDEN, OUT = 4, 12, 4, 6, 8, 3
 ELEMENTS = HIDDEN * (WIDTH + 1) + OUT * (HIDDEN + 1)
 ROUNDS = 6  # by the last of them nothing is tried out, recorded or verified any more
 
+
+def made(argument: str, make: Callable[[], Any]) -> dict[str, Any]:
+    return {argument: make()}
+
+
 RULES: dict[str, Callable[[], Any]] = {
     **{name: partial(example, "local_rules", name) for name in local_rules.FACTORIES},
     "scaffold by gradients": lambda: local_rules.scaffold("I"),
 }
 METHODS: dict[str, Callable[[], dict[str, Any]]] = {
-    **{name: lambda make=make: {"local_rule": make()} for name, make in RULES.items()},
-    **{f"compressed by {n}": lambda make=make: {"compressor": make()} for n, make in compressors.FACTORIES.items()},
+    **{name: partial(made, "local_rule", make) for name, make in RULES.items()},
+    **{f"compressed by {n}": partial(made, "compressor", make) for n, make in compressors.FACTORIES.items()},
     "errors fed back": lambda: {"compressor": compressors.error_feedback(compressors.top_k(0.1))},
     "compressed downwards": lambda: {"downlink_compressor": compressors.qsgd(4)},
     "private": lambda: {"privacy": dp_fed_avg(0.1, 1.0, delta=1e-3), "sampler": "poisson"},

@@ -8,6 +8,7 @@ import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import MethodType
 from typing import Any
 
 import lightning.pytorch as pl
@@ -167,7 +168,7 @@ def test_the_modules_own_clipping_comes_first() -> None:
     seen = []
 
     class Own(Net):
-        def configure_gradient_clipping(self, optimizer: Any, **options: Any) -> None:
+        def configure_gradient_clipping(self, optimizer: Any, *_: Any, **options: Any) -> None:
             seen.append(options)
             self.clip_gradients(optimizer, gradient_clip_val=1e-3, gradient_clip_algorithm="norm")
 
@@ -222,8 +223,9 @@ def test_manual_optimization_is_scaled_after_the_users_own_clipping() -> None:
             super().__init__()
             self.automatic_optimization = False
 
-        def training_step(self, batch: Any, batch_idx: int) -> None:
+        def training_step(self, batch: Any, batch_idx: int) -> None:  # type: ignore[override]
             optimizer = self.optimizers()
+            assert isinstance(optimizer, torch.optim.Optimizer)
             optimizer.zero_grad()
             self.manual_backward(nn.functional.cross_entropy(self.head(self.body(batch[0])), batch[1]))
             self.clip_gradients(optimizer, gradient_clip_val=0.1, gradient_clip_algorithm="norm")
@@ -342,8 +344,8 @@ def test_nothing_stays_in_module_optimizer_or_trainer() -> None:
     module, callback = Net(), phase(scale=2.0)
     run = trainer(callback, max_steps=6)
     run.fit(module, data())
-    assert run.callbacks.count(callback) == 1
-    assert not any("Watch" in type(each).__name__ for each in run.callbacks)
+    assert run.callbacks.count(callback) == 1  # type: ignore[attr-defined]
+    assert not any("Watch" in type(each).__name__ for each in run.callbacks)  # type: ignore[attr-defined]
     assert not run.optimizers[0]._optimizer_step_post_hooks
     assert "configure_gradient_clipping" not in vars(module)
 
@@ -356,7 +358,7 @@ def test_nothing_stays_in_module_optimizer_or_trainer() -> None:
     with pytest.raises(KeyError):
         run.fit(module, data())
     assert "configure_gradient_clipping" not in vars(module)
-    assert not any("Watch" in type(each).__name__ for each in run.callbacks)
+    assert not any("Watch" in type(each).__name__ for each in run.callbacks)  # type: ignore[attr-defined]
 
 
 def test_a_module_copied_during_fit_has_its_own_clipping() -> None:
@@ -366,7 +368,9 @@ def test_a_module_copied_during_fit_has_its_own_clipping() -> None:
 
     keeper = Copy()
     trained(phase(), keeper, max_steps=1)
-    assert keeper.twin.configure_gradient_clipping.__func__ is pl.LightningModule.configure_gradient_clipping
+    clipping = keeper.twin.configure_gradient_clipping
+    assert isinstance(clipping, MethodType)
+    assert clipping.__func__ is pl.LightningModule.configure_gradient_clipping
 
 
 # ---- noise
@@ -825,7 +829,7 @@ def test_steps_that_cannot_be_seen_are_explained_once(strategy: str) -> None:
             self.automatic_optimization = False
             self.own = torch.optim.SGD(self.head.parameters(), lr=0.1)
 
-        def training_step(self, batch: Any, batch_idx: int) -> None:
+        def training_step(self, batch: Any, batch_idx: int) -> None:  # type: ignore[override]
             self.own.zero_grad()
             self.manual_backward(nn.functional.cross_entropy(self.head(self.body(batch[0])), batch[1]))
             self.own.step()
@@ -905,7 +909,7 @@ def test_batches_that_cannot_be_cut_are_said_once(recwarn: pytest.WarningsRecord
 
     rows = [{"x": torch.randn(8, 12), "y": torch.zeros(8, dtype=torch.long), "extra": torch.randn(3)}] * STEPS
     run = trainer(phase(noise_every=1))
-    run.fit(Odd(), DataLoader(rows, batch_size=None))
+    run.fit(Odd(), DataLoader(rows, batch_size=None))  # type: ignore[arg-type]
     said = [str(w.message) for w in recwarn if "noise of single samples is not measured" in str(w.message)]
     assert said
     assert "pass noise_every=None" in said[0]

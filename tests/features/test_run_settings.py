@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -81,7 +82,7 @@ class Kept(Logger):
         self.settings: dict[str, Any] = {}
         self.names: set[str] = set()
 
-    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
         assert all(isinstance(value, (int, float)) for value in metrics.values())
         self.names |= set(metrics)
 
@@ -90,7 +91,7 @@ class Kept(Logger):
         self.settings |= dict(params)
 
 
-class WithImages(Kept, WandbLogger):
+class WithImages(Kept, WandbLogger):  # type: ignore[misc]
     """As W&B's, which takes figures by `log_image`."""
 
     def __init__(self) -> None:
@@ -105,7 +106,7 @@ class WithImages(Kept, WandbLogger):
         pass
 
 
-class WithFigures(Kept, MLFlowLogger):
+class WithFigures(Kept, MLFlowLogger):  # type: ignore[misc]
     """As MLflow's, whose client takes figures by `log_figure`."""
 
     run_id = "run"
@@ -115,7 +116,7 @@ class WithFigures(Kept, MLFlowLogger):
         self.images: set[str] = set()
 
     @property
-    def experiment(self) -> Any:
+    def experiment(self) -> Any:  # type: ignore[override]
         return self
 
     def log_figure(self, run_id: str, figure: Any, artifact_file: str) -> None:
@@ -123,7 +124,7 @@ class WithFigures(Kept, MLFlowLogger):
         assert hasattr(figure, "savefig")
         self.images.add(artifact_file.removesuffix(".png"))
 
-    def finalize(self, status: str) -> None:
+    def finalize(self, status: str = "success") -> None:
         pass
 
 
@@ -227,7 +228,7 @@ def test_what_the_user_gives_to_hparams_comes_first(tmp_path: Path) -> None:
     class Own(Net):
         def on_train_start(self) -> None:
             assert isinstance(self.logger, TensorBoardLogger)
-            self.logger.log_hyperparams(self.hparams, {"hp/mine": 0.5})
+            self.logger.log_hyperparams(self.hparams, {"hp/mine": 0.5})  # type: ignore[arg-type]
 
     logger = TensorBoardLogger(tmp_path)
     train(logger, module=Own())

@@ -12,13 +12,13 @@ import pytest
 import pytorch_lightning as twin_pl
 import torch
 from lightning.fabric.plugins import TorchCheckpointIO
+from lightning.fabric.plugins.environments.lightning import LightningEnvironment
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.accelerators import CPUAccelerator
 from lightning.pytorch.demos.boring_classes import BoringModel
 from lightning.pytorch.plugins import HalfPrecision, MixedPrecision, Precision
-from lightning.pytorch.plugins.environments import LightningEnvironment
 from lightning.pytorch.plugins.io import AsyncCheckpointIO
 from lightning.pytorch.strategies import StrategyRegistry
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from pytorch_lightning.demos.boring_classes import BoringModel as TwinBoringModel
 from pytorch_lightning.strategies import StrategyRegistry as TwinRegistry
 from torch import Tensor, nn
@@ -168,6 +168,9 @@ def test_strategies_of_one_name_do_not_share_data() -> None:
     for trainer, samples in zip(trainers, (200, 120), strict=True):
         trainer.fit(make(), loader(samples))
     first, second = (trainer.strategy for trainer in trainers)
+    assert isinstance(first, FederatedStrategy)
+    assert isinstance(second, FederatedStrategy)
+    assert first.partition is not None
     assert int(first.partition.sizes.sum()) == 200
     validation = reference.dataset(60)
     alike = [strategy.divide_alike(validation).fingerprint for strategy in (first, second)]

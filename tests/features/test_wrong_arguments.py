@@ -92,7 +92,7 @@ CASES: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
         "attackers: client 7 does not exist: pass numbers from 0 to 3",
     ),
     "aggregator": (
-        lambda: sequential(FOUR, aggregator=3),  # type: ignore[arg-type]
+        lambda: sequential(FOUR, aggregator=3),
         TypeError,
         "aggregator=3: pass one of 'mean', 'median', 'geometric_median', 'uniform', or",
     ),
@@ -113,7 +113,7 @@ CASES: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     ),
     # parentheses forgotten
     "median": (
-        lambda: sequential(FOUR, aggregator=aggregators.median),  # type: ignore[arg-type]
+        lambda: sequential(FOUR, aggregator=aggregators.median),
         TypeError,
         r"aggregator=median is a function: call it, aggregators.median\(\)",
     ),
@@ -123,22 +123,22 @@ CASES: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
         r"aggregator=krum is a function: call it, aggregators.krum\(attackers=...\)",
     ),
     "top_k uncalled": (
-        lambda: sequential(FOUR, compressor=compressors.top_k),  # type: ignore[arg-type]
+        lambda: sequential(FOUR, compressor=compressors.top_k),
         TypeError,
         r"compressor=top_k is a function: call it, compressors.top_k\(\)",
     ),
     "error_feedback uncalled": (
-        lambda: sequential(FOUR, downlink_compressor=compressors.error_feedback),  # type: ignore[arg-type]
+        lambda: sequential(FOUR, downlink_compressor=compressors.error_feedback),
         TypeError,
         r"downlink_compressor=error_feedback is a function: call it, compressors.error_feedback\(compressor=...\)",
     ),
     "fed_adam uncalled": (
-        lambda: sequential(FOUR, server_optimizer=server.fed_adam),  # type: ignore[arg-type]
+        lambda: sequential(FOUR, server_optimizer=server.fed_adam),
         TypeError,
         r"server_optimizer=fed_adam is a function: call it, server.fed_adam\(\)",
     ),
     "fed_prox uncalled": (
-        lambda: sequential(FOUR, local_rule=local_rules.fed_prox),  # type: ignore[arg-type]
+        lambda: sequential(FOUR, local_rule=local_rules.fed_prox),
         TypeError,
         r"local_rule=fed_prox is a function: call it, local_rules.fed_prox\(mu=...\)",
     ),
@@ -160,17 +160,17 @@ CASES: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     ),
     # privacy
     "clip_norm": (
-        lambda: privacy.dp_fed_avg(clip_norm="1", noise_multiplier=1.0, delta=1e-5),
-        TypeError,  # type: ignore[arg-type]
+        lambda: privacy.dp_fed_avg(clip_norm="1", noise_multiplier=1.0, delta=1e-5),  # type: ignore[arg-type]
+        TypeError,
         "clip_norm='1': pass a finite number above 0",
     ),
     "target_epsilon": (
-        lambda: privacy.dp_fed_avg(1.0, delta=1e-5, target_epsilon="two", rounds=3),
-        TypeError,  # type: ignore[arg-type]
+        lambda: privacy.dp_fed_avg(1.0, delta=1e-5, target_epsilon="two", rounds=3),  # type: ignore[arg-type]
+        TypeError,
         "target_epsilon='two': pass a finite number above 0",
     ),
     "secure_mean": (lambda: privacy.secure_mean(clip=np.inf), ValueError, "clip=inf: pass the largest absolute value"),
-    "privacy": (lambda: sequential(FOUR, privacy=3), TypeError, "privacy=3: "),  # type: ignore[arg-type]
+    "privacy": (lambda: sequential(FOUR, privacy=3), TypeError, "privacy=3: "),
     # who takes part, and when
     "seconds": (lambda: FedBuff(seconds="fast"), ValueError, "seconds='fast': pass one number above 0"),  # type: ignore[arg-type]
     "two seconds": (lambda: fit(mode=FedBuff(seconds=[1.0, 2.0])), ValueError, "seconds: 2 .* 4 clients"),
@@ -179,7 +179,7 @@ CASES: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
         ValueError,
         "staleness=0: pass one of 'polynomial', 'constant'",
     ),
-    "mode": (lambda: sequential(FOUR, mode="asink"), ValueError, "mode='asink': choose 'sync', 'async'"),  # type: ignore[arg-type]
+    "mode": (lambda: sequential(FOUR, mode="asink"), ValueError, "mode='asink': choose 'sync', 'async'"),
     "power_of_choice": (
         lambda: fit(clients_per_round=3, sampler=samplers.power_of_choice(candidates=2)),
         ValueError,
@@ -203,17 +203,17 @@ CASES: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
         r"personal='head.\*': pass a list of patterns",
     ),
     "personal number": (
-        lambda: sequential(FOUR, personal=3),  # type: ignore[arg-type]
+        lambda: sequential(FOUR, personal=3),
         TypeError,
         "personal=3: pass a list of patterns",
     ),
     "buffers": (
-        lambda: sequential(FOUR, buffers="queue"),  # type: ignore[arg-type]
+        lambda: sequential(FOUR, buffers="queue"),
         TypeError,
         "buffers='queue': pass a dict",
     ),
     "buffers policy": (
-        lambda: sequential(FOUR, buffers={"queue": "avg"}),  # type: ignore[dict-item]
+        lambda: sequential(FOUR, buffers={"queue": "avg"}),
         ValueError,
         r"buffers\['queue'\]='avg': pass one of 'mean', 'server', 'largest', 'client'",
     ),

@@ -34,7 +34,7 @@ class Example:
     note: str = "an example"
 
 
-class Encoding(UserDict):  # type: ignore[type-arg]
+class Encoding(UserDict):
     """As tokenizers of Hugging Face return it."""
 
     def __getattr__(self, name: str) -> Any:
@@ -84,11 +84,11 @@ class Slotted:
         self.inputs, self.tokens, self.labels = columns
 
 
-class MyList(list):  # type: ignore[type-arg]
+class MyList(list):
     """A list of a project's own."""
 
 
-class MyDict(dict):  # type: ignore[type-arg]
+class MyDict(dict):
     """A dict of a project's own, with attributes."""
 
     def __getattr__(self, name: str) -> Any:
@@ -163,23 +163,26 @@ FORMS: dict[str, Form] = {
     ),
     "with_integer": Form(
         lambda c: (c.inputs, c.tokens, c.labels, int(c.tokens.max())),
-        lambda b: Columns(*b[:3], factor=1.0 + 0.1 * b[3]),
+        lambda b: Columns(*b[:3])._replace(factor=1.0 + 0.1 * b[3]),
     ),
     "with_float": Form(
         lambda c: (c.inputs, c.tokens, c.labels, float(c.inputs.mean())),
-        lambda b: Columns(*b[:3], factor=1.0 + b[3] ** 2),
+        lambda b: Columns(*b[:3])._replace(factor=1.0 + b[3] ** 2),
     ),
-    "with_constant": Form(lambda c: (c.inputs, c.tokens, c.labels, 0.5), lambda b: Columns(*b[:3], factor=b[3])),
+    "with_constant": Form(
+        lambda c: (c.inputs, c.tokens, c.labels, 0.5), lambda b: Columns(*b[:3])._replace(factor=b[3])
+    ),
     "with_bool": Form(
         lambda c: (c.inputs, c.tokens, c.labels, bool(c.inputs.sum() > 0)),
-        lambda b: Columns(*b[:3], factor=1.5 if b[3] else 1.0),
+        lambda b: Columns(*b[:3])._replace(factor=1.5 if b[3] else 1.0),
     ),
     "with_array": Form(
         lambda c: {**_named(c), "weights": np.asarray(c.tokens[:, 0] % 3, dtype=np.float64)},
         lambda b: _by_name(b)._replace(factor=1.0 + float(b["weights"].mean())),
     ),
     "with_number": Form(
-        lambda c: (c.inputs, c.tokens, c.labels, c.tokens.sum()), lambda b: Columns(*b[:3], factor=1.0 + 0.01 * b[3])
+        lambda c: (c.inputs, c.tokens, c.labels, c.tokens.sum()),
+        lambda b: Columns(*b[:3])._replace(factor=1.0 + 0.01 * b[3]),
     ),
     "with_mask": Form(
         lambda c: (c.inputs, c.tokens, c.labels, c.tokens > 4),
@@ -187,7 +190,7 @@ FORMS: dict[str, Form] = {
     ),
     "with_function": Form(
         lambda c: (c.inputs, c.tokens, c.labels, _times(1 + 0.01 * float(c.labels.sum()))),
-        lambda b: Columns(*b[:3], factor=b[3](1.0)),
+        lambda b: Columns(*b[:3])._replace(factor=b[3](1.0)),
     ),
     "various_lengths": Form(
         lambda c: (c.inputs, c.tokens[:, : 2 + int(c.labels[0]) % 3], c.labels), lambda b: Columns(*b)

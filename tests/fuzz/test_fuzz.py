@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import pytest
@@ -74,7 +74,7 @@ def test_a_recipe_is_a_function_of_its_seed_and_can_be_read_again() -> None:
 
 def test_everything_is_drawn_sooner_or_later() -> None:
     drawn = set().union(*(draw(seed).features for seed in range(3000)))
-    everything = {
+    everything: dict[str, Iterable[str]] = {
         "inputs": layers.ON_INPUTS, "tokens": layers.ON_TOKENS, "blocks": layers.BLOCKS, "states": habits.STATES,
         "logs": habits.LOGS, "loss": habits.LOSSES, "hooks": habits.HOOKS, "batch": batches.FORMS,
     }  # fmt: skip

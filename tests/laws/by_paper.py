@@ -192,7 +192,7 @@ def fed_nova(world: World, rounds: int, momentum: float = 0.0, mu: float = 0.0) 
         shares = [n / sum(held) for n in held]
         normalized, effective = [], 0.0
         for k, p in zip(cohort, shares, strict=True):
-            extra = None if not mu else lambda y, x=x: times(mu, minus(y, x))  # type: ignore[misc]
+            extra = None if not mu else lambda y, x=x: times(mu, minus(y, x))
             y, steps = world.local_sgd(x, k, round, extra, momentum)
             if mu:
                 norm = sum((1 - LR * mu) ** (steps - 1 - i) for i in range(steps))

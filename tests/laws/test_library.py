@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import lightning.pytorch as pl
 import pytest
 import torch
@@ -20,7 +22,7 @@ def federated(
     trainer: dict[str, object] | None = None,
     **strategy: object,
 ) -> dict[str, Tensor]:
-    run = reference.quiet_trainer(max_epochs=rounds, strategy=sequential(**strategy), **(trainer or {}))  # type: ignore[arg-type]
+    run = reference.quiet_trainer(max_epochs=rounds, strategy=sequential(**strategy), **(trainer or {}))
     run.fit(module, data)
     return module.state_dict()
 
@@ -49,7 +51,7 @@ def test_equals_fed_avg_with_accumulation_uniform_weights_and_batch_norm() -> No
     data, partition = reference.dataset(272), reference.unequal_clients(272)
     # This many samples in 7 parts leave no tail batch of one sample, which BatchNorm could not take.
     assert all(size % 8 != 1 for size in partition.sizes)
-    options = {"batch_norm": True, "dropout": 0.0}
+    options: dict[str, Any] = {"batch_norm": True, "dropout": 0.0}
     expected = reference.fed_avg(
         reference.make_module(**options),
         data,

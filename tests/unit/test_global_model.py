@@ -27,6 +27,9 @@ HUGE = 1.5e308  # the sum of two is infinite
 class Model(nn.Module):
     """Trainable weights, a frozen one, a mask and a counter."""
 
+    mask: Tensor
+    counter: Tensor
+
     def __init__(self, weight: float = 1.0, frozen: float = 2.0) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.full((3,), weight, dtype=torch.float64))

@@ -77,7 +77,7 @@ class Convolution(NamedTuple):
     def layer(self) -> nn.Module:
         kind = getattr(nn, f"Conv{'Transpose' if self.transposed else ''}{self.dimensions}d")
         options = {"stride": self.stride, "padding": self.padding, "dilation": self.dilation, "groups": self.groups}
-        return kind(self.inputs, self.outputs, self.kernel, **options)  # type: ignore[no-any-return]
+        return kind(self.inputs, self.outputs, self.kernel, **options)
 
     @property
     def places(self) -> int:
@@ -150,7 +150,7 @@ class Doubling(torch.autograd.Function):
         return inputs @ weight
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Any:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> Any:
         inputs, weight = ctx.saved_tensors
         return gradient @ weight.t(), inputs.t() @ gradient
 
@@ -228,7 +228,7 @@ def additive(x: Tensor, query: nn.Module, score: nn.Module) -> Tensor:
 
 
 def doubled(x: Tensor) -> Tensor:
-    return Doubling.apply(x, torch.ones(D, D, requires_grad=True))  # type: ignore[no-any-return]
+    return Doubling.apply(x, torch.ones(D, D, requires_grad=True))
 
 
 def saved(x: Tensor, layer: nn.Module) -> Any:
@@ -258,6 +258,7 @@ PROJECTIONS = linear(P, D, 4 * D)
 PAIRS = linear(N, T, T, D)  # one of the two products of attention
 ENCODER = PROJECTIONS + 2 * PAIRS + 2 * linear(P, D, H)
 LSTM = linear(P, 4 * H, D) + linear(P, 4 * H, H)
+TWO_LSTM, ACROSS = LSTM + 2 * linear(P, 4 * H, H), linear(N, 4, 3, T, D)
 PIXELS, C = N * 6 * 6, 4
 MOBILE = linear(PIXELS, C, 24) * 2 + linear(PIXELS, 24, 9)
 NEXT = linear(PIXELS, C, 49) + 2 * linear(PIXELS, C, 4 * C)
@@ -277,7 +278,7 @@ TABLE: dict[str, tuple[Callable[[], nn.Module], Tensor, float, float]] = {
         lambda: nn.LSTM(D, H, batch_first=True, bidirectional=True), sequences, 2 * LSTM, 4 * LSTM
     ),
     "two LSTM": (
-        lambda: nn.LSTM(D, H, 2, batch_first=True), sequences, *[k * (LSTM + 2 * linear(P, 4 * H, H)) for k in (1, 2)]
+        lambda: nn.LSTM(D, H, 2, batch_first=True), sequences, TWO_LSTM, 2 * TWO_LSTM
     ),
     # Nobody asks for the gradient of the state that is zero at first.
     "GRU": (
@@ -300,7 +301,7 @@ TABLE: dict[str, tuple[Callable[[], nn.Module], Tensor, float, float]] = {
         PROJECTIONS + 2 * PAIRS, 2 * PROJECTIONS + 4 * PAIRS,
     ),
     "attention of grouped queries": (lambda: Returns(grouped_queries), heads, 8 * PAIRS, 20 * PAIRS),
-    "attention across": (lambda: Returns(across), heads, *[k * linear(N, 4, 3, T, D) for k in (2, 5)]),
+    "attention across": (lambda: Returns(across), heads, 2 * ACROSS, 5 * ACROSS),
     "attention with a mask": (lambda: Returns(masked), heads, 8 * PAIRS, 20 * PAIRS),
     "attention, additive": (
         lambda: Returns(additive, nn.Linear(D, H), nn.Linear(H, 1)), sequences,

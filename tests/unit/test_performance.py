@@ -208,7 +208,9 @@ def test_table_and_plot() -> None:
     assert np.allclose(product, table["seconds_to_target"])
     for shown in (model, PerformanceModel(StepTime(0.02, 0.001))):
         (axis,) = shown.plot(clients=4, local_steps=5).axes
-        texts = [text.get_text() for text in axis.get_legend().get_texts()]
+        legend = axis.get_legend()
+        assert legend is not None
+        texts = [text.get_text() for text in legend.get_texts()]
         assert f"best: {shown.best_batch(4, 5)}" in texts
 
 
@@ -219,10 +221,10 @@ def test_table_and_plot() -> None:
         (lambda: PerformanceModel(StepTime(1, 1), sync=-1), ValueError, "sync=-1: pass seconds, at least 0, or"),
         (lambda: PerformanceModel(StepTime(1, 1), sync="a"), TypeError, "sync='a': pass seconds"),  # type: ignore[arg-type]
         (
-            lambda: PerformanceModel(StepTime(1, 1), noise_scale="a"),
+            lambda: PerformanceModel(StepTime(1, 1), noise_scale="a"),  # type: ignore[arg-type]
             TypeError,
             "noise_scale='a': pass a number above 0",
-        ),  # type: ignore[arg-type]
+        ),
         (lambda: StepTime(fixed=-1, per_sample=1), ValueError, "fixed=-1: pass seconds, at least 0"),
         (lambda: StepTime(fixed="x", per_sample=1), TypeError, "fixed='x': pass seconds"),  # type: ignore[arg-type]
         (lambda: StepTime(0, math.nan), ValueError, "per_sample=nan: pass seconds"),

@@ -12,7 +12,7 @@ import lightning.pytorch as pl
 import numpy as np
 import pytest
 import torch
-from datasets import Dataset as HfDataset
+from datasets import Dataset as HfDataset  # type: ignore[import-untyped]
 from lightning.pytorch.accelerators import CPUAccelerator
 from lightning.pytorch.callbacks import OnExceptionCheckpoint, ThroughputMonitor
 from lightning.pytorch.demos.lstm import SequenceSampler
@@ -216,7 +216,10 @@ class SameBatches(BatchSampler):
         ({"sampler": SubsetRandomSampler(range(9))}, "sampler=SubsetRandomSampler cannot"),
         ({"sampler": RandomSampler(range(203), replacement=True)}, "sampler=RandomSampler cannot"),
         ({"sampler": [1, 2, 3]}, "sampler=list cannot"),
-        ({"sampler": BatchesOfRanks(range(203), 2, 0), "batch_size": None}, "sampler=BatchesOfRanks cannot"),
+        (
+            {"sampler": BatchesOfRanks(range(203), 2, 0), "batch_size": None},  # type: ignore[arg-type]
+            "sampler=BatchesOfRanks cannot",
+        ),
         (
             {"batch_sampler": SequenceSampler(range(203), 20)},
             "batch_sampler=SequenceSampler has no sampler.*BatchSampler",
@@ -477,6 +480,8 @@ def test_resume_with_another_server_optimizer(saved: Path) -> None:
 class Poisoned(Counting):
     """Clients that hold a poisoned sample, one with input 1e6 in every place, send an update that is not finite."""
 
+    seen: Tensor
+
     def __init__(self, how: str) -> None:
         super().__init__(dropout=0.0)
         self.how = how
@@ -488,8 +493,10 @@ class Poisoned(Counting):
         if bad and self.how == "buffer":
             self.seen[1] = torch.inf
         if bad and self.how == "weights":
+            first = self.net[0]
+            assert isinstance(first, nn.Linear)
             with torch.no_grad():
-                self.net[0].weight[0, 0] = -torch.inf
+                first.weight[0, 0] = -torch.inf
         if bad and self.how == "loss":
             loss = loss * torch.nan
         if bad and self.how == "lr":
@@ -742,7 +749,7 @@ def test_weigh_decides_what_is_computed_and_what_is_reported() -> None:
 
 def test_partitioner_class_in_place_of_an_object() -> None:
     with pytest.raises(TypeError, match=r"partitioner=IidPartitioner is a class"):
-        sequential(partitioner=partitioners.IidPartitioner)  # type: ignore[arg-type]
+        sequential(partitioner=partitioners.IidPartitioner)
 
 
 @pytest.mark.parametrize(

@@ -149,7 +149,7 @@ def test_norm_clipped_leaves_the_update_to_others_as_it_was() -> None:
     update = ClientUpdate(0, delta, 5.0, 1, 1, 1, 0.0, 0.0)
     total = rule.accumulate(rule.init(delta, cohort), update, 1.0, cohort)
     assert delta.tolist() == [3.0, 4.0, 7.0]
-    assert rule.finish(total, cohort).tolist() == pytest.approx([0.6, 0.8, 7.0])
+    assert rule.finish_with(total, cohort, None)[0].tolist() == pytest.approx([0.6, 0.8, 7.0])
 
 
 def clipped_around(center: Array, rows: Array, radius: float) -> Array:

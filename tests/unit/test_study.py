@@ -5,7 +5,7 @@ from __future__ import annotations
 import ast
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pandas as pd
@@ -294,7 +294,7 @@ def test_diverged_settings_are_no_results() -> None:
 
 def test_a_ledger_gives_back_what_it_was_given(tmp_path: Any) -> None:
     job = Job(Setting(16, FED_AVG, 32, 5, 1 / 3), 1 / 27, 2)
-    row = table_of({job.setting: [math.inf]}).iloc[0].to_dict()
+    row = cast("dict[str, Any]", table_of({job.setting: [math.inf]}).iloc[0].to_dict())
     Ledger(tmp_path, {"flops": 1e9}).add(job, {**row, "share": job.share, "seed": job.seed})
     again = Ledger(tmp_path, {"flops": 1e9})
     kept = again.get(job)

@@ -71,8 +71,14 @@ def test_one_that_dies() -> None:
 def test_nothing_is_printed_and_nobody_is_left(
     capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    children, fork = [], os.fork
-    monkeypatch.setattr(os, "fork", lambda: children.append(fork()) or children[-1])
+    children: list[int] = []
+    fork = os.fork
+
+    def noted() -> int:
+        children.append(fork())
+        return children[-1]
+
+    monkeypatch.setattr(os, "fork", noted)
     real_step(lambda: print("from the child", flush=True), 2**28)
     assert capfd.readouterr() == ("", "")
     with pytest.raises(ChildProcessError):

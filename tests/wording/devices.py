@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from lightning.pytorch.demos.boring_classes import BoringModel
 from torch import nn
 
 from lightning_fedscale.devices import (
     DeviceClass,
+    MemoryModel,
     PerformanceModel,
     Population,
     StepTime,
@@ -20,14 +23,13 @@ from lightning_fedscale.devices.profiling.samples import largest_sample
 from tests.wording import Row
 
 
-def device(**figures: object) -> DeviceClass:
-    return DeviceClass(
-        **{"name": "box", "memory": 8, "flops": 1.0, "memory_bandwidth": 1.0, "up": 1.0, "down": 1.0} | figures
-    )  # type: ignore[arg-type]
+def device(**figures: Any) -> DeviceClass:
+    usual: dict[str, Any] = {"name": "box", "memory": 8, "flops": 1.0, "memory_bandwidth": 1.0, "up": 1.0, "down": 1.0}
+    return DeviceClass(**usual | figures)
 
 
-def estimate(**options: object) -> object:
-    return estimate_memory(BoringModel(), torch.zeros(1, 32), **options)  # type: ignore[arg-type]
+def estimate(**options: Any) -> MemoryModel:
+    return estimate_memory(BoringModel(), torch.zeros(1, 32), **options)
 
 
 def memory() -> object:
@@ -46,7 +48,7 @@ ROWS: list[Row] = [
         "hardware, pass a DeviceClass.",
     ),
     Row(
-        lambda: device_class(3),
+        lambda: device_class(3),  # type: ignore[arg-type]
         TypeError,
         "device_class=3: pass a DeviceClass, or one of 'phone', 'old-phone', 'raspberry-pi-5', 'jetson-nano', "
         "'jetson', 'jetson-agx', 'laptop', 't4', 'a100', 'h100'.",
@@ -133,7 +135,7 @@ ROWS: list[Row] = [
         "seed=-1: pass an integer of at least 0.",
     ),
     Row(
-        lambda: Population({"phone": 1}, batch_size="big"),
+        lambda: Population({"phone": 1}, batch_size="big"),  # type: ignore[arg-type]
         ValueError,
         "batch_size='big': pass one of 'largest', 'fastest', 'proportional', 'loader', or a dict of numbers by "
         "device class.",
@@ -149,7 +151,7 @@ ROWS: list[Row] = [
         "batch_size['phone']=0: pass a number of samples, at least 1.",
     ),
     Row(
-        lambda: estimate_memory(3, torch.zeros(1, 32)),
+        lambda: estimate_memory(3, torch.zeros(1, 32)),  # type: ignore[arg-type]
         TypeError,
         "module=3: pass a LightningModule.",
     ),
@@ -222,7 +224,7 @@ ROWS: list[Row] = [
         "fixed=-1: pass seconds, at least 0.",
     ),
     Row(
-        lambda: PerformanceModel(0.5),
+        lambda: PerformanceModel(0.5),  # type: ignore[arg-type]
         TypeError,
         "step=0.5: pass a StepTime, such as fit_step_time(batches, seconds).",
     ),

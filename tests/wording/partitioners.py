@@ -42,7 +42,7 @@ ROWS: list[Row] = [
         "num_partitions=0: pass an integer of at least 1.",
     ),
     Row(
-        lambda: IidPartitioner(2.5),
+        lambda: IidPartitioner(2.5),  # type: ignore[arg-type]
         TypeError,
         "num_partitions=2.5: pass an integer of at least 1, not float.",
     ),
@@ -77,7 +77,7 @@ ROWS: list[Row] = [
         "alpha=0: pass a finite number above 0, such as 0.5, or a list of them.",
     ),
     Row(
-        lambda: DirichletPartitioner(10, alpha="much"),
+        lambda: DirichletPartitioner(10, alpha="much"),  # type: ignore[arg-type]
         TypeError,
         "alpha='much': pass a number above 0, such as 0.5, or a list of them.",
     ),
@@ -87,7 +87,7 @@ ROWS: list[Row] = [
         "alpha has 3 entries for num_partitions=2: pass one per client, or a single number.",
     ),
     Row(
-        lambda: DirichletPartitioner(10, 5, alpha=1.0),
+        lambda: DirichletPartitioner(10, 5, alpha=1.0),  # type: ignore[arg-type]
         TypeError,
         "partition_by=5: pass the name of a column, the position of an entry as a string, such as '1', or "
         "None; pass the arguments after it by keyword.",
@@ -147,7 +147,7 @@ ROWS: list[Row] = [
         "num_classes_per_partition=3: pass at most the number of classes, 2.",
     ),
     Row(
-        lambda: PathologicalPartitioner(3, num_classes_per_partition=1, class_assignment_mode="radom"),
+        lambda: PathologicalPartitioner(3, num_classes_per_partition=1, class_assignment_mode="radom"),  # type: ignore[arg-type]
         ValueError,
         "class_assignment_mode='radom': pass one of 'random', 'deterministic', 'first-deterministic'. Did you "
         "mean 'random'?",
@@ -183,12 +183,12 @@ ROWS: list[Row] = [
         "lower one of them.",
     ),
     Row(
-        lambda: DistributionPartitioner([1.0], 2, 1, preassigned_num_samples_per_label=0),
+        lambda: DistributionPartitioner([1.0], 2, 1, preassigned_num_samples_per_label=0),  # type: ignore[arg-type]
         TypeError,
         "distribution_array has dtype float64, shape (1,): pass a 2-D array of numbers, one row per class.",
     ),
     Row(
-        lambda: DistributionPartitioner([[1.0], [-1.0]], 2, 1, preassigned_num_samples_per_label=0),
+        lambda: DistributionPartitioner([[1.0], [-1.0]], 2, 1, preassigned_num_samples_per_label=0),  # type: ignore[arg-type]
         ValueError,
         "distribution_array: pass finite numbers of at least 0, and with rescale=True no row of zeros only.",
     ),
@@ -216,7 +216,14 @@ ROWS: list[Row] = [
     ),
     Row(
         lambda: partition(
-            DistributionPartitioner([[9], [1]], 2, 1, preassigned_num_samples_per_label=0, rescale=False), [0, 1] * 4
+            DistributionPartitioner(
+                [[9], [1]],  # type: ignore[arg-type]
+                2,
+                1,
+                preassigned_num_samples_per_label=0,
+                rescale=False,
+            ),
+            [0, 1] * 4,
         ),
         ValueError,
         "distribution_array: its row for class 0 takes 9 samples, and there are 4: lower the row, or pass "
@@ -235,7 +242,7 @@ ROWS: list[Row] = [
         "partition_sizes=[]: pass the size of at least one client.",
     ),
     Row(
-        lambda: SizePartitioner([1.5]),
+        lambda: SizePartitioner([1.5]),  # type: ignore[list-item]
         TypeError,
         "partition_sizes=[1.5]: pass a list of integers, one size per client.",
     ),
@@ -362,18 +369,18 @@ ROWS: list[Row] = [
         "min_partition_size of at most 2, or lower num_partitions.",
     ),
     Row(
-        lambda: Partition([0, 1], [0, 1]),
+        lambda: Partition([0, 1], [0, 1]),  # type: ignore[arg-type]
         ValueError,
         "offsets=[0 1]: pass numbers that rise from 0 to the number of indices, 2, one more than there are "
         "clients; Partition.from_lists makes them.",
     ),
     Row(
-        lambda: Partition([[0]], [0, 1]),
+        lambda: Partition([[0]], [0, 1]),  # type: ignore[arg-type]
         ValueError,
         "indices has shape (1, 1): pass an array with one dimension.",
     ),
     Row(
-        lambda: Partition.from_lists(3),
+        lambda: Partition.from_lists(3),  # type: ignore[arg-type]
         TypeError,
         "clients=3: pass a list of sample positions for each client, [[0, 2], [1]].",
     ),
@@ -423,12 +430,12 @@ ROWS: list[Row] = [
         "by='client': this needs two clients with samples, and there are 1: pass by='sample'.",
     ),
     Row(
-        lambda: split(TWO, 0.5, by="clients"),
+        lambda: split(TWO, 0.5, by="clients"),  # type: ignore[arg-type]
         ValueError,
         "by='clients': pass one of 'sample', 'client'. Did you mean 'client'?",
     ),
     Row(
-        lambda: split([[0]], 0.5),
+        lambda: split([[0]], 0.5),  # type: ignore[arg-type]
         TypeError,
         "partition=[[0]]: pass a Partition, such as partitioner.partition.",
     ),

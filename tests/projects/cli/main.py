@@ -1,7 +1,7 @@
 """Somebody's LightningCLI project."""
 
 import torch
-from digits import Digits, DigitsData
+from digits import Digits, DigitsData  # type: ignore[import-not-found]
 from lightning.pytorch.cli import LightningCLI
 
 
