@@ -20,7 +20,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     And one of which a rank fails.
     """
     folder = tmp_path_factory.mktemp("own_data")
-    runs = [(1, 6, "-", "whole"), (2, 4, "-", "half"), (1, 6, "half", "on_1"), (3, 6, "half", "on_3")]
+    runs: list[tuple[int | str, ...]] = [(1, 6, "-", "whole"), (2, 4, "-", "half")]
+    runs += [(1, 6, "half", "on_1"), (3, 6, "half", "on_3")]
     runs.append((2, 4, "-", "failed", "FAILS"))
     for ended in processes.run_forked([("own_data.py", ranks, folder, ranks, *rest) for ranks, *rest in runs], folder):
         processes.assert_well(ended)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+from torch.multiprocessing.spawn import start_processes
 
 from lightning_fedscale.core.client_state import ClientStore, Files, Memory, StateStore, placement
 from lightning_fedscale.core.client_state.placement import StatePlacement
@@ -86,7 +86,7 @@ def test_states_on_several_ranks_are_those_of_one(world_size: int, limit: float,
     one.mkdir()
     several.mkdir()
     run(0, 1, math.inf, 0, one)
-    mp.start_processes(run, (world_size, limit, processes.free_port(), several), world_size, start_method="fork")
+    start_processes(run, (world_size, limit, processes.free_port(), several), world_size, start_method="fork")
     for part in range(2):
         left, right = (torch.load(folder / f"{part}.pt", weights_only=True) for folder in (one, several))
         assert equal(left, right)

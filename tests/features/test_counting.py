@@ -21,7 +21,7 @@ STRATEGIES = ("plain", "sequential", "vectorized", "auto")
 
 
 def strategy_of(name: str) -> Any:
-    return "auto" if name == "plain" else FederatedStrategy(num_clients=3, executor=name)
+    return "auto" if name == "plain" else FederatedStrategy(num_clients=3, executor=name)  # type: ignore[arg-type]
 
 
 def fit(module: pl.LightningModule, loader: Any, strategy: str, *more: Any, epochs: int = 3, **options: Any) -> Any:
@@ -99,7 +99,7 @@ class Holds(Net):
 
     def __init__(self) -> None:
         super().__init__()
-        self.handle = (each for each in ())
+        self.handle = (each for each in "")
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         kept = batch["labels"] >= 0
@@ -153,7 +153,8 @@ class Adversaries(Net):
         self.critic, self.ran = nn.Linear(OUT, 1), [0, 0]
 
     def training_step(self, batch: Any, batch_idx: int) -> None:  # type: ignore[override]
-        critic, generator = self.optimizers()
+        optimizers: Any = self.optimizers()
+        critic, generator = optimizers
         self.ran[0] += 1
         fake = self.net(batch["x"]).detach()
         critic.zero_grad()

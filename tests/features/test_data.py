@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import os
 import random
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, cast
 
 import lightning.pytorch as pl
 import numpy as np
 import pytest
 import torch
-from datasets import Dataset as HFDataset
+from datasets import Dataset as HFDataset  # type: ignore[import-untyped]
 from torch import Tensor
 from torch.utils.data import (
     BatchSampler,
@@ -113,14 +113,14 @@ def test_a_batch_sampler_of_the_users_own() -> None:
 def test_a_distributed_sampler_counts_as_the_shuffling_that_it_asks_for() -> None:
     data = indexed()
     for shuffle in (True, False):
-        sampler = DistributedSampler(data, num_replicas=2, rank=0, shuffle=shuffle)
+        sampler: DistributedSampler[int] = DistributedSampler(data, num_replicas=2, rank=0, shuffle=shuffle)
         assert seen(DataLoader(data, batch_size=8, sampler=sampler)) == expected(shuffle=shuffle)
 
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_samples_without_batches(workers: int) -> None:
     class Single(reference_loop.Recorder):
-        def training_step(self, batch: tuple[Tensor, ...], batch_idx: int) -> Tensor:
+        def training_step(self, batch: Sequence[Tensor], batch_idx: int) -> Tensor:
             assert batch[0].shape == (12,)
             return super().training_step([part[None] for part in batch], batch_idx)
 
@@ -138,14 +138,14 @@ class AskedForBatches(Dataset[tuple[Tensor, ...]]):
     """Reads whole batches at once, as a dataset over sparse matrices or a table does (scvi-tools, Hugging Face)."""
 
     def __init__(self) -> None:
-        self.whole = indexed()
+        self.whole: reference_loop.Indexed | TensorDataset = indexed()
 
     def __len__(self) -> int:
         return len(self.whole)
 
     def __getitem__(self, indices: list[int]) -> tuple[Tensor, ...]:
         assert isinstance(indices, list)
-        return self.whole[indices]  # type: ignore[no-any-return]
+        return self.whole[indices]  # type: ignore[index]
 
 
 class Whole(AskedForBatches):
@@ -304,10 +304,10 @@ def test_a_datamodule_and_the_modules_own_loader_give_the_same_model() -> None:
     torch.manual_seed(0)
     first, second = reference_loop.Validated(), WithData()
     second.load_state_dict(first.state_dict())
-    trainer = reference.quiet_trainer(strategy=sequential(**strategy), max_epochs=2)  # type: ignore[arg-type]
+    trainer = reference.quiet_trainer(strategy=sequential(**strategy), max_epochs=2)
     trainer.fit(first, datamodule=Data())
     assert calls == ["prepare", "fit", "teardown"]
-    trainer = reference.quiet_trainer(strategy=sequential(**strategy), max_epochs=2)  # type: ignore[arg-type]
+    trainer = reference.quiet_trainer(strategy=sequential(**strategy), max_epochs=2)
     trainer.fit(second)
     third = reference_loop.models(2)[-1]
     assert reference_loop.same(first.state_dict(), third)
@@ -425,7 +425,9 @@ def test_workers_give_the_same_model(options: dict[str, Any]) -> None:
 
 
 def start_worker(worker: int) -> None:
-    get_worker_info().dataset.bonus = 1000
+    info = get_worker_info()
+    assert info is not None
+    cast("WithBonus", info.dataset).bonus = 1000
 
 
 class Watched(DataLoader[Any]):
@@ -571,7 +573,7 @@ class Transfers(reference.Classifier):
 def test_random_transfer_hooks_draw_from_the_client_whoever_is_first(per_round: int) -> None:
     torch.manual_seed(0)
     module = Transfers()
-    strategy = {"clients_per_round": per_round}
+    strategy: dict[str, object] = {"clients_per_round": per_round}
     reference_loop.fit(module, noisy_loader(), strategy=strategy, max_epochs=3)
     noisy, plain = Noisy(reference_loop.data()), Transfers()
 
@@ -599,7 +601,7 @@ def test_the_users_generators_are_untouched(workers: int) -> None:
     class Draws(pl.Callback):
         """Draws as the server does, around every round."""
 
-        def on_train_batch_start(self, *args: object) -> None:
+        def on_train_batch_start(self, *args: object, **kwargs: object) -> None:
             between[-1].append(draw())
 
         on_round_start = on_round_end = on_train_batch_end = on_train_batch_start

@@ -165,7 +165,7 @@ WITH: dict[str, dict[str, Any]] = {
         "local_rule": local_rules.scaffold(), "compressor": "sign", "server_optimizer": server.fed_adam(0.1),
         "personal": ["net.4.*"], "sampler": EmptyAt(0, 2),
     },
-    "simulated hardware": {"population": Population({DeviceClass("phone", 2e9, 1e9, 1e9, 1e6, 1e6): 1.0})},
+    "simulated hardware": {"population": Population({DeviceClass("phone", 2 * 10**9, 1e9, 1e9, 1e6, 1e6): 1.0})},
     "rounds in an epoch": {"rounds_per_epoch": 3, "options": {"log_every_n_steps": 1}},
     "accumulated gradients": {"options": {"accumulate_grad_batches": 2}},
     "mixed precision": {"options": {"precision": "bf16-mixed"}},
@@ -336,7 +336,8 @@ def test_clients_without_a_batch_are_left_out_and_named(absent: tuple[int, ...],
         gone = np.isin(found.clients, absent)
         assert found.weights[~gone].tolist() == wanted.weights.tolist()
         assert found.local_steps[gone].tolist() == found.samples[gone].tolist() == [0] * len(absent)
-        assert (found.upload_bytes, found.loss) == (wanted.upload_bytes, pytest.approx(wanted.loss))
+        assert found.upload_bytes == wanted.upload_bytes
+        assert found.loss == pytest.approx(wanted.loss)
     if name != "auto":
         assert same(course.weights[-1], expected.weights[-1])
 

@@ -67,7 +67,7 @@ class Spied(reference.Classifier):
         super().__init__()
         self.log_of_calls = log
 
-    def configure_optimizers(self) -> Any:  # type: ignore[override]
+    def configure_optimizers(self) -> Any:
         optimizer = torch.optim.SGD(self.parameters(), lr=0.1)
         return [optimizer], [torch.optim.lr_scheduler.StepLR(optimizer, 1)]
 

@@ -47,7 +47,7 @@ class Measured(reference.Classifier):
         self.mean.update(inputs.mean(1))
         self.log("mean", self.mean, on_step=False, on_epoch=True)
         self.many.update(guesses, labels)
-        self.log_dict(self.many, on_step=False, on_epoch=True)  # type: ignore[arg-type]
+        self.log_dict(self.many, on_step=False, on_epoch=True)
         self.by_hand_total.update(len(labels))
         self.confusion.update(guesses, labels)
         return super().training_step(batch, batch_idx)
@@ -72,7 +72,7 @@ def test_metrics_count_every_local_batch_of_the_epochs_rounds() -> None:
     epochs: list[dict[str, float]] = []
 
     class Collect(pl.Callback):
-        def on_train_epoch_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
             epochs.append({name: float(value) for name, value in trainer.callback_metrics.items()})
 
         on_train_end = on_train_epoch_start
@@ -121,6 +121,9 @@ def test_metrics_change_nothing_about_training() -> None:
 
 class Distance(Metric):
     """Holds a network with a buffer that its forward pass moves, and a counter that it saves."""
+
+    total: Tensor
+    count: Tensor
 
     def __init__(self) -> None:
         super().__init__()

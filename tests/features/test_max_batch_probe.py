@@ -340,7 +340,7 @@ class GraphBatch:
 
 
 class OfGraphs(Watched):
-    def training_step(self, batch: GraphBatch, batch_idx: int) -> Tensor:  # type: ignore[override]
+    def training_step(self, batch: GraphBatch, batch_idx: int) -> Tensor:
         self.sizes.append(batch.count)
         outputs = self.network(batch.nodes)
         pooled = torch.zeros(batch.count, 10).index_add(0, batch.owner, outputs)
@@ -436,8 +436,8 @@ class Everything(Callback):
         self.state: list[Any] = []
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        loader = trainer.fit_loop._data_source.instance
-        numpy = np.random.get_state()
+        loader: Any = trainer.fit_loop._data_source.instance
+        numpy: Any = np.random.get_state()
         self.state = copy.deepcopy([
             pl_module.state_dict(), [p.grad for p in pl_module.parameters()], [m.training for m in pl_module.modules()],
             [optimizer.state_dict() for optimizer in trainer.optimizers],
@@ -547,17 +547,17 @@ def test_never_above_the_truth() -> None:
 
 
 def test_logged(tmp_path: Path) -> None:
-    loggers = [CSVLogger(tmp_path), TensorBoardLogger(tmp_path, "tensorboard")]
+    table, board = CSVLogger(tmp_path), TensorBoardLogger(tmp_path, "tensorboard")
     probe = MaxBatchProbe(budget=budget_for(50), headroom=0.0, device_classes=["phone", "t4"])
-    run = trainer(probe, logger=loggers)
+    run = trainer(probe, logger=[table, board])
     run.fit(WithAttribute())
     assert run.callback_metrics["probe/max_batch"] == 50
-    written = (Path(loggers[0].log_dir) / "metrics.csv").read_text()
+    written = (Path(table.log_dir) / "metrics.csv").read_text()
     for name in ("probe/max_batch", "probe/predicted_bytes", "probe/budget_bytes", "probe/max_batch/phone"):
         assert name in written
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    events = EventAccumulator(loggers[1].log_dir).Reload()
+    events = EventAccumulator(board.log_dir).Reload()
     assert events.Scalars("probe/max_batch")[0].value == 50
     assert "probe/memory" in events.Tags()["images"]
 

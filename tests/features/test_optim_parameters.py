@@ -59,7 +59,7 @@ class Copied(Target):
     """A hard copy that shares memory with what it copies."""
 
     def extra(self, batch: list[Tensor]) -> Tensor | float:
-        self.target.weight.data = self.net[0].weight.data
+        self.target.weight.data = self.net[0].weight.data  # type: ignore[assignment]
         return 0.0
 
 
@@ -99,6 +99,8 @@ def test_tied_parameters_stay_tied_and_travel_once() -> None:
 
 
 class Complex(Model):
+    phase: Tensor
+
     def __init__(self) -> None:
         super().__init__()
         self.spectrum = nn.Parameter(torch.randn(12, dtype=torch.complex64))

@@ -370,7 +370,7 @@ def test_a_head_by_hand_is_one_over_the_vocabulary() -> None:
             super().__init__()
             del self.head
 
-        def head(self, hidden: Tensor) -> Tensor:
+        def head(self, hidden: Tensor) -> Tensor:  # type: ignore[override]
             return nn.functional.linear(hidden, self.table.weight)
 
     accounting = ComputeAccounting()

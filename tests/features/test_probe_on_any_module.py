@@ -89,7 +89,7 @@ class OnlyBatch(Regression):
 
 
 class OwnNames(Regression):
-    def training_step(self, samples: Any, number: int) -> Any:  # type: ignore[override]
+    def training_step(self, samples: Any, number: int) -> Any:
         assert number >= 0
         return {"loss": self.loss(*samples), "more": "text"}
 
@@ -138,7 +138,7 @@ class PreparesAtStart(Regression):
 
 
 class NoGradInStep(torch.optim.Adam):
-    @torch.no_grad()  # type: ignore[untyped-decorator]
+    @torch.no_grad()
     def step(self, closure: Any = None) -> Any:
         loss = None if closure is None else closure()
         super().step()
@@ -157,7 +157,7 @@ class OwnOptimizerStep(Regression):
         optimizer.step(closure=optimizer_closure)
 
     def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
-        (2 * loss).backward()  # type: ignore[no-untyped-call]
+        (2 * loss).backward()
 
 
 class Adversaries(Regression):
@@ -173,7 +173,8 @@ class Adversaries(Regression):
             optimizer.zero_grad()
             self.manual_backward(loss)
             optimizer.step()
-        plateau, steps = self.lr_schedulers()  # type: ignore[misc]
+        schedulers: Any = self.lr_schedulers()
+        plateau, steps = schedulers
         plateau.step(loss)
         steps.step()
         self.log("lr", steps.get_last_lr()[0])
@@ -218,7 +219,7 @@ class CollectionIsLoss(Regression):
 
     def loss(self, inputs: Tensor, targets: Tensor) -> Tensor:
         self.steps += 1
-        return sum(self.metrics(self.net(inputs), targets).values())  # type: ignore[return-value]
+        return sum(self.metrics(self.net(inputs), targets).values())
 
 
 # ---- what a batch is
@@ -277,7 +278,7 @@ class OfLists(Regression):
     def training_step(self, batch: Any, batch_idx: int) -> Any:
         inputs, targets = batch
         assert isinstance(inputs, list)
-        return sum(self.loss(x, y) for x, y in zip(inputs, targets, strict=True)) / len(inputs)  # type: ignore[arg-type]
+        return sum(self.loss(x, y) for x, y in zip(inputs, targets, strict=True)) / len(inputs)
 
 
 class TakesApart(Regression):
@@ -339,8 +340,8 @@ class HoldsEverything(Regression):
         COLLECTED.append(2.0)
         self.counts["steps"] += 1
         type(self).total += 1
-        next(c for c in self.kept["diary"] if isinstance(c, Diary)).seen.append(3.0)  # type: ignore[attr-defined]
-        self.kept["data"].notes["steps"] = self.kept["data"].notes.get("steps", 0) + 1  # type: ignore[attr-defined]
+        next(c for c in self.kept["diary"] if isinstance(c, Diary)).seen.append(3.0)
+        self.kept["data"].notes["steps"] = self.kept["data"].notes.get("steps", 0) + 1
         return loss
 
 
@@ -406,7 +407,7 @@ class Fixed(Regression):
 class CannotBeCopied(Regression):
     def __init__(self) -> None:
         super().__init__()
-        self.lock = threading.Lock()  # type: ignore[assignment]
+        self.lock = threading.Lock()
 
 
 class EmptyToSome(Data):
@@ -525,7 +526,7 @@ def test_whatever_fails_only_reporting_goes_on(options: dict[str, Any]) -> None:
 # ---- read from Lightning, so that what it adds is covered
 
 
-@pytest.mark.parametrize("hook", _DataHookSelector.__dataclass_fields__["_valid_hooks"].default)
+@pytest.mark.parametrize("hook", _DataHookSelector._valid_hooks)
 @pytest.mark.parametrize("owner", ["module", "data"])
 def test_every_hook_on_the_way_to_the_step(hook: str, owner: str) -> None:
     def marked(self: Any, batch: Any, *rest: Any) -> Any:
@@ -567,11 +568,11 @@ def test_a_copy_of_a_compiled_module_runs_its_own_steps(by: str) -> None:
     """What torch.compile puts into a module runs the module's own weights, also when it is found in a copy."""
     module = BoringModel()
     if by == "lightning":
-        from_compiled(torch.compile(module, backend="eager"))
+        from_compiled(torch.compile(module, backend="eager"))  # type: ignore[arg-type]
     else:
-        module.forward = torch.compile(module.forward, backend="eager")
+        module.forward = torch.compile(module.forward, backend="eager")  # type: ignore[method-assign]
     assert "forward" in vars(module)
-    other = module.other = torch.compile(torch.sin, backend="eager")
+    other = module.other = torch.compile(torch.sin, backend="eager")  # type: ignore[assignment]
     twin = copied(module, TrainerView(None))
     assert not {"forward", "training_step", "validation_step"} & vars(twin).keys()
     assert twin.other is other
@@ -583,7 +584,7 @@ def test_a_copy_of_a_compiled_module_runs_its_own_steps(by: str) -> None:
 
 def test_a_function_that_a_module_has_compiled_in_place_of_a_method_stays() -> None:
     module = BoringModel()
-    module.forward = torch.compile(torch.sin, backend="eager")
+    module.forward = torch.compile(torch.sin, backend="eager")  # type: ignore[method-assign, arg-type]
     assert copied(module, TrainerView(None)).forward is module.forward
 
 
@@ -593,7 +594,7 @@ def test_the_trainer_of_a_part_that_is_no_lightning_module_is_its_own() -> None:
 
     module = BoringModel()
     module.inner, module.part = BoringModel(), Part(2, 2)
-    view = TrainerView(None)
+    view: Any = TrainerView(None)
     silence(module, view)
     assert module.trainer is view
     assert module.inner.trainer is view

@@ -121,7 +121,11 @@ def test_all_clients_are_a_figure_and_the_worst_ones_a_table(browser: Browser, a
 def test_phases_and_memory_are_figures(browser: Browser, address: str) -> None:
     for tag in ("phase/course", "probe/memory"):
         browser.open(f"{address}#images&tagFilter={tag.partition('/')[0]}")
-        wait(lambda tag=tag: tag in browser.text() and browser.count("img") >= 1)
+
+        def is_shown(tag: str = tag) -> bool:
+            return tag in browser.text() and browser.count("img") >= 1
+
+        wait(is_shown)
 
 
 def test_a_report_shows_all_its_pictures(browser: Browser, shown: tuple[str, Path], tmp_path: Path) -> None:

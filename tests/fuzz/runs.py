@@ -135,7 +135,7 @@ def run(
     """
     outcome = Outcome()
     # In order: what a loader shuffles by is the user's, and in no checkpoint.
-    others = [build(replace(recipe, shuffle=False, noisy=False)).loader] if "evaluated" in recipe.hooks else []
+    validation = build(replace(recipe, shuffle=False, noisy=False)).loader if "evaluated" in recipe.hooks else None
     module, loader, _ = build(recipe)
     callbacks: list[pl.Callback] = [Notes(outcome), Metrics(outcome)]
     if save is not None:
@@ -144,7 +144,8 @@ def run(
         try:
             strategy = "auto" if executor == "none" else make_strategy(recipe, executor)
             trainer = make_trainer(recipe, strategy, callbacks, **options)
-            trainer.fit(module, loader, *others, ckpt_path=None if resume is None else str(resume), weights_only=True)
+            path = None if resume is None else str(resume)
+            trainer.fit(module, loader, validation, ckpt_path=path, weights_only=True)
         except Exception as error:
             outcome.error = stable(f"{type(error).__name__}: {error}")
             frames = traceback.extract_tb(error.__traceback__)

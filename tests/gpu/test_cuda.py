@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,7 +12,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from lightning_fedscale.core.executors import transfer
-from lightning_fedscale.core.lightning import client_log
+from lightning_fedscale.core.lightning import client_log, log_series
+from lightning_fedscale.types import FloatArray
 from tests.laws import reference
 from tests.strategies import sequential
 
@@ -21,9 +23,9 @@ pytestmark = [
 ]
 
 
-def weights(rounds: int = 5, ckpt_path: Path | None = None, **options: object) -> dict[str, Tensor]:
-    trainer_options = {"accelerator": "gpu", "max_epochs": rounds, **options.pop("trainer", {})}  # type: ignore[dict-item]
-    strategy = sequential(**{"partitioner": reference.unequal_clients(), "clients_per_round": 4, **options})  # type: ignore[arg-type]
+def weights(rounds: int = 5, ckpt_path: Path | None = None, **options: Any) -> dict[str, Tensor]:
+    trainer_options = {"accelerator": "gpu", "max_epochs": rounds, **options.pop("trainer", {})}
+    strategy = sequential(**{"partitioner": reference.unequal_clients(), "clients_per_round": 4, **options})
     module = reference.make_module()
     reference.quiet_trainer(strategy=strategy, **trainer_options).fit(
         module, reference.loader(reference.dataset()), ckpt_path=ckpt_path
@@ -48,13 +50,17 @@ def test_agrees_with_the_cpu() -> None:
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "16-mixed"])
 @pytest.mark.parametrize("client_optimizer", ["reset", "keep"])
 def test_same_seed_same_bits_with_dropout(precision: str, client_optimizer: str) -> None:
-    options = {"trainer": {"precision": precision}, "client_optimizer": client_optimizer, "local_steps": 5}
+    options: dict[str, Any] = {
+        "trainer": {"precision": precision},
+        "client_optimizer": client_optimizer,
+        "local_steps": 5,
+    }
     first, second = weights(**options), weights(**options)
     assert reference.difference(first, second) == 0.0
 
 
 def test_resume_equals_never_stopped(tmp_path: Path) -> None:
-    options = {"client_optimizer": "keep", "local_steps": 5}
+    options: dict[str, Any] = {"client_optimizer": "keep", "local_steps": 5}
     saver = ModelCheckpoint(tmp_path, save_last=True)
     weights(3, trainer={"enable_checkpointing": True, "callbacks": [saver]}, **options)
     resumed = weights(6, ckpt_path=tmp_path / "last.ckpt", **options)
@@ -70,7 +76,7 @@ def test_two_devices_equal_one() -> None:
 
 @pytest.mark.parametrize("client_optimizer", ["reset", "keep"])
 @pytest.mark.parametrize("options", [{}, {"cache_dataset": False}, {"clients_per_wave": 2}], ids=str)
-def test_the_executor_does_not_matter(client_optimizer: str, options: dict[str, object]) -> None:
+def test_the_executor_does_not_matter(client_optimizer: str, options: dict[str, Any]) -> None:
     options = {"client_optimizer": client_optimizer, **options}
     vectorized = weights(**options, executor="vectorized")
     assert reference.difference(vectorized, weights(**options)) < 1e-4
@@ -104,11 +110,14 @@ def test_batches_on_their_way_ahead_are_whole() -> None:
 
 def test_logged_values_stay_on_the_device_until_the_round_is_over(monkeypatch: pytest.MonkeyPatch) -> None:
     reads: list[int] = []
-    read = client_log.read_numbers
-    monkeypatch.setattr(
-        client_log, "read_numbers", lambda values, device: (reads.append(len(values)), read(values, device))[1]
-    )
-    on_device, on_host = [], []
+
+    def read(values: list[Any], device: torch.device) -> FloatArray:
+        reads.append(len(values))
+        return log_series.read_numbers(values, device)
+
+    monkeypatch.setattr(client_log, "read_numbers", read)
+    on_device: list[float] = []
+    on_host: list[float] = []
     for accelerator, found in (("gpu", on_device), ("cpu", on_host)):
         strategy = sequential(partitioner=reference.unequal_clients())
         trainer = reference.quiet_trainer(accelerator=accelerator, max_epochs=3, strategy=strategy)

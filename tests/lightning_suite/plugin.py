@@ -18,9 +18,11 @@ from typing import Any
 import pytest
 from lightning.pytorch import Trainer
 from lightning.pytorch.accelerators import CPUAccelerator, CUDAAccelerator, MPSAccelerator, XLAAccelerator
+from lightning.pytorch.callbacks import Callback
 
 from lightning_fedscale import FederatedStrategy
 from lightning_fedscale.core.executors import sequential
+from lightning_fedscale.core.executors.local_step import local_step
 from lightning_fedscale.core.round.notifier import Notifier
 from lightning_fedscale.core.round.run_settings_logger import RunSettingsLogger
 from tests.lightning_suite.reasons import read
@@ -57,12 +59,11 @@ class OneBatchRounds(FederatedStrategy):
         super().save_checkpoint(dict(checkpoint) if self.bare else checkpoint, *args, **kwargs)
 
     def _set_epoch(self, rounds: int) -> None:
-        boards = (
-            []
-            if self._federation is None
-            else [c for c in self._trainer_of_fit.callbacks if isinstance(c, RunSettingsLogger)]
-        )
-        for owner in (self, *boards):
+        owners: list[OneBatchRounds | RunSettingsLogger] = [self]
+        if self._federation is not None:
+            callbacks: list[Callback] = self._trainer_of_fit.callbacks  # type: ignore[attr-defined]
+            owners += [each for each in callbacks if isinstance(each, RunSettingsLogger)]
+        for owner in owners:
             owner._options = dataclasses.replace(owner._options, rounds_per_epoch=rounds)
         if self._federation is not None:
             fit = self._federation.fit
@@ -109,7 +110,7 @@ class _Recorder:
                 self._trainers += 1
             original(trainer, **kwargs)
 
-        Trainer.__init__ = init  # type: ignore[method-assign]
+        Trainer.__init__ = init  # type: ignore[assignment, method-assign]
 
     def pytest_collection_modifyitems(self, config: pytest.Config, items: list[pytest.Item]) -> None:
         known = read(self._file.read_text()) if self._file.exists() else {}
@@ -118,14 +119,14 @@ class _Recorder:
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_protocol(self) -> Iterator[None]:
         self._trainers = 0
-        return (yield)  # type: ignore[return-value]
+        return (yield)
 
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_makereport(self, item: pytest.Item, call: pytest.CallInfo[None]) -> Iterator[None]:
         report: Any = yield
         if report.when == "call" or report.failed:
             self._note(report, None if call.excinfo is None else call.excinfo.value)
-        return report  # type: ignore[no-any-return]
+        return report
 
     def pytest_collectreport(self, report: pytest.CollectReport) -> None:
         if report.failed:
@@ -162,7 +163,7 @@ def _take_out_what_rounds_add() -> None:
     Notifier._report = lambda self, record: self._log.send()  # type: ignore[method-assign]
     for name in ("on_train_start", "on_train_batch_end", "on_train_end"):
         setattr(RunSettingsLogger, name, lambda self, *_: None)
-    local_step, call = sequential.local_step, sequential.SequentialExecutor._call
+    call = sequential.SequentialExecutor._call
 
     def numbered_step(trainer: Trainer, correction: Any = None) -> Any:
         own = local_step(trainer, correction)
@@ -173,4 +174,5 @@ def _take_out_what_rounds_add() -> None:
     def numbered_call(self: Any, hook: str, *values: Any) -> Any:
         return call(self, hook, *values[:-1], values[-1] + self._trainer.fit_loop.epoch_loop.batch_idx)
 
-    sequential.local_step, sequential.SequentialExecutor._call = numbered_step, numbered_call  # type: ignore[assignment]
+    sequential.local_step = numbered_step  # type: ignore[attr-defined]
+    sequential.SequentialExecutor._call = numbered_call  # type: ignore[method-assign]

@@ -31,7 +31,7 @@ def swept(**columns: Any) -> pd.DataFrame:
     """A table as a sweep of a perceptron's width writes it, of eight clients with a partition from a file."""
     table = made()
     widths = {params: 2.0**power for power, params in enumerate(sorted(table["params"].unique()), start=2)}
-    facts = {
+    facts: dict[str, Any] = {
         "size": table["params"].map(widths).astype(int), "argument": "width", "clients": 8, "method": "scaffold",
         "partition": EIGHT.fingerprint, "partition_name": "hospitals.json", "fingerprint": EIGHT.fingerprint,
         "mean_js_distance": 0.05, "samples": SAMPLES, "batch_size": 0, "batch": 32, "local_steps": 5,
@@ -108,7 +108,7 @@ def test_a_table_of_two_kinds_of_runs_is_noticed_and_taken_apart(name: str) -> N
     assert getattr(found.made_for, name) is None
     if name == "optimizer":
         return
-    asked = OTHER if name == "partition" else MIXED[name]
+    asked: Any = OTHER if name == "partition" else MIXED[name]
     alone = runs_to_fit(both, TRUTH, **{name: asked})
     assert len(alone.table) == len(worse)
     assert not any("fit each separately" in each or "dropped" in each for each in alone.notes)

@@ -25,8 +25,11 @@ def product(*choices: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return made
 
 
+Case = tuple[Callable[..., Optimizer], dict[str, Any]]
+"""The class of an optimizer and its arguments, besides those of every one."""
+
 AMSGRAD: list[dict[str, Any]] = [{}, {"amsgrad": True}]
-KNOWN: list[tuple[type[Optimizer], dict[str, Any]]] = [
+KNOWN: list[Case] = [
     *((Adam, options) for options in product(FUSED, AMSGRAD, DECAY, MAXIMIZE)),
     *((AdamW, options) for options in product(FUSED, AMSGRAD, MAXIMIZE)),
     *((RAdam, options) for options in product(WAYS, DECAY, [{}, {"decoupled_weight_decay": True}], MAXIMIZE)),
@@ -38,7 +41,7 @@ KNOWN: list[tuple[type[Optimizer], dict[str, Any]]] = [
         for options in product(WAYS, DECAY, MAXIMIZE, [{}, {"momentum": 0.9}], [{}, {"centered": True}])
     ),
 ]
-NOT_KNOWN: list[tuple[type[Optimizer], dict[str, Any]]] = [
+NOT_KNOWN: list[Case] = [
     *((SGD, {"momentum": 0.9, **options}) for options in (*WAYS, {"nesterov": True}, {"dampening": 0.5})),
     (Adagrad, {"initial_accumulator_value": 0.1}),
     (Rprop, {}),
@@ -89,7 +92,7 @@ def memory(optimizer: Optimizer) -> list[int]:
     ]
 
 
-def switched(case: tuple[type[Optimizer], dict[str, Any]], dtype: torch.dtype) -> tuple[list[Tensor], bool]:
+def switched(case: Case, dtype: torch.dtype) -> tuple[list[Tensor], bool]:
     """The second of two clients that share an optimizer; also whether it found its state in the first one's memory."""
     kind, options = case
     shared = parameters(dtype)
@@ -106,7 +109,7 @@ def switched(case: tuple[type[Optimizer], dict[str, Any]], dtype: torch.dtype) -
     return bits(shared), reused
 
 
-def alone(case: tuple[type[Optimizer], dict[str, Any]], dtype: torch.dtype) -> list[Tensor]:
+def alone(case: Case, dtype: torch.dtype) -> list[Tensor]:
     own = parameters(dtype)
     train(case[0](own, lr=0.1, **case[1]), seed=2)
     return bits(own)
@@ -114,9 +117,7 @@ def alone(case: tuple[type[Optimizer], dict[str, Any]], dtype: torch.dtype) -> l
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 @pytest.mark.parametrize("case", KNOWN, ids=name_of)
-def test_refilled_state_takes_the_steps_of_a_new_optimizer(
-    case: tuple[type[Optimizer], dict[str, Any]], dtype: torch.dtype
-) -> None:
+def test_refilled_state_takes_the_steps_of_a_new_optimizer(case: Case, dtype: torch.dtype) -> None:
     got, reused = switched(case, dtype)
     assert reused
     assert all(map(torch.equal, got, alone(case, dtype)))
@@ -124,9 +125,7 @@ def test_refilled_state_takes_the_steps_of_a_new_optimizer(
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("case", NOT_KNOWN, ids=name_of)
-def test_where_it_is_not_known_how_the_state_is_made_anew(
-    case: tuple[type[Optimizer], dict[str, Any]], dtype: torch.dtype
-) -> None:
+def test_where_it_is_not_known_how_the_state_is_made_anew(case: Case, dtype: torch.dtype) -> None:
     got, reused = switched(case, dtype)
     assert not reused
     assert all(map(torch.equal, got, alone(case, dtype)))

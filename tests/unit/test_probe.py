@@ -52,7 +52,8 @@ def machine(factor: float, memory: float, seen: list[int], more: int = 0) -> Cal
 def test_never_above_the_truth_and_at_most_two_steps(
     factor: float, more: int, limit: int | None, headroom: float
 ) -> None:
-    budget, seen = 5_000_000, []
+    seen: list[int] = []
+    budget = 5_000_000
     found = probe(MODEL, budget, headroom=headroom, limit=limit, measure=machine(factor, budget, seen, more))
     assert found.real_steps == len(seen) <= 2
     assert MODEL.peak(found.max_batch) * factor + more <= budget * (1 + 1e-6)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import pickle
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,7 +19,7 @@ from tests.laws import reference
 from tests.strategies import sequential
 
 
-def update(client: int, **changes: float) -> ClientUpdate:
+def update(client: int, **changes: Any) -> ClientUpdate:
     made = ClientUpdate(client, torch.zeros(0), norm=1.0, num_samples=4, samples=4, steps=1, loss=0.5, seconds=0.1)
     return made._replace(**changes)
 
@@ -206,14 +207,14 @@ def test_a_word_to_one_rank_is_known_to_all() -> None:
 
 def test_old_names_of_fields_are_read_and_passed_with_a_warning() -> None:
     with pytest.warns(DeprecationWarning, match=r"ClientUpdate\.held is num_samples now"):
-        made = ClientUpdate(3, torch.zeros(0), norm=1.0, held=4, samples=8, steps=1, loss=0.5, seconds=0.1)
+        made = ClientUpdate(3, torch.zeros(0), norm=1.0, held=4, samples=8, steps=1, loss=0.5, seconds=0.1)  # type: ignore[call-arg]
     assert (made.num_samples, made.samples) == (4, 8)
     with pytest.warns(DeprecationWarning, match="held"):
-        assert made.held == 4
+        assert made.held == 4  # type: ignore[attr-defined]
     with pytest.warns(DeprecationWarning, match="held"):
-        assert made._replace(held=5).num_samples == 5
+        assert made._replace(held=5).num_samples == 5  # type: ignore[call-arg]
     with pytest.warns(DeprecationWarning, match=r"Cohort\.registered is num_clients now"):
-        cohort = Cohort(0, np.arange(2), registered=6, trainable=1, seed=0)
+        cohort = Cohort(0, np.arange(2), registered=6, trainable=1, seed=0)  # type: ignore[call-arg]
     assert pickle.loads(pickle.dumps(cohort)).num_clients == 6
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import pickle
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -20,7 +20,7 @@ from lightning_fedscale import server
 from lightning_fedscale.server import ServerOptimizer
 
 Array = npt.NDArray[np.float64]
-Params = dict[str, Tensor]
+Params = Mapping[str, Tensor]
 
 
 def draw(number: int) -> Params:
@@ -352,15 +352,15 @@ def test_follows_scale_knows_them_apart() -> None:
     [
         (lambda: server.fed_avgm(lr=-1.0), ValueError, "lr=-1.0: pass a finite number above 0"),
         (lambda: server.fed_avgm(momentum=1.0), ValueError, r"momentum=1.0: pass a number in \[0, 1\)"),
-        (lambda: server.nesterov(momentum="0.9"), TypeError, "momentum='0.9': pass a number"),
+        (lambda: server.nesterov(momentum="0.9"), TypeError, "momentum='0.9': pass a number"),  # type: ignore[arg-type]
         (lambda: server.fed_adam(beta1=1.0), ValueError, "beta1=1.0: pass"),
         (lambda: server.fed_yogi(beta2=-0.1), ValueError, "beta2=-0.1: pass"),
         (lambda: server.fed_adagrad(tau=0), ValueError, "tau=0: pass a finite number above 0"),
         (lambda: server.fed_exp(epsilon=0.0), ValueError, "epsilon=0.0: pass a finite number above 0"),
         (lambda: server.scale(float("nan")), ValueError, "factor=nan: pass a finite number above 0"),
         (lambda: server.chain(), ValueError, "at least one"),
-        (lambda: server.chain(server.fed_adam), TypeError, "argument 0 is <function fed_adam"),
-        (lambda: server.scheduled(SGD, lr_scheduler.StepLR), TypeError, "scheduled: rule=.*: pass a server optimizer"),
+        (lambda: server.chain(server.fed_adam), TypeError, "argument 0 is <function fed_adam"),  # type: ignore[arg-type]
+        (lambda: server.scheduled(SGD, lr_scheduler.StepLR), TypeError, "scheduled: rule=.*: pass a server optimizer"),  # type: ignore[arg-type]
         (
             lambda: server.scheduled(server.fed_avg(), lr_scheduler.StepLR),
             TypeError,

@@ -58,7 +58,7 @@ ROWS: list[Row] = [
         "k=0: pass an integer of at least 1.",
     ),
     Row(
-        lambda: random_k(0.1, unbiased=1),
+        lambda: random_k(0.1, unbiased=1),  # type: ignore[arg-type]
         TypeError,
         "unbiased=1: pass True or False.",
     ),
@@ -68,7 +68,7 @@ ROWS: list[Row] = [
         "levels=0: pass an integer from 1 to 65536.",
     ),
     Row(
-        lambda: qsgd(per_tensor=2),
+        lambda: qsgd(per_tensor=2),  # type: ignore[arg-type]
         TypeError,
         "per_tensor=2: pass True or False.",
     ),
@@ -83,7 +83,7 @@ ROWS: list[Row] = [
         "min_compression=0.5: pass a number of at least 1, such as 2.",
     ),
     Row(
-        lambda: error_feedback("top_k"),
+        lambda: error_feedback("top_k"),  # type: ignore[arg-type]
         TypeError,
         "compressor='top_k': pass a compressor such as compressors.top_k(0.01).",
     ),
@@ -105,7 +105,7 @@ ROWS: list[Row] = [
         "bound; they average out without feedback: remove error_feedback, or pass unbiased=False.",
     ),
     Row(
-        lambda: phase_driven(True, sign(), sign()),
+        lambda: phase_driven(True, sign(), sign()),  # type: ignore[arg-type]
         TypeError,
         "phase=True: pass an object with the attribute critical, such as a CriticalPhase callback.",
     ),
@@ -116,7 +116,7 @@ ROWS: list[Row] = [
         "use: apply error_feedback last, error_feedback(phase_driven(...)).",
     ),
     Row(
-        lambda: adaptive(3),
+        lambda: adaptive(3),  # type: ignore[arg-type]
         TypeError,
         "compress=3: pass a function such as lambda factor: top_k(ratio=1 / factor).",
     ),

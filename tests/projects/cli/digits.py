@@ -45,4 +45,4 @@ class Digits(pl.LightningModule):
         self.log("val_acc", self.accuracy, prog_bar=True)
 
     def configure_optimizers(self):
-        return torch.optim.Adam(self.parameters(), lr=self.hparams.lr)
+        return torch.optim.Adam(self.parameters(), lr=self.hparams.lr)  # type: ignore[attr-defined]
