@@ -23,6 +23,7 @@ from lightning.pytorch.callbacks import Callback
 from lightning_fedscale import FederatedStrategy
 from lightning_fedscale.core.executors import sequential
 from lightning_fedscale.core.executors.local_step import local_step
+from lightning_fedscale.core.round import trainer_of_rounds
 from lightning_fedscale.core.round.notifier import Notifier
 from lightning_fedscale.core.round.run_settings_logger import RunSettingsLogger
 from tests.lightning_suite.reasons import read
@@ -68,10 +69,6 @@ class OneBatchRounds(FederatedStrategy):
         if self._federation is not None:
             fit = self._federation.fit
             fit.options = dataclasses.replace(fit.options, rounds_per_epoch=rounds)
-
-    def _set(self, owner: Any, name: str, value: object) -> None:
-        if not (self.bare and name == "_default_hp_metric"):
-            super()._set(owner, name, value)
 
 
 def _batches(loader: Any, share: float | int) -> int:
@@ -160,7 +157,8 @@ def pytest_configure(config: pytest.Config) -> None:
 def _take_out_what_rounds_add() -> None:
     """No metrics and hyperparameters of rounds, no entry in checkpoints that hooks see, ``batch_idx`` of the epoch."""
     OneBatchRounds.bare = True
-    Notifier._report = lambda self, record: self._log.send()  # type: ignore[method-assign]
+    Notifier._report = lambda self, record: self._log.points.send()  # type: ignore[method-assign]
+    trainer_of_rounds.without_placeholder_metric = lambda logger: lambda: None  # type: ignore[attr-defined]
     for name in ("on_train_start", "on_train_batch_end", "on_train_end"):
         setattr(RunSettingsLogger, name, lambda self, *_: None)
     call = sequential.SequentialExecutor._call
