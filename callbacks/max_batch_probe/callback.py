@@ -127,9 +127,8 @@ class MaxBatchProbe(Callback):
             except Exception as error:
                 if self._apply:
                     raise explained(error) from error
-                rank_zero_warn(
-                    f"MaxBatchProbe: nothing was probed, and the batch size is unchanged: {reason_of(error)}"
-                )
+                reason = reason_of(error).removeprefix("MaxBatchProbe: ")
+                rank_zero_warn(f"MaxBatchProbe: nothing was probed, and the batch size is unchanged: {reason}")
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int

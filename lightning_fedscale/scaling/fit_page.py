@@ -138,7 +138,7 @@ def _checklist(found: Fit) -> list[str]:
         if name in table:
             done.append(f"range of {name}: {table[name].min():.3g} to {table[name].max():.3g}")
     done += [
-        *([f"runs: {made}; clients' optimizer: {made.optimizer or 'not recorded'}"] if str(made) else []),
+        *([f"method of the runs: {made}; clients' optimizer: {made.optimizer or 'not recorded'}"] if str(made) else []),
         *([] if made.passes is None else [f"passes over the data: {made.passes[0]:.3g} to {made.passes[1]:.3g}"]),
         f"runs: {len(table)}, all fitted"
         + (f"; {held_out} of the largest compute were held out first, for the error there" if held_out else ""),

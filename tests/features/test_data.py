@@ -11,7 +11,7 @@ import lightning.pytorch as pl
 import numpy as np
 import pytest
 import torch
-from datasets import Dataset as HFDataset  # type: ignore[import-untyped]
+from datasets import Dataset as HFDataset
 from torch import Tensor
 from torch.utils.data import (
     BatchSampler,

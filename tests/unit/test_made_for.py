@@ -64,7 +64,7 @@ def test_a_law_records_what_it_was_made_for(tmp_path: Path) -> None:
     assert saved["clients"] == [8]
     assert saved["unknown"] == []
     page = write_report(found, tmp_path).read_text(encoding="utf-8")
-    assert f"- [x] made for {made_of}; clients' optimizer: SGD" in page
+    assert f"- [x] method of the runs: {made_of}; clients' optimizer: SGD" in page
 
 
 def test_what_a_table_does_not_say_is_unknown(tmp_path: Path) -> None:

@@ -76,7 +76,7 @@ def test_a_masked_update_looks_uniform_and_like_no_other() -> None:
 def test_too_few_updates_leave_the_masks_where_they_are() -> None:
     rows = torch.full((6, 2), torch.nan)
     rows[:3] = 0.25
-    with pytest.raises(RuntimeError, match=r"3 of 6 clients sent an update in round 0, and their masks .* from 4 on"):
+    with pytest.raises(RuntimeError, match=r"3 of 6 clients sent a finite update in round 0, .* takes 4: "):
         aggregate(secure_mean(1.0), rows)
     rows[3] = 0.25
     assert aggregate(secure_mean(1.0), rows).tolist() == pytest.approx([0.25, 0.25], abs=1e-4)
