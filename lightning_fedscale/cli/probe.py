@@ -55,7 +55,7 @@ def _find(model: MemoryModel, budget: str, amount: int, headroom: float, limit: 
     try:
         return find_batch(model, amount, headroom=headroom, limit=limit)
     except ValueError as error:
-        raise ValueError(f"budget={budget}: {error}") from None
+        raise ValueError(f"budget={budget}: {str(error).removeprefix('budget=')}") from None
 
 
 def _bytes(budget: str) -> int:

@@ -33,8 +33,8 @@ def train_loader(module: pl.LightningModule | None, data: pl.LightningDataModule
         if not is_raised_in(error, "lightning"):
             raise  # an error in the project's code
         raise ValueError(
-            f"{type(owner).__name__}.train_dataloader: {error}. Pass a LightningDataModule as data, or give the"
-            " module a train_dataloader that needs no Trainer."
+            f"{type(owner).__name__}.train_dataloader: {error}. Pass data= (--data), a LightningDataModule, or"
+            " give the module a train_dataloader that needs no Trainer."
         ) from error
     if not isinstance(loader, DataLoader):
         raise TypeError(f"train_dataloader returns {type(loader).__name__}: return a torch DataLoader.")

@@ -127,7 +127,7 @@ def test_a_data_modules_hooks_take_part(capsys: pytest.CaptureFixture[str]) -> N
         (["--accelerator=toaster"], "accelerator='toaster': "),
         ([f"--data={HERE}Data"], "module: pass --module"),
         ([f"--module={HERE}Sizes", f"--data={HERE}Whole"], "train_dataloader: batch_size=None"),
-        (["--module=tests.features.test_cli_probe.Bare"], "Pass --data"),
+        (["--module=tests.features.test_cli_probe.Bare"], "Pass data= (--data)"),
     ],
 )
 def test_wrong_arguments_get_one_line(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -32,7 +32,7 @@ def test_several_numbers_of_clients_make_a_table_and_a_figure(
     assert code == 0
     for cell in ("8.53e+08", "2.62e+08", "8.05e+07", "2.927", "100 clients", "Days", "Chinchilla (text)", "95 %"):
         assert cell in printed
-    assert "(!) more than phone can hold" in printed  # 16 bytes for each of 853 M parameters
+    assert "(!) does not fit into the memory of phone" in printed  # 16 bytes for each of 853 M parameters
     assert picture.stat().st_size > 10_000
 
 

@@ -84,10 +84,10 @@ def test_arguments_of_the_module_and_a_file(tmp_path: Path, capsys: pytest.Captu
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--budget", "[1KiB]"], "budget=1KiB: a step with one sample takes"),
+        (["--budget", "[1KiB]"], "budget=1KiB: 921 B (without headroom): a step with one sample takes"),
         (["--budget", "[toaster]"], "device_class='toaster' is not known"),
         (["--budget", "lots"], "budget=lots: "),
-        (["--budget", "10"], "budget=10: a step with one sample takes"),
+        (["--budget", "10"], "budget=10: 9 B (without headroom): a step with one sample takes"),
         (["--max_samples", "0"], "max_samples=0: pass an integer of at least 1"),
         (["--precision", "3"], "precision='3'"),
     ],
@@ -158,7 +158,7 @@ def test_a_reader_that_goes_away_is_no_error() -> None:
 
 def test_no_data_names_the_remedy(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["probe", "--module", "tests.features.test_cli_probe.Bare"]) == 1
-    assert "Pass --data" in capsys.readouterr().err
+    assert "Pass data= (--data)" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("arguments", [["probe"], ["probe", "--module", "no.such.Module"], ["toast"], []])

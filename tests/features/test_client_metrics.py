@@ -670,7 +670,11 @@ def subset() -> DataLoader[Any]:
         ),
         (lambda: ClientMetrics(dataloaders=[subset()]), {}, "dataloaders: got 1 .* 5 clients"),
         (lambda: ClientMetrics(dataloaders=subset()), {}, "ClientMetrics: dataloaders: sampler=SubsetRandomSampler"),
-        (lambda: ClientMetrics(dataloaders=3), {}, "ClientMetrics: dataloaders=int: FederatedStrategy divides"),  # type: ignore[arg-type]
+        (
+            lambda: ClientMetrics(dataloaders=3),
+            {},
+            "ClientMetrics: dataloaders=int: pass a torch",
+        ),  # type: ignore[arg-type]
         (
             lambda: ClientMetrics(dataloaders=DataLoader(Stream())),
             {},

@@ -95,7 +95,7 @@ def test_kinds(arguments: dict[str, Any], message: str) -> None:
         (
             lambda: Net(),
             {"mode": FedBuff(concurrency=4, seconds=[1.0] * 4), "clients_per_round": 2},
-            "concurrency=4 with clients_per_round=2 needs 5 clients",
+            "concurrency=4 with clients_per_round=2: this needs 5 clients",
         ),
         (lambda: Net(), {"personal": ["haed.*"]}, r"personal=\['haed.\*'\] matches no .*'net.0.weight'"),
         (lambda: Net(), {"personal": ["*"]}, r"personal=\['\*'\] matches all"),

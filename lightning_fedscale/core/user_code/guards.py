@@ -121,7 +121,7 @@ class Reads:
             raise Unguarded(f"it imports {min(missing)}")
         places, modules = resolved(codes)
         if self._dynamic and (own := [module.__name__ for module in modules if not is_library(module.__name__)]):
-            raise Unguarded(f"it may read anything in {own[0]}")
+            raise Unguarded(f"it may read any variable of {own[0]}")
         return places, [*self._classes, *self._functions()]
 
     def _functions(self) -> list[types.FunctionType]:
@@ -156,14 +156,14 @@ class Guard:
             Unguarded: if they cannot be guarded.
         """
         if not state.complete:
-            raise Unguarded("the module keeps what cannot be opened")
+            raise Unguarded("the module has an attribute whose contents cannot be read")
         places, objects = reads.sources()
         self._places = list({(id(place.variables), place.name): place for place in (*self._places, *places)}.values())
         known = {*map(id, self._objects)}
         self._objects += [one for one in objects if id(one) not in known and not state.reaches(one)]
         self._then = self._now()
         if not self._then[0].complete:
-            raise Unguarded("it reads what cannot be opened")
+            raise Unguarded("it reads an object whose contents cannot be read")
 
     def holds(self) -> bool:
         """Return whether everything is unchanged."""
