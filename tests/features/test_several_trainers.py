@@ -450,5 +450,5 @@ def test_a_trainer_whose_processes_the_object_no_longer_has_says_so() -> None:
     one = reference.quiet_trainer(strategy=strategy)
     reference.quiet_trainer(strategy=strategy, devices=2)
     strategy._launcher = None  # which would start the other process
-    with pytest.raises(RuntimeError, match=r"for 2 process\(es\), and this Trainer has 1"):
+    with pytest.raises(RuntimeError, match=r"with 2 process\(es\), and this one has 1"):
         one.validate(make(), loader(), verbose=False)

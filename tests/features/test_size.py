@@ -366,7 +366,10 @@ def test_the_command_says_what_it_found(tmp_path: Path, capsys: pytest.CaptureFi
         (["--data", "nowhere.Data"], "data='nowhere.Data': cannot be imported"),
         (["--data", "os.path"], "Pass a class or a function that makes it"),
         (["--data.batch_size=0"], "Images.train_dataloader: batch_size should be a positive integer"),
-        (["--partition", "nowhere.json"], "partitioner='nowhere.json': cannot be read: No such file or directory"),
+        (
+            ["--partition", "nowhere.json"],
+            "partitioner='nowhere.json': the file cannot be read: No such file or directory",
+        ),
     ],
 )
 def test_wrong_words_are_told(more: list[str], said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
