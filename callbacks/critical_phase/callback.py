@@ -131,6 +131,16 @@ class CriticalPhase(Callback):
     # ---- values for other parts
 
     @property
+    def detector(self) -> Detector:
+        """The detector, made if a name was given."""
+        return self._options.detector
+
+    @property
+    def action(self) -> str:
+        """What is done outside critical phases, as it was given."""
+        return self._options.action
+
+    @property
     def record(self) -> PhaseRecord:
         """Norms, decisions and critical spans so far."""
         return self._judge.record

@@ -671,10 +671,10 @@ def subset() -> DataLoader[Any]:
         (lambda: ClientMetrics(dataloaders=[subset()]), {}, "dataloaders: got 1 .* 5 clients"),
         (lambda: ClientMetrics(dataloaders=subset()), {}, "ClientMetrics: dataloaders: sampler=SubsetRandomSampler"),
         (
-            lambda: ClientMetrics(dataloaders=3),
+            lambda: ClientMetrics(dataloaders=3),  # type: ignore[arg-type]
             {},
             "ClientMetrics: dataloaders=int: pass a torch",
-        ),  # type: ignore[arg-type]
+        ),
         (
             lambda: ClientMetrics(dataloaders=DataLoader(Stream())),
             {},
