@@ -430,7 +430,7 @@ FAILING: dict[str, tuple[type[Regression], type[Data], str]] = {
         r"a training step on a copy of the module fails \(RuntimeError: shape .*make_batch=",
     ),
     "a lock": (CannotBeCopied, Data, "module=CannotBeCopied cannot be copied.*__getstate__"),
-    "collate function": (Regression, EmptyToSome, "OSError: four files make a batch.*leave the probe out"),
+    "collate function": (Regression, EmptyToSome, "OSError: four files make a batch.*remove MaxBatchProbe"),
 }
 
 

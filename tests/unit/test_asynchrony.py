@@ -103,5 +103,5 @@ def test_wrong_arguments(options: dict[str, object], error: type[Exception], mes
 def test_too_few_clients() -> None:
     assert FedBuff().concurrent(5, 100) == 10
     assert FedBuff().concurrent(5, 8) == 4
-    with pytest.raises(ValueError, match=r"concurrency=8 with clients_per_round=5 needs 12 clients.*there are 10"):
+    with pytest.raises(ValueError, match=r"concurrency=8 with clients_per_round=5: this needs 12 clients.*10"):
         FedBuff(concurrency=8).concurrent(5, 10)
