@@ -56,7 +56,7 @@ MOVED = {
     "executors.side_by_side": "core.executors.vectorized.batched_step",
     "executors.stacked_optimizer": "core.executors.vectorized.optimizer",
     "executors.stacking": "core.executors.vectorized.stacking",
-    "executors.vectorized": "core.executors.vectorized.executor", "executors.wave": "core.executors.vectorized.wave",
+    "executors.vectorized": "core.executors.vectorized", "executors.wave": "core.executors.vectorized.wave",
     "checkpointing": "core.lightning.checkpoint", "executors.client_log": "core.lightning.client_log",
     "executors.hooks": "core.lightning.hooks", "executors.log_ranks": "core.lightning.log_ranks",
     "executors.snapshots": "core.lightning.snapshots", "half_batches": "core.lightning.half_batch_gradients",
