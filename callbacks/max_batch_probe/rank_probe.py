@@ -18,6 +18,7 @@ from lightning_fedscale.core.lightning.handover import has_gradient_buckets
 from lightning_fedscale.core.lightning.side_effects import undone
 from lightning_fedscale.core.lightning.train_data import TrainData
 from lightning_fedscale.devices import DeviceClass, MemoryModel, device_class, estimate_memory
+from lightning_fedscale.devices.classes import budget_in_bytes
 from lightning_fedscale.devices.memory import SIMULATED
 from lightning_fedscale.devices.probe import Measure, ProbeResult, probe
 from lightning_fedscale.devices.profiling.batches import samples_in
@@ -25,7 +26,7 @@ from lightning_fedscale.devices.profiling.real_step import RealStep, real_step, 
 from lightning_fedscale.devices.profiling.samples import LargestSample
 from lightning_fedscale.strategy import FederatedStrategy
 from lightning_fedscale.utils.foreign import is_really
-from lightning_fedscale.utils.memory import free_memory, parse_bytes
+from lightning_fedscale.utils.memory import free_memory
 
 
 class Probed(NamedTuple):
@@ -59,7 +60,7 @@ class RankProbe:
         make_batch: Callable[[int], Any] | None = None,
         max_samples: int | None = None,
     ) -> None:
-        self._budget = _checked_budget(budget)
+        self._budget = budget_in_bytes("budget", budget)
         if isinstance(headroom, bool) or not isinstance(headroom, (int, float)) or not 0 <= headroom < 1:
             raise ValueError(f"headroom={headroom!r}: pass the share of the budget to leave free, in [0, 1).")
         if verify not in ("auto", True, False):
@@ -199,26 +200,6 @@ def _announce(trainer: pl.Trainer, flops: float) -> None:
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         if (hook := getattr(callback, "on_probe", None)) is not None:
             hook(trainer, flops=flops)
-
-
-def _checked_budget(budget: object) -> int | None:
-    if isinstance(budget, DeviceClass):
-        return budget.memory
-    if isinstance(budget, str) and budget != "auto":
-        try:
-            amount = parse_bytes("budget", budget)
-        except ValueError:
-            try:
-                return device_class(budget).memory
-            except ValueError as error:
-                raise ValueError(
-                    f"budget={budget!r}: pass bytes, an amount such as '8GiB', 'auto', or a device class: {error}"
-                ) from None
-    else:
-        amount = parse_bytes("budget", budget)  # type: ignore[arg-type]
-    if amount is not None and amount <= 0:
-        raise ValueError(f"budget={budget!r}: pass more than 0 bytes.")
-    return amount
 
 
 def check_strategy(trainer: pl.Trainer) -> None:

@@ -10,12 +10,13 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from lightning_fedscale.devices import MemoryModel, ProbeResult, device_class, estimate_memory
+from lightning_fedscale.devices import MemoryModel, ProbeResult, estimate_memory
 from lightning_fedscale.devices import probe as find_batch
+from lightning_fedscale.devices.classes import budget_in_bytes
 from lightning_fedscale.devices.profiling.samples import largest_sample
 from lightning_fedscale.study.loaders import train_loader
 from lightning_fedscale.utils.checks import integer
-from lightning_fedscale.utils.memory import format_bytes, free_memory, parse_bytes
+from lightning_fedscale.utils.memory import format_bytes, free_memory
 
 
 def probe(
@@ -59,15 +60,7 @@ def _find(model: MemoryModel, budget: str, amount: int, headroom: float, limit: 
 
 
 def _bytes(budget: str) -> int:
-    try:
-        amount = parse_bytes("budget", budget)
-    except ValueError:
-        try:
-            return device_class(budget).memory
-        except ValueError as error:
-            raise ValueError(
-                f"budget={budget}: this is not an amount of memory such as '8GiB' or 'auto'; {error}"
-            ) from None
+    amount = budget_in_bytes("budget", budget)
     return free_memory(torch.device("cuda" if torch.cuda.is_available() else "cpu")) if amount is None else amount
 
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 
 from lightning_fedscale.utils import checks
+from lightning_fedscale.utils.memory import parse_bytes
 
 _GB = 10**9
 _GBIT = _GB / 8
@@ -85,6 +86,36 @@ def device_class(which: str | DeviceClass) -> DeviceClass:
     if (found := CATALOGUE.get(which.lower())) is not None:
         return found
     raise ValueError(f"{checks.unknown('device_class', which, CATALOGUE)} For other hardware, pass a DeviceClass.")
+
+
+def budget_in_bytes(name: str, budget: int | str | DeviceClass) -> int | None:
+    """Return a budget of memory in bytes; None for "auto".
+
+    Args:
+        name: name of the argument.
+        budget: bytes, an amount such as "8GiB", "auto", or a device class, by its name or as it is.
+
+    Raises:
+        ValueError: if it is none of them, or not above 0; names the argument.
+
+    Example:
+        >>> budget_in_bytes("budget", "8GiB"), budget_in_bytes("budget", "phone"), budget_in_bytes("budget", "auto")
+        (8589934592, 8000000000, None)
+    """
+    if isinstance(budget, DeviceClass):
+        return budget.memory
+    if isinstance(budget, str) and budget.lower() in CATALOGUE:
+        return CATALOGUE[budget.lower()].memory
+    try:
+        amount = parse_bytes(name, budget)
+    except ValueError:
+        raise ValueError(
+            f"{name}={budget!r}: pass bytes, an amount such as '8GiB', 'auto', or a device class."
+            f"{checks.did_you_mean(budget, CATALOGUE)} Known: {', '.join(map(repr, CATALOGUE))}."
+        ) from None
+    if amount is not None and amount <= 0:
+        raise ValueError(f"{name}={budget!r}: pass more than 0 bytes.")
+    return amount
 
 
 _LTE = "link: nominal LTE category 4 (3GPP TS 36.306)"

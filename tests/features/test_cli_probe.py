@@ -85,8 +85,8 @@ def test_arguments_of_the_module_and_a_file(tmp_path: Path, capsys: pytest.Captu
     ("arguments", "message"),
     [
         (["--budget", "[1KiB]"], "budget=1KiB: 921 B (without headroom): a step with one sample takes"),
-        (["--budget", "[toaster]"], "device_class='toaster' is not known"),
-        (["--budget", "lots"], "budget=lots: "),
+        (["--budget", "[toaster]"], "budget='toaster': pass bytes"),
+        (["--budget", "lots"], "budget='lots': pass bytes"),
         (["--budget", "10"], "budget=10: 9 B (without headroom): a step with one sample takes"),
         (["--max_samples", "0"], "max_samples=0: pass an integer of at least 1"),
         (["--precision", "3"], "precision='3'"),

@@ -20,6 +20,7 @@ from lightning_fedscale.callbacks.critical_phase.steps import StepWatch
 from lightning_fedscale.callbacks.critical_phase.update_scaling import UpdateScaling
 from lightning_fedscale.callbacks.max_batch_probe.agreement import explained
 from lightning_fedscale.callbacks.max_batch_probe.rank_probe import check_strategy
+from lightning_fedscale.devices import CATALOGUE
 from lightning_fedscale.devices.profiling.operator_counter import UNKNOWN, Operator
 from lightning_fedscale.partitioners import IidPartitioner
 from tests.wording import Row
@@ -126,6 +127,12 @@ ROWS: list[Row] = [
     ),
     # MaxBatchProbe
     Row(lambda: MaxBatchProbe(budget=0), ValueError, "budget=0: pass more than 0 bytes."),
+    Row(
+        lambda: MaxBatchProbe(budget="jetsen"),
+        ValueError,
+        "budget='jetsen': pass bytes, an amount such as '8GiB', 'auto', or a device class. Did you mean 'jetson'?"
+        f" Known: {', '.join(map(repr, CATALOGUE))}.",
+    ),
     Row(
         lambda: MaxBatchProbe(headroom=1.0),
         ValueError,
