@@ -308,7 +308,7 @@ def test_hooks_of_callbacks(hook: str, caplog: pytest.LogCaptureFixture) -> None
 
 
 def test_other_reasons(caplog: pytest.LogCaptureFixture) -> None:
-    assert "manual optimization" in reason(local_loops.make(Manual), caplog)
+    assert reason(local_loops.make(Manual), caplog) == "the module uses manual optimization."
     caplog.clear()
     assert "SimpleProfiler" in reason(local_loops.make(Model), caplog, profiler="simple")
     caplog.clear()

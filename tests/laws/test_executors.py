@@ -476,6 +476,14 @@ def test_padding_is_the_room_without_work() -> None:
     assert sequential.strategy.last_round.padding == 0.0
 
 
+def test_clients_that_turn_out_to_be_sequential_leave_no_room_without_work() -> None:
+    partition = Partition.from_lists([range(8), range(8, 24), range(24, 48), range(48, 96)])
+    run = Run("vectorized", Branches, partition=partition, clients_per_round=4, rounds=1)
+    assert run.kind == "sequential"
+    assert run.strategy._federation is not None
+    assert run.strategy._federation.fit.executor.slots == 1 + 2 + 3 + 6
+
+
 class Remember(Callback):
     """Each client's model and update as callbacks see them."""
 

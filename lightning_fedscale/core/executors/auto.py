@@ -146,8 +146,8 @@ class ExecutorChoice:
             return
         if timings.able < timings.compared:
             self.kind = "sequential"
-            why = self._vectorized.reason or "those of another rank cannot"
-            rank_zero_info(f"Executor: clients train sequentially, since they cannot be vectorized: {why}.")
+            why = self._vectorized.reason or "the clients of another rank cannot be vectorized"
+            rank_zero_info(f"Executor: 'sequential' is chosen: {why}.")
             return
         gain = timings.sequential / timings.vectorized
         self.kind = "vectorized" if gain > _MARGIN else "sequential"

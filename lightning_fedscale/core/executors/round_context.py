@@ -69,7 +69,8 @@ class RoundContext(NamedTuple):
         fetch: makes one batch of these dataset positions in this process.
         reopen: returns the collated batches of given clients again, in the given order or client by client.
         meter: measures the cost of clients' training; None for no measurement.
-        pipeline: what the chosen algorithm does to each client's training; None for plain FedAvg.
+        pipeline: what the chosen algorithm does to each client's training; None if clients train as in FedAvg, or only
+            run forward passes.
         own: the server's values of the personal tensors, as the module was built, by name.
         largest: keeps the buffers of the client with the most samples; None if they are not needed.
         timed: whether local batches are timed; batches of known cost should then not be counted again.

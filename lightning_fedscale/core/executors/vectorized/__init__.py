@@ -6,7 +6,8 @@ from typing import Any
 
 
 def __getattr__(name: str) -> Any:
-    # For whoever imports it by the old name of its module; parts of this room must not load the executor.
+    # `lightning_fedscale.executors.vectorized`, the old name of the module, is this package now. The import is
+    # here, since importing another module of the package must not load the executor.
     if name == "VectorizedExecutor":
         from lightning_fedscale.core.executors.vectorized.executor import VectorizedExecutor
 

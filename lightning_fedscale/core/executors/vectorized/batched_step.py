@@ -86,7 +86,7 @@ class BatchedStep:
         self._of = _described(shared)
         self._buffers = range(len(shared.trainable), len(moving))
         self._recurrent = [part for part in self._module.modules() if isinstance(part, nn.RNNBase)]
-        self._metrics = MetricsPerClient(self._module, lambda: self.captured.stop("it asks a metric"))
+        self._metrics = MetricsPerClient(self._module, partial(self.captured.stop, "it calls a metric"))
 
     def is_of(self, shared: SharedTensors) -> bool:
         """Return whether ``shared`` has the same tensors in the same places."""

@@ -116,13 +116,14 @@ class VectorizedExecutor:
     def run(self, context: RoundContext) -> Iterator[ClientUpdate]:
         """Train the clients and yield their updates, wave by wave; the module holds the global weights on return."""
         planned = self._width or len(context.work)
+        self.slots = 0
         self._prepare(context)
         if self.reason is not None:
+            self.slots = sum(len(work.batches) for work in context.work)
             yield from self.run_sequentially(context.restarted(None))
             return
         if min(planned, len(context.work)) > (self._width or planned):
             context = context.restarted(self.order(context.work))
-        self.slots = 0
         positions = dict(
             zip(
                 [work.client for work in context.work],
@@ -236,8 +237,9 @@ class VectorizedExecutor:
         if first.trained is None:
             self.reason = first.reason
             return None
-        again = self._dry_run(context, wave, steps).trained
-        return None if again is None else again.seconds / sum(again.steps)
+        second = self._dry_run(context, wave, steps)
+        self.reason = second.reason
+        return None if second.trained is None else second.trained.seconds / sum(second.trained.steps)
 
     def _prepare(self, context: RoundContext) -> None:
         """Find out, before the first wave, whether clients can be vectorized and how many fit into memory."""

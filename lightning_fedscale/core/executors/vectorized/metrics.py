@@ -13,7 +13,7 @@ from torchmetrics import Metric, MetricCollection
 
 
 class MetricsPerClient:
-    """The metrics of a module, which know nothing of vectorized clients.
+    """Lets the metrics of a module be called in vectorized steps, once for each client.
 
     Args:
         module: the user's module.

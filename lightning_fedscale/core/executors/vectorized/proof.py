@@ -186,17 +186,17 @@ def difference(mine: StepResult, row: int, alone: StepResult, names: Sequence[st
     """
     if (mine.losses is None) != (alone.losses is None):
         return "whether training_step returns a loss"
-    if mine.losses is not None and (told := _apart(mine.losses[row], alone.losses, tolerance, 1.0)) is not None:
-        return f"the loss {told}"
+    if mine.losses is not None and (how := _apart(mine.losses[row], alone.losses, tolerance, 1.0)) is not None:
+        return f"the loss {how}"
     largest = max((_largest(gradient) for gradient in alone.gradients if gradient is not None), default=0.0)
     for name, own, other in zip(names, mine.gradients, alone.gradients, strict=False):
         if (own is None) != (other is None):
             return f"whether {name} has a gradient"
-        if own is not None and (told := _apart(own[row], other, tolerance, largest)) is not None:
-            return f"the gradient of {name} {told}"
+        if own is not None and (how := _apart(own[row], other, tolerance, largest)) is not None:
+            return f"the gradient of {name} {how}"
     for name, own, other in zip(names[len(mine.gradients) :], mine.buffers, alone.buffers, strict=True):
-        if (told := _apart(own[row], other, tolerance, 0.0)) is not None:
-            return f"buffer {name} {told}"
+        if (how := _apart(own[row], other, tolerance, 0.0)) is not None:
+            return f"buffer {name} {how}"
     return _difference_of_logs(mine.logged, row, alone.logged, tolerance)
 
 
@@ -228,8 +228,8 @@ def _difference_of_logs(mine: Sequence[Logged], row: int, alone: Sequence[Logged
             continue
         value, expected = (torch.as_tensor(each) for each in (own.values, other.values))
         value = value[row] if isinstance(own.values, Tensor) else value
-        if (told := _apart(value, expected, tolerance, 1.0)) is not None:
-            return f"the logged {own.name} {told}"
+        if (how := _apart(value, expected, tolerance, 1.0)) is not None:
+            return f"the logged {own.name} {how}"
         if own.options.keys() != other.options.keys():
             return f"the arguments with which {own.name} is logged"
     return None
