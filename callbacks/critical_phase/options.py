@@ -52,8 +52,8 @@ def checked_options(
     checks.one_of("action", action, ("observe", "scale", "noise"))
     checks.one_of("level", level, ("round", "step"))
     checks.one_of("noise_in", noise_in, ("critical", "all"))
-    if noise is not None:
-        checks.one_of("noise", noise, ("reweighting", "diagonal"))
+    if noise not in ("reweighting", "diagonal", None):
+        raise ValueError(f"noise={noise!r}: pass one of 'reweighting', 'diagonal', or None.")
     if action == "noise" and target_batch is None:
         raise ValueError(
             "target_batch=None: action='noise' needs it: pass the number of samples whose noise is wanted."

@@ -54,7 +54,7 @@ class DeviceClass:
         if not isinstance(self.name, str) or not self.name:
             raise TypeError(f"DeviceClass: name={self.name!r}: pass a name, such as 'phone'.")
         for field in ("memory", "flops", "memory_bandwidth", "up", "down"):
-            remedy = "pass a number above 0; math.inf is allowed."
+            remedy = "pass a number above 0." if field == "memory" else "pass a number above 0; math.inf is allowed."
             checks.number(f"DeviceClass {self.name!r}: {field}", getattr(self, field), remedy, lambda found: found > 0)
         if not math.isfinite(self.memory):
             raise ValueError(f"DeviceClass {self.name!r}: memory={self.memory!r}: pass a finite number of bytes.")

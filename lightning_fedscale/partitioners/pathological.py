@@ -55,10 +55,11 @@ def pathological_partition(
     num_holders, num_members = np.diff(holder_starts), np.diff(starts)
     if (num_holders > num_members).any():
         worst = int(np.argmax(num_holders - num_members))
+        other = "" if class_assignment_mode == "deterministic" else ", or pass class_assignment_mode='deterministic'"
         raise ValueError(
             f"num_partitions={num_partitions}, num_classes_per_partition={num_classes_per_partition}:"
             f" {num_holders[worst]} clients share class {classes[worst]}, which has {num_members[worst]} samples: lower"
-            " one of them, or pass class_assignment_mode='deterministic'."
+            f" one of them{other}."
         )
     owner = np.full(len(labels), -1, dtype=np.int64)
     for k in np.flatnonzero(num_holders):

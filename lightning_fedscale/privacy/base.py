@@ -160,9 +160,10 @@ class Privacy:
         count = 2 * self._count_noise(clients)
         if count <= z:
             raise ValueError(
-                f"adaptive: with count_noise={count / 2:g} (by default a twentieth of the clients in a round), no noise"
-                f" on the updates gives noise_multiplier={z:g}: use at least {math.ceil(10 * z) + 1} clients per round,"
-                f" or pass AdaptiveClipping(count_noise=...) above {z / 2:g}."
+                f"adaptive: with count_noise={count / 2:g} (by default a twentieth of the clients in a round), no"
+                f" amount of noise on the updates can give noise_multiplier={z:g}: use at least"
+                f" {math.ceil(10 * z) + 1} clients per round, or pass AdaptiveClipping(count_noise=...) above"
+                f" {z / 2:g}."
             )
         return float((z**-2 - count**-2) ** -0.5)
 

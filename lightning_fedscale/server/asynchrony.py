@@ -49,7 +49,11 @@ class FedBuff:
         exponent: float = 0.5,
         seconds: Sequence[float] | None = None,
     ) -> None:
-        checks.one_of("staleness", staleness, ("polynomial", "constant"))
+        if staleness not in ("polynomial", "constant"):
+            raise ValueError(
+                f"staleness={staleness!r}: pass 'polynomial', by which an older update counts less (exponent=0.5 sets"
+                " how much), or 'constant', by which all count alike."
+            )
         remedy = "pass a number of at least 0; the paper's is 0.5."
         self.concurrency = None if concurrency is None else checks.integer("concurrency", concurrency)
         self.staleness = staleness

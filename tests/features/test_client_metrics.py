@@ -660,7 +660,7 @@ def subset() -> DataLoader[Any]:
 @pytest.mark.parametrize(
     ("watch", "options", "message"),
     [
-        (lambda: ClientMetrics(personal=True), {}, "personal=True"),
+        (lambda: ClientMetrics(personal=True), {}, r"personal=True: .*FederatedStrategy\(personal="),
         (lambda: ClientMetrics(clients=6), {}, "clients=6 .*5"),
         (lambda: ClientMetrics(partitioner="iids"), {}, "cannot be divided by partitioner='iids'.*Did you mean"),
         (

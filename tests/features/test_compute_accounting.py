@@ -381,7 +381,7 @@ def test_a_loss_that_is_no_number_is_left_out_of_the_curve(tmp_path: Path) -> No
             return super().training_step(batch, batch_idx) * (float("nan") if batch_idx > 5 else 1.0)
 
     logger = TensorBoardLogger(tmp_path)
-    with pytest.warns(UserWarning, match="ComputeAccounting: the loss is nan"):
+    with pytest.warns(UserWarning, match="the loss is nan, and is left out of the curve"):
         trainer(ComputeAccounting(law="Chinchilla"), logger=logger, log_every_n_steps=1).fit(Diverges(), data())
     events = EventAccumulator(logger.log_dir).Reload()
     (tag,) = [tag for tag in events.Tags()["scalars"] if "loss_by" in tag]

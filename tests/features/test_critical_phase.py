@@ -499,7 +499,7 @@ def test_reweighting_noise_has_the_covariance_of_a_smaller_batch() -> None:
     samples = torch.randn(8 * 4000, 3, generator=torch.Generator().manual_seed(0)) * torch.tensor([1.0, 2.0, 0.5])
     for noisy in (True, False):
         noise = [phase(action="noise", target_batch=8, noise_in="all")] if noisy else []
-        trainer(*noise, Collect(noisy), strategy=one_step(8), max_steps=250).fit(
+        trainer(*noise, Collect(noisy), strategy=one_step(8), max_steps=700).fit(
             Mean(), DataLoader(TensorDataset(samples), 4, shuffle=True)
         )
     variance = {noisy: torch.stack(found).var(0) for noisy, found in updates.items()}
@@ -774,16 +774,15 @@ def test_a_round_that_fails_was_not_judged(tmp_path: Path) -> None:
         ({"threshold": -1.0}, "threshold=-1.0"),
         ({"threshold": 0.3, "detector": relative_change()}, "threshold=0.3: .*Detector"),
         ({"scale": 0.0}, "scale=0.0"),
-        ({"detector": "relativ_change"}, "detector='relativ_change'.*'relative_change'?"),
+        ({"detector": "relativ_change"}, r"detector='relativ_change' .*Did you mean 'relative_change'\?"),
         ({"action": "scal"}, "action='scal'"),
         ({"level": "epoch"}, "level='epoch'"),
         ({"action": "noise"}, "target_batch=None"),
         ({"target_batch": 32}, "target_batch=32"),
         ({"every_n_steps": 0}, "every_n_steps=0"),
         ({"noise_every": 0}, "noise_every=0"),
-        ({"noise": "gaussian"}, "noise='gaussian'"),
+        ({"noise": "gaussian"}, "noise='gaussian': .*'diagonal', or None"),
         ({"scale": math.nan}, "scale=nan"),
-        ({"scale": "2"}, "scale='2'"),
         ({"scale": lambda phase: 0.0}, "scale=.* 0.0 for Phase.critical=True"),
         ({"scale": lambda phase: None if phase.critical else 2.0}, "scale=.* None for Phase"),
         ({"action": "noise", "target_batch": 0}, "target_batch=0"),
@@ -792,8 +791,13 @@ def test_a_round_that_fails_was_not_judged(tmp_path: Path) -> None:
     ],
 )
 def test_bad_arguments_are_named(options: dict[str, Any], message: str) -> None:
-    with pytest.raises((TypeError, ValueError), match=message):
+    with pytest.raises(ValueError, match=message):
         CriticalPhase(**options)
+
+
+def test_a_scale_that_is_no_number_is_named() -> None:
+    with pytest.raises(TypeError, match="scale='2'"):
+        CriticalPhase(scale="2")  # type: ignore[arg-type]
 
 
 def test_a_detector_of_another_kind_is_refused() -> None:

@@ -383,9 +383,7 @@ def test_adascale_waits_for_evidence() -> None:
         (lambda: relative_change(threshold=math.nan), r"threshold=nan"),
         (lambda: relative_change(window=0), "window=0"),
         (lambda: relative_change(alpha=1.0), "alpha=1.0"),
-        (lambda: accordion(interval=2.5), r"interval=2.5"),  # type: ignore[arg-type]
         (lambda: page_hinkley(false_alarms=500), "false_alarms=500: .*66"),
-        (lambda: page_hinkley(hold=True), r"hold=True"),
         (lambda: page_hinkley(order=-1), "order=-1"),
         (lambda: step(-1.0), "scale=-1.0"),
         (lambda: linear_ramp(2.0, length=0), r"length=0"),
@@ -395,5 +393,12 @@ def test_adascale_waits_for_evidence() -> None:
     ],
 )
 def test_bad_arguments_are_named(make: object, message: str) -> None:
-    with pytest.raises((TypeError, ValueError), match=message):
+    with pytest.raises(ValueError, match=message):
         make()  # type: ignore[operator]
+
+
+def test_arguments_of_a_wrong_type_are_named() -> None:
+    with pytest.raises(TypeError, match=r"interval=2\.5"):
+        accordion(interval=2.5)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="hold=True"):
+        page_hinkley(hold=True)

@@ -118,7 +118,7 @@ def two_loaders() -> list[DataLoader[Any]]:
             TypeError,
             "dataset=Endless is .* has no length.*use a map-style dataset",
         ),
-        (two_loaders, ValueError, "train_dataloader: got a list of 2 loaders"),
+        (two_loaders, ValueError, "train_dataloader: got a list of 2 loaders.*return a single DataLoader"),
         (lambda: two_loaders()[:1], ValueError, "train_dataloader: got a list of 1 loaders"),
         (lambda: dict(enumerate(two_loaders())), ValueError, "train_dataloader: got a dict of 2 loaders"),
         (lambda: CombinedLoader(two_loaders(), "max_size_cycle"), ValueError, "got a list of 2 loaders"),

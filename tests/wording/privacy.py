@@ -63,8 +63,8 @@ ROWS: list[Row] = [
     Row(
         lambda: dp_fed_avg(1.0, 1.0, delta=1e-5, adaptive=AdaptiveClipping()).calibrated(0.1, clients=5),
         ValueError,
-        "adaptive: with count_noise=0.25 (by default a twentieth of the clients in a round), no noise on the "
-        "updates gives noise_multiplier=1: use at least 11 clients per round, or pass "
+        "adaptive: with count_noise=0.25 (by default a twentieth of the clients in a round), no amount of "
+        "noise on the updates can give noise_multiplier=1: use at least 11 clients per round, or pass "
         "AdaptiveClipping(count_noise=...) above 0.5.",
     ),
     Row(

@@ -86,7 +86,8 @@ ROWS: list[Row] = [
     Row(
         lambda: FedBuff(staleness="hinge"),  # type: ignore[arg-type]
         ValueError,
-        "staleness='hinge': pass one of 'polynomial', 'constant'.",
+        "staleness='hinge': pass 'polynomial', by which an older update counts less (exponent=0.5 sets how much), or"
+        " 'constant', by which all count alike.",
     ),
     Row(
         lambda: FedBuff(exponent=-1),

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
+from functools import partial
 from typing import Any
 
 import torch
@@ -58,7 +59,8 @@ def _refuse_policies(algorithm: AlgorithmOptions, policies: tuple[str, ...], rul
 
 
 def _name(function: Callable[..., Any]) -> str:
-    return getattr(function, "__name__", type(function).__name__)
+    named = function.func if isinstance(function, partial) else function
+    return getattr(named, "__name__", type(named).__name__)
 
 
 def _check_privacy(options: Options, privacy: Privacy) -> None:
