@@ -177,7 +177,7 @@ CASES: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "staleness": (
         lambda: FedBuff(5, 0),  # type: ignore[arg-type]
         ValueError,
-        "staleness=0: pass one of 'polynomial', 'constant'",
+        "staleness=0: pass 'polynomial'",
     ),
     "mode": (lambda: sequential(FOUR, mode="asink"), ValueError, "mode='asink': choose 'sync', 'async'"),
     "power_of_choice": (

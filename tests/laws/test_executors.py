@@ -315,6 +315,7 @@ def test_recorded_steps_equal_others_and_follow_attributes() -> None:
     vectorized, sequential = both(lambda: Annealed(dropout=0.2), **options)
     step = vectorized.strategy._federation.fit.executor._vectorized._batched_step  # type: ignore[union-attr]
     assert step is not None
+    assert step.captured.reason is None
     assert step.captured.forgotten == 1
     assert step.captured.made == 2
     assert_alike(vectorized, sequential, rtol=1e-6)

@@ -7,6 +7,7 @@ import contextvars
 import dataclasses
 import datetime
 import functools
+import gc
 import importlib
 import logging
 import math
@@ -157,6 +158,24 @@ def test_a_profiler_is_left_alone() -> None:
     finally:
         sys.setprofile(None)
     assert reads.reason is not None
+
+
+def test_a_collection_of_garbage_is_no_part_of_a_step() -> None:
+    def collected(phase: str, info: dict[str, int]) -> None:
+        os.getpid()
+
+    before = gc.get_threshold()
+    gc.callbacks.append(collected)
+    gc.set_threshold(1)
+    reads = Reads()
+    try:
+        with reads.watching():
+            [[index] for index in range(1000)]
+        assert gc.isenabled()
+    finally:
+        gc.set_threshold(*before)
+        gc.callbacks.remove(collected)
+    assert reads.reason is None
 
 
 def test_what_functions_read_in_turn_is_watched() -> None:

@@ -75,16 +75,23 @@ class Reads:
 
     @contextmanager
     def watching(self) -> Iterator[None]:
-        """Record the code that runs in this thread inside the context."""
+        """Record the code that runs in this thread inside the context.
+
+        Garbage is not collected meanwhile: finalizers and ``gc.callbacks`` would run, which are no code of the step.
+        """
         if sys.getprofile() is not None:
             self.reason = "a profiler is active"
             yield
             return
+        collects = gc.isenabled()
+        gc.disable()
         sys.setprofile(self._note)
         try:
             yield
         finally:
             sys.setprofile(None)
+            if collects:
+                gc.enable()
 
     def _note(self, frame: types.FrameType, event: str, arg: Any) -> None:
         mine = not is_library(frame.f_globals.get("__name__"))
