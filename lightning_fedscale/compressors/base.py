@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from lightning_fedscale.types import Params
+from lightning_fedscale.utils.factory_repr import Arguments
 
 
 class Encoded(NamedTuple):
@@ -39,6 +40,7 @@ class Compressor(NamedTuple):
             Error feedback needs this, since errors would otherwise grow.
         keeps_error: whether the state holds errors to be sent later, which are lost if the sender is not drawn again.
         operations: operations per element of an update to encode and decode it; only for compute accounting.
+        arguments: the arguments of the factory that made it; for logs only.
     """
 
     name: str
@@ -50,6 +52,7 @@ class Compressor(NamedTuple):
     contractive: bool = False
     keeps_error: bool = False
     operations: float = 2.0
+    arguments: Mapping[str, Any] = Arguments()
 
 
 def no_state(params: Params) -> None:

@@ -14,6 +14,7 @@ from lightning_fedscale.compressors.dense import identity
 from lightning_fedscale.compressors.sparse import top_k
 from lightning_fedscale.types import Params
 from lightning_fedscale.utils import checks
+from lightning_fedscale.utils.factory_repr import record_call
 
 _State: TypeAlias = dict[str, Any]
 
@@ -26,6 +27,7 @@ class HasPhase(Protocol):
         """Whether training is in a critical phase; the same on every rank."""
 
 
+@record_call
 def phase_driven(phase: HasPhase, critical: Compressor, otherwise: Compressor) -> Compressor:
     """Use one compressor, which should send much, in critical phases, and another one otherwise (as in Accordion).
 
@@ -101,6 +103,7 @@ def _decode_either(payload: bytes, like: Params, *, rules: _Rules) -> Params:
     return rules[payload[0]].decode(payload[1:], like)
 
 
+@record_call
 def adaptive(
     compress: Callable[[float], Compressor] | None = None,
     threshold: float = 0.7,

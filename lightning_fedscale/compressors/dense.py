@@ -7,8 +7,10 @@ import numpy as np
 from lightning_fedscale.compressors.base import Compressor, Encoded, check_length, no_state
 from lightning_fedscale.compressors.vectors import flatten, size, unflatten
 from lightning_fedscale.types import Params
+from lightning_fedscale.utils.factory_repr import record_call
 
 
+@record_call
 def identity() -> Compressor:
     """Send every value as a float32 number of 32 bits.
 

@@ -10,10 +10,12 @@ import torch
 
 from lightning_fedscale.compressors.base import Compressor, Encoded, check_compressor
 from lightning_fedscale.types import Params
+from lightning_fedscale.utils.factory_repr import record_call
 
 _State: TypeAlias = dict[str, Any]
 
 
+@record_call
 def error_feedback(compressor: Compressor) -> Compressor:
     r"""Send :math:`m = C(\Delta + e)` and keep :math:`e \leftarrow \Delta + e - m` (arXiv 1901.09847).
 

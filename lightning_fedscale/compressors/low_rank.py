@@ -13,10 +13,12 @@ from lightning_fedscale.compressors.base import Compressor, Encoded, check_lengt
 from lightning_fedscale.compressors.vectors import LARGEST
 from lightning_fedscale.types import Params
 from lightning_fedscale.utils import checks
+from lightning_fedscale.utils.factory_repr import record_call
 
 _State: TypeAlias = dict[str, Tensor]
 
 
+@record_call
 def power_sgd(rank: int = 2, min_compression: float = 2.0) -> Compressor:
     r"""PowerSGD (arXiv 1905.13727): run one power iteration per matrix, starting from the last message's factor.
 

@@ -22,10 +22,12 @@ from lightning_fedscale.compressors.vectors import (
 )
 from lightning_fedscale.types import FloatArray, Params
 from lightning_fedscale.utils import checks
+from lightning_fedscale.utils.factory_repr import record_call
 
 _MOST_LEVELS = 1 << 16
 
 
+@record_call
 def qsgd(levels: int = 127, per_tensor: bool = False) -> Compressor:
     r"""QSGD (arXiv 1610.02132): round magnitudes, relative to the norm, up or down at random to one of few levels.
 
@@ -57,6 +59,7 @@ def qsgd(levels: int = 127, per_tensor: bool = False) -> Compressor:
     return _compressor(name, grid, per_tensor, unbiased=True)
 
 
+@record_call
 def sign(per_tensor: bool = False) -> Compressor:
     r"""Send signs, scaled by the mean magnitude: :math:`(|u|_1 / d)\,\mathrm{sign}(u)` (arXiv 1901.09847).
 
@@ -78,6 +81,7 @@ def sign(per_tensor: bool = False) -> Compressor:
     return _compressor(name, _Grid(1, 1, _negative, _signed), per_tensor, contractive=True)
 
 
+@record_call
 def uniform_quantization(levels: int = 256) -> Compressor:
     r"""Round each tensor up or down at random to an even grid from its minimum to its maximum.
 

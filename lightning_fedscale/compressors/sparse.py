@@ -12,6 +12,7 @@ from lightning_fedscale.compressors.bits import UnsignedArray, pack, packed_size
 from lightning_fedscale.compressors.vectors import Float32Array, flatten, rounded, size, unflatten
 from lightning_fedscale.types import IntArray, Params
 from lightning_fedscale.utils import checks
+from lightning_fedscale.utils.factory_repr import record_call
 
 
 class _Share(NamedTuple):
@@ -36,6 +37,7 @@ class _Share(NamedTuple):
         return f"{self.ratio:g}" if self.k is None else f"k={self.k}"
 
 
+@record_call
 def top_k(ratio: float | None = None, k: int | None = None) -> Compressor:
     r"""Send the elements of largest magnitude over all parameters; the others become zero.
 
@@ -63,6 +65,7 @@ def top_k(ratio: float | None = None, k: int | None = None) -> Compressor:
     return Compressor(f"top_k({share})", no_state, partial(_encode_top_k, share=share), _decode_top_k, contractive=True)
 
 
+@record_call
 def random_k(ratio: float | None = None, k: int | None = None, unbiased: bool = True) -> Compressor:
     r"""Send randomly drawn elements of all parameters; the others become zero.
 

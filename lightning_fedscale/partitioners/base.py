@@ -20,7 +20,7 @@ class Partitioner(ABC):
     array of labels, any map-style torch dataset, or a Hugging Face dataset. After another one is assigned, the next
     request splits the new dataset, as a new partitioner would.
 
-    A subclass only has to store its arguments and to call its pure function in :meth:`_split`.
+    A subclass only has to store its arguments, for logs, and to call its pure function in :meth:`_split`.
 
     Args:
         num_partitions: number of clients; None if the data determine it.
@@ -114,18 +114,16 @@ class Partitioner(ABC):
         return alike_by_labels(self.partition, self._labels(), find_labels(dataset, self.partition_by), seed)
 
     def __repr__(self) -> str:
-        return f"{type(self).__name__}({', '.join(f'{name}={value!r}' for name, value in self.arguments.items())})"
+        shown = (f"{name}={value!r}" for name, value in self._changed_arguments().items())
+        return f"{type(self).__name__}({', '.join(shown)})"
 
-    @property
-    def arguments(self) -> dict[str, Any]:
-        """The arguments by name that differ from their defaults."""
-        values = {
-            name: self._num_partitions if name == "num_partitions" else getattr(self, name)
-            for name in self._arguments()
-        }
-        return {
-            n: values[n] for n, parameter in self._arguments().items() if repr(values[n]) != repr(parameter.default)
-        }
+    def _changed_arguments(self) -> dict[str, Any]:
+        """Return the stored arguments by name that differ from their defaults; a subclass may store only some."""
+        # Properties are not read: `partition` and `dataset`, which may also be arguments of subclasses, need data.
+        own = {name: value for name, value in vars(self).items() if name not in ("_dataset", "_partition")}
+        stored = {name.removeprefix("_"): value for name, value in own.items()} | own
+        given = {name: parameter for name, parameter in self._arguments().items() if name in stored}
+        return {name: stored[name] for name, each in given.items() if repr(stored[name]) != repr(each.default)}
 
     def _arguments(self) -> Mapping[str, inspect.Parameter]:
         return inspect.signature(type(self)).parameters

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, ItemsView, Iterator, KeysView, Mapping, ValuesView
 from functools import wraps
 from inspect import Parameter, signature
 from numbers import Integral, Real
@@ -28,6 +28,9 @@ class Arguments(dict[str, Any]):
 def record_call(factory: Callable[P, R]) -> Callable[P, R]:
     """Decorate a factory so that its products have its arguments, and its call as text: fields ``arguments``, ``call``.
 
+    A product without a field ``call`` gets the arguments only. Iterators and views of dicts are passed on as tuples,
+    since they can be read only once, or neither copied nor pickled.
+
     Example:
         >>> import torch
         >>> from lightning_fedscale.server import fed_adam, from_torch
@@ -39,9 +42,11 @@ def record_call(factory: Callable[P, R]) -> Callable[P, R]:
 
     @wraps(factory)
     def make(*args: P.args, **kwargs: P.kwargs) -> R:
-        made: Any = factory(*args, **kwargs)
-        arguments = _bound(factory, args, kwargs)
-        recorded: R = made._replace(call=_text(factory, arguments), arguments=arguments)
+        given, named = tuple(map(_lasting, args)), {name: _lasting(value) for name, value in kwargs.items()}
+        made: Any = factory(*given, **named)
+        arguments = _bound(factory, given, named)
+        text = {"call": _text(factory, arguments)} if "call" in made._fields else {}
+        recorded: R = made._replace(arguments=arguments, **text)
         return recorded
 
     return make
@@ -56,6 +61,10 @@ def numbers_of(arguments: Mapping[str, Any]) -> dict[str, float]:
     """
     real = {n: v for n, v in arguments.items() if isinstance(v, Real) and not isinstance(v, bool) and math.isfinite(v)}
     return {name: int(value) if isinstance(value, Integral) else float(value) for name, value in real.items()}
+
+
+def _lasting(value: Any) -> Any:
+    return tuple(value) if isinstance(value, (Iterator, KeysView, ValuesView, ItemsView)) else value
 
 
 def _bound(factory: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments:

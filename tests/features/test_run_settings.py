@@ -23,7 +23,7 @@ from torch.utils.data import DataLoader, Dataset
 from lightning_fedscale import FederatedStrategy, compressors, local_rules, privacy, server
 from lightning_fedscale.callbacks import ClientMetrics, ComputeAccounting, CriticalPhase, MaxBatchProbe
 from lightning_fedscale.cli.digits import Classifier, Digits
-from lightning_fedscale.partitioners import DirichletPartitioner, Partition
+from lightning_fedscale.partitioners import DirichletPartitioner, IidPartitioner, Partition, Partitioner
 from lightning_fedscale.scaling import Rosenfeld, read_logs
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -174,6 +174,74 @@ def test_words_for_what_has_no_numbers(tmp_path: Path) -> None:
     train(noisy, privacy=privacy.dp_fed_avg(clip_norm=0.5, noise_multiplier=0.1, delta=1e-3), sampler="poisson")
     assert noisy.settings["federated/privacy.clip_norm"] == 0.5
     assert noisy.settings["federated/sampler"] == "poisson"
+
+
+class Finished(Partitioner):
+    """Its argument has the name of a property that needs a dataset."""
+
+    def __init__(self, partition: Partition) -> None:
+        super().__init__(partition.num_clients)
+        self._finished = partition
+
+    def _split(self) -> Partition:
+        return self._finished
+
+
+class Skewed(IidPartitioner):
+    """Keeps one argument under another name, one as a private attribute, and takes any others."""
+
+    def __init__(self, num_partitions: int, skew: float, strength: float, *rest: Any, **others: Any) -> None:
+        super().__init__(num_partitions)
+        self.exponent, self._strength = skew, strength
+
+
+class Parsed(IidPartitioner):
+    """Has an attribute that a base class might want."""
+
+    def __init__(self, num_partitions: int, seed: int = 42) -> None:
+        super().__init__(num_partitions, seed=seed)
+        self.arguments = ["--seed=42"]
+
+
+@pytest.mark.parametrize(
+    ("partitioner", "shown", "numbers"),
+    [
+        (Finished(Partition.from_lists(np.array_split(np.arange(1200), 6))), "Finished()", {}),
+        (Skewed(6, 0.5, 3.0), "Skewed(num_partitions=6, strength=3.0)", {"strength": 3.0}),
+        (Parsed(6), "Parsed(num_partitions=6)", {}),
+    ],
+    ids=lambda each: type(each).__name__ if isinstance(each, Partitioner) else "",
+)
+def test_any_partitioner_trains_with_a_logger(
+    partitioner: Partitioner, shown: str, numbers: dict[str, float]
+) -> None:  # fmt: skip
+    kept = Kept()
+    train(kept, partitioner=partitioner, num_clients=None, rounds=1)
+    found = {name: value for name, value in kept.settings.items() if name.startswith("federated/partitioner")}
+    expected = {f"federated/partitioner.{name}": value for name, value in numbers.items()}
+    assert found == {"federated/partitioner": shown, **expected}
+
+
+@pytest.mark.parametrize(
+    ("compressor", "numbers"),
+    [
+        (compressors.top_k(k=7), {"k": 7}),
+        (compressors.top_k(ratio=0.1), {"ratio": 0.1}),
+        (compressors.qsgd(127), {"levels": 127}),
+        (compressors.power_sgd(rank=2, min_compression=3), {"rank": 2, "min_compression": 3}),
+        (compressors.sign(per_tensor=True), {}),
+    ],
+    ids=lambda each: getattr(each, "name", ""),
+)
+def test_the_numbers_of_a_compressor_are_settings(
+    compressor: compressors.Compressor, numbers: dict[str, float]
+) -> None:  # fmt: skip
+    kept = Kept()
+    train(kept, compressor=compressor, downlink_compressor=compressor, rounds=1)
+    for name in ("compressor", "downlink_compressor"):
+        assert kept.settings[f"federated/{name}"] == compressor.name
+        found = {each: value for each, value in kept.settings.items() if each.startswith(f"federated/{name}.")}
+        assert found == {f"federated/{name}.{each}": value for each, value in numbers.items()}
 
 
 # ---- HParams

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import math
+import pickle
+from collections.abc import Iterable
 from typing import Any, cast
 
 import numpy as np
@@ -159,6 +162,20 @@ def test_flipped_labels() -> None:
     assert [int(flipped[i][1]) for i in range(10)] == [0, 8, 2, 3, 4, 5, 6, 7, 8, 0]
     assert [float(flipped[i][0]) for i in range(10)] == list(range(10))
     assert flip_labels([("a", "b", 3)], [0], num_classes=5)[0] == ("a", "b", 1)
+
+
+@pytest.mark.parametrize(
+    "attackers",
+    [(client for client in (2, 5)), map(int, "25"), {2: "a", 5: "b"}.keys(), {"a": 2, "b": 5}.values()],
+    ids=["generator", "map", "keys", "values"],
+)
+def test_attackers_may_be_what_can_be_read_only_once(attackers: Iterable[int]) -> None:
+    rule = attacked(mean(), sign_flip(), attackers)
+    assert rule.arguments["attackers"] == (2, 5)
+    for copied in (copy.deepcopy(rule), pickle.loads(pickle.dumps(rule))):
+        assert copied.call == rule.call
+        assert copied.arguments["attackers"] == (2, 5)
+    assert "attackers=(2, 5)" in rule.call
 
 
 def test_wrong_arguments() -> None:

@@ -93,10 +93,12 @@ def _arguments_of(options: Options) -> dict[str, Mapping[str, Any]]:
     """Return the arguments of the rules by the rules' names."""
     given = options.partitioner
     return {
-        "partitioner": {} if isinstance(given, Partition) else given.arguments,
+        "partitioner": {} if isinstance(given, Partition) else given._changed_arguments(),
         "aggregator": options.aggregator.arguments,
         "server_optimizer": options.server_optimizer.arguments,
         "local_rule": {} if options.local_rule is None else options.local_rule.arguments,
+        "compressor": {} if options.compressor is None else options.compressor.arguments,
+        "downlink_compressor": {} if options.downlink_compressor is None else options.downlink_compressor.arguments,
         "mode": {} if options.asynchrony is None else {"concurrency": options.asynchrony.concurrency},
     }
 
