@@ -13,7 +13,7 @@ from lightning_fedscale.callbacks.critical_phase.client_steps import ClientStepW
 from lightning_fedscale.callbacks.critical_phase.history import LAYOUT, PhaseRecord
 from lightning_fedscale.callbacks.critical_phase.judge import PhaseJudge
 from lightning_fedscale.callbacks.critical_phase.noise_words import noise_in_words
-from lightning_fedscale.callbacks.critical_phase.options import checked_options
+from lightning_fedscale.callbacks.critical_phase.options import checked_options, option
 from lightning_fedscale.callbacks.critical_phase.rounds import RoundWatch
 from lightning_fedscale.callbacks.critical_phase.steps import StepWatch
 from lightning_fedscale.core.lightning.loggers import lay_out, show
@@ -85,6 +85,10 @@ class CriticalPhase(Callback):
         seed: seed of the added noise.
 
     Attributes:
+        detector: the detector; made from the argument if that is a name. Arguments below are as given.
+        action, target_batch, noise_in, scale_weight_decay, every_n_steps, noise_every, seed: see the arguments.
+        needs_sampling_noise: the part that needs the noise of single samples without clients, in words; None if none
+            does.
         record: norms, decisions and critical spans so far; see `plot`.
 
     Raises:
@@ -130,15 +134,15 @@ class CriticalPhase(Callback):
 
     # ---- values for other parts
 
-    @property
-    def detector(self) -> Detector:
-        """The detector, made if a name was given."""
-        return self._options.detector
-
-    @property
-    def action(self) -> str:
-        """What is done outside critical phases, as it was given."""
-        return self._options.action
+    detector: Detector = option("detector")
+    action: str = option("action")
+    target_batch: float | None = option("target_batch")
+    noise_in: str = option("noise_in")
+    scale_weight_decay: bool = option("scale_weight_decay")
+    every_n_steps: int = option("every_n_steps")
+    noise_every: int | None = option("noise_every")
+    seed: int = option("seed")
+    needs_sampling_noise: str | None = option("needs_sampling_noise")
 
     @property
     def record(self) -> PhaseRecord:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from dataclasses import dataclass
+from typing import Any
 
 from lightning_fedscale.phases import Detector, ScaleRule, check_rule, detector_by_name, reads_noise, step
 from lightning_fedscale.utils import checks
 
 
-class PhaseOptions(NamedTuple):
+@dataclass
+class PhaseOptions:
     """Arguments of `CriticalPhase`, with the detector and the scale rule as objects."""
 
     detector: Detector
@@ -23,11 +25,24 @@ class PhaseOptions(NamedTuple):
     noise_every: int | None
     seed: int
 
-    def reader_of_sampling_noise(self) -> str | None:
-        """Return the part that needs the noise of single samples without clients, in words; None if none does."""
+    @property
+    def needs_sampling_noise(self) -> str | None:
+        """The part that needs the noise of single samples without clients, in words; None if none does."""
         if self.detector.needs == "fisher_trace":
             return "detector 'fisher_trace'"
         return "the scale rule" if self.action == "scale" and reads_noise(self.rule) else None
+
+
+def option(name: str) -> Any:
+    """Return a property of `CriticalPhase` that reads and sets one of its options."""
+
+    def get(phase: Any) -> Any:
+        return getattr(phase._options, name)
+
+    def set_to(phase: Any, value: Any) -> None:
+        setattr(phase._options, name, value)
+
+    return property(get, set_to)
 
 
 def checked_options(

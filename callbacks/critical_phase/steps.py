@@ -98,7 +98,7 @@ class StepWatch(Callback):
             raise ValueError("strategy='deepspeed': CriticalPhase cannot read its gradients: choose another strategy.")
 
     def _check_noise(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        if (reader := self._options.reader_of_sampling_noise()) is None:
+        if (reader := self._options.needs_sampling_noise) is None:
             return
         if self._options.noise_every is None:
             raise ValueError(

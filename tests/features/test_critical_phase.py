@@ -82,6 +82,31 @@ def trainer(*callbacks: Callback, **options: Any) -> pl.Trainer:
     )  # fmt: skip
 
 
+def test_arguments_are_attributes_that_can_be_set() -> None:
+    callback = CriticalPhase(
+        action="noise", target_batch=4, noise_in="all", scale_weight_decay=True, every_n_steps=3, noise_every=50, seed=7
+    )
+    names = ("action", "target_batch", "noise_in", "scale_weight_decay", "every_n_steps", "noise_every", "seed")
+    assert [getattr(callback, name) for name in names] == ["noise", 4, "all", True, 3, 50, 7]
+    assert callback.needs_sampling_noise is None
+    assert CriticalPhase(fisher_trace()).needs_sampling_noise == "detector 'fisher_trace'"
+    assert CriticalPhase(scale=adascale(8, reference=4)).needs_sampling_noise == "the scale rule"
+    assert copy.deepcopy(callback).target_batch == 4
+
+
+def test_an_attribute_that_is_set_takes_effect() -> None:
+    callback = CriticalPhase(relative_change(threshold=100.0, window=WARM_UP), scale=3.0)
+    callback.action = "observe"
+    trainer(callback).fit(Net(), data())
+    assert not callback.critical
+    assert callback.scale == 1.0
+    callback.action = "scale"
+    assert callback.scale == 3.0
+    callback.detector = relative_change(threshold=100.0, window=STEPS)
+    trainer(callback).fit(Net(), data())
+    assert callback.record.summary("step").startswith("10 of 10 ")  # the last two steps wait to be read
+
+
 def trained(*callbacks: Callback, module: pl.LightningModule | None = None, **options: Any) -> pl.LightningModule:
     module = Net() if module is None else module
     trainer(*callbacks, **options).fit(module, data())
