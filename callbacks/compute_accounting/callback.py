@@ -9,7 +9,6 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
@@ -43,7 +42,7 @@ _GROWTH = 1.02
 """Compute must grow by this factor before the next log, since closer points only cost time."""
 
 
-class ComputeAccounting(Callback):
+class ComputeAccounting(EvaluationCounter):
     """Counts the cost of training, and compares the model with the best size for that compute.
 
     FLOPs are counted while the module's own steps run: the first steps of every batch signature, then a sample of them.
@@ -114,6 +113,7 @@ class ComputeAccounting(Callback):
         study: str | Path | None = "auto",
         report: bool = True,
     ) -> None:
+        super().__init__()
         for name, value in (("budget", budget), ("max_flops", max_flops)):
             if value is not None and not (isinstance(value, (int, float)) and 0 < value < math.inf):
                 raise ValueError(f"{name}={value!r}: pass a number of FLOPs above 0, or None.")
@@ -131,7 +131,6 @@ class ComputeAccounting(Callback):
         self._curves = ComputeCurves()
         self._logged = 0.0  # FLOPs when there was last a log
         self._trainer: pl.Trainer | None = None
-        self._evaluation: EvaluationCounter | None = None  # among the Trainer's callbacks
         self.position: Position | None = None
         self.no_position = ""
         self.measured: Measured | None = None
@@ -177,9 +176,6 @@ class ComputeAccounting(Callback):
             self.position, self.no_position, self.measured = None, "", None
             self._finder.begin()
         self._counting.meter = Meter(pl_module, self._tokens_fn)
-        self._evaluation = EvaluationCounter(self._counting)
-        callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
-        callbacks.insert(callbacks.index(self) + 1, self._evaluation)
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Start metering clients and energy, and stop at once if ``max_flops`` are spent."""
@@ -258,14 +254,10 @@ class ComputeAccounting(Callback):
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Restore the Trainer's callbacks."""
         self._counting.drop_step()
-        if (meter := self._counting.meter) is None or self._evaluation is None:
-            return
-        self._evaluation.drop()
-        callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
-        for helper in (self._evaluation, meter.evaluations):
-            if helper in callbacks:
-                callbacks.remove(helper)
-        self._evaluation = None
+        self._drop_evaluation()
+        meter, callbacks = self._counting.meter, trainer.callbacks  # type: ignore[attr-defined]
+        if meter is not None and meter.evaluations in callbacks:
+            callbacks.remove(meter.evaluations)
 
     # ---- checkpoints
 

@@ -15,24 +15,22 @@ from lightning_fedscale.strategy import FederatedStrategy
 
 
 class EvaluationCounter(Callback):
-    """Counts validation and test batches, evaluations of clients' data, and probing steps.
+    """The hooks of `ComputeAccounting` for validation and test batches, evaluations of clients' data and probing steps.
 
-    `ComputeAccounting` adds it to the Trainer's callbacks while it counts.
-
-    Args:
-        counting: has the meter and the costs to add to.
+    A subclass sets the counting, which has the meter and the costs to add to.
     """
 
-    def __init__(self, counting: Counting) -> None:
-        self._counting = counting
-        self._step: MeteredStep | None = None
+    _counting: Counting
+
+    def __init__(self) -> None:
+        self._evaluation: MeteredStep | None = None
 
     def on_validation_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
         """Open the count of a validation batch."""
         if not trainer.sanity_checking:
-            self._open(batch, "validation_step")
+            self._open_evaluation(batch, "validation_step")
 
     def on_validation_batch_end(
         self,
@@ -44,7 +42,7 @@ class EvaluationCounter(Callback):
         dataloader_idx: int = 0,
     ) -> None:
         """Close the count of the batch."""
-        self._close()
+        self._close_evaluation()
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Sum the costs of the ranks; while clients train, the next round's collective does so."""
@@ -56,7 +54,7 @@ class EvaluationCounter(Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
         """Open the count of a test batch."""
-        self._open(batch, "test_step")
+        self._open_evaluation(batch, "test_step")
 
     on_test_batch_end = on_validation_batch_end
 
@@ -74,18 +72,18 @@ class EvaluationCounter(Callback):
             return nullcontext()
         return meter.step(batch, name="validation_step", everything=True, charge=self._counting.costs.add_evaluation)
 
-    def drop(self) -> None:
-        """Discard the open count of a batch whose evaluation did not complete."""
-        if self._step is not None:
-            self._step.__exit__(RuntimeError)
-        self._step = None
+    def _open_evaluation(self, batch: Any, name: str) -> None:
+        self._close_evaluation()
+        if (meter := self._counting.meter) is not None:
+            self._evaluation = meter.step(batch, name=name, charge=self._counting.costs.add_evaluation).__enter__()
 
-    def _close(self) -> None:
-        step, self._step = self._step, None
+    def _close_evaluation(self) -> None:
+        step, self._evaluation = self._evaluation, None
         if step is not None:
             step.__exit__()
 
-    def _open(self, batch: Any, name: str) -> None:
-        self._close()
-        if (meter := self._counting.meter) is not None:
-            self._step = meter.step(batch, name=name, charge=self._counting.costs.add_evaluation).__enter__()
+    def _drop_evaluation(self) -> None:
+        """Discard the open count of a batch whose evaluation did not complete."""
+        step, self._evaluation = self._evaluation, None
+        if step is not None:
+            step.__exit__(RuntimeError)

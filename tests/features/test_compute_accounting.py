@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import logging
 import warnings
@@ -147,6 +148,41 @@ def test_nothing_is_counted_twice_after_an_interruption(strategy: str, tmp_path:
     assert {**mine, "seconds": 0} == {**theirs, "seconds": 0}
     assert resumed.position is not None
     assert resumed.position == whole.position
+
+
+def test_copies_of_the_trainers_callbacks_count_an_evaluation_once() -> None:
+    class Copies(Callback):
+        copied: list[Callback]
+
+        def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
+            self.copied = copy.deepcopy(trainer.callbacks)  # type: ignore[attr-defined]
+
+    copies, module = Copies(), Net()
+    trainer(ComputeAccounting(law=None), copies).fit(module, data())
+    (accounting,) = (each for each in copies.copied if isinstance(each, ComputeAccounting))
+    trainer(*copies.copied).validate(module, data(40), verbose=False)
+    assert accounting.ledger.flops["evaluation"] == 40 * FORWARD
+
+
+def test_another_callback_may_call_its_hooks() -> None:
+    class Wrapper(Callback):
+        inner = ComputeAccounting(law=None)
+
+        def setup(self, *arguments: Any, stage: str) -> None:
+            self.inner.setup(*arguments, stage=stage)
+
+        def on_validation_batch_start(self, *arguments: Any) -> None:
+            self.inner.on_validation_batch_start(*arguments)
+
+        def on_validation_batch_end(self, *arguments: Any) -> None:
+            self.inner.on_validation_batch_end(*arguments)
+
+        def on_validation_end(self, *arguments: Any) -> None:
+            self.inner.on_validation_end(*arguments)
+
+    wrapper = Wrapper()
+    trainer(wrapper).validate(Net(), data(40), verbose=False)
+    assert wrapper.inner.ledger.flops["evaluation"] == 40 * FORWARD
 
 
 def test_a_second_run_begins_at_nothing() -> None:
