@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, Literal
 
 import lightning.pytorch as pl
@@ -53,7 +54,7 @@ class MaxBatchProbe(Callback):
     Attributes:
         result: a `ProbeResult` once ``fit`` has begun; also logged as ``probe/...`` and saved in checkpoints. A resumed
             run takes the batch size of its checkpoint and does not probe again.
-        model: the `MemoryModel` of this rank; None after resuming.
+        model: the `MemoryModel` of this rank, also if no batch fits; None after resuming.
         times: the steps timed since training began, without the first few; `performance` fits a model to them.
 
     Raises:
@@ -193,8 +194,8 @@ class MaxBatchProbe(Callback):
         if resumed is not None:
             rank_zero_info(f"MaxBatchProbe: training resumes with the checkpoint's batch size, {resumed.max_batch}.")
             return resumed, self._probe.data(trainer)
-        found = smallest_of_ranks(trainer, lambda: self._probe.run(trainer, module))
-        self.model = found.model
+        keep_model = partial(setattr, self, "model")
+        found = smallest_of_ranks(trainer, lambda: self._probe.run(trainer, module, keep_model))
         return found.result, found.data
 
     def _set(self, found: ProbeResult, data: TrainData) -> ProbeResult:

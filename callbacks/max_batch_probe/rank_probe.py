@@ -96,17 +96,23 @@ class RankProbe:
         """Set the batch size where the project keeps it, and return a function that undoes this."""
         return data.set_batch_size(size, self._batch_arg_name)
 
-    def run(self, trainer: pl.Trainer, module: pl.LightningModule) -> Probed:
+    def run(self, trainer: pl.Trainer, module: pl.LightningModule, on_model: Callable[[MemoryModel], None]) -> Probed:
         """Probe without lasting effects on the run.
+
+        Args:
+            trainer: the Trainer.
+            module: the module.
+            on_model: called with the memory model, which also shows why a search fails.
 
         Raises:
             TypeError, ValueError: if no batch can be made or not even one sample fits.
             Exception: whatever the module's training step raises on a copy of the module.
         """
-        check_strategy(trainer)
+        check_whole_module(trainer)
         with undone(trainer):
             data = self.data(trainer)
             model = self._model(trainer, module, data)
+            on_model(model)
             device = trainer.strategy.root_device
             budget = self._bytes(trainer, device)
             wanted = self._verify if self._verify != "auto" else device.type == "cuda"
@@ -202,7 +208,7 @@ def _announce(trainer: pl.Trainer, flops: float) -> None:
             hook(trainer, flops=flops)
 
 
-def check_strategy(trainer: pl.Trainer) -> None:
+def check_whole_module(trainer: pl.Trainer) -> None:
     """Refuse a strategy whose processes do not hold the whole module."""
     if not isinstance(trainer.strategy, (SingleDeviceStrategy, DDPStrategy)):
         raise ValueError(

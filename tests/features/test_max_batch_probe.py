@@ -22,7 +22,7 @@ from torchmetrics import Accuracy, Metric
 
 from lightning_fedscale import FederatedStrategy
 from lightning_fedscale.callbacks import MaxBatchProbe
-from lightning_fedscale.callbacks.max_batch_probe.rank_probe import check_strategy
+from lightning_fedscale.callbacks.max_batch_probe.rank_probe import check_whole_module
 from lightning_fedscale.devices import DeviceClass, estimate_memory
 from lightning_fedscale.devices.probe import ProbeResult
 from lightning_fedscale.devices.profiling import libraries
@@ -655,6 +655,15 @@ def test_not_one_sample() -> None:
         trainer(MaxBatchProbe(budget=50_000)).fit(WithAttribute())
 
 
+def test_a_failed_probe_keeps_its_model() -> None:
+    probe = MaxBatchProbe(budget=50_000, apply=False)
+    with pytest.warns(UserWarning, match="MaxBatchProbe: nothing was probed"):
+        trainer(probe, max_steps=1).fit(WithAttribute())
+    assert probe.result is None
+    assert probe.model is not None
+    assert probe.model.peak(1) > 50_000
+
+
 def test_no_batch_size_anywhere() -> None:
     class Whole(Dataset[Any]):
         def __len__(self) -> int:
@@ -703,4 +712,4 @@ def test_sharded_strategies_are_refused() -> None:
         strategy = ModelParallelStrategy()
 
     with pytest.raises(ValueError, match="strategy=ModelParallelStrategy"):
-        check_strategy(Elsewhere())  # type: ignore[arg-type]
+        check_whole_module(Elsewhere())  # type: ignore[arg-type]

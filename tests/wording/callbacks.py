@@ -19,7 +19,7 @@ from lightning_fedscale.callbacks.critical_phase.rounds import RoundWatch
 from lightning_fedscale.callbacks.critical_phase.steps import StepWatch
 from lightning_fedscale.callbacks.critical_phase.update_scaling import UpdateScaling
 from lightning_fedscale.callbacks.max_batch_probe.agreement import explained
-from lightning_fedscale.callbacks.max_batch_probe.rank_probe import check_strategy
+from lightning_fedscale.callbacks.max_batch_probe.rank_probe import check_whole_module
 from lightning_fedscale.devices import CATALOGUE
 from lightning_fedscale.devices.profiling.operator_counter import UNKNOWN, Operator
 from lightning_fedscale.partitioners import IidPartitioner
@@ -169,7 +169,7 @@ ROWS: list[Row] = [
         "noise_scale=0: pass a number of samples above 0, or None if unknown.",
     ),
     Row(
-        lambda: check_strategy(TRAINER),
+        lambda: check_whole_module(TRAINER),
         ValueError,
         "strategy=SimpleNamespace: MaxBatchProbe cannot predict the memory of a module that is divided between"
         " processes: choose a single device, DDP or FederatedStrategy.",
