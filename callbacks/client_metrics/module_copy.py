@@ -22,6 +22,9 @@ from lightning_fedscale.core.lightning.module_state import (
 )
 from lightning_fedscale.devices.profiling.copies import copied
 from lightning_fedscale.devices.profiling.stubs import TrainerView
+from lightning_fedscale.utils.moved import renamed
+
+__getattr__ = renamed(__name__, {"ValidationTwin": "ValidationCopy"})
 
 _HOOKS = (
     "on_validation_start", "on_validation_epoch_start", "on_validation_batch_start", "on_validation_batch_end",

@@ -19,6 +19,9 @@ from lightning_fedscale.callbacks.compute_accounting.tokens import TokenCounter,
 from lightning_fedscale.core.lightning.module_state import current_hook
 from lightning_fedscale.devices.profiling.batches import BatchSignature, signature_of
 from lightning_fedscale.devices.profiling.operator_counter import OperatorCounter, storage_of
+from lightning_fedscale.utils.moved import renamed
+
+__getattr__ = renamed(__name__, {"Tally": "lightning_fedscale.callbacks.compute_accounting.client_costs.ClientTally"})
 
 
 class BatchCost(NamedTuple):

@@ -21,6 +21,11 @@ from lightning_fedscale.scaling import Law, Position
 from lightning_fedscale.scaling.ledger import Ledger
 from lightning_fedscale.scaling.position import plot
 from lightning_fedscale.utils.memory import format_bytes
+from lightning_fedscale.utils.moved import renamed
+
+__getattr__ = renamed(
+    __name__, {"ComputeCurves": "lightning_fedscale.callbacks.compute_accounting.curves.ComputeCurves"}
+)
 
 
 class Report(NamedTuple):

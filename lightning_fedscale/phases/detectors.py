@@ -12,7 +12,7 @@ from scipy.special import ndtri, stdtr
 
 from lightning_fedscale.phases.regression import empty_triangle, predicted, take_row
 from lightning_fedscale.phases.run_length import alarm_limit
-from lightning_fedscale.utils.checks import integer, positive
+from lightning_fedscale.utils.checks import in_interval, integer, positive
 
 State: TypeAlias = dict[str, Any]
 """State of a detector: numbers, booleans and lists of numbers by name, so that any checkpoint can store it."""
@@ -99,15 +99,14 @@ def relative_change(threshold: float = 0.3, window: int = 25, alpha: float = 0.0
         False 0.0
         True 1.0
     """
-    positive("threshold", threshold)
-    integer("window", window)
-    if not 0 <= alpha < 1:
-        raise ValueError(f"alpha={alpha!r}: pass a number in [0, 1).")
-
-    start: State = {"norms": [], "changes": [], "smoothed": math.nan, "seen": 0}
-    return Detector(
-        partial(dict, start), partial(_update_relative_change, threshold=threshold, window=window, alpha=alpha)
+    update = partial(
+        _update_relative_change,
+        threshold=positive("threshold", threshold),
+        window=integer("window", window),
+        alpha=in_interval("alpha", alpha, 0, 1, closed_end=False),
     )
+    start: State = {"norms": [], "changes": [], "smoothed": math.nan, "seen": 0}
+    return Detector(partial(dict, start), update)
 
 
 def _update_relative_change(
@@ -137,13 +136,11 @@ def accordion(threshold: float = 0.5, interval: int = 10, accumulate: int = 1) -
         interval: observations from one check to the next; Accordion's observations are epochs, and its interval 10.
         accumulate: steps or rounds whose gradients are summed for one observation: those of an epoch.
     """
-    positive("threshold", threshold)
-    integer("interval", interval)
-    integer("accumulate", accumulate)
-
+    update = partial(
+        _update_accordion, threshold=positive("threshold", threshold), interval=integer("interval", interval)
+    )
     start: State = {"norms": [], "seen": 0, "critical": True, "change": math.nan, "learning_rate": math.nan}
-    update = partial(_update_accordion, threshold=threshold, interval=interval)
-    return Detector(partial(dict, start), update, accumulate=accumulate)
+    return Detector(partial(dict, start), update, accumulate=integer("accumulate", accumulate))
 
 
 def _update_accordion(
@@ -202,15 +199,13 @@ def page_hinkley(false_alarms: float = 1.0, drift: float = 0.5, hold: int = 25, 
         >>> critical.index(False), critical[-1]
         (5, True)
     """
-    positive("false_alarms", false_alarms)
-    positive("drift", drift)
-    integer("hold", hold)
-    integer("order", order, 0)
+    rate, drift = positive("false_alarms", false_alarms), positive("drift", drift)
+    hold, order = integer("hold", hold), integer("order", order, 0)
     least = 2 * order + 2  # the regressors, one for each coefficient, and one for the spread
-    if (most := int(1000 / (least + _SHORTEST))) < false_alarms:
+    if (most := int(1000 / (least + _SHORTEST))) < rate:
         raise ValueError(f"false_alarms={false_alarms!r}: pass at most {most} in 1,000 observations.")
-    unscored = max(least, min(hold, _LEARNT, int(1000 / false_alarms / 3)))
-    limit = alarm_limit(1000 / false_alarms - unscored, drift)
+    unscored = max(least, min(hold, _LEARNT, int(1000 / rate / 3)))
+    limit = alarm_limit(1000 / rate - unscored, drift)
     update = partial(_update_page_hinkley, limit=limit, drift=drift, hold=hold, order=order, learnt=unscored - order)
     return Detector(partial(_init_page_hinkley, order), update, statistic="cumulative_sum")
 
@@ -294,8 +289,7 @@ _SHORTEST = 5
 
 
 def _growth(field: str, threshold: float, window: int) -> Detector:
-    positive("threshold", threshold)
-    integer("window", window)
+    threshold, window = positive("threshold", threshold), integer("window", window)
     update = partial(_update_growth, field=field, threshold=threshold, window=window)
     start: State = {"values": [], "before": math.nan}
     return Detector(partial(dict, start), update, needs=field)

@@ -26,13 +26,10 @@ from lightning_fedscale.utils.moved import renamed
 __getattr__ = renamed(
     __name__,
     {
-        "Look": "NoiseEstimate",
-        "look_at_halves": "estimate_from_half_batches",
-        "look_at_members": "estimate_from_members",
-        "FEWEST": "MIN_ESTIMATES",
-        "MOST_LOOKS": "MAX_ESTIMATES",
+        "Look": "NoiseEstimate", "look_at_halves": "estimate_from_half_batches",
+        "look_at_members": "estimate_from_members", "FEWEST": "MIN_ESTIMATES", "MOST_LOOKS": "MAX_ESTIMATES",
     },
-)
+)  # fmt: skip
 
 MIN_ESTIMATES = 5
 """Least number of estimates from which a noise scale is computed."""
@@ -158,18 +155,17 @@ class NoiseScale(NamedTuple):
     @property
     def looks(self) -> int:
         """The old name of ``estimates``."""
-        warnings.warn(
-            "NoiseScale.looks is called estimates now: the old name goes after one release.",
-            DeprecationWarning,
-            stacklevel=2,
-        )
+        warnings.warn("NoiseScale: looks is called estimates now: use that.", DeprecationWarning, stacklevel=2)
         return self.estimates
 
 
 UNKNOWN = NoiseScale(math.nan, 0.0, math.inf, math.nan, math.nan, math.nan, math.nan, 0)
 
 
-def noise_scale(estimates: Sequence[NoiseEstimate], decay: float = 0.99, confidence: float = 0.95) -> NoiseScale:
+def noise_scale(
+    estimates: Sequence[NoiseEstimate] = (), decay: float = 0.99, confidence: float = 0.95, *,
+    looks: Sequence[NoiseEstimate] | None = None,
+) -> NoiseScale:  # fmt: skip
     """Estimate the noise scale from a series of estimates, latest last.
 
     Numerator and denominator are averaged separately, with weights that fall by ``decay`` with age, and then divided:
@@ -182,6 +178,7 @@ def noise_scale(estimates: Sequence[NoiseEstimate], decay: float = 0.99, confide
         estimates: the estimates; at least `MIN_ESTIMATES` are needed.
         decay: weight of an estimate relative to the next one, in (0, 1].
         confidence: confidence of the interval, in (0, 1).
+        looks: the old name of ``estimates``, which goes after one release.
 
     Example:
         >>> noise_scale([NoiseEstimate(1.0 + 0.1 * (-1) ** i, 2.0, 32.0, 2.0) for i in range(10)]).critical_cohort
@@ -189,6 +186,9 @@ def noise_scale(estimates: Sequence[NoiseEstimate], decay: float = 0.99, confide
         >>> noise_scale([NoiseEstimate(0.1 - (-1) ** i, 2.0, 32.0, 2.0) for i in range(10)]).enough
         False
     """
+    if looks is not None:
+        warnings.warn("noise_scale: looks is estimates now: use that.", DeprecationWarning, stacklevel=2)
+        estimates = looks
     if not 0 < decay <= 1:
         raise ValueError(f"decay={decay!r}: pass a number in (0, 1].")
     if not 0 < confidence < 1:

@@ -36,8 +36,7 @@ def step(factor: float = 2.0) -> ScaleRule:
         >>> rule(Phase(critical=True, quiet=0)), rule(Phase(critical=False, quiet=1))
         (1.0, 3.0)
     """
-    positive("scale", factor)
-    return partial(_step, factor=float(factor))
+    return partial(_step, factor=positive("scale", factor))
 
 
 def _step(phase: Phase, *, factor: float) -> float:
@@ -52,9 +51,7 @@ def linear_ramp(factor: float = 2.0, length: int = 100) -> ScaleRule:
         >>> [rule(Phase(critical=False, quiet=quiet)) for quiet in (1, 2, 4, 9)]
         [1.5, 2.0, 3.0, 3.0]
     """
-    positive("scale", factor)
-    integer("length", length)
-    return partial(_linear_ramp, factor=factor, length=length)
+    return partial(_linear_ramp, factor=positive("scale", factor), length=integer("length", length))
 
 
 def _linear_ramp(phase: Phase, *, factor: float, length: int) -> float:
@@ -78,11 +75,10 @@ def adascale(batch: float, reference: float) -> ScaleRule:
         >>> rule(Phase(critical=False, quiet=1, noise_scale=1024.0))
         4.5
     """
-    positive("batch", batch)
-    positive("reference", reference)
-    if reference > batch:
+    of_update, of_reference = positive("batch", batch), positive("reference", reference)
+    if of_reference > of_update:
         raise ValueError(f"reference={reference!r}: pass at most batch={batch!r}, the samples of one update.")
-    return partial(_adascale, batch=batch, reference=reference)
+    return partial(_adascale, batch=of_update, reference=of_reference)
 
 
 def _adascale(phase: Phase, *, batch: float, reference: float) -> float:
@@ -126,8 +122,7 @@ def capped(rule: ScaleRule, limit: float) -> ScaleRule:
         >>> capped(step(8.0), limit=4.0)(Phase(critical=False, quiet=1))
         4.0
     """
-    positive("limit", limit)
-    return partial(_capped, rule=rule, limit=float(limit))
+    return partial(_capped, rule=rule, limit=positive("limit", limit))
 
 
 def _capped(phase: Phase, *, rule: ScaleRule, limit: float) -> float:

@@ -9,6 +9,10 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from difflib import get_close_matches
 from typing import Any
 
+from lightning_fedscale.utils.moved import renamed
+
+__getattr__ = renamed(__name__, {"whole": "integer"})
+
 
 def integer(name: str, value: object, minimum: int = 1, maximum: int | None = None) -> int:
     """Return ``value`` as an int of at least ``minimum`` and at most ``maximum``, if there is one.

@@ -83,7 +83,7 @@ MOVED = {
     "aggregators.names": "aggregators.registry", "partitioners.names": "partitioners.registry",
     "scaling.catalogue": "scaling.registry", "scaling.report": "scaling.fit_page",
     "schedules": "local_rules.schedules",
-    "noise": "phases.noise", "phase_keeper": "phases.tracker",
+    "noise": "phases.noise", "phase_keeper": "phases.tracker", "phases.checks": "utils.checks",
     "asynchrony": "server.asynchrony",
     "study.told": "study.answer_page", "sweep": "study.sweeping",
     "buffers": "utils.buffers", "calls": "utils.factory_repr", "checks": "utils.checks",
@@ -105,7 +105,7 @@ def renamed(module: str, names: Mapping[str, str]) -> Callable[[str], Any]:
 
     Args:
         module: name of the module.
-        names: new names by old ones.
+        names: new names by old ones; with the name of its module if that is another one.
     """
 
     def find(name: str) -> Any:
@@ -116,7 +116,8 @@ def renamed(module: str, names: Mapping[str, str]) -> Callable[[str], Any]:
             DeprecationWarning,
             stacklevel=2,
         )
-        return getattr(import_module(module), new)
+        home, _, name = new.rpartition(".")
+        return getattr(import_module(home or module), name)
 
     return find
 

@@ -304,3 +304,9 @@ def test_diagonal_noise_has_the_variance_of_a_smaller_batch() -> None:
 def test_bad_arguments_are_named(call: object, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         call()  # type: ignore[operator]
+
+
+def test_the_old_name_of_its_argument_is_read() -> None:
+    estimates = [NoiseEstimate(1.0 + 0.1 * (-1) ** i, 2.0, 32.0, 2.0) for i in range(10)]
+    with pytest.warns(DeprecationWarning, match="noise_scale: looks is estimates now"):
+        assert noise_scale(looks=estimates) == noise_scale(estimates)

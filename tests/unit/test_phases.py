@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import io
 import math
 from collections.abc import Callable, Iterable
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import binomtest, poisson
@@ -19,6 +22,7 @@ from lightning_fedscale.phases import (
     Detector,
     Observation,
     Phase,
+    ScaleRule,
     accordion,
     adascale,
     alarm_limit,
@@ -325,6 +329,32 @@ def test_states_are_left_alone(name: str) -> None:
 
 
 # ---- scale rules
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: relative_change(np.float32(0.25), np.int64(2), np.float32(0.01)),  # type: ignore[arg-type]
+        lambda: accordion(np.float32(0.25), np.int64(1), np.int64(1)),  # type: ignore[arg-type]
+        lambda: page_hinkley(np.float32(2.0), np.float32(0.5), np.int64(3), np.int64(1)),  # type: ignore[arg-type]
+        lambda: federated_gradient_norm(np.float32(0.25), np.int64(2)),  # type: ignore[arg-type]
+        lambda: fisher_trace(np.float32(0.25), np.int64(2)),  # type: ignore[arg-type]
+    ],
+)
+def test_arguments_of_numpy_leave_states_that_any_checkpoint_can_store(make: Callable[[], Detector]) -> None:
+    detector = make()
+    state = detector.init()
+    for value in (1.0, 1.5, 1.5, 1.5, 1.5, 1.5, 9.0):
+        decision, state = detector.update(state, Observation([value], value, value, value))
+        saved = io.BytesIO()
+        torch.save([state, list(decision), detector.accumulate], saved)
+        assert torch.load(io.BytesIO(saved.getvalue()), weights_only=True)[1][0] is decision.critical
+
+
+@pytest.mark.parametrize("rule", [step, linear_ramp, partial(adascale, reference=2.0), partial(capped, step(8.0))])
+def test_rules_of_numpy_return_floats(rule: Callable[..., ScaleRule]) -> None:
+    factor = rule(np.float32(4.0))(Phase(critical=False, quiet=1, noise_scale=8.0))
+    assert type(factor) is float
 
 
 def test_step_ramp_and_cap() -> None:
