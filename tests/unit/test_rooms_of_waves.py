@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import lightning.pytorch as pl
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.func import vmap
 from torch.nn import functional
 
@@ -31,6 +33,10 @@ RANDOM: dict[str, Callable[[Tensor], Tensor]] = {
     "bernoulli": lambda x: torch.bernoulli(x.sigmoid()),
     "normal": lambda x: torch.normal(x, 1.0),
     "gumbel": functional.gumbel_softmax,
+    # What dropout is on a GPU: an operator that takes no generator.
+    "fused dropout": lambda x: torch.native_dropout(x, 0.3, True)[0],
+    "fused dropout after noise": lambda x: torch.native_dropout(x + torch.randn_like(x), 0.3, True)[0],
+    "noise after fused dropout": lambda x: torch.native_dropout(x, 0.3, True)[0] + torch.rand_like(x),
     "attention": lambda x: functional.scaled_dot_product_attention(x[None], x[None], x[None], dropout_p=0.2),
 }
 
@@ -56,7 +62,7 @@ def test_every_client_draws_what_it_would_draw_alone(name: str) -> None:
     assert torch.equal(torch.get_rng_state(), before)
 
 
-@pytest.mark.parametrize("name", ["dropout", "randn_like", "rand"])
+@pytest.mark.parametrize("name", ["dropout", "randn_like", "rand", "fused dropout", "noise after fused dropout"])
 def test_a_captured_step_draws_from_the_streams_it_is_given(name: str) -> None:
     stack, other = torch.randn(CLIENTS, 8, 4), torch.randn(CLIENTS, 8, 4)
     captured = CapturedStep(lambda x: [vmap(RANDOM[name], randomness="different")(x)], [stack.clone()], CPU)
@@ -73,6 +79,53 @@ def test_what_cannot_be_told_apart_is_refused(function: Callable[[Tensor], Tenso
     streams = ClientStreams(lambda client: client, CPU)
     with pytest.raises(NotImplementedError, match="draws"), DrawPerClient(streams, range(CLIENTS)):
         vmap(function, randomness="different")(torch.randn(CLIENTS, 8, 4))
+
+
+def test_an_operator_without_a_generator_switches_the_generator_of_its_device_only(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def refuse(*_: object) -> None:
+        raise AssertionError("the states of all generators are copied, for every client in every step")
+
+    monkeypatch.setattr(randomness, "capture", refuse)
+    monkeypatch.setattr(randomness, "restore", refuse)
+    with DrawPerClient(ClientStreams(lambda client: client, CPU), range(CLIENTS)) as drawing:
+        vmap(RANDOM["fused dropout"], randomness="different")(torch.randn(CLIENTS, 8, 4))
+    assert drawing.noticed
+
+
+ATEN = torch.ops.aten
+FUSED_ATTENTION = {
+    ATEN._scaled_dot_product_flash_attention.default: (),
+    ATEN._scaled_dot_product_efficient_attention.default: (None, True),
+    ATEN._scaled_dot_product_cudnn_attention.default: (None, True),
+}
+
+
+@pytest.mark.parametrize("operator", FUSED_ATTENTION, ids=str)
+def test_fused_attention_draws_only_with_dropout(operator: Any) -> None:
+    streams, others = ClientStreams(lambda client: client, CPU), FUSED_ATTENTION[operator]
+    with FakeTensorMode():
+        # vmap puts the clients of these operators into the batch, of 4 samples here.
+        q = torch.empty(CLIENTS * 4, 2, 16, 32, device="cuda")
+        with DrawPerClient(streams, range(CLIENTS)) as drawing:
+            assert operator(q, q, q, *others)[0].shape == q.shape
+            assert operator(q, q, q, *others, 0.0)[0].shape == q.shape
+        assert not drawing.noticed
+        with pytest.raises(NotImplementedError, match="draws"), DrawPerClient(streams, range(CLIENTS)):
+            operator(q, q, q, *others, 0.1)
+
+
+def test_a_captured_step_keeps_attention_without_dropout_as_it_is() -> None:
+    """The CPU's fused attention counts as random too."""
+
+    def attention(q: Tensor) -> list[Tensor | None]:
+        return [ATEN._scaled_dot_product_flash_attention_for_cpu(q, q, q)[0]]
+
+    q = torch.randn(CLIENTS * 4, 2, 16, 32)
+    (got,) = CapturedStep(attention, [q], CPU).replay([q], ClientStreams(lambda client: client, CPU), range(CLIENTS))
+    assert got is not None
+    assert torch.equal(got, attention(q)[0])  # type: ignore[arg-type]
 
 
 def test_captured_gradients_have_the_bits_of_autograd() -> None:

@@ -88,7 +88,7 @@ class CapturedStep:
         if not any(map(_is_mutable, graph.nodes)):
             module.graph = graph = fx_graph_cse(graph)
         for node in list(graph.nodes):
-            if is_random(node.target):
+            if is_random(node.target, node.args, node.kwargs):
                 node.args = (node.target, *node.args)
                 node.target = self._draw
         graph.eliminate_dead_code()
