@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -99,13 +101,27 @@ def test_ways_of_the_data_to_the_device(workers: int) -> None:
         assert reference.difference(trained(cached), kept) == 0.0
 
 
-def test_batches_on_their_way_ahead_are_whole() -> None:
+@dataclass
+class Batch:
+    """Of a type in which torch does not find the tensors."""
+
+    x: Tensor
+
+
+@pytest.mark.parametrize("make", [lambda x: {"x": x, "name": "a"}, Batch], ids=["dict", "dataclass"])
+def test_batches_on_their_way_ahead_are_whole(make: Callable[[Tensor], Any]) -> None:
     device = torch.device("cuda", 0)
-    batches = [{"x": torch.full((1000, 1000), float(i)), "name": str(i)} for i in range(20)]
-    for i, batch in enumerate(transfer._ahead(iter(batches), device)):
-        assert batch["x"].device == device
-        assert batch["name"] == str(i)
-        assert float(batch["x"].sum()) == 1e6 * i
+    heavy, wrong = torch.randn(4096, 4096, device=device), list[Tensor]()
+    result = torch.empty_like(heavy)
+    batches = (make(torch.full((1000, 1000), float(i))) for i in range(40))
+    for i, batch in enumerate(transfer._ahead(batches, device)):
+        x = batch.x if isinstance(batch, Batch) else batch["x"]
+        assert x.device == device
+        for _ in range(5):  # the device falls behind, and later batches are copied while it still needs this one
+            torch.mm(heavy, heavy, out=result)
+        wrong.append((x != i).any())
+        del batch, x
+    assert not bool(torch.stack(wrong).any())
 
 
 def test_logged_values_stay_on_the_device_until_the_round_is_over(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,7 +10,6 @@ import torch
 from lightning.pytorch.utilities import move_data_to_device
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor
-from torch.utils._pytree import tree_leaves
 from torch.utils.data._utils.pin_memory import pin_memory
 
 from lightning_fedscale.core.lightning.module_state import moved_by_hooks
@@ -56,6 +55,9 @@ def _ahead(batches: Iterator[Any], device: torch.device) -> Iterator[Any]:
     side = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
     waiting: list[tuple[Any, Any]] = []
     for batch in batches:
+        # This copy may reuse the memory of an earlier batch, which Python has dropped but whose step may still read it.
+        # Tensor.record_stream does not help, since the tensors of a batch of an arbitrary type cannot be found.
+        side.wait_stream(torch.cuda.current_stream(device))
         with torch.cuda.stream(side):
             moved = move_data_to_device(pin_memory(batch), device)  # type: ignore[no-untyped-call]
             waiting.append((moved, side.record_event()))
@@ -66,11 +68,7 @@ def _ahead(batches: Iterator[Any], device: torch.device) -> Iterator[Any]:
 
 
 def _arrived(batch: Any, event: Any, device: torch.device) -> Any:
-    present = torch.cuda.current_stream(device)
-    present.wait_event(event)
-    for leaf in tree_leaves(batch):
-        if isinstance(leaf, Tensor):
-            leaf.record_stream(present)  # so that its memory is not reused while the present stream needs it
+    torch.cuda.current_stream(device).wait_event(event)
     return batch
 
 
