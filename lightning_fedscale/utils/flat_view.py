@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import accumulate
 from typing import Any
 
@@ -39,8 +39,9 @@ class FlatView:
         self._tensors = [as_real(tensor) for tensor in (*trainable, *carried)]
         self._sizes = [tensor.numel() for tensor in self._tensors]
         self._starts = list(accumulate(self._sizes, initial=0))
-        self._floats = [i for i, tensor in enumerate(self._tensors) if tensor.is_floating_point()]
-        self._integers = sorted(set(range(len(self._tensors))) - set(self._floats))
+        # Copy tensors of one type at a time: with several types this is slow, and on CUDA wrong before torch 2.11.
+        self._alike = _by_type(enumerate(self._tensors))
+        self._integers = [i for i, tensor in enumerate(self._tensors) if not tensor.is_floating_point()]
         self._exact: dict[int, Tensor] = {}
         self._cut: dict[int, list[Tensor]] = {}
 
@@ -54,10 +55,12 @@ class FlatView:
         # alive, so no other vector can get its address.
         views = self._cut.get(vector.data_ptr())
         if views is None:
-            parts = torch.split(vector, self._sizes)
-            views = [p if t.dim() == 1 else p.view(t.shape) for p, t in zip(parts, self._tensors, strict=True)]
-            self._cut[vector.data_ptr()] = views
+            views = self._cut[vector.data_ptr()] = self._split(vector)
         return views
+
+    def _split(self, vector: Tensor) -> list[Tensor]:
+        parts = torch.split(vector, self._sizes)
+        return [p if t.dim() == 1 else p.view(t.shape) for p, t in zip(parts, self._tensors, strict=True)]
 
     def elements(self, number: int) -> slice:
         """Return the slice of the tensor of this number in the vector."""
@@ -79,9 +82,21 @@ class FlatView:
     def write(self, vector: Tensor) -> None:
         """Copy ``vector`` into the tensors, in place, so that every reference to them stays valid."""
         views = self.views(vector)
-        if self._floats:
-            torch._foreach_copy_([self._tensors[i] for i in self._floats], [views[i] for i in self._floats])
-        for i in self._integers:
+        for dtype, numbers in self._alike.items():
+            if dtype.is_floating_point:
+                torch._foreach_copy_([self._tensors[i] for i in numbers], [views[i] for i in numbers])
+            else:
+                self._write_integers(numbers, views)
+
+    def _write_integers(self, numbers: list[int], views: list[Tensor]) -> None:
+        """Write tensors of one integer type: together if they are single numbers, such as the counters of BatchNorm."""
+        counters = [i for i in numbers if self._tensors[i].dim() == 0]
+        if len(counters) > 1:
+            exact = torch.stack([self._exact.get(i, self._tensors[i]) for i in counters])
+            values = _rounded(torch.stack([views[i] for i in counters]), exact)
+            torch._foreach_copy_([self._tensors[i] for i in counters], list(values.unbind()))
+            numbers = [i for i in numbers if self._tensors[i].dim()]
+        for i in numbers:
             self.write_one(i, views[i])
 
     def write_one(self, number: int, value: Tensor) -> None:
@@ -90,7 +105,7 @@ class FlatView:
 
     def substituted(self, state: Mapping[str, Any], vector: Tensor) -> dict[str, Any]:
         """Return ``state`` with the values of ``vector`` for entries that share memory with one of the tensors."""
-        views = self.views(vector)
+        views = self._cut.get(vector.data_ptr()) or self._split(vector)
         numbers = {(tensor.data_ptr(), tensor.shape): number for number, tensor in enumerate(self._tensors)}
 
         def substitute(entry: Any) -> Any:
@@ -114,12 +129,12 @@ class FlatView:
         tensor = self._tensors[number]
         if tensor.is_floating_point():
             return value
-        # Unchanged values keep their bits, even if float64 cannot represent them.
-        exact = self._exact.get(number, tensor)
-        return torch.where(value == exact.double(), exact, value.round().to(tensor.dtype))
+        return _rounded(value, self._exact.get(number, tensor))
 
     def _read_into(self, vector: Tensor) -> Tensor:
-        torch._foreach_copy_(self.views(vector), self._tensors)
+        views = self.views(vector)
+        for numbers in self._alike.values():
+            torch._foreach_copy_([views[i] for i in numbers], [self._tensors[i] for i in numbers])
         return vector
 
 
@@ -129,6 +144,19 @@ def as_real(tensor: Tensor) -> Tensor:
     if tensor.dtype == torch.bool:
         return tensor.view(torch.uint8)
     return torch.view_as_real(tensor) if tensor.is_complex() else tensor
+
+
+def _by_type(tensors: Iterable[tuple[int, Tensor]]) -> dict[torch.dtype, list[int]]:
+    """Return the numbers of the tensors by their type."""
+    alike: dict[torch.dtype, list[int]] = {}
+    for number, tensor in tensors:
+        alike.setdefault(tensor.dtype, []).append(number)
+    return alike
+
+
+def _rounded(value: Tensor, exact: Tensor) -> Tensor:
+    """Round to integers; unchanged values keep their bits, even if float64 cannot represent them."""
+    return torch.where(value == exact.double(), exact, value.round().to(exact.dtype))
 
 
 def _width(tensor: Tensor) -> int:

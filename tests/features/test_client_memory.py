@@ -13,13 +13,17 @@ from typing import Any
 import lightning.pytorch as pl
 import pytest
 import torch
+from torch import Tensor
 
+from lightning_fedscale import Partition, local_rules
 from lightning_fedscale.core.client_state import Files
+from lightning_fedscale.utils.flat_view import FlatView
 from tests.features import reference_loop
 from tests.features.test_resume import Adam, Every, Fragile, Manual, Norm, equal, read
 
 KEEP: dict[str, Any] = {"clients_per_round": 2, "client_optimizer": "keep", "executor": "sequential"}
 # Adam with amsgrad keeps 3 numbers for each of 276 parameters and 4 counters: 3328 bytes a client.
+CROWD = 12  # clients, which are more than the vectors of a round
 BOUNDS: list[int | str] = [0, 3328, "7KB", "1GiB", "auto"]
 
 
@@ -143,3 +147,36 @@ def test_a_checkpoint_saved_inside_a_client_holds_what_was_committed(tmp_path: P
     assert saved[0]["global_step"] == 2
     assert equal(saved[0]["federated"], saved[1]["federated"])
     assert equal(saved[0]["state_dict"], saved[1]["state_dict"])
+
+
+@pytest.mark.parametrize("executor", ["sequential", "vectorized"])
+def test_models_of_clients_do_not_stay_in_memory_until_the_round_ends(
+    executor: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held, split = [0], FlatView.views
+
+    def watched(view: FlatView, vector: Tensor) -> list[Tensor]:
+        parts = split(view, vector)
+        held.append(len(view._cut))
+        return parts
+
+    monkeypatch.setattr(FlatView, "views", watched)
+    everybody = Partition.from_lists([[sample, CROWD + sample] for sample in range(CROWD)])
+    strategy = {
+        "partitioner": everybody, "executor": executor, "personal": local_rules.Ditto(0.1), "client_state_memory": 0,
+    }  # fmt: skip
+    reference_loop.fit(Adam(), strategy=strategy, max_epochs=4)
+    assert max(held) <= 5  # the vectors of the round itself, and the model of the client that begins
+
+
+def test_a_client_s_own_model_is_read_from_its_file_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    read, reads = Files.read, list[Path]()
+
+    def watched(self: Files, kept: Path, *, mapped: bool = True) -> Any:
+        reads.append(kept)
+        return read(self, kept, mapped=mapped)
+
+    monkeypatch.setattr(Files, "read", watched)
+    strategy = {"personal": local_rules.Ditto(0.1), "client_state_memory": 0, "executor": "sequential"}
+    reference_loop.fit(Adam(), strategy=strategy, max_epochs=3)
+    assert len(reads) == len(set(reads)) == 2 * len(reference_loop.SIZES)  # in each round but the first

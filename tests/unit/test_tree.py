@@ -159,3 +159,35 @@ def test_every_bfloat16_and_float16_survives() -> None:
         numbers.zero_()
         view.write(vector)
         assert torch.equal(numbers.view(torch.int16), expected.view(torch.int16))
+
+
+def test_counters_are_written_together_and_keep_their_bits() -> None:
+    values = [2**60 + 1, 7, 3]
+    counters = [torch.tensor(value) for value in values]
+    view = FlatView([torch.zeros(1)], [*counters, torch.tensor(True), torch.tensor([2**60 + 1, 4])])
+    vector = view.read()
+    vector[2] = 8.6
+    for counter in counters:
+        counter.zero_()
+    view.write(vector)
+    assert [int(counter) for counter in counters] == [2**60 + 1, 9, 3]
+
+
+def test_many_tensors_are_copied_with_one_type_on_each_side(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before 2.11, torch wrote garbage on CUDA where the targets of one such copy had several types."""
+    copy, calls = torch._foreach_copy_, []
+
+    def watched(targets: list[Tensor], sources: list[Tensor]) -> None:
+        calls.append(len(targets))
+        for side in (targets, sources):
+            assert len({tensor.dtype for tensor in side}) == 1
+        copy(targets, sources)
+
+    monkeypatch.setattr(torch, "_foreach_copy_", watched)
+    floats = [torch.ones(3), torch.ones(2, dtype=torch.bfloat16), torch.ones(1, dtype=torch.float64), torch.ones(4)]
+    counters = [torch.tensor(number) for number in range(5)]
+    view = FlatView(floats, counters)
+    view.write(view.subtract_from(view.read() * 2, out=view.empty()))
+    assert all(bool((tensor == 1).all()) for tensor in floats)
+    assert [int(counter) for counter in counters] == list(range(5))
+    assert sum(calls) == 3 * 9  # all tensors, read twice and written once

@@ -157,6 +157,7 @@ class SequentialExecutor:
         pipeline = context.pipeline
         if pipeline is not None and (start := pipeline.start(client)) is not None:
             context.shared.view.write(start)
+            context.shared.view.forget(start)  # the view would keep every client's model in memory until the round ends
             origin = context.shared.origin(start)
         if self._correction is not None:
             own = None if pipeline is None else pipeline.correction(client)

@@ -207,11 +207,13 @@ class PersonalPipeline:
         self._store = store
         self._shared = shared
         self._server = server
+        self._last: tuple[int, Tensor | None] | None = None  # a model may have to be read from a file
 
     def start(self, client: int) -> Tensor | None:
         """Return the client's own model as it left it; None, before the first time, is the global one."""
-        own: Tensor | None = self._store.states.get(client, DITTO)
-        return own
+        if self._last is None or self._last[0] != client:
+            self._last = client, self._store.states.get(client, DITTO)
+        return self._last[1]
 
     def correction(self, client: int) -> Correction:
         """Return the correction that pulls the client's model to the global one."""

@@ -105,6 +105,7 @@ class Wave:
             for number, view in zip(in_vector, views, strict=False):
                 stack = as_real(self._stacks[number])[row]
                 stack.copy_(view if stack.is_floating_point() else view.round())
+            shared.view.forget(start.model)  # the view would keep every client's model in memory until the round ends
         for number, tensor in enumerate(tensors):
             if (name := self._personal.get(id(tensor))) is not None and name in start.personal:
                 self._stacks[number][row].copy_(start.personal[name])
