@@ -29,8 +29,9 @@ from lightning_fedscale.phases import relative_change
 from lightning_fedscale.server import from_torch
 from lightning_fedscale.types import ClientUpdate
 from tests.dist import processes, scenarios
-from tests.dist.forks import be_rank, end, fork, prepare
+from tests.dist.processes import about
 from tests.laws import reference
+from tests.pythons import end, fork
 from tests.strategies import sequential
 
 EPOCHS = 20
@@ -199,7 +200,7 @@ def start(folder: Path, death: Death | None, ranks: int) -> list[tuple[int, int]
 
 
 def rank_main(folder: Path, death: Death | None, ranks: int, rank: int, port: int, pipe: int) -> None:
-    be_rank(rank, ranks, port)
+    os.environ.update(about(rank, ranks), MASTER_PORT=str(port))
     train(folder, ranks, Moments(pipe, death, rank))
     if dist.is_initialized():
         dist.barrier()
@@ -252,7 +253,6 @@ def finish(folder: Path, ranks: int) -> list[int]:
 
 
 def main(folder: Path) -> None:
-    prepare()
     folders = {name: folder / name for name in ("never", "often")}
     for made in folders.values():
         made.mkdir()

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
-import json
 import os
-import signal
 import socket
-import subprocess
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
+
+from tests import pythons
 
 HERE = Path(__file__).parent
 REPOSITORY = HERE.parent.parent
@@ -83,28 +80,17 @@ def run(
         folder: where their output goes.
     """
     logs = [folder / f"output-{number}.txt" for number in range(len(commands))]
-    started: list[subprocess.Popen[bytes]] = []
     try:
-        for command, env, log in zip(commands, environments, logs, strict=True):
-            with log.open("wb") as out:
-                started.append(
-                    subprocess.Popen(
-                        [sys.executable, *map(str, command)],
-                        env=dict(env),
-                        cwd=folder,
-                        stdout=out,
-                        stderr=subprocess.STDOUT,
-                        start_new_session=True,  # one group with all that the process starts
-                    )
-                )
-        codes = [process.wait() for process in started]
+        codes = pythons.run_all(
+            [
+                pythons.Command([*map(str, command)], dict(env), str(folder), str(log), str(log))
+                for command, env, log in zip(commands, environments, logs, strict=True)
+            ]
+        )
     except BaseException:
-        for log in logs[: len(started)]:
+        for log in filter(Path.exists, logs):
             print(f"---- {log.name}\n{log.read_text(errors='replace')[-6000:]}")
         raise
-    finally:
-        for process in started:
-            _stop(process)
     return [Finished(code, log.read_text(errors="replace")) for code, log in zip(codes, logs, strict=True)]
 
 
@@ -117,8 +103,8 @@ def run_well(
     return ended
 
 
-def run_forked(runs: Sequence[Sequence[object]], folder: Path) -> list[list[Finished]]:
-    """Run scripts one after the other, each on its ranks, in copies of one process that imports everything once.
+def run_ranks(runs: Sequence[Sequence[object]], folder: Path) -> list[list[Finished]]:
+    """Run scripts one after the other, each on its ranks, which are told who they are as torchrun would.
 
     Args:
         runs: a script of this folder, its number of ranks, its arguments.
@@ -127,26 +113,21 @@ def run_forked(runs: Sequence[Sequence[object]], folder: Path) -> list[list[Fini
     Returns:
         How each rank of each run ended.
     """
-    named = [[str(HERE / str(script)), ranks, *map(str, arguments)] for script, ranks, *arguments in runs]
-    (folder / "runs.json").write_text(json.dumps(named))
-    run_well([["-m", "tests.dist.forks", folder]], [environment()], folder)
-    return [
-        [
-            Finished(code, (folder / f"output-{number}-{rank}.txt").read_text(errors="replace"))
-            for rank, code in enumerate(codes)
-        ]
-        for number, codes in enumerate(json.loads((folder / "codes.json").read_text()))
-    ]
+    ended = []
+    for script, ranks, *arguments in runs:
+        assert isinstance(ranks, int)
+        common = environment()
+        everyone = [{**common, **about(rank, ranks)} for rank in range(ranks)]
+        ended.append(run([[HERE / str(script), *arguments]] * ranks, everyone, folder))
+    return ended
+
+
+def about(rank: int, ranks: int) -> dict[str, str]:
+    """The variables that tell a process which rank it is; a single one is told nothing."""
+    return {"LOCAL_RANK": str(rank), "NODE_RANK": "0", "WORLD_SIZE": str(ranks)} if ranks > 1 else {}
 
 
 def assert_well(ended: Sequence[Finished]) -> None:
     """All must have ended well."""
     for number, one in enumerate(ended):
         assert one.code == 0, f"process {number} ended with {one.code}:\n{one.output[-6000:]}"
-
-
-def _stop(process: subprocess.Popen[bytes]) -> None:
-    """End the process and whatever it started that is still there."""
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
-    process.wait()

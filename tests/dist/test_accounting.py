@@ -21,7 +21,7 @@ def ledgers(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     for name in deaths:
         (folder / name).mkdir()
     runs = [("accounting.py", ranks, folder / name, ranks, death, "plain") for name in deaths for death in deaths[name]]
-    for (*_, death, _), ended in zip(runs, processes.run_forked(runs, folder), strict=True):
+    for (*_, death, _), ended in zip(runs, processes.run_ranks(runs, folder), strict=True):
         for one in ended:
             assert one.code in ((-signal.SIGKILL, 1) if death else (0,)), one.output
     return [torch.load(folder / name / f"{rank}.pt", weights_only=True) for name in deaths for rank in range(ranks)]
@@ -48,7 +48,7 @@ def test_clients_cost_the_same_on_any_number_of_ranks(kind: str, passes: int, tm
     for ranks in (1, 2):
         (tmp_path / str(ranks)).mkdir()
     runs = [("accounting.py", ranks, tmp_path / str(ranks), ranks, 0, kind) for ranks in (1, 2)]
-    for ended in processes.run_forked(runs, tmp_path):
+    for ended in processes.run_ranks(runs, tmp_path):
         processes.assert_well(ended)
     ledgers = [torch.load(tmp_path / of, weights_only=True) for of in ("1/0.pt", "2/0.pt", "2/1.pt")]
     # Validated after every round: what a round did not tell the other ranks, the end does.

@@ -23,7 +23,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     runs: list[tuple[int | str, ...]] = [(1, 6, "-", "whole"), (2, 4, "-", "half")]
     runs += [(1, 6, "half", "on_1"), (3, 6, "half", "on_3")]
     runs.append((2, 4, "-", "failed", "FAILS"))
-    for ended in processes.run_forked([("own_data.py", ranks, folder, ranks, *rest) for ranks, *rest in runs], folder):
+    for ended in processes.run_ranks([("own_data.py", ranks, folder, ranks, *rest) for ranks, *rest in runs], folder):
         processes.assert_well(ended)
     return folder
 

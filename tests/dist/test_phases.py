@@ -14,7 +14,7 @@ from tests.dist import phases, processes
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     folder: Path = tmp_path_factory.mktemp("phases")
-    (ended,) = processes.run_forked([("phases.py", 2, 2, folder)], folder)
+    (ended,) = processes.run_ranks([("phases.py", 2, 2, folder)], folder)
     processes.assert_well(ended)
     return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
 

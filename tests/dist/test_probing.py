@@ -27,7 +27,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ):
             (into := folder / f"{kind}-{name}").mkdir()
             runs.append(("probing.py", 2, kind, *budgets, use, into))
-    processes.run_forked(runs, folder)
+    processes.run_ranks(runs, folder)
     return folder
 
 

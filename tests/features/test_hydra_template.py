@@ -11,13 +11,13 @@ import os
 import re
 import shlex
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 from pandas import read_csv
 
 from lightning_fedscale.scaling import read_runs
+from tests import pythons
 
 ROOT = Path(__file__).parents[2]
 
@@ -407,14 +407,11 @@ def project(tmp_path: Path) -> Path:
 
 def run(project: Path, *arguments: str, script: str = "src/train.py") -> subprocess.CompletedProcess[str]:
     """``python src/train.py`` with these arguments, as the project's user types it."""
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1"}
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     environment.pop("PROJECT_ROOT", None)
     # Such projects keep their network among the hyperparameters, which torch 2.6 refuses to load, whatever trains.
     environment["TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"] = "1"
-    return subprocess.run(
-        [sys.executable, script, *arguments],
-        cwd=project, env=environment, capture_output=True, text=True,
-    )  # fmt: skip
+    return pythons.run(script, *arguments, environment=environment, folder=project)
 
 
 def outputs(project: Path, kind: str) -> list[Path]:

@@ -20,6 +20,7 @@ from lightning_fedscale.cli.digits import Classifier, Digits
 from lightning_fedscale.cli.train import Refused, _optimized
 from lightning_fedscale.core.options.trainer_checks import is_user_error
 from lightning_fedscale.scaling import read_runs
+from tests import pythons
 
 ROOT = Path(__file__).parents[2]
 QUIET = ["trainer.accelerator=cpu", "trainer.enable_progress_bar=false", "trainer.enable_model_summary=false"]
@@ -330,9 +331,7 @@ def fedscale(*arguments: str) -> subprocess.CompletedProcess[str]:
     script = Path("fedscale.py")
     script.write_text("import sys\nfrom lightning_fedscale.cli import main\nsys.exit(main())\n")
     environment = {"PYTHONPATH": ":".join([str(ROOT), *filter(None, sys.path)]), "OMP_NUM_THREADS": "1", "PATH": "/bin"}
-    return subprocess.run(
-        [sys.executable, str(script), "train", *arguments], capture_output=True, text=True, env=environment
-    )
+    return pythons.run(script, "train", *arguments, environment=environment)
 
 
 @pytest.mark.slow
