@@ -81,9 +81,6 @@ class Notes(pl.Callback):
     def on_train_epoch_end(self, trainer: pl.Trainer, *_: Any) -> None:
         self.outcome.logged.append({})
 
-    def on_fit_end(self, trainer: pl.Trainer, *_: Any) -> None:
-        self.outcome.vectorized = self.outcome.vectorized and not trainer.interrupted
-
 
 class Metrics(pl.Callback):
     """The last of the callbacks: the Trainer's metrics are complete only when the next epoch begins."""
@@ -152,7 +149,8 @@ def run(
             raised = (frames[-1].line or "").startswith("raise ")  # an error of torch's own has its caller's line
             outcome.refused = raised and frames[-1].filename.startswith(_LIBRARY)
             outcome.where = "".join(traceback.format_list(frames[-4:]))
-    outcome.vectorized = not any("one after the other" in str(each.message) for each in told)
+    gave_up = any("they cannot be vectorized: " in str(each.message) for each in told)
+    outcome.vectorized = executor in ("vectorized", "auto") and outcome.error is None and not gave_up
     state = {**module.state_dict(), **dict(module.named_buffers())}
     outcome.tensors = {name: value.detach().clone() for name, value in state.items() if isinstance(value, Tensor)}
     outcome.python = {name: value for name, value in vars(module).items() if name[0] != "_" and _is_plain(value)}

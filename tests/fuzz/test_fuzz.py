@@ -96,3 +96,9 @@ def test_a_difference_is_noticed() -> None:
     assert "tensors.on_inputs.weight" in str(difference(one, other, 1e-8))
     changed = dataclasses.replace(one, logged=[*one.logged[:-1], {**one.logged[-1], "loss": 3.0}])
     assert "logged[3]" in str(difference(one, changed, 1e-8))
+
+
+def test_clients_that_went_sequential_are_not_counted_as_vectorized() -> None:
+    assert run(Recipe(), "vectorized").vectorized
+    assert not run(Recipe(loss="branch"), "vectorized").vectorized
+    assert not run(Recipe(), "sequential").vectorized
