@@ -43,7 +43,7 @@ class Plan:
         law: the law's name.
         task: the task that the law holds for.
         batch_per_client: tokens in a client's batch; None if no law gives one, or if no batch fits into the device.
-        batch_limit: what limits the batch: "critical batch", "memory", "as in the law's runs" or "as passed".
+        batch_limit: what limits the batch: "critical batch", "memory", "as in the law's runs" or "as asked".
         local_steps: batches of a client between exchanges.
         rounds: number of exchanges; None without a batch.
         bytes_per_client: bytes sent and received by each client over the whole run; None without a batch.

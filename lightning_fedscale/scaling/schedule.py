@@ -77,7 +77,7 @@ def _batch(
     samples, per_sample = batch_size or made.batch_size, made.tokens_per_sample or (None if is_text else 1.0)
     if samples is not None and per_sample is not None:
         is_other = batch_size not in (None, made.batch_size)
-        limits = {"as passed" if is_other else "as in the law's runs": samples * per_sample}
+        limits = {"as asked" if is_other else "as in the law's runs": samples * per_sample}
     elif batch_size is not None:
         raise ValueError(
             f"batch_size={batch_size}: the law {law.name} counts tokens, and its runs do not record how many tokens a"
