@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
@@ -13,7 +14,6 @@ import pandas as pd
 
 from lightning_fedscale.scaling.partition_id import is_fingerprint
 from lightning_fedscale.scaling.selection import values_of
-from lightning_fedscale.scaling.text import as_dict
 from lightning_fedscale.scaling.tuning import NOT_RECORDED, SAME
 
 _IN_COMMON = (
@@ -205,7 +205,7 @@ def made_for(table: pd.DataFrame, learning_rate: str = NOT_RECORDED, *, has_clie
         samples=_whole(samples),
         clients=tuple(sorted({int(each) for each in table["clients"]})) if has_clients else (),
         method=_text(one["method"]),
-        rules=as_dict(one["rules"]),
+        rules=_parsed(one["rules"]),
         batch_size=_whole(batch),
         local_steps=_whole(one["local_steps"]),
         tokens_per_sample=words,
@@ -296,3 +296,12 @@ def _whole(value: Any) -> int | None:
 
 def _text(value: Any) -> str | None:
     return None if value is None else str(value)
+
+
+def _parsed(value: Any) -> Mapping[str, Any] | None:
+    """Read a mapping from JSON; None for anything else, such as a user's own column of the same name."""
+    try:
+        found = json.loads(value)
+    except (TypeError, ValueError):
+        return None
+    return found if isinstance(found, dict) else None
