@@ -14,6 +14,9 @@ from scipy.optimize import minimize_scalar
 from lightning_fedscale.scaling.form import Form, Interval, gathered, positive
 from lightning_fedscale.scaling.made_for import MadeFor
 from lightning_fedscale.scaling.rho import Rho
+from lightning_fedscale.utils.moved import renamed
+
+__getattr__ = renamed(__name__, {"Spread": "ConstantsCovariance"})
 
 
 class Allocation(NamedTuple):

@@ -14,6 +14,10 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 
+from lightning_fedscale.utils.moved import renamed
+
+__getattr__ = renamed(__name__, {"NOT_TOLD": "NOT_RECORDED"})
+
 RATES = ("learning_rate", "lr")
 """Names of the column."""
 

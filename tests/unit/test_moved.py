@@ -55,6 +55,8 @@ def test_what_was_pickled_before_is_read() -> None:
         ("callbacks.compute_accounting.flop_meter", "Tally", "callbacks.compute_accounting.client_costs.ClientTally"),
         ("callbacks.compute_accounting.report", "ComputeCurves", "callbacks.compute_accounting.curves.ComputeCurves"),
         ("utils.checks", "whole", "integer"),
+        ("scaling.base", "Spread", "ConstantsCovariance"),
+        ("scaling.tuning", "NOT_TOLD", "NOT_RECORDED"),
     ],
 )
 def test_a_renamed_class_or_function_is_found_by_its_old_name(module: str, old: str, new: str) -> None:
