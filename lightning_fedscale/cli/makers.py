@@ -43,9 +43,10 @@ class Maker:
         if not any(each.kind is each.VAR_KEYWORD for each in known.values()):
             for each in self.arguments:
                 if each not in known:
-                    raise ValueError(f"has no argument {each}. Pass one of {', '.join(known) or 'none'}.")
+                    remedy = f"Pass one of {', '.join(known)}." if known else "It takes none."
+                    raise ValueError(f"has no argument {each}. {remedy}")
 
-    def twin_of(self, function: Callable[..., Any], arguments: Mapping[str, Any]) -> Callable[..., Any]:
+    def version_of(self, function: Callable[..., Any], arguments: Mapping[str, Any]) -> Callable[..., Any]:
         """Return the version of a function for the one of Lightning's two packages that the module belongs to.
 
         Args:
@@ -56,8 +57,8 @@ class Maker:
         if not isinstance(kind, type):
             with suppress(Exception):  # the function will report the error
                 kind = type(self(**arguments))
-        twin = sys.modules.get("pytorch_lightning")
-        if twin is None or not isinstance(kind, type) or not issubclass(kind, twin.LightningModule):
+        other = sys.modules.get("pytorch_lightning")
+        if other is None or not isinstance(kind, type) or not issubclass(kind, other.LightningModule):
             return function
         package, _, below = function.__module__.partition(".")
         found: Callable[..., Any] = getattr(import_module(f"{package}.pytorch_lightning.{below}"), function.__name__)

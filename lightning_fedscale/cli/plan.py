@@ -90,7 +90,9 @@ def _show(console: Console, plans: list[Plan]) -> None:
     for note in dict.fromkeys(note for each in plans for note in each.notes):
         console.print(f"Note: {note}")
     if any(each.fits is False for each in plans):
-        console.print(f"(!) does not fit into the memory of {' and '.join(plans[0].devices)}")
+        devices = plans[0].devices
+        which = f"at least one of {', '.join(devices)}" if len(devices) > 1 else devices[0]
+        console.print(f"(!) does not fit into the memory of {which}")
 
 
 def _table(plans: list[Plan]) -> Table:

@@ -79,7 +79,7 @@ def size(
     check_accelerator(accelerator)
     for name, folder in (("runs", runs), ("output", output)):
         made(name, folder)
-    answer = module.twin_of(find, {} if current is None else {argument: current})(
+    answer = module.version_of(find, {} if current is None else {argument: current})(
         module, data, flops, argument=argument, partition=partition, clients=clients,
         clients_per_round=clients_per_round, current=current, sizes=sizes, methods=methods, strategy=strategy,
         batch_sizes=batch_sizes, local_steps=local_steps, rates=rates, study_minutes=study_minutes,

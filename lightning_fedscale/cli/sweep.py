@@ -81,7 +81,7 @@ def sweep(
     bootstrap = integer("bootstrap", bootstrap, 0)
     for name, folder in (("runs", runs), ("output", output)):
         made(name, folder)
-    run = module.twin_of(run_sweep, {argument: sizes[0]} if sizes else {})
+    run = module.version_of(run_sweep, {argument: sizes[0]} if sizes else {})
     run(
         module, data, sizes, flops, clients, partition=partition, method=method, strategy=strategy,
         argument=argument, folder=runs, loss=loss, batch_size=batch_size, local_steps=local_steps, rates=rates,

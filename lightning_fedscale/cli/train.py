@@ -177,7 +177,7 @@ def _run(config: DictConfig) -> float | None:
 
 def _fit(config: DictConfig) -> tuple[pl.Trainer, dict[str, float]]:
     if config.seed is not None:
-        with _told():
+        with _short_errors():
             pl.seed_everything(integer("seed", config.seed, 0, 2**32 - 1), workers=True, verbose=False)
     unnamed = _unnamed_data(config)
     data = None if unnamed else _make(config, "data", pl.LightningDataModule)
@@ -191,7 +191,7 @@ def _fit(config: DictConfig) -> tuple[pl.Trainer, dict[str, float]]:
     hyperparameters = OmegaConf.to_container(config, resolve=True)
     for logger in trainer.loggers:
         logger.log_hyperparams(hyperparameters)  # type: ignore[arg-type]
-    with _told():
+    with _short_errors():
         trainer.fit(model, datamodule=data, ckpt_path=config.ckpt_path)
         metrics = _numbers(trainer)
         if config.test:
@@ -211,7 +211,7 @@ def _trainer(config: DictConfig) -> pl.Trainer:
     if _names_a_file(config):
         config.strategy.num_clients = None  # drop the default, since the file has its own number
     if (clients := OmegaConf.select(config, "strategy.num_clients")) is not None:
-        with _told():  # checked here, since the partitioner's argument has another name
+        with _short_errors():  # checked here, since the partitioner's argument has another name
             integer("strategy.num_clients", clients)
     strategy = _make(config, "strategy", pl.strategies.Strategy)
     # Objects are passed directly, since the configuration would copy them.
@@ -219,7 +219,7 @@ def _trainer(config: DictConfig) -> pl.Trainer:
     objects["callbacks"] = [_make(config, f"callbacks.{name}", pl.Callback) for name in config.get("callbacks") or ()]
     loggers = [_make(config, f"logger.{name}", pl.loggers.Logger) for name in config.get("logger") or ()]
     _check_trainer(config.trainer)
-    with _told("trainer: "):
+    with _short_errors("trainer: "):
         trainer: pl.Trainer = instantiate(config.trainer, _partial_=True)(**objects, logger=loggers or False)
     _check_processes(trainer)
     return trainer
@@ -275,7 +275,7 @@ def _make(config: DictConfig, name: str, kind: type[Any]) -> Any:
     node = OmegaConf.select(config, name)
     if node is None:
         return None
-    with _told(f"{name}: "):
+    with _short_errors(f"{name}: "):
         found = instantiate(node)
     if not isinstance(found, kind):
         what = type(found).__name__
@@ -286,7 +286,7 @@ def _make(config: DictConfig, name: str, kind: type[Any]) -> Any:
 
 
 @contextmanager
-def _told(what: str = "") -> Iterator[None]:
+def _short_errors(what: str = "") -> Iterator[None]:
     """Report errors of arguments by their message only; errors of the module and its data keep a traceback."""
     try:
         yield

@@ -76,8 +76,7 @@ class DiLoCo(Law):
         if math.isnan(found):
             raise ValueError(
                 f"tokens={tokens:.4g}: DiLoCo's law holds only at 20 tokens per parameter. Pass {20 * params:.4g}"
-                " tokens"
-                " for this size, or name another law."
+                " tokens for this size, or name another law."
             )
         return found
 

@@ -51,8 +51,7 @@ def doubts_of_flops(table: pd.DataFrame, flops_per: float | None = None) -> list
     if (odd := np.abs(ratio - np.median(ratio)) > math.log(_ODD)).any():
         doubts.append(
             f"in {odd.sum()} of {len(ratio)} rows (the first is row {odd.argmax()}), flops do not match params and"
-            " tokens;"
-            " check that all rows have the same units"
+            " tokens; check that all rows have the same units"
         )
     return doubts
 
@@ -76,8 +75,7 @@ def doubt_of_rho(rho: Interval) -> str | None:
     else:
         causes = (
             "check whether tokens were divided by the clients twice (which subtracts 1), and whether several clients"
-            " had"
-            " better learning rates or other data than one client"
+            " had better learning rates or other data than one client"
         )
     return f"rho is {rho}, but should lie between 0 (all compute counts) and 1 (the average client's): {causes}"
 

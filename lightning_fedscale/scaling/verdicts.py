@@ -76,9 +76,8 @@ def contradictions(table: pd.DataFrame, law: Law, best: tuple[Best, ...], rho: f
         tried = rows["params"].min() <= size <= rows["params"].max()
         said = (
             f"at {run.flops:.3g} FLOPs and {run.clients} client{'' if run.clients == 1 else 's'}, the law predicts a"
-            " loss"
-            f" of {promised:.4g} for the best size ({size:,.0f} parameters), but the best run measured {run.loss:.4g}"
-            f" ({run.params:,.0f} parameters)"
+            f" loss of {promised:.4g} for the best size ({size:,.0f} parameters), but the best run measured"
+            f" {run.loss:.4g} ({run.params:,.0f} parameters)"
         )
         if tried:
             problems.append(said)

@@ -42,8 +42,7 @@ def sentences(answer: Answer) -> list[str]:
         said.append(
             f"The current {name}, {each.setting.size}, with {each.setting.method} differs in loss by {each.behind:+.3g}"
             f" ({each.behind_low:+.3g} to {each.behind_high:+.3g}), at the best batch size, local steps and learning"
-            " rate"
-            " that were tried for it."
+            " rate that were tried for it."
         )
     said.append(
         f"The best setting trains for {best.rounds:,.0f} rounds, which are {best.passes:,.1f} passes over the data"

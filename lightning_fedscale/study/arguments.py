@@ -59,7 +59,7 @@ def rates_of(values: Sequence[float]) -> tuple[float, ...]:
         ValueError: for none, or for numbers that are not above 0.
     """
     if not values:
-        raise ValueError(f"rates={values!r}: pass at least one learning rate to try.")
+        raise ValueError(f"rates={values!r}: pass at least one multiple of the module's learning rate.")
     return tuple(sorted({positive("rates", each) for each in values}))
 
 
@@ -100,10 +100,10 @@ def methods_of(
         )
     shared = dict(strategy or {})
     known_arguments("strategy", FederatedStrategy, shared)
-    if studied := sorted(_STUDIED & set(shared)):
-        raise ValueError(
-            f"strategy: {studied[0]} cannot be set here, since the study sets it. Leave it out of strategy=."
-        )
+    if studied := sorted(set(_STUDIED) & set(shared)):
+        name, own = studied[0], _STUDIED[studied[0]]
+        instead = f", or pass {own} next to it" if own else ""
+        raise ValueError(f"strategy: {name}={shared[name]!r} cannot be set here. Leave it out of strategy={instead}.")
     if given is None or not isinstance(given, Mapping):
         if given is not None and not given:
             raise ValueError(f"methods={given!r}: pass at least one method, or None for all.")
@@ -115,7 +115,11 @@ def methods_of(
     return {name: {**shared, **each} for name, each in given.items()}
 
 
-_STUDIED = {"num_clients", "partitioner", "clients_per_round", "local_epochs", "local_steps", "executor", "seed"}
+_STUDIED = {
+    "num_clients": "clients=", "partitioner": "partition=", "clients_per_round": "size's clients_per_round=",
+    "local_epochs": "", "local_steps": "local_steps=", "executor": "", "seed": "seed=",
+}  # fmt: skip
+"""Arguments of the strategy that a study or a sweep sets, each with the argument of these that does."""
 
 
 def batch_sizes_of(own: int | None, partition: Partition) -> tuple[int, ...]:

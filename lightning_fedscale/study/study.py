@@ -274,12 +274,12 @@ class _Study:
         seconds, charged = (
             sum(price(job.setting, job.share) for job in jobs) for price in (self._seconds, self._charge)
         )
+        shorter = ", ".join(f"1/{round(1 / each)}" for each in race.shares[:-1])
+        stages = f"{shorter} of the budget, and the best of these with all of it" if shorter else "all of the budget"
         self.say(
             f"About {len(jobs)} runs, {self.seconds / 60 * seconds / charged:.3g} minutes,"
             f" {sum(job.share for job in jobs) * self.project.flops:.2g} FLOPs: some of the {self.space.number:,}"
-            " settings"
-            f" train with {', '.join(f'1/{round(1 / each)}' for each in race.shares[:-1])} of the budget, and the best"
-            " of these with all of it."
+            f" settings train with {stages}."
         )
 
     # ---- runs

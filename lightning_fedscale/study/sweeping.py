@@ -140,7 +140,7 @@ def sweep(
         "partition": facts_of[clients[-1]]["fingerprint"] if is_decided else given,
         "method": name + (f" {json.dumps(strategy, sort_keys=True)}" if strategy else ""), "batch_size": batch,
     }  # fmt: skip
-    runs = _Runs(Path(folder, "runs.csv"), common, Setting(0, name, batch, local_steps, 1.0), projects, facts_of, each)
+    runs = _SweepRuns(folder, common, Setting(0, name, batch, local_steps, 1.0), projects, facts_of, each)
     cells = list(product(clients, sizes, LEVELS))
     if say is not None:
         ends = [runs.setting._replace(size=size) for size in (min(sizes), max(sizes))]
@@ -150,11 +150,11 @@ def sweep(
     return tuned(pd.DataFrame(runs.rows)).table.reset_index(drop=True)
 
 
-class _Runs:
+class _SweepRuns:
     """The runs of a sweep, each of which is trained once and written to a file.
 
     Args:
-        path: the file, whose rows are read if an earlier sweep was interrupted.
+        folder: where the file is, whose rows are read if an earlier sweep was interrupted.
         common: columns that have the same value in all rows.
         setting: the setting of all runs, but for size and rate.
         projects: what is trained, by the number of clients.
@@ -167,16 +167,17 @@ class _Runs:
 
     def __init__(
         self,
-        path: Path,
+        folder: str | Path,
         common: Mapping[str, Any],
         setting: Setting,
         projects: Mapping[int, Project],
         facts_of: Mapping[int, Mapping[str, Any]],
         each: Callable[[dict[str, Any]], None] | None,
     ) -> None:
-        self.setting, self._path, self._common, self._each = setting, path, common, each
+        self.setting, self._common, self._each = setting, common, each
+        self._path = Path(folder, "runs.csv")
         self._projects, self._facts_of = projects, facts_of
-        self.rows = [{**row, **_missing(row, facts_of)} for row in _finished(path, common)]
+        self.rows = [{**row, **_missing(row, facts_of)} for row in _finished(self._path, common)]
         self._losses = {
             tuple({"learning_rate": 1.0, **row}[name] for name in _KEY): float(row["loss"]) for row in self.rows
         }
@@ -232,8 +233,7 @@ def _announced(
     spent = each * sum(share for _, _, share in cells) * project.flops
     return (
         f"At least {len(cells) * each} runs, about {seconds / 60:.2g} minutes, {spent:.2g} FLOPs; more runs follow"
-        " where"
-        " the best learning rate is the smallest or the largest of those tried"
+        " where the best learning rate is the smallest or the largest of those tried"
         + (f"; {done} runs are finished already" if done else "")
         + "."
     )
@@ -253,8 +253,7 @@ def _finished(path: Path, common: Mapping[str, Any]) -> list[dict[str, Any]]:
         if changed := [name for name, value in common.items() if {**_BEFORE, **row}.get(name) != value]:
             raise ValueError(
                 f"folder={str(path.parent)!r}: this folder holds a sweep with other values of {', '.join(changed)}."
-                " Name"
-                " another folder."
+                " Name another folder."
             )
     return rows
 

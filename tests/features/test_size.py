@@ -295,6 +295,18 @@ def test_a_study_stays_in_its_compute(tmp_path: Path, workers: int) -> None:
 
 
 @pytest.mark.usefixtures("quick")
+@pytest.mark.parametrize(
+    ("flops", "stages"),
+    [(FLOPS, "1/3 of the budget, and the best of these with all of it"), (0.3 * FLOPS, "all of the budget")],
+)
+def test_a_study_says_first_what_it_trains_with_how_much(tmp_path: Path, flops: float, stages: str) -> None:
+    said = list[str]()
+    study(tmp_path, flops, say=said.append)
+    assert said[0].startswith("About ")
+    assert said[0].endswith(f"settings train with {stages}.")
+
+
+@pytest.mark.usefixtures("quick")
 def test_all_that_diverges_is_told(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="every setting diverged at the full budget: pass smaller rates"):
         study(tmp_path, rates=[1e30])

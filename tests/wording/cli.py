@@ -27,6 +27,10 @@ def _read(*files: str) -> None:
             raise ValueError(str(error).replace(folder, "")) from None
 
 
+def nothing() -> None:
+    """Without arguments."""
+
+
 ROWS: list[Row] = [
     Row(
         lambda: Named("module", "lost.Net", {}).made(),
@@ -42,6 +46,11 @@ ROWS: list[Row] = [
         lambda: Maker("textwrap.dedent", {"width": 3}),
         ValueError,
         "has no argument width. Pass one of text.",
+    ),
+    Row(
+        lambda: Maker("tests.wording.cli.nothing", {"width": 3}),
+        ValueError,
+        "has no argument width. It takes none.",
     ),
     Row(
         lambda: made("output", "/dev/null/x"),

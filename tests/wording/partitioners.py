@@ -296,12 +296,6 @@ ROWS: list[Row] = [
         "partitioner='iid': IidPartitioner has no argument 'alpha'. It has num_partitions, shuffle, seed.",
     ),
     Row(
-        lambda: by_name("pathological"),
-        ValueError,
-        "num_classes_per_partition=None: this argument is required: PathologicalPartitioner(num_partitions=10, "
-        "num_classes_per_partition=2).",
-    ),
-    Row(
         lambda: by_name("size", 4, partition_sizes=[1, 2]),
         ValueError,
         "partition_sizes has 2 entries for num_partitions=4: pass one size per client.",

@@ -61,7 +61,7 @@ ROWS: list[Row] = [
     ),
     Row(lambda: axis("sizes", []), ValueError, "sizes=[]: pass at least one value to try, or current=."),
     Row(lambda: axis("local_steps", []), ValueError, "local_steps=[]: pass at least one value to try."),
-    Row(lambda: rates_of([]), ValueError, "rates=[]: pass at least one learning rate to try."),
+    Row(lambda: rates_of([]), ValueError, "rates=[]: pass at least one multiple of the module's learning rate."),
     Row(
         lambda: current_size(_fixed, "width", None),
         ValueError,
@@ -78,7 +78,17 @@ ROWS: list[Row] = [
     Row(
         lambda: methods_of(None, {"local_steps": 3}),
         ValueError,
-        "strategy: local_steps cannot be set here, since the study sets it. Leave it out of strategy=.",
+        "strategy: local_steps=3 cannot be set here. Leave it out of strategy=, or pass local_steps= next to it.",
+    ),
+    Row(
+        lambda: methods_of(None, {"num_clients": 3}),
+        ValueError,
+        "strategy: num_clients=3 cannot be set here. Leave it out of strategy=, or pass clients= next to it.",
+    ),
+    Row(
+        lambda: methods_of(None, {"executor": "auto"}),
+        ValueError,
+        "strategy: executor='auto' cannot be set here. Leave it out of strategy=.",
     ),
     Row(
         lambda: methods_of(None, "qsgd"),  # type: ignore[arg-type]
