@@ -48,44 +48,44 @@ _POSITION = {
     "rho": "rho: k clients with compute C are worth C / k^rho",
     "params": "Parameters",
     "optimal_params": "Best number of parameters for this compute",
-    "optimal_params_95": "Its 95 % interval, by the law's constants",
+    "optimal_params_95": "95 % interval of this number, from the law's constants",
     "band": "Sizes within 1 % of the best loss",
     "size_ratio": "Size over best size",
     "predicted_loss": "Predicted loss",
     "optimal_loss": "Predicted loss of the best size",
-    "excess_loss": "Difference of these two",
+    "excess_loss": "Difference between these losses",
     "catch_up": "Compute at which this size is the best, over the run's compute",
 }
 
 _PHASES = {
     "scale": "Updates are multiplied by",
     "noise_scale": "Gradient noise scale, in samples",
-    "noise_scale_low": "At least, with 95 % confidence",
-    "noise_scale_high": "At most, with 95 % confidence",
+    "noise_scale_low": "Gradient noise scale, lower end of the 95 % interval",
+    "noise_scale_high": "Gradient noise scale, upper end of the 95 % interval",
     "critical_batch": "Critical batch, in samples",
     "critical_cohort": "Critical cohort, in clients",
 }
 
 _PROBE = {
-    "max_batch": "Largest batch that fits, in samples",
+    "max_batch": "Largest batch size that fits, in samples",
     "batch_size": "Batch size of training, in samples",
-    "budget_bytes": "Memory that may be used",
+    "budget_bytes": "Memory budget",
     "predicted_bytes": "Predicted peak at the largest batch",
     "measured_bytes": "Measured peak",
     "bytes_per_sample": "Memory per sample",
-    "real_steps": "Steps that the probe ran",
-    "seconds": "Seconds that the probe took",
+    "real_steps": "Real steps of the probe",
+    "seconds": "Seconds of the probe",
     "step_fixed_seconds": "Fixed seconds per step",
     "step_seconds_per_sample": "Seconds per sample",
-    "step_residual": "Relative error of these two",
-    "steps_timed": "Steps that were timed",
-    "best_batch": "Batch that reaches a target first, in samples",
+    "step_residual": "Relative error of these seconds",
+    "steps_timed": "Timed steps",
+    "best_batch": "Batch size that reaches a target first, in samples",
 }
 
 _FIGURES = {
     "client/labels": "labels by client",
     "compute/position": "predicted loss of other sizes at this compute",
-    "phase/course": "gradient norm, and the decisions of the detector",
+    "phase/course": "gradient norm and the detector's decisions",
     "probe/memory": "memory against batch size",
     "probe/time": "time against batch size",
 }
