@@ -139,7 +139,7 @@ def test_checkpoints_from_before_there_was_a_state_are_resumed(then: Aggregator,
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         _, strategy = fit(then, 4, path)
-    told = [str(each.message) for each in caught if "ckpt_path: " in str(each.message)]
+    told = [str(each.message) for each in caught if str(each.message).startswith("ckpt_path: ")]
     assert len(told) == ("aggregator" in states_of(strategy)) == (then.kept is not None)
 
 

@@ -36,6 +36,11 @@ def test_several_numbers_of_clients_make_a_table_and_a_figure(
     assert picture.stat().st_size > 10_000
 
 
+def test_one_of_several_devices_is_too_small(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["plan", "--flops=1e20", "--device=[t4,phone]"]) == 0
+    assert "(!) does not fit into the memory of at least one of t4, phone" in capsys.readouterr().out
+
+
 def test_a_narrow_terminal_loses_no_numbers(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -64,7 +69,7 @@ def test_a_law_of_ones_own(capsys: pytest.CaptureFixture[str], tmp_path: Path) -
     [
         (["--flops=0", "--clients=2"], "flops=0.0: pass a finite number above 0"),
         (["--flops=1e20", "--clients=0"], "clients=0: pass a whole number"),
-        (["--flops=1e20", "--clients=[]"], "clients=[]: "),
+        (["--flops=1e20", "--clients=[]"], "clients=[]: pass at least one number of clients"),
         (["--flops=1e20", "--plot=/dev/null/x.png"], "plot='/dev/null/x.png': cannot be written"),
         (["--flops=1e20", "--plot=x.xyz"], "plot='x.xyz': cannot be written: Format 'xyz' is not supported"),
         (["--flops=1e20", "--law=chinchila"], "Did you mean 'Chinchilla'"),
@@ -145,7 +150,7 @@ def test_repeated_data_may_be_trained_on_again() -> None:
         ({"tokens": -1.0}, "tokens=-1.0"),
         ({"activation_bytes": 0.0}, "activation_bytes=0.0"),
         ({"law": "ComputeOnly"}, "constants are not published"),
-        ({"law": "RoutedLM"}, "RoutedLM has no best size"),
+        ({"law": "RoutedLM"}, "RoutedLM has no best size: .* cannot trade size for data"),
         ({"law": "lost.json"}, "there is no such file"),
     ],
 )

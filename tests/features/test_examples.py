@@ -232,7 +232,8 @@ def test_a_scaling_law_of_ones_own() -> None:
 def test_digits_are_too_few_to_determine_a_best_size() -> None:
     """1,400 samples, passed over up to 170 times, until they are known by heart.
 
-    The runs take ten minutes, so they are recorded; the sweep resumes, and trains the shortest anew.
+    The runs take ten minutes, so those of ``examples/07_scaling_law.py --data digits`` are recorded: digits_runs.csv is
+    the runs.csv of its output folder. The sweep resumes, and trains the shortest again.
     """
     recorded = pd.read_csv(Path(__file__).with_name("digits_runs.csv"))
     short = recorded.query("size == 64 and clients == 4 and share == 0.0625")

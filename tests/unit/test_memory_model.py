@@ -99,7 +99,7 @@ OPTIMIZERS: dict[str, tuple[Any, dict[str, Any]]] = {
 # The least and the most state with every network; how the state is updated depends on the parameters alone.
 PAIRS = [
     *itertools.product(("sgd", "adamw"), KINDS),
-    *itertools.product(("momentum", "foreach", "fused"), ("mlp", "gpt")),
+    *itertools.product(("momentum", "foreach", "fused"), ("mlp", "gpt", "lstm")),
 ]
 
 
@@ -356,12 +356,11 @@ def test_what_measures_libraries_starts_with_torch_alone() -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_max_batch_is_the_last_that_fits(kind: str) -> None:
     make, batch_of = KINDS[kind]
-    model = estimate_memory(Classifier(make()), batch_of(2))
     for budget in (3 * 2**24, 2**30):
-        before = len(model.sizes)
+        model = estimate_memory(Classifier(make()), batch_of(2))
         batch = model.max_batch(budget, headroom=0.1)
         assert model.peak(batch) <= 0.9 * budget < model.peak(batch + 1)
-        assert len(model.sizes) - before < 15
+        assert len(model.sizes) <= 15
 
 
 def test_peak_is_convex_where_no_library_takes_part() -> None:

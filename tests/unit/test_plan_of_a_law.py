@@ -73,7 +73,8 @@ def test_another_number_of_clients_takes_a_rho(found: Fit) -> None:
     both = pd.concat([swept(partition="iid"), swept(partition="iid", clients=4)])
     measured = fit(both.reset_index(drop=True), bootstrap=0)
     assert measured.rho is not None
-    planned(measured, clients=16, warned="may not hold for clients=16;")
+    note = planned(measured, clients=16, warned="may not hold for clients=16;").notes[0]
+    assert note.startswith("the law was fitted to runs with scaffold on partition hospitals.json")
     assert planned(measured, clients=4).clients == 4
     # A table that does not say its clients is taken as before: for those of one client, and rho from 0 to 1.
     assert plan(BUDGET, 4, law=fit(made().drop(columns="clients"), bootstrap=0).law).rho_low == 0
@@ -82,10 +83,7 @@ def test_another_number_of_clients_takes_a_rho(found: Fit) -> None:
 @pytest.mark.parametrize(
     ("asked", "warned"),
     [
-        (
-            {"local_steps": 20},
-            "fitted to runs with scaffold on partition hospitals.json",
-        ),
+        ({"local_steps": 20}, "may not hold for local_steps=20;"),
         ({"batch_size": 64}, "may not hold for batch_size=64;"),
         ({"method": "fed_avg"}, "may not hold for method='fed_avg';"),
         ({"partition": OTHER}, f"may not hold for partition='{OTHER.fingerprint[:8]}';"),
@@ -94,15 +92,20 @@ def test_another_number_of_clients_takes_a_rho(found: Fit) -> None:
 )
 def test_what_the_runs_did_not_do_is_said(found: Fit, asked: dict[str, Any], warned: str) -> None:
     here = planned(found, **asked, warned=warned)
-    assert "fedscale sweep" in here.notes[0]
+    assert here.notes[0].startswith(f"the law was fitted to runs with {found.made_for}, and may not hold for ")
+    assert str(found.made_for).startswith("scaffold on partition hospitals.json")
+    assert here.notes[0].endswith("; fit another one with fedscale sweep")
     assert here.local_steps == asked.get("local_steps", 5)
     assert here.batch_per_client == asked.get("batch_size", 32)
+    assert here.batch_limit == ("as asked" if "batch_size" in asked else "as in the law's runs")
     assert here.method == asked.get("method", "scaffold")
 
 
 def test_what_the_runs_do_not_say_is_said() -> None:
     silent = fit(made(), bootstrap=0)
-    here = planned(silent, method="fed_avg", partition="iid", warned="do not record their method or partition")
+    here = planned(
+        silent, method="fed_avg", partition="iid", warned="do not record their method or partition, so whether"
+    )
     assert (here.batch_per_client, here.rounds, here.argument, here.size) == (None, None, None, None)
     assert planned(silent, batch_size=16, local_steps=3).rounds == pytest.approx(here.tokens_per_client / 48)
     with pytest.raises(ValueError, match=r"batch_size=16: .*Chinchilla counts tokens"):
@@ -221,7 +224,8 @@ def test_the_command_keeps_to_the_law(found: Fit, capsys: pytest.CaptureFixture[
     assert json.loads(capsys.readouterr().out) == {"8": planned(found).as_dict()}
     assert cli.main(["plan", f"--flops={BUDGET}", "--partition=other.json", "--local_steps=9"]) == 0
     printed = capsys.readouterr()
-    assert printed.out.count("may not hold for local_steps=9 and partition='other.json'") == 1
+    assert printed.out.count("Note: ") == 1
+    assert "may not hold for local_steps=9 and partition='other.json'" in printed.out
     assert printed.err == ""
     assert cli.main(["plan", f"--flops={BUDGET}", "--clients=[8,9]"]) == 1
     assert "clients=9: all runs of this law had 8" in capsys.readouterr().err
@@ -232,12 +236,17 @@ def test_fit_takes_a_table_apart(capsys: pytest.CaptureFixture[str]) -> None:
     both.to_csv("runs.csv", index=False)
     EIGHT.save("mine.json")
     assert cli.main(["fit", "runs.csv", "--bootstrap=0"]) == 0
-    assert "two methods: scaffold and fed_avg" in capsys.readouterr().out
+    assert (
+        "Note: the runs have two methods: scaffold and fed_avg; fit each separately (method=)"
+        in capsys.readouterr().out
+    )
     line = ["fit", "runs.csv", "--bootstrap=0", "--method=fed_avg", "--partition=mine.json", "--local_steps=5"]
     assert cli.main([*line, "--batch_size=32", "--json"]) == 0
     said = json.loads(capsys.readouterr().out)
     assert (said["made_for"]["method"], said["runs"]) == ("fed_avg", 35)
     assert said["constants"]["E"] == pytest.approx(1.3 * TRUTH.E, rel=0.01)
     assert cli.main(["fit", "runs.csv", "--method=fed_prox"]) == 1
-    assert "method='fed_prox': no run" in (err := capsys.readouterr().err)
-    assert "scaffold, fed_avg" in err
+    assert (
+        "method='fed_prox': no run matches. Pass one of those in the table: scaffold, fed_avg"
+        in capsys.readouterr().err
+    )

@@ -42,7 +42,7 @@ def fitted(table: pd.DataFrame, **options: Any) -> Any:
         ),
         (
             lambda t: t.assign(tokens=t.tokens * t.clients),
-            "tokens seem to be those of all clients",
+            "tokens seem to be those of all clients, and flops those of one",
         ),
         (lambda t: t.assign(flops=t.flops / 1e9), "flops are 1e-09 times 6 params tokens"),
         (lambda t: t.assign(params=t.params / 1e6), "flops are 1e+06 times 6 params tokens"),
@@ -77,7 +77,7 @@ def test_words_are_read_or_named(runs: pd.DataFrame) -> None:
     with pytest.warns(UserWarning, match="the column params holds text"):
         assert fitted(runs.assign(params=runs.params.map(str))).rho.value == pytest.approx(0.6, abs=0.05)
     words = runs.assign(params=["12k", *runs.params[1:]])
-    with pytest.raises(ValueError, match="params='12k' in row 0 is not a number"):
+    with pytest.raises(ValueError, match=r"params='12k' in row 0 is not a number\. Write it as 12000"):
         fitted(words)
 
 
@@ -133,7 +133,7 @@ def test_every_rho_says_whether_the_rate_was_tuned(runs: pd.DataFrame, tmp_path:
     assert fitted(runs).learning_rate == NOT_RECORDED
     untuned = fitted(runs.assign(lr=0.1))
     assert untuned.learning_rate == NOT_TUNED
-    assert "rho was measured at one learning rate" in untuned.notes[-1]
+    assert "rho was measured at one learning rate, which says little" in untuned.notes[-1]
     assert fitted(runs.assign(lr=0.1 / runs.clients)).learning_rate == AS_GIVEN
     worse = runs.assign(lr=0.2, loss=runs.loss * 1.3)
     grid = pd.concat([runs.assign(lr=0.1), worse, worse.assign(lr=0.05)], ignore_index=True)
