@@ -51,7 +51,9 @@ def in_stages(stages: Mapping[int, int]) -> Callable[[int], int]:
         raise ValueError(
             f"stages={dict(stages)}: the first stage begins with round 0, as in in_stages({{0: 1, 10: 4}})."
         )
-    return partial(_stage_of, stages=checked)
+    schedule = partial(_stage_of, stages=checked)
+    schedule.__name__ = f"in_stages({checked})"  # type: ignore[attr-defined]  # what messages call it
+    return schedule
 
 
 def _stage_of(round: int, *, stages: Mapping[int, int]) -> int:

@@ -46,7 +46,8 @@ ROWS: list[Row] = [
     Row(
         lambda: checkpoint.AtomicCheckpointIO().save_checkpoint({}, "a.ckpt", storage_options={"codec": 1}),
         TypeError,
-        "storage_options={'codec': 1}: checkpoints in local folders take no such options, leave it out.",
+        "storage_options={'codec': 1}: AtomicCheckpointIO writes to local folders and takes no such options, leave it"
+        " out.",
     ),
     Row(
         lambda: resumed(format=7),

@@ -217,8 +217,8 @@ ROWS: list[Row] = [
     Row(
         made(mode="async", local_steps=local_rules.schedules.post_local(2, 4)),
         ValueError,
-        "local_steps=_stage_of with mode='async': the times at which clients arrive would depend on later rounds. Pass"
-        " a number.",
+        "local_steps=in_stages({0: 1, 2: 4}) is a function of the round, so that with mode='async' the times at which"
+        " clients arrive would depend on later rounds. Pass a number of local steps.",
     ),
     Row(
         made(mode="async", sampler="poisson"),

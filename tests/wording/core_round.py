@@ -142,8 +142,9 @@ ROWS: list[Row] = [
     Row(
         saved_inside_a_client,
         RuntimeError,
-        "save_checkpoint: on several ranks, what clients keep (client_optimizer='keep', local_rule, personal) can only"
-        " be saved between rounds, not while a client trains: save in a callback's on_train_batch_end.",
+        "save_checkpoint: on several ranks, what clients keep (client_optimizer='keep', local_rule, compressor,"
+        " personal, buffers) can only be saved between rounds, not while a client trains: save in a callback's"
+        " on_train_batch_end.",
     ),
     Row(
         trained_after_freezing,
@@ -157,8 +158,8 @@ ROWS: list[Row] = [
         "buffers: 'queue' changed while clients trained, and the global model takes the mean over clients. This is"
         " right for a quantity, but wrong for a queue, a table or a flag: choose a policy with"
         " FederatedStrategy(buffers={'queue': ...}): 'mean'; 'largest' for the values of the client with the most"
-        " samples, also for buffers that belong together; 'server' for values that do not change; 'client' for values"
-        " that stay with each client.",
+        " samples; 'server' for values that do not change; 'client' for values that stay with each client. Give"
+        " buffers that belong together, such as a queue and its pointer, the same policy.",
     ),
     Row(
         lambda: tensors()._check_shapes(["queue"]),

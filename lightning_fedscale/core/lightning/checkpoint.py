@@ -27,7 +27,8 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             return
         if storage_options is not None:
             raise TypeError(
-                f"storage_options={storage_options!r}: checkpoints in local folders take no such options, leave it out."
+                f"storage_options={storage_options!r}: AtomicCheckpointIO writes to local folders and takes no such"
+                " options, leave it out."
             )
         target = Path(path)
         target.parent.mkdir(parents=True, exist_ok=True)

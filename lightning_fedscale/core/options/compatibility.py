@@ -59,8 +59,10 @@ def _refuse_policies(algorithm: AlgorithmOptions, policies: tuple[str, ...], rul
 
 
 def _name(function: Callable[..., Any]) -> str:
-    named = function.func if isinstance(function, partial) else function
-    return getattr(named, "__name__", type(named).__name__)
+    name = getattr(function, "__name__", None)
+    if name is None and isinstance(function, partial):
+        return _name(function.func)
+    return name or type(function).__name__
 
 
 def _check_privacy(options: Options, privacy: Privacy) -> None:
@@ -102,8 +104,8 @@ def _check_asynchrony(options: Options) -> None:
         )
     if callable(options.local_steps):
         raise ValueError(
-            f"local_steps={_name(options.local_steps)} with mode='async': the times at which clients arrive would"
-            " depend on later rounds. Pass a number."
+            f"local_steps={_name(options.local_steps)} is a function of the round, so that with mode='async' the times"
+            " at which clients arrive would depend on later rounds. Pass a number of local steps."
         )
     if options.sampler is not samplers.uniform:
         raise ValueError(

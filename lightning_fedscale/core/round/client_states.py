@@ -96,8 +96,9 @@ class ClientStates:
             return self.store.state_dict()
         if in_client and self._world_size > 1:
             raise RuntimeError(
-                "save_checkpoint: on several ranks, what clients keep (client_optimizer='keep', local_rule, personal)"
-                " can only be saved between rounds, not while a client trains: save in a callback's on_train_batch_end."
+                "save_checkpoint: on several ranks, what clients keep (client_optimizer='keep', local_rule, compressor,"
+                " personal, buffers) can only be saved between rounds, not while a client trains: save in a callback's"
+                " on_train_batch_end."
             )
         return self._placement.state_dict()
 

@@ -93,8 +93,8 @@ class ModuleTensors:
                 f"buffers: {enumerated(new)} changed while clients trained, and the global model takes the mean over"
                 " clients. This is right for a quantity, but wrong for a queue, a table or a flag: choose a policy with"
                 f" FederatedStrategy(buffers={{{new[0]!r}: ...}}): 'mean'; 'largest' for the values of the client with"
-                " the most samples, also for buffers that belong together; 'server' for values that do not change;"
-                " 'client' for values that stay with each client."
+                " the most samples; 'server' for values that do not change; 'client' for values that stay with each"
+                " client. Give buffers that belong together, such as a queue and its pointer, the same policy."
             )
 
     def _check_shapes(self, names: list[str]) -> None:
