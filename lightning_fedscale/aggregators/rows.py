@@ -49,7 +49,7 @@ def aggregate(
         ClientUpdate(client, row, norm_of(row, cohort), size, size, 1, torch.nan, 0.0)
         for client, (row, size) in enumerate(zip(rows.double(), num_samples or [1] * clients, strict=True))
     )
-    like = torch.zeros(length, dtype=torch.float64)
+    like = rows.new_zeros(length, dtype=torch.float64)
     return fold(rule, updates, like, cohort, rule.fresh_state(like, cohort))[0]
 
 

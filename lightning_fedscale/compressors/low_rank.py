@@ -116,7 +116,8 @@ def _decode(payload: bytes, like: Params, *, plan: _Plan, name: str) -> Params:
 
 def _started(last: Tensor, generator: np.random.Generator) -> Tensor:
     """Return the start of the iteration; zero columns (at first all) would stay zero and are drawn at random."""
-    start, gone = last.to(torch.float64, copy=True), ~last.any(0)
+    start = last.to("cpu", torch.float64, copy=True)  # a resumed run has read it onto the clients' device
+    gone = ~start.any(0)
     if gone.any():
         start[:, gone] = torch.from_numpy(generator.standard_normal((len(start), int(gone.sum()))))
     return start

@@ -45,9 +45,14 @@ class FlatView:
         self._exact: dict[int, Tensor] = {}
         self._cut: dict[int, list[Tensor]] = {}
 
+    @property
+    def device(self) -> torch.device:
+        """Where the tensors are."""
+        return self._tensors[0].device
+
     def empty(self) -> Tensor:
         """Return an uninitialised float64 vector of the right length."""
-        return torch.empty(self.size, dtype=torch.float64, device=self._tensors[0].device)
+        return torch.empty(self.size, dtype=torch.float64, device=self.device)
 
     def views(self, vector: Tensor) -> list[Tensor]:
         """Return views of ``vector`` in the tensors' shapes, without a copy."""

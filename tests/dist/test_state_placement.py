@@ -74,7 +74,7 @@ def run(rank: int, world_size: int, limit: float, port: int, folder: Path) -> No
             dist.barrier()
         # Every rank goes on from the checkpoint, as after a restart.
         store = ClientStore(StateStore([Memory(limit), Files()]))
-        store.load_state_dict(torch.load(path, weights_only=True))
+        store.load_state_dict(torch.load(path, weights_only=True), torch.device("cpu"))
         mine = StatePlacement(store, rank, world_size, torch.device("cpu"))
     if world_size > 1:
         dist.destroy_process_group()

@@ -6,6 +6,7 @@ import gc
 import itertools
 import os
 import tempfile
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,9 +15,11 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from lightning_fedscale import Partition, local_rules
 from lightning_fedscale.core.client_state import Files
+from lightning_fedscale.core.round.checkpoint import FederationCheckpoint
 from lightning_fedscale.utils.flat_view import FlatView
 from tests.features import reference_loop
 from tests.features.test_resume import Adam, Every, Fragile, Manual, Norm, equal, read
@@ -180,3 +183,21 @@ def test_a_client_s_own_model_is_read_from_its_file_once(monkeypatch: pytest.Mon
     strategy = {"personal": local_rules.Ditto(0.1), "client_state_memory": 0, "executor": "sequential"}
     reference_loop.fit(Adam(), strategy=strategy, max_epochs=3)
     assert len(reads) == len(set(reads)) == 2 * len(reference_loop.SIZES)  # in each round but the first
+
+
+def test_a_resumed_run_keeps_nothing_of_its_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    read, left = FederationCheckpoint.load_state_dict, list[weakref.ref[Tensor]]()
+
+    def noted(self: FederationCheckpoint, state: dict[str, Any]) -> None:
+        left.extend(map(weakref.ref, tree_leaves([state["clients"]["optimizers"], state["losses"]])))
+        read(self, state)
+
+    monkeypatch.setattr(FederationCheckpoint, "load_state_dict", noted)
+    fit(Adam, tmp_path, 0)
+    trainer, _ = reference_loop.fit(
+        Adam(), strategy={**KEEP, "client_state_memory": 0}, max_epochs=7, ckpt_path=str(tmp_path / "6.ckpt")
+    )
+    gc.collect()
+    assert trainer.global_step == 7
+    assert left
+    assert not [each for each in left if each() is not None]

@@ -199,7 +199,7 @@ def test_store_keeps_committed_cursors_only_and_round_trips(
     expected = {**first, **second}
     restored = ClientStore()
     restored.stage(5, (9, 9))
-    restored.load_state_dict(store.state_dict())
+    restored.load_state_dict(store.state_dict(), torch.device("cpu"))
     restored.commit()
     for client in {*first, *failed, *second, 5}:
         assert store.cursor(client) == restored.cursor(client) == expected.get(client, (0, 0))
@@ -229,7 +229,7 @@ def test_store_keeps_committed_optimizers_only() -> None:
     torch.save(store.state_dict(), file)
     file.seek(0)
     restored = ClientStore()
-    restored.load_state_dict(torch.load(file, weights_only=True))
+    restored.load_state_dict(torch.load(file, weights_only=True), torch.device("cpu"))
     assert _equal(restored.optimizers(6), states(6.0))
     restored.states.put(6, "optimizers", None)
     assert list(restored.keepers()) == []

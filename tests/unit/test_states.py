@@ -392,7 +392,7 @@ def test_a_client_store_of_any_bound_has_the_same_state_dict() -> None:
         file.seek(0)
         saved.append(torch.load(file, weights_only=True))
         again = ClientStore(StateStore([Memory(40), Files()]))
-        again.load_state_dict(saved[-1])
+        again.load_state_dict(saved[-1], torch.device("cpu"))
         assert same(again.state_dict(), saved[-1])
     assert list(saved[0]) == ["cursors", "optimizers", "control_variate"]
     assert same(saved[0], saved[1])

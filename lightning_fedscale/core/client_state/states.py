@@ -306,6 +306,11 @@ def size_of(state: Any) -> int:
     return sum(map(size_of, state)) if isinstance(state, list | tuple) else 0
 
 
+def placed(state: Any, device: torch.device) -> Any:
+    """Return the state with all tensors on a device."""
+    return _mapped(lambda tensor: tensor.to(device), state)
+
+
 def _mapped(change: Callable[[Tensor], Tensor], state: Any) -> Any:
     return tree_map_only(Tensor, change, state)
 

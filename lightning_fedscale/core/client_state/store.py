@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from lightning_fedscale.core.client_state.optimizers import OptimizerState
-from lightning_fedscale.core.client_state.states import StateStore
+from lightning_fedscale.core.client_state.states import StateStore, placed
 from lightning_fedscale.types import Cursor
 
 OPTIMIZERS = "optimizers"
@@ -75,12 +75,17 @@ class ClientStore:
         cursors = torch.tensor(rows, dtype=torch.int64).reshape(-1, 3)
         return {"cursors": cursors, OPTIMIZERS: {}, **self.states.snapshot()}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Replace everything by the result of `state_dict`."""
+    def load_state_dict(self, state: dict[str, Any], device: torch.device) -> None:
+        """Replace everything by the result of `state_dict`.
+
+        Args:
+            state: the result, on any device; Lightning reads checkpoints onto the CPU.
+            device: where clients train. Only optimizer states stay as they are, since `OptimizerKeeper` places them.
+        """
         self._staged_cursors = {}
         self._cursors = {client: (number, batch) for client, number, batch in state["cursors"].tolist()}
         self.states.clear()
         for name, of_clients in state.items():
             if name != "cursors":
                 for client, of_client in of_clients.items():
-                    self.states.put(client, name, of_client)
+                    self.states.put(client, name, of_client if name == OPTIMIZERS else placed(of_client, device))

@@ -98,8 +98,10 @@ class WaveCorrection:
 
     @torch.no_grad()
     def __init__(self, shared: SharedTensors, stacks: Sequence[Tensor], corrections: Sequence[Correction]) -> None:
-        self._proximal = torch.tensor([correction.proximal for correction in corrections], dtype=torch.float64)
-        self._anchors = [stack.clone() for stack in stacks] if self._proximal.any() else []
+        proximal = [correction.proximal for correction in corrections]
+        self._anchors = [stack.clone() for stack in stacks] if any(proximal) else []
+        device = stacks[0].device if stacks else None
+        self._proximal = torch.tensor(proximal, dtype=torch.float64, device=device)
         self._shifts: list[Tensor] = []
         if any(correction.shift is not None for correction in corrections):
             self._shifts = [torch.zeros_like(stack) for stack in stacks]
@@ -114,6 +116,7 @@ class WaveCorrection:
     ) -> list[Tensor | None]:
         """Return the corrected gradients of some clients; those of personal parameters are unchanged."""
         corrected = list(gradients)
+        factors: dict[torch.dtype, Tensor] = {}
         for i in range(max(len(self._shifts), len(self._anchors))):
             if (gradient := corrected[i]) is None:
                 continue
@@ -121,7 +124,8 @@ class WaveCorrection:
                 gradient = gradient + rows.of(self._shifts[i])
             if self._anchors:
                 drift = as_real(parameters[i]) - as_real(rows.of(self._anchors[i]))
-                factor = self._proximal[list(rows.indices)].to(drift)
+                if (factor := factors.get(drift.dtype)) is None:
+                    factor = factors[drift.dtype] = rows.of(self._proximal).to(drift.dtype)
                 # add(alpha=...) would take one number for all clients.
                 gradient = gradient.clone()
                 as_real(gradient).add_(drift * factor.view(-1, *[1] * (drift.dim() - 1)))

@@ -95,6 +95,10 @@ def federated_state(
     }
 
 
+IDENTITY = ("format", "seed", "num_clients", "partition")
+"""The entries of a checkpoint's state that `check_resume` compares."""
+
+
 def check_resume(state: dict[str, Any], *, seed: int, num_clients: int, partition: str) -> None:
     """Check that the resumed run is the one that was saved.
 

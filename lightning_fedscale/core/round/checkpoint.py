@@ -8,6 +8,7 @@ import torch
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from lightning_fedscale.core.lightning.checkpoint import (
+    IDENTITY,
     changed_settings,
     check_resume,
     federated_state,
@@ -29,7 +30,7 @@ class FederationCheckpoint:
 
     def __init__(self, fit: Fit) -> None:
         self._fit = fit
-        self._resumed: dict[str, Any] | None = None
+        self._resumed: dict[str, Any] | None = None  # of the checkpoint, only what identifies the run
 
     def state_dict(self) -> dict[str, Any] | None:
         """Return the state from which a run resumes exactly on rank 0, None on others; call it on all ranks."""
@@ -81,7 +82,7 @@ class FederationCheckpoint:
             ValueError: if the saved run is not this one.
         """
         fit, settings = self._fit, _settings(self._fit.options)
-        self._resumed = state
+        self._resumed = {name: state[name] for name in IDENTITY}
         refuse_other_rules(state["settings"], settings)
         if state["versions"] or DITTO in state["clients"]:
             refuse_other_owners(state["settings"], settings)

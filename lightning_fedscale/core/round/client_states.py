@@ -9,6 +9,7 @@ from torch import Tensor
 
 from lightning_fedscale.core.client_state import ClientStore, StateStore, tiers_of
 from lightning_fedscale.core.client_state.placement import StatePlacement
+from lightning_fedscale.core.client_state.states import placed
 from lightning_fedscale.core.executors import SharedTensors
 from lightning_fedscale.core.options.options import Options
 from lightning_fedscale.core.plan import RoundPlan
@@ -34,6 +35,7 @@ class ClientStates:
         self.store = ClientStore(StateStore(tiers_of(device, options.client_state_memory, processes)))
         keeps = options.keep_optimizers or options.algorithm.keep_state
         self._placement = StatePlacement(self.store, rank, world_size, device) if keeps else None
+        self._device = device
         self._rank = rank
         self._world_size = world_size
         self._counts_steps = options.local_steps is not None
@@ -76,12 +78,17 @@ class ClientStates:
         """
         if self.holder(client) not in (None, self._rank):
             return None
-        kept = self.store.states
+        # After fit, Lightning has moved the module to the CPU.
+        here = shared.view.device
+
+        def kept(name: str) -> Any:
+            return placed(self.store.states.get(client, name), here)
+
         if not self._ditto:
-            return {**state, **shared.of_personal(state, kept.get(client, PERSONAL) or {})}
-        whole: Tensor | None = kept.get(client, DITTO)
+            return {**state, **shared.of_personal(state, kept(PERSONAL) or {})}
+        whole: Tensor | None = kept(DITTO)
         model = state if whole is None else shared.view.substituted(state, whole)
-        return {**model, **shared.of_personal(state, kept.get(client, DITTO_BUFFERS) or {})}
+        return {**model, **shared.of_personal(state, kept(DITTO_BUFFERS) or {})}
 
     def state_dict(self, *, in_client: bool) -> dict[str, Any]:
         """Return the states of all ranks on rank 0; call it on all ranks.
@@ -104,6 +111,6 @@ class ClientStates:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Resume from saved states, which every rank has read."""
-        self.store.load_state_dict(state)
+        self.store.load_state_dict(state, self._device)
         if self._placement is not None:
             self._placement.reset()

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_leaves
 
 from lightning_fedscale.compressors import Compressor
 from lightning_fedscale.core.executors import SharedTensors
@@ -62,7 +62,7 @@ class GlobalModel:
 
     def load_states(self, states: dict[str, Any], device: torch.device) -> None:
         """Resume from saved states."""
-        self.states = tree_map(lambda leaf: leaf.to(device) if isinstance(leaf, Tensor) else leaf, states)
+        self.states = _placed(states, device)
 
     def open_round(self, server: Tensor, trainable: int) -> dict[str, Any]:
         """Return the server's states at the start of the round; new ones for local rule and privacy if needed.
@@ -221,6 +221,20 @@ class GlobalModel:
         if rule.kept is not None:
             self._next[AGGREGATOR] = _copied(state)
         return aggregate
+
+
+def _placed(state: Any, device: torch.device) -> Any:
+    """Return the state on a device, but step counters where they are: torch's optimizers read them on the CPU."""
+    if isinstance(state, Tensor):
+        return state.to(device)
+    if isinstance(state, dict):
+        counts = {key: value for key, value in state.items() if key == "step" and _is_number(value)}
+        return {key: counts[key] if key in counts else _placed(value, device) for key, value in state.items()}
+    return type(state)(_placed(each, device) for each in state) if type(state) in (list, tuple) else state
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.dim() == 0
 
 
 def _copied(state: Any) -> Any:
