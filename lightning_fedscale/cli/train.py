@@ -280,7 +280,7 @@ def _make(config: DictConfig, name: str, kind: type[Any]) -> Any:
     if not isinstance(found, kind):
         what = type(found).__name__
         raise Refused(
-            f"fedscale train: {name}._target_={node.get('_target_')}: is a {what}, which is no {kind.__name__}."
+            f"fedscale train: {name}._target_={node.get('_target_')}: this is a {what}. Pass a {kind.__name__}."
         )
     return found
 

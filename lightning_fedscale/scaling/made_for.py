@@ -15,6 +15,17 @@ import pandas as pd
 from lightning_fedscale.scaling.partition_id import is_fingerprint
 from lightning_fedscale.scaling.selection import values_of
 from lightning_fedscale.scaling.tuning import NOT_RECORDED, SAME
+from lightning_fedscale.utils.moved import renamed
+
+__getattr__ = renamed(
+    __name__,
+    {
+        "Given": "lightning_fedscale.scaling.partition_id.PartitionId",
+        "partition_given": "lightning_fedscale.scaling.partition_id.partition_id",
+        "mixed": "lightning_fedscale.scaling.selection.mixed_settings",
+        "only": "lightning_fedscale.scaling.selection.select",
+    },
+)
 
 _IN_COMMON = (
     "partition", "partition_name", "fingerprint", "method", "batch_size", "local_steps", "optimizer", "samples",

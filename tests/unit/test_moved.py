@@ -56,6 +56,10 @@ def test_what_was_pickled_before_is_read() -> None:
         ("callbacks.compute_accounting.report", "ComputeCurves", "callbacks.compute_accounting.curves.ComputeCurves"),
         ("utils.checks", "whole", "integer"),
         ("scaling.base", "Spread", "ConstantsCovariance"),
+        ("scaling.made_for", "Given", "scaling.partition_id.PartitionId"),
+        ("scaling.made_for", "partition_given", "scaling.partition_id.partition_id"),
+        ("scaling.made_for", "mixed", "scaling.selection.mixed_settings"),
+        ("scaling.made_for", "only", "scaling.selection.select"),
         ("scaling.tuning", "NOT_TOLD", "NOT_RECORDED"),
     ],
 )
