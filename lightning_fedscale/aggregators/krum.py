@@ -66,12 +66,12 @@ def multi_krum(attackers: int, keep: int) -> Aggregator:
         >>> aggregate(multi_krum(attackers=1, keep=2), torch.tensor([[1.0], [1.5], [1.75], [2.5], [-50.0]])).tolist()
         [1.625]
     """
-    checks.integer("keep", keep)
+    checks.integer("keep", keep, meaning="the number of updates to average")
     return _krum(attackers, keep, f"multi_krum(attackers={attackers}, keep={keep})")
 
 
 def _krum(attackers: int, keep: int, name: str) -> Aggregator:
-    checks.integer("attackers", attackers, minimum=0)
+    checks.integer("attackers", attackers, minimum=0, meaning="the number of clients of a round that may be hostile")
     rule = stacked(mean("uniform").weigh, partial(_read, attackers=attackers, keep=keep))
     return needing(rule, max(2 * attackers + 3, attackers + keep), name)
 

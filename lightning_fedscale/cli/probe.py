@@ -45,18 +45,11 @@ def probe(
     if not budgets:
         raise ValueError("budget=[]: pass an amount of memory, or several in a list.")
     model = estimate_memory(module, _batch(module, data), precision=precision)
-    found = {name: _find(model, name, amount, headroom, limit) for name, amount in budgets.items()}
+    found = {name: find_batch(model, amount, headroom=headroom, limit=limit) for name, amount in budgets.items()}
     if json:
         print(json_format.dumps({name: result.state_dict() for name, result in found.items()}))
         return
     _show(Console(soft_wrap=True), model, found)
-
-
-def _find(model: MemoryModel, budget: str, amount: int, headroom: float, limit: int | None) -> ProbeResult:
-    try:
-        return find_batch(model, amount, headroom=headroom, limit=limit)
-    except ValueError as error:
-        raise ValueError(f"budget={budget}: {str(error).removeprefix('budget=')}") from None
 
 
 def _bytes(budget: str) -> int:

@@ -205,7 +205,7 @@ class MemoryModel:
         """
         usable = usable_bytes(budget, headroom)
         limit = UNLIMITED if limit is None else _checked_samples("limit", limit)
-        self.check_smallest(usable)
+        self.check_smallest(budget, headroom)
         excess = partial(self._excess, usable=usable)
         for border in self._dry_run.borders:  # the last batch of an epoch may be as small
             if self.smallest < border < limit and excess(border) > 0:
@@ -236,20 +236,25 @@ class MemoryModel:
             )
         return (usable - shared) // own
 
-    def check_smallest(self, usable: int) -> None:
-        """Reject a number of bytes that is too small for the smallest batch.
+    def check_smallest(self, budget: int, headroom: float = 0.0) -> None:
+        """Reject a budget that is too small for the smallest batch.
+
+        Args:
+            budget: bytes.
+            headroom: as in `max_batch`.
 
         Raises:
             ValueError: with the missing bytes and the largest part.
         """
+        usable = usable_bytes(budget, headroom)
         if (needed := self.peak(self.smallest)) > usable:
             part, size = max(self.breakdown(self.smallest).items(), key=lambda item: item[1])
             samples = "one sample" if self.smallest == 1 else f"{self.smallest} samples"
             raise ValueError(
-                f"budget={format_bytes(usable)} (without headroom): a step with {samples} takes {format_bytes(needed)},"
-                f" {needed - usable:,} bytes more; the largest part is {part} with {format_bytes(size)}. Use a larger"
-                " budget, a smaller model, a lower precision, activation checkpointing, or an optimizer with less"
-                " state."
+                f"budget={format_bytes(budget)}: a step with {samples} takes {format_bytes(needed)},"
+                f" {needed - usable:,} bytes more than the {format_bytes(usable)} that headroom={headroom:g} leaves;"
+                f" the largest part is {part} with {format_bytes(size)}. Use a larger budget, a smaller model, a lower"
+                " precision, activation checkpointing, or an optimizer with less state."
             )
 
     def table(self, batches: Sequence[int] | None = None) -> pd.DataFrame:

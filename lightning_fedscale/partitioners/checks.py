@@ -102,4 +102,4 @@ def enough_samples(num_samples: int, num_partitions: int, min_partition_size: in
 def given(name: str, value: object, example: str) -> None:
     """Check that a required argument was given (it has a default because it follows the optional ``partition_by``)."""
     if value is None:
-        raise ValueError(f"{name}=None: this argument is required: {example}.")
+        raise ValueError(f"{name}=None: pass a value, as in {example}.")

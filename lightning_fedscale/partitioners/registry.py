@@ -97,13 +97,14 @@ def by_name(name: str, num_partitions: int | None = None, **kwargs: Any) -> Part
     partitioner = cls(**kwargs)
     if cls is FilePartitioner and num_partitions not in (None, partitioner.num_partitions):
         raise ValueError(
-            f"num_clients={num_partitions}: partitioner={name!r} divides the data among {partitioner.num_partitions}"
-            f" clients: pass {partitioner.num_partitions}, or leave the number out."
+            f"num_partitions={num_partitions}: partitioner={name!r} divides the data among"
+            f" {partitioner.num_partitions} clients: pass {partitioner.num_partitions}, or leave the number out."
         )
-    if "partition_sizes" in parameters and partitioner.num_partitions != (num_partitions or DEFAULT_CLIENTS):
+    wanted = DEFAULT_CLIENTS if num_partitions is None else num_partitions
+    if "partition_sizes" in parameters and partitioner.num_partitions != wanted:
         raise ValueError(
-            f"partition_sizes has {partitioner.num_partitions} entries for num_partitions={num_partitions}: pass one"
-            " size per client."
+            f"partition_sizes has {partitioner.num_partitions} entries for num_partitions={wanted}: pass one size per"
+            " client."
         )
     return partitioner
 
@@ -130,4 +131,4 @@ def _find(name: str) -> type[Partitioner]:
     key = str(name).lower()
     if key in known:
         return known[key]
-    raise checks.unknown("partitioner", name, PARTITIONERS)
+    raise checks.unknown("partitioner", name, PARTITIONERS, [cls.__name__ for cls in PARTITIONERS.values()])

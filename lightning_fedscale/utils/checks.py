@@ -14,8 +14,15 @@ from lightning_fedscale.utils.moved import renamed
 __getattr__ = renamed(__name__, {"whole": "integer"})
 
 
-def integer(name: str, value: object, minimum: int = 1, maximum: int | None = None) -> int:
+def integer(name: str, value: object, minimum: int = 1, maximum: int | None = None, meaning: str = "") -> int:
     """Return ``value`` as an int of at least ``minimum`` and at most ``maximum``, if there is one.
+
+    Args:
+        name: name of the argument.
+        value: the user's value.
+        minimum: least valid value.
+        maximum: largest valid value; None if there is none.
+        meaning: what the number is, for the message, such as "the number of updates to average".
 
     Raises:
         TypeError: it is not an integer.
@@ -29,6 +36,7 @@ def integer(name: str, value: object, minimum: int = 1, maximum: int | None = No
         ValueError: levels=1: pass an integer from 2 to 65536.
     """
     allowed = f"an integer of at least {minimum}" if maximum is None else f"an integer from {minimum} to {maximum}"
+    allowed = f"{meaning}, {allowed}" if meaning else allowed
     if isinstance(value, bool) or not isinstance(value, numbers.Integral):
         raise TypeError(f"{name}={value!r}: pass {allowed}, not {type(value).__name__}.")
     if int(value) < minimum or (maximum is not None and int(value) > maximum):
@@ -111,12 +119,18 @@ def one_of(name: str, value: object, allowed: Sequence[str]) -> None:
         raise ValueError(f"{name}={value!r}: pass one of {names}.{did_you_mean(value, allowed)}")
 
 
-def unknown(argument: str, name: object, known: Iterable[str]) -> ValueError:
-    """Return the error for a name that no registry has; `named` raises it."""
+def unknown(argument: str, name: object, known: Iterable[str], unlisted: Iterable[str] = ()) -> ValueError:
+    """Return the error for a name that no registry has; `named` raises it.
+
+    Args:
+        argument: the user's argument that the name was passed to.
+        name: the name.
+        known: the names that the message lists.
+        unlisted: further valid names, which the message has only if one is the closest.
+    """
     names = list(known)
-    return ValueError(
-        f"{argument}={name!r} is not known.{did_you_mean(name, names)} Known: {', '.join(map(repr, names))}."
-    )
+    hint = did_you_mean(name, [*names, *unlisted])
+    return ValueError(f"{argument}={name!r} is not known.{hint} Known: {', '.join(map(repr, names))}.")
 
 
 def did_you_mean(name: object, known: Iterable[str]) -> str:

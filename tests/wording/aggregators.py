@@ -60,17 +60,18 @@ ROWS: list[Row] = [
     Row(
         lambda: aggregators.krum(-1),
         ValueError,
-        "attackers=-1: pass an integer of at least 0.",
+        "attackers=-1: pass the number of clients of a round that may be hostile, an integer of at least 0.",
     ),
     Row(
         lambda: aggregators.krum(0.2),  # type: ignore[arg-type]
         TypeError,
-        "attackers=0.2: pass an integer of at least 0, not float.",
+        "attackers=0.2: pass the number of clients of a round that may be hostile, an integer of at least 0, "
+        "not float.",
     ),
     Row(
         lambda: aggregators.multi_krum(1, keep=0),
         ValueError,
-        "keep=0: pass an integer of at least 1.",
+        "keep=0: pass the number of updates to average, an integer of at least 1.",
     ),
     Row(
         lambda: aggregators.geometric_median(smoothing=0),

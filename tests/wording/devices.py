@@ -173,6 +173,13 @@ ROWS: list[Row] = [
         "'bf16-true'. Did you mean '64-true'?",
     ),
     Row(
+        lambda: estimate().max_batch(500),
+        ValueError,
+        "budget=500 B: a step with one sample takes 696 B, 246 bytes more than the 450 B that headroom=0.1 "
+        "leaves; the largest part is parameters with 264 B. Use a larger budget, a smaller model, a lower "
+        "precision, activation checkpointing, or an optimizer with less state.",
+    ),
+    Row(
         lambda: estimate().max_batch(0),
         ValueError,
         "budget=0: pass a positive number of bytes.",

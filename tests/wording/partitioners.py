@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 
 from lightning_fedscale import partitioners
@@ -27,6 +29,7 @@ from lightning_fedscale.partitioners.registry import by_name
 from lightning_fedscale.partitioners.statistics import gini, label_counts
 from tests.wording import Row
 
+FILE = str(Path(__file__).parents[1] / "features" / "three_clients.json")
 TWO = Partition.from_lists([[0, 2], [1]])
 
 
@@ -69,7 +72,7 @@ ROWS: list[Row] = [
     Row(
         lambda: DirichletPartitioner(10),
         ValueError,
-        "alpha=None: this argument is required: DirichletPartitioner(num_partitions=10, alpha=0.5).",
+        "alpha=None: pass a value, as in DirichletPartitioner(num_partitions=10, alpha=0.5).",
     ),
     Row(
         lambda: DirichletPartitioner(10, alpha=0),
@@ -107,7 +110,7 @@ ROWS: list[Row] = [
     Row(
         lambda: InnerDirichletPartitioner([3, 3]),
         ValueError,
-        "alpha=None: this argument is required: InnerDirichletPartitioner(partition_sizes=[100] * 10, alpha=0.5).",
+        "alpha=None: pass a value, as in InnerDirichletPartitioner(partition_sizes=[100] * 10, alpha=0.5).",
     ),
     Row(
         lambda: partition(InnerDirichletPartitioner([2, 2], alpha=[1.0, 1.0, 1.0]), [0, 1] * 2),
@@ -138,7 +141,7 @@ ROWS: list[Row] = [
     Row(
         lambda: PathologicalPartitioner(3),
         ValueError,
-        "num_classes_per_partition=None: this argument is required: PathologicalPartitioner(num_partitions=10, "
+        "num_classes_per_partition=None: pass a value, as in PathologicalPartitioner(num_partitions=10, "
         "num_classes_per_partition=2).",
     ),
     Row(
@@ -289,6 +292,23 @@ ROWS: list[Row] = [
         "partitioner='dirichet' is not known. Did you mean 'dirichlet'? Known: 'iid', 'dirichlet', "
         "'inner_dirichlet', 'pathological', 'shard', 'distribution', 'continuous', 'size', 'id_to_size_fnc', "
         "'linear', 'square', 'exponential', 'natural_id', 'grouped_natural_id', 'file'.",
+    ),
+    Row(
+        lambda: by_name("DirichletPartioner"),
+        ValueError,
+        "partitioner='DirichletPartioner' is not known. Did you mean 'DirichletPartitioner'? Known: 'iid', "
+        "'dirichlet', 'inner_dirichlet', 'pathological', 'shard', 'distribution', 'continuous', 'size', "
+        "'id_to_size_fnc', 'linear', 'square', 'exponential', 'natural_id', 'grouped_natural_id', 'file'.",
+    ),
+    Row(
+        lambda: by_name(FILE, 4),
+        ValueError,
+        f"num_partitions=4: partitioner={FILE!r} divides the data among 3 clients: pass 3, or leave the number out.",
+    ),
+    Row(
+        lambda: by_name("size", partition_sizes=[3, 4]),
+        ValueError,
+        "partition_sizes has 2 entries for num_partitions=10: pass one size per client.",
     ),
     Row(
         lambda: by_name("iid", alpha=1),
