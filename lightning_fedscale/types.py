@@ -32,7 +32,7 @@ SIDE = 7
 """Length of `RoundRecord.side`."""
 
 
-def _renamed(old: str, new: str) -> Callable[[type[_T]], type[_T]]:
+def renamed_field(old: str, new: str) -> Callable[[type[_T]], type[_T]]:
     """Let a field still be read and passed by its old name, with a warning, for one release."""
 
     def decorate(kind: type[_T]) -> type[_T]:
@@ -87,7 +87,7 @@ class ClientCost(NamedTuple):
         return ClientCost(*(mine + more for mine, more in zip(self, other, strict=True)))
 
 
-@_renamed("held", "num_samples")
+@renamed_field("held", "num_samples")
 class ClientUpdate(NamedTuple):
     """The update that a client sends to the server at the end of its local training.
 
@@ -129,7 +129,7 @@ class ClientUpdate(NamedTuple):
         return not self.finite and not self.steps
 
 
-@_renamed("registered", "num_clients")
+@renamed_field("registered", "num_clients")
 class Cohort(NamedTuple):
     """The clients that take part in a round.
 

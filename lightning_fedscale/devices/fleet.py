@@ -10,7 +10,7 @@ from lightning_fedscale.devices.communication import star
 from lightning_fedscale.devices.memory import MemoryModel, usable_bytes
 from lightning_fedscale.devices.performance import PerformanceModel, StepTime, roofline_step_time
 from lightning_fedscale.devices.population import Population, Selection, select
-from lightning_fedscale.types import FloatArray, IntArray
+from lightning_fedscale.types import FloatArray, IntArray, renamed_field
 from lightning_fedscale.utils import randomness
 from lightning_fedscale.utils.memory import format_bytes
 from lightning_fedscale.utils.moved import renamed
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 __getattr__ = renamed(__name__, {"Duty": "ClientWorkload"})
 
 
+@renamed_field("message_bytes", "model_bytes")
 class ClientWorkload(NamedTuple):
     """The clients' work in a round.
 

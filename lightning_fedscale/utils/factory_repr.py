@@ -9,6 +9,10 @@ from inspect import Parameter, signature
 from numbers import Integral, Real
 from typing import Any, ParamSpec, TypeVar
 
+from lightning_fedscale.utils.moved import renamed
+
+__getattr__ = renamed(__name__, {"told": "record_call"})
+
 P = ParamSpec("P")
 R = TypeVar("R")
 

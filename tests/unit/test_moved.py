@@ -12,6 +12,7 @@ import pytest
 
 import lightning_fedscale
 from lightning_fedscale.core.client_state.states import StateStore
+from lightning_fedscale.devices.fleet import ClientWorkload
 from lightning_fedscale.utils.moved import MOVED
 from tests.unit.test_imports import files
 
@@ -61,6 +62,12 @@ def test_what_was_pickled_before_is_read() -> None:
         ("scaling.made_for", "mixed", "scaling.selection.mixed_settings"),
         ("scaling.made_for", "only", "scaling.selection.select"),
         ("scaling.tuning", "NOT_TOLD", "NOT_RECORDED"),
+        ("devices.profiling.batches", "Form", "BatchSignature"),
+        ("devices.profiling.batches", "form_of", "signature_of"),
+        ("devices.profiling.dry_run", "Rehearsal", "DryRun"),
+        ("devices.profiling.dry_run", "Rehearsed", "DryRunResult"),
+        ("core.options.algorithm_options", "Rules", "AlgorithmOptions"),
+        ("utils.factory_repr", "told", "record_call"),
     ],
 )
 def test_a_renamed_class_or_function_is_found_by_its_old_name(module: str, old: str, new: str) -> None:
@@ -70,6 +77,23 @@ def test_a_renamed_class_or_function_is_found_by_its_old_name(module: str, old: 
         assert getattr(found, old) is getattr(import_module(f"{PACKAGE}.{home or module}"), name)
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         found.nothing  # noqa: B018
+
+
+@pytest.mark.parametrize(
+    "old",
+    ["core.client_state.ownership", "core.lightning.half_batches", "core.round.run_settings", "core.round.sums"],
+)
+def test_a_module_that_was_renamed_within_a_room_has_its_old_name(old: str) -> None:
+    assert old in MOVED
+
+
+def test_the_work_of_clients_is_made_and_read_by_the_old_name_of_a_field() -> None:
+    new = ClientWorkload(5, 2.0, 8, 16, model_bytes=100, update_bytes=50)
+    with pytest.warns(DeprecationWarning, match="message_bytes is model_bytes now"):
+        old = ClientWorkload(5, 2.0, 8, 16, message_bytes=100, update_bytes=50)  # type: ignore[call-arg]
+    assert old == new
+    with pytest.warns(DeprecationWarning, match="message_bytes is model_bytes now"):
+        assert old.message_bytes == 100  # type: ignore[attr-defined]
 
 
 def test_the_package_uses_no_old_name() -> None:

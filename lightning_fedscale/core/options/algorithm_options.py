@@ -10,6 +10,9 @@ from lightning_fedscale.local_rules import Ditto, LocalRule
 from lightning_fedscale.privacy import Privacy
 from lightning_fedscale.types import ClientUpdate
 from lightning_fedscale.utils.buffers import BufferPolicies, Policy
+from lightning_fedscale.utils.moved import renamed
+
+__getattr__ = renamed(__name__, {"Rules": "AlgorithmOptions"})
 
 
 class AlgorithmOptions(NamedTuple):

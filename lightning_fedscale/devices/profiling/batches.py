@@ -14,6 +14,10 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only
 from torch.utils.data import BatchSampler
 
+from lightning_fedscale.utils.moved import renamed
+
+__getattr__ = renamed(__name__, {"Form": "BatchSignature", "form_of": "signature_of"})
+
 _REMEDY = ": pass make_batch=..., a function that returns a batch of so many samples."
 
 

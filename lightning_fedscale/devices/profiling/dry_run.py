@@ -27,7 +27,10 @@ from lightning_fedscale.devices.profiling.memory_tracker import (
 from lightning_fedscale.devices.profiling.scratch import Scratch
 from lightning_fedscale.devices.profiling.stubs import ManualOptimizer, ManualScheduler, TrainerView, silence
 from lightning_fedscale.utils import checks
+from lightning_fedscale.utils.moved import renamed
 from lightning_fedscale.utils.randomness import untouched
+
+__getattr__ = renamed(__name__, {"Rehearsal": "DryRun", "Rehearsed": "DryRunResult"})
 
 MIXED = {"16-mixed": torch.float16, "bf16-mixed": torch.bfloat16}
 WHOLE = {
