@@ -97,7 +97,7 @@ def found(path: Path) -> Iterator[tuple[int, str, str]]:
     if path.suffix == ".py":
         text = written(text)
     elif path.name == "CHANGELOG.md":  # Released sections stay as they are.
-        text = text[: second.start()] if (second := re.search(r"^## \[\d", text, re.MULTILINE)) else text
+        text = text[: released.start()] if (released := re.search(r"^## \[\d", text, re.MULTILINE)) else text
     text = _CODE.sub(lambda code: blank(code[0]), text)
     hits = [(hit, better) for pattern, better in _PATTERNS.items() for hit in pattern.finditer(text)]
     for hit, better in sorted(hits, key=lambda each: each[0].start()):
@@ -105,9 +105,15 @@ def found(path: Path) -> Iterator[tuple[int, str, str]]:
 
 
 def files(root: Path) -> Iterator[Path]:
-    """Yield the files of ``root`` in which phrases count."""
+    """Yield the files of ``root`` in which phrases count.
+
+    Raises:
+        FileNotFoundError: for a place that is gone, whose files would be passed over.
+    """
     for place in PLACES:
         path = root / place
+        if not path.exists():
+            raise FileNotFoundError(f"{path}: correct PLACES in tests/phrases.py.")
         for each in [path] if path.is_file() else sorted(path.rglob("*")):
             if each.suffix in (".md", ".py", ".yaml", ".yml", "") and each.is_file():
                 yield each

@@ -50,9 +50,19 @@ def test_every_phrase_is_found(tmp_path: Path, phrase: str) -> None:
     assert lines_found(tmp_path / "page.md", f"A page: {phrase}.") == [(1, phrase)]
 
 
-def test_the_command_names_file_line_and_better_words(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_names_file_line_and_better_words(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(phrases, "PLACES", ("docs",))
     (tmp_path / "docs").mkdir()
     assert phrases.main(tmp_path) == 0
     (tmp_path / "docs" / "page.md").write_text("One\none by one.\n")
     assert phrases.main(tmp_path) == 1
     assert capsys.readouterr().out == "docs/page.md:2: 'one by one': write sequentially\n"
+
+
+def test_a_place_that_is_gone_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(phrases, "PLACES", ("README.md", "pages"))
+    (tmp_path / "README.md").write_text("A page.\n")
+    with pytest.raises(FileNotFoundError, match="pages"):
+        phrases.main(tmp_path)
