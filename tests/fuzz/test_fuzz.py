@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -21,6 +22,23 @@ SEEDS = 200
 CHUNK = 10
 
 
+def covering(seeds: Iterable[int], times: int) -> list[int]:
+    """The seeds that together draw each feature this many times, or as often as all of them do; few, and in order."""
+    features = {seed: draw_of(seed).features for seed in seeds}
+    drawn = Counter(feature for some in features.values() for feature in some)
+    missing = Counter({feature: min(times, count) for feature, count in drawn.items()})
+    chosen = []
+    while +missing:
+        best = max(features, key=lambda seed: sum(missing[feature] > 0 for feature in features[seed]))
+        missing.subtract(features.pop(best))
+        chosen.append(best)
+    return sorted(chosen)
+
+
+# Others repeat what these draw; `make fuzz` tries them and thousands more.
+COVERING = covering(range(SEEDS), times=2)
+
+
 @pytest.fixture(autouse=True)
 def said_nothing() -> Iterator[None]:
     """Lightning says hello in every training."""
@@ -31,9 +49,9 @@ def said_nothing() -> Iterator[None]:
     logger.setLevel(before)
 
 
-@pytest.mark.parametrize("start", range(0, SEEDS, CHUNK))
+@pytest.mark.parametrize("start", range(0, len(COVERING), CHUNK))
 def test_all_ways_agree(start: int) -> None:
-    verdicts = [(draw_of(seed), check(draw_of(seed))) for seed in range(start, start + CHUNK)]
+    verdicts = [(draw_of(seed), check(draw_of(seed))) for seed in COVERING[start : start + CHUNK]]
     failures = [
         f"{failure}\n    python -m tests.fuzz --recipe {str(recipe)!r}"
         for recipe, v in verdicts
