@@ -145,7 +145,7 @@ def _serve(command: Command) -> None:
     os.chdir(command.folder)
     os.environ.clear()
     os.environ.update(command.environment)
-    rank_zero.rank_zero_only.rank = rank_zero._get_rank() or 0  # as Lightning does when it is imported
+    vars(rank_zero.rank_zero_only)["rank"] = rank_zero._get_rank() or 0  # as Lightning does when it is imported
     try:
         _python(*command.arguments)
     finally:

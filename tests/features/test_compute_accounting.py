@@ -168,8 +168,8 @@ def test_another_callback_may_call_its_hooks() -> None:
     class Wrapper(Callback):
         inner = ComputeAccounting(law=None)
 
-        def setup(self, *arguments: Any, stage: str) -> None:
-            self.inner.setup(*arguments, stage=stage)
+        def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+            self.inner.setup(trainer, pl_module, stage)
 
         def on_validation_batch_start(self, *arguments: Any) -> None:
             self.inner.on_validation_batch_start(*arguments)
