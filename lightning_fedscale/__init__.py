@@ -1,30 +1,31 @@
 """Federated learning for PyTorch Lightning: change one argument, ``Trainer(strategy=FederatedStrategy())``.
 
-Importing this package also makes ``Trainer(strategy="federated")`` known.
+Importing this package also makes ``Trainer(strategy="federated")`` known. Everything else is imported when it is used,
+so that scaling laws and the command ``fedscale`` start without torch and Lightning.
 """
 
-from importlib import import_module
-from typing import Any
+from __future__ import annotations
 
-from lightning.pytorch.strategies import StrategyRegistry
+from typing import TYPE_CHECKING, Any
 
-from lightning_fedscale import (
-    aggregators,
-    attacks,
-    compressors,
-    local_rules,
-    partitioners,
-    privacy,
-    samplers,
-    server,
-)
-from lightning_fedscale.core.options import lightning_cli as class_paths
-from lightning_fedscale.local_rules import schedules
-from lightning_fedscale.partitioners import Partition
-from lightning_fedscale.server.asynchrony import FedBuff
-from lightning_fedscale.strategy import FederatedStrategy
-from lightning_fedscale.types import ClientUpdate, RoundRecord
-from lightning_fedscale.utils import moved
+from lightning_fedscale.utils import late_imports, moved
+
+if TYPE_CHECKING:
+    from lightning_fedscale import (
+        aggregators,
+        attacks,
+        compressors,
+        local_rules,
+        partitioners,
+        privacy,
+        samplers,
+        server,
+    )
+    from lightning_fedscale.local_rules import schedules
+    from lightning_fedscale.partitioners import Partition
+    from lightning_fedscale.server.asynchrony import FedBuff
+    from lightning_fedscale.strategy import FederatedStrategy
+    from lightning_fedscale.types import ClientUpdate, RoundRecord
 
 __version__ = "0.1.0"
 __all__ = [
@@ -44,13 +45,38 @@ __all__ = [
     "server",
 ]
 
-FederatedStrategy.register_strategies(StrategyRegistry)
-class_paths.register()
+_MODULES = (
+    "aggregators", "attacks", "callbacks", "compressors", "core", "devices", "local_rules", "partitioners", "phases",
+    "privacy", "samplers", "scaling", "server", "strategy", "study", "types",
+)  # fmt: skip
+_HOMES = {
+    **dict(zip(_MODULES, _MODULES, strict=True)),
+    "ClientUpdate": "types",
+    "FedBuff": "server.asynchrony",
+    "FederatedStrategy": "strategy",
+    "Partition": "partitioners",
+    "RoundRecord": "types",
+    "schedules": "local_rules.schedules",
+}
+
+__getattr__, __dir__ = late_imports.exports(__name__, _HOMES)
+
+
+def _federated(**arguments: Any) -> FederatedStrategy:
+    from lightning_fedscale.strategy import FederatedStrategy  # only when needed, since Lightning is being imported
+
+    return FederatedStrategy(**arguments)
+
+
+def _register() -> None:
+    """Make the strategy and its options known to Lightning and to its command line."""
+    from lightning.pytorch.strategies import StrategyRegistry
+
+    from lightning_fedscale.core.options import lightning_cli
+
+    StrategyRegistry.register("federated", _federated, description="One Trainer step is one federated round")
+    lightning_cli.register()
+
+
 moved.install()
-
-
-def __getattr__(name: str) -> Any:
-    """Import `scaling` only when it is used: it needs pandas, which takes long to import."""
-    if name == "scaling":
-        return import_module("lightning_fedscale.scaling")
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+late_imports.after_import("lightning.pytorch.strategies", _register)

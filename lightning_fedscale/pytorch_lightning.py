@@ -43,6 +43,7 @@ from lightning_fedscale import (
     samplers,
     server,
 )
+from lightning_fedscale.core.options import lightning_cli
 from lightning_fedscale.local_rules import schedules
 from lightning_fedscale.partitioners import Partition
 from lightning_fedscale.server.asynchrony import FedBuff
@@ -149,3 +150,4 @@ sys.meta_path.insert(0, _Finder())
 callbacks: Any = import_module(f"{__name__}.callbacks")
 FederatedStrategy: Any = import_module(f"{__name__}.strategy").FederatedStrategy
 FederatedStrategy.register_strategies(StrategyRegistry)
+lightning_cli.register()  # as soon as either package is imported, since both have the same options

@@ -7,13 +7,15 @@ import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import wraps
-from typing import Any, NamedTuple, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias, TypeVar
 
 import numpy as np
 import numpy.typing as npt
-from torch import Tensor
 
-Params: TypeAlias = Mapping[str, Tensor]
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Params: TypeAlias = Mapping[str, "Tensor"]
 """Trainable parameters by name, as float64 tensors of the parameters' own shapes."""
 
 IntArray: TypeAlias = npt.NDArray[np.int64]

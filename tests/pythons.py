@@ -25,9 +25,11 @@ from types import ModuleType
 from typing import NamedTuple, NoReturn
 
 import torch
+import torch.utils.tensorboard
 from lightning.fabric.utilities import rank_zero
 
-import lightning_fedscale.callbacks  # noqa: F401  # so that no copy imports it
+import lightning_fedscale.callbacks
+import lightning_fedscale.strategy  # noqa: F401  # so that no copy imports them
 
 REPOSITORY = Path(__file__).parents[1]
 

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import math
+from typing import TYPE_CHECKING
 
 import lightning.pytorch as pl
 from lightning.pytorch.utilities import rank_zero_warn
-from torch.utils.tensorboard import SummaryWriter
 
 from lightning_fedscale.core.lightning.loggers import Layout, lay_out, writers
 from lightning_fedscale.scaling import Position
+
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
 
 _UNITS = {1.0: "FLOPs", 1e3: "kFLOPs", 1e6: "MFLOPs", 1e9: "GFLOPs", 1e12: "TFLOPs", 1e15: "PFLOPs", 1e18: "EFLOPs"}
 _FINEST = 100
@@ -73,6 +76,8 @@ class ComputeCurves:
         if position is not None and math.isfinite(position.optimal_loss):
             for writer in writers(trainer, "add_scalar"):
                 if self._sibling is None:
+                    from torch.utils.tensorboard import SummaryWriter  # only when needed, since it takes long
+
                     self._sibling = SummaryWriter(f"{writer.log_dir}/predicted_optimal")
                 self._sibling.add_scalar(self.tag, position.optimal_loss, at)
                 break

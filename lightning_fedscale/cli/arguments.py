@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
+from importlib import import_module
 from importlib.metadata import version
 from inspect import Parameter, signature
 from typing import Any, NamedTuple, NoReturn, get_type_hints
@@ -63,30 +64,35 @@ class _Parser(ArgumentParser):
         super().error(message, ex)
 
 
+def function_of(command: str) -> Callable[..., None]:
+    """Return the function of a sub-command."""
+    found: Callable[..., None] = getattr(import_module(f"lightning_fedscale.cli.{command}"), command)
+    return found
+
+
 def parse(
-    commands: Mapping[str, Callable[..., None]],
-    arguments: Sequence[str],
-    others: Mapping[str, str] | None = None,
+    commands: Mapping[str, str], arguments: Sequence[str], others: Mapping[str, str] | None = None
 ) -> tuple[str, dict[str, Any]]:
     """Parse the sub-command and its values; exit with 2 for invalid arguments.
 
     Modules and data modules are built, but those of a `Maker` are returned as `Named`.
 
     Args:
-        commands: functions by the names of their sub-commands.
+        commands: help of the sub-commands by their names; only that of the one in the arguments is imported.
         arguments: the arguments after ``fedscale``.
         others: help of the sub-commands with a custom command line, to list them.
     """
     about = "Federated learning for PyTorch Lightning"
     parser = _Parser(prog="fedscale", description=about, version=version("lightning-fedscale"))
     chosen = parser.add_subcommands(required=True, dest="command", title="commands", description=None)
-    every: dict[str, Callable[..., None] | str] = {**commands, **(others or {})}
-    for name, does in sorted(every.items()):
-        if isinstance(does, str):
-            chosen.add_subcommand(name, _Parser(), help=does)
-            continue
-        function, summary = does, (does.__doc__ or "").split("\n\n")[0]
+    given = [_underscored(each) for each in arguments if each != "--json=false"]
+    command = next((each for each in given if not each.startswith("-")), "")
+    function = function_of(command) if command in commands else None
+    for name, summary in sorted({**commands, **(others or {})}.items()):
         own = _Parser(description=summary)
+        chosen.add_subcommand(name, own, help=summary)
+        if name != command or function is None:
+            continue
         own.add_argument("--config", action="config", help="a YAML file with any of these arguments")
         parameters = signature(function).parameters.values()
         paths = [each.name for each in parameters if each.name in _PATHS and each.default is Parameter.empty]
@@ -96,9 +102,7 @@ def parse(
         own.add_function_arguments(function, fail_untyped=False, skip={*paths, "json"})
         if json := _JSON.search(function.__doc__ or ""):
             own.add_argument("--json", action="store_true", help=json[1])
-        chosen.add_subcommand(name, own, help=summary)
-    given = [_underscored(each) for each in arguments if each != "--json=false"]
-    makers = _makers(commands.get(next((each for each in given if not each.startswith("-")), "")))
+    makers = _makers(function)
     nested, given = _nested(given) if makers else ({}, given)
     parsed = parser.instantiate(parser.parse_args(given))
     values = parsed[parsed["command"]].as_dict()

@@ -8,8 +8,6 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from lightning_fedscale.cli.run_page import facts, read_run, write_page
-
 
 def report(run: str, output: str | None = None, json: bool = False) -> None:
     """Write one page about a finished run: curves, phases, position, costs, probe and settings.
@@ -20,6 +18,8 @@ def report(run: str, output: str | None = None, json: bool = False) -> None:
         output: file to write, .html or .md; by default report.html in that folder.
         json: print all numbers as one JSON object, curves included, instead of a table.
     """
+    from lightning_fedscale.cli.run_page import facts, read_run, write_page  # only after the arguments are checked
+
     found = read_run(run)
     page = write_page(found, found.folder / "report.html" if output is None else Path(output))
     known = facts(found)

@@ -12,9 +12,6 @@ from rich.table import Table
 
 from lightning_fedscale.cli.files import made, written
 from lightning_fedscale.cli.makers import Maker
-from lightning_fedscale.cli.projects import check_accelerator
-from lightning_fedscale.study import size as find
-from lightning_fedscale.study.answer_page import PAGE, rows_of, sentences, write
 
 
 def size(
@@ -72,6 +69,9 @@ def size(
         output: folder for size.md, size.png and size.json.
         json: print one JSON object instead of a table and sentences.
     """
+    from lightning_fedscale.cli.projects import check_accelerator  # only after the arguments are checked
+    from lightning_fedscale.study import size as find
+    from lightning_fedscale.study.answer_page import PAGE, rows_of, sentences, write
 
     def say(line: str) -> None:
         print(line, file=sys.stderr, flush=True)

@@ -7,11 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning_fedscale.cli.files import made
-from lightning_fedscale.cli.fit import finish
 from lightning_fedscale.cli.makers import Maker
-from lightning_fedscale.cli.projects import check_accelerator
-from lightning_fedscale.scaling import fit as make_fit
-from lightning_fedscale.study.sweeping import sweep as run_sweep
 from lightning_fedscale.utils.checks import integer
 
 
@@ -66,6 +62,10 @@ def sweep(
         output: folder for fedscale_law.json, report.md and fit.png.
         json: print one JSON object instead of tables.
     """
+    from lightning_fedscale.cli.fit_summary import finish  # only after the arguments are checked
+    from lightning_fedscale.cli.projects import check_accelerator
+    from lightning_fedscale.scaling import fit as make_fit
+    from lightning_fedscale.study.sweeping import sweep as run_sweep
 
     def show(row: dict[str, Any]) -> None:
         print(

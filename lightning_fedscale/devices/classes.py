@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import numbers
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -116,6 +117,19 @@ def budget_in_bytes(name: str, budget: int | str | DeviceClass) -> int | None:
     if amount is not None and amount <= 0:
         raise ValueError(f"{name}={budget!r}: pass more than 0 bytes.")
     return amount
+
+
+def usable_bytes(budget: int, headroom: float) -> int:
+    """Return the usable bytes of a budget.
+
+    Raises:
+        ValueError: if the budget is not positive or the headroom is outside [0, 1).
+    """
+    if isinstance(budget, bool) or not isinstance(budget, numbers.Real) or not budget > 0:
+        raise ValueError(f"budget={budget!r}: pass a positive number of bytes.")
+    if not 0 <= headroom < 1:
+        raise ValueError(f"headroom={headroom!r}: pass the share of the budget to leave free, at least 0 and below 1.")
+    return int(budget * (1 - headroom))
 
 
 _LTE = "link: nominal LTE category 4 (3GPP TS 36.306)"

@@ -6,8 +6,9 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
+from lightning_fedscale.devices.classes import usable_bytes
 from lightning_fedscale.devices.communication import star
-from lightning_fedscale.devices.memory import MemoryModel, usable_bytes
+from lightning_fedscale.devices.memory import MemoryModel
 from lightning_fedscale.devices.performance import PerformanceModel, StepTime, roofline_step_time
 from lightning_fedscale.devices.population import Population, Selection, select
 from lightning_fedscale.types import FloatArray, IntArray, renamed_field

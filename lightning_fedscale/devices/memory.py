@@ -11,19 +11,17 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from lightning_fedscale.devices.classes import usable_bytes
 from lightning_fedscale.devices.profiling.costs import StepCost
 from lightning_fedscale.devices.profiling.dry_run import DryRun, DryRunResult, MakeOptimizer
 from lightning_fedscale.devices.profiling.memory_tracker import OverBudget
-from lightning_fedscale.devices.profiling.search import largest_within
+from lightning_fedscale.devices.profiling.search import UNLIMITED, largest_within
 from lightning_fedscale.utils import checks
 from lightning_fedscale.utils.memory import format_bytes, free_memory
 
 if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.figure import Figure
-
-UNLIMITED = 2**24
-"""Largest batch of the search if nothing else bounds it."""
 
 _SHARE_OF_FREE = 0.8
 
@@ -304,16 +302,3 @@ def _checked_samples(name: str, samples: int) -> int:
     if isinstance(samples, bool) or not isinstance(samples, numbers.Integral) or samples < 1:
         raise ValueError(f"{name}={samples!r}: pass a number of samples, at least 1.")
     return int(samples)
-
-
-def usable_bytes(budget: int, headroom: float) -> int:
-    """Return the usable bytes of a budget.
-
-    Raises:
-        ValueError: if the budget is not positive or the headroom is outside [0, 1).
-    """
-    if isinstance(budget, bool) or not isinstance(budget, numbers.Real) or not budget > 0:
-        raise ValueError(f"budget={budget!r}: pass a positive number of bytes.")
-    if not 0 <= headroom < 1:
-        raise ValueError(f"headroom={headroom!r}: pass the share of the budget to leave free, at least 0 and below 1.")
-    return int(budget * (1 - headroom))

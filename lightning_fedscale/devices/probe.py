@@ -5,14 +5,17 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
-from lightning_fedscale.devices.classes import DeviceClass
-from lightning_fedscale.devices.memory import UNLIMITED, MemoryModel, usable_bytes
-from lightning_fedscale.devices.profiling.real_step import RealStep
+from lightning_fedscale.devices.classes import DeviceClass, usable_bytes
+from lightning_fedscale.devices.profiling.search import UNLIMITED
 from lightning_fedscale.utils.memory import format_bytes
 
-Measure = Callable[[int], RealStep]
+if TYPE_CHECKING:
+    from lightning_fedscale.devices.memory import MemoryModel
+    from lightning_fedscale.devices.profiling.real_step import RealStep
+
+Measure: TypeAlias = Callable[[int], "RealStep"]
 """A function that runs a real step with this many samples."""
 
 

@@ -1,5 +1,6 @@
 """Local rules, which change plain local training: FedProx, SCAFFOLD, ..."""
 
+from lightning_fedscale.local_rules import schedules as schedules  # which has no rules, but is found here too
 from lightning_fedscale.local_rules.base import Correction, LocalRule, Merged, Outcome, Report
 from lightning_fedscale.local_rules.ditto import Ditto
 from lightning_fedscale.local_rules.fed_dyn import fed_dyn

@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 from scipy.optimize import lsq_linear, minimize
-from scipy.stats import qmc
 
 from lightning_fedscale.scaling.dual import Dual, FloatArray, exp, log
 from lightning_fedscale.scaling.form import Form, Unknown, duals, gathered
@@ -130,6 +129,8 @@ class Problem:
         points = [dict[str, float]()]
         if free:
             low, high = np.array([sorted(_ends(each)) for each in free.values()]).T
+            from scipy.stats import qmc  # only when needed: no prediction of a law takes all of scipy.stats
+
             cube = qmc.Sobol(len(free), seed=0).random(256 if len(free) <= 3 else 1024)
             places = low + cube * (high - low)
             points = [

@@ -7,8 +7,10 @@ import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
+if TYPE_CHECKING:
+    import torch
 
 _PROC = Path("/proc")
 _CONTROL_GROUPS = Path("/sys/fs/cgroup")
@@ -18,10 +20,13 @@ def free_memory(device: torch.device) -> int:
     """Return the free bytes on ``device``; for a CPU those of the host, within the limits of its control groups.
 
     Example:
+        >>> import torch
         >>> free_memory(torch.device("cpu")) > 0
         True
     """
     if device.type == "cuda":
+        import torch  # only when needed: amounts of memory as text, which `fedscale plan` writes, do without
+
         free: int = torch.cuda.mem_get_info(device)[0]
         return free
     return max(0, min([_free_on_host(), *_left_by_control_groups()]))

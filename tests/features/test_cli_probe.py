@@ -141,7 +141,7 @@ def test_ctrl_c_says_so(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureF
         except KeyboardInterrupt:
             sys.exit(1)  # as Lightning does
 
-    monkeypatch.setitem(cli.COMMANDS, "sweep", interrupted)
+    monkeypatch.setattr("lightning_fedscale.cli.sweep.sweep", interrupted)
     assert cli.main(["sweep", "--flops=1"]) == 130
     assert "fedscale sweep: interrupted. Finished runs are kept" in capsys.readouterr().err
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 import inspect
 from argparse import ArgumentError
 from collections.abc import Callable, Mapping
-from functools import partial
+from functools import cache, partial
 from importlib import import_module
 from typing import Any
 
@@ -41,6 +41,7 @@ def _remembering(kind: type[Any], given: dict[str, Any]) -> type[Any]:
     return type(kind.__name__, (kind,), {"__doc__": kind.__doc__, "given": given, "__reduce__": reduced})
 
 
+@cache
 def register() -> None:
     """Let jsonargparse make options by the paths of their factories; `lightning_fedscale.scaling` registers laws."""
     for kind in KINDS:

@@ -5,6 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
+UNLIMITED = 2**24
+"""Largest batch of the search if nothing else bounds it."""
+
 
 def largest_within(excess: Callable[[int], float], limit: int, *, start: int = 1, gentle: bool = False) -> int:
     """Return the largest integer up to ``limit`` at which ``excess`` is not positive, which must hold at ``start``.
