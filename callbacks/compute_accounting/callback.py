@@ -186,7 +186,7 @@ class ComputeAccounting(EvaluationCounter):
         if any(isinstance(optimizer, torch.optim.LBFGS) for optimizer in trainer.optimizers):
             meter.evaluations.counting = True
             trainer.callbacks.append(meter.evaluations)  # type: ignore[attr-defined]
-        self._limit.stop_if_spent(trainer, self.ledger, meter.coverage)
+        self._limit.stop_if_spent(trainer, self.ledger)
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Update the parameters, which may have been added, removed or pruned."""
@@ -216,7 +216,8 @@ class ComputeAccounting(EvaluationCounter):
             self._counting.measure_energy()
         if collectives.world_size() == 1 or (not in_rounds and (logs or self._limit.max_flops is not None)):
             self._counting.add_up()  # rounds share their costs in their own collective
-        self._limit.stop_if_spent(trainer, self.ledger, meter.coverage)
+        self._limit.check(pl_module, self.ledger, meter.coverage)
+        self._limit.stop_if_spent(trainer, self.ledger)
         if (loss := _loss_of(outputs)) is not None:
             self._finder.losses.append(loss)
         if logs and self.ledger.training_flops > _GROWTH * self._logged:
@@ -268,7 +269,7 @@ class ComputeAccounting(EvaluationCounter):
     def state_dict(self) -> dict[str, Any]:
         """Return the ledger and counts for the checkpoint; call it on all ranks, as for checkpoints."""
         if self._trainer is not None:
-            self._counting.settle(self._trainer)
+            self._counting.count_ended(self._trainer)
             self._counting.measure_energy()
             self._counting.add_up()
         state = {

@@ -42,10 +42,10 @@ class ClientTally:
         """Return a context manager for the gradient of a batch that a copy of the module computes besides training."""
         return self._meter.step(batch, samples, name="gradient", everything=True, charge=self._add)
 
-    def add(self, form: BatchSignature, samples: int) -> None:
+    def add(self, signature: BatchSignature, samples: int) -> None:
         """Add a batch of this signature that ran vectorized, together with those of other clients."""
-        if (cost := self._meter.vectorized(form, samples)) is None:
-            self._lacking.append((form, samples))
+        if (cost := self._meter.vectorized(signature, samples)) is None:
+            self._lacking.append((signature, samples))
         else:
             self._add(cost)
 
@@ -56,8 +56,8 @@ class ClientTally:
             optimizer_steps: number of steps of the client's optimizer; ignored in manual optimization.
         """
         lacking, self._lacking = self._lacking, []
-        for form, samples in lacking:
-            self._add(self._meter.expected(form, samples) or BatchCost(samples=samples, tokens=samples))
+        for signature, samples in lacking:
+            self._add(self._meter.expected(signature, samples) or BatchCost(samples=samples, tokens=samples))
         forward, backward, optimizer, tokens = self._sums
         cost = ClientCost(forward, backward, optimizer + optimizer_steps * self._meter.optimizer_cost(), tokens)
         self._report(self, cost)
@@ -96,9 +96,9 @@ class RoundMeter:
         """See `Meter.alone`."""
         return self._meter.alone(batch, samples)
 
-    def wants(self, form: BatchSignature, samples: int) -> bool:
+    def wants(self, signature: BatchSignature, samples: int) -> bool:
         """See `Meter.wants`."""
-        return self._meter.wants(form, samples)
+        return self._meter.wants(signature, samples)
 
     def optimizer_step(self, clients: int) -> AbstractContextManager[Any]:
         """See `Meter.optimizer_step`."""

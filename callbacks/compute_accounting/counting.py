@@ -101,7 +101,7 @@ class Counting:
         self._record = record
         size = self.meter.parameters.size
         evaluation, probing, error, counted, steps, size_tokens, tokens = record.side
-        if not self.costs.settle_sent():
+        if not self.costs.subtract_sent():
             evaluation = probing = 0.0
         self.ledger.add(
             forward=float(record.forward_flops.sum()), backward=float(record.backward_flops.sum()),
@@ -118,7 +118,7 @@ class Counting:
             per_step = record.tokens[trained] / record.local_steps[trained]
             self.batch = float(per_step.sum()) * trainer.accumulate_grad_batches
 
-    def settle(self, trainer: pl.Trainer) -> None:
+    def count_ended(self, trainer: pl.Trainer) -> None:
         """Count steps and rounds that have ended: a callback may save a checkpoint before this one's hook runs."""
         self.end_step()
         strategy = trainer.strategy

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lightning_fedscale.callbacks.compute_accounting.coverage import OperatorCoverage
 from lightning_fedscale.callbacks.compute_accounting.parameter_counts import CurrentParameters
-from lightning_fedscale.callbacks.compute_accounting.signature_costs import MOST_FIRST, CostTable, SignatureCosts
+from lightning_fedscale.callbacks.compute_accounting.signature_costs import MAX_FIRST_STEPS, CostTable, SignatureCosts
 from lightning_fedscale.callbacks.compute_accounting.tokens import TokenCounter, samples_of
 from lightning_fedscale.core.lightning.module_state import current_hook
 from lightning_fedscale.devices.profiling.batches import BatchSignature, signature_of
@@ -110,13 +110,13 @@ class Meter:
             everything: count everything that runs in it, not only the module's own hook.
             charge: called with the cost.
         """
-        form, flags = signature_of(batch).anonymous(), self.parameters.flags
-        if samples is None and form.first is None:
+        signature, flags = signature_of(batch).anonymous(), self.parameters.flags
+        if samples is None and signature.first is None:
             samples = loaded()
-        costs, scale = self.costs.of(name if backward else f"{name} forward", form, flags, samples)
+        costs, scale = self.costs.of(name if backward else f"{name} forward", signature, flags, samples)
         training = name == "training_step"
         due = costs.is_due()
-        if training and optimizes and self.module.automatic_optimization and costs.counted < MOST_FIRST:
+        if training and optimizes and self.module.automatic_optimization and costs.counted < MAX_FIRST_STEPS:
             due = due or self.costs.of_optimizer(flags).counted < 2  # the first step creates the optimizer's state
         counter, tokens = None, math.nan
         if due:
@@ -124,8 +124,10 @@ class Meter:
             if training and self._tokens.is_custom:
                 tokens = self._tokens.of_batch(batch)
         if training and not self._tokens.is_custom:
-            tokens = self._tokens.of_form(form, samples)
-        fresh = BatchCost(tokens=tokens, samples=samples_of(form, samples), size=self.parameters.size_of(flags).active)
+            tokens = self._tokens.of_signature(signature, samples)
+        fresh = BatchCost(
+            tokens=tokens, samples=samples_of(signature, samples), size=self.parameters.size_of(flags).active
+        )
         return MeteredStep(self, costs, scale, flags, counter, fresh, charge)
 
     def alone(self, batch: Any, samples: int) -> AbstractContextManager[Any]:
@@ -140,9 +142,9 @@ class Meter:
         number, self._alone = self._alone, 0
         return number
 
-    def wants(self, form: BatchSignature, samples: int) -> bool:
+    def wants(self, signature: BatchSignature, samples: int) -> bool:
         """Return whether no such batch has been counted yet."""
-        return not self.costs.of("training_step", form, self.parameters.flags, samples)[0].counted
+        return not self.costs.of("training_step", signature, self.parameters.flags, samples)[0].counted
 
     def optimizer_step(self, clients: int) -> AbstractContextManager[Any]:
         """Return a context manager to be active while the optimizers of so many clients step at once."""
@@ -167,35 +169,35 @@ class Meter:
     # ---- steps that are not counted
 
     def expected(
-        self, form: BatchSignature, samples: int | None = None, name: str = "training_step"
+        self, signature: BatchSignature, samples: int | None = None, name: str = "training_step"
     ) -> BatchCost | None:
         """Return the estimated cost of such a batch; None if no similar batch has been counted yet.
 
         Args:
-            form: signature of the batch.
+            signature: signature of the batch.
             samples: number of samples; None reads it off the signature.
             name: name of the step.
         """
         flags = self.parameters.flags
-        costs, scale = self.costs.of(name, form, flags, samples)
+        costs, scale = self.costs.of(name, signature, flags, samples)
         if not costs.counted:  # then by the cost per sample of batches with another signature
-            if (similar := self.costs.similar(name)) is None or form.first is None:
+            if (similar := self.costs.similar(name)) is None or signature.first is None:
                 return None
             other, costs = similar
-            scale = samples_of(form, samples) / max(1.0, samples_of(other, None))
+            scale = samples_of(signature, samples) / max(1.0, samples_of(other, None))
         forward, backward, optimizer, tokens = (value * scale for value in costs.mean)
         if not self._tokens.is_custom:
-            tokens = self._tokens.of_form(form, samples)
+            tokens = self._tokens.of_signature(signature, samples)
         size = self.parameters.size_of(flags).active
         return BatchCost(
-            forward, backward, optimizer, tokens, samples_of(form, samples), size, error=costs.error * scale
+            forward, backward, optimizer, tokens, samples_of(signature, samples), size, error=costs.error * scale
         )
 
-    def vectorized(self, form: BatchSignature, samples: int) -> BatchCost | None:
+    def vectorized(self, signature: BatchSignature, samples: int) -> BatchCost | None:
         """Return the cost of one of several batches that share a step and a signature, given as the same object."""
-        if self._last is None or self._last[0] is not form or self._last[1] != samples or self._last[3] is None:
-            costs = self.costs.of("training_step", form, self.parameters.flags, samples)[0]
-            self._last = form, samples, costs, self.expected(form, samples)
+        if self._last is None or self._last[0] is not signature or self._last[1] != samples or self._last[3] is None:
+            costs = self.costs.of("training_step", signature, self.parameters.flags, samples)[0]
+            self._last = signature, samples, costs, self.expected(signature, samples)
         self._last[2].steps += 1
         return self._last[3]
 

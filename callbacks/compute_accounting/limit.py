@@ -31,18 +31,21 @@ class ComputeLimit:
         """Return the FLOPs that are left; infinite without a limit."""
         return math.inf if self.max_flops is None else max(0.0, self.max_flops - ledger.training_flops)
 
-    def stop_if_spent(self, trainer: pl.Trainer, ledger: Ledger, coverage: OperatorCoverage) -> None:
-        """Let the Trainer stop after this step if none are left.
+    def check(self, module: pl.LightningModule, ledger: Ledger, coverage: OperatorCoverage) -> None:
+        """Refuse a limit that is never reached, since nothing in the steps can be counted; call it after a step.
 
         Raises:
-            ValueError: if the limit is never reached, since nothing in the steps can be counted.
+            ValueError: with the reason, which the counted steps of this run show.
         """
         if self.max_flops is not None and ledger.steps >= _PATIENCE and not ledger.training_flops:
-            reason = coverage.why_nothing(trainer.lightning_module)
+            reason = coverage.why_nothing(module)
             raise ValueError(
                 f"max_flops={self.max_flops:g} is never reached, since {reason}: pass max_steps, max_epochs or"
                 " max_time to the Trainer instead."
             )
+
+    def stop_if_spent(self, trainer: pl.Trainer, ledger: Ledger) -> None:
+        """Let the Trainer stop after this step if none are left."""
         if self.remaining(ledger) == 0.0 and not trainer.should_stop:
             trainer.should_stop = True
             rank_zero_info(

@@ -38,10 +38,10 @@ class RankCosts:
 
     def _price_probes(self, meter: Meter) -> None:
         """Add probing steps by the cost of the run's own batches, once a similar one has run."""
-        for form, number in list(self._unpriced.items()):
-            if (cost := meter.expected(form)) is not None:
+        for signature, number in list(self._unpriced.items()):
+            if (cost := meter.expected(signature)) is not None:
                 self.ledger.add(probing=number * cost.flops)
-                del self._unpriced[form]
+                del self._unpriced[signature]
 
     def send(self, meter: Meter) -> tuple[float, float]:
         """Return the FLOPs of evaluation and probing, which the table of the open round shares."""
@@ -49,7 +49,7 @@ class RankCosts:
         self._sent = self.ledger.flops["evaluation"], self.ledger.flops["probing"]
         return self._sent
 
-    def settle_sent(self) -> bool:
+    def subtract_sent(self) -> bool:
         """Remove what the completed round has shared; return False if ranks have summed it in another way before."""
         if self._sent is None:
             return False

@@ -11,8 +11,8 @@ from typing import Any
 
 from lightning_fedscale.devices.profiling.batches import BatchSignature, signature_of
 
-_FIRST = 8  # first steps of every signature, which are all counted
-MOST_FIRST = 64  # the same if costs vary
+_FIRST_STEPS = 8  # first steps of every signature, which are all counted
+MAX_FIRST_STEPS = 64  # the same if costs vary
 _IN_OCTAVE = 32  # if costs vary, about this many of steps 64 to 127, 128 to 255 and so on; else one of each octave
 _RECENT = 128  # latest counted steps, from which the others are estimated
 _SIGNATURES = 64  # with more signatures, batches of new shapes are estimated by their size
@@ -53,7 +53,7 @@ class SignatureCosts:
         The draw depends only on the number of the step, so that a resumed run counts the same steps.
         """
         number = self.steps
-        if number < (MOST_FIRST if self.varies else _FIRST):
+        if number < (MAX_FIRST_STEPS if self.varies else _FIRST_STEPS):
             return True
         octave = 1 << (number.bit_length() - 1)  # from this number to its double
         if self.varies:
@@ -99,18 +99,19 @@ class CostTable:
         self._restored: dict[str, Any] = {}
 
     def of(
-        self, name: str, form: BatchSignature, flags: tuple[bool, ...], samples: int | None = None
+        self, name: str, signature: BatchSignature, flags: tuple[bool, ...], samples: int | None = None
     ) -> tuple[SignatureCosts, float]:
         """Return the costs of a signature, and the factor to multiply them by."""
-        exact = form
-        if form.first is None and samples is not None:
-            exact = BatchSignature(form.spec, (*form.leaves, samples))  # the only known size of the batch
+        exact = signature
+        if signature.first is None and samples is not None:
+            exact = BatchSignature(signature.spec, (*signature.leaves, samples))  # the only known size of the batch
         key = name, exact, flags
         if (known := self._known.get(key)) is not None:
             return known, 1.0
         number, scale = self._signatures.get(name, 0), 1.0
         if number >= _SIGNATURES:
-            key, scale = (f"{name} of any size", form.without_sizes(), flags), float(form.elements or samples or 1)
+            key = f"{name} of any size", signature.without_sizes(), flags
+            scale = float(signature.elements or samples or 1)
         if (known := self._known.get(key)) is None:
             known = self._known[key] = SignatureCosts()
             self._signatures[name] = number + 1
@@ -125,7 +126,7 @@ class CostTable:
     def similar(self, name: str) -> tuple[BatchSignature, SignatureCosts] | None:
         """Return the newest counted batch signature of a step whose samples are known, and its costs."""
         like = [(key[1], costs) for key, costs in self._known.items() if key[0] == name and costs.counted]
-        return next(((form, costs) for form, costs in reversed(like) if form.first is not None), None)
+        return next(((signature, costs) for signature, costs in reversed(like) if signature.first is not None), None)
 
     def state(self) -> dict[str, Any]:
         """Return the state for the checkpoint; signatures are saved as digests, since they are not primitives."""
@@ -138,9 +139,9 @@ class CostTable:
 
 
 def _digest(key: Any) -> str:
-    name, form, flags = key
+    name, signature, flags = key
     # By the class names of the first release, since checkpoints are read by these digests.
-    described = repr((name, form.spec, form.leaves, flags)).replace("_TensorSignature(", "_TensorForm(")
+    described = repr((name, signature.spec, signature.leaves, flags)).replace("_TensorSignature(", "_TensorForm(")
     return hashlib.blake2b(described.encode(), digest_size=16).hexdigest()
 
 

@@ -49,16 +49,16 @@ class TokenCounter:
             raise ValueError(f"tokens_fn returned {what}: return a number above 0, the tokens in the batch.")
         return float(tokens)
 
-    def of_form(self, form: BatchSignature, samples: int | None) -> float:
+    def of_signature(self, signature: BatchSignature, samples: int | None) -> float:
         """Return the number by the default rule, which needs only the batch signature."""
-        first = form.first
+        first = signature.first
         if first is not None and first.dtype in _TEXT and len(first.shape) == 2:
             return float(math.prod(first.shape))
-        return samples_of(form, samples if first is None else None)
+        return samples_of(signature, samples if first is None else None)
 
 
-def samples_of(form: BatchSignature, samples: int | None) -> float:
+def samples_of(signature: BatchSignature, samples: int | None) -> float:
     """Return ``samples`` if known; else, as Lightning does, the length of the first tensor that has one."""
     if samples is not None:
         return float(samples)
-    return 1.0 if form.first is None else float(form.first.shape[0])
+    return 1.0 if signature.first is None else float(signature.first.shape[0])

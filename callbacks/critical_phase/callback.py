@@ -237,7 +237,7 @@ class CriticalPhase(Callback):
         """Log the phase, as often as the Trainer logs."""
         assert self._watch is not None
         self._watch.after_batch(trainer)
-        self._judge.settle()
+        self._judge.finish_round()
         if logs_now(trainer):
             values = {**self._judge.metrics(), **self._watch.metrics()}
             pl_module.log_dict(values, on_step=True, on_epoch=False, batch_size=1)

@@ -31,8 +31,8 @@ class ClientStepWatch(StepWatch):
         """See `StepWatch.check`."""
         if self._options.detector.needs != "layer_norms" or self._options.detector.accumulate > 1:
             raise ValueError(
-                "level='step': with FederatedStrategy, this detector cannot judge single local steps: choose"
-                " level='round', or another detector."
+                "level='step': with FederatedStrategy, local steps are judged only by detectors of the gradient norm of"
+                " single steps: choose 'page_hinkley', 'relative_change' or accordion(accumulate=1), or level='round'."
             )
         if self._options.action == "noise":
             raise ValueError(

@@ -89,7 +89,7 @@ class PhaseJudge:
         norm = math.sqrt(math.fsum(n * n for n in observation.layer_norms))
         self.judge(at, norm, [self.tracker.detect(observation)])
 
-    def settle(self) -> None:
+    def finish_round(self) -> None:
         """Make the judgement of a round final, if the Trainer has counted it."""
         if self._round is not None and self._round.trainer.global_step > self._round.number:
             if self._round.row is not None:
@@ -103,7 +103,7 @@ class PhaseJudge:
 
     def state_dict(self, watch: dict[str, Any]) -> dict[str, Any]:
         """Return the state for an exact resume; within a round, the state from its beginning."""
-        self.settle()
+        self.finish_round()
         state = self._state(watch) if self._round is None else self._round.before
         return {**state, "record": self.record.state_dict()}
 

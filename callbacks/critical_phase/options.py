@@ -74,7 +74,9 @@ def checked_options(
             "target_batch=None: action='noise' needs it: pass the number of samples whose noise is wanted."
         )
     if action != "noise" and target_batch is not None:
-        raise ValueError(f"target_batch={target_batch!r}: action={action!r} adds no noise: leave it out.")
+        raise ValueError(
+            f"target_batch={target_batch!r}: action={action!r} adds no noise: leave it out, or pass action='noise'."
+        )
     if target_batch is not None and not (isinstance(target_batch, (int, float)) and target_batch > 0):
         raise ValueError(f"target_batch={target_batch!r}: pass a number of samples above 0.")
     if not isinstance(detector, (str, Detector)):

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from lightning_fedscale.core.lightning.handover import has_gradient_buckets
+from lightning_fedscale.core.lightning.hooks import announce_probe
 from lightning_fedscale.core.lightning.side_effects import undone
 from lightning_fedscale.core.lightning.train_data import TrainData
 from lightning_fedscale.devices import DeviceClass, MemoryModel, device_class, estimate_memory
@@ -194,18 +195,12 @@ class RankProbe:
                 done = real_step(model.real_step(batch), budget)
                 if not done.fits and not done.out_of_memory:
                     raise RuntimeError(f"MaxBatchProbe: a real step with {batch} samples failed: {done.reason}")
-            _announce(trainer, model.cost(batch).flops * (1 + _accumulation(trainer)))  # two optimizer steps
+            # Two optimizer steps.
+            announce_probe(trainer, flops=model.cost(batch).flops * (1 + _accumulation(trainer)))
             return done
 
         # The module itself stays in memory next to its copy.
         return measure, int(free_memory(device) * (1 - self._headroom)) if device.type == "cuda" else None
-
-
-def _announce(trainer: pl.Trainer, flops: float) -> None:
-    """Tell the other callbacks of extra training steps."""
-    for callback in trainer.callbacks:  # type: ignore[attr-defined]
-        if (hook := getattr(callback, "on_probe", None)) is not None:
-            hook(trainer, flops=flops)
 
 
 def check_whole_module(trainer: pl.Trainer) -> None:

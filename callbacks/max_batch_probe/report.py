@@ -49,8 +49,8 @@ def report(trainer: pl.Trainer, result: ProbeResult, model: MemoryModel | None, 
     measured += "" if result.measured_batch in (None, result.max_batch) else f" at {result.measured_batch}"
     rank_zero_info(
         f"MaxBatchProbe: a batch of {result.max_batch:,} samples takes {format_bytes(result.predicted_bytes)} of"
-        f" {format_bytes(result.budget)}{measured}; the largest part is {largest}; the limit is {result.limited_by}."
+        f" {format_bytes(result.budget)}{measured}; the largest part is {largest}; limited by {result.limited_by}."
         + (f" The memory of libraries is typical, not measured ({result.assumed})." if result.assumed else "")
-        + ("" if result.previous is None else f" The batch size was {result.previous}")
-        + ("" if result.previous is None else "." if applied else " and stays so.")
+        + ("" if result.previous is None else f" The batch size was {result.previous}.")
+        + ("" if applied else " The batch size is unchanged.")
     )

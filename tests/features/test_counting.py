@@ -210,6 +210,21 @@ def test_where_nothing_can_be_counted_that_is_said(strategy: str, module: type[N
         fit(module(), loader, strategy, max_flops=1e9)
 
 
+def test_where_nothing_can_be_counted_a_resumed_run_says_why(tmp_path: Path) -> None:
+    def train(steps: int, path: Path | None, **options: Any) -> pl.Trainer:
+        trainer = pl.Trainer(
+            max_steps=steps, callbacks=[ComputeAccounting(law=None, **options)], accelerator="cpu", devices=1,
+            logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
+        )  # fmt: skip
+        trainer.fit(Spectral(), DataLoader(Rows(), BATCH), ckpt_path=path, weights_only=True)
+        return trainer
+
+    with pytest.warns(UserWarning, match="unknown, since the steps of Spectral contain only"):
+        train(6, None).save_checkpoint(tmp_path / "run.ckpt")
+    with pytest.raises(ValueError, match=r"max_flops=1e\+09 is never reached, .*only .*fft"):
+        train(8, tmp_path / "run.ckpt", max_flops=1e9)
+
+
 def test_clients_evaluations_are_counted_as_they_run() -> None:
     accounting = ComputeAccounting(law=None)
     metrics = ClientMetrics()

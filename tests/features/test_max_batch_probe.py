@@ -203,6 +203,19 @@ def test_a_name_of_ones_own() -> None:
         trainer(MaxBatchProbe(batch_arg_name="size")).fit(Own())
 
 
+@pytest.mark.parametrize("apply", [True, False])
+def test_the_report_names_the_limit_and_what_becomes_of_the_batch_size(
+    apply: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said: list[str] = []
+    monkeypatch.setattr("lightning_fedscale.callbacks.max_batch_probe.report.rank_zero_info", said.append)
+    trainer(MaxBatchProbe(budget="1GiB", apply=apply), max_steps=1).fit(WithAttribute())
+    (line,) = said
+    assert "limited by samples" in line
+    assert "was 4" in line
+    assert ("unchanged" in line) is not apply
+
+
 def test_only_reporting() -> None:
     module = WithAttribute()
     probe = MaxBatchProbe(budget=budget_for(50), headroom=0.0, apply=False)

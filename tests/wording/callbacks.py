@@ -56,7 +56,7 @@ ROWS: list[Row] = [
     Row(
         lambda: CriticalPhase(target_batch=32),
         ValueError,
-        "target_batch=32: action='scale' adds no noise: leave it out.",
+        "target_batch=32: action='scale' adds no noise: leave it out, or pass action='noise'.",
     ),
     Row(
         lambda: CriticalPhase(action="noise", target_batch=0),
@@ -104,8 +104,8 @@ ROWS: list[Row] = [
     Row(
         lambda: _check(ClientStepWatch, detector=phases.accordion(accumulate=2)),
         ValueError,
-        "level='step': with FederatedStrategy, this detector cannot judge single local steps: choose level='round', or"
-        " another detector.",
+        "level='step': with FederatedStrategy, local steps are judged only by detectors of the gradient norm of single"
+        " steps: choose 'page_hinkley', 'relative_change' or accordion(accumulate=1), or level='round'.",
     ),
     Row(
         lambda: _check(ClientStepWatch, action="noise", target_batch=4),
@@ -210,7 +210,7 @@ ROWS: list[Row] = [
         "tokens_fn failed on a batch (KeyError: 'text'): it must accept every batch.",
     ),
     Row(
-        lambda: ComputeLimit(1e9).stop_if_spent(TRAINER, UNCOUNTED, OperatorCoverage()),
+        lambda: ComputeLimit(1e9).check(TRAINER.lightning_module, UNCOUNTED, OperatorCoverage()),
         ValueError,
         "max_flops=1e+09 is never reached, since the steps of Identity contain no matrix multiplication: pass"
         " max_steps, max_epochs or max_time to the Trainer instead.",

@@ -11,6 +11,7 @@ import torch
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from torch import Tensor
 
+from lightning_fedscale.core.lightning.hooks import announce_probe
 from lightning_fedscale.core.lightning.module_state import attached_trainer
 from lightning_fedscale.devices.profiling.batches import changed, samples_in
 from lightning_fedscale.devices.profiling.copies import copied
@@ -71,9 +72,7 @@ def half_batch_gradients(
             if found is None:
                 return None
             gradients.append(list(found.values()))
-    for callback in trainer.callbacks:  # type: ignore[attr-defined]
-        if (hook := getattr(callback, "on_probe", None)) is not None:
-            hook(trainer, batch)
+    announce_probe(trainer, batch)
     return HalfBatchGradients((gradients[0], gradients[1]), (middle, samples - middle))
 
 

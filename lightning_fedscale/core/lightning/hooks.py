@@ -1,4 +1,4 @@
-"""The module's hooks for local batches, which must not run when a step is a round."""
+"""The module's hooks for local batches, which must not run when a step is a round, and the callbacks' own events."""
 
 from __future__ import annotations
 
@@ -46,6 +46,13 @@ def listeners(trainer: pl.Trainer) -> Iterator[Any]:
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         yield callback
         yield from vars(callback).get("listeners", ())
+
+
+def announce_probe(trainer: pl.Trainer, batch: Any = None, flops: float = 0.0) -> None:
+    """Call `on_probe` of the Trainer's callbacks: an extra training step ran, with this batch or of so many FLOPs."""
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if (hook := getattr(callback, "on_probe", None)) is not None:
+            hook(trainer, batch, flops=flops)
 
 
 class RoundEnd(Callback):
