@@ -85,10 +85,9 @@ class CriticalPhase(Callback):
         seed: seed of the added noise.
 
     Attributes:
-        detector: the detector; made from the argument if that is a name. Arguments below are as given.
-        action, target_batch, noise_in, scale_weight_decay, every_n_steps, noise_every, seed: see the arguments.
-        needs_sampling_noise: the part that needs the noise of single samples without clients, in words; None if none
-            does.
+        detector: the detector, also if its name was given.
+        action, target_batch, noise_in, scale_weight_decay, every_n_steps, noise_every, seed: the arguments.
+        needs_sampling_noise: the part that needs the noise of single samples without clients; None if none does.
         record: norms, decisions and critical spans so far; see `plot`.
 
     Raises:
