@@ -9,6 +9,9 @@ from typing import Any
 
 import lightning.pytorch as pl
 
+from lightning_fedscale.core.executors.machine import BUILT_IN
+from lightning_fedscale.core.executors.vectorized import executor
+
 READERS = ("lightning_fedscale", "lightning", "pytorch_lightning")
 
 
@@ -36,6 +39,8 @@ class Clock:
 def install(put: Callable[[Any, str, Any], None] = setattr) -> Clock:
     """Give one clock to all modules of the package and of Lightning that read the time."""
     clock = Clock()
+    # On this clock nothing can be measured, and nothing measured on it may be kept in the user's cache.
+    put(executor, "machine_of", lambda device: BUILT_IN[device.type])
     for name, module in list(sys.modules.items()):
         if name.partition(".")[0] in READERS and vars(module).get("time") is time:
             put(module, "time", clock)

@@ -55,5 +55,5 @@ def clean_process() -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def clock(monkeypatch: pytest.MonkeyPatch) -> clocks.Clock:
-    """Times that the package and Lightning measure are counts: "auto" finds the same executor faster in every run."""
+    """Times that the package and Lightning measure are counts: no warning depends on the machine."""
     return clocks.install(monkeypatch.setattr)

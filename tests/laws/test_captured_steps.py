@@ -336,6 +336,7 @@ def test_auto_follows_it_too(name: str, as_before: Callable[[], None]) -> None:
     for executor in ("sequential", "auto"):
         runs.append(Run(executor, lambda: Step(case.factor), callbacks=[Changes(case.change)], **OPTIONS))
         as_before()
+    assert runs[1].kind == "vectorized"
     assert_alike(runs[1], runs[0], rtol=1e-6)
 
 

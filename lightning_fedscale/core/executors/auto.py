@@ -1,4 +1,4 @@
-"""The choice of the executor: the requested one, or the faster of the two."""
+"""The choice of the executor: the requested one, or the one that should be faster."""
 
 from __future__ import annotations
 
@@ -10,45 +10,57 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from lightning_fedscale.core.executors.round_context import RoundContext
 from lightning_fedscale.core.executors.sequential import SequentialExecutor
+from lightning_fedscale.core.executors.step_model import Forecast
 from lightning_fedscale.core.executors.vectorized.executor import VectorizedExecutor
 from lightning_fedscale.core.plan import LocalWork
 from lightning_fedscale.types import ClientUpdate
 
 Kind = Literal["sequential", "vectorized"]
 
-# Longer steps, in seconds, gain too little from being vectorized.
-_LONGEST_STEP = 0.5
-# Vectorized steps must be this many times as fast, so that clear cases are decided alike in every run.
+# Vectorized steps must be predicted to be this many times as fast.
 _MARGIN = 1.25
-_TRIAL_STEPS = 3
+# Measured times contradict the choice if the other executor is this many times as fast.
+_FAR = 1.5
+_CONFIRMING_ROUNDS = 5
 
 
 class ExecutorTiming(NamedTuple):
-    """The measurements of a rank in a round; all ranks decide by the sum over ranks.
+    """What a rank predicts and measures in the first round; all ranks decide by the sum over ranks.
 
     Attributes:
         compared: 1 if the rank compared the two executors.
         able: 1 if its clients can be vectorized.
-        sequential: seconds per local batch of the sequential executor.
-        vectorized: seconds per local batch of the vectorized executor.
+        sequential: predicted seconds of a sequential local batch.
+        vectorized: predicted seconds of a vectorized local batch.
+        measured: seconds that sequential local batches took.
+        trial: seconds that vectorized local batches took in a dry run; not less than they would take in training.
     """
 
     compared: float = 0.0
     able: float = 0.0
     sequential: float = 0.0
     vectorized: float = 0.0
+    measured: float = 0.0
+    trial: float = 0.0
 
 
 class ExecutorChoice:
     """Runs rounds with the sequential or the vectorized executor.
 
-    ``"auto"`` times both in the first round: it runs the first steps of a wave vectorized, discards these trial steps,
-    and trains the round's clients sequentially. All later rounds use the faster executor, the same on every rank.
+    ``"auto"`` trains the first round's clients sequentially, and predicts the times of both executors from the
+    operators of a local batch, see `StepModel`. All later rounds use the executor that should be faster, the same on
+    every rank and in every run. Measured times decide nothing; a warning says if they contradict the choice.
 
     Args:
         wanted: the strategy's argument.
         sequential: the sequential executor.
         vectorized: the vectorized executor.
+
+    Attributes:
+        kind: the executor of all further rounds; None before it is chosen.
+        reason: why it is this one.
+        timing: what this rank predicted and measured in the last round.
+        slots: the number of local steps for which there was room in the last round.
     """
 
     def __init__(
@@ -57,7 +69,11 @@ class ExecutorChoice:
         self._wanted = wanted
         self._sequential = sequential
         self._vectorized = vectorized
+        self._forecast: Forecast | None = None
+        self._sequential_seconds = 0.0  # of a local batch in the first round, while vectorized ones are measured
+        self._vectorized_seconds: list[float] = []
         self.kind: Kind | None = None if wanted == "auto" else wanted
+        self.reason = "the executor is named"
         self.timing = ExecutorTiming()
         self.slots = 0
 
@@ -78,21 +94,27 @@ class ExecutorChoice:
         self.timing, self.slots = ExecutorTiming(), sum(len(work.batches) for work in context.work)
         compare = self.kind is None and context.training and len(context.work) > 1
         if compare:
-            self.timing = self._time_vectorized(context)
-            context = context._replace(timed=self.timing.able > 0)
+            timing = self._predict(context)
+            context = context._replace(timed=timing.able > 0)
             times: list[float] = []
             for update in self._sequential.run(context):
                 if update.steps:
                     times.append(update.seconds / update.steps)
                 yield update
-            # Without a batch nothing was timed, and the next round decides.
-            self.timing = self.timing._replace(sequential=statistics.median(times)) if times else ExecutorTiming()
+            # The first client's steps take longer than later ones. Without a batch the next round decides.
+            if times:
+                self.timing = timing._replace(measured=statistics.median(times[1:] or times))
         elif self.kind != "vectorized":
             yield from self._sequential.run(context)
         elif not context.training:
             yield from self._vectorized.run_sequentially(context.restarted(None))
         else:
-            yield from self._vectorized.run(context)
+            times = []
+            for update in self._vectorized.run(context):
+                if update.steps:
+                    times.append(update.seconds / update.steps)
+                yield update
+            self._confirm(times)
             self.slots = self._vectorized.slots
             if (reason := self._vectorized.reason) is not None:
                 self.kind = "sequential"
@@ -135,10 +157,15 @@ class ExecutorChoice:
 
     def resume(self, kind: Kind | None, *, gave_up: bool) -> None:
         """Restore the choice made before the run was interrupted, so that results are bit-identical."""
-        if self.kind is None:
-            self.kind = kind
+        if self.kind is None and kind is not None:
+            self.kind, self.reason = kind, "it was chosen before the run was interrupted"
         elif self._wanted == "vectorized" and gave_up:
             self.kind = "sequential"
+
+    @property
+    def chosen(self) -> tuple[str, str] | None:
+        """The executor of all further rounds, and why it is this one; None before it is chosen."""
+        return None if self.kind is None else (self.kind, self.reason)
 
     def choose(self, timings: ExecutorTiming) -> None:
         """Choose the executor, given the sum of all ranks' timings."""
@@ -146,17 +173,46 @@ class ExecutorChoice:
             return
         if timings.able < timings.compared:
             self.kind = "sequential"
-            why = self._vectorized.reason or "the clients of another rank cannot be vectorized"
-            rank_zero_info(f"Executor: 'sequential' is chosen: {why}.")
-            return
-        gain = timings.sequential / timings.vectorized
-        self.kind = "vectorized" if gain > _MARGIN else "sequential"
-        sequential, vectorized = (seconds / timings.compared * 1e3 for seconds in timings[2:])
-        rank_zero_info(
-            f"Executor: {self.kind!r} is chosen; a local batch took {sequential:.3g} ms sequentially and"
-            f" {vectorized:.3g} ms vectorized ({gain:.2f} times as fast)."
+            self.reason = self._vectorized.reason or "the clients of another rank are not to be vectorized"
+        else:
+            gain = timings.sequential / timings.vectorized
+            self.kind = "vectorized" if gain > _MARGIN else "sequential"
+            self.reason = f"vectorized steps should be {gain:.2f} times as fast as sequential ones"
+            self._sequential_seconds = timings.measured / timings.compared
+        rank_zero_info(f"Executor: {self.kind!r} is chosen: {self.reason}{self._details()}.")
+        if self.kind == "sequential" and timings.trial and timings.measured > _FAR * timings.trial:
+            self._warn("vectorized", timings.measured / timings.compared, timings.trial / timings.compared)
+
+    def _predict(self, context: RoundContext) -> ExecutorTiming:
+        self._forecast = forecast = self._vectorized.forecast(context, _MARGIN)
+        if forecast is None:
+            return ExecutorTiming(1.0)
+        return ExecutorTiming(1.0, 1.0, forecast.sequential, forecast.vectorized, trial=forecast.trial)
+
+    def _details(self) -> str:
+        if (forecast := self._forecast) is None:
+            return ""
+        captured = "" if forecast.captured else ", which cannot be captured"
+        return (
+            f" ({forecast.model.described()}, {forecast.clients:.3g} clients a vectorized step{captured};"
+            f" {forecast.model.machine.source})"
         )
 
-    def _time_vectorized(self, context: RoundContext) -> ExecutorTiming:
-        seconds = self._vectorized.seconds_per_step(context, _TRIAL_STEPS, _LONGEST_STEP)
-        return ExecutorTiming(1.0) if seconds is None else ExecutorTiming(1.0, 1.0, 0.0, seconds)
+    def _confirm(self, times: list[float]) -> None:
+        """Compare the times of the first vectorized rounds with that of the first round, which was sequential."""
+        if not self._sequential_seconds or not times:
+            return
+        self._vectorized_seconds.append(statistics.median(times))
+        if len(self._vectorized_seconds) < _CONFIRMING_ROUNDS:
+            return
+        sequential, vectorized = self._sequential_seconds, min(self._vectorized_seconds)
+        self._sequential_seconds = 0.0
+        if vectorized > _FAR * sequential:
+            self._warn("sequential", sequential, vectorized)
+
+    def _warn(self, faster: Kind, sequential: float, vectorized: float) -> None:
+        rank_zero_warn(
+            f"executor='auto': {self.kind!r} was chosen, but a local batch took {sequential * 1e3:.3g} ms sequentially"
+            f" and {vectorized * 1e3:.3g} ms vectorized. The choice stays, so that a seed gives the same results in"
+            f" every run; pass executor={faster!r} to train faster."
+        )

@@ -13,6 +13,9 @@ PREFIX = "federated/"
 NONE = "none"
 """Value of an unused setting, which must be present, since TensorBoard takes a sweep's columns from its first run."""
 
+EXECUTOR_CHOSEN = PREFIX + "executor.chosen", PREFIX + "executor.reason"
+"""Names of the settings that are known once the executor is chosen."""
+
 _OFTEN_SWEPT = ("num_clients", "clients_per_round", "params", "alpha", "lr", "mu", "noise_multiplier")
 _NOT_SWEPT = ("num_partitions", "min_partition_size", "seed")
 

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lightning_fedscale.core.executors import ExecutorTiming
 from lightning_fedscale.core.plan import RoundPlan
 from lightning_fedscale.core.round.client_rows import ClientRows, in_order
 from lightning_fedscale.types import (
@@ -19,7 +20,7 @@ from lightning_fedscale.types import (
     SimulatedRound,
 )
 
-_TIMINGS = 4
+_TIMINGS = len(ExecutorTiming._fields)
 
 
 class RoundTable:

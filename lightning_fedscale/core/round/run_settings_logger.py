@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import lightning.pytorch as pl
@@ -21,7 +21,7 @@ from lightning_fedscale.core.lightning.loggers import (
 )
 from lightning_fedscale.core.lightning.trainer_state import metric_stores
 from lightning_fedscale.core.options.options import Options
-from lightning_fedscale.core.options.settings import is_detail, settings_of
+from lightning_fedscale.core.options.settings import EXECUTOR_CHOSEN, is_detail, settings_of
 from lightning_fedscale.partitioners import (
     FinishedPartitioner,
     Partition,
@@ -47,15 +47,18 @@ class RunSettingsLogger(Callback):
 
     Args:
         options: the strategy's checked arguments.
+        chosen: returns the executor of all further rounds and the reason; None before it is chosen.
     """
 
-    def __init__(self, options: Options) -> None:
+    def __init__(self, options: Options, chosen: Callable[[], tuple[str, str] | None]) -> None:
         self._options = options
-        self._validated = self._compared = False
+        self._chosen = chosen
+        self._validated = self._compared = self._executor_known = False
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Log settings, layout and labels, now that the data is divided and the model is built."""
-        self._validated = self._compared = False  # as a search for a learning rate may have left them
+        # As a search for a learning rate may have left them.
+        self._validated = self._compared = self._executor_known = False
         if not trainer.loggers:
             return
         partition: Partition | None = trainer.strategy.partition  # type: ignore[attr-defined]
@@ -63,6 +66,7 @@ class RunSettingsLogger(Callback):
             return
         params = sum(p.numel() for p in pl_module.parameters())
         log_settings(trainer, settings_of(self._options, partition, params))
+        self._log_executor(trainer)
         lay_out(trainer, self._layout())
         if trainer.global_step == 0 and shows_figures(trainer):
             self._show_labels(trainer, partition)
@@ -72,13 +76,20 @@ class RunSettingsLogger(Callback):
         self._validated = self._validated or not trainer.sanity_checking
 
     def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
-        """Log HParams after the first epoch, so that a run that is interrupted later has them too."""
+        """Log the executor once it is chosen, and HParams after the first epoch, so that interrupted runs have them."""
+        self._log_executor(trainer)
         if trainer.current_epoch > 0 and (self._validated or not trainer.enable_validation):
             self._compare(trainer)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Log HParams of a run with a single epoch too."""
         self._compare(trainer)
+
+    def _log_executor(self, trainer: pl.Trainer) -> None:
+        """Log the chosen executor and the reason, once: loggers may refuse another value."""
+        if not self._executor_known and trainer.loggers and (chosen := self._chosen()) is not None:
+            self._executor_known = True
+            log_settings(trainer, dict(zip(EXECUTOR_CHOSEN, chosen, strict=True)))
 
     def _compare(self, trainer: pl.Trainer) -> None:
         if self._compared:

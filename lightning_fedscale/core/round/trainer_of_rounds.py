@@ -28,7 +28,8 @@ def prepared_for_rounds(trainer: pl.Trainer, federation: Federation, share: floa
     settings: Any = trainer  # these are set from outside the class, where mypy does not see them
     callbacks: list[Any] = settings.callbacks
     with ExitStack() as undo:
-        for own in (RunSettingsLogger(options), RoundEnd(federation.end_round)):  # the end of the round first
+        settings_logger = RunSettingsLogger(options, lambda: federation.fit.executor.chosen)
+        for own in (settings_logger, RoundEnd(federation.end_round)):  # the end of the round first
             callbacks.insert(0, own)
             undo.callback(callbacks.remove, own)
         callbacks.append(requeue)  # what it saves has every callback's state after the round

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import lightning.pytorch as pl
@@ -57,6 +58,15 @@ class CapturedSteps:
         if changed:
             self._forget()
         return changed
+
+    @contextmanager
+    def at_once(self) -> Iterator[None]:
+        """Capture steps at their first use inside the context."""
+        self.capture_at, usual, self._uses = 1, self.capture_at, {}
+        try:
+            yield
+        finally:
+            self.capture_at = usual
 
     def suspect(self) -> None:
         """Note that some Python code has run since the wave began, so that captured steps must be checked again."""

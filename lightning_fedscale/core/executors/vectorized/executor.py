@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from itertools import accumulate, cycle, islice
+from functools import partial
+from itertools import accumulate, cycle, islice, zip_longest
 from typing import NamedTuple
 
 import lightning.pytorch as pl
@@ -14,9 +15,11 @@ from torch import Tensor
 from torchmetrics import Metric
 
 from lightning_fedscale.core.client_state import ClientStore, OptimizerKeeper
+from lightning_fedscale.core.executors.machine import machine_of
 from lightning_fedscale.core.executors.round_context import RoundContext, Watcher
 from lightning_fedscale.core.executors.sequential import SequentialExecutor
 from lightning_fedscale.core.executors.shared_tensors import SharedTensors
+from lightning_fedscale.core.executors.step_model import Forecast, StepCounts, StepModel
 from lightning_fedscale.core.executors.transfer import Transfer
 from lightning_fedscale.core.executors.vectorized.batched_step import BatchedStep
 from lightning_fedscale.core.executors.vectorized.eligibility import Surroundings, explained, reason_not_vectorizable
@@ -97,6 +100,7 @@ class VectorizedExecutor:
         self._captured = 0
         self._prepared = False
         self._step_seconds = 0.0
+        self._counts: StepCounts | None = None
         self.reason: str | None = None
         self.slots = 0
 
@@ -212,37 +216,60 @@ class VectorizedExecutor:
             torch.cuda.empty_cache()
         return attempt
 
-    def seconds_per_step(self, context: RoundContext, steps: int, longest: float) -> float | None:
-        """Return the seconds of a vectorized local batch; None if impossible or useless, see ``reason``.
+    def forecast(self, context: RoundContext, least: float) -> Forecast | None:
+        """Predict the times of a local batch in this round; None if clients cannot be vectorized, see ``reason``.
 
-        The trial has no effects: no updates, no logged values, no random numbers drawn.
+        The dry runs that this takes have no effects: no updates, no logged values, no random numbers drawn.
 
         Args:
             context: a round.
-            steps: number of batches of each client to try.
-            longest: seconds per batch of a single client above which vectorizing gains nothing.
+            least: how many times as fast vectorized steps must be to be of use.
         """
-        self._prepare(context)
-        if self.reason is None and self._step_seconds > longest:
-            self.reason = f"a local batch takes {self._step_seconds:.1f} s, so vectorized steps would hardly be faster"
+        self._prepare(context, least)
         if self.reason is not None:
             return None
+        clients = self._clients_per_step(context.work)
+        forecast = Forecast(self._model(), clients, captured=True, trial=self._step_seconds)
+        if forecast.gain <= least:
+            return forecast
+        # It would be of use, so it is time to see whether steps can be captured, and whether a wave fits into memory.
         step = self._batched_step_of(context.shared, self._state_now())
-        step.captured.capture_at, usual = 1, step.captured.capture_at
-        wave = [context.work[i] for i in self._next_wave(context.work)]
-        while (first := self._dry_run(context, wave, steps)).out_of_memory:
-            self._width = len(wave) // 2
+        with step.captured.at_once():
             wave = [context.work[i] for i in self._next_wave(context.work)]
-        step.captured.capture_at = usual
-        if first.trained is None:
-            self.reason = first.reason
-            return None
-        second = self._dry_run(context, wave, steps)
-        self.reason = second.reason
-        return None if second.trained is None else second.trained.seconds / sum(second.trained.steps)
+            while (attempt := self._dry_run(context, _alike(wave), 1)).out_of_memory:
+                self._width = len(wave) // 2
+                wave = [context.work[i] for i in self._next_wave(context.work)]
+        self.reason = attempt.reason
+        return forecast._replace(captured=len(step.captured) > 0) if attempt.trained is not None else None
 
-    def _prepare(self, context: RoundContext) -> None:
-        """Find out, before the first wave, whether clients can be vectorized and how many fit into memory."""
+    def _clients_per_step(self, work: Sequence[LocalWork]) -> float:
+        """Return how many clients' local batches a vectorized step has on average: those of one size in a wave."""
+        left, batches, steps = list(work), 0, 0
+        while left:
+            chosen = set(self._next_wave(left))
+            sizes = [list(map(len, left[i].batches)) for i in chosen]
+            batches += sum(map(len, sizes))
+            steps += sum(len({each for each in step if each is not None}) for step in zip_longest(*sizes))
+            left = [each for i, each in enumerate(left) if i not in chosen]
+        return batches / max(1, steps)
+
+    def _model(self) -> StepModel:
+        assert self._counts is not None
+        return StepModel(self._counts, machine_of(self._device), self._trainer.accumulate_grad_batches)
+
+    def _useless(self, least: float) -> str | None:
+        """Return why vectorizing gains too little, however fast its calls are; None if it may gain more."""
+        if (most := (model := self._model()).most()) > least:
+            return None
+        return f"vectorized steps should be at most {most:.2f} times as fast as sequential ones ({model.described()})"
+
+    def _prepare(self, context: RoundContext, least: float | None = None) -> None:
+        """Find out, before the first wave, whether clients can be vectorized and how many fit into memory.
+
+        Args:
+            context: a round.
+            least: how many times as fast vectorized steps must be to be of use; None if they are wanted in any case.
+        """
         if self._prepared or len(context.work) < 2:
             return
         self._prepared = True
@@ -250,7 +277,8 @@ class VectorizedExecutor:
         if self.reason is not None:
             return
         some = _alike(context.work)[:_DRY_RUN_CLIENTS]
-        with self._proofs.of_everything() as saved:
+        self._counts, useless = (None, None) if least is None else (StepCounts(), partial(self._useless, least))
+        with self._proofs.of_everything(self._counts, useless) as saved:
             while (attempt := self._dry_run(context, some, self._dry_run_steps())).out_of_memory:
                 some.pop()
         if attempt.trained is None:

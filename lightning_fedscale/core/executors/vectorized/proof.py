@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Final, NamedTuple
 
 import lightning.pytorch as pl
@@ -14,6 +14,7 @@ from torch import Tensor
 from torchmetrics import Metric
 
 from lightning_fedscale.core.executors.shared_tensors import SharedTensors
+from lightning_fedscale.core.executors.step_model import StepCounts
 from lightning_fedscale.core.executors.vectorized.batched_step import Logged, StepResult, logging_to, loss_of
 from lightning_fedscale.core.executors.vectorized.stacking import NotVectorizable
 from lightning_fedscale.core.lightning.snapshots import SavedBytes
@@ -63,23 +64,50 @@ class Proofs:
         self._chosen: int | None = None
         self._steps: float = 0.0
         self._saved: SavedBytes | None = None
+        self._counts: StepCounts | None = None
+        self._useless: Callable[[], str | None] | None = None
 
     @contextmanager
-    def of_everything(self) -> Iterator[SavedBytes]:
-        """Compare every step of every client inside the context; yield the memory that a step saves for backward."""
+    def of_everything(
+        self, counts: StepCounts | None, useless: Callable[[], str | None] | None
+    ) -> Iterator[SavedBytes]:
+        """Compare every step of every client inside the context; yield the memory that a step saves for backward.
+
+        Args:
+            counts: counts the operators of the steps; None for no count.
+            useless: returns, once a sequential step is counted, why vectorizing gains nothing, None if it may gain;
+                None if vectorized steps are wanted in any case.
+        """
         saved = self._saved = SavedBytes()
-        self._everything = True
+        self._everything, self._counts, self._useless = True, counts, useless
         try:
             yield saved
         finally:
-            self._everything, self._saved = False, None
+            self._everything, self._saved, self._counts = False, None, None
 
     @contextmanager
     def measuring(self) -> Iterator[None]:
-        """Measure, inside the context, the memory that a sequential step saves for backward."""
+        """Measure, inside the context, the operators of a sequential step and the memory that it saves for backward."""
         saved, self._saved = self._saved, None
-        with nullcontext() if saved is None else saved:
+        counted = nullcontext() if self._counts is None else self._counts.of_client()
+        with nullcontext() if saved is None else saved, counted:
             yield
+
+    def counting(self, clients: int) -> AbstractContextManager[None]:
+        """Count the operators of a vectorized step inside the context, before the first wave.
+
+        Raises:
+            NotVectorizable: if the sequential steps show that vectorizing is useless.
+        """
+        if self._counts is None:
+            return nullcontext()
+        if self._useless is not None and (reason := self._useless()) is not None:
+            raise NotVectorizable(reason)
+        return self._counts.of_clients(clients)
+
+    def counting_optimizer(self, clients: int) -> AbstractContextManager[None]:
+        """Count the operators of a vectorized step of the optimizer inside the context, before the first wave."""
+        return nullcontext() if self._counts is None else self._counts.of_optimizer(clients)
 
     @property
     def due(self) -> bool:
@@ -128,6 +156,7 @@ def step_alone(
     batch: Any,
     batch_idx: int,
     share: float,
+    measured: AbstractContextManager[Any],
 ) -> StepResult:
     """Run a local batch of one client in the module itself, as `FastStep` does; then restore the module's tensors.
 
@@ -139,6 +168,7 @@ def step_alone(
         batch: the client's batch on the device.
         batch_idx: number of the batch within the client's round.
         share: factor of the loss in the gradient.
+        measured: the context of its forward and backward pass.
 
     Raises:
         NotVectorizable: if the step does something that vectorized clients cannot do.
@@ -153,10 +183,11 @@ def step_alone(
         for parameter in shared.trainable:
             parameter.grad = None
         takes_index = is_param_in_hook_signature(module.training_step, "batch_idx", min_args=2)
-        with trainer.precision_plugin.train_step_context(), logging_to(module, notes.append), torch.enable_grad():
-            output = module.training_step(*((batch, batch_idx) if takes_index else (batch,)))
-        if (loss := loss_of(output)) is not None:
-            (loss if share == 1.0 else loss * share).backward()  # type: ignore[no-untyped-call]
+        with measured:
+            with trainer.precision_plugin.train_step_context(), logging_to(module, notes.append), torch.enable_grad():
+                output = module.training_step(*((batch, batch_idx) if takes_index else (batch,)))
+            if (loss := loss_of(output)) is not None:
+                (loss if share == 1.0 else loss * share).backward()  # type: ignore[no-untyped-call]
         gradients = [parameter.grad for parameter in shared.trainable]
         if any(gradient is not None and gradient.layout != torch.strided for gradient in gradients):
             raise NotVectorizable("a gradient is sparse")

@@ -136,7 +136,8 @@ class WaveTraining:
                 due = [r for r in rows.indices if (batch_idx + 1) % every == 0 or batch_idx + 1 == lengths[r]]
                 if every > 1:
                     self._wave.accumulate(rows, result.gradients)
-                with nullcontext() if meter is None or not due else meter.optimizer_step(len(due)):
+                metered = nullcontext() if meter is None or not due else meter.optimizer_step(len(due))
+                with metered, self._proofs.counting_optimizer(len(due)) if due else nullcontext():
                     if every == 1:
                         self._wave.step(rows, parameters, result.gradients, clip)
                     elif due:
@@ -192,15 +193,16 @@ class WaveTraining:
             progress.is_last_batch = last[i]
             batch = group.alone(i)
             metered = nullcontext() if context.meter is None else context.meter.alone(batch, group.samples[i])
-            with streams.copy().of(rows.indices[i]), self._proofs.measuring(), metered:
-                alone[i] = step_alone(self._trainer, shared, *own, batch, batch_idx, share)
+            with streams.copy().of(rows.indices[i]), metered:
+                alone[i] = step_alone(self._trainer, shared, *own, batch, batch_idx, share, self._proofs.measuring())
         step.captured.suspect()
         progress.is_last_batch = together
         expected = MetricStates(self._module)
         before.restore()
         around.note()
         self._seconds_alone += time.perf_counter() - started
-        result = step.run(parameters, buffers, group.batch, batch_idx, rows.indices, streams, share=share)
+        with self._proofs.counting(len(rows)):
+            result = step.run(parameters, buffers, group.batch, batch_idx, rows.indices, streams, share=share)
         around.check()
         started, tolerance = time.perf_counter(), tolerance_of(self._trainer, shared)
         for i, each in alone.items():
