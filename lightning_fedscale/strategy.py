@@ -102,7 +102,8 @@ class FederatedStrategy(FederationView, RankStrategy):
         client_optimizer: "reset" gives every client a fresh optimizer each round; "keep" keeps each client's optimizer
             state between rounds (DiLoCo, local SGD).
         executor: how the clients of a rank train: "sequential", one at a time; "vectorized", many at once in one
-            `torch.func.vmap`; "auto" times both in the first round and keeps the faster.
+            `torch.func.vmap`; "auto" predicts in the first round which one is faster, the same in every run, and keeps
+            it.
         clients_per_wave: most clients that train at once if vectorized; None takes as many as fit into memory.
         verify_executor: compare one client of a vectorized round with its sequential training, in rounds 1, 2, 4, 8 and
             so on, and after the module has changed. If they differ by more than rounding, this round is repeated

@@ -1,7 +1,7 @@
 """Vectorized clients on several ranks: ``python vectorized.py EXECUTOR RANKS FOLDER`` saves how each rank ends.
 
-EXECUTOR is the strategy's, or "eager" for an "auto" that vectorizes whatever it can, or "torn" for an "auto" whose ranks
-are machines that would choose differently.
+EXECUTOR is the strategy's, or "eager" for an "auto" that vectorizes whatever it can, or "torn" for an "auto" whose
+ranks are machines that would choose differently.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
+from unittest import mock
 
 import torch
 
@@ -46,7 +47,8 @@ if __name__ == "__main__":
     if sys.argv[1] == "torn":
         auto._MARGIN = 1.0
         slow_memory = os.environ["LOCAL_RANK"] == "0"
-        vectorized.machine_of = lambda device: Machine(1e-6, 1e-15, 4e-9 if slow_memory else 1e-15)
+        machine = Machine(1e-6, 1e-15, 4e-9 if slow_memory else 1e-15)
+        mock.patch.object(vectorized, "machine_of", return_value=machine).start()
     weights(sys.argv[1], int(sys.argv[2]), Path(sys.argv[3]))
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()  # whose threads can otherwise abort the process as it exits

@@ -15,6 +15,7 @@ from lightning_fedscale.core.executors import ExecutorChoice, ExecutorTiming
 from lightning_fedscale.core.executors.fast_step import FastStep
 from lightning_fedscale.core.executors.machine import BUILT_IN, Machine
 from lightning_fedscale.core.executors.vectorized import executor as vectorized
+from lightning_fedscale.core.executors.vectorized.batched_step import BatchedStep
 from lightning_fedscale.core.executors.vectorized.captured_steps import CapturedSteps
 from lightning_fedscale.core.executors.vectorized.wave import Wave
 from tests.clock import Clock
@@ -105,9 +106,14 @@ def test_nor_does_it_in_the_other_direction(clock: Clock, monkeypatch: pytest.Mo
 
 def test_the_machine_decides(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(vectorized, "machine_of", lambda device: SMALL_CALLS)
-    tried: list[int] = []
-    steps = vectorized.BatchedStep.run
-    monkeypatch.setattr(vectorized.BatchedStep, "run", lambda *args, **kw: (tried.append(1), steps(*args, **kw))[1])
+    tried: list[BatchedStep] = []
+    original = BatchedStep.run
+
+    def noted(self: BatchedStep, *args: Any, **kwargs: Any) -> Any:
+        tried.append(self)
+        return original(self, *args, **kwargs)
+
+    monkeypatch.setattr(BatchedStep, "run", noted)
     run = Run()
     assert run.choice.kind == "sequential"
     assert "at most" in run.choice.reason
@@ -125,8 +131,9 @@ def test_clients_that_share_no_steps_gain_nothing() -> None:
 
 
 def test_steps_that_cannot_be_captured_count_as_such(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert Run(clients=4, rounds=2).choice.kind == "vectorized"
     monkeypatch.setattr(CapturedSteps, "is_due", lambda *_: False)
-    run = Run()
+    run = Run(clients=4, rounds=2)
     assert run.choice._forecast is not None
     assert not run.choice._forecast.captured
     assert run.choice.kind == "sequential"

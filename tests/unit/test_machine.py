@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -139,7 +140,7 @@ def test_a_file_system_without_links_has_the_built_in_constants(folder: Path, mo
         raise PermissionError("not supported")
 
     measures(monkeypatch, FIRST)
-    monkeypatch.setattr(machine.os, "link", no_link)
+    monkeypatch.setattr(os, "link", no_link)
     assert seconds(machine_of(CPU)) == seconds(BUILT_IN["cpu"])
     assert list(folder.iterdir()) == []
 

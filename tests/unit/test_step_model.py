@@ -96,7 +96,7 @@ def test_more_clients_gain_more_and_more_work_less() -> None:
 
 def test_steps_that_cannot_be_captured_gain_less() -> None:
     captured = Forecast(StepModel(step(), CPU), 10, True, 0.0)
-    assert captured._replace(captured=False).gain < captured.gain / 2
+    assert captured._replace(captured=False).gain < captured.gain / 1.5
 
 
 def test_accumulation_spreads_the_step_of_the_optimizer() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from torch.utils.data import (
     WeightedRandomSampler,
 )
 
-from lightning_fedscale.core.executors import ClientLoader, shared_tensors_of
+from lightning_fedscale.core.executors import ClientLoader, ExecutorChoice, ExecutorTiming, shared_tensors_of
 from lightning_fedscale.core.executors.device_cache import device_data
 from lightning_fedscale.core.executors.vectorized.stacking import NotVectorizable, opened, stacked
 from tests.wording import Row
@@ -76,6 +77,13 @@ def cached(loader: DataLoader[Any]) -> object:
 
 def stack(*scales: object) -> object:
     return stacked([opened({"x": torch.zeros(1), "scale": scale}) for scale in scales])
+
+
+def contradicted() -> None:
+    """Vectorized steps should be 1.2 times as fast, and were three times as fast."""
+    parts: Any = SimpleNamespace(reason=None)
+    choice = ExecutorChoice("auto", parts, parts)
+    choice.choose(ExecutorTiming(1.0, 1.0, 1.2, 1.0, measured=6e-3, trial=2e-3))
 
 
 ROWS: list[Row] = [
@@ -172,5 +180,12 @@ ROWS: list[Row] = [
         lambda: opened([{object()}]),
         NotVectorizable,
         "batch[0] is a set with members that are neither numbers nor strings",
+    ),
+    Row(
+        contradicted,
+        UserWarning,
+        "executor='auto': 'sequential' was chosen, but a local batch took 6 ms sequentially and 2 ms vectorized. The"
+        " choice stays, so that a seed gives the same results in every run; pass executor='vectorized' to train"
+        " faster.",
     ),
 ]

@@ -53,7 +53,7 @@ BUILT_IN: Final = {
 def machine_of(device: torch.device) -> Machine:
     """Return this machine's constants: those that are kept, or measured now and then kept, or those built in.
 
-    They are measured only if they can be kept: measured anew, they would be slightly different in every run.
+    They are measured only if they can be kept: no two measurements are equal, and runs would choose differently.
     """
     built_in = BUILT_IN.get(device.type, BUILT_IN["cpu"])
     described = _description(device)
@@ -120,7 +120,7 @@ def _description(device: torch.device) -> dict[str, Any]:
     """Describe everything on which the constants depend; no name of a host, since equal nodes should decide alike."""
     return {
         "version": _VERSION,
-        "processor": _processor(),
+        "processor": processor(),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
@@ -128,7 +128,8 @@ def _description(device: torch.device) -> dict[str, Any]:
     }
 
 
-def _processor() -> str:
+def processor() -> str:
+    """Return the name of the CPU."""
     try:
         found = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(encoding="utf-8"), re.M)
     except OSError:

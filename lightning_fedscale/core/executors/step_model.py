@@ -183,7 +183,7 @@ class Forecast(NamedTuple):
     Attributes:
         model: predicts them.
         clients: clients whose local batches share a vectorized step, on average.
-        captured: whether steps can be captured.
+        captured: whether steps can be captured; True also if this has not been tried since it does not matter.
         trial: seconds that a vectorized local batch of few clients took in a dry run, uncaptured.
     """
 

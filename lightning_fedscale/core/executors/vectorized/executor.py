@@ -230,9 +230,9 @@ class VectorizedExecutor:
             return None
         clients = self._clients_per_step(context.work)
         forecast = Forecast(self._model(), clients, captured=True, trial=self._step_seconds)
-        if forecast.gain <= least:
+        if forecast.gain <= least or forecast._replace(captured=False).gain > least:
             return forecast
-        # It would be of use, so it is time to see whether steps can be captured, and whether a wave fits into memory.
+        # It is of use only if steps can be captured.
         step = self._batched_step_of(context.shared, self._state_now())
         with step.captured.at_once():
             wave = [context.work[i] for i in self._next_wave(context.work)]

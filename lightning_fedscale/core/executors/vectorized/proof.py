@@ -69,7 +69,7 @@ class Proofs:
 
     @contextmanager
     def of_everything(
-        self, counts: StepCounts | None, useless: Callable[[], str | None] | None
+        self, counts: StepCounts | None = None, useless: Callable[[], str | None] | None = None
     ) -> Iterator[SavedBytes]:
         """Compare every step of every client inside the context; yield the memory that a step saves for backward.
 
