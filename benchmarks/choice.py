@@ -263,11 +263,11 @@ def report(lines: list[str]) -> str:
     """The page."""
     return f"""# What "auto" chooses
 
-Time of a local batch on one core of {processor()}, with torch {torch.__version__} and Python
-{platform.python_version()}; made by `python -m benchmarks.choice`. The measured gain is sequential over vectorized time:
-the median, and the middle half, of {PAIRS} pairs of neighbouring rounds. The predicted gain is that of the model of a step
-by which `executor="auto"` chooses: it vectorizes above {auto._MARGIN}. "lost" is the time that the choice costs in excess
-of the faster executor.
+Time of a local batch on one core of {processor()}, with torch {torch.__version__} and
+Python {platform.python_version()}; made by `python -m benchmarks.choice`. The measured gain is sequential over
+vectorized time: the median, and the middle half, of {PAIRS} pairs of neighbouring rounds. The predicted gain is that of
+the model of a step by which `executor="auto"` chooses: it vectorizes above {auto._MARGIN}. "lost" is the time that the
+choice costs in excess of the faster executor.
 
 The weights of the model were fitted to earlier measurements of the same models (`--fit`). It sees too little in a
 transformer's captured steps, which need less memory traffic than the steps that are counted.
