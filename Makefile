@@ -7,7 +7,7 @@ RUN := $(VENV)/bin/python
 INSTALL := $(RUN) -m pip install --quiet --disable-pip-version-check -c constraints.txt
 INPUTS := pyproject.toml constraints.txt
 
-.PHONY: help demo test test-fast coverage stress fuzz lint docs compat bench browser existing clean
+.PHONY: help demo test test-fast coverage stress fuzz lint docs compat bench gpu browser existing clean
 
 help: ## Show this list
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1	/p' $(MAKEFILE_LIST)
@@ -53,6 +53,9 @@ bench: $(VENV)/.test ## Measure round times beside hand-written loops and other 
 	$(RUN) -m benchmarks.phase_study
 	$(RUN) -m benchmarks.accounting
 	$(RUN) -m benchmarks.heterogeneous
+
+gpu: $(VENV)/.test ## On one CUDA device, nine minutes: tests, laws, waits, memory and speed, PASS or FAIL a line
+	$(RUN) -m benchmarks.gpu --seconds 520 --output benchmarks/results/gpu.md
 
 browser: ## Install Debian's chromium, if root asks, for the tests that look at TensorBoard; they are skipped without
 	@command -v chromium chromedriver >/dev/null || { [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null \
