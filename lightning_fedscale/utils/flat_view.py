@@ -75,6 +75,15 @@ class FlatView:
         """Return the value of the tensor of this number in float64, as in the vector."""
         return self._tensors[number].double()
 
+    def completed(self, vector: Tensor) -> Tensor:
+        """Return a vector from before the last tensors were exchanged, with their present values."""
+        missing = [
+            tensor.double().flatten()
+            for tensor, end in zip(self._tensors, self._starts[1:], strict=True)
+            if end > len(vector)
+        ]
+        return torch.cat([vector, *missing]) if missing else vector
+
     def forget(self, vector: Tensor) -> None:
         """Release a vector that is no longer needed, so that its memory can be reused."""
         self._cut.pop(vector.data_ptr(), None)

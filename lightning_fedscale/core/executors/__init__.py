@@ -2,6 +2,7 @@
 
 from lightning_fedscale.core.executors.auto import ExecutorChoice, ExecutorTiming
 from lightning_fedscale.core.executors.device_cache import DeviceData
+from lightning_fedscale.core.executors.frozen_parameters import FrozenGuard, FrozenWritten, can_watch
 from lightning_fedscale.core.executors.loader import ClientLoader, RoundLoader
 from lightning_fedscale.core.executors.round_context import LargestClient, RoundContext
 from lightning_fedscale.core.executors.sequential import SequentialExecutor
@@ -17,6 +18,8 @@ __all__ = [
     "DeviceData",
     "ExecutorChoice",
     "ExecutorTiming",
+    "FrozenGuard",
+    "FrozenWritten",
     "LargestClient",
     "LocalBatchHooks",
     "RoundContext",
@@ -26,6 +29,7 @@ __all__ = [
     "SharedTensors",
     "Transfer",
     "VectorizedExecutor",
+    "can_watch",
     "listeners",
     "shared_tensors_of",
 ]

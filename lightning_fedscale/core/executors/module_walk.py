@@ -21,6 +21,24 @@ class Binding(NamedTuple):
     memory: Tensor
     path: str
 
+    @property
+    def is_replaced(self) -> bool:
+        """Whether the module has another tensor there, or the tensor has other memory, as after ``p.data = ...``."""
+        now = self.owner[self.name] if self.name in self.owner else None  # noqa: SIM401 (scripted modules' have no `get`)
+        return now is not None and (now is not self.tensor or now.data_ptr() != self.memory.data_ptr())
+
+    def present(self) -> Binding:
+        """Return the tensor that the module has there now, if any."""
+        now = self.owner[self.name] if self.name in self.owner else None  # noqa: SIM401
+        return self if now is None else self._replace(tensor=now, memory=now.detach())
+
+    def put_back(self) -> None:
+        """Restore the tensor and its memory in the module."""
+        if self.tensor.data_ptr() != self.memory.data_ptr():
+            self.tensor.data = self.memory
+        if self.name not in self.owner or self.owner[self.name] is not self.tensor:
+            self.owner[self.name] = self.tensor
+
 
 class _Home(NamedTuple):
     """The submodule that holds a buffer, its name there, and its names in the module."""

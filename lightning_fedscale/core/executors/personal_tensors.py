@@ -51,7 +51,7 @@ class PersonalPatterns:
             return
         reach = {True: (0, ""), False: (0, "")}  # end of the personal and of the shared memory so far
         parts = (own, True), (others, False)
-        spans = [(*_span(tensor), name, mine) for part, mine in parts for name, tensor in part.items()]
+        spans = [(*span_of(tensor), name, mine) for part, mine in parts for name, tensor in part.items()]
         for start, end, name, mine in sorted(spans):
             until, other = reach[not mine]
             if start < until:
@@ -63,7 +63,7 @@ class PersonalPatterns:
             reach[mine] = max(reach[mine], (end, name))
 
 
-def _span(tensor: Tensor) -> tuple[int, int]:
+def span_of(tensor: Tensor) -> tuple[int, int]:
     """Return the addresses of a tensor's start and end."""
     if not tensor.numel():
         return 0, 0

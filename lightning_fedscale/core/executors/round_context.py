@@ -9,6 +9,7 @@ from typing import Any, NamedTuple, Protocol
 from torch import Tensor
 
 from lightning_fedscale.core.executors.device_cache import DeviceData
+from lightning_fedscale.core.executors.frozen_parameters import FrozenGuard
 from lightning_fedscale.core.executors.meter import CostMeter
 from lightning_fedscale.core.executors.shared_tensors import SharedTensors
 from lightning_fedscale.core.plan import LocalWork
@@ -74,6 +75,7 @@ class RoundContext(NamedTuple):
         own: the server's values of the personal tensors, as the module was built, by name.
         largest: keeps the buffers of the client with the most samples; None if they are not needed.
         timed: whether local batches are timed; batches of known cost should then not be counted again.
+        frozen: notices writes to frozen parameters that are not exchanged.
     """
 
     round: int
@@ -92,6 +94,7 @@ class RoundContext(NamedTuple):
     own: Mapping[str, Tensor] = MappingProxyType({})
     largest: LargestClient | None = None
     timed: bool = False
+    frozen: FrozenGuard = FrozenGuard()
 
     def restarted(self, order: Iterable[tuple[int, int]] | None) -> RoundContext:
         """Return a context in which the same clients start again with their first batches.

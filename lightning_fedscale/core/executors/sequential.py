@@ -122,6 +122,7 @@ class SequentialExecutor:
             tally = None if context.meter is None else context.meter.client()
             trained = self._train(context, number, start, tally)
             position += trained.steps
+            context.frozen.check(work.client)
             context.shared.rebind()
             view.subtract_from(origin, out=delta)
             update = ClientUpdate(
@@ -144,6 +145,8 @@ class SequentialExecutor:
                 states = [keeper.unload() for keeper in self._keepers] if update.finite else None
                 self._store.stage_optimizers(work.client, states)
             self._watcher.client_ended(update)
+            if context.frozen.whole_round:
+                context.frozen.check(work.client)
             yield update
             context.shared.irregular.restore()
             view.write(context.server)
@@ -218,35 +221,36 @@ class SequentialExecutor:
         trained, last_idx = _Trained(), len(work.batches) - 1
         window, automatic = trainer.accumulate_grad_batches, self._module.automatic_optimization
         for batch_idx, indices in enumerate(work.batches):
-            batch = next(context.batches)
-            if batch is None:
-                continue  # as the Trainer's own loop does
-            trained.had_batch = True
-            # `trainer.is_last_batch` must match the client's `batch_idx`.
-            progress.is_last_batch = last = batch_idx == last_idx
-            if trained.steps or work is not context.first:
-                batch = self._transfer(batch)
-                self._log.start_batch(batch)
-            self._log.position = position + trained.steps
-            if self._call("on_train_batch_start", batch, batch_idx) == -1:
-                # With -1 the user ends the epoch, which here is the client's.
-                for _ in range(batch_idx, last_idx):
-                    next(context.batches)
-                return trained
-            # Before the step, which may change its batch.
-            metered = _UNMETERED
-            if tally is not None and context.timed:
-                tally.add(signature_of(batch).anonymous(), len(indices))
-            elif tally is not None:
-                metered = tally.batch(batch, len(indices), training=context.training)
-            with metered:
-                outputs = step.step(batch, batch_idx, last=last, training=context.training)
-            self._call("on_train_batch_end", outputs, batch, batch_idx)
-            loss = outputs.get("loss")
-            trained.add(len(indices), loss)
-            if automatic and (last or (batch_idx + 1) % window == 0):
-                trained.optimizer_steps += 1
-            self._watcher.client_stepped(number, loss)
+            with context.frozen.watching_step(work.client, batch_idx, first=number == 0 and batch_idx < window):
+                batch = next(context.batches)
+                if batch is None:
+                    continue  # as the Trainer's own loop does
+                trained.had_batch = True
+                # `trainer.is_last_batch` must match the client's `batch_idx`.
+                progress.is_last_batch = last = batch_idx == last_idx
+                if trained.steps or work is not context.first:
+                    batch = self._transfer(batch)
+                    self._log.start_batch(batch)
+                self._log.position = position + trained.steps
+                if self._call("on_train_batch_start", batch, batch_idx) == -1:
+                    # With -1 the user ends the epoch, which here is the client's.
+                    for _ in range(batch_idx, last_idx):
+                        next(context.batches)
+                    return trained
+                # Before the step, which may change its batch.
+                metered = _UNMETERED
+                if tally is not None and context.timed:
+                    tally.add(signature_of(batch).anonymous(), len(indices))
+                elif tally is not None:
+                    metered = tally.batch(batch, len(indices), training=context.training)
+                with metered:
+                    outputs = step.step(batch, batch_idx, last=last, training=context.training)
+                self._call("on_train_batch_end", outputs, batch, batch_idx)
+                loss = outputs.get("loss")
+                trained.add(len(indices), loss)
+                if automatic and (last or (batch_idx + 1) % window == 0):
+                    trained.optimizer_steps += 1
+                self._watcher.client_stepped(number, loss)
         return trained
 
     def _call(self, hook: str, *values: Any) -> Any:

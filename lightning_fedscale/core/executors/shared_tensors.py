@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from lightning_fedscale.core.executors.frozen_parameters import version_of
 from lightning_fedscale.core.executors.irregular_buffers import IrregularBuffers
 from lightning_fedscale.core.executors.module_walk import Binding, ModuleWalk
 from lightning_fedscale.core.executors.personal_tensors import PersonalPatterns
@@ -20,16 +21,18 @@ class SharedTensors(NamedTuple):
     """The tensors of a module that server and clients exchange in a round, and those that stay with each client.
 
     Attributes:
-        view: all shared tensors as one vector: trainable parameters, buffers, frozen parameters.
+        view: all shared tensors as one vector: trainable parameters, buffers, and frozen parameters that training
+            writes to.
         names: names of the shared trainable parameters, in the vector's order.
         trainable: the trainable parameters: shared ones, then personal ones.
         buffers: the buffers in the same order, then the personal frozen parameters.
-        frozen: the shared frozen parameters.
+        frozen: the shared frozen parameters that training writes to, in the vector's order.
+        untouched: where the module holds the other shared frozen parameters, which are in no vector.
         trainable_bytes: size of the shared trainable parameters in their own precision.
-        buffer_bytes: size of the shared buffers, which a client receives. Frozen parameters are in the vector (some
-            modules write to them) but are not sent.
+        buffer_bytes: size of the shared buffers, which a client receives. Frozen parameters do not count, even those
+            in the vector.
         sent_buffer_bytes: size of the buffers that a client sends.
-        bindings: where the module holds the tensors.
+        bindings: where the module holds the tensors, except ``untouched``.
         parameters: all parameters, and whether each was trainable when the round began.
         personal: the part of ``trainable`` and ``buffers``, by name, that stays with each client and is not in the
             vector. A tensor with several names is listed under its first one.
@@ -46,6 +49,7 @@ class SharedTensors(NamedTuple):
     trainable: Sequence[Tensor]
     buffers: Sequence[Tensor]
     frozen: Sequence[Tensor]
+    untouched: list[Binding]
     trainable_bytes: int
     buffer_bytes: int
     sent_buffer_bytes: int
@@ -110,13 +114,10 @@ class SharedTensors(NamedTuple):
 
         The new value is copied into the shared tensor, which is put back. A buffer of another shape stays.
         """
-        for owner, name, tensor, memory, _ in self.bindings:
-            now = owner[name] if name in owner else None  # noqa: SIM401 (scripted modules' have no `get`)
-            if now is None or (now is tensor and now.data_ptr() == memory.data_ptr()) or now.shape != memory.shape:
-                continue
-            memory.copy_(now.detach())
-            tensor.data = memory
-            owner[name] = tensor
+        for binding in self.bindings:
+            if binding.is_replaced and (now := binding.owner[binding.name]).shape == binding.memory.shape:
+                binding.memory.copy_(now.detach())
+                binding.put_back()
 
     def strip(self, delta: Tensor) -> None:
         """Zero the elements of a client's delta that are not summed on the server."""
@@ -161,11 +162,13 @@ class SharedTensors(NamedTuple):
     def put_back(self) -> None:
         """Restore tensors that training replaced, with their original values."""
         self.irregular.restore(with_caches=True)
-        for owner, name, tensor, memory, _ in self.bindings:
-            if tensor.data_ptr() != memory.data_ptr():
-                tensor.data = memory
-            if name not in owner or owner[name] is not tensor:
-                owner[name] = tensor
+        for binding in self.bindings:
+            binding.put_back()
+
+    def state_of_frozen(self) -> list[tuple[int, int]]:
+        """Return the versions and addresses of the frozen parameters; most writes change them."""
+        tensors = (*self.frozen, *(binding.tensor for binding in self.untouched))
+        return [(version_of(tensor), tensor.data_ptr()) for tensor in tensors]
 
     def trainable_now(self) -> list[bool]:
         """Return which parameters are trainable now; a client's training may freeze and unfreeze some."""
@@ -197,6 +200,7 @@ def shared_tensors_of(
     personal: Sequence[str] = (),
     policies: BufferPolicies = DEFAULTS,
     caches: Collection[str] = (),
+    written: Collection[str] | None = None,
 ) -> SharedTensors:
     """Return the parameters and buffers of ``module``, except those of torchmetrics, whose state Lightning manages.
 
@@ -207,6 +211,8 @@ def shared_tensors_of(
         personal: patterns of names (`fnmatch`, as in a shell) of parameters and buffers that stay with each client.
         policies: the policies of the other buffers.
         caches: names of buffers that are not exchanged.
+        written: names of frozen parameters that training writes to, in the vector's order; None for all. Those that
+            ``policies`` name come first.
 
     Raises:
         ValueError: if a personal tensor is shared under another name.
@@ -220,7 +226,9 @@ def shared_tensors_of(
     buffers = {name: buffer for name, buffer in walk.buffers.items() if name not in own_buffers}
     personal_tensors = {**own, **own_buffers, **own_frozen}
     patterns.check_memory(personal_tensors, {**moving, **buffers, **frozen})
-    view = FlatView(list(moving.values()), [*buffers.values(), *frozen.values()])
+    carried = _carried(frozen, policies, written, others=bool(moving or buffers))
+    untouched = {id(tensor) for name, tensor in frozen.items() if name not in carried}
+    view = FlatView(list(moving.values()), [*buffers.values(), *carried.values()])
     numbers = {name: number for number, name in enumerate(buffers, len(moving))}
     with_policy = {policy: {n: b for n, b in buffers.items() if kinds[n].policy == policy} for policy in _SENT}
     fitting = {id(buffer) for name, buffer in buffers.items() if kinds[name].policy == FITTED}
@@ -229,11 +237,12 @@ def shared_tensors_of(
         names=list(moving),
         trainable=[*moving.values(), *own.values()],
         buffers=[*buffers.values(), *own_buffers.values(), *own_frozen.values()],
-        frozen=list(frozen.values()),
+        frozen=list(carried.values()),
+        untouched=[binding for binding in walk.bindings if id(binding.tensor) in untouched],
         trainable_bytes=_bytes_of(moving),
         buffer_bytes=_bytes_of(buffers),
         sent_buffer_bytes=sum(map(_bytes_of, with_policy.values())),
-        bindings=walk.bindings,
+        bindings=[binding for binding in walk.bindings if id(binding.tensor) not in untouched],
         parameters=[(p, p.requires_grad) for p in walk.parameters.values()],
         personal=personal_tensors,
         kinds=kinds,
@@ -243,6 +252,19 @@ def shared_tensors_of(
         fits=[fit for fit in walk.fits if any(id(buffer) in fitting for buffer in fit.buffers)],
         irregular=IrregularBuffers(walk.submodules, kinds, policies),
     )
+
+
+def _carried(
+    frozen: Mapping[str, Tensor], policies: BufferPolicies, written: Collection[str] | None, *, others: bool
+) -> Mapping[str, Tensor]:
+    """Return the frozen parameters that are in the vector."""
+    if written is None:
+        return frozen
+    named = [name for name in frozen if policies.chosen([name]) == "mean"]
+    names = dict.fromkeys([*named, *(name for name in written if name in frozen)])
+    if not (names or others) and frozen:  # a vector has elements
+        names = {min(frozen, key=lambda name: frozen[name].numel()): None}
+    return {name: frozen[name] for name in names}
 
 
 _SENT = ("mean", "largest")  # policies of buffers that clients send

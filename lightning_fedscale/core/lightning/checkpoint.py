@@ -70,6 +70,7 @@ def federated_state(
     accumulation: list[int],
     flags: dict[str, Any],
     trained: list[str] | None,
+    frozen: dict[str, Any],
     monitored: dict[str, torch.Tensor],
 ) -> dict[str, Any]:
     """Return ``checkpoint["federated"]``: tensors and primitives, loadable with ``weights_only=True``."""
@@ -91,6 +92,7 @@ def federated_state(
         "accumulation": accumulation,
         "flags": flags,
         "trained": trained,
+        "frozen": frozen,
         "monitored": monitored,
     }
 

@@ -19,7 +19,7 @@ from lightning_fedscale.core.lightning.hooks import as_it_was
 from lightning_fedscale.core.lightning.log_ranks import RankLog
 from lightning_fedscale.core.lightning.log_series import LogSeries, is_single, read_numbers, step_value
 from lightning_fedscale.core.lightning.module_state import current_hook, in_hook
-from lightning_fedscale.core.lightning.snapshots import MetricStates
+from lightning_fedscale.core.lightning.snapshots import MetricStates, ResultsBefore
 from lightning_fedscale.core.lightning.step_points import StepPoints
 
 _MOST_WAITING = 8192  # values that wait on the device before they are read, to bound memory
@@ -81,6 +81,7 @@ class ClientLog:
         self._known: dict[_Key, LogSeries] = {}
         self._waiting = 0
         self._silent = False
+        self._before = ResultsBefore(self._results)
         self._clients: dict[int, int] = {}  # keys: number of their first local batch within the rank's round
 
     # ---- the clients of a round
@@ -90,6 +91,7 @@ class ClientLog:
         """Collect values logged inside the context, for the clients of one round; drop waiting values on failure."""
         self._forget()
         self._clients = {}
+        self._before = ResultsBefore(self._results)
         self.joint.open_round()
         fields, results, look = vars(self._module), vars(self._results), self._results.metrics
         # A custom `log` may do anything, so it stays.
@@ -112,6 +114,13 @@ class ClientLog:
             del results["metrics"]
             if stands_in:
                 del fields["log"]
+
+    def undo(self) -> None:
+        """Discard what clients logged since the round began."""
+        self._forget()
+        for key in self._before.restore():
+            if (series := self._series.pop(key, None)) is not None:
+                self._known = {known: each for known, each in self._known.items() if each is not series}
 
     @contextmanager
     def silenced(self) -> Iterator[None]:

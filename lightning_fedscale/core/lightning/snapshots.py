@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import lightning.pytorch as pl
 from torch import Tensor
@@ -47,6 +48,36 @@ class MetricStates:
                 if len(left) != len(right) or not all(map(close, left, right)):
                     return False
         return True
+
+
+class ResultsBefore:
+    """Lightning's results of logged values as they are now.
+
+    Lightning: a `_ResultMetric` replaces its `value`, `cumulated_batch_size`, `_forward_cache`, `_update_count` and
+    `_computed` with each value, and `has_reset` says whether the values are of an earlier epoch.
+    Upgrade: `_ResultMetric` in `trainer/connectors/logger_connector/result.py`.
+
+    Args:
+        results: of the training loop, by their keys.
+    """
+
+    def __init__(self, results: dict[str, Any]) -> None:
+        self._results = results
+        self._kept = {
+            key: {n: vars(result)[n] for n in _OF_RESULT if n in vars(result)} for key, result in results.items()
+        }
+
+    def restore(self) -> list[str]:
+        """Restore the results; return the keys of those that are new, which are removed."""
+        for key, values in self._kept.items():
+            vars(self._results[key]).update(values)
+        new = [key for key in self._results if key not in self._kept]
+        for key in new:
+            del self._results[key]
+        return new
+
+
+_OF_RESULT = ("value", "cumulated_batch_size", "_forward_cache", "_update_count", "_computed", "has_reset")
 
 
 class SavedBytes(saved_tensors_hooks):

@@ -128,7 +128,7 @@ def check_model(options: Options, module: nn.Module, shared: SharedTensors) -> N
             f"personal={list(personal)!r} matches no parameter or buffer: correct the patterns; some of the names are"
             f" {', '.join(map(repr, names))}."
         )
-    if personal and not shared.names and not shared.frozen:
+    if personal and not (shared.names or shared.frozen or shared.untouched):
         raise ValueError(
             f"personal={list(personal)!r} matches all parameters, so clients share none: pass fewer patterns."
         )
@@ -141,9 +141,11 @@ def check_model(options: Options, module: nn.Module, shared: SharedTensors) -> N
 
 def _check_buffers(algorithm: AlgorithmOptions, module: nn.Module, shared: SharedTensors) -> None:
     names = [*shared.kinds, *_not_there_yet(module)]
+    frozen = [name for name, parameter in module.named_parameters() if not parameter.requires_grad]
     for pattern, policy in algorithm.buffers:
         given = f"buffers={{{pattern!r}: {policy!r}}}"
-        matching = [name for name in names if fnmatchcase(name, pattern)]
+        may_match = [*names, *frozen] if policy == "mean" else names
+        matching = [name for name in may_match if fnmatchcase(name, pattern)]
         if not matching:
             close = get_close_matches(pattern.strip("*."), names, n=1)
             hint = f" Did you mean {close[0]!r}?" if close else ""

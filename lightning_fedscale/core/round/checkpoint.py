@@ -56,6 +56,7 @@ class FederationCheckpoint:
             accumulation=[fit.scope.accumulation_of_trainer, fit.scope.accumulation],
             flags=fit.scope.flags(),
             trained=fit.tensors.trained,
+            frozen=fit.tensors.state_of_frozen(),
             losses=torch.tensor(sorted(fit.totals.losses.items()), dtype=torch.float64).reshape(-1, 2),
             monitored=monitored,
         )
@@ -84,7 +85,7 @@ class FederationCheckpoint:
         fit, settings = self._fit, _settings(self._fit.options)
         self._resumed = {name: state[name] for name in IDENTITY}
         refuse_other_rules(state["settings"], settings)
-        if state["versions"] or DITTO in state["clients"]:
+        if has_vectors := bool(state["versions"]) or DITTO in state["clients"]:
             refuse_other_owners(state["settings"], settings)
         if changed := changed_settings(state["settings"], settings):
             rank_zero_warn(f"ckpt_path: {changed}")
@@ -97,6 +98,7 @@ class FederationCheckpoint:
         fit.stale.load_state_dict(state["versions"], fit.device)
         fit.totals.losses = {int(client): loss for client, loss in state["losses"].tolist()}
         fit.notifier.monitors.load_state_dict(state.get("monitored", {}))
+        fit.tensors.load_frozen(state.get("frozen"), has_vectors=has_vectors)
         self._load_flags(state)
 
     def _load_flags(self, state: dict[str, Any]) -> None:

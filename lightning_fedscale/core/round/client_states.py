@@ -15,6 +15,7 @@ from lightning_fedscale.core.options.options import Options
 from lightning_fedscale.core.plan import RoundPlan
 from lightning_fedscale.core.round.client_pipeline import DITTO, DITTO_BUFFERS, PERSONAL
 from lightning_fedscale.types import Cursor
+from lightning_fedscale.utils.flat_view import FlatView
 
 
 class ClientStates:
@@ -89,6 +90,14 @@ class ClientStates:
         whole: Tensor | None = kept(DITTO)
         model = state if whole is None else shared.view.substituted(state, whole)
         return {**model, **shared.of_personal(state, kept(DITTO_BUFFERS) or {})}
+
+    def complete(self, view: FlatView) -> None:
+        """Add tensors that are exchanged from now on to the clients' own models, as the module holds them."""
+        states = self.store.states
+        for client in list(states.clients(DITTO)):
+            model: Tensor | None = states.get(client, DITTO)
+            if model is not None:
+                states.put(client, DITTO, view.completed(model))
 
     def state_dict(self, *, in_client: bool) -> dict[str, Any]:
         """Return the states of all ranks on rank 0; call it on all ranks.

@@ -17,6 +17,7 @@ from torch.optim import Optimizer
 from lightning_fedscale.core.client_state import OptimizerKeeper
 from lightning_fedscale.core.executors import (
     ExecutorChoice,
+    FrozenWritten,
     RoundLoader,
     SequentialExecutor,
     VectorizedExecutor,
@@ -241,10 +242,24 @@ class Federation:
         """
         opened, self._open = self._open, None
         assert opened is not None
-        runner = RoundRunner(self.fit, opened, batch, training=training)
         self._begun = opened.work
-        self.last_round = record = runner.run()
+        while True:
+            runner = RoundRunner(self.fit, opened, batch, training=training)
+            try:
+                self.last_round = record = runner.run()
+                break
+            except FrozenWritten as error:  # on all ranks
+                self._exchange(error.names, opened.plan.round)
+                opened = opened.again(self.fit)
         return {} if math.isnan(record.loss) else {"loss": torch.tensor(record.loss, device=self.fit.device)}
+
+    def _exchange(self, frozen: list[str], round: int) -> None:
+        """Exchange frozen parameters from now on, while the module holds the global model of a round's start."""
+        fit = self.fit
+        fit.tensors.add_written(frozen, round)
+        view = fit.tensors.shared().view
+        fit.stale.complete(view)
+        fit.clients.complete(view)
 
     def end_round(self) -> None:
         """Log the round and tell callbacks, now that the Trainer has counted it and stepped its schedules.

@@ -42,10 +42,10 @@ class RoundTable:
     def __init__(self, plan: RoundPlan, world_size: int, num_parameters: int = 0, num_logged: int = 0) -> None:
         self._plan = plan
         # numpy, since torch takes several times as long to write a few numbers.
-        parts = [ClientRows.size_of(plan), world_size, world_size, num_parameters + 1, 1, 1, 1, SIDE, _TIMINGS]
+        parts = [ClientRows.size_of(plan), world_size, world_size, num_parameters + 1, 1, 1, 1, 1, SIDE, _TIMINGS]
         self._numbers = np.zeros(sum(parts) + num_logged)
         cells, self._busy, self._failed, self._trainable, *others = np.split(self._numbers, np.cumsum(parts))
-        self._slots, self._preempted, self._irregular, self._side, self._timing, self.logged = others
+        self._slots, self._preempted, self._irregular, self._again, self._side, self._timing, self.logged = others
         self.clients = ClientRows(plan, cells)
 
     def set_logged(self, numbers: FloatArray) -> None:
@@ -62,7 +62,14 @@ class RoundTable:
         return flags if anybody else None
 
     def finish_rank(
-        self, rank: int, seconds: float, *, failed: bool, preempted: bool = False, irregular_buffers: bool = False
+        self,
+        rank: int,
+        seconds: float,
+        *,
+        failed: bool,
+        preempted: bool = False,
+        irregular_buffers: bool = False,
+        again: bool = False,
     ) -> None:
         """Note how long this rank worked.
 
@@ -72,11 +79,13 @@ class RoundTable:
             failed: whether an exception ended it.
             preempted: whether the rank's job will end soon.
             irregular_buffers: whether buffers appeared, disappeared, or changed their shape.
+            again: whether the round must start again.
         """
         self._busy[rank] = seconds
         self._failed[rank] = float(failed)
         self._preempted[0] = float(preempted)
         self._irregular[0] = float(irregular_buffers)
+        self._again[0] = float(again)
 
     def add_side(self, side: Sequence[float]) -> None:
         """Note what else this rank spent and counted since the last round, see `RoundRecord.side`."""
@@ -113,6 +122,10 @@ class RoundTable:
     def irregular_buffers(self) -> bool:
         """Return whether buffers appeared, disappeared, or changed their shape on any rank."""
         return bool(self._irregular[0] > 0)
+
+    def again(self) -> bool:
+        """Return whether any rank needs the round to start again."""
+        return bool(self._again[0] > 0)
 
     def preempted(self) -> bool:
         """Return whether the job of any rank will end soon."""

@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import lightning.pytorch as pl
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
-from lightning_fedscale.core.executors import LargestClient, SharedTensors, shared_tensors_of
+from lightning_fedscale.core.executors import (
+    FrozenGuard,
+    LargestClient,
+    SharedTensors,
+    can_watch,
+    shared_tensors_of,
+)
 from lightning_fedscale.core.options.options import Options
 from lightning_fedscale.utils import collectives
 from lightning_fedscale.utils.checks import enumerated
@@ -31,11 +38,63 @@ class ModuleTensors:
         self._caches: set[str] = set()  # buffers that each rank keeps for itself
         self._warned: set[str] = set()  # buffers about which the user was warned
         self.trained: list[str] | None = None
+        self._written: list[str] | None = []  # frozen parameters that training writes to; None for all
+        self._watched: list[str] = []  # others, which no client wrote to in so many batches while it was watched
+        self._watched_batches = 0
 
     def shared(self) -> SharedTensors:
         """Return the module's tensors as they are now."""
         algorithm, module = self._options.algorithm, self._trainer.lightning_module
-        return shared_tensors_of(module, algorithm.personal, algorithm.buffer_policies, self._caches)
+        return shared_tensors_of(module, algorithm.personal, algorithm.buffer_policies, self._caches, self._written)
+
+    def guard(self, shared: SharedTensors, round: int) -> FrozenGuard:
+        """Return the guard of a round's frozen parameters; all clients are watched if these are others than before."""
+        names = list(dict.fromkeys(binding.path for binding in shared.untouched))
+        can = bool(names) and can_watch(self._trainer.lightning_module)
+        before = self._watched_batches if names == self._watched else 0
+        return FrozenGuard(shared.untouched, round, watched_before=before, watches=can)
+
+    def end_watch(self, shared: SharedTensors, batches: int) -> None:
+        """Note that no client wrote to other frozen parameters than those in the vector.
+
+        Args:
+            shared: the module's tensors.
+            batches: the largest number of batches of a client in this round.
+        """
+        names = list(dict.fromkeys(binding.path for binding in shared.untouched))
+        self._watched_batches = max(batches, self._watched_batches if names == self._watched else 0)
+        self._watched = names
+
+    def written_on_any_rank(self, names: list[str]) -> list[str]:
+        """Return the frozen parameters that clients of any rank wrote to; call it on all ranks."""
+        of_ranks = collectives.gather_over_ranks(names, self._trainer.strategy.root_device)
+        return list(dict.fromkeys(name for names in of_ranks for name in names))
+
+    def add_written(self, names: list[str], round: int) -> None:
+        """Exchange these frozen parameters from now on."""
+        assert self._written is not None
+        self._written += names
+        rank_zero_warn(
+            f"frozen parameters: {enumerated(names)} changed while clients trained in round {round}, which starts"
+            " again: from now on clients send them and the global model takes the mean over clients. Pass"
+            f" FederatedStrategy(buffers={{{names[0]!r}: 'mean'}}) to exchange them from the start."
+        )
+
+    def state_of_frozen(self) -> dict[str, Any]:
+        """Return which frozen parameters are exchanged, for a checkpoint."""
+        return {"written": self._written, "watched": self._watched, "batches": self._watched_batches}
+
+    def load_frozen(self, state: dict[str, Any] | None, *, has_vectors: bool) -> None:
+        """Resume from a checkpoint.
+
+        Args:
+            state: the result of `state_of_frozen`; None in checkpoints of earlier versions.
+            has_vectors: whether the checkpoint contains models as vectors, which in earlier versions had all of them.
+        """
+        if state is None:
+            self._written = None if has_vectors else []
+        else:
+            self._written, self._watched, self._watched_batches = state["written"], state["watched"], state["batches"]
 
     def check_trained(self, shared: SharedTensors) -> None:
         """Reject other trainable parameters than in the round before if a state is kept for those.

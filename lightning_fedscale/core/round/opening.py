@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 from typing import Any
 
@@ -29,6 +29,7 @@ class OpenRound:
         started: when the round began, by ``time.perf_counter``.
         outside: the global generators as the user left them; None if no batch draws from them.
         inside: the same as the first client finds them, once its first batch has arrived.
+        is_again: whether the round has started before.
     """
 
     plan: RoundPlan
@@ -39,6 +40,7 @@ class OpenRound:
     started: float
     outside: randomness.GlobalState | None
     inside: randomness.GlobalState | None = None
+    is_again: bool = False
 
     @classmethod
     def begin(cls, fit: Fit, plan: RoundPlan, started: float) -> tuple[OpenRound, Any]:
@@ -92,6 +94,11 @@ class OpenRound:
     def all_batches(self, batch: Any) -> Iterator[Any]:
         """Return the batches of this rank's clients in order, given the first one on the device."""
         return self.batches if self.first is None else chain([None] * self.skipped, [batch], self.batches)
+
+    def again(self, fit: Fit) -> OpenRound:
+        """Return the same round with all batches still to come."""
+        batches = fit.batches.stream(self.plan.round, self.work, fit.executor.order(self.work))
+        return replace(self, first=None, batches=batches, skipped=0, is_again=True)
 
     def give_up(self, device: torch.device) -> None:
         """Restore the global generators, since the first batch never arrived."""

@@ -14,15 +14,20 @@ import torch
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
-from lightning_fedscale.core.executors import ExecutorTiming, LargestClient, RoundContext
+from lightning_fedscale.core.executors import ExecutorTiming, FrozenWritten, LargestClient, RoundContext
+from lightning_fedscale.core.lightning.snapshots import MetricStates
 from lightning_fedscale.core.round.accumulator import RoundAccumulator
 from lightning_fedscale.core.round.client_pipeline import ClientPipeline, Contribution, PersonalPipeline
 from lightning_fedscale.core.round.costs import corrected, model_bytes, operations
 from lightning_fedscale.core.round.fit import Fit
 from lightning_fedscale.core.round.opening import OpenRound
+from lightning_fedscale.core.user_code.outside import places_of
+from lightning_fedscale.core.user_code.state import PythonState
 from lightning_fedscale.local_rules import Ditto
 from lightning_fedscale.types import ClientCost, ClientUpdate, RoundRecord
 from lightning_fedscale.utils import randomness
+
+_MOST_COPIED = 1 << 24  # bytes of a tensor outside the module's own that is copied in case the round starts again
 
 
 class RoundRunner:
@@ -44,6 +49,7 @@ class RoundRunner:
         self._data = fit.data
         self._plan = opened.plan
         self._started = opened.started
+        self._is_again = opened.is_again
         self._training = training
         self._shared = shared = fit.tensors.shared()
         fit.tensors.check_trained(shared)
@@ -71,6 +77,7 @@ class RoundRunner:
             pipeline=self._pipeline,
             own={name: tensor.detach().clone() for name, tensor in shared.personal.items()},
             largest=self._largest,
+            frozen=fit.tensors.guard(shared, opened.plan.round),
         )
 
     def run(self) -> RoundRecord:
@@ -82,11 +89,13 @@ class RoundRunner:
         Raises:
             RuntimeError: if no client's update, or not the server's step, is finite. The module then holds the last
                 good global model.
+            FrozenWritten: on all ranks, if clients of any rank wrote to frozen parameters that are not exchanged.
+                Everything is then as before the round.
         """
         fit, context = self._fit, self._context
         fit.clients.fetch(self._plan)
         fit.notifier.expect_clients(len(context.work))
-        with self._undone_on_failure():
+        with self._undone_on_failure(), self._repeatable():
             total, messages = self._train_and_merge()
             largest = self._buffers_of_largest()
             delta = fit.server.aggregate(self._server, total, self._table, self._cohort, messages)
@@ -107,16 +116,21 @@ class RoundRunner:
         fit, table = self._fit, self._table
         accumulator = RoundAccumulator(fit.options.algorithm, self._server, self._cohort, table, fit.world_size)
         failure: Exception | None = None
+        written: list[str] = []
         try:
-            fit.notifier.round_started(self._plan.round, self._plan.cohort)
+            if not self._is_again:
+                fit.notifier.round_started(self._plan.round, self._plan.cohort)
+            self._context.frozen.open()
             with fit.scope.entered(self._context, draws=fit.executor.draws_from_globals), fit.log.collecting():
                 self._train_clients(accumulator)
             if fit.world_size > 1:
                 table.set_logged(fit.log.joint.pack(fit.log.last_clients()))
+        except FrozenWritten as error:
+            written = error.names
         except Exception as error:
             # The other ranks wait for this one in the collective, where they learn of it.
             failure = error
-        self._finish_rank(failed=failure is not None)
+        self._finish_rank(failed=failure is not None, again=bool(written))
         total, messages = accumulator.merge()  # *** the ranks meet here, once in a round ***
         fit.requeue.agreed = table.preempted()
         if failure is not None:
@@ -126,22 +140,27 @@ class RoundRunner:
                 f"round {self._plan.round}: rank {', '.join(map(str, failed))} raised an exception (see its traceback),"
                 " so the global model stays as it was before this round."
             )
+        if table.again():
+            raise FrozenWritten(fit.tensors.written_on_any_rank(written))
         if fit.world_size > 1:
             fit.log.joint.merge(table.logged)
         return total, messages
 
     def _train_clients(self, accumulator: RoundAccumulator) -> None:
         """Train the clients, and add each update to the accumulator."""
-        for update in self._fit.executor.run(self._context):
-            contribution = self._contribution_of(update)
-            update = contribution.update
-            if not update.without_batches:
-                self._table.add_trainable(self._shared.trainable_now())
-            if update.finite:
-                self._shared.strip(update.delta)
-                accumulator.add(update, contribution.weight, contribution.message)
-        if (ditto := self._fit.options.algorithm.ditto) is not None and self._training:
-            self._train_personal(ditto)
+        frozen = self._context.frozen
+        with frozen.watching(wanted=frozen.whole_round):
+            for update in self._fit.executor.run(self._context):
+                contribution = self._contribution_of(update)
+                update = contribution.update
+                if not update.without_batches:
+                    self._table.add_trainable(self._shared.trainable_now())
+                if update.finite:
+                    self._shared.strip(update.delta)
+                    accumulator.add(update, contribution.weight, contribution.message)
+            if (ditto := self._fit.options.algorithm.ditto) is not None and self._training:
+                self._train_personal(ditto)
+        frozen.check()
 
     def _contribution_of(self, update: ClientUpdate) -> Contribution:
         """Return what the server receives of an update, and note it in the round's table."""
@@ -175,13 +194,18 @@ class RoundRunner:
                     self._table.clients.add_cost(update.client, cost)
                 pipeline.keep(update)
 
-    def _finish_rank(self, *, failed: bool) -> None:
+    def _finish_rank(self, *, failed: bool, again: bool) -> None:
         """Note in the table what the other ranks need to know of this one."""
         fit, table = self._fit, self._table
         seconds = time.perf_counter() - self._started
         irregular = fit.tensors.has_irregular_buffers(self._shared, self._largest)
         table.finish_rank(
-            fit.rank, seconds, failed=failed, preempted=fit.requeue.requested, irregular_buffers=irregular
+            fit.rank,
+            seconds,
+            failed=failed,
+            preempted=fit.requeue.requested,
+            irregular_buffers=irregular,
+            again=again,
         )
         table.add_executor(fit.executor.slots, fit.executor.timing)
         if fit.meter is not None:
@@ -261,6 +285,24 @@ class RoundRunner:
         fit.executor.choose(ExecutorTiming(*self._table.executor_timing()))
         fit.totals.add(record)
         fit.log.points.commit(int(record.local_steps.sum()))
+        if len(record.clients):
+            fit.tensors.end_watch(self._shared, int(record.local_steps.max()))
+
+    @contextmanager
+    def _repeatable(self) -> Iterator[None]:
+        """Restore what clients changed besides tensors if the round must start again."""
+        if not self._shared.untouched:
+            yield
+            return
+        module = self._fit.trainer.lightning_module
+        state, metrics = PythonState(module, places_of(module), most=_MOST_COPIED), MetricStates(module)
+        try:
+            yield
+        except FrozenWritten:
+            self._fit.log.undo()
+            metrics.restore()
+            state.restore()
+            raise
 
     @contextmanager
     def _undone_on_failure(self) -> Iterator[None]:
@@ -269,6 +311,7 @@ class RoundRunner:
             yield
         except BaseException:
             shared = self._shared
+            self._context.frozen.restore()
             shared.rebind()
             shared.irregular.restore()
             shared.set_trainable()

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from lightning_fedscale.core.plan import RoundPlan
 from lightning_fedscale.server.asynchrony import FedBuff
+from lightning_fedscale.utils.flat_view import FlatView
 
 
 class StaleModels:
@@ -36,6 +37,10 @@ class StaleModels:
             self._models[plan.round] = server
             oldest = plan.buffered.waiting
             self._models = {round: model for round, model in self._models.items() if round >= oldest}
+
+    def complete(self, view: FlatView) -> None:
+        """Add tensors that are exchanged from now on to the models, as the module holds them."""
+        self._models = {round: view.completed(model) for round, model in self._models.items()}
 
     def state_dict(self) -> dict[int, Tensor]:
         """Return the models, by round."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 
 from torch import nn
@@ -19,6 +20,7 @@ class PythonState(Snapshot):
         module: the user's module.
         places: global variables that are included.
         exact: see `Snapshot`; does not apply to the variables, which may be the training data.
+        most: bytes of the largest tensor of the module that is copied, so that it can be restored.
 
     Example:
         >>> module = nn.Module()
@@ -32,8 +34,10 @@ class PythonState(Snapshot):
         True
     """
 
-    def __init__(self, module: nn.Module, places: Sequence[Place] = (), *, exact: bool = False) -> None:
-        super().__init__({"": module}, module, exact=exact)
+    def __init__(
+        self, module: nn.Module, places: Sequence[Place] = (), *, exact: bool = False, most: int = sys.maxsize
+    ) -> None:
+        super().__init__({"": module}, module, exact=exact, most=most)
         self._module, self._places = module, places
         self._outside = Variables(places, (), module, most=_MOST_OUTSIDE)
         self.iterators += self._outside.iterators
@@ -49,7 +53,9 @@ class PythonState(Snapshot):
 
     def again(self) -> PythonState:
         """Return a present snapshot: this one if certainly nothing changed, else a new one."""
-        return self if self.still_holds() else PythonState(self._module, self._places, exact=self._exact)
+        return (
+            self if self.still_holds() else PythonState(self._module, self._places, exact=self._exact, most=self._most)
+        )
 
     def exactly(self) -> PythonState:
         """Return a present, exact snapshot; see `Snapshot`."""

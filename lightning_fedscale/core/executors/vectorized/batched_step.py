@@ -299,7 +299,8 @@ def loss_of(output: Any) -> Tensor | None:
 
 
 def _described(shared: SharedTensors) -> tuple[Any, ...]:
-    places = [(id(p.owner), p.name, id(p.tensor), p.tensor.shape, p.tensor.dtype) for p in shared.bindings]
+    bindings = (*shared.bindings, *shared.untouched)
+    places = [(id(p.owner), p.name, id(p.tensor), p.tensor.shape, p.tensor.dtype) for p in bindings]
     return places, [id(t) for t in shared.trainable], [id(t) for t in shared.buffers]
 
 

@@ -201,9 +201,12 @@ class VectorizedExecutor:
                     raise NotVectorizable(
                         f"training_step changes attributes of the module or global variables: {changed}"
                     )
+                if context.frozen.changed():
+                    raise NotVectorizable("training_step writes to frozen parameters, which all clients share")
             return _Attempt(trained)
         except Exception as error:
             attempt = _Attempt(None, is_oom_error(error) and len(wave) > 1, explained(error))
+        context.frozen.undo()
         context.shared.put_back()
         context.shared.set_trainable()
         context.shared.view.write(context.server)

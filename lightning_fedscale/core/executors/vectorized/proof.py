@@ -176,7 +176,7 @@ def step_alone(
     module = trainer.lightning_module
     own = [*shared.trainable, *shared.buffers]
     before = [tensor.detach().clone() for tensor in own]
-    frozen = [tensor._version for tensor in shared.frozen]
+    frozen = shared.state_of_frozen()
     notes: list[Logged] = []
     try:
         _write(own, [*parameters, *buffers])
@@ -200,7 +200,7 @@ def step_alone(
             parameter.grad = None
         shared.put_back()
         _write(own, before)
-    if [tensor._version for tensor in shared.frozen] != frozen:
+    if shared.state_of_frozen() != frozen:
         raise NotVectorizable("training_step writes to frozen parameters, which all clients share")
     return StepResult(None if loss is None else loss.detach().reshape(()), gradients, new, notes)
 

@@ -131,7 +131,8 @@ class WaveTraining:
                 rows = group.rows
                 parameters = self._wave.parameters(rows)
                 last = [batch_idx + 1 == lengths[row] for row in rows.indices]
-                result = self._run(context, step, group, batch_idx, last, streams, around)
+                with context.frozen.watching_step(None, batch_idx):
+                    result = self._run(context, step, group, batch_idx, last, streams, around)
                 self._wave.set_buffers(rows, result.buffers)
                 due = [r for r in rows.indices if (batch_idx + 1) % every == 0 or batch_idx + 1 == lengths[r]]
                 if every > 1:
