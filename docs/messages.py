@@ -12,7 +12,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "lightning_fedscale"
 WARN = {"rank_zero_warn", "warn"}
 # Signals between parts of the package: no user sees them.
-INTERNAL = {"NotImplementedError", "OverBudget", "TrainerAccessed"}
+INTERNAL = {"FrozenWritten", "NotImplementedError", "OverBudget", "TrainerAccessed"}
 WORDS = re.compile("[a-z]{3}")
 VALUE = re.compile(r"\{[^{}]*\}")
 

@@ -158,6 +158,23 @@ class Buffered(Module):
         return super().training_step(batch, batch_idx)
 
 
+class Taught(Module):
+    """A frozen teacher to which only clients with many batches write, so that not every rank sees it at once."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.teacher = nn.Linear(16, 4).requires_grad_(False)
+        self.backbone = nn.Linear(12, 12).requires_grad_(False)
+
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+        if batch_idx == 3:
+            for mine, other in zip(self.teacher.parameters(), self.head.parameters(), strict=True):
+                mine.data.lerp_(other.data, 0.3)
+        aim = self.teacher(self.body(batch[0])).detach()
+        loss = super().training_step([self.backbone(batch[0]), batch[1]], batch_idx)
+        return loss + 0.1 * (self.head(self.body(batch[0])) - aim).square().mean()
+
+
 class Noisy(Dataset[tuple[Tensor, Tensor]]):
     """Augments at random where the sample is fetched, that is in a worker process."""
 
@@ -400,6 +417,12 @@ SCENARIOS: dict[str, Scenario] = {
         lambda: {"max_epochs": 5},
         Buffered,
         collectives=5,
+    ),
+    "frozen": Scenario(
+        lambda: {"clients_per_round": 5, "aggregator": trimmed_mean(1)},
+        lambda: {"max_epochs": 5},
+        Taught,
+        collectives=4,  # in a round that starts again: twice the one, and two for the names
     ),
     "ditto": Scenario(lambda: {"clients_per_round": 4, "personal": Ditto(0.5)}, lambda: {"max_epochs": 4}),
     "hostile": Scenario(

@@ -260,6 +260,21 @@ def test_a_client_that_fails_leaves_the_frozen_parameters_as_they_were() -> None
     assert reference_loop.same(reference_loop.state_of(module), before)
 
 
+def test_a_module_that_writes_to_another_parameter_in_every_step_does_not_start_again_for_each() -> None:
+    class Many(Student):
+        def __init__(self) -> None:
+            super().__init__()
+            self.frozen = nn.ParameterList(nn.Parameter(torch.zeros(2), requires_grad=False) for _ in range(20))
+
+        def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+            self.frozen[self.steps % 20].data.add_(1)
+            return super().training_step(batch, batch_idx)
+
+    run = Run(Many)
+    assert len(run.warnings) == 3
+    assert run.is_same_as(Run(Many, buffers={"frozen.*": "mean"}))
+
+
 # ---- what the server does between rounds is no write of a client
 
 

@@ -18,8 +18,15 @@ from torch.utils.data import (
     WeightedRandomSampler,
 )
 
-from lightning_fedscale.core.executors import ClientLoader, ExecutorChoice, ExecutorTiming, shared_tensors_of
+from lightning_fedscale.core.executors import (
+    ClientLoader,
+    ExecutorChoice,
+    ExecutorTiming,
+    FrozenGuard,
+    shared_tensors_of,
+)
 from lightning_fedscale.core.executors.device_cache import device_data
+from lightning_fedscale.core.executors.module_walk import ModuleWalk
 from lightning_fedscale.core.executors.vectorized.stacking import NotVectorizable, opened, stacked
 from tests.wording import Row
 
@@ -84,6 +91,13 @@ def contradicted() -> None:
     parts: Any = SimpleNamespace(reason=None)
     choice = ExecutorChoice("auto", parts, parts)
     choice.choose(ExecutorTiming(1.0, 1.0, 1.2, 1.0, measured=6e-3, trial=2e-3))
+
+
+def written_unseen(client: int | None) -> None:
+    module = nn.Linear(2, 2, bias=False).requires_grad_(False)
+    guard = FrozenGuard(ModuleWalk(module).bindings, round=5)
+    module.weight.data.add_(1)
+    guard.check(client)
 
 
 ROWS: list[Row] = [
@@ -155,6 +169,14 @@ ROWS: list[Row] = [
         ValueError,
         "personal=['head.*'] matches 'head.weight' but not 'body.weight', which shares its memory: add"
         " 'body.weight' to keep both with each client, or clone one of them.",
+    ),
+    Row(
+        lambda: written_unseen(7),
+        RuntimeError,
+        "frozen parameters: client 7 wrote to 'weight' in round 5, but no client did so when these parameters were"
+        " first watched, so their values from before are lost and the global model is spoilt: pass"
+        " FederatedStrategy(buffers={'weight': 'mean'}), so that they are exchanged from the start and the global model"
+        " takes the mean over clients.",
     ),
     Row(
         lambda: stack(1, 2),

@@ -162,6 +162,13 @@ ROWS: list[Row] = [
         " buffers that belong together, such as a queue and its pointer, the same policy.",
     ),
     Row(
+        lambda: tensors().add_written(["teacher.weight"], 3),
+        UserWarning,
+        "frozen parameters: 'teacher.weight' changed while clients trained in round 3, which starts again: from now on"
+        " they are exchanged, and the global model takes the mean over clients. Pass"
+        " FederatedStrategy(buffers={'teacher.weight': 'mean'}) to exchange them from the start.",
+    ),
+    Row(
         lambda: tensors()._check_shapes(["queue"]),
         UserWarning,
         "buffers: 'queue' appeared, disappeared or changed shape while a client trained, so there is no mean: the"

@@ -53,7 +53,7 @@ class MetricStates:
 class ResultsBefore:
     """Lightning's results of logged values as they are now.
 
-    Lightning: a `_ResultMetric` replaces its `value`, `cumulated_batch_size`, `_forward_cache`, `_update_count` and
+    Lightning: a result replaces its `value`, `cumulated_batch_size`, `_forward_cache`, `_update_count` and
     `_computed` with each value, and `has_reset` says whether the values are of an earlier epoch.
     Upgrade: `_ResultMetric` in `trainer/connectors/logger_connector/result.py`.
 

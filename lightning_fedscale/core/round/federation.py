@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import time
 from collections.abc import Iterator
@@ -41,6 +42,7 @@ from lightning_fedscale.partitioners import Partition
 from lightning_fedscale.privacy import PrivacyBudget
 from lightning_fedscale.types import RoundRecord
 
+_MOST_ATTEMPTS = 3  # of a round before all frozen parameters are exchanged
 _SAMPLED = 16  # rounds; training begins only if one of them is large enough for the aggregator
 
 
@@ -243,18 +245,23 @@ class Federation:
         opened, self._open = self._open, None
         assert opened is not None
         self._begun = opened.work
-        while True:
+        for attempt in itertools.count(1):
             runner = RoundRunner(self.fit, opened, batch, training=training)
             try:
                 self.last_round = record = runner.run()
                 break
             except FrozenWritten as error:  # on all ranks
-                self._exchange(error.names, opened.plan.round)
+                self._exchange(None if attempt == _MOST_ATTEMPTS else error.names, opened.plan.round)
                 opened = opened.again(self.fit)
         return {} if math.isnan(record.loss) else {"loss": torch.tensor(record.loss, device=self.fit.device)}
 
-    def _exchange(self, frozen: list[str], round: int) -> None:
-        """Exchange frozen parameters from now on, while the module holds the global model of a round's start."""
+    def _exchange(self, frozen: list[str] | None, round: int) -> None:
+        """Exchange frozen parameters from now on, while the module holds the global model of a round's start.
+
+        Args:
+            frozen: their names; None for all.
+            round: the round.
+        """
         fit = self.fit
         fit.tensors.add_written(frozen, round)
         view = fit.tensors.shared().view

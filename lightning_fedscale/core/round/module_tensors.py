@@ -70,13 +70,14 @@ class ModuleTensors:
         of_ranks = collectives.gather_over_ranks(names, self._trainer.strategy.root_device)
         return list(dict.fromkeys(name for names in of_ranks for name in names))
 
-    def add_written(self, names: list[str], round: int) -> None:
-        """Exchange these frozen parameters from now on."""
+    def add_written(self, names: list[str] | None, round: int) -> None:
+        """Exchange these frozen parameters from now on, or all if there are no names."""
         assert self._written is not None
+        names = list(dict.fromkeys(b.path for b in self.shared().untouched)) if names is None else names
         self._written += names
         rank_zero_warn(
             f"frozen parameters: {enumerated(names)} changed while clients trained in round {round}, which starts"
-            " again: from now on clients send them and the global model takes the mean over clients. Pass"
+            " again: from now on they are exchanged, and the global model takes the mean over clients. Pass"
             f" FederatedStrategy(buffers={{{names[0]!r}: 'mean'}}) to exchange them from the start."
         )
 
