@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from lightning_fedscale import FederatedStrategy
 from tests.laws import reference
 
-WIDTH, LAYERS = 256, 8
+WIDTH, LAYERS = 512, 6
 FROZEN = WIDTH * WIDTH * LAYERS
 
 
