@@ -52,6 +52,7 @@ bench: $(VENV)/.test ## Measure round times beside hand-written loops and other 
 	$(RUN) -m benchmarks.phases
 	$(RUN) -m benchmarks.phase_study
 	$(RUN) -m benchmarks.accounting
+	$(RUN) -m benchmarks.imports
 	$(RUN) -m benchmarks.heterogeneous
 
 gpu: $(VENV)/.test ## On one CUDA device, nine minutes: tests, laws, waits, memory and speed, PASS or FAIL a line
