@@ -191,6 +191,9 @@ def test_all_ranks_decide_by_the_sum(ranks: list[tuple[float, ...]], kind: str |
     class Parts:
         reason = None
 
+        def close(self) -> None:
+            """Hold nothing."""
+
     total = ExecutorTiming(*map(sum, zip(*(ExecutorTiming(*rank) for rank in ranks), strict=True)))
     choices = [ExecutorChoice("auto", Parts(), Parts()) for _ in ranks]  # type: ignore[arg-type]
     for choice in choices:

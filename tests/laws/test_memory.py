@@ -84,6 +84,34 @@ def peak(strategy: Any) -> int:
     return counted.peak
 
 
+class GivesUp(Adapters):
+    """Is found not to be vectorizable in the second round, after the first one's waves."""
+
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+        loss = super().training_step(batch, batch_idx)
+        return loss if self.trainer.global_step == 0 else loss * float(loss.detach() < float("inf"))
+
+
+@pytest.mark.parametrize("make", [Adapters, GivesUp])
+def test_waves_are_released_after_fit_and_when_clients_train_sequentially(make: type[Adapters]) -> None:
+    """The memory of the stacked models and of their optimizers' state."""
+    held: list[bool] = []
+    strategy = FederatedStrategy(4, executor="vectorized")
+
+    def waves_hold() -> bool:
+        executor = strategy._federation.fit.executor._vectorized._waves._wave  # type: ignore[union-attr]
+        return bool(executor._memory or executor._stacks or executor._leaves or executor._optimizer._stacks)
+
+    class Spy(pl.Callback):
+        def on_train_batch_end(self, *args: Any) -> None:
+            held.append(waves_hold())
+
+    data = DataLoader(TensorDataset(torch.ones(32, WIDTH)), batch_size=4)
+    reference.quiet_trainer(max_epochs=2, strategy=strategy, callbacks=[Spy()]).fit(make(), data)
+    assert held == [True, make is Adapters]
+    assert not waves_hold()
+
+
 @pytest.mark.parametrize("executor", ["sequential", "vectorized", "auto"])
 def test_frozen_parameters_take_less_than_a_byte_each(executor: Any) -> None:
     """They took 24 bytes each: three float64 vectors of all tensors."""

@@ -88,7 +88,7 @@ def stack(*scales: object) -> object:
 
 def contradicted() -> None:
     """Vectorized steps should be 1.2 times as fast, and were three times as fast."""
-    parts: Any = SimpleNamespace(reason=None)
+    parts: Any = SimpleNamespace(reason=None, close=lambda: None)
     choice = ExecutorChoice("auto", parts, parts)
     choice.choose(ExecutorTiming(1.0, 1.0, 1.2, 1.0, measured=6e-3, trial=2e-3))
 

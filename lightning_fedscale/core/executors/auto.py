@@ -118,6 +118,7 @@ class ExecutorChoice:
             self.slots = self._vectorized.slots
             if (reason := self._vectorized.reason) is not None:
                 self.kind = "sequential"
+                self._vectorized.close()
                 rank_zero_warn(
                     f"executor={self._wanted!r}: clients train sequentially from now on, with the same results, since"
                     f" they cannot be vectorized: {reason}."
@@ -179,6 +180,8 @@ class ExecutorChoice:
             self.kind = "vectorized" if gain > _MARGIN else "sequential"
             self.reason = f"vectorized steps should be {gain:.2f} times as fast as sequential ones"
             self._sequential_seconds = timings.measured / timings.compared
+        if self.kind == "sequential":
+            self._vectorized.close()
         rank_zero_info(f"Executor: {self.kind!r} is chosen: {self.reason}{self._details()}.")
         if self.kind == "sequential" and timings.trial and timings.measured > _FAR * timings.trial:
             self._warn("vectorized", timings.measured / timings.compared, timings.trial / timings.compared)

@@ -332,8 +332,9 @@ class VectorizedExecutor:
         return self._batched_step
 
     def close(self) -> None:
-        """Release the captured steps and the module's Python state at the end of the run."""
+        """Release captured steps, the module's Python state and the memory of waves, when no more waves are to come."""
         self._state = None
+        self._waves.release()
         if self._batched_step is not None:
             self._batched_step.captured.close()
 

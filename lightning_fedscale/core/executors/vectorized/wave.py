@@ -45,7 +45,11 @@ class Wave:
 
     def __init__(self, optimizer: Optimizer) -> None:
         self._template = optimizer
-        self._optimizer = StackedOptimizer(optimizer)
+        self.release()
+
+    def release(self) -> None:
+        """Free the memory of all rows; the next wave allocates it again."""
+        self._optimizer = StackedOptimizer(self._template)
         self._memory: list[Tensor] = []
         self._trainable = 0
         self._stacks: list[Tensor] = []

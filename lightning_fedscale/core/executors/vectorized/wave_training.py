@@ -90,6 +90,11 @@ class WaveTraining:
         self._seconds_alone = 0.0  # of a wave's time, for the sequential steps of comparisons
         self._shown = any(hasattr(each, "on_client_end") for each in listeners(trainer))
 
+    def release(self) -> None:
+        """Free the memory of the waves."""
+        self._wave.release()
+        self._starts = []
+
     def are_cut(self, context: RoundContext) -> bool:
         """See `WaveBatches.are_cut`."""
         return self._batches.are_cut(context)
