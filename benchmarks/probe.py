@@ -38,7 +38,8 @@ from torch.utils.data import DataLoader, TensorDataset
 from lightning_fedscale.callbacks import MaxBatchProbe
 from lightning_fedscale.devices import estimate_memory
 from lightning_fedscale.devices.profiling.dry_run import DryRun
-from lightning_fedscale.devices.profiling.real_step import is_out_of_memory, real_step
+from lightning_fedscale.devices.profiling.real_step import real_step
+from lightning_fedscale.utils.memory import is_out_of_memory
 from tests.networks import KINDS, Classifier, images
 
 RESULT = Path(__file__).parent / "results" / "probe.md"

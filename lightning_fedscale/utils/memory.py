@@ -64,6 +64,28 @@ def _read(path: Path) -> str:
         return ""
 
 
+# Messages of torch's allocators, and of the libraries below torch when they get no memory.
+_SIGNS = (
+    "can't allocate memory", "not enough memory", "out of memory", "could not create a memory",
+    "could not create a primitive", "CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED",
+    "GET was unable to find an engine",
+)  # fmt: skip
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Return whether an exception reports that memory ran out, on any device.
+
+    Example:
+        >>> is_out_of_memory(RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED")), is_out_of_memory(KeyError())
+        (True, False)
+    """
+    import torch
+
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+        return True
+    return isinstance(error, RuntimeError) and any(sign in str(error) for sign in _SIGNS)
+
+
 _UNITS = {
     "": 1,
     "B": 1,

@@ -531,19 +531,27 @@ class OutOfMemory(Net):
     """Has room for so many clients only."""
 
     room = 2
+    error: Exception = torch.OutOfMemoryError("CUDA out of memory, or so it seems")
 
     def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
         physical = batch[0]
         if torch._C._functorch.is_batchedtensor(physical):
             physical = torch._C._functorch.get_unwrapped(physical)
             if len(physical) > self.room:
-                raise torch.OutOfMemoryError("CUDA out of memory, or so it seems")
+                raise self.error
         return super().training_step(batch, batch_idx)
 
 
+class OutOfMemoryInLibrary(OutOfMemory):
+    """Not torch's own allocator is the first to notice."""
+
+    error = RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`")
+
+
 @pytest.mark.parametrize("cache", ["auto", False])
-def test_waves_are_halved_when_memory_runs_out(cache: Any) -> None:
-    vectorized, sequential = both(lambda: OutOfMemory(dropout=0.2), cache_dataset=cache)
+@pytest.mark.parametrize("kind", [OutOfMemory, OutOfMemoryInLibrary])
+def test_waves_are_halved_when_memory_runs_out(kind: type[OutOfMemory], cache: Any) -> None:
+    vectorized, sequential = both(lambda: kind(dropout=0.2), cache_dataset=cache)
     assert_alike(vectorized, sequential, rtol=1e-7)
     federation = vectorized.strategy._federation
     assert federation is not None

@@ -13,7 +13,8 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from lightning_fedscale.devices.profiling.real_step import is_out_of_memory, real_step
+from lightning_fedscale.devices.profiling.real_step import real_step
+from lightning_fedscale.utils.memory import is_out_of_memory
 
 
 def multiply(size: int) -> None:
@@ -149,6 +150,9 @@ def test_a_tighter_limit_of_the_process_itself_is_kept() -> None:
         (RuntimeError("CUDA error: out of memory"), True),
         (torch.OutOfMemoryError("CUDA out of memory."), True),
         (RuntimeError("could not create a primitive"), True),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), True),
+        (RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"), True),
+        (RuntimeError("GET was unable to find an engine to execute this computation"), True),
         (RuntimeError("shape mismatch"), False),
         (ValueError("out of memory"), False),
     ],

@@ -188,6 +188,7 @@ class ExecutorChoice:
 
     def _predict(self, context: RoundContext) -> ExecutorTiming:
         self._forecast = forecast = self._vectorized.forecast(context, _MARGIN)
+        self._vectorized.release_wave()  # this round's clients train sequentially, and need the memory
         if forecast is None:
             return ExecutorTiming(1.0)
         return ExecutorTiming(1.0, 1.0, forecast.sequential, forecast.vectorized, trial=forecast.trial)

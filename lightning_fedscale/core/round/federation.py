@@ -202,6 +202,8 @@ class Federation:
         self.fit.notifier.monitors.close()
         if hasattr(self.fit, "executor"):  # not if training was refused before its optimizers were built
             self.fit.executor.close()
+        if self.fit.data is not None:
+            self.fit.data.loader.cache = None  # batches are the same without it
 
     def close(self) -> None:
         """Stop the loader's worker processes; give up a round whose first batch never arrived."""

@@ -19,15 +19,11 @@ from typing import Any, NamedTuple
 
 import torch
 
+from lightning_fedscale.utils.memory import is_out_of_memory
+
 _STATUS = Path("/proc/self/status")
 _LARGE = 2**16
 _RESERVED = 2**28
-
-# Messages of torch's allocators, and of oneDNN when it gets no memory.
-_SIGNS = (
-    "can't allocate memory", "not enough memory", "out of memory", "could not create a memory",
-    "could not create a primitive",
-)  # fmt: skip
 
 
 class RealStep(NamedTuple):
@@ -121,13 +117,6 @@ def real_step_on_cuda(step: Callable[[], object], device: torch.device) -> RealS
     taken = max(torch.cuda.max_memory_allocated(device) - allocated, torch.cuda.max_memory_reserved(device) - reserved)
     torch.cuda.empty_cache()
     return RealStep(not reason, bool(reason), None if reason else taken, seconds, reason)
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Return whether an exception reports that memory ran out, on any device."""
-    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
-        return True
-    return isinstance(error, RuntimeError) and any(sign in str(error) for sign in _SIGNS)
 
 
 def _be_the_child(step: Callable[[], object], budget: int, writing: int) -> None:

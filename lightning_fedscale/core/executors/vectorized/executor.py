@@ -34,7 +34,7 @@ from lightning_fedscale.core.user_code.outside import places_of
 from lightning_fedscale.core.user_code.state import PythonState
 from lightning_fedscale.types import ClientUpdate
 from lightning_fedscale.utils import randomness
-from lightning_fedscale.utils.memory import free_memory
+from lightning_fedscale.utils.memory import free_memory, is_out_of_memory
 
 # Copies of the model per client: its model, gradients and optimizer state, and as much again for temporary tensors.
 _COPIES = 6
@@ -123,6 +123,7 @@ class VectorizedExecutor:
         self.slots = 0
         self._prepare(context)
         if self.reason is not None:
+            self.close()
             self.slots = sum(len(work.batches) for work in context.work)
             yield from self.run_sequentially(context.restarted(None))
             return
@@ -157,6 +158,7 @@ class VectorizedExecutor:
                 if attempt.trained is None:
                     self.reason = attempt.reason
                     self.slots += sum(len(work.batches) for work in context.work)
+                    self.close()
                     yield from self.run_sequentially(context.restarted(None), positions)
                     return
                 self._proofs.close_wave()
@@ -205,7 +207,8 @@ class VectorizedExecutor:
                     raise NotVectorizable("training_step writes to frozen parameters, which all clients share")
             return _Attempt(trained)
         except Exception as error:
-            attempt = _Attempt(None, is_oom_error(error) and len(wave) > 1, explained(error))
+            lacking = (is_oom_error(error) or is_out_of_memory(error)) and len(wave) > 1
+            attempt = _Attempt(None, lacking, explained(error))
         context.frozen.undo()
         context.shared.put_back()
         context.shared.set_trainable()
@@ -215,8 +218,8 @@ class VectorizedExecutor:
         state.restore()
         around.restore()
         # Outside of the handler, where no traceback holds the wave's memory.
-        if self._device.type == "cuda" and attempt.out_of_memory:
-            torch.cuda.empty_cache()
+        if attempt.out_of_memory:
+            self.release_wave()
         return attempt
 
     def forecast(self, context: RoundContext, least: float) -> Forecast | None:
@@ -331,12 +334,18 @@ class VectorizedExecutor:
             self._proofs.demand()
         return self._batched_step
 
+    def release_wave(self) -> None:
+        """Release the memory of the last wave, which the next one allocates again."""
+        self._waves.release()
+        if self._device.type == "cuda":
+            torch.cuda.empty_cache()
+
     def close(self) -> None:
         """Release captured steps, the module's Python state and the memory of waves, when no more waves are to come."""
         self._state = None
-        self._waves.release()
         if self._batched_step is not None:
             self._batched_step.captured.close()
+        self.release_wave()
 
     def _log_values(self, steps: list[LoggedStep], wave: list[LocalWork], positions: dict[int, int]) -> None:
         """Forward the logged values as if the clients had trained sequentially."""
