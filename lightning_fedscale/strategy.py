@@ -115,7 +115,8 @@ class FederatedStrategy(FederationView, RankStrategy):
         client_log_every_n: also log every n-th local batch's ``on_step`` values, as ``client/...`` over local batches;
             None logs only the last values of each round, as Lightning does.
         client_state_memory: most memory for the state that clients keep between rounds, as bytes or "4GiB"; the excess
-            goes to memory-mapped temporary files, least recently used first. "auto" is a quarter of the free memory.
+            goes to memory-mapped temporary files, least recently used first. "auto" is a quarter of the host's
+            free memory, and an eighth of the device's.
         population: simulated hardware of the clients: each trains with the batch that its device holds, takes the time
             that its device would, and may miss a deadline; see `lightning_fedscale.devices.Population`. It adds
             ``round/simulated_seconds``, ``round/simulated_total`` and ``round/dropped``.

@@ -28,7 +28,8 @@ def free_memory(device: torch.device) -> int:
         import torch  # only when needed: amounts of memory as text, which `fedscale plan` writes, do without
 
         free: int = torch.cuda.mem_get_info(device)[0]
-        return free
+        # torch's allocator holds memory that it does not use.
+        return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     return max(0, min([_free_on_host(), *_left_by_control_groups()]))
 
 

@@ -22,7 +22,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from lightning_fedscale.core.client_state import ClientStore, Files, Memory, PinnedMemory, StateStore, size_of, tiers_of
+from lightning_fedscale.core.client_state import (
+    ClientStore,
+    Files,
+    Memory,
+    PinnedMemory,
+    StateStore,
+    size_of,
+    states,
+    tiers_of,
+)
+from lightning_fedscale.core.executors import device_cache
+from lightning_fedscale.core.executors.vectorized import executor
 from lightning_fedscale.utils import memory
 
 STATE_BYTES = 8 * 3 + 4
@@ -367,10 +378,67 @@ def test_tiers_by_device_and_bound(monkeypatch: pytest.MonkeyPatch) -> None:
     assert limits(cpu, None, 2) == [(Memory, 100), (Files, math.inf)]
     assert limits(cpu, 0, 2) == [(Memory, 0), (Files, math.inf)]
     assert limits(cpu, 5000) == [(Memory, 5000), (Files, math.inf)]
-    # On the device a quarter of what is free there, however much is allowed altogether.
-    assert limits(cuda) == [(Memory, 100), (PinnedMemory, 200), (Files, math.inf)]
-    assert limits(cuda, 150) == [(Memory, 100), (PinnedMemory, 50), (Files, math.inf)]
+    # On the device an eighth of what is free there, however much is allowed altogether.
+    assert limits(cuda) == [(Memory, 50), (PinnedMemory, 200), (Files, math.inf)]
+    assert limits(cuda, 150) == [(Memory, 50), (PinnedMemory, 100), (Files, math.inf)]
     assert limits(cuda, 30) == [(Memory, 30), (PinnedMemory, 0), (Files, math.inf)]
+
+
+def test_shares_of_a_device_s_memory_leave_some_free() -> None:
+    """Of what is free at first: states, which are there twice within a round, then data, then waves."""
+    kept = 2 * states._SHARE_OF_DEVICE
+    data = device_cache._SHARE_OF_FREE_MEMORY
+    assert kept + data + executor._SHARE_OF_MEMORY * (1 - data) < 0.95
+
+
+class _Lacking:
+    """Fails as often as memory is lacking, and notes what is on the device then."""
+
+    def __init__(self, error: Exception, store: StateStore, *, times: int) -> None:
+        self.error, self.store, self.times = error, store, times
+        self.near = list[int]()
+
+    def __call__(self) -> str:
+        self.near.append(len(self.store._queues[0]))
+        if len(self.near) <= self.times:
+            raise self.error
+        return "done"
+
+
+def test_states_make_way_if_memory_runs_out() -> None:
+    store = StateStore([Memory(), Memory()])
+    for client in range(3):
+        store.put(client, "a", state(client))
+    lacking = _Lacking(RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"), store, times=1)
+    assert store.with_room(lacking) == "done"
+    assert lacking.near == [3, 0]
+    assert same(store.get(1, "a"), state(1))
+    for error, times in ((ValueError("other"), 1), (MemoryError(), 2)):
+        with pytest.raises(type(error)):
+            store.with_room(_Lacking(error, store, times=times))
+
+
+def test_a_state_that_does_not_fit_on_its_device_again_makes_others_leave(monkeypatch: pytest.MonkeyPatch) -> None:
+    store, place, places = StateStore([Memory(1000), Memory()]), states._on, list[int]()
+    for client in range(3):  # 400 bytes each
+        store.put(client, "a", {"x": torch.empty(100, device="meta")})
+
+    def lacking(devices: list[torch.device], kept: Any) -> Any:
+        places.append(len(store._queues[0]))
+        if len(places) == 1:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return place(devices, kept)
+
+    monkeypatch.setattr(states, "_on", lacking)
+    assert store.get(0, "a")["x"].device.type == "meta"
+    assert places == [2, 0]
+
+
+def test_memory_that_torch_holds_and_does_not_use_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (100, 1000))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 70)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 30)
+    assert memory.free_memory(torch.device("cuda", 0)) == 140
 
 
 def test_size_is_that_of_all_tensors() -> None:

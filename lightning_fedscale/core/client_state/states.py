@@ -8,16 +8,23 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from multiprocessing.util import Finalize
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from lightning_fedscale.utils.memory import free_memory
+from lightning_fedscale.utils.memory import free_memory, is_out_of_memory
 
+_Result = TypeVar("_Result")
+
+# Within a round, the states of its clients are there twice. Data take up to a quarter of the device's free memory, and
+# waves up to half of what then is left.
+_SHARE_OF_DEVICE = 1 / 8
+_SHARE_OF_HOST = 1 / 4
 _MAPPED_AT_ONCE = 30_000  # files; the kernel lets a process map 65,530 by default
 
 
@@ -122,13 +129,14 @@ def tiers_of(device: torch.device, memory: int | None = None, processes: int = 1
 
     Args:
         device: where clients train.
-        memory: most bytes in memory, on device and host together; None for a quarter of the free memory of each.
+        memory: most bytes in memory, on device and host together; None for a quarter of the host's free memory and an
+            eighth of the device's.
         processes: number of processes that share the host.
     """
-    host = free_memory(torch.device("cpu")) // 4 // processes
+    host = int(free_memory(torch.device("cpu")) * _SHARE_OF_HOST) // processes
     if device.type != "cuda":
         return [Memory(host if memory is None else memory), Files()]
-    near = free_memory(device) // 4
+    near = int(free_memory(device) * _SHARE_OF_DEVICE)
     if memory is not None:
         near = min(near, memory)
         host = memory - near
@@ -184,8 +192,22 @@ class StateStore:
         entry = self._committed.get(name, {}).get(client)
         if entry is None:
             return None
-        state = self._tiers[entry.tier].read(entry.kept)
-        return state if entry.devices is None else _on(entry.devices, state)
+        state, devices = self._tiers[entry.tier].read(entry.kept), entry.devices
+        return state if devices is None else self.with_room(partial(_on, devices, state))
+
+    def with_room(self, make: Callable[[], _Result]) -> _Result:
+        """Return ``make()``; if memory runs out, move the states that are nearest to the next tier and try again."""
+        try:
+            return make()
+        except Exception as error:
+            if not (is_out_of_memory(error) and self._queues[0] and len(self._tiers) > 1):
+                raise
+        # Outside of the handler, where no traceback holds what `make` has allocated.
+        while self._queues[0]:
+            self._move_on(next(iter(self._queues[0])))
+        if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+            torch.cuda.empty_cache()
+        return make()
 
     def of(self, client: int) -> dict[str, Any]:
         """Return all committed states of a client, by name."""

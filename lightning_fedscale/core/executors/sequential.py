@@ -7,6 +7,7 @@ import math
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from operator import mul
 from typing import Any
 
@@ -208,7 +209,7 @@ class SequentialExecutor:
     def _prepare(self, client: int) -> None:
         kept = self._store.optimizers(client) if self._keep else None
         for i, keeper in enumerate(self._keepers):
-            keeper.load(kept[i] if kept else None)
+            self._store.states.with_room(partial(keeper.load, kept[i] if kept else None))
         self._rewind()
         for parameter in self._parameters:
             parameter.grad = None
