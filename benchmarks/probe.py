@@ -24,7 +24,8 @@ import multiprocessing
 import tempfile
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -235,8 +236,12 @@ def truth(setting: Setting, start: int, step_of: Callable[[int], Callable[[], No
 
 def measure(setting: Setting) -> list[Row]:
     predicted, verified = (in_child(ours, setting, verify) for verify in (False, True))
-    rows = [predicted, verified, *(finder(setting, mode) for mode in ("power", "binsearch"))]
-    return [*rows, truth(setting, verified.batch or 2, dry_run(setting).real_step)]
+    # The probe is not limited: the module itself stays in memory beside the copy that it measures.
+    with limited(setting):
+        rows = [predicted, verified, *(finder(setting, mode) for mode in ("power", "binsearch"))]
+    step_of = dry_run(setting).real_step
+    with limited(setting):
+        return [*rows, truth(setting, verified.batch or 2, step_of)]
 
 
 class Kept(NamedTuple):
@@ -356,10 +361,23 @@ def main() -> None:
 def _budget(given: int | None, device: str, kind: str) -> int:
     if device == "cpu":
         return given or (2**28 if kind in KINDS else _BUDGETS.get(kind, 2**29))
-    budget = given or torch.cuda.mem_get_info()[0]
-    # So that a smaller budget is a limit there as well.
-    torch.cuda.set_per_process_memory_fraction(budget / torch.cuda.get_device_properties(0).total_memory)
-    return budget
+    return given or torch.cuda.mem_get_info()[0]
+
+
+@contextmanager
+def limited(setting: Setting) -> Iterator[None]:
+    """Make the budget a limit of this process's memory on a CUDA device, besides what is there already."""
+    if setting.device == "cpu":  # there, children are limited
+        yield
+        return
+    total = torch.cuda.get_device_properties(0).total_memory
+    allowed = setting.budget + torch.cuda.memory_allocated()
+    torch.cuda.empty_cache()
+    torch.cuda.set_per_process_memory_fraction(min(1.0, allowed / total))
+    try:
+        yield
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
 
 
 def store(page: Path, part: str, model: str, rows: list[Any]) -> None:

@@ -168,7 +168,12 @@ class MemoryModel:
     def peak(self, batch: int) -> int:
         """Return the peak bytes of a step with this many samples."""
         run = self._run(batch)
-        return run.peak.total + run.kept + sum(self._extras.values())
+        return run.peak.total + run.kept + self.kept_besides
+
+    @property
+    def kept_besides(self) -> int:
+        """Bytes that the strategy keeps besides module and optimizer: part of `peak`, but not of `real_step`."""
+        return sum(self._extras.values())
 
     def breakdown(self, batch: int) -> dict[str, int]:
         """Return the bytes at the peak by kind; they sum to `peak`.
@@ -224,7 +229,7 @@ class MemoryModel:
         """
         usable = usable_bytes(budget, headroom)
         run = self._run(batch)
-        shared = run.kept + sum(self._extras.values())
+        shared = run.kept + self.kept_besides
         own = run.peak.total
         if shared + own > usable:
             raise ValueError(
@@ -286,7 +291,7 @@ class MemoryModel:
 
     def _excess(self, batch: int, usable: int) -> float:
         """Return the bytes by which a batch exceeds the budget; infinite if its run was stopped early."""
-        shared = sum(self._extras.values())
+        shared = self.kept_besides
         stop_at = usable - shared
         if not self.exact:
             # Real tensors are allocated on this machine, whichever device the budget belongs to.

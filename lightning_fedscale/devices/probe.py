@@ -178,7 +178,10 @@ def _confirm(
                 " pass a smaller budget."
             )
         return _Confirmation(quarter, True, second.peak_bytes, quarter, 2, 1)
-    predicted, taken = model.peak(half), first.peak_bytes or 0
+    # A real step trains a copy, beside which nothing of the strategy is kept.
+    besides = model.kept_besides
+    predicted, taken = model.peak(half), (first.peak_bytes or 0) + besides
+    physical = None if physical is None else physical + besides
 
     def within(amount: float) -> int:
         """Return the largest batch, from half the candidate to all of it, predicted to take at most this many bytes."""
@@ -196,7 +199,7 @@ def _confirm(
         # ... and at worst in proportion to the predicted memory.
         careful = within(usable * predicted / max(taken, predicted))
         return _Confirmation(careful, careful == half, first.peak_bytes, half, 2, 1)
-    grown = (second.peak_bytes or 0) - taken
+    grown = (second.peak_bytes or 0) + besides - taken
     if tried < wanted or taken + grown > usable:  # the line through both steps keeps the headroom
         slope = max(1.0, grown / max(1, model.peak(tried) - predicted))
         wanted = min(wanted, within(predicted + (usable - taken) / slope))

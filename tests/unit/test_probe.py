@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lightning_fedscale.devices import DeviceClass, MemoryModel, probe
+from lightning_fedscale.devices.memory import SIMULATED
 from lightning_fedscale.devices.probe import ProbeResult
 from lightning_fedscale.devices.profiling.costs import StepCost
 from lightning_fedscale.devices.profiling.dry_run import DryRunResult
@@ -91,6 +92,26 @@ def test_less_room_here_than_in_the_budget() -> None:
     assert MODEL.peak(max(seen)) <= 4_000_000 < MODEL.peak(found.max_batch)
     assert found.max_batch == MODEL.max_batch(5_000_000, headroom=0.0)
     assert found.measured_batch == max(seen)
+
+
+@pytest.mark.parametrize("off", [1.0, 1.1, 1.5])
+def test_steps_on_a_copy_show_nothing_of_what_the_strategy_keeps(off: float) -> None:
+    """They take more than predicted, which must not be taken for memory of the strategy."""
+    model = MemoryModel(PRETENDED, mlp(), SIMULATED)
+    budget, kept = 5_000_000, model.kept_besides
+    assert kept > 0.1 * budget
+
+    def taken(batch: int) -> int:
+        return int((model.peak(batch) - kept) * off)
+
+    found = probe(model, budget, headroom=0.0, measure=lambda batch: RealStep(True, False, taken(batch), 0.5, ""))
+    truth = taken(found.max_batch) + kept
+    assert 0.99 * budget < truth <= budget
+    limited = probe(
+        model, budget, headroom=0.0, physical=budget - kept,
+        measure=lambda batch: RealStep(True, False, taken(batch), 0.5, ""),
+    )  # fmt: skip
+    assert limited.max_batch == found.max_batch
 
 
 def test_what_grows_faster_than_predicted_keeps_the_headroom() -> None:

@@ -430,7 +430,9 @@ def test_a_state_that_does_not_fit_on_its_device_again_makes_others_leave(monkey
         return place(devices, kept)
 
     monkeypatch.setattr(states, "_on", lacking)
-    assert store.get(0, "a")["x"].device.type == "meta"
+    found = store.get(0, "a")
+    assert found is not None
+    assert found["x"].device.type == "meta"
     assert places == [2, 0]
 
 
