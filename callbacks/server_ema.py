@@ -9,7 +9,7 @@ import torch
 from lightning.pytorch.callbacks import WeightAveraging
 from torch import Tensor
 
-from lightning_fedscale.core.lightning.trainer_state import forget_updates
+from lightning_fedscale.core.lightning.trainer_state import forget_updates, place_average
 from lightning_fedscale.strategy import FederatedStrategy
 from lightning_fedscale.utils import checks
 
@@ -52,6 +52,7 @@ class ServerEMA(WeightAveraging):
         self._decay = checks.in_interval("decay", decay, 0.0, 1.0, closed_end=False)
         self._reference = None if reference_clients is None else checks.integer("reference_clients", reference_clients)
         self._decay_now = self._decay
+        self._given_device = device
         super().__init__(device=device, use_buffers=use_buffers, avg_fn=self._average)
 
     def decay_of(self, clients: int) -> float:
@@ -67,6 +68,7 @@ class ServerEMA(WeightAveraging):
             )
         if trainer.global_step == 0:  # WeightAveraging continues the count of an earlier Trainer
             forget_updates(self)
+        place_average(self, trainer.strategy.root_device if self._given_device is None else self._given_device)
         super().setup(trainer, pl_module, stage)
 
     def on_train_batch_end(

@@ -44,6 +44,8 @@ def probe(
     budgets = {str(name): _bytes(str(name)) for name in ([budget] if isinstance(budget, str) else budget)}
     if not budgets:
         raise ValueError("budget=[]: pass an amount of memory, or several in a list.")
+    if "auto" in budgets and torch.cuda.is_available():
+        module.cuda()  # whose memory the budget is
     model = estimate_memory(module, _batch(module, data), precision=precision)
     found = {name: find_batch(model, amount, headroom=headroom, limit=limit) for name, amount in budgets.items()}
     if json:

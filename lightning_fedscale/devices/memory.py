@@ -91,6 +91,7 @@ def estimate_memory(
         make_batch=make_batch,
         accumulate=accumulate,
         cuda=device == "cuda",
+        on_cpu=device in ("cpu", "other"),
         learns=device == "cpu",
         trainer=trainer,
     )

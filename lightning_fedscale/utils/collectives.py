@@ -58,16 +58,18 @@ class JointBuffer:
 
 def send(value: Any, to: int, device: torch.device) -> None:
     """Send tensors and primitives to another rank, which must call `receive`."""
-    data = _packed(value, device)
-    dist.send(torch.tensor([data.numel()], dtype=torch.int64, device=device), to)
+    wire = _wire(device)
+    data = _packed(value, wire)
+    dist.send(torch.tensor([data.numel()], dtype=torch.int64, device=wire), to)
     dist.send(data, to)
 
 
 def receive(sender: int, device: torch.device) -> Any:
     """Receive the value of another rank's `send`: CPU tensors stay on the CPU, others come to ``device``."""
-    length = torch.zeros(1, dtype=torch.int64, device=device)
+    wire = _wire(device)
+    length = torch.zeros(1, dtype=torch.int64, device=wire)
     dist.recv(length, sender)
-    data = torch.empty(int(length), dtype=torch.uint8, device=device)
+    data = torch.empty(int(length), dtype=torch.uint8, device=wire)
     dist.recv(data, sender)
     return _unpacked(data, device)
 
@@ -80,6 +82,11 @@ def broadcast(value: Any, sender: int, device: torch.device) -> Any:
     data = _packed(value, device) if mine else torch.empty(0, dtype=torch.uint8, device=device)
     length = int(sum_over_ranks(torch.tensor([len(data)], dtype=torch.int64, device=device)))
     return _unpacked(sum_over_ranks(data if mine else data.new_zeros(length)), device)
+
+
+def _wire(device: torch.device) -> torch.device:
+    """Return where tensors must be to be sent to one rank; gloo sends from the CPU only."""
+    return torch.device("cpu") if dist.get_backend() == dist.Backend.GLOO else device
 
 
 def _packed(value: Any, device: torch.device) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import subprocess
 import sys
@@ -183,3 +184,17 @@ def test_the_installed_command_finds_modules_where_it_is_run(tmp_path: Path) -> 
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["auto"]["max_batch"] > 10
+
+
+@pytest.mark.parametrize("budget", ["auto", "2MiB"])
+def test_the_free_memory_of_a_gpu_is_for_the_kernels_of_the_gpu(
+    budget: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    moved: list[str] = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    module = importlib.import_module("lightning_fedscale.cli.probe")  # the package has a function of that name
+    monkeypatch.setattr(module, "free_memory", lambda device: 2**21)
+    monkeypatch.setattr(Project, "cuda", lambda self: moved.append("cuda"))
+    assert cli.main(["probe", "--module", MODULE, "--budget", budget, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)[budget]["budget"] == 2**21
+    assert moved == ["cuda"] * (budget == "auto")

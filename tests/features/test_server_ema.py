@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import lightning.pytorch as pl
@@ -112,3 +113,17 @@ def test_other_strategies_are_refused() -> None:
 
 def test_without_a_reference_every_round_counts_alike() -> None:
     assert np.unique([ServerEMA(0.9).decay_of(clients) for clients in (1, 10, 100)]).tolist() == [0.9]
+
+
+def test_the_average_is_where_the_model_is_trained() -> None:
+    """When the average is made, Lightning has not brought the module to its device yet."""
+
+    class Elsewhere(FederatedStrategy):
+        root_device = torch.device("meta")
+
+    trainer: Any = SimpleNamespace(global_step=0, strategy=Elsewhere(num_clients=2))
+    for given, expected in ((None, "meta"), ("cpu", "cpu")):
+        ema = ServerEMA(device=given)
+        ema.setup(trainer, reference.make_module(), "fit")
+        assert ema._average_model is not None
+        assert {parameter.device.type for parameter in ema._average_model.parameters()} == {expected}

@@ -11,6 +11,7 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import lightning.pytorch as pl
+import torch
 from lightning.pytorch.callbacks import WeightAveraging
 from torch import Tensor
 
@@ -142,6 +143,16 @@ def forget_updates(averaging: WeightAveraging) -> None:
     Upgrade: `WeightAveraging.__init__` in `callbacks/weight_averaging.py`.
     """
     averaging._latest_update_step, averaging._latest_update_epoch = 0, -1
+
+
+def place_average(averaging: WeightAveraging, device: torch.device | str | int) -> None:
+    """Have a callback that averages models keep the average on a device.
+
+    Lightning: `_device` of the callback, which takes the module's device at `setup` where it is None: that is the CPU
+    then, also in training on a GPU.
+    Upgrade: `WeightAveraging.setup` in `callbacks/weight_averaging.py`.
+    """
+    averaging._device = device  # type: ignore[assignment]
 
 
 def _nothing() -> None:

@@ -14,7 +14,7 @@ from lightning_fedscale.devices.profiling.batches import TensorCopies
 from lightning_fedscale.devices.profiling.stubs import TrainerView
 
 
-def copied(module: nn.Module, view: TrainerView, mode: FakeTensorMode | None = None) -> Any:
+def copied(module: nn.Module, view: TrainerView, mode: FakeTensorMode | None = None, *, to_cpu: bool = False) -> Any:
     """Copy a module with fake tensors in place of its tensors; without a mode, make a real copy.
 
     Args:
@@ -22,6 +22,7 @@ def copied(module: nn.Module, view: TrainerView, mode: FakeTensorMode | None = N
             module keeps them.
         view: replaces the Trainer in the copy.
         mode: makes fake tensors.
+        to_cpu: bring the copy to the CPU; otherwise only fake tensors without a device are brought there.
     """
     try:
         with TensorCopies(_detached) if mode is None else FakeCopyMode(mode):
@@ -32,7 +33,9 @@ def copied(module: nn.Module, view: TrainerView, mode: FakeTensorMode | None = N
             " out what cannot be copied in __getstate__, or create it later."
         ) from error
     if mode is not None:
-        _bring_to_cpu(made)
+        _bring_to_cpu(made, whole=to_cpu)
+    elif to_cpu:
+        made.cpu()
     for name in ("forward", "training_step", "validation_step"):
         compiled = getattr(vars(made).get(name), "_torchdynamo_orig_callable", None)
         if compiled is not None and getattr(compiled, "__func__", None) is getattr(type(made), name, None):
@@ -64,13 +67,13 @@ def _detached(tensor: Tensor) -> Tensor | None:
     return None if tensor.is_leaf else tensor.detach().clone()
 
 
-def _bring_to_cpu(module: nn.Module) -> None:
+def _bring_to_cpu(module: nn.Module, *, whole: bool) -> None:
     placed: dict[int, tuple[Tensor, Tensor]] = {}
     for part in module.modules():
         for own in (part._parameters, part._buffers):
             tensors: dict[str, Any] = own
             for name, tensor in tensors.items():
-                if tensor is not None and tensor.device.type == "meta":
+                if tensor is not None and (tensor.device.type == "meta" or (whole and tensor.device.type != "cpu")):
                     if id(tensor) not in placed:
                         placed[id(tensor)] = tensor, _on_cpu(tensor)
                     tensors[name] = placed[id(tensor)][1]

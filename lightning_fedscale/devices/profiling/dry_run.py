@@ -74,6 +74,7 @@ class DryRun:
         accumulate: batches per optimizer step.
         cuda: whether to simulate CUDA, with memory blocks of 512 bytes and optimizers that update all parameters at
             once.
+        on_cpu: whether to run on the CPU, wherever the module is.
         learns: whether the temporary memory of this machine's operators counts.
         trainer: the module's ``self.trainer``; the module may read from it.
 
@@ -91,6 +92,7 @@ class DryRun:
         make_batch: Callable[[int], Any] | None = None,
         accumulate: int = 1,
         cuda: bool = False,
+        on_cpu: bool = False,
         learns: bool = True,
         trainer: Any = None,
     ) -> None:
@@ -106,6 +108,7 @@ class DryRun:
         self._make_batch = make_batch
         self._accumulate = accumulate
         self._cuda = cuda
+        self._on_cpu = on_cpu
         self._trainer = trainer
         self._scratch = Scratch() if learns and not cuda else None
         self._learned_up_to = 0
@@ -198,7 +201,7 @@ class DryRun:
         with ExitStack() as stack:
             mode = stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True)) if fake else None
             view = TrainerView(self._trainer)
-            module = copied(self._module, view, mode)
+            module = copied(self._module, view, mode, to_cpu=self._on_cpu)
             if self._precision in WHOLE and self._precision != "32-true":
                 module.to(WHOLE[self._precision])
             device = next((p.device for p in module.parameters()), torch.device("cpu"))
