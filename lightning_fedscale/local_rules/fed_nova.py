@@ -84,7 +84,8 @@ def _begin(client: Any, server: Any, *, mu: float) -> Correction:
 
 def _finish(outcome: Outcome, client: Any, server: Any, *, mu: float) -> Report:
     length = way(outcome.steps, lr=outcome.lr, momentum=outcome.momentum, mu=mu)
-    outcome.delta.div_(length)
+    if length:  # else the gradient scaler has skipped all steps, and the delta is zero
+        outcome.delta.div_(length)
     return Report(normalizer=float(outcome.steps) if mu else length)
 
 

@@ -75,6 +75,8 @@ def _finish(outcome: Outcome, client: Any, server: Any, *, at_start: bool) -> Re
     if at_start:
         assert outcome.gradient is not None
         control = outcome.gradient.clone()
+    elif outcome.steps == 0:  # the gradient scaler has skipped all steps, and nothing is known of the gradient
+        control = before.clone()
     else:
         control = before - server["control"] + outcome.delta / (outcome.steps * outcome.lr)
     return Report(state={"control": control}, message=control - before)

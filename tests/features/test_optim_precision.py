@@ -11,6 +11,7 @@ import pytest
 import torch
 from lightning.pytorch.plugins import MixedPrecision
 
+from lightning_fedscale.types import ClientUpdate
 from tests.features import local_loops, reference_loop
 from tests.features.local_loops import Batches
 from tests.laws import reference
@@ -60,9 +61,13 @@ class Scales(pl.Callback):
     def __init__(self) -> None:
         self.states: list[tuple[float, int]] = []
         self.at_start: list[float] = []
+        self.steps: list[int] = []
 
     def on_client_start(self, trainer: pl.Trainer, module: Any, client: int) -> None:
         self.at_start.append(trainer.precision_plugin.scaler.get_scale())  # type: ignore[attr-defined]
+
+    def on_client_end(self, trainer: pl.Trainer, module: Any, update: ClientUpdate) -> None:
+        self.steps.append(update.optimizer_steps)
 
     def on_train_batch_end(self, trainer: pl.Trainer, *args: object) -> None:
         state = trainer.precision_plugin.scaler.state_dict()  # type: ignore[attr-defined]
@@ -74,6 +79,7 @@ def test_float16_with_loss_scaling() -> None:
     by_loop = local_loops.make(reference.Classifier)
     left: dict[int, list[tuple[float, int]]] = {}
     starts: list[tuple[float, int]] = []
+    steps: list[int] = []
 
     def local(round: int, client: int, batches: Batches) -> None:
         if round and not left.get(round):
@@ -84,6 +90,7 @@ def test_float16_with_loss_scaling() -> None:
         if round:
             scaler.load_state_dict({**scaler.state_dict(), "scale": starts[-1][0], "_growth_tracker": starts[-1][1]})
         optimizer = by_loop.configure_optimizers()
+        steps.append(0)
         for batch in batches:
             optimizer.zero_grad()
             with torch.autocast("cpu", torch.float16):
@@ -91,8 +98,10 @@ def test_float16_with_loss_scaling() -> None:
             scaler.scale(loss).backward()
             scaler.unscale_(optimizer)
             torch.nn.utils.clip_grad_norm_(by_loop.parameters(), 0.5)
+            before = scaler.get_scale()
             scaler.step(optimizer)
             scaler.update()
+            steps[-1] += scaler.get_scale() >= before
         state = scaler.state_dict()
         left.setdefault(round, []).append((state["scale"], state["_growth_tracker"]))
 
@@ -105,6 +114,8 @@ def test_float16_with_loss_scaling() -> None:
         assert reference.difference(got, right) == 0.0
     assert scales.states[:-1] == starts
     assert scales.at_start == [2.0**20] * 4 + [scale for scale, _ in starts for _ in range(4)]
+    assert scales.steps == steps  # those that the scaler took
+    assert 0 in steps
     # Steps were skipped at first, later ones were not, and clients of one round did differ.
     assert reference.difference(expected[0], expected[1]) == 0.0
     assert reference.difference(expected[-2], expected[-1]) > 0.0

@@ -17,6 +17,7 @@ from lightning_fedscale import local_rules, schedules
 from lightning_fedscale.local_rules import LocalRule, Outcome, fed_dyn, fed_nova, fed_prox, scaffold
 from lightning_fedscale.local_rules.fed_nova import way
 from lightning_fedscale.samplers import uniform
+from tests.unit.test_contracts import example
 
 CLIENTS, ROUNDS, LR = 8, 12, 0.05
 EQUAL = make(CLIENTS, 3, (6,) * CLIENTS)
@@ -247,3 +248,24 @@ def test_schedules_of_local_steps() -> None:
 def test_bad_arguments_are_refused(build: Callable[[], Any], kind: type[Exception], message: str) -> None:
     with pytest.raises(kind, match=message):
         build()
+
+
+@pytest.mark.parametrize("name", local_rules.FACTORIES)
+def test_a_client_whose_steps_were_all_skipped_teaches_nothing(name: str) -> None:
+    """A gradient scaler skips steps until its scale is small enough."""
+    rule = example("local_rules", name)
+    server, kept = rule.init(torch.zeros(3)), None
+    for steps in (2, 0):
+        delta = torch.full((3,), 0.5 * steps)
+        before = kept
+        report = rule.finish(
+            Outcome(delta, steps, 0.1, 0.0, torch.ones(3) if rule.needs_gradient else None), kept, server
+        )
+        kept = report.state
+    assert delta.tolist() == [0.0] * 3
+    if rule.sends_message and not rule.needs_gradient:
+        assert report.message is not None
+        assert report.message.tolist() == [0.0] * 3
+    if rule.keeps_state and not rule.needs_gradient:
+        assert before is not None
+        assert {name: value.tolist() for name, value in kept.items()} == {n: v.tolist() for n, v in before.items()}

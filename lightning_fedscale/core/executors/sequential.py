@@ -77,6 +77,7 @@ class SequentialExecutor:
         self._hooks: set[str]
         self._round_start: tuple[Any, list[dict[str, Any]]] | None = None
         self._scaler: Any = getattr(trainer.precision_plugin, "scaler", None)
+        self._scale = 0.0  # before the client's next step
         # In manual optimization the user steps the schedulers inside the client, but they belong to the server.
         self._schedulers: list[Any] = (
             [] if self._module.automatic_optimization else [config.scheduler for config in trainer.lr_scheduler_configs]
@@ -211,6 +212,7 @@ class SequentialExecutor:
         for i, keeper in enumerate(self._keepers):
             self._store.states.with_room(partial(keeper.load, kept[i] if kept else None))
         self._rewind()
+        self._scale = 0.0 if self._scaler is None else float(self._scaler.get_scale())
         for parameter in self._parameters:
             parameter.grad = None
 
@@ -250,9 +252,16 @@ class SequentialExecutor:
                 loss = outputs.get("loss")
                 trained.add(len(indices), loss)
                 if automatic and (last or (batch_idx + 1) % window == 0):
-                    trained.optimizer_steps += 1
+                    trained.optimizer_steps += not self._was_skipped()
                 self._watcher.client_stepped(number, loss)
         return trained
+
+    def _was_skipped(self) -> bool:
+        """Return whether the gradient scaler has skipped the last step: its scale falls then."""
+        if self._scaler is None:
+            return False
+        before, self._scale = self._scale, float(self._scaler.get_scale())
+        return self._scale < before
 
     def _call(self, hook: str, *values: Any) -> Any:
         return call_hook(self._trainer, hook, *values) if hook in self._hooks else None
