@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -18,6 +17,7 @@ from lightning_fedscale.devices.profiling.batches import loaded_samples
 from lightning_fedscale.scaling.ledger import Ledger
 from lightning_fedscale.strategy import FederatedStrategy
 from lightning_fedscale.types import RoundRecord
+from lightning_fedscale.utils.stopwatch import Stopwatch
 
 
 class Counting:
@@ -39,9 +39,10 @@ class Counting:
         self._record: RoundRecord | None = None  # counted last
         self._mark = (0.0, 0.0)  # tokens and updates at the last update
         self._energy: EnergyMeter | None = None
+        self._watch: Stopwatch[None] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "meter": None, "_step": None, "_energy": None}
+        return {**vars(self), "meter": None, "_step": None, "_energy": None, "_watch": None}
 
     def begin_fit(self, trainer: pl.Trainer) -> None:
         """Start metering clients and energy."""
@@ -49,6 +50,7 @@ class Counting:
         if isinstance(trainer.strategy, FederatedStrategy):
             trainer.strategy.meter_clients(RoundMeter(self.meter, self.costs))
         device, uuid = trainer.strategy.root_device, None
+        self._watch = Stopwatch(device)
         if device.type == "cuda":
             uuid = f"GPU-{torch.cuda.get_device_properties(device).uuid}"
         self._energy = EnergyMeter(uuid, processor=trainer.local_rank == 0)
@@ -66,7 +68,8 @@ class Counting:
         self.drop_step()
         loaded = partial(loaded_samples, trainer.train_dataloader, batch_idx)
         step = self.meter.step(batch, loaded=loaded, backward=not learns_nothing(trainer))
-        self._step = _OpenStep(trainer, step.__enter__(), _progress(trainer), time.perf_counter())
+        begun = None if self._watch is None else self._watch.start()
+        self._step = _OpenStep(trainer, step.__enter__(), _progress(trainer), begun)
 
     def end_step(self) -> None:
         """Count the open step if it has ended; a checkpoint may call this before the Trainer's hook does."""
@@ -81,9 +84,16 @@ class Counting:
         self.costs.ledger.add(
             forward=cost.forward, backward=cost.backward, samples=cost.samples, tokens=cost.tokens,
             optimizer=cost.optimizer + meter.optimizer_cost() if stepped and first else 0.0,
-            size=cost.size, seconds=time.perf_counter() - step.begun if first else 0.0,
-            updates=float(stepped and first), error=cost.error, steps=1.0, counted=float(cost.counted),
+            size=cost.size, updates=float(stepped and first), error=cost.error, steps=1.0, counted=float(cost.counted),
         )  # fmt: skip
+        if self._watch is not None and first:
+            self._watch.stop(step.begun, None)
+            self._add_seconds(wait=False)
+
+    def _add_seconds(self, *, wait: bool) -> None:
+        """Add the time of the steps that the device has finished."""
+        for _, seconds in () if self._watch is None else self._watch.read(wait=wait):
+            self.costs.ledger.add(seconds=seconds)
 
     def drop_step(self) -> None:
         """Discard the open step, which did not complete."""
@@ -121,6 +131,7 @@ class Counting:
     def count_ended(self, trainer: pl.Trainer) -> None:
         """Count steps and rounds that have ended: a callback may save a checkpoint before this one's hook runs."""
         self.end_step()
+        self._add_seconds(wait=True)
         strategy = trainer.strategy
         record = strategy.last_round if isinstance(strategy, FederatedStrategy) else None
         if record is not None and record.round < trainer.global_step:
@@ -135,6 +146,7 @@ class Counting:
 
     def add_up(self) -> None:
         """Sum the costs of the ranks into the ledger; call it on all of them."""
+        self._add_seconds(wait=True)
         self.costs.move_into(self.ledger, self.meter)
         tokens, updates = self.ledger.tokens, self.ledger.updates
         if self._record is None and updates > self._mark[1]:
@@ -149,13 +161,13 @@ class _OpenStep(NamedTuple):
         trainer: the Trainer.
         metered: counts the step.
         before: numbers of batches started and processed before it.
-        begun: time of its start.
+        begun: its start on the device.
     """
 
     trainer: pl.Trainer
     metered: MeteredStep
     before: tuple[int, int]
-    begun: float
+    begun: Any
 
     @property
     def over(self) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
@@ -15,6 +14,7 @@ from lightning_fedscale.devices.performance import PerformanceModel, StepTimes
 from lightning_fedscale.devices.profiling.batches import samples_in
 from lightning_fedscale.strategy import FederatedStrategy
 from lightning_fedscale.types import RoundRecord
+from lightning_fedscale.utils.stopwatch import Stopwatch
 
 _WARM_UP = 3
 """Steps or rounds at the beginning that are not timed, since they take longer."""
@@ -25,25 +25,35 @@ class StepTiming:
 
     Args:
         noise_scale: the gradient noise scale in samples; None if it is unknown.
-
-    Attributes:
-        times: the steps so far.
     """
 
     def __init__(self, noise_scale: float | None) -> None:
         self._noise_scale = noise_scale
-        self._begun = 0.0
-        self.times = StepTimes()
+        self._watch: Stopwatch[float] | None = None  # with the samples of each step
+        self._begun: Any = None
+        self._times = StepTimes()
 
-    def begin(self) -> None:
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_watch": None, "_begun": None}
+
+    @property
+    def times(self) -> StepTimes:
+        """The steps so far."""
+        self._read(wait=True)
+        return self._times
+
+    def begin(self, trainer: pl.Trainer) -> None:
         """Start timing a step."""
-        self._begun = time.perf_counter()
+        if self._watch is None:
+            self._watch = Stopwatch(trainer.strategy.root_device)
+        self._begun = self._watch.start()
 
     def end(self, trainer: pl.Trainer, batch: Any, batch_idx: int) -> None:
         """Add the step that has ended, unless it is a federated round."""
-        if not isinstance(trainer.strategy, FederatedStrategy) and batch_idx >= _WARM_UP:
+        if self._watch is not None and not isinstance(trainer.strategy, FederatedStrategy) and batch_idx >= _WARM_UP:
             with suppress(Exception):  # batches of unknown size are not timed
-                self._add(1, samples_in(batch), time.perf_counter() - self._begun)
+                self._watch.stop(self._begun, samples_in(batch))
+            self._read(wait=False)
 
     def add_round(self, record: RoundRecord) -> None:
         """Add the steps of a round's clients."""
@@ -51,8 +61,14 @@ class StepTiming:
             for row in zip(record.local_steps, record.samples, record.client_seconds, strict=True):
                 self._add(*map(float, row))
 
+    def _read(self, *, wait: bool) -> None:
+        """Add the steps that the device has finished."""
+        if self._watch is not None:
+            for samples, seconds in self._watch.read(wait=wait):
+                self._add(1, samples, seconds)
+
     def _add(self, steps: float, samples: float, seconds: float) -> None:
-        self.times = self.times.add(steps=steps, samples=samples, seconds=seconds)
+        self._times = self._times.add(steps=steps, samples=samples, seconds=seconds)
 
     def performance(self, sync: float | Callable[[int], float], largest: int | None) -> PerformanceModel:
         """Return the performance model that is fitted to these steps, for batches up to the largest."""
