@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import weakref
+from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
@@ -14,6 +15,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_fedscale import FederatedStrategy, Partition
 from lightning_fedscale.core.executors import SequentialExecutor, auto
+from lightning_fedscale.core.executors.vectorized import executor
 from lightning_fedscale.core.executors.vectorized.wave import Wave
 
 CLIENTS, BATCHES, ROOM = 6, 3, 4
@@ -106,3 +108,37 @@ def test_data_on_the_device_are_released_after_the_run() -> None:
     assert federation is not None
     assert federation.fit.data is not None
     assert federation.fit.data.loader.cache is None
+
+
+def widths(monkeypatch: pytest.MonkeyPatch, free: int, folder: Path, rounds: int, ckpt_path: str | None) -> list[int]:
+    """How many clients share a wave, in a run on a machine with so much free memory."""
+    found, begin = list[int](), Wave.begin
+
+    def begun(self: Wave, shared: Any, states: Any, *args: Any) -> None:
+        found.append(len(states))
+        begin(self, shared, states, *args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Wave, "begin", begun)
+        patch.setattr(executor, "free_memory", lambda device: free)
+        data = TensorDataset(torch.randn(CLIENTS * 4, 8), torch.randint(3, (CLIENTS * 4,)))
+        trainer = pl.Trainer(
+            accelerator="cpu", devices=1, max_epochs=rounds, logger=False, enable_checkpointing=False,
+            enable_progress_bar=False, enable_model_summary=False,
+            strategy=FederatedStrategy(num_clients=CLIENTS, executor="vectorized"),
+        )  # fmt: skip
+        trainer.fit(Module(), DataLoader(data, 4), ckpt_path=ckpt_path)
+        trainer.save_checkpoint(folder / f"{rounds}.ckpt")
+    return found[1:]  # after the dry run
+
+
+def test_a_resumed_run_keeps_the_width_of_its_waves(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The order of sums depends on it, and free memory on what else runs on the machine."""
+    first, less, much = 7_000, 4_500, 10**9
+    assert widths(monkeypatch, first, tmp_path, 2, None) == [3] * 4
+    assert widths(monkeypatch, much, tmp_path, 3, str(tmp_path / "2.ckpt")) == [3] * 2
+    assert widths(monkeypatch, less, tmp_path, 4, str(tmp_path / "3.ckpt")) == [3] * 2
+    assert widths(monkeypatch, less, tmp_path / "other", 2, None) == [2] * 6
+    assert widths(monkeypatch, much, tmp_path / "other", 3, None) == [CLIENTS] * 3
+    # What certainly does not fit is not kept.
+    assert widths(monkeypatch, less, tmp_path, 4, str(tmp_path / "other" / "3.ckpt")) == [2] * 3

@@ -156,8 +156,14 @@ class ExecutorChoice:
         """Whether clients train sequentially because they cannot be vectorized as requested."""
         return self._wanted == "vectorized" and self.kind == "sequential"
 
-    def resume(self, kind: Kind | None, *, gave_up: bool) -> None:
+    @property
+    def kept_width(self) -> int | None:
+        """See `VectorizedExecutor`."""
+        return self._vectorized.kept_width
+
+    def resume(self, kind: Kind | None, *, gave_up: bool, width: int | None = None) -> None:
         """Restore the choice made before the run was interrupted, so that results are bit-identical."""
+        self._vectorized.kept_width = width
         if self.kind is None and kind is not None:
             self.kind, self.reason = kind, "it was chosen before the run was interrupted"
         elif self._wanted == "vectorized" and gave_up:

@@ -51,6 +51,7 @@ class FederationCheckpoint:
             local_batches=fit.log.points.local_batches,
             executor=fit.executor.kind if fit.options.executor == "auto" else None,
             gave_up=fit.executor.gave_up,
+            clients_per_wave=fit.executor.kept_width,
             simulated=fit.totals.simulated,
             versions=fit.stale.state_dict(),
             accumulation=[fit.scope.accumulation_of_trainer, fit.scope.accumulation],
@@ -90,7 +91,9 @@ class FederationCheckpoint:
         if changed := changed_settings(state["settings"], settings):
             rank_zero_warn(f"ckpt_path: {changed}")
         self.check_resumed()
-        fit.executor.resume(state.get("executor"), gave_up=state.get("gave_up", False))
+        fit.executor.resume(
+            state.get("executor"), gave_up=state.get("gave_up", False), width=state.get("clients_per_wave")
+        )
         fit.clients.load_state_dict(state["clients"])
         fit.server.load_states(state["server"], fit.device)
         fit.log.points.local_batches = state.get("local_batches", 0)

@@ -69,6 +69,11 @@ class VectorizedExecutor:
         clients_per_wave: most clients in a wave; None for as many as fit into memory.
         verify: whether to compare clients' steps with the same sequential steps now and then during training, not only
             before the first wave.
+
+    Attributes:
+        reason: why clients cannot be vectorized; None if they can.
+        slots: the number of local steps for which there was room in the last round.
+        kept_width: clients in a wave as memory allows, for checkpoints; None if unknown or given.
     """
 
     def __init__(
@@ -91,6 +96,7 @@ class VectorizedExecutor:
         self._sequential = sequential
         self._log = log
         self._width = clients_per_wave
+        self.kept_width: int | None = None
         self._batched_step: BatchedStep | None = None
         self._proofs = Proofs(while_training=verify)
         self._waves = WaveTraining(
@@ -152,7 +158,7 @@ class VectorizedExecutor:
                 self._proofs.choose(wave[0].seed % len(wave))
                 attempt = self._attempt(context, wave)
                 if attempt.out_of_memory:
-                    self._width = len(wave) // 2
+                    self._halve(wave)
                     context = context.restarted(self.order(context.work))
                     continue
                 if attempt.trained is None:
@@ -243,7 +249,7 @@ class VectorizedExecutor:
         with step.captured.at_once():
             wave = [context.work[i] for i in self._next_wave(context.work)]
             while (attempt := self._dry_run(context, _alike(wave), 1)).out_of_memory:
-                self._width = len(wave) // 2
+                self._halve(wave)
                 wave = [context.work[i] for i in self._next_wave(context.work)]
         self.reason = attempt.reason
         return forecast._replace(captured=len(step.captured) > 0) if attempt.trained is not None else None
@@ -297,7 +303,10 @@ class VectorizedExecutor:
             share = _SHARE_OF_MEMORY / (
                 1 if self._device.type == "cuda" else getattr(self._trainer.strategy, "num_processes", 1)
             )
-            self._width = max(1, int(free_memory(self._device) * share / each))
+            fitting = max(1, int(free_memory(self._device) * share / each))
+            # A resumed run keeps its width, on which the order of sums depends, unless it certainly does not fit.
+            kept = self.kept_width
+            self._width = self.kept_width = kept if kept is not None and kept * share <= fitting else fitting
 
     def _dry_run_steps(self) -> int:
         """Return a number of steps after which the clients' models differ, within a limit."""
@@ -333,6 +342,11 @@ class VectorizedExecutor:
         if self._batched_step.captured.open_wave(state):
             self._proofs.demand()
         return self._batched_step
+
+    def _halve(self, wave: Sequence[LocalWork]) -> None:
+        self._width = len(wave) // 2
+        if self.kept_width is not None:
+            self.kept_width = self._width
 
     def release_wave(self) -> None:
         """Release the memory of the last wave, which the next one allocates again."""
