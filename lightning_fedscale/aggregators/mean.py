@@ -12,8 +12,7 @@ from lightning_fedscale.aggregators.base import Aggregator
 from lightning_fedscale.types import ClientUpdate, Cohort
 from lightning_fedscale.utils import checks
 from lightning_fedscale.utils.factory_repr import record_call
-
-_PART = 1 << 18  # elements at a time, so that the product stays in the processor's cache and needs no full vector
+from lightning_fedscale.utils.flat_view import elements_at_once
 
 
 @record_call
@@ -56,8 +55,8 @@ def _init(like: Tensor, cohort: Cohort) -> Tensor:
 def _accumulate(total: Tensor, update: ClientUpdate, weight: float, cohort: Cohort) -> Tensor:
     delta, sums = update.delta, total[:-1]
     parts = [(sums, delta)]
-    if delta.numel() > _PART:
-        parts = list(zip(torch.split(sums, _PART), torch.split(delta, _PART), strict=True))
+    if delta.numel() > (most := elements_at_once(delta.device)):
+        parts = list(zip(torch.split(sums, most), torch.split(delta, most), strict=True))
     for part, own in parts:
         # Do not use add_(alpha=...): whether it rounds once or twice depends on the machine and the element's position.
         part.add_(weight * own)

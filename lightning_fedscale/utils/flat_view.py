@@ -152,6 +152,14 @@ class FlatView:
         return vector
 
 
+def elements_at_once(device: torch.device) -> int:
+    """Return how many elements of a long vector to compute with at a time, where temporaries would be as long.
+
+    On a CPU they then stay in its cache. On other devices each part is a launch of each operator.
+    """
+    return 1 << 18 if device.type == "cpu" else 1 << 24
+
+
 def as_real(tensor: Tensor) -> Tensor:
     """View the memory as real numbers: complex ones as pairs, booleans as bytes."""
     tensor = tensor.detach()

@@ -18,7 +18,7 @@ from lightning_fedscale.core.round.costs import corrected, update_bytes
 from lightning_fedscale.local_rules import Correction, Ditto, LocalRule, Outcome
 from lightning_fedscale.types import ClientCost, ClientUpdate, Cohort
 from lightning_fedscale.utils import randomness
-from lightning_fedscale.utils.flat_view import as_real
+from lightning_fedscale.utils.flat_view import as_real, elements_at_once
 
 RULE, RESIDUAL, PERSONAL, DITTO, PRIVACY = "local_rule", "compressor", "personal", "ditto", "privacy"
 DITTO_BUFFERS = "ditto_buffers"
@@ -166,8 +166,13 @@ class ClientPipeline:
 
         It rounds towards zero, so that a clipped update does not become longer.
         """
-        for view, parameter in zip(self._shared.trainable_views(vector), self._shared.trainable_shared, strict=True):
-            dtype = as_real(parameter).dtype
+        dtypes = [as_real(parameter).dtype for parameter in self._shared.trainable_shared]
+        if len(set(dtypes)) > 1:
+            views = self._shared.trainable_views(vector)
+        else:  # layers need not be told apart, and each view takes ten launches
+            views = list(torch.split(vector, elements_at_once(vector.device)))
+            dtypes = dtypes[:1] * len(views)
+        for view, dtype in zip(views, dtypes, strict=True):
             near = view.to(dtype).double()
             less = (near * (1 - torch.finfo(dtype).eps)).to(dtype).double()  # the next number towards zero
             view.copy_(torch.where(near.abs() > view.abs(), less, near))
