@@ -169,7 +169,7 @@ class ClientPipeline:
         dtypes = [as_real(parameter).dtype for parameter in self._shared.trainable_shared]
         if len(set(dtypes)) > 1:
             views = self._shared.trainable_views(vector)
-        else:  # layers need not be told apart, and each view takes ten launches
+        else:  # the bits are the same for any parts, and each layer would take ten launches
             views = list(torch.split(vector, elements_at_once(vector.device)))
             dtypes = dtypes[:1] * len(views)
         for view, dtype in zip(views, dtypes, strict=True):
