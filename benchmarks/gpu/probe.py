@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -15,7 +13,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from benchmarks.gpu.laws import executor_of
 from benchmarks.gpu.machine import Machine
 from benchmarks.gpu.record import Found, Record
-from benchmarks.probe import Project, Setting, dry_run, in_child, trainer, truth
+from benchmarks.probe import Project, Setting, dry_run, in_child, limited, trainer, truth
 from lightning_fedscale import FederatedStrategy
 from lightning_fedscale.callbacks import MaxBatchProbe
 from tests.networks import KINDS, Classifier, vectors
@@ -74,21 +72,6 @@ def found(setting: Setting, headroom: float) -> Any:
     probe = MaxBatchProbe(budget=setting.budget, headroom=headroom, verify=setting.device == "cuda", apply=False)
     trainer(setting, probe).fit(Project(setting.kind))
     return probe.result
-
-
-@contextmanager
-def limited(setting: Setting) -> Iterator[None]:
-    """Make the budget a limit of this process on a CUDA device, besides what is there already."""
-    if setting.device == "cpu":  # there, children are limited
-        yield
-        return
-    torch.cuda.empty_cache()
-    allowed = setting.budget + torch.cuda.memory_allocated()
-    torch.cuda.set_per_process_memory_fraction(min(1.0, allowed / torch.cuda.get_device_properties(0).total_memory))
-    try:
-        yield
-    finally:
-        torch.cuda.set_per_process_memory_fraction(1.0)
 
 
 class Allocated(pl.Callback):
