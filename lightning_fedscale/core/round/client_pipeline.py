@@ -167,7 +167,7 @@ class ClientPipeline:
         It rounds towards zero, so that a clipped update does not become longer.
         """
         dtypes = [as_real(parameter).dtype for parameter in self._shared.trainable_shared]
-        if len(set(dtypes)) > 1:
+        if len(set(dtypes)) != 1:
             views = self._shared.trainable_views(vector)
         else:  # the bits are the same for any parts, and each layer would take ten launches
             views = list(torch.split(vector, elements_at_once(vector.device)))
