@@ -374,7 +374,7 @@ def test_the_command_says_what_it_found(tmp_path: Path, capsys: pytest.CaptureFi
             ["--strategy.compresor=qsgd"],
             "strategy: FederatedStrategy has no argument 'compresor'. Did you mean 'comp",
         ),
-        (["--strategy.local_steps=3"], "strategy: local_steps cannot be set here"),
+        (["--strategy.local_steps=3"], "strategy: local_steps=3 cannot be set here"),
         (["--data", "nowhere.Data"], "data='nowhere.Data': cannot be imported"),
         (["--data", "os.path"], "Pass a class or a function that makes it"),
         (["--data.batch_size=0"], "Images.train_dataloader: batch_size should be a positive integer"),
