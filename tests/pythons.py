@@ -169,7 +169,7 @@ def _python(what: str, *arguments: str) -> None:
         runpy.run_module(arguments[0], run_name="__main__", alter_sys=True)
     else:
         sys.argv = [what, *arguments]
-        runpy.run_path(what, run_name="__main__")
+        runpy.run_path(str(Path(what).absolute()), run_name="__main__")
 
 
 def main() -> None:
