@@ -30,10 +30,9 @@ settings.load_profile("lightning_fedscale")
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Mark what takes long."""
-    here = Path(__file__).parent
+    functions = set(slow.LIST.read_text().split())
     for item in items:
-        name = item.path.relative_to(here).as_posix() if item.path.is_relative_to(here) else ""
-        if name in slow.FILES or name.startswith(tuple(f"{folder}/" for folder in slow.FOLDERS)):
+        if slow.function_of(item.nodeid) in functions:
             item.add_marker(pytest.mark.slow)
 
 

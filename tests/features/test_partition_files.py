@@ -311,7 +311,7 @@ def test_a_sweep_trains_on_the_partition_it_is_given(file: str, tmp_path: Path) 
     assert losses("skewed", clients=[3], partition="dirichlet") != losses("even", clients=[3], partition="iid")
     with pytest.raises(ValueError, match=r"folder=.*sweep with other values of partition"):
         sweep(Net, Data, [2, 4, 8, 16], 1e5, [3], folder=tmp_path / "file")
-    with pytest.raises(ValueError, match="strategy: partitioner=.* cannot be set here"):
+    with pytest.raises(ValueError, match=r"strategy: partitioner=.* cannot be set here"):
         losses("both", partition=file, strategy={"partitioner": file})
     with pytest.raises(TypeError, match=r"strategy=.*: pass arguments of FederatedStrategy by name"):
         losses("made", strategy=lambda clients: FederatedStrategy())
