@@ -30,7 +30,7 @@ settings.load_profile("lightning_fedscale")
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Mark what takes long."""
-    functions = set(slow.LIST.read_text().split())
+    functions = slow.listed()
     for item in items:
         if slow.function_of(item.nodeid) in functions:
             item.add_marker(pytest.mark.slow)

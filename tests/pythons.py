@@ -59,16 +59,15 @@ def run_all(commands: Sequence[Command]) -> list[int]:
     """
     server = _server()
     assert server.stdin is not None
-    assert server.stdout is not None
-    server.stdin.write(json.dumps(commands) + "\n")
-    server.stdin.flush()
-    children: list[int] = json.loads(server.stdout.readline())
+    children: list[int] = []
     try:
-        codes: list[int] = json.loads(server.stdout.readline())
-        return codes
+        with contextlib.suppress(BrokenPipeError):  # the missing answer says so
+            server.stdin.write(json.dumps(commands) + "\n")
+            server.stdin.flush()
+        children = _answer(server)
+        return _answer(server)
     except BaseException:
-        _server.cache_clear()  # an answer that nobody reads is on its way
-        server.stdin.close()
+        _drop(server)  # an answer that nobody reads may be on its way
         raise
     finally:
         for child in children:
@@ -102,8 +101,24 @@ def _server() -> subprocess.Popen[str]:
     server = subprocess.Popen(
         command, cwd=REPOSITORY, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True
     )
-    atexit.register(server.kill)
+    atexit.register(_drop, server)
     return server
+
+
+def _answer(server: subprocess.Popen[str]) -> list[int]:
+    assert server.stdout is not None
+    if not (line := server.stdout.readline()):
+        raise RuntimeError(f"The server of Pythons ended with {server.wait()}; the next command starts another one.")
+    numbers: list[int] = json.loads(line)
+    return numbers
+
+
+def _drop(server: subprocess.Popen[str]) -> None:
+    """End a server; the next command starts another one."""
+    _server.cache_clear()
+    atexit.unregister(_drop)
+    server.kill()
+    server.communicate()  # closes the pipes and waits
 
 
 def fork(main: Callable[[], None]) -> int:

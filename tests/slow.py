@@ -1,13 +1,13 @@
 """Tests that take long, which `make test-fast` leaves out: those of slow.txt, and whoever is marked ``slow``.
 
-``python -m pytest -n 2 -p tests.slow`` runs the tests and writes slow.txt as they were; do so on a machine that does
-nothing else.
+``python -m pytest -n 2 -p tests.slow`` runs the tests and writes slow.txt as they were; functions that did not run stay
+as they are listed. Do so on a machine that does nothing else.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
 import pytest
@@ -29,14 +29,20 @@ def function_of(test: str) -> str:
     return test.removeprefix("tests/").partition("[")[0]
 
 
-def slow_of(seconds: Mapping[str, Mapping[str, float]]) -> list[str]:
-    """Return the slow functions, of the seconds of each function's cases."""
-    return sorted(
+def listed() -> set[str]:
+    """Return the functions of slow.txt."""
+    return set(LIST.read_text().split())
+
+
+def slow_of(seconds: Mapping[str, Mapping[str, float]], before: Collection[str] = ()) -> list[str]:
+    """Return the slow functions, of the seconds of each function's cases; those that did not run are as before."""
+    ran = {
         function
         for function, cases in seconds.items()
         if function.startswith(("dist/", "features/", "fuzz/", "laws/", "projects/", "unit/"))
         and (max(cases.values()) > CASE or sum(cases.values()) > ALL_CASES)
-    )
+    }
+    return sorted(ran | (set(before) - seconds.keys()))
 
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
@@ -47,4 +53,4 @@ def pytest_runtest_logreport(report: pytest.TestReport) -> None:
 def pytest_sessionfinish(session: pytest.Session) -> None:
     """Write the list; as a plugin only, and once with workers."""
     if not hasattr(session.config, "workerinput"):
-        LIST.write_text("".join(f"{function}\n" for function in slow_of(_seconds)))
+        LIST.write_text("".join(f"{function}\n" for function in slow_of(_seconds, listed())))
