@@ -6,6 +6,7 @@ so that scaling laws and the command ``fedscale`` start without torch and Lightn
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from lightning_fedscale.utils import late_imports, moved
@@ -74,9 +75,16 @@ def _register() -> None:
 
     from lightning_fedscale.core.options import lightning_cli
 
-    StrategyRegistry.register("federated", _federated, description="One Trainer step is one federated round")
+    description = "One Trainer step is one federated round"
+    StrategyRegistry.register("federated", _federated, description=description, override=True)  # of a reload
     lightning_cli.register()
+
+
+def _import_strategy() -> None:
+    """Make ``--trainer.strategy FederatedStrategy`` known: LightningCLI finds classes without a path if imported."""
+    import_module(f"{__name__}.strategy")
 
 
 moved.install()
 late_imports.after_import("lightning.pytorch.strategies", _register)
+late_imports.after_import("lightning.pytorch.cli", _import_strategy)

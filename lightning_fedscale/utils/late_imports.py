@@ -45,7 +45,7 @@ def after_import(module: str, then: Callable[[], object]) -> None:
 
 
 class _Watch(MetaPathFinder):
-    """Finds one module as the other finders do, and calls the function after the module has run."""
+    """Finds one module as the finders after it do, and calls the function after the module has run."""
 
     def __init__(self, module: str, then: Callable[[], object]) -> None:
         self._module, self._then = module, then
@@ -55,14 +55,16 @@ class _Watch(MetaPathFinder):
     ) -> ModuleSpec | None:
         if fullname != self._module:
             return None
-        others = [each for each in sys.meta_path if each is not self]
+        finders = [*sys.meta_path]  # another thread may change the list
+        others = finders[finders.index(self) + 1 :] if self in finders else finders
         spec = next(filter(None, (each.find_spec(fullname, path, target) for each in others)), None)
         if spec is not None and spec.loader is not None:
             run = spec.loader.exec_module
 
             def run_and_tell(module: ModuleType) -> None:
                 run(module)
-                if self in sys.meta_path:  # the module may be looked for, or reloaded, several times
+                # A loader may serve several modules, and a module may be looked for, or reloaded, several times.
+                if module.__name__ == self._module and self in sys.meta_path:
                     sys.meta_path.remove(self)
                     self._then()
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import importlib.abc
+import importlib.machinery
 import importlib.util
 import json
 import os
@@ -163,6 +165,56 @@ print(type(trainer.strategy).__name__, isinstance(found.server, ServerOptimizer)
 """
     run, _ = imported(code, tmp_path)
     assert run.stdout.splitlines()[-1:] == ["FederatedStrategy True"], run.stderr
+
+
+@pytest.mark.parametrize(
+    "imports",
+    [
+        "import lightning_fedscale\nfrom lightning.pytorch.cli import LightningCLI",
+        "from lightning.pytorch.cli import LightningCLI\nimport lightning_fedscale",
+    ],
+)
+def test_lightning_cli_finds_the_strategy_without_its_path(imports: str, tmp_path: Path) -> None:
+    code = f"""{imports}
+from lightning.pytorch.demos.boring_classes import BoringModel
+given = {{"strategy": {{"class_path": "FederatedStrategy", "init_args": {{"num_clients": 4}}}}, "logger": False}}
+trainer = {{**given, "accelerator": "cpu", "devices": 1}}
+cli = LightningCLI(BoringModel, args={{"trainer": trainer}}, run=False)
+print(type(cli.trainer.strategy).__name__, cli.config.trainer.strategy.init_args.num_clients)
+"""
+    run, _ = imported(code, tmp_path)
+    assert run.stdout.splitlines()[-1:] == ["FederatedStrategy 4"], run.stderr
+
+
+@pytest.mark.parametrize("first", ["", "import lightning.pytorch; "])
+def test_the_package_can_be_reloaded(first: str, tmp_path: Path) -> None:
+    code = (
+        f"{first}import importlib, lightning_fedscale\nimportlib.reload(lightning_fedscale)\nimport lightning.pytorch"
+    )
+    run, _ = imported(code, tmp_path)
+    assert run.returncode == 0, run.stderr
+
+
+def test_a_loader_of_several_modules_may_be_watched(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in a frozen application: the module is complete when the function runs."""
+
+    class Everywhere(importlib.abc.Loader, importlib.abc.MetaPathFinder):
+        def find_spec(self, name: str, *_: object) -> importlib.machinery.ModuleSpec | None:
+            return importlib.machinery.ModuleSpec(name, self) if name.startswith("frozen_") else None
+
+        def exec_module(self, module: ModuleType) -> None:
+            if module.__name__ == "frozen_outer":
+                importlib.import_module("frozen_inner")
+            module.complete = True  # type: ignore[attr-defined]
+
+    monkeypatch.setattr(sys, "meta_path", [*sys.meta_path, Everywhere()])
+    seen: list[bool] = []
+    for _ in range(2):
+        late_imports.after_import("frozen_outer", lambda: seen.append(hasattr(sys.modules["frozen_outer"], "complete")))
+    importlib.import_module("frozen_outer")
+    assert seen == [True, True]
+    for name in ("frozen_inner", "frozen_outer"):
+        monkeypatch.delitem(sys.modules, name)
 
 
 def test_a_function_runs_once_after_an_import(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
