@@ -69,6 +69,7 @@ def _read(path: Path) -> str:
 _SIGNS = (
     "can't allocate memory", "not enough memory", "out of memory", "could not create a memory",
     "could not create a primitive", "CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED",
+    "cuDNN error: CUDNN_STATUS_NOT_SUPPORTED.",  # as Lightning has it, since cuDNN says so for lack of workspace
     "GET was unable to find an engine",
 )  # fmt: skip
 

@@ -122,6 +122,37 @@ def test_float16_with_loss_scaling() -> None:
     assert any(len(set(pairs)) > 1 for pairs in left.values())
 
 
+class Unread(torch.amp.GradScaler):
+    """One whose scale must not be read while a client trains, since on a GPU each read waits for the device."""
+
+    in_client = False
+
+    def get_scale(self) -> float:
+        assert not self.in_client
+        return super().get_scale()
+
+
+class InClient(pl.Callback):
+    def __init__(self, scaler: Unread) -> None:
+        self.scaler = scaler
+        self.steps = 0
+
+    def on_client_start(self, trainer: pl.Trainer, module: Any, client: int) -> None:
+        self.scaler.in_client = True
+
+    def on_client_end(self, trainer: pl.Trainer, module: Any, update: ClientUpdate) -> None:
+        self.scaler.in_client = False
+        self.steps += update.optimizer_steps
+
+
+def test_counting_steps_does_not_read_the_scale() -> None:
+    scaler = Unread("cpu", init_scale=2.0)
+    watching = InClient(scaler)
+    plugin = MixedPrecision("16-mixed", "cpu", scaler)
+    local_loops.fit(local_loops.make(reference.Classifier), 1, plugins=[plugin], callbacks=[watching])
+    assert watching.steps > 0
+
+
 def test_16_mixed_by_name_is_what_lightning_makes_of_it_on_a_cpu() -> None:
     results = []
     for precision, context in (("bf16-mixed", nullcontext()), ("16-mixed", pytest.warns(match="Using .*bf16-mixed"))):

@@ -152,6 +152,7 @@ def test_a_tighter_limit_of_the_process_itself_is_kept() -> None:
         (RuntimeError("could not create a primitive"), True),
         (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), True),
         (RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"), True),
+        (RuntimeError("cuDNN error: CUDNN_STATUS_NOT_SUPPORTED. This error may appear"), True),
         (RuntimeError("GET was unable to find an engine to execute this computation"), True),
         (RuntimeError("shape mismatch"), False),
         (ValueError("out of memory"), False),

@@ -77,7 +77,7 @@ class SequentialExecutor:
         self._hooks: set[str]
         self._round_start: tuple[Any, list[dict[str, Any]]] | None = None
         self._scaler: Any = getattr(trainer.precision_plugin, "scaler", None)
-        self._scale = 0.0  # before the client's next step
+        self._scales: list[Tensor] = []  # at the client's start and after each of its steps
         # In manual optimization the user steps the schedulers inside the client, but they belong to the server.
         self._schedulers: list[Any] = (
             [] if self._module.automatic_optimization else [config.scheduler for config in trainer.lr_scheduler_configs]
@@ -123,6 +123,7 @@ class SequentialExecutor:
             self._log.place(work.client, start)
             tally = None if context.meter is None else context.meter.client()
             trained = self._train(context, number, start, tally)
+            trained.optimizer_steps -= self._skipped()
             position += trained.steps
             context.frozen.check(work.client)
             context.shared.rebind()
@@ -212,7 +213,8 @@ class SequentialExecutor:
         for i, keeper in enumerate(self._keepers):
             self._store.states.with_room(partial(keeper.load, kept[i] if kept else None))
         self._rewind()
-        self._scale = 0.0 if self._scaler is None else float(self._scaler.get_scale())
+        self._scales = []
+        self._note_scale()
         for parameter in self._parameters:
             parameter.grad = None
 
@@ -252,16 +254,22 @@ class SequentialExecutor:
                 loss = outputs.get("loss")
                 trained.add(len(indices), loss)
                 if automatic and (last or (batch_idx + 1) % window == 0):
-                    trained.optimizer_steps += not self._was_skipped()
+                    trained.optimizer_steps += 1
+                    self._note_scale()
                 self._watcher.client_stepped(number, loss)
         return trained
 
-    def _was_skipped(self) -> bool:
-        """Return whether the gradient scaler has skipped the last step: its scale falls then."""
-        if self._scaler is None:
-            return False
-        before, self._scale = self._scale, float(self._scaler.get_scale())
-        return self._scale < before
+    def _note_scale(self) -> None:
+        """Note the gradient scaler's scale without waiting for the device, which reading it as a number would do."""
+        if self._scaler is not None:
+            self._scales.append(self._scaler.scale(torch.ones((), device=self._device)))
+
+    def _skipped(self) -> int:
+        """Return how many of the client's steps the gradient scaler has skipped: its scale falls then."""
+        if len(self._scales) < 2:
+            return 0
+        scales = torch.stack(self._scales)
+        return int((scales[1:] < scales[:-1]).sum())
 
     def _call(self, hook: str, *values: Any) -> Any:
         return call_hook(self._trainer, hook, *values) if hook in self._hooks else None

@@ -10,7 +10,6 @@ from typing import NamedTuple
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.utilities.memory import is_oom_error
 from torch import Tensor
 from torchmetrics import Metric
 
@@ -213,7 +212,7 @@ class VectorizedExecutor:
                     raise NotVectorizable("training_step writes to frozen parameters, which all clients share")
             return _Attempt(trained)
         except Exception as error:
-            lacking = (is_oom_error(error) or is_out_of_memory(error)) and len(wave) > 1
+            lacking = is_out_of_memory(error) and len(wave) > 1
             attempt = _Attempt(None, lacking, explained(error))
         context.frozen.undo()
         context.shared.put_back()
