@@ -36,7 +36,7 @@ from lightning_fedscale.scaling.rho import Rho
 from lightning_fedscale.strategy import FederatedStrategy
 from lightning_fedscale.types import RoundRecord
 from lightning_fedscale.utils import collectives
-from lightning_fedscale.utils.checks import flag, integer
+from lightning_fedscale.utils.checks import flag, integer, is_number
 
 _GROWTH = 1.02
 """Compute must grow by this factor before the next log, since closer points only cost time."""
@@ -115,7 +115,7 @@ class ComputeAccounting(EvaluationCounter):
     ) -> None:
         super().__init__()
         for name, value in (("budget", budget), ("max_flops", max_flops)):
-            if value is not None and not (isinstance(value, (int, float)) and 0 < value < math.inf):
+            if value is not None and not (is_number(value) and 0 < value < math.inf):
                 raise ValueError(f"{name}={value!r}: pass a number of FLOPs above 0, or None.")
         if tokens_fn is not None and not callable(tokens_fn):
             raise TypeError(f"tokens_fn={tokens_fn!r}: pass a function that returns the number of tokens in a batch.")

@@ -34,6 +34,9 @@ def aggregate(
         seed: seed of rules that draw random numbers.
         held: the old name of ``num_samples``, which goes after one release.
 
+    Raises:
+        TypeError, ValueError: if ``rows`` or ``num_samples`` have another type or shape.
+
     Example:
         >>> from lightning_fedscale.aggregators import mean, median
         >>> rows = torch.tensor([[1.0], [2.0], [600.0]])
@@ -43,11 +46,20 @@ def aggregate(
     if held is not None:
         warnings.warn("aggregate: held is num_samples now: use that.", DeprecationWarning, stacklevel=2)
         num_samples = held
+    if not isinstance(rows, Tensor):
+        raise TypeError(f"rows={rows!r}: pass a tensor, (clients, elements), with one update per client.")
+    if rows.dim() != 2:
+        raise ValueError(f"rows={tuple(rows.shape)}: pass a tensor, (clients, elements), with one update per client.")
     clients, length = rows.shape
+    num_samples = [1] * clients if num_samples is None else num_samples
+    if len(num_samples) != clients or any(size < 0 for size in num_samples):
+        raise ValueError(
+            f"num_samples={num_samples!r}: pass a number of samples, at least 0, for each of the {clients} rows."
+        )
     cohort = Cohort(0, np.arange(clients), clients, length if trainable is None else trainable, seed)
     updates = (
         ClientUpdate(client, row, norm_of(row, cohort), size, size, 1, torch.nan, 0.0)
-        for client, (row, size) in enumerate(zip(rows.double(), num_samples or [1] * clients, strict=True))
+        for client, (row, size) in enumerate(zip(rows.double(), num_samples, strict=True))
     )
     like = rows.new_zeros(length, dtype=torch.float64)
     return fold(rule, updates, like, cohort, rule.fresh_state(like, cohort))[0]

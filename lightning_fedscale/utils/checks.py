@@ -140,7 +140,8 @@ def did_you_mean(name: object, known: Iterable[str]) -> str:
         >>> did_you_mean("Dirichlett", ["iid", "dirichlet"])
         " Did you mean 'dirichlet'?"
     """
-    close = get_close_matches(str(name).lower().replace("-", "_"), known, n=1)
+    cutoff = 0.6 if isinstance(name, str) else 1.0  # nobody misspells None
+    close = get_close_matches(str(name).lower().replace("-", "_"), known, n=1, cutoff=cutoff)
     return f" Did you mean {close[0]!r}?" if close else ""
 
 

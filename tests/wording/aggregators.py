@@ -94,6 +94,26 @@ ROWS: list[Row] = [
         "inner='median': pass an aggregators.Aggregator such as aggregators.median(), or None.",
     ),
     Row(
+        lambda: aggregate(aggregators.mean(), [[1.0], [2.0]]),  # type: ignore[arg-type]
+        TypeError,
+        "rows=[[1.0], [2.0]]: pass a tensor, (clients, elements), with one update per client.",
+    ),
+    Row(
+        lambda: aggregate(aggregators.mean(), torch.ones(3)),
+        ValueError,
+        "rows=(3,): pass a tensor, (clients, elements), with one update per client.",
+    ),
+    Row(
+        lambda: aggregate(aggregators.mean(), torch.ones(3, 1), [1, 2]),
+        ValueError,
+        "num_samples=[1, 2]: pass a number of samples, at least 0, for each of the 3 rows.",
+    ),
+    Row(
+        lambda: aggregate(aggregators.mean(), torch.ones(2, 1), [1, -2]),
+        ValueError,
+        "num_samples=[1, -2]: pass a number of samples, at least 0, for each of the 2 rows.",
+    ),
+    Row(
         lambda: aggregate(aggregators.krum(2), torch.zeros(6, 1)),
         ValueError,
         "aggregator=krum(attackers=2): it needs at least 7 clients in a round, and round 0 has 6: raise "

@@ -126,6 +126,12 @@ ROWS: list[Row] = [
         " without a closure.",
     ),
     # MaxBatchProbe
+    Row(
+        lambda: MaxBatchProbe(budget=None),  # type: ignore[arg-type]
+        ValueError,
+        "budget=None: pass bytes, an amount such as '8GiB', 'auto', or a device class. Known: 'phone', 'old-phone', "
+        "'raspberry-pi-5', 'jetson-nano', 'jetson', 'jetson-agx', 'laptop', 't4', 'a100', 'h100'.",
+    ),
     Row(lambda: MaxBatchProbe(budget=0), ValueError, "budget=0: pass more than 0 bytes."),
     Row(
         lambda: MaxBatchProbe(budget="jetsen"),
@@ -182,6 +188,11 @@ ROWS: list[Row] = [
         " training starts without a probe.",
     ),
     # ComputeAccounting
+    Row(
+        lambda: ComputeAccounting(max_flops=True),
+        ValueError,
+        "max_flops=True: pass a number of FLOPs above 0, or None.",
+    ),
     Row(lambda: ComputeAccounting(budget=0), ValueError, "budget=0: pass a number of FLOPs above 0, or None."),
     Row(
         lambda: ComputeAccounting(tokens_fn=3),  # type: ignore[arg-type]
