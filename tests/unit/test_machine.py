@@ -164,7 +164,20 @@ def test_measuring_draws_no_random_numbers_and_leaves_the_modes_alone(clock: clo
 def test_the_folder_is_in_the_users_cache(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert cache_folder() == folder
     monkeypatch.delenv("XDG_CACHE_HOME")
-    assert cache_folder() == Path.home() / ".cache" / "lightning_fedscale"
+    at_home = Path.home() / ".cache" / "lightning_fedscale"
+    assert cache_folder() == at_home
+    monkeypatch.setenv("XDG_CACHE_HOME", "relative")
+    assert cache_folder() == at_home, "constants must not depend on the working directory"
+
+
+def test_a_device_that_nobody_waits_for_is_not_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its work would end after the clock has stopped."""
+    asked = measures(monkeypatch)
+    found = machine_of(torch.device("mps"))
+    assert seconds(found) == seconds(BUILT_IN["cuda"])
+    assert found.overlaps
+    assert "'mps'" in found.source
+    assert not asked
 
 
 def test_calls_and_work_overlap_on_a_device() -> None:

@@ -55,7 +55,8 @@ def machine_of(device: torch.device) -> Machine:
 
     They are measured only if they can be kept: no two measurements are equal, and runs would choose differently.
     """
-    built_in = BUILT_IN.get(device.type, BUILT_IN["cpu"])
+    if (built_in := BUILT_IN.get(device.type)) is None:  # it works while the next operators are called, as CUDA does
+        return BUILT_IN["cuda"]._replace(source=f"built-in constants, since {device.type!r} devices are not measured")
     described = _description(device)
     try:
         path = cache_folder() / f"machine-{_digest(described)}.json"
@@ -72,8 +73,9 @@ def cache_folder() -> Path:
     Raises:
         RuntimeError: if the user has no home.
     """
-    caches = os.environ.get("XDG_CACHE_HOME")
-    return (Path(caches) if caches else Path.home() / ".cache") / "lightning_fedscale"
+    caches = os.environ.get("XDG_CACHE_HOME", "")
+    # A relative path is to be ignored (XDG Base Directory Specification): it would be another folder in each directory.
+    return (Path(caches) if os.path.isabs(caches) else Path.home() / ".cache") / "lightning_fedscale"
 
 
 def measured(device: torch.device) -> Machine:
@@ -167,7 +169,7 @@ def _read(path: Path, described: dict[str, Any], built_in: Machine) -> Machine:
             raise ValueError("it describes another machine")
         launch, flop, byte = (float(kept["seconds"][name]) for name in ("launch", "flop", "byte"))
         if not all(0 < seconds < 1 for seconds in (launch, flop, byte)):
-            raise ValueError("it has times that cannot be")
+            raise ValueError("its times are invalid")
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path} is broken ({error}); delete it") from error
     return Machine(launch, flop, byte, built_in.overlaps, f"constants of this machine, kept in {path}")
