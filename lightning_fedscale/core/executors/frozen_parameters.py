@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -39,6 +39,7 @@ class FrozenGuard:
 
     Args:
         bindings: where the module holds these parameters.
+        others: the tensors that are exchanged, which training writes to.
         round: index of the round.
         watched_before: how many batches of a client were watched in earlier rounds; 0 watches the whole round. Later
             batches are watched, and, on each rank, the first optimizer step of the first client.
@@ -46,12 +47,19 @@ class FrozenGuard:
     """
 
     def __init__(
-        self, bindings: Sequence[Binding] = (), round: int = 0, *, watched_before: int = 0, watches: bool = True
+        self,
+        bindings: Sequence[Binding] = (),
+        others: Iterable[Tensor] = (),
+        round: int = 0,
+        *,
+        watched_before: int = 0,
+        watches: bool = True,
     ) -> None:
         self.whole_round = watched_before == 0
         self._watched_before = watched_before
         self._watches = watches and bool(bindings)
         self._bindings = list(bindings)
+        self._others = list(others) if bindings else []
         self._round = round
         self._copies: dict[str, Tensor] = {}
         self._mode: _CopyOnWrite | None = None
@@ -62,6 +70,9 @@ class FrozenGuard:
         self._bindings = [binding.present() for binding in self._bindings]  # the server may have replaced some
         # A tensor with several names is listed under its first one.
         self._named = list({id(binding.tensor): binding for binding in reversed(self._bindings)}.values())[::-1]
+        # Views of one tensor may have one version, which a write to any of them raises.
+        in_storage = Counter(map(_storage_of, (*self._others, *(binding.memory for binding in self._named))))
+        self._has_version = [in_storage[_storage_of(binding.memory)] == 1 for binding in self._named]
         self._versions = self._versions_now()
         self._samples = _Samples([binding.memory for binding in self._named])
         self._copies.clear()
@@ -153,7 +164,8 @@ class FrozenGuard:
         return known, [b.path for b, new, old, s in changed if (new != old or s) and b.path not in self._copies]
 
     def _versions_now(self) -> list[int]:
-        return [version_of(binding.tensor) for binding in self._named]
+        pairs = zip(self._named, self._has_version, strict=True)
+        return [version_of(binding.tensor) if has else 0 for binding, has in pairs]
 
 
 class _Samples:
@@ -207,10 +219,10 @@ class _CopyOnWrite(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __init__(self, bindings: Iterable[Binding], copies: dict[str, Tensor]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._copies = copies
-        self._by_storage: dict[int, list[tuple[int, int, Binding]]] = defaultdict(list)
+        self._by_storage: dict[int | None, list[tuple[int, int, Binding]]] = defaultdict(list)
         for binding in bindings:
             start, end = span_of(binding.memory)
-            self._by_storage[binding.memory.untyped_storage()._cdata].append((start, end, binding))
+            self._by_storage[_storage_of(binding.memory)].append((start, end, binding))
 
     @classmethod
     def ignore_compile_internals(cls) -> bool:
@@ -229,7 +241,7 @@ class _CopyOnWrite(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return func(*args, **kwargs)
 
     def _keep(self, tensor: Tensor) -> None:
-        found = self._by_storage.get(tensor.untyped_storage()._cdata)
+        found = self._by_storage.get(_storage_of(tensor))
         if found is None:
             return
         first, last = span_of(tensor)
@@ -248,6 +260,11 @@ def _written_arguments(operator: Any) -> tuple[tuple[int, str], ...]:
         return ()
     aliases = [(number, each.name, each.alias_info) for number, each in enumerate(schema.arguments)]
     return tuple((number, name) for number, name, alias in aliases if alias is not None and alias.is_write)
+
+
+def _storage_of(tensor: Tensor) -> int | None:
+    """Return what identifies a tensor's storage; sparse ones have none."""
+    return int(tensor.untyped_storage()._cdata) if tensor.layout == torch.strided else None
 
 
 def version_of(tensor: Tensor) -> int:

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torchmetrics import Metric
 
 from lightning_fedscale.utils.buffers import BufferPolicies, Fit, Kind, fits_of
@@ -51,6 +52,9 @@ class _Home(NamedTuple):
 class ModuleWalk:
     """The parameters and buffers of a module, except those of torchmetrics, constants and caches.
 
+    Constants are tensors that training cannot write to in place; frozen parameters are constants if they are sparse or
+    tensor subclasses that wrap others, as quantized weights are.
+
     All are found in one walk, in the order of `named_parameters` and `named_buffers`, each of which would walk through
     all submodules.
 
@@ -84,6 +88,8 @@ class ModuleWalk:
             self.fits += fits_of(part)
             for name, parameter in part._parameters.items():
                 if parameter is not None:
+                    if not parameter.requires_grad and not _has_memory(parameter):
+                        left_out.add(id(parameter))
                     self._bind(part._parameters, name, parameter, prefix, self.parameters, known)
             for name, buffer in part._buffers.items():
                 if buffer is not None:
@@ -124,7 +130,12 @@ class ModuleWalk:
 
 
 def _is_constant(buffer: Tensor) -> bool:
-    """Return whether training cannot write to a buffer in place: it is sparse, or expanded with shared elements."""
-    if buffer.layout != torch.strided:
+    """Return whether training cannot write to a buffer in place: it has no memory, or elements that share it."""
+    if not _has_memory(buffer):
         return True
     return any(size > 1 and stride == 0 for size, stride in zip(buffer.shape, buffer.stride(), strict=True))
+
+
+def _has_memory(tensor: Tensor) -> bool:
+    """Return whether a tensor has its own memory: it is not sparse, and no subclass that wraps other tensors."""
+    return tensor.layout == torch.strided and not is_traceable_wrapper_subclass(tensor)

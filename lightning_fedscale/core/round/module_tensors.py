@@ -52,7 +52,8 @@ class ModuleTensors:
         names = list(dict.fromkeys(binding.path for binding in shared.untouched))
         can = bool(names) and can_watch(self._trainer.lightning_module)
         before = self._watched_batches if names == self._watched else 0
-        return FrozenGuard(shared.untouched, round, watched_before=before, watches=can)
+        others = (binding.memory for binding in shared.bindings)
+        return FrozenGuard(shared.untouched, others, round, watched_before=before, watches=can)
 
     def end_watch(self, shared: SharedTensors, batches: int) -> None:
         """Note that no client wrote to other frozen parameters than those in the vector.
