@@ -12,7 +12,7 @@ import lightning.pytorch as pl
 from lightning_fedscale.core.executors.machine import BUILT_IN
 from lightning_fedscale.core.executors.vectorized import executor
 
-READERS = ("lightning_fedscale", "lightning", "pytorch_lightning")
+READERS = ("lightning_fedscale", "lightning.", "pytorch_lightning")
 
 
 class Clock:
@@ -42,7 +42,7 @@ def install(put: Callable[[Any, str, Any], None] = setattr) -> Clock:
     # On this clock nothing can be measured, and nothing measured on it may be kept in the user's cache.
     put(executor, "machine_of", lambda device: BUILT_IN[device.type])
     for name, module in list(sys.modules.items()):
-        if name.partition(".")[0] in READERS and vars(module).get("time") is time:
+        if name.startswith(READERS) and vars(module).get("time") is time:
             put(module, "time", clock)
     return clock
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import functools
+import gc
 import json
 import os
 import runpy
@@ -191,6 +192,8 @@ def main() -> None:
     """Serve: a line holds commands, the answer is a line of their processes and one of their exit codes."""
     torch.set_num_threads(1)
     torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)  # imports what torch would import in every copy
+    gc.collect()
+    gc.freeze()  # so that collections in the copies neither pass over all this nor write to memory that they share
     for line in sys.stdin:
         children = [fork(functools.partial(_serve, Command(*each))) for each in json.loads(line)]
         for child in children:
