@@ -124,7 +124,7 @@ class Project(pl.LightningModule):
 
 def prepare(fast: bool) -> tuple[list[Tensor], str]:
     """Training images and labels, test images and labels, and where they are from."""
-    data = tasks.images(1, 512 if fast else SAMPLES, 10_000)
+    data = tasks.images(1, *((512, 1000) if fast else (SAMPLES, 10_000)))
     inputs = [F.avg_pool2d(torch.from_numpy(part), 2) * 4 for part in (data.inputs, data.test_inputs)]
     labels = [torch.from_numpy(part) for part in (data.labels, data.test_labels)]
     return [inputs[0], labels[0], inputs[1], labels[1]], data.source

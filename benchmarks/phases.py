@@ -281,7 +281,7 @@ class Clock(Callback):
 LOOK_EVERY, LOOK_BY_DEFAULT = 8, inspect.signature(CriticalPhase).parameters["noise_every"].default
 
 
-def overhead(steps: int, repeats: int) -> list[str]:
+def overhead(steps: int, repeats: int, batch: int = 32) -> list[str]:
     """What the callback adds to a ResNet18 step."""
     torch.set_num_threads(1)
     scale = {"scale": 1.01, "detector": relative_change(1e6, window=1)}
@@ -300,9 +300,9 @@ def overhead(steps: int, repeats: int) -> list[str]:
                 max_steps=steps, callbacks=[clock, CriticalPhase(**arguments)], accelerator="cpu", devices=1,
                 logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
             )  # fmt: skip
-            samples = [tensor.repeat(steps, *[1] * (tensor.ndim - 1)) for tensor in images(32)]
+            samples = [tensor.repeat(steps, *[1] * (tensor.ndim - 1)) for tensor in images(batch)]
             with clock.watching():
-                trainer.fit(Classifier(resnet18()), DataLoader(TensorDataset(*samples), 32))
+                trainer.fit(Classifier(resnet18()), DataLoader(TensorDataset(*samples), batch))
             shares = clock.shares()
             looks = np.arange(2, steps - 1) % LOOK_EVERY == LOOK_EVERY - 1
             if name == halves:
@@ -326,17 +326,17 @@ def main() -> None:
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     fast = options.fast
     options.output.mkdir(parents=True, exist_ok=True)
-    figure, rows = detection([2.0] if fast else [1.2, 1.5, 2.0], 3 if fast else 200)
+    figure, rows = detection([2.0] if fast else [1.2, 1.5, 2.0], runs := 1 if fast else 200)
     figure.savefig(options.output / "phase_detection.png", dpi=120)
     report = REPORT.format(
         rows="\n".join(rows),
-        sizes="\n".join(by_size(2 if fast else 200)),
+        sizes="\n".join(by_size(runs)),
         headings=" | ".join(f"x {size:g}" for size in SIZES),
         dashes="|".join(["---:"] * len(SIZES)),
-        alarms="\n".join(false_alarms(2 if fast else 200)),
+        alarms="\n".join(false_alarms(runs)),
         asked=" | ".join(f"{rate:g} asked for" for rate in RATES),
         own=", ".join(own_step(100 if fast else 2000)),
-        overhead="\n".join(overhead(12 if fast else 28, 1 if fast else 5)),
+        overhead="\n".join(overhead(10, 1, batch=4) if fast else overhead(28, 5)),
         spread=SPREAD,
         after=AFTER,
         torch=torch.__version__,

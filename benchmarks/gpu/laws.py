@@ -205,7 +205,8 @@ def check_ranks(record: Record, bench: Bench) -> None:
 
 def ranks(bench: Bench, options: dict[str, Any]) -> Found:
     """Two processes against one; NCCL would refuse one GPU for both."""
-    two = {"parallel_devices": [bench.machine.device] * 2, "process_group_backend": "gloo", "start_method": "spawn"}
+    start = "spawn" if bench.machine.cuda else "fork"  # CUDA does not survive a fork
+    two = {"parallel_devices": [bench.machine.device] * 2, "process_group_backend": "gloo", "start_method": start}
     try:
         got = bench.trained("mlp", {**options, **two}, devices="auto")
     finally:

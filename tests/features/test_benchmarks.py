@@ -170,7 +170,7 @@ def test_the_probe_is_compared_with_the_truth(tmp_path: Path) -> None:
     ("name", "bars", "more"),
     [
         ("phases", 30, []),
-        ("phase_study", 30, []),
+        ("phase_study", 30, ["--workers", "1"]),
         ("accounting", 30, []),
         ("sizing", 23, ["--tasks", "digits", "--folder", "runs"]),  # a row of one task, below its head
     ],
