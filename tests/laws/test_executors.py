@@ -34,6 +34,7 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from lightning_fedscale import FederatedStrategy, Partition
 from lightning_fedscale.core.executors.step_model import StepModel
+from lightning_fedscale.core.executors.vectorized import captured_steps
 from tests.laws import reference
 
 Parameters = Any
@@ -93,7 +94,7 @@ class Run:
         self.module = make().to(dtype)
         data = reference.dataset(dtype=dtype) if data is None else data
         self.strategy = FederatedStrategy(
-            partitioner=reference.unequal_clients() if partition is None else partition,
+            partitioner=reference.unequal_clients(101, 6) if partition is None else partition,
             **{"executor": executor, "clients_per_round": 5, **strategy},
         )  # fmt: skip
         self.trainer = pl.Trainer(
@@ -162,7 +163,8 @@ OPTIMIZERS: dict[str, Callable[[Parameters], Optimizer]] = {
 @pytest.mark.parametrize("name", OPTIMIZERS)
 @pytest.mark.parametrize("client_optimizer", ["reset", "keep"])
 def test_every_elementwise_optimizer(name: str, client_optimizer: str) -> None:
-    options = {"client_optimizer": client_optimizer, "rounds": 4, "local_epochs": 2}
+    rounds = {"reset": 2, "keep": 3}[client_optimizer]
+    options = {"client_optimizer": client_optimizer, "rounds": rounds, "local_epochs": 2}
     assert_alike(*both(lambda: Net(OPTIMIZERS[name]), **options), rtol=1e-7)
 
 
@@ -296,8 +298,15 @@ class Counting(Net):
         return loss * self.factor * (1.0 if batch_idx % 2 else 0.5) / (1 + self.global_step)
 
 
+@pytest.fixture
+def captures_soon(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Steps are captured in the second round of three steps each."""
+    monkeypatch.setattr(captured_steps, "_CAPTURE_AT", 4)
+
+
+@pytest.mark.usefixtures("captures_soon")
 def test_what_a_step_reads_in_python_is_never_frozen() -> None:
-    options = {"rounds": 30, "partition": reference.equal_clients(4, 24), "clients_per_round": 4}
+    options = {"rounds": 6, "partition": reference.equal_clients(4, 24), "clients_per_round": 4}
     assert_alike(*both(Counting, **options), rtol=1e-6)
 
 
@@ -305,14 +314,15 @@ class Annealed(Net):
     factor = 1.0
 
     def on_train_epoch_start(self) -> None:
-        self.factor = 1.0 if self.current_epoch < 15 else 0.1
+        self.factor = 1.0 if self.current_epoch < 4 else 0.1
 
     def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
         return super().training_step(batch, batch_idx) * self.factor
 
 
+@pytest.mark.usefixtures("captures_soon")
 def test_recorded_steps_equal_others_and_follow_attributes() -> None:
-    options = {"rounds": 30, "partition": reference.equal_clients(4, 24), "clients_per_round": 4}
+    options = {"rounds": 8, "partition": reference.equal_clients(4, 24), "clients_per_round": 4}
     vectorized, sequential = both(lambda: Annealed(dropout=0.2), **options)
     step = vectorized.strategy._federation.fit.executor._vectorized._batched_step  # type: ignore[union-attr]
     assert step is not None
