@@ -22,13 +22,17 @@ def load(folder: Path, world_size: int) -> Ranks:
 
 @pytest.fixture(scope="session")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], Ranks]:
-    """All scenarios on a number of ranks, started by Lightning's popen."""
+    """All scenarios on a number of ranks: two are started by Lightning's popen, three as torchrun would."""
 
     @cache
     def started(world_size: int) -> Ranks:
         folder = tmp_path_factory.mktemp(f"ranks-{world_size}")
-        command = [processes.HERE / "train.py", folder, "popen", world_size, 1, *scenarios.SCENARIOS]
-        processes.run_well([command], [processes.environment()], folder)
+        everything = folder, "popen", world_size, 1, *scenarios.SCENARIOS
+        if world_size <= 2:
+            processes.run_well([[processes.HERE / "train.py", *everything]], [processes.environment()], folder)
+        else:
+            (ended,) = processes.run_ranks([("train.py", world_size, *everything)], folder)
+            processes.assert_well(ended)
         return load(folder, world_size)
 
     return started

@@ -261,7 +261,7 @@ def _scaled() -> dict[str, Any]:
 SCENARIOS: dict[str, Scenario] = {
     "reset": Scenario(
         lambda: {"clients_per_round": 5, "local_epochs": 2},
-        lambda: {"max_epochs": 5, "gradient_clip_val": 0.5, "accumulate_grad_batches": 2},
+        lambda: {"max_epochs": 3, "gradient_clip_val": 0.5, "accumulate_grad_batches": 2},
         evaluate=True,
     ),
     "keep": Scenario(
@@ -272,78 +272,78 @@ SCENARIOS: dict[str, Scenario] = {
             "client_optimizer": "keep",
             "server_optimizer": from_torch(torch.optim.SGD, lr=0.7, momentum=0.9, nesterov=True),
         },
-        lambda: {"max_epochs": 5},
+        lambda: {"max_epochs": 3},
         lambda: Module("adam"),
     ),
     "keep_in_files": Scenario(
         lambda: {**SCENARIOS["keep"].strategy(), "client_state_memory": 0},
-        lambda: {"max_epochs": 5},
+        lambda: {"max_epochs": 3},
         lambda: Module("adam"),
     ),
     "keep_epochs": Scenario(
-        lambda: {"clients_per_round": 5, "client_optimizer": "keep"}, lambda: {"max_epochs": 6}, lambda: Module("adam")
+        lambda: {"clients_per_round": 5, "client_optimizer": "keep"}, lambda: {"max_epochs": 3}, lambda: Module("adam")
     ),
     "double": Scenario(
         lambda: {"clients_per_round": 5, "local_epochs": 2, "server_optimizer": from_torch(torch.optim.Adam, lr=0.05)},
-        lambda: {"max_epochs": 6, "gradient_clip_val": 0.5, "precision": "64-true"},
+        lambda: {"max_epochs": 3, "gradient_clip_val": 0.5, "precision": "64-true"},
     ),
     "bf16": Scenario(
         lambda: {"clients_per_round": 4, "server_optimizer": from_torch(torch.optim.SGD, lr=1.0, momentum=0.5)},
-        lambda: {"max_epochs": 4, "precision": "bf16-mixed", "gradient_clip_val": 0.5},
+        lambda: {"max_epochs": 3, "precision": "bf16-mixed", "gradient_clip_val": 0.5},
     ),
     "fp16": Scenario(lambda: {"clients_per_round": 4}, _scaled),
     "manual": Scenario(
         lambda: {"clients_per_round": 4, "client_optimizer": "keep"},
-        lambda: {"max_epochs": 4},
+        lambda: {"max_epochs": 3},
         lambda: Module("manual"),
     ),
     "uniform": Scenario(
         lambda: {"clients_per_round": 0.5, "aggregator": "uniform", "server_optimizer": fed_avg(lr=0.5), "seed": 3},
-        lambda: {"max_epochs": 4, "limit_train_batches": 0.5},
+        lambda: {"max_epochs": 3, "limit_train_batches": 0.5},
     ),
     "talk": Scenario(
-        lambda: {"clients_per_round": 5, "local_epochs": 2}, lambda: {"max_epochs": 3}, lambda: Module(talk=True)
+        lambda: {"clients_per_round": 5, "local_epochs": 2}, lambda: {"max_epochs": 2}, lambda: Module(talk=True)
     ),
     "rejected": Scenario(
         lambda: {"clients_per_round": 6, "client_optimizer": "keep", "local_steps": 2},
-        lambda: {"max_epochs": 6},
+        lambda: {"max_epochs": 4},
         lambda: Module("adam"),
         poisoned=(2, 5),
     ),
     "workers": Scenario(lambda: {"clients_per_round": 4}, lambda: {"max_epochs": 2}, workers=1),
     "population": Scenario(
         lambda: {"clients_per_round": 6, "population": small_and_large(), "client_optimizer": "keep"},
-        lambda: {"max_epochs": 6},
+        lambda: {"max_epochs": 3},
         lambda: Module("adam"),
     ),
     "phase_rounds": Scenario(
         lambda: {"clients_per_round": 5, "server_optimizer": from_torch(torch.optim.SGD, lr=0.7, momentum=0.5)},
-        lambda: {"max_epochs": 8},
+        lambda: {"max_epochs": 5},
         callbacks=lambda: [CriticalPhase(relative_change(0.1, window=3), scale=1.5, noise_every=1)],
         collectives=2,
     ),
     "phase_adaptive_server": Scenario(
         lambda: {"clients_per_round": 5, "server_optimizer": from_torch(torch.optim.Adam, lr=0.05)},
-        lambda: {"max_epochs": 6, "precision": "64-true"},
+        lambda: {"max_epochs": 5, "precision": "64-true"},
         callbacks=lambda: [CriticalPhase(page_hinkley(hold=2), scale=1.5)],
     ),
     "phase_steps": Scenario(
-        lambda: {"clients_per_round": 5, "local_epochs": 3},
-        lambda: {"max_epochs": 8, "gradient_clip_val": 0.5},
+        lambda: {"clients_per_round": 5, "local_epochs": 2},
+        lambda: {"max_epochs": 5, "gradient_clip_val": 0.5},
         lambda: Module("adam"),
         callbacks=lambda: [CriticalPhase(relative_change(0.05, window=4), scale=1.5, level="step")],
         collectives=2,
     ),
     "phase_several_optimizers": Scenario(
-        lambda: {"clients_per_round": 5, "local_epochs": 3},
-        lambda: {"max_epochs": 8},
+        lambda: {"clients_per_round": 5, "local_epochs": 2},
+        lambda: {"max_epochs": 5},
         lambda: Module("manual"),
         callbacks=lambda: [CriticalPhase(relative_change(0.05, window=4), scale=1.5, level="step")],
         collectives=3,
     ),
     "phase_followed": Scenario(
         lambda: {"clients_per_round": 4, "local_steps": FOLLOWED.steps, "sampler": FOLLOWED.cohort},
-        lambda: {"max_epochs": 8},
+        lambda: {"max_epochs": 5},
         callbacks=lambda: [FOLLOWED.made()],
     ),
     "phase_noise": Scenario(
@@ -354,13 +354,13 @@ SCENARIOS: dict[str, Scenario] = {
     ),
     "accounting": Scenario(
         lambda: {"clients_per_round": 5, "local_epochs": 2},
-        lambda: {"max_epochs": 3},
+        lambda: {"max_epochs": 2},
         callbacks=lambda: [ComputeAccounting(law=Rosenfeld(E=0.2, A=5.0, B=20.0, alpha=0.4, beta=0.4), rho=0.5)],
         afterwards=1,
     ),
     "client_metrics": Scenario(
         lambda: {"clients_per_round": 5},
-        lambda: {"max_epochs": 5},
+        lambda: {"max_epochs": 3},
         callbacks=lambda: [ClientMetrics(every_n_rounds=2)],
         evaluate=True,
         collectives=2,
@@ -368,7 +368,7 @@ SCENARIOS: dict[str, Scenario] = {
     ),
     "personal_metrics": Scenario(
         lambda: {"clients_per_round": 4, "personal": Ditto(0.5)},
-        lambda: {"max_epochs": 5},
+        lambda: {"max_epochs": 2},
         # The second evaluates fewer clients than there are ranks.
         callbacks=lambda: [
             ClientMetrics(personal=True),
@@ -380,20 +380,20 @@ SCENARIOS: dict[str, Scenario] = {
     ),
     "scaffold": Scenario(
         lambda: {"clients_per_round": 5, "local_rule": scaffold(), "aggregator": "uniform"},
-        lambda: {"max_epochs": 5},
+        lambda: {"max_epochs": 3},
         lambda: Module("plain"),
     ),
     "scaffold_by_gradients": Scenario(
-        lambda: {"clients_per_round": 4, "local_rule": scaffold("I")}, lambda: {"max_epochs": 4}, lambda: Module("adam")
+        lambda: {"clients_per_round": 4, "local_rule": scaffold("I")}, lambda: {"max_epochs": 3}, lambda: Module("adam")
     ),
     "fed_dyn": Scenario(
         lambda: {"clients_per_round": 5, "local_rule": fed_dyn(0.1), "aggregator": "uniform"},
-        lambda: {"max_epochs": 5, "gradient_clip_val": 1.0},
+        lambda: {"max_epochs": 3, "gradient_clip_val": 1.0},
         lambda: Module("plain"),
     ),
     "fed_nova": Scenario(
         lambda: {"clients_per_round": 5, "local_rule": fed_nova(), "server_optimizer": fed_adam(0.05)},
-        lambda: {"max_epochs": 5},
+        lambda: {"max_epochs": 3},
     ),
     "compressed": Scenario(
         lambda: {
@@ -402,35 +402,35 @@ SCENARIOS: dict[str, Scenario] = {
             "compressor": error_feedback(top_k(0.1)),
             "downlink_compressor": qsgd(16),
         },
-        lambda: {"max_epochs": 6},
+        lambda: {"max_epochs": 3},
         lambda: Module("adam"),
     ),
     "low_rank": Scenario(
         lambda: {"clients_per_round": 5, "compressor": power_sgd(2), "server_optimizer": "fed_exp"},
-        lambda: {"max_epochs": 4},
+        lambda: {"max_epochs": 3},
     ),
     "personal": Scenario(
-        lambda: {"clients_per_round": 5, "personal": ["body.1.*", "head.*"]}, lambda: {"max_epochs": 5}
+        lambda: {"clients_per_round": 5, "personal": ["body.1.*", "head.*"]}, lambda: {"max_epochs": 3}
     ),
     "buffers": Scenario(
         lambda: {"clients_per_round": 5, "buffers": {"queue": "largest", "own": "client", "*num_batches*": "server"}},
-        lambda: {"max_epochs": 5},
+        lambda: {"max_epochs": 3},
         Buffered,
         collectives=5,
     ),
     "frozen": Scenario(
         lambda: {"clients_per_round": 5, "aggregator": trimmed_mean(1)},
-        lambda: {"max_epochs": 5},
+        lambda: {"max_epochs": 3},
         Taught,
         collectives=4,  # in a round that starts again: twice the one, and two for the names
     ),
-    "ditto": Scenario(lambda: {"clients_per_round": 4, "personal": Ditto(0.5)}, lambda: {"max_epochs": 4}),
+    "ditto": Scenario(lambda: {"clients_per_round": 4, "personal": Ditto(0.5)}, lambda: {"max_epochs": 3}),
     "hostile": Scenario(
         lambda: {"clients_per_round": 6, "aggregator": attacked(trimmed_mean(1), sign_flip(3.0), attackers=[1, 4])},
-        lambda: {"max_epochs": 4},
+        lambda: {"max_epochs": 3},
     ),
     "centered": Scenario(
-        lambda: {"clients_per_round": 5, "aggregator": centered_clipping(0.3, iterations=2)}, lambda: {"max_epochs": 4}
+        lambda: {"clients_per_round": 5, "aggregator": centered_clipping(0.3, iterations=2)}, lambda: {"max_epochs": 3}
     ),
     "private": Scenario(
         lambda: {
@@ -439,14 +439,14 @@ SCENARIOS: dict[str, Scenario] = {
             "privacy": dp_fed_avg(clip_norm=0.5, noise_multiplier=0.1, delta=1e-3, accountant="rdp"),
             "personal": ["body.1.*"],
         },
-        lambda: {"max_epochs": 5},
+        lambda: {"max_epochs": 3},
     ),
     "asynchronous": Scenario(
         lambda: {
             "clients_per_round": 4,
             "mode": FedBuff(concurrency=5, seconds=[1.0, 3.0, 1.5, 7.0, 2.0, 2.5, 4.0, 1.2, 0.8]),
         },
-        lambda: {"max_epochs": 8},
+        lambda: {"max_epochs": 5},
     ),
     "all_rejected": Scenario(
         lambda: {"clients_per_round": 5},
@@ -461,7 +461,7 @@ SCENARIOS: dict[str, Scenario] = {
     ),
     "names": Scenario(
         lambda: {"clients_per_round": 4, "sampler": shrinking, "rounds_per_epoch": 2},
-        lambda: {"max_epochs": 5},
+        lambda: {"max_epochs": 3},
         Named,
     ),
     "after_failures": Scenario(lambda: {"clients_per_round": 3}, lambda: {"max_epochs": 2}),
