@@ -139,6 +139,11 @@ def draw_of(seed: int) -> Recipe:
     return draw(seed, KNOWN)
 
 
+def short(seed: int) -> Recipe:
+    """The same in as many epochs as it takes that states change once, and a resumed training has an epoch to go."""
+    return replace(draw_of(seed), epochs=3)
+
+
 def spreads(recipe: Recipe) -> bool:
     """Whether the training can be the same on several ranks: what Python keeps is each rank's own."""
     return not set(WRITTEN) & set(recipe.states)

@@ -13,7 +13,7 @@ import torch
 
 from tests.dist import processes
 from tests.fuzz import batches, habits, layers
-from tests.fuzz.check import check, draw_of, rank_differences, spreads
+from tests.fuzz.check import check, draw_of, rank_differences, short, spreads
 from tests.fuzz.recipes import Recipe, draw, read, shrink, simpler
 from tests.fuzz.regressions import REGRESSIONS
 from tests.fuzz.runs import difference, run
@@ -51,7 +51,7 @@ def said_nothing() -> Iterator[None]:
 
 @pytest.mark.parametrize("start", range(CHUNKS))
 def test_all_ways_agree(start: int) -> None:
-    verdicts = [(draw_of(seed), check(draw_of(seed))) for seed in COVERING[start::CHUNKS]]
+    verdicts = [(short(seed), check(short(seed))) for seed in COVERING[start::CHUNKS]]
     failures = [
         f"{failure}\n    python -m tests.fuzz --recipe {str(recipe)!r}"
         for recipe, v in verdicts
@@ -71,16 +71,14 @@ def test_what_failed_once(name: str) -> None:
 
 
 def test_two_ranks_agree_with_one(tmp_path: Path) -> None:
-    seeds = [seed for seed in range(0, SEEDS, 10) if spreads(draw_of(seed))]
+    seeds = [seed for seed in range(0, SEEDS, 10) if spreads(short(seed))]
     assert len(seeds) >= SEEDS // 20
-    script = Path(__file__).with_name("ranks.py")
-    for executor, some in {"sequential": seeds[::2], "vectorized": seeds[1::2]}.items():
-        folder = tmp_path / executor
-        folder.mkdir()
-        processes.run_well([[script, folder, 2, executor, *some]], [processes.environment()], folder)
-        ranks = [torch.load(folder / f"rank-{rank}.pt", weights_only=False) for rank in range(2)]
-        failures = [how for seed in some if (how := rank_differences(draw_of(seed), [rank[seed] for rank in ranks]))]
-        assert not failures, "\n\n".join(failures)
+    executors = [f"{('sequential', 'vectorized')[number % 2]}:{seed}" for number, seed in enumerate(seeds)]
+    (ended,) = processes.run_ranks([(Path(__file__).with_name("ranks.py"), 2, tmp_path, 2, *executors)], tmp_path)
+    processes.assert_well(ended)
+    ranks = [torch.load(tmp_path / f"rank-{rank}.pt", weights_only=False) for rank in range(2)]
+    failures = [how for seed in seeds if (how := rank_differences(short(seed), [rank[seed] for rank in ranks]))]
+    assert not failures, "\n\n".join(failures)
 
 
 def test_a_recipe_is_a_function_of_its_seed_and_can_be_read_again() -> None:
