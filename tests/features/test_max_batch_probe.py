@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -23,14 +24,14 @@ from torchmetrics import Accuracy, Metric
 from lightning_fedscale import FederatedStrategy
 from lightning_fedscale.callbacks import MaxBatchProbe
 from lightning_fedscale.callbacks.max_batch_probe.rank_probe import check_whole_module
-from lightning_fedscale.devices import DeviceClass, estimate_memory
+from lightning_fedscale.devices import DeviceClass, MemoryModel, estimate_memory
 from lightning_fedscale.devices.probe import ProbeResult
 from lightning_fedscale.devices.profiling import libraries
 from lightning_fedscale.devices.profiling.real_step import real_step
 from lightning_fedscale.partitioners import SizePartitioner
 from tests.clock import Clock
 from tests.keepers import KEEPERS
-from tests.networks import Classifier, mlp
+from tests.networks import Classifier
 
 SAMPLES = 600
 
@@ -46,7 +47,8 @@ class Watched(Classifier):
     """Notes the size of every batch."""
 
     def __init__(self, **options: Any) -> None:
-        super().__init__(mlp(), torch.optim.Adam, **options)
+        network = nn.Sequential(nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, 10))
+        super().__init__(network, torch.optim.SGD, momentum=0.9, **options)
         self.sizes: list[int] = []
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
@@ -54,9 +56,15 @@ class Watched(Classifier):
         return super().training_step(batch, batch_idx)
 
 
-def budget_for(batch: int, **options: Any) -> int:
+@cache
+def model_of(*extras: tuple[str, float]) -> MemoryModel:
+    """The memory of `Watched`, and of so many bytes per exchanged number besides."""
+    return estimate_memory(Watched(), dataset(2)[:], extras=dict(extras))
+
+
+def budget_for(batch: int, extras: Mapping[str, float] | None = None) -> int:
     """Bytes that hold exactly so many samples of `Watched`."""
-    return estimate_memory(Watched(), next(iter(DataLoader(dataset(), 2))), **options).peak(batch)
+    return model_of(*(extras or {}).items()).peak(batch)
 
 
 def trainer(*callbacks: Callback, **options: Any) -> pl.Trainer:
@@ -397,7 +405,7 @@ def test_loaders_of_ones_own_kind_with_make_batch() -> None:
     with pytest.raises(ValueError, match=r"train_dataloaders=Slices: .* pass make_batch="):
         trainer(MaxBatchProbe(budget="1GiB")).fit(Watched(), datamodule=Hand())
     with pytest.raises(ValueError, match="train_dataloaders=Slices: there is no batch size"):
-        trainer(MaxBatchProbe(budget="1GiB", make_batch=lambda n: dataset(n)[:])).fit(Watched(), Slices(4))
+        trainer(MaxBatchProbe(budget=budget_for(25), make_batch=lambda n: dataset(n)[:])).fit(Watched(), Slices(4))
 
 
 def test_a_collate_function_that_makes_always_the_same() -> None:
@@ -528,7 +536,7 @@ def plenty(*shape: int) -> DataLoader[Any]:
     )
 
 
-@pytest.mark.parametrize("budget", [2**28, 2**29])
+@pytest.mark.parametrize("budget", [2**27, 2**28])
 def test_verified_under_a_real_limit(budget: int) -> None:
     probe = MaxBatchProbe(budget=budget, verify=True, apply=False)
     trainer(probe, max_steps=1).fit(Watched(), plenty(64))
@@ -545,7 +553,7 @@ def test_never_above_the_truth() -> None:
         nn.Conv2d(3, 32, 3, padding=1), nn.ReLU(), nn.Conv2d(32, 32, 3, padding=1), nn.AdaptiveAvgPool2d(4),
         nn.Flatten(), nn.Linear(512, 10),
     )  # fmt: skip
-    budget = 2**27
+    budget = 2**26
     probe = MaxBatchProbe(budget=budget, headroom=0.1, verify=True, apply=False)
     trainer(probe, max_steps=1).fit(Classifier(network), plenty(3, 32, 32))
     assert probe.result is not None
@@ -691,7 +699,7 @@ def test_no_batch_size_anywhere() -> None:
     trainer(reporting).fit(Watched(), DataLoader(Whole(), batch_size=None))
     assert reporting.result is not None
     # Such items are batches whose rows are the samples, of which nobody knows how many there are.
-    assert reporting.result.max_batch == estimate_memory(Watched(), Whole()[0]).max_batch(2**20)
+    assert reporting.result.max_batch == model_of().max_batch(2**20)
 
 
 @pytest.mark.parametrize(

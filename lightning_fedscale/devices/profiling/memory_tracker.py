@@ -10,10 +10,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_iter
 
 from lightning_fedscale.devices.profiling.costs import StepCost, bytes_moved_by, flops_of
-from lightning_fedscale.devices.profiling.scratch import Scratch, watched
+from lightning_fedscale.devices.profiling.scratch import Scratch, tensors_of, watched
 from lightning_fedscale.devices.profiling.workspaces import with_workspace
 
 PARAMETERS, GRADIENTS, OPTIMIZER, ACTIVATIONS, TEMPORARIES, BATCH = KINDS = (
@@ -121,7 +120,7 @@ class MemoryTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
         else:
             result = func(*args, **kwargs)
         result = with_workspace(func, args, result)
-        outputs = [leaf for leaf in tree_iter(result) if isinstance(leaf, Tensor)]
+        outputs = tensors_of(result)
         for tensor in outputs:
             self._number_of(tensor)
         if self._scratch is not None and self._fake:
@@ -131,8 +130,7 @@ class MemoryTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self._log += [number, ~number]
             self._check(hidden)
         self._flops += flops_of(func, args, kwargs, result)
-        inputs = (leaf for leaf in tree_iter((args, kwargs)) if isinstance(leaf, Tensor))
-        self._bytes_moved += bytes_moved_by(func, inputs, outputs)
+        self._bytes_moved += bytes_moved_by(func, tensors_of(args, kwargs), outputs)
         return result
 
     def _note_backward(self) -> None:

@@ -92,10 +92,10 @@ class Scratch:
 
     def hidden(self, operator: Any, args: Any, kwargs: Any, result: Any) -> int:
         """Return the maximum temporary bytes of a call, besides its arguments and results."""
-        given = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
-        if _takes_nothing(operator, given, result):
+        given, results = tensors_of(args, kwargs), tensors_of(result)
+        if _takes_nothing(operator, given, results):
             return 0
-        size = sum(t.numel() * t.element_size() for t in [*given, *tree_leaves(result)] if isinstance(t, Tensor))
+        size = sum(tensor.numel() * tensor.element_size() for tensor in [*given, *results])
         self.runs(operator, args)
         bytes_ = self._measure(operator, args, kwargs) if self._learning else self._follow(operator, size)
         self._calls.append(_Call(operator, size, bytes_))
@@ -133,13 +133,26 @@ def _size_of(call: _Call) -> int:
     return call.size
 
 
-def _takes_nothing(operator: Any, given: list[Tensor], result: Any) -> bool:
+def tensors_of(*values: Any) -> list[Tensor]:
+    """Return the tensors among an operator's arguments or results; faster than a pytree, which knows any container."""
+    found: list[Tensor] = []
+    for value in values:
+        if isinstance(value, Tensor):
+            found.append(value)
+        elif isinstance(value, (tuple, list)):
+            found += tensors_of(*value)
+        elif isinstance(value, dict):
+            found += tensors_of(*value.values())
+    return found
+
+
+def _takes_nothing(operator: Any, given: list[Tensor], results: list[Tensor]) -> bool:
     name = operator._overloadpacket.__name__
     if operator.is_view or name in _FREE or name.startswith(("_foreach", "_fused")):
         return True
     if any(tensor.device.type != "cpu" for tensor in given):
         return True
-    kinds = {t.dtype for t in [*given, *tree_leaves(result)] if isinstance(t, Tensor) and t.ndim}
+    kinds = {tensor.dtype for tensor in [*given, *results] if tensor.ndim}
     if torch.Tag.pointwise in operator.tags:
         return len(kinds - {torch.bool}) <= 1 and not any(kind.is_complex for kind in kinds)
     return name in _PRODUCTS and kinds <= _WHOLE and all(map(_is_dense, given))
