@@ -185,10 +185,10 @@ def test_the_price_of_division_is_found_again() -> None:
 
 
 def test_intervals_cover() -> None:
-    """Of 16 fits to noisy runs, about 95 % of the intervals hold the truth."""
+    """Of 8 fits to noisy runs, about 90 % of the intervals hold the truth: of 20 refits the ends are the extremes."""
     covered, asked = 0, 0
-    for seed in range(16):
-        found = fit(made(noise=0.01, seed=seed), holdout=False, bootstrap=40, seed=seed)
+    for seed in range(8):
+        found = fit(made(noise=0.01, seed=seed), holdout=False, bootstrap=20, seed=seed)
         truth = {**TRUTH.constants, "exponent": TRUTH.exponent}
         for name in ("alpha", "beta", "exponent"):
             covered += found.intervals[name].low <= truth[name] <= found.intervals[name].high
@@ -248,10 +248,10 @@ def test_every_form_is_found_again(truth: Form, columns: dict[str, Any]) -> None
 
     held: list[bool] = []
     few = truth.name in MANY_SAY_THE_SAME
-    for seed in range(5 if few else 10):
+    for seed in range(3 if few else 4):
         noise = np.exp(0.003 * np.random.default_rng(seed).normal(size=len(losses(truth))))
         runs = pd.DataFrame({**columns, "loss": losses(truth) * noise})
-        found = fit(runs, type(truth), holdout=False, bootstrap=40 if few else 60, seed=seed)
+        found = fit(runs, type(truth), holdout=False, bootstrap=20, seed=seed)
         assert np.abs(losses(found.law) / losses(truth) - 1).max() < 0.01
         assert found.error < 0.004
         if few:
