@@ -145,7 +145,7 @@ def test_the_digits_are_learnt() -> None:
 
 
 def test_a_sweep_leaves_a_ledger_of_each_run_that_fit_reads(capsys: pytest.CaptureFixture[str]) -> None:
-    assert train("-m", *SHORT, "strategy.num_clients=1,4,16", "model.width=4,16,64,256") == 0
+    assert train("-m", *SHORT, "strategy.num_clients=1,4,16", "model.width=4,16,64,256", "data.batch_size=75") == 0
     found = runs("multirun")
     assert len(found) == 12
     table = read_runs(["multirun"]).sort_values(["clients", "params"]).to_dict("records")
@@ -326,26 +326,37 @@ def test_only_refusals_of_this_package_are_told_plainly() -> None:
     assert not is_user_error(error_of(lambda: int("one")))
 
 
-def fedscale(*arguments: str) -> subprocess.CompletedProcess[str]:
-    """As the installed command is: Lightning starts other processes by the same line."""
-    script = Path("fedscale.py")
-    script.write_text("import sys\nfrom lightning_fedscale.cli import main\nsys.exit(main())\n")
+COMMAND = "import sys\nfrom lightning_fedscale.cli import main\nsys.exit(main())\n"
+"""As the installed command is: Lightning starts other processes by the same line."""
+
+TWO_SWEEPS = """
+import sys
+from lightning_fedscale.cli import main
+
+if __name__ == "__main__":
+    assert main() == 0
+    sys.exit(main([*sys.argv[1:], "strategy.clients_per_round=3"]))
+"""
+"""In one process, whose workers joblib then keeps."""
+
+
+def fedscale(*arguments: str, script: str = COMMAND) -> subprocess.CompletedProcess[str]:
+    Path("fedscale.py").write_text(script)
     environment = {"PYTHONPATH": ":".join([str(ROOT), *filter(None, sys.path)]), "OMP_NUM_THREADS": "1", "PATH": "/bin"}
-    return pythons.run(script, "train", *arguments, environment=environment)
+    return pythons.run("fedscale.py", "train", *arguments, environment=environment)
 
 
 @pytest.mark.slow
 def test_joblib_trains_the_runs_of_a_sweep_side_by_side() -> None:
     pytest.importorskip("hydra_plugins.hydra_joblib_launcher", reason="pip install hydra-joblib-launcher")
     sweep = ["-m", *SHORT, "strategy.num_clients=2,3", "hydra/launcher=joblib", "hydra.launcher.n_jobs=2"]
-    done = fedscale(*sweep)
-    assert done.returncode == 0, done.stderr
-    found = runs("multirun")
+    refused = fedscale(*sweep, script=TWO_SWEEPS)
+    found = runs("multirun")[:2]  # and the run of three clients that the second sweep made
     assert [ledger(run)["clients"] for run in found] == [2, 3]
     assert train(*SHORT, "strategy.num_clients=3") == 0
     (alone,) = runs()
     assert torch.equal(weights(checkpoint(alone)), weights(checkpoint(found[1])))
-    refused = fedscale(*sweep, "strategy.clients_per_round=3")
+    assert "AssertionError" not in refused.stderr
     assert refused.returncode == 1
     assert "clients_per_round=3 is more than num_clients=2" in refused.stderr
     assert "Traceback" not in refused.stderr

@@ -7,8 +7,7 @@ import math
 import re
 import shlex
 from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
-from multiprocessing import get_context
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -158,10 +157,10 @@ def test_an_interrupted_study_goes_on(tmp_path: Path) -> None:
 
 
 def test_workers_find_the_same(tmp_path: Path) -> None:
-    """Two processes; what one of them trains is what this one trains."""
+    """Two processes, or a pool of the user's; what one of them trains is what this one trains."""
     options: dict[str, Any] = {"flops": 5e4, "sizes": [2, 4], "methods": [FED_AVG], "study_minutes": 0.01}
     one, two = study(tmp_path / "1", **options), study(tmp_path / "2", **options, workers=2)
-    with ProcessPoolExecutor(1, get_context("spawn"), torch.set_num_threads, (1,)) as pool:
+    with ThreadPoolExecutor(1) as pool:
         three = study(tmp_path / "3", **options, pool=pool)
     losses = [{each.setting: each.loss for each in answer.results} for answer in (one, two, three)]
     for others in losses[1:]:
@@ -214,7 +213,7 @@ def test_a_method_that_is_refused_takes_no_part(tmp_path: Path) -> None:
     """SCAFFOLD's option II is for plain SGD, and this has momentum."""
     second = {"_target_": "lightning_fedscale.local_rules.scaffold", "option": "II"}
     methods = {FED_AVG: {}, "second": {"local_rule": second}}
-    options = {**SMALL, "partition": HOSPITALS, "sizes": [2, 4], "methods": methods, "study_minutes": 0.01}
+    options = {**SMALL, "partition": HOSPITALS, "sizes": [2, 4], "methods": methods, "study_minutes": 0.001}
     answer = size(Momentum, Images, 5e4, folder=tmp_path, **options)
     (note,) = (each for each in answer.notes if each.startswith("second"))
     assert note.startswith("second was left out: ")
@@ -336,6 +335,9 @@ def test_another_study_is_not_mixed_in(found: tuple[Answer, Path]) -> None:
 # ---- the command
 
 
+FEW = ["--study-minutes", "0.01"]  # as few runs as a study can have
+
+
 def typed(folder: Path, *more: str) -> list[str]:
     HOSPITALS.save(folder / "hospitals.json")
     return [
@@ -392,7 +394,8 @@ def test_wrong_words_are_told(more: list[str], said: str, tmp_path: Path, capsys
 
 
 def test_methods_share_what_the_strategy_is_given(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(typed(tmp_path, "--strategy.compressor=qsgd", "--strategy.client_optimizer", "keep", "--json")) == 0
+    given = ["--strategy.compressor=qsgd", "--strategy.client_optimizer", "keep"]
+    assert main(typed(tmp_path, *given, "--json", *FEW)) == 0
     answer = json.loads(capsys.readouterr().out)
     for rules in answer["study"]["methods"].values():
         assert rules["compressor"].startswith("qsgd")
@@ -402,9 +405,9 @@ def test_methods_share_what_the_strategy_is_given(tmp_path: Path, capsys: pytest
     one, other = (
         Project(
             Net, Images, argument="width", partition=HOSPITALS, clients_per_round=None,
-            methods=methods_of([FED_AVG], given), flops=FLOPS, seed=0, loss=None, trainer={"accelerator": "cpu"},
+            methods=methods_of([FED_AVG], each), flops=FLOPS, seed=0, loss=None, trainer={"accelerator": "cpu"},
         ).run(job)["bytes"]
-        for given in (None, {"compressor": "qsgd"})
+        for each in (None, {"compressor": "qsgd"})
     )  # fmt: skip
     assert other < 0.75 * one  # the way down is not compressed
 
@@ -563,7 +566,7 @@ def test_a_run_that_nothing_is_known_of_names_the_study_to_make(
         assert "clients.json is what trainer.strategy.partition.save('clients.json') writes" in caplog.text
         assert strategy.partition is not None
         strategy.partition.save("clients.json")
-    few = "--study-minutes 0.05 --seeds 2 --sizes [2,4] --methods [fed_avg] --batch-sizes [10] --local-steps [2]"
+    few = "--study-minutes 0.01 --seeds 2 --sizes [2,4] --methods [fed_avg] --batch-sizes [10] --local-steps [2]"
     asked = shlex.split(re.sub(r"--flops \S+", "--flops 1e5", line))[1:]
     assert main([*asked, *few.split(), "--rates", "[1.0]", "--accelerator", "cpu"]) == 0
     assert Path("size.json").is_file()
