@@ -10,6 +10,7 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from types import FunctionType, ModuleType
 from typing import Any
@@ -37,6 +38,7 @@ WITH_CODE = [page for page in PAGES if executed.blocks(DOCS / page)]
 NAMESPACES = "round|client|clients|personal|probe|phase|compute"
 
 
+@cache
 def tool(name: str) -> ModuleType:
     """A module of docs/ that the site is built with."""
     spec = importlib.util.spec_from_file_location(name, DOCS / f"{name}.py")
@@ -154,17 +156,19 @@ def test_the_picture_is_drawn() -> None:
 # ---- logged names
 
 
-def documented() -> set[str]:
+@cache
+def documented() -> frozenset[str]:
     """The names of the page, where {} stands for a part of one's own."""
     rows = re.findall(r"^\| (`.*?) \|", (DOCS / "logged-names.md").read_text("utf8"), re.M)
-    return {name for row in rows for name in re.findall(rf"`((?:{NAMESPACES})/[^`]+)`", row)}
+    return frozenset(name for row in rows for name in re.findall(rf"`((?:{NAMESPACES})/[^`]+)`", row))
 
 
 def is_documented(name: str) -> bool:
     return any(re.fullmatch(re.escape(each).replace(r"\{\}", ".+"), name) for each in documented())
 
 
-def names_in_code() -> set[str]:
+@cache
+def names_in_code() -> frozenset[str]:
     """Every string in the source that looks like a logged name, with {} for what is put in."""
     found = set()
     for path in [*(ROOT / "lightning_fedscale").rglob("*.py"), *(ROOT / "callbacks").rglob("*.py")]:
@@ -178,7 +182,7 @@ def names_in_code() -> set[str]:
                 text = node.value
             if re.fullmatch(rf"(?:{NAMESPACES})/[\w/{{}}]+", text):
                 found.add(text)
-    return found
+    return frozenset(found)
 
 
 def test_every_logged_name_of_the_code_is_on_the_page() -> None:
@@ -277,16 +281,22 @@ WRONG: list[Callable[[], Any]] = [
 ]
 
 
+@cache
+def messages_in_code() -> list[Any]:
+    found: list[Any] = tool("messages").collect()
+    return found
+
+
 @pytest.mark.parametrize("number", range(len(WRONG)))
 def test_what_a_user_is_told_is_on_the_page(number: int) -> None:
-    messages = tool("messages").collect()
+    messages = messages_in_code()
     with pytest.raises((TypeError, ValueError, AttributeError)) as caught:
         WRONG[number]()
     assert any(message.matches(str(caught.value)) for message in messages), str(caught.value)
 
 
 def test_the_page_of_messages_is_long_and_each_has_words() -> None:
-    messages = tool("messages").collect()
+    messages = messages_in_code()
     assert len(messages) > 300
     assert {"core/options", "core/round", "partitioners", "scaling"} <= {each.room for each in messages}
     assert {"ValueError", "TypeError", "warning"} <= {each.kind for each in messages}

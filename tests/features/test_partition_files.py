@@ -207,7 +207,7 @@ COMMANDS: dict[str, Callable[[str, str], list[str]]] = {
     ],
     "sweep": lambda file, data: [
         f"--module={HERE}Net", f"--data={HERE}{data}", f"--partition={file}", "--flops=1e4", "--sizes=[2,4,8,16]",
-        "--rates=[1.0]", "--accelerator=cpu", "--json",
+        "--rates=[1.0]", "--bootstrap=0", "--accelerator=cpu", "--json",
     ],
     "size": lambda file, data: [
         f"--module={HERE}Net", f"--data={HERE}{data}", f"--partition={file}", "--flops=1e4", "--sizes=[2,4]",
