@@ -40,7 +40,7 @@ def run(critical, otherwise, rounds):
 
 def main():
     args = arguments(__doc__, "critical_phases.png")
-    rounds, early = (10, 10) if args.fast else (150, 20)
+    rounds, early = (10, 10) if args.fast else (80, 20)
     console.print("[bold]40 clients, 10 of them in every round, send the largest changes of their update")
     with figure(args.output, 2) as (left, right):
         for label, (critical, otherwise) in RUNS.items():

@@ -21,6 +21,7 @@ from torchmetrics import MeanMetric
 
 from lightning_fedscale import FederatedStrategy
 from lightning_fedscale.callbacks import CriticalPhase
+from tests import pythons
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPTS = ROOT / "examples" / "existing"
@@ -39,7 +40,11 @@ def python_with(project: str, package: str) -> str:
 def results(python: str, script: str) -> dict[str, tuple[float, float]]:
     """What a script printed under ``--fast``: by name, central and federated; seconds are nobody's business."""
     environment = {"PYTHONPATH": str(ROOT), "HOME": str(Path.cwd()), "PATH": "", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([python, str(SCRIPTS / script), "--fast"], env=environment, capture_output=True, text=True)
+    command = [str(SCRIPTS / script), "--fast"]
+    if python == sys.executable:
+        done = pythons.run(*command, environment=environment)
+    else:
+        done = subprocess.run([python, *command], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     Path("printed.txt").write_text(done.stdout)
     found = re.findall(r"^  (.*): (\S+) central, (\S+) federated$", done.stdout, re.MULTILINE)

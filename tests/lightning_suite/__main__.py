@@ -12,11 +12,11 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import os
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
+from tests import pythons
 from tests.lightning_suite.reasons import SUBSETS, Outcome, judge, read, table
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -47,15 +47,15 @@ def run(path: Path, mode: str, tests: list[str], folder: Path) -> dict[str, Outc
         "OMP_NUM_THREADS": "1",
         "PYTHONPATH": os.pathsep.join([str(ROOT), str(path / "tests")]),
     }
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "tests.lightning_suite.plugin"]
+    command = ["-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "tests.lightning_suite.plugin"]
     command += [f"--mode={mode}", f"--outcomes={outcomes}", f"--timeout={SECONDS}", "-k", LEFT_OUT, "-o", "addopts="]
     command += [f"--ignore=tests_pytorch/{name}" for name in IGNORED]
     command += ["--tb=short", "-c", str(path / "pyproject.toml"), "--rootdir", str(path / "tests")]
     command += ["--continue-on-collection-errors", *tests]
     if tests:
         print(f"{mode}: {log}", file=sys.stderr, flush=True)
-        with log.open("w") as output:
-            subprocess.run(command, cwd=path / "tests", env=environment, stdout=output, stderr=subprocess.STDOUT)
+        log.unlink(missing_ok=True)
+        pythons.run_all([pythons.Command(command, environment, str(path / "tests"), str(log), str(log))])
         if not outcomes.exists():
             raise RuntimeError(f"pytest ran no test:\n{log.read_text()[-3000:]}")
     return read(outcomes.read_text()) if outcomes.exists() else {}

@@ -23,6 +23,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from tests import pythons
 from tests.browser import MISSING, Browser, wait
 from tests.dist.processes import free_port
 
@@ -111,13 +112,13 @@ WAYS = {
 
 
 def run(folder: Path, *command: str) -> str:
-    """What a new Python prints, in that folder.
+    """What Python prints, in that folder.
 
     Raises:
         RuntimeError: with its last words, if it fails.
     """
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "COLUMNS": "150"}
-    done = subprocess.run([sys.executable, *command], cwd=folder, env=environment, capture_output=True, text=True)
+    done = pythons.run(*command, environment=environment, folder=folder)
     if done.returncode:
         raise RuntimeError(f"{' '.join(command)} failed:\n{done.stdout[-2000:]}{done.stderr[-4000:]}")
     return done.stdout + done.stderr
