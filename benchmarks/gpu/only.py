@@ -41,7 +41,7 @@ def run(record: Record, machine: Machine) -> None:
         second = {"FEDSCALE_SECOND_DEVICE": "1"}
         record.check("tests/second_device", "all pass", lambda: tests(["tests/second_device"], second))
     else:
-        record.skip("tests/second_device", "tests/unit/test_second_device.py runs them on the CPU")
+        record.skip("tests/second_device", "tests/features/test_second_device.py runs them on the CPU")
     gpu = ["tests/gpu", "--deselect", "tests/gpu/test_probe.py", *([] if machine.cuda else ["--collect-only"])]
     record.check("tests/gpu without its probe", "all pass", lambda: tests(gpu, {}))
 

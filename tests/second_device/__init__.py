@@ -1,1 +1,1 @@
-"""The library on a device whose tensors have no contents; `tests/unit/test_second_device.py` runs these files."""
+"""The library on a device whose tensors have no contents; `tests/features/test_second_device.py` runs these files."""

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from lightning_fedscale.types import ClientUpdate, Cohort
 from tests.second_device.device import DEVICE
 
-CLIENTS = np.arange(0, 22, 2)
+CLIENTS = np.arange(0, 14, 2)
 
 
 class Net(nn.Module):

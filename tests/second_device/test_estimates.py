@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lightning_fedscale.devices import estimate_memory
-from tests.networks import KINDS, Classifier
+from tests.networks import Classifier, images, mlp, resnet18, vectors
 from tests.second_device.device import DEVICE
 
+KINDS: dict[str, tuple[Callable[[], nn.Module], Callable[[int], Any]]] = {
+    "mlp": (mlp, vectors),
+    "resnet18": (lambda: resnet18(width=4), lambda samples: images(samples, 16)),
+}
 PLACES: set[str] = set()  # where steps of a copy ran
 
 
