@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lightning_fedscale import FederatedStrategy
+from lightning_fedscale import FederatedStrategy, Partition
 from lightning_fedscale.aggregators import centered_clipping, geometric_median, norm_clipped
 from lightning_fedscale.attacks import attacked, sign_flip
 from lightning_fedscale.compressors import adaptive, error_feedback, power_sgd, qsgd, random_k, sign, top_k
@@ -26,12 +26,17 @@ from lightning_fedscale.server.asynchrony import AsyncSimulation, FedBuff
 from lightning_fedscale.utils import randomness
 from tests.laws import by_paper, reference
 
-ROUNDS = 6
+ROUNDS = 5
 executors = pytest.mark.parametrize("executor", ["sequential", "vectorized"])
 
 
+def clients() -> Partition:
+    """Seven, of 1, 2, 4, ... samples."""
+    return reference.unequal_clients(127)
+
+
 def world(epochs: int = 2) -> by_paper.World:
-    return by_paper.World(reference.dataset(dtype=torch.float64), reference.unequal_clients(), 4, epochs)
+    return by_paper.World(reference.dataset(dtype=torch.float64), clients(), 4, epochs)
 
 
 def trained(
@@ -46,7 +51,7 @@ def trained(
     module = by_paper.Net(momentum=momentum)
     options = {"clients_per_round": 4, "local_epochs": 2, **strategy}
     every = options.pop("accumulate_grad_batches", 1)
-    made = FederatedStrategy(partitioner=reference.unequal_clients(), executor=executor, **options)  # type: ignore[arg-type]
+    made = FederatedStrategy(partitioner=clients(), executor=executor, **options)  # type: ignore[arg-type]
     trainer = reference.quiet_trainer(max_epochs=rounds, strategy=made, accumulate_grad_batches=every)
     data = reference.loader(reference.dataset(dtype=torch.float64), by_paper.BATCH)
     trainer.fit(module, data, ckpt_path=ckpt_path, weights_only=None if ckpt_path is None else True)
@@ -83,7 +88,7 @@ def test_a_buffer_of_updates_from_older_models(executor: str) -> None:
     simulation = AsyncSimulation(0, 7, 3, 4, lambda client, version: seconds[client])
     rounds = [simulation.of_round(round) for round in range(ROUNDS)]
     assert any((buffered.versions < round).any() for round, buffered in enumerate(rounds))
-    of_world = by_paper.World(reference.dataset(dtype=torch.float64), reference.unequal_clients(), 3, 2)
+    of_world = by_paper.World(reference.dataset(dtype=torch.float64), clients(), 3, 2)
     pairs = [(buffered.clients.tolist(), buffered.versions.tolist()) for buffered in rounds]
     assert same(got, by_paper.buffered(of_world, pairs, lambda late: float((1 + late) ** -0.5)))
     record = strategy.last_round
@@ -319,7 +324,7 @@ def test_what_stays_with_a_client_never_passes_for_the_global_model(executor: st
     def fit(callback: pl.Callback) -> by_paper.Net:
         module = by_paper.Net()
         made = FederatedStrategy(
-            partitioner=reference.unequal_clients(),
+            partitioner=clients(),
             clients_per_round=4,
             executor=executor,  # type: ignore[arg-type]
             personal=["head.*"],
