@@ -295,7 +295,8 @@ def test_natural_clients_learn_more_than_the_frequency_of_characters() -> None:
         "03_natural_clients.py",
         "strategy, trainer = example.FederatedStrategy, example.pl.Trainer\n"
         "example.FederatedStrategy = lambda **options: strategy(**{**options, 'clients_per_round': 4})\n"
-        "example.pl.Trainer = lambda **options: trainer(**{**options, 'max_epochs': 2})",
+        "example.pl.Trainer = lambda **options: trainer(\n"
+        "    **{**options, 'max_epochs': 2, 'check_val_every_n_epoch': 2})",
     )
     assert done.returncode == 0, done.stderr
     assert "Round  10:" in done.stdout
