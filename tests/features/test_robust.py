@@ -55,7 +55,7 @@ def data() -> tuple[TensorDataset, Partition, Tensor, Tensor]:
     return dataset, partitioner.partition, images[test], labels[test]
 
 
-def accuracy(aggregator: Aggregator, dataset: Any = None, rounds: int = 20) -> float:
+def accuracy(aggregator: Aggregator, dataset: Any = None, rounds: int = 12) -> float:
     """Percent of unseen digits that the global model knows in the end."""
     clean, partition, images, labels = data()
     torch.manual_seed(0)
