@@ -134,7 +134,13 @@ def _size_of(call: _Call) -> int:
 
 
 def tensors_of(*values: Any) -> list[Tensor]:
-    """Return the tensors among an operator's arguments or results; faster than a pytree, which knows any container."""
+    """Return the tensors among an operator's arguments or results; faster than a pytree, which knows any container.
+
+    Example:
+        >>> one, two = torch.ones(1), torch.ones(2)
+        >>> [len(tensor) for tensor in tensors_of(two, [one, None], (3, {"out": (two,)}))]
+        [2, 1, 2]
+    """
     found: list[Tensor] = []
     for value in values:
         if isinstance(value, Tensor):
