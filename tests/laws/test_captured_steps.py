@@ -33,7 +33,7 @@ RATE = 1.0
 TABLE = {"deep": [{"rate": 1.0}]}
 VARIABLE: contextvars.ContextVar[float] = contextvars.ContextVar("rate", default=1.0)
 FILE = Path(tempfile.gettempdir()) / f"rate of {os.getpid()}"
-HALF_WAY = 2
+HALF_WAY = 2  # rounds; the next one is the last
 
 
 @dataclasses.dataclass
@@ -294,7 +294,7 @@ def as_before(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[], None]]:
     restore()
 
 
-OPTIONS: dict[str, Any] = {"rounds": 2 * HALF_WAY, "clients_per_round": 3, "partition": reference.equal_clients(3, 24)}
+OPTIONS: dict[str, Any] = {"rounds": HALF_WAY + 1, "clients_per_round": 3, "partition": reference.equal_clients(3, 24)}
 
 
 def captured_steps_of(run: Run) -> Any:
@@ -334,7 +334,8 @@ def test_auto_follows_it_too(name: str, as_before: Callable[[], None]) -> None:
     case = CASES[name]
     runs = []
     for executor in ("sequential", "auto"):
-        runs.append(Run(executor, lambda: Step(case.factor), callbacks=[Changes(case.change)], **OPTIONS))
+        options = {**OPTIONS, "rounds": 2 * HALF_WAY}
+        runs.append(Run(executor, lambda: Step(case.factor), callbacks=[Changes(case.change)], **options))
         as_before()
     assert runs[1].kind == "vectorized"
     assert_alike(runs[1], runs[0], rtol=1e-6)
