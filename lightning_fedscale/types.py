@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Mapping
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import wraps
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias, TypeVar
@@ -89,15 +90,44 @@ class ClientCost(NamedTuple):
         return ClientCost(*(mine + more for mine, more in zip(self, other, strict=True)))
 
 
+class PendingDelta(ABC):
+    """A client's delta that is computed when somebody asks for it, from the model that the module holds until then."""
+
+    @abstractmethod
+    def vector(self) -> Tensor:
+        """Return the whole delta, always the same tensor."""
+
+    @abstractmethod
+    def parts(self) -> Iterator[tuple[slice, Tensor]]:
+        """Yield the parts of the delta in order, each with its place; a part is valid until the next one."""
+
+    @abstractmethod
+    def clear(self, elements: Iterable[slice]) -> None:
+        """Have these elements be zero from now on."""
+
+
+class _Fields(NamedTuple):
+    client: int
+    delta: Tensor | PendingDelta
+    norm: float
+    num_samples: int
+    samples: int
+    steps: int
+    loss: float
+    seconds: float
+    cost: ClientCost | None = None
+    optimizer_steps: int = 0
+
+
 @renamed_field("held", "num_samples")
-class ClientUpdate(NamedTuple):
+class ClientUpdate(_Fields):
     """The update that a client sends to the server at the end of its local training.
 
     Attributes:
         client: index of the client, 0 to ``num_clients - 1``.
         delta: pseudo-gradient ``server - client`` as one float64 vector over everything that is exchanged; the
             first ``trainable`` elements belong to trainable parameters, the rest to buffers and frozen parameters.
-            It is a scratch buffer: copy it to keep it.
+            It is a scratch buffer: copy it to keep it. `parts` takes less memory.
         norm: L2 norm of the trainable part; not finite when any element of ``delta`` is not, or when the client had no
             batch to train on.
         num_samples: number of samples of the client (FedAvg's weight).
@@ -109,16 +139,46 @@ class ClientUpdate(NamedTuple):
         optimizer_steps: number of optimizer steps; 0 in manual optimization, where they are not counted.
     """
 
-    client: int
-    delta: Tensor
-    norm: float
-    num_samples: int
-    samples: int
-    steps: int
-    loss: float
-    seconds: float
-    cost: ClientCost | None = None
-    optimizer_steps: int = 0
+    __slots__ = ()
+
+    @property
+    def source(self) -> Tensor | PendingDelta:
+        """The delta, or what computes it."""
+        source: Tensor | PendingDelta = tuple.__getitem__(self, 1)  # type: ignore[assignment]
+        return source
+
+    @property
+    def delta(self) -> Tensor:
+        """The whole delta."""
+        source = self.source
+        return source.vector() if isinstance(source, PendingDelta) else source
+
+    def parts(self) -> Iterator[tuple[slice, Tensor]]:
+        """Yield the parts of ``delta`` in order, each with its place in it, without holding the whole.
+
+        A part is valid until the next one, and may not be changed.
+
+        Example:
+            >>> import torch
+            >>> update = ClientUpdate(0, torch.tensor([3.0, 4.0]), 5.0, 1, 1, 1, 0.0, 0.0)
+            >>> [(place.start, place.stop, part.tolist()) for place, part in update.parts()]
+            [(0, 2, [3.0, 4.0])]
+        """
+        source = self.source
+        if isinstance(source, PendingDelta):
+            yield from source.parts()
+        else:
+            yield slice(0, len(source)), source
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter((self.client, self.delta, *tuple.__getitem__(self, slice(2, None))))
+
+    def __getitem__(self, place: Any) -> Any:
+        return tuple(self)[place] if isinstance(place, slice) else getattr(self, self._fields[place])
+
+    def _replace(self, **fields: Any) -> ClientUpdate:
+        kept = zip(self._fields, tuple.__iter__(self), strict=True)
+        return ClientUpdate(**{**dict(kept), **fields})
 
     @property
     def finite(self) -> bool:

@@ -53,13 +53,11 @@ def _init(like: Tensor, cohort: Cohort) -> Tensor:
 
 
 def _accumulate(total: Tensor, update: ClientUpdate, weight: float, cohort: Cohort) -> Tensor:
-    delta, sums = update.delta, total[:-1]
-    parts = [(sums, delta)]
-    if delta.numel() > (most := elements_at_once(delta.device)):
-        parts = list(zip(torch.split(sums, most), torch.split(delta, most), strict=True))
-    for part, own in parts:
-        # Do not use add_(alpha=...): whether it rounds once or twice depends on the machine and the element's position.
-        part.add_(weight * own)
+    most = elements_at_once(total.device)
+    for elements, delta in update.parts():
+        for part, own in zip(torch.split(total[elements], most), torch.split(delta, most), strict=True):
+            # Do not use add_(alpha=...): whether it rounds once or twice depends on machine and position.
+            part.add_(weight * own)
     total[-1].add_(weight)
     return total
 

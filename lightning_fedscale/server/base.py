@@ -22,6 +22,8 @@ class ServerOptimizer(NamedTuple):
             ``sum_k p_k |delta_k|^2``.
         call: the call that made it, such as ``fed_adam(lr=0.01)``; for logs only.
         arguments: the arguments of that call; for logs only.
+        reads_params: whether it reads the values of ``params``. If not, these are in the model's own precision instead
+            of float64, which takes no memory.
     """
 
     init: Callable[[Params], Any]
@@ -29,6 +31,7 @@ class ServerOptimizer(NamedTuple):
     reads_norms: bool = False
     call: str = ""
     arguments: Mapping[str, Any] = Arguments()
+    reads_params: bool = True
 
 
 def own_state(state: Any, name: str) -> dict[str, Any]:

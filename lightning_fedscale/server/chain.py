@@ -39,7 +39,12 @@ def chain(*rules: ServerOptimizer) -> ServerOptimizer:
                 f"chain: argument {i} reads the norms of the clients' deltas, which the rules before it change: pass it"
                 " first."
             )
-    return ServerOptimizer(partial(_init, rules=rules), partial(_update, rules=rules), rules[0].reads_norms)
+    return ServerOptimizer(
+        partial(_init, rules=rules),
+        partial(_update, rules=rules),
+        reads_norms=rules[0].reads_norms,
+        reads_params=any(rule.reads_params for rule in rules),
+    )
 
 
 def _init(params: Params, *, rules: tuple[ServerOptimizer, ...]) -> dict[str, Any]:

@@ -35,7 +35,8 @@ def fed_exp(epsilon: float = 1e-3) -> ServerOptimizer:
         >>> server.update({"w": torch.tensor([1.0])}, server.init(params), params, 5.0)[0]["w"].tolist()
         [2.0]
     """
-    return ServerOptimizer(_init, partial(_update, epsilon=checks.positive("epsilon", epsilon)), reads_norms=True)
+    update = partial(_update, epsilon=checks.positive("epsilon", epsilon))
+    return ServerOptimizer(_init, update, reads_norms=True, reads_params=False)
 
 
 def _init(params: Params) -> dict[str, object]:

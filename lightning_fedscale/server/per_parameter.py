@@ -6,6 +6,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any, TypeAlias
 
+import torch
 from torch import Tensor
 
 from lightning_fedscale.server.base import ServerOptimizer, own_state
@@ -25,7 +26,7 @@ def per_parameter(
 
     Args:
         name: name of the rule, stored in its state.
-        init: returns the state of a parameter like this tensor, as tensors like it.
+        init: returns the state of a parameter like this tensor, float64 zeros, as tensors like it.
         update: ``(delta, state) -> (step, state)`` of one parameter; must not change its arguments.
 
     Example:
@@ -38,11 +39,20 @@ def per_parameter(
         >>> last.update({"w": torch.tensor([6.0])}, state, params)[0]["w"].tolist()
         [5.0]
     """
-    return ServerOptimizer(partial(_init, name=name, init=init), partial(_update, name=name, init=init, update=update))
+    return ServerOptimizer(
+        partial(_init, name=name, init=init),
+        partial(_update, name=name, init=init, update=update),
+        reads_params=False,
+    )
 
 
 def _init(params: Params, *, name: str, init: Callable[[Tensor], Moments]) -> dict[str, Any]:
-    return {"optimizer": name, "moments": {parameter: init(value) for parameter, value in params.items()}}
+    return {"optimizer": name, "moments": {parameter: init(_like(value)) for parameter, value in params.items()}}
+
+
+def _like(parameter: Tensor) -> Tensor:
+    """Return float64 zeros of a parameter's shape that take no memory."""
+    return torch.zeros((), dtype=torch.float64, device=parameter.device).expand(parameter.shape)
 
 
 def _update(
@@ -56,7 +66,7 @@ def _update(
 ) -> tuple[Params, dict[str, Any]]:
     kept = own_state(state, name)["moments"]
     results = {
-        parameter: update(delta[parameter], kept[parameter] if parameter in kept else init(value))
+        parameter: update(delta[parameter], kept[parameter] if parameter in kept else init(_like(value)))
         for parameter, value in params.items()
     }
     moments = {parameter: moments for parameter, (_, moments) in results.items()}

@@ -27,7 +27,7 @@ def scale(factor: float) -> ServerOptimizer:
         >>> half.update({"w": torch.tensor([2.0])}, half.init(params), params)[0]["w"].tolist()
         [1.0]
     """
-    return ServerOptimizer(_init, partial(_update, factor=checks.positive("factor", factor)))
+    return ServerOptimizer(_init, partial(_update, factor=checks.positive("factor", factor)), reads_params=False)
 
 
 def _init(params: Params) -> dict[str, object]:

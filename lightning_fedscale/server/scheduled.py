@@ -56,7 +56,10 @@ def scheduled(rule: ServerOptimizer, scheduler: Callable[..., LRScheduler], **op
             " torch.optim.lr_scheduler and its arguments."
         ) from error
     return ServerOptimizer(
-        partial(_init, rule=rule), partial(_update, rule=rule, factors=factors), reads_norms=rule.reads_norms
+        partial(_init, rule=rule),
+        partial(_update, rule=rule, factors=factors),
+        reads_norms=rule.reads_norms,
+        reads_params=rule.reads_params,
     )
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from lightning_fedscale.types import ClientUpdate, Cohort
+from lightning_fedscale.types import ClientUpdate, Cohort, PendingDelta
 from tests.second_device.device import DEVICE
 
 CLIENTS = np.arange(0, 14, 2)
@@ -58,7 +58,7 @@ def cohort(trainable: int) -> Cohort:
     return Cohort(0, CLIENTS, num_clients=30, trainable=trainable, seed=0)
 
 
-def update(place: int, delta: Tensor) -> ClientUpdate:
+def update(place: int, delta: Tensor | PendingDelta) -> ClientUpdate:
     """The update of the cohort's client at this place."""
     return ClientUpdate(
         client=int(CLIENTS[place]), delta=delta, norm=1.0 + place, num_samples=3 + place, samples=3, steps=2, loss=1.0,

@@ -9,7 +9,7 @@ from torch.optim import SGD
 
 from lightning_fedscale import aggregators, local_rules
 from lightning_fedscale.core.client_state import ClientStore
-from lightning_fedscale.core.executors.sequential import _norm
+from lightning_fedscale.core.executors.client_delta import Deltas
 from lightning_fedscale.core.executors.shared_tensors import shared_tensors_of
 from lightning_fedscale.core.options.algorithm_options import AlgorithmOptions
 from lightning_fedscale.core.round.client_pipeline import RULE, ClientPipeline
@@ -40,9 +40,10 @@ def test_launches_of_a_client_do_not_grow_with_layers(name: str) -> None:
     with second_device() as seen:
         module = deep()
         shared, mean = shared_tensors_of(module), aggregators.mean()
-        start, delta = shared.view.read(), shared.view.empty()
+        start = shared.view.copy()
+        deltas = Deltas(shared, start)
         who, trainable = cohort(shared.view.trainable), shared.view.trainable
-        total = mean.init(start, who)
+        total = mean.init(shared.view.zeros(), who)
         states = {} if rule is None else {RULE: rule.init(vector(trainable))}
         pipeline = ClientPipeline(
             AlgorithmOptions(rule, None, None, mean), ClientStore(), shared, who, SGD(module.parameters(), lr=0.1),
@@ -50,11 +51,11 @@ def test_launches_of_a_client_do_not_grow_with_layers(name: str) -> None:
         )  # fmt: skip
         for place in range(2):
             seen.clear()  # the first client makes what later ones use
-            shared.view.subtract_from(start, out=delta)
-            _norm(delta, start, trainable)
+            delta = deltas.of(None)
+            delta.norm()
             sent = pipeline.send(update(place, delta))
             total = mean.accumulate(total, sent.update, sent.weight, who)
-            shared.view.write(start)
+            shared.view.write_copy(start)
         assert seen.launches.total() <= most, seen.launches.most_common(5)
         assert len(seen.reads) <= waits, seen.reads
         assert not seen.copies

@@ -15,9 +15,9 @@ from lightning_fedscale import aggregators, compressors, privacy, server
 from lightning_fedscale.callbacks.critical_phase.update_scaling import UpdateScaling
 from lightning_fedscale.compressors import Compressor
 from lightning_fedscale.core.client_state import ClientStore, OptimizerKeeper
+from lightning_fedscale.core.executors.client_delta import Deltas
 from lightning_fedscale.core.executors.correction import ClientCorrection
 from lightning_fedscale.core.executors.device_cache import DeviceData
-from lightning_fedscale.core.executors.sequential import _norm
 from lightning_fedscale.core.executors.shared_tensors import SharedTensors, shared_tensors_of
 from lightning_fedscale.core.lightning.half_batch_gradients import squared_norm
 from lightning_fedscale.core.lightning.log_series import read_numbers
@@ -65,12 +65,12 @@ class Rounds:
     def run(self) -> Tensor:
         """Train a round; return the aggregate."""
         shared = shared_tensors_of(self.module)
-        start, who = shared.view.read(), cohort(shared.view.trainable)
-        states = self.model.open_round(start, shared.view.trainable)
+        start, who = shared.view.copy(), cohort(shared.view.trainable)
+        states = self.model.open_round(shared.view)
         table = RoundTable(RoundPlan(0, CLIENTS, np.zeros(len(CLIENTS), dtype=np.int64)), 1, len(shared.parameters))
-        accumulator = RoundAccumulator(self.rules, start, who, table, 1)
+        accumulator = RoundAccumulator(self.rules, shared.view.zeros(), who, table, 1)
         pipeline = self._pipeline(shared, who, states)
-        delta = shared.view.empty()
+        deltas = Deltas(shared, start)
         for place, client in enumerate(CLIENTS.tolist()):
             self.keeper.load(None)
             self.correction.begin(shared, pipeline.correction(client) or Correction())
@@ -78,12 +78,13 @@ class Rounds:
             self.correction(self.optimizer)
             self.optimizer.step()
             shared.rebind()
-            shared.view.subtract_from(shared.origin(start), out=delta)
-            _norm(delta, start, shared.view.trainable)
+            delta = deltas.of(None)
+            delta.norm()
             sent = pipeline.send(update(place, delta))
             table.clients.add(sent.update, sent.weight, (0, 0), (0.0, 0.0))
+            shared.strip(sent.update)
             accumulator.add(sent.update, sent.weight, sent.message)
-            shared.view.write(start)
+            shared.view.write_copy(start)
         self.store.commit()
         table.finish_rank(0, 1.0, failed=False)
         total, messages = accumulator.merge()
@@ -157,7 +158,8 @@ def test_vectors_of_modules(unusual: bool) -> None:
         view = shared.view
         whole = view.read()
         view.write(whole)
-        assert is_there(view.subtract_from(whole, out=view.empty()))
+        view.write_copy(view.copy())
+        assert is_there(Deltas(shared, view.copy()).of(whole).vector())
         assert is_there(view.substituted(module.state_dict(), whole))
         assert is_there(shared.origin(whole))
         shared.write_personal({name: tensor.clone() for name, tensor in shared.personal.items()})

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -12,14 +14,16 @@ from torch import Tensor, nn
 
 from lightning_fedscale.aggregators import mean
 from lightning_fedscale.core.executors import shared_tensors_of
-from lightning_fedscale.core.executors.sequential import _norm
+from lightning_fedscale.core.executors.client_delta import Deltas
 from lightning_fedscale.core.options.algorithm_options import AlgorithmOptions
 from lightning_fedscale.core.plan import RoundPlan
 from lightning_fedscale.core.round.merge import RoundTable
 from lightning_fedscale.core.round.server_step import GlobalModel
 from lightning_fedscale.server import ServerOptimizer, fed_avg
 from lightning_fedscale.types import ClientUpdate, Cohort
+from lightning_fedscale.utils import flat_view
 from lightning_fedscale.utils.buffers import BufferPolicies
+from lightning_fedscale.utils.flat_view import FlatView
 
 HUGE = 1.5e308  # the sum of two is infinite
 
@@ -41,18 +45,18 @@ class Model(nn.Module):
 def moved(model: Model, delta: list[float], rule: ServerOptimizer | None = None, training: bool = True) -> Tensor:
     """Move by the delta of a single client; returns the aggregate."""
     shared = shared_tensors_of(model, policies=BufferPolicies((("counter", "mean"),)))
-    server = shared.view.read()
-    kept = server.clone()
+    server = shared.view.copy()
+    kept = [tensor.clone() for tensor in server.tensors]
     plan = RoundPlan(4, np.array([0]), np.array([0]))
     table, aggregator = RoundTable(plan, 1), mean()
     update = ClientUpdate(0, torch.tensor(delta, dtype=torch.float64), 1.0, 2, 2, 1, 0.5, 0.1)
     table.clients.add(update, 2.0, (0, 0), (0.0, 0.0))
     cohort = Cohort(4, plan.cohort, 1, shared.view.trainable, 0)
-    total = aggregator.accumulate(aggregator.init(server, cohort), update, 2.0, cohort)
+    total = aggregator.accumulate(aggregator.init(shared.view.zeros(), cohort), update, 2.0, cohort)
     model_of_server = GlobalModel(AlgorithmOptions(None, None, None, aggregator, ()), rule or fed_avg())
     aggregate = model_of_server.aggregate(server, total, table, cohort)
     model_of_server.move(shared, server, aggregate, cohort, training=training)
-    assert torch.equal(server, kept)
+    assert all(torch.equal(now, then) for now, then in zip(server.tensors, kept, strict=True))
     return aggregate
 
 
@@ -118,6 +122,20 @@ def test_deltas_count_from_zero_where_the_global_model_is_not_finite() -> None:
     assert shared.origin(server) is server
 
 
+def norm_of(moved: list[float], carried: list[float], server: list[float]) -> float:
+    """The norm of the delta with these elements, in parts of every size."""
+    found = []
+    for most in (1, 3, 1000):
+        with mock.patch.object(flat_view, "elements_at_once", lambda device, most=most: most):
+            view = FlatView([torch.full((2,), 9.0, dtype=torch.float64)], [torch.tensor(server, dtype=torch.float64)])
+            shared: Any = SimpleNamespace(view=view, origin=lambda vector: vector)
+            deltas, origin = Deltas(shared, view.copy()), view.read()
+        view.write(origin.nan_to_num(0.0, 0.0, 0.0) - torch.tensor([*moved, *carried], dtype=torch.float64))
+        found.append(deltas.of(None).norm())
+    assert all(each == found[0] or math.isnan(found[0]) for each in found)
+    return found[-1]
+
+
 @pytest.mark.parametrize(
     ("carried", "server", "expected"),
     [
@@ -130,11 +148,10 @@ def test_deltas_count_from_zero_where_the_global_model_is_not_finite() -> None:
     ],
 )
 def test_norm_of_an_update(carried: list[float], server: list[float], expected: float) -> None:
-    delta = torch.tensor([3.0, 4.0, *carried], dtype=torch.float64)
-    found = _norm(delta, torch.tensor([9.0, 9.0, *server], dtype=torch.float64), 2)
+    found = norm_of([3.0, 4.0], carried, server)
     assert found == expected or (math.isnan(found) and math.isnan(expected))
 
 
 @pytest.mark.parametrize("wrong", [math.nan, math.inf, 1e200])
 def test_norm_of_an_update_that_is_not_finite(wrong: float) -> None:
-    assert math.isnan(_norm(torch.tensor([3.0, wrong], dtype=torch.float64), torch.zeros(2, dtype=torch.float64), 2))
+    assert math.isnan(norm_of([3.0, wrong], [], []))

@@ -212,7 +212,7 @@ def test_old_names_of_fields_are_read_and_passed_with_a_warning() -> None:
     with pytest.warns(DeprecationWarning, match="held"):
         assert made.held == 4  # type: ignore[attr-defined]
     with pytest.warns(DeprecationWarning, match="held"):
-        assert made._replace(held=5).num_samples == 5  # type: ignore[call-arg]
+        assert made._replace(held=5).num_samples == 5
     with pytest.warns(DeprecationWarning, match=r"Cohort\.registered is num_clients now"):
         cohort = Cohort(0, np.arange(2), registered=6, trainable=1, seed=0)  # type: ignore[call-arg]
     assert pickle.loads(pickle.dumps(cohort)).num_clients == 6

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from lightning_fedscale.utils import flat_view
 from lightning_fedscale.utils.flat_view import FlatView
 
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
@@ -64,13 +66,24 @@ def test_read_and_write_change_no_bit(trainable: list[Tensor], carried: list[Ten
 
 @settings(max_examples=40, deadline=None)
 @given(st.lists(tensors(FLOATS + COMPLEX), min_size=1, max_size=4), st.lists(tensors(), max_size=4))
-def test_subtract_from_equals_the_difference_of_reads(trainable: list[Tensor], carried: list[Tensor]) -> None:
-    view = FlatView(trainable, carried)
-    minuend = torch.randn(view.size, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    kept, out = minuend.clone(), view.empty()
-    assert view.subtract_from(minuend, out=out) is out
-    assert torch.equal(out, minuend - view.read())
-    assert torch.equal(minuend, kept)
+def test_parts_are_the_whole_and_copies_keep_every_bit(trainable: list[Tensor], carried: list[Tensor]) -> None:
+    everything = [*trainable, *carried]
+    for most in (1, 5, 1000):
+        with mock.patch.object(flat_view, "elements_at_once", lambda device, most=most: most):
+            view = FlatView(trainable, carried)
+            copy, before = view.copy(), bits(everything)
+            vector, ends = view.read(), [0]
+            for part in view.parts:
+                assert part.elements.start == ends[-1]
+                assert torch.equal(view.read_part(part, view.empty()), vector[part.elements])
+                ends.append(part.elements.stop)
+            assert ends[-1] == view.size
+            assert torch.equal(copy.vector, vector)
+            for tensor in everything:
+                tensor.zero_()
+            assert torch.equal(copy.vector, vector)
+            view.write_copy(copy)
+            assert all(torch.equal(now, then) for now, then in zip(bits(everything), before, strict=True))
 
 
 @settings(max_examples=40, deadline=None)
@@ -187,7 +200,9 @@ def test_many_tensors_are_copied_with_one_type_on_each_side(monkeypatch: pytest.
     floats = [torch.ones(3), torch.ones(2, dtype=torch.bfloat16), torch.ones(1, dtype=torch.float64), torch.ones(4)]
     counters = [torch.tensor(number) for number in range(5)]
     view = FlatView(floats, counters)
-    view.write(view.subtract_from(view.read() * 2, out=view.empty()))
+    (part,) = view.parts
+    view.write(view.read() * 2 - view.read_part(part, view.empty()))
+    view.write_copy(view.copy())
     assert all(bool((tensor == 1).all()) for tensor in floats)
     assert [int(counter) for counter in counters] == list(range(5))
-    assert sum(calls) == 3 * 9  # all tensors, read twice and written once
+    assert sum(calls) == 4 * 9  # all tensors, read twice and written twice

@@ -21,6 +21,7 @@ from lightning_fedscale.core.round.module_tensors import ModuleTensors
 from lightning_fedscale.core.round.notifier import Notifier
 from lightning_fedscale.server.asynchrony import FedBuff
 from lightning_fedscale.types import ClientUpdate, Cohort
+from lightning_fedscale.utils.flat_view import FlatView
 from tests.wording import Row
 
 CPU = torch.device("cpu")
@@ -60,14 +61,14 @@ def table(*norms: float, steps: int = 1) -> RoundTable:
 def aggregate(found: RoundTable, finish: Any = lambda total, cohort: total[:-1]) -> Tensor:
     strategy = FederatedStrategy(num_clients=2, aggregator=aggregators.mean()._replace(finish=finish))
     model = server_step.GlobalModel(strategy._options.algorithm, server.fed_avg())
-    return model.aggregate(torch.zeros(2), torch.ones(3), found, COHORT)
+    return model.aggregate(FlatView([torch.zeros(2)], []), torch.ones(3), found, COHORT)
 
 
 def opened_after_unfreezing() -> None:
     strategy = FederatedStrategy(num_clients=2, local_rule=local_rules.scaffold())
     model = server_step.GlobalModel(strategy._options.algorithm, server.fed_avg())
-    model.states = model.open_round(torch.zeros(2), 2)
-    model.open_round(torch.zeros(4), 4)
+    model.states = model.open_round(FlatView([torch.zeros(2)], []))
+    model.open_round(FlatView([torch.zeros(4)], []))
 
 
 def tensors(**options: Any) -> ModuleTensors:

@@ -16,6 +16,7 @@ from lightning_fedscale.core.plan import LocalWork
 from lightning_fedscale.local_rules import Correction
 from lightning_fedscale.types import ClientUpdate
 from lightning_fedscale.utils import randomness
+from lightning_fedscale.utils.flat_view import FlatView
 
 
 class Pipeline(Protocol):
@@ -65,7 +66,7 @@ class RoundContext(NamedTuple):
         randomness: state of the global generators for that client; None if fetching a batch draws nothing.
         cache: the dataset on the device; None if not cached.
         shared: the model's tensors, which hold the global model.
-        server: the global model as a vector.
+        server: copies of these tensors, of the global model.
         training: False runs forward passes only.
         fetch: makes one batch of these dataset positions in this process.
         reopen: returns the collated batches of given clients again, in the given order or client by client.
@@ -85,7 +86,7 @@ class RoundContext(NamedTuple):
     randomness: randomness.GlobalState | None
     cache: DeviceData | None
     shared: SharedTensors
-    server: Tensor
+    server: FlatView
     training: bool
     fetch: Callable[[list[int]], Any]
     reopen: Callable[[list[LocalWork], Iterable[tuple[int, int]] | None], Iterator[Any]]

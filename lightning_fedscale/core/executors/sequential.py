@@ -17,6 +17,7 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor
 
 from lightning_fedscale.core.client_state import ClientStore, OptimizerKeeper
+from lightning_fedscale.core.executors.client_delta import Deltas
 from lightning_fedscale.core.executors.correction import ClientCorrection
 from lightning_fedscale.core.executors.local_step import LocalStep, local_step
 from lightning_fedscale.core.executors.meter import ClientMeter
@@ -104,8 +105,7 @@ class SequentialExecutor:
             context: the round.
             positions: number of each client's first local batch within the rank's round; None if these are all clients.
         """
-        view, server_origin = context.shared.view, context.shared.origin(context.server)
-        delta = view.empty()
+        view, deltas = context.shared.view, Deltas(context.shared, context.server)
         self._open_round()
         own = Personal(context)
         position = 0
@@ -115,7 +115,7 @@ class SequentialExecutor:
             else:
                 randomness.seed_globals(work.seed, self._device)
             self._prepare(work.client)
-            origin = self._begin_client(context, work.client, server_origin)
+            start_model = self._begin_client(context, work.client)
             own.load(work.client)
             self._watcher.client_started(work.client)
             started = time.perf_counter()
@@ -127,11 +127,11 @@ class SequentialExecutor:
             position += trained.steps
             context.frozen.check(work.client)
             context.shared.rebind()
-            view.subtract_from(origin, out=delta)
+            delta = deltas.of(start_model)
             update = ClientUpdate(
                 client=work.client,
                 delta=delta,
-                norm=_norm(delta, context.server, view.trainable) if trained.had_batch else math.nan,
+                norm=delta.norm() if trained.had_batch else math.nan,
                 num_samples=work.num_samples,
                 samples=trained.samples,
                 steps=trained.steps,
@@ -152,23 +152,22 @@ class SequentialExecutor:
                 context.frozen.check(work.client)
             yield update
             context.shared.irregular.restore()
-            view.write(context.server)
+            view.write_copy(context.server)
             own.restore()
             context.shared.set_trainable()
-        view.forget(delta)
         self.close_round()
 
-    def _begin_client(self, context: RoundContext, client: int, origin: Tensor) -> Tensor:
-        """Set the client's start and correction; return the origin of its delta."""
+    def _begin_client(self, context: RoundContext, client: int) -> Tensor | None:
+        """Set the client's start and correction; return the model from which it starts, None for the global one."""
         pipeline = context.pipeline
-        if pipeline is not None and (start := pipeline.start(client)) is not None:
+        start = None if pipeline is None else pipeline.start(client)
+        if start is not None:
             context.shared.view.write(start)
             context.shared.view.forget(start)  # the view would keep every client's model in memory until the round ends
-            origin = context.shared.origin(start)
         if self._correction is not None:
             own = None if pipeline is None else pipeline.correction(client)
             self._correction.begin(context.shared, own or Correction())
-        return origin
+        return start
 
     def _open_round(self) -> None:
         if self._step is None:
@@ -298,16 +297,3 @@ class _Trained:
             return math.nan
         losses: list[float] = torch.stack(self._losses).flatten().tolist()
         return math.fsum(map(mul, losses, self._weights)) / sum(self._weights)
-
-
-def _norm(delta: Tensor, server: Tensor, trainable: int) -> float:
-    if trainable == delta.numel():
-        square = float(delta.dot(delta))
-    else:
-        moved, carried = delta[:trainable], delta[trainable:]
-        square, total = torch.stack([moved.dot(moved), carried.sum()]).tolist()
-        # The carried part does not count, but must be finite wherever the server's is (see `SharedTensors.origin`). If
-        # its sum is finite, so is every element; the sum takes no memory.
-        if not math.isfinite(total) and (~carried.isfinite() & server[trainable:].isfinite()).any():
-            return math.nan
-    return math.sqrt(square) if math.isfinite(square) else math.nan

@@ -12,7 +12,7 @@ from lightning_fedscale.core.executors.frozen_parameters import version_of
 from lightning_fedscale.core.executors.irregular_buffers import IrregularBuffers
 from lightning_fedscale.core.executors.module_walk import Binding, ModuleWalk
 from lightning_fedscale.core.executors.personal_tensors import PersonalPatterns
-from lightning_fedscale.types import Params
+from lightning_fedscale.types import ClientUpdate, Params, PendingDelta
 from lightning_fedscale.utils.buffers import DEFAULTS, FITTED, BufferPolicies, Fit, Kind, refit
 from lightning_fedscale.utils.flat_view import FlatView, as_real
 
@@ -119,10 +119,13 @@ class SharedTensors(NamedTuple):
                 binding.memory.copy_(now.detach())
                 binding.put_back()
 
-    def strip(self, delta: Tensor) -> None:
+    def strip(self, update: ClientUpdate) -> None:
         """Zero the elements of a client's delta that are not summed on the server."""
+        if isinstance(source := update.source, PendingDelta):
+            source.clear(self.unmoved.values())
+            return
         for elements in self.unmoved.values():
-            delta[elements].zero_()
+            update.delta[elements].zero_()
 
     def copy_largest(self) -> dict[str, Tensor | None]:
         """Return copies of the module's `largest` buffers, and of such buffers that are new, removed or reshaped."""
@@ -149,12 +152,11 @@ class SharedTensors(NamedTuple):
         refit(self.fits)
         self.rebind()
 
-    def changed_unsure(self, server: Tensor) -> list[str]:
-        """Return the names in `unsure` of buffers that differ from this vector."""
-        views = self.view.views(server)
+    def changed_unsure(self, server: FlatView) -> list[str]:
+        """Return the names in `unsure` of buffers that differ from these copies."""
 
         def changed(number: int) -> bool:
-            now, before = self.view.value(number), views[number]
+            now, before = self.view.tensors[number], server.tensors[number]
             return not bool(((now == before) | (now.isnan() & before.isnan())).all())
 
         return [name for name, number in self.unsure.items() if changed(number)]

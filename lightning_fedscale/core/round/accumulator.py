@@ -18,7 +18,7 @@ class RoundAccumulator:
 
     Args:
         algorithm: the aggregator, and the local rule.
-        like: a vector as long as an update.
+        like: a vector as long as an update, which is not written to.
         cohort: who takes part.
         table: the round in numbers.
         world_size: number of ranks.

@@ -121,6 +121,6 @@ def _fail_together(fit: Fit, plan: RoundPlan, started: float) -> None:
     fit.clients.fetch(plan)
     shared = fit.tensors.shared()
     table, cohort = fit.table(plan, shared), fit.cohort(plan, shared)
-    accumulator = RoundAccumulator(fit.options.algorithm, shared.view.empty(), cohort, table, fit.world_size)
+    accumulator = RoundAccumulator(fit.options.algorithm, shared.view.zeros(), cohort, table, fit.world_size)
     table.finish_rank(fit.rank, time.perf_counter() - started, failed=True)
     accumulator.merge()

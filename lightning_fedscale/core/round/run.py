@@ -53,12 +53,12 @@ class RoundRunner:
         self._training = training
         self._shared = shared = fit.tensors.shared()
         fit.tensors.check_trained(shared)
-        self._server = shared.view.read()  # the global model
+        self._server = shared.view.copy()  # the global model
         self._cohort = fit.cohort(opened.plan, shared)
         self._table = fit.table(opened.plan, shared)
         self._cursors = {item.client: item.cursor for item in opened.work}
         self._largest = LargestClient()
-        states = fit.server.open_round(self._server, shared.view.trainable)
+        states = fit.server.open_round(shared.view)
         needs_pipeline = fit.options.algorithm.needs_pipeline or opened.plan.buffered is not None
         self._pipeline = self._make_pipeline(opened, states) if training and needs_pipeline else None
         self._context = RoundContext(
@@ -114,7 +114,8 @@ class RoundRunner:
     def _train_and_merge(self) -> tuple[Tensor, Tensor | None]:
         """Train this rank's clients and add up the ranks; an exception on one rank is raised on all."""
         fit, table = self._fit, self._table
-        accumulator = RoundAccumulator(fit.options.algorithm, self._server, self._cohort, table, fit.world_size)
+        like = self._shared.view.zeros()
+        accumulator = RoundAccumulator(fit.options.algorithm, like, self._cohort, table, fit.world_size)
         failure: Exception | None = None
         written: list[str] = []
         try:
@@ -156,7 +157,7 @@ class RoundRunner:
                 if not update.without_batches:
                     self._table.add_trainable(self._shared.trainable_now())
                 if update.finite:
-                    self._shared.strip(update.delta)
+                    self._shared.strip(update)
                     accumulator.add(update, contribution.weight, contribution.message)
             if (ditto := self._fit.options.algorithm.ditto) is not None and self._training:
                 self._train_personal(ditto)
@@ -185,7 +186,7 @@ class RoundRunner:
     def _train_personal(self, ditto: Ditto) -> None:
         """Train each client's personal model; nothing of it is logged, reported to callbacks or sent."""
         fit, shared = self._fit, self._shared
-        pipeline = PersonalPipeline(ditto, fit.clients.store, shared, self._server)
+        pipeline = PersonalPipeline(ditto, fit.clients.store, shared, self._server.vector)
         with fit.notifier.silenced():
             for update in fit.executor.run_again(self._context._replace(pipeline=pipeline, largest=None)):
                 if update.cost is not None:
@@ -278,7 +279,7 @@ class RoundRunner:
         fit, rounds = self._fit, self._plan.round + 1
         fit.clients.commit(self._plan, self._table.clients.cursors())
         fit.executor.set_scaler_state(*self._table.clients.smallest_scale())
-        fit.stale.keep(self._plan, self._server)
+        fit.stale.keep(self._plan, lambda: self._server.vector)
         if (why := fit.totals.exhausted(rounds)) is not None:
             rank_zero_info(why)
             fit.trainer.should_stop = True
@@ -315,7 +316,7 @@ class RoundRunner:
             shared.rebind()
             shared.irregular.restore()
             shared.set_trainable()
-            shared.view.write(self._server)
+            shared.view.write_copy(self._server)
             shared.write_personal(self._context.own)
             self._fit.executor.close_round()
             self._fit.clients.rollback()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -21,6 +22,7 @@ from lightning_fedscale.local_rules import Merged
 from lightning_fedscale.server import ServerOptimizer
 from lightning_fedscale.types import Cohort, Params
 from lightning_fedscale.utils import randomness
+from lightning_fedscale.utils.flat_view import FlatView, elements_at_once, pieces_of, rows_of
 
 OPTIMIZER, DOWNLINK, AGGREGATOR = "optimizer", "downlink", "aggregator"
 """Names of what the server keeps."""
@@ -64,19 +66,20 @@ class GlobalModel:
         """Resume from saved states."""
         self.states = _placed(states, device)
 
-    def open_round(self, server: Tensor, trainable: int) -> dict[str, Any]:
+    def open_round(self, view: FlatView) -> dict[str, Any]:
         """Return the server's states at the start of the round; new ones for local rule and privacy if needed.
 
         Args:
-            server: the global model.
-            trainable: how many of its elements are trainable and shared.
+            view: the tensors that are exchanged.
 
         Raises:
             ValueError: if the local rule's state belongs to other parameters.
         """
         states = dict(self.states)
         if (rule := self._algorithm.local_rule) is not None:
-            states.setdefault(RULE, rule.init(torch.zeros_like(server[:trainable])))
+            trainable = view.trainable
+            if RULE not in states:
+                states[RULE] = rule.init(view.zeros()[:trainable].clone())
             if any(leaf.dim() and len(leaf) != trainable for leaf in tree_leaves(states[RULE]) if _is_tensor(leaf)):
                 raise ValueError(
                     f"local_rule={rule.name!r}: its state belongs to other parameters than the {trainable:,} trainable"
@@ -90,7 +93,7 @@ class GlobalModel:
     def move(
         self,
         shared: SharedTensors,
-        server: Tensor,
+        server: FlatView,
         aggregate: Tensor,
         cohort: Cohort,
         *,
@@ -102,7 +105,7 @@ class GlobalModel:
 
         Args:
             shared: the module's tensors.
-            server: the global model of this round; stays as it is.
+            server: copies of them, of the global model of this round; they stay as they are.
             aggregate: the aggregated delta.
             cohort: who took part.
             training: False leaves trainable parameters alone.
@@ -116,8 +119,10 @@ class GlobalModel:
             RuntimeError: if the server's step is not finite; the caller then writes ``server`` back into the module.
             TypeError: if the server optimizer returns anything but a step and a state.
         """
-        params, bits = shared.named(server), None
+        bits = None
         if training:
+            reads = self._optimizer.reads_params
+            params = shared.named(server.vector) if reads else dict(zip(shared.names, server.tensors, strict=False))
             state = self._next.get(OPTIMIZER)
             state = self._optimizer.init(params) if state is None else state
             delta, norms = shared.named(aggregate), (mean_square,) if self._optimizer.reads_norms else ()
@@ -128,9 +133,9 @@ class GlobalModel:
                 step, bits = self._compressed(self._downlink, step, cohort)
             steps = [step[name] for name in params]
         else:
-            steps = [server.new_zeros(())] * len(params)
+            steps = [aggregate.new_zeros(())] * len(shared.names)
         # Averaged buffers and frozen parameters take the clients' mean.
-        steps += shared.view.views(aggregate)[len(params) :]
+        steps += shared.view.views(aggregate)[len(steps) :]
         if not _subtract(shared, server, steps):
             raise RuntimeError(
                 f"server_optimizer: its step in round {cohort.round} has NaN or infinite values, so the global model"
@@ -148,12 +153,12 @@ class GlobalModel:
         return encoded.seen, encoded.bits
 
     def aggregate(
-        self, server: Tensor, total: Tensor, table: RoundTable, cohort: Cohort, messages: Tensor | None = None
+        self, server: FlatView, total: Tensor, table: RoundTable, cohort: Cohort, messages: Tensor | None = None
     ) -> Tensor:
         """Return the aggregated delta.
 
         Args:
-            server: the global model of this round.
+            server: copies of the tensors, of the global model of this round.
             total: the aggregator's accumulator over all ranks; used up.
             table: the round in numbers, of all ranks.
             cohort: who took part.
@@ -184,17 +189,17 @@ class GlobalModel:
         if table.clients.accepted:
             aggregate = self._finished(server, total, cohort)
         else:  # without clients there is no aggregate: the server optimizer sees a delta of zero
-            aggregate = torch.zeros_like(server)
-            aggregate[cohort.trainable :] = _still(server[cohort.trainable :])
-        if aggregate.shape != server.shape:
+            aggregate = server.zeros().clone()
+            aggregate[cohort.trainable :] = _still(server, cohort.trainable)
+        if aggregate.shape != (server.size,):
             raise ValueError(
                 f"aggregator: finish returned a tensor of shape {tuple(aggregate.shape)}, but must return one of the"
-                f" clients' deltas' shape, {tuple(server.shape)}."
+                f" clients' deltas' shape, {(server.size,)}."
             )
         moved = aggregate[: cohort.trainable]
         if (privacy := self._algorithm.privacy) is not None:
             # Values that are not clipped may not leave the clients.
-            aggregate[cohort.trainable :] = _still(server[cohort.trainable :])
+            aggregate[cohort.trainable :] = _still(server, cohort.trainable)
             state, generator = self._next[PRIVACY], randomness.generator(cohort.seed, randomness.PRIVACY, cohort.round)
             private, self._next[PRIVACY] = privacy.finish(
                 moved, table.clients.within(), state, cohort, self._expected_weight, generator
@@ -206,10 +211,11 @@ class GlobalModel:
             moved.copy_(delta)
         return aggregate
 
-    def _finished(self, server: Tensor, total: Tensor, cohort: Cohort) -> Tensor:
+    def _finished(self, server: FlatView, total: Tensor, cohort: Cohort) -> Tensor:
         """Return the aggregate of the sum over clients, and note the aggregator's next state."""
         rule, state = self._algorithm.aggregator, self._next.pop(AGGREGATOR, None)
-        state = rule.fresh_state(server, cohort) if state is None else state
+        if state is None and rule.kept is not None:
+            state = rule.fresh_state(server.vector, cohort)
         before = None if self._watched else Snapshot(rule._asdict(), most=0)
         aggregate, state = rule.finish_with(total, cohort, state)
         if before is not None and (place := before.difference(Snapshot(rule._asdict(), most=0))) is not None:
@@ -257,8 +263,9 @@ def _copied(state: Any) -> Any:
     )
 
 
-def _still(carried: Tensor) -> Tensor:
+def _still(server: FlatView, trainable: int) -> Tensor:
     """Return the delta of buffers and frozen parameters that do not change, counted from `SharedTensors.origin`."""
+    carried = server.vector[trainable:]
     return torch.where(carried.isfinite(), torch.zeros_like(carried), -carried)
 
 
@@ -267,25 +274,30 @@ def _is_tensor(leaf: Any) -> bool:
 
 
 @torch.no_grad()
-def _subtract(shared: SharedTensors, server: Tensor, steps: list[Tensor]) -> bool:
-    """Write ``server - steps`` into the module, tensor by tensor; return False if it spoils finite values."""
-    trainable, befores = len(shared.names), shared.view.views(server)
+def _subtract(shared: SharedTensors, server: FlatView, steps: list[Tensor]) -> bool:
+    """Write ``server - steps`` into the module, some rows at a time; return False if it spoils finite values."""
+    trainable = len(shared.names)
+    moved = [number for number in range(len(steps)) if number not in shared.unmoved]
 
-    def after(number: int) -> Tensor:
-        before, step = befores[number], steps[number]
+    def after(number: int, rows: slice | None) -> tuple[Tensor, Tensor]:
+        before, step = rows_of(server.tensors[number], rows), steps[number]
+        step = rows_of(step, rows) if step.dim() else step
+        if number < trainable:
+            return before, before.double() - step
         # As in `SharedTensors.origin`, from which deltas are counted.
-        return before - step if number < trainable else before.nan_to_num(0.0, 0.0, 0.0).sub_(step)
+        return before, before.double().nan_to_num(0.0, 0.0, 0.0).sub_(step)
 
-    def write(number: int) -> Tensor:
-        value = after(number)
-        shared.view.write_one(number, value)
+    def write(number: int, rows: slice | None) -> Tensor:
+        _, value = after(number, rows)
+        shared.view.write_rows(number, rows, value)
         return value.sum()
 
-    moved = [number for number in range(len(befores)) if number not in shared.unmoved]
+    most = elements_at_once(shared.view.device)
+    pieces = [(number, rows) for number in moved for rows, _ in pieces_of(server.tensors[number], most)]
     # If all sums are finite, so is every element, and this check takes no memory.
-    if torch.stack([write(number) for number in moved]).isfinite().all():
+    if torch.stack([write(*piece) for piece in pieces]).isfinite().all():
         return True
-    return all((after(number).isfinite() | ~befores[number].isfinite()).all() for number in moved)
+    return all((value.isfinite() | ~before.isfinite()).all() for before, value in itertools.starmap(after, pieces))
 
 
 def _checked(answer: Any, params: Params) -> tuple[Params, Any]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -31,10 +33,10 @@ class StaleModels:
             return {}
         return {client: self._asynchrony.scale(plan.round - version) for client, version in _late(plan)}
 
-    def keep(self, plan: RoundPlan, server: Tensor) -> None:
+    def keep(self, plan: RoundPlan, server: Callable[[], Tensor]) -> None:
         """Keep the model that a complete round began with, and drop models that no client needs any more."""
         if plan.buffered is not None:
-            self._models[plan.round] = server
+            self._models[plan.round] = server()
             oldest = plan.buffered.waiting
             self._models = {round: model for round, model in self._models.items() if round >= oldest}
 

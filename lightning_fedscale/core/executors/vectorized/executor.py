@@ -217,7 +217,7 @@ class VectorizedExecutor:
         context.frozen.undo()
         context.shared.put_back()
         context.shared.set_trainable()
-        context.shared.view.write(context.server)
+        context.shared.view.write_copy(context.server)
         context.shared.write_personal(context.own)
         metrics.restore()
         state.restore()

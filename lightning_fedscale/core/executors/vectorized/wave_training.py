@@ -233,7 +233,7 @@ class WaveTraining:
             wave: the clients.
             trained: the result of `train`.
         """
-        shared, server = context.shared, context.server
+        shared, server = context.shared, context.server.vector
         cut, row = shared.view.trainable, -1
         initial = Personal(context)
         models = [server if start.model is None else start.model for start in self._starts]
@@ -274,7 +274,7 @@ class WaveTraining:
                     self._watcher.client_ended(update)
                 yield update
         if self._shown:
-            shared.view.write(server)
+            shared.view.write_copy(context.server)
             initial.restore()
 
 
