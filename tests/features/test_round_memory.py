@@ -34,5 +34,5 @@ def measured(contender: str, *options: str) -> tuple[int, int]:
 def test_a_sequential_round_takes_twelve_bytes_a_parameter(shape: list[str]) -> None:
     (count, plain), (same_count, federated) = (measured(each, *shape) for each in (memory.PLAIN, memory.FEDERATED))
     assert count == same_count == pytest.approx(MILLIONS * 1e6, rel=0.01)
-    # The global model in float32 and the sum over clients in float64; the parameters themselves both have.
-    assert 11 < (federated - plain) / count < 14
+    # The global model in float32 and the sum over clients in float64, and some megabytes for what is computed in parts.
+    assert 11 < (federated - plain) / count < 15
