@@ -7,6 +7,9 @@ RUN := $(VENV)/bin/python
 INSTALL := $(RUN) -m pip install --quiet --disable-pip-version-check -c constraints.txt
 INPUTS := pyproject.toml constraints.txt
 
+# Else each of the tests' processes would compile the package and the tests again.
+unexport PYTHONDONTWRITEBYTECODE
+
 .PHONY: help demo test test-fast coverage stress fuzz lint docs compat bench gpu browser existing clean
 
 help: ## Show this list

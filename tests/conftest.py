@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 import os
 import sys
 from collections.abc import Iterator
+from importlib.metadata import entry_points
 from pathlib import Path
 from unittest import mock
 
@@ -14,6 +16,7 @@ import torch
 import torch.distributed as dist
 from absl import logging as absl_logging
 from hypothesis import HealthCheck, settings
+from lightning.fabric.utilities import registry
 
 from tests import clock as clocks
 from tests import slow
@@ -21,6 +24,9 @@ from tests import slow
 # Of dp-accounting. It keeps the first error stream that it sees, which is pytest's, and closes it as soon as Hydra sets
 # up logging anew; Python's own it leaves open.
 absl_logging.get_absl_handler().python_handler.stream = sys.__stderr__
+
+# Every Trainer asks for them, and Python would read the metadata of all packages each time.
+vars(registry)["entry_points"] = functools.cache(entry_points)
 
 # No test may fail by the clock, and the same commit must always give the same verdict.
 settings.register_profile(
