@@ -83,10 +83,11 @@ class FlatView:
 
     def copy(self) -> FlatView:
         """Return a view of copies of the tensors, in their own precision."""
-        copies = [tensor.clone() for tensor in self.tensors]
-        number = self._number_trainable
-        self._exact = {i: copies[i] for i in self._integers}
-        return FlatView(copies[:number], copies[number:])
+        tensors, number = [torch.empty_like(tensor) for tensor in self.tensors], self._number_trainable
+        copy = FlatView(tensors[:number], tensors[number:])
+        copy.write_copy(self)
+        self._exact = {i: tensors[i] for i in self._integers}
+        return copy
 
     @cached_property
     def vector(self) -> Tensor:
@@ -108,7 +109,7 @@ class FlatView:
         return vector
 
     def write_copy(self, copy: FlatView) -> None:
-        """Write the values of a copy back to the tensors, in place, so that every reference to them stays valid."""
+        """Write the values of another view to the tensors, in place, so that every reference to them stays valid."""
         for numbers in self._alike.values():
             torch._foreach_copy_([self.tensors[i] for i in numbers], [copy.tensors[i] for i in numbers])
 
