@@ -67,7 +67,8 @@ def _init(like: Tensor, cohort: Cohort) -> Tensor:
 
 def _accumulate(total: Tensor, update: ClientUpdate, weight: float, cohort: Cohort) -> Tensor:
     row = total.view(len(cohort.clients), -1)[cohort.place(update.client)]
-    row[:-1].copy_(update.delta)
+    for elements, part in update.parts():
+        row[:-1][elements].copy_(part)
     row[-1] = weight
     return total
 

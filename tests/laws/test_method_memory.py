@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,7 +17,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_fedscale import FederatedStrategy
-from lightning_fedscale.aggregators import mean
+from lightning_fedscale.aggregators import coordinates, mean
 from lightning_fedscale.utils import flat_view
 from tests.laws import reference
 from tests.laws.test_memory import AllocatedBytes
@@ -28,6 +29,7 @@ MEASURED = [("", "FedAvg"), *(method for method in METHODS if method[0] in ARGUM
 WIDTH, LAYERS = 32, 48
 PARAMETERS = WIDTH * WIDTH * LAYERS
 FEW, MANY = 8, 12
+PART = 256
 
 
 class Memory(NamedTuple):
@@ -96,7 +98,9 @@ def row(room: str, name: str) -> Memory:
 
 @pytest.mark.parametrize(("room", "name"), MEASURED)
 def test_each_takes_what_its_row_says(room: str, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in (flat_view, __import__(mean.__module__, fromlist=["mean"])):
-        monkeypatch.setattr(module, "elements_at_once", lambda device: 256)
+    # Else a part is as long as this small model.
+    monkeypatch.setattr(flat_view, "elements_at_once", lambda device: PART)
+    monkeypatch.setattr(sys.modules[mean.__module__], "elements_at_once", lambda device: PART)
+    monkeypatch.setattr(coordinates, "_PART", PART)
     measured = memory_of(room, name)
     assert measured == pytest.approx(row(room, name), abs=1.0)
