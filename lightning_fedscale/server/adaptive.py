@@ -137,7 +137,7 @@ def _adaptive(name: str, second: _Second, beta1: float, beta2: float, tau: float
     beta2 = checks.in_interval("beta2", beta2, 0.0, 1.0, closed_end=False)
     tau = checks.positive("tau", tau)
     update = partial(_update, second=second, beta1=beta1, beta2=beta2, tau=tau)
-    return per_parameter(name, partial(_init, tau=tau), update)
+    return per_parameter(name, partial(_init, tau=tau), update, reads_params=False)
 
 
 def _init(like: Tensor, *, tau: float) -> Moments:

@@ -22,8 +22,7 @@ class ServerOptimizer(NamedTuple):
             ``sum_k p_k |delta_k|^2``.
         call: the call that made it, such as ``fed_adam(lr=0.01)``; for logs only.
         arguments: the arguments of that call; for logs only.
-        reads_params: whether it reads the values of ``params``. If not, these are in the model's own precision instead
-            of float64, which takes no memory.
+        reads_params: whether it reads the values of ``params``; if not, these are zeros, which take no memory.
     """
 
     init: Callable[[Params], Any]

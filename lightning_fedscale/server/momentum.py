@@ -34,7 +34,7 @@ def trace(momentum: float = 0.9, nesterov: bool = False) -> ServerOptimizer:
         [3.0]
     """
     decay = checks.in_interval("momentum", momentum, 0.0, 1.0, closed_end=False)
-    return per_parameter("trace", _init, partial(_update, decay=decay, nesterov=bool(nesterov)))
+    return per_parameter("trace", _init, partial(_update, decay=decay, nesterov=bool(nesterov)), reads_params=False)
 
 
 def _init(like: Tensor) -> Moments:

@@ -6,7 +6,6 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any, TypeAlias
 
-import torch
 from torch import Tensor
 
 from lightning_fedscale.server.base import ServerOptimizer, own_state
@@ -19,6 +18,7 @@ def per_parameter(
     name: str,
     init: Callable[[Tensor], Moments],
     update: Callable[[Tensor, Moments], tuple[Tensor, Moments]],
+    reads_params: bool = True,
 ) -> ServerOptimizer:
     """Build a server optimizer from the rule for a single parameter.
 
@@ -26,8 +26,9 @@ def per_parameter(
 
     Args:
         name: name of the rule, stored in its state.
-        init: returns the state of a parameter like this tensor, float64 zeros, as tensors like it.
+        init: returns the state of a parameter like this tensor, as tensors like it.
         update: ``(delta, state) -> (step, state)`` of one parameter; must not change its arguments.
+        reads_params: whether ``init`` reads the values of the tensor; if not, these are zeros, which take no memory.
 
     Example:
         >>> import torch
@@ -42,17 +43,12 @@ def per_parameter(
     return ServerOptimizer(
         partial(_init, name=name, init=init),
         partial(_update, name=name, init=init, update=update),
-        reads_params=False,
+        reads_params=reads_params,
     )
 
 
 def _init(params: Params, *, name: str, init: Callable[[Tensor], Moments]) -> dict[str, Any]:
-    return {"optimizer": name, "moments": {parameter: init(_like(value)) for parameter, value in params.items()}}
-
-
-def _like(parameter: Tensor) -> Tensor:
-    """Return float64 zeros of a parameter's shape that take no memory."""
-    return torch.zeros((), dtype=torch.float64, device=parameter.device).expand(parameter.shape)
+    return {"optimizer": name, "moments": {parameter: init(value) for parameter, value in params.items()}}
 
 
 def _update(
@@ -66,7 +62,7 @@ def _update(
 ) -> tuple[Params, dict[str, Any]]:
     kept = own_state(state, name)["moments"]
     results = {
-        parameter: update(delta[parameter], kept[parameter] if parameter in kept else init(_like(value)))
+        parameter: update(delta[parameter], kept[parameter] if parameter in kept else init(value))
         for parameter, value in params.items()
     }
     moments = {parameter: moments for parameter, (_, moments) in results.items()}

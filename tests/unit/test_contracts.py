@@ -127,6 +127,21 @@ def test_server_state_goes_through_checkpoints(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", of("server"))
+def test_servers_that_say_so_do_not_read_parameters(name: str) -> None:
+    """They are given zeros in place of the parameters."""
+    rule, delta = example("server", name), {"w": torch.tensor([0.5, -0.25], dtype=torch.float64)}
+    steps = []
+    for value in (0.0, 7.0):
+        params = {"w": torch.full((2,), value, dtype=torch.float64)}
+        norms = (1.0,) if rule.reads_norms else ()
+        state = rule.init(params)
+        for _ in range(2):
+            step, state = rule.update(delta, state, params, *norms)
+        steps.append(step["w"])
+    assert rule.reads_params or torch.equal(*steps)
+
+
+@pytest.mark.parametrize("name", of("server"))
 def test_servers_refuse_the_state_of_others(name: str) -> None:
     rule: ServerOptimizer = example("server", name)
     params, norms = vectors(0), ((50.0,) if rule.reads_norms else ())

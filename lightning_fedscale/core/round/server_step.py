@@ -121,8 +121,7 @@ class GlobalModel:
         """
         bits = None
         if training:
-            reads = self._optimizer.reads_params
-            params = shared.named(server.vector) if reads else dict(zip(shared.names, server.tensors, strict=False))
+            params = shared.named(server.vector if self._optimizer.reads_params else server.zeros())
             state = self._next.get(OPTIMIZER)
             state = self._optimizer.init(params) if state is None else state
             delta, norms = shared.named(aggregate), (mean_square,) if self._optimizer.reads_norms else ()
