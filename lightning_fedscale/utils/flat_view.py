@@ -10,6 +10,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+ONE_PART = 1 << 20
+"""Vectors of up to so many elements, 8 MB, are one part: computing them in several costs more than it saves."""
+
 
 class Part(NamedTuple):
     """A part of the vector that is read at once.
@@ -60,8 +63,7 @@ class FlatView:
         self.size = self.trainable + sum(_width(tensor) for tensor in carried)
         self._number_trainable = len(trainable)
         self.tensors = [as_real(tensor) for tensor in (*trainable, *carried)]
-        self._sizes = [tensor.numel() for tensor in self.tensors]
-        self._starts = list(accumulate(self._sizes, initial=0))
+        self._starts = list(accumulate((tensor.numel() for tensor in self.tensors), initial=0))
         # Copy tensors of one type at a time: with several types this is slow, and on CUDA wrong before torch 2.11.
         self._alike = _by_type(enumerate(self.tensors))
         self._integers = [i for i, tensor in enumerate(self.tensors) if not tensor.is_floating_point()]
@@ -96,11 +98,13 @@ class FlatView:
 
     @cached_property
     def parts(self) -> list[Part]:
-        """The vector in parts of about `elements_at_once`; a row of a tensor is not divided."""
-        return _parts(self.tensors, elements_at_once(self.device))
+        """The vector in parts: one if it is short, else of about `elements_at_once`; no row of a tensor is divided."""
+        return _parts(self.tensors, self.size if self.size <= ONE_PART else elements_at_once(self.device))
 
     def read_part(self, part: Part, out: Tensor) -> Tensor:
         """Copy a part into the first elements of ``out`` and return these."""
+        if part.size == self.size:
+            return self._read_into(out)
         vector = out[: part.size]
         for pieces in part.pieces.values():
             own = [rows_of(self.tensors[number], rows) for _, number, rows in pieces]
@@ -119,12 +123,8 @@ class FlatView:
         # alive, so no other vector can get its address.
         views = self._cut.get(vector.data_ptr())
         if views is None:
-            views = self._cut[vector.data_ptr()] = self._split(vector)
+            views = self._cut[vector.data_ptr()] = _split(vector, self.tensors)
         return views
-
-    def _split(self, vector: Tensor) -> list[Tensor]:
-        parts = torch.split(vector, self._sizes)
-        return [p if t.dim() == 1 else p.view(t.shape) for p, t in zip(parts, self.tensors, strict=True)]
 
     def elements(self, number: int) -> slice:
         """Return the slice of the tensor of this number in the vector."""
@@ -146,7 +146,9 @@ class FlatView:
     def read(self) -> Tensor:
         """Return a new vector with the tensors' values; the exact integers are kept too."""
         self._exact = {i: self.tensors[i].clone() for i in self._integers}
-        vector = self.empty()
+        return self._read_into(self.empty())
+
+    def _read_into(self, vector: Tensor) -> Tensor:
         views = self.views(vector)
         for numbers in self._alike.values():
             torch._foreach_copy_([views[i] for i in numbers], [self.tensors[i] for i in numbers])
@@ -186,7 +188,7 @@ class FlatView:
         if is_exact := isinstance(values, FlatView):
             views = values.tensors
         else:
-            views = self._cut.get(values.data_ptr()) or self._split(values)
+            views = self._cut.get(values.data_ptr()) or _split(values, self.tensors)
         numbers = {(tensor.data_ptr(), tensor.shape): number for number, tensor in enumerate(self.tensors)}
 
         def substitute(entry: Any) -> Any:
@@ -207,6 +209,11 @@ class FlatView:
         if tensor.is_floating_point():
             return value
         return _rounded(value, rows_of(self._exact.get(number, tensor), rows))
+
+
+def _split(vector: Tensor, tensors: Sequence[Tensor]) -> list[Tensor]:
+    parts = torch.split(vector, [tensor.numel() for tensor in tensors])
+    return [p if t.dim() == 1 else p.view(t.shape) for p, t in zip(parts, tensors, strict=True)]
 
 
 def _parts(tensors: Sequence[Tensor], most: int) -> list[Part]:

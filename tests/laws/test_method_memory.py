@@ -100,6 +100,7 @@ def row(room: str, name: str) -> Memory:
 def test_each_takes_what_its_row_says(room: str, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     # Else a part is as long as this small model.
     monkeypatch.setattr(flat_view, "elements_at_once", lambda device: PART)
+    monkeypatch.setattr(flat_view, "ONE_PART", 0)
     monkeypatch.setattr(sys.modules[mean.__module__], "elements_at_once", lambda device: PART)
     monkeypatch.setattr(coordinates, "_PART", PART)
     measured = memory_of(room, name)

@@ -126,7 +126,7 @@ def norm_of(moved: list[float], carried: list[float], server: list[float]) -> fl
     """The norm of the delta with these elements, in parts of every size."""
     found = []
     for most in (1, 3, 1000):
-        with mock.patch.object(flat_view, "elements_at_once", lambda device, most=most: most):
+        with mock.patch.multiple(flat_view, ONE_PART=0, elements_at_once=lambda device, most=most: most):
             view = FlatView([torch.full((2,), 9.0, dtype=torch.float64)], [torch.tensor(server, dtype=torch.float64)])
             shared: Any = SimpleNamespace(view=view, origin=lambda vector: vector)
             deltas, origin = Deltas(shared, view.copy()), view.read()

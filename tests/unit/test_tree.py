@@ -69,7 +69,7 @@ def test_read_and_write_change_no_bit(trainable: list[Tensor], carried: list[Ten
 def test_parts_are_the_whole_and_copies_keep_every_bit(trainable: list[Tensor], carried: list[Tensor]) -> None:
     everything = [*trainable, *carried]
     for most in (1, 5, 1000):
-        with mock.patch.object(flat_view, "elements_at_once", lambda device, most=most: most):
+        with mock.patch.multiple(flat_view, ONE_PART=0, elements_at_once=lambda device, most=most: most):
             view = FlatView(trainable, carried)
             copy, before = view.copy(), bits(everything)
             vector, ends = view.read(), [0]

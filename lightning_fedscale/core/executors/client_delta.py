@@ -30,6 +30,7 @@ class Deltas:
         self._origin = self._empty(most)
         self._in_origin: Part | None = None  # read only once if there is only one
         self._whole = self._memory if most == self._view.size else None
+        self._for_checks: Tensor | None = None
 
     def of(self, start: Tensor | None) -> ClientDelta:
         """Return the delta of the client whose model the module holds.
@@ -61,7 +62,9 @@ class Deltas:
         for part, delta in zip(self._view.parts, parts, strict=True):
             carried = _carried(part, self._view)
             if carried.start < part.size:
-                server = self._server.read_part(part, self._empty(part.size))
+                if self._for_checks is None:
+                    self._for_checks = self._empty(len(self._memory))
+                server = self._server.read_part(part, self._for_checks)
                 if (~delta[carried].isfinite() & server[carried].isfinite()).any():
                     return True
         return False
@@ -95,7 +98,8 @@ class ClientDelta(PendingDelta):
             for part in self._view.parts:
                 self._deltas.subtract(part, self._origin, whole[part.elements])
             self._vector = whole
-            self.clear(self._zero)
+            if self._zero:
+                self.clear(self._zero)
         return self._vector
 
     def parts(self) -> Iterator[tuple[slice, Tensor]]:
@@ -122,11 +126,12 @@ class ClientDelta(PendingDelta):
         """Return the L2 norm of the trainable part; NaN if any element is not finite."""
         squares, sums = [], []
         for part, (_, delta) in zip(self._view.parts, self.parts(), strict=True):
-            moved, carried = delta[: _carried(part, self._view).start], delta[_carried(part, self._view)]
-            if len(moved):
+            first = _carried(part, self._view).start
+            if first:
+                moved = delta if first == part.size else delta[:first]
                 squares.append(moved.dot(moved))
-            if len(carried):
-                sums.append(carried.sum())
+            if first < part.size:
+                sums.append(delta[first:].sum())
         numbers: list[float] = torch.stack([*squares, *sums]).tolist()
         square, total = math.fsum(numbers[: len(squares)]), sum(numbers[len(squares) :])
         # The carried part does not count, but must be finite wherever the server's is (see `SharedTensors.origin`). If
