@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 LIST = Path(__file__).with_suffix(".txt")
-CASE, ALL_CASES = 0.7, 3.5
+CASE, ALL_CASES = 0.5, 2.5
 """A test function is slow if one of its cases takes this many seconds, or all of them together."""
 
 _seconds: defaultdict[str, defaultdict[str, float]] = defaultdict(lambda: defaultdict(float))
