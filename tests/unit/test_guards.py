@@ -28,6 +28,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch._dynamo import mutation_guard
 
 from lightning_fedscale.core.executors.vectorized.captured_steps import CapturedSteps
 from lightning_fedscale.core.user_code.guards import Guard, NoValues, Reads, Unguarded
@@ -132,6 +133,21 @@ def watched(function: Callable[[], object]) -> Reads:
 def test_what_depends_on_its_arguments_can_be_captured(name: str) -> None:
     with torch.enable_grad():
         assert watched(PURE[name]).reason is None
+
+
+class Own(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(3, 2)
+
+
+def test_modules_are_made_and_freed_as_ever_once_something_was_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("__init__", "__setstate__"):
+        monkeypatch.setattr(nn.Module, name, getattr(nn.Module, name))
+    monkeypatch.setattr(nn.Module, "___needs_generation_tag_patch", True, raising=False)
+    mutation_guard.install_generation_tagging_init()
+    assert watched(lambda: nn.Linear(3, 2)(TENSOR)).reason is None
+    assert watched(lambda: Own().layer(TENSOR)).reason is None
 
 
 @pytest.mark.parametrize("name", IMPURE)

@@ -48,6 +48,8 @@ _PURE_PACKAGES = (
 _PURE_FUNCTIONS = {
     "torch._compile.inner", "torch.is_tensor", "torch.get_default_device", "torch.are_deterministic_algorithms_enabled",
     "torch.get_float32_matmul_precision", "os.__getitem__", "_collections_abc.get",
+    # Once something was compiled, torch notes which modules are made and freed.
+    "torch._dynamo.mutation_guard.patched_init", "torch._dynamo.utils.<lambda>",
 }  # fmt: skip
 # Methods and functions of torch that pass values to Python, or whose results depend on more than their arguments.
 _IMPURE_OF_TORCH = {
