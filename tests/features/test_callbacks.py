@@ -39,6 +39,8 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import StepLR
 
 from lightning_fedscale import server
+from lightning_fedscale.types import ClientUpdate
+from lightning_fedscale.utils import flat_view
 from tests.clock import Clock, Minutes
 from tests.features import reference_loop
 from tests.laws import reference
@@ -638,3 +640,25 @@ def test_progress_waits_between_drawings(monkeypatch: pytest.MonkeyPatch) -> Non
     reference_loop.fit(callbacks=[Bar()], enable_progress_bar=True, max_epochs=2)
     assert drawn
     assert not any("clients" in row for row in drawn)
+
+
+@pytest.mark.parametrize("executor", ["sequential", "vectorized"])
+@pytest.mark.parametrize("looks", [False, True])
+def test_what_a_callback_does_to_the_module_after_a_client_is_not_sent(
+    executor: str, looks: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Spoils(pl.Callback):
+        def on_client_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, update: ClientUpdate) -> None:
+            if looks:
+                seen.append(update.delta.clone())
+            for parameter in pl_module.parameters():
+                nn.init.constant_(parameter, 7.0)
+
+    seen: list[Tensor] = []
+    _, expected = reference_loop.fit(strategy={"executor": executor}, max_epochs=2)
+    # As for large models, whose deltas are computed in parts.
+    monkeypatch.setattr(flat_view, "ONE_PART", 0)
+    monkeypatch.setattr(flat_view, "elements_at_once", lambda device: 3)
+    _, found = reference_loop.fit(strategy={"executor": executor}, max_epochs=2, callbacks=[Spoils()])
+    assert reference_loop.same(reference_loop.state_of(found), reference_loop.state_of(expected))
+    assert bool(seen) is looks

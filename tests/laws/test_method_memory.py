@@ -104,4 +104,4 @@ def test_each_takes_what_its_row_says(room: str, name: str, monkeypatch: pytest.
     monkeypatch.setattr(sys.modules[mean.__module__], "elements_at_once", lambda device: PART)
     monkeypatch.setattr(coordinates, "_PART", PART)
     measured = memory_of(room, name)
-    assert measured == pytest.approx(row(room, name), abs=1.0)
+    assert measured == pytest.approx(row(room, name), abs=0.5)

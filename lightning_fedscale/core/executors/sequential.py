@@ -24,7 +24,7 @@ from lightning_fedscale.core.executors.meter import ClientMeter
 from lightning_fedscale.core.executors.round_context import Personal, RoundContext, Watcher
 from lightning_fedscale.core.executors.transfer import Transfer
 from lightning_fedscale.core.lightning.client_log import ClientLog
-from lightning_fedscale.core.lightning.hooks import PER_LOCAL_BATCH
+from lightning_fedscale.core.lightning.hooks import PER_LOCAL_BATCH, is_listened_to
 from lightning_fedscale.core.lightning.module_state import call_hook
 from lightning_fedscale.devices.profiling.batches import signature_of
 from lightning_fedscale.local_rules import Correction
@@ -106,6 +106,7 @@ class SequentialExecutor:
             positions: number of each client's first local batch within the rank's round; None if these are all clients.
         """
         view, deltas = context.shared.view, Deltas(context.shared, context.server)
+        is_watched = is_listened_to(self._trainer, "on_client_end")
         self._open_round()
         own = Personal(context)
         position = 0
@@ -147,6 +148,8 @@ class SequentialExecutor:
                 # After an update that is not finite the optimizer's state is invalid too: the client starts afresh.
                 states = [keeper.unload() for keeper in self._keepers] if update.finite else None
                 self._store.stage_optimizers(work.client, states)
+            if is_watched:
+                delta.vector()  # now, since a callback may change the module's weights
             self._watcher.client_ended(update)
             if context.frozen.whole_round:
                 context.frozen.check(work.client)

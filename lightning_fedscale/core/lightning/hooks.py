@@ -38,6 +38,10 @@ class LocalBatchHooks:
             setattr(self._module, name, hook)
 
 
+_NAMES_EVENTS = "lightning_fedscale.callbacks.round_events"
+"""The module whose hooks do nothing."""
+
+
 def listeners(trainer: pl.Trainer) -> Iterator[Any]:
     """Yield the receivers of a round's events: the Trainer's callbacks, each followed by those in its ``listeners``.
 
@@ -46,6 +50,12 @@ def listeners(trainer: pl.Trainer) -> Iterator[Any]:
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         yield callback
         yield from vars(callback).get("listeners", ())
+
+
+def is_listened_to(trainer: pl.Trainer, event: str) -> bool:
+    """Return whether somebody does something at an event of a round; the hooks of `RoundEvents` only name it."""
+    hooks = [getattr(each, event, None) for each in listeners(trainer)]
+    return any(hook is not None and getattr(hook, "__module__", "") != _NAMES_EVENTS for hook in hooks)
 
 
 def announce_probe(trainer: pl.Trainer, batch: Any = None, flops: float = 0.0) -> None:

@@ -12,6 +12,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from lightning_fedscale.core.executors import ClientLog, listeners
+from lightning_fedscale.core.lightning.hooks import is_listened_to
 from lightning_fedscale.core.lightning.monitors import Monitors
 from lightning_fedscale.core.lightning.progress import ClientProgress
 from lightning_fedscale.core.lightning.run_state import publish_round
@@ -74,7 +75,7 @@ class Notifier:
 
     def server_step(self, step: Params) -> Params:
         """Let callbacks change a copy of the step, since a server optimizer may keep the original."""
-        if any(hasattr(each, "on_server_step") for each in listeners(self._trainer)):
+        if is_listened_to(self._trainer, "on_server_step"):
             step = {name: value.clone() for name, value in step.items()}
             self._call("on_server_step", step)
         return step

@@ -25,7 +25,7 @@ from lightning_fedscale.core.executors.vectorized.rows import Rows
 from lightning_fedscale.core.executors.vectorized.stacking import NotVectorizable
 from lightning_fedscale.core.executors.vectorized.wave import ClientStart, Wave
 from lightning_fedscale.core.executors.vectorized.wave_batches import StepBatch, WaveBatches
-from lightning_fedscale.core.lightning.hooks import listeners
+from lightning_fedscale.core.lightning.hooks import is_listened_to
 from lightning_fedscale.core.lightning.snapshots import MetricStates
 from lightning_fedscale.core.plan import LocalWork
 from lightning_fedscale.types import ClientUpdate
@@ -88,7 +88,7 @@ class WaveTraining:
         self._batches = WaveBatches(trainer, transfer, self._wave.rows)
         self._starts: list[ClientStart] = []
         self._seconds_alone = 0.0  # of a wave's time, for the sequential steps of comparisons
-        self._shown = any(hasattr(each, "on_client_end") for each in listeners(trainer))
+        self._shown = is_listened_to(trainer, "on_client_end")
 
     def release(self) -> None:
         """Free the memory of the waves."""
