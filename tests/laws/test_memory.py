@@ -10,10 +10,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_fedscale import FederatedStrategy
+from lightning_fedscale.devices.profiling.scratch import tensors_of
 from tests.laws import reference
 
 WIDTH, LAYERS = 512, 6
@@ -30,15 +30,14 @@ class AllocatedBytes(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         # What is there already does not count.
-        given = {t.untyped_storage()._cdata for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
+        given = {t.untyped_storage()._cdata for t in tensors_of(args, kwargs)}
         results = func(*args, **(kwargs or {}))
-        for tensor in tree_leaves(results):
-            if isinstance(tensor, Tensor):
-                storage = tensor.untyped_storage()
-                if storage._cdata not in given and storage._cdata not in self._live:
-                    self._live[storage._cdata] = storage.nbytes()
-                    self._now += storage.nbytes()
-                    weakref.finalize(storage, self._freed, storage._cdata)
+        for tensor in tensors_of(results):
+            storage = tensor.untyped_storage()
+            if storage._cdata not in given and storage._cdata not in self._live:
+                self._live[storage._cdata] = storage.nbytes()
+                self._now += storage.nbytes()
+                weakref.finalize(storage, self._freed, storage._cdata)
         self.peak = max(self.peak, self._now)
         return results
 

@@ -28,8 +28,8 @@ ARGUMENTS = {"local_rules": "local_rule", "aggregators": "aggregator", "server":
 MEASURED = [("", "FedAvg"), *(method for method in METHODS if method[0] in ARGUMENTS)]
 WIDTH, LAYERS = 32, 48
 PARAMETERS = WIDTH * WIDTH * LAYERS
-FEW, MANY = 8, 12
-PART = 256
+FEW, MANY = 5, 7  # of five clients, Krum tolerates one attacker
+PART = 768  # of several layers
 
 
 class Memory(NamedTuple):
