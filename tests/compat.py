@@ -41,6 +41,7 @@ TESTS = [
     "tests/features/test_hydra*.py",
     "tests/features/test_fast_step.py",
     "tests/features/test_log_*.py",
+    "tests/features/test_memory_of_*.py",
     "tests/features/test_optim_*.py",
     "tests/features/test_resume.py",
     "tests/dist/test_accounting.py",

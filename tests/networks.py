@@ -54,15 +54,16 @@ class _Block(nn.Module):
         return F.relu(self.body(inputs) + self.skip(inputs))
 
 
-def resnet18(width: int = 64, classes: int = 10, stages: int = 4) -> nn.Module:
-    """The layers of He et al. 2015 (1512.03385), table 1; ``width`` 64 and all 4 stages are the original."""
+def resnet18(width: int = 64, classes: int = 10, stages: int = 4, blocks: int = 2) -> nn.Module:
+    """The layers of He et al. 2015 (1512.03385), table 1; ``width`` 64 and 4 stages of 2 blocks are the original."""
     layers: list[nn.Module] = [
         nn.Conv2d(3, width, 7, 2, 3, bias=False), nn.BatchNorm2d(width), nn.ReLU(), nn.MaxPool2d(3, 2, 1),
     ]  # fmt: skip
     before = width
     for stage in range(stages):
         after = width * 2**stage
-        layers += [_Block(before, after, 1 if stage == 0 else 2), _Block(after, after, 1)]
+        layers.append(_Block(before, after, 1 if stage == 0 else 2))
+        layers += [_Block(after, after, 1) for _ in range(blocks - 1)]
         before = after
     return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(before, classes))
 

@@ -148,11 +148,11 @@ class MemoryModel:
                     imagined = error if fake else imagined  # keep the largest batch's: BatchNorm may reject one sample
                     own = error
                 else:
-                    if fake:
+                    if not fake:
+                        self.exact, self.fallback = False, f"{type(imagined).__name__}: {imagined}".splitlines()[0]
+                    elif self._dry_run.learns:
                         self._dry_run.learn(self._known[smallest], smallest)
                         self._known[smallest] = self._dry_run.run(smallest)
-                    else:
-                        self.exact, self.fallback = False, f"{type(imagined).__name__}: {imagined}".splitlines()[0]
                     return smallest
         raise own
 

@@ -29,7 +29,7 @@ MEASURED = [("", "FedAvg"), *(method for method in METHODS if method[0] in ARGUM
 WIDTH, LAYERS = 32, 48
 PARAMETERS = WIDTH * WIDTH * LAYERS
 FEW, MANY = 5, 7  # of five clients, Krum tolerates one attacker
-PART = 768  # of several layers
+PART = 768  # so that parts cross the borders of layers
 
 
 class Memory(NamedTuple):

@@ -118,6 +118,11 @@ class DryRun:
         """Whether every dry run makes a real batch, and so takes the memory of one."""
         return self._make_batch is not None
 
+    @property
+    def learns(self) -> bool:
+        """Whether the temporary memory of operators counts, which `learn` measures."""
+        return self._scratch is not None
+
     def run(
         self, samples: int, *, fake: bool = True, stop_at: int | None = None, learning: bool = False
     ) -> DryRunResult:
@@ -161,8 +166,7 @@ class DryRun:
             known: the dry run with the smallest batch.
             smallest: its number of samples.
         """
-        if self._scratch is None:
-            return
+        assert self._scratch is not None
         affordable = min(
             smallest * _FLOPS_TO_LEARN / max(1.0, known.cost.flops), smallest * _BYTES_TO_LEARN / known.peak.total
         )
