@@ -117,14 +117,14 @@ def timed_steps() -> Iterator[dict[bool, list[float]]]:
         MeteredStep.__enter__, MeteredStep.__exit__ = enter, leave  # type: ignore[method-assign]
 
 
-def overhead(steps: int, clients: int = 0, batches: int = 1) -> str:
+def overhead(samples: int, steps: int, clients: int = 0, batches: int = 1) -> str:
     """The callback's own work as a share of all steps or rounds: between steps, and what counted steps take more."""
     own = Timed(Chinchilla())
     strategy: Any = FederatedStrategy(num_clients=clients, executor="sequential") if clients else "auto"
     trainer = quiet(callbacks=[own], max_steps=steps, max_epochs=-1, strategy=strategy)
-    samples = [tensor.repeat(clients * batches or steps, *[1] * (tensor.ndim - 1)) for tensor in images(SAMPLES)]
+    all_of_them = [tensor.repeat(clients * batches or steps, *[1] * (tensor.ndim - 1)) for tensor in images(samples)]
     with redirect_stdout(StringIO()), timed_steps() as found:
-        trainer.fit(Classifier(resnet18(16 if clients else 64)), DataLoader(TensorDataset(*samples), SAMPLES))
+        trainer.fit(Classifier(resnet18(16 if clients else 64)), DataLoader(TensorDataset(*all_of_them), samples))
     counted, others = len(found[True]), len(found[False])
     usual = statistics.median(found[False])
     whole, more = usual * (counted + others), statistics.median(found[True]) - usual
@@ -145,12 +145,14 @@ def main() -> None:
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     torch.set_num_threads(1)
     options.output.mkdir(parents=True, exist_ok=True)
-    steps, rounds = (10, 4) if options.fast else (60, 200)  # of the first eight, each is counted
+    # Of the first eight steps, each is counted.
+    samples, steps, rounds = (4, 10, 3) if options.fast else (SAMPLES, 60, 200)
     report = REPORT.format(
         ratios="\n".join(ratios()),
-        plain=overhead(steps),
-        short=overhead(rounds, 4, 1),
-        long=overhead(rounds // 2, 4, 8),
+        plain=overhead(samples, steps),
+        short=overhead(samples, rounds, 4, 1),
+        long=overhead(samples, rounds // 2, 4, 8),
+        samples=samples,
         steps=steps,
         rounds=rounds,
         long_rounds=rounds // 2,
@@ -184,8 +186,8 @@ steps, which goes on falling.
 
 | | own work in each | share | counted | these take longer by | all, of these steps |
 |---|---:|---:|---:|---:|---:|
-| {steps} steps of ResNet18, batches of 32, plain Trainer | {plain} |
-| {rounds} rounds of ResNet18 with width 16, 4 clients with a batch of 32 each | {short} |
+| {steps} steps of ResNet18, batches of {samples}, plain Trainer | {plain} |
+| {rounds} rounds of ResNet18 with width 16, 4 clients with a batch of {samples} each | {short} |
 | {long_rounds} rounds of the same, 4 clients with 8 such batches each | {long} |
 """
 

@@ -124,7 +124,7 @@ class Project(pl.LightningModule):
 
 def prepare(fast: bool) -> tuple[list[Tensor], str]:
     """Training images and labels, test images and labels, and where they are from."""
-    data = tasks.images(1, *((512, 1000) if fast else (SAMPLES, 10_000)))
+    data = tasks.images(1, *((256, 500) if fast else (SAMPLES, 10_000)))
     inputs = [F.avg_pool2d(torch.from_numpy(part), 2) * 4 for part in (data.inputs, data.test_inputs)]
     labels = [torch.from_numpy(part) for part in (data.labels, data.test_labels)]
     return [inputs[0], labels[0], inputs[1], labels[1]], data.source
@@ -222,6 +222,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=RESULTS)
     options = parser.parse_args()
     seeds, epochs = (1, 1) if options.fast else (options.seeds, EPOCHS)
+    torch.set_num_threads(1)  # as in the workers, which are copies of this process: threads would not be copied
     data, source = prepare(options.fast)
     cells = [f"{threshold},{factor}" for threshold in THRESHOLDS for factor in FACTORS]
     jobs = [("way", name, seed) for seed in range(seeds) for name in WAYS]
@@ -230,7 +231,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder, "data.pt")
         torch.save(data, file)
-        with multiprocessing.get_context("spawn").Pool(options.workers) as pool:
+        with multiprocessing.get_context("fork").Pool(options.workers) as pool:
             for kind, name, seed, result in pool.imap(_job, [(*job, file, epochs) for job in jobs]):
                 results[kind].setdefault(name, []).append(result)
                 print(name, seed, result, flush=True)

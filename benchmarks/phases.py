@@ -132,10 +132,10 @@ def delays(detector: Detector, noise: Noise, changes: list[float], runs: int) ->
     return found
 
 
-def points(detector: Detector, threshold: float, changes: list[float], runs: int) -> list[Point]:
-    """Measure over stationary runs of 1,000 steps after the warm-up, and over runs with each of the changes."""
+def points(detector: Detector, threshold: float, changes: list[float], runs: int, steps: int) -> list[Point]:
+    """Measure over stationary runs of so many steps after the warm-up, and over runs with each of the changes."""
     rng, noise = np.random.default_rng(1), NOISE["independent"]
-    stationary = [np.exp(SPREAD * noise(rng, 1000 + WARM_UP)) for _ in range(runs)]
+    stationary = [np.exp(SPREAD * noise(rng, steps + WARM_UP)) for _ in range(runs)]
     quiet = np.array([[d.critical for d, _ in decisions(detector, norms)] for norms in stationary])[:, WARM_UP:]
     alarms = (quiet[:, 1:] & ~quiet[:, :-1]).sum(1).mean()
     return [
@@ -146,11 +146,11 @@ def points(detector: Detector, threshold: float, changes: list[float], runs: int
     ]
 
 
-def detection(changes: list[float], runs: int) -> tuple[Figure, list[str]]:
+def detection(changes: list[float], runs: int, steps: int) -> tuple[Figure, list[str]]:
     """Detection curves of all detectors, as a figure and as rows of a table."""
     figure = Figure(figsize=(4.6 * len(changes), 4.2), layout="constrained")
     found = {
-        name: [points(make(threshold), threshold, changes, runs) for threshold in thresholds]
+        name: [points(make(threshold), threshold, changes, runs, steps) for threshold in thresholds]
         for name, (make, thresholds) in FAMILIES.items()
     }
     rows = []
@@ -197,13 +197,13 @@ def by_size(runs: int) -> list[str]:
     ]
 
 
-def false_alarms(runs: int) -> list[str]:
+def false_alarms(runs: int, steps: int) -> list[str]:
     """False alarms on stationary runs against the rate asked for, with 95 % intervals, for noise of all kinds."""
 
     def found(detector: Detector, noise: Noise) -> str:
         rng, alarms = np.random.default_rng(1), 0
         for _ in range(runs):
-            norms = np.exp(SPREAD * noise(rng, 1000))
+            norms = np.exp(SPREAD * noise(rng, steps))
             alarms += sum(decision.statistic > decision.threshold for decision, _ in decisions(detector, norms))
         low, high = chi2.ppf(0.025, 2 * alarms) / 2 if alarms else 0.0, chi2.ppf(0.975, 2 * alarms + 2) / 2
         return f"{alarms / runs:.2f} ({low / runs:.2f} to {high / runs:.2f})"
@@ -281,7 +281,7 @@ class Clock(Callback):
 LOOK_EVERY, LOOK_BY_DEFAULT = 8, inspect.signature(CriticalPhase).parameters["noise_every"].default
 
 
-def overhead(steps: int, repeats: int, batch: int = 32) -> list[str]:
+def overhead(steps: int, repeats: int, batch: int = 32, width: int = 64) -> list[str]:
     """What the callback adds to a ResNet18 step."""
     torch.set_num_threads(1)
     scale = {"scale": 1.01, "detector": relative_change(1e6, window=1)}
@@ -302,7 +302,7 @@ def overhead(steps: int, repeats: int, batch: int = 32) -> list[str]:
             )  # fmt: skip
             samples = [tensor.repeat(steps, *[1] * (tensor.ndim - 1)) for tensor in images(batch)]
             with clock.watching():
-                trainer.fit(Classifier(resnet18()), DataLoader(TensorDataset(*samples), batch))
+                trainer.fit(Classifier(resnet18(width)), DataLoader(TensorDataset(*samples), batch))
             shares = clock.shares()
             looks = np.arange(2, steps - 1) % LOOK_EVERY == LOOK_EVERY - 1
             if name == halves:
@@ -326,17 +326,18 @@ def main() -> None:
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     fast = options.fast
     options.output.mkdir(parents=True, exist_ok=True)
-    figure, rows = detection([2.0] if fast else [1.2, 1.5, 2.0], runs := 1 if fast else 200)
+    runs, steps = (1, 100) if fast else (200, 1000)
+    figure, rows = detection([2.0] if fast else [1.2, 1.5, 2.0], runs, steps)
     figure.savefig(options.output / "phase_detection.png", dpi=120)
     report = REPORT.format(
         rows="\n".join(rows),
         sizes="\n".join(by_size(runs)),
         headings=" | ".join(f"x {size:g}" for size in SIZES),
         dashes="|".join(["---:"] * len(SIZES)),
-        alarms="\n".join(false_alarms(runs)),
+        alarms="\n".join(false_alarms(runs, steps)),
         asked=" | ".join(f"{rate:g} asked for" for rate in RATES),
         own=", ".join(own_step(100 if fast else 2000)),
-        overhead="\n".join(overhead(10, 1, batch=4) if fast else overhead(28, 5)),
+        overhead="\n".join(overhead(10, 1, batch=4, width=16) if fast else overhead(28, 5)),
         spread=SPREAD,
         after=AFTER,
         torch=torch.__version__,

@@ -97,8 +97,8 @@ class Runs:
         return float(many - few)
 
 
-def compare(name: str, task: Task, folder: Path, say: Callable[[str], None]) -> Compared:
-    """Try all settings, then ask `size`."""
+def compare(name: str, task: Task, folder: Path, seeds: int, say: Callable[[str], None]) -> Compared:
+    """Try all settings, then ask `size`, and train the best of both with so many fresh seeds."""
     project = project_of(task)
     made_for = {"task": name, "flops": task.flops, "fingerprint": project.partition.fingerprint}
     runs = Runs(project, Ledger(folder / name / "grid", made_for))
@@ -117,7 +117,7 @@ def compare(name: str, task: Task, folder: Path, say: Callable[[str], None]) -> 
     )  # fmt: skip
     best = sorted(zip(settings, rows, strict=True), key=lambda each: each[1]["loss"])[:RERUN]
     compared = dict.fromkeys([answer.best.setting, *(setting for setting, _ in best)])
-    table = pd.DataFrame([runs.row(setting, seed) for setting in compared for seed in range(1, SEEDS + 1)])
+    table = pd.DataFrame([runs.row(setting, seed) for setting in compared for seed in range(1, seeds + 1)])
     found = results_of(table, project.partition.sizes)
     chosen = next(each for each in found if each.setting == answer.best.setting)
     of_grid = next(each for each in found if each.setting in dict(best))
@@ -131,9 +131,9 @@ def _space(task: Task) -> dict[str, Any]:
 
 def small(task: Task) -> Task:
     """Only to see that it runs."""
-    one = {"batch_sizes": task.space["batch_sizes"][:1], "local_steps": [5], "rates": [1.0]}
+    one = {"batch_sizes": task.space["batch_sizes"][:1], "local_steps": [2], "rates": [1.0]}
     space = {**task.space, "sizes": [16, 32], "methods": ["fed_avg", "scaffold"], **one}
-    return task._replace(flops=task.flops / 20, space=space)
+    return task._replace(flops=task.flops / 50, space=space)
 
 
 def page(found: dict[str, Compared], missing: dict[str, str]) -> str:
@@ -185,9 +185,8 @@ def main() -> None:
     for name in args.tasks.split(","):
         task = small(TASKS[name]) if args.fast else TASKS[name]
         try:
-            found[name] = compare(
-                name, task, args.folder / ("fast" if args.fast else ""), lambda line: print(line, flush=True)
-            )
+            folder, seeds = (args.folder / "fast", 2) if args.fast else (args.folder, SEEDS)
+            found[name] = compare(name, task, folder, seeds, lambda line: print(line, flush=True))
         except Unavailable as reason:
             missing[name] = str(reason)
     text = page(found, missing)

@@ -165,13 +165,14 @@ def _serve(command: Command) -> None:
     os.environ.update(command.environment)
     vars(rank_zero.rank_zero_only)["rank"] = rank_zero._get_rank() or 0  # as Lightning does when it is imported
     try:
-        _python(*command.arguments)
+        python(*command.arguments)
     finally:
         threading._shutdown()  # type: ignore[attr-defined]
         atexit._run_exitfuncs()
 
 
-def _python(what: str, *arguments: str) -> None:
+def python(what: str, *arguments: str) -> None:
+    """Do in this process what ``python what *arguments`` does."""
     own = {"", str(REPOSITORY)}  # of the server
     paths = [*os.environ.get("PYTHONPATH", "").split(":"), *(path for path in sys.path if path not in own)]
     folder = {"-c": "", "-m": os.getcwd()}.get(what, str(Path(what).parent.absolute()))
