@@ -51,7 +51,7 @@ TESTS = [
     "tests/unit/test_memory_model.py",
     "tests/unit/test_partition_object.py",
     "tests/unit/test_partition_plots.py",
-    "tests/unit/test_scaling_fit.py",
+    "tests/features/test_scaling_fit.py",
 ]
 
 

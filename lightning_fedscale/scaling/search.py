@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from types import SimpleNamespace
 from typing import Any
 
@@ -17,6 +18,7 @@ HUBER = 1e-3
 """Size of log-loss residuals above which they count linearly, as in arXiv 2203.15556."""
 _POLISHED = 12
 _SHARE = 1e-3
+_BEYOND = 1e6  # residual where the formula is not a number
 _RHO = Unknown(0.0, 1.0, positive=False)
 
 
@@ -37,7 +39,7 @@ class Problem:
     log_loss: FloatArray
     log_clients: FloatArray | None = None
 
-    @property
+    @cached_property
     def unknowns(self) -> dict[str, Unknown]:
         """The constants that are fitted, with ``rho`` last if it is one of them."""
         found = dict(self.form.sought(self.columns))
@@ -72,14 +74,19 @@ class Problem:
         """Compute the residuals of the log-loss."""
         with np.errstate(all="ignore"):
             found = np.log(self.losses(self.constants(theta))) - self.log_loss
-        return np.where(np.isfinite(found), found, 1e6)
+        return np.where(np.isfinite(found), found, _BEYOND)
 
     def jacobian(self, theta: FloatArray) -> FloatArray:
         """Compute the derivatives of the residuals, one row per run."""
+        return self._with_jacobian(theta)[1]
+
+    def _with_jacobian(self, theta: FloatArray) -> tuple[FloatArray, FloatArray]:
+        """Compute residuals and their derivatives by one evaluation of the formula."""
         with np.errstate(all="ignore"):
-            found: Dual = log(self.losses(self.constants(duals(theta))))
-        slope = np.broadcast_to(found.slope, (len(theta), len(self.log_loss)))
-        return np.nan_to_num(slope.T, nan=0.0, posinf=0.0, neginf=0.0)
+            losses: Dual = log(self.losses(self.constants(duals(theta))))
+            found = losses.value - self.log_loss
+        slope = np.broadcast_to(losses.slope, (len(theta), len(found))).T
+        return np.where(np.isfinite(found), found, _BEYOND), np.where(np.isfinite(slope), slope, 0.0)
 
     def objective(self, theta: FloatArray) -> float:
         """Sum the Huber losses; a mean would fall below the search's tolerance long before the minimum."""
@@ -119,8 +126,8 @@ class Problem:
 
     def with_gradient(self, theta: FloatArray) -> tuple[float, FloatArray]:
         """Compute the objective and its gradient, scaled so that a small objective does not stop the search early."""
-        residuals = self.residuals(theta)
-        gradient = np.clip(residuals, -HUBER, HUBER) @ self.jacobian(theta)
+        residuals, jacobian = self._with_jacobian(theta)
+        gradient = np.clip(residuals, -HUBER, HUBER) @ jacobian
         return float(huber(residuals).sum()) / HUBER**2, gradient / HUBER**2
 
     def starts(self) -> FloatArray:

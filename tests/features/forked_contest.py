@@ -1,4 +1,4 @@
-"""``python -m benchmarks`` whose contenders are copies of its own process, which has imported what they would import."""
+"""``python -m benchmarks`` whose contenders are copies of its process, which has imported what they would import."""
 
 from __future__ import annotations
 

@@ -11,7 +11,7 @@ import pytest
 from lightning_fedscale import cli
 from lightning_fedscale.devices import device_class
 from lightning_fedscale.scaling import Chinchilla, DiLoCo, Kaplan, RepeatedData, Rosenfeld, fit, plan
-from tests.unit.test_scaling_fit import made
+from tests.features.test_scaling_fit import made
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*this is an extrapolation")
 

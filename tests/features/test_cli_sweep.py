@@ -31,8 +31,8 @@ from lightning_fedscale.scaling.tuning import NOT_TUNED, tuned
 from lightning_fedscale.study import METHODS, sweep
 from lightning_fedscale.study.race import Job
 from lightning_fedscale.study.trial import Project, at_rate
+from tests.features.test_scaling_fit import made
 from tests.laws import reference
-from tests.unit.test_scaling_fit import made
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 

@@ -16,7 +16,7 @@ from lightning_fedscale.scaling.made_for import Best, MadeFor, made_for
 from lightning_fedscale.scaling.runs import runs_to_fit
 from lightning_fedscale.scaling.selection import mixed_settings, select
 from lightning_fedscale.scaling.tuning import TUNED
-from tests.unit.test_scaling_fit import TRUTH, made
+from tests.features.test_scaling_fit import TRUTH, made
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*this is an extrapolation")
 

@@ -15,8 +15,8 @@ from lightning_fedscale import cli
 from lightning_fedscale.partitioners import Partition
 from lightning_fedscale.scaling import Fit, Plan, RepeatedData, fit, plan, position_of
 from lightning_fedscale.scaling.made_for import MadeFor
+from tests.features.test_scaling_fit import TRUTH, made
 from tests.unit.test_made_for import EIGHT, OTHER, swept
-from tests.unit.test_scaling_fit import TRUTH, made
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*this is an extrapolation")
 

@@ -14,7 +14,7 @@ import pytest
 from lightning_fedscale.scaling import Rosenfeld, fit, law_from_file
 from lightning_fedscale.scaling.runs import read_runs, runs_to_fit
 from lightning_fedscale.scaling.tuning import AS_GIVEN, NOT_RECORDED, NOT_TUNED, TUNED, tuned
-from tests.unit.test_scaling_fit import TRUTH, made
+from tests.features.test_scaling_fit import TRUTH, made
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*this is an extrapolation")
 

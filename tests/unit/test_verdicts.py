@@ -14,7 +14,7 @@ import pytest
 from lightning_fedscale.scaling import FORMS, Chinchilla, Law, Rosenfeld, fit, law_from_file, plan, position_of
 from lightning_fedscale.scaling.form import EXPONENT, Interval, Refit
 from lightning_fedscale.scaling.verdicts import APART, problems_of
-from tests.unit.test_scaling_fit import TRUTH, made
+from tests.features.test_scaling_fit import TRUTH, made
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*this is an extrapolation")
 
