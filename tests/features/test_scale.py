@@ -70,7 +70,6 @@ def run(clients: int, **strategy: Any) -> tuple[Census, pl.Trainer]:
     )
     trainer.fit(Tiny(), DataLoader(data, batch_size=4, shuffle=True))
     tracemalloc.stop()
-    gc.unfreeze()
     return census, trainer
 
 

@@ -72,7 +72,6 @@ def temporary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]
     gc.freeze()  # what is collected below and in the tests is only what they have left
     yield folder
     gc.collect()
-    gc.unfreeze()
     assert list(folder.iterdir()) == [], "a store is gone, its files are not"
 
 
