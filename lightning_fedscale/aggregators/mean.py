@@ -55,9 +55,11 @@ def _init(like: Tensor, cohort: Cohort) -> Tensor:
 def _accumulate(total: Tensor, update: ClientUpdate, weight: float, cohort: Cohort) -> Tensor:
     most = elements_at_once(total.device)
     for elements, delta in update.parts():
-        for part, own in zip(torch.split(total[elements], most), torch.split(delta, most), strict=True):
+        for start in range(0, len(delta), most):
+            own = delta[start : start + most]
+            first = elements.start + start
             # Do not use add_(alpha=...): whether it rounds once or twice depends on machine and position.
-            part.add_(weight * own)
+            total[first : first + len(own)].add_(weight * own)
     total[-1].add_(weight)
     return total
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Callable
 from types import MethodType
@@ -123,6 +124,19 @@ class KeepsZeros(torch.optim.SGD):
         super().zero_grad(set_to_none=False)
 
 
+def hooked_after(module: Any) -> Optimizer:
+    """A hook after the step that moves the parameters."""
+    optimizer = torch.optim.SGD(module.parameters(), lr=0.1)
+
+    def shrink(optimizer: Optimizer, *_: Any) -> None:
+        with torch.no_grad():
+            for parameter in optimizer.param_groups[0]["params"]:
+                parameter.mul_(0.9)
+
+    optimizer.register_step_post_hook(shrink)
+    return optimizer
+
+
 def groups(module: Any) -> Optimizer:
     decay, rest = [module.net[0].weight], [p for p in module.parameters() if p is not module.net[0].weight]
     return torch.optim.AdamW(
@@ -191,6 +205,7 @@ SCENARIOS: dict[str, dict[str, Any]] = {
     },
     "two gradients a step": {"module": with_optimizer(lambda m: TwiceForward(m.parameters(), lr=0.1, momentum=0.9))},
     "step hooks": {"module": with_optimizer(hooked), "accumulate_grad_batches": 2},
+    "a hook after the step": {"module": with_optimizer(hooked_after)},
     "a step of its own": {"module": with_optimizer(patched)},
     "zeros kept": {"module": ZerosKept},
     "dictionaries and None": {"module": Extras, "accumulate_grad_batches": 2},
@@ -237,6 +252,27 @@ def test_same_bits_on_both_paths(name: str, monkeypatch: pytest.MonkeyPatch, cap
     assert metrics.keys() == full_metrics.keys()
     for key in metrics.keys() - {"round/seconds", "round/idle"}:
         assert torch.equal(metrics[key], full_metrics[key]), key
+
+
+def test_what_others_put_around_the_step_of_a_class_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.optim.SGD([torch.zeros(1)], lr=0.1)  # torch wraps a class's step when it is first used
+    usual, calls = torch.optim.SGD.step, []
+
+    @functools.wraps(usual)  # it also copies the mark that torch has wrapped this function
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        calls.append(args)
+        return usual(*args, **kwargs)
+
+    monkeypatch.setattr(torch.optim.SGD, "step", counted)
+    record = train({})
+    assert len(calls) == sum(len(told) > 0 for told in record[1]) > 0
+
+
+def test_torchs_profiler_sees_the_steps() -> None:
+    with torch.profiler.profile() as profiler:
+        train({})
+    steps = next(event for event in profiler.key_averages() if event.key == "Optimizer.step#SGD.step")
+    assert steps.count >= ROUNDS
 
 
 # ---- where the full closure is needed

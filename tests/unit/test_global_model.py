@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_fedscale.aggregators import mean
-from lightning_fedscale.core.executors import shared_tensors_of
+from lightning_fedscale.core.executors import client_delta, shared_tensors_of
 from lightning_fedscale.core.executors.client_delta import Deltas
 from lightning_fedscale.core.options.algorithm_options import AlgorithmOptions
 from lightning_fedscale.core.plan import RoundPlan
@@ -120,6 +120,18 @@ def test_deltas_count_from_zero_where_the_global_model_is_not_finite() -> None:
     shared = shared_tensors_of(finite)
     server = shared.view.read()
     assert shared.origin(server) is server
+
+
+@pytest.mark.parametrize("most", [1, 4, 7, 100])
+def test_deltas_are_the_same_in_pieces(most: int) -> None:
+    module = Model(frozen=2.0)
+    module.register_buffer("wide", torch.arange(30, dtype=torch.bfloat16).view(5, 6).t())
+    shared = shared_tensors_of(module)
+    server, before = shared.view.copy(), shared.origin(shared.view.read())
+    for tensor in shared.view.tensors:
+        tensor.add_(3)
+    with mock.patch.object(client_delta, "elements_at_once", return_value=most):
+        assert torch.equal(Deltas(shared, server).of(None).vector(), before - shared.view.read())
 
 
 def norm_of(moved: list[float], carried: list[float], server: list[float]) -> float:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from lightning_fedscale.core.executors.shared_tensors import SharedTensors
 from lightning_fedscale.types import PendingDelta
-from lightning_fedscale.utils.flat_view import FlatView, Part
+from lightning_fedscale.utils.flat_view import FlatView, Part, elements_at_once, pieces_of, rows_of
 
 
 class Deltas:
@@ -43,8 +44,15 @@ class Deltas:
     def subtract(self, part: Part, origin: Tensor | None, out: Tensor) -> Tensor:
         """Compute a part of ``origin - module``; None is the global model."""
         own = self._of_server(part) if origin is None else origin[part.elements]
+        out = out[: part.size]
         # Widen first: `torch.sub` of float64 and float32 would make another float64 copy.
-        return torch.sub(own, self._view.read_part(part, out), out=out[: part.size])
+        if part.size < self._view.size or part.size <= elements_at_once(out.device):
+            return torch.sub(own, self._view.read_part(part, out), out=out)
+        pieces, sizes = self._pieces
+        for piece, start, values in zip(pieces, torch.split(own, sizes), torch.split(out, sizes), strict=True):
+            values.view(piece.shape).copy_(piece)
+            torch.sub(start, values, out=values)
+        return out
 
     @property
     def memory(self) -> Tensor:
@@ -68,6 +76,13 @@ class Deltas:
                 if (~delta[carried].isfinite() & server[carried].isfinite()).any():
                     return True
         return False
+
+    @cached_property
+    def _pieces(self) -> tuple[list[Tensor], list[int]]:
+        """The module's tensors in pieces that stay in the cache, and their sizes."""
+        most = elements_at_once(self._view.device)
+        found = [(rows_of(each, rows), size) for each in self._view.tensors for rows, size in pieces_of(each, most)]
+        return [piece for piece, _ in found], [size for _, size in found]
 
     def _of_server(self, part: Part) -> Tensor:
         """Return a part of the origin; see `SharedTensors.origin`."""
