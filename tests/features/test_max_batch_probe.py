@@ -154,9 +154,16 @@ STRATEGIES: dict[str, tuple[Callable[[], Any], dict[str, float], int]] = {
 }
 
 
-@pytest.mark.parametrize("project", PROJECTS)
-@pytest.mark.parametrize("strategy", STRATEGIES)
-def test_trains_with_the_largest_batch(project: str, strategy: str) -> None:
+# A strategy and a project meet where loaders are made anew: by the project, or from the given one.
+@pytest.mark.parametrize(
+    ("strategy", "project"),
+    [
+        *(("auto", project) for project in PROJECTS),
+        *(("ddp", project) for project in ("attribute", "loader")),
+        *(("federated", project) for project in ("attribute", "loader", "made once")),
+    ],
+)
+def test_trains_with_the_largest_batch(strategy: str, project: str) -> None:
     module, data = PROJECTS[project]()
     make, extras, samples = STRATEGIES[strategy]
     probe = MaxBatchProbe(budget=budget_for(123, extras=extras), headroom=0.0)
@@ -508,8 +515,7 @@ def scaled() -> MixedPrecision:
     return plugin
 
 
-@pytest.mark.parametrize("strategy", STRATEGIES)
-@pytest.mark.parametrize("verify", [False, True])
+@pytest.mark.parametrize(("strategy", "verify"), [("auto", False), *((strategy, True) for strategy in STRATEGIES)])
 def test_nothing_changes(strategy: str, verify: bool) -> None:
     def run(*probes: MaxBatchProbe) -> tuple[Any, Any, Rich]:
         pl.seed_everything(3, verbose=False)
