@@ -86,9 +86,9 @@ def test_epsilon_agrees_with_opacus(q: float, z: float, rounds: int, delta: floa
 @pytest.mark.parametrize("accountant", ["rdp", "pld"])
 def test_target_epsilon_finds_the_least_noise(accountant: Any) -> None:
     pytest.importorskip("dp_accounting")
-    private = dp_fed_avg(1.0, delta=1e-5, target_epsilon=2.0, rounds=100, accountant=accountant).calibrated(0.1, 20)
+    private = dp_fed_avg(1.0, delta=1e-5, target_epsilon=0.5, rounds=100, accountant=accountant).calibrated(0.1, 20)
     assert private.noise_multiplier is not None
-    assert private.epsilon(100, 0.1) <= 2.0 < epsilon(accountant, private.noise_multiplier * 0.998, 100, 0.1, 1e-5)
+    assert private.epsilon(100, 0.1) <= 0.5 < epsilon(accountant, private.noise_multiplier * 0.998, 100, 0.1, 1e-5)
 
 
 def test_target_epsilon_that_little_noise_reaches() -> None:
@@ -114,7 +114,7 @@ def test_no_rounds_cost_nothing_and_no_noise_everything() -> None:
     assert epsilon("pld", 0.0, 1, 0.1, 1e-5) == math.inf
 
 
-@pytest.mark.parametrize("z", [0.5, 0.25])
+@pytest.mark.parametrize("z", [0.6, 0.35])
 def test_a_coarser_grid_for_little_noise_stays_above_the_fine_one_and_close_to_it(z: float) -> None:
     losses = _loss_distribution(z, 0.05)
     fine = privacy_loss_distribution.from_gaussian_mechanism(z, sampling_prob=0.05, use_connect_dots=True)
