@@ -17,6 +17,7 @@ from lightning_fedscale.scaling.search import HUBER
 from lightning_fedscale.scaling.tuning import TUNED
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 
@@ -38,8 +39,10 @@ def plot_fit(found: Fit) -> Figure:
     """Plot measured over predicted loss, and the profiles at each compute with the law's curves."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(9, 3.8), layout="constrained")
-    left, right = figure.subplots(1, 2)
+    figure = Figure(figsize=(9, 3.8))
+    # A layout engine would draw all text once more, a tenth of the time of `fedscale fit`.
+    edges = {"left": 0.09, "right": 0.985, "bottom": 0.14, "top": 0.965, "wspace": 0.24}
+    left, right = figure.subplots(1, 2, gridspec_kw=edges)
     table = found.table
     known = columns_of(table, found.law)
     if found.rho is not None:
@@ -51,7 +54,8 @@ def plot_fit(found: Fit) -> Figure:
             left.plot(predicted[rows], table["loss"][rows], "o", ms=4, color=color, label=label)
     ends = [min(predicted.min(), table["loss"].min()), max(predicted.max(), table["loss"].max())]
     left.plot(ends, ends, color="0.5", lw=0.8)
-    left.set(xscale="log", yscale="log", xlabel=f"loss by {found.law.name}", ylabel="measured loss")
+    left.set(xlabel=f"loss by {found.law.name}", ylabel="measured loss")
+    _logarithmic(left)
     left.legend(frameon=False)
     _profiles(found, right)
     for axes in (left, right):
@@ -62,7 +66,6 @@ def plot_fit(found: Fit) -> Figure:
 def _profiles(found: Fit, axes: object) -> None:
     from matplotlib import colormaps
     from matplotlib.axes import Axes
-    from matplotlib.ticker import NullFormatter
 
     assert isinstance(axes, Axes)
     if found.isoflop is None or not isinstance(found.law, Law) or found.law.missing:
@@ -81,11 +84,24 @@ def _profiles(found: Fit, axes: object) -> None:
                 for size in sizes.tolist()
             ]  # fmt: skip
         axes.plot(sizes, losses, color=color, lw=1, label=f"{profile.flops:.1e}, {profile.clients:,}")
-    axes.set(xscale="log", yscale="log", xlabel="parameters", ylabel="loss")
-    for axis in (axes.xaxis, axes.yaxis):
-        axis.set_minor_formatter(NullFormatter())
+    axes.set(xlabel="parameters", ylabel="loss")
+    _logarithmic(axes)
     if len(profiles) <= 12:
         axes.legend(frameon=False, title="FLOPs, clients", fontsize="x-small", title_fontsize="x-small")
+
+
+def _logarithmic(axes: Axes) -> None:
+    """Have both axes logarithmic, with short labels that do not overlap."""
+    from matplotlib.ticker import MaxNLocator, NullFormatter, NullLocator
+
+    axes.set(xscale="log", yscale="log")
+    for axis in (axes.xaxis, axes.yaxis):
+        low, high = axis.get_view_interval()
+        if high < 10 * low:  # too few powers of ten to label
+            axis.set_major_locator(MaxNLocator(6))
+            axis.set_major_formatter("{x:g}")
+            axis.set_minor_locator(NullLocator())
+        axis.set_minor_formatter(NullFormatter())
 
 
 def _rho(found: Fit) -> float:
