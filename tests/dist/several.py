@@ -88,6 +88,7 @@ def main(folder: Path, start_method: str, devices: int, repetitions: int) -> Non
         trainer.fit(module, loader(40), loader(8))
         found[f"fit {repetition}"] = {name: tensor.clone() for name, tensor in module.state_dict().items()}
         found[f"validated {repetition}"] = clock.validated
+        found[f"logged {repetition}"] = {name: float(value) for name, value in trainer.callback_metrics.items()}
         if start_method == "spawn":  # whose processes take long to start
             break
         again = reference.quiet_trainer(strategy=strategy, devices=devices)

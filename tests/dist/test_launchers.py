@@ -4,19 +4,16 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 import pytest
 import torch
 
 from tests.dist import processes
-from tests.dist.conftest import load
+from tests.dist.conftest import Ranks, load
 from tests.dist.test_ranks import TIMES, assert_same
 from tests.laws import reference
-
-Start: TypeAlias = Callable[[int], list[dict[str, Any]]]
 
 NAMES = ("reset", "keep")
 TRAIN = processes.HERE / "train.py"
@@ -39,49 +36,47 @@ def tasks(**extra: object) -> list[dict[str, str]]:
     return [processes.environment(**job, SLURM_PROCID=task, SLURM_NODEID=task) for task in range(2)]
 
 
-def assert_same_as_one_process(results: list[dict[str, Any]], ranks: Start) -> None:
+@pytest.fixture(scope="module")
+def one(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """What one process finds."""
+    folder = tmp_path_factory.mktemp("one")
+    processes.run_well([[TRAIN, folder, "popen", 1, 1, *NAMES]], [processes.environment()], folder)
+    return load(folder, 1)[0]
+
+
+def assert_same_as_one_process(results: Ranks, one: dict[str, Any]) -> None:
     for name in NAMES:
-        one = ranks(1)[0][name]
         for number, rank in enumerate(results):
             assert (rank[name]["rank"], rank[name]["world_size"]) == (number, 2)
-            assert_same(rank[name]["weights"], one["weights"])
-            for left, right in zip(rank[name]["metrics"], one["metrics"], strict=True):
+            assert_same(rank[name]["weights"], one[name]["weights"])
+            for left, right in zip(rank[name]["metrics"], one[name]["metrics"], strict=True):
                 assert {k: left[k] for k in left.keys() - TIMES} == {k: right[k] for k in right.keys() - TIMES}
             assert {rank for record in rank[name]["records"] for rank in record["ranks"]} == {0, 1}
 
 
-@pytest.mark.parametrize("start_method", ["fork", "spawn"])
-def test_multiprocessing_brings_weights_and_metrics_back_to_the_main_process(
-    start_method: str, tmp_path: Path, ranks: Start
-) -> None:
-    """The record and the callbacks' own attributes stay in the children, as with Lightning's DDP."""
-    processes.run_well([[TRAIN, tmp_path, start_method, 2, 1, "keep"]], [processes.environment()], tmp_path)
-    main, one = load(tmp_path, 1)[0]["keep"], ranks(1)[0]["keep"]
-    assert not main["records"]  # it did not train itself
-    assert_same(main["weights"], one["weights"])
-    for metric in one["metrics"][-1].keys() - TIMES:
-        assert main["callback_metrics"][metric] == pytest.approx(one["metrics"][-1][metric], rel=1e-6)
-
-
-def test_torchrun_on_one_node(tmp_path: Path, ranks: Start) -> None:
+def torchrun(*options: str) -> list[str]:
     port = processes.free_port()
-    torchrun = ["-m", "torch.distributed.run", "--nproc_per_node=2", "--master_addr=127.0.0.1", f"--master_port={port}"]
-    processes.run_well([[*torchrun, TRAIN, tmp_path, "popen", 2, 1, *NAMES]], [processes.environment()], tmp_path)
-    assert_same_as_one_process(load(tmp_path, 2), ranks)
+    return ["-m", "torch.distributed.run", "--master_addr=127.0.0.1", f"--master_port={port}", *options]
 
 
-def test_torchrun_on_two_nodes(tmp_path: Path, ranks: Start) -> None:
-    port = processes.free_port()
-    torchrun = ["-m", "torch.distributed.run", "--nnodes=2", "--nproc_per_node=1", "--master_addr=127.0.0.1"]
+# Processes that torchrun forks have imported everything; those of the command below are new ones, as usual.
+FORKED = "--run-path", "--start-method=fork"
+
+
+def test_torchrun_on_one_node(tmp_path: Path, one: dict[str, Any]) -> None:
+    command = [*torchrun("--nproc_per_node=2", *FORKED), TRAIN, tmp_path, "popen", 2, 1, *NAMES]
+    processes.run_well([command], [processes.environment()], tmp_path)
+    assert_same_as_one_process(load(tmp_path, 2), one)
+
+
+def test_torchrun_on_two_nodes(tmp_path: Path, one: dict[str, Any]) -> None:
+    started = torchrun("--nnodes=2", "--nproc_per_node=1", *FORKED)
     processes.run_well(
-        [
-            [*torchrun, f"--node_rank={node}", f"--master_port={port}", TRAIN, tmp_path, "popen", 1, 2, *NAMES]
-            for node in range(2)
-        ],
+        [[*started, f"--node_rank={node}", TRAIN, tmp_path, "popen", 1, 2, *NAMES] for node in range(2)],
         [processes.environment()] * 2,
         tmp_path,
     )
-    assert_same_as_one_process(load(tmp_path, 2), ranks)
+    assert_same_as_one_process(load(tmp_path, 2), one)
 
 
 def test_the_command_under_torchrun_on_two_nodes(tmp_path: Path) -> None:
@@ -90,13 +85,12 @@ def test_the_command_under_torchrun_on_two_nodes(tmp_path: Path) -> None:
     script.write_text("import sys\nfrom lightning_fedscale.cli import main\nsys.exit(main())\n")
     options = ["trainer.accelerator=cpu", "trainer.max_epochs=2", "model.width=8"]
     options += ["strategy.num_clients=3", "strategy.executor=sequential"]
-    torchrun = ["-m", "torch.distributed.run", "--nnodes=2", "--nproc_per_node=1", "--master_addr=127.0.0.1"]
-    torchrun.append(f"--master_port={processes.free_port()}")
+    started = torchrun("--nnodes=2", "--nproc_per_node=1")
     together = [script, "train", *options, "trainer.num_nodes=2", "hydra.run.dir=together"]
-    nodes = [[*torchrun, f"--node_rank={node}", *together] for node in range(2)]
-    first, second = processes.run_well(nodes, [processes.environment()] * 2, tmp_path)
-    assert ("Run: " in first.output, "Run: " in second.output) == (True, False)
-    processes.run_well([[script, "train", *options, "hydra.run.dir=alone"]], [processes.environment()], tmp_path)
+    commands = [[*started, f"--node_rank={node}", *together] for node in range(2)]
+    commands.append([script, "train", *options, "hydra.run.dir=alone"])
+    ended = processes.run_well(commands, [processes.environment() for _ in commands], tmp_path)
+    assert ["Run: " in each.output for each in ended] == [True, False, True]
     left, right = (
         torch.load(tmp_path / run / "checkpoints" / "epoch=1-step=2.ckpt", weights_only=True)["state_dict"]
         for run in ("together", "alone")
@@ -106,9 +100,9 @@ def test_the_command_under_torchrun_on_two_nodes(tmp_path: Path) -> None:
     assert ledgers[0]["flops"] == ledgers[1]["flops"]
 
 
-def test_slurm_on_two_nodes(tmp_path: Path, ranks: Start) -> None:
+def test_slurm_on_two_nodes(tmp_path: Path, one: dict[str, Any]) -> None:
     processes.run_well([[TRAIN, tmp_path, "popen", 1, 2, *NAMES]] * 2, tasks(), tmp_path)
-    assert_same_as_one_process(load(tmp_path, 2), ranks)
+    assert_same_as_one_process(load(tmp_path, 2), one)
 
 
 @pytest.fixture(scope="module")
@@ -147,15 +141,14 @@ def test_a_signal_of_slurm_to_one_rank_is_one_to_all_and_the_run_goes_on_exactly
 @pytest.mark.parametrize(("rank", "what"), [(0, "data"), (1, "client")])
 def test_an_exception_on_one_rank_is_one_on_all(rank: int, what: str, tmp_path: Path) -> None:
     """No rank waits for one that is gone: all stop in the same round and together write the last good checkpoint."""
-    (ended,) = processes.run(
-        [[processes.HERE / "failing.py", rank, what, tmp_path]], [processes.environment()], tmp_path
-    )
-    assert ended.code != 0
-    assert "has lost its data" in ended.output
-    assert f"rank {rank} ends in round 2: ArithmeticError" in ended.output
-    assert f"rank {1 - rank} ends in round 2: RuntimeError" in ended.output
-    assert f"round 2: rank {rank} raised an exception" in ended.output
-    assert "unharmed" not in ended.output
+    (ended,) = processes.run_ranks([("failing.py", 2, rank, what, tmp_path)], tmp_path)
+    for number, one in enumerate(ended):
+        assert one.code != 0
+        error = "ArithmeticError" if number == rank else "RuntimeError"
+        assert f"rank {number} ends in round 2: {error}" in one.output
+        assert "unharmed" not in one.output
+    assert "has lost its data" in ended[rank].output
+    assert f"round 2: rank {rank} raised an exception" in ended[1 - rank].output
     checkpoint = torch.load(tmp_path / "on_exception.ckpt", weights_only=True)
     assert checkpoint["global_step"] == checkpoint["federated"]["round"] == 2
     for of in range(2):

@@ -9,14 +9,14 @@ import pytest
 import torch
 
 from tests.dist import processes
-from tests.dist.test_ranks import assert_same
+from tests.dist.test_ranks import TIMES, assert_same
 
 REPETITIONS = range(2)
 
 
-def run(folder: Path, start_method: str, devices: int, repetitions: int = 2) -> list[dict[str, Any]]:
-    command = [processes.HERE / "several.py", folder, start_method, devices, repetitions]
-    processes.run_well([command], [processes.environment()], folder)
+def run(folder: Path, start_method: str, devices: int, ranks: int = 1, repetitions: int = 2) -> list[dict[str, Any]]:
+    (ended,) = processes.run_ranks([("several.py", ranks, folder, start_method, devices, repetitions)], folder)
+    processes.assert_well(ended)
     return [torch.load(path, weights_only=True) for path in sorted(folder.glob("several-*.pt"))]
 
 
@@ -33,7 +33,7 @@ def test_repetitions_after_one_seed_differ(one: dict[str, Any]) -> None:
 
 def test_two_processes_draw_train_and_validate_as_one_does(one: dict[str, Any], tmp_path: Path) -> None:
     """Also where their clocks disagree on when it is time to validate."""
-    ranks = run(tmp_path, "popen", 2)
+    ranks = run(tmp_path, "popen", 2, ranks=2)
     assert len(ranks) == 2
     for found in ranks:
         for repetition in REPETITIONS:
@@ -45,8 +45,16 @@ def test_two_processes_draw_train_and_validate_as_one_does(one: dict[str, Any], 
 
 @pytest.mark.parametrize("start_method", ["spawn", "fork"])
 def test_other_processes_get_strategy_and_callbacks(start_method: str, one: dict[str, Any], tmp_path: Path) -> None:
-    """By pickling, with "spawn"; with "fork" a second Trainer uses the same object."""
+    """By pickling, with "spawn"; with "fork" a second Trainer uses the same object.
+
+    Weights and metrics come back; what callbacks note stays in the other processes, as with Lightning's DDP.
+    """
     (main,) = run(tmp_path, start_method, 2, repetitions=1)
+    assert not main["validated 0"]  # it did not train itself
     assert_same(main["fit 0"], one["fit 0"])
+    of_rounds = {name for name in one["logged 0"] if name.startswith("round/")} - TIMES
+    assert of_rounds
+    for name in of_rounds:
+        assert main["logged 0"][name] == pytest.approx(one["logged 0"][name], rel=1e-6)
     if start_method == "fork":
         assert main["loss 0"] == pytest.approx(one["loss 0"], rel=1e-6)
