@@ -23,13 +23,13 @@ from tests.networks import GPT, KINDS, Classifier, mlp, resnet18, vectors
 
 def given_out(step: Callable[[], object]) -> int:
     """The most bytes that torch's allocator has given out in a step, by its own account, hidden copies included."""
-    gc.freeze()  # what earlier tests left in cycles would count as given back
+    gc.disable()  # what earlier tests left in cycles would count as given back
     torch._C._autograd._enable_profiler_legacy(scratch._MEMORY)
     try:
         step()
     finally:
         threads = torch._C._autograd._disable_profiler_legacy()
-        gc.unfreeze()
+        gc.enable()
     events: list[Any] = [event for thread in threads for event in thread]  # torch says that their kind is an int
     alive = [event.cpu_memory_usage() for event in events if event.kind() == "memory_alloc"]
     return int(np.cumsum(alive).max())

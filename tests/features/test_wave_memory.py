@@ -60,6 +60,7 @@ class Large(Module):
 def test_no_wave_stays_that_is_not_needed(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
     waves, widths, runs = list[weakref.ref[Tensor]](), list[int](), list[int]()
     begin, run = Wave.begin, SequentialExecutor.run
+    gc.freeze()  # what was there before is not looked through each time
 
     def left() -> int:
         gc.collect()
