@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import multiprocessing
 import re
 import shlex
 from collections.abc import Sequence
@@ -24,6 +25,7 @@ from lightning_fedscale.callbacks.compute_accounting.study import STUDY_FILE
 from lightning_fedscale.cli import main
 from lightning_fedscale.partitioners import DirichletPartitioner
 from lightning_fedscale.study import METHODS, Answer, size, write
+from lightning_fedscale.study import study as study_of_sizes
 from lightning_fedscale.study.arguments import methods_of
 from lightning_fedscale.study.methods import options_of
 from lightning_fedscale.study.race import Job
@@ -104,6 +106,22 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Project, "run", run)
 
 
+@pytest.fixture
+def first_trains(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of every method, the first run trains or is refused; what the others find is a formula."""
+    trained = Project.run
+    request.getfixturevalue("quick")
+    formula, seen = Project.run, set[str]()
+
+    def run(self: Project, job: Job, *args: Any, **options: Any) -> dict[str, Any]:
+        if job.setting.method not in seen:
+            trained(self, job, *args, **options)
+            seen.add(job.setting.method)
+        return formula(self, job, *args, **options)
+
+    monkeypatch.setattr(Project, "run", run)
+
+
 def test_an_answer_has_all_that_was_asked(found: tuple[Answer, Path]) -> None:
     answer, folder = found
     assert answer.best.low <= answer.best.loss <= answer.best.high
@@ -156,8 +174,11 @@ def test_an_interrupted_study_goes_on(tmp_path: Path) -> None:
     assert (folder / "runs.csv").read_text().startswith(kept)
 
 
-def test_workers_find_the_same(tmp_path: Path) -> None:
+def test_workers_find_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two processes, or a pool of the user's; what one of them trains is what this one trains."""
+    # Both are copies of one new process, which imports what each of them would import.
+    multiprocessing.set_forkserver_preload(["lightning_fedscale.study"])
+    monkeypatch.setattr(study_of_sizes, "get_context", lambda _: multiprocessing.get_context("forkserver"))
     options: dict[str, Any] = {"flops": 5e4, "sizes": [2, 4], "methods": [FED_AVG], "study_minutes": 0.01}
     one, two = study(tmp_path / "1", **options), study(tmp_path / "2", **options, workers=2)
     with ThreadPoolExecutor(1) as pool:
@@ -209,6 +230,7 @@ def test_keeping_nothing_is_no_method(tmp_path: Path) -> None:
     assert any("kept_optimizer was left out" in note for note in answer.notes)
 
 
+@pytest.mark.usefixtures("first_trains")
 def test_a_method_that_is_refused_takes_no_part(tmp_path: Path) -> None:
     """SCAFFOLD's option II is for plain SGD, and this has momentum."""
     second = {"_target_": "lightning_fedscale.local_rules.scaffold", "option": "II"}
@@ -393,6 +415,7 @@ def test_wrong_words_are_told(more: list[str], said: str, tmp_path: Path, capsys
     assert said in line
 
 
+@pytest.mark.usefixtures("first_trains")
 def test_methods_share_what_the_strategy_is_given(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     given = ["--strategy.compressor=qsgd", "--strategy.client_optimizer", "keep"]
     assert main(typed(tmp_path, *given, "--json", *FEW)) == 0
@@ -401,6 +424,9 @@ def test_methods_share_what_the_strategy_is_given(tmp_path: Path, capsys: pytest
         assert rules["compressor"].startswith("qsgd")
         assert rules["client_optimizer"] == "keep"
     assert "compressor='qsgd'" in answer["strategy"]
+
+
+def test_what_methods_share_is_used() -> None:
     job = Job(Setting(8, FED_AVG, 10, 2, 1.0), 1.0, 0)
     one, other = (
         Project(
@@ -535,6 +561,7 @@ class Kept(Net):
         self.save_hyperparameters()
 
 
+@pytest.mark.usefixtures("first_trains")
 @pytest.mark.parametrize(
     ("options", "flags"),
     [
