@@ -207,7 +207,7 @@ def test_phases_keep_what_counts() -> None:
 
 def test_a_scaling_law_of_ones_own() -> None:
     # 200 resamples, most of the time of the fit, would only make its intervals smoother.
-    few = "fit = example.fit\nexample.fit = lambda *args, **options: fit(*args, bootstrap=40, **options)"
+    few = "fit = example.fit\nexample.fit = lambda *args, **options: fit(*args, bootstrap=20, **options)"
     done = run_changed("07_scaling_law.py", few, "--fast")
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""
@@ -230,7 +230,7 @@ def test_a_scaling_law_of_ones_own() -> None:
     said = re.findall(r"best size ([\d,]+) parameters \(([\d,]+) to ([\d,]+)\)", printed)
     assert len(said) == (0 if document["problems"] else 3)
     assert ("No best size from these runs: " in printed) == bool(document["problems"])
-    assert "# Rosenfeld, fitted to 28 runs" in Path("scaling_law", "report.md").read_text("utf8")
+    assert "# Rosenfeld, fitted to 25 runs" in Path("scaling_law", "report.md").read_text("utf8")
     assert min(imread("scaling_law/fit.png").shape[:2]) > 500
 
 
@@ -294,7 +294,7 @@ def test_natural_clients_learn_more_than_the_frequency_of_characters() -> None:
     done = run_changed(
         "03_natural_clients.py",
         "strategy, trainer = example.FederatedStrategy, example.pl.Trainer\n"
-        "example.FederatedStrategy = lambda **options: strategy(**{**options, 'clients_per_round': 4})\n"
+        "example.FederatedStrategy = lambda **options: strategy(**{**options, 'clients_per_round': 2})\n"
         "example.pl.Trainer = lambda **options: trainer(\n"
         "    **{**options, 'max_epochs': 2, 'check_val_every_n_epoch': 2})",
     )

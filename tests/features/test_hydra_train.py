@@ -145,12 +145,12 @@ def test_the_digits_are_learnt() -> None:
 
 
 def test_a_sweep_leaves_a_ledger_of_each_run_that_fit_reads(capsys: pytest.CaptureFixture[str]) -> None:
-    assert train("-m", *SHORT, "strategy.num_clients=1,4,16", "model.width=4,16,64,256", "data.batch_size=75") == 0
+    assert train("-m", *SHORT, "strategy.num_clients=1,4", "model.width=4,16,64,256", "data.batch_size=75") == 0
     found = runs("multirun")
-    assert len(found) == 12
+    assert len(found) == 8
     table = read_runs(["multirun"]).sort_values(["clients", "params"]).to_dict("records")
     assert [(row["clients"], row["params"]) for row in table] == [
-        (clients, 75 * width + 10) for clients in (1, 4, 16) for width in (4, 16, 64, 256)
+        (clients, 75 * width + 10) for clients in (1, 4) for width in (4, 16, 64, 256)
     ]
     for row in table:
         assert row["tokens"] == pytest.approx(2 * 1200 / row["clients"])  # every client's data, twice
@@ -158,12 +158,12 @@ def test_a_sweep_leaves_a_ledger_of_each_run_that_fit_reads(capsys: pytest.Captu
         # Two matrix products forward, three backward, for the first layer's input has no gradient; and biases.
         per_sample = 2 * (2 * 64 * width + 3 * 10 * width)
         assert row["flops"] == pytest.approx(per_sample * row["tokens"], rel=0.02)
-    assert sum(ledger(run)["clients"] for run in found) == 4 * (1 + 4 + 16)
+    assert sum(ledger(run)["clients"] for run in found) == 4 * (1 + 4)
     capsys.readouterr()
     (sweep,) = {str(run.parent) for run in found}
     assert cli.main(["fit", sweep, "--bootstrap=5", "--task=digits", "--json"]) == 0
     said = json.loads(capsys.readouterr().out)
-    assert (said["runs"], said["fitted_on"]["task"]) == (12, "digits")
+    assert (said["runs"], said["fitted_on"]["task"]) == (8, "digits")
     assert said["held_out"] > 0  # of the largest compute, by a fit without that
     assert Path("fedscale_law.json").is_file()
     assert Path("report.md").is_file()

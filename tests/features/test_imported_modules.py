@@ -10,6 +10,7 @@ import importlib.machinery
 import importlib.util
 import json
 import os
+import pickle
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -19,10 +20,11 @@ from types import ModuleType
 import pytest
 
 import lightning_fedscale
-from lightning_fedscale import devices
+from lightning_fedscale import devices, pytorch_lightning
 from lightning_fedscale.cli import COMMANDS
 from lightning_fedscale.cli.arguments import function_of
 from lightning_fedscale.utils import late_imports
+from tests.unit.test_imports import files
 
 TRAINING = ["torch", "lightning", "lightning_fabric", "pytorch_lightning", "torchmetrics", "hydra"]
 FIGURES = ["matplotlib"]
@@ -248,6 +250,29 @@ print(type(cli.trainer.strategy).__name__, cli.config.trainer.strategy.init_args
 """
     run, _ = imported_after_torch(code, tmp_path)
     assert run.stdout.splitlines()[-1:] == ["FederatedStrategy 4"], run.stderr
+
+
+def test_the_package_uses_no_old_name(tmp_path: Path) -> None:
+    code = f"""
+import warnings
+warnings.filterwarnings("error", "lightning_fedscale.* now: import that", DeprecationWarning)
+from importlib import import_module
+for name in {list(files())}:
+    if not name.endswith("__main__") and "pytorch_lightning" not in name:
+        import_module(("lightning_fedscale." + name).removesuffix(".__init__"))
+"""
+    run, _ = imported_after_torch(code, tmp_path)
+    assert run.returncode == 0, run.stderr
+
+
+def test_what_is_pickled_of_the_twin_is_found_in_a_new_process(tmp_path: Path) -> None:
+    pickled = pickle.dumps(pytorch_lightning.callbacks.CriticalPhase)
+    code = f"import pickle; kind = pickle.loads({pickled!r}); print(kind.__module__, kind.__mro__[1].__module__)"
+    run, _ = imported_after_torch(code, tmp_path)
+    assert run.stdout.split() == [
+        "lightning_fedscale.pytorch_lightning.callbacks.critical_phase.callback",
+        "pytorch_lightning.callbacks.callback",
+    ], run.stderr
 
 
 @pytest.mark.parametrize("first", ["", "import lightning.pytorch; "])

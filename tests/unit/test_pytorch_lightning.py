@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import ast
 import importlib
-import pickle
-import subprocess
 import sys
 import traceback
 from collections.abc import Callable
@@ -116,20 +114,6 @@ def test_tracebacks_show_the_real_lines() -> None:
     (line,) = (line for (file, name), line in frames.items() if file.endswith("strategy.py") and name == "__init__")
     assert line is not None
     assert line == "self._options = checked(given)"
-
-
-def test_what_is_pickled_is_found_in_a_new_process() -> None:
-    pickled = pickle.dumps(twin.callbacks.CriticalPhase)
-    code = f"import pickle; kind = pickle.loads({pickled!r}); print(kind.__module__, kind.__mro__[1].__module__)"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, env=environment())
-    assert done.stdout.split() == [
-        OTHER + "callbacks.critical_phase.callback",
-        "pytorch_lightning.callbacks.callback",
-    ], done.stderr
-
-
-def environment() -> dict[str, str]:
-    return {"PYTHONPATH": str(parts.ROOT), "PATH": ""}
 
 
 # ---- what does not mix
