@@ -474,7 +474,7 @@ def test_parts_by_group_in_place_of_ddp(project: Path) -> None:
 def test_multirun(project: Path) -> None:
     done = run(
         project, "-m", "experiment=example", *FEDERATED, "trainer.strategy.num_clients=1,2", "model.net.width=4,8",
-        "trainer.max_epochs=2", "logger=csv", "callbacks=[default,compute_accounting]", "+optimized_metric=val/acc",
+        "trainer.max_epochs=1", "logger=csv", "callbacks=[default,compute_accounting]", "+optimized_metric=val/acc",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     folders = outputs(project, "multiruns")
