@@ -126,7 +126,9 @@ class FastStep:
         optimizer, step = self._optimizer, type(self._optimizer).step
         hooks = optimizer._optimizer_step_post_hooks or _global_optimizer_post_hooks or _pre_hooks(optimizer)
         profiled = getattr(step, "__code__", None) is _PROFILED and "step" not in vars(optimizer)
-        if profiled and not hooks and not torch._C._autograd._profiler_enabled():
+        # Modes that see every operator, as `ComputeAccounting` has, tell the optimizer's by that entry.
+        seen = torch._C._autograd._profiler_enabled() or torch._C._len_torch_dispatch_stack()
+        if profiled and not hooks and not seen:
             step.__wrapped__(optimizer)  # type: ignore[attr-defined]
         else:
             optimizer.step()
