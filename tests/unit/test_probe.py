@@ -27,7 +27,7 @@ def dry_run(batch: int, **how: Any) -> DryRunResult:
 
 
 PRETENDED: Any = SimpleNamespace(
-    run=dry_run, learn=lambda known, smallest: None, makes_batches=False, borders=[], assumed=""
+    run=dry_run, learn=lambda known, smallest: None, learns=False, makes_batches=False, borders=[], assumed=""
 )
 MODEL = MemoryModel(PRETENDED, mlp(), {})
 
