@@ -21,7 +21,7 @@ demo: $(VENV)/.demo ## Train 100 federated clients on real digits, less than a m
 test: lint ## Lint, types and all tests
 	$(RUN) -m pytest -n $(WORKERS) --dist worksteal
 
-test-fast: $(VENV)/.test ## The tests that are not slow, for whoever changes a line; four minutes
+test-fast: $(VENV)/.test ## The tests that are not slow, for whoever changes a line; two minutes
 	$(RUN) -m pytest -n $(WORKERS) --dist worksteal -m "not slow" -q
 
 coverage: $(VENV)/.test ## The lines that no fast test reaches

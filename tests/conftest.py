@@ -37,9 +37,9 @@ settings.load_profile("lightning_fedscale")
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Mark what takes long."""
-    functions = slow.listed()
+    names = slow.listed()
     for item in items:
-        if slow.function_of(item.nodeid) in functions:
+        if slow.is_slow(item.nodeid, names):
             item.add_marker(pytest.mark.slow)
 
 
