@@ -63,11 +63,9 @@ def plot_fit(found: Fit) -> Figure:
     return figure
 
 
-def _profiles(found: Fit, axes: object) -> None:
+def _profiles(found: Fit, axes: Axes) -> None:
     from matplotlib import colormaps
-    from matplotlib.axes import Axes
 
-    assert isinstance(axes, Axes)
     if found.isoflop is None or not isinstance(found.law, Law) or found.law.missing:
         axes.set_axis_off()
         return

@@ -26,6 +26,6 @@ def test_labels_are_whole_and_apart(falls: float) -> None:
             assert len(labels) >= 1
             assert not any(one.overlaps(other) for one, other in combinations(labels, 2))
             for box in [*labels, axis.label.get_window_extent()]:
-                assert figure.bbox.containsx(box.x0) and figure.bbox.containsx(box.x1)  # noqa: PT018
-                assert figure.bbox.containsy(box.y0) and figure.bbox.containsy(box.y1)  # noqa: PT018
+                assert all(map(figure.bbox.containsx, (box.x0, box.x1)))
+                assert all(map(figure.bbox.containsy, (box.y0, box.y1)))
             assert all(not label.overlaps(axis.label.get_window_extent()) for label in labels)
